@@ -1,0 +1,41 @@
+"""Which path an op takes: Triton for CUDA tensors, plain torch for CPU tensors.
+
+CPU tensors take the Triton path in two cases only, both meant for tests and inspection: inside
+`triton_on_cpu()`, and in a process started with ``TRITON_INTERPRET=1``, where Triton's interpreter
+executes the very same kernels with NumPy.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["triton_on_cpu", "use_triton"]
+
+_forced_depth = 0
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Make CPU tensors take the Triton path inside the ``with`` block.
+
+    The kernels then run in Triton's interpreter when Triton was imported with
+    ``TRITON_INTERPRET=1``; without it they can only be compiled ahead of time (see
+    `fasttrain_kernels.aot`), since there is no device to launch them on.
+    """
+    global _forced_depth
+    _forced_depth += 1
+    try:
+        yield
+    finally:
+        _forced_depth -= 1
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Return whether an op on ``tensor`` runs its Triton kernels."""
+    if tensor.device.type == "cuda":
+        return True
+    return tensor.device.type == "cpu" and (
+        _forced_depth > 0 or os.environ.get("TRITON_INTERPRET") == "1"
+    )

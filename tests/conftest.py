@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+import os
+
+# Triton decides when a kernel is decorated whether it is interpreted. Where there is no GPU the
+# kernels are decorated for the interpreter; the variable is then removed, so that a CPU tensor takes
+# the Triton path only inside `triton_on_cpu()` and child processes see a normal environment.
+import torch
+
+_interpret = not torch.cuda.is_available()
+if _interpret:
+    os.environ["TRITON_INTERPRET"] = "1"
+import fasttrain_kernels  # noqa: E402
+
+if _interpret:
+    del os.environ["TRITON_INTERPRET"]
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+torch.set_num_threads(1)  # one thread a test process: reproducible sums, no oversubscription
+settings.register_profile(
+    "fasttrain",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fasttrain")
+
+
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """The device on which the Triton kernels run here: the GPU, else the CPU by interpreter."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with fasttrain_kernels.triton_on_cpu():
+        yield torch.device("cpu")
