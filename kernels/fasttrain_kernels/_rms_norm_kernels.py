@@ -1,0 +1,339 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""The Triton kernels of `rms_norm` and their launchers; formulas and promises are in rms_norm.py.
+
+Legend: R rows, D columns. A row's offset is int64. dy, dh, residual and every output are
+contiguous; x is reached by the two row strides of `_as_rows`.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["launch_bwd", "launch_fwd"]
+
+# Sixteen elements a thread and operand: the most that keeps the backward, which holds four operands
+# (x, dy, weight, weight gradient), within the registers of sm_90 without a spill.
+_TILE = 2048
+# Longer rows are walked over in chunks of _TILE columns, twice.
+MAX_FWD_COLS = 16384
+MAX_BWD_COLS = 8192
+# Programs of the backward kernel that fit on a multiprocessor together, in warps.
+_WARPS_PER_SM = 16
+
+
+@triton.jit
+def _row_offsets(rows, n_inner, stride_outer, stride_inner):
+    outer = (rows // n_inner).to(tl.int64) * stride_outer
+    return (outer + (rows % n_inner).to(tl.int64) * stride_inner)[:, None]
+
+
+@triton.jit
+def _load_weight(weight_ptr, cols, N_COLS: tl.constexpr, ZERO_CENTERED: tl.constexpr):
+    w = tl.load(weight_ptr + cols, mask=cols < N_COLS, other=0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        w += 1.0
+    return w[None, :]
+
+
+@triton.jit
+def _load_h(x_ptr, residual_ptr, h_ptr, offsets_x, offsets, mask, HAS_RESIDUAL: tl.constexpr):
+    h = tl.load(x_ptr + offsets_x, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        stored = h.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + offsets, stored, mask=mask)
+        h = stored.to(tl.float32)  # the backward sees the rounded sum, so the forward does too
+    return h
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    rstd_ptr,
+    n_inner,
+    stride_x_outer,
+    stride_x_inner,
+    n_rows,
+    eps,
+    N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < n_rows
+    row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+    row = rows.to(tl.int64)[:, None] * N_COLS
+    cols = tl.arange(0, BLOCK_N)
+    if BLOCK_N >= N_COLS:
+        mask = row_mask[:, None] & (cols < N_COLS)[None, :]
+        h = _load_h(x_ptr, residual_ptr, h_ptr, row_x + cols, row + cols, mask, HAS_RESIDUAL)
+        rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N_COLS + tl.cast(eps, tl.float32))
+        y = h * rstd[:, None]
+        if HAS_WEIGHT:
+            y *= _load_weight(weight_ptr, cols, N_COLS, ZERO_CENTERED)
+        tl.store(y_ptr + row + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        squares = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        for start in range(0, N_COLS, BLOCK_N):
+            at = start + cols
+            mask = row_mask[:, None] & (at < N_COLS)[None, :]
+            h = _load_h(x_ptr, residual_ptr, h_ptr, row_x + at, row + at, mask, HAS_RESIDUAL)
+            squares += h * h
+        rstd = tl.rsqrt(tl.sum(squares, axis=1) / N_COLS + tl.cast(eps, tl.float32))
+        if HAS_RESIDUAL:
+            tl.debug_barrier()  # h is read back below, maybe by other threads than wrote it
+        for start in range(0, N_COLS, BLOCK_N):
+            at = start + cols
+            mask = row_mask[:, None] & (at < N_COLS)[None, :]
+            if HAS_RESIDUAL:
+                h = tl.load(h_ptr + row + at, mask=mask, other=0.0).to(tl.float32)
+            else:
+                h = tl.load(x_ptr + row_x + at, mask=mask, other=0.0).to(tl.float32)
+            y = h * rstd[:, None]
+            if HAS_WEIGHT:
+                y *= _load_weight(weight_ptr, at, N_COLS, ZERO_CENTERED)
+            tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr,
+    dh_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    n_inner,
+    stride_x_outer,
+    stride_x_inner,
+    n_rows,
+    N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+):
+    first = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    n_tiles = tl.cdiv(n_rows, BLOCK_R)
+    if NEEDS_DW:
+        partial_ptr += first.to(tl.int64) * N_COLS
+    cols = tl.arange(0, BLOCK_N)
+    if BLOCK_N >= N_COLS:
+        if HAS_WEIGHT:
+            w = _load_weight(weight_ptr, cols, N_COLS, ZERO_CENTERED)
+        dw = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        for tile in range(first, n_tiles, n_programs):
+            rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+            row_mask = rows < n_rows
+            mask = row_mask[:, None] & (cols < N_COLS)[None, :]
+            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+            row = rows.to(tl.int64)[:, None] * N_COLS
+            x = tl.load(x_ptr + row_x + cols, mask=mask, other=0.0)
+            dy = tl.load(dy_ptr + row + cols, mask=mask, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            x_hat = x.to(tl.float32) * rstd
+            g = dy.to(tl.float32)
+            if NEEDS_DW:
+                dw += g * x_hat
+            if HAS_WEIGHT:
+                g *= w
+            c = tl.sum(g * x_hat, axis=1)[:, None] / N_COLS
+            dx = (g - x_hat * c) * rstd
+            if HAS_DH:
+                dx += tl.load(dh_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DW:
+            tl.store(partial_ptr + cols, tl.sum(dw, axis=0), mask=cols < N_COLS)
+    else:
+        for tile in range(first, n_tiles, n_programs):
+            rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+            row_mask = rows < n_rows
+            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+            row = rows.to(tl.int64)[:, None] * N_COLS
+            rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            products = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+            for start in range(0, N_COLS, BLOCK_N):
+                at = start + cols
+                mask = row_mask[:, None] & (at < N_COLS)[None, :]
+                x_hat = tl.load(x_ptr + row_x + at, mask=mask, other=0.0).to(tl.float32) * rstd
+                g = tl.load(dy_ptr + row + at, mask=mask, other=0.0).to(tl.float32)
+                if HAS_WEIGHT:
+                    g *= _load_weight(weight_ptr, at, N_COLS, ZERO_CENTERED)
+                products += g * x_hat
+            c = tl.sum(products, axis=1)[:, None] / N_COLS
+            for start in range(0, N_COLS, BLOCK_N):
+                at = start + cols
+                mask = row_mask[:, None] & (at < N_COLS)[None, :]
+                x_hat = tl.load(x_ptr + row_x + at, mask=mask, other=0.0).to(tl.float32) * rstd
+                g = tl.load(dy_ptr + row + at, mask=mask, other=0.0).to(tl.float32)
+                if NEEDS_DW:
+                    dw = tl.sum(g * x_hat, axis=0)
+                    dw += tl.load(partial_ptr + at, mask=(at < N_COLS) & (tile != first), other=0.0)
+                    tl.store(partial_ptr + at, dw, mask=at < N_COLS)
+                if HAS_WEIGHT:
+                    g *= _load_weight(weight_ptr, at, N_COLS, ZERO_CENTERED)
+                dx = (g - x_hat * c) * rstd
+                if HAS_DH:
+                    dx += tl.load(dh_ptr + row + at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + row + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if NEEDS_DW:
+                tl.debug_barrier()  # the next tile may read these sums from other threads
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr,
+    dw_ptr,
+    n_partials,
+    N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < n_partials)[:, None] & (cols < N_COLS)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * N_COLS + cols
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    dw = tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty)
+    tl.store(dw_ptr + cols, dw, mask=cols < N_COLS)
+
+
+def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
+    """Return (rows a tile, columns a tile, warps): sixteen elements a thread where it can be."""
+    block_n = triton.next_power_of_2(n_cols) if n_cols <= max_cols else _TILE
+    block_r = max(1, _TILE // block_n) if n_cols <= max_cols else 2
+    return block_r, block_n, min(16, block_r * block_n // 512)
+
+
+@functools.lru_cache
+def _n_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter: few programs, so that each walks over several tiles
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return x and (n_inner, stride_outer, stride_inner): row r starts at element
+    (r // n_inner)·stride_outer + (r % n_inner)·stride_inner. Copies what has no such form.
+
+    The two levels are for queries and keys taken out of one fused projection.
+    """
+    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    merged: list[tuple[int, int]] = []
+    for n, s in dims:
+        if merged and merged[-1][1] == n * s:
+            merged[-1] = (merged[-1][0] * n, s)
+        else:
+            merged.append((n, s))
+    if len(merged) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return x.contiguous(), 1, x.shape[-1], 0
+    if len(merged) == 2:
+        return x, merged[1][0], merged[0][1], merged[1][1]
+    return x, 1, merged[0][1] if merged else x.shape[-1], 0
+
+
+def launch_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+    rstd: Tensor,
+    eps: float,
+    zero_centered: bool,
+) -> None:
+    """Fill y and rstd, and h when there is a residual."""
+    n_cols, n_rows = x.shape[-1], rstd.numel()
+    if n_rows == 0:
+        return
+    x, n_inner, stride_outer, stride_inner = _as_rows(x)
+    block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
+    with torch.cuda.device_of(x):
+        _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
+            x,
+            residual,
+            weight,
+            y,
+            h,
+            rstd,
+            n_inner,
+            stride_outer,
+            stride_inner,
+            n_rows,
+            float(eps),
+            N_COLS=n_cols,
+            BLOCK_R=block_r,
+            BLOCK_N=block_n,
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            ZERO_CENTERED=zero_centered,
+            num_warps=num_warps,
+        )
+
+
+def launch_bwd(
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor,
+    dw: Tensor | None,
+    zero_centered: bool,
+) -> None:
+    """Fill dx, and dw when it is wanted."""
+    n_cols, n_rows = x.shape[-1], rstd.numel()
+    if n_rows == 0:
+        if dw is not None:
+            dw.zero_()
+        return
+    x, n_inner, stride_outer, stride_inner = _as_rows(x)
+    block_r, block_n, num_warps = _tile(n_cols, MAX_BWD_COLS)
+    resident = _n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
+    n_programs = min(triton.cdiv(n_rows, block_r), resident)
+    partial = None
+    if dw is not None:
+        partial = torch.empty(n_programs, n_cols, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _rms_norm_bwd_kernel[(n_programs,)](
+            dy,
+            dh,
+            x,
+            weight,
+            rstd,
+            dx,
+            partial,
+            n_inner,
+            stride_outer,
+            stride_inner,
+            n_rows,
+            N_COLS=n_cols,
+            BLOCK_R=block_r,
+            BLOCK_N=block_n,
+            HAS_DH=dh is not None,
+            HAS_WEIGHT=weight is not None,
+            NEEDS_DW=dw is not None,
+            ZERO_CENTERED=zero_centered,
+            num_warps=num_warps,
+        )
+        if dw is not None:
+            _sum_partials_kernel[(triton.cdiv(n_cols, 32),)](
+                partial, dw, n_programs, N_COLS=n_cols, BLOCK_R=64, BLOCK_N=32, num_warps=4
+            )
