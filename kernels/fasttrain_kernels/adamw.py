@@ -1,0 +1,421 @@
+"""AdamW with the clip coefficient, the loss scale and the skip flag read inside the update.
+
+    g   = clip_coefficient / grad_scale · grad              (negated with maximize)
+    m_t = β₁ m + (1 − β₁) g
+    v_t = β₂ v + (1 − β₂) g²
+    w_t = (1 − lr · λ) w − lr / (1 − β₁ᵗ) · m_t / (√(v_t / (1 − β₂ᵗ)) + ε)
+
+If ``found_inf`` is not zero nothing changes, not even the step count. Arithmetic is fp32 whatever
+the storage; each tensor is rounded once, when it is stored. No reduction takes part, so two runs
+agree bit for bit.
+
+State of a parameter, as `torch.optim.AdamW` names it: ``step`` (0-dim fp32), ``exp_avg``,
+``exp_avg_sq``; with master weights also ``master`` (fp32). The step counts of all parameters are
+views of one vector, so that counting is one operation.
+
+Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._stochastic import round_stochastic_
+from .grad_norm import local_tensor
+
+__all__ = ["FusedAdamW", "adamw_reference"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.no_grad()
+def adamw_reference(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (param, exp_avg, exp_avg_sq) after update number ``step`` (1, 2, …), in fp64."""
+    beta1, beta2 = betas
+    g = grad.double() * (-scale if maximize else scale)
+    m = beta1 * exp_avg.double() + (1 - beta1) * g
+    v = beta2 * exp_avg_sq.double() + (1 - beta2) * g * g
+    denominator = (v / (1 - beta2**step)).sqrt() + eps
+    decayed = (1 - lr * weight_decay) * param.double()
+    return decayed - lr / (1 - beta1**step) * m / denominator, m, v
+
+
+class _Batch:
+    """The parameters that one call of torch's fused kernel updates: same group, same dtype."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+        self.indices: list[int] = []
+        self.states: list[dict[str, Any]] = []
+        self.steps: list[Tensor] = []
+
+
+class _Plan:
+    """What depends only on which parameters have gradients; kept from step to step."""
+
+    def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
+        self.params = params
+        self.has_grad = has_grad
+        self.active: list[Tensor] = []  # those with a gradient, and their state
+        self.states: list[dict[str, Any]] = []
+        self.steps: list[Tensor] = []
+        self.dense: list[int] = []  # indices of the parameters in `native`
+        self.counters: list[Tensor] = []  # one vector of step counts a device
+        self.native: list[_Batch] = []
+        self.staged: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+
+    def fits(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        has_grad: list[bool],
+        state: dict[Tensor, dict[str, Any]],
+    ) -> bool:
+        """Whether nothing that the plan relies on has changed since it was made."""
+        return (
+            has_grad == self.has_grad
+            and all(map(is_, params, self.params))
+            and all(map(is_, map(state.get, self.active), self.states))
+            and all(map(is_, [s.get("step") for s in self.states], self.steps))
+            and all(params[i].is_contiguous() for i in self.dense)
+            and all(g.is_contiguous() for i in self.dense if (g := grads[i]) is not None)
+        )
+
+
+class FusedAdamW(Optimizer):
+    """AdamW in one pass over parameters, gradients and moments.
+
+    Args:
+        params: parameters (fp32, bf16, fp16; fp64 on the CPU), or dicts of parameter groups.
+        lr: learning rate, a float or a 0-dim tensor.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        maximize: ascend instead of descend.
+        capturable: accepted for interchange with torch; this optimizer always is.
+        state_dtype: dtype of the moments. None: the parameter's.
+        master_weights: keep an fp32 copy of every bf16 and fp16 parameter and update that.
+        stochastic_rounding: round bf16 parameters and moments stochastically, so that updates
+            smaller than half a unit in the last place survive on average.
+        seed: of the stochastic rounding; the noise depends on it, the step and the position only.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        TypeError: a parameter's dtype is not supported.
+
+    Numerics: fp32 arithmetic. ``state_dict`` and `torch.optim.AdamW`'s can be exchanged in both
+        directions; moments load in this optimizer's ``state_dtype`` without a detour through the
+        parameter's.
+    Memory: two moments a parameter, and 4 bytes an element with master weights.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if state_dtype not in (None, *_DTYPES[:2]):
+            raise ValueError(
+                f"FusedAdamW: state_dtype must be float32 or bfloat16, got {state_dtype}; "
+                "float16 underflows in the second moment"
+            )
+        self._plan: _Plan | None = None
+        self._state_dtype = state_dtype
+        self._master_weights = master_weights
+        self._stochastic_rounding = stochastic_rounding
+        self._seed = seed
+        # torch.amp.GradScaler then leaves unscaling and skipping to the step.
+        self._step_supports_amp_scaling = True
+        # The keys of torch.optim.AdamW's groups. fused=True, because a torch.optim.AdamW that
+        # loads this state must keep its step counts on the device.
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "maximize": maximize,
+            "foreach": None,
+            "capturable": capturable,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its hyper-parameters override the defaults."""
+        super().add_param_group(param_group)
+        self._plan = None
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group["fused"], group["foreach"] = True, None
+            _check_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = ("_state_dtype", "_master_weights", "_stochastic_rounding", "_seed")
+        state = {key: self.__dict__[key] for key in (*options, "_step_supports_amp_scaling")}
+        return {**super().__getstate__(), **state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state or a `torch.optim.AdamW`'s (without amsgrad).
+
+        Args:
+            state_dict: as ``state_dict()`` returns it. Its tensors are copied.
+        """
+        loaded: list[dict[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        # torch casts every state tensor to its parameter's dtype: the moments are taken again
+        # from the source, so that fp32 moments of a bf16 parameter keep their digits.
+        source = loaded[0]
+        ids = [i for group in source["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            if index not in source["state"]:
+                continue
+            saved, state = source["state"][index], self.state[param]
+            self.state[param] = fresh = self._new_state(param)
+            fresh["step"].copy_(torch.as_tensor(saved["step"]))
+            fresh.update({k: v for k, v in state.items() if k not in (*fresh, "master")})
+            for key in (k for k in ("master", *_MOMENTS) if k in fresh and k in saved):
+                fresh[key].copy_(saved[key])
+
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        dtype = self._state_dtype or param.dtype
+        if param.dtype == torch.float64:
+            dtype = param.dtype
+        state: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=local_tensor(param).device)
+        }
+        for key in _MOMENTS:
+            state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if self._master_weights and param.dtype in (torch.bfloat16, torch.float16):
+            state["master"] = param.detach().to(torch.float32, copy=True)
+        return state
+
+    def _build_plan(
+        self, params: list[Tensor], grads: list[Tensor | None], has_grad: list[bool]
+    ) -> _Plan:
+        plan = _Plan(params, has_grad)
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        by_device: dict[torch.device, list[int]] = {}
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    "FusedAdamW: sparse gradients are not supported; use torch.optim.SparseAdam"
+                )
+            if not self.state[param]:
+                self.state[param] = self._new_state(param)
+            by_device.setdefault(local_tensor(param).device, []).append(i)
+        step_of: dict[int, Tensor] = {}
+        for device, indices in by_device.items():
+            counts = [self.state[params[i]]["step"].to(device, torch.float32) for i in indices]
+            counter = torch.stack([count.reshape(()) for count in counts])
+            plan.counters.append(counter)
+            step_of.update(zip(indices, counter.unbind(), strict=True))
+        batches: dict[tuple[int, torch.dtype, torch.device], _Batch] = {}
+        for i, step in step_of.items():
+            param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
+            state["step"] = step
+            plan.active.append(param)
+            plan.states.append(state)
+            plan.steps.append(step)
+            stored = (param, grad, *(state[key] for key in _MOMENTS))
+            tensors = [local_tensor(t) for t in stored if t is not None]
+            plain = (
+                len({t.dtype for t in tensors}) == 1
+                and all(t.is_contiguous() for t in tensors)
+                and tensors[0] is param  # not a DTensor
+                and "master" not in state
+                and not (self._stochastic_rounding and param.dtype == torch.bfloat16)
+            )
+            if not plain:
+                plan.staged.append((group, i, state))
+                continue
+            key = (id(group), tensors[0].dtype, tensors[0].device)
+            batch = batches.setdefault(key, _Batch(group))
+            plan.dense.append(i)
+            batch.indices.append(i)
+            batch.states.append(state)
+            batch.steps.append(step)
+        plan.native = list(batches.values())
+        return plan
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        clip_coefficient: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and the gradients, and returns the loss.
+            clip_coefficient: 0-dim fp32 tensor on the parameters' device that multiplies the
+                gradients, as `grad_norm` returns it.
+            grad_scale: 0-dim fp32 tensor that divides the gradients (a loss scale).
+            found_inf: 0-dim fp32 tensor; not zero: parameters, moments and step counts stay as
+                they are, bit for bit.
+
+        Returns:
+            The closure's loss, or None.
+
+        Numerics: on the CPU the gradients are scaled in place (the update reads them anyway, and
+            torch's kernel offers no other way); on CUDA they are only read.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        has_grad = [grad is not None for grad in grads]
+        plan = self._plan
+        if plan is None or not plan.fits(params, grads, has_grad, self.state):
+            plan = self._plan = self._build_plan(params, grads, has_grad)
+        if found_inf is not None and found_inf.item() != 0:
+            return loss
+        scale = 1.0 if clip_coefficient is None else clip_coefficient.item()
+        if grad_scale is not None:
+            scale /= grad_scale.item()
+        for counter in plan.counters:
+            counter.add_(1)
+        for batch in plan.native:
+            self._update_native(batch, params, grads, scale)
+        for group, index, state in plan.staged:
+            self._update_staged(group, params[index], grads[index], state, index, scale)
+        return loss
+
+    def _update_native(
+        self, batch: _Batch, params: list[Tensor], grads: list[Any], scale: float
+    ) -> None:
+        """Update parameters that torch's fused kernel takes as they are."""
+        torch._fused_adamw_(
+            [params[i] for i in batch.indices],
+            [grads[i] for i in batch.indices],
+            [state["exp_avg"] for state in batch.states],
+            [state["exp_avg_sq"] for state in batch.states],
+            [],
+            batch.steps,
+            **_arguments(batch.group, scale),
+        )
+
+    def _update_staged(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor | None,
+        state: dict[str, Any],
+        index: int,
+        scale: float,
+    ) -> None:
+        """Update one parameter through contiguous copies in the arithmetic's dtype."""
+        assert grad is not None
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        stored = [local_tensor(state.get("master", param))]
+        stored += [local_tensor(state[key]) for key in _MOMENTS]
+        work = [t.to(dtype).contiguous() for t in stored]
+        gradient = local_tensor(grad).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        weight, first, second = ([t] for t in work)
+        arguments = _arguments(group, scale)
+        torch._fused_adamw_(weight, [gradient], first, second, [], [state["step"]], **arguments)
+        if "master" in state:
+            stored.append(local_tensor(param))
+            work.append(work[0])
+        seed = hash((self._seed, index, int(state["step"].item())))
+        for slot, (target, value) in enumerate(zip(stored, work, strict=True)):
+            if self._stochastic_rounding and target.dtype == torch.bfloat16:
+                round_stochastic_(target, value, seed=seed + slot)
+            elif target is not value:
+                target.copy_(value)
+
+
+def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Keyword arguments of torch's fused kernel."""
+    arguments = {
+        "lr": float(group["lr"]),
+        "beta1": group["betas"][0],
+        "beta2": group["betas"][1],
+        "weight_decay": group["weight_decay"],
+        "eps": group["eps"],
+        "amsgrad": False,
+        "maximize": group["maximize"],
+    }
+    if scale != 1.0:
+        arguments["grad_scale"] = torch.tensor(1.0 / scale if scale else math.inf)
+    return arguments
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"FusedAdamW: a tensor lr must have one element, got {lr.numel()}")
+    elif not lr >= 0.0:
+        raise ValueError(f"FusedAdamW: lr must be >= 0, got {lr}")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"FusedAdamW: {name} must be in [0, 1), got {beta}")
+    for name in ("eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"FusedAdamW: {name} must be >= 0, got {group[name]}")
+    if group["amsgrad"] or group["differentiable"]:
+        raise ValueError("FusedAdamW: amsgrad and differentiable are not supported; use torch's")
+    for param in group["params"]:
+        if param.dtype not in _DTYPES:
+            raise TypeError(
+                f"FusedAdamW: parameters must be {[str(d) for d in _DTYPES]}, got {param.dtype}"
+            )
