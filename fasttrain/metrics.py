@@ -1,0 +1,163 @@
+"""What is measured: model FLOPs, their share of the device's peak, a smoothed loss, peak memory.
+
+An unknown device has no peak and so no utilisation: None, never a guess from a similar name.
+"""
+
+import math
+import re
+import resource
+import sys
+
+import torch
+
+__all__ = [
+    "LossTracker",
+    "flops_per_token",
+    "mfu",
+    "peak_flops",
+    "peak_memory_gib",
+    "reset_peak_memory",
+]
+
+# Dense peaks in TFLOP/s from the maker's datasheets and whitepapers (figures "with sparsity"
+# halved): 16-bit products accumulated in fp32 as torch does, TF32, fp32 outside the tensor cores. A
+# name must match in full, so that a laptop part, a cut-down part or a MIG slice counts as unknown.
+_PEAK_TFLOPS: tuple[tuple[str, float, float, float], ...] = (
+    (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
+    (r"NVIDIA H200|NVIDIA GH200 \d+GB", 989.5, 494.5, 67.0),
+    (r"NVIDIA H[12]00 NVL", 835.5, 417.5, 60.0),
+    (r"NVIDIA H[18]00 80GB HBM3", 989.5, 494.5, 67.0),
+    (r"NVIDIA H100 PCIe", 756.0, 378.0, 51.0),
+    (r"NVIDIA A[18]00-(SXM4|PCIE|PCIe)-\d+GB|NVIDIA A[18]00 80GB PCIe", 312.0, 156.0, 19.5),
+    (r"NVIDIA A30", 165.0, 82.0, 10.3),
+    (r"NVIDIA A40", 149.7, 74.8, 37.4),
+    (r"NVIDIA A10", 125.0, 62.5, 31.2),
+    (r"NVIDIA L40S", 362.0, 183.0, 91.6),
+    (r"NVIDIA L40", 181.0, 90.5, 90.5),
+    (r"NVIDIA L4", 121.0, 60.0, 30.3),
+    (r"NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
+    (r"NVIDIA RTX A6000", 154.8, 77.4, 38.7),
+    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
+    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
+    (r"NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6),
+)
+# fp16 tensor cores without bf16 or TF32: fp16, fp32.
+_PEAK_TFLOPS_FP16_ONLY: tuple[tuple[str, float, float], ...] = (
+    (r"Tesla V100-SXM2-\d+GB", 125.0, 15.7),
+    (r"Tesla V100-PCIE-\d+GB", 112.0, 14.0),
+    (r"Tesla T4", 65.0, 8.1),
+)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Return the dense peak of one device in FLOP/s.
+
+    Args:
+        device: any torch device.
+        dtype: ``bf16``, ``fp16``, ``tf32`` or ``fp32``: what the matrix products run in.
+
+    Returns:
+        FLOP/s, or None where the peak is not known (every CPU, and GPUs not in the table).
+
+    Raises:
+        ValueError: ``dtype`` is none of the four.
+    """
+    if dtype not in ("bf16", "fp16", "tf32", "fp32"):
+        raise ValueError(f"peak_flops: dtype must be bf16, fp16, tf32 or fp32, got {dtype!r}")
+    if device.type != "cuda":
+        return None
+    return _peak_of(torch.cuda.get_device_name(device), dtype)
+
+
+def _peak_of(name: str, dtype: str) -> float | None:
+    for pattern, half, tf32, single in _PEAK_TFLOPS:
+        if re.fullmatch(pattern, name):
+            return {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[dtype] * 1e12
+    for pattern, half, single in _PEAK_TFLOPS_FP16_ONLY:
+        if re.fullmatch(pattern, name):
+            peak = {"fp16": half, "fp32": single}.get(dtype)
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def flops_per_token(
+    n_matmul_parameters: int, n_layers: int, n_heads: int, head_dim: int, seq_len: int
+) -> float:
+    """Return the FLOPs of forward and backward for one trained token: 6·N + 12·L·H·K·T.
+
+    The attention term counts all T keys for every query: causality does not halve it, as in the
+    source, so figures compare with those of other trainers. Recomputation does not count.
+
+    Args:
+        n_matmul_parameters: parameters in matrix products: all matrices, the head too (also where
+            it is tied to the embedding), without embedding look-ups, norms and biases.
+        n_layers: number of layers L.
+        n_heads: number of query heads H.
+        head_dim: width K of a head.
+        seq_len: sequence length T in tokens.
+
+    Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B.
+    """
+    return 6.0 * n_matmul_parameters + 12.0 * n_layers * n_heads * head_dim * seq_len
+
+
+def mfu(
+    tokens_per_s: float, flops_per_token: float, peak_flops: float | None, n_devices: int = 1
+) -> float | None:
+    """Return the model FLOPs utilisation, a fraction of the peak, or None where that is unknown.
+
+    Args:
+        tokens_per_s: trained tokens a second over all devices.
+        flops_per_token: from `flops_per_token`.
+        peak_flops: peak of one device in FLOP/s, from `peak_flops`.
+        n_devices: number of devices that share the work.
+
+    Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), section 4.1.
+    """
+    if peak_flops is None:
+        return None
+    return tokens_per_s * flops_per_token / (peak_flops * n_devices)
+
+
+class LossTracker:
+    """Exponential moving average of the logged losses; it starts at the first.
+
+    A loss that is not finite is left out: one bad step must not blot out the curve after it.
+
+    Args:
+        decay: weight of the past in each update, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"LossTracker: decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.value: float | None = None  # the whole state: save it, set it to go on
+
+    def update(self, loss: float) -> float | None:
+        """Add a loss and return the average, None before the first finite loss."""
+        if math.isfinite(loss):
+            past = loss if self.value is None else self.value
+            self.value = self.decay * past + (1.0 - self.decay) * loss
+        return self.value
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest memory use so far in GiB.
+
+    On CUDA: the most that tensors have held since the start or `reset_peak_memory`. Elsewhere: the
+    most physical memory that this process has held since it started.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far; without effect off CUDA, where the system keeps the mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
