@@ -28,6 +28,7 @@ __all__ = ["Console", "JsonlLogger", "clean", "format_count", "format_duration"]
 # A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
 _REFRESH_S = 0.2
 _ROWS_PER_HEADING = 20
+_N_PLAIN_COLUMNS = 8  # a plain line stays near 100 characters; metrics.jsonl has the rest
 
 
 def format_count(n: float) -> str:
@@ -177,11 +178,8 @@ class Console:
         Args:
             row: a train row of ``metrics.jsonl``; a missing or null value shows as n/a.
         """
-        plain = "  ".join(
-            f"{c.heading} {_cell(c, row):>{c.width - 2}}"
-            for c in _COLUMNS
-            if c.key in row or c.key == "ppl"
-        )
+        cells = [f"{c.heading} {_cell(c, row):>{c.width - 2}}" for c in _COLUMNS[:_N_PLAIN_COLUMNS]]
+        plain = "  ".join(cells)
         if self._rich is None:
             self._emit(plain, None)
             return
@@ -299,7 +297,7 @@ class Console:
                 else f"  {label} {clean(str(value))}"
             )
         width = max(10, min(40, self._rich.width - len(tail) - 2))
-        fill, rest = ("━", "━") if self._rich.encoding.startswith("utf") else ("#", "-")
+        fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
         n = int(done * width)
         return Text.assemble(
             " ", (fill * n, "green"), (rest * (width - n), "bright_black"), tail,
