@@ -1,0 +1,271 @@
+"""Reading, writing and describing the configuration.
+
+TOML becomes the frozen dataclasses of ``config_sections``, strictly: what is unknown, has the wrong
+type or cannot work is refused with the key, the value and the remedy. Only the standard library is
+imported, so that this happens before torch is loaded.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from fasttrain.config_keys import ConfigError, Section, UserError, accepts, allowed, show
+from fasttrain.config_sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SECTIONS",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "UserError",
+    "config_difference",
+    "config_from_dict",
+    "config_reference",
+    "config_to_dict",
+    "config_to_toml",
+    "help_text",
+    "load_config",
+]
+
+SECTIONS: dict[str, type[Section]] = {
+    cls.section: cls
+    for cls in (
+        RunConfig,
+        ModelConfig,
+        DataConfig,
+        OptimConfig,
+        ScheduleConfig,
+        LoopConfig,
+        EvalConfig,
+        CheckpointConfig,
+        LogConfig,
+    )
+}
+_FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a config file and apply overrides.
+
+    Args:
+        path: a TOML file.
+        overrides: ``section.key=value`` each, the value in TOML syntax; a bare word is a string,
+            and ``none`` unsets an optional key. The last one wins.
+
+    Returns:
+        The config; an unset ``run.name`` is the file's stem.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it or in the overrides is refused.
+    """
+    path = Path(path)
+    values = _read(path)
+    try:
+        _check_names(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        name, value = _parse_override(override)
+        section, _, k = name.partition(".")
+        values.setdefault(section, {})[k] = value
+    run = values.setdefault("run", {})
+    if run.get("name") is None:
+        run["name"] = path.stem
+    return config_from_dict(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = path.parent
+        names = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1) or names[:1]
+        hint = f"did you mean {folder / near[0]}?" if near else "give the path of a TOML file"
+        raise ConfigError(f"{path}: there is no such config file; {hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}; correct that line") from None
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, equals, raw = text.partition("=")
+    name, raw = name.strip(), raw.strip()
+    if not equals:
+        raise ConfigError(
+            f"override {show(text)} is not section.key=value; write it like optim.lr=1e-3"
+        )
+    if name not in _FIELDS:
+        section, _, k = name.rpartition(".")
+        _unknown_key(section, k)
+    if raw.lower() in ("none", "null"):
+        return name, None
+    try:
+        value = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return name, raw
+    # More than one key means that a line break smuggled in a second assignment.
+    if set(value) != {"value"}:
+        return name, raw
+    # A string key takes what TOML reads as a number or a date: run.name=2026-01-31 is a name.
+    takes_text = accepts(_FIELDS[name], "") and not accepts(_FIELDS[name], value["value"])
+    scalar = not isinstance(value["value"], dict | list | bool)
+    return name, raw if takes_text and scalar else value["value"]
+
+
+def _unknown_key(section: str, k: str) -> None:
+    """Raise the ConfigError that names the nearest key."""
+    name = f"{section}.{k}" if section else k
+    elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
+    within = [full for full in _FIELDS if full.startswith(f"{section}.")]
+    near = (
+        elsewhere
+        or difflib.get_close_matches(name, within, n=1)
+        or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
+    )
+    if near:
+        remedy = f"did you mean {' or '.join(near)}?"
+    elif within:
+        remedy = f"[{section}] takes {', '.join(full.partition('.')[2] for full in within)}"
+    else:
+        remedy = f"keys are section.key; the sections are {', '.join(SECTIONS)}"
+    raise ConfigError(f"{name} is not a config key; {remedy}")
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    for section, table in values.items():
+        if section not in SECTIONS and not isinstance(table, Mapping):
+            _unknown_key("", section)
+        if section not in SECTIONS:
+            near = difflib.get_close_matches(section, list(SECTIONS), n=1, cutoff=0.5)
+            remedy = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(SECTIONS)}"
+            raise ConfigError(f"[{section}] is not a config section; {remedy}")
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{section} = {show(table)} must be a section; write [{section}]")
+        for k in table:
+            if f"{section}.{k}" not in _FIELDS:
+                _unknown_key(section, k)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Return the config of nested dicts, section → key → value; the inverse of `config_to_dict`.
+
+    Raises:
+        ConfigError: a section, key, value or combination is refused.
+    """
+    _check_names(values)
+    sections: dict[str, Any] = {}
+    for section, table in values.items():
+        given = {k: _unset(_FIELDS[f"{section}.{k}"], v) for k, v in table.items()}
+        sections[section] = SECTIONS[section](**given)
+    return TrainConfig(**sections)
+
+
+def _unset(f: Field[Any], value: Any) -> Any:
+    """Return None for ``"none"``: TOML has no null, and an optional number may need to be unset."""
+    is_none = isinstance(value, str) and value.lower() in ("none", "null")
+    return None if is_none and accepts(f, None) and not accepts(f, "") else value
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Return the config as nested dicts of JSON values, with every key."""
+    return {
+        name: {
+            f.name: list(v) if isinstance(v := getattr(section, f.name), tuple) else v
+            for f in fields(section)
+        }
+        for name in SECTIONS
+        for section in [getattr(config, name)]
+    }
+
+
+def config_to_toml(config: TrainConfig) -> str:
+    """Return the config as TOML that `load_config` reads back to an equal config."""
+    lines = []
+    for section, table in config_to_dict(config).items():
+        lines.append(f"[{section}]")
+        for k, value in table.items():
+            if value is not None:
+                lines.append(f"{k} = {_toml(value)}")
+            elif _FIELDS[f"{section}.{k}"].default is not None:
+                lines.append(f'{k} = "none"')
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, except that TOML also forbids a bare DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return ``(key, value in a, value in b)`` for every key in which two configs differ."""
+    pairs = []
+    for name in _FIELDS:
+        section, _, k = name.partition(".")
+        left, right = getattr(getattr(a, section), k), getattr(getattr(b, section), k)
+        if left != right:
+            pairs.append((name, left, right))
+    return pairs
+
+
+def _rows() -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            name,
+            allowed(f).removesuffix(", or none to unset it"),
+            show(f.default),
+            f.metadata["meaning"],
+        )
+        for name, f in _FIELDS.items()
+    ]
+
+
+def config_reference() -> str:
+    """Return every key with what it takes, its default and its meaning as a Markdown table."""
+    lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{k}` | {takes} | `{default}` | {why} |" for k, takes, default, why in _rows()]
+    return "\n".join(lines) + "\n"
+
+
+def help_text() -> str:
+    """Return the keys section by section for ``--help``: key, default, what it takes, meaning."""
+    lines = ["Config keys, in the file or as section.key=value on the command line:"]
+    for section, cls in SECTIONS.items():
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"[{section}]  {summary}"]
+        for name, takes, default, why in _rows():
+            if name.startswith(f"{section}."):
+                k = name.partition(".")[2]
+                lines.append(f"  {k} = {default}".ljust(34) + f"  {why} [{takes}]")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,237 @@
+"""How a config key is declared, checked and described. Standard library only."""
+
+import math
+import re
+import types
+import typing
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, NoReturn
+
+__all__ = [
+    "ConfigError",
+    "Section",
+    "UserError",
+    "accepts",
+    "allowed",
+    "check_value",
+    "divisors",
+    "key",
+    "refuse",
+]
+
+
+class UserError(Exception):
+    """Bad input: the command line prints it as one line and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A config that is refused; names the key, the value, what is allowed and the remedy."""
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    pattern: tuple[str, str] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Declare a config key; returns the dataclass field.
+
+    Args:
+        default: the value when the key is not given.
+        meaning: one line for ``--help`` and the reference table.
+        choices: the strings allowed; all when empty.
+        pattern: a regular expression that the whole string must match, and how to say it.
+        ge: least value; of each element where the key is a tuple, as are the next three.
+        gt: exclusive lower bound.
+        le: greatest value.
+        lt: exclusive upper bound.
+    """
+    signs = (("≥", ge), (">", gt), ("≤", le), ("<", lt))
+    bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
+    metadata = {"meaning": meaning, "choices": choices, "pattern": pattern, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+def refuse(name: str, value: Any, problem: str, remedy: str) -> NoReturn:
+    """Raise a ConfigError that names the key, the value, what is wrong with it and the remedy."""
+    raise ConfigError(f"{name} = {show(value)} {problem}; {remedy}")
+
+
+def show(value: Any) -> str:
+    """Return a value as a person writes it in TOML, shortened; ``none`` where it is unset."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(show, value))}]"
+    else:
+        text = f'"{value}"' if isinstance(value, str) else repr(value)
+    # One line whatever the value holds, and no control characters on the terminal.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(f: Field[Any]) -> tuple[Any, bool]:
+    """Return the type of a field without None, and whether None is allowed."""
+    assert not isinstance(f.type, str), "config sections must not postpone annotations"
+    if isinstance(f.type, types.UnionType):
+        kind, none = typing.get_args(f.type)
+        assert none is types.NoneType
+        return kind, True
+    return f.type, False
+
+
+def accepts(f: Field[Any], value: Any) -> bool:
+    """Return whether ``value`` has the field's type; an int is a float, a bool is no number."""
+    kind, optional = _kind(f)
+    if value is None:
+        return optional
+    if typing.get_origin(kind) is tuple:
+        element, second = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            return False
+        length_fits = second is Ellipsis or len(value) == len(typing.get_args(kind))
+        return length_fits and all(_is(element, v) for v in value)
+    return _is(kind, value)
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+_NAMES = {bool: ("true or false", ""), int: ("an integer", "integers")}
+_NAMES |= {float: ("a number", "numbers"), str: ("a string", "strings")}
+
+
+def allowed(f: Field[Any]) -> str:
+    """Return in words what a key takes, as in ``an integer ≥ 1, or none to unset it``."""
+    kind, optional = _kind(f)
+    choices, pattern = f.metadata["choices"], f.metadata["pattern"]
+    if choices:
+        text = f"one of {', '.join(choices)}"
+    elif pattern:
+        text = pattern[1]
+    elif typing.get_origin(kind) is tuple:
+        element, second = typing.get_args(kind)
+        number = "" if second is Ellipsis else f"{len(typing.get_args(kind))} "
+        text = f"a list of {number}{_NAMES[element][1]}"
+    else:
+        text = _NAMES[kind][0]
+    text += "".join(
+        f"{' and' if i else ''} {sign} {bound}"
+        for i, (sign, bound) in enumerate(f.metadata["bounds"])
+    )
+    return f"{text}, or none to unset it" if optional else text
+
+
+def check_value(name: str, value: Any, f: Field[Any]) -> Any:
+    """Return ``value`` in the field's type: ints as floats and lists as tuples where it has these.
+
+    Args:
+        name: the key as ``section.key``, for the message.
+        value: what was given.
+        f: the field that the value is for.
+
+    Raises:
+        ConfigError: the type, the choice or the range is wrong.
+    """
+    if not accepts(f, value):
+        refuse(name, value, "has the wrong type", f"it takes {allowed(f)}{_type_remedy(f, value)}")
+    if value is None:
+        return None
+    kind = _kind(f)[0]
+    elements = value if isinstance(value, list | tuple) else [value]
+    for element in elements:
+        _check_element(name, value, element, f)
+    if typing.get_origin(kind) is tuple:
+        convert = typing.get_args(kind)[0]
+        return tuple(convert(v) for v in value)
+    return kind(value)
+
+
+def _check_element(name: str, value: Any, element: Any, f: Field[Any]) -> None:
+    choices, pattern = f.metadata["choices"], f.metadata["pattern"]
+    if isinstance(element, str):
+        if choices and element not in choices:
+            refuse(
+                name, value, "is not known", f"it takes {allowed(f)}{_nearest(element, choices)}"
+            )
+        if pattern and not re.fullmatch(pattern[0], element):
+            refuse(name, value, "is not valid", f"it takes {allowed(f)}")
+        if not element.isascii() and element != element.encode(errors="replace").decode():
+            refuse(name, value, "is not valid Unicode", "rename it in UTF-8")
+    for sign, bound in f.metadata["bounds"]:
+        fits = {
+            "≥": element >= bound,
+            ">": element > bound,
+            "≤": element <= bound,
+            "<": element < bound,
+        }[sign]
+        if not fits:
+            refuse(name, value, "is out of range", f"it takes {allowed(f)}")
+
+
+def _type_remedy(f: Field[Any], value: Any) -> str:
+    kind, _ = _kind(f)
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return f"; write {int(value)}"
+    if typing.get_origin(kind) is tuple and accepts(f, [value]):
+        return f"; write [{show(value)}]"
+    if kind is str and isinstance(value, bool | int | float):
+        return f'; write "{show(value)}"'
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return f"; write {value.lower()}"
+    if isinstance(value, str) and accepts(f, _number(value)) and value:
+        return "; write it without quotes"
+    return ""
+
+
+def _number(text: str) -> float | int | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _nearest(word: str, choices: tuple[str, ...]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of ``n`` up to 1,000 in ascending order."""
+    return [d for d in range(1, min(n, 1000) + 1) if n % d == 0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One TOML table; every value is checked when the section is made.
+
+    Raises:
+        ConfigError: a value, or a combination of values within the section, is refused.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = check_value(f"{self.section}.{f.name}", getattr(self, f.name), f)
+            object.__setattr__(self, f.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse impossible combinations of values within the section."""

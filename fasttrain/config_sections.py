@@ -1,0 +1,335 @@
+"""The sections of the configuration: every key with its type, default, meaning and range.
+
+This file is the one source of what ``--help``, the reference table and the checks say. ``None``
+means unset. Units are in the names.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fasttrain.config_keys import Section, divisors, key, refuse
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Section):
+    """Where and on what the run goes."""
+
+    section: ClassVar[str] = "run"
+    name: str | None = key(
+        None,
+        "run folder's name (None: the config file's stem)",
+        pattern=(r"(?!\.\.?$)[^/\\\0]+", "a folder name without slashes"),
+    )
+    out_dir: str = key("runs", "folder that holds the run folders", pattern=(r"[^\0]+", "a path"))
+    seed: int = key(1337, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)
+    device: str = key(
+        "auto",
+        "device to train on (auto: CUDA if there is one)",
+        pattern=(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N"),
+    )
+    dtype: str = key(
+        "auto",
+        "precision of matrix products (auto: bf16 where native, else fp32)",
+        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+    )
+    compile: str = key(
+        "auto",
+        "torch.compile mode",
+        choices=("auto", "off", "default", "cuda-graphs", "max-autotune"),
+    )
+    threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
+
+    def check(self) -> None:
+        if self.device == "cpu" and self.dtype == "tf32":
+            refuse(
+                "run.dtype", "tf32", "needs a CUDA device", "use run.dtype=fp32 or run.device=cuda"
+            )
+        if self.device == "cpu" and self.compile == "cuda-graphs":
+            refuse(
+                "run.compile", self.compile, "needs a CUDA device", "use run.compile=default or off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Section):
+    """Shape and parts of the Transformer."""
+
+    section: ClassVar[str] = "model"
+    vocab_size: int | None = key(
+        None, "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)", ge=2
+    )
+    dim: int = key(256, "width of the hidden states", ge=1)
+    n_layers: int = key(4, "number of blocks", ge=1)
+    n_heads: int = key(4, "query heads", ge=1)
+    n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1)
+    head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1)
+    hidden_dim: int | None = key(
+        None,
+        "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
+        ge=1,
+    )
+    mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
+    norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))
+    norm_eps: float = key(1e-6, "added to the variance in the norms", gt=0)
+    positions: str = key("rope", "rotary or learned positions", choices=("rope", "learned"))
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    bias: bool = key(False, "biases in linear layers and LayerNorm")
+    qk_norm: bool = key(False, "RMSNorm on queries and keys")
+    tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
+    logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (None: no cap)", gt=0)
+    sliding_window_tokens: int | None = key(
+        None, "tokens a query sees, itself included (None: all before it)", ge=1
+    )
+    dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
+    init_std: float | None = key(
+        None, "standard deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0
+    )
+    zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
+
+    def check(self) -> None:
+        if self.head_dim is None and self.dim % self.n_heads:
+            refuse(
+                "model.dim",
+                self.dim,
+                f"is not a multiple of model.n_heads = {self.n_heads}",
+                "use a multiple, another number of heads, or set model.head_dim",
+            )
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            refuse(
+                "model.n_kv_heads",
+                self.n_kv_heads,
+                f"does not divide model.n_heads = {self.n_heads}",
+                f"use one of {', '.join(str(n) for n in divisors(self.n_heads))}",
+            )
+        head_dim = self.head_dim or self.dim // self.n_heads
+        if self.positions == "rope" and head_dim % 2:
+            refuse(
+                "model.head_dim",
+                head_dim,
+                "is odd, and rotary positions turn pairs",
+                f"set model.head_dim={head_dim + 1} or model.positions=learned",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Section):
+    """What is trained on."""
+
+    section: ClassVar[str] = "data"
+    path: str | None = key(
+        None,
+        "dataset folder or token file (None: the source text of Python's standard library)",
+        pattern=(r"[^\0]+", "a path"),
+    )
+    seq_len: int = key(256, "tokens of a training sequence", ge=1)
+    batching: str = key("packed", "how documents become sequences", choices=("packed",))
+    dtype: str | None = key(
+        None, "token type of a .bin file without header", choices=("uint16", "uint32")
+    )
+    prefetch: int = key(4, "micro-batches prepared ahead", ge=1)
+    cache_dir: str | None = key(
+        None,
+        "where built datasets are kept (None: the user's cache folder)",
+        pattern=(r"[^\0]+", "a path"),
+    )
+    corpus_vocab_size: int = key(
+        4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
+    )
+
+    def check(self) -> None:
+        if self.dtype is not None and self.path is None:
+            refuse("data.dtype", self.dtype, "describes data.path, which is unset", "set data.path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(Section):
+    """The optimizer."""
+
+    section: ClassVar[str] = "optim"
+    name: str = key(
+        "adamw",
+        "adamw, or muon for the matrices of the blocks and adamw for the rest",
+        choices=("adamw", "muon"),
+    )
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
+    eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
+    weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
+    decay_embeddings: bool = key(False, "decay the embedding tables too")
+    embedding_lr_scale: float = key(1.0, "learning rate of the embeddings, relative to lr", ge=0)
+    head_lr_scale: float = key(1.0, "learning rate of the head, relative to lr", ge=0)
+    muon_lr_scale: float = key(1.0, "learning rate of Muon's matrices, relative to lr", ge=0)
+    muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
+    muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    section: ClassVar[str] = "schedule"
+    name: str = key(
+        "cosine",
+        "shape after the warmup",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    warmup_steps: int = key(0, "steps of linear warmup", ge=0)
+    min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
+    decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig(Section):
+    """How long, and what a step is; exactly one of steps, epochs, tokens and hours is set."""
+
+    section: ClassVar[str] = "train"
+    steps: int | None = key(None, "horizon in optimizer steps", ge=1)
+    epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
+    tokens: int | None = key(None, "horizon in training tokens", ge=1)
+    hours: float | None = key(None, "horizon in hours of wall-clock time", gt=0)
+    micro_batch: int = key(8, "sequences of one forward, on each device", ge=1)
+    tokens_per_step: int | None = key(
+        None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1
+    )
+    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
+    label_smoothing: float = key(0.0, "target mass spread over the vocabulary", ge=0, lt=1)
+    z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig(Section):
+    """Evaluation on the validation split, and samples."""
+
+    section: ClassVar[str] = "eval"
+    every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
+    sample_every_steps: int | None = key(
+        None, "steps between samples (None: only at the end)", ge=1
+    )
+    prompts: tuple[str, ...] = key(
+        ("def main(", "class ", "import "), "prompts of the samples, taken in turn; [] for none"
+    )
+    sample_tokens: int = key(128, "tokens of a sample", ge=1)
+    temperature: float = key(0.8, "temperature of the samples", gt=0)
+    top_k: int | None = key(50, "sample from the k likeliest tokens (None: from all)", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Section):
+    """Checkpoints."""
+
+    section: ClassVar[str] = "checkpoint"
+    every_steps: int | None = key(
+        None, "steps between checkpoints (None: at the end and on interruption)", ge=1
+    )
+    keep_last: int = key(2, "newest checkpoints kept, beside the best", ge=1)
+    asynchronous: bool = key(True, "write in a background thread")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig(Section):
+    """What is reported."""
+
+    section: ClassVar[str] = "log"
+    every_steps: int = key(10, "steps between log lines", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The whole configuration of a run.
+
+    Raises:
+        ConfigError: a combination of values across sections is impossible.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        self._check_horizon()
+        self._check_step()
+        if self.schedule.min_lr > self.optim.lr:
+            refuse(
+                "schedule.min_lr",
+                self.schedule.min_lr,
+                f"is above optim.lr = {self.optim.lr}",
+                "lower it, or raise optim.lr",
+            )
+        vocab_size = self.model.vocab_size
+        if self.data.path is None and vocab_size and vocab_size < self.data.corpus_vocab_size:
+            refuse(
+                "model.vocab_size",
+                vocab_size,
+                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}",
+                "leave it unset, or lower data.corpus_vocab_size",
+            )
+        if self.eval.sample_every_steps is not None and not self.eval.prompts:
+            refuse(
+                "eval.sample_every_steps",
+                self.eval.sample_every_steps,
+                "asks for samples, and eval.prompts is empty",
+                "give a prompt, or unset it",
+            )
+
+    def _check_horizon(self) -> None:
+        loop = self.train
+        horizon = {
+            name: getattr(loop, name)
+            for name in ("steps", "epochs", "tokens", "hours")
+            if getattr(loop, name) is not None
+        }
+        if not horizon:
+            refuse(
+                "train.steps",
+                None,
+                "leaves the length of the run open",
+                "set one of train.steps, train.epochs, train.tokens and train.hours",
+            )
+        if len(horizon) > 1:
+            (first, value), *others = horizon.items()
+            refuse(
+                f"train.{first}",
+                value,
+                f"and {' and '.join(f'train.{k} = {v}' for k, v in others)} both fix the length"
+                " of the run",
+                f"keep one and unset the other, as in train.{first}=none",
+            )
+        if loop.steps is not None and self.schedule.warmup_steps >= loop.steps:
+            refuse(
+                "schedule.warmup_steps",
+                self.schedule.warmup_steps,
+                f"is not below train.steps = {loop.steps}",
+                "lower it, or train for longer",
+            )
+
+    def _check_step(self) -> None:
+        loop, unit = self.train, self.train.micro_batch * self.data.seq_len
+        if loop.tokens_per_step is not None and loop.tokens_per_step % unit:
+            below = loop.tokens_per_step // unit * unit
+            nearest = [str(n) for n in (below, below + unit) if n]
+            refuse(
+                "train.tokens_per_step",
+                loop.tokens_per_step,
+                f"is not a multiple of train.micro_batch · data.seq_len = {unit}",
+                f"use {' or '.join(nearest)}",
+            )
