@@ -1,0 +1,10 @@
+"""Token data: shards on disk, their order, and batches ready for the step.
+
+format.py     dataset folders: `dataset.json`, `open_dataset`, `TokenDataset`
+files.py      errors, the cache folder, atomic writing
+shards.py     one shard file: llm.c header, reading, range check, writing
+sampler.py    order: a keyed bijection from sample index to sample
+loader.py     batches: background reading, prefetch, evaluation
+tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON
+corpus.py     the default text: the running Python's standard library
+"""

@@ -1,0 +1,398 @@
+"""Dataset folders: token shards and `dataset.json`, and how they are opened.
+
+A folder that `fasttrain.prepare` wrote holds `train_000000.bin` …, `val_000000.bin` …, the ends of
+their documents, `tokenizer.json` and `dataset.json`, which states tokenizer, vocabulary, dtype,
+end-of-text id, counts and a SHA-256 for every file. A folder without `dataset.json` is taken as
+llm.c, modded-nanogpt or nanoGPT wrote it: `.bin` files with train or val in their names.
+
+A folder may come from anywhere: nothing in it is executed, no file outside it is opened, every
+shard is hashed and its tokens checked against the vocabulary before the first one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
+from fasttrain.data.shards import Shard, ShardInfo, ShardScan, ShardWriter, dtype_for
+
+__all__ = [
+    "DataError",
+    "ShardWriter",
+    "TokenDataset",
+    "open_dataset",
+    "read_dataset_json",
+    "write_dataset_json",
+]
+
+DATASET_JSON = "dataset.json"
+FORMAT, VERSION = "fasttrain-dataset", 1
+MAX_JSON_BYTES = 64 << 20  # 100,000 shards; more is no dataset.json
+Split = Literal["train", "val"]
+_SPLIT_IN_NAME = {
+    "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
+    "val": re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:$|[^a-z])"),
+}
+
+
+class TokenDataset:
+    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
+
+    Attributes:
+        n_tokens: Tokens of all shards.
+        vocab_size: Every id is below it; None where neither dataset nor caller named one.
+        max_token: The largest id there is.
+        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
+        n_documents: Documents, None where not recorded.
+        end_of_text: The id that ends each document, None where not recorded.
+        fingerprint: SHA-256 over the hashes of shards (in order) and tokenizer, vocabulary, dtype.
+        tokenizer_path: The verified `tokenizer.json`, None for imports.
+        reading: The file that is being read at this moment, None between reads.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        scans: Sequence[ShardScan],
+        *,
+        vocab_size: int | None,
+        n_bytes: int | None = None,
+        n_documents: int | None = None,
+        end_of_text: int | None = None,
+        tokenizer_path: Path | None = None,
+        tokenizer_sha256: str | None = None,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.dtype: np.dtype[Any] = self.shards[0].dtype
+        self._starts = [0, *accumulate(shard.n_tokens for shard in self.shards)]
+        self.n_tokens = self._starts[-1]
+        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
+        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
+        self.max_token = max(scan.max_token for scan in scans)
+        self.reading: Path | None = None
+        facts = [vocab_size, end_of_text, self.dtype.str, tokenizer_sha256]
+        facts += [scan.sha256 for scan in scans]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """Tokens [start, start + count), across shards.
+
+        Returns:
+            A fresh array, shape (count,), uint16 or uint32 as stored.
+
+        Raises:
+            DataError: The range is not within the split, or a file changed or cannot be read.
+        """
+        out = np.empty(count, self.dtype)
+        self.read_windows([start], out.reshape(1, count))
+        return out
+
+    def read_windows(self, starts: Sequence[int], out: NDArray[Any]) -> None:
+        """Reads one window per row.
+
+        Args:
+            starts: First token of each window, at least as many as `out` has rows.
+            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        rows, length = out.shape
+        assert out.dtype == self.dtype
+        assert out.flags.c_contiguous
+        if not rows or not length:
+            return
+        low, high = min(starts[:rows]), max(starts[:rows])
+        if low < 0 or high + length > self.n_tokens:
+            raise DataError(
+                f"tokens {low} to {high + length} were asked for; the split has {self.n_tokens}"
+            )
+        size = self.dtype.itemsize
+        raw = out.data.cast("B")
+        checked: set[int] = set()
+        for row, start in enumerate(starts[:rows]):
+            at, filled = row * length * size, 0
+            index = bisect_right(self._starts, start) - 1
+            while filled < length:
+                shard, first = self.shards[index], start + filled - self._starts[index]
+                count = min(length - filled, shard.n_tokens - first)
+                self.reading = shard.path
+                if index not in checked:
+                    shard.check_unchanged()
+                    checked.add(index)
+                begin = at + filled * size
+                shard.read_into(raw[begin : begin + count * size], first)
+                filled, index = filled + count, index + 1
+        self.reading = None
+
+    def will_need(self, start: int, count: int) -> None:
+        """Asks the system to read a window ahead; a hint, within the split or ignored."""
+        index = bisect_right(self._starts, start) - 1
+        if 0 <= index < len(self.shards):
+            self.shards[index].will_need(start - self._starts[index], count)
+
+
+def open_dataset(
+    path: str | Path,
+    split: Split,
+    *,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    cache_dir: Path | None = None,
+) -> TokenDataset:
+    """Opens one split of a dataset folder and proves it sound.
+
+    The first opening reads every shard once, for its hash and its largest token; the result is
+    cached and holds until the file changes.
+
+    Args:
+        path: The folder: `dataset.json` and what it names, or `.bin` files of llm.c,
+            modded-nanogpt or nanoGPT.
+        split: "train" or "val".
+        dtype: "uint16" or "uint32", for files without header.
+        vocab_size: The model's vocabulary, if settled. Required in effect for folders without
+            `dataset.json`, whose vocabulary nobody else knows.
+        cache_dir: Where the scans are cached; see `cache_folder`.
+
+    Returns:
+        The split.
+
+    Raises:
+        DataError: The folder or the split is missing or empty, a file is damaged, does not have
+            the recorded hash or lies outside the folder, the tokenizer is not the recorded one, or
+            a token is outside the vocabulary. Says what to do.
+    """
+    folder = Path(path).expanduser()
+    if split not in _SPLIT_IN_NAME:
+        raise DataError(f'split must be "train" or "val", got {split!r}')
+    if not folder.is_dir():
+        what = "is a file, not a dataset folder" if folder.exists() else "does not exist"
+        raise DataError(
+            f"data.path: {folder} {what}; make one with: python -m fasttrain.prepare {folder} "
+            "--input TEXT"
+        )
+    scans_folder = cache_folder(cache_dir) / "scans"
+    if not (folder / DATASET_JSON).exists():
+        paths = _imported_files(folder, split)
+        shards = [Shard(file, dtype=dtype) for file in paths]
+        if len({shard.dtype for shard in shards}) > 1:
+            raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
+        scans = _check_tokens(shards, scans_folder, vocab_size, 'set by "model.vocab_size"')
+        return _not_empty(TokenDataset(shards, scans, vocab_size=vocab_size), folder, split)
+
+    meta = read_dataset_json(folder)
+    vocab: int = meta["vocab_size"]
+    if vocab_size is not None and vocab_size < vocab:
+        raise DataError(
+            f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has {vocab} "
+            "tokens; leave model.vocab_size out or make it at least that"
+        )
+    if split not in meta["splits"]:
+        raise DataError(
+            f"{folder / DATASET_JSON}: no split {split!r}, only {sorted(meta['splits'])}; prepare "
+            "the text again with a --val-fraction above 0"
+        )
+    listed = meta["splits"][split]
+    shards, expected = [], []
+    for entry in listed["shards"]:
+        shard = Shard(_inside(folder, entry["file"]))
+        if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
+            raise DataError(
+                f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
+                f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
+            )
+        shards.append(shard)
+        expected.append(entry["sha256"])
+    scans = _check_tokens(shards, scans_folder, vocab, f"of {folder / DATASET_JSON}")
+    for shard, scan, sha256 in zip(shards, scans, expected, strict=True):
+        if scan.sha256 != sha256:
+            raise DataError(
+                f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
+                f"{sha256[:16]}…: damaged or replaced; restore it or prepare the text again"
+            )
+    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"])
+    if not shards:
+        raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
+    dataset = TokenDataset(
+        shards,
+        scans,
+        vocab_size=vocab,
+        n_bytes=listed["bytes"],
+        n_documents=listed["documents"],
+        end_of_text=meta["end_of_text"],
+        tokenizer_path=tokenizer_path,
+        tokenizer_sha256=tokenizer_sha256,
+    )
+    return _not_empty(dataset, folder, split)
+
+
+def _not_empty(dataset: TokenDataset, folder: Path, split: str) -> TokenDataset:
+    if dataset.n_tokens == 0:
+        raise DataError(f"{folder}: split {split!r} has no tokens; prepare it from more text")
+    return dataset
+
+
+def _imported_files(folder: Path, split: Split) -> list[Path]:
+    """The `.bin` files whose names say that they are of the split, in order of name."""
+    files = sorted(folder.glob("*.bin"))
+    if not files:
+        raise DataError(
+            f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; make a dataset "
+            f"with: python -m fasttrain.prepare {folder} --input TEXT"
+        )
+    other = _SPLIT_IN_NAME["val" if split == "train" else "train"]
+    both = [f.name for f in files if all(p.search(f.stem.lower()) for p in _SPLIT_IN_NAME.values())]
+    if both:
+        raise DataError(f"{folder / both[0]}: named both train and val; rename it to one of them")
+    found = [f for f in files if _SPLIT_IN_NAME[split].search(f.stem.lower())]
+    if not found:
+        rest = [f.name for f in files if other.search(f.stem.lower())]
+        has = f"; it has {len(rest)} of the other split" if rest else ""
+        raise DataError(
+            f"{folder}: no .bin file with {split} in its name{has}; rename its shards to say which "
+            "split they are"
+        )
+    return found
+
+
+def _check_tokens(
+    shards: Sequence[Shard], cache: Path, vocab_size: int | None, origin: str
+) -> list[ShardScan]:
+    scans = [shard.scan(cache) for shard in shards]
+    for shard, scan in zip(shards, scans, strict=True):
+        if vocab_size is None or scan.max_token < vocab_size:
+            continue
+        found = shard.first_token_from(vocab_size)
+        index, token = found if found is not None else (0, scan.max_token)
+        raise DataError(
+            f"{shard.path}: token {token} at offset {index} (byte "
+            f"{shard.offset_bytes + index * shard.dtype.itemsize}) is outside the vocabulary of "
+            f"{vocab_size} {origin}; it must be at least {scan.max_token + 1}"
+        )
+    return scans
+
+
+def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]:
+    path = _inside(folder, entry["file"])
+    if not path.is_file():
+        raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
+    sha256 = sha256_of(path)
+    if sha256 != entry["sha256"]:
+        raise DataError(
+            f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
+            f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
+        )
+    return path, sha256
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`; refuses every name that leads elsewhere, also by a link."""
+    path = folder / name
+    plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    if not plain or path.resolve().parent != folder.resolve():
+        raise DataError(
+            f"{folder / DATASET_JSON}: file {name!r} is not inside the folder; a dataset may only "
+            "name its own files"
+        )
+    return path
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a folder, every field that is used checked for type and range.
+
+    Raises:
+        DataError: Names the file and the field.
+    """
+    path = folder / DATASET_JSON
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DataError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no dataset needs")
+        meta = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); prepare the text again") from error
+
+    def field(of: Any, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
+        value = of.get(key) if isinstance(of, dict) else None
+        negative = type(value) is int and value < 0
+        if not isinstance(value, kind) or isinstance(value, bool) or negative:
+            raise DataError(
+                f"{path}: {where}{key} is {str(value)[:80]!r}, which it cannot be; prepare the "
+                "text again"
+            )
+        return value
+
+    if field(meta, "format", str) != FORMAT or field(meta, "version", int) != VERSION:
+        raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
+    vocab_size = field(meta, "vocab_size", int)
+    if field(meta, "dtype", str) != dtype_for(vocab_size).name:
+        raise DataError(f"{path}: dtype {meta['dtype']!r} does not go with {vocab_size} tokens")
+    end = meta.setdefault("end_of_text", None)
+    if end is not None and field(meta, "end_of_text", int) >= vocab_size:
+        raise DataError(f"{path}: end_of_text {end} is outside the vocabulary of {vocab_size}")
+    for key in ("file", "sha256"):
+        field(field(meta, "tokenizer", dict), key, str, "tokenizer.")
+    for name, split in field(meta, "splits", dict).items():
+        for key in ("tokens", "documents", "bytes"):
+            field(split, key, int, f"splits.{name}.")
+        for shard in field(split, "shards", list, f"splits.{name}."):
+            for key, kind in (("file", str), ("sha256", str), ("tokens", int), ("documents", int)):
+                field(shard, key, kind, f"splits.{name}.shards.")
+    return dict(meta)
+
+
+def write_dataset_json(
+    folder: Path,
+    *,
+    vocab_size: int,
+    end_of_text: int | None,
+    splits: Mapping[str, tuple[Sequence[ShardInfo], int]],
+    source: Mapping[str, Any],
+    tokenizer_file: str = "tokenizer.json",
+) -> dict[str, Any]:
+    """Writes `dataset.json`, which makes a folder of shards and a tokenizer a dataset.
+
+    Args:
+        folder: Holds shards and tokenizer already.
+        vocab_size: Of the tokenizer, special tokens included.
+        end_of_text: The id that ends each document.
+        splits: By name, the shards and the UTF-8 bytes of their text.
+        source: What the dataset was made from and how, for people; JSON values.
+        tokenizer_file: Name of the tokenizer in the folder.
+
+    Returns:
+        What was written.
+    """
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocab_size": vocab_size,
+        "dtype": dtype_for(vocab_size).name,
+        "end_of_text": end_of_text,
+        "tokenizer": {"file": tokenizer_file, "sha256": sha256_of(folder / tokenizer_file)},
+        "splits": {
+            name: {
+                "tokens": sum(shard.tokens for shard in shards),
+                "documents": sum(shard.documents for shard in shards),
+                "bytes": n_bytes,
+                "shards": [asdict(shard) for shard in shards],
+            }
+            for name, (shards, n_bytes) in splits.items()
+        },
+        "source": dict(source),
+    }
+    write_atomically(folder / DATASET_JSON, (json.dumps(meta, indent=1) + os.linesep).encode())
+    return meta

@@ -1,0 +1,151 @@
+"""Tokenizers for a dataset: byte-level BPE, bytes, characters, all stored as `tokenizers` JSON.
+
+Whatever made a dataset, `tokenizers.Tokenizer.from_file` decodes it. Every tokenizer made here has
+one special token, `<|endoftext|>`, which ends each document and never comes out of text: where the
+text itself says `<|endoftext|>`, it is encoded as ordinary characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fasttrain.data.files import DataError
+
+__all__ = [
+    "END_OF_TEXT",
+    "byte_tokenizer",
+    "char_tokenizer",
+    "encode_documents",
+    "end_of_text_id",
+    "load_tokenizer",
+    "train_bpe",
+]
+
+END_OF_TEXT = "<|endoftext|>"
+# Where byte-level BPE may not merge across: words with one leading character, numbers in threes,
+# punctuation with its line end, blank lines and indentation as runs. The scheme is that of GPT-4's
+# tokenizer (cl100k_base) without its English contractions.
+SPLIT_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(vocab: dict[str, int] | None = None, *, split: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab, [] if vocab is not None else None))
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if split:
+        steps.append(pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, so that any text can be encoded and decoded without loss.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Tokens wanted, special one and 256 bytes included.
+
+    Returns:
+        The tokenizer; fewer tokens where the text has not enough different pairs.
+
+    Raises:
+        DataError: `vocab_size` is below 257.
+
+    Source:
+        Sennrich, Haddow & Birch 2016 (BPE); Radford et al. 2019, GPT-2 (on bytes).
+    """
+    if vocab_size < 257:
+        raise DataError(
+            f"a byte-level BPE needs at least 257 tokens (256 bytes and {END_OF_TEXT}), got "
+            f"{vocab_size}; use the tokenizer `bytes` for no merges at all"
+        )
+    tokenizer = _byte_level(split=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is the end of text."""
+    # The ByteLevel steps write byte b as one printable character: itself where it is printable
+    # Latin-1, and U+0100, U+0101 … for the others in order.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shown = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in shown)
+    shown |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    tokenizer = _byte_level({shown[byte]: byte for byte in range(256)}, split=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
+    """One id for each character, in order of code point; the end of text comes last.
+
+    Args:
+        characters: Those of the text; others cannot be encoded.
+    """
+    vocab = {character: number for number, character in enumerate(sorted(set(characters)))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`.
+
+    Raises:
+        DataError: The file is missing or not a tokenizer.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such tokenizer file; name an existing tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for everything
+        raise DataError(
+            f"{path}: not a tokenizer in the format of `tokenizers` ({error})"
+        ) from None
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """The id that ends documents, None if the tokenizer has none of the usual names for it."""
+    for name in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>"):
+        number = tokenizer.token_to_id(name)
+        if number is not None:
+            return int(number)
+    return None
+
+
+def encode_documents(
+    tokenizer: Tokenizer, texts: Sequence[str]
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Encodes documents, each followed by the end-of-text id if the tokenizer has one.
+
+    Args:
+        tokenizer: Special tokens written out in `texts` are encoded as ordinary text.
+        texts: The documents.
+
+    Returns:
+        The ids of all documents in a row, uint32 (n,), and for each document the offset after its
+        last id, int64 (documents,).
+    """
+    tokenizer.encode_special_tokens = True
+    end = end_of_text_id(tokenizer)
+    tail = [] if end is None else [end]
+    encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    parts = [np.array(one.ids + tail, dtype=np.uint32) for one in encoded]
+    ends = np.cumsum([part.size for part in parts], dtype=np.int64)
+    return np.concatenate([np.empty(0, np.uint32), *parts]), ends
