@@ -1,0 +1,347 @@
+"""Sampling from a trained model: ``generate`` and ``python -m fasttrain.generate RUN --prompt …``.
+
+Keys and values of earlier tokens are cached, so that a token costs a forward pass of one position.
+A text longer than the model's ``seq_len`` slides: when the cache is full, the last half of it is
+encoded anew and the rest forgotten, so each token sees between seq_len/2 and seq_len tokens.
+
+Legend: B batch, T prompt tokens, V vocabulary.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fasttrain import checkpoint
+from fasttrain.config import UserError, config_from_dict
+from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
+from fasttrain.device import resolve_device
+from fasttrain.loggers import clean
+from fasttrain.model import Transformer
+
+__all__ = ["generate", "load_model", "load_tokenizer", "main", "sample_tokens", "stream"]
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token for each row of logits.
+
+    Args:
+        logits: (B, V), any float dtype.
+        temperature: divides the logits; 0 means greedy.
+        top_k: keep the k likeliest tokens (more where the k-th ties); more than V keeps all.
+        top_p: of those, keep the fewest that together reach this probability, in (0, 1].
+        greedy: take the likeliest token and ignore the options above.
+        generator: source of randomness, on the device of ``logits``; None: torch's own.
+
+    Returns:
+        Tokens, int64 (B,).
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: top-k: Fan et al. 2018 (arXiv:1805.04833); top-p: Holtzman et al. 2020
+    (arXiv:1904.09751).
+    """
+    if temperature < 0.0:
+        raise ValueError(f"temperature must be at least 0 (0: greedy), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if greedy or temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    # multinomial divides by the sum itself
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def stream(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the tokens that go on from ``tokens``, one (B,) at a time, as they are drawn.
+
+    Arguments and errors are those of `generate`.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; start "
+            "an empty prompt with the end-of-text token"
+        )
+    limit = model.seq_len
+    recent = tokens[:, -limit:]  # what is not in the cache, or must come again when that is full
+    cache = model.new_cache(tokens.shape[0], min(limit, recent.shape[1] + max_new_tokens))
+    pending = recent
+    for _ in range(max_new_tokens):
+        if cache.length + pending.shape[1] > limit:
+            cache.length = 0
+            pending = recent = recent[:, -max(1, limit // 2) :]
+        hidden = model(pending, cache)[:, -1]  # (B, D)
+        drawn = sample_tokens(
+            model.logits(hidden),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            generator=generator,
+        )
+        yield drawn
+        pending = drawn[:, None]
+        recent = torch.cat([recent, pending], dim=1)
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+    stop_token: int | None = None,
+) -> Tensor:
+    """Go on from ``tokens`` with tokens drawn from the model.
+
+    The model computes in evaluation mode (without dropout) and is left in the mode it was in.
+
+    Args:
+        model: the model.
+        tokens: prompts, int64 (B, T) on the model's device, T at least 1; of a prompt longer than
+            ``model.seq_len`` the model sees the last ``seq_len`` tokens.
+        max_new_tokens: how many tokens to draw at most; T and they may pass ``seq_len`` (see the
+            module's docstring).
+        temperature: divides the logits; 0 means greedy.
+        top_k: draw from the k likeliest tokens alone.
+        top_p: draw from the fewest tokens that together have this probability, in (0, 1].
+        greedy: take the likeliest token each time.
+        generator: source of randomness, on the model's device; None: torch's own.
+        stop_token: a row is finished when this is drawn, and filled up with it.
+
+    Returns:
+        Prompts and their continuations, int64 (B, T + n), n at most ``max_new_tokens``.
+
+    Raises:
+        ValueError: ``tokens`` is not (B, T) with T ≥ 1, or a sampling option is out of range.
+
+    Numerics: in fp32 a cached step gives the logits of an uncached one to rounding.
+    Memory: the cache: two (B, n_kv_heads, min(seq_len, T + max_new_tokens), head_dim) per layer.
+    """
+    was_training = model.training
+    model.eval()
+    columns = [tokens]
+    finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    try:
+        for drawn in stream(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            generator=generator,
+        ):
+            if stop_token is not None:
+                drawn = drawn.masked_fill(finished, stop_token)
+                finished |= drawn == stop_token
+            columns.append(drawn[:, None])
+            if stop_token is not None and bool(finished.all()):
+                break
+    finally:
+        model.train(was_training)
+    return torch.cat(columns, dim=1)
+
+
+def load_model(
+    run_or_checkpoint: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    which: str = "best",
+) -> Transformer:
+    """Return the trained model of a run or checkpoint folder, in evaluation mode.
+
+    Args:
+        run_or_checkpoint: a run folder, or one checkpoint of it.
+        device: where the parameters go.
+        which: of a run, the ``best`` checkpoint (the newest where none was evaluated) or the
+            ``latest``.
+
+    Raises:
+        UserError: there is no such folder, no checkpoint in it, or it is damaged.
+    """
+    return _load(Path(run_or_checkpoint), torch.device(device), which)[0]
+
+
+def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
+    """Return the model and the checkpoint's folder."""
+    if which not in ("best", "latest"):
+        raise UserError(f"which must be 'best' or 'latest', got {which!r}")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder, such as runs/base")
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    evaluated = (checkpoints / "best").exists()
+    folder = checkpoint.resolve(path, which if which == "latest" or evaluated else "auto")
+    loaded = checkpoint.load(folder, only=("model",))
+    config = config_from_dict(tomllib.loads(loaded.config_toml))
+    # Initial values are about to be overwritten: they must not use up the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = Transformer(config.model, seq_len=config.data.seq_len)
+    try:
+        model.load_state_dict(loaded.group("model"))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: its tensors do not fit its config: {error}") from error
+    return model.to(device).eval(), folder
+
+
+class _Decoder:
+    """Turns tokens into text as they come, holding back characters that are not yet complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        # Decoding starts some tokens back: a decoder may treat the start of a text differently.
+        self._start, self._shown = max(0, len(self._ids) - 8), len(self._ids)
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """Add a token and return the text that it completes."""
+        self._ids.append(token)
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        text: str = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fasttrain.generate", description="Generate text with a trained model."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
+    parser.add_argument("--prompt", default="", help="text to go on from (empty: a new document)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="… that together have probability P"
+    )
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
+    parser.add_argument("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    for name in ("max_tokens", "num_samples"):
+        if getattr(options, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    sampling = {
+        name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "greedy")
+    }
+    try:
+        sample_tokens(torch.zeros(1, 1), **sampling)  # refuse bad options before the model is read
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    device = resolve_device(options.device)
+    model, folder = _load(options.run, device, options.which)
+    run_dir = folder.parent.parent
+    path = options.tokenizer or run_dir / "tokenizer.json"
+    if not path.is_file() and options.tokenizer is None:
+        raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise UserError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
+            "give the tokenizer that its data was made with"
+        )
+    stop = end_of_text_id(tokenizer)
+    ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    if not ids:
+        if stop is None:
+            raise UserError(f"{path}: has no end-of-text token to start from; give a --prompt")
+        ids = [stop]
+    tokens = torch.tensor([ids], device=device)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    on_screen = clean if sys.stdout.isatty() else str
+    if options.num_samples > 1:
+        out = generate(
+            model, tokens.expand(options.num_samples, -1), max_new_tokens=options.max_tokens,
+            generator=generator, stop_token=stop, **sampling,
+        )  # fmt: skip
+        for number, row in enumerate(out[:, len(ids) :].tolist(), start=1):
+            text = tokenizer.decode(row[: row.index(stop)] if stop in row else row)
+            print(f"--- sample {number}\n{options.prompt}{on_screen(text)}")
+        return
+    decoder = _Decoder(tokenizer, ids)
+    print(options.prompt, end="", flush=True)
+    drawn = stream(
+        model, tokens, max_new_tokens=options.max_tokens, generator=generator, **sampling
+    )
+    for number, token in enumerate(drawn, start=1):
+        if token.item() == stop:
+            break
+        text = decoder.push(int(token), last=number == options.max_tokens)
+        print(on_screen(text), end="", flush=True)
+    print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 when done, 2 on bad input, 130 when interrupted."""
+    options = _parser().parse_args(argv)
+    with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print()
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
