@@ -191,7 +191,8 @@ def _type_remedy(f: Field[Any], value: Any) -> str:
         return f'; write "{show(value)}"'
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return f"; write {value.lower()}"
-    if isinstance(value, str) and accepts(f, _number(value)) and value:
+    number = _number(value) if isinstance(value, str) else None
+    if number is not None and accepts(f, number):
         return "; write it without quotes"
     return ""
 

@@ -31,7 +31,7 @@ class RunConfig(Section):
     name: str | None = key(
         None,
         "run folder's name (None: the config file's stem)",
-        pattern=(r"(?!\.\.?$)[^/\\\0]+", "a folder name without slashes"),
+        pattern=(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes"),
     )
     out_dir: str = key("runs", "folder that holds the run folders", pattern=(r"[^\0]+", "a path"))
     seed: int = key(1337, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)

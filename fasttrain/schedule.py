@@ -1,0 +1,63 @@
+"""Learning-rate schedules: pure functions of the step.
+
+Nothing is carried from step to step, so a resumed run and a plot made beforehand agree with the run
+itself. Standard library only.
+"""
+
+import math
+
+from fasttrain.config import ScheduleConfig
+
+__all__ = ["lr_at"]
+
+
+def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> float:
+    """Return the learning rate of one optimizer step.
+
+    With W warmup steps, S steps in all and t the step::
+
+        t < W           lr · (t + 1) / W                the first step already learns
+        constant        lr
+        cosine, linear  from lr at t = W down to min_lr at t = S - 1
+        wsd             lr, then straight from lr at t = S - round(decay_fraction · S) to min_lr
+                        at t = S - 1; the decay never starts before t = W
+
+    cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
+    last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
+    single step, that step takes lr: a run of one step learns.
+
+    Args:
+        step: the step, counted from 0.
+        total_steps: the number of steps of the whole run.
+        schedule: the ``[schedule]`` section.
+        lr: the peak learning rate.
+
+    Returns:
+        The learning rate.
+
+    Raises:
+        ValueError: ``step`` is negative or ``total_steps`` is below 1.
+
+    Source: cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al. 2024 (MiniCPM,
+    arXiv:2404.06395), here with the linear decay of Hägele et al. 2024 (arXiv:2405.18392).
+    """
+    if step < 0 or total_steps < 1:
+        raise ValueError(
+            f"lr_at: step must be ≥ 0 and total_steps ≥ 1, got {step} and {total_steps};"
+            " count steps from 0"
+        )
+    warmup_steps = schedule.warmup_steps
+    if step < warmup_steps:
+        return lr * ((step + 1) / warmup_steps)
+    if schedule.name == "constant":
+        return lr
+    start = warmup_steps
+    if schedule.name == "wsd":
+        start = max(start, total_steps - round(schedule.decay_fraction * total_steps))
+    if step <= start:
+        return lr
+    progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
+    if schedule.name == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    # Weighting both ends, rather than adding a difference to one, makes both exact.
+    return lr * (1.0 - progress) + schedule.min_lr * progress

@@ -1,0 +1,101 @@
+"""The learning rate of every schedule at the steps that matter, exactly."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fasttrain.config import ScheduleConfig
+from fasttrain.schedule import lr_at
+
+# 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
+TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5
+
+
+def schedule(name: str, **values: object) -> ScheduleConfig:
+    return ScheduleConfig(**{"name": name, "warmup_steps": WARMUP, "min_lr": MIN_LR, **values})
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_warmup_is_linear_and_ends_exactly_at_lr(name):
+    config = schedule(name)
+    assert lr_at(0, TOTAL, config, LR) == LR / 10
+    assert lr_at(4, TOTAL, config, LR) == LR / 2
+    assert lr_at(WARMUP - 1, TOTAL, config, LR) == LR
+    assert lr_at(WARMUP, TOTAL, config, LR) == LR
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "last"),
+    [
+        ("cosine", (LR + MIN_LR) / 2, MIN_LR),
+        ("linear", (LR + MIN_LR) / 2, MIN_LR),
+        ("constant", LR, LR),
+        ("wsd", LR, MIN_LR),
+    ],
+)
+def test_middle_and_last_step(name, middle, last):
+    config = schedule(name)
+    assert lr_at(55, TOTAL, config, LR) == pytest.approx(middle, rel=1e-15, abs=0)
+    assert lr_at(TOTAL - 1, TOTAL, config, LR) == last
+    assert lr_at(TOTAL, TOTAL, config, LR) == last, "beyond the horizon the rate stays"
+    assert lr_at(10 * TOTAL, TOTAL, config, LR) == last
+
+
+def test_cosine_at_a_quarter_and_three_quarters():
+    config = ScheduleConfig(name="cosine", min_lr=0.0)
+    for step, angle in [(1, math.pi / 4), (3, 3 * math.pi / 4)]:
+        expected = 0.5 * (1 + math.cos(angle))
+        assert lr_at(step, 5, config, 1.0) == pytest.approx(expected, rel=1e-15, abs=0)
+
+
+def test_wsd_holds_then_decays_linearly():
+    config = ScheduleConfig(name="wsd", warmup_steps=2, decay_fraction=0.25)
+    rates = [lr_at(step, 20, config, 1.0) for step in range(20)]
+    assert rates == [0.5] + [1.0] * 15 + [0.75, 0.5, 0.25, 0.0]
+
+
+def test_wsd_that_decays_throughout_is_linear():
+    wsd, linear = schedule("wsd", decay_fraction=1.0), schedule("linear")
+    rates = [[lr_at(t, TOTAL, s, LR) for t in range(TOTAL)] for s in (wsd, linear)]
+    assert rates[0] == rates[1]
+    assert rates[0][55] < LR
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_a_run_of_one_step_learns(name):
+    assert lr_at(0, 1, ScheduleConfig(name=name), LR) == LR
+
+
+def test_warmup_longer_than_the_horizon_goes_on():
+    """A horizon in hours is an estimate and may come out shorter than the warmup."""
+    config = schedule("cosine")
+    assert lr_at(7, 5, config, LR) == LR * 0.8
+    assert lr_at(12, 5, config, LR) == MIN_LR
+
+
+@given(
+    name=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
+    total=st.integers(1, 500),
+    warmup=st.integers(0, 499),
+    fraction=st.floats(0.01, 1.0),
+    ratio=st.floats(0.0, 1.0),
+)
+def test_rises_then_falls_within_its_bounds(name, total, warmup, fraction, ratio):
+    lr, min_lr = 3e-3, 3e-3 * ratio
+    config = ScheduleConfig(name=name, warmup_steps=warmup, decay_fraction=fraction, min_lr=min_lr)
+    rates = [lr_at(step, total, config, lr) for step in range(total)]
+    peak = min(warmup, total - 1)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    # The weighted mean of two ends may round by an ulp of either.
+    tolerance = 4 * math.ulp(lr)
+    assert all(b <= a + tolerance for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert all(0 < r <= lr + tolerance for r in rates[:peak])
+    assert all(min_lr - tolerance <= r <= lr + tolerance for r in rates[peak + 1 :])
+
+
+@pytest.mark.parametrize(("step", "total"), [(-1, 10), (0, 0)])
+def test_impossible_steps_are_refused(step, total):
+    with pytest.raises(ValueError, match=rf"got {step} and {total}; count steps from 0"):
+        lr_at(step, total, ScheduleConfig(), LR)
