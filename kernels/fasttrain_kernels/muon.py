@@ -1,0 +1,281 @@
+"""Muon: momentum whose matrices are orthogonalised, batched over equal shapes.
+
+    m_t = μ m + (1 − μ) g                u = (1 − μ) g + μ m_t  (Nesterov, else m_t)
+    w_t = (1 − lr · λ) w − lr · s(r, c) · newton_schulz(u)
+
+The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`` is
+0.2 √max(r, c), which gives the update the root mean square of AdamW's, so that the learning rate
+and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
+
+All matrices of a group with equal shapes, transposed or not, share one momentum tensor
+(n, r ≤ c, c); a step gathers their gradients into another and runs one batched iteration on it.
+``momentum_buffer`` in the state, as `torch.optim.Muon` names it, is a view of that tensor.
+
+Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM
+Training, arXiv:2502.16982 (the AdamW-matching scale).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .grad_norm import local_tensor
+from .newton_schulz import Quintic, newton_schulz, quintics
+
+__all__ = ["MUON_SCALES", "Muon"]
+
+MUON_SCALES = ("match_adamw", "spectral", "none")
+
+
+def _shape_scale(scale: str, rows: int, cols: int) -> float:
+    if scale == "match_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    return math.sqrt(max(1.0, rows / cols)) if scale == "spectral" else 1.0
+
+
+class _Batch:
+    """Matrices of one group and of equal shape, up to transposition."""
+
+    def __init__(self, group: dict[str, Any], scale: float) -> None:
+        self.group = group
+        self.scale = scale
+        self.indices: list[int] = []
+        self.transposed: list[bool] = []
+        self.momentum: Tensor = torch.empty(0)  # (n, r, c)
+
+    def views(self, stacked: Tensor) -> list[Tensor]:
+        """Return the batch's matrices in the shapes of their parameters."""
+        pairs = zip(stacked.unbind(), self.transposed, strict=True)
+        return [matrix.t() if transposed else matrix for matrix, transposed in pairs]
+
+
+class _Plan:
+    """What depends only on which parameters have gradients; kept from step to step."""
+
+    def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
+        self.params = params
+        self.has_grad = has_grad
+        self.batches: list[_Batch] = []
+        self.active: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+
+    def fits(
+        self, params: list[Tensor], has_grad: list[bool], state: dict[Tensor, dict[str, Any]]
+    ) -> bool:
+        """Whether nothing that the plan relies on has changed since it was made."""
+        return (
+            has_grad == self.has_grad
+            and all(map(is_, params, self.params))
+            and all(
+                state.get(param, {}).get("momentum_buffer") is buffer
+                for param, buffer in zip(self.active, self.buffers, strict=True)
+            )
+        )
+
+
+class Muon(Optimizer):
+    """Muon for the matrices of a model; embeddings, heads and vectors belong to `FusedAdamW`.
+
+    Args:
+        params: matrices (fp32, bf16, fp16), or dicts of parameter groups.
+        lr: learning rate, a float or a 0-dim tensor. With ``scale="match_adamw"`` AdamW's value.
+        momentum: decay rate of the momentum.
+        nesterov: use the momentum one step ahead.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        ns_steps: steps of `newton_schulz`.
+        coefficients: of `newton_schulz`.
+        scale: "match_adamw", "spectral" or "none", see the module's docstring.
+        ns_dtype: dtype of the iteration's products; None: as `newton_schulz` chooses.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a parameter is not a matrix.
+
+    Numerics: momentum in the parameter's dtype. Two runs agree bit for bit. ``state_dict`` is
+        interchangeable with `torch.optim.Muon`'s state (``momentum_buffer``).
+    Memory: one momentum a parameter; during a step, for one shape at a time, the stacked
+        gradients and the iteration's copies.
+    Source: kellerjordan.github.io/posts/muon; arXiv:2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        coefficients: str | Sequence[Quintic] = "polar_express",
+        *,
+        scale: str = "match_adamw",
+        ns_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._plan: _Plan | None = None
+        self._ns_dtype = ns_dtype
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_steps": ns_steps,
+            "coefficients": coefficients,
+            "scale": scale,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its hyper-parameters override the defaults."""
+        super().add_param_group(param_group)
+        self._plan = None
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ns_dtype": self._ns_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            _check_group(group)
+
+    def _build_plan(
+        self, params: list[Tensor], grads: list[Tensor | None], has_grad: list[bool]
+    ) -> _Plan:
+        plan = _Plan(params, has_grad)
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        batches: dict[tuple[Any, ...], _Batch] = {}
+        for i, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+            if grad is None:
+                continue
+            if local_tensor(param) is not param:
+                raise TypeError(
+                    "Muon: DTensor parameters are not supported, since a shard of a matrix cannot "
+                    "be orthogonalised on its own; replicate the matrices or use FusedAdamW"
+                )
+            rows, cols = param.shape
+            scale = _shape_scale(group["scale"], rows, cols)
+            shape = (min(rows, cols), max(rows, cols))
+            key = (id(group), scale, shape, param.dtype, param.device)
+            batch = batches.setdefault(key, _Batch(group, scale))
+            batch.indices.append(i)
+            batch.transposed.append(rows > cols)
+        for (_, _, shape, dtype, device), batch in batches.items():
+            size = (len(batch.indices), *shape)
+            batch.momentum = torch.zeros(size, dtype=dtype, device=device)
+            for i, view in zip(batch.indices, batch.views(batch.momentum), strict=True):
+                state = self.state[params[i]]
+                if "momentum_buffer" in state:
+                    view.copy_(state["momentum_buffer"])
+                state["momentum_buffer"] = view
+                plan.active.append(params[i])
+                plan.buffers.append(view)
+        plan.batches = list(batches.values())
+        return plan
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        clip_coefficient: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
+        """Update every matrix that has a gradient.
+
+        Args:
+            closure: recomputes the loss and the gradients, and returns the loss.
+            clip_coefficient: 0-dim fp32 tensor on the parameters' device that multiplies the
+                gradients, as `grad_norm` returns it.
+            found_inf: 0-dim fp32 tensor; not zero: parameters and momentum stay as they are, bit
+                for bit.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        has_grad = [grad is not None for grad in grads]
+        plan = self._plan
+        if plan is None or not plan.fits(params, has_grad, self.state):
+            plan = self._plan = self._build_plan(params, grads, has_grad)
+        for batch in plan.batches:
+            if batch.momentum.device.type == "cpu":
+                if found_inf is None or found_inf.item() == 0:
+                    self._update(batch, params, grads, clip_coefficient, None)
+            else:
+                self._update(batch, params, grads, clip_coefficient, found_inf)
+        return loss
+
+    def _update(
+        self,
+        batch: _Batch,
+        params: list[Tensor],
+        grads: list[Any],
+        clip_coefficient: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        group, momentum = batch.group, batch.momentum
+        beta, lr = group["momentum"], group["lr"]
+        weights = [params[i] for i in batch.indices]
+        stacked = torch.empty_like(momentum)  # (n, r, c)
+        torch._foreach_copy_(batch.views(stacked), [grads[i] for i in batch.indices])
+        if clip_coefficient is not None:
+            stacked.mul_(clip_coefficient)
+        if found_inf is None:
+            moved = momentum.lerp_(stacked, 1 - beta)
+        else:
+            moved = torch.lerp(momentum, stacked, 1 - beta)
+        direction = stacked.lerp_(moved, beta) if group["nesterov"] else moved
+        steps, coefficients = group["ns_steps"], group["coefficients"]
+        update = newton_schulz(direction, steps, coefficients, dtype=self._ns_dtype)
+        update = update.to(momentum.dtype)
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = lr.item()
+        update = update.mul_(-lr * batch.scale)
+        decay = 1 - lr * group["weight_decay"]
+        if found_inf is None:
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(weights, decay)
+            torch._foreach_add_(weights, batch.views(update))
+            return
+        skip = found_inf != 0
+        momentum.copy_(torch.where(skip, momentum, moved))
+        for weight, change in zip(weights, batch.views(update), strict=True):
+            weight.copy_(torch.where(skip, weight, weight * decay + change))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Muon: a tensor lr must have one element, got {lr.numel()}")
+    elif not lr >= 0.0:
+        raise ValueError(f"Muon: lr must be >= 0, got {lr}")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"Muon: momentum must be in [0, 1), got {group['momentum']}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Muon: weight_decay must be >= 0, got {group['weight_decay']}")
+    if group["scale"] not in MUON_SCALES:
+        raise ValueError(f"Muon: scale must be one of {MUON_SCALES}, got {group['scale']!r}")
+    quintics(group["coefficients"], group["ns_steps"])
+    for param in group["params"]:
+        if param.ndim != 2 or not param.is_floating_point():
+            raise ValueError(
+                f"Muon: parameters must be floating-point matrices, got shape "
+                f"{tuple(param.shape)} and {param.dtype}; give others to FusedAdamW"
+            )
