@@ -1,0 +1,274 @@
+"""fasttrain.loggers: numbers for people, the plain console, the log file, metrics.jsonl."""
+
+import io
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fasttrain.loggers import Console, JsonlLogger, clean, format_count, format_duration
+
+ROW = {
+    "step": 120,
+    "tokens": 983_040,
+    "epoch": 0.25,
+    "loss": 3.4521,
+    "loss_ema": 3.5012,
+    "lr": 1e-3,
+    "grad_norm": 0.4824,
+    "tokens_per_s": 34_512.3,
+    "step_ms": 237.4,
+    "data_wait_ms": 0.021,
+    "mfu": None,
+    "peak_memory_gib": 1.23,
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.7, "1.0k"),
+        (34_512.3, "34.5k"),
+        (999_949, "999.9k"),
+        (999_950, "1.0M"),
+        (1_234_567, "1.2M"),
+        (124_439_808, "124.4M"),
+        (2.95e9, "3.0B"),
+        (1.5e12, "1.5T"),
+        (-1500, "-1.5k"),
+        (math.inf, "inf"),
+    ],
+)
+def test_format_count(value: float, shown: str) -> None:
+    assert format_count(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.085, "85 ms"),
+        (0.9996, "1.0s"),
+        (9.21, "9.2s"),
+        (9.97, "10s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (133, "2m 13s"),
+        (3599.6, "1h 00m"),
+        (11_100, "3h 05m"),
+        (86_400, "1d 00h"),
+        (187_200, "2d 04h"),
+        (math.inf, "?"),
+    ],
+)
+def test_format_duration(seconds: float, shown: str) -> None:
+    assert format_duration(seconds) == shown
+
+
+def test_clean_keeps_text_and_escapes_control_characters() -> None:
+    assert clean("def f():\r\n\treturn 'é✓'") == "def f():\n    return 'é✓'"
+    assert clean("\x1b[31m\rX\x07\x00") == "\\x1b[31m\\rX\\x07\\x00"
+    assert clean("a\u202eb\x9b") == "a\\u202eb\\x9b"  # right-to-left override, C1 control
+
+
+def everything(console: Console) -> None:
+    """Call every method once, as a run does."""
+    console.header([("device", "cpu"), ("plan", "2,000 steps")])
+    console.note("building the corpus")
+    for step in range(1, 4):
+        console.progress(step, 3, loss=3.25)
+    console.train(ROW)
+    console.warn("a damaged checkpoint was passed over")
+    console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
+    console.evaluation({"step": 240, "val_loss": 2.8134, "val_ppl": 16.667, "best": True})
+    console.sample(120, "def main(", "args):\n\x1b[31m\r\treturn é\n")
+    console.summary([("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")])
+    console.close()
+
+
+EXPECTED = """\
+fasttrain:
+  device  cpu
+  plan    2,000 steps
+building the corpus
+step      120  loss  3.4521  ppl    31.57  lr 1.00e-03  grad  0.482  tok/s   34.5k  wait  0.02ms  mfu   n/a
+warning: a damaged checkpoint was passed over
+eval      120  val_loss 2.9134  val_ppl 18.42  bpb 1.6120  accuracy 41.2%
+eval      240  val_loss 2.8134  val_ppl 16.67  change -0.100  best
+sample, step 120
+  | def main(args):
+  | \\x1b[31m\\r    return é
+  |\x20
+done:
+  time        2m 13s
+  checkpoint  runs/base/checkpoints/step-00000240
+"""  # noqa: E501
+
+
+def test_without_a_terminal_lines_are_plain(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    console = Console(log_file=tmp_path / "train.log")
+    assert not console.interactive  # pytest's standard output is no terminal
+    everything(console)
+    assert capsys.readouterr().out == EXPECTED
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_the_log_file_holds_every_line_plainly_with_its_time(
+    interactive: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    everything(Console(log_file=tmp_path / "train.log", interactive=interactive))
+    text = (tmp_path / "train.log").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert "".join(line[21:] + "\n" for line in lines) == EXPECTED
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+
+
+def test_the_log_file_is_continued(tmp_path: Path) -> None:
+    for text in ("first run", "resumed"):
+        console = Console(log_file=tmp_path / "train.log", interactive=False)
+        console.note(text)
+        console.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[21:] for line in lines] == ["first run", "resumed"]
+
+
+class Terminal(io.StringIO):
+    """Claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "interactive"),
+    [("NO_COLOR", "1", False), ("TERM", "dumb", False), ("TERM", "xterm-256color", True)],
+)
+def test_the_environment_decides_on_a_terminal(
+    name: str, value: str, interactive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    console = Console(log_file=None)
+    assert console.interactive is interactive
+    console.note("hello")
+    assert ("\x1b" in sys.stdout.getvalue()) is interactive  # type: ignore[attr-defined]
+    console.close()
+
+
+def test_a_character_that_the_stream_cannot_encode_is_escaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    Console(log_file=None).sample(1, "é", "✓")
+    assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(math.nan, "ppl      nan"), (800.0, "ppl      inf"), (10.9, "54.2k")]
+)
+def test_perplexity_of_any_loss(
+    loss: float, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Console(log_file=None, interactive=False).train({**ROW, "loss": loss})
+    assert shown in capsys.readouterr().out
+
+
+def test_missing_values_are_not_available(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(log_file=None, interactive=False).train({"step": 1, "loss": 5.0})
+    out = capsys.readouterr().out
+    assert out.count("n/a") == 5
+    assert "loss  5.0000" in out
+
+
+def test_progress_costs_next_to_nothing_when_it_does_not_draw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step of 5 ms must not feel it: a call that does not draw stays under 20 µs."""
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = Console(log_file=None, interactive=True)
+    n, best = 2000, math.inf
+    for _ in range(5):  # the fastest of five: other processes share the machine
+        started = time.perf_counter()
+        for step in range(n):
+            console.progress(step, 10 * n, loss=1.0)
+        best = min(best, time.perf_counter() - started)
+    drawn = stream.getvalue().count(f"/{10 * n}")
+    console.close()
+    assert best / n < 20e-6
+    assert 1 <= drawn <= 12  # five a second
+
+
+def test_eta_counts_from_the_first_step_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run at step 1000 that took 10 s for 100 steps needs 90 s for 900 more."""
+    now = [0.0]
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("fasttrain.loggers.time.monotonic", lambda: now[0])
+    console = Console(log_file=None, interactive=True)
+    console.progress(1000, 2000)
+    now[0] = 10.0
+    console.progress(1100, 2000, loss=2.5)
+    console.close()
+    assert "ETA ?" in stream.getvalue()
+    assert "55%  1100/2000  ETA 1m 30s  loss 2.5" in stream.getvalue()
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_rows_are_readable_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.write("train", ROW)
+    assert rows(path) == [{"kind": "train", **ROW}]
+    logger.write("eval", {"step": 120, "val_loss": 2.9})
+    assert rows(path)[1] == {"kind": "eval", "step": 120, "val_loss": 2.9}
+    logger.close()
+    logger.close()
+
+
+def test_jsonl_is_json_where_the_loss_is_not_finite(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.write("train", {"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    logger.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"kind": "train", "step": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_jsonl_of_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(path)
+    for step in (10, 20, 30, 40):
+        first.write("train", {"step": step})
+    first.write("eval", {"step": 40})
+    first.close()
+    with path.open("a") as f:
+        f.write('{"kind": "train", "st')  # the process was killed here
+    resumed = JsonlLogger(path)
+    resumed.drop_after(20)
+    resumed.write("train", {"step": 30})
+    resumed.close()
+    assert [row["step"] for row in rows(path)] == [10, 20, 30]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_jsonl_is_continued_by_default(tmp_path: Path) -> None:
+    for step in (1, 2):
+        logger = JsonlLogger(tmp_path / "metrics.jsonl")
+        logger.write("train", {"step": step})
+        logger.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]

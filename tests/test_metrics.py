@@ -1,0 +1,155 @@
+"""fasttrain.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
+
+import math
+
+import pytest
+import torch
+
+from fasttrain import metrics
+from fasttrain.metrics import LossTracker, flops_per_token, mfu, peak_flops, peak_memory_gib
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5e12),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.5e12),
+        ("NVIDIA H100 PCIe", "fp16", 756e12),
+        ("NVIDIA H100 NVL", "bf16", 835.5e12),
+        ("NVIDIA H200", "bf16", 989.5e12),
+        ("NVIDIA GH200 480GB", "bf16", 989.5e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100 80GB PCIe", "tf32", 156e12),
+        ("NVIDIA A100-PCIE-40GB", "fp32", 19.5e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA L40", "bf16", 181e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2e12),
+        ("Tesla T4", "fp16", 65e12),
+        ("Tesla T4", "bf16", None),  # Turing multiplies neither bf16 nor TF32
+        ("Tesla V100-SXM2-16GB", "tf32", None),
+    ],
+)
+def test_peak_of_known_devices(name: str, dtype: str, expected: float | None) -> None:
+    assert metrics._peak_of(name, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",  # a slice of the chip
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H20",
+        "NVIDIA A100X",
+        "AMD Instinct MI300X",
+        "NVIDIA L4000",
+        "",
+    ],
+)
+def test_a_similar_name_is_not_enough(name: str) -> None:
+    for dtype in ("bf16", "fp16", "tf32", "fp32"):
+        assert metrics._peak_of(name, dtype) is None
+
+
+def test_peak_falls_with_precision_on_every_device() -> None:
+    for _, half, tf32, single in metrics._PEAK_TFLOPS:
+        assert half > tf32 >= single
+        assert half == pytest.approx(2 * tf32, rel=0.03)
+
+
+def test_peak_of_a_cpu_is_unknown() -> None:
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_peak_refuses_an_unresolved_dtype() -> None:
+    with pytest.raises(ValueError, match="'auto'"):
+        peak_flops(torch.device("cpu"), "auto")
+
+
+def test_flops_of_gpt2_small() -> None:
+    """The matrices of GPT-2 124M with its tied head, counted by hand."""
+    dim, layers, heads, seq_len, vocab = 768, 12, 12, 1024, 50257
+    n = layers * 12 * dim * dim + vocab * dim
+    assert n == 123_532_032
+    attention = 12 * layers * dim * seq_len
+    assert (
+        flops_per_token(n, layers, heads, dim // heads, seq_len) == 6 * n + attention == 854438400
+    )
+
+
+def test_flops_agree_with_torchs_counter() -> None:
+    """Torch counts the products of one block: projections, attention without its causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dim, heads, seq_len = 32, 4, 16
+    qkv, out = torch.nn.Linear(dim, 3 * dim, bias=False), torch.nn.Linear(dim, dim, bias=False)
+    x = torch.randn(1, seq_len, dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        q, k, v = (t.view(1, seq_len, heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, dim=-1))
+        scores = (q @ k.transpose(-1, -2)).softmax(-1)
+        out((scores @ v).transpose(1, 2).reshape(1, seq_len, dim)).sum().backward()
+    expected = flops_per_token(4 * dim * dim, 1, heads, dim // heads, seq_len) * seq_len
+    assert counter.get_total_flops() == expected
+
+
+def test_mfu() -> None:
+    assert mfu(1000.0, 5e9, 1e13) == pytest.approx(0.5)
+    assert mfu(1000.0, 5e9, 1e13, n_devices=2) == pytest.approx(0.25)
+    assert mfu(1000.0, 5e9, None) is None
+
+
+def test_loss_tracker_starts_at_the_first_loss_and_follows() -> None:
+    tracker = LossTracker(decay=0.75)
+    assert tracker.value is None
+    assert tracker.update(4.0) == 4.0
+    assert tracker.update(2.0) == pytest.approx(3.5)
+    assert tracker.update(2.0) == pytest.approx(3.125)
+
+
+def test_loss_tracker_leaves_out_what_is_not_finite() -> None:
+    tracker = LossTracker()
+    assert tracker.update(math.nan) is None
+    tracker.update(3.0)
+    assert tracker.update(math.inf) == 3.0
+    assert tracker.update(math.nan) == 3.0
+
+
+def test_loss_tracker_goes_on_from_its_value() -> None:
+    whole, first, second = LossTracker(), LossTracker(), LossTracker()
+    losses = [5.0, 4.5, 4.2, 3.9, 3.7]
+    for loss in losses:
+        whole.update(loss)
+    for loss in losses[:2]:
+        first.update(loss)
+    second.value = first.value
+    for loss in losses[2:]:
+        second.update(loss)
+    assert second.value == whole.value
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_loss_tracker_refuses_a_bad_decay(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        LossTracker(decay)
+
+
+def test_peak_memory_of_the_process_rises_with_use() -> None:
+    before = peak_memory_gib(torch.device("cpu"))
+    assert 0.01 < before < 1024
+    used = torch.ones(int((before + 0.05) * 2**30 / 8), dtype=torch.float64)
+    after = peak_memory_gib(torch.device("cpu"))
+    assert after >= before + 0.04
+    assert used[-1] == 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
+    device = torch.device("cuda")
+    metrics.reset_peak_memory(device)
+    before = peak_memory_gib(device)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert peak_memory_gib(device) >= before + 0.25
+    del block
+    metrics.reset_peak_memory(device)
+    assert peak_memory_gib(device) < before + 0.25
