@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also integers too long, nesting too deep
         raise ConfigError(f"{path}: is not valid TOML: {error}; correct that line") from None
 
 
@@ -128,7 +128,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return name, None
     try:
         value = tomllib.loads(f"value = {raw}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return name, raw
     # More than one key means that a line break smuggled in a second assignment.
     if set(value) != {"value"}:

@@ -27,6 +27,10 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A config that is refused; names the key, the value, what is allowed and the remedy."""
 
+    def __init__(self, message: str) -> None:
+        # One line whatever the input holds, and no control characters on the terminal.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 def key(
     default: Any,
@@ -72,8 +76,6 @@ def show(value: Any) -> str:
         text = f"[{', '.join(map(show, value))}]"
     else:
         text = f'"{value}"' if isinstance(value, str) else repr(value)
-    # One line whatever the value holds, and no control characters on the terminal.
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
