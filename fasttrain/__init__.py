@@ -1,0 +1,31 @@
+"""fasttrain: a compact, fast pretraining engine for language models."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasttrain.generate import generate, load_model
+    from fasttrain.config import TrainConfig, load_config
+    from fasttrain.model import Transformer
+    from fasttrain.trainer import Trainer
+
+__all__ = ["TrainConfig", "Trainer", "Transformer", "generate", "load_config", "load_model"]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "Transformer": "model",
+    "generate": "generate",
+    "load_config": "config",
+    "load_model": "generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that a bad config fails before torch is loaded."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"fasttrain.{_HOME[name]}"), name)

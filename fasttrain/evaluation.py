@@ -1,0 +1,64 @@
+"""The held-out split: loss, perplexity, bits per byte and next-token accuracy."""
+
+import math
+
+import torch
+from fasttrain_kernels import linear_cross_entropy
+from torch import Tensor
+
+from fasttrain.data.format import TokenDataset
+from fasttrain.data.loader import Batch, evaluation_batches
+from fasttrain.device import Precision
+from fasttrain.model import Transformer
+from fasttrain.step import IGNORE_INDEX
+
+__all__ = ["evaluate"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float | None]:
+    """Run ``model`` over the whole split once, in order; every token but the first is a target once.
+
+    Returns:
+        ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text (None
+        where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    batches = evaluation_batches(dataset, seq_len=seq_len, batch_size=batch_size, device=device)
+    for batch in batches:
+        totals += _totals(model, batch, precision)
+    model.train(was_training)
+    loss_sum, n_right, n_targets = totals.tolist()
+    loss = loss_sum / n_targets
+    return {
+        "val_loss": loss,
+        "val_ppl": math.exp(min(loss, 700.0)),
+        "val_bpb": loss_sum / math.log(2) / dataset.n_bytes if dataset.n_bytes else None,
+        "val_accuracy": n_right / n_targets,
+    }
+
+
+def _totals(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
+    """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
+    with precision.autocast():
+        loss_sum, accuracy = linear_cross_entropy(
+            model(batch.tokens),
+            model.head_weight,
+            batch.targets,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            softcap=model.config.logit_softcap,
+            return_accuracy=True,
+        )
+    n_targets = (batch.targets != IGNORE_INDEX).sum()
+    return torch.stack([loss_sum.double(), accuracy.double() * n_targets, n_targets.double()])

@@ -1,0 +1,245 @@
+"""The decoder-only Transformer: GPT-2 style and Llama / Qwen3 style are options of one model.
+
+Legend: B batch, T sequence, D dim, F hidden_dim, V vocabulary, L layers.
+
+The forward pass ends at the normalised hidden states (B, T, D): in training the head and the loss are
+one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B, T, V) never exist in full.
+"""
+
+import torch
+import torch.nn.functional as F
+from fasttrain_kernels import RMSNorm, relu_squared, swiglu
+from torch import Tensor, nn
+
+from fasttrain.attention import Attention, KVCache, LayerCache, rope_tables
+from fasttrain.config import ConfigError, ModelConfig
+
+__all__ = ["Block", "FeedForward", "Transformer"]
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+
+
+def hidden_dim(config: ModelConfig) -> int:
+    """Return the width of the feed-forward layer.
+
+    Unset, it is 4·D, or 8/3·D rounded up to a multiple of 64 for SwiGLU, which has three matrices
+    where the others have two (Shazeer 2020, arXiv:2002.05202).
+    """
+    if config.hidden_dim is not None:
+        return config.hidden_dim
+    return -(-8 * config.dim // (3 * 64)) * 64 if config.mlp == "swiglu" else 4 * config.dim
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward layer: SwiGLU, GELU (tanh form, as GPT-2) or squared ReLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = hidden_dim(config)
+        self.kind = config.mlp
+        self.dropout = config.dropout
+        n_in = 2 if self.kind == "swiglu" else 1  # gate and value side by side: one product
+        self.up = nn.Linear(config.dim, n_in * width, bias=config.bias)
+        self.down = nn.Linear(width, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T, D) to (B, T, D)."""
+        h = self.up(x)
+        if self.kind == "swiglu":
+            gate, value = h.chunk(2, dim=-1)  # (B, T, F) each
+            h = swiglu(gate, value)
+        elif self.kind == "relu2":
+            h = relu_squared(h)
+        else:
+            h = F.gelu(h, approximate="tanh")
+        return F.dropout(self.down(h), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        start: int,
+    ) -> Tensor:
+        """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: the ``[model]`` section with ``vocab_size`` set.
+        seq_len: the longest sequence, in tokens.
+
+    Raises:
+        ConfigError: ``vocab_size`` is unset.
+    """
+
+    def __init__(self, config: ModelConfig, *, seq_len: int) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError(
+                "model.vocab_size is unset and there is no dataset to take it from; set it"
+            )
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.seq_len = seq_len
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(seq_len, config.dim) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = _norm(config)
+        # A tied head is the embedding itself, so that a checkpoint holds the matrix once.
+        tied = config.tied_embeddings
+        self.head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head_dim = config.head_dim or config.dim // config.n_heads
+        self.rope_cos: Tensor | None
+        self.rope_sin: Tensor | None
+        cos, sin = (
+            (None, None) if learned else rope_tables(seq_len, self.head_dim, config.rope_theta)
+        )
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise all parameters in place, from ``generator`` or torch's global one.
+
+        Matrices are normal with standard deviation ``init_std`` (unset: 1/sqrt(fan-in), LeCun et al.
+        1998). Matrices that write to the residual stream are zero where ``zero_init_projections``
+        (Zhang et al. 2019, arXiv:1901.09321), else scaled by 1/sqrt(2·L) (Radford et al. 2019). The
+        head, tied or not, has standard deviation min(0.02, 0.5/sqrt(D)), which keeps the first loss
+        within 0.3 of ln V; an untied embedding has 1, of the size of a normalised hidden state.
+        Biases are zero, norm weights one.
+        """
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = config.init_std or module.in_features**-0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | RMSNorm):
+                module.reset_parameters()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for projection in (block.attention.out.weight, block.mlp.down.weight):
+                scale = 0.0 if config.zero_init_projections else (2 * config.n_layers) ** -0.5
+                projection.mul_(scale)
+        head_std = min(0.02, 0.5 * config.dim**-0.5)
+        nn.init.normal_(self.head_weight, std=head_std, generator=generator)
+        if self.head is not None:
+            nn.init.normal_(self.embedding.weight, std=config.init_std or 1.0, generator=generator)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=head_std, generator=generator)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The matrix (V, D) that maps hidden states to logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def num_matmul_parameters(self) -> int:
+        """Return the number of parameters in matrix products: all matrices but table look-ups."""
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        return matrices + self.head_weight.numel()
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        """Return an empty cache for ``batch_size`` sequences of at most ``max_tokens``."""
+        weight = self.embedding.weight
+        n_kv = self.config.n_kv_heads or self.config.n_heads
+        shape = (batch_size, n_kv, max_tokens, self.head_dim)
+        layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+        return KVCache(layers, max_tokens)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the normalised hidden states of ``tokens``.
+
+        Args:
+            tokens: int64 (B, T), each in [0, V); T and the cached length are at most ``seq_len``.
+            cache: keys and values of the tokens before these, from `new_cache`; extended in place.
+
+        Returns:
+            Hidden states (B, T, D); `logits` or a fused loss takes them from there.
+
+        Raises:
+            ValueError: the positions pass ``seq_len`` or the cache's room.
+        """
+        t = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        room = self.seq_len if cache is None else min(self.seq_len, cache.max_tokens)
+        if start + t > room:
+            raise ValueError(
+                f"Transformer: {start} cached + {t} new tokens exceed the room for {room}; shorten the "
+                "input or build the model with a larger seq_len"
+            )
+        x = self.embedding(tokens)  # (B, T, D)
+        rope = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[start : start + t]
+        else:
+            assert self.rope_cos is not None
+            assert self.rope_sin is not None
+            rope = (self.rope_cos[start : start + t], self.rope_sin[start : start + t])
+        x = F.dropout(x, self.config.dropout, self.training)
+        mask = self._mask(start, t, tokens.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache.layers[i] if cache is not None else None, start)
+        if cache is not None:
+            cache.length = start + t
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def _mask(self, start: int, t: int, device: torch.device) -> Tensor | None:
+        """Return the boolean mask (T, start + T), or None where plain causal attention is meant."""
+        window = self.config.sliding_window_tokens
+        windowed = window is not None and window < start + t
+        if not windowed and (start == 0 or t == 1):
+            return None
+        query = torch.arange(start, start + t, device=device)[:, None]
+        key = torch.arange(start + t, device=device)[None, :]
+        mask = key <= query
+        if window is not None:
+            mask &= query - key < window
+        return mask
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., D) to fp32 logits (..., V), soft-capped where the config says so.
+
+        Source of the softcap: Gemma 2 (arXiv:2408.00118).
+        """
+        logits = F.linear(hidden, self.head_weight).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def flops_constants(model: Transformer) -> dict[str, int]:
+    """Return what `fasttrain.metrics.flops_per_token` needs to know of a model."""
+    return {
+        "n_matmul_parameters": model.num_matmul_parameters(),
+        "n_layers": model.config.n_layers,
+        "n_heads": model.config.n_heads,
+        "head_dim": model.head_dim,
+    }

@@ -1,0 +1,136 @@
+"""One training step on the device: forward, backward, norm, verdict, update. Nothing here syncs.
+
+The loss of a step is the sum over all its target tokens divided by the number of those not ignored,
+so that neither loss nor gradient depends on how the step is cut into micro-batches.
+
+Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
+from torch import Tensor
+
+from fasttrain.config import TrainConfig
+from fasttrain.data.loader import Batch
+from fasttrain.device import Precision, compile_loss
+from fasttrain.model import Transformer
+
+__all__ = ["IGNORE_INDEX", "Criterion", "TrainStep"]
+
+IGNORE_INDEX = -100
+
+Criterion = Callable[[Transformer, Tensor, Tensor], Tensor]  # model, tokens, targets → summed loss
+
+
+def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
+    """Return the default criterion: head and cross-entropy as one operation, summed over tokens."""
+
+    def criterion(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss_sum: Tensor = linear_cross_entropy(
+            model(tokens),
+            model.head_weight,
+            targets,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=config.train.label_smoothing,
+            z_loss=config.train.z_loss,
+            softcap=model.config.logit_softcap,
+        )
+        return loss_sum
+
+    return criterion
+
+
+class TrainStep:
+    """The numbers of a run that live on the device, and the step that changes them.
+
+    Attributes:
+        loss: fp32 scalar, mean over the target tokens of the last step.
+        norm: fp32 scalar, gradient norm of the last step before clipping.
+        skipped: how many steps were skipped for a non-finite loss or gradient.
+        skipped_in_a_row: how many of these were the last ones.
+        grad_scale: what the loss is multiplied by before the backward pass: 1 unless fp16.
+        growth_tracker: clean steps since the scale last changed.
+    """
+
+    STATE = ("skipped", "skipped_in_a_row", "grad_scale", "growth_tracker")
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        precision: Precision,
+        criterion: Criterion | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizers = list(optimizers)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.precision = precision
+        self.max_grad_norm = config.train.max_grad_norm
+        self.criterion = criterion or linear_cross_entropy_criterion(config)
+        self.loss_fn, self.compile_mode = compile_loss(self._loss, config.run, device)
+        zero = torch.zeros((), device=device)
+        self.loss, self.norm = zero.clone(), zero.clone()
+        self.skipped, self.skipped_in_a_row = zero.clone(), zero.clone()
+        self.grad_scale = torch.full_like(zero, 2.0**16 if precision.scaled else 1.0)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with self.precision.autocast():
+            return self.criterion(self.model, tokens, targets)
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> None:
+        """Run one step over its micro-batches with learning rate ``lr``."""
+        n_targets = torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum()
+        weight = self.grad_scale / n_targets.clamp(min=1)
+        loss = torch.zeros_like(self.loss)
+        for batch in batches:
+            part = self.loss_fn(batch.tokens, batch.targets) * weight
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        self.loss = loss / self.grad_scale
+
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        self.norm = grad_norm(grads).norm / self.grad_scale
+        bad = (~(torch.isfinite(self.norm) & torch.isfinite(self.loss))).float()
+        clip = 1 / self.grad_scale
+        if self.max_grad_norm is not None:
+            clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            self._update(optimizer, clip, bad)
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = self.skipped + bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
+            torch._amp_update_scale_(self.grad_scale, self.growth_tracker, bad, 2.0, 0.5, 2000)
+
+    def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
+        if isinstance(optimizer, FusedAdamW | Muon):  # these read both on the device
+            optimizer.step(clip_coefficient=clip, found_inf=bad)
+        elif not bad:  # any other optimizer costs a host sync here
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_mul_([g for g in grads if g is not None], clip)
+            optimizer.step()
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        """Bring loss, norm, skipped, skipped in a row and scale to the host: one sync."""
+        values = torch.stack(
+            [self.loss, self.norm, self.skipped, self.skipped_in_a_row, self.grad_scale]
+        ).tolist()
+        return tuple(values)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that resuming needs."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        for name in self.STATE:
+            setattr(self, name, state[name].to(self.loss.device))

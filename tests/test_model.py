@@ -1,0 +1,211 @@
+"""The Transformer: options, initialisation, cache, first loss, what a position may see."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fasttrain.config import ConfigError, ModelConfig, load_config
+from fasttrain.model import Transformer, flops_constants, hidden_dim
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+GPT2 = ModelConfig(
+    vocab_size=128,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    mlp="gelu",
+    norm="layer",
+    positions="learned",
+    bias=True,
+    tied_embeddings=True,
+)
+QWEN3 = ModelConfig(
+    vocab_size=128, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, qk_norm=True
+)
+WINDOW = ModelConfig(
+    vocab_size=128,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=1,
+    sliding_window_tokens=4,
+    mlp="relu2",
+)
+CAPPED = ModelConfig(vocab_size=128, dim=32, n_layers=2, n_heads=2, logit_softcap=5.0)
+STYLES = {"gpt2": GPT2, "qwen3": QWEN3, "window": WINDOW, "capped": CAPPED}
+
+
+def build(config: ModelConfig, seq_len: int = 24) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config, seq_len=seq_len)
+
+
+@pytest.fixture(params=STYLES)
+def style(request: pytest.FixtureRequest) -> ModelConfig:
+    return STYLES[request.param]
+
+
+def test_hidden_states_and_logits_have_the_promised_shapes(style: ModelConfig) -> None:
+    model = build(style)
+    tokens = torch.randint(0, 128, (3, 24))
+    hidden = model(tokens)
+    assert hidden.shape == (3, 24, 32)
+    logits = model.logits(hidden)
+    assert logits.shape == (3, 24, 128)
+    assert logits.dtype == torch.float32
+    if style.logit_softcap is not None:
+        assert logits.abs().max() <= style.logit_softcap
+
+
+def test_no_position_sees_a_later_token(style: ModelConfig) -> None:
+    model = build(style)
+    tokens = torch.randint(0, 128, (1, 24))
+    changed = tokens.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 128
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_a_sliding_window_forgets_what_lies_outside_it() -> None:
+    one_layer = ModelConfig(vocab_size=128, dim=32, n_layers=1, n_heads=4, sliding_window_tokens=4)
+    model = build(one_layer)
+    tokens = torch.randint(0, 128, (1, 24))
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 128
+    differs = (model(tokens) != model(changed)).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+def test_cached_hidden_states_equal_uncached_ones(style: ModelConfig) -> None:
+    model = build(style).eval()
+    tokens = torch.randint(0, 128, (2, 24))
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = model.new_cache(2, 24)
+        pieces = [model(piece, cache) for piece in tokens.split([7, 1, 5, 1, 10], dim=1)]
+    assert cache.length == 24
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_queries_equal_repeated_keys_and_values() -> None:
+    torch.manual_seed(0)
+    grouped = build(QWEN3)
+    full = build(
+        ModelConfig(vocab_size=128, dim=32, n_layers=2, n_heads=4, head_dim=16, qk_norm=True)
+    )
+    state = grouped.state_dict()
+    for i in range(2):
+        q, k, v = state[f"blocks.{i}.attention.qkv.weight"].split([64, 32, 32])
+        k, v = (w.view(2, 16, 32).repeat_interleave(2, 0).reshape(64, 32) for w in (k, v))
+        state[f"blocks.{i}.attention.qkv.weight"] = torch.cat([q, k, v])
+    full.load_state_dict(state)
+    tokens = torch.randint(0, 128, (2, 24))
+    torch.testing.assert_close(grouped(tokens), full(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_attention_depends_on_distance_alone() -> None:
+    model = build(ModelConfig(vocab_size=128, dim=32, n_layers=1, n_heads=2), seq_len=64).eval()
+    attention = model.blocks[0].attention
+    x = torch.randn(1, 8, 32)
+    near, far = ((model.rope_cos[s : s + 8], model.rope_sin[s : s + 8]) for s in (0, 40))
+    torch.testing.assert_close(
+        attention(x, near, None), attention(x, far, None), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = build(GPT2)
+    assert model.head_weight is model.embedding.weight
+    assert "head.weight" not in model.state_dict()
+    assert build(QWEN3).head_weight is not build(QWEN3).embedding.weight
+
+
+def test_zero_initialised_projections_leave_the_residual_stream_alone() -> None:
+    config = ModelConfig(vocab_size=128, dim=32, n_layers=2, n_heads=2, zero_init_projections=True)
+    model = build(config)
+    tokens = torch.randint(0, 128, (1, 24))
+    torch.testing.assert_close(model(tokens), model.norm(model.embedding(tokens)))
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    a, b = build(QWEN3), build(QWEN3)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    generator = torch.Generator().manual_seed(1)
+    b.init_weights(generator)
+    assert not torch.equal(a.embedding.weight, b.embedding.weight)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    config = ModelConfig(vocab_size=128, dim=32, n_layers=1, n_heads=2, dropout=0.5)
+    model = build(config)
+    tokens = torch.randint(0, 128, (1, 24))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_too_long_an_input_is_refused_with_the_remedy() -> None:
+    model = build(QWEN3)
+    with pytest.raises(ValueError, match=r"0 cached \+ 25 new tokens exceed the room for 24"):
+        model(torch.zeros(1, 25, dtype=torch.int64))
+    with pytest.raises(ValueError, match="room for 8"):
+        model(torch.zeros(1, 9, dtype=torch.int64), model.new_cache(1, 8))
+
+
+def test_an_unset_vocabulary_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is unset"):
+        Transformer(ModelConfig(), seq_len=8)
+
+
+# What the papers, or the published checkpoints, count; base is whatever its own shape gives.
+PUBLISHED = {"gpt2-124m": 124_439_808, "llama-350m": None, "llama-1b": 1_235_814_400}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_on_the_meta_device_and_counts_its_parameters(path: Path) -> None:
+    config = load_config(path)
+    model_config = config.model
+    if model_config.vocab_size is None:
+        vocab = -(-config.data.corpus_vocab_size // 64) * 64
+        model_config = load_config(path, [f"model.vocab_size={vocab}"]).model
+    with torch.device("meta"):
+        model = Transformer(model_config, seq_len=config.data.seq_len)
+    count = model.num_parameters()
+    print(f"{path.stem}: {count:,} parameters")
+    m, f, v = model_config, hidden_dim(model_config), model_config.vocab_size
+    assert v is not None
+    head_dim = m.head_dim or m.dim // m.n_heads
+    per_block = m.dim * head_dim * (2 * m.n_heads + 2 * (m.n_kv_heads or m.n_heads))
+    per_block += (3 if m.mlp == "swiglu" else 2) * m.dim * f
+    matrices = m.n_layers * per_block + (1 if m.tied_embeddings else 2) * v * m.dim
+    if m.positions == "learned":
+        matrices += config.data.seq_len * m.dim
+    vectors = count - matrices
+    assert 0 < vectors < 0.002 * count
+    if PUBLISHED.get(path.stem):
+        assert count == pytest.approx(PUBLISHED[path.stem], rel=0.002)
+    assert flops_constants(model)["n_matmul_parameters"] <= count
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_first_loss_is_near_the_logarithm_of_the_vocabulary(path: Path) -> None:
+    # One block of the config's own width and vocabulary: depth only adds terms that the final norm
+    # scales away, and a billion parameters do not fit a test.
+    config = load_config(path)
+    overrides = [f"model.n_layers={min(config.model.n_layers, 2)}"]
+    if config.model.vocab_size is None:
+        overrides.append("model.vocab_size=4096")
+    model_config = load_config(path, overrides).model
+    torch.manual_seed(0)
+    model = Transformer(model_config, seq_len=config.data.seq_len).eval()
+    assert model_config.vocab_size is not None
+    tokens = torch.randint(0, model_config.vocab_size, (1, 65))
+    with torch.no_grad():
+        logits = model.logits(model(tokens[:, :-1]))
+    loss = F.cross_entropy(logits[0], tokens[0, 1:]).item()
+    assert loss == pytest.approx(math.log(model_config.vocab_size), abs=0.3)

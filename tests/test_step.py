@@ -1,0 +1,199 @@
+"""One step: the same numbers for any split into micro-batches, clipping, skipping, fp16 scaling."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttrain.config import TrainConfig, config_from_dict
+from fasttrain.data.loader import Batch
+from fasttrain.device import resolve_precision
+from fasttrain.model import Transformer
+from fasttrain.optim import build_optimizers
+from fasttrain.step import IGNORE_INDEX, TrainStep
+
+CPU = torch.device("cpu")
+SMALL = {
+    "run": {"compile": "off", "dtype": "fp32"},
+    "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
+    "data": {"seq_len": 12},
+    "train": {"steps": 4, "max_grad_norm": 0.5},
+}
+
+
+def make(dtype: str = "fp32", optimizer: str = "adamw", **train: object) -> TrainStep:
+    values = {**SMALL, "train": {**SMALL["train"], **train}, "optim": {"name": optimizer}}
+    config: TrainConfig = config_from_dict(values)
+    torch.manual_seed(0)
+    model = Transformer(config.model, seq_len=config.data.seq_len)
+    precision = resolve_precision(dtype, CPU)
+    optimizers = build_optimizers(model, config.optim)
+    return TrainStep(model, optimizers, config, device=CPU, precision=precision)
+
+
+def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
+    return Batch(tokens, targets, None, len(tokens), None)
+
+
+def uneven_rows() -> tuple[Tensor, Tensor]:
+    """Eight rows with very different numbers of targets; the last two rows have none."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 64, (8, 12), generator=generator)
+    targets = torch.randint(0, 64, (8, 12), generator=generator)
+    for row, n_ignored in enumerate((0, 1, 11, 5, 0, 9, 12, 12)):
+        targets[row, 12 - n_ignored :] = IGNORE_INDEX
+    return tokens, targets
+
+
+def split(rows: tuple[Tensor, Tensor], n: int) -> list[Batch]:
+    return [make_batch(*pair) for pair in zip(*(t.chunk(n) for t in rows), strict=True)]
+
+
+def gradients(step: TrainStep, batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the gradients of a step, seen by an optimizer that keeps them."""
+    kept: list[Tensor] = []
+    step.optimizers = []
+    step(batches, 0.0)
+    for p in step.parameters:
+        assert p.grad is not None
+        kept.append(p.grad.clone())
+        p.grad = None
+    return kept
+
+
+@pytest.mark.parametrize("n_micro_batches", [2, 4, 8])
+def test_R20_loss_and_gradient_do_not_depend_on_the_split(n_micro_batches: int) -> None:
+    rows = uneven_rows()
+    whole, parts = make(), make()
+    expected = gradients(whole, split(rows, 1))
+    actual = gradients(parts, split(rows, n_micro_batches))
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
+    assert parts.norm.item() == pytest.approx(whole.norm.item(), rel=1e-5)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_R20_the_loss_is_the_mean_over_the_targets_that_count() -> None:
+    step = make()
+    tokens, targets = uneven_rows()
+    with torch.no_grad():
+        logits = step.model.logits(step.model(tokens))
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    step(split((tokens, targets), 4), 0.0)
+    assert step.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_R20_a_step_without_any_target_is_finite_and_changes_no_weight_but_by_decay() -> None:
+    step = make()
+    tokens, targets = uneven_rows()
+    before = step.model.blocks[0].mlp_norm.weight.detach().clone()
+    step([make_batch(tokens, torch.full_like(targets, IGNORE_INDEX))], 1e-2)
+    assert step.loss.item() == 0.0
+    assert step.norm.item() == 0.0
+    assert step.skipped.item() == 0.0
+    assert torch.equal(step.model.blocks[0].mlp_norm.weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
+    optimizer: str,
+) -> None:
+    step = make(optimizer=optimizer)
+    batches = split(uneven_rows(), 4)
+    step(batches, 1e-2)  # moments exist
+    parameters = [p.detach().clone() for p in step.parameters]
+    moments = [v.clone() for o in step.optimizers for s in o.state.values() for v in s.values()]
+    assert moments
+
+    criterion, calls = step.criterion, iter(range(10))
+
+    def poisoned(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = criterion(model, tokens, targets)
+        return loss * float("nan") if next(calls) == 1 else loss
+
+    step.criterion = poisoned
+    step(batches, 1e-2)
+    assert step.skipped.item() == 1.0
+    assert step.skipped_in_a_row.item() == 1.0
+    assert all(torch.equal(p, q) for p, q in zip(step.parameters, parameters, strict=True))
+    after = [v for o in step.optimizers for s in o.state.values() for v in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+
+    step(batches, 1e-2)  # and training goes on
+    assert step.skipped.item() == 1.0
+    assert step.skipped_in_a_row.item() == 0.0
+    assert not torch.equal(step.parameters[0], parameters[0])
+
+
+def test_the_update_is_that_of_torch_adamw_after_clipping() -> None:
+    step = make()
+    batches = split(uneven_rows(), 2)
+    reference = make()
+    groups = [
+        {"params": g["params"], "weight_decay": g["weight_decay"]}
+        for g in reference.optimizers[0].param_groups
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(3):
+        grads = gradients(reference, batches)
+        for p, g in zip(reference.parameters, grads, strict=True):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters, 0.5)
+        adamw.step()
+        step(batches, 1e-2)
+        assert step.norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > 0.5  # clipping was at work
+    for p, q in zip(step.parameters, reference.parameters, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_fp16_halves_its_scale_after_an_overflow_and_trains_on() -> None:
+    step = make("fp16")
+    step.grad_scale.fill_(2.0**40)  # far above what fp16 gradients can hold
+    batches = split(uneven_rows(), 1)
+    before = step.parameters[0].detach().clone()
+    step(batches, 1e-2)
+    assert step.skipped.item() == 1.0
+    assert step.grad_scale.item() == 2.0**39
+    assert torch.equal(step.parameters[0], before)
+    step.grad_scale.fill_(2.0**10)
+    step(batches, 1e-2)
+    assert step.skipped.item() == 1.0
+    assert not torch.equal(step.parameters[0], before)
+    full = make("fp32")
+    full(batches, 1e-2)
+    assert step.norm.item() == pytest.approx(full.norm.item(), rel=0.05)
+
+
+def test_bf16_computes_near_fp32_with_fp32_parameters() -> None:
+    half, full = make("bf16"), make("fp32")
+    batches = split(uneven_rows(), 2)
+    half(batches, 0.0)
+    full(batches, 0.0)
+    assert {p.dtype for p in half.parameters} == {torch.float32}
+    assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.01)
+    assert half.loss.dtype == torch.float32
+
+
+def test_any_other_optimizer_trains_too() -> None:
+    step, reference = make(max_grad_norm=None), make(max_grad_norm=None)
+    step.optimizers = [torch.optim.SGD(step.parameters, lr=0.1)]
+    batches = split(uneven_rows(), 2)
+    grads = gradients(reference, batches)
+    step(batches, 0.1)
+    for p, q, g in zip(step.parameters, reference.parameters, grads, strict=True):
+        torch.testing.assert_close(p, q - 0.1 * g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_compiles_without_a_graph_break() -> None:
+    step = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(step._loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, targets = uneven_rows()
+    loss = compiled(tokens, targets)
+    loss.backward()
+    grads = [p.grad for p in step.parameters]
+    torch.testing.assert_close(loss, step._loss(tokens, targets), rtol=1e-5, atol=1e-5)
+    assert all(g is not None and g.isfinite().all() for g in grads)
