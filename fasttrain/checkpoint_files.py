@@ -1,0 +1,341 @@
+"""What a checkpoint is made of on disk: safetensors laid out in memory, sealed manifests, durable
+writes and reads that trust nothing.
+
+Every write goes through `os.open`, `os.write`, `os.fsync`, `os.rename`, `os.replace`, `os.unlink`,
+`os.mkdir` and `os.rmdir`, so that a test can crash at each of them. The safetensors files are written
+and read here, not by the safetensors library, so that each byte is hashed in the one pass that
+moves it, straight from and into the tensors' memory; the tests hold both against the library.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.config import UserError
+
+Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
+
+MANIFEST = "manifest.json"
+FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
+_CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
+_JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
+_FINITE_CHUNK = 32_767  # elements: below torch's grain of 32,768, so the check stays on one thread
+STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_REMEDIES = {
+    errno.ENOSPC: "free some space on this disk",
+    errno.EDQUOT: "raise the disk quota or free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "remount the file system writable",
+    errno.EACCES: "make the folder writable",
+}
+
+
+class CheckpointError(UserError):
+    """A checkpoint was not written, is damaged, or is none; `errno` is the system's, if any."""
+
+    errno: int | None = None
+
+
+class Snapshot:
+    """One group of tensors in a reused host buffer, laid out as its safetensors file."""
+
+    def __init__(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
+        self.signature = self.describe(tensors)
+        # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
+        self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+        entries: dict[str, Any] = {}
+        end = 0
+        for name in self.names:
+            tensor, begin = tensors[name], end
+            if tensor.dtype not in _DTYPE_NAMES:
+                raise CheckpointError(
+                    f"checkpoint: {stem}.{name} has dtype {tensor.dtype}, which safetensors does "
+                    "not hold; convert it before saving"
+                )
+            end += tensor.numel() * tensor.element_size()
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.cuda = any(t.is_cuda for t in tensors.values())
+        self.buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self.cuda)
+        self.views = [
+            self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
+            for n, t in ((n, tensors[n]) for n in self.names)
+        ]
+
+    @staticmethod
+    def describe(tensors: Mapping[str, Tensor]) -> object:
+        return [(n, t.dtype, t.shape, t.is_cuda) for n, t in sorted(tensors.items())]
+
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, view in zip(self.names, self.views, strict=True):
+            view.copy_(tensors[name].detach(), non_blocking=self.cuda)
+
+    def first_nonfinite(self) -> str | None:
+        for name, view in zip(self.names, self.views, strict=True):
+            if not view.is_floating_point():
+                continue
+            for part in view.flatten().split(_FINITE_CHUNK):
+                values = part.float() if part.element_size() == 1 else part
+                if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(values)):
+                    return name
+        return None
+
+
+def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Checkpoint folders, last commit first, with their manifests (None: damaged).
+
+    By commit, not by step: a run that went back to an older step must not fall for its old future.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = {e.name for e in entries if STEP.fullmatch(e.name)}
+    except OSError as error:
+        raise failure(f"cannot read {folder}", error) from error
+    found: list[tuple[int, Path, dict[str, Any] | None]] = []
+    for name in names:
+        if name.startswith(".old-") and name.removeprefix(".old-") in names:
+            continue
+        manifest = None
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(folder / name)
+        found.append((int(name.rpartition("-")[2]), folder / name, manifest))
+    commits = [(step, m["commit"]) for step, _, m in found if m]
+
+    def age(item: tuple[int, Path, dict[str, Any] | None]) -> tuple[float, int]:
+        step, _, m = item
+        before = max((c for s, c in commits if s < step), default=0)
+        return (m["commit"] if m else before + 0.5, step)
+
+    return [(path, m) for _, path, m in sorted(found, key=age, reverse=True)]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, once it is proven intact and the folder holds exactly the files it lists."""
+    refuse_foreign(path)
+    file = path / MANIFEST
+    raw = read_file(file, None, keep=True)
+    assert raw is not None
+    text = raw.numpy().tobytes()
+    manifest = parse_json(file, text)
+    named = STEP.fullmatch(path.name)
+    files = manifest.pop("sha256", None) and manifest.get("files")
+    if not isinstance(files, dict) or seal(manifest) != text:
+        raise CheckpointError(f"{file}: damaged: it does not match its own SHA-256")
+    if any(manifest.get(key) != value for key, value in FORMAT.items()):
+        raise CheckpointError(
+            f"{file}: written by another version; use the fasttrain that wrote it"
+        )
+    metric, listed = manifest.get("metric"), {"state.json", "config.toml"} <= files.keys()
+    fit = all(type(manifest.get(key)) is int for key in ("step", "commit")) and all(
+        FILE.fullmatch(name)
+        and isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in files.items()
+    )
+    if not (listed and fit and (metric is None or type(metric) is float)):
+        raise CheckpointError(f"{file}: malformed; this checkpoint was not written by fasttrain")
+    if named and int(named[1]) != manifest["step"]:
+        raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
+    expected = {MANIFEST, *files}
+    if odd := sorted(expected ^ set(os.listdir(path))):
+        problem = "missing" if odd[0] in expected else "does not belong here; remove it"
+        raise CheckpointError(f"{path / odd[0]}: {problem}")
+    return manifest
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The manifest's one valid spelling, its own SHA-256 included: no byte of it can change."""
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def parse_json(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: damaged: not a JSON object")
+    return value
+
+
+def refuse_pickle(path: Path) -> None:
+    if path.suffix in _PICKLES and path.is_file():
+        raise CheckpointError(
+            f"{path}: a {path.suffix} file is a pickle, which can run code when it is loaded; if "
+            "you trust it, convert it: safetensors.torch.save_file(torch.load(path, "
+            "weights_only=True), 'model.safetensors')"
+        )
+
+
+def refuse_foreign(path: Path) -> None:
+    if not path.is_dir():
+        refuse_pickle(path)
+        problem = "not a folder" if path.exists() else "there is no such folder"
+        raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
+
+
+def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Tensor | None:
+    """Reads a file once, checking it against its entry; returns its bytes if `keep`."""
+    try:
+        # A link could lead out of the folder, and opening a pipe would block.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            size = status.st_size
+            if entry is not None and size != entry["bytes"]:
+                raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
+            if not path.name.endswith(".safetensors") and size > _JSON_LIMIT:
+                raise CheckpointError(f"{path}: {size} bytes, at most {_JSON_LIMIT} are credible")
+            data = torch.empty(size if keep else min(size, _CHUNK), dtype=torch.uint8)
+            view = memoryview(data.numpy())
+            digest = hashlib.sha256()
+            done = 0
+            while done < size:
+                at = done if keep else 0
+                n = file.readinto(view[at : at + min(_CHUNK, size - done)])
+                if not n:
+                    raise CheckpointError(f"{path}: damaged: shrank while it was read")
+                digest.update(view[at : at + n])
+                done += n
+    except OSError as error:
+        raise failure(f"{path}: cannot be read", error) from error
+    if entry is not None and digest.hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
+    return data if keep else None
+
+
+def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
+    """Where each tensor lies in a safetensors file, of which `raw` holds at least the header."""
+
+    def check(fine: bool, problem: str) -> None:
+        if not fine:
+            raise CheckpointError(f"{path}: malformed safetensors: {problem}")
+
+    length = int.from_bytes(raw[:8], "little")
+    check(size >= 8 and length <= min(size - 8, _JSON_LIMIT), f"header of {length} bytes")
+    header = parse_json(path, bytes(raw[8 : 8 + length]))
+    header.pop("__metadata__", None)
+    layout: Layout = {}
+    start = end = 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
+        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+        fit = isinstance(shape, list) and len(shape) <= 32
+        fit = fit and all(type(n) is int and n >= 0 for n in shape)
+        # Zeros aside: torch overflows on the strides of a (0, 2**62, 2**62) tensor.
+        fit = fit and math.prod(n or 1 for n in shape) < 2**60
+        check(dtype is not None and fit, f"{name!r} has no valid dtype and shape")
+        assert dtype is not None
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        check(_offsets(entry) == (begin - start, end - start), f"{name!r} is out of place")
+        layout[name] = (dtype, shape, begin, end)
+    check(end == size, f"the tensors end at byte {end} of {size}")
+    return layout
+
+
+def _offsets(entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]:
+        return offsets[0], offsets[1]
+    return -1, -1
+
+
+def write_file(path: Path, *parts: Any) -> dict[str, Any]:
+    """Writes and fsyncs a new file, hashing each chunk while it is in the cache: its entry."""
+    digest = hashlib.sha256()
+    total = 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for part in parts:
+            view = memoryview(part)
+            for start in range(0, len(view), _CHUNK):
+                chunk = view[start : start + _CHUNK]
+                digest.update(chunk)
+                while len(chunk):
+                    written = os.write(descriptor, chunk)
+                    total, chunk = total + written, chunk[written:]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": total, "sha256": digest.hexdigest()}
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(pointer: Path, name: str) -> None:
+    partial = pointer.with_name(f".tmp-{pointer.name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial)
+    write_file(partial, f"{name}\n".encode())
+    os.replace(partial, pointer)
+    fsync_folder(pointer.parent)
+
+
+def pointed(pointer: Path) -> str | None:
+    try:
+        name = pointer.read_text(errors="replace").strip()
+    except OSError:
+        return None
+    return name if STEP.fullmatch(name) else None
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        for child in sorted(path.iterdir()):
+            remove(child)
+        os.rmdir(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def signature(path: Path) -> object:
+    """Changes whenever the system has seen a change to a file of the folder."""
+    with os.scandir(path) as entries:
+        stats = sorted((e.name, e.stat(follow_symlinks=False)) for e in entries)
+    return [(name, s.st_size, s.st_ctime_ns, s.st_ino) for name, s in stats]
+
+
+def failure(what: str, error: OSError) -> CheckpointError:
+    remedy = _REMEDIES.get(error.errno or 0, "check the file system")
+    result = CheckpointError(f"{what}: {error}; {remedy}")
+    result.errno = error.errno
+    return result
