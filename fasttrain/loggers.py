@@ -32,16 +32,13 @@ _N_PLAIN_COLUMNS = 8  # a plain line stays near 100 characters; metrics.jsonl ha
 
 
 def format_count(n: float) -> str:
-    """Return a count for people: 950, 34.5k, 1.2M, 3.0B, 1.5T."""
-    if not math.isfinite(n):
-        return str(n)
+    """Return a count for people: 950, 34.5k, 1.2M, 3.0B, 1.5T, 2.0e+15."""
     if abs(n) < 999.5:
         return f"{n:.0f}"
-    for suffix in ("k", "M", "B"):
-        n /= 1000.0
-        if abs(n) < 999.95:
-            return f"{n:.1f}{suffix}"
-    return f"{n / 1000.0:.1f}T"
+    for power, suffix in enumerate("kMBT", start=1):
+        if abs(n) < 999.95 * 1000.0**power:
+            return f"{n / 1000.0**power:.1f}{suffix}"
+    return f"{n:.1e}"  # nan and inf come out as such
 
 
 def format_duration(seconds: float) -> str:
@@ -85,8 +82,15 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 9999.995 else format_count(value)
 
 
-def _norm(value: float) -> str:
-    return f"{value:.3f}" if value < 99.9995 else f"{value:.2g}"
+def _fixed(digits: int) -> Callable[[float], str]:
+    """Format with ``digits`` decimals, and shorter where that would not fit a column."""
+
+    def show(value: float) -> str:
+        if abs(value) < 1000.0:
+            return f"{value:.{digits if abs(value) < 100.0 else 2}f}"
+        return format_count(value)
+
+    return show
 
 
 def _milliseconds(value: float) -> str:
@@ -103,15 +107,15 @@ class _Column(NamedTuple):
 # In order of importance: what does not fit the terminal's width is left out from the right.
 _COLUMNS = (
     _Column("step", "step", 10, _number("d")),
-    _Column("loss", "loss", 9, _number(".4f")),
+    _Column("loss", "loss", 9, _fixed(4)),
     _Column("ppl", "ppl", 10, _perplexity),
     _Column("lr", "lr", 10, _number(".2e")),
-    _Column("grad_norm", "grad", 8, _norm),
+    _Column("grad_norm", "grad", 8, _fixed(3)),
     _Column("tokens_per_s", "tok/s", 9, format_count),
     _Column("data_wait_ms", "wait", 9, _milliseconds),
     _Column("mfu", "mfu", 7, _number(".1%")),
     _Column("step_ms", "step time", 11, _milliseconds),
-    _Column("loss_ema", "ema", 9, _number(".4f")),
+    _Column("loss_ema", "ema", 9, _fixed(4)),
     _Column("tokens", "tokens", 9, format_count),
     _Column("epoch", "epoch", 8, _number(".2f")),
     _Column("peak_memory_gib", "GiB", 7, _number(".2f")),

@@ -40,7 +40,9 @@ ROW = {
         (124_439_808, "124.4M"),
         (2.95e9, "3.0B"),
         (1.5e12, "1.5T"),
+        (2e15, "2.0e+15"),
         (-1500, "-1.5k"),
+        (math.nan, "nan"),
         (math.inf, "inf"),
     ],
 )
@@ -180,6 +182,20 @@ def test_perplexity_of_any_loss(
 ) -> None:
     Console(log_file=None, interactive=False).train({**ROW, "loss": loss})
     assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(99.99, "99.9900"), (123.456, "123.46"), (12_345.6, "12.3k")]
+)
+def test_a_huge_loss_keeps_the_columns(
+    loss: float, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(log_file=None, interactive=False)
+    console.train(ROW)
+    console.train({**ROW, "loss": loss})
+    usual, huge = capsys.readouterr().out.splitlines()
+    assert shown in huge
+    assert huge.index("lr ") == usual.index("lr ")
 
 
 def test_missing_values_are_not_available(capsys: pytest.CaptureFixture[str]) -> None:
