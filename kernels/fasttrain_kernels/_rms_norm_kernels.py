@@ -2,15 +2,15 @@
 """The Triton kernels of `rms_norm` and their launchers; formulas and promises are in rms_norm.py.
 
 Legend: R rows, D columns. A row's offset is int64. dy, dh, residual and every output are
-contiguous; x is reached by the two row strides of `_as_rows`.
+contiguous; x is reached by the two row strides of `as_rows`.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._layout import as_rows, n_multiprocessors
 
 __all__ = ["launch_bwd", "launch_fwd"]
 
@@ -222,33 +222,6 @@ def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
     return block_r, block_n, min(16, block_r * block_n // 512)
 
 
-@functools.lru_cache
-def _n_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter: few programs, so that each walks over several tiles
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Return x and (n_inner, stride_outer, stride_inner): row r starts at element
-    (r // n_inner)·stride_outer + (r % n_inner)·stride_inner. Copies what has no such form.
-
-    The two levels are for queries and keys taken out of one fused projection.
-    """
-    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-    merged: list[tuple[int, int]] = []
-    for n, s in dims:
-        if merged and merged[-1][1] == n * s:
-            merged[-1] = (merged[-1][0] * n, s)
-        else:
-            merged.append((n, s))
-    if len(merged) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        return x.contiguous(), 1, x.shape[-1], 0
-    if len(merged) == 2:
-        return x, merged[1][0], merged[0][1], merged[1][1]
-    return x, 1, merged[0][1] if merged else x.shape[-1], 0
-
-
 def launch_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -263,7 +236,7 @@ def launch_fwd(
     n_cols, n_rows = x.shape[-1], rstd.numel()
     if n_rows == 0:
         return
-    x, n_inner, stride_outer, stride_inner = _as_rows(x)
+    x, n_inner, stride_outer, stride_inner = as_rows(x)
     block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
     with torch.cuda.device_of(x):
         _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
@@ -304,9 +277,9 @@ def launch_bwd(
         if dw is not None:
             dw.zero_()
         return
-    x, n_inner, stride_outer, stride_inner = _as_rows(x)
+    x, n_inner, stride_outer, stride_inner = as_rows(x)
     block_r, block_n, num_warps = _tile(n_cols, MAX_BWD_COLS)
-    resident = _n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
+    resident = n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
     n_programs = min(triton.cdiv(n_rows, block_r), resident)
     partial = None
     if dw is not None:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ._dispatch import use_triton
+from ._layout import TRITON_DTYPES
 from ._rms_norm_kernels import launch_bwd, launch_fwd
 
 __all__ = ["RMSNorm", "rms_norm", "rms_norm_reference"]
 
 _NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def rms_norm_reference(
@@ -259,7 +259,7 @@ def rms_norm(
     Source: https://arxiv.org/abs/1910.07467
     """
     _check(x, weight, residual)
-    if use_triton(x) and x.dtype in _TRITON_DTYPES:
+    if use_triton(x) and x.dtype in TRITON_DTYPES:
         y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
         return y if residual is None else (y, h)
     if torch.compiler.is_compiling():

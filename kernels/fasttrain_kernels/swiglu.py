@@ -1,0 +1,309 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Gated and squared activations in one pass each way: SwiGLU and ReLU².
+
+    swiglu:        y = silu(g)·u, silu(g) = g·σ(g)
+                   dg = dy·u·σ(g)·(1 + g·(1 − σ(g)))          du = dy·silu(g)
+    relu_squared:  y = relu(x)²                               dx = 2·dy·relu(x)
+
+Bound by memory. Bytes an element for 16-bit tensors: swiglu 6 forward (read g and u, write y) and
+10 backward (read dy, g and u, write dg and du); relu_squared 4 and 6.
+
+Everything is computed in fp32 and rounded once, on the store. Nothing but the inputs is saved:
+the activation is computed again in backward. Elementwise, so bit for bit reproducible.
+
+Under `torch.compile` both are plain compositions on every device: the compiler moves the same bytes
+and can fuse the neighbours as well. Kernels are for eager execution.
+
+Sources: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202;
+So et al., "Primer", https://arxiv.org/abs/2109.08668.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dispatch import use_triton
+from ._layout import TRITON_DTYPES, as_rows
+
+__all__ = ["relu_squared", "relu_squared_reference", "swiglu", "swiglu_reference"]
+
+_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
+_BLOCK, _NUM_WARPS = 2048, 4  # two 16-byte accesses a thread and operand for 16-bit tensors
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Plain differentiable torch for `swiglu`."""
+    y = F.silu(_wide(gate)) * _wide(up)
+    return y.to(torch.promote_types(gate.dtype, up.dtype))
+
+
+def relu_squared_reference(x: Tensor) -> Tensor:
+    """Plain differentiable torch for `relu_squared`."""
+    return F.relu(_wide(x)).square().to(x.dtype)
+
+
+@triton.jit
+def _row_and_cols(n_cols, BLOCK: tl.constexpr):
+    n_blocks = tl.cdiv(n_cols, BLOCK)
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    start = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK
+    return row, start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _swiglu_fwd_kernel(
+    gate_ptr, up_ptr, y_ptr, stride_gate, stride_up, n_cols, BLOCK: tl.constexpr
+):
+    row, cols = _row_and_cols(n_cols, BLOCK)
+    mask = cols < n_cols
+    g = tl.load(gate_ptr + row * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + row * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
+    y = g * tl.sigmoid(g) * u
+    tl.store(y_ptr + row * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    stride_dy,
+    stride_gate,
+    stride_up,
+    n_cols,
+    BLOCK: tl.constexpr,
+):
+    row, cols = _row_and_cols(n_cols, BLOCK)
+    mask = cols < n_cols
+    dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate_ptr + row * stride_gate + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + row * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    dg = dy * u * (s + g * s * (1.0 - s))
+    du = dy * g * s
+    out = row * n_cols + cols
+    tl.store(dgate_ptr + out, dg.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + out, du.to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _relu_squared_fwd_kernel(x_ptr, y_ptr, stride_x, n_cols, BLOCK: tl.constexpr):
+    row, cols = _row_and_cols(n_cols, BLOCK)
+    mask = cols < n_cols
+    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+    r = tl.where(x < 0, 0.0, x)  # a NaN stays one, as in torch
+    tl.store(y_ptr + row * n_cols + cols, (r * r).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _relu_squared_bwd_kernel(
+    dy_ptr, x_ptr, dx_ptr, stride_dy, stride_x, n_cols, BLOCK: tl.constexpr
+):
+    row, cols = _row_and_cols(n_cols, BLOCK)
+    mask = cols < n_cols
+    dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+    dx = 2.0 * dy * tl.where(x < 0, 0.0, x)
+    tl.store(dx_ptr + row * n_cols + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Run an elementwise kernel over inputs of one shape; the outputs are contiguous."""
+    total, n_cols = inputs[0].numel(), inputs[0].shape[-1] if inputs[0].dim() else 1
+    if total == 0:
+        return
+    strides = []
+    if all(t.is_contiguous() for t in inputs):
+        n_cols, strides = total, [total] * len(inputs)  # one long row
+    else:
+        rows = []
+        for t in inputs:
+            t, n_inner, stride, _ = as_rows(t)
+            if n_inner != 1:
+                t, stride = t.contiguous(), n_cols
+            rows.append(t)
+            strides.append(stride)
+        inputs = tuple(rows)
+    grid = (total // n_cols * triton.cdiv(n_cols, _BLOCK),)
+    with torch.cuda.device_of(inputs[0]):
+        kernel[grid](*inputs, *outputs, *strides, n_cols, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::swiglu", mutates_args=())
+def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+    y: Tensor = _allocate_swiglu(gate, up)
+    _launch(_swiglu_fwd_kernel, (gate, up), (y,))
+    return y
+
+
+@_swiglu_op.register_fake
+def _allocate_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    return torch.empty(gate.shape, dtype=dtype, device=gate.device)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::swiglu_backward", mutates_args=())
+def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = _allocate_swiglu_backward(dy, gate, up)
+    _launch(_swiglu_bwd_kernel, (dy, gate, up), (dgate, dup))
+    return dgate, dup
+
+
+@_swiglu_backward_op.register_fake
+def _allocate_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::relu_squared", mutates_args=())
+def _relu_squared_op(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _launch(_relu_squared_fwd_kernel, (x,), (y,))
+    return y
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::relu_squared_backward", mutates_args=())
+def _relu_squared_backward_op(dy: Tensor, x: Tensor) -> Tensor:
+    dx = x.new_empty(x.shape)
+    _launch(_relu_squared_bwd_kernel, (dy, x), (dx,))
+    return dx
+
+
+_relu_squared_op.register_fake(lambda x: x.new_empty(x.shape))
+_relu_squared_backward_op.register_fake(lambda dy, x: x.new_empty(x.shape))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_swiglu_op.register_autograd(
+    lambda ctx, dy: _swiglu_backward_op(dy, *ctx.saved_tensors), setup_context=_save_inputs
+)
+_relu_squared_op.register_autograd(
+    lambda ctx, dy: _relu_squared_backward_op(dy, *ctx.saved_tensors), setup_context=_save_inputs
+)
+
+
+class _EagerSwiGLU(torch.autograd.Function):
+    """The same saved tensors in plain torch: `silu(gate) * up` would also keep silu(gate).
+
+    It costs time (CPU, 2 threads, fp32, 2048 × 2048, both ways: 10.4 ms against 9.5 ms) for a
+    third less memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        dtype = torch.promote_types(gate.dtype, up.dtype)
+        return F.silu(gate.to(dtype)).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        wide = gate.to(dy.dtype)
+        dgate = torch.ops.aten.silu_backward(dy, wide).mul_(up)
+        return dgate.to(gate.dtype), F.silu(wide).mul_(dy).to(up.dtype)
+
+
+class _EagerReLUSquared(torch.autograd.Function):
+    """Saves x alone, and writes in place: 5 ms both ways where the composition takes 8 ms.
+
+    Measured on a CPU (2 threads, fp32, 2048 × 2048).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.relu(x).square_()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.relu(x).mul_(dy).mul_(2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate)·up in one pass.
+
+    Args:
+        gate: any shape (..., H), floating point; rows may be strided, as the halves of one fused
+            projection are.
+        up: the shape of gate.
+
+    Returns:
+        A tensor of that shape, in the dtype that gate and up promote to.
+
+    Raises:
+        ValueError: if the shapes, the devices or the kind of dtype do not fit.
+
+    Numerics:
+        Triton: fp32 inside, rounded once. Eager CPU: torch's own silu and product, in the dtype of
+        the result. Differentiable once.
+
+    Memory:
+        Saves gate and up. Moves 6 bytes an element forward and 10 backward (16-bit tensors).
+
+    Source: https://arxiv.org/abs/2002.05202
+    """
+    if gate.shape != up.shape or gate.device != up.device:
+        raise ValueError(
+            f"swiglu: gate and up must have one shape and device, got {tuple(gate.shape)} on "
+            f"{gate.device} and {tuple(up.shape)} on {up.device}; split the fused projection in "
+            "two equal halves."
+        )
+    _check_floating("swiglu", gate, up)
+    if torch.compiler.is_compiling():
+        return swiglu_reference(gate, up)
+    if use_triton(gate) and gate.dtype in TRITON_DTYPES and up.dtype in TRITON_DTYPES:
+        y: Tensor = _swiglu_op(gate, up)
+    else:
+        y = _EagerSwiGLU.apply(gate, up)
+    return y
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """Return relu(x)² in one pass.
+
+    Args:
+        x: any shape, floating point.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        ValueError: if x is not floating point.
+
+    Numerics:
+        Triton: fp32 inside, rounded once. NaN stays NaN. Differentiable once.
+
+    Memory:
+        Saves x. Moves 4 bytes an element forward and 6 backward (16-bit tensors).
+
+    Source: https://arxiv.org/abs/2109.08668
+    """
+    _check_floating("relu_squared", x)
+    if torch.compiler.is_compiling():
+        return relu_squared_reference(x)
+    if use_triton(x) and x.dtype in TRITON_DTYPES:
+        y: Tensor = _relu_squared_op(x)
+    else:
+        y = _EagerReLUSquared.apply(x)
+    return y
+
+
+def _check_floating(op: str, *tensors: Tensor) -> None:
+    for t in tensors:
+        if not t.is_floating_point():
+            raise ValueError(f"{op}: the input must be floating point, got {t.dtype}; convert it.")
