@@ -2,7 +2,8 @@
 
 format.py     dataset folders: `dataset.json`, `open_dataset`, `TokenDataset`
 files.py      errors, the cache folder, atomic writing
-shards.py     one shard file: llm.c header, reading, range check, writing
+shards.py     shard files: llm.c header, reading, range check; several as one long array
+writer.py     writing them
 sampler.py    order: a keyed bijection from sample index to sample
 loader.py     batches: background reading, prefetch, evaluation
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON

@@ -11,22 +11,17 @@ shard is hashed and its tokens checked against the vocabulary before the first o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
-from fasttrain.data.shards import Shard, ShardInfo, ShardScan, ShardWriter, dtype_for
+from fasttrain.data.shards import Shard, ShardScan, TokenDataset, dtype_for
+from fasttrain.data.writer import ShardInfo, ShardWriter
 
 __all__ = [
     "DataError",
@@ -45,103 +40,6 @@ _SPLIT_IN_NAME = {
     "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
     "val": re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:$|[^a-z])"),
 }
-
-
-class TokenDataset:
-    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
-
-    Attributes:
-        n_tokens: Tokens of all shards.
-        vocab_size: Every id is below it; None where neither dataset nor caller named one.
-        max_token: The largest id there is.
-        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
-        n_documents: Documents, None where not recorded.
-        end_of_text: The id that ends each document, None where not recorded.
-        fingerprint: SHA-256 over the hashes of shards (in order) and tokenizer, vocabulary, dtype.
-        tokenizer_path: The verified `tokenizer.json`, None for imports.
-        reading: The file that is being read at this moment, None between reads.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scans: Sequence[ShardScan],
-        *,
-        vocab_size: int | None,
-        n_bytes: int | None = None,
-        n_documents: int | None = None,
-        end_of_text: int | None = None,
-        tokenizer_path: Path | None = None,
-        tokenizer_sha256: str | None = None,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.dtype: np.dtype[Any] = self.shards[0].dtype
-        self._starts = [0, *accumulate(shard.n_tokens for shard in self.shards)]
-        self.n_tokens = self._starts[-1]
-        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
-        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
-        self.max_token = max(scan.max_token for scan in scans)
-        self.reading: Path | None = None
-        facts = [vocab_size, end_of_text, self.dtype.str, tokenizer_sha256]
-        facts += [scan.sha256 for scan in scans]
-        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def read(self, start: int, count: int) -> NDArray[Any]:
-        """Tokens [start, start + count), across shards.
-
-        Returns:
-            A fresh array, shape (count,), uint16 or uint32 as stored.
-
-        Raises:
-            DataError: The range is not within the split, or a file changed or cannot be read.
-        """
-        out = np.empty(count, self.dtype)
-        self.read_windows([start], out.reshape(1, count))
-        return out
-
-    def read_windows(self, starts: Sequence[int], out: NDArray[Any]) -> None:
-        """Reads one window per row.
-
-        Args:
-            starts: First token of each window, at least as many as `out` has rows.
-            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
-
-        Raises:
-            DataError: As for `read`.
-        """
-        rows, length = out.shape
-        assert out.dtype == self.dtype
-        assert out.flags.c_contiguous
-        if not rows or not length:
-            return
-        low, high = min(starts[:rows]), max(starts[:rows])
-        if low < 0 or high + length > self.n_tokens:
-            raise DataError(
-                f"tokens {low} to {high + length} were asked for; the split has {self.n_tokens}"
-            )
-        size = self.dtype.itemsize
-        raw = out.data.cast("B")
-        checked: set[int] = set()
-        for row, start in enumerate(starts[:rows]):
-            at, filled = row * length * size, 0
-            index = bisect_right(self._starts, start) - 1
-            while filled < length:
-                shard, first = self.shards[index], start + filled - self._starts[index]
-                count = min(length - filled, shard.n_tokens - first)
-                self.reading = shard.path
-                if index not in checked:
-                    shard.check_unchanged()
-                    checked.add(index)
-                begin = at + filled * size
-                shard.read_into(raw[begin : begin + count * size], first)
-                filled, index = filled + count, index + 1
-        self.reading = None
-
-    def will_need(self, start: int, count: int) -> None:
-        """Asks the system to read a window ahead; a hint, within the split or ignored."""
-        index = bisect_right(self._starts, start) - 1
-        if 0 <= index < len(self.shards):
-            self.shards[index].will_need(start - self._starts[index], count)
 
 
 def open_dataset(

@@ -32,7 +32,8 @@ __all__ = ["IGNORE", "Batch", "Loader", "evaluation_batches"]
 
 IGNORE = -100  # the target of a position that the loss leaves out
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
-HINT_AHEAD = 4  # batches of which the system is told ahead
+HINT_AHEAD = 4  # batches of which the system is told ahead when reading is slow
+SLOW_WINDOW_S = 50e-6  # a window from page cache takes 1 to 2 µs, one from a fast SSD 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class Loader:
         self._in_copy: list[_Slot] = []
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
+        self._slow = False
         self._stop = threading.Event()
         if self.device.type == "cuda":
             kind = getattr(torch, dataset.dtype.name)
@@ -176,7 +178,7 @@ class Loader:
     # The background thread ------------------------------------------------------------------
 
     def _starts(self, position: int) -> Iterator[list[int]]:
-        """First tokens of this rank's windows, micro-batch after micro-batch; hints ahead."""
+        """First tokens of this rank's windows, micro-batch after micro-batch."""
         stride = self.micro_batch * self.world_size
         per_block = max(ORDER_BLOCK // stride, 1)
         mine = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
@@ -185,8 +187,9 @@ class Loader:
             ids = self.sample_ids(position, per_block * stride).reshape(per_block, stride)
             position += per_block * stride
             for row in (ids[:, mine] * self.seq_len).tolist():
-                for start in row:
-                    self.dataset.will_need(start, self.seq_len + 1)
+                if self._slow:  # a hint costs as much as reading from page cache does
+                    for start in row:
+                        self.dataset.will_need(start, self.seq_len + 1)
                 pending.append(row)
                 if len(pending) > HINT_AHEAD:
                     yield pending.pop(0)
@@ -207,15 +210,20 @@ class Loader:
                     filled.slot = self._free.get()
                     if filled.slot is None:  # close()
                         return
-                    self.dataset.read_windows(starts, filled.slot.view)
+                    self._read(starts, filled.slot.view)
                 else:
-                    self.dataset.read_windows(starts, scratch)
+                    self._read(starts, scratch)
                     filled.tokens, filled.targets = _widen(scratch, valid)
                 self._ready.put(filled)
                 if self._stop.is_set():
                     return
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
+
+    def _read(self, starts: list[int], out: NDArray[Any]) -> None:
+        begin = time.perf_counter()
+        self.dataset.read_windows(starts, out)
+        self._slow = time.perf_counter() - begin > SLOW_WINDOW_S * len(starts)
 
     # The consumer ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""One shard file: little-endian token ids behind a 1,024-byte llm.c header, or bare (nanoGPT).
+"""Shard files: little-endian token ids behind a 1,024-byte llm.c header, or bare (nanoGPT).
 
 The header is 256 int32: magic, version, token count, then zeros. Magic 20240520 with version 1 is
 uint16, magic 20240801 with version 7 is uint32; llm.c and modded-nanogpt read and write the same.
@@ -15,15 +15,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.files import DataError, sha256_of, write_atomically
+from fasttrain.data.files import DataError, write_atomically
 
-__all__ = ["Shard", "ShardInfo", "ShardScan", "ShardWriter", "dtype_for"]
+__all__ = ["Shard", "ShardScan", "TokenDataset", "dtype_for"]
 
 HEADER_BYTES = 1024
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
@@ -32,8 +31,6 @@ KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
 }
 BLOCK_BYTES = 8 << 20  # of a scan: large enough that Python's share of it is nothing
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
-
-Tokens = NDArray[np.unsignedinteger[Any]]
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -143,25 +140,27 @@ class Shard:
                 "and resume from the last checkpoint"
             )
 
-    def read_into(self, row: memoryview, start: int) -> None:
-        """Reads tokens from `start` on into `row`, a writable buffer of bytes, filling it.
+    def read_rows(self, rows: Sequence[memoryview], starts: Sequence[int]) -> None:
+        """Fills each of `rows`, writable buffers of bytes, with the tokens from its start on.
 
         Raises:
             DataError: The file ends early or cannot be read.
         """
-        offset = self.offset_bytes + start * self.dtype.itemsize
-        done = 0
-        while done < len(row):
-            try:
-                n = os.preadv(self._fd, (row[done:] if done else row,), offset + done)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
-            if n == 0:
-                raise DataError(
-                    f"{self.path}: ends at byte {offset + done} while token {start} and following "
-                    "were read: truncated; restore the file and resume from the last checkpoint"
-                )
-            done += n
+        fd, base, size, preadv = self._fd, self.offset_bytes, self.dtype.itemsize, os.preadv
+        try:
+            for row, start in zip(rows, starts, strict=True):
+                done = preadv(fd, (row,), base + start * size)
+                while done < len(row):
+                    n = preadv(fd, (row[done:],), base + start * size + done)
+                    if n == 0:
+                        raise DataError(
+                            f"{self.path}: ends at byte {base + start * size + done}, inside "
+                            f"{len(row) // size} tokens from {start} on: truncated; restore the "
+                            "file and resume from the last checkpoint"
+                        )
+                    done += n
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def will_need(self, start: int, count: int) -> None:
         """Asks the system to read `count` tokens from `start` on ahead."""
@@ -175,7 +174,7 @@ class Shard:
         step = BLOCK_BYTES // self.dtype.itemsize
         for start in range(0, self.n_tokens, step):
             block = np.empty(min(step, self.n_tokens - start), self.dtype)
-            self.read_into(block.data.cast("B"), start)
+            self.read_rows([block.data.cast("B")], [start])
             beyond = np.flatnonzero(block >= limit)
             if beyond.size:
                 return start + int(beyond[0]), int(block[beyond[0]])
@@ -203,7 +202,7 @@ class Shard:
         block = np.empty(BLOCK_BYTES // self.dtype.itemsize, self.dtype)
         for start in range(0, self.n_tokens, len(block)):
             part = block[: self.n_tokens - start]
-            self.read_into(part.data.cast("B"), start)
+            self.read_rows([part.data.cast("B")], [start])
             digest.update(part.data)
             largest = max(largest, int(part.max()))
         result = ShardScan(digest.hexdigest(), largest)
@@ -223,140 +222,110 @@ def _identity(stat: os.stat_result) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """A finished shard, as `dataset.json` lists it."""
+class TokenDataset:
+    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
 
-    file: str
-    tokens: int
-    sha256: str
-    documents: int
-    ends_file: str
-    ends_sha256: str
-
-
-class ShardWriter:
-    """Writes one split as shards `<split>_000000.bin` …, with the ends of documents beside each.
-
-    A shard becomes visible under its name only when it is complete and on disk. Documents run on
-    over the border of two shards; an end lies beside the shard in which its document ends, as
-    uint64 offset of the token after the document's last one, in `<split>_000000.ends`.
-
-    Args:
-        folder: Where to; must exist.
-        split: "train" or "val", the first part of each name.
-        vocab_size: Ids must be below it; also settles the dtype.
-        shard_tokens: Tokens of every shard but the last.
+    Attributes:
+        n_tokens: Tokens of all shards.
+        vocab_size: Every id is below it; None where neither dataset nor caller named one.
+        max_token: The largest id there is.
+        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
+        n_documents: Documents, None where not recorded.
+        end_of_text: The id that ends each document, None where not recorded.
+        fingerprint: SHA-256 over the hashes of shards (in order) and tokenizer, vocabulary, dtype.
+        tokenizer_path: The verified `tokenizer.json`, None for imports.
+        reading: The file that is being read at this moment, None between reads.
     """
 
     def __init__(
-        self, folder: Path, split: str, *, vocab_size: int, shard_tokens: int = 100_000_000
-    ) -> None:
-        if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
-            raise DataError(
-                f"shard_tokens must be from 1 to {MAX_SHARD_TOKENS}, got {shard_tokens}"
-            )
-        self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
-        self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
-        self.shards: list[ShardInfo] = []
-        self.n_tokens = self.n_documents = 0
-        self._in_shard = 0
-        self._ends: list[NDArray[np.uint64]] = []
-        self._file: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        shards: Sequence[Shard],
+        scans: Sequence[ShardScan],
+        *,
+        vocab_size: int | None,
+        n_bytes: int | None = None,
+        n_documents: int | None = None,
+        end_of_text: int | None = None,
+        tokenizer_path: Path | None = None,
+        tokenizer_sha256: str | None = None,
     ) -> None:
-        if error is None:
-            self.close()
-        elif self._file is not None:
-            self._file.close()
+        self.shards = tuple(shards)
+        self.dtype: np.dtype[Any] = self.shards[0].dtype
+        self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
+        self.n_tokens = int(self._starts[-1])
+        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
+        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
+        self.max_token = max(scan.max_token for scan in scans)
+        self.reading: Path | None = None
+        facts = [vocab_size, end_of_text, self.dtype.str, tokenizer_sha256]
+        facts += [scan.sha256 for scan in scans]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _path(self, suffix: str) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards):06d}{suffix}"
-
-    def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
-        """Appends tokens.
-
-        Args:
-            tokens: Ids, any integer dtype, shape (n,).
-            ends: Ascending offsets into `tokens`, each just after a document's last token.
-
-        Raises:
-            DataError: An id is outside the vocabulary; names file and offset. Nothing of the call
-                is written then.
-        """
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "ui"):
-            raise DataError(f"tokens must be integers of shape (n,), got {ids.dtype} {ids.shape}")
-        if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
-            first = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
-            at = self._in_shard + first
-            shard = self.folder / (
-                f"{self.split}_{len(self.shards) + at // self.shard_tokens:06d}.bin"
-            )
-            raise DataError(
-                f"{shard}: token {int(ids[first])} at offset {at % self.shard_tokens} is outside "
-                f"the vocabulary of {self.vocab_size}; use the tokenizer that the vocabulary "
-                "belongs to"
-            )
-        stops = np.asarray(ends, dtype=np.int64)
-        if stops.size and (np.any(np.diff(stops) < 0) or stops[0] < 0 or stops[-1] > ids.size):
-            raise DataError("document ends must ascend within the tokens that they come with")
-        done = 0
-        while done < ids.size:
-            part = ids[done : done + self.shard_tokens - self._in_shard]
-            if self._file is None:
-                self._file = self._path(".bin.partial").open("wb", buffering=1 << 20)
-                self._file.write(bytes(HEADER_BYTES))
-            self._file.write(np.ascontiguousarray(part, dtype=self.dtype))
-            here = stops[(stops > done) & (stops <= done + part.size)]
-            self._ends.append((here - done + self._in_shard).astype("<u8"))
-            done += part.size
-            self._in_shard += part.size
-            self.n_tokens += part.size
-            self.n_documents += here.size
-            if self._in_shard == self.shard_tokens:
-                self._finish()
-
-    def _finish(self) -> None:
-        magic = next(m for m, (_, dtype) in KINDS.items() if dtype == self.dtype)
-        header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:3] = magic, KINDS[magic][0], self._in_shard
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        path, ends_path = self._path(".bin"), self._path(".ends")
-        ends = np.concatenate(self._ends).tobytes() if self._ends else b""
-        write_atomically(ends_path, ends)
-        os.replace(self._path(".bin.partial"), path)
-        self.shards.append(
-            ShardInfo(
-                file=path.name,
-                tokens=self._in_shard,
-                sha256=sha256_of(path),
-                documents=len(ends) // 8,
-                ends_file=ends_path.name,
-                ends_sha256=hashlib.sha256(ends).hexdigest(),
-            )
-        )
-        self._in_shard, self._ends = 0, []
-
-    def close(self) -> list[ShardInfo]:
-        """Finishes the last shard.
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """Tokens [start, start + count), across shards.
 
         Returns:
-            All shards written, in order.
+            A fresh array, shape (count,), uint16 or uint32 as stored.
+
+        Raises:
+            DataError: The range is not within the split, or a file changed or cannot be read.
         """
-        if self._file is not None:
-            self._finish()
-        return self.shards
+        out = np.empty(count, self.dtype)
+        self.read_windows([start], out.reshape(1, count))
+        return out
+
+    def read_windows(self, starts: Sequence[int], out: NDArray[Any]) -> None:
+        """Reads one window per row.
+
+        Args:
+            starts: First token of each window, at least as many as `out` has rows.
+            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        rows, length = out.shape
+        assert out.dtype == self.dtype
+        assert out.flags.c_contiguous
+        if not rows or not length:
+            return
+        low, high = min(starts[:rows]), max(starts[:rows])
+        if low < 0 or high + length > self.n_tokens:
+            raise DataError(
+                f"tokens {low} to {high + length} were asked for; the split has {self.n_tokens}"
+            )
+        first = np.asarray(starts[:rows])
+        index = np.searchsorted(self._starts, first, side="right") - 1
+        whole = first + length <= self._starts[index + 1]
+        width = length * self.dtype.itemsize
+        raw = out.data.cast("B")
+        for number in np.unique(index).tolist():
+            shard = self.shards[number]
+            self.reading = shard.path
+            shard.check_unchanged()
+            pick = np.flatnonzero((index == number) & whole)
+            views = [raw[row * width : (row + 1) * width] for row in pick.tolist()]
+            shard.read_rows(views, (first[pick] - self._starts[number]).tolist())
+        for row in np.flatnonzero(~whole).tolist():
+            self._read_across(
+                raw[row * width : (row + 1) * width], int(first[row]), int(index[row])
+            )
+        self.reading = None
+
+    def _read_across(self, view: memoryview, start: int, index: int) -> None:
+        """Fills `view` with the window at `start`, which begins in shard `index` and leaves it."""
+        size = self.dtype.itemsize
+        while view:
+            shard = self.shards[index]
+            self.reading = shard.path
+            shard.check_unchanged()
+            at = start - int(self._starts[index])
+            count = min(len(view) // size, shard.n_tokens - at)
+            shard.read_rows([view[: count * size]], [at])
+            view, start, index = view[count * size :], start + count, index + 1
+
+    def will_need(self, start: int, count: int) -> None:
+        """Asks the system to read a window ahead; a hint, within the split or ignored."""
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        if 0 <= index < len(self.shards):
+            self.shards[index].will_need(start - int(self._starts[index]), count)
