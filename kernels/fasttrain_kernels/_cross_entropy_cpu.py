@@ -1,0 +1,159 @@
+"""Cross-entropy of a block of rows in plain torch: the path of CPU tensors and of fp64.
+
+One fused softmax writes the probabilities p over the logits; the loss is read back as −log p_t, so
+a row of logits is traversed once for the loss and its gradient p − onehot(t) together. −log p_t is as
+exact as lse − x_t wherever p_t is a normal number; the rare rows below that are computed again from
+their logits. Branches on values below cost nothing here, since a CPU tensor needs no host sync.
+
+Legend: R rows of the block, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossTerms", "RowResult", "cross_entropy_rows"]
+
+
+class LossTerms(NamedTuple):
+    """What the loss consists of, apart from the tensors of one block."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0 means none
+    class_weight: Tensor | None  # (V,), in the dtype of the computation
+
+
+class RowResult(NamedTuple):
+    """Per-row results of one block, each (R,)."""
+
+    losses: Tensor
+    lse: Tensor
+    correct: Tensor
+    factor: Tensor | None  # what the gradient's rows must still be multiplied by
+
+
+def _fix_underflow(
+    nll: Tensor,
+    lse: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    x_t: Tensor,
+    p_t: Tensor,
+    softcap: float,
+) -> None:
+    """Compute ``nll`` and ``lse`` anew for rows whose target probability is not a normal number."""
+    rows = (p_t < torch.finfo(p_t.dtype).tiny).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return
+    full = logits_of(rows).to(nll.dtype)
+    if softcap:
+        full = (full / softcap).tanh() * softcap
+    lse[rows] = torch.logsumexp(full, dim=1)
+    nll[rows] = lse[rows] - x_t[rows]
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+    *,
+    want_grad: bool,
+    want_correct: bool,
+    logits_of: Callable[[Tensor], Tensor],
+) -> RowResult:
+    """Compute the losses of R rows and leave the gradient of their logits in ``out``.
+
+    Args:
+        logits: (R, V), fp16, bf16, fp32 or fp64.
+        targets: (R,), integers.
+        out: (R, V) in fp32 or fp64, overwritten; may be ``logits`` itself.
+        terms: the options of the loss.
+        token_weight: (R,) in ``out``'s dtype, or None.
+        want_grad: whether ``out`` must hold the gradient afterwards (else it is scratch).
+        want_correct: whether to compare the target with the first largest logit.
+        logits_of: returns the logits (n, V) of rows given by their indices; asked after ``out``
+            was overwritten.
+    """
+    n_cols = logits.shape[1]
+    smoothing, z_loss, softcap = terms.label_smoothing, terms.z_loss, terms.softcap
+    ignored = targets == terms.ignore_index
+    invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
+    some_ignored, some_invalid = bool(ignored.any()), bool(invalid.any())
+    if some_ignored or some_invalid:
+        index = targets.long().masked_fill(ignored | invalid, 0).unsqueeze(1)
+    else:
+        index = targets.long().unsqueeze(1)
+
+    tanh = None
+    if softcap:
+        tanh = torch.tanh(logits.to(out.dtype) / softcap)
+        logits = torch.mul(tanh, softcap, out=out)
+    x_t = logits.gather(1, index).squeeze(1).to(out.dtype)
+    correct = out.new_empty(0)
+    if want_correct:
+        correct = (logits.argmax(dim=1) == targets).to(out.dtype)
+    class_weight = terms.class_weight
+    weighted_sum = None
+    if smoothing:
+        x = logits.to(out.dtype)
+        weighted_sum = x.sum(dim=1) if class_weight is None else x @ class_weight
+        weight_sum = n_cols if class_weight is None else float(class_weight.sum())
+
+    torch.softmax(logits, -1, dtype=out.dtype, out=out)
+    p_t = out.gather(1, index).squeeze(1)
+    nll = -p_t.log()
+    lse = x_t + nll
+    _fix_underflow(nll, lse, logits_of, x_t, p_t, softcap)
+
+    row_weight = token_weight
+    if class_weight is not None:
+        target_weight = class_weight[index.squeeze(1)]
+        row_weight = target_weight if token_weight is None else token_weight * target_weight
+    losses = nll
+    if smoothing:
+        losses = nll * (1 - smoothing)
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    if row_weight is not None:
+        losses = losses * row_weight
+    if weighted_sum is not None:
+        smooth_loss = (lse * weight_sum - weighted_sum) * (smoothing / n_cols)
+        losses = losses + (smooth_loss if token_weight is None else smooth_loss * token_weight)
+    if some_ignored:
+        losses = losses.masked_fill(ignored, 0.0)
+        lse = lse.masked_fill(ignored, 0.0)
+    if some_invalid:
+        losses = losses.masked_fill(invalid, float("nan"))
+    if not want_grad:
+        return RowResult(losses, lse, correct, None)
+
+    factor = row_weight
+    if smoothing or z_loss:
+        # d loss / d x = p·coefficient − uniform·w − hit·onehot(t)
+        one = torch.ones_like(lse)
+        row = one if row_weight is None else row_weight
+        uniform = (one if token_weight is None else token_weight) * (smoothing / n_cols)
+        coefficient = row * (1 - smoothing + 2 * z_loss * lse)
+        if smoothing:
+            coefficient = coefficient + uniform * weight_sum
+        out.mul_(coefficient.unsqueeze(1))
+        if smoothing and class_weight is None:
+            out.sub_(uniform.unsqueeze(1))
+        elif smoothing and class_weight is not None:
+            out.addr_(uniform, class_weight, alpha=-1)
+        out.scatter_add_(1, index, (row * (smoothing - 1)).unsqueeze(1))
+        factor = None
+    else:
+        out.scatter_(1, index, (p_t - 1).unsqueeze(1))
+    if tanh is not None:
+        out.mul_(tanh.square_().neg_().add_(1))
+    if some_ignored:
+        out[ignored] = 0.0
+    if some_invalid:
+        out[invalid] = float("nan")
+    return RowResult(losses, lse, correct, factor)
