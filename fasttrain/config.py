@@ -75,9 +75,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         overrides: ``section.key=value`` each, the value in TOML syntax; a bare word is a string,
             and ``none`` unsets an optional key. The last one wins.
 
-    Returns:
-        The config; an unset ``run.name`` is the file's stem.
-
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is refused.
     """
@@ -91,9 +88,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         name, value = _parse_override(override)
         section, _, k = name.partition(".")
         values.setdefault(section, {})[k] = value
-    run = values.setdefault("run", {})
-    if run.get("name") is None:
-        run["name"] = path.stem
     return config_from_dict(values)
 
 

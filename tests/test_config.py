@@ -46,7 +46,7 @@ def test_defaults_and_values(config_file):
     config = load_config(config_file)
     assert (config.model.dim, config.train.steps, config.data.path) == (64, 100, "tokens")
     assert (config.model.n_layers, config.optim.betas) == (4, (0.9, 0.95))
-    assert config.run.name == "small", "the file's stem"
+    assert config.run.name is None, "the run takes the file's stem, and a new one where it is taken"
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.model.dim = 3
 
@@ -70,7 +70,7 @@ def test_defaults_and_values(config_file):
         ("data.path=~/größe", "data.path", "~/größe"),
         ("train.max_grad_norm=none", "train.max_grad_norm", None),
         ("train.max_grad_norm=null", "train.max_grad_norm", None),
-        ("run.name=none", "run.name", "small"),
+        ("run.name=none", "run.name", None),
         ('eval.prompts=["a", "b\\n"]', "eval.prompts", ("a", "b\n")),
         ("eval.prompts=[]", "eval.prompts", ()),
         ("train.steps=1_000", "train.steps", 1000),
