@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
-from fasttrain.checkpoint_files import CheckpointError, Snapshot
+from fasttrain.checkpoint_files import CheckpointError, Snapshot, verify
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "resolve", "verify"]
 
@@ -168,7 +168,8 @@ class CheckpointWriter:
         with contextlib.ExitStack() as stack:
             for device in devices:
                 if device not in self._streams:
-                    self._streams[device] = torch.cuda.Stream(device)
+                    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    self._streams[device] = stream
                 side = self._streams[device]
                 side.wait_stream(torch.cuda.current_stream(device))
                 stack.enter_context(torch.cuda.stream(side))
@@ -210,7 +211,7 @@ class CheckpointWriter:
         old = self.folder / f".old-{path.name}"
         committed = False
         try:
-            self._sweep()
+            disk.sweep(self.folder)
             older = disk.history(self.folder)
             os.mkdir(partial)
             files = {
@@ -250,18 +251,6 @@ class CheckpointWriter:
                     disk.remove(partial)
             done = "is complete, but tidying up failed" if committed else "was not saved"
             raise disk.failure(f"{path} {done}", error) from error
-
-    def _sweep(self) -> None:
-        """Removes what earlier saves left unfinished; none of it may hinder this one."""
-        with os.scandir(self.folder) as entries:
-            names = [e.name for e in entries if e.name.startswith((".tmp-", ".old-"))]
-        for name in names:
-            target = self.folder / name.removeprefix(".old-")
-            with contextlib.suppress(OSError):
-                if name.startswith(".old-step-") and not target.exists():
-                    os.rename(self.folder / name, target)
-                else:
-                    disk.remove(self.folder / name)
 
     def _verified(self, path: Path) -> bool:
         """Hashes a folder once; again only when the system has seen one of its files change."""
@@ -322,14 +311,8 @@ def load(
         if data is None:
             continue
         if kind == "safetensors":
-            raw = memoryview(data.numpy())
-            for key, (dtype, shape, begin, end) in disk.read_layout(
-                path / name, raw, len(raw)
-            ).items():
-                part = data[begin:end]
-                if part.storage_offset() % dtype.itemsize:  # other writers may not align
-                    part = part.clone()
-                tensors[f"{stem}.{key}"] = part.view(dtype).view(shape).to(map_location)
+            for key, tensor in disk.as_tensors(path / name, data).items():
+                tensors[f"{stem}.{key}"] = tensor.to(map_location)
         else:
             texts[name] = data.numpy().tobytes()
     state = disk.parse_json(path / "state.json", texts["state.json"])
@@ -337,25 +320,6 @@ def load(
     return Checkpoint(
         path=path, step=manifest["step"], tensors=tensors, state=state, config_toml=config_toml
     )
-
-
-def verify(path: Path) -> None:
-    """Reads every byte of a checkpoint folder; CheckpointError names the file that is off."""
-    for name, entry in disk.read_manifest(Path(path))["files"].items():
-        disk.read_file(Path(path) / name, entry, keep=False)
-
-
-def _candidates(path: Path) -> list[Path]:
-    """The checkpoint itself, or those of a run folder, last commit first."""
-    disk.refuse_foreign(path)
-    if (path / disk.MANIFEST).exists() or disk.STEP.fullmatch(path.name):
-        return [path]
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if found := disk.history(folder):
-        return [checkpoint for checkpoint, _ in found]
-    for child in sorted(path.iterdir()):
-        disk.refuse_pickle(child)
-    raise CheckpointError(f"{path}: holds no checkpoint; name another folder or start a new run")
 
 
 def _to_stderr(line: str) -> None:
@@ -378,7 +342,7 @@ def resolve(
     path = Path(run_or_checkpoint)
     if which not in ("auto", "latest", "best"):
         raise CheckpointError(f"checkpoint: which must be auto, latest or best, got {which!r}")
-    found = _candidates(path)
+    found = disk.candidates(path)
     if found == [path]:
         verify(path)
         return path
@@ -402,27 +366,13 @@ def resolve(
     )
 
 
-def _listing(path: Path, *, intact: bool) -> None:
-    for file in sorted(path.iterdir()):
-        size = file.lstat().st_size
-        line = f"  {file.name:<24} {size:>15,} bytes"
-        if intact and file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                raw = stream.read(8)
-                raw += stream.read(int.from_bytes(raw, "little"))
-            layout = disk.read_layout(file, memoryview(raw), size)
-            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
-            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
-        print(line)
-
-
 def main(arguments: list[str]) -> int:
     """Lists and verifies; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m fasttrain.checkpoint RUN_OR_CHECKPOINT_FOLDER")
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
-        paths = _candidates(Path(arguments[0]))
+        paths = disk.candidates(Path(arguments[0]))
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -431,10 +381,10 @@ def main(arguments: list[str]) -> int:
         print(path)
         try:
             verify(path)
-            _listing(path, intact=True)
+            disk.print_listing(path, intact=True)
         except CheckpointError as error:
             damaged += 1
-            _listing(path, intact=False)
+            disk.print_listing(path, intact=False)
             print(f"  DAMAGED: {error}")
         else:
             print("  verified: every byte is as it was written")

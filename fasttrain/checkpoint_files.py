@@ -2,9 +2,9 @@
 writes and reads that trust nothing.
 
 Every write goes through `os.open`, `os.write`, `os.fsync`, `os.rename`, `os.replace`, `os.unlink`,
-`os.mkdir` and `os.rmdir`, so that a test can crash at each of them. The safetensors files are written
-and read here, not by the safetensors library, so that each byte is hashed in the one pass that
-moves it, straight from and into the tensors' memory; the tests hold both against the library.
+`os.mkdir` and `os.rmdir`, so that a test can crash at each of them. The safetensors files are
+written and read here, not by the safetensors library, so that each byte is hashed in the one pass
+that moves it, straight from and into the tensors' memory; the tests compare with the library.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 _JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
-_FINITE_CHUNK = 32_767  # elements: below torch's grain of 32,768, so the check stays on one thread
+_FINITE_CHUNK = 32_767  # elements: one under the size from which torch starts more threads
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -101,11 +101,30 @@ class Snapshot:
         for name, view in zip(self.names, self.views, strict=True):
             if not view.is_floating_point():
                 continue
-            for part in view.flatten().split(_FINITE_CHUNK):
+            for part in torch.split(view.flatten(), _FINITE_CHUNK):
                 values = part.float() if part.element_size() == 1 else part
                 if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(values)):
                     return name
         return None
+
+
+def verify(path: Path) -> None:
+    """Reads every byte of a checkpoint folder; CheckpointError names the file that is off."""
+    for name, entry in read_manifest(Path(path))["files"].items():
+        read_file(Path(path) / name, entry, keep=False)
+
+
+def candidates(path: Path) -> list[Path]:
+    """The checkpoint itself, or those of a run folder, last commit first."""
+    refuse_foreign(path)
+    if (path / MANIFEST).exists() or STEP.fullmatch(path.name):
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if found := history(folder):
+        return [checkpoint for checkpoint, _ in found]
+    for child in sorted(path.iterdir()):
+        refuse_pickle(child)
+    raise CheckpointError(f"{path}: holds no checkpoint; name another folder or start a new run")
 
 
 def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
@@ -219,7 +238,7 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
             if not path.name.endswith(".safetensors") and size > _JSON_LIMIT:
                 raise CheckpointError(f"{path}: {size} bytes, at most {_JSON_LIMIT} are credible")
             data = torch.empty(size if keep else min(size, _CHUNK), dtype=torch.uint8)
-            view = memoryview(data.numpy())
+            view = data.numpy().data
             digest = hashlib.sha256()
             done = 0
             while done < size:
@@ -269,6 +288,18 @@ def _offsets(entry: Any) -> tuple[int, int]:
     if isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]:
         return offsets[0], offsets[1]
     return -1, -1
+
+
+def as_tensors(path: Path, data: Tensor) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes are `data`: views where they are aligned."""
+    tensors = {}
+    layout = read_layout(path, data.numpy().data, data.numel())
+    for name, (dtype, shape, begin, end) in layout.items():
+        part = data[begin:end]
+        if begin % dtype.itemsize:
+            part = part.clone()
+        tensors[name] = part.view(dtype).view(shape)
+    return tensors
 
 
 def write_file(path: Path, *parts: Any) -> dict[str, Any]:
@@ -339,3 +370,30 @@ def failure(what: str, error: OSError) -> CheckpointError:
     result = CheckpointError(f"{what}: {error}; {remedy}")
     result.errno = error.errno
     return result
+
+
+def sweep(folder: Path) -> None:
+    """Removes what earlier saves left unfinished; none of it may hinder the next."""
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name.startswith((".tmp-", ".old-"))]
+    for name in names:
+        target = folder / name.removeprefix(".old-")
+        with contextlib.suppress(OSError):
+            if name.startswith(".old-step-") and not target.exists():
+                os.rename(folder / name, target)
+            else:
+                remove(folder / name)
+
+
+def print_listing(path: Path, *, intact: bool) -> None:
+    for file in sorted(path.iterdir()):
+        size = file.lstat().st_size
+        line = f"  {file.name:<24} {size:>15,} bytes"
+        if intact and file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                raw = stream.read(8)
+                raw += stream.read(int.from_bytes(raw, "little"))
+            layout = read_layout(file, memoryview(raw), size)
+            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
+            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
+        print(line)
