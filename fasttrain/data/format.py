@@ -236,6 +236,8 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     if field(meta, "format", str) != FORMAT or field(meta, "version", int) != VERSION:
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
     vocab_size = field(meta, "vocab_size", int)
+    if not 0 < vocab_size <= 2**32:
+        raise DataError(f"{path}: vocab_size is {vocab_size}, which it cannot be")
     if field(meta, "dtype", str) != dtype_for(vocab_size).name:
         raise DataError(f"{path}: dtype {meta['dtype']!r} does not go with {vocab_size} tokens")
     end = meta.setdefault("end_of_text", None)
