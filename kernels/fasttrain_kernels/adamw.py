@@ -16,7 +16,6 @@ views of one vector, so that counting is one operation.
 Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
@@ -25,11 +24,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._stochastic import round_stochastic_
+from ._adamw_launch import TritonUpdate
+from ._adamw_torch import Batch, update_native, update_staged
+from ._dispatch import use_triton
 from .grad_norm import local_tensor
 
 __all__ = ["FusedAdamW", "adamw_reference"]
 
+_PROBE = torch.empty(0)  # tells whether CPU tensors take the Triton path at the moment
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,29 +61,21 @@ def adamw_reference(
     return decayed - lr / (1 - beta1**step) * m / denominator, m, v
 
 
-class _Batch:
-    """The parameters that one call of torch's fused kernel updates: same group, same dtype."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.group = group
-        self.indices: list[int] = []
-        self.states: list[dict[str, Any]] = []
-        self.steps: list[Tensor] = []
-
-
 class _Plan:
     """What depends only on which parameters have gradients; kept from step to step."""
 
     def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
         self.params = params
         self.has_grad = has_grad
+        self.on_triton = use_triton(_PROBE)
         self.active: list[Tensor] = []  # those with a gradient, and their state
         self.states: list[dict[str, Any]] = []
         self.steps: list[Tensor] = []
         self.dense: list[int] = []  # indices of the parameters in `native`
         self.counters: list[Tensor] = []  # one vector of step counts a device
-        self.native: list[_Batch] = []
+        self.native: list[Batch] = []
         self.staged: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+        self.triton: TritonUpdate | None = None
 
     def fits(
         self,
@@ -96,6 +90,7 @@ class _Plan:
             and all(map(is_, params, self.params))
             and all(map(is_, map(state.get, self.active), self.states))
             and all(map(is_, [s.get("step") for s in self.states], self.steps))
+            and self.on_triton == use_triton(_PROBE)
             and all(params[i].is_contiguous() for i in self.dense)
             and all(g.is_contiguous() for i in self.dense if (g := grads[i]) is not None)
         )
@@ -151,7 +146,7 @@ class FusedAdamW(Optimizer):
         self._plan: _Plan | None = None
         self._state_dtype = state_dtype
         self._master_weights = master_weights
-        self._stochastic_rounding = stochastic_rounding
+        self._rounding = stochastic_rounding
         self._seed = seed
         # torch.amp.GradScaler then leaves unscaling and skipping to the step.
         self._step_supports_amp_scaling = True
@@ -193,7 +188,7 @@ class FusedAdamW(Optimizer):
             _check_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        options = ("_state_dtype", "_master_weights", "_stochastic_rounding", "_seed")
+        options = ("_state_dtype", "_master_weights", "_rounding", "_seed")
         state = {key: self.__dict__[key] for key in (*options, "_step_supports_amp_scaling")}
         return {**super().__getstate__(), **state}
 
@@ -243,7 +238,7 @@ class FusedAdamW(Optimizer):
     ) -> _Plan:
         plan = _Plan(params, has_grad)
         groups = [group for group in self.param_groups for _ in group["params"]]
-        by_device: dict[torch.device, list[int]] = {}
+        sets: dict[tuple[torch.device, bool], list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
@@ -253,20 +248,30 @@ class FusedAdamW(Optimizer):
                 )
             if not self.state[param]:
                 self.state[param] = self._new_state(param)
-            by_device.setdefault(local_tensor(param).device, []).append(i)
+            local = local_tensor(param)
+            triton = use_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
+            sets.setdefault((local.device, triton), []).append(i)
         step_of: dict[int, Tensor] = {}
-        for device, indices in by_device.items():
+        launched: list[int] = []
+        for (device, triton), indices in sets.items():
             counts = [self.state[params[i]]["step"].to(device, torch.float32) for i in indices]
             counter = torch.stack([count.reshape(()) for count in counts])
-            plan.counters.append(counter)
             step_of.update(zip(indices, counter.unbind(), strict=True))
-        batches: dict[tuple[int, torch.dtype, torch.device], _Batch] = {}
+            if triton:
+                launched += indices
+            else:
+                plan.counters.append(counter)
+        entries: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+        batches: dict[tuple[int, torch.dtype, torch.device], Batch] = {}
         for i, step in step_of.items():
             param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
             state["step"] = step
             plan.active.append(param)
             plan.states.append(state)
             plan.steps.append(step)
+            if i in launched:
+                entries.append((i, state, group))
+                continue
             stored = (param, grad, *(state[key] for key in _MOMENTS))
             tensors = [local_tensor(t) for t in stored if t is not None]
             plain = (
@@ -274,18 +279,19 @@ class FusedAdamW(Optimizer):
                 and all(t.is_contiguous() for t in tensors)
                 and tensors[0] is param  # not a DTensor
                 and "master" not in state
-                and not (self._stochastic_rounding and param.dtype == torch.bfloat16)
+                and not (self._rounding and param.dtype == torch.bfloat16)
             )
             if not plain:
                 plan.staged.append((group, i, state))
                 continue
             key = (id(group), tensors[0].dtype, tensors[0].device)
-            batch = batches.setdefault(key, _Batch(group))
+            batch = batches.setdefault(key, Batch(group))
             plan.dense.append(i)
             batch.indices.append(i)
             batch.states.append(state)
             batch.steps.append(step)
         plan.native = list(batches.values())
+        plan.triton = TritonUpdate(entries) if entries else None
         return plan
 
     @torch.no_grad()
@@ -326,7 +332,11 @@ class FusedAdamW(Optimizer):
         plan = self._plan
         if plan is None or not plan.fits(params, grads, has_grad, self.state):
             plan = self._plan = self._build_plan(params, grads, has_grad)
-        if found_inf is not None and found_inf.item() != 0:
+        if plan.triton is not None:
+            scalars = (clip_coefficient, grad_scale, found_inf)
+            seed = self._seed if self._rounding else None
+            plan.triton.launch(params, grads, *scalars, seed)
+        if not plan.counters or (found_inf is not None and found_inf.item() != 0):
             return loss
         scale = 1.0 if clip_coefficient is None else clip_coefficient.item()
         if grad_scale is not None:
@@ -334,69 +344,11 @@ class FusedAdamW(Optimizer):
         for counter in plan.counters:
             counter.add_(1)
         for batch in plan.native:
-            self._update_native(batch, params, grads, scale)
-        for group, index, state in plan.staged:
-            self._update_staged(group, params[index], grads[index], state, index, scale)
+            update_native(batch, params, grads, scale)
+        for group, i, state in plan.staged:
+            seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
+            update_staged(group, params[i], grads[i], state, scale, seed)
         return loss
-
-    def _update_native(
-        self, batch: _Batch, params: list[Tensor], grads: list[Any], scale: float
-    ) -> None:
-        """Update parameters that torch's fused kernel takes as they are."""
-        torch._fused_adamw_(
-            [params[i] for i in batch.indices],
-            [grads[i] for i in batch.indices],
-            [state["exp_avg"] for state in batch.states],
-            [state["exp_avg_sq"] for state in batch.states],
-            [],
-            batch.steps,
-            **_arguments(batch.group, scale),
-        )
-
-    def _update_staged(
-        self,
-        group: dict[str, Any],
-        param: Tensor,
-        grad: Tensor | None,
-        state: dict[str, Any],
-        index: int,
-        scale: float,
-    ) -> None:
-        """Update one parameter through contiguous copies in the arithmetic's dtype."""
-        assert grad is not None
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        stored = [local_tensor(state.get("master", param))]
-        stored += [local_tensor(state[key]) for key in _MOMENTS]
-        work = [t.to(dtype).contiguous() for t in stored]
-        gradient = local_tensor(grad).to(dtype, copy=True, memory_format=torch.contiguous_format)
-        weight, first, second = ([t] for t in work)
-        arguments = _arguments(group, scale)
-        torch._fused_adamw_(weight, [gradient], first, second, [], [state["step"]], **arguments)
-        if "master" in state:
-            stored.append(local_tensor(param))
-            work.append(work[0])
-        seed = hash((self._seed, index, int(state["step"].item())))
-        for slot, (target, value) in enumerate(zip(stored, work, strict=True)):
-            if self._stochastic_rounding and target.dtype == torch.bfloat16:
-                round_stochastic_(target, value, seed=seed + slot)
-            elif target is not value:
-                target.copy_(value)
-
-
-def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Keyword arguments of torch's fused kernel."""
-    arguments = {
-        "lr": float(group["lr"]),
-        "beta1": group["betas"][0],
-        "beta2": group["betas"][1],
-        "weight_decay": group["weight_decay"],
-        "eps": group["eps"],
-        "amsgrad": False,
-        "maximize": group["maximize"],
-    }
-    if scale != 1.0:
-        arguments["grad_scale"] = torch.tensor(1.0 / scale if scale else math.inf)
-    return arguments
 
 
 def _check_group(group: dict[str, Any]) -> None:

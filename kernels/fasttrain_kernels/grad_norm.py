@@ -19,7 +19,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ._dispatch import use_triton
+from ._multi_tensor import BLOCK, CHUNK, cached_table, launch_grid, load_pointer, triton_dtype
 
 __all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
 
@@ -79,10 +84,85 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
     return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
-def _norm_torch(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([t.float() for t in tensors])
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+@triton.jit
+def _sum_squares_kernel(
+    pointers_ptr,
+    lengths_ptr,
+    chunks_ptr,
+    partial_ptr,
+    n_chunks,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the squares of every n-th chunk, in the same order whatever runs beside it."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + 2 * k)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        length = tl.load(lengths_ptr + tensor)
+        g_ptr = load_pointer(pointers_ptr, tensor, DTYPE, ALIGNED) + start
+        if start + CHUNK <= length:  # no mask, so that the accesses are 16 bytes wide
+            for i in range(0, CHUNK, BLOCK):
+                g = tl.load(g_ptr + i + lanes).to(tl.float32)
+                total += g * g
+        else:
+            rest = (length - start).to(tl.int32)
+            for i in range(0, rest, BLOCK):
+                g = tl.load(g_ptr + i + lanes, mask=i + lanes < rest, other=0.0).to(tl.float32)
+                total += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _finish_kernel(partial_ptr, out_ptr, n_partials, max_norm, BLOCK: tl.constexpr):
+    """Write the norm, the non-finite flag and the clip coefficient to out[0], out[1], out[2]."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for i in range(0, n_partials, BLOCK):
+        total += tl.load(partial_ptr + i + lanes, mask=i + lanes < n_partials, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(total, 0))
+    finite = norm < float("inf")  # false for NaN too
+    ratio = tl.full((), max_norm, tl.float32) / (norm + 1e-6)
+    tl.store(out_ptr, norm)
+    tl.store(out_ptr + 1, tl.where(finite, 0.0, 1.0))
+    tl.store(out_ptr + 2, tl.where(ratio > 1.0, 1.0, ratio))  # NaN stays NaN
+
+
+def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
+    device = tensors[0].device
+    classes: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for tensor in map(_flat, tensors):
+        if tensor.numel() > 0:
+            key = (tensor.dtype, tensor.data_ptr() % 16 == 0)
+            classes.setdefault(key, []).append(tensor)
+    launches = []
+    n_partials = 0
+    for (dtype, aligned), members in classes.items():
+        table = cached_table(members)
+        programs = launch_grid(table.n_chunks, device)
+        launches.append((table, triton_dtype(dtype), aligned, n_partials, programs))
+        n_partials += programs
+    partial = torch.empty(n_partials, dtype=torch.float32, device=device)
+    out = torch.empty(3, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(out):
+        for table, dtype, aligned, offset, programs in launches:
+            _sum_squares_kernel[(programs,)](
+                table.pointers,
+                table.lengths,
+                table.chunks,
+                partial[offset:],
+                table.n_chunks,
+                DTYPE=dtype,
+                ALIGNED=aligned,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                num_warps=8,
+            )
+        _finish_kernel[(1,)](partial, out, n_partials, max_norm, BLOCK=1024, num_warps=4)
+    return GradNorm(*out.unbind())
 
 
 def grad_norm(
@@ -123,7 +203,10 @@ def grad_norm(
                 f"grad_norm: all tensors must be on one device, got {device} and {tensor.device}; "
                 "call it once a device and combine the norms"
             )
-    if device.type == "cpu" and group is None:
+    if use_triton(local[0]):
+        result = _grad_norm_triton(local, max_norm)
+        return result if group is None else _finish(_reduce(result.norm, group), max_norm)
+    if group is None:
         norm = math.sqrt(_sum_squares_cpu(local))
         coefficient = min(1.0, max_norm / (norm + _EPS)) if norm == norm else math.nan
         return GradNorm(
@@ -131,15 +214,14 @@ def grad_norm(
             torch.tensor(0.0 if math.isfinite(norm) else 1.0),
             torch.tensor(coefficient, dtype=torch.float32),
         )
-    if device.type == "cpu":
-        norm_t = torch.tensor(math.sqrt(_sum_squares_cpu(local)), dtype=torch.float32)
-    else:
-        norm_t = _norm_torch(local)
-    if group is not None:
-        square = norm_t.square()
-        dist.all_reduce(square, group=group)
-        norm_t = square.sqrt()
-    return _finish(norm_t, max_norm)
+    norm_t = torch.tensor(math.sqrt(_sum_squares_cpu(local)), dtype=torch.float32)
+    return _finish(_reduce(norm_t, group), max_norm)
+
+
+def _reduce(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
+    square = norm.square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
 
 
 @torch.no_grad()

@@ -1,0 +1,186 @@
+"""The kernels of `FusedAdamW`: one launch a class of dtypes, whatever the number of tensors.
+
+Bytes moved an element (fp32 everything): 12 for parameter and moments in, 4 for the gradient, 12
+out; bound by memory. Before it a launch of one program a thousand tensors advances the step counts
+and turns the groups' hyper-parameters into nine numbers a tensor. Rounding: once, at the store.
+"""
+
+import triton
+import triton.language as tl
+
+from ._multi_tensor import load_pointer
+
+__all__ = ["adamw_kernel", "advance_kernel"]
+
+
+@triton.jit
+def _one_minus_power(log_base, exponent):
+    """1 - base**exponent without cancellation: the series of expm1 near zero."""
+    x = log_base * exponent
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(x > -0.25, -series, 1 - tl.exp(x))
+
+
+@triton.jit
+def advance_kernel(
+    hyper_ptr,
+    lr_pointers_ptr,
+    group_ptr,
+    step_pointers_ptr,
+    coefs_ptr,
+    clip_ptr,
+    scale_ptr,
+    found_inf_ptr,
+    n_tensors,
+    HYPER: tl.constexpr,
+    COEFS: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the step of each tensor and write its coefficients; with found_inf, do nothing."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if HAS_FOUND_INF:
+        n_tensors = tl.where(tl.load(found_inf_ptr) == 0, n_tensors, 0)
+    mask = t < n_tensors
+    row = hyper_ptr + tl.load(group_ptr + t, mask=mask, other=0) * HYPER
+    group = tl.load(group_ptr + t, mask=mask, other=0)
+    lr_address = tl.load(lr_pointers_ptr + group, mask=mask, other=0)
+    lr = tl.load(row, mask=mask, other=0.0)
+    lr_on_device = lr_address.to(tl.pointer_type(tl.float32))
+    lr = tl.where(lr_address != 0, tl.load(lr_on_device, mask=mask & (lr_address != 0)), lr)
+    step_ptr = tl.load(step_pointers_ptr + t, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=mask, other=0.0) + 1
+    correction1 = _one_minus_power(tl.load(row + 6, mask=mask, other=-1.0), step)
+    correction2 = _one_minus_power(tl.load(row + 7, mask=mask, other=-1.0), step)
+    factor = tl.load(row + 9, mask=mask, other=1.0)
+    if HAS_CLIP:
+        factor = factor * tl.load(clip_ptr)
+    if HAS_SCALE:
+        factor = factor / tl.load(scale_ptr)
+    out = coefs_ptr + t * COEFS
+    tl.store(out, 1 - lr * tl.load(row + 1, mask=mask, other=0.0), mask=mask)
+    tl.store(out + 1, lr / correction1, mask=mask)
+    tl.store(out + 2, tl.rsqrt(correction2), mask=mask)
+    for i in tl.static_range(4):  # β₁, 1 - β₁, β₂, 1 - β₂
+        tl.store(out + 3 + i, tl.load(row + 2 + i, mask=mask, other=0.0), mask=mask)
+    tl.store(out + 7, tl.load(row + 8, mask=mask, other=0.0), mask=mask)
+    tl.store(out + 8, factor, mask=mask)
+    tl.store(out + 9, step, mask=mask)
+    tl.store(step_ptr, step, mask=mask)
+
+
+@triton.jit
+def _load(ptr, mask, MASKED: tl.constexpr):
+    # The branch is taken at compile time: a mask, even an all-true one, narrows the accesses.
+    value = tl.load(ptr, mask=mask, other=0.0) if MASKED else tl.load(ptr)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, value, mask, seed, position, MASKED: tl.constexpr, ROUND: tl.constexpr):
+    if ROUND and ptr.dtype.element_ty == tl.bfloat16:
+        # A bf16 is the upper half of an fp32: add 16 random bits to the lower half and cut it off.
+        # Infinities and NaN have no lower half to spare.
+        noise = tl.randint(seed, position).to(tl.uint32, bitcast=True) & 0xFFFF
+        bits = value.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        value = tl.where(finite, (bits + noise) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+    value = value.to(ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(ptr, value, mask=mask)
+    else:
+        tl.store(ptr, value)
+
+
+@triton.jit
+def _update(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    master_ptr,
+    coefs_ptr,
+    seed,
+    start,
+    offsets,
+    mask,
+    MASKED: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Update one block of one tensor."""
+    g = _load(g_ptr + offsets, mask, MASKED) * tl.load(coefs_ptr + 8)
+    m = _load(m_ptr + offsets, mask, MASKED)
+    v = _load(v_ptr + offsets, mask, MASKED)
+    if HAS_MASTER:
+        p = _load(master_ptr + offsets, mask, MASKED)
+    else:
+        p = _load(p_ptr + offsets, mask, MASKED)
+    m = tl.load(coefs_ptr + 3) * m + tl.load(coefs_ptr + 4) * g
+    v = tl.load(coefs_ptr + 5) * v + tl.load(coefs_ptr + 6) * g * g
+    denominator = tl.sqrt(v) * tl.load(coefs_ptr + 2) + tl.load(coefs_ptr + 7)
+    p = p * tl.load(coefs_ptr) - tl.load(coefs_ptr + 1) * m / denominator
+    position = (start + offsets).to(tl.int32)
+    _store(m_ptr + offsets, m, mask, seed, position, MASKED, ROUND)
+    _store(v_ptr + offsets, v, mask, seed + 1, position, MASKED, ROUND)
+    if HAS_MASTER:
+        _store(master_ptr + offsets, p, mask, seed, position, MASKED, False)
+    _store(p_ptr + offsets, p, mask, seed + 2, position, MASKED, ROUND)
+
+
+@triton.jit
+def adamw_kernel(
+    pointers_ptr,
+    lengths_ptr,
+    chunks_ptr,
+    coefs_ptr,
+    found_inf_ptr,
+    n_tensors,
+    n_chunks,
+    seed,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    COEFS: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROUND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update every n-th chunk."""
+    if HAS_FOUND_INF:  # a loop over no chunks writes nothing
+        n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
+    lanes = tl.arange(0, BLOCK)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        t = tl.load(chunks_ptr + 2 * k)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        length = tl.load(lengths_ptr + t)
+        coefs = coefs_ptr + t * COEFS
+        p_ptr = load_pointer(pointers_ptr, t, P, ALIGNED) + start
+        g_ptr = load_pointer(pointers_ptr + n_tensors, t, G, ALIGNED) + start
+        m_ptr = load_pointer(pointers_ptr + 2 * n_tensors, t, M, ALIGNED) + start
+        v_ptr = load_pointer(pointers_ptr + 3 * n_tensors, t, V, ALIGNED) + start
+        master_ptr = p_ptr
+        if HAS_MASTER:
+            master_ptr = load_pointer(pointers_ptr + 4 * n_tensors, t, tl.float32, ALIGNED) + start
+        tensor_seed = seed
+        if ROUND:
+            tensor_seed = seed + (tl.load(coefs + 9).to(tl.int32) * n_tensors + t) * 4
+        if start + CHUNK <= length:  # no mask, so that the accesses are 16 bytes wide
+            for i in range(0, CHUNK, BLOCK):
+                _update(
+                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start,
+                    i + lanes, lanes < BLOCK, False, HAS_MASTER, ROUND,
+                )  # fmt: skip
+        else:
+            rest = (length - start).to(tl.int32)
+            for i in range(0, rest, BLOCK):
+                _update(
+                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start,
+                    i + lanes, i + lanes < rest, True, HAS_MASTER, ROUND,
+                )  # fmt: skip

@@ -1,0 +1,119 @@
+"""One launch over many tensors: device tables of pointers, lengths and chunks.
+
+A tensor is cut into chunks of CHUNK elements. Chunk number k of the launch is described by
+``chunks[k] = (tensor, index within the tensor)``; ``pointers[column, tensor]`` holds addresses, one
+column for each operand (parameter, gradient, …). Sizes change rarely and addresses seldom, so the
+tables stay on the device; only what changed is uploaded, from pinned memory, without waiting.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["BLOCK", "CHUNK", "TensorTable", "cached_table", "launch_grid", "triton_dtype", "upload"]
+
+# 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
+# last round costs at most 4 %; 28 B an element make the 8 B table entry vanish.
+CHUNK = 8192
+BLOCK = 2048  # 8 elements a thread with 8 warps: 16-byte accesses for 2- and 4-byte dtypes
+PROGRAMS_PER_SM = 4
+# The interpreter runs programs one after the other; a few suffice to exercise the loop.
+_CPU_PROGRAMS = 4
+_CACHED_TABLES = 8
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Return Triton's name of a storage dtype.
+
+    Raises:
+        TypeError: the kernels do not support it.
+    """
+    if dtype not in _TRITON_DTYPES:
+        raise TypeError(
+            f"fasttrain_kernels: optimizer kernels support float32, bfloat16 and float16, got "
+            f"{dtype}; keep float64 tensors on the CPU"
+        )
+    return _TRITON_DTYPES[dtype]
+
+
+def upload(target: Tensor, values: Sequence[Any]) -> None:
+    """Copy numbers to a device tensor without waiting for the device."""
+    host = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    target.copy_(host.view_as(target), non_blocking=True)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_grid(n_chunks: int, device: torch.device) -> int:
+    """Return how many programs share the chunks."""
+    if device.type != "cuda":
+        return max(1, min(n_chunks, _CPU_PROGRAMS))
+    return max(1, min(n_chunks, PROGRAMS_PER_SM * _multiprocessors(device)))
+
+
+class TensorTable:
+    """The tables of one launch over tensors of given sizes."""
+
+    def __init__(self, numels: Sequence[int], n_columns: int, device: torch.device) -> None:
+        self.n_tensors = len(numels)
+        self.device = device
+        counts = torch.tensor([-(-n // CHUNK) for n in numels], dtype=torch.int64)
+        tensor = torch.repeat_interleave(torch.arange(self.n_tensors), counts)
+        first = torch.cumsum(counts, 0) - counts
+        index = torch.arange(tensor.numel()) - first[tensor]
+        self.n_chunks = tensor.numel()
+        self.chunks = torch.stack([tensor, index], 1).to(device, torch.int32)  # (n_chunks, 2)
+        self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
+        self.pointers = torch.zeros(n_columns, self.n_tensors, dtype=torch.int64, device=device)
+        self._uploaded: list[int] | None = None
+
+    def set_pointers(self, pointers: list[int]) -> bool:
+        """Store addresses, column by column; return whether any had changed."""
+        if pointers == self._uploaded:
+            return False
+        upload(self.pointers, pointers)
+        self._uploaded = pointers
+        return True
+
+
+_tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
+
+
+def cached_table(tensors: Sequence[Tensor]) -> TensorTable:
+    """Return a one-column table of the tensors' addresses, from the few used last."""
+    numels = tuple(t.numel() for t in tensors)
+    device = tensors[0].device
+    pointers = [t.data_ptr() for t in tensors]
+    key = (device, tensors[0].dtype, numels)
+    table = _tables.get(key)
+    if table is None:
+        table = _tables[key] = TensorTable(numels, 1, device)
+        while len(_tables) > _CACHED_TABLES:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    table.set_pointers(pointers)
+    return table
+
+
+@triton.jit
+def load_pointer(pointers_ptr, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load an address and say what it points to, and that it is a multiple of 16."""
+    pointer = tl.load(pointers_ptr + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
