@@ -5,6 +5,8 @@ Legend: R rows, D columns. A row's offset is int64. dy, dh, residual and every o
 contiguous; x is reached by the two row strides of `as_rows`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,14 +22,18 @@ _TILE = 2048
 # Longer rows are walked over in chunks of _TILE columns, twice.
 MAX_FWD_COLS = 16384
 MAX_BWD_COLS = 8192
-# Programs of the backward kernel that fit on a multiprocessor together, in warps.
+# What a multiprocessor of sm_90 holds of the backward kernel, which takes up to 128 registers a
+# thread with its next tile in flight: 4, 2 or 1 programs of 4, 8 or 16 warps.
 _WARPS_PER_SM = 16
 
 
 @triton.jit
-def _row_offsets(rows, n_inner, stride_outer, stride_inner):
-    outer = (rows // n_inner).to(tl.int64) * stride_outer
-    return (outer + (rows % n_inner).to(tl.int64) * stride_inner)[:, None]
+def _row_offsets(rows, n_inner, stride_outer, stride_inner, ALIGN: tl.constexpr):
+    # Strides come divided by ALIGN: of an integer argument Triton sees by itself only whether it
+    # divides by 16, and rows of, say, 1000 would be read two bytes at a time.
+    outer = (rows // n_inner).to(tl.int64) * stride_outer * ALIGN
+    inner = (rows % n_inner).to(tl.int64) * stride_inner * ALIGN
+    return (outer + inner)[:, None]
 
 
 @triton.jit
@@ -62,6 +68,7 @@ def _rms_norm_fwd_kernel(
     stride_x_inner,
     n_rows,
     eps,
+    ALIGN: tl.constexpr,
     N_COLS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,7 +78,7 @@ def _rms_norm_fwd_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
-    row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+    row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
     row = rows.to(tl.int64)[:, None] * N_COLS
     cols = tl.arange(0, BLOCK_N)
     if BLOCK_N >= N_COLS:
@@ -119,6 +126,7 @@ def _rms_norm_bwd_kernel(
     stride_x_outer,
     stride_x_inner,
     n_rows,
+    ALIGN: tl.constexpr,
     N_COLS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,15 +145,23 @@ def _rms_norm_bwd_kernel(
         if HAS_WEIGHT:
             w = _load_weight(weight_ptr, cols, N_COLS, ZERO_CENTERED)
         dw = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        rows = first * BLOCK_R + tl.arange(0, BLOCK_R)
+        row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
+        row = rows.to(tl.int64)[:, None] * N_COLS
+        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+        x_next = tl.load(x_ptr + row_x + cols, mask=mask, other=0.0)
+        dy_next = tl.load(dy_ptr + row + cols, mask=mask, other=0.0)
         for tile in range(first, n_tiles, n_programs):
-            rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-            row_mask = rows < n_rows
-            mask = row_mask[:, None] & (cols < N_COLS)[None, :]
-            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+            x, dy, now = x_next, dy_next, row + cols
+            rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+            now_mask = mask
+            # The next tile is on its way while this one is reduced and stored.
+            rows = (tile + n_programs) * BLOCK_R + tl.arange(0, BLOCK_R)
+            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
             row = rows.to(tl.int64)[:, None] * N_COLS
-            x = tl.load(x_ptr + row_x + cols, mask=mask, other=0.0)
-            dy = tl.load(dy_ptr + row + cols, mask=mask, other=0.0)
-            rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+            x_next = tl.load(x_ptr + row_x + cols, mask=mask, other=0.0)
+            dy_next = tl.load(dy_ptr + row + cols, mask=mask, other=0.0)
             x_hat = x.to(tl.float32) * rstd
             g = dy.to(tl.float32)
             if NEEDS_DW:
@@ -155,15 +171,15 @@ def _rms_norm_bwd_kernel(
             c = tl.sum(g * x_hat, axis=1)[:, None] / N_COLS
             dx = (g - x_hat * c) * rstd
             if HAS_DH:
-                dx += tl.load(dh_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                dx += tl.load(dh_ptr + now, mask=now_mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + now, dx.to(dx_ptr.dtype.element_ty), mask=now_mask)
         if NEEDS_DW:
             tl.store(partial_ptr + cols, tl.sum(dw, axis=0), mask=cols < N_COLS)
     else:
         for tile in range(first, n_tiles, n_programs):
             rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
             row_mask = rows < n_rows
-            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner)
+            row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
             row = rows.to(tl.int64)[:, None] * N_COLS
             rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
             products = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
@@ -237,6 +253,7 @@ def launch_fwd(
     if n_rows == 0:
         return
     x, n_inner, stride_outer, stride_inner = as_rows(x)
+    align = math.gcd(16, stride_outer, stride_inner)
     block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
     with torch.cuda.device_of(x):
         _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
@@ -247,10 +264,11 @@ def launch_fwd(
             h,
             rstd,
             n_inner,
-            stride_outer,
-            stride_inner,
+            stride_outer // align,
+            stride_inner // align,
             n_rows,
             float(eps),
+            ALIGN=align,
             N_COLS=n_cols,
             BLOCK_R=block_r,
             BLOCK_N=block_n,
@@ -278,6 +296,7 @@ def launch_bwd(
             dw.zero_()
         return
     x, n_inner, stride_outer, stride_inner = as_rows(x)
+    align = math.gcd(16, stride_outer, stride_inner)
     block_r, block_n, num_warps = _tile(n_cols, MAX_BWD_COLS)
     resident = n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
     n_programs = min(triton.cdiv(n_rows, block_r), resident)
@@ -294,9 +313,10 @@ def launch_bwd(
             dx,
             partial,
             n_inner,
-            stride_outer,
-            stride_inner,
+            stride_outer // align,
+            stride_inner // align,
             n_rows,
+            ALIGN=align,
             N_COLS=n_cols,
             BLOCK_R=block_r,
             BLOCK_N=block_n,
