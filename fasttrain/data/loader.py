@@ -180,7 +180,7 @@ class Loader:
     def _starts(self, position: int) -> Iterator[list[int]]:
         """First tokens of this rank's windows, micro-batch after micro-batch."""
         stride = self.micro_batch * self.world_size
-        per_block = max(ORDER_BLOCK // stride, 1)
+        per_block = max(min(ORDER_BLOCK, self.samples_per_epoch) // stride, 1)
         mine = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
         pending: list[list[int]] = []
         while True:

@@ -1,0 +1,358 @@
+"""Batches: the right windows in the right order, whoever asks, and errors that arrive."""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasttrain.data import loader as loader_module
+from fasttrain.data import shards as shards_module
+from fasttrain.data.format import DataError, TokenDataset, open_dataset
+from fasttrain.data.loader import IGNORE, Loader, evaluation_batches
+from fasttrain.data.writer import ShardWriter
+
+N_TOKENS = 1000
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    """Tokens 0 … 999 in three shards, so that a token says where it lies."""
+    folder = tmp_path_factory.mktemp("data")
+    with ShardWriter(folder, "train", vocab_size=N_TOKENS, shard_tokens=400) as writer:
+        writer.write(np.arange(N_TOKENS))
+    return open_dataset(folder, "train", vocab_size=N_TOKENS, cache_dir=folder / "cache")
+
+
+def make(dataset: TokenDataset, **options: object) -> Loader:
+    settings = {"seq_len": 10, "micro_batch": 4, "seed": 7, "device": "cpu"} | options
+    return Loader(dataset, **settings)  # type: ignore[arg-type]
+
+
+def no_threads_left() -> bool:
+    return not any(t.name == "fasttrain-loader" for t in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def threads_end() -> Iterator[None]:
+    yield
+    assert no_threads_left()
+
+
+def test_rows_are_the_windows_that_the_order_names(dataset: TokenDataset) -> None:
+    with make(dataset) as loader:
+        assert loader.samples_per_epoch == 99
+        assert loader.dropped_tokens == N_TOKENS - 1 - 99 * 10
+        for number in range(60):  # into the third epoch
+            batch = next(loader)
+            assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+            assert batch.tokens.shape == batch.targets.shape == (4, 10)
+            assert batch.tokens.is_contiguous()
+            assert batch.targets.is_contiguous()
+            ids = torch.from_numpy(loader.sample_ids(4 * number, 4))
+            expected = ids[:, None] * 10 + torch.arange(11)
+            assert torch.equal(batch.tokens, expected[:, :-1])
+            assert torch.equal(batch.targets, expected[:, 1:])
+            assert batch.position == loader.position == 4 * (number + 1)
+        assert loader.wait_s > 0
+
+
+def test_r3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
+    with make(dataset, micro_batch=5, end=2 * 99) as loader:
+        targets = torch.cat([batch.targets.flatten() for batch in loader])
+        counts = torch.bincount(targets[targets != IGNORE], minlength=N_TOKENS)
+    assert counts[0] == 0
+    assert torch.equal(counts[1:991], torch.full((990,), 2))
+    assert not counts[991:].any()  # the dropped tail
+
+
+@settings(max_examples=25)
+@given(
+    ranks=st.sampled_from([1, 2, 3]),
+    micro_batch=st.integers(1, 7),
+    prefetch=st.integers(1, 5),
+    position=st.integers(0, 400),
+    seed=st.integers(0, 2**31),
+)
+def test_r28_order_is_independent_of_ranks_prefetch_and_micro_batch(
+    dataset: TokenDataset, ranks: int, micro_batch: int, prefetch: int, position: int, seed: int
+) -> None:
+    options = {"micro_batch": micro_batch, "prefetch": prefetch, "position": position, "seed": seed}
+    loaders = [make(dataset, rank=r, world_size=ranks, **options) for r in range(ranks)]
+    first = []
+    for _ in range(5):
+        for loader in loaders:  # the order that the rows of a global micro-batch have
+            first += (next(loader).tokens[:, 0] // 10).tolist()
+    for loader in loaders:
+        assert loader.position == position + len(first)
+        loader.close()
+    with make(dataset, micro_batch=1, seed=seed) as plain:
+        assert first == plain.sample_ids(position, len(first)).tolist()
+
+
+def test_r3_ten_random_kills_lose_and_repeat_nothing(dataset: TokenDataset) -> None:
+    rng = np.random.default_rng(0)
+    seen: list[int] = []
+    position = 0
+    for _ in range(10):  # each start knows nothing but the integer of the last committed step
+        with make(dataset, position=position) as loader:
+            for _ in range(int(rng.integers(0, 12))):
+                batch = next(loader)
+                seen += (batch.tokens[:, 0] // 10).tolist()
+                position = batch.position
+            for _ in range(int(rng.integers(0, 3))):
+                next(loader)  # trained on, not committed
+    with make(dataset) as loader:
+        assert seen == loader.sample_ids(0, len(seen)).tolist()
+    assert len(seen) > 99
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_beyond_the_end_have_no_targets_and_the_shape_stays(
+    dataset: TokenDataset, world_size: int
+) -> None:
+    valid, batches = 0, []
+    for rank in range(world_size):
+        with make(dataset, end=21, rank=rank, world_size=world_size) as loader:
+            mine = list(loader)
+            with pytest.raises(StopIteration):
+                next(loader)
+        batches.append(len(mine))
+        for batch in mine:
+            assert batch.targets.shape == (4, 10)
+            rows = (batch.targets != IGNORE).all(dim=1)
+            assert torch.equal(rows, (batch.targets != IGNORE).any(dim=1))
+            assert rows.tolist() == sorted(rows.tolist(), reverse=True)
+            valid += int(rows.sum())
+        assert mine[-1].position == 24
+    assert valid == 21
+    assert batches == ([6] if world_size == 1 else [3, 3])
+
+
+def test_a_loader_at_or_after_its_end_is_empty(dataset: TokenDataset) -> None:
+    for position in (20, 24):
+        with make(dataset, position=position, end=20) as loader:
+            assert list(loader) == []
+
+
+def test_a_batch_is_never_overwritten(dataset: TokenDataset) -> None:
+    with make(dataset, prefetch=2) as loader:
+        kept = [next(loader) for _ in range(30)]
+        copies = [(batch.tokens.clone(), batch.targets.clone()) for batch in kept]
+        for _ in range(30):
+            next(loader)
+    for batch, (tokens, targets) in zip(kept, copies, strict=True):
+        assert torch.equal(batch.tokens, tokens)
+        assert torch.equal(batch.targets, targets)
+        assert torch.equal(batch.tokens + 1, batch.targets)
+
+
+def test_the_thread_works_ahead_but_not_further_than_prefetch(dataset: TokenDataset) -> None:
+    reads = []
+    original = dataset.read_windows
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(dataset, name)
+
+        def read_windows(self, starts: list[int], out: np.ndarray) -> None:
+            reads.append(len(starts))
+            original(starts, out)
+
+    with make(Counting(), prefetch=3) as loader:  # type: ignore[arg-type]
+        deadline = time.monotonic() + 10
+        while len(reads) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(reads) == 4  # three ready and one in hand
+        next(loader)
+        time.sleep(0.1)
+        assert len(reads) == 5
+
+
+def own_copy(dataset: TokenDataset, folder: Path) -> TokenDataset:
+    with ShardWriter(folder, "train", vocab_size=N_TOKENS) as writer:
+        writer.write(dataset.read(0, N_TOKENS))
+    return open_dataset(folder, "train", vocab_size=N_TOKENS, cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "replace"])
+def test_r23_a_shard_changed_mid_run_is_a_typed_error(
+    dataset: TokenDataset, tmp_path: Path, damage: str
+) -> None:
+    mine = own_copy(dataset, tmp_path)
+    path = tmp_path / "train_000000.bin"
+    with make(mine) as loader:
+        next(loader)
+        if damage == "truncate":
+            with path.open("r+b") as file:
+                file.truncate(1200)
+        else:
+            (tmp_path / "other").write_bytes(bytes(path.stat().st_size))
+            (tmp_path / "other").replace(path)
+        with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced"):
+            list(itertools.islice(loader, 50))
+        with pytest.raises(DataError, match=r"train_000000\.bin"):  # and again, no hang
+            next(loader)
+
+
+def test_r9_a_hung_read_is_named_and_fatal_within_its_deadline(
+    dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = own_copy(dataset, tmp_path)
+    hang = threading.Event()
+    preadv = shards_module.os.preadv
+
+    def slow(*arguments: object) -> int:
+        hang.wait(60)
+        return preadv(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards_module.os, "preadv", slow)
+    loader = make(mine, deadline_s=0.3)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"train_000000\.bin: reading a batch has taken 0\.3 s"):
+        next(loader)
+    assert time.monotonic() - begin < 5
+    hang.set()
+    loader.close()
+
+
+def test_an_error_of_any_kind_in_the_thread_arrives(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room for a batch")
+
+    monkeypatch.setattr(loader_module, "_widen", fail)
+    with make(dataset) as loader, pytest.raises(MemoryError, match="no room"):
+        next(loader)
+
+
+def test_slow_reads_are_hinted_ahead(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hinted: list[int] = []
+    monkeypatch.setattr(
+        shards_module.Shard, "will_need", lambda self, start, count: hinted.append(start)
+    )
+    with make(dataset) as loader:
+        for _ in range(20):
+            next(loader)
+    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", -1.0)
+    hinted.clear()
+    with make(dataset) as loader:
+        batches = [next(loader) for _ in range(20)]
+    assert len(hinted) > 20
+    assert all(torch.equal(batch.tokens + 1, batch.targets) for batch in batches)
+
+
+def test_close_ends_the_thread_and_the_batches(dataset: TokenDataset) -> None:
+    loader = make(dataset)
+    next(loader)
+    loader.close()
+    assert no_threads_left()
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+
+
+def test_the_interpreter_ends_cleanly_without_close(dataset: TokenDataset) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from fasttrain.data.format import open_dataset\n"
+        "from fasttrain.data.loader import Loader\n"
+        "data = open_dataset(sys.argv[1], 'train', cache_dir=Path(sys.argv[1]) / 'cache')\n"
+        "loader = Loader(data, seq_len=10, micro_batch=4, seed=0, device='cpu')\n"
+        "print(next(loader).position)\n"
+    )
+    folder = str(dataset.shards[0].path.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "4\n", "")
+
+
+def test_a_sequence_longer_than_the_data_is_refused(dataset: TokenDataset) -> None:
+    with make(dataset, seq_len=999) as loader:
+        assert (loader.samples_per_epoch, loader.dropped_tokens) == (1, 0)
+    with pytest.raises(DataError, match=r"data\.seq_len = 1000 is longer .* at most 999"):
+        make(dataset, seq_len=1000)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seq_len": 0},
+        {"micro_batch": 0},
+        {"prefetch": 0},
+        {"position": -1},
+        {"rank": 2, "world_size": 2},
+    ],
+)
+def test_wrong_arguments_are_refused(dataset: TokenDataset, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"Loader: {next(iter(wrong))} must be"):
+        make(dataset, **wrong)
+
+
+@pytest.mark.parametrize("seq_len", [1, 10, 27, 37, 999, 1000, 5000])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_covers_every_target_once_in_order(
+    dataset: TokenDataset, seq_len: int, world_size: int
+) -> None:
+    batch_size = 100 if seq_len == 1 else 4
+    per_rank = [
+        list(
+            evaluation_batches(
+                dataset,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                device="cpu",
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in per_rank}) == 1
+    targets = []
+    for batches in zip(*per_rank, strict=True):
+        for batch in batches:
+            assert batch.tokens.shape == batch.targets.shape == (batch_size, seq_len)
+            valid = batch.targets != IGNORE
+            assert torch.equal(batch.tokens[valid] + 1, batch.targets[valid])
+            assert not batch.tokens[~valid].any()
+            targets += batch.targets[valid].tolist()
+    assert targets == list(range(1, N_TOKENS))
+
+
+def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "val", vocab_size=5) as writer:
+        writer.write(np.array([1]))
+    single = open_dataset(tmp_path, "val", vocab_size=5, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="1 tokens has nothing to predict"):
+        evaluation_batches(single, seq_len=4, batch_size=2, device="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies on a side stream")
+@pytest.mark.parametrize("vocab_size", [1000, 70_000])
+def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path, vocab_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 50_000)
+    with ShardWriter(tmp_path, "train", vocab_size=vocab_size) as writer:
+        writer.write(tokens)
+    data = open_dataset(tmp_path, "train", vocab_size=vocab_size, cache_dir=tmp_path / "cache")
+    options = {"seq_len": 128, "micro_batch": 8, "end": 403}
+    with make(data, **options) as here, make(data, device="cuda", **options) as there:
+        kept = list(there)
+        for expected, batch in zip(here, kept, strict=True):
+            assert batch.tokens.is_cuda
+            assert batch.position == expected.position
+            assert torch.equal(batch.tokens.cpu(), expected.tokens)
+            assert torch.equal(batch.targets.cpu(), expected.targets)

@@ -1,0 +1,122 @@
+"""The order of samples: a bijection, another one each epoch, the same for everybody."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fasttrain.data.sampler import Permutation, sample_ids
+
+KEYS = st.integers(-(2**70), 2**140)
+
+
+@settings(max_examples=60)
+@given(n=st.integers(1, 10**6), key=KEYS)
+@example(n=1, key=0)
+@example(n=2, key=1)
+@example(n=10**6, key=7)
+@example(n=2**19 + 1, key=7)
+def test_r28_every_n_up_to_a_million_gives_a_bijection(n: int, key: int) -> None:
+    out = Permutation(n, key).take(np.arange(n))
+    assert out.dtype == np.int64
+    assert np.array_equal(np.bincount(out, minlength=n), np.ones(n))
+
+
+def test_r28_every_n_up_to_300_gives_a_bijection() -> None:
+    for n in range(1, 301):
+        assert sorted(Permutation(n, n).take(np.arange(n)).tolist()) == list(range(n))
+
+
+@settings(max_examples=50)
+@given(n=st.integers(1, 2**62), key=KEYS, data=st.data())
+def test_one_index_and_many_agree_and_stay_inside(n: int, key: int, data: st.DataObject) -> None:
+    order = Permutation(n, key)
+    index = data.draw(st.integers(0, n - 1))
+    out = order(index)
+    assert 0 <= out < n
+    assert order.take(np.array([[index, 0], [n - 1, index]]))[[0, 1], [0, 1]].tolist() == [out] * 2
+
+
+@given(n=st.integers(20, 10**6), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+def test_r28_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
+    def epoch_order(seed: int, epoch: int) -> list[int]:
+        return sample_ids(epoch * n, 20, n=n, seed=seed).tolist()
+
+    assert epoch_order(seed, epoch) == epoch_order(seed, epoch)
+    assert epoch_order(seed, epoch) != epoch_order(seed, epoch + 1)
+    assert epoch_order(seed, epoch) != epoch_order(seed + 1, epoch)
+    assert epoch_order(seed, epoch + 1) != epoch_order(seed + 1, epoch)
+
+
+@given(
+    n=st.integers(1, 200),
+    seed=st.integers(0, 2**32),
+    first=st.integers(0, 1000),
+    cuts=st.lists(st.integers(0, 150), max_size=6),
+)
+def test_r28_any_partition_of_a_run_gives_the_same_order(
+    n: int, seed: int, first: int, cuts: list[int]
+) -> None:
+    whole = sample_ids(first, sum(cuts), n=n, seed=seed)
+    parts, at = [], first
+    for count in cuts:
+        parts.append(sample_ids(at, count, n=n, seed=seed))
+        at += count
+    assert whole.tolist() == [int(i) for part in parts for i in part]
+
+
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
+def test_r3_every_sample_once_an_epoch(n: int, seed: int, epoch: int) -> None:
+    ids = sample_ids(epoch * n, 2 * n, n=n, seed=seed)
+    assert sorted(ids[:n].tolist()) == list(range(n))
+    assert sorted(ids[n:].tolist()) == list(range(n))
+
+
+def test_the_order_is_this_one_on_every_machine() -> None:
+    # A run resumed elsewhere must go on in the same order: these values may never change.
+    assert sample_ids(0, 8, n=1000, seed=1337).tolist() == [473, 733, 79, 493, 270, 443, 366, 151]
+    assert sample_ids(7996, 8, n=1000, seed=1337).tolist() == [
+        230,
+        87,
+        679,
+        557,
+        852,
+        908,
+        944,
+        404,
+    ]
+    assert Permutation(10**12, 1)(123_456_789) == 860156640867
+
+
+def test_the_order_looks_random() -> None:
+    n, epochs = 1009, 400
+    orders = np.stack([sample_ids(e * n, n, n=n, seed=3) for e in range(epochs)])
+    # Where sample 0, sample 1 … come, over epochs: uniform, so mean and spread are those of one
+    # uniform draw; five standard errors either way.
+    error = n / 12**0.5 / epochs**0.5
+    assert np.abs(orders.mean(axis=0) - (n - 1) / 2).max() < 5 * error
+    # Neighbours in order are no neighbours in the data, and no epoch correlates with the next.
+    steps = np.abs(np.diff(orders, axis=1))
+    assert abs(steps.mean() - n / 3) < 5 * n / (18 * steps.size / 2) ** 0.5
+    close = [np.corrcoef(a, b)[0, 1] for a, b in itertools.pairwise(orders)]
+    assert np.abs(close).max() < 5 / n**0.5
+    assert np.abs([np.corrcoef(o, np.arange(n))[0, 1] for o in orders]).max() < 5 / n**0.5
+
+
+def test_small_orders_all_come_up() -> None:
+    seen = {tuple(sample_ids(4 * e, 4, n=4, seed=0).tolist()) for e in range(600)}
+    assert len(seen) == 24
+
+
+def test_wrong_arguments_are_refused() -> None:
+    for n in (0, -1, 2**62 + 1):
+        with pytest.raises(ValueError, match="n must be from 1"):
+            Permutation(n, 0)
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=r"in \[0, 5\)"):
+            Permutation(5, 0)(index)
+    with pytest.raises(ValueError, match="must not be negative"):
+        sample_ids(-1, 4, n=5, seed=0)
+    assert sample_ids(3, 0, n=5, seed=0).size == 0
