@@ -252,7 +252,7 @@ class Console:
         plain = f"sample, step {step}\n" + "\n".join(
             f"  | {s}" for s in (prompt + text).split("\n")
         )
-        body = Text.assemble((prompt, "bold"), (text, "not bold"), overflow="fold")
+        body = Text.assemble((prompt, "bold"), text.rstrip("\n"), overflow="fold")
         title = Text(f"sample · step {step}", style="dim")
         self._emit(
             plain, Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED)
