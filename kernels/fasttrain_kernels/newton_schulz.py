@@ -23,6 +23,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ._dispatch import use_triton
+from .symmetric import symmetric_matmul, symmetric_product
+
 __all__ = ["NS_COEFFICIENTS", "newton_schulz", "newton_schulz_reference"]
 
 Quintic = tuple[float, float, float]
@@ -40,6 +43,8 @@ _CUSHION = 0.024
 # Rounding may push a singular value past the bound, where the quintics diverge.
 _SAFETY = 1.01
 _TINY = 1e-30
+# On CUDA half the tiles of a smaller Gram matrix do not fill the device: cuBLAS computes them all.
+_SYMMETRIC_MIN_ROWS = 1024
 
 
 def _optimal_quintic(lower: float, upper: float) -> Quintic:
@@ -178,33 +183,42 @@ def _tighten(gram: Tensor, gram2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gram * square.to(gram.dtype), gram2 * square.square().to(gram.dtype), inverse
 
 
+def _square(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return α X Xᵀ + β add by whatever is fastest for the device and size."""
+    if use_triton(x) and x.shape[1] < _SYMMETRIC_MIN_ROWS:
+        if add is None:
+            return torch.bmm(x, x.mT)
+        return torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
+    return symmetric_matmul(x, add=add, alpha=alpha, beta=beta)
+
+
 def _iterate_direct(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
     """Iterate on (n, r, c) matrices of Frobenius norm 1."""
     for step, (a, b, c) in enumerate(polynomials):
-        gram = torch.bmm(x, x.mT)  # (n, r, r)
+        gram = _square(x)  # (n, r, r)
         if step == 0:
-            gram, gram2, inverse = _tighten(gram, torch.bmm(gram, gram))
+            gram, gram2, inverse = _tighten(gram, _square(gram))
             x = x * inverse.to(x.dtype)
             update = gram.mul_(b).add_(gram2, alpha=c)
         else:
-            update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            update = _square(gram, add=gram, alpha=c, beta=b)
         x = torch.baddbmm(x, update, x, beta=a)
     return x
 
 
 def _iterate_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    """The same through the Gram matrix: X_k = Q_k X_0."""
-    gram = torch.bmm(x, x.mT)  # (n, r, r)
+    """The same as X_k = Q_k X_0; all factors commute, so their products are symmetric."""
+    gram = _square(x)  # (n, r, r)
     factor = inverse = None
     for step, (a, b, c) in enumerate(polynomials):
-        gram2 = torch.bmm(gram, gram)
+        gram2 = _square(gram)
         if step == 0:
             gram, gram2, inverse = _tighten(gram, gram2)
         polynomial = gram2.mul_(c).add_(gram, alpha=b)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         if step < len(polynomials) - 1:
-            gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
-        factor = polynomial if factor is None else torch.bmm(polynomial, factor)
+            gram = symmetric_product(symmetric_product(polynomial, gram), polynomial)
+        factor = polynomial if factor is None else symmetric_product(polynomial, factor)
     assert factor is not None
     assert inverse is not None
     return torch.bmm(factor.mul_(inverse.to(x.dtype)), x)
