@@ -1,9 +1,9 @@
 """Cross-entropy of a block of rows in plain torch: the path of CPU tensors and of fp64.
 
 One fused softmax writes the probabilities p over the logits; the loss is read back as −log p_t, so
-a row of logits is traversed once for the loss and its gradient p − onehot(t) together. −log p_t is as
-exact as lse − x_t wherever p_t is a normal number; the rare rows below that are computed again from
-their logits. Branches on values below cost nothing here, since a CPU tensor needs no host sync.
+a row of logits is traversed once for the loss and its gradient p − onehot(t) together. −log p_t is
+as exact as lse − x_t wherever p_t is a normal number; the rare rows below that are computed again
+from their logits. Branches on values cost nothing here: a CPU tensor needs no host sync.
 
 Legend: R rows of the block, V vocabulary.
 """

@@ -1,6 +1,6 @@
-"""Triton kernel of the cross-entropy of a row of logits, and its launcher.
+"""Triton kernel of the cross-entropy of a row of logits and its gradient.
 
-One program a row. Rows up to `SINGLE_PASS_COLS` are held on chip: a logit is read once and its
+One program a row. Rows that fit are held on chip: a logit is read once and its
 gradient written once. Longer rows are read twice, the second time from L2, where the first pass
 asked for them to stay.
 
@@ -12,19 +12,10 @@ after it, which are handled by one narrow access. This is what keeps V=50257 as 
 All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row offsets are int64.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms
-
-__all__ = ["SINGLE_PASS_COLS", "launch_cross_entropy"]
-
-# The widest row that is kept in registers: above it ptxas spills (compiled for sm_90).
-SINGLE_PASS_COLS = 32768
-# Two-pass rows go through in blocks of this many logits: 16 a thread at 16 warps.
-TWO_PASS_BLOCK = 8192
+__all__ = ["cross_entropy_kernel"]
 
 
 @triton.jit
@@ -72,7 +63,7 @@ def _store_grad(
 
 
 @triton.jit
-def _cross_entropy_kernel(
+def cross_entropy_kernel(
     logits_ptr,
     grad_ptr,
     targets_ptr,
@@ -317,88 +308,3 @@ def _cross_entropy_kernel(
                 HAS_SMOOTHING,
                 HAS_CLASS_WEIGHT,
             )
-
-
-def launch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    grad: Tensor | None,
-    lse: Tensor,
-    terms: LossTerms,
-    *,
-    losses: Tensor | None = None,
-    correct: Tensor | None = None,
-    class_weight_sum: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    scale: Tensor | None = None,
-    upstream: Tensor | None = None,
-    skip_unit: bool = False,
-) -> None:
-    """Launch one program for each row of ``logits``.
-
-    Args:
-        logits: (N, V), rows contiguous; fp16, bf16 or fp32.
-        targets: (N,), contiguous integers.
-        grad: (N, V), written when given; may be ``logits``. Its row stride and that of ``logits``
-            must leave the same remainder modulo 16 bytes.
-        lse: (N,) fp32: written together with ``losses``, else read.
-        terms: the options of the loss.
-        losses: (N,) fp32, written when given.
-        correct: (N,) fp32, written when given: 1 where the first largest logit is the target.
-        class_weight_sum: (), needed with class weights.
-        token_weight: (N,), any stride.
-        scale: (), multiplies losses and gradient.
-        upstream: (N,) or (), any stride: multiplies the gradient.
-        skip_unit: leave rows whose ``upstream`` is 1 alone: their gradient is already in ``grad``.
-    """
-    n_rows, n_cols = logits.shape
-    if n_rows == 0:
-        return
-    align = 16 // logits.element_size()
-    single = n_cols <= SINGLE_PASS_COLS
-    block = max(16, triton.next_power_of_2(n_cols)) if single else TWO_PASS_BLOCK
-    num_warps = max(1, min(block // 512, 16)) if block < 32768 else 32
-    has_edges = n_cols % align != 0 or logits.stride(0) % align != 0
-    out = logits if grad is None else grad
-    per_row = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-    arguments = (
-        logits, out, targets, lse if losses is None else losses, lse,
-        lse if correct is None else correct,
-        lse if terms.class_weight is None else terms.class_weight,
-        lse if class_weight_sum is None else class_weight_sum,
-        lse if token_weight is None else token_weight,
-        lse if scale is None else scale,
-        lse if upstream is None else upstream,
-        n_cols, terms.ignore_index,
-        logits.stride(0), out.stride(0),
-        0 if token_weight is None else token_weight.stride(0), per_row,
-        terms.label_smoothing, terms.z_loss, terms.softcap,
-    )  # fmt: skip
-
-    def launch() -> None:
-        _cross_entropy_kernel[(n_rows,)](
-            *arguments,
-            BLOCK_N=block,
-            ALIGN=align,
-            SINGLE_PASS=single,
-            HAS_EDGES=has_edges,
-            COMPUTE_LOSS=losses is not None,
-            WRITE_GRAD=grad is not None,
-            SKIP_UNIT=skip_unit,
-            HAS_UPSTREAM=upstream is not None,
-            HAS_SCALE=scale is not None,
-            HAS_CLASS_WEIGHT=terms.class_weight is not None,
-            HAS_TOKEN_WEIGHT=token_weight is not None,
-            HAS_SMOOTHING=terms.label_smoothing != 0.0,
-            HAS_Z_LOSS=terms.z_loss != 0.0,
-            HAS_SOFTCAP=terms.softcap != 0.0,
-            HAS_CORRECT=correct is not None,
-            num_warps=num_warps,
-        )
-
-    if logits.is_cuda:
-        # Triton launches on the current device, which need not be the tensor's.
-        with torch.cuda.device(logits.device):
-            launch()
-    else:
-        launch()

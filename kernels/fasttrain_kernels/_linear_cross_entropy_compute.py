@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._cross_entropy_cpu import LossTerms, cross_entropy_rows
-from ._cross_entropy_kernels import launch_cross_entropy
+from ._cross_entropy_launch import launch_cross_entropy
 from ._cross_entropy_options import accumulation_dtype
 from ._dispatch import use_triton
 
@@ -261,10 +261,7 @@ def _on_torch(
             column = None
         # A factor of the rows is applied to the D columns of hidden, not to the V of the logits.
         if grads.hidden is not None:
-            if everything:
-                dh = torch.mm(x, weight, out=grads.hidden[chunk])
-            else:
-                dh = x @ weight
+            dh = torch.mm(x, weight, out=grads.hidden[chunk] if everything else None)
             if column is not None:
                 dh.mul_(column)
             if not everything:

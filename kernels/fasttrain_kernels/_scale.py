@@ -1,5 +1,7 @@
 """Multiply a gradient by the incoming one, unless that is 1, as seen by the device."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -7,10 +9,29 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 
-__all__ = ["scale_unless_one_"]
+__all__ = ["on_device", "scale_unless_one_", "warp_size"]
 
 _NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
+
+
+def on_device(tensor: Tensor, launch: Callable[[], object]) -> None:
+    """Launch on the tensor's device, which need not be the current one, as Triton assumes."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            launch()
+    else:
+        launch()
+
+
+def warp_size(tensor: Tensor) -> int:
+    """Return the threads of a warp on the device that a launch on ``tensor`` compiles for."""
+    if tensor.is_cuda:
+        return 64 if torch.version.hip else 32
+    try:  # a CPU tensor: a target set for ahead-of-time compilation, or the interpreter
+        return int(triton.runtime.driver.active.get_current_target().warp_size)
+    except RuntimeError:
+        return 32
 
 
 @triton.jit
@@ -34,11 +55,7 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         return
     if use_triton(x) and x.dtype != torch.float64:
         grid = (triton.cdiv(x.numel(), _BLOCK),)
-        if x.is_cuda:
-            with torch.cuda.device(x.device):
-                _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)
-        else:
-            _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)
+        on_device(x, lambda: _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8))
     elif float(factor) != 1.0:
         x.mul_(factor)
 

@@ -1,7 +1,7 @@
 """Cross-entropy of logits, its gradient computed while the logits are read.
 
-For a row x (after an optional cap s·tanh(x/s)) with target t, r = token_weight·class_weight[t], label
-smoothing ε and W = Σ class_weight (V without class weights):
+For a row x (after an optional cap s·tanh(x/s)) with target t, r = token_weight·class_weight[t],
+label smoothing ε and W = Σ class_weight (V without class weights):
 
     lse  = log Σ_c exp(x_c)
     loss = r·((1−ε)·(lse − x_t) + z·lse²) + token_weight·(ε/V)·(W·lse − Σ_c w_c·x_c)
@@ -186,7 +186,9 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         return (None, *unused)
     logits, targets, lse, class_weight, token_weight, scale = ctx.saved_tensors
     grad, ctx.grad = ctx.grad, None
-    if grad is None:  # not computed yet, or handed out before (a retained graph)
+    # Computed here where it was not in forward, where it was handed out before (a retained graph),
+    # and where a graph is traced, which must not write to buffers of another op.
+    if grad is None or type(upstream) is not Tensor:
         grad = _backward(
             upstream, logits, targets, lse, class_weight, token_weight, scale, *ctx.options
         )
@@ -231,7 +233,7 @@ class _InPlace(torch.autograd.Function):
     """The same, with the gradient written over the logits. Eager only: see `cross_entropy`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
@@ -347,7 +349,7 @@ def cross_entropy(
     cap = 0.0 if softcap is None else softcap
     if inplace and needs_grad and not compiling and logits.is_contiguous():
         terms = LossTerms(ignore_index, label_smoothing, z_loss, cap, class_weight)
-        loss, lse, correct = _InPlace.apply(
+        loss, lse, correct = _InPlace.apply(  # type: ignore[no-untyped-call]
             x, flat_targets, terms, flat_weight, scale, reduce, return_accuracy
         )
     else:

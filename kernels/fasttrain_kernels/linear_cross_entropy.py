@@ -4,17 +4,17 @@
     loss and dlogits as in `cross_entropy`
     dhidden = dlogits · weight,  dweight = Σ_chunks dlogitsᵀ · hidden,  dbias = Σ_rows dlogits
 
-Cost: 6·N·D·V FLOP in three products of a chunk (cuBLAS, or the CPU's BLAS); the softmax between them
-reads and writes the chunk's logits once. The gradients are computed in forward, where the logits are
-at hand, and backward multiplies them by the incoming gradient: the kernel ends at once where that is
-1, decided on the device. ``reduction="none"`` computes them in backward, from logits computed again
-(8·N·D·V FLOP).
+Cost: 6·N·D·V FLOP in three products of a chunk (cuBLAS, or the CPU's BLAS); the softmax between
+them reads and writes the chunk's logits once. The gradients are computed in forward, where the
+logits are at hand, and backward multiplies them by the incoming gradient: the kernel ends at once
+where that is 1, decided on the device. ``reduction="none"`` computes them in backward, from logits
+computed again (8·N·D·V FLOP).
 
-Products in the dtype of ``hidden``; softmax and loss in fp32; the weight gradient is accumulated over
-chunks in fp32. Every sum has a fixed order: reruns agree bit for bit on one machine. No host sync on
-a GPU.
+Products in the dtype of ``hidden``; softmax and loss in fp32; the weight gradient is accumulated
+over chunks in fp32. Every sum has a fixed order: reruns agree bit for bit on one machine. No host
+sync on a GPU.
 
-Sources: chunked loss, Liger Kernel (arXiv:2410.10989); memory, Cut Cross-Entropy (arXiv:2411.09009).
+Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv:2411.09009).
 
 Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
@@ -85,9 +85,7 @@ def _forward(
     want_weight: bool,
     want_bias: bool,
     want_correct: bool,
-    reuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, lse, hits and gradients; ``reuse`` lets backward write to the gradients."""
     terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
     # Gradients divided by N leave the range of fp16: there the scale is applied in backward.
     late = hidden.dtype == torch.float16
@@ -174,18 +172,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, *grads)
     ctx.options = (ignore_index, smoothing, z_loss, softcap, chunk)
-    want, reuse = inputs[13:16], inputs[17]
-    ready = reduce and any(want)
-    # Gradients that backward may write to, once, stay outside the saved tensors; others are saved,
-    # as a compiled graph demands.
-    ctx.grads = tuple(grads) if ready and reuse else None
-    ctx.has_saved_grads = ready and not reuse
-    ctx.save_for_backward(*tensors, lse, *(grads if ctx.has_saved_grads else ()))
+    ctx.save_for_backward(*tensors, lse)
+    # Kept outside the saved tensors: backward hands them out, and may write to them, once.
+    ctx.grads = tuple(grads) if reduce and any(inputs[13:16]) else None
 
 
-def _final(grad: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
+def _final(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad`` times the scalar ``factor``, rounded to ``dtype`` once."""
-    if not reuse:
+    if type(factor) is not Tensor:
+        # A graph is being traced: buffers are the compiler's, and so is this multiplication.
         return (grad * factor).to(dtype)
     if grad.dtype == dtype:
         scale_unless_one_(grad, factor)
@@ -194,17 +189,12 @@ def _final(grad: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Ten
 
 
 def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 15
+    unused = (None,) * 14
     if upstream is None:
         return (None, None, None, *unused)
-    hidden, weight, bias, targets, class_weight, token_weight, scale, lse, *saved = (
-        ctx.saved_tensors
-    )
+    hidden, weight, bias, targets, class_weight, token_weight, scale, lse = ctx.saved_tensors
     want = ctx.needs_input_grad[:3]
     grads, ctx.grads = ctx.grads, None
-    reuse = grads is not None
-    if ctx.has_saved_grads:
-        grads = saved
     if grads is None:  # reduction "none", or handed out before (a retained graph)
         grads = _backward(
             upstream, hidden, weight, bias, targets, lse, class_weight, token_weight, scale,
@@ -214,7 +204,7 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         late = hidden.dtype == torch.float16 and scale is not None
         factor = upstream * scale if late else upstream
         grads = tuple(
-            _final(grad, factor, like.dtype, reuse) if wanted else None
+            _final(grad, factor, like.dtype) if wanted else None
             for grad, like, wanted in zip(grads, (hidden, weight, bias), want, strict=True)
         )
     return (*(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *unused)
@@ -327,7 +317,7 @@ def linear_cross_entropy(
         None if max_chunk_mib is None else float(max_chunk_mib), reduce,
         now and hidden.requires_grad, now and weight.requires_grad,
         now and bias is not None and bias.requires_grad,
-        return_accuracy, not torch.compiler.is_compiling(),
+        return_accuracy,
     )  # fmt: skip
     return finish(
         loss, lse, correct, targets,
