@@ -1,7 +1,7 @@
 """How a config key is declared, checked and described. Standard library only."""
 
-import math
 import re
+import sys
 import types
 import typing
 from dataclasses import Field, dataclass, field, fields
@@ -107,7 +107,8 @@ def _is(kind: type, value: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        # Finite, and an int that fits: false for nan too, and exact for any int.
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

@@ -108,6 +108,7 @@ REFUSALS = [
     ("quoted number", 'model.dim="64"', ['model.dim = "64"', "write it without quotes"]),
     ("word for optional int", "train.steps=ten", ['train.steps = "ten"', "an integer ≥ 1"]),
     ("not a number", "optim.lr=nan", ["optim.lr = nan", "a number > 0"]),
+    ("no float", f"optim.lr=1{'0' * 400}", ["optim.lr = 1000", "a number > 0"]),
     ("infinite", "train.z_loss=inf", ["train.z_loss = inf", "a number ≥ 0"]),
     ("unset but not optional", "model.dim=none", ["model.dim = none", "an integer ≥ 1"]),
     ("scalar for pair", "optim.betas=0.9", ["optim.betas = 0.9", "a list of 2 numbers"]),
