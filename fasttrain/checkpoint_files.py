@@ -269,6 +269,7 @@ def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
     layout: Layout = {}
     start = end = 8 + length
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
+        check(isinstance(entry, dict), f"{name!r} is not described")
         dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         fit = isinstance(shape, list) and len(shape) <= 32
         fit = fit and all(type(n) is int and n >= 0 for n in shape)
@@ -392,7 +393,7 @@ def print_listing(path: Path, *, intact: bool) -> None:
         if intact and file.suffix == ".safetensors":
             with file.open("rb") as stream:
                 raw = stream.read(8)
-                raw += stream.read(int.from_bytes(raw, "little"))
+                raw += stream.read(min(int.from_bytes(raw, "little"), _JSON_LIMIT))
             layout = read_layout(file, memoryview(raw), size)
             parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
             line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
