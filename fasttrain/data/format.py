@@ -27,6 +27,7 @@ __all__ = [
     "DataError",
     "ShardWriter",
     "TokenDataset",
+    "inside",
     "open_dataset",
     "read_dataset_json",
     "write_dataset_json",
@@ -105,7 +106,7 @@ def open_dataset(
     listed = meta["splits"][split]
     shards, expected = [], []
     for entry in listed["shards"]:
-        shard = Shard(_inside(folder, entry["file"]))
+        shard = Shard(inside(folder, entry["file"]))
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
             raise DataError(
                 f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
@@ -183,7 +184,7 @@ def _check_tokens(
 
 
 def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]:
-    path = _inside(folder, entry["file"])
+    path = inside(folder, entry["file"])
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
     sha256 = sha256_of(path)
@@ -195,7 +196,7 @@ def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]
     return path, sha256
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`; refuses every name that leads elsewhere, also by a link."""
     path = folder / name
     plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")

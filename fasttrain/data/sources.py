@@ -1,0 +1,334 @@
+"""Text from files: plain, JSON lines, Parquet, compressed, folders, globs, standard input.
+
+One plain file is one document; a line of JSON or a row of Parquet is one. Nothing is held that
+grows with the input: a large file is read, decoded and given out in pieces, again for each pass.
+What cannot be read as asked is counted under its reason, or, if strict, ends the run with file and
+line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from fasttrain.data.files import DataError
+
+__all__ = ["Document", "Source", "find_files"]
+
+PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
+SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
+TEXT = (".txt", ".text", ".md", ".rst")
+KNOWN = (".jsonl", ".parquet", *TEXT)
+COMPRESSED = (".gz", ".zst")
+# Where a text may be cut so that no tokenizer's word spans the cut: after a line's end, before
+# something that is not space.
+_CUT = re.compile(r"\n(?=\S)")
+
+INVALID_UTF8 = "documents with invalid UTF-8 (the bytes replaced by U+FFFD)"
+EMPTY = "empty documents (left out)"
+NOT_JSON = "lines that are not a JSON object (left out)"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and where it came from.
+
+    Attributes:
+        where: File, and line or row.
+        pieces: Gives the text anew at each call, in pieces of about `PIECE_CHARS`, cut between
+            words wherever there is a line's end to cut at.
+    """
+
+    where: str
+    pieces: Callable[[], Iterator[str]]
+
+    def sha256(self) -> str:
+        """Of the text as UTF-8, as hex."""
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece.encode())
+        return digest.hexdigest()
+
+
+def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
+    """The files that the inputs of a command mean.
+
+    Args:
+        inputs: Files, folders (searched to any depth for endings this reads), globs, "-".
+
+    Returns:
+        Files in the order of the inputs, sorted within each, each once, None for standard input;
+        and the files of folders that were passed over because of their endings.
+
+    Raises:
+        DataError: An input matches nothing.
+    """
+    found: dict[Path | None, None] = {}
+    passed_over = []
+    for name in inputs:
+        if name == "-":
+            found[None] = None
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            readable = [file for file in inside if _endings(file)[0] in KNOWN]
+            passed_over += [file for file in inside if file not in set(readable)]
+            if not readable:
+                raise DataError(
+                    f"--input {name}: no file in it ends in {', '.join(KNOWN)} (or one of "
+                    f"these and {' or '.join(COMPRESSED)}); name others: --input '{name}/**/*.py'"
+                )
+            found |= dict.fromkeys(readable)
+            continue
+        files = [path] if path.is_file() else []
+        files = files or [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise DataError(f"--input {name}: no such file or folder, and no file matches it")
+        found |= dict.fromkeys(files)
+    return list(found), passed_over
+
+
+def _endings(path: Path) -> tuple[str, str]:
+    """(kind, compression) from a file's name, as in (".jsonl", ".gz")."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        return (suffixes[-2] if len(suffixes) > 1 else ""), suffixes[-1]
+    return (suffixes[-1] if suffixes else ""), ""
+
+
+class Source:
+    """The documents of some files, as often as they are asked for.
+
+    Args:
+        files: From `find_files`. Standard input is copied to a temporary file first.
+        field: Of a JSON line or Parquet row, that holds the text.
+        strict: What would be counted as a problem is a DataError instead.
+
+    Attributes:
+        n_bytes: Size of all files as stored.
+        problems: What went wrong in the pass now running or last run, counted by reason.
+        done_bytes: How much of `n_bytes` this pass has read.
+    """
+
+    def __init__(
+        self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
+    ) -> None:
+        self._spool: IO[bytes] | None = None
+        self.files = [self._spooled() if file is None else file for file in files]
+        self.n_bytes = sum(file.stat().st_size for file in self.files)
+        self.field, self.strict = field, strict
+        self.problems: Counter[str] = Counter()
+        self.done_bytes = 0
+
+    def _spooled(self) -> Path:
+        self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
+        shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
+        self._spool.flush()
+        return Path(self._spool.name)
+
+    def _name(self, path: Path) -> str:
+        spooled = self._spool is not None and path == Path(self._spool.name)
+        return "standard input" if spooled else str(path)
+
+    def _problem(self, reason: str, where: str) -> None:
+        if self.strict:
+            raise DataError(f"{where}: {reason.split(' (')[0]}, and --strict was asked for")
+        self.problems[reason] += 1
+
+    def documents(self) -> Iterator[Document]:
+        """All documents in order, empty ones left out.
+
+        Raises:
+            DataError: A file cannot be read or decompressed, needs a package that is not there,
+                or, if strict, holds something that is not a text.
+        """
+        self.problems.clear()
+        before = 0
+        for path in self.files:
+            self.done_bytes = before
+            kind, compression = _endings(path)
+            try:
+                if kind == ".parquet":
+                    yield from self._rows(path)
+                elif kind == ".jsonl" or (kind not in TEXT and self._looks_like_jsonl(path)):
+                    yield from self._lines(path, compression, before)
+                else:
+                    yield from self._plain(path, compression, before)
+            except _read_errors(compression) as error:
+                raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
+            before += path.stat().st_size
+            self.done_bytes = before
+
+    def _looks_like_jsonl(self, path: Path) -> bool:
+        """Standard input tells its kind by its first line alone."""
+        if self._name(path) != "standard input":
+            return False
+        with path.open("rb") as file:
+            try:
+                return isinstance(json.loads(file.readline()), dict)
+            except (ValueError, RecursionError):
+                return False
+
+    def _plain(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+        name = self._name(path)
+
+        def blocks() -> Iterator[str]:
+            for block, position in _decoded(path, compression):
+                yield block
+                self.done_bytes = before + position
+
+        def anew() -> Iterator[str]:
+            return _pieces(blocks())
+
+        pieces = anew
+        if path.stat().st_size <= SMALL_BYTES and not compression:
+            kept = list(anew())
+            pieces = lambda: iter(kept)  # noqa: E731
+        empty = True
+        bad = False
+        for piece in pieces():
+            empty = False
+            bad = bad or "\ufffd" in piece
+            if bad:
+                break
+        if empty:
+            self._problem(EMPTY, name)
+            return
+        if bad and (line := _first_invalid_line(path, compression)) is not None:
+            self._problem(INVALID_UTF8, f"{name}:{line}")
+        yield Document(name, pieces)
+
+    def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+        with path.open("rb") as raw:
+            for number, line in enumerate(_decompressed(raw, path, compression), 1):
+                self.done_bytes = before + raw.tell()
+                where = f"{self._name(path)}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    content = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    self._problem(INVALID_UTF8, where)
+                    content = line.decode(errors="replace")
+                try:
+                    record = json.loads(content)
+                except (ValueError, RecursionError):
+                    record = None
+                if not isinstance(record, dict):
+                    self._problem(NOT_JSON, where)
+                    continue
+                yield from self._record(record.get(self.field), where)
+
+    def _rows(self, path: Path) -> Iterator[Document]:
+        parquet = _package("pyarrow.parquet", path)
+        try:
+            file = parquet.ParquetFile(path)
+            if self.field not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path}: no column {self.field!r}; name one: --text-field {names}")
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[self.field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield from self._record(value, f"{path}: row {number}")
+        except _package("pyarrow", path).ArrowException as error:
+            raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
+
+    def _record(self, text: object, where: str) -> Iterator[Document]:
+        if not isinstance(text, str):
+            self._problem(f"records without a text in {self.field!r} (left out)", where)
+            return
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
+            self._problem(INVALID_UTF8, where)
+            text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        if not text:
+            self._problem(EMPTY, where)
+            return
+        whole = text
+        yield Document(where, lambda: _pieces(iter([whole])))
+
+
+def _package(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise DataError(f"{path}: to read it run: pip install {package}") from error
+
+
+def _read_errors(compression: str) -> tuple[type[Exception], ...]:
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if compression == ".zst" and "zstandard" in sys.modules:
+        errors += (sys.modules["zstandard"].ZstdError,)
+    return errors
+
+
+def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if compression == ".zst":
+        zstandard = _package("zstandard", path)
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
+    return raw
+
+
+def _decoded(path: Path, compression: str) -> Iterator[tuple[str, int]]:
+    """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+    with path.open("rb") as raw:
+        file = _decompressed(raw, path, compression)
+        while block := file.read(PIECE_CHARS):
+            yield decoder.decode(block), raw.tell()
+        yield decoder.decode(b"", final=True), raw.tell()
+
+
+def _pieces(blocks: Iterator[str]) -> Iterator[str]:
+    """Joins and cuts a text into pieces of about `PIECE_CHARS`, between words where possible."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        while len(rest) - start > 2 * PIECE_CHARS:
+            cut = _CUT.search(rest, start + PIECE_CHARS, start + 2 * PIECE_CHARS)
+            end = cut.end() if cut else start + 2 * PIECE_CHARS
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def _first_invalid_line(path: Path, compression: str) -> int | None:
+    """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as raw:
+        file = _decompressed(raw, path, compression)
+        while True:
+            block = file.read(PIECE_CHARS)
+            try:
+                line += decoder.decode(block, final=not block).count("\n")
+            except UnicodeDecodeError as error:
+                return line + error.object[: error.start].count(b"\n")
+            if not block:
+                return None
