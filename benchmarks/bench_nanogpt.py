@@ -1,8 +1,8 @@
 """Training speed against karpathy/nanoGPT, on the shape of its README's CPU command.
 
 nanoGPT is not part of this project: name a checkout of it in the environment variable
-``NANOGPT_DIR``. Both trainers run as whole processes on the same character-level token file, in turn,
-A B A B …, and each reports its own time per step (nanoGPT's ``time`` column, our ``step_ms``).
+``NANOGPT_DIR``. Both trainers run as whole processes on the same character-level token file, in
+turn, A B A B …, and each reports its own time per step (nanoGPT's ``time`` column, our ``step_ms``).
 """
 
 import json
@@ -65,7 +65,7 @@ def nanogpt() -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, nanogpt: Path) -> Path:
-    """A folder in which both run: characters of a part of the standard library, as nanoGPT's .bin."""
+    """A folder in which both run: characters of the standard library, as nanoGPT's .bin."""
     folder = tmp_path_factory.mktemp("nanogpt")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
     text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sources)
@@ -138,7 +138,7 @@ def test_training_step_against_nanogpt(benchmark: Any, nanogpt: Path, work: Path
     benchmark.extra_info["nanogpt_tokens_per_s"] = statistics.median(theirs)
     benchmark.extra_info["ratio"] = statistics.median(ratios)
     print(
-        f"\nfasttrain {statistics.median(ours):,.0f} tokens/s, nanoGPT {statistics.median(theirs):,.0f}"
-        f" tokens/s, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"\nfasttrain {statistics.median(ours):,.0f} tokens/s, "
+        f"nanoGPT {statistics.median(theirs):,.0f} tokens/s, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     assert statistics.median(ratios) > 1.0

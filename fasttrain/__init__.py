@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fasttrain.generate import generate, load_model
     from fasttrain.config import TrainConfig, load_config
+    from fasttrain.generate import generate, load_model
     from fasttrain.model import Transformer
     from fasttrain.trainer import Trainer
 

@@ -25,13 +25,13 @@ def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, 
 
 
 class LayerCache:
-    """Keys and values that one layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
+    """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
 
     def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, K) at ``start``; return all held so far, (B, G, start + T, K)."""
+        """Append k and v (B, G, T, K) at ``start``; return all so far, (B, G, start + T, K)."""
         end = start + k.shape[2]
         self.keys[:, :, start:end] = k
         self.values[:, :, start:end] = v

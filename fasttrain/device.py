@@ -1,6 +1,7 @@
 """Where and in which precision a run computes, and whether its loss is compiled."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,14 @@ import torch
 
 from fasttrain.config import RunConfig, UserError
 
-__all__ = ["LossFn", "Precision", "compile_loss", "resolve_device", "resolve_precision"]
+__all__ = [
+    "LossFn",
+    "Precision",
+    "compile_loss",
+    "keep_freed_memory",
+    "resolve_device",
+    "resolve_precision",
+]
 
 LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens, targets → summed loss
 
@@ -65,13 +73,11 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision that ``run.dtype`` names on ``device``.
 
     ``auto`` is bf16 where the hardware multiplies it natively; else fp16 on CUDA and fp32 on CPU.
-    As a side effect the process-wide precision of fp32 matrix products is set: TF32 unless ``fp32``.
+    On CUDA it also sets the process-wide precision of fp32 matrix products: TF32 unless ``fp32``.
     """
     if name == "auto":
-        if _native_bf16(device):
-            name = "bf16"
-        else:
-            name = "fp16" if device.type == "cuda" else "fp32"
+        fallback = "fp16" if device.type == "cuda" else "fp32"
+        name = "bf16" if _native_bf16(device) else fallback
     if name == "tf32" and device.type != "cuda":
         raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
@@ -82,6 +88,19 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 def _has_cpp_compiler() -> bool:
     return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep large freed blocks instead of returning them to the system.
+
+    By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
+    pages at every step. No effect where the C library has no ``mallopt``.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def compile_loss(fn: LossFn, config: RunConfig, device: torch.device) -> tuple[LossFn, str]:
@@ -96,8 +115,8 @@ def compile_loss(fn: LossFn, config: RunConfig, device: torch.device) -> tuple[L
         return fn, mode
     if device.type == "cpu" and not _has_cpp_compiler():
         raise UserError(
-            f"run.compile = {config.compile!r} needs a C++ compiler on a CPU and none is on the PATH; "
-            "install g++ or use run.compile=off"
+            f"run.compile = {config.compile!r} needs a C++ compiler on a CPU and none is on the "
+            "PATH; install g++ or use run.compile=off"
         )
     if mode != "default" and device.type == "cpu":
         raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")

@@ -25,11 +25,11 @@ def evaluate(
     device: torch.device,
     precision: Precision,
 ) -> dict[str, float | None]:
-    """Run ``model`` over the whole split once, in order; every token but the first is a target once.
+    """Run ``model`` over the whole split once, in order; each token but the first is a target once.
 
     Returns:
-        ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text (None
-        where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
+        ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
+        (None where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
     """
     was_training = model.training
     model.eval()
@@ -51,7 +51,7 @@ def evaluate(
 def _totals(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
     with precision.autocast():
-        loss_sum, accuracy = linear_cross_entropy(
+        loss_sum, n_right = linear_cross_entropy(
             model(batch.tokens),
             model.head_weight,
             batch.targets,
@@ -61,4 +61,4 @@ def _totals(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
             return_accuracy=True,
         )
     n_targets = (batch.targets != IGNORE_INDEX).sum()
-    return torch.stack([loss_sum.double(), accuracy.double() * n_targets, n_targets.double()])
+    return torch.stack([loss_sum.double(), n_right.double(), n_targets.double()])

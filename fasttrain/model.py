@@ -2,8 +2,9 @@
 
 Legend: B batch, T sequence, D dim, F hidden_dim, V vocabulary, L layers.
 
-The forward pass ends at the normalised hidden states (B, T, D): in training the head and the loss are
-one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B, T, V) never exist in full.
+The forward pass ends at the normalised hidden states (B, T, D): in training the head and the loss
+are one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B, T, V) never exist
+in full.
 """
 
 import torch
@@ -60,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward (Xiong et al. 2020, arXiv:2002.04745)."""
+    """Pre-norm residual block: attention, feed-forward (Xiong et al. 2020, arXiv:2002.04745)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,7 +80,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, start)
-        return x + self.mlp(self.mlp_norm(x))
+        y: Tensor = self.mlp(self.mlp_norm(x))
+        return x + y
 
 
 class Transformer(nn.Module):
@@ -124,12 +126,12 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Initialise all parameters in place, from ``generator`` or torch's global one.
 
-        Matrices are normal with standard deviation ``init_std`` (unset: 1/sqrt(fan-in), LeCun et al.
-        1998). Matrices that write to the residual stream are zero where ``zero_init_projections``
-        (Zhang et al. 2019, arXiv:1901.09321), else scaled by 1/sqrt(2·L) (Radford et al. 2019). The
-        head, tied or not, has standard deviation min(0.02, 0.5/sqrt(D)), which keeps the first loss
-        within 0.3 of ln V; an untied embedding has 1, of the size of a normalised hidden state.
-        Biases are zero, norm weights one.
+        Matrices are normal with standard deviation ``init_std`` (unset: 1/sqrt(fan-in), LeCun et
+        al. 1998). Matrices that write to the residual stream are zero where
+        ``zero_init_projections`` (Zhang et al. 2019, arXiv:1901.09321), else scaled by 1/sqrt(2·L)
+        (Radford et al. 2019). The head, tied or not, has standard deviation min(0.02, 0.5/sqrt(D)),
+        which keeps the first loss within 0.3 of ln V; an untied embedding has 1, of the size of a
+        normalised hidden state. Biases are zero, norm weights one.
         """
         config = self.config
         for module in self.modules():
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
             nn.init.normal_(self.position_embedding.weight, std=head_std, generator=generator)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """The matrix (V, D) that maps hidden states to logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 
@@ -192,8 +194,8 @@ class Transformer(nn.Module):
         room = self.seq_len if cache is None else min(self.seq_len, cache.max_tokens)
         if start + t > room:
             raise ValueError(
-                f"Transformer: {start} cached + {t} new tokens exceed the room for {room}; shorten the "
-                "input or build the model with a larger seq_len"
+                f"Transformer: {start} cached + {t} new tokens exceed the room for {room}; shorten "
+                "the input or build the model with a larger seq_len"
             )
         x = self.embedding(tokens)  # (B, T, D)
         rope = None

@@ -15,10 +15,10 @@ __all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors"]
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizers of ``model``; each parameter is in exactly one group of one of them.
 
-    Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``, not
-    to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the rest to
-    AdamW. Each group carries ``lr_scale``: the trainer sets its learning rate to the schedule's
-    times that.
+    Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
+    not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the
+    rest to AdamW. Each group carries ``lr_scale``: the trainer sets its learning rate to the
+    schedule's times that.
     """
     table_ids: set[int] = set()  # look-up tables; a tied head is one of them
     head_id: int | None = None
@@ -27,7 +27,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             table_ids.update(id(p) for p in module.parameters())
-    hidden, adamw = [], {"matrices": [], "tables": [], "head": [], "vectors": []}  # type: ignore[var-annotated]
+    hidden: list[Tensor] = []
+    adamw: dict[str, list[Tensor]] = {"matrices": [], "tables": [], "head": [], "vectors": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue

@@ -1,6 +1,5 @@
 """One run from a config: dataset, model, optimizers, run folder, resuming, signals, summary."""
 
-import fcntl
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -26,19 +25,22 @@ from fasttrain.config import (
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.format import TokenDataset, open_dataset
 from fasttrain.data.loader import Loader
-from fasttrain.device import resolve_device
+from fasttrain.device import keep_freed_memory, resolve_device
 from fasttrain.generate import generate, load_tokenizer
 from fasttrain.loggers import Console, format_count, format_duration
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
+from fasttrain.run_folder import check_disk, lock_run_dir, new_run_dir, run_dir_of
 from fasttrain.trainer import Sampler, Trainer
 
 __all__ = ["run"]
 
 EXIT_DONE, EXIT_STOPPED = 0, 75  # 75 is EX_TEMPFAIL of sysexits.h: preempted, can be resumed
-# Keys that may differ when a run is resumed: where it goes and what it shows, never what it computes.
-MAY_CHANGE = ("run.name", "run.out_dir", "run.device", "run.threads", "data.path", "data.prefetch")
-MAY_CHANGE += ("data.cache_dir", "eval.", "checkpoint.", "log.")
+# Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
+MAY_CHANGE = (
+    *("run.name", "run.out_dir", "run.device", "run.threads"),
+    *("data.path", "data.prefetch", "data.cache_dir", "eval.", "checkpoint.", "log."),
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -54,8 +56,8 @@ def run(
 
     Args:
         config: the configuration as loaded.
-        name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where it
-            exists and ``resume`` is None.
+        name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where
+            it exists and ``resume`` is None.
         resume: ``auto``, or the path of a run or checkpoint folder; None: a new run.
         stop_at_step: end there with a checkpoint.
         allow_change: keys that may differ from the resumed run's, beyond `MAY_CHANGE`.
@@ -69,23 +71,23 @@ def run(
         torch.set_num_threads(config.run.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    source: Path | None = None
-    if resume is not None:
-        source = _resume_source(config, name, resume)
-        run_dir = source.parent.parent
     else:
-        run_dir = _new_run_dir(config, name)
-    lock = _lock(run_dir, new=resume is None)
+        keep_freed_memory()
+    run_dir = new_run_dir(config, name) if resume is None else run_dir_of(config, name, resume)
+    lock = lock_run_dir(run_dir, new=resume is None)
     console = Console(log_file=run_dir / "train.log")
     try:
+        source: Path | None = None
+        if resume is not None:
+            target = run_dir if resume == "auto" else Path(resume)
+            source = checkpoint.resolve(target, report=console.warn)
         trainer = _build(config, run_dir, source, allow_change, console)
         if stop_at_step is not None:
             trainer.request_stop(stop_at_step)
         _header(trainer, console, source)
         with _SignalHandlers(trainer, console):
             outcome = trainer.fit()
-            assert trainer.writer is not None
-            trainer.writer.wait()
+            trainer.close()
         _summary(trainer, console, outcome, run_dir, time.perf_counter() - started)
         return EXIT_DONE if outcome == "done" else EXIT_STOPPED
     except UserError:
@@ -98,86 +100,13 @@ def run(
         lock.close()
 
 
-# ---- run folder ----------------------------------------------------------------------------------
-
-
-def _new_run_dir(config: TrainConfig, name: str) -> Path:
-    """Return a folder that does not exist yet; an explicit ``run.name`` is never altered."""
-    out_dir = Path(config.run.out_dir)
-    if config.run.name is not None:
-        run_dir = out_dir / config.run.name
-        if run_dir.exists():
-            raise UserError(
-                f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
-            )
-        return run_dir
-    n = 1
-    while (run_dir := out_dir / (name if n == 1 else f"{name}-{n}")).exists():
-        n += 1
-    return run_dir
-
-
-def _resume_source(config: TrainConfig, name: str, resume: str) -> Path:
-    """Return the checkpoint folder to resume from."""
-
-    def passed_over(message: str) -> None:
-        print(f"warning: {message}", flush=True)
-
-    if resume != "auto":
-        return checkpoint.resolve(Path(resume), report=passed_over)
-    out_dir = Path(config.run.out_dir)
-    run_dir = out_dir / (config.run.name or name)
-    if config.run.name is None:
-        n = 2
-        while (out_dir / f"{name}-{n}").exists():
-            run_dir = out_dir / f"{name}-{n}"
-            n += 1
-    if not (run_dir / "checkpoints").is_dir():
-        raise UserError(
-            f"--resume auto: nothing to resume in {run_dir}; leave --resume out to start a new run"
-        )
-    return checkpoint.resolve(run_dir, report=passed_over)
-
-
-def _lock(run_dir: Path, *, new: bool) -> TextIO:
-    """Make the run folder this process's own until it ends, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=not new)
-        lock = open(run_dir / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a folder that is writable"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise UserError(
-            f"{run_dir} is in use by another trainer; wait for it or set another run.name"
-        ) from error
-    return lock
-
-
-def _check_disk(run_dir: Path, model: Transformer, config: TrainConfig) -> None:
-    """Refuse a run whose checkpoints cannot fit: fp32 parameters and two moments, last K + best + 1."""
-    one = 12 * model.num_parameters()
-    needed = one * (config.checkpoint.keep_last + 2)
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise UserError(
-            f"{run_dir}: {free / 2**30:.2f} GiB free on disk, but {config.checkpoint.keep_last + 2} "
-            f"checkpoints of {one / 2**30:.2f} GiB may lie there at once; free some space, set "
-            "run.out_dir to another disk or lower checkpoint.keep_last"
-        )
-
-
 # ---- building ------------------------------------------------------------------------------------
 
 
 def open_splits(
     config: TrainConfig, report: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
-    """Open (or first build) the dataset; return the config with the vocabulary settled, and splits."""
+    """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
     if config.data.path is None:
         path = build_default_corpus(
@@ -220,7 +149,7 @@ def _build(
     torch.manual_seed(config.run.seed)
     device = resolve_device(config.run.device)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    _check_disk(run_dir, model, config)
+    check_disk(run_dir, model.num_parameters(), config.checkpoint.keep_last)
     sampler = None
     if train.tokenizer_path is not None:
         if source is None:
@@ -261,7 +190,7 @@ def _build(
 def _check_resumable(
     source: Path, config: TrainConfig, recorded: dict[str, str], allow_change: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the state of the checkpoint; refuse when config or data are not those it was made with."""
+    """Return the checkpoint's state; refuse when config or data are not those it was made with."""
     old_config = load_config(source / "config.toml")
     state: dict[str, Any] = json.loads((source / "state.json").read_text(encoding="utf-8"))
     changed = [
@@ -336,7 +265,8 @@ def _header(trainer: Trainer, console: Console, source: Path | None) -> None:
         (
             "data",
             f"{config.data.path or 'Python standard library source'}: "
-            f"{format_count(train.n_tokens)} tokens to train on, {format_count(val.n_tokens)} to validate",
+            f"{format_count(train.n_tokens)} tokens to train on, "
+            f"{format_count(val.n_tokens)} to validate",
         ),
         ("plan", plan),
         ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}"),
@@ -358,8 +288,8 @@ def _summary(
         ),
         (
             "speed",
-            f"{tokens / max(trainer.trained_s, 1e-9):,.0f} tokens/s over {trainer.step_count:,} steps, "
-            f"first step after {trainer.first_step_s or 0.0:.1f} s",
+            f"{tokens / max(trainer.trained_s, 1e-9):,.0f} tokens/s over "
+            f"{trainer.step_count:,} steps, first step after {trainer.first_step_s or 0.0:.1f} s",
         ),
     ]
     val = trainer.last_eval
@@ -382,7 +312,7 @@ def _summary(
 
 
 class _SignalHandlers:
-    """While training: the first signal ends the run after the step under way, a second one at once."""
+    """While training: the first signal ends the run after the step under way, a second at once."""
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self.trainer, self.console = trainer, console

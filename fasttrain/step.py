@@ -28,7 +28,7 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
     """Return the default criterion: head and cross-entropy as one operation, summed over tokens."""
 
     def criterion(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss_sum: Tensor = linear_cross_entropy(
+        loss_sum = linear_cross_entropy(
             model(tokens),
             model.head_weight,
             targets,
@@ -38,6 +38,7 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
             z_loss=config.train.z_loss,
             softcap=model.config.logit_softcap,
         )
+        assert isinstance(loss_sum, Tensor)
         return loss_sum
 
     return criterion

@@ -1,7 +1,7 @@
 """The training loop, read top to bottom: step, log, evaluate, sample, save.
 
-A *step* is one optimizer update, a *micro-batch* one forward and backward pass. A step that does not
-log never waits for the device.
+A *step* is one optimizer update, a *micro-batch* one forward and backward pass. A step that does
+not log never waits for the device.
 """
 
 import gc
@@ -30,10 +30,10 @@ from fasttrain.step import Criterion, TrainStep
 
 __all__ = ["Outcome", "Trainer"]
 
-# Steps in a row that may be skipped for a non-finite gradient. An fp16 scale halves at each of them,
-# so that 2^16 is down to 1 after 16.
+# Steps in a row that may be skipped for a non-finite gradient. An fp16 scale halves at each of
+# them, so that 2^16 is down to 1 after 16.
 MAX_SKIPPED_IN_A_ROW = 20
-# With train.hours the number of steps is estimated once, from the time that the steps up to here took.
+# With train.hours the number of steps is estimated once, from the time that steps took up to here.
 HOURS_ESTIMATE_AT = 20
 
 Outcome = Literal["done", "stopped"]
@@ -44,7 +44,7 @@ class Trainer:
     """Trains a model: steps, evaluation, samples, checkpoints and the log.
 
     Args:
-        model: maps tokens (B, T) to hidden states (B, T, D); its ``head_weight`` (V, D) makes logits.
+        model: maps tokens (B, T) to hidden states (B, T, D); ``head_weight`` (V, D) makes logits.
         optimizer: one optimizer or several whose parameters are disjoint. Each parameter group may
             carry ``lr_scale``, a factor on the schedule's learning rate.
         scheduler: learning rate as a pure function of the step; None: ``[schedule]`` of ``config``.
@@ -252,7 +252,7 @@ class Trainer:
             "tokens": self.step_count * self.tokens_per_step,
             "epoch": self.step_count * self.samples_per_step / self.train_loader.samples_per_epoch,
             "loss": loss,
-            "loss_ema": self.ema.update(loss, n_steps),
+            "loss_ema": self.ema.update(loss),
             "lr": self.last_lr,
             "grad_norm": norm,
             "tokens_per_s": tokens_per_s,
@@ -271,8 +271,8 @@ class Trainer:
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"loss or gradient was not finite in the last {in_a_row:.0f} steps, up to step "
-                f"{self.step_count}; the parameters are as before the first of them: lower optim.lr, "
-                "raise schedule.warmup_steps or use run.dtype=bf16"
+                f"{self.step_count}; the parameters are as before the first of them: lower "
+                "optim.lr, raise schedule.warmup_steps or use run.dtype=bf16"
             )
 
     def _mfu(self, tokens_per_s: float) -> float | None:
@@ -281,10 +281,22 @@ class Trainer:
         peak = metrics.peak_flops(self.device, self.precision.name)
         return metrics.mfu(tokens_per_s, flops, peak)
 
+    def close(self) -> None:
+        """Wait for the checkpoint being written, then end the threads and close the files.
+
+        Raises:
+            CheckpointError: that checkpoint could not be written.
+        """
+        self.train_loader.close()
+        if self.jsonl:
+            self.jsonl.close()
+        if self.writer:
+            self.writer.close()
+
     # ---- evaluation and samples ----------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Evaluate on the whole validation split, log it, and return it (see `evaluation.evaluate`).
+        """Evaluate on the whole validation split, log it and return it (see `evaluation.evaluate`).
 
         Raises:
             UserError: there is no validation split.
@@ -346,7 +358,7 @@ class Trainer:
             "trained_s": self.trained_s,
             "first_step_s": self.first_step_s,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-            "loss_ema": self.ema.state(),
+            "loss_ema": self.ema.value,
             "torch": torch.__version__,
             **self.recorded,
         }
@@ -380,16 +392,16 @@ class Trainer:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{path}: the checkpoint is of another model: {error}") from error
         rest, state = groups["trainer"], checkpoint.state
-        torch.set_rng_state(rest["cpu"])
+        torch.set_rng_state(rest["cpu"].clone())  # a view into the file is not aligned
         if self.device.type == "cuda" and "cuda" in rest:
-            torch.cuda.set_rng_state(rest["cuda"], self.device)
+            torch.cuda.set_rng_state(rest["cuda"].clone(), self.device)
         self.train_step.load(rest)
         self.step_count = self.saved_at = state["step"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.trained_s, self.first_step_s = state["trained_s"], state["first_step_s"]
         best = state["best_val_loss"]
         self.best_val_loss = math.inf if best is None else best
-        self.ema.load(state["loss_ema"])
+        self.ema.value = state["loss_ema"]
         if self.jsonl:
             self.jsonl.drop_after(self.step_count)
         return checkpoint

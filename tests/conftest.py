@@ -3,8 +3,8 @@
 import os
 
 # Triton decides when a kernel is decorated whether it is interpreted. Where there is no GPU the
-# kernels are decorated for the interpreter; the variable is then removed, so that a CPU tensor takes
-# the Triton path only inside `triton_on_cpu()` and child processes see a normal environment.
+# kernels are decorated for the interpreter; the variable is then removed, so that a CPU tensor
+# takes the Triton path only inside `triton_on_cpu()` and child processes see a normal environment.
 import torch
 
 _interpret = not torch.cuda.is_available()

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 SMALL = {
     "run": {"compile": "off", "dtype": "fp32"},
     "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
-    "data": {"seq_len": 12},
+    "data": {"path": "unused", "seq_len": 12},
     "train": {"steps": 4, "max_grad_norm": 0.5},
 }
 
@@ -142,6 +142,7 @@ def test_the_update_is_that_of_torch_adamw_after_clipping() -> None:
             p.grad = g
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters, 0.5)
         adamw.step()
+        adamw.zero_grad()
         step(batches, 1e-2)
         assert step.norm.item() == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 0.5  # clipping was at work

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,27 @@ from fasttrain.optim import build_optimizers
 from fasttrain.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from tests.toy import write_config
 
+_open: list[Trainer] = []
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while _open:
+        _open.pop().close()
+
 
 def build(config: TrainConfig, run_dir: Path | None = None, position: int = 0) -> Trainer:
     assert config.data.path is not None
     train, val = (open_dataset(config.data.path, split) for split in ("train", "val"))
     torch.manual_seed(config.run.seed)
-    vocab = {"model": {"vocab_size": train.vocab_size}}
-    model_config = type(config.model)(
-        **{
-            **{k: getattr(config.model, k) for k in ("dim", "n_layers", "n_heads", "dropout")},
-            **vocab["model"],
-        }
-    )
+    model_config = replace(config.model, vocab_size=train.vocab_size)
     model = Transformer(model_config, seq_len=config.data.seq_len)
     samples = (train.n_tokens - 1) // config.data.seq_len
     epochs = config.train.epochs
     if run_dir is not None:
         run_dir.mkdir(exist_ok=True)
-    return Trainer(
+    trainer = Trainer(
         model,
         build_optimizers(model, config.optim),
         None,
@@ -52,6 +57,8 @@ def build(config: TrainConfig, run_dir: Path | None = None, position: int = 0) -
         val_dataset=val,
         run_dir=run_dir,
     )
+    _open.append(trainer)
+    return trainer
 
 
 def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

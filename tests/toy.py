@@ -9,8 +9,8 @@ import numpy as np
 
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import write_dataset_json
-from fasttrain.data.shards import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.data.writer import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,19 +79,16 @@ def write_config(folder: Path, *overrides: str) -> Path:
     return path
 
 
-def train(
-    config: Path, *arguments: str, check: int | None = 0, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m fasttrain.train`` in a process of its own, in the config's folder."""
-    process = subprocess.run(
-        [sys.executable, "-m", "fasttrain.train", str(config), *arguments],
-        cwd=config.parent,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start ``python -m module`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
-    if check is not None:
-        assert process.returncode == check, process.stdout + process.stderr
-    return process

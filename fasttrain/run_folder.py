@@ -1,0 +1,78 @@
+"""The folder of a run: a new one that overwrites nothing, the one to resume, its lock, its disk."""
+
+import fcntl
+import shutil
+from pathlib import Path
+from typing import TextIO
+
+from fasttrain.config import TrainConfig, UserError
+
+__all__ = ["check_disk", "lock_run_dir", "new_run_dir", "run_dir_of"]
+
+
+def new_run_dir(config: TrainConfig, name: str) -> Path:
+    """Return a folder that does not exist yet; an explicit ``run.name`` is never altered."""
+    out_dir = Path(config.run.out_dir)
+    if config.run.name is not None:
+        run_dir = out_dir / config.run.name
+        if run_dir.exists():
+            raise UserError(
+                f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
+            )
+        return run_dir
+    n = 1
+    while (run_dir := out_dir / (name if n == 1 else f"{name}-{n}")).exists():
+        n += 1
+    return run_dir
+
+
+def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
+    """Return the run folder that ``--resume`` means: of this config's newest run, or of a path."""
+    if resume != "auto":
+        path = Path(resume)
+        if not path.exists():
+            raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
+        return path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
+    out_dir = Path(config.run.out_dir)
+    run_dir = out_dir / (config.run.name or name)
+    if config.run.name is None:
+        n = 2
+        while (out_dir / f"{name}-{n}").exists():
+            run_dir = out_dir / f"{name}-{n}"
+            n += 1
+    if not (run_dir / "checkpoints").is_dir():
+        raise UserError(
+            f"--resume auto: nothing to resume in {run_dir}; leave --resume out to start a new run"
+        )
+    return run_dir
+
+
+def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
+    """Make the run folder this process's own until it ends, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=not new)
+        lock = open(run_dir / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"{run_dir} is in use by another trainer; wait for it or set another run.name"
+        ) from error
+    return lock
+
+
+def check_disk(run_dir: Path, n_parameters: int, keep_last: int) -> None:
+    """Refuse a run whose checkpoints cannot fit: fp32 parameters and two moments, K + 2 times."""
+    one = 12 * n_parameters
+    free = shutil.disk_usage(run_dir).free
+    if free < one * (keep_last + 2):
+        raise UserError(
+            f"{run_dir}: {free / 2**30:.2f} GiB free on disk, but {keep_last + 2} checkpoints of "
+            f"{one / 2**30:.2f} GiB may lie there at once; free some space, set run.out_dir to "
+            "another disk or lower checkpoint.keep_last"
+        )
