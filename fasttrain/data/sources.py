@@ -35,9 +35,10 @@ SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held whil
 TEXT = (".txt", ".text", ".md", ".rst")
 KNOWN = (".jsonl", ".parquet", *TEXT)
 COMPRESSED = (".gz", ".zst")
-# Where a text may be cut so that no tokenizer's word spans the cut: after a line's end, before
-# something that is not space.
-_CUT = re.compile(r"\n(?=\S)")
+# Where a text may be cut so that no word of a byte-level BPE spans the cut: after a line's end and
+# before something that is not space; in a line too long for that, before a single space.
+_CUT_LINE = re.compile(r"\n(?=\S)")
+_CUT_WORD = re.compile(r"(?<=\S)(?= \S)")
 
 INVALID_UTF8 = "documents with invalid UTF-8 (the bytes replaced by U+FFFD)"
 EMPTY = "empty documents (left out)"
@@ -188,32 +189,30 @@ class Source:
 
     def _plain(self, path: Path, compression: str, before: int) -> Iterator[Document]:
         name = self._name(path)
+        unchecked = True
 
         def blocks() -> Iterator[str]:
+            nonlocal unchecked
             for block, position in _decoded(path, compression):
+                if unchecked and "\ufffd" in block:
+                    unchecked = False  # once a pass, however often the pieces are asked for
+                    if (line := _first_invalid_line(path, compression)) is not None:
+                        self._problem(INVALID_UTF8, f"{name}:{line}")
                 yield block
                 self.done_bytes = before + position
 
-        def anew() -> Iterator[str]:
+        def pieces() -> Iterator[str]:
             return _pieces(blocks())
 
-        pieces = anew
         if path.stat().st_size <= SMALL_BYTES and not compression:
-            kept = list(anew())
-            pieces = lambda: iter(kept)  # noqa: E731
-        empty = True
-        bad = False
-        for piece in pieces():
-            empty = False
-            bad = bad or "\ufffd" in piece
-            if bad:
-                break
-        if empty:
+            kept = list(pieces())
+            document = Document(name, lambda: iter(kept))
+        else:
+            document = Document(name, pieces)
+        if next(document.pieces(), None) is None:
             self._problem(EMPTY, name)
-            return
-        if bad and (line := _first_invalid_line(path, compression)) is not None:
-            self._problem(INVALID_UTF8, f"{name}:{line}")
-        yield Document(name, pieces)
+        else:
+            yield document
 
     def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
         with path.open("rb") as raw:
@@ -309,8 +308,9 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
         rest += block
         start = 0
         while len(rest) - start > 2 * PIECE_CHARS:
-            cut = _CUT.search(rest, start + PIECE_CHARS, start + 2 * PIECE_CHARS)
-            end = cut.end() if cut else start + 2 * PIECE_CHARS
+            low, end = start + PIECE_CHARS, start + 2 * PIECE_CHARS
+            if cut := _CUT_LINE.search(rest, low, end) or _CUT_WORD.search(rest, low, end):
+                end = cut.end()
             yield rest[start:end]
             start = end
         rest = rest[start:]

@@ -1,0 +1,413 @@
+"""From text to a dataset: nothing lost, nothing in both splits, nothing half written."""
+
+import gzip
+import io
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from fasttrain import prepare as prepare_module
+from fasttrain.data import sources
+from fasttrain.data.files import DataError
+from fasttrain.data.format import open_dataset
+from fasttrain.data.sources import Source
+from fasttrain.data.tokenizer import char_tokenizer, train_bpe
+from fasttrain.prepare import main, prepare
+
+WORDS = ["the", "model", "reads", "", "line", "of", "words,", "12", "345", "tokens;", "naïve"]
+WORDS += ["“quotes”", "日本語", "🙂", "\t", "tabs"]
+
+
+def make_texts(count: int, words: int = 60, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [
+        " ".join(rng.choices(WORDS, k=rng.randint(1, words))) + f"\n  line {number}\n"
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_jsonl(path: Path, texts: list[str], **extra: object) -> Path:
+    path.write_text("".join(json.dumps({"text": text} | extra) + "\n" for text in texts))
+    return path
+
+
+def run(out: Path, *inputs: Path | str, **options: object) -> list[str]:
+    notes: list[str] = []
+    prepare(out, [str(name) for name in inputs], note=notes.append, **options)  # type: ignore[arg-type]
+    return notes
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """The decoded documents of a split, told apart by the recorded ends."""
+    dataset = open_dataset(folder, split)  # type: ignore[arg-type]
+    ends, base = [], 0
+    for shard in dataset.shards:
+        ends += [base + int(end) for end in np.fromfile(shard.path.with_suffix(".ends"), "<u8")]
+        base += shard.n_tokens
+    assert len(ends) == dataset.n_documents
+    assert ends[-1] == dataset.n_tokens
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    tokens = dataset.read(0, dataset.n_tokens)
+    texts = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        assert tokens[end - 1] == dataset.end_of_text
+        texts.append(tokenizer.decode(tokens[start : end - 1].tolist()))
+    assert sum(len(text.encode()) for text in texts) == dataset.n_bytes
+    return texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "bytes", "chars"])
+def test_every_document_comes_back_once_whatever_the_tokenizer(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    texts = make_texts(200)
+    texts[7] += "<|endoftext|> is text here"
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    run(tmp_path / "out", source, tokenizer=tokenizer, val_fraction=0.1, shard_tokens=1000)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts)
+    assert [text for text in texts if text in set(train)] == train  # in order of the input
+    assert 5 < len(val) < 40
+
+
+def test_the_split_is_by_content_and_stable_when_data_is_added(tmp_path: Path) -> None:
+    texts = make_texts(120)
+    run(
+        tmp_path / "one",
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        tokenizer="bytes",
+        val_fraction=0.2,
+    )
+    more = [*make_texts(80, seed=1), *reversed(texts), *texts[:10]]
+    run(
+        tmp_path / "two",
+        write_jsonl(tmp_path / "b.jsonl", more),
+        tokenizer="bytes",
+        val_fraction=0.2,
+    )
+    val = {k: set(documents(tmp_path / k, "val")) for k in ("one", "two")}
+    train = {k: set(documents(tmp_path / k, "train")) for k in ("one", "two")}
+    assert val["one"] <= val["two"]
+    assert train["one"] <= train["two"]
+    assert not val["two"] & train["two"]
+
+
+@pytest.mark.parametrize("lines", [1, 400, 60_000])
+def test_one_document_is_cut_by_position(tmp_path: Path, lines: int) -> None:
+    text = "".join(f"line {number} of the only text\n" for number in range(lines))
+    (tmp_path / "book.txt").write_text(text)
+    run(tmp_path / "out", tmp_path / "book.txt", tokenizer="bytes", val_fraction=0.05)
+    (train,), (val,) = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert train + val == text
+    assert len(val) / len(text) == pytest.approx(0.05, abs=0.05 if lines == 1 else 0.02)
+    assert lines == 1 or train.endswith("\n")
+
+
+def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(make_texts(6)):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    notes = run(tmp_path / "out", tmp_path / "texts", tokenizer="bpe:260")
+    assert any("No document fell into validation" in note for note in notes)
+    assert len(documents(tmp_path / "out", "val")) == 1
+    assert len(documents(tmp_path / "out", "train")) == 5
+    run(tmp_path / "none", tmp_path / "texts", tokenizer="bytes", val_fraction=0)
+    assert len(documents(tmp_path / "none", "train")) == 6
+    with pytest.raises(DataError, match="no split 'val'"):
+        open_dataset(tmp_path / "none", "val")
+
+
+def test_a_bpe_is_trained_on_the_training_split_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train_bpe(seen, vocab_size)
+
+    monkeypatch.setattr(prepare_module, "train_bpe", spy)
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(100))
+    run(tmp_path / "out", source, tokenizer="bpe:300", val_fraction=0.2)
+    assert sorted(seen) == sorted(documents(tmp_path / "out", "train"))
+
+
+def test_any_tokenizer_json_and_two_equal_runs(tmp_path: Path) -> None:
+    texts = make_texts(50)
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    tokenizer = train_bpe(texts, 320)
+    tokenizer.save(str(tmp_path / "mine.json"))
+    for name in ("one", "two"):
+        run(tmp_path / name, source, tokenizer=str(tmp_path / "mine.json"), val_fraction=0.1)
+    assert sorted(documents(tmp_path / "one", "train") + documents(tmp_path / "one", "val")) == (
+        sorted(texts)
+    )
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    with pytest.raises(DataError, match="there is no such tokenizer file"):
+        run(tmp_path / "out", source, tokenizer="gpt2")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match=r"bad\.json: not a tokenizer"):
+        run(tmp_path / "out", source, tokenizer=str(tmp_path / "bad.json"))
+    for wrong, match in (("bpe:many", "expected a number"), ("bpe:100", "at least 257")):
+        with pytest.raises(DataError, match=match):
+            run(tmp_path / "out", source, tokenizer=wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_an_end_of_text_is_used_and_said(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer("ab\n")
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = []
+    (tmp_path / "t.json").write_text(json.dumps(state))
+    source = write_jsonl(tmp_path / "in.jsonl", ["ab", "ba", "bb"])
+    notes = run(tmp_path / "out", source, tokenizer=str(tmp_path / "t.json"), val_fraction=0)
+    assert any("no end-of-text token" in note for note in notes)
+    dataset = open_dataset(tmp_path / "out", "train")
+    assert dataset.end_of_text is None
+    assert dataset.read(0, 6).tolist() == [1, 2, 2, 1, 2, 2]
+
+
+def package_or_skip(name: str) -> object:
+    return pytest.importorskip(name, reason=f"needs the optional package {name}")
+
+
+def as_zst(data: bytes) -> bytes:
+    return package_or_skip("zstandard").ZstdCompressor().compress(data)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, as_zst], ids=["gz", "zst"])
+def test_compressed_input_reads_like_plain(
+    tmp_path: Path, packed: Callable[[bytes], bytes]
+) -> None:
+    ending = ".gz" if packed is gzip.compress else ".zst"
+    texts = make_texts(40)
+    lines = write_jsonl(tmp_path / "a.jsonl", texts[:20]).read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(packed(lines[:500]) + packed(lines[500:]))
+    for number, text in enumerate(texts[20:]):
+        (tmp_path / "in" / f"b{number:02d}.txt{ending}").write_bytes(packed(text.encode()))
+    run(tmp_path / "out", tmp_path / "in", tokenizer="bytes", val_fraction=0)
+    assert documents(tmp_path / "out", "train") == texts
+    content = (tmp_path / "in" / f"a.jsonl{ending}").read_bytes()
+    (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(content[:-40])
+    if ending == ".gz":
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+            run(tmp_path / "cut", tmp_path / "in", tokenizer="bytes")
+    (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(b"not compressed at all")
+    with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: cannot be read"):
+        run(tmp_path / "bad", tmp_path / "in", tokenizer="bytes")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow = package_or_skip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts: list[str | None] = [*make_texts(600), None, ""]
+    parquet.write_table(arrow.table({"body": texts}), tmp_path / "t.parquet")  # type: ignore[attr-defined]
+    notes = run(
+        tmp_path / "out",
+        tmp_path / "t.parquet",
+        tokenizer="bytes",
+        val_fraction=0,
+        text_field="body",
+    )
+    assert documents(tmp_path / "out", "train") == texts[:600]
+    assert {note for note in notes if note.startswith("1 ")} == {
+        "1 records without a text in 'body' (left out)",
+        "1 empty documents (left out)",
+    }
+    with pytest.raises(DataError, match="no column 'text'; name one: --text-field body"):
+        run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
+        run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    def missing(wanted: str) -> None:
+        raise ImportError(wanted)
+
+    monkeypatch.setattr(sources.importlib, "import_module", missing)
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
+        run(tmp_path / "out", tmp_path / name, tokenizer="bytes")
+
+
+def write_troubled(path: Path) -> Path:
+    good = json.dumps({"text": "fine"}).encode()
+    lines = [
+        good,
+        b'{"text": "caf\xe9"}',
+        b"{broken",
+        b"[1]",
+        b'{"other": "x"}',
+        b'{"text": 3}',
+        b"",
+        b'{"text": ""}',
+        b'{"text": "half \\ud800 pair"}',
+        good[:-1] + b', "n": 1}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_problems_are_counted_reported_and_recorded(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo \xe9\nthree")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "honest.txt").write_text("\ufeffa text that says \ufffd itself")
+    inputs = [write_troubled(tmp_path / "in.jsonl"), *sorted(tmp_path.glob("*.txt"))]
+    notes = run(tmp_path / "out", *inputs, tokenizer="bytes", val_fraction=0)
+    expected = {
+        "documents with invalid UTF-8 (the bytes replaced by U+FFFD)": 3,
+        "empty documents (left out)": 2,
+        "lines that are not a JSON object (left out)": 2,
+        "records without a text in 'text' (left out)": 2,
+    }
+    assert {f"{count} {reason}" for reason, count in expected.items()} <= set(notes)
+    meta = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert meta["source"]["problems"] == expected
+    assert documents(tmp_path / "out", "train") == [
+        "fine", "caf\ufffd", "half \ufffd pair", "fine",
+        "a text that says \ufffd itself", "one\ntwo \ufffd\nthree",
+    ]  # fmt: skip
+
+
+def test_strict_ends_at_the_first_problem_with_file_and_line(tmp_path: Path) -> None:
+    content = write_troubled(tmp_path / "in.jsonl").read_bytes().split(b"\n")
+    for number, match in (
+        (1, "invalid UTF-8"),
+        (2, "not a JSON"),
+        (4, "without a text"),
+        (7, "empty"),
+        (8, "invalid UTF-8"),
+    ):
+        (tmp_path / "in.jsonl").write_bytes(b"\n".join([content[0], content[0], content[number]]))
+        with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{match}.*--strict"):
+            run(tmp_path / "out", tmp_path / "in.jsonl", tokenizer="bytes", strict=True)
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo \xe9\nthree")
+    with pytest.raises(DataError, match=r"latin\.txt:2: .*invalid UTF-8"):
+        run(tmp_path / "out", tmp_path / "latin.txt", tokenizer="bytes", strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    texts = make_texts(30)
+    data = "".join(json.dumps({"text": t}) + "\n" for t in texts) if kind == "jsonl" else texts[0]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    run(tmp_path / "out", "-", tokenizer="bytes", val_fraction=0)
+    assert documents(tmp_path / "out", "train") == (texts if kind == "jsonl" else texts[:1])
+
+
+@pytest.mark.parametrize("piece_chars", [60, 700])  # cut between words, cut between lines
+def test_pieces_of_a_large_text_give_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_chars: int
+) -> None:
+    text = "".join(make_texts(900)) + "x\n\n\n   deep\n" * 50
+    tokenizer = train_bpe([text], 400)
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "in.txt").write_text(text)
+    monkeypatch.setattr(sources, "PIECE_CHARS", piece_chars)
+    pieces = list(next(Source([tmp_path / "in.txt"]).documents()).pieces())
+    assert len(pieces) > len(text) // piece_chars // 2 > 50
+    assert "".join(pieces) == text
+    run(tmp_path / "out", tmp_path / "in.txt", tokenizer=str(tmp_path / "t.json"), val_fraction=0)
+    dataset = open_dataset(tmp_path / "out", "train")
+    assert dataset.read(0, dataset.n_tokens - 1).tolist() == tokenizer.encode(text).ids
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(5))
+    (tmp_path / "out").mkdir()
+    run(tmp_path / "out", source, tokenizer="bytes")  # an empty folder is as good as none
+    with pytest.raises(DataError, match="exists already and is not empty"):
+        run(tmp_path / "out", source, tokenizer="bytes")
+    before = sorted(tmp_path.rglob("*"))
+    for fraction in (-0.1, 1.0, 2):
+        with pytest.raises(DataError, match="--val-fraction must be"):
+            run(tmp_path / "new", source, val_fraction=fraction)
+    with pytest.raises(DataError, match="shard_tokens"):
+        run(tmp_path / "new", source, tokenizer="bytes", shard_tokens=0)
+    with pytest.raises(DataError, match=r"there is no text in the input .*2 empty documents"):
+        run(tmp_path / "new", write_jsonl(tmp_path / "in.jsonl", ["", ""]), tokenizer="bytes")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_jsonl(tmp_path / "in.jsonl", make_texts(5))
+    monkeypatch.setattr(prepare_module, "write_dataset_json", full)
+    with pytest.raises(DataError, match=r"new: cannot be written \(No space left on device\)"):
+        run(tmp_path / "new", source, tokenizer="bytes")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(60))
+    out = str(tmp_path / "out")
+    command = [out, "--input", str(source), "--tokenizer", "bpe:300", "--val-fraction", "0.1"]
+    assert main(command) == 0
+    assert f"data.path={out}" in capsys.readouterr().out
+    assert main(["--inspect", out]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "train: ",
+        "val: ",
+        "300 tokens in the vocabulary",
+        "most frequent",
+        "All 5 files have the SHA-256",
+    ):
+        assert part in shown
+    assert shown.count("from token") == 6
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists already")
+    for name in ("train_000000.ends", "train_000000.bin", "tokenizer.json"):
+        path = tmp_path / "out" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert main(["--inspect", out]) == 2
+        assert name in capsys.readouterr().err
+        path.write_bytes(content)
+    assert main(["--inspect", str(tmp_path)]) == 2
+    for wrong in ([], [out], [out, "--inspect", out]):
+        with pytest.raises(SystemExit) as exit_info:
+            main(wrong)
+        assert exit_info.value.code == 2
+
+
+def test_memory_stays_flat_on_200_mb(tmp_path: Path) -> None:
+    block = "".join(make_texts(3000)).encode()
+    with (tmp_path / "in.txt").open("wb") as file:
+        for _ in range(200_000_000 // len(block) + 1):
+            file.write(block)
+    script = (
+        "import resource, sys; from fasttrain.prepare import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(status)\n"
+    )
+    arguments = [str(tmp_path / "out"), "--input", str(tmp_path / "in.txt"), "--tokenizer", "bytes"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 1_500_000  # KiB
+    assert open_dataset(tmp_path / "out", "train").n_tokens > 198_000_000
