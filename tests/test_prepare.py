@@ -235,21 +235,6 @@ def test_parquet(tmp_path: Path) -> None:
         run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
-)
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
-) -> None:
-    def missing(wanted: str) -> None:
-        raise ImportError(wanted)
-
-    monkeypatch.setattr(sources.importlib, "import_module", missing)
-    (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
-        run(tmp_path / "out", tmp_path / name, tokenizer="bytes")
-
-
 def write_troubled(path: Path) -> Path:
     good = json.dumps({"text": "fine"}).encode()
     lines = [

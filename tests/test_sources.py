@@ -1,11 +1,12 @@
-"""Which files an input means."""
+"""Which files an input means, and what it takes to read them."""
 
 from pathlib import Path
 
 import pytest
 
+from fasttrain.data import sources
 from fasttrain.data.files import DataError
-from fasttrain.data.sources import find_files
+from fasttrain.data.sources import Source, find_files
 
 
 def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(tmp_path: Path) -> None:
@@ -23,3 +24,18 @@ def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(tmp_path: Pat
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no file in it ends in"):
         find_files([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    def missing(wanted: str) -> None:
+        raise ImportError(wanted)
+
+    monkeypatch.setattr(sources.importlib, "import_module", missing)
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
+        list(Source([tmp_path / name]).documents())
