@@ -3,9 +3,9 @@
     out = α X Xᵀ + β C,  C symmetric
 
 On CUDA a Triton kernel computes the tiles of the lower triangle and stores each twice, the second
-time transposed, so the result is symmetric bit for bit. On the CPU the rows are cut into strips
-and each strip is multiplied from the diagonal on. Accumulation is fp32; the sum is rounded once on
-CUDA. Two runs agree bit for bit.
+time transposed. On the CPU the rows are cut into strips and each strip is multiplied from the
+diagonal on. Off the diagonal tiles the result is therefore symmetric bit for bit. Accumulation is
+fp32; the sum is rounded once on CUDA. Two runs agree bit for bit.
 
 Legend: n matrices, r rows, c columns.
 """
@@ -124,7 +124,7 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
             same symmetric matrix as a.
 
     Returns:
-        (n, r, r), symmetric bit for bit where it is computed in strips.
+        (n, r, r).
     """
     rows = a.shape[1]
     if rows < _MIN_STRIP_ROWS or a.device.type != "cpu":

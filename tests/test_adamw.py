@@ -1,0 +1,396 @@
+"""FusedAdamW against its fp64 reference, torch.optim.AdamW, and what broke other optimizers."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import fasttrain_kernels
+import pytest
+import torch
+from fasttrain_kernels.adamw import FusedAdamW, adamw_reference
+from fasttrain_kernels.grad_norm import grad_norm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
+
+SHAPES = [(33, 20), (0,), (8192 + 255,), (7,), (), (3, 1, 5)]
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest) -> torch.device:
+    """Every test that takes it runs on the CPU path and on the Triton path."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_device")
+    return torch.device("cpu")
+
+
+def make(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [nn.Parameter(t.to(device, dtype)) for t in tensors]
+
+
+def set_grads(params: list[Tensor], seed: int, size: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (size * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
+
+
+def assert_close_to_reference(
+    dtype: torch.dtype, device: torch.device, steps: int = 3, **options: Any
+) -> None:
+    """The error against fp64 is at most twice the rounding of the stored result, plus 1e-5."""
+    params = make(SHAPES, device, dtype)
+    optimizer = FusedAdamW(params, **options)
+    hyper = {"lr": 1e-3, **options}
+    unit = torch.finfo(dtype).eps
+    for step in range(1, steps + 1):
+        set_grads(params, step)
+        expected = []
+        for p in params:
+            state = optimizer.state.get(p) or {}
+            m, v = (state.get(k, torch.zeros_like(p)).detach() for k in ("exp_avg", "exp_avg_sq"))
+            expected.append(adamw_reference(p.detach(), p.grad, m, v, step, scale=0.5, **hyper))
+        optimizer.step(clip_coefficient=torch.tensor(0.5, device=device))
+        for p, reference in zip(params, expected, strict=True):
+            state = optimizer.state[p]
+            stored = (p.detach(), state["exp_avg"], state["exp_avg_sq"])
+            for actual, wanted in zip(stored, reference, strict=True):
+                error = (actual.double() - wanted).abs()
+                assert (error <= unit * wanted.abs() + 1e-5 * hyper["lr"] + 1e-7).all()
+            assert state["step"].item() == step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_matches_reference(path: torch.device, dtype: torch.dtype) -> None:
+    assert_close_to_reference(dtype, path)
+
+
+def test_bf16_matches_reference() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # see the interpreter
+    assert_close_to_reference(torch.bfloat16, device)
+
+
+@settings(max_examples=12)
+@given(
+    lr=st.floats(1e-5, 1e-1),
+    betas=st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.95, 0.9999])),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    maximize=st.booleans(),
+    triton=st.booleans(),
+)
+def test_matches_reference_for_any_hyperparameters(
+    lr: float, betas: tuple[float, float], weight_decay: float, maximize: bool, triton: bool
+) -> None:
+    options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+    if torch.cuda.is_available():
+        assert_close_to_reference(torch.float32, torch.device("cuda"), 2, **options)
+    elif triton:
+        with fasttrain_kernels.triton_on_cpu():
+            assert_close_to_reference(torch.float32, torch.device("cpu"), 2, **options)
+    else:
+        assert_close_to_reference(torch.float32, torch.device("cpu"), 2, **options)
+
+
+def run_torch(
+    params: list[Tensor], optimizer: Any, steps: range, clip: float | None = None
+) -> None:
+    for step in steps:
+        set_grads(params, step)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+
+
+def assert_params_close(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_state_dict_interchanges_with_torch(path: torch.device, fused: bool | None) -> None:
+    ours, theirs = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    groups = lambda params: [{"params": params[:2], "lr": 3e-3}, {"params": params[2:]}]  # noqa: E731
+    a = FusedAdamW(groups(ours), lr=1e-2)
+    b = torch.optim.AdamW(groups(theirs), lr=1e-2, fused=fused)
+    run_torch(ours, a, range(3))
+    run_torch(theirs, b, range(3))
+    assert_params_close(ours, theirs)
+    saved_a, saved_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
+    a, b = FusedAdamW(groups(ours)), torch.optim.AdamW(groups(theirs), fused=fused)
+    a.load_state_dict(saved_b)  # each continues the other's run
+    b.load_state_dict(saved_a)
+    assert a.param_groups[0]["lr"] == b.param_groups[0]["lr"] == 3e-3
+    run_torch(ours, a, range(3, 6))
+    run_torch(theirs, b, range(3, 6))
+    assert_params_close(ours, theirs)
+    assert a.state[ours[0]]["step"].item() == 6
+    assert a.state[ours[0]]["step"].dtype == torch.float32
+
+
+def test_load_replaces_tensors_behind_the_cached_table(path: torch.device) -> None:
+    params = make(SHAPES, path, torch.float32)
+    optimizer = FusedAdamW(params)
+    run_torch(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = [p.detach().clone() for p in params]
+    run_torch(params, optimizer, range(2, 4))
+    after = [p.detach().clone() for p in params]
+    for p, value in zip(params, before, strict=True):
+        p.data = value.clone()  # a new address too
+    optimizer.load_state_dict(saved)
+    run_torch(params, optimizer, range(2, 4))
+    assert all(map(torch.equal, params, after))
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert twin.state_dict()["state"][2]["step"].item() == 4
+
+
+def test_found_inf_leaves_every_bit(path: torch.device) -> None:
+    params = make(SHAPES, path, torch.float32) + make([(40, 3)], path, torch.float16)
+    optimizer = FusedAdamW(params, master_weights=True)
+    run_torch(params, optimizer, range(2))
+    snapshot = copy.deepcopy([[p.detach(), optimizer.state[p]] for p in params])
+    set_grads(params, 5)
+    params[0].grad[1, 2] = float("inf")
+    params[2].grad[3] = float("nan")
+    result = grad_norm([p.grad for p in params], 1.0)
+    assert result.found_inf.item() == 1
+    optimizer.step(clip_coefficient=result.clip_coefficient, found_inf=result.found_inf)
+    for p, (value, state) in zip(params, snapshot, strict=True):
+        assert torch.equal(p, value)
+        for key, tensor in state.items():
+            assert torch.equal(optimizer.state[p][key], tensor), key
+    set_grads(params, 6)
+    optimizer.step(found_inf=torch.zeros((), device=path))
+    assert optimizer.state[params[0]]["step"].item() == 3
+    assert not torch.equal(params[0], snapshot[0][0])
+
+
+def test_grad_scale_divides_and_clip_multiplies(path: torch.device) -> None:
+    a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    set_grads(a, 1, size=1024.0)
+    set_grads(b, 1, size=0.25)
+    scale, clip = torch.tensor(1024.0, device=path), torch.tensor(0.25, device=path)
+    FusedAdamW(a).step(grad_scale=scale, clip_coefficient=clip)
+    FusedAdamW(b).step()
+    assert_params_close(a, b)
+
+
+def test_clipping_matches_torch(path: torch.device) -> None:
+    a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    x, y = FusedAdamW(a), torch.optim.AdamW(b)
+    for step in range(3):
+        set_grads(a, step)
+        result = grad_norm([p.grad for p in a], 1.0)
+        x.step(clip_coefficient=result.clip_coefficient, found_inf=result.found_inf)
+    run_torch(b, y, range(3), clip=1.0)
+    assert_params_close(a, b)
+
+
+def test_gradients_are_only_read_by_the_kernel(triton_device: torch.device) -> None:
+    params = make(SHAPES, triton_device, torch.float32)
+    set_grads(params, 1)
+    grads = [p.grad.clone() for p in params]
+    FusedAdamW(params).step(clip_coefficient=torch.tensor(0.5, device=triton_device))
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+
+
+def test_params_without_gradient_come_and_go(path: torch.device) -> None:
+    a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    x, y = FusedAdamW(a), torch.optim.AdamW(b)
+    for step, absent in enumerate([(0, 2), (), (3,), (0, 1, 2, 3, 4, 5), (1,)]):
+        for params, optimizer in ((a, x), (b, y)):
+            set_grads(params, step)
+            for i in absent:
+                params[i].grad = None
+            optimizer.step()
+    assert_params_close(a, b)
+    assert x.state[a[0]]["step"].item() == 3
+
+
+def strided(kind: str, device: torch.device) -> Tensor:
+    base = torch.linspace(-1, 1, 60, device=device)
+    if kind == "transposed":
+        return base.view(10, 6).t()
+    if kind == "gaps":
+        return base.view(10, 6)[:, 1:4]
+    return base[1:]  # not aligned to 16 bytes
+
+
+@pytest.mark.parametrize("kind", ["transposed", "gaps", "unaligned"])
+def test_strided_parameters(path: torch.device, kind: str) -> None:
+    p = nn.Parameter(strided(kind, path).detach())
+    base = p.detach().clone() if kind != "gaps" else None
+    q = nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    x, y = FusedAdamW([p]), torch.optim.AdamW([q])
+    for step in range(3):
+        set_grads([p], step)  # contiguous, whatever the parameter's strides
+        q.grad = p.grad.clone()
+        x.step()
+        y.step()
+    assert_params_close([p], [q])
+    if base is None:  # the elements between must not have been touched
+        whole = torch.as_strided(p.detach(), (10, 6), (6, 1), 0)
+        untouched = torch.linspace(-1, 1, 60, device=path).view(10, 6)
+        assert torch.equal(whole[:, [0, 4, 5]], untouched[:, [0, 4, 5]])
+
+
+def test_expanded_and_new_gradients(path: torch.device) -> None:
+    a, b = make([(6, 4)], path, torch.float32), make([(6, 4)], path, torch.float32)
+    x, y = FusedAdamW(a), torch.optim.AdamW(b)
+    for step in range(4):
+        row = torch.arange(4.0, device=path) - step
+        a[0].grad = row.expand(6, 4) if step % 2 else row.repeat(6, 1)
+        b[0].grad = row.repeat(6, 1)
+        x.step()
+        y.step()
+    assert_params_close(a, b)
+
+
+def test_tensor_lr_and_group_hyperparameters_change(path: torch.device) -> None:
+    a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    lr = torch.tensor(1e-2, device=path)
+    x = FusedAdamW([{"params": a[:3]}, {"params": a[3:], "weight_decay": 0.5, "lr": 1e-3}], lr=lr)
+    y = torch.optim.AdamW([{"params": b[:3]}, {"params": b[3:], "weight_decay": 0.5, "lr": 1e-3}])
+    for step in range(3):
+        lr.fill_(1e-2 / (step + 1))
+        y.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        x.param_groups[1]["lr"] = y.param_groups[1]["lr"] = 1e-3 * (step + 1)
+        run_torch(a, x, range(step, step + 1))
+        run_torch(b, y, range(step, step + 1))
+    assert_params_close(a, b)
+
+
+def test_mixed_dtypes_in_one_group(path: torch.device) -> None:
+    params = make([(30, 5)], path, torch.float32) + make([(30, 5)], path, torch.float16)
+    optimizer = FusedAdamW(params, lr=1e-2)
+    for step in range(3):
+        set_grads(params[:1], step)
+        params[1].grad = params[0].grad.half()
+        optimizer.step()
+    assert params[1].dtype == optimizer.state[params[1]]["exp_avg"].dtype == torch.float16
+    torch.testing.assert_close(params[1].float(), params[0].detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_master_weights_keep_small_updates(path: torch.device) -> None:
+    def final(**options: Any) -> tuple[Tensor, FusedAdamW]:
+        p = nn.Parameter(torch.ones(9, device=path, dtype=torch.float16))
+        optimizer = FusedAdamW([p], lr=1e-4, weight_decay=0.0, **options)
+        for _ in range(10):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        return p, optimizer
+
+    lost, _ = final()
+    kept, optimizer = final(master_weights=True, state_dtype=torch.float32)
+    assert (lost == 1).all()  # each update is below half a unit in the last place
+    torch.testing.assert_close(
+        kept.float(), torch.full_like(kept, 0.999).float(), rtol=0, atol=6e-4
+    )
+    state = optimizer.state[kept]
+    assert state["master"].dtype == state["exp_avg"].dtype == torch.float32
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = nn.Parameter(kept.detach().clone())
+    resumed = FusedAdamW([other], master_weights=True, state_dtype=torch.float32)
+    resumed.load_state_dict(saved)
+    for key in ("master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(resumed.state[other][key], state[key]), key  # no detour through fp16
+
+
+def test_bf16_states_with_fp32_parameters() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a, b = make(SHAPES, device, torch.float32), make(SHAPES, device, torch.float32)
+    x, y = FusedAdamW(a, state_dtype=torch.bfloat16), torch.optim.AdamW(b)
+    run_torch(a, x, range(3))
+    run_torch(b, y, range(3))
+    assert x.state[a[0]]["exp_avg"].dtype == torch.bfloat16
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-4)
+    saved = copy.deepcopy(x.state_dict())
+    x.load_state_dict(saved)
+    assert torch.equal(x.state[a[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_stochastic_rounding_is_unbiased_and_reproducible(path: torch.device) -> None:
+    def final() -> Tensor:
+        p = nn.Parameter(torch.ones(4096, device=path, dtype=torch.bfloat16))
+        optimizer = FusedAdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=True, seed=3)
+        for _ in range(5):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        return p.detach()
+
+    p = final()
+    assert torch.equal(p, final())
+    assert set(p.unique().tolist()) <= {1 - k * 2**-8 for k in range(6)}
+    # Five steps of 1e-4 move the mean by 5e-4; a bf16 below 1 is 2**-8 away, so the standard error
+    # of the mean is below 2**-8 · √(0.13 · 0.87 / 4096) = 2e-5. Nearest rounding would not move.
+    # The moments are rounded too, which changes a step by at most one part in 2**7.
+    assert abs(p.double().mean().item() - (1 - 5e-4)) < 8e-5
+
+
+def test_runs_are_bit_identical(path: torch.device) -> None:
+    a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+    for params in (a, b):
+        run_torch(params, FusedAdamW(params), range(3))
+    assert all(map(torch.equal, a, b))
+
+
+def test_torch_optimizer_inputs(path: torch.device) -> None:
+    for case in optim_inputs_func_adamw(path.type):
+        options = {k: v for k, v in case.kwargs.items() if k not in ("foreach", "fused")}
+        if options.pop("amsgrad", False):
+            with pytest.raises(TypeError, match="amsgrad"):
+                FusedAdamW([nn.Parameter(torch.ones(2))], amsgrad=True)  # type: ignore[call-arg]
+            continue
+        if any(isinstance(beta, Tensor) for beta in options.get("betas", ())):
+            continue  # tensor betas: not an option of this optimizer
+        a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
+        run_torch(a, FusedAdamW(a, **options), range(3))
+        options.pop("capturable", None)
+        options["lr"] = float(options.get("lr", 1e-3))
+        run_torch(b, torch.optim.AdamW(b, **options), range(3))
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-5, atol=1e-6, msg=case.desc)
+
+
+def test_closure_hooks_schedulers_and_groups() -> None:
+    params = make(SHAPES, torch.device("cpu"), torch.float32)
+    optimizer = FusedAdamW(params[:2])
+    optimizer.add_param_group({"params": params[2:], "lr": 0.1})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure() -> float:
+        set_grads(params, 1)
+        return 2.5
+
+    before = params[2].detach().clone()
+    assert optimizer.step(closure) == 2.5
+    optimizer.param_groups[0]["lr"] = 1.0
+    scheduler.step()
+    assert calls == ["post"]
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 0.05]
+    assert not torch.equal(params[2], before)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "match"),
+    [
+        (lambda p: FusedAdamW([p], lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
+        (lambda p: FusedAdamW([p], betas=(1.0, 0.9)), ValueError, "beta1"),
+        (lambda p: FusedAdamW([p], eps=-1e-8), ValueError, "eps"),
+        (lambda p: FusedAdamW([p], weight_decay=-1), ValueError, "weight_decay"),
+        (lambda p: FusedAdamW([p], lr=torch.ones(2)), ValueError, "one element"),
+        (lambda p: FusedAdamW([p], state_dtype=torch.float16), ValueError, "state_dtype"),
+        (lambda p: FusedAdamW([p.to(torch.complex64)]), (TypeError, ValueError), "complex|leaf"),
+    ],
+)
+def test_errors_name_the_value(
+    build: Callable[[Tensor], Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        build(nn.Parameter(torch.ones(2)))

@@ -1,0 +1,139 @@
+"""grad_norm and clip_grad_norm_ against fp64, torch's clipping, and the traps of norms."""
+
+import math
+
+import fasttrain_kernels
+import pytest
+import torch
+from fasttrain_kernels.grad_norm import clip_grad_norm_, grad_norm, grad_norm_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+SHAPES = [(33, 20), (0,), (8192,), (8192 * 2 + 5,), (7,), ()]
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest) -> torch.device:
+    """Every test that takes it runs on the CPU path and on the Triton path."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_device")
+    return torch.device("cpu")
+
+
+def make(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(s, generator=generator).to(device, dtype) for s in SHAPES]
+
+
+def assert_matches(tensors: list[Tensor], max_norm: float) -> None:
+    actual = grad_norm(tensors, max_norm)
+    expected = grad_norm_reference(tensors, max_norm)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert a.shape == ()
+        assert abs(a.item() - e.item()) <= 2e-6 * abs(e.item()) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_matches_fp64(path: torch.device, dtype: torch.dtype) -> None:
+    assert_matches(make(path, dtype), 1.0)
+    assert_matches(make(path, dtype), 1e6)  # coefficient 1
+
+
+def test_mixed_dtypes_strides_and_alignment(path: torch.device) -> None:
+    tensors = make(path) + make(path, torch.float16)
+    tensors += [
+        torch.randn(50, 6, device=path)[:, 1:4],
+        torch.randn(6, 50, device=path).t(),
+        torch.randn(4, device=path).expand(3, 4),
+        torch.randn(100, device=path)[1:],
+    ]
+    assert_matches(tensors, 2.0)
+
+
+@settings(max_examples=20)
+@given(
+    numels=st.lists(st.integers(0, 20_000), min_size=1, max_size=5),
+    exponent=st.integers(-12, 12),
+    triton=st.booleans(),
+)
+def test_any_sizes_and_magnitudes(numels: list[int], exponent: int, triton: bool) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    tensors = [torch.randn(n, device=device) * 10.0**exponent for n in numels]
+    if triton and not cuda:
+        with fasttrain_kernels.triton_on_cpu():
+            assert_matches(tensors, 1.0)
+    else:
+        assert_matches(tensors, 1.0)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", [0, 8191, 8192 * 2 + 4])
+def test_one_bad_element_is_found(path: torch.device, value: float, where: int) -> None:
+    tensors = make(path)
+    assert grad_norm(tensors).found_inf.item() == 0
+    tensors[3][where] = value
+    result = grad_norm(tensors, 1.0)
+    assert result.found_inf.item() == 1
+    assert not math.isfinite(result.norm.item())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter
+def test_overflowing_sum_counts_as_not_finite(path: torch.device) -> None:
+    result = grad_norm([torch.full((4,), 3e38, device=path)], 1.0)
+    assert result.found_inf.item() == 1
+
+
+def test_nothing_to_sum(path: torch.device) -> None:
+    for tensors in ([], [torch.empty(0, device=path)], [torch.zeros(5, device=path)]):
+        result = grad_norm(tensors, 1.0)
+        assert [t.item() for t in result] == [0.0, 0.0, 1.0]
+
+
+def test_large_sums_keep_their_digits() -> None:
+    tensor = torch.full((1 << 22,), 1e-3)
+    tensor[0] = 1.0
+    exact = math.sqrt(1 + ((1 << 22) - 1) * float(tensor[1]) ** 2)
+    error = abs(grad_norm([tensor]).norm.item() / exact - 1)
+    assert error < 4e-5  # equal elements are the worst case: all roundings go the same way
+    assert error <= 2 * abs(tensor.norm().item() / exact - 1) + 1e-6
+
+
+def test_new_tensors_of_equal_sizes_are_noticed(path: torch.device) -> None:
+    first, second = [torch.ones(100, device=path)], [torch.full((100,), 2.0, device=path)]
+    assert grad_norm(first).norm.item() == 10.0
+    assert grad_norm(second).norm.item() == 20.0
+    assert grad_norm(first).norm.item() == 10.0
+
+
+def test_runs_are_bit_identical(path: torch.device) -> None:
+    tensors = make(path)
+    assert torch.equal(grad_norm(tensors).norm, grad_norm(tensors).norm)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clip_matches_torch(path: torch.device, max_norm: float) -> None:
+    a = [nn.Parameter(t) for t in make(path)]
+    b = [nn.Parameter(t.clone()) for t in make(path)]
+    for p, q in zip(a[1:], b[1:], strict=True):  # the first has no gradient
+        p.grad, q.grad = p.detach().clone(), q.detach().clone()
+    norm = clip_grad_norm_(iter(a), max_norm)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(b, max_norm))
+    for p, q in zip(a[1:], b[1:], strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_clip_can_raise() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.tensor([1.0, math.nan, 2.0])
+    with pytest.raises(RuntimeError, match="norm is nan"):
+        clip_grad_norm_(p, 1.0, error_if_nonfinite=True)
+
+
+def test_errors_name_the_value() -> None:
+    with pytest.raises(ValueError, match="max_norm must be >= 0, got -1"):
+        grad_norm([torch.ones(2)], -1.0)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        grad_norm([torch.ones(2), torch.ones(2, device="meta")])

@@ -1,0 +1,276 @@
+"""Muon, newton_schulz and symmetric_matmul against fp64 and torch.optim.Muon."""
+
+import copy
+import math
+import sys
+
+import fasttrain_kernels
+import pytest
+import torch
+from fasttrain_kernels.muon import Muon
+from fasttrain_kernels.newton_schulz import newton_schulz, newton_schulz_reference, quintics
+from fasttrain_kernels.symmetric import symmetric_matmul, symmetric_matmul_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+SHAPES = [(24, 24), (24, 60), (60, 24), (24, 24), (8, 60)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def conditioned(n: int, rows: int, cols: int, smallest: float, seed: int = 0) -> Tensor:
+    """Matrices whose singular values run from 1 down to ``smallest``."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n, rows, cols, generator=generator, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(gaussian, full_matrices=False)
+    values = torch.logspace(0, math.log10(smallest), s.shape[-1], dtype=torch.float64)
+    return ((u * values) @ vh).float().to(DEVICE)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 60), (48, 200), (200, 48), (1, 7), (256, 300)])
+@pytest.mark.parametrize("coefficients", ["polar_express", "quintic", "classic"])
+def test_newton_schulz_matches_the_singular_values(
+    shape: tuple[int, int], coefficients: str
+) -> None:
+    g = conditioned(2, *shape, 1e-2) * 1e-4
+    out = newton_schulz(g, 5, coefficients, dtype=torch.float32)
+    reference = newton_schulz_reference(g, 5, coefficients)
+    assert out.shape == g.shape
+    assert (out - reference).norm() <= 2e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
+def test_polar_express_brings_singular_values_to_one(shape: tuple[int, int]) -> None:
+    g = conditioned(2, *shape, 1e-2)
+    s = torch.linalg.svdvals(newton_schulz(g, 6, dtype=torch.float32))
+    assert s.min() > 0.99
+    assert s.max() < 1.01
+    s = torch.linalg.svdvals(newton_schulz(g, 5, dtype=torch.float32))
+    assert s.min() > 0.85
+    assert s.max() < 1.15
+
+
+def test_coefficients_are_the_papers() -> None:
+    # arXiv:2505.16932, lower bound 1e-3, before the safety factor of 1.01.
+    first = [v * 1.01**k for v, k in zip(quintics("polar_express", 8)[0], (1, 3, 5), strict=True)]
+    torch.testing.assert_close(
+        torch.tensor(first), torch.tensor([8.2872, -23.5959, 17.3004]), rtol=1e-3, atol=0
+    )
+    last = quintics("polar_express", 8)[-1]
+    torch.testing.assert_close(torch.tensor(last), torch.tensor([1.875, -1.25, 0.375]))
+
+
+def test_bf16_products_stay_near_the_reference() -> None:
+    g = conditioned(2, 32, 96, 0.1)
+    out = newton_schulz(g, 5, dtype=torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    reference = newton_schulz_reference(g)
+    assert (out.double() - reference).norm() < 0.1 * reference.norm()
+
+
+def test_batched_equals_single_and_reruns_are_identical() -> None:
+    g = conditioned(3, 40, 100, 0.01)
+    whole = newton_schulz(g, dtype=torch.float32)
+    for matrix, expected in zip(g, whole, strict=True):
+        single = newton_schulz(matrix, dtype=torch.float32)
+        torch.testing.assert_close(single, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(whole, newton_schulz(g, dtype=torch.float32))
+    assert torch.equal(newton_schulz(g.view(3, 1, 40, 100), dtype=torch.float32)[:, 0], whole)
+
+
+def test_zero_and_empty_matrices() -> None:
+    assert newton_schulz(torch.zeros(2, 5, 9, device=DEVICE)).abs().max() == 0
+    assert newton_schulz(torch.zeros(0, 5, 9, device=DEVICE)).shape == (0, 5, 9)
+    assert newton_schulz(torch.zeros(5, 0, device=DEVICE)).shape == (5, 0)
+
+
+@settings(max_examples=8)
+@given(
+    n=st.integers(1, 2),
+    rows=st.sampled_from([1, 7, 64, 65, 130]),
+    cols=st.integers(1, 70),
+    half=st.booleans(),
+    with_add=st.booleans(),
+)
+def test_symmetric_matmul_matches_fp64(
+    n: int, rows: int, cols: int, half: bool, with_add: bool
+) -> None:
+    dtype = torch.float16 if half else torch.float32
+    x = torch.randn(n, rows, cols, device=DEVICE).to(dtype)
+    add = torch.randn(n, rows, rows, device=DEVICE)
+    add = (add + add.mT).to(dtype) if with_add else None
+    with fasttrain_kernels.triton_on_cpu():
+        out = symmetric_matmul(x, add=add, alpha=0.5, beta=-2.0)
+    expected = symmetric_matmul_reference(x, add=add, alpha=0.5, beta=-2.0)
+    plain = 0.5 * (x @ x.mT) + (0 if add is None else -2.0 * add)
+    floor = 1e-3 if half else 1e-5
+    limit = 2 * (plain.double() - expected).abs().max() + floor * expected.abs().max()
+    assert (out.double() - expected).abs().max() <= limit
+    tile = 128 if half else 64  # a tile off the diagonal and its mirror image are the same numbers
+    assert torch.equal(out[:, :tile, tile:], out[:, tile:, :tile].mT)
+
+
+@pytest.mark.parametrize("rows", [5, 256, 301])
+def test_symmetric_matmul_on_the_cpu(rows: int) -> None:
+    x = torch.randn(2, rows, 70)
+    out = symmetric_matmul(x, add=torch.eye(rows).expand(2, rows, rows), alpha=2.0)
+    expected = symmetric_matmul_reference(x, add=torch.eye(rows).expand(2, rows, rows), alpha=2.0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="add must have shape"):
+        symmetric_matmul(x, add=x)
+
+
+def test_newton_schulz_through_the_triton_product(triton_device: torch.device) -> None:
+    g = conditioned(1, 70, 80, 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules["fasttrain_kernels.newton_schulz"]
+        patch.setattr(module, "_SYMMETRIC_MIN_ROWS", 32)
+        out = newton_schulz(g, 3, dtype=torch.float32)
+    reference = newton_schulz_reference(g, 3)
+    assert (out - reference).norm() <= 2e-3 * reference.norm()
+
+
+def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in SHAPES]
+
+
+def set_grads(params: list[Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(100 + seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
+def reference_step(
+    p: Tensor, grad: Tensor, momentum: Tensor, lr: float, decay: float, scale: str
+) -> tuple[Tensor, Tensor]:
+    m = 0.95 * momentum + 0.05 * grad.double()
+    update = newton_schulz_reference(0.05 * grad.double() + 0.95 * m)
+    rows, cols = p.shape
+    factor = {"match_adamw": 0.2 * math.sqrt(max(rows, cols)), "none": 1.0}.get(
+        scale, math.sqrt(max(1.0, rows / cols))
+    )
+    return (1 - lr * decay) * p.double() - lr * factor * update, m
+
+
+@pytest.mark.parametrize("scale", ["match_adamw", "spectral", "none"])
+def test_muon_matches_reference(scale: str) -> None:
+    params = make()
+    optimizer = Muon(params, 0.03, weight_decay=0.1, scale=scale, ns_dtype=torch.float32)
+    momenta = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+    for step in range(3):
+        set_grads(params, step)
+        clip = torch.tensor(0.5, device=DEVICE)
+        expected = [
+            reference_step(p.detach(), 0.5 * p.grad, m, 0.03, 0.1, scale)
+            for p, m in zip(params, momenta, strict=True)
+        ]
+        optimizer.step(clip_coefficient=clip)
+        for i, (p, (value, momentum)) in enumerate(zip(params, expected, strict=True)):
+            assert (p - value).norm() <= 2e-3 * 0.03 * 0.2 * math.sqrt(p.numel() * 60)
+            buffer = optimizer.state[p]["momentum_buffer"]
+            torch.testing.assert_close(buffer.double(), momentum, rtol=1e-5, atol=1e-6)
+            momenta[i] = momentum
+
+
+def test_update_has_the_size_of_adamws() -> None:
+    p = nn.Parameter(torch.zeros(64, 256, device=DEVICE))
+    p.grad = torch.randn(64, 256, device=DEVICE)
+    Muon([p], 1.0).step()
+    assert 0.15 < p.detach().square().mean().sqrt().item() < 0.25  # AdamW's is 0.2 to 0.4
+
+
+def test_found_inf_leaves_every_bit() -> None:
+    params = make()
+    optimizer = Muon(params, weight_decay=0.1)
+    set_grads(params, 0)
+    optimizer.step(found_inf=torch.zeros((), device=DEVICE))
+    snapshot = [(p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()) for p in params]
+    set_grads(params, 1)
+    params[1].grad[0, 0] = math.nan
+    optimizer.step(found_inf=torch.ones((), device=DEVICE))
+    for p, (value, momentum) in zip(params, snapshot, strict=True):
+        assert torch.equal(p, value)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], momentum)
+
+
+@torch.no_grad()
+def test_the_flag_on_the_device_gives_the_same_update() -> None:
+    a, b = make(), make()
+    x, y = Muon(a, 0.1, weight_decay=0.1), Muon(b, 0.1, weight_decay=0.1)
+    set_grads(a, 0)
+    set_grads(b, 0)
+    x.step()
+    y.step()
+    for batch in y._plan.batches:  # the path of devices whose flag the host must not read
+        y._update(batch, b, [p.grad for p in b], None, torch.zeros((), device=DEVICE))
+    x.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
+    before = [p.detach().clone() for p in b]
+    for batch in y._plan.batches:
+        y._update(batch, b, [p.grad * math.nan for p in b], None, torch.ones((), device=DEVICE))
+    assert all(map(torch.equal, b, before))
+
+
+def test_state_dict_continues_a_run_and_matches_torchs_keys() -> None:
+    a, b = make(), make()
+    x, y = Muon(a, 0.1), Muon(b, 0.1)
+    for step in range(4):
+        if step == 2:  # y is replaced by an optimizer that loads its state
+            saved = copy.deepcopy(y.state_dict())
+            y = Muon(b)
+            y.load_state_dict(saved)
+            assert y.param_groups[0]["lr"] == 0.1
+        for params, optimizer in ((a, x), (b, y)):
+            set_grads(params, step)
+            optimizer.step()
+    assert all(map(torch.equal, a, b))
+    assert set(x.state[a[0]]) == {"momentum_buffer"}
+    theirs = torch.optim.Muon(make(), lr=0.1)
+    theirs.load_state_dict({**theirs.state_dict(), "state": copy.deepcopy(x.state_dict()["state"])})
+    for p, q in zip(theirs.param_groups[0]["params"], a, strict=True):
+        assert torch.equal(theirs.state[p]["momentum_buffer"], x.state[q]["momentum_buffer"])
+
+
+def test_params_without_gradient_and_new_addresses() -> None:
+    a, b = make(), make()
+    x, y = Muon(a, 0.1), Muon(b, 0.1)
+    for step, absent in enumerate([(0,), (), (1, 3), ()]):
+        set_grads(a, step)
+        set_grads(b, step)
+        for i in absent:
+            a[i].grad = b[i].grad = None
+        b[2].data = b[2].detach().clone()
+        x.step()
+        y.step()
+    assert all(map(torch.equal, a, b))
+    untouched = make()[0]
+    p = nn.Parameter(untouched.detach().clone())
+    Muon([p]).step()
+    assert torch.equal(p, untouched)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lr": -0.1}, "lr must be >= 0"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"scale": "big"}, "scale must be one of"),
+        ({"ns_steps": 0}, "steps must be at least 1, got 0"),
+        ({"coefficients": "cubic"}, "coefficients must be one of"),
+        ({"coefficients": [(1.0, 2.0)]}, "three coefficients"),
+        ({"lr": torch.ones(2)}, "one element"),
+    ],
+)
+def test_errors_name_the_value(options: dict[str, object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Muon(make(), **options)  # type: ignore[arg-type]
+
+
+def test_vectors_are_refused() -> None:
+    optimizer = Muon(make())
+    with pytest.raises(ValueError, match=r"matrices, got shape \(4,\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))]})
+    assert len(optimizer.param_groups) == 1
