@@ -92,7 +92,7 @@ CASES = {
 @given(**CASES)
 @example(
     (2,), 16500, True, True, True, 1e-6, torch.float32, True
-)  # longer than one tile, both ways
+)  # in column chunks, two tiles a program
 @example((3, 70), 64, True, False, False, 1e-6, torch.float32, True)  # several tiles a program
 def test_kernels_match_fp64(
     triton_device: torch.device,

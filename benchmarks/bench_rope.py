@@ -1,0 +1,104 @@
+"""RoPE of queries and keys, both ways, against torch, the compiler and Liger."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fasttrain_kernels import apply_rope
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+# (B, T, H, H_kv, K)
+SHAPE = (8, 8192, 32, 8, 128) if CUDA else (2, 512, 12, 12, 64)
+
+
+def both_ways(fn: Callable[..., Any], leaves: list[torch.Tensor], dys: list[torch.Tensor]) -> Any:
+    """A callable that runs forward and backward and returns outputs and gradients."""
+
+    def call() -> list[torch.Tensor]:
+        out = fn(*leaves)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        return [*outs, *torch.autograd.grad(outs, leaves, dys)]
+
+    return call
+
+
+def agree(calls: dict[str, Callable[[], Any]]) -> None:
+    """Every rival computes what ours does, or the times would compare different things."""
+    mine, *others = (call() for call in calls.values())
+    tolerance = 4e-2 if CUDA else 1e-3
+    for other in others:
+        for a, b in zip(mine, other, strict=True):
+            scale = a.float().abs().max().item()
+            torch.testing.assert_close(b.float(), a.float(), rtol=tolerance, atol=tolerance * scale)
+
+
+def record(benchmark: Any, result: Any, n_bytes: int) -> None:
+    """Store ours in GB/s, and on a GPU as a fraction of a device copy measured here and now."""
+    (ours, seconds), *_ = result.median_s.items()
+    benchmark.extra_info["gb_per_s"] = {ours: n_bytes / seconds / 1e9}
+    if CUDA:
+        source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        target.copy_(source)
+        start.record()
+        for _ in range(10):
+            target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        copy = 10 * 2 * source.nbytes / (start.elapsed_time(end) / 1e3)
+        benchmark.extra_info["copy_gb_per_s"] = copy / 1e9
+        benchmark.extra_info["fraction_of_copy"] = n_bytes / seconds / copy
+
+
+def rotate_half(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What models write: the convention of Llama, in the inputs' dtype."""
+    c, s = (torch.cat((t, t), -1).unsqueeze(-2).to(q.dtype) for t in (cos, sin))
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        lo, hi = x.chunk(2, -1)
+        return x * c + torch.cat((-hi, lo), -1) * s
+
+    return turn(q), turn(k)
+
+
+def test_rope(compare: Any, benchmark: Any) -> None:
+    torch._dynamo.reset()
+    b, t, h, h_kv, dim = SHAPE
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
+    angles = torch.arange(t, device=DEVICE)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    q, dq = (torch.randn(b, t, h, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    k, dk = (torch.randn(b, t, h_kv, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    compiled, ours_compiled = torch.compile(rotate_half), torch.compile(apply_rope)
+    rivals: dict[str, Callable[..., Any]] = {
+        "fasttrain": lambda q, k: apply_rope(q, k, cos, sin),
+        "torch": lambda q, k: rotate_half(q, k, cos, sin),
+        "torch.compile": lambda q, k: compiled(q, k, cos, sin),
+        "fasttrain compiled": lambda q, k: ours_compiled(q, k, cos, sin),
+    }
+    if CUDA:
+        try:
+            from liger_kernel.ops.rope import LigerRopeFunction
+        except ImportError:
+            benchmark.extra_info["left_out"] = "liger: liger-kernel is missing"
+        else:
+            wide = [torch.cat((table, table), -1)[None].to(DTYPE) for table in (cos, sin)]
+
+            def liger(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                # It wants heads first, and rotates in place: it is given copies.
+                out = LigerRopeFunction.apply(
+                    q.transpose(1, 2).clone(), k.transpose(1, 2).clone(), *wide
+                )
+                return tuple(x.transpose(1, 2) for x in out)
+
+            rivals["liger (with a copy)"] = liger
+    calls = {name: both_ways(fn, leaves, [dq, dk]) for name, fn in rivals.items()}
+    agree(calls)
+    result = compare(calls, rounds=20 if CUDA else 10, n_calls=10 if CUDA else 1)
+    record(benchmark, result, 4 * (q.nbytes + k.nbytes))
