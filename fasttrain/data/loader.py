@@ -150,8 +150,10 @@ class Loader:
         self.position, self.end, self.rank, self.world_size = position, end, rank, world_size
         self.wait_s = 0.0
         self.deadline_s = deadline_s
-        self._ready: queue.Queue[_Filled | BaseException | None] = queue.Queue(prefetch)
-        self._free: queue.Queue[_Slot | None] = queue.Queue()
+        # Simple queues, which are C; what bounds the thread is that it needs something from _free
+        # for each batch: a slot on CUDA, elsewhere a mere None.
+        self._ready: queue.SimpleQueue[_Filled | BaseException | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._in_copy: list[_Slot] = []
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
@@ -163,6 +165,9 @@ class Loader:
                 pinned = torch.empty(micro_batch, seq_len + 1, dtype=kind, pin_memory=True)
                 self._free.put(_Slot(pinned, pinned.numpy()))
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        else:
+            for _ in range(prefetch + 1):  # one more is being read
+                self._free.put(None)
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
@@ -206,17 +211,15 @@ class Loader:
                 if self.end is not None:
                     valid = min(max(self.end - first, 0), valid)
                 filled = _Filled(position, valid)
-                if self.device.type == "cuda":
-                    filled.slot = self._free.get()
-                    if filled.slot is None:  # close()
-                        return
+                filled.slot = self._free.get()
+                if self._stop.is_set():
+                    return
+                if filled.slot is not None:
                     self._read(starts, filled.slot.view)
                 else:
                     self._read(starts, scratch)
                     filled.tokens, filled.targets = _widen(scratch, valid)
                 self._ready.put(filled)
-                if self._stop.is_set():
-                    return
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
 
@@ -235,6 +238,7 @@ class Loader:
             filled = self._get()
             assert filled.tokens is not None
             assert filled.targets is not None
+            self._free.put(None)
             self.position = filled.position
             return Batch(filled.tokens, filled.targets, None, filled.position, None)
         batch, copied = self._staged or self._stage(self._get())
@@ -298,9 +302,6 @@ class Loader:
         self._stop.set()
         self._over = self._over or StopIteration()
         self._free.put(None)
-        with contextlib.suppress(queue.Empty):  # room for the one item the thread may still hold
-            while True:
-                self._ready.get_nowait()
         self._thread.join(timeout=5.0)  # a hung read does not hold up the end of the run
         self._staged = None
 

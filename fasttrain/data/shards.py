@@ -294,11 +294,20 @@ class TokenDataset:
             raise DataError(
                 f"tokens {low} to {high + length} were asked for; the split has {self.n_tokens}"
             )
+        width = length * self.dtype.itemsize
+        raw = out.data.cast("B")
+        if len(self.shards) == 1:  # the general way below costs 30 µs a batch more
+            shard = self.shards[0]
+            self.reading = shard.path
+            shard.check_unchanged()
+            shard.read_rows(
+                [raw[at : at + width] for at in range(0, rows * width, width)], starts[:rows]
+            )
+            self.reading = None
+            return
         first = np.asarray(starts[:rows])
         index = np.searchsorted(self._starts, first, side="right") - 1
         whole = first + length <= self._starts[index + 1]
-        width = length * self.dtype.itemsize
-        raw = out.data.cast("B")
         for number in np.unique(index).tolist():
             shard = self.shards[number]
             self.reading = shard.path
