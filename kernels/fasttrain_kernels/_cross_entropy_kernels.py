@@ -57,7 +57,7 @@ def _store_grad(
             grad -= uniform
     grad = tl.where(col0 + cols == target, grad - hit, grad)
     if HAS_SOFTCAP:
-        tanh = x / softcap
+        tanh = tl.where(mask, x, 0.0) / softcap
         grad *= 1.0 - tanh * tanh
     tl.store(ptr + cols, grad.to(ptr.dtype.element_ty), mask=mask)
 
@@ -179,7 +179,7 @@ def cross_entropy_kernel(
                     weights = tl.load(
                         class_weight_ptr + head + offsets, mask=offsets < n_interior, other=0.0
                     ).to(tl.float32)
-                weighted_sum = tl.sum(tl.where(offsets < n_interior, x * weights, 0.0), axis=0)
+                weighted_sum = tl.sum(tl.where(offsets < n_interior, x, 0.0) * weights, axis=0)
         else:
             # Each lane keeps its own maximum and sum, so that a block costs one exponential a
             # logit and no reduction across the program.
@@ -200,7 +200,7 @@ def cross_entropy_kernel(
                 if HAS_SMOOTHING:
                     if HAS_CLASS_WEIGHT:
                         weights = tl.load(class_weight_ptr + head + cols, mask=mask, other=0.0)
-                        lane_weighted += tl.where(mask, x * weights.to(tl.float32), 0.0)
+                        lane_weighted += tl.where(mask, x, 0.0) * weights.to(tl.float32)
                     else:
                         lane_weighted += tl.where(mask, x, 0.0)
             peak = tl.max(lane_max, axis=0)
@@ -222,7 +222,7 @@ def cross_entropy_kernel(
                     edge_weights = tl.load(
                         class_weight_ptr + head + edge_cols, mask=edge_mask, other=0.0
                     ).to(tl.float32)
-                weighted_sum += tl.sum(tl.where(edge_mask, x_edge * edge_weights, 0.0), axis=0)
+                weighted_sum += tl.sum(tl.where(edge_mask, x_edge, 0.0) * edge_weights, axis=0)
         lse = peak + tl.log(total)
         # log(sum) − (x_t − max), not lse − x_t: the latter cancels when the loss is small.
         nll = tl.log(total) - (x_target - peak)
