@@ -48,13 +48,16 @@ def test_r22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value
     assert Shard(tmp_path / "train_000000.bin").n_tokens == 40
 
 
-def test_r21_every_mutated_header_is_a_typed_error_that_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mutants", [400, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_r21_every_mutated_header_is_a_typed_error_that_names_the_file(
+    tmp_path: Path, mutants: int
+) -> None:
     write_shard(tmp_path, 2000)
     good = (tmp_path / "train_000000.bin").read_bytes()
     path = tmp_path / "mutant.bin"
     rng = random.Random(21)
     tracemalloc.start()
-    for number in range(600):
+    for number in range(mutants):
         mutant = bytearray(good)
         kind = number % 4
         if kind == 0:  # a bit of the three numbers that mean something
