@@ -87,7 +87,7 @@ class TritonClass:
         pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
         table.set_pointers(pointers)
         held = self._refresh()
-        with torch.cuda.device_of(self.coefs):
+        with torch.cuda.device_of(self.coefs):  # type: ignore[no-untyped-call]
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
                 self.hyper,
                 self.lr_pointers,

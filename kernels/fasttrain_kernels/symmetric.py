@@ -95,7 +95,7 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     block_r, block_c, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
     side = triton.cdiv(rows, block_r)
     tiles = side * (side + 1) // 2
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _symmetric_kernel[(n * tiles,)](
             x,
             out if add is None else add,
