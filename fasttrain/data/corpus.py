@@ -22,7 +22,7 @@ import tokenizers
 from fasttrain.data.files import DataError, cache_folder
 from fasttrain.data.format import DATASET_JSON, ShardWriter, write_dataset_json
 from fasttrain.data.tokenizer import (
-    SPLIT_PATTERN,
+    CODE_PATTERN,
     encode_documents,
     end_of_text_id,
     train_bpe,
@@ -67,7 +67,7 @@ def build_default_corpus(
             f"{root}: only {n_bytes} bytes of Python source, too little for a default text; name "
             "a dataset of your own with data.path (python -m fasttrain.prepare makes one)"
         )
-    settings = [RECIPE, vocab_size, VAL_FRACTION, SPLIT_PATTERN, tokenizers.__version__]
+    settings = [RECIPE, vocab_size, VAL_FRACTION, CODE_PATTERN, tokenizers.__version__]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, content in documents:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -128,7 +128,7 @@ def _build(folder: Path, documents: list[tuple[str, bytes]], vocab_size: int, ro
     for _, content in documents:
         share = int(hashlib.sha256(content).hexdigest()[:8], 16) / 2**32
         texts["val" if share < VAL_FRACTION else "train"].append(content.decode())
-    tokenizer = train_bpe(texts["train"], vocab_size)
+    tokenizer = train_bpe(texts["train"], vocab_size, pattern=CODE_PATTERN)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     splits, n_tokens = {}, 0
     for split, parts in texts.items():

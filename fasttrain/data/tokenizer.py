@@ -18,7 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from fasttrain.data.files import DataError
 
 __all__ = [
+    "CODE_PATTERN",
     "END_OF_TEXT",
+    "TEXT_PATTERN",
     "Encoder",
     "byte_tokenizer",
     "char_tokenizer",
@@ -29,31 +31,36 @@ __all__ = [
 ]
 
 END_OF_TEXT = "<|endoftext|>"
-# Where byte-level BPE may not merge across: words with one leading character, numbers in threes,
-# punctuation with its line end, blank lines and indentation as runs. The scheme is that of GPT-4's
+# Where byte-level BPE may not merge across. For text: words with one leading character, numbers in
+# threes, punctuation with its line end, blank lines and indentation as runs: the scheme of GPT-4's
 # tokenizer (cl100k_base) without its English contractions.
-SPLIT_PATTERN = (
+TEXT_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# For source code: names whole, with their underscores, and what ends a line together with the line
+# end and the indentation of the next. With 4,096 tokens 3.74 bytes a token of Python against 3.47
+# of the pattern for text.
+CODE_PATTERN = r" ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+\n* *|\s+"
 
 
-def _byte_level(vocab: dict[str, int] | None = None, *, split: bool) -> Tokenizer:
+def _byte_level(vocab: dict[str, int] | None = None, *, pattern: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, [] if vocab is not None else None))
     steps: list[pre_tokenizers.PreTokenizer] = []
-    if split:
-        steps.append(pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"))
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = TEXT_PATTERN) -> Tokenizer:
     """Byte-level BPE, so that any text can be encoded and decoded without loss.
 
     Args:
         texts: What to train on.
         vocab_size: Tokens wanted, special one and 256 bytes included.
+        pattern: What a merge may not cross: the regular expression whose matches are words.
 
     Returns:
         The tokenizer; fewer tokens where the text has not enough different pairs.
@@ -69,7 +76,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"a byte-level BPE needs at least 257 tokens (256 bytes and {END_OF_TEXT}), got "
             f"{vocab_size}; use the tokenizer `bytes` for no merges at all"
         )
-    tokenizer = _byte_level(split=True)
+    tokenizer = _byte_level(pattern=pattern)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -88,7 +95,7 @@ def byte_tokenizer() -> Tokenizer:
     shown = {byte: chr(byte) for byte in printable}
     others = (byte for byte in range(256) if byte not in shown)
     shown |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-    tokenizer = _byte_level({shown[byte]: byte for byte in range(256)}, split=False)
+    tokenizer = _byte_level({shown[byte]: byte for byte in range(256)}, pattern=None)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
