@@ -2,7 +2,7 @@
 
 nanoGPT is not part of this project: name a checkout of it in the environment variable
 ``NANOGPT_DIR``. Both trainers run as whole processes on the same character-level token file, in
-turn, A B A B …, and each reports its own time per step (nanoGPT's ``time`` column, our ``step_ms``).
+turn, A B A B …, and each reports its own time per step (nanoGPT's ``time``, our ``step_ms``).
 """
 
 import json

@@ -45,6 +45,7 @@ class KVCache:
         self.layers = layers
         self.max_tokens = max_tokens
         self.length = 0
+        self.last_tokens: Tensor | None = None  # (B,), what a table of token pairs continues from
 
 
 class Attention(nn.Module):
@@ -52,7 +53,8 @@ class Attention(nn.Module):
 
     Sources: Vaswani et al. 2017 (arXiv:1706.03762); grouped queries: Ainslie et al. 2023
     (arXiv:2305.13245); QK-norm: Henry et al. 2020 (arXiv:2010.04245), here as in Qwen3 before RoPE;
-    sliding window: Beltagy et al. 2020 (arXiv:2004.05150).
+    sliding window: Beltagy et al. 2020 (arXiv:2004.05150); embeddings mixed into the values: Jordan
+    et al. 2024, modded-nanogpt, after Zhou et al. 2024 (arXiv:2410.17897).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -69,6 +71,7 @@ class Attention(nn.Module):
         norm = config.qk_norm
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if norm else None
+        self.value_mix = nn.Parameter(torch.empty(2)) if config.value_embeddings else None
 
     def forward(
         self,
@@ -77,6 +80,7 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None = None,
         start: int = 0,
+        value: Tensor | None = None,
     ) -> Tensor:
         """Attend over x (B, T, D) and, with a cache, over the ``start`` tokens before it.
 
@@ -86,6 +90,7 @@ class Attention(nn.Module):
             mask: boolean (T, start + T), True where a query may look, or None for plain causal.
             cache: keys and values of earlier tokens; x is appended to it.
             start: number of tokens that the cache holds.
+            value: embeddings (B, T, G·K) that are mixed into the values, where the config says so.
 
         Returns:
             (B, T, D).
@@ -96,6 +101,8 @@ class Attention(nn.Module):
         q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
         k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
         v = v.view(b, t, self.n_kv_heads, self.head_dim)
+        if self.value_mix is not None and value is not None:
+            v = self.value_mix[0] * v + self.value_mix[1] * value.view_as(v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

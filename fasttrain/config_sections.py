@@ -98,6 +98,13 @@ class ModelConfig(Section):
         None, "standard deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0
     )
     zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
+    embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
+    bigram_vocab_size: int | None = key(
+        None, "rows of a hashed table of token pairs, added to the embedding (None: no table)", ge=2
+    )
+    value_embeddings: bool = key(
+        False, "mix a learned row for each token into every layer's values"
+    )
 
     def check(self) -> None:
         if self.head_dim is None and self.dim % self.n_heads:

@@ -7,9 +7,11 @@ are one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B,
 in full.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from fasttrain_kernels import RMSNorm, relu_squared, swiglu
+from fasttrain_kernels import RMSNorm, relu_squared, rms_norm, swiglu
 from torch import Tensor, nn
 
 from fasttrain.attention import Attention, KVCache, LayerCache, rope_tables
@@ -77,11 +79,18 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None,
         start: int,
+        value: Tensor | None,
     ) -> Tensor:
         """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start)
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start, value)
         y: Tensor = self.mlp(self.mlp_norm(x))
         return x + y
+
+
+def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
+    """Call a block; the function that `Transformer.block_fn` starts as, and that is compiled."""
+    y: Tensor = block(x, *rest)
+    return y
 
 
 class Transformer(nn.Module):
@@ -107,12 +116,20 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(seq_len, config.dim) if learned else None
+        pairs = config.bigram_vocab_size
+        self.bigram_embedding = nn.Embedding(pairs, config.dim) if pairs else None
+        self.head_dim = config.head_dim or config.dim // config.n_heads
+        n_tables = config.n_layers if config.value_embeddings else 0
+        value_dim = (config.n_kv_heads or config.n_heads) * self.head_dim
+        self.value_embeddings = nn.ModuleList(
+            nn.Embedding(config.vocab_size, value_dim) for _ in range(n_tables)
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = _norm(config)
         # A tied head is the embedding itself, so that a checkpoint holds the matrix once.
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.head_dim = config.head_dim or config.dim // config.n_heads
+        self.block_fn: Callable[..., Tensor] = run_block  # compiled block by block on a CPU
         self.rope_cos: Tensor | None
         self.rope_sin: Tensor | None
         cos, sin = (
@@ -131,7 +148,7 @@ class Transformer(nn.Module):
         ``zero_init_projections`` (Zhang et al. 2019, arXiv:1901.09321), else scaled by 1/sqrt(2·L)
         (Radford et al. 2019). The head, tied or not, has standard deviation min(0.02, 0.5/sqrt(D)),
         which keeps the first loss within 0.3 of ln V; an untied embedding has 1, of the size of a
-        normalised hidden state. Biases are zero, norm weights one.
+        normalised hidden state. Biases and the table of token pairs are zero, norm weights one.
         """
         config = self.config
         for module in self.modules():
@@ -144,6 +161,8 @@ class Transformer(nn.Module):
                 module.reset_parameters()
         for block in self.blocks:
             assert isinstance(block, Block)
+            if block.attention.value_mix is not None:
+                block.attention.value_mix.copy_(torch.tensor([1.0, 0.5]))
             for projection in (block.attention.out.weight, block.mlp.down.weight):
                 scale = 0.0 if config.zero_init_projections else (2 * config.n_layers) ** -0.5
                 projection.mul_(scale)
@@ -153,6 +172,11 @@ class Transformer(nn.Module):
             nn.init.normal_(self.embedding.weight, std=config.init_std or 1.0, generator=generator)
         if self.position_embedding is not None:
             nn.init.normal_(self.position_embedding.weight, std=head_std, generator=generator)
+        if self.bigram_embedding is not None:
+            nn.init.zeros_(self.bigram_embedding.weight)
+        for table in self.value_embeddings:
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.02, generator=generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -205,14 +229,34 @@ class Transformer(nn.Module):
             assert self.rope_cos is not None
             assert self.rope_sin is not None
             rope = (self.rope_cos[start : start + t], self.rope_sin[start : start + t])
+        if self.bigram_embedding is not None:
+            x = x + self.bigram_embedding(self._pairs(tokens, cache))
+        if self.config.embedding_norm:
+            x = rms_norm(x, eps=self.config.norm_eps)
         x = F.dropout(x, self.config.dropout, self.training)
         mask = self._mask(start, t, tokens.device)
+        block_fn = self.block_fn if torch.is_grad_enabled() else run_block
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache.layers[i] if cache is not None else None, start)
+            value = self.value_embeddings[i](tokens) if len(self.value_embeddings) else None
+            layer_cache = cache.layers[i] if cache is not None else None
+            x = block_fn(block, x, rope, mask, layer_cache, start, value)
         if cache is not None:
             cache.length = start + t
+            cache.last_tokens = tokens[:, -1]
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def _pairs(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """Return the row (B, T) of each token's pair with the one before it, hashed.
+
+        The first token of a text pairs with token 0. Source: modded-nanogpt's bigram embedding,
+        after the n-gram hashing of Clark et al. 2022, CANINE (arXiv:2103.06874).
+        """
+        first = cache.last_tokens if cache is not None else None
+        before = torch.zeros_like(tokens[:, :1]) if first is None else first[:, None]
+        previous = torch.cat([before, tokens[:, :-1]], dim=1)
+        assert self.config.bigram_vocab_size is not None
+        return ((previous * 36313) ^ (tokens * 27191)) % self.config.bigram_vocab_size
 
     def _mask(self, start: int, t: int, device: torch.device) -> Tensor | None:
         """Return the boolean mask (T, start + T), or None where plain causal attention is meant."""

@@ -35,7 +35,11 @@ from fasttrain.trainer import Sampler, Trainer
 
 __all__ = ["run"]
 
-EXIT_DONE, EXIT_STOPPED = 0, 75  # 75 is EX_TEMPFAIL of sysexits.h: preempted, can be resumed
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = (
+    0,
+    1,
+    75,
+)  # 75 is EX_TEMPFAIL of sysexits.h: preempted, can be resumed
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads"),
@@ -86,8 +90,12 @@ def run(
             trainer.request_stop(stop_at_step)
         _header(trainer, console, source)
         with _SignalHandlers(trainer, console):
-            outcome = trainer.fit()
-            trainer.close()
+            try:
+                outcome = trainer.fit()
+                trainer.close()
+            except checkpoint.CheckpointError as error:
+                console.warn(str(error))
+                return EXIT_FAILED
         _summary(trainer, console, outcome, run_dir, time.perf_counter() - started)
         return EXIT_DONE if outcome == "done" else EXIT_STOPPED
     except UserError:

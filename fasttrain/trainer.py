@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fasttrain import metrics
-from fasttrain.checkpoint import Checkpoint, CheckpointWriter, load
+from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
@@ -24,8 +23,8 @@ from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.evaluation import evaluate
 from fasttrain.loggers import Console, JsonlLogger
 from fasttrain.model import Transformer, flops_constants
-from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.schedule import lr_at
+from fasttrain.state import collect, restore
 from fasttrain.step import Criterion, TrainStep
 
 __all__ = ["Outcome", "Trainer"]
@@ -33,6 +32,7 @@ __all__ = ["Outcome", "Trainer"]
 # Steps in a row that may be skipped for a non-finite gradient. An fp16 scale halves at each of
 # them, so that 2^16 is down to 1 after 16.
 MAX_SKIPPED_IN_A_ROW = 20
+MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 # With train.hours the number of steps is estimated once, from the time that steps took up to here.
 HOURS_ESTIMATE_AT = 20
 
@@ -109,6 +109,9 @@ class Trainer:
         self.accumulation = (config.train.tokens_per_step or rows * seq_len) // (rows * seq_len)
         self.samples_per_step = rows * self.accumulation
         self.tokens_per_step = self.samples_per_step * seq_len
+        constants = flops_constants(self.model)
+        self.flops_per_token = metrics.flops_per_token(**constants, seq_len=seq_len)
+        self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
         self.total_steps = self._horizon()
         self.step_count = 0
         self.trained_s = 0.0  # seconds inside steps, over all sessions of the run
@@ -117,6 +120,7 @@ class Trainer:
         self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
         self.stop_at: int | None = None
         self.saved_at: int | None = None
+        self.failed_saves = 0
         self.last_lr = 0.0
         self.ema = metrics.LossTracker()
         self._window = (0.0, 0.0, 0)  # step seconds, wait seconds and steps since the last log line
@@ -258,7 +262,7 @@ class Trainer:
             "tokens_per_s": tokens_per_s,
             "step_ms": 1000 * step_s / n_steps,
             "data_wait_ms": 1000 * wait_s / n_steps,
-            "mfu": self._mfu(tokens_per_s),
+            "mfu": metrics.mfu(tokens_per_s, self.flops_per_token, self.peak_flops),
             "peak_memory_gib": metrics.peak_memory_gib(self.device),
             "skipped_steps": int(skipped),
         }
@@ -274,12 +278,6 @@ class Trainer:
                 f"{self.step_count}; the parameters are as before the first of them: lower "
                 "optim.lr, raise schedule.warmup_steps or use run.dtype=bf16"
             )
-
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        constants = flops_constants(self.model)
-        flops = metrics.flops_per_token(**constants, seq_len=self.config.data.seq_len)
-        peak = metrics.peak_flops(self.device, self.precision.name)
-        return metrics.mfu(tokens_per_s, flops, peak)
 
     def close(self) -> None:
         """Wait for the checkpoint being written, then end the threads and close the files.
@@ -337,8 +335,19 @@ class Trainer:
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _save_once(self) -> None:
-        if self.saved_at != self.step_count:
-            self.save_checkpoint()
+        """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
+
+        The error of a save in the background comes out of the next one, which is then begun anew.
+        """
+        while self.saved_at != self.step_count:
+            try:
+                self.save_checkpoint()
+            except CheckpointError as error:
+                self.failed_saves += 1
+                if self.failed_saves >= MAX_FAILED_SAVES:
+                    raise
+                if self.console:
+                    self.console.warn(f"{error} (training goes on)")
 
     def save_checkpoint(self) -> Path | None:
         """Save everything that the run needs to go on as if it had not stopped.
@@ -347,10 +356,8 @@ class Trainer:
             The checkpoint's folder, complete after ``writer.wait()``; None without a run folder.
         """
         if self.writer is None:
+            self.saved_at = self.step_count
             return None
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "step": self.step_count,
             "position": self.step_count * self.samples_per_step,
@@ -362,15 +369,12 @@ class Trainer:
             "torch": torch.__version__,
             **self.recorded,
         }
-        groups = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self.model, self.optimizers),
-            "trainer": self.train_step.state() | rng,
-        }
-        self.saved_at = self.step_count
+        groups = collect(self.model, self.optimizers, self.train_step)
         metric = self.last_eval.get("val_loss")
         toml = config_to_toml(self.config)
-        return self.writer.save(self.step_count, groups, state, toml, metric=metric)
+        path = self.writer.save(self.step_count, groups, state, toml, metric=metric)
+        self.saved_at = self.step_count
+        return path
 
     def load_checkpoint(self, path: Path) -> Checkpoint:
         """Restore all that `save_checkpoint` saved at ``path``; training goes on from there.
@@ -382,20 +386,8 @@ class Trainer:
             UserError: it is of another model.
         """
         checkpoint = load(path)
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in checkpoint.tensors.items():
-            group, _, key = name.partition(".")
-            groups.setdefault(group, {})[key] = tensor
-        try:
-            self.model.load_state_dict(groups["model"])
-            load_optimizer_tensors(self.model, self.optimizers, groups.get("optimizer", {}))
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: the checkpoint is of another model: {error}") from error
-        rest, state = groups["trainer"], checkpoint.state
-        torch.set_rng_state(rest["cpu"].clone())  # a view into the file is not aligned
-        if self.device.type == "cuda" and "cuda" in rest:
-            torch.cuda.set_rng_state(rest["cuda"].clone(), self.device)
-        self.train_step.load(rest)
+        restore(checkpoint, self.model, self.optimizers, self.train_step)
+        state = checkpoint.state
         self.step_count = self.saved_at = state["step"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.trained_s, self.first_step_s = state["trained_s"], state["first_step_s"]

@@ -12,7 +12,9 @@ if _interpret:
     os.environ["TRITON_INTERPRET"] = "1"
 import fasttrain_kernels  # noqa: E402
 
-if _interpret:
+if _interpret:  # what the interpreter imports at its first launch must see the variable too
+    import triton.experimental.gluon  # noqa: F401
+
     del os.environ["TRITON_INTERPRET"]
 
 from collections.abc import Iterator  # noqa: E402

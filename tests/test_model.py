@@ -36,12 +36,25 @@ WINDOW = ModelConfig(
     mlp="relu2",
 )
 CAPPED = ModelConfig(vocab_size=128, dim=32, n_layers=2, n_heads=2, logit_softcap=5.0)
-STYLES = {"gpt2": GPT2, "qwen3": QWEN3, "window": WINDOW, "capped": CAPPED}
+EXTRAS = ModelConfig(
+    vocab_size=128,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    embedding_norm=True,
+    bigram_vocab_size=50,
+    value_embeddings=True,
+)
+STYLES = {"gpt2": GPT2, "qwen3": QWEN3, "window": WINDOW, "capped": CAPPED, "extras": EXTRAS}
 
 
 def build(config: ModelConfig, seq_len: int = 24) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(config, seq_len=seq_len)
+    model = Transformer(config, seq_len=seq_len)
+    if model.bigram_embedding is not None:  # zero at the start, which would hide its effect
+        torch.nn.init.normal_(model.bigram_embedding.weight)
+    return model
 
 
 @pytest.fixture(params=STYLES)

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for training language models; importable on their own: torch and triton only."""
+"""Fused Triton kernels for training language models, importable on their own: torch, triton."""
 
 from ._dispatch import triton_on_cpu
 from .adamw import FusedAdamW, adamw_reference
@@ -10,6 +10,7 @@ from .newton_schulz import newton_schulz, newton_schulz_reference
 from .rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from .rope import apply_rope, apply_rope_reference
 from .swiglu import relu_squared, relu_squared_reference, swiglu, swiglu_reference
+from .symmetric import symmetric_matmul, symmetric_matmul_reference
 
 __all__ = [
     "FusedAdamW",
@@ -34,5 +35,7 @@ __all__ = [
     "rms_norm_reference",
     "swiglu",
     "swiglu_reference",
+    "symmetric_matmul",
+    "symmetric_matmul_reference",
     "triton_on_cpu",
 ]
