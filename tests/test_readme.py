@@ -1,0 +1,141 @@
+"""The README against the code: what it lists is all there is, and what it shows works."""
+
+import math
+import re
+import runpy
+import shlex
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain import checkpoint, prepare
+from fasttrain.config import config_reference, load_config
+from fasttrain.generate import main as generate
+from fasttrain.session import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from fasttrain.train import EXIT_BAD_INPUT
+from fasttrain.train import main as train
+from tests.toy import ROOT, write_config
+
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = {
+    "fasttrain.train": train,
+    "fasttrain.prepare": prepare.main,
+    "fasttrain.generate": generate,
+    "fasttrain.checkpoint": checkpoint.main,
+}
+
+
+def part(name: str) -> str:
+    """What stands between ``<!-- name … -->`` and ``<!-- /name -->``."""
+    found = re.findall(rf"^<!-- {name}\b[^\n]*-->\n(.*?)^<!-- /{name} -->$", README, re.S | re.M)
+    assert len(found) == 1, f"README.md must have one part marked <!-- {name} -->"
+    return str(found[0])
+
+
+def snippet(name: str) -> str:
+    """The Python block that follows ``<!-- name -->``."""
+    found = re.findall(rf"^<!-- {name} -->\n```python\n(.*?)^```$", README, re.S | re.M)
+    assert len(found) == 1, f"README.md must have one Python block marked <!-- {name} -->"
+    return str(found[0])
+
+
+def run_snippet(name: str, tmp_path: Path) -> dict[str, Any]:
+    """Run the README's block as a script; return its variables."""
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet(name), "utf-8")
+    return runpy.run_path(str(script))
+
+
+def commands() -> list[list[str]]:
+    """Every ``python -m fasttrain…`` of the README's shell blocks, as arguments."""
+    shell = "\n".join(re.findall(r"^```bash\n(.*?)^```$", README, re.S | re.M))
+    shell = shell.replace("\\\n", " ")
+    found = re.findall(r"python -m (fasttrain\.[^\n]*)", shell)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def test_config_reference_is_up_to_date() -> None:
+    given = part("config reference").strip()
+    assert given == config_reference().strip(), (
+        "put the output of fasttrain.config.config_reference() between the README's markers"
+    )
+
+
+@pytest.mark.parametrize("folder", ["fasttrain", "kernels/fasttrain_kernels"])
+def test_file_tree_lists_every_module(folder: str) -> None:
+    top = folder.rpartition("/")[2]
+    listed = re.search(rf"^ *{top}/(.*?)(?=^kernels/|^configs/|\Z)", part("file tree"), re.S | re.M)
+    assert listed is not None
+    named = re.findall(r"\b_?\w+\.py\b", listed[1])
+    assert len(named) == len(set(named)), "a module is listed twice"
+    present = {p.name for p in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
+    assert set(named) == present
+
+
+def test_reliability_table_names_the_tests_there_are() -> None:
+    there = defaultdict(set)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for number in re.findall(r"^def test_(R\d+)_", path.read_text("utf-8"), re.M):
+            there[number].add(path.name)
+    listed = {
+        number: set(re.findall(r"`(test_\w+\.py)`", files))
+        for number, files in re.findall(r"^\| (R\d+) \|.*\|(.*)\|$", part("reliability"), re.M)
+    }
+    assert listed == there
+
+
+def test_exit_statuses_are_those_of_the_code() -> None:
+    table = README.partition("| exit status |")[2].partition("\n\n")[0]
+    listed = [int(status) for status in re.findall(r"^\| (\d+) \|", table, re.M)]
+    assert sorted(listed) == sorted([EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED])
+
+
+def test_every_command_names_an_existing_module_and_config() -> None:
+    found = commands()
+    assert len(found) >= 8
+    for module, *arguments in found:
+        assert module in COMMANDS
+        configs = [a for a in arguments if a.startswith("configs/")]
+        overrides = [a for a in arguments if re.match(r"\w+\.\w+=", a)]
+        if module == "fasttrain.train":
+            assert len(configs) == 1
+            load_config(ROOT / configs[0], overrides)
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_kernels_snippet_runs_and_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = run_snippet("kernels snippet", tmp_path)
+    assert names["loss"].item() < math.log(1000) - 0.5
+
+
+def test_own_text_and_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands for one's own text as they stand, with a smaller model; then the library."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "toy.toml").rename(tmp_path / "configs/base.toml")
+    (tmp_path / "texts").mkdir()
+    for name in ("README.md", "CHANGELOG.md", "pyproject.toml"):
+        (tmp_path / "texts" / name).write_text((ROOT / name).read_text("utf-8"), "utf-8")
+    mine = [line for line in commands() if "mine" in " ".join(line)]
+    assert [line[0].partition(".")[2] for line in mine] == ["prepare", "train", "generate"]
+    for module, *arguments in mine:
+        capsys.readouterr()
+        assert COMMANDS[module](arguments) == 0, capsys.readouterr().err
+    assert "You may" in capsys.readouterr().out
+    (tmp_path / "runs/mine").rename(tmp_path / "runs/base")
+    names = run_snippet("library snippet", tmp_path)
+    assert isinstance(names["model"], torch.nn.Module)
+    assert names["logits"].shape == (1, 4, names["model"].config.vocab_size)
+    assert names["longer"].shape == (1, 12)
+    assert names["config"].optim.lr == 1e-4
