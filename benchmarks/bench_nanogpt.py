@@ -139,6 +139,7 @@ def test_training_step_against_nanogpt(benchmark: Any, nanogpt: Path, work: Path
     benchmark.extra_info["ratio"] = statistics.median(ratios)
     print(
         f"\nfasttrain {statistics.median(ours):,.0f} tokens/s, "
-        f"nanoGPT {statistics.median(theirs):,.0f} tokens/s, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"nanoGPT {statistics.median(theirs):,.0f} tokens/s, "
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     assert statistics.median(ratios) > 1.0

@@ -6,22 +6,23 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from fasttrain.config import RunConfig, UserError
 
 __all__ = [
-    "LossFn",
     "Precision",
-    "compile_loss",
+    "compile_function",
     "keep_freed_memory",
+    "resolve_compile",
     "resolve_device",
     "resolve_precision",
 ]
 
-LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens, targets → summed loss
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,22 +104,30 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def compile_loss(fn: LossFn, config: RunConfig, device: torch.device) -> tuple[LossFn, str]:
-    """Return ``fn`` compiled as ``run.compile`` says, and the mode taken (``off`` is eager).
+def resolve_compile(config: RunConfig, device: torch.device) -> str:
+    """Return how a run compiles: ``off``, ``blocks``, or a mode of ``run.compile``.
 
-    ``auto`` compiles on CUDA, and on a CPU with a C++ compiler.
+    ``auto`` compiles everything as one graph on CUDA. On a CPU with a C++ compiler it compiles one
+    block and runs it for all: 4 to 11 s from a cold cache where the whole graph takes 21 s, for the
+    same speed within the noise (4 layers of width 192, two Zen 3 cores).
     """
     mode = config.compile
+    if mode == "auto" and device.type == "cpu":
+        return "blocks" if _has_cpp_compiler() else "off"
     if mode == "auto":
-        mode = "default" if device.type == "cuda" or _has_cpp_compiler() else "off"
-    if mode == "off":
-        return fn, mode
-    if device.type == "cpu" and not _has_cpp_compiler():
-        raise UserError(
-            f"run.compile = {config.compile!r} needs a C++ compiler on a CPU and none is on the "
-            "PATH; install g++ or use run.compile=off"
-        )
-    if mode != "default" and device.type == "cpu":
-        raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
+        return "default"
+    if mode != "off" and device.type == "cpu":
+        if not _has_cpp_compiler():
+            raise UserError(
+                f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
+                "install g++ or use run.compile=off"
+            )
+        if mode != "default":
+            raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
+    return mode
+
+
+def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
+    """Return ``fn`` compiled as one graph of static shapes; a graph break is an error."""
     inductor_mode = {"cuda-graphs": "reduce-overhead", "max-autotune": "max-autotune"}.get(mode)
-    return torch.compile(fn, fullgraph=True, dynamic=False, mode=inductor_mode), mode
+    return torch.compile(fn, fullgraph=True, dynamic=False, mode=inductor_mode)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fasttrain.config import TrainConfig
 from fasttrain.data.loader import Batch
-from fasttrain.device import Precision, compile_loss
-from fasttrain.model import Transformer
+from fasttrain.device import Precision, compile_function, resolve_compile
+from fasttrain.model import Transformer, run_block
 
 __all__ = ["IGNORE_INDEX", "Criterion", "TrainStep"]
 
@@ -74,7 +74,12 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = config.train.max_grad_norm
         self.criterion = criterion or linear_cross_entropy_criterion(config)
-        self.loss_fn, self.compile_mode = compile_loss(self._loss, config.run, device)
+        self.compile_mode = resolve_compile(config.run, device)
+        self.loss_fn = self._loss
+        if self.compile_mode == "blocks":
+            model.block_fn = compile_function(run_block, "default")
+        elif self.compile_mode != "off":
+            self.loss_fn = compile_function(self._loss, self.compile_mode)
         zero = torch.zeros((), device=device)
         self.loss, self.norm = zero.clone(), zero.clone()
         self.skipped, self.skipped_in_a_row = zero.clone(), zero.clone()

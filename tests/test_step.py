@@ -198,3 +198,34 @@ def test_a_step_compiles_without_a_graph_break() -> None:
     grads = [p.grad for p in step.parameters]
     torch.testing.assert_close(loss, step._loss(tokens, targets), rtol=1e-5, atol=1e-5)
     assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+# torch's own tracing looks at .grad of the hidden states, and warns of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_one_compiled_block_serves_all_layers_and_computes_the_same() -> None:
+    values = {**SMALL, "model": {**SMALL["model"], "n_layers": 3, "value_embeddings": True}}
+    config = config_from_dict(values)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    steps = []
+    for mode in ("off", "blocks"):
+        torch.manual_seed(0)
+        model = Transformer(config.model, seq_len=config.data.seq_len)
+        precision = resolve_precision("fp32", CPU)
+        step = TrainStep(
+            model,
+            build_optimizers(model, config.optim),
+            config,
+            device=CPU,
+            precision=precision,
+        )
+        if mode == "blocks":
+            model.block_fn = torch.compile(
+                model.block_fn, fullgraph=True, dynamic=False, backend="aot_eager"
+            )
+        steps.append(step)
+    batches = split(uneven_rows(), 2)
+    eager, compiled = (gradients(step, batches) for step in steps)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
