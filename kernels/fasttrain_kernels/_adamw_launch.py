@@ -8,7 +8,15 @@ import triton
 from torch import Tensor
 
 from ._adamw_kernels import adamw_kernel, advance_kernel
-from ._multi_tensor import BLOCK, CHUNK, TensorTable, launch_grid, triton_dtype, upload
+from ._multi_tensor import (
+    BLOCK,
+    CHUNK,
+    TensorTable,
+    block_warps,
+    launch_grid,
+    triton_dtype,
+    upload,
+)
 from .grad_norm import local_tensor
 
 __all__ = ["TritonClass", "TritonUpdate"]
@@ -128,7 +136,7 @@ class TritonClass:
                     ROUND=seed is not None,
                     CHUNK=CHUNK,
                     BLOCK=BLOCK,
-                    num_warps=8,
+                    num_warps=block_warps(self.coefs),
                 )
         del held
 

@@ -36,7 +36,7 @@ def _configuration(
         block = max(16, triton.next_power_of_2(n_cols))
         return True, block, max(1, min(block // 512, 16)) if block < 32768 else most_warps
     if narrow:
-        return False, 4096, 16
+        return False, 4096, most_warps // 2
     if n_cols * size > WIDE_ROW_BYTES and not middle:
         return False, 512 * most_warps, most_warps
     return False, 8192, 16

@@ -16,12 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK", "CHUNK", "TensorTable", "cached_table", "launch_grid", "triton_dtype", "upload"]
+from ._scale import warp_size
+
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "TensorTable",
+    "block_warps",
+    "cached_table",
+    "launch_grid",
+    "triton_dtype",
+    "upload",
+]
 
 # 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
 # last round costs at most 4 %; 28 B an element make the 8 B table entry vanish.
 CHUNK = 8192
-BLOCK = 2048  # 8 elements a thread with 8 warps: 16-byte accesses for 2- and 4-byte dtypes
+BLOCK = 2048
 PROGRAMS_PER_SM = 4
 # The interpreter runs programs one after the other; a few suffice to exercise the loop.
 _CPU_PROGRAMS = 4
@@ -64,6 +75,11 @@ def launch_grid(n_chunks: int, device: torch.device) -> int:
     if device.type != "cuda":
         return max(1, min(n_chunks, _CPU_PROGRAMS))
     return max(1, min(n_chunks, PROGRAMS_PER_SM * _multiprocessors(device)))
+
+
+def block_warps(tensor: Tensor) -> int:
+    """Return the warps with which a thread has 8 elements of a block: 16 bytes of 2-byte dtypes."""
+    return BLOCK // (8 * warp_size(tensor))
 
 
 class TensorTable:

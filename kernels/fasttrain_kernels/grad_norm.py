@@ -24,7 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._multi_tensor import BLOCK, CHUNK, cached_table, launch_grid, load_pointer, triton_dtype
+from ._multi_tensor import (
+    BLOCK,
+    CHUNK,
+    block_warps,
+    cached_table,
+    launch_grid,
+    load_pointer,
+    triton_dtype,
+)
 
 __all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
 
@@ -160,7 +168,7 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
                 ALIGNED=aligned,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                num_warps=8,
+                num_warps=block_warps(out),
             )
         _finish_kernel[(1,)](partial, out, n_partials, max_norm, BLOCK=1024, num_warps=4)
     return GradNorm(*out.unbind())

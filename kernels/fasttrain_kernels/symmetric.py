@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
+from ._scale import warp_size
 
 __all__ = ["symmetric_matmul", "symmetric_matmul_reference", "symmetric_product"]
 
@@ -110,7 +111,7 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
             BLOCK_R=block_r,
             BLOCK_C=block_c,
             num_warps=warps,
-            num_stages=2 if torch.version.hip else 3,
+            num_stages=3 if warp_size(x) == 32 else 2,  # a third stage overflows AMD's LDS
         )
     return out
 

@@ -1,0 +1,356 @@
+"""Compile every kernel ahead of time, without a GPU, and report what it costs.
+
+    python -m fasttrain_kernels.aot [--markdown] [--target sm_90 ...] [--jobs 2]
+
+The public functions are called on CPU tensors, with a driver in Triton's place that names a GPU
+and a hook that takes each launch's specialisation away instead of launching it: what is compiled
+is exactly what the launch would compile, alignment of the arguments included. Registers, stack and
+local memory are those of the finished binary; access widths are read from PTX (NVIDIA) or from the
+assembly (AMD); bytes an element are counted by `_traffic` in a process of its own.
+
+This must run in a process without ``TRITON_INTERPRET``.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ._aot_cases import CASES, Case, floor_bytes
+from ._dispatch import triton_on_cpu
+
+__all__ = ["TARGETS", "Launch", "Report", "capture", "compile_launch", "main", "reports"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# What a program may use, in bytes: CUDA C Programming Guide, technical specifications by compute
+# capability; CDNA3 ISA guide (LDS).
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+class _Driver:
+    """Stands in for Triton's driver: names a target, and has no device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+class Launch(NamedTuple):
+    """One distinct specialisation of a kernel, as a launch asked for it."""
+
+    kernel: str
+    case: str
+    function: Any  # the JITFunction
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, int]
+    aligned: bool
+    elements: int
+    index: int  # of the launch in its case
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The compile-time arguments by name."""
+        names = self.function.arg_names
+        return {names[path[0]]: value for path, value in self.constants.items()}
+
+    @property
+    def configuration(self) -> str:
+        """Warps, sizes and the options that are on, in few words."""
+        parts = [f"warps={self.options['num_warps']}"]
+        for name, value in self.flags.items():
+            if name.isupper() and isinstance(value, bool):
+                parts += [name] if value else []
+            elif name.isupper():
+                parts.append(f"{name}={value}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one specialisation costs on one target; sizes in bytes, 0 where there are none."""
+
+    kernel: str
+    case: str
+    configuration: str
+    target: str
+    registers: int
+    shared: int
+    spills: int  # instructions that access local memory, or spilled registers (AMD)
+    local: int  # stack and local memory of a thread
+    load: int  # widest global access of a thread
+    store: int
+    bytes: float | None  # an element, counted; every access
+    distinct: float | None  # an element, counted; each address once
+    floor: int | None
+    aligned: bool
+    narrow: tuple[str, ...]  # operands without a 64-bit offset
+
+
+@contextmanager
+def _captured(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
+    """Collect what launches in the block would compile for ``target``, and launch nothing."""
+    taken: list[dict[str, Any]] = []
+
+    def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        taken.append({"function": fn.jit_function, **compile})
+        return True  # which tells Triton neither to compile nor to launch
+
+    driver, before = triton.runtime.driver, triton.runtime.driver._active
+    driver.set_active(_Driver(target))
+    hook, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, take
+    try:
+        yield taken
+    finally:
+        knobs.runtime.jit_cache_hook = hook
+        driver.set_active(before)
+
+
+def capture(target: GPUTarget, cases: Sequence[Case] = CASES) -> list[Launch]:
+    """Return the distinct specialisations that the cases launch on a target."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("aot: kernels are decorated for the interpreter; unset TRITON_INTERPRET")
+    launches: dict[str, Launch] = {}
+    for case in cases:
+        with _captured(target) as taken, triton_on_cpu():
+            case.run()
+        for index, entry in enumerate(taken):
+            options = {name: entry[name] for name in ("num_warps", "num_stages", "num_ctas")}
+            function = entry["function"]
+            launch = Launch(
+                function.__name__, case.name, function, entry["signature"], entry["constants"],
+                entry["configs"][0], options, case.aligned, case.elements, index,
+            )  # fmt: skip
+            key = (launch.kernel, *map(str, launch[3:7]))
+            launches.setdefault(str(key), launch)
+    return list(launches.values())
+
+
+def _tool(name: str, *arguments: str) -> str:
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    result = subprocess.run([folder / name, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int, int]:
+    """Return registers, instructions on local memory, and bytes of stack and local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        spills = 0
+        if stack + local:
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
+    return registers, spills, stack + local
+
+
+def _ptx_width(ptx: str, access: str) -> int:
+    """Return the widest ``ld`` or ``st`` of global memory in bytes."""
+    pattern = rf"\b{access}\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b"
+    widths = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, ptx)]
+    if access == "ld":
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x\w+|\d+)\b", ptx)
+        widths += [int(size, 0) for size in copies]
+    return max(widths, default=0)
+
+
+_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+
+
+def _amd_width(assembly: str, access: str) -> int:
+    kinds = re.findall(rf"\b(?:global|buffer|flat)_{access}_([a-z]\w*)", assembly)
+    return max((_AMD_WIDTHS.get(k, 2 if "short" in k or "16" in k else 1) for k in kinds), default=0)
+
+
+def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile one specialisation; return the measured fields of its `Report`."""
+    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    report = {"shared": compiled.metadata.shared, "narrow": narrow_offsets(compiled.asm["ttir"])}
+    if target.startswith("sm"):
+        registers, spills, local = _cuda_resources(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        load, store = _ptx_width(ptx, "ld"), _ptx_width(ptx, "st")
+    else:
+        text = compiled.asm["amdgcn"]
+
+        def entry(name: str) -> int:
+            return sum(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)))
+
+        registers = entry("vgpr_count")
+        spills = entry("vgpr_spill_count") + entry("sgpr_spill_count")
+        local = entry("private_segment_fixed_size")
+        load, store = _amd_width(text, "load"), _amd_width(text, "store")
+    return {
+        **report, "registers": registers, "spills": spills, "local": local,
+        "load": load, "store": store,
+    }  # fmt: skip
+
+
+def narrow_offsets(ttir: str) -> tuple[str, ...]:
+    """Return the pointer arguments that a load or store reaches by 32-bit offsets alone.
+
+    Args:
+        ttir: a compiled kernel's TTIR.
+    """
+    parent: dict[str, str] = {}
+    wide: set[str] = set()
+    narrow: set[str] = set()
+    for line in ttir.splitlines():
+        code = line.split(" loc(")[0]
+        if found := re.search(r"(%\w+) = tt\.addptr (%\w+), %\w+ : (.*)", code):
+            parent[found[1]] = found[2]
+            if found[3].rstrip(">").endswith("i64"):
+                wide.add(found[1])
+        elif found := re.search(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims) (%\w+)", code):
+            parent[found[1]] = found[2]
+        elif found := re.search(r"tt\.(?:load|store) (%\w+)", code):
+            name, is_wide = found[1], False
+            while name in parent:
+                is_wide |= name in wide
+                name = parent[name]
+            if not is_wide:
+                narrow.add(re.sub(r"_\d+$", "", name[1:]))
+    return tuple(sorted(narrow))
+
+
+def _start_counting() -> subprocess.Popen[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", f"{__spec__.parent}._traffic" if __spec__ else "_traffic"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+_work: list[tuple[Launch, str]] = []  # inherited by the workers: a JITFunction cannot be pickled
+
+
+def _compile_item(item: int) -> dict[str, Any]:
+    return compile_launch(*_work[item])
+
+
+def reports(
+    targets: Sequence[str] = tuple(TARGETS), jobs: int = 2, cases: Sequence[Case] = CASES
+) -> list[Report]:
+    """Compile everything for the targets and count the bytes of every launch.
+
+    Args:
+        targets: names from `TARGETS`.
+        jobs: processes that compile.
+        cases: calls whose launches are compiled.
+
+    Returns:
+        One `Report` a distinct specialisation and target.
+    """
+    torch.set_num_threads(1)  # the workers are forked, which threads would not survive
+    counting = _start_counting()
+    launches = {
+        backend: capture(target, cases)
+        for backend, target in (("sm", TARGETS["sm_90"]), ("gf", TARGETS["gfx942"]))
+        if any(name.startswith(backend) for name in targets)
+    }
+    _work[:] = [(launch, target) for target in targets for launch in launches[target[:2]]]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        measured = pool.map(_compile_item, range(len(_work)), chunksize=1)
+    output, _ = counting.communicate()
+    if counting.returncode:
+        raise RuntimeError("aot: counting the bytes in the interpreter failed; see its error above")
+    counts = json.loads(output)
+    rows = []
+    for (launch, target), found in zip(_work, measured, strict=True):
+        count: tuple[float | None, float | None] = (None, None)
+        floor = None
+        if launch.elements:
+            kernel, bulk, distinct, _ = counts[launch.case][launch.index]
+            assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
+            floor = floor_bytes(kernel, launch.signature, launch.flags)
+            if floor is not None:
+                count = (bulk / launch.elements, distinct / launch.elements)
+        rows.append(
+            Report(
+                kernel=launch.kernel, case=launch.case, configuration=launch.configuration,
+                target=target, bytes=count[0], distinct=count[1], floor=floor,
+                aligned=launch.aligned, **found,
+            )  # fmt: skip
+        )
+    return rows
+
+
+_HEADERS = (
+    "kernel", "first seen in", "configuration", "target", "registers", "shared", "spills", "local",
+    "load", "store", "bytes an element", "floor",
+)  # fmt: skip
+
+
+def _cells(row: Report) -> list[str]:
+    counted = "" if row.bytes is None else f"{row.bytes:.4g}"
+    if row.bytes is not None and row.distinct is not None and row.bytes - row.distinct > 0.01:
+        counted = f"{row.distinct:.4g} + {row.bytes - row.distinct:.4g} from L2"
+    return [
+        row.kernel, row.case, row.configuration, row.target, str(row.registers), str(row.shared),
+        str(row.spills), str(row.local), str(row.load), str(row.store), counted,
+        "" if row.floor is None else str(row.floor),
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[Report], *, markdown: bool = False) -> str:
+    """Lay the reports out in columns, or as a Markdown table."""
+    cells = [list(_HEADERS), *map(_cells, rows)]
+    if markdown:
+        cells.insert(1, ["---"] * len(_HEADERS))
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, or with ``--json`` the reports."""
+    parser = argparse.ArgumentParser(prog="aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--json", action="store_true", help="print one object a row")
+    chosen = parser.parse_args(arguments)
+    rows = reports(chosen.target, chosen.jobs)
+    if chosen.json:
+        json.dump([asdict(row) for row in rows], sys.stdout)
+    else:
+        print(table(rows, markdown=chosen.markdown))
+
+
+if __name__ == "__main__":
+    main()
