@@ -54,7 +54,8 @@ def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, A
     sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
     def size(name: str) -> int:
-        return sizes[str(flags[name] if name in flags else signature[name])]
+        # A pointer has its dtype in the signature; pointers in a table are named by an argument.
+        return sizes[signature[name] if signature.get(name) in sizes else str(flags[name])]
 
     if kernel == "cross_entropy_kernel":
         # With an incoming gradient of 1 the gradient is already there.
@@ -110,8 +111,7 @@ def _cross_entropy_cases() -> Iterator[Case]:
             yield _cross_entropy(dtype, n_cols, "")
         for n_cols in (131, 32000, 50304):
             yield _cross_entropy(dtype, n_cols, "forward")
-    for n_cols in (50257, 128256):  # fp16: loss and gradient apart
-        yield _cross_entropy("fp16", n_cols, "")
+    yield _cross_entropy("fp16", 50257, "")  # loss and gradient apart
     yield _cross_entropy("fp16", 32000, "evaluation")
     # The widest rows that are held on chip with edges, with z-loss, and with other options.
     yield _cross_entropy("bf16", 16001, "forward")
@@ -124,7 +124,6 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield _cross_entropy(dtype, n_cols, "every option", return_accuracy=True, **every)
     yield _cross_entropy("bf16", 50257, "none, every option", reduction="none", **every)
     yield _cross_entropy("bf16", 128256, "none", reduction="none")
-    yield _cross_entropy("bf16", 128256, "evaluation")
 
 
 def _linear_cross_entropy(dtype: str, n_cols: int) -> Case:
@@ -137,12 +136,10 @@ def _linear_cross_entropy(dtype: str, n_cols: int) -> Case:
 
 
 def _rms_norm(dtype: str, dim: int, *, residual: bool = False) -> Case:
-    n_rows = 16 if dim <= 1024 else 4
+    n_rows = 16 if dim <= 1024 else 4 if dim <= 8192 else 2
 
     def run() -> None:
-        x, r = (
-            torch.ones(n_rows, dim, dtype=_DTYPES[dtype], requires_grad=True) for _ in range(2)
-        )
+        x, r = (torch.ones(n_rows, dim, dtype=_DTYPES[dtype], requires_grad=True) for _ in range(2))
         weight = torch.ones(dim, requires_grad=True)
         _grads(rms_norm(x, weight, residual=r if residual else None), [x, weight])
 
@@ -152,9 +149,9 @@ def _rms_norm(dtype: str, dim: int, *, residual: bool = False) -> Case:
 
 def _rms_norm_cases() -> Iterator[Case]:
     # Up to 8192 columns are one tile backward, up to 16384 forward; longer rows go in chunks.
-    for dim in (64, 128, 768, 1000, 4096, 8192, 16384, 32768):
+    for dim in (64, 1000, 4096, 16384, 32768):
         yield _rms_norm("bf16", dim)
-    for dim in (128, 131, 4096, 8192, 16384):
+    for dim in (128, 131, 4096, 16384):
         yield _rms_norm("fp32", dim)
     yield _rms_norm("fp16", 4096)
     for dtype, dim in (("bf16", 768), ("bf16", 8192), ("bf16", 32768), ("fp32", 8192)):
@@ -195,7 +192,7 @@ def _adamw(dtype: str, what: str, *, aligned: bool = True, **options: Any) -> Ca
         param = torch.nn.Parameter(storage[:n] if aligned else storage[1:])
         param.grad = torch.ones_like(param)
         chosen = dict(options)
-        scalars = {}
+        scalars: dict[str, Any] = {}
         if chosen.pop("scalars", False):
             one = torch.ones(())
             scalars = {"clip_coefficient": one, "grad_scale": one, "found_inf": torch.zeros(())}
@@ -238,7 +235,6 @@ def _symmetric(dtype: str, rows: int, cols: int, *, add: bool = False) -> Case:
 def _cases() -> Iterator[Case]:
     yield from _cross_entropy_cases()
     yield _linear_cross_entropy("bf16", 50257)
-    yield _linear_cross_entropy("fp16", 50257)
     yield from _rms_norm_cases()
     for dtype in _DTYPES:
         yield _elementwise(swiglu, dtype, 2, halves=False)

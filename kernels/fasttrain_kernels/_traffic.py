@@ -29,6 +29,7 @@ class LaunchTraffic:
 
     Attributes:
         kernel: its name.
+        arguments: its arguments by name.
         bulk: bytes loaded and stored, every access counted.
         distinct: bulk bytes, each address counted once for loads and once for stores; what the
             launch itself wrote and reads back is in the cache and not counted.
@@ -36,7 +37,7 @@ class LaunchTraffic:
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any], elements: int) -> None:
-        self.kernel = kernel
+        self.kernel, self.arguments = kernel, arguments
         self.bulk = self.distinct = 0
         self.side: dict[str, int] = {}
         self._small: list[tuple[int, int, str]] = []

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and report what it costs.
 
-    python -m fasttrain_kernels.aot [--markdown] [--target sm_90 ...] [--jobs 2]
+    python -m fasttrain_kernels.aot [--target sm_90 ...] [--markdown | --json | --write README.md]
 
 The public functions are called on CPU tensors, with a driver in Triton's place that names a GPU
 and a hook that takes each launch's specialisation away instead of launching it: what is compiled
@@ -34,7 +34,18 @@ from triton.compiler import ASTSource
 from ._aot_cases import CASES, Case, floor_bytes
 from ._dispatch import triton_on_cpu
 
-__all__ = ["TARGETS", "Launch", "Report", "capture", "compile_launch", "main", "reports"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "SHARED_LIMITS",
+    "TARGETS",
+    "Launch",
+    "Report",
+    "capture",
+    "compile_launch",
+    "main",
+    "reports",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +57,10 @@ TARGETS = {
 # What a program may use, in bytes: CUDA C Programming Guide, technical specifications by compute
 # capability; CDNA3 ISA guide (LDS).
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+# Between these lines of a Markdown file ``--write`` puts the table.
+BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 
 class _Driver:
@@ -76,7 +91,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
     aligned: bool
     elements: int
-    index: int  # of the launch in its case
+    position: int  # of the launch in its case
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -115,6 +130,7 @@ class Report:
     floor: int | None
     aligned: bool
     narrow: tuple[str, ...]  # operands without a 64-bit offset
+    doubles: bool  # whether any value is fp64
 
 
 @contextmanager
@@ -192,14 +208,21 @@ _AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
 
 def _amd_width(assembly: str, access: str) -> int:
     kinds = re.findall(rf"\b(?:global|buffer|flat)_{access}_([a-z]\w*)", assembly)
-    return max((_AMD_WIDTHS.get(k, 2 if "short" in k or "16" in k else 1) for k in kinds), default=0)
+    return max(
+        (_AMD_WIDTHS.get(k, 2 if "short" in k or "16" in k else 1) for k in kinds), default=0
+    )
 
 
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """Compile one specialisation; return the measured fields of its `Report`."""
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
-    report = {"shared": compiled.metadata.shared, "narrow": narrow_offsets(compiled.asm["ttir"])}
+    ttir = compiled.asm["ttir"]
+    report = {
+        "shared": compiled.metadata.shared,
+        "narrow": narrow_offsets(ttir),
+        "doubles": re.search(r"\bf64\b|xf64\b", ttir) is not None,
+    }
     if target.startswith("sm"):
         registers, spills, local = _cuda_resources(compiled.asm["cubin"])
         ptx = compiled.asm["ptx"]
@@ -292,17 +315,23 @@ def reports(
         count: tuple[float | None, float | None] = (None, None)
         floor = None
         if launch.elements:
-            kernel, bulk, distinct, _ = counts[launch.case][launch.index]
+            kernel, bulk, distinct, _ = counts[launch.case][launch.position]
             assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
             floor = floor_bytes(kernel, launch.signature, launch.flags)
             if floor is not None:
                 count = (bulk / launch.elements, distinct / launch.elements)
         rows.append(
             Report(
-                kernel=launch.kernel, case=launch.case, configuration=launch.configuration,
-                target=target, bytes=count[0], distinct=count[1], floor=floor,
-                aligned=launch.aligned, **found,
-            )  # fmt: skip
+                kernel=launch.kernel,
+                case=launch.case,
+                configuration=launch.configuration,
+                target=target,
+                bytes=count[0],
+                distinct=count[1],
+                floor=floor,
+                aligned=launch.aligned,
+                **found,
+            )
         )
     return rows
 
@@ -338,16 +367,23 @@ def table(rows: Sequence[Report], *, markdown: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, or with ``--json`` the reports."""
+    """Print the table, or what the options ask for."""
     parser = argparse.ArgumentParser(prog="aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--json", action="store_true", help="print one object a row")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    form.add_argument("--json", action="store_true", help="print one object a row")
+    form.add_argument("--write", type=Path, metavar="FILE", help=f"replace what follows {BEGIN!r}")
     chosen = parser.parse_args(arguments)
     rows = reports(chosen.target, chosen.jobs)
     if chosen.json:
         json.dump([asdict(row) for row in rows], sys.stdout)
+    elif chosen.write is not None:
+        text = chosen.write.read_text("utf-8")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        filled = f"{before}{BEGIN}\n{table(rows, markdown=True)}\n{END}{after}"
+        chosen.write.write_text(filled, "utf-8")
     else:
         print(table(rows, markdown=chosen.markdown))
 

@@ -1,0 +1,235 @@
+"""Every kernel in every launch configuration, compiled for four GPUs without one.
+
+One run of ``python -m fasttrain_kernels.aot`` in a process of its own, where the kernels are
+decorated for the compiler and not for the interpreter; all tests here read its report.
+"""
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fasttrain_kernels import aot
+
+ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
+
+# Kernels that write no tensor of the op's size: sums, losses without a gradient, tables.
+SMALL_OUTPUT = {"_sum_partials_kernel", "_sum_squares_kernel", "_finish_kernel", "advance_kernel"}
+# Kernels that read nothing large: a few numbers for each tensor, or for each program.
+SMALL_INPUT = {"_finish_kernel", "advance_kernel"}
+# (target, kernel, case, least width): where operands would allow 16 bytes and the launch has less.
+NARROWER = [
+    # A row of 131 logits, spread over the 64 threads of one wavefront, leaves a thread 4 of them.
+    ("gfx942", "cross_entropy_kernel", "bf16 V=131 ", 8),
+]
+# (target, kernel, case): spills of at most 6 instructions or registers that are known.
+# sm_90, for which the configurations are chosen, has none, and may have none.
+SPILLS = [
+    ("sm_80", "cross_entropy_kernel", "every option"),
+    ("sm_80", "_rms_norm_bwd_kernel", "D=32768 residual"),
+    ("sm_80", "_symmetric_kernel", "fp32"),
+    ("sm_100", "cross_entropy_kernel", "fp16 V=50257"),
+    ("gfx942", "adamw_kernel", "stochastic"),
+]
+# Operands reached by 32-bit offsets: they have an element a column, a row, a tensor or a program.
+# Everything else is as large as the op's tensors and must be reached by 64-bit offsets.
+SMALL_OPERANDS = {
+    "cross_entropy_kernel": {"class_weight_ptr", "class_weight_sum_ptr", "scale_ptr"},
+    "_scale_kernel": {"factor_ptr"},
+    "_rms_norm_fwd_kernel": {"weight_ptr", "rstd_ptr"},
+    "_rms_norm_bwd_kernel": {"weight_ptr", "rstd_ptr"},
+    "_sum_partials_kernel": {"dw_ptr"},
+    "adamw_kernel": {
+        "pointers_ptr", "lengths_ptr", "chunks_ptr", "coefs_ptr", "found_inf_ptr",
+    },
+    "_sum_squares_kernel": {"pointers_ptr", "lengths_ptr", "chunks_ptr", "partial_ptr"},
+    "_finish_kernel": {"partial_ptr", "out_ptr"},
+    "advance_kernel": {
+        "hyper_ptr", "lr_pointers_ptr", "group_ptr", "step_pointers_ptr", "coefs_ptr", "clip_ptr",
+        "scale_ptr", "found_inf_ptr", "step_ptr", "lr_on_device",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """What ``python -m fasttrain_kernels.aot --json`` reports, from one run for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    report = shared / "aot.json"
+    with (shared / "aot.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            report.write_text(run_aot("--json", folder=base), "utf-8")
+    rows: list[Row] = json.loads(report.read_text("utf-8"))
+    return rows
+
+
+def run_aot(*arguments: str, folder: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    command = [sys.executable, "-m", "fasttrain_kernels.aot", *arguments]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def label(row: Row) -> str:
+    return " | ".join(str(row[key]) for key in ("target", "kernel", "case", "configuration"))
+
+
+def is_listed(row: Row, entries: list[Any]) -> bool:
+    return any(
+        (row["target"], row["kernel"]) == entry[:2] and entry[2] in row["case"] for entry in entries
+    )
+
+
+def test_every_kernel_compiles_for_every_target(rows: list[Row]) -> None:
+    package = ROOT / "kernels/fasttrain_kernels"
+    source = "\n".join(path.read_text("utf-8") for path in package.glob("*.py"))
+    defined = set(re.findall(r"@triton\.jit\s+def (\w+_kernel)\(", source))
+    assert len(defined) >= 14
+    for target in aot.TARGETS:
+        mine = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in mine} == defined
+        assert len(mine) == len({str(row) for row in mine}), "a specialisation is there twice"
+
+
+def test_the_cases_reach_every_configuration_of_the_cross_entropy(rows: list[Row]) -> None:
+    """Every (passes, block, warps) that the launcher can choose for wide rows is compiled."""
+    found = set()
+    for row in rows:
+        if row["kernel"] == "cross_entropy_kernel" and row["target"] == "sm_90":
+            warps, block = re.match(r"warps=(\d+) BLOCK_N=(\d+)", row["configuration"]).groups()
+            found.add(("SINGLE_PASS" in row["configuration"], int(block), int(warps)))
+    assert found >= {
+        (True, 256, 1), (True, 8192, 16), (True, 16384, 16), (True, 32768, 32),
+        (False, 4096, 16), (False, 8192, 16), (False, 16384, 32),
+    }  # fmt: skip
+
+
+def test_no_spills_and_no_local_memory_on_sm_90(rows: list[Row]) -> None:
+    for row in rows:
+        if row["target"] == "sm_90":
+            assert (row["spills"], row["local"]) == (0, 0), label(row)
+
+
+def test_spills_elsewhere_are_few_and_known(rows: list[Row]) -> None:
+    for row in rows:
+        if row["spills"] or row["local"]:
+            assert is_listed(row, SPILLS), label(row)
+            assert row["spills"] <= 6, label(row)
+            assert row["local"] <= 16, label(row)
+
+
+def test_accesses_are_16_bytes_wide(rows: list[Row]) -> None:
+    for row in rows:
+        least = 16
+        if is_listed(row, NARROWER):
+            least = next(e[3] for e in NARROWER if is_listed(row, [e]))
+        if not row["aligned"]:
+            continue
+        if row["kernel"] not in SMALL_INPUT:
+            assert row["load"] >= least, label(row)
+        reads_only = row["kernel"] == "cross_entropy_kernel" and (
+            "WRITE_GRAD" not in row["configuration"]
+        )
+        if row["kernel"] not in SMALL_OUTPUT and not reads_only:
+            assert row["store"] >= least, label(row)
+
+
+def test_the_gpt2_vocabulary_has_no_cliff(rows: list[Row]) -> None:
+    """V=50257, where others access 2 bytes at a time and spill: 16 bytes, and no stack."""
+    odd = [r for r in rows if "V=50257" in r["case"] and "HAS_EDGES" in r["configuration"]]
+    assert {row["target"] for row in odd} == set(aot.TARGETS)
+    assert {row["case"].split()[1] for row in odd} == {"bf16", "fp16", "fp32"}
+    for row in odd:
+        assert row["load"] >= 16, label(row)
+        assert row["target"] != "sm_90" or row["local"] == 0, label(row)
+
+
+def test_no_arithmetic_is_in_fp64(rows: list[Row]) -> None:
+    """Python floats are fp32 in the kernels, also where a caller's compiler passes doubles."""
+    assert not [label(row) for row in rows if row["doubles"]]
+
+
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    assert max(row["shared"] for row in rows) > 16384, "the matrix products use shared memory"
+    for row in rows:
+        assert row["shared"] <= aot.SHARED_LIMITS[row["target"]], label(row)
+
+
+def test_a_program_fits_the_registers_of_a_multiprocessor(rows: list[Row]) -> None:
+    for row in rows:
+        if row["target"].startswith("sm"):
+            warps = int(re.match(r"warps=(\d+)", row["configuration"])[1])
+            assert row["registers"] * 32 * warps <= 65536, label(row)
+
+
+def test_offsets_into_tensors_are_64_bits_wide(rows: list[Row]) -> None:
+    for row in rows:
+        assert set(row["narrow"]) <= SMALL_OPERANDS.get(row["kernel"], set()), label(row)
+
+
+def test_bytes_an_element_equal_the_floor(rows: list[Row]) -> None:
+    counted = [row for row in rows if row["floor"] is not None]
+    assert {row["kernel"] for row in counted} >= {
+        "cross_entropy_kernel", "_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_rope_kernel",
+        "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "adamw_kernel", "_sum_squares_kernel",
+    }  # fmt: skip
+    for row in counted:
+        assert row["distinct"] == row["floor"], label(row)
+
+
+def test_offsets_are_told_apart() -> None:
+    """The reader of TTIR finds a pointer that no 64-bit offset leads to."""
+    ttir = """
+    %a = tt.splat %x_ptr : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>> loc(#l)
+    %b = tt.addptr %a, %cols : tensor<64x!tt.ptr<f32>>, tensor<64xi32> loc(#l)
+    %c = tt.load %b, %mask, %cst : tensor<64x!tt.ptr<f32>> loc(#l)
+    %d = tt.addptr %y_ptr, %row : !tt.ptr<f32>, i64 loc(#l)
+    %e = tt.splat %d : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>> loc(#l)
+    %f = tt.addptr %e, %cols : tensor<64x!tt.ptr<f32>>, tensor<64xi32> loc(#l)
+    tt.store %f, %c, %mask : tensor<64x!tt.ptr<f32>> loc(#l)
+    """
+    assert aot.narrow_offsets(ttir) == ("x_ptr",)
+
+
+def test_widths_are_read_from_ptx() -> None:
+    ptx = """
+    @%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    @%p1 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    @%p2 st.global.v2.b32 [ %rd3 + 0 ], { %r1, %r2 };
+    """
+    assert (aot._ptx_width(ptx, "ld"), aot._ptx_width(ptx, "st")) == (16, 8)
+    copies = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;"
+    assert aot._ptx_width(copies, "ld") == 16
+
+
+def test_the_interpreter_is_refused() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    code = "from fasttrain_kernels import aot; aot.capture(aot.TARGETS['sm_90'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "unset TRITON_INTERPRET" in result.stderr
+
+
+def test_the_readme_lists_what_is_compiled(rows: list[Row]) -> None:
+    readme = (ROOT / "kernels/README.md").read_text("utf-8")
+    assert readme.count(aot.BEGIN) == readme.count(aot.END) == 1
+    lines = readme.split(aot.BEGIN)[1].split(aot.END)[0].strip().splitlines()[2:]
+    listed = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines}
+    expected = {
+        (row["kernel"], row["case"], row["configuration"])
+        for row in rows
+        if row["target"] == "sm_90"
+    }
+    assert listed == expected, "python -m fasttrain_kernels.aot --target sm_90 --write README.md"
