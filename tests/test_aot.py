@@ -66,15 +66,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     with (shared / "aot.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not report.exists():
-            report.write_text(run_aot("--json", folder=base), "utf-8")
+            report.write_text(
+                run_aot("-m", "fasttrain_kernels.aot", "--json", "--no-bytes", folder=base), "utf-8"
+            )
     rows: list[Row] = json.loads(report.read_text("utf-8"))
     return rows
 
 
 def run_aot(*arguments: str, folder: Path) -> str:
+    """Run Python where the kernels are decorated for the compiler."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    command = [sys.executable, "-m", "fasttrain_kernels.aot", *arguments]
+    command = [sys.executable, *arguments]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -177,14 +180,23 @@ def test_offsets_into_tensors_are_64_bits_wide(rows: list[Row]) -> None:
         assert set(row["narrow"]) <= SMALL_OPERANDS.get(row["kernel"], set()), label(row)
 
 
-def test_bytes_an_element_equal_the_floor(rows: list[Row]) -> None:
-    counted = [row for row in rows if row["floor"] is not None]
-    assert {row["kernel"] for row in counted} >= {
-        "cross_entropy_kernel", "_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_rope_kernel",
-        "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "adamw_kernel", "_sum_squares_kernel",
-    }  # fmt: skip
-    for row in counted:
-        assert row["distinct"] == row["floor"], label(row)
+def test_counted_bytes_are_joined_to_the_launches(tmp_path: Path) -> None:
+    """One case, with its three launches; test_bytes counts all of them."""
+    code = (
+        "from fasttrain_kernels import aot; import json\n"
+        "cases = [c for c in aot.CASES if c.name == 'rms_norm bf16 D=64']\n"
+        "rows = aot.reports(['sm_90'], 1, cases)\n"
+        "print(json.dumps([(r.kernel, r.bytes, r.distinct, r.floor) for r in rows]))\n"
+        "print(aot.table(rows, markdown=True))"
+    )
+    counts, *lines = run_aot("-c", code, folder=tmp_path).splitlines()
+    assert json.loads(counts) == [
+        ["_rms_norm_fwd_kernel", 4.0, 4.0, 4],
+        ["_rms_norm_bwd_kernel", 6.0, 6.0, 6],
+        ["_sum_partials_kernel", None, None, None],
+    ]
+    assert len(lines) == 2 + 3
+    assert all(line.count(" | ") == 11 for line in lines)
 
 
 def test_offsets_are_told_apart() -> None:
@@ -212,14 +224,10 @@ def test_widths_are_read_from_ptx() -> None:
     assert aot._ptx_width(copies, "ld") == 16
 
 
-def test_the_interpreter_is_refused() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = str(ROOT / "kernels")
-    code = "from fasttrain_kernels import aot; aot.capture(aot.TARGETS['sm_90'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert "unset TRITON_INTERPRET" in result.stderr
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        aot.capture(aot.TARGETS["sm_90"])
 
 
 def test_the_readme_lists_what_is_compiled(rows: list[Row]) -> None:

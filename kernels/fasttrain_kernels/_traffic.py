@@ -5,7 +5,8 @@ the op's tensor moves (and what multi-tensor kernels reach through their tables 
 *side* the rest: weights, per-row results, tables. *Distinct* counts an address once: a second pass
 over a row finds it in L2, so the distinct bytes are what memory moves.
 
-``TRITON_INTERPRET=1 python -m fasttrain_kernels._traffic`` prints the counts of all cases as JSON.
+``TRITON_INTERPRET=1 python -m fasttrain_kernels._traffic [CASE ...]`` prints the counts of all
+cases, or of those named, as JSON.
 """
 
 import json
@@ -133,7 +134,7 @@ def main() -> None:
             for launch in traffic_of(case)
         ]
         for case in CASES
-        if case.elements
+        if case.elements and case.name in (sys.argv[1:] or [case.name])
     }
     json.dump(counts, sys.stdout)
 

@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, and report what it costs.
 
-    python -m fasttrain_kernels.aot [--target sm_90 ...] [--markdown | --json | --write README.md]
+    python -m fasttrain_kernels.aot [--target sm_90 ...] [--no-bytes]
+                                     [--markdown | --json | --write README.md]
 
 The public functions are called on CPU tensors, with a driver in Triton's place that names a GPU
 and a hook that takes each launch's specialisation away instead of launching it: what is compiled
@@ -270,9 +271,9 @@ def narrow_offsets(ttir: str) -> tuple[str, ...]:
     return tuple(sorted(narrow))
 
 
-def _start_counting() -> subprocess.Popen[str]:
+def _start_counting(cases: Sequence[Case]) -> subprocess.Popen[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", f"{__spec__.parent}._traffic" if __spec__ else "_traffic"]
+    command = [sys.executable, "-m", f"{__package__}._traffic", *(case.name for case in cases)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -284,7 +285,11 @@ def _compile_item(item: int) -> dict[str, Any]:
 
 
 def reports(
-    targets: Sequence[str] = tuple(TARGETS), jobs: int = 2, cases: Sequence[Case] = CASES
+    targets: Sequence[str] = tuple(TARGETS),
+    jobs: int = 2,
+    cases: Sequence[Case] = CASES,
+    *,
+    count: bool = True,
 ) -> list[Report]:
     """Compile everything for the targets and count the bytes of every launch.
 
@@ -292,12 +297,13 @@ def reports(
         targets: names from `TARGETS`.
         jobs: processes that compile.
         cases: calls whose launches are compiled.
+        count: whether to count bytes, which takes another process.
 
     Returns:
         One `Report` a distinct specialisation and target.
     """
     torch.set_num_threads(1)  # the workers are forked, which threads would not survive
-    counting = _start_counting()
+    counting = _start_counting(cases) if count else None
     launches = {
         backend: capture(target, cases)
         for backend, target in (("sm", TARGETS["sm_90"]), ("gf", TARGETS["gfx942"]))
@@ -306,28 +312,29 @@ def reports(
     _work[:] = [(launch, target) for target in targets for launch in launches[target[:2]]]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         measured = pool.map(_compile_item, range(len(_work)), chunksize=1)
-    output, _ = counting.communicate()
-    if counting.returncode:
-        raise RuntimeError("aot: counting the bytes in the interpreter failed; see its error above")
-    counts = json.loads(output)
+    counts: dict[str, Any] = {}
+    if counting is not None:
+        output, _ = counting.communicate()
+        if counting.returncode:
+            raise RuntimeError("aot: counting bytes in the interpreter failed; see its error above")
+        counts = json.loads(output)
     rows = []
     for (launch, target), found in zip(_work, measured, strict=True):
-        count: tuple[float | None, float | None] = (None, None)
-        floor = None
-        if launch.elements:
-            kernel, bulk, distinct, _ = counts[launch.case][launch.position]
+        every = distinct = floor = None
+        if launch.case in counts:
+            kernel, bulk, once, _ = counts[launch.case][launch.position]
             assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
             floor = floor_bytes(kernel, launch.signature, launch.flags)
             if floor is not None:
-                count = (bulk / launch.elements, distinct / launch.elements)
+                every, distinct = bulk / launch.elements, once / launch.elements
         rows.append(
             Report(
                 kernel=launch.kernel,
                 case=launch.case,
                 configuration=launch.configuration,
                 target=target,
-                bytes=count[0],
-                distinct=count[1],
+                bytes=every,
+                distinct=distinct,
                 floor=floor,
                 aligned=launch.aligned,
                 **found,
@@ -371,12 +378,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--no-bytes", action="store_true", help="do not count bytes")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     form.add_argument("--json", action="store_true", help="print one object a row")
     form.add_argument("--write", type=Path, metavar="FILE", help=f"replace what follows {BEGIN!r}")
     chosen = parser.parse_args(arguments)
-    rows = reports(chosen.target, chosen.jobs)
+    rows = reports(chosen.target, chosen.jobs, count=not chosen.no_bytes)
     if chosen.json:
         json.dump([asdict(row) for row in rows], sys.stdout)
     elif chosen.write is not None:
