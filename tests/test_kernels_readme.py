@@ -7,6 +7,7 @@ import ast
 import copy
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ README = (ROOT / "kernels/README.md").read_text("utf-8")
 EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 
 
-def load() -> dict[str, Any]:
-    namespace: dict[str, Any] = {"__name__": "example"}
-    exec(compile(EXAMPLE, "kernels/README.md", "exec"), namespace)
-    return namespace
+def load(folder: Path) -> dict[str, Any]:
+    path = folder / "example.py"
+    path.write_text(EXAMPLE, "utf-8")
+    return runpy.run_path(str(path))
 
 
 def test_the_example_is_short_and_uses_four_ops() -> None:
@@ -35,9 +36,9 @@ def test_the_example_is_short_and_uses_four_ops() -> None:
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_the_example_trains_and_agrees_with_plain_torch(
-    path: str, request: pytest.FixtureRequest
+    path: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    namespace = load()
+    namespace = load(tmp_path)
     device = request.getfixturevalue("triton_device") if path == "triton" else "cpu"
     torch.manual_seed(0)
     plain = namespace["Model"](dim=16).to(device)
