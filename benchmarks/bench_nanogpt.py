@@ -7,6 +7,7 @@ turn, A B A B …, and each reports its own time per step (nanoGPT's ``time``, o
 
 import json
 import os
+import pickle
 import re
 import statistics
 import subprocess
@@ -78,6 +79,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, nanogpt: Path) -> Path:
     data.mkdir(parents=True)
     tokens[: int(0.99 * len(tokens))].tofile(data / "train.bin")
     tokens[int(0.99 * len(tokens)) :].tofile(data / "val.bin")
+    # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be eight times the work.
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars)}))
     (folder / "configurator.py").symlink_to(nanogpt / "configurator.py")
     (folder / "config").symlink_to(nanogpt / "config")
     toml = CONFIG.format(vocab=len(chars), data=data, steps=N_STEPS)

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrain.config import TrainConfig, load_config
-    from fasttrain.generate import generate, load_model
+    from fasttrain.generate import load_model
     from fasttrain.model import Transformer
     from fasttrain.trainer import Trainer
 
-__all__ = ["TrainConfig", "Trainer", "Transformer", "generate", "load_config", "load_model"]
+__all__ = ["TrainConfig", "Trainer", "Transformer", "load_config", "load_model"]
 
 __version__ = "0.1.0"
 
@@ -16,7 +16,6 @@ _HOME = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "Transformer": "model",
-    "generate": "generate",
     "load_config": "config",
     "load_model": "generate",
 }

@@ -138,7 +138,7 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
     path: str | None = key(
         None,
-        "dataset folder or token file (None: the source text of Python's standard library)",
+        "dataset folder (None: the source text of Python's standard library)",
         pattern=(r"[^\0]+", "a path"),
     )
     seq_len: int = key(256, "tokens of a training sequence", ge=1)

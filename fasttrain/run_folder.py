@@ -16,8 +16,12 @@ def new_run_dir(config: TrainConfig, name: str) -> Path:
     if config.run.name is not None:
         run_dir = out_dir / config.run.name
         if run_dir.exists():
+            held = any((run_dir / "checkpoints").glob("step-*"))
             raise UserError(
                 f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
+                if held
+                else f"{run_dir} exists already and holds no checkpoint; remove it, or set another "
+                "run.name"
             )
         return run_dir
     n = 1

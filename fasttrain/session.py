@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import time
@@ -87,13 +88,18 @@ def run(
             source = checkpoint.resolve(target, report=console.warn)
         trainer = _build(config, run_dir, source, allow_change, console)
         if stop_at_step is not None:
+            if stop_at_step <= trainer.step_count:
+                raise UserError(
+                    f"--stop-at-step {stop_at_step}: the run is at step {trainer.step_count}; "
+                    "name a later step"
+                )
             trainer.request_stop(stop_at_step)
         _header(trainer, console, source)
         with _SignalHandlers(trainer, console):
             try:
                 outcome = trainer.fit()
                 trainer.close()
-            except checkpoint.CheckpointError as error:
+            except (checkpoint.CheckpointError, FloatingPointError) as error:
                 console.warn(str(error))
                 return EXIT_FAILED
         _summary(trainer, console, outcome, run_dir, time.perf_counter() - started)
@@ -313,7 +319,10 @@ def _summary(
         )
     rows.append(("checkpoint", str(checkpoint.resolve(run_dir, which="latest"))))
     if outcome == "done":
-        rows.append(("generate", f'python -m fasttrain.generate {run_dir} --prompt "def main("'))
+        prompt = shlex.quote(next(iter(trainer.config.eval.prompts), ""))
+        tokenizer = "" if trainer.sampler else " --tokenizer PATH"
+        command = f"python -m fasttrain.generate {run_dir} --prompt {prompt}{tokenizer}"
+        rows.append(("generate", command))
     else:
         rows.append(("resume", "the same command with --resume auto"))
     console.summary(rows, title="done" if outcome == "done" else "stopped")

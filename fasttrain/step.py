@@ -74,7 +74,7 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = config.train.max_grad_norm
         self.criterion = criterion or linear_cross_entropy_criterion(config)
-        self.compile_mode = resolve_compile(config.run, device)
+        self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
         self.loss_fn = self._loss
         if self.compile_mode == "blocks":
             model.block_fn = compile_function(run_block, "default")

@@ -20,6 +20,7 @@ if _interpret:  # what the interpreter imports at its first launch must see the 
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
+import torch.testing._internal.common_utils  # noqa: E402  # loads a hypothesis profile
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)  # one thread a test process: reproducible sums, no oversubscription
