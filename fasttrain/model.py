@@ -7,6 +7,7 @@ are one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B,
 in full.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,15 @@ def hidden_dim(config: ModelConfig) -> int:
     return -(-8 * config.dim // (3 * 64)) * 64 if config.mlp == "swiglu" else 4 * config.dim
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Apply GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+    if x.device.type == "cpu" and torch.compiler.is_compiling():
+        # The same function: (1 + tanh u) / 2 = sigmoid(2u). The compiler's vector exp is cheaper than
+        # its vector tanh: 0.95 against 2.16 ms forward and backward (768×512, two Zen 3 cores).
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """Position-wise feed-forward layer: SwiGLU, GELU (tanh form, as GPT-2) or squared ReLU."""
 
@@ -58,7 +68,7 @@ class FeedForward(nn.Module):
         elif self.kind == "relu2":
             h = relu_squared(h)
         else:
-            h = F.gelu(h, approximate="tanh")
+            h = gelu_tanh(h)
         return F.dropout(self.down(h), self.dropout, self.training)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fasttrain.config import ConfigError, ModelConfig, load_config
-from fasttrain.model import Transformer, flops_constants, hidden_dim
+from fasttrain.model import Transformer, flops_constants, gelu_tanh, hidden_dim
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -198,6 +198,9 @@ def test_every_config_builds_on_the_meta_device_and_counts_its_parameters(path: 
     matrices = m.n_layers * per_block + (1 if m.tied_embeddings else 2) * v * m.dim
     if m.positions == "learned":
         matrices += config.data.seq_len * m.dim
+    matrices += (m.bigram_vocab_size or 0) * m.dim
+    if m.value_embeddings:
+        matrices += m.n_layers * v * head_dim * (m.n_kv_heads or m.n_heads)
     vectors = count - matrices
     assert 0 < vectors < 0.002 * count
     if PUBLISHED.get(path.stem):
@@ -222,3 +225,17 @@ def test_the_first_loss_is_near_the_logarithm_of_the_vocabulary(path: Path) -> N
         logits = model.logits(model(tokens[:, :-1]))
     loss = F.cross_entropy(logits[0], tokens[0, 1:]).item()
     assert loss == pytest.approx(math.log(model_config.vocab_size), abs=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_compiled_gelu_is_the_eager_one() -> None:
+    x = torch.linspace(-12, 12, 4001, requires_grad=True)
+    compiled = torch.compile(gelu_tanh, fullgraph=True, backend="aot_eager")
+    for fn in (gelu_tanh, compiled):
+        y = fn(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        wide = x.detach().double().requires_grad_()
+        expected = F.gelu(wide, approximate="tanh")
+        (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
