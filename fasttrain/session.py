@@ -196,8 +196,7 @@ def _build(
     )
     if source is not None:
         trainer.load_checkpoint(source)
-    else:
-        (run_dir / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+    (run_dir / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
     return trainer
 
 
