@@ -42,7 +42,7 @@ class RunConfig(Section):
     )
     dtype: str = key(
         "auto",
-        "precision of matrix products (auto: bf16 where native, else fp32)",
+        "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
         choices=("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     compile: str = key(
@@ -206,7 +206,9 @@ class LoopConfig(Section):
     steps: int | None = key(None, "horizon in optimizer steps", ge=1)
     epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
     tokens: int | None = key(None, "horizon in training tokens", ge=1)
-    hours: float | None = key(None, "horizon in hours of wall-clock time", gt=0)
+    hours: float | None = key(
+        None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
+    )
     micro_batch: int = key(8, "sequences of one forward, on each device", ge=1)
     tokens_per_step: int | None = key(
         None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1

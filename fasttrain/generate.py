@@ -108,7 +108,7 @@ def stream(
     pending = recent
     for _ in range(max_new_tokens):
         if cache.length + pending.shape[1] > limit:
-            cache.length = 0
+            cache.length, cache.last_tokens = 0, None
             pending = recent = recent[:, -max(1, limit // 2) :]
         hidden = model(pending, cache)[:, -1]  # (B, D)
         drawn = sample_tokens(

@@ -36,13 +36,17 @@ def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
         path = Path(resume)
         if not path.exists():
             raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
-        return path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
+        for run_dir in (path, path.parent, path.parent.parent):
+            if (run_dir / "checkpoints").is_dir():
+                return run_dir
+        raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
     out_dir = Path(config.run.out_dir)
     run_dir = out_dir / (config.run.name or name)
     if config.run.name is None:
         n = 2
         while (out_dir / f"{name}-{n}").exists():
-            run_dir = out_dir / f"{name}-{n}"
+            if any((out_dir / f"{name}-{n}" / "checkpoints").glob("step-*")):
+                run_dir = out_dir / f"{name}-{n}"
             n += 1
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(
@@ -56,6 +60,10 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
     try:
         run_dir.mkdir(parents=True, exist_ok=not new)
         lock = open(run_dir / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+    except FileExistsError as error:
+        if run_dir.is_dir():
+            raise UserError(f"{run_dir} was made by another run just now; start again") from error
+        raise UserError(f"{run_dir} is a file; set run.out_dir to a folder") from error
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"

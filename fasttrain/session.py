@@ -26,8 +26,9 @@ from fasttrain.config import (
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.format import TokenDataset, open_dataset
 from fasttrain.data.loader import Loader
+from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import keep_freed_memory, resolve_device
-from fasttrain.generate import generate, load_tokenizer
+from fasttrain.generate import generate
 from fasttrain.loggers import Console, format_count, format_duration
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
@@ -104,9 +105,10 @@ def run(
                 return EXIT_FAILED
         _summary(trainer, console, outcome, run_dir, time.perf_counter() - started)
         return EXIT_DONE if outcome == "done" else EXIT_STOPPED
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         # A new run that never began leaves no folder behind.
-        if resume is None and not (run_dir / "checkpoints").exists():
+        log = run_dir / "metrics.jsonl"
+        if resume is None and not (log.exists() and log.stat().st_size):
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
     finally:
@@ -232,7 +234,10 @@ def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) ->
 
     def sample(model: Transformer, number: int) -> tuple[str, str]:
         prompt = prompts[number % len(prompts)]
-        ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+        encoded = tokenizer.encode(prompt, add_special_tokens=False).ids
+        # A prompt of which the tokenizer knows nothing starts like a new document.
+        start = encoded or [end_of_text_id(tokenizer) or 0]
+        ids = torch.tensor([start], dtype=torch.int64, device=device)
         generator = torch.Generator(device).manual_seed(config.run.seed + number)
         out = generate(
             model,

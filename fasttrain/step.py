@@ -12,7 +12,7 @@ import torch
 from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
 from torch import Tensor
 
-from fasttrain.config import TrainConfig
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
 from fasttrain.model import Transformer, run_block
@@ -42,6 +42,11 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
         return loss_sum
 
     return criterion
+
+
+def rows_tokens(config: TrainConfig) -> int:
+    """Return the tokens of one micro-batch."""
+    return config.train.micro_batch * config.data.seq_len
 
 
 class TrainStep:
@@ -76,6 +81,13 @@ class TrainStep:
         self.criterion = criterion or linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
         self.loss_fn = self._loss
+        accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config)
+        if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
+            # A graph's gradients live in its own pool: the next micro-batch overwrites them.
+            raise UserError(
+                f"run.compile = {self.compile_mode!r} does not accumulate gradients; raise "
+                "train.micro_batch until one makes the step, or use run.compile=default"
+            )
         if self.compile_mode == "blocks":
             model.block_fn = compile_function(run_block, "default")
         elif self.compile_mode != "off":

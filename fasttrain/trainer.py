@@ -83,8 +83,7 @@ class Trainer:
         self.scheduler = scheduler
         self.train_loader = train_loader
         self.val_dataset = val_dataset
-        self.run_dir = run_dir
-        self.console = console
+        self.run_dir, self.console = run_dir, console
         self.sampler = sampler
         self.recorded = recorded or {}
         self.train_step = TrainStep(
@@ -114,14 +113,14 @@ class Trainer:
         self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
         self.total_steps = self._horizon()
         self.step_count = 0
+        self.position = self.train_loader.position  # global index of the next sample
         self.trained_s = 0.0  # seconds inside steps, over all sessions of the run
         self.first_step_s: float | None = None  # compilation included
         self.best_val_loss = math.inf
         self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
         self.stop_at: int | None = None
         self.saved_at: int | None = None
-        self.failed_saves = 0
-        self.last_lr = 0.0
+        self.failed_saves, self.last_lr = 0, 0.0
         self.ema = metrics.LossTracker()
         self._window = (0.0, 0.0, 0)  # step seconds, wait seconds and steps since the last log line
 
@@ -192,7 +191,8 @@ class Trainer:
         self.last_lr = self.lr()
         self.train_step(batches, self.last_lr)
         self.step_count += 1
-        log = self._due(self.config.log.every_steps) or self.step_count == 1
+        self.position += self.samples_per_step
+        log = self._due(self.config.log.every_steps) or self.step_count in (1, HOURS_ESTIMATE_AT)
         if log:
             self._synchronize()
         elapsed = time.perf_counter() - started
@@ -236,10 +236,10 @@ class Trainer:
             self.evaluate()
             if self.best_val_loss < before:
                 self._save_once()
+        if self._due(config.checkpoint.every_steps) or last:
+            self._save_once()
         if self.sampler and (self._due(config.eval.sample_every_steps) or last):
             self._sample()
-        if self._due(config.checkpoint.every_steps):
-            self._save_once()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -253,8 +253,8 @@ class Trainer:
         tokens_per_s = n_steps * self.tokens_per_step / step_s
         row: dict[str, Any] = {
             "step": self.step_count,
-            "tokens": self.step_count * self.tokens_per_step,
-            "epoch": self.step_count * self.samples_per_step / self.train_loader.samples_per_epoch,
+            "tokens": self.position * self.config.data.seq_len,
+            "epoch": self.position / self.train_loader.samples_per_epoch,
             "loss": loss,
             "loss_ema": self.ema.update(loss),
             "lr": self.last_lr,
@@ -315,9 +315,7 @@ class Trainer:
             self.jsonl.write("eval", row)
         if self.console:
             self.console.evaluation(row)
-        loss = self.last_eval["val_loss"]
-        assert loss is not None
-        self.best_val_loss = min(self.best_val_loss, loss)
+        self.best_val_loss = min(self.best_val_loss, self.last_eval["val_loss"] or math.inf)
         return self.last_eval
 
     def _sample(self) -> None:
@@ -339,9 +337,12 @@ class Trainer:
 
         The error of a save in the background comes out of the next one, which is then begun anew.
         """
-        while self.saved_at != self.step_count:
+        for _ in range(2):
+            if self.saved_at == self.step_count:
+                return
             try:
                 self.save_checkpoint()
+                self.failed_saves = 0
             except CheckpointError as error:
                 self.failed_saves += 1
                 if self.failed_saves >= MAX_FAILED_SAVES:
@@ -360,7 +361,7 @@ class Trainer:
             return None
         state = {
             "step": self.step_count,
-            "position": self.step_count * self.samples_per_step,
+            "position": self.position,
             "total_steps": self.total_steps,
             "trained_s": self.trained_s,
             "first_step_s": self.first_step_s,
@@ -389,10 +390,10 @@ class Trainer:
         restore(checkpoint, self.model, self.optimizers, self.train_step)
         state = checkpoint.state
         self.step_count = self.saved_at = state["step"]
+        self.position = state["position"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.trained_s, self.first_step_s = state["trained_s"], state["first_step_s"]
-        best = state["best_val_loss"]
-        self.best_val_loss = math.inf if best is None else best
+        self.best_val_loss = state["best_val_loss"] or math.inf
         self.ema.value = state["loss_ema"]
         if self.jsonl:
             self.jsonl.drop_after(self.step_count)

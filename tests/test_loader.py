@@ -198,7 +198,7 @@ def test_r23_a_shard_changed_mid_run_is_a_typed_error(
         else:
             (tmp_path / "other").write_bytes(bytes(path.stat().st_size))
             (tmp_path / "other").replace(path)
-        with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced"):
+        with pytest.raises(DataError, match=r"train_000000\.bin: .*truncated"):
             list(itertools.islice(loader, 50))
         with pytest.raises(DataError, match=r"train_000000\.bin"):  # and again, no hang
             next(loader)

@@ -236,6 +236,27 @@ def test_R24_resuming_with_other_settings_is_refused_field_by_field(
     assert losses(toy.parent / "runs/a")[-1][0] == 14
 
 
+def test_resuming_finds_the_run_from_any_of_its_folders(toy: Path, train: Train) -> None:
+    train(toy, "run.name=a", "--stop-at-step", "4", check=75)
+    for n, path in enumerate(("runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step-00000004")):
+        stop = str(5 + n) if n < 2 else "7"
+        source = path if n < 2 else f"runs/a/checkpoints/step-{4 + n:08d}"
+        train(toy, "run.name=a", "--resume", source, "--stop-at-step", stop, check=75)
+        assert losses(toy.parent / "runs/a")[-1][0] == int(stop)
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["a"]
+
+
+def test_an_interruption_before_the_first_step_leaves_nothing(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, train: Train
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasttrain.session.open_splits", interrupted)
+    assert "nothing to resume" in train(toy, check=130).err
+    assert not list((toy.parent / "runs").iterdir())
+
+
 def test_help_lists_every_key_without_importing_torch() -> None:
     code = (
         "import sys\nfrom fasttrain.train import main\n"

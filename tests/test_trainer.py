@@ -238,3 +238,20 @@ def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path) -> 
     other = build(load_config(toy, ["model.dim=64"]))
     with pytest.raises(Exception, match="another model"):
         other.load_checkpoint(tmp_path / "run/checkpoints/step-00000003")
+
+
+def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) -> None:
+    first = build(load_config(toy), tmp_path / "run")
+    first.request_stop(at_step=4)
+    first.fit()
+    assert first.writer is not None
+    first.writer.wait()
+    position = first.position
+    assert position == 16
+    wider = load_config(toy, ["train.tokens_per_step=128"])
+    second = build(wider, tmp_path / "run", position=position)
+    second.load_checkpoint(tmp_path / "run/checkpoints/step-00000004")
+    second.request_stop(at_step=6)
+    second.fit()
+    assert second.position == 16 + 2 * 8
+    assert rows(tmp_path / "run")[-1]["tokens"] == second.position * 16

@@ -1,0 +1,67 @@
+"""Device, precision and compile choice, without the devices themselves."""
+
+import pytest
+import torch
+
+from fasttrain import device as device_module
+from fasttrain.config import RunConfig, UserError, config_from_dict
+from fasttrain.device import resolve_compile, resolve_device, resolve_precision
+from fasttrain.model import Transformer
+from fasttrain.step import TrainStep
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_a_cuda_device_always_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda", 0)
+    assert resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"cuda:2.*2 found"):
+        resolve_device("cuda:2")
+
+
+def test_without_cuda_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device("auto") == CPU
+    with pytest.raises(UserError, match=r"none found.*run\.device=cpu"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_on_a_cpu_is_what_it_multiplies_natively(
+    monkeypatch: pytest.MonkeyPatch, native: bool, name: str
+) -> None:
+    monkeypatch.setattr(device_module, "_native_bf16", lambda device: native)
+    assert resolve_precision("auto", CPU).name == name
+    with pytest.raises(UserError, match="tf32"):
+        resolve_precision("tf32", CPU)
+
+
+def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: True)
+    assert resolve_compile(RunConfig(), CPU, 4) == "default"
+    assert resolve_compile(RunConfig(), CPU, 40) == "blocks"
+    assert resolve_compile(RunConfig(), CUDA, 40) == "default"
+    assert resolve_compile(RunConfig(compile="off"), CPU, 4) == "off"
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        resolve_compile(RunConfig(compile="max-autotune"), CPU, 4)
+    monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: False)
+    assert resolve_compile(RunConfig(), CPU, 4) == "off"
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        resolve_compile(RunConfig(compile="default"), CPU, 4)
+
+
+def test_graphs_that_would_overwrite_accumulated_gradients_are_refused() -> None:
+    config = config_from_dict(
+        {
+            "run": {"compile": "cuda-graphs"},
+            "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
+            "data": {"path": "unused", "seq_len": 8},
+            "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 32},
+        }
+    )
+    model = Transformer(config.model, seq_len=8)
+    precision = resolve_precision("fp32", CPU)
+    with pytest.raises(UserError, match="does not accumulate"):
+        TrainStep(model, [], config, device=CUDA, precision=precision)
