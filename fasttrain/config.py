@@ -24,8 +24,8 @@ from fasttrain.config_sections import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    TrainConfig,
 )
+from fasttrain.config_whole import TrainConfig
 
 __all__ = [
     "SECTIONS",

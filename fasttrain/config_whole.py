@@ -1,0 +1,106 @@
+"""The whole configuration: all sections, and what must hold between them. Standard library only."""
+
+from dataclasses import dataclass, field
+
+from fasttrain.config_keys import refuse
+from fasttrain.config_sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The whole configuration of a run.
+
+    Raises:
+        ConfigError: a combination of values across sections is impossible.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        self._check_horizon()
+        self._check_step()
+        if self.schedule.min_lr > self.optim.lr:
+            refuse(
+                "schedule.min_lr",
+                self.schedule.min_lr,
+                f"is above optim.lr = {self.optim.lr}",
+                "lower it, or raise optim.lr",
+            )
+        vocab_size = self.model.vocab_size
+        if self.data.path is None and vocab_size and vocab_size < self.data.corpus_vocab_size:
+            refuse(
+                "model.vocab_size",
+                vocab_size,
+                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}",
+                "leave it unset, or lower data.corpus_vocab_size",
+            )
+        if self.eval.sample_every_steps is not None and not self.eval.prompts:
+            refuse(
+                "eval.sample_every_steps",
+                self.eval.sample_every_steps,
+                "asks for samples, and eval.prompts is empty",
+                "give a prompt, or unset it",
+            )
+
+    def _check_horizon(self) -> None:
+        loop = self.train
+        horizon = {
+            name: getattr(loop, name)
+            for name in ("steps", "epochs", "tokens", "hours")
+            if getattr(loop, name) is not None
+        }
+        if not horizon:
+            refuse(
+                "train.steps",
+                None,
+                "leaves the length of the run open",
+                "set one of train.steps, train.epochs, train.tokens and train.hours",
+            )
+        if len(horizon) > 1:
+            (first, value), *others = horizon.items()
+            refuse(
+                f"train.{first}",
+                value,
+                f"and {' and '.join(f'train.{k} = {v}' for k, v in others)} both fix the length"
+                " of the run",
+                f"keep one and unset the other, as in train.{first}=none",
+            )
+        if loop.steps is not None and self.schedule.warmup_steps >= loop.steps:
+            refuse(
+                "schedule.warmup_steps",
+                self.schedule.warmup_steps,
+                f"is not below train.steps = {loop.steps}",
+                "lower it, or train for longer",
+            )
+
+    def _check_step(self) -> None:
+        loop, unit = self.train, self.train.micro_batch * self.data.seq_len
+        if loop.tokens_per_step is not None and loop.tokens_per_step % unit:
+            below = loop.tokens_per_step // unit * unit
+            nearest = [str(n) for n in (below, below + unit) if n]
+            refuse(
+                "train.tokens_per_step",
+                loop.tokens_per_step,
+                f"is not a multiple of train.micro_batch · data.seq_len = {unit}",
+                f"use {' or '.join(nearest)}",
+            )
