@@ -21,15 +21,19 @@ __all__ = ["IGNORE_INDEX", "Criterion", "TrainStep"]
 
 IGNORE_INDEX = -100
 
-Criterion = Callable[[Transformer, Tensor, Tensor], Tensor]  # model, tokens, targets → summed loss
+# model, tokens, targets, doc_starts → summed loss
+Criterion = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
     """Return the default criterion: head and cross-entropy as one operation, summed over tokens."""
 
-    def criterion(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    def criterion(
+        model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
+    ) -> Tensor:
+        hidden = model(tokens) if doc_starts is None else model(tokens, doc_starts=doc_starts)
         loss_sum = linear_cross_entropy(
-            model(tokens),
+            hidden,
             model.head_weight,
             targets,
             ignore_index=IGNORE_INDEX,
@@ -98,9 +102,9 @@ class TrainStep:
         self.grad_scale = torch.full_like(zero, 2.0**16 if precision.scaled else 1.0)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
         with self.precision.autocast():
-            return self.criterion(self.model, tokens, targets)
+            return self.criterion(self.model, tokens, targets, doc_starts)
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> None:
         """Run one step over its micro-batches with learning rate ``lr``."""
@@ -108,7 +112,7 @@ class TrainStep:
         weight = self.grad_scale / n_targets.clamp(min=1)
         loss = torch.zeros_like(self.loss)
         for batch in batches:
-            part = self.loss_fn(batch.tokens, batch.targets) * weight
+            part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts) * weight
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         self.loss = loss / self.grad_scale

@@ -15,16 +15,17 @@ from typing import Any, Literal
 import torch
 
 from fasttrain import metrics
-from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
-from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.checkpoint import Checkpoint
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.evaluation import evaluate
+from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps, steps_in
 from fasttrain.loggers import Console, JsonlLogger
 from fasttrain.model import Transformer, flops_constants
+from fasttrain.saving import Saver
 from fasttrain.schedule import lr_at
-from fasttrain.state import collect, restore
 from fasttrain.step import Criterion, TrainStep
 
 __all__ = ["Outcome", "Trainer"]
@@ -32,9 +33,6 @@ __all__ = ["Outcome", "Trainer"]
 # Steps in a row that may be skipped for a non-finite gradient. An fp16 scale halves at each of
 # them, so that 2^16 is down to 1 after 16.
 MAX_SKIPPED_IN_A_ROW = 20
-MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
-# With train.hours the number of steps is estimated once, from the time that steps took up to here.
-HOURS_ESTIMATE_AT = 20
 
 Outcome = Literal["done", "stopped"]
 Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number → prompt, text
@@ -48,7 +46,8 @@ class Trainer:
         optimizer: one optimizer or several whose parameters are disjoint. Each parameter group may
             carry ``lr_scale``, a factor on the schedule's learning rate.
         scheduler: learning rate as a pure function of the step; None: ``[schedule]`` of ``config``.
-        criterion: ``(model, tokens, targets)`` → summed loss; None: fused linear cross-entropy.
+        criterion: ``(model, tokens, targets, doc_starts)`` → summed loss; None: fused linear
+            cross-entropy.
         config: the resolved configuration.
         train_loader: micro-batches of ``config.train.micro_batch`` rows.
         val_dataset: the held-out split; None: nothing is evaluated.
@@ -95,14 +94,10 @@ class Trainer:
             criterion=criterion,
         )
         self.jsonl: JsonlLogger | None = None
-        self.writer: CheckpointWriter | None = None
         if run_dir is not None:
             self.jsonl = JsonlLogger(run_dir / "metrics.jsonl")
-            self.writer = CheckpointWriter(
-                run_dir / "checkpoints",
-                keep_last=config.checkpoint.keep_last,
-                asynchronous=config.checkpoint.asynchronous,
-            )
+        self.saver = Saver(self)
+        self.writer = self.saver.writer
 
         rows, seq_len = config.train.micro_batch, config.data.seq_len
         self.accumulation = (config.train.tokens_per_step or rows * seq_len) // (rows * seq_len)
@@ -111,7 +106,12 @@ class Trainer:
         constants = flops_constants(self.model)
         self.flops_per_token = metrics.flops_per_token(**constants, seq_len=seq_len)
         self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
-        self.total_steps = self._horizon()
+        self.total_steps = n_steps(
+            config.train,
+            tokens_per_step=self.tokens_per_step,
+            samples_per_step=self.samples_per_step,
+            samples_per_epoch=train_loader.samples_per_epoch,
+        )
         self.step_count = 0
         self.position = self.train_loader.position  # global index of the next sample
         self.trained_s = 0.0  # seconds inside steps, over all sessions of the run
@@ -119,22 +119,9 @@ class Trainer:
         self.best_val_loss = math.inf
         self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
         self.stop_at: int | None = None
-        self.saved_at: int | None = None
-        self.failed_saves, self.last_lr = 0, 0.0
+        self.last_lr = 0.0
         self.ema = metrics.LossTracker()
         self._window = (0.0, 0.0, 0)  # step seconds, wait seconds and steps since the last log line
-
-    def _horizon(self) -> int | None:
-        """Return the number of steps, or None while ``train.hours`` has not been measured."""
-        train = self.config.train
-        if train.steps is not None:
-            return train.steps
-        if train.tokens is not None:
-            return math.ceil(train.tokens / self.tokens_per_step)
-        if train.epochs is not None:
-            samples = math.ceil(train.epochs * self.train_loader.samples_per_epoch)
-            return math.ceil(samples / self.samples_per_step)
-        return None
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -169,7 +156,7 @@ class Trainer:
         try:
             while not self._finished(until):
                 if self.stop_at is not None and self.step_count >= self.stop_at:
-                    self._save_once()
+                    self.saver.save_once()
                     return "stopped"
                 log = self._step()
                 if self.first_step_s is None:
@@ -181,7 +168,7 @@ class Trainer:
                 self._after_step(last)
         finally:
             gc.enable()
-        self._save_once()
+        self.saver.save_once()
         return "done"
 
     def _step(self) -> bool:
@@ -219,9 +206,12 @@ class Trainer:
         if self.config.train.hours is not None:
             left_s = self.config.train.hours * 3600 - self.trained_s
             if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT:
-                # The first step holds the compilation and says nothing of the others.
-                steady_s = max(self.trained_s - (self.first_step_s or 0.0), 1e-9)
-                self.total_steps = self.step_count + int(left_s * (self.step_count - 1) / steady_s)
+                self.total_steps = steps_in(
+                    left_s,
+                    step=self.step_count,
+                    trained_s=self.trained_s,
+                    first_step_s=self.first_step_s or 0.0,
+                )
             if left_s <= 0:
                 return True
         return self.total_steps is not None and self.step_count >= self.total_steps
@@ -235,9 +225,9 @@ class Trainer:
             before = self.best_val_loss
             self.evaluate()
             if self.best_val_loss < before:
-                self._save_once()
+                self.saver.save_once()
         if self._due(config.checkpoint.every_steps) or last:
-            self._save_once()
+            self.saver.save_once()
         if self.sampler and (self._due(config.eval.sample_every_steps) or last):
             self._sample()
 
@@ -288,8 +278,7 @@ class Trainer:
         self.train_loader.close()
         if self.jsonl:
             self.jsonl.close()
-        if self.writer:
-            self.writer.close()
+        self.saver.close()
 
     # ---- evaluation and samples ----------------------------------------------------------------
 
@@ -332,50 +321,13 @@ class Trainer:
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def _save_once(self) -> None:
-        """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
-
-        The error of a save in the background comes out of the next one, which is then begun anew.
-        """
-        for _ in range(2):
-            if self.saved_at == self.step_count:
-                return
-            try:
-                self.save_checkpoint()
-                self.failed_saves = 0
-            except CheckpointError as error:
-                self.failed_saves += 1
-                if self.failed_saves >= MAX_FAILED_SAVES:
-                    raise
-                if self.console:
-                    self.console.warn(f"{error} (training goes on)")
-
     def save_checkpoint(self) -> Path | None:
         """Save everything that the run needs to go on as if it had not stopped.
 
         Returns:
             The checkpoint's folder, complete after ``writer.wait()``; None without a run folder.
         """
-        if self.writer is None:
-            self.saved_at = self.step_count
-            return None
-        state = {
-            "step": self.step_count,
-            "position": self.position,
-            "total_steps": self.total_steps,
-            "trained_s": self.trained_s,
-            "first_step_s": self.first_step_s,
-            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-            "loss_ema": self.ema.value,
-            "torch": torch.__version__,
-            **self.recorded,
-        }
-        groups = collect(self.model, self.optimizers, self.train_step)
-        metric = self.last_eval.get("val_loss")
-        toml = config_to_toml(self.config)
-        path = self.writer.save(self.step_count, groups, state, toml, metric=metric)
-        self.saved_at = self.step_count
-        return path
+        return self.saver.save()
 
     def load_checkpoint(self, path: Path) -> Checkpoint:
         """Restore all that `save_checkpoint` saved at ``path``; training goes on from there.
@@ -386,15 +338,4 @@ class Trainer:
             CheckpointError: the checkpoint is damaged.
             UserError: it is of another model.
         """
-        checkpoint = load(path)
-        restore(checkpoint, self.model, self.optimizers, self.train_step)
-        state = checkpoint.state
-        self.step_count = self.saved_at = state["step"]
-        self.position = state["position"]
-        self.total_steps = self.total_steps or state["total_steps"]
-        self.trained_s, self.first_step_s = state["trained_s"], state["first_step_s"]
-        self.best_val_loss = state["best_val_loss"] or math.inf
-        self.ema.value = state["loss_ema"]
-        if self.jsonl:
-            self.jsonl.drop_after(self.step_count)
-        return checkpoint
+        return self.saver.load(path)

@@ -109,8 +109,10 @@ def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
 
     criterion, calls = step.criterion, iter(range(10))
 
-    def poisoned(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = criterion(model, tokens, targets)
+    def poisoned(
+        model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
+    ) -> Tensor:
+        loss = criterion(model, tokens, targets, doc_starts)
         return loss * float("nan") if next(calls) == 1 else loss
 
     step.criterion = poisoned
@@ -193,10 +195,10 @@ def test_a_step_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step._loss, fullgraph=True, dynamic=False, backend="aot_eager")
     tokens, targets = uneven_rows()
-    loss = compiled(tokens, targets)
+    loss = compiled(tokens, targets, None)
     loss.backward()
     grads = [p.grad for p in step.parameters]
-    torch.testing.assert_close(loss, step._loss(tokens, targets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, step._loss(tokens, targets, None), rtol=1e-5, atol=1e-5)
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 

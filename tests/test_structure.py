@@ -23,7 +23,7 @@ MAX_FILE_LINES = 400
 # may import all of these, and, the lists being closed, none of these imports them.
 CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "schedule")},
+    **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
     "device": (CONFIG, {"torch"}),
     "attention": (CONFIG, {"torch", "fasttrain_kernels"}),
     "model": (CONFIG | {"attention"}, {"torch", "fasttrain_kernels"}),
