@@ -17,6 +17,7 @@ from fasttrain.config_keys import ConfigError, Section, UserError, accepts, allo
 from fasttrain.config_sections import (
     CheckpointConfig,
     DataConfig,
+    DistributedConfig,
     EvalConfig,
     LogConfig,
     LoopConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "EvalConfig",
     "LogConfig",
     "LoopConfig",
@@ -62,6 +64,7 @@ SECTIONS: dict[str, type[Section]] = {
         EvalConfig,
         CheckpointConfig,
         LogConfig,
+        DistributedConfig,
     )
 }
 _FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}

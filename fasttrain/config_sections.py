@@ -12,6 +12,7 @@ from fasttrain.config_keys import Section, divisors, key, refuse
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistributedConfig",
     "EvalConfig",
     "LogConfig",
     "LoopConfig",
@@ -253,3 +254,24 @@ class LogConfig(Section):
 
     section: ClassVar[str] = "log"
     every_steps: int = key(10, "steps between log lines", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig(Section):
+    """How the processes that torchrun starts share the work; without torchrun, unused."""
+
+    section: ClassVar[str] = "distributed"
+    mode: str = key(
+        "auto",
+        "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
+        "auto: ddp where it fits",
+        choices=("auto", "ddp", "fsdp", "hsdp"),
+    )
+    shard_ranks: int | None = key(
+        None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
+    )
+    reshard_after_forward: bool = key(
+        True, "fsdp: give a block's gathered parameters up between forward and backward"
+    )
+    timeout_s: float = key(300.0, "a step that takes longer ends the job", gt=0)
+    init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)

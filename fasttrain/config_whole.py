@@ -6,6 +6,7 @@ from fasttrain.config_keys import refuse
 from fasttrain.config_sections import (
     CheckpointConfig,
     DataConfig,
+    DistributedConfig,
     EvalConfig,
     LogConfig,
     LoopConfig,
@@ -35,6 +36,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         self._check_horizon()

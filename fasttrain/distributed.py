@@ -1,0 +1,345 @@
+"""From one process to many: process groups, DDP and FSDP2 wrapping, and what ranks agree on.
+
+Everything that moves tensors is PyTorch's own: `torch.distributed`, DDP, `fully_shard`, torchrun.
+A run of one process makes no group, and every function here then costs nothing.
+
+A *rank* is one process; *control* is a group on the hosts (gloo) beside the devices' own, for what
+the training loop decides: it never waits for the device.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fasttrain.config import DistributedConfig, UserError
+
+__all__ = [
+    "World",
+    "accumulation_steps",
+    "choose_mode",
+    "set_gradient_sync",
+    "start",
+    "steady",
+    "stop",
+    "wrap",
+]
+
+# What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
+# rest is left to activations and the allocator.
+DDP_BYTES_PER_PARAMETER = 20
+DDP_PART_OF_MEMORY = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: of this process, over all nodes.
+        local_rank: of this process on its node; its CUDA device.
+        size: how many processes there are.
+        local_size: how many of them are on this node.
+        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; ``auto`` until `choose_mode`.
+        mesh: the device mesh of the mode; None for ``single``.
+        control: the hosts' group; None for ``single``.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    mode: str = "single"
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints and writes what exists once."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over ranks."""
+        return self.mode in ("fsdp", "hsdp")
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return this rank's own device for the one that the config names."""
+        if device.type != "cuda" or self.size == 1:
+            return device
+        n = torch.cuda.device_count()
+        if self.local_rank >= n:
+            raise UserError(
+                f"rank {self.rank} is number {self.local_rank} on its node, which has {n} CUDA "
+                f"devices; start torchrun with --nproc-per-node {n} at most"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place, on its device; one small reduction."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait on the host until every rank is here."""
+        if self.control is not None:
+            dist.barrier(self.control)
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's JSON value on every rank. Waits."""
+        if self.control is None:
+            return value
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([data.numel()])
+        dist.broadcast(length, 0, group=self.control)
+        if not self.leads:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self.control)
+        return json.loads(bytes(data.tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in order of rank, on every rank. Waits."""
+        if self.control is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([data.numel()]), group=self.control)
+        room = int(max(lengths))
+        padded = torch.zeros(room, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.control)
+        return [
+            json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)
+        ]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Make a `UserError` of one rank the error of all, so that none waits for the others."""
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        messages = self.gather(str(error) if error else "")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message:
+                raise UserError(message if rank == 0 else f"rank {rank}: {message}")
+
+
+def start(config: DistributedConfig, device: torch.device) -> World:
+    """Join the processes that torchrun started; a world of one where it started none.
+
+    Args:
+        config: the ``[distributed]`` section.
+        device: as ``run.device`` names it.
+
+    Raises:
+        UserError: the processes did not find each other in ``distributed.init_timeout_s``.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    try:
+        world = World(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            size=int(os.environ["WORLD_SIZE"]),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            mode="auto",
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE is set but {error} is missing or no number; start several processes with "
+            "torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from error
+    if world.size == 1:
+        return replace(world, mode="single")
+    own = world.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    patience = timedelta(seconds=config.init_timeout_s)
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            timeout=patience,
+            device_id=own if own.type == "cuda" else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=patience)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} did not meet the others at {where} within "
+            f"{config.init_timeout_s:g} s ({_first_line(error)}); check that every node runs the "
+            "same command, reaches that host and port, and names its network with "
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
+        ) from error
+    return replace(world, control=control)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def stop(world: World) -> None:
+    """Leave the process groups."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def steady(config: DistributedConfig, world: World) -> None:
+    """From now on a collective that takes ``distributed.timeout_s`` fails the job.
+
+    Called after the first step, which compiles: ranks reach its collectives minutes apart.
+    """
+    if world.size > 1:
+        patience = timedelta(seconds=config.timeout_s)
+        dist.distributed_c10d._set_pg_timeout(patience)
+        dist.distributed_c10d._set_pg_timeout(patience, world.control)
+
+
+def accumulation_steps(tokens_per_step: int | None, unit_tokens: int, size: int) -> int:
+    """Return the micro-batches of one rank in a step.
+
+    Args:
+        tokens_per_step: of the config, over all ranks; None: one micro-batch on each rank.
+        unit_tokens: tokens of a micro-batch.
+        size: number of ranks.
+
+    Raises:
+        UserError: the ranks cannot share the step evenly.
+    """
+    if tokens_per_step is None:
+        return 1
+    units = tokens_per_step // unit_tokens  # the config has checked that it divides
+    if units % size:
+        fitting = [n for n in range(1, units + 1) if units % n == 0]
+        below = max((n for n in fitting if n < size), default=None)
+        above = min((n for n in fitting if n > size), default=None)
+        near = " or ".join(str(n) for n in (below, above) if n is not None)
+        raise UserError(
+            f"train.tokens_per_step = {tokens_per_step} is {units} micro-batches of {unit_tokens} "
+            f"tokens, which {size} processes cannot share; start {near} of them, or change "
+            "train.micro_batch or train.tokens_per_step"
+        )
+    return units // size
+
+
+def choose_mode(
+    config: DistributedConfig, world: World, n_parameters: int, device: torch.device
+) -> tuple[World, str]:
+    """Settle how the model is spread over the ranks, and make the mesh.
+
+    Args:
+        config: the ``[distributed]`` section.
+        world: as `start` returned it.
+        n_parameters: of the whole model.
+        device: of this rank.
+
+    Returns:
+        The world with its mode and mesh, and in words why.
+
+    Raises:
+        UserError: ``hsdp`` cannot divide the ranks.
+    """
+    if world.size == 1:
+        return world, ""
+    mode, reason = config.mode, f"distributed.mode = {config.mode}"
+    if mode == "auto":
+        need = DDP_BYTES_PER_PARAMETER * n_parameters
+        memory = _device_memory(device)
+        if device.type != "cuda":
+            memory //= world.local_size
+        fits = need <= DDP_PART_OF_MEMORY * memory
+        mode = "ddp" if fits else "fsdp"
+        gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
+        reason = f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
+        reason += f"{memory / 2**30:.1f} GiB"
+    kind = device.type
+    if mode != "hsdp":
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    else:
+        inner = config.shard_ranks or world.local_size
+        if world.size % inner or inner < 2 or inner == world.size:
+            raise UserError(
+                f"distributed.mode = hsdp shards over {inner} ranks and replicates over the rest, "
+                f"but there are {world.size}; set distributed.shard_ranks to a divisor between, or "
+                "use distributed.mode=fsdp"
+            )
+        shape = (world.size // inner, inner)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    return replace(world, mode=mode, mesh=mesh), reason
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def wrap(
+    objective: nn.Module,
+    model: nn.Module,
+    world: World,
+    config: DistributedConfig,
+    *,
+    compute: torch.dtype,
+) -> Callable[..., Any]:
+    """Spread ``model`` over the ranks; return what computes the loss.
+
+    DDP averages gradients over the ranks, FSDP2 too: the loss is to be weighted by the number of
+    ranks. Sources: Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, FSDP
+    (arXiv:2304.11277).
+
+    Args:
+        objective: a module around the model: tokens, targets → loss.
+        model: its Transformer, whose ``blocks`` are sharded one by one.
+        world: with its mode chosen.
+        config: the ``[distributed]`` section.
+        compute: dtype of matrix products; FSDP2 gathers parameters in it, and reduces in fp32.
+    """
+    if world.mode == "ddp":
+        ddp = nn.parallel.DistributedDataParallel
+        # Rotary tables are the same everywhere; by default each forward would broadcast them.
+        names = [name for name, _ in objective.named_buffers()]
+        ddp._set_params_and_buffers_to_ignore_for_model(objective, names)
+        return ddp(objective, gradient_as_bucket_view=True)
+    if world.sharded:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if compute is torch.float32 else compute,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        blocks = model.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
+            fully_shard(
+                block,
+                mesh=world.mesh,
+                reshard_after_forward=config.reshard_after_forward,
+                mp_policy=policy,
+            )
+        # The root keeps embedding, last norm and head whole after its forward: the loss uses the
+        # head there.
+        fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+    return objective
+
+
+def set_gradient_sync(network: Any, model: nn.Module, world: World, *, sync: bool) -> None:
+    """Let the backward pass to come reduce gradients over ranks, or only add them up here."""
+    if world.mode == "ddp":
+        network.require_backward_grad_sync = sync
+    elif world.sharded:
+        model.set_requires_gradient_sync(sync)  # type: ignore[operator]

@@ -1,0 +1,98 @@
+"""What keeps ranks together: decisions made at the same step, and an end to waiting in vain."""
+
+import ctypes
+import faulthandler
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fasttrain.distributed import World
+
+__all__ = ["Agreement", "Watchdog", "die_with_parent"]
+
+
+def die_with_parent() -> None:
+    """Make the kernel send this process SIGTERM when torchrun's agent dies, however it dies.
+
+    SIGUSR1 to torchrun kills the agent alone: its workers would go on, unsupervised. Linux only.
+    """
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(set_death_signal, signal.SIGTERM)
+
+
+class Agreement:
+    """Makes all ranks act at the same step on what any of them saw, without waiting.
+
+    Each call hands in a number and returns the greatest that any rank handed in at the call
+    before: the reduction runs on the hosts while the step does. On one rank it returns the number
+    itself.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pending: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, number: int) -> int:
+        """Hand in ``number``; return the greatest of the call before, 0 at the first."""
+        if self.world.control is None:
+            return number
+        agreed = self._take()
+        mine = torch.tensor([number])
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        assert work is not None
+        self.pending = (mine, work)
+        return agreed
+
+    def _take(self) -> int:
+        if self.pending is None:
+            return 0
+        tensor, work = self.pending
+        work.wait()
+        self.pending = None
+        return int(tensor)
+
+
+class Watchdog:
+    """Ends the process, with every thread's stack on standard error, when it makes no progress.
+
+    A rank that another one waits for in vain would hang for ever: one is stopped, its network is
+    gone, a collective does not match. torchrun then ends the other ranks.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self._deadline = math.inf
+        if world.size > 1:
+            threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
+
+    def beat(self, timeout_s: float | None = None) -> None:
+        """Say that progress was made; the next beat is due in ``timeout_s`` (None: as set)."""
+        self._deadline = time.monotonic() + (timeout_s or self.timeout_s)
+
+    def pause(self) -> None:
+        """Expect nothing until the next beat."""
+        self._deadline = math.inf
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(self.timeout_s / 10, 1.0))
+            late_s = time.monotonic() - self._deadline
+            if late_s > 0:
+                message = (
+                    f"rank {self.world.rank}: no step has ended for {self.timeout_s:g} s "
+                    "(distributed.timeout_s); a rank that this one waits for is stopped or out of "
+                    "reach. Where each thread is:\n"
+                )
+                sys.stderr.write(message)
+                sys.stderr.flush()
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
