@@ -216,6 +216,24 @@ class LoopConfig(Section):
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
     label_smoothing: float = key(0.0, "target mass spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
+    on_nonfinite: str = key(
+        "skip",
+        "what a loss or gradient that is not finite does, beside that no step is made of it; skip "
+        "goes back to a checkpoint after 20 in a row",
+        choices=("skip", "rollback", "stop"),
+    )
+    on_spike: str = key(
+        "off",
+        "what a loss or gradient norm far above the last ones does (off: nothing)",
+        choices=("off", "skip", "rollback"),
+    )
+    spike_sigmas: float = key(
+        10.0, "standard deviations above the mean of the last steps that make a spike", gt=0
+    )
+    spike_window_steps: int = key(
+        128, "steps that a spike is measured by, from half as many on", ge=8
+    )
+    max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,6 +48,14 @@ class TrainConfig:
                 f"is above optim.lr = {self.optim.lr}",
                 "lower it, or raise optim.lr",
             )
+        for name in ("on_nonfinite", "on_spike"):
+            if getattr(self.train, name) == "rollback" and self.checkpoint.every_steps is None:
+                refuse(
+                    f"train.{name}",
+                    "rollback",
+                    "has nothing to go back to, as checkpoint.every_steps is unset",
+                    "set checkpoint.every_steps",
+                )
         vocab_size = self.model.vocab_size
         if self.data.path is None and vocab_size and vocab_size < self.data.corpus_vocab_size:
             refuse(

@@ -302,6 +302,16 @@ def test_wrong_arguments_are_refused(dataset: TokenDataset, wrong: dict[str, int
         make(dataset, **wrong)
 
 
+def test_a_loader_moves_to_any_position_of_its_order(dataset: TokenDataset) -> None:
+    options = {"world_size": 2, "rank": 1, "end": 150, "seed": 3}
+    with make(dataset, **options) as whole, whole.at(104) as moved:
+        rest = [batch for batch in whole if batch.position > 104]
+        for expected, batch in zip(rest, moved, strict=True):
+            assert batch.position == expected.position
+            assert torch.equal(batch.tokens, expected.tokens)
+            assert torch.equal(batch.targets, expected.targets)
+
+
 @pytest.mark.parametrize("seq_len", [1, 10, 27, 37, 999, 1000, 5000])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_covers_every_target_once_in_order(

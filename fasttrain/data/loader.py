@@ -139,6 +139,7 @@ class Loader:
         )
         self.device = torch.device(device)
         self.position, self.end, self.rank, self.world_size = position, end, rank, world_size
+        self.prefetch = prefetch
         self.wait_s = 0.0
         self.deadline_s = deadline_s
         # Simple queues, which are C; what bounds the thread is that there are so many slots.
@@ -167,6 +168,22 @@ class Loader:
     def sample_ids(self, first: int, count: int) -> NDArray[np.int64]:
         """Samples (window numbers of the split) of `count` global sample indices from `first`."""
         return sample_ids(first, count, n=self.samples_per_epoch, seed=self.seed)
+
+    def at(self, position: int) -> Loader:
+        """Another loader of the same samples in the same order, that starts at `position`."""
+        return Loader(
+            self.dataset,
+            seq_len=self.seq_len,
+            micro_batch=self.micro_batch,
+            seed=self.seed,
+            device=self.device,
+            position=position,
+            end=self.end,
+            rank=self.rank,
+            world_size=self.world_size,
+            prefetch=self.prefetch,
+            deadline_s=self.deadline_s,
+        )
 
     # The background thread ------------------------------------------------------------------
 
