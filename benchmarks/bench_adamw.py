@@ -8,8 +8,8 @@ import torch
 from fasttrain_kernels import FusedAdamW, grad_norm
 from torch import nn
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+from benchmarks.rivals import CUDA, DEVICE, record_bandwidth
+
 MAX_NORM = 1.0
 
 
@@ -82,20 +82,4 @@ def test_clipped_step(compare: Any, benchmark: Any, model: str, dtype: torch.dty
     small = model == "0.8M"
     result = compare(calls, rounds=10 if small else 5, n_calls=20 if small else 1, warmup=1)
     n_bytes = sum(p.numel() for p in sets["fasttrain"]) * dtype.itemsize * 8  # norm 1, step 7
-    benchmark.extra_info["gb_per_s"] = n_bytes / result.median_s["fasttrain"] / 1e9
-    if CUDA:
-        benchmark.extra_info["copy_gb_per_s"] = copy_gb_per_s()
-
-
-def copy_gb_per_s() -> float:
-    """Measure a device copy, reads and writes counted: the ceiling of the same run."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(source)
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return 10 * 2 * source.nbytes / (start.elapsed_time(end) / 1e3) / 1e9
+    record_bandwidth(benchmark, result.median_s["fasttrain"], n_bytes)

@@ -8,8 +8,8 @@ from fasttrain_kernels import Muon
 from fasttrain_kernels.symmetric import symmetric_matmul
 from torch import nn
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+from benchmarks.rivals import CUDA, DEVICE
+
 LAYERS, DIM = (12, 768) if CUDA else (1, 256)
 
 

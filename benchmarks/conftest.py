@@ -1,22 +1,23 @@
-"""Shared by the benchmarks: rivals timed side by side, and what they ran on.
+"""Shared by the benchmarks: rivals timed side by side, and where the figures go.
 
     def test_norm(compare):
         result = compare({"fasttrain": ours, "torch": theirs}, rounds=50)
         assert result.speedup["torch"] > 0.9
 
-The machine's load drifts by more than the differences of interest. So the rivals take turns within
-each round, and a speed-up is the median over rounds of the ratio within a round.
+``pytest benchmarks/ --benchmark-only --results benchmarks/results`` also writes them, a file for
+each suite, after every test.
 """
 
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
+
+from benchmarks import measure, results
+
+Entries = dict[str, list[dict[str, Any]]]  # of each suite
+ENTRIES = pytest.StashKey[Entries]()
 
 
 class Comparison(NamedTuple):
@@ -29,49 +30,21 @@ class Comparison(NamedTuple):
 Compare = Callable[..., Comparison]
 
 
-def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Return what a measurement depends on: device, threads, versions."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    info: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    try:
-        import triton
-
-        info["triton"] = triton.__version__
-    except ImportError:
-        info["triton"] = None
-    return info
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the benchmarks."""
+    parser.addoption("--results", type=Path, help="write figures to this folder, by device")
+    parser.addoption(
+        "--rehearse", action="store_true", help="call everything, once; the times mean nothing"
+    )
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def _timed(call: Callable[[], object], n_calls: int) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    for _ in range(n_calls):
-        call()
-    _synchronize()
-    return (time.perf_counter() - started) / n_calls
+def pytest_configure(config: pytest.Config) -> None:
+    """Start with no figures."""
+    config.stash[ENTRIES] = {}
 
 
 @pytest.fixture
-def compare(benchmark: Any) -> Compare:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
     """A function that times callables against each other and records the result.
 
     Args of the function:
@@ -79,9 +52,11 @@ def compare(benchmark: Any) -> Compare:
         rounds: how often each is timed.
         n_calls: calls in one timing: more than one where a call is too short for the clock.
         warmup: calls of each before the first timing, for compilation and caches.
+        flush: on CUDA, overwrite the L2 cache before each call (see `measure.seconds`).
 
-    Returns of the function: a `Comparison`. Medians, speed-ups and the machine are stored in the
-    benchmark's ``extra_info``; its own statistics are those of ours, for ``n_calls`` calls.
+    Returns of the function: a `Comparison`. The times of all rounds, medians and speed-ups are
+    stored in the benchmark's ``extra_info``; its own statistics are those of ours, for ``n_calls``
+    calls (on CUDA with the overwriting of the cache, which ``extra_info`` leaves out).
     """
 
     def run(
@@ -90,42 +65,75 @@ def compare(benchmark: Any) -> Compare:
         rounds: int = 20,
         n_calls: int = 1,
         warmup: int = 3,
+        flush: bool = True,
     ) -> Comparison:
+        if request.config.getoption("--rehearse"):
+            rounds, n_calls, warmup = 1, 1, 0
         ours, *rivals = callables
         times: dict[str, list[float]] = {name: [] for name in callables}
+        orders = measure.turns(rivals) if rivals else iter(lambda: [], None)
         for call in callables.values():
             for _ in range(warmup):
                 call()
 
         def time_one(name: str) -> None:
-            times[name].append(_timed(callables[name], n_calls))
+            times[name].append(measure.seconds(callables[name], n_calls, flush=flush))
 
         def time_rivals() -> None:
-            # Turned by one each round, so that none always runs first or next to ours.
-            turn = len(times[ours]) % max(1, len(rivals))
-            for name in rivals[turn:] + rivals[:turn]:
+            for name in next(orders):
                 time_one(name)
 
         benchmark.pedantic(
             time_one, args=(ours,), setup=time_rivals, rounds=rounds, iterations=1, warmup_rounds=0
         )
-        median_s = {name: statistics.median(values) for name, values in times.items()}
-        speedup = {
-            name: statistics.median(
-                theirs / own for theirs, own in zip(times[name], times[ours], strict=True)
-            )
-            for name in rivals
-        }
-        benchmark.extra_info.update(
-            machine=machine(), n_calls=n_calls, median_s=median_s, speedup=speedup
-        )
-        return Comparison(median_s, speedup)
+        figures = measure.comparison(times)
+        benchmark.extra_info.update(figures, n_calls=n_calls)
+        return Comparison(figures["median_s"], figures["speedup"])
 
     return run
 
 
-@pytest.fixture(autouse=True)
-def _machine_info(request: pytest.FixtureRequest) -> None:
-    """Record the machine with every benchmark, also those that do not use `compare`."""
-    if "benchmark" in request.fixturenames:
-        request.getfixturevalue("benchmark").extra_info["machine"] = machine()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[pytest.TestReport]:
+    """Keep what a test recorded, or why it was skipped."""
+    report = yield
+    entry: dict[str, Any] = {"name": item.name.removeprefix("test_")}
+    if report.skipped:
+        assert isinstance(report.longrepr, tuple)
+        entry["skipped"] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.when == "call" and "benchmark" in getattr(item, "funcargs", {}):
+        entry |= item.funcargs["benchmark"].extra_info
+        if report.failed:
+            entry["failed"] = str(call.excinfo.value if call.excinfo else "").split("\n")[0]
+    else:
+        return report
+    suite = item.path.stem.removeprefix("bench_")
+    entries = item.config.stash[ENTRIES].setdefault(suite, [])
+    entries.append(entry)
+    folder = item.config.getoption("--results")
+    if folder is not None and not item.config.getoption("--rehearse"):
+        machine = measure.machine()
+        path = folder / results.folder_of(machine) / f"{suite}.json"
+        results.write(path, results.document(suite, entries, machine, measure.ceilings()))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the comparisons: ours in time, the others as multiples of it."""
+    rows = [
+        (f"{suite} {entry['name']}", entry)
+        for suite, entries in config.stash[ENTRIES].items()
+        for entry in entries
+        if entry.get("median_s")
+    ]
+    if not rows:
+        return
+    terminalreporter.section("times, and those of the others as multiples of the first")
+    width = max(len(name) for name, _ in rows)
+    for name, entry in rows:
+        (ours, own), *_ = entry["median_s"].items()
+        others = (f"{rival} ×{ratio:.2f}" for rival, ratio in entry.get("speedup", {}).items())
+        line = ", ".join([f"{ours} {1e3 * own:.3g} ms", *others])
+        terminalreporter.write_line(f"{name:{width}}  {line}")

@@ -1,0 +1,154 @@
+"""Shared by all benchmarks: timing in turns, the device's ceilings, and what a figure depends on.
+
+The machine's load drifts by more than the differences of interest. So rivals take turns within each
+round, and a speed-up is the median over rounds of the ratio within a round.
+"""
+
+import functools
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PEERS = (
+    *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
+    *("transformers", "accelerate", "litgpt"),
+)
+FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host time to run ahead
+
+
+def machine() -> dict[str, Any]:
+    """Return what a measurement depends on: device, threads, versions, installed peers."""
+    info: dict[str, Any] = {
+        "device": device_name(),
+        "kind": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "peers": {name: found for name in PEERS if (found := version(name))},
+    }
+    if info["kind"] == "cuda":
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name() -> str:
+    """Return the name of the CUDA device, or of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def seconds(call: Callable[[], object], n_calls: int = 1, *, flush: bool = True) -> float:
+    """Return the seconds of one call, the mean of ``n_calls`` in a row.
+
+    On CUDA with ``flush`` the L2 cache is overwritten before each call, which device events time.
+    Without it the calls follow each other and the host's clock times them all, gaps included: what
+    a training step takes.
+    """
+    if not torch.cuda.is_available() or not flush:
+        _synchronize()
+        started = time.perf_counter()
+        for _ in range(n_calls):
+            call()
+        _synchronize()
+        return (time.perf_counter() - started) / n_calls
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n_calls)]
+    for start, end in pairs:
+        _flush_buffer().zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in pairs) / n_calls / 1e3
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def turns(names: list[str]) -> Iterator[list[str]]:
+    """Yield the order of each round: turned by one, so that none is always first or after one."""
+    turn = 0
+    while True:
+        yield names[turn:] + names[:turn]
+        turn = (turn + 1) % len(names)
+
+
+def in_turn(
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    n_calls: int = 1,
+    warmup: int = 1,
+    flush: bool = True,
+) -> dict[str, list[float]]:
+    """Time callables in turns; return the seconds of a call, for each round, by name."""
+    for call in callables.values():
+        for _ in range(warmup):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in callables}
+    for _, order in zip(range(rounds), turns(list(callables)), strict=False):
+        for name in order:
+            times[name].append(seconds(callables[name], n_calls, flush=flush))
+    return times
+
+
+def comparison(times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return medians, and how many times as long as the first each of the others takes."""
+    ours, *rivals = times
+    return {
+        "times_s": dict(times),
+        "median_s": {name: statistics.median(values) for name, values in times.items()},
+        "speedup": {
+            name: statistics.median(
+                theirs / own for theirs, own in zip(times[name], times[ours], strict=True)
+            )
+            for name in rivals
+        },
+    }
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """Measure this device: a copy, reads and writes counted, and a matrix product of random data.
+
+    The product is bf16 8192³ on CUDA and fp32 2048³ on a CPU. Medians; once a process.
+    """
+    cuda = torch.cuda.is_available()
+    device, dtype, n = ("cuda", torch.bfloat16, 8192) if cuda else ("cpu", torch.float32, 2048)
+    source = torch.zeros(2**30 if cuda else 2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
+    median = comparison(in_turn(calls, rounds=20 if cuda else 5, warmup=3))["median_s"]
+    return {
+        "copy_gb_per_s": 2 * source.nbytes / median["copy"] / 1e9,
+        "matmul_tflop_per_s": 2 * n**3 / median["matmul"] / 1e12,
+    }
