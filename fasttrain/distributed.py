@@ -312,7 +312,7 @@ def wrap(
         ddp = nn.parallel.DistributedDataParallel
         # Rotary tables are the same everywhere; by default each forward would broadcast them.
         names = [name for name, _ in objective.named_buffers()]
-        ddp._set_params_and_buffers_to_ignore_for_model(objective, names)
+        ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
         return ddp(objective, gradient_as_bucket_view=True)
     if world.sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -1,0 +1,186 @@
+"""Import from and export to Hugging Face: equal logits both ways, their own tools on the export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.checkpoint import CheckpointWriter
+from fasttrain.config import UserError, config_from_dict, config_to_toml
+from fasttrain.data.tokenizer import train_bpe
+from fasttrain.generate import generate, load_model
+from fasttrain.hf import export_model, import_model, main
+from fasttrain.model import Transformer
+
+SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 320}
+GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu", "tied_embeddings": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {**GPT2, "bias": True},
+    "gpt2 without biases": {**GPT2, "norm_eps": 1e-5},
+    "llama": {"n_kv_heads": 2, "rope_theta": 500.0},
+    "llama with biases, tied": {"bias": True, "tied_embeddings": True},
+    "qwen3": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 16, "hidden_dim": 48},
+}
+
+
+def make_run(folder: Path, **model_options: Any) -> Transformer:
+    """Write a run folder of an untrained model whose every parameter is random."""
+    config = config_from_dict(
+        {
+            "model": {**SHAPE, **model_options},
+            "data": {"seq_len": 24, "path": "somewhere"},
+            "train": {"steps": 1},
+        }
+    )
+    torch.manual_seed(1)
+    model = Transformer(config.model, seq_len=24)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    writer = CheckpointWriter(folder / "checkpoints", keep_last=1, asynchronous=False)
+    writer.save(1, {"model": model.state_dict()}, {"step": 1}, config_to_toml(config))
+    writer.close()
+    train_bpe(["the quick brown fox jumps over the lazy dog. " * 20], 300).save(
+        str(folder / "tokenizer.json")
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model(tokens))
+
+
+@pytest.fixture
+def transformers() -> Any:
+    return pytest.importorskip("transformers", reason="needs the extra hf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_has_our_logits(
+    name: str, tmp_path: Path, tokens: torch.Tensor, transformers: Any
+) -> None:
+    model = make_run(tmp_path / "run", **MODELS[name])
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert theirs.config.model_type == name.split()[0]
+    with torch.no_grad():
+        found = theirs(tokens).logits
+    torch.testing.assert_close(found, logits(model, tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact(name: str, tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = make_run(tmp_path / "run", **MODELS[name])
+    export_model(tmp_path / "run", tmp_path / "out")
+    back = load_model(import_model(tmp_path / "out", tmp_path / "again"))
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
+    assert (tmp_path / "again/tokenizer.json").is_file()
+
+
+def test_their_generate_and_tokenizer_work_on_the_export(tmp_path: Path, transformers: Any) -> None:
+    model = make_run(tmp_path / "run", **MODELS["qwen3"])
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("the quick", return_tensors="pt").input_ids
+    assert tokenizer.decode(prompt[0]) == "the quick"
+    assert tokenizer.eos_token == "<|endoftext|>"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    longer = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(longer, generate(model, prompt, max_new_tokens=8, greedy=True))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen3"])
+def test_import_has_their_logits(
+    kind: str, tmp_path: Path, tokens: torch.Tensor, transformers: Any
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 300}
+    if kind == "GPT2":
+        sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"intermediate_size": 48, "max_position_embeddings": 24, "head_dim": 16}
+        sizes |= {"num_key_value_heads": 2}
+    torch.manual_seed(2)
+    theirs = getattr(
+        transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    )(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+        expected = theirs(tokens).logits
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # several files and an index
+    assert (tmp_path / "theirs/model.safetensors.index.json").is_file()
+    model = load_model(import_model(tmp_path / "theirs", tmp_path / "run"))
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_command_line_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run", **MODELS["llama"])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    arguments = ["import", str(tmp_path / "out"), str(tmp_path / "again"), "--seq-len", "16"]
+    assert main(arguments) == 0
+    assert "model.init_from" in capsys.readouterr().out
+    assert load_model(tmp_path / "again").seq_len == 16
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"value_embeddings": True}, "value_embeddings"),
+        ({"mlp": "relu2"}, "mlp = relu2"),
+        ({"sliding_window_tokens": 8}, "sliding_window_tokens = 8"),
+        ({"bias": True, "qk_norm": True}, "bias = true together"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", **options)
+    with pytest.raises(UserError, match=message):
+        export_model(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 1}, "unknown"),
+        ({"hidden_size": 64, "head_dim": 8}, "do not fit"),
+        ({"hidden_size": None}, "model.dim"),
+    ],
+)
+def test_a_foreign_model_is_refused_with_the_reason(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", **MODELS["llama"])
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        import_model(out, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", **MODELS["llama"])
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    (out / "model.safetensors").rename(out / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safe_serialization"):
+        import_model(out, tmp_path / "again")
+    (out / "model.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        import_model(out, tmp_path / "again")
