@@ -7,6 +7,7 @@ imported, so that this happens before torch is loaded.
 
 import difflib
 import json
+import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
@@ -67,6 +68,7 @@ SECTIONS: dict[str, type[Section]] = {
         DistributedConfig,
     )
 }
+_HELP_COLUMNS = 100
 _FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
 
 
@@ -264,5 +266,11 @@ def help_text() -> str:
         for name, takes, default, why in _rows():
             if name.startswith(f"{section}."):
                 k = name.partition(".")[2]
-                lines.append(f"  {k} = {default}".ljust(34) + f"  {why} [{takes}]")
+                text = textwrap.wrap(f"{why} [{takes}]", _HELP_COLUMNS - 36, break_on_hyphens=False)
+                head = f"  {k} = {default}".ljust(36)
+                if len(head) > 36:
+                    lines.append(head)
+                    head = " " * 36
+                lines.append(head + text[0])
+                lines += [" " * 36 + line for line in text[1:]]
     return "\n".join(lines) + "\n"

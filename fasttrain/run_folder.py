@@ -78,13 +78,19 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
     return lock
 
 
-def check_disk(run_dir: Path, n_parameters: int, keep_last: int) -> None:
-    """Refuse a run whose checkpoints cannot fit: fp32 parameters and two moments, K + 2 times."""
-    one = 12 * n_parameters
-    free = shutil.disk_usage(run_dir).free
-    if free < one * (keep_last + 2):
+def check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
+    """Refuse a run whose checkpoints cannot fit: the last ``keep_last``, the best and a new one.
+
+    Args:
+        run_dir: the run folder; what its checkpoints take already counts as free.
+        checkpoint_bytes: size of one.
+        keep_last: ``checkpoint.keep_last``.
+    """
+    files = (run_dir / "checkpoints").rglob("*.safetensors")
+    free = shutil.disk_usage(run_dir).free + sum(file.stat().st_size for file in files)
+    if free < checkpoint_bytes * (keep_last + 2):
         raise UserError(
-            f"{run_dir}: {free / 2**30:.2f} GiB free on disk, but {keep_last + 2} checkpoints of "
-            f"{one / 2**30:.2f} GiB may lie there at once; free some space, set run.out_dir to "
-            "another disk or lower checkpoint.keep_last"
+            f"{run_dir}: {free / 2**30:.2f} GiB of disk for checkpoints, but {keep_last + 2} of "
+            f"{checkpoint_bytes / 2**30:.2f} GiB may lie there at once; free some space, set "
+            "run.out_dir to another disk or lower checkpoint.keep_last"
         )

@@ -4,7 +4,9 @@ Only the config is loaded before it is known to be good; torch comes after.
 """
 
 import argparse
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from fasttrain.config import UserError, help_text, load_config
 
 __all__ = ["main"]
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,14 +48,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="section.key",
         help="a key that may differ from the resumed run's; may be given several times",
     )
+    parser.add_argument(
+        "--verify-resume",
+        type=int,
+        metavar="N",
+        help="only prove that resuming works: N steps in one go and in two processes must end at "
+        "the same bits",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 when done, 2 on bad input, 75 when stopped and resumable."""
+    """Run the command; return its exit status.
+
+    0: done, or verified; 1: failed, or not verified; 2: bad input; 75: stopped, and can be resumed;
+    128 + n: ended by signal n before there was anything to resume.
+    """
+    from fasttrain.redact import redact
+
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.verify_resume is not None:
+            from fasttrain.verify_resume import verify_resume
+
+            return verify_resume(
+                config, arguments.config, arguments.overrides, arguments.verify_resume
+            )
         from fasttrain.session import run
 
         return run(
@@ -64,11 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_change=arguments.allow_change,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
         print("interrupted before the first step; nothing to resume", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_BY_SIGNAL + number
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -232,7 +232,8 @@ class TokenDataset:
         n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
         n_documents: Documents, None where not recorded.
         end_of_text: The id that ends each document, None where not recorded.
-        fingerprint: SHA-256 over the hashes of shards (in order) and tokenizer, vocabulary, dtype.
+        facts: What identifies it: hashes of shards (in order) and tokenizer, vocabulary, dtype.
+        fingerprint: SHA-256 over these.
         tokenizer_path: The verified `tokenizer.json`, None for imports.
         reading: The file that is being read at this moment, None between reads.
     """
@@ -257,9 +258,14 @@ class TokenDataset:
         self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
         self.max_token = max(scan.max_token for scan in scans)
         self.reading: Path | None = None
-        facts = [vocab_size, end_of_text, self.dtype.str, tokenizer_sha256]
-        facts += [scan.sha256 for scan in scans]
-        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self.facts: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "end_of_text": end_of_text,
+            "dtype": self.dtype.str,
+            "tokenizer": tokenizer_sha256,
+            "shards": [scan.sha256 for scan in scans],
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Tokens [start, start + count), across shards.

@@ -1,0 +1,135 @@
+"""What a checkpoint was made of, and whether a run may go on from it."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fasttrain.config import (
+    TrainConfig,
+    UserError,
+    config_difference,
+    config_to_dict,
+    load_config,
+)
+from fasttrain.data.format import TokenDataset
+
+__all__ = ["Change", "check_resumable", "data_facts", "torch_changed"]
+
+# Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
+MAY_CHANGE = (
+    *("run.name", "run.out_dir", "run.device", "run.threads"),
+    *("data.path", "data.prefetch", "data.cache_dir", "eval.", "checkpoint.", "log."),
+)
+
+
+class Change(NamedTuple):
+    """A setting that is not what the checkpoint was made with."""
+
+    key: str
+    old: Any
+    new: Any
+    where: str = ""  # of two lists: how they differ
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.where or f'{_short(self.old)} → {_short(self.new)}'}"
+
+
+def data_facts(train: TokenDataset, val: TokenDataset) -> dict[str, dict[str, Any]]:
+    """Return what identifies the data of a run, for the checkpoint's state."""
+    return {"train": train.facts, "val": val.facts}
+
+
+def check_resumable(
+    source: Path,
+    config: TrainConfig,
+    data: dict[str, dict[str, Any]],
+    allow_change: Sequence[str],
+) -> dict[str, Any]:
+    """Return the state of the checkpoint ``source``, allowed changes added to its history.
+
+    Args:
+        source: a checkpoint folder that was verified.
+        config: the config to go on with, its vocabulary settled.
+        data: of the data to go on with, as `data_facts` returns it.
+        allow_change: keys that may differ, beyond those that change no number.
+
+    Raises:
+        UserError: a config key or the data differ and that was not allowed; names all of them.
+    """
+    known = [f"{section}.{key}" for section, t in config_to_dict(config).items() for key in t]
+    known += [f"data.{split}.{key}" for split, facts in data.items() for key in facts]
+    for key in allow_change:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "it takes section.key"
+            raise UserError(f"--allow-change {key}: there is no such key; {hint}")
+    old_config = load_config(source / "config.toml")
+    state: dict[str, Any] = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    changes = [
+        Change(key, old, new)
+        for key, old, new in config_difference(old_config, config)
+        if not key.startswith(MAY_CHANGE)
+    ]
+    changes += _data_changes(state["data"], data)
+    refused = [str(change) for change in changes if change.key not in allow_change]
+    if refused:
+        raise UserError(
+            f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
+            "each with --allow-change KEY"
+        )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    state["history"] = state.get("history", []) + [
+        {
+            "when": now,
+            "step": state["step"],
+            "key": c.key,
+            "old": _short(c.old),
+            "new": _short(c.new),
+        }
+        for c in changes
+    ]
+    return state
+
+
+def torch_changed(state: dict[str, Any]) -> str | None:
+    """Return a warning where the checkpoint was made with another version of torch."""
+    if state["torch"] == torch.__version__:
+        return None
+    return (
+        f"the checkpoint was made with torch {state['torch']} and this is {torch.__version__}: the "
+        "run goes on, but not with the same bits"
+    )
+
+
+def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:
+    changes = []
+    for split, facts in new.items():
+        for key, value in facts.items():
+            before = old[split][key]
+            if before != value:
+                where = _list_difference(before, value) if key == "shards" else ""
+                changes.append(Change(f"data.{split}.{key}", before, value, where))
+    return changes
+
+
+def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Say how two lists of hashes differ."""
+    if sorted(old) == sorted(new):
+        return "the same files in another order"
+    if len(old) != len(new):
+        return f"{len(old)} files → {len(new)} files"
+    at = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+    return f"file {at + 1} of {len(old)}: {_short(old[at])} → {_short(new[at])}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return f"{len(value)} files"
+    text = "none" if value is None else str(value)
+    is_hash = len(text) == 64 and not set(text) - set("0123456789abcdef")
+    return f"{text[:12]}…" if is_hash else text

@@ -1,0 +1,137 @@
+"""Signals: before training they interrupt; during it the first ends the run, a second at once.
+
+Python runs a signal's handler in the main thread between two of its bytecodes: in the middle of
+whatever that was printing or locking, and not at all while it compiles, waits for a disk or
+computes for long. So while a run trains the handler does nothing. The system writes the number of
+each signal to a pipe, and a thread that reads this pipe asks the run to stop.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+
+__all__ = ["SIGNALS", "Interrupted", "StopSignals", "end_at_once", "interruptible"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+EXIT_FORCED = 1
+_OVER = 0  # no signal has this number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came before training had begun."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` in the main thread when a signal comes."""
+    previous = {number: signal.signal(number, _raise) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class StopSignals:
+    """While this context lasts, signals end the run.
+
+    Args:
+        stop: called at the first signal with its name; must return at once.
+        rescue: called when the run has not ended `patience_s` after that; does not return where it
+            can end the process.
+        patience_s: called at the first signal for the seconds to wait.
+
+    All are called in a thread of their own. A second signal ends the process with status 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        stop: Callable[[str], None],
+        rescue: Callable[[], None],
+        patience_s: Callable[[], float],
+    ) -> None:
+        self._stop, self._rescue, self._patience_s = stop, rescue, patience_s
+        self._over = threading.Event()
+
+    def __enter__(self) -> None:
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._threads = [threading.Thread(target=self._watch, name="signals", daemon=True)]
+        self._threads[0].start()
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.write(self._write_end, bytes([_OVER]))
+        for thread in self._threads:
+            thread.join()
+        os.close(self._read_end)
+        os.close(self._write_end)
+
+    def _watch(self) -> None:
+        received = 0
+        while True:
+            for number in os.read(self._read_end, 64):
+                if number == _OVER:
+                    return
+                if number not in SIGNALS:
+                    continue
+                received += 1
+                if received > 1:  # checkpoints are committed by rename: those on disk stay whole
+                    end_at_once(EXIT_FORCED)
+                self._stop(signal.Signals(number).name)
+                late = threading.Thread(target=self._wait, name="rescue", daemon=True)
+                self._threads.append(late)
+                late.start()
+
+    def _wait(self) -> None:
+        if not self._over.wait(self._patience_s()):
+            self._rescue()
+
+
+def end_at_once(status: int) -> None:
+    """End this process and all that it started; nothing is waited for or cleaned up."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    for child in _descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+    os._exit(status)
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Return the processes that a process started, and those that they started; [] off Linux."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # pid (command) state ppid …, where the command may hold spaces and parentheses
+            rest = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            parents[int(folder.name)] = int(rest[1])
+    found = [ancestor]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]

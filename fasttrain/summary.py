@@ -1,0 +1,104 @@
+"""What a person sees of a run before its first step and after its last."""
+
+import platform
+import shlex
+from pathlib import Path
+
+import torch
+
+from fasttrain import checkpoint
+from fasttrain.loggers import Console, format_count, format_duration
+from fasttrain.trainer import Trainer
+
+__all__ = ["show_end", "show_start"]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
+    """Show what is about to run; ``source`` is the checkpoint it goes on from."""
+    config, model = trainer.config, trainer.model
+    m, step = config.model, trainer.train_step
+    train, val = trainer.train_loader.dataset, trainer.val_dataset
+    assert val is not None
+    compiled = "eager" if step.compile_mode == "off" else f"torch.compile ({step.compile_mode})"
+    if trainer.total_steps is None:
+        plan = f"{config.train.hours} h"
+    else:
+        tokens = trainer.total_steps * trainer.tokens_per_step
+        plan = f"{trainer.total_steps:,} steps × {trainer.tokens_per_step:,} tokens"
+        plan += f" = {format_count(tokens)} tokens, {tokens / train.n_tokens:.2f} epochs"
+    rows = [
+        ("device", f"{_device_name(trainer.device)} · {trainer.precision.name} · {compiled}"),
+        (
+            "model",
+            f"{format_count(model.num_parameters())} parameters: {m.n_layers} layers × {m.dim}, "
+            f"{m.n_heads} heads, vocabulary {m.vocab_size:,}, context {config.data.seq_len}",
+        ),
+        (
+            "data",
+            f"{config.data.path or 'Python standard library source'}: "
+            f"{format_count(train.n_tokens)} tokens to train on, "
+            f"{format_count(val.n_tokens)} to validate",
+        ),
+        ("plan", plan),
+        ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}"),
+        ("run", str(trainer.run_dir)),
+    ]
+    if source is not None:
+        rows.append(("resumed", f"{source} at step {trainer.step_count:,}"))
+    console.header(rows)
+
+
+def show_end(
+    trainer: Trainer,
+    console: Console,
+    outcome: str,
+    wall_s: float,
+    first_step: int,
+    trained_before_s: float,
+) -> None:
+    """Show how the run ended.
+
+    Args:
+        trainer: the run; its checkpoint is complete.
+        console: where to.
+        outcome: as `Trainer.fit` returns it.
+        wall_s: seconds since this process began the run, or to go on with it.
+        first_step: step at which it began.
+        trained_before_s: seconds that the steps before took.
+    """
+    assert trainer.run_dir is not None
+    n_steps, trained_s = trainer.step_count - first_step, trainer.trained_s - trained_before_s
+    time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
+    speed = f"{n_steps * trainer.tokens_per_step / max(trained_s, 1e-9):,.0f} tokens/s over "
+    speed += f"{n_steps:,} steps"
+    if first_step:
+        time += f" (with what came before: {format_duration(trainer.trained_s)} in steps)"
+    else:
+        speed += f", first step after {trainer.first_step_s or 0.0:.1f} s"
+    rows = [("time", time), ("speed", speed)] if n_steps else [("time", time)]
+    val = trainer.last_eval
+    if val:
+        bpb = val["val_bpb"]
+        rows.append(
+            (
+                "validation",
+                f"loss {val['val_loss']:.4f}, best {trainer.best_val_loss:.4f}"
+                + (f", {bpb:.4f} bits per byte" if bpb is not None else "")
+                + f", accuracy {val['val_accuracy']:.1%}",
+            )
+        )
+    rows.append(("checkpoint", str(checkpoint.resolve(trainer.run_dir, which="latest"))))
+    if outcome == "done":
+        prompt = shlex.quote(next(iter(trainer.config.eval.prompts), ""))
+        tokenizer = "" if trainer.sampler else " --tokenizer PATH"
+        command = f"python -m fasttrain.generate {trainer.run_dir} --prompt {prompt}{tokenizer}"
+        rows.append(("generate", command))
+    else:
+        rows.append(("resume", "the same command with --resume auto"))
+    console.summary(rows, title="done" if outcome == "done" else "stopped")

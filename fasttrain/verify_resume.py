@@ -1,0 +1,167 @@
+"""``--verify-resume N``: N steps in one go, and in two processes, must end at the same bits."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain import checkpoint
+from fasttrain.config import TrainConfig, UserError
+from fasttrain.loggers import format_duration
+from fasttrain.redact import redact
+from fasttrain.signals import interruptible
+
+__all__ = ["first_difference", "verify_resume"]
+
+EXIT_VERIFIED, EXIT_DIFFERENT = 0, 1
+_GROUPS = ("step", "model", "optimizer")
+MADE_BY_TRAINING = (0, 75)  # done, or stopped with a checkpoint
+
+
+def verify_resume(
+    config: TrainConfig, config_path: Path, overrides: Sequence[str], n_steps: int
+) -> int:
+    """Train ``n_steps`` in one process and, the same, in two; print whether they end alike.
+
+    Compared are the losses of all steps and, at the end, every tensor of the checkpoint by its
+    SHA-256: parameters, moments, random states and what else it holds. The runs lie in a temporary
+    folder in ``run.out_dir``, which is removed unless they differ or fail.
+
+    Args:
+        config: as loaded, for its checks.
+        config_path: the file it is from.
+        overrides: what the command line adds to it.
+        n_steps: at least 2.
+
+    Returns:
+        0 where all is equal, 1 where it differs, otherwise the status of the run that failed.
+
+    Raises:
+        UserError: the config or ``n_steps`` do not allow it.
+    """
+    if n_steps < 2:
+        raise UserError(f"--verify-resume {n_steps}: two processes need at least 2 steps")
+    if config.train.hours is not None:
+        raise UserError(
+            "--verify-resume: train.hours makes the learning rate depend on the clock; give the "
+            "length otherwise, as in train.hours=none train.steps=1000"
+        )
+    if config.train.steps is not None and n_steps > config.train.steps:
+        raise UserError(
+            f"--verify-resume {n_steps}: the run has {config.train.steps} steps; name fewer"
+        )
+    out_dir = Path(config.run.out_dir)
+    is_new = not out_dir.exists()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=out_dir))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out_dir}: {error.strerror}; set run.out_dir to a writable folder"
+        ) from error
+    base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
+    base += ["log.every_steps=1"]
+    parts = [
+        ("one", n_steps, f"{n_steps} steps in one go"),
+        ("two", n_steps // 2, f"{n_steps // 2} steps"),
+        ("two", n_steps, f"{n_steps - n_steps // 2} more in a fresh process"),
+    ]
+    keep = False
+    try:
+        for number, (name, stop, what) in enumerate(parts):
+            started = time.perf_counter()
+            print(f"{what} … ", end="", flush=True)
+            arguments = [*base, f"run.name={name}", "--stop-at-step", str(stop)]
+            status, errors = _train([*arguments, "--resume", "auto"] if number == 2 else arguments)
+            print(format_duration(time.perf_counter() - started), flush=True)
+            if status not in MADE_BY_TRAINING:
+                keep = status != 2  # bad input left nothing to look at
+                print(redact(errors.strip() or f"exit status {status}"), file=sys.stderr)
+                return status if status > 0 else EXIT_DIFFERENT
+        difference, counted = first_difference(folder / "one", folder / "two")
+        keep = difference is not None
+        if difference is None:
+            print(f"resuming is exact: {counted} are equal bit for bit after {n_steps} steps")
+            return EXIT_VERIFIED
+        print(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
+        return EXIT_DIFFERENT
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_new and not any(out_dir.iterdir()):
+                out_dir.rmdir()
+
+
+def _train(arguments: Sequence[str]) -> tuple[int, str]:
+    """Train in a process of its own; return its exit status and what it wrote to stderr."""
+    command = [sys.executable, "-m", "fasttrain.train", *arguments]
+    with (
+        interruptible(),
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        try:
+            errors = process.communicate()[1]
+            return process.returncode, errors
+        except KeyboardInterrupt:
+            process.kill()
+            raise
+
+
+def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
+    """Compare the losses and the last checkpoints of two run folders.
+
+    Returns:
+        The first difference in words (None: there is none), and what was compared.
+    """
+    losses = [_losses(run_dir) for run_dir in (one, two)]
+    for step in sorted(losses[0].keys() | losses[1].keys()):
+        a, b = (row.get(step, "missing") for row in losses)
+        if a != b:
+            return f"loss of step {step}: {a} in one go, {b} resumed", ""
+    digests = [_digests(run_dir) for run_dir in (one, two)]
+    for name in sorted(digests[0].keys() | digests[1].keys(), key=_order):
+        a, b = (found.get(name, "missing") for found in digests)
+        if a != b:
+            return f"{name}: SHA-256 {a[:16]} in one go, {b[:16]} resumed", ""
+    names = list(digests[0])
+    n_parameters = sum(name.startswith("model.") for name in names)
+    n_moments = sum(name.startswith("optimizer.") for name in names)
+    rest = len(names) - n_parameters - n_moments
+    counted = f"{len(losses[0])} losses, {n_parameters} parameters, {n_moments} tensors of the "
+    return None, counted + f"optimizers and {rest} others (random states, counters)"
+
+
+def _losses(run_dir: Path) -> dict[int, str]:
+    """Return the loss of each step, in hexadecimal digits, which round nothing."""
+    found = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row: dict[str, Any] = json.loads(line)
+        if row["kind"] == "train":
+            found[row["step"]] = "none" if row["loss"] is None else float(row["loss"]).hex()
+    return found
+
+
+def _digests(run_dir: Path) -> dict[str, str]:
+    """Return the SHA-256 of each tensor of the newest checkpoint."""
+    loaded = checkpoint.load(checkpoint.resolve(run_dir, "latest"))
+    digests = {"step": str(loaded.step)}
+    for name, tensor in loaded.tensors.items():
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        digests[name] = hashlib.sha256(data.numpy().data).hexdigest()
+    return digests
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Sort the parameters first and the moments after them."""
+    group = name.partition(".")[0]
+    return (_GROUPS.index(group) if group in _GROUPS else len(_GROUPS), name)
