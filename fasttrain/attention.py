@@ -1,16 +1,98 @@
-"""Causal self-attention with its options, on scaled dot-product attention, and the key-value cache.
+"""Causal self-attention with its options, and the key-value cache.
+
+Plain causal attention is scaled dot-product attention (SDPA). What a query may see beyond that, a
+window or its document alone, is said once, by `visible`. On CUDA FlexAttention compiles it into
+its kernel and skips what is hidden (Dong et al. 2024, arXiv:2412.05496); elsewhere, and where
+FlexAttention cannot go (dropout, a cache), it is written out as a boolean mask for SDPA.
 
 Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim, S cached length.
 """
+
+from collections.abc import Callable
+from functools import cache as cached
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, apply_rope
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fasttrain.config import ModelConfig
 
-__all__ = ["Attention", "KVCache", "LayerCache", "rope_tables"]
+__all__ = ["Attention", "KVCache", "LayerCache", "Mask", "attention_mask", "rope_tables", "visible"]
+
+Mask = Tensor | BlockMask  # of attention, where it is more than causal
+
+
+def visible(
+    window: int | None, documents: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the function (row, head, query, key) → may this query look at this key?
+
+    Args:
+        window: tokens that a query sees, itself included; None: all before it.
+        documents: int (B, T), a number for each token's document; None: all tokens are of one.
+    """
+
+    def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents is not None:
+            seen = seen & (documents[row, query] == documents[row, key])
+        return seen
+
+    return may_see
+
+
+def attention_mask(
+    start: int,
+    t: int,
+    device: torch.device,
+    *,
+    window: int | None,
+    doc_starts: Tensor | None,
+    flex: bool,
+) -> Mask | None:
+    """Return what T queries after ``start`` cached tokens may see; None: plain causal attention.
+
+    Args:
+        start: number of tokens before the queries.
+        t: T.
+        device: of the mask.
+        window: tokens that a query sees, itself included; None: all before it.
+        doc_starts: bool (B, T), true at the first token of each document; ``start`` is 0 then.
+        flex: as a block mask, for FlexAttention; it needs ``start`` = 0.
+
+    Returns:
+        A boolean mask, (T, start + T) or with documents (B, 1, T, T), or a block mask.
+    """
+    windowed = window is not None and window < start + t
+    if doc_starts is None and not windowed and (start == 0 or t == 1):
+        return None
+    documents = None if doc_starts is None else doc_starts.cumsum(1, dtype=torch.int32)
+    rule = visible(window if windowed else None, documents)
+    if flex:
+        rows = None if documents is None else len(documents)
+        block_mask: BlockMask = _flex(create_block_mask)(rule, rows, None, t, t, device=device)
+        return block_mask
+    query = torch.arange(start, start + t, device=device)[:, None]
+    key = torch.arange(start + t, device=device)[None, :]
+    if documents is None:
+        return rule(query, query, query, key)
+    row = torch.arange(len(documents), device=device)[:, None, None, None]
+    return rule(row, row, query, key)
+
+
+@cached
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _flex(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of FlexAttention compiled: run as it is, it writes out all T·T scores."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
 
 
 def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +159,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Mask | None,
         cache: LayerCache | None = None,
         start: int = 0,
         value: Tensor | None = None,
@@ -87,7 +169,7 @@ class Attention(nn.Module):
         Args:
             x: normalised hidden states, (B, T, D).
             rope: cos and sin of the positions of x, each (T, K/2), or None.
-            mask: boolean (T, start + T), True where a query may look, or None for plain causal.
+            mask: what a query may see, from `attention_mask`; None for plain causal.
             cache: keys and values of earlier tokens; x is appended to it.
             start: number of tokens that the cache holds.
             value: embeddings (B, T, G·K) that are mixed into the values, where the config says so.
@@ -97,7 +179,8 @@ class Attention(nn.Module):
         """
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        q, k, v = self.qkv(x).split(sizes, dim=-1)
+        qkv = self.qkv(x)
+        q, k, v = qkv.split(sizes, dim=-1)
         q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
         k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
         v = v.view(b, t, self.n_kv_heads, self.head_dim)
@@ -110,14 +193,23 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
         if cache is not None:
             k, v = cache.extend(k, v, start)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and t > 1,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )  # (B, H, T, K)
+        grouped = self.n_kv_heads != self.n_heads
+        if isinstance(mask, BlockMask):
+            q, k, v = (z.to(qkv.dtype) for z in (q, k, v))  # autocast does not know FlexAttention
+            y = _flex(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            if grouped and mask is not None and q.is_cuda:
+                # Of SDPA's CUDA kernels those that take a mask know no grouped queries.
+                k, v = (z.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for z in (k, v))
+                grouped = False
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and t > 1,
+                enable_gqa=grouped,
+            )  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
         return F.dropout(self.out(y), self.dropout, self.training)

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, relu_squared, rms_norm, swiglu
 from torch import Tensor, nn
 
-from fasttrain.attention import Attention, KVCache, LayerCache, rope_tables
+from fasttrain.attention import (
+    Attention,
+    KVCache,
+    LayerCache,
+    Mask,
+    attention_mask,
+    rope_tables,
+)
 from fasttrain.config import ConfigError, ModelConfig
 
 __all__ = ["Block", "FeedForward", "Transformer"]
@@ -86,7 +93,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Mask | None,
         cache: LayerCache | None,
         start: int,
         value: Tensor | None,
@@ -101,6 +108,12 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
     """Call a block; the function that `Transformer.block_fn` starts as, and that is compiled."""
     y: Tensor = block(x, *rest)
     return y
+
+
+def _restarted(doc_starts: Tensor) -> Tensor:
+    """Return each token's position (B, T) in its document."""
+    position = torch.arange(doc_starts.shape[1], device=doc_starts.device).expand_as(doc_starts)
+    return position - (position * doc_starts).cummax(1).values
 
 
 class Transformer(nn.Module):
@@ -210,19 +223,31 @@ class Transformer(nn.Module):
         layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
         return KVCache(layers, max_tokens)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, doc_starts: Tensor | None = None
+    ) -> Tensor:
         """Return the normalised hidden states of ``tokens``.
 
         Args:
             tokens: int64 (B, T), each in [0, V); T and the cached length are at most ``seq_len``.
             cache: keys and values of the tokens before these, from `new_cache`; extended in place.
+            doc_starts: bool (B, T), true at the first token of each document: no token then sees
+                or depends on another document. None: a row is one document. Not with a cache.
 
         Returns:
             Hidden states (B, T, D); `logits` or a fused loss takes them from there.
 
         Raises:
-            ValueError: the positions pass ``seq_len`` or the cache's room.
+            ValueError: the positions pass ``seq_len`` or the cache's room, or ``doc_starts`` and
+                ``cache`` are both given.
+
+        Numerics: learned positions count from each document's start. Rotary ones count on: the
+            angle between two tokens depends on their distance alone.
         """
+        if doc_starts is not None and cache is not None:
+            raise ValueError(
+                "Transformer: doc_starts and cache exclude each other; a cache is of one document"
+            )
         t = tokens.shape[1]
         start = cache.length if cache is not None else 0
         room = self.seq_len if cache is None else min(self.seq_len, cache.max_tokens)
@@ -234,17 +259,28 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)  # (B, T, D)
         rope = None
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start : start + t]
+            table = self.position_embedding.weight
+            x = x + (
+                table[start : start + t] if doc_starts is None else table[_restarted(doc_starts)]
+            )
         else:
             assert self.rope_cos is not None
             assert self.rope_sin is not None
             rope = (self.rope_cos[start : start + t], self.rope_sin[start : start + t])
         if self.bigram_embedding is not None:
-            x = x + self.bigram_embedding(self._pairs(tokens, cache))
+            x = x + self.bigram_embedding(self._pairs(tokens, cache, doc_starts))
         if self.config.embedding_norm:
             x = rms_norm(x, eps=self.config.norm_eps)
         x = F.dropout(x, self.config.dropout, self.training)
-        mask = self._mask(start, t, tokens.device)
+        dropped = self.training and self.config.dropout > 0
+        mask = attention_mask(
+            start,
+            t,
+            tokens.device,
+            window=self.config.sliding_window_tokens,
+            doc_starts=doc_starts,
+            flex=tokens.is_cuda and cache is None and not dropped,
+        )
         block_fn = self.block_fn if torch.is_grad_enabled() else run_block
         for i, block in enumerate(self.blocks):
             value = self.value_embeddings[i](tokens) if len(self.value_embeddings) else None
@@ -256,7 +292,7 @@ class Transformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _pairs(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _pairs(self, tokens: Tensor, cache: KVCache | None, doc_starts: Tensor | None) -> Tensor:
         """Return the row (B, T) of each token's pair with the one before it, hashed.
 
         The first token of a text pairs with token 0. Source: modded-nanogpt's bigram embedding,
@@ -265,21 +301,10 @@ class Transformer(nn.Module):
         first = cache.last_tokens if cache is not None else None
         before = torch.zeros_like(tokens[:, :1]) if first is None else first[:, None]
         previous = torch.cat([before, tokens[:, :-1]], dim=1)
+        if doc_starts is not None:
+            previous = previous.masked_fill(doc_starts, 0)
         assert self.config.bigram_vocab_size is not None
         return ((previous * 36313) ^ (tokens * 27191)) % self.config.bigram_vocab_size
-
-    def _mask(self, start: int, t: int, device: torch.device) -> Tensor | None:
-        """Return the boolean mask (T, start + T), or None where plain causal attention is meant."""
-        window = self.config.sliding_window_tokens
-        windowed = window is not None and window < start + t
-        if not windowed and (start == 0 or t == 1):
-            return None
-        query = torch.arange(start, start + t, device=device)[:, None]
-        key = torch.arange(start + t, device=device)[None, :]
-        mask = key <= query
-        if window is not None:
-            mask &= query - key < window
-        return mask
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., D) to fp32 logits (..., V), soft-capped where the config says so.

@@ -1,5 +1,6 @@
 """The Transformer: options, initialisation, cache, first loss, what a position may see."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -239,3 +240,101 @@ def test_compiled_gelu_is_the_eager_one() -> None:
         (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def packed(generator_seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of three documents, of 7, 1 and 16 tokens and of 3, 20 and 1; no token twice."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    tokens = torch.randperm(128, generator=generator)[:48].view(2, 24)
+    doc_starts = torch.zeros(2, 24, dtype=torch.bool)
+    for row, starts in enumerate(([0, 7, 8], [0, 3, 23])):
+        doc_starts[row, starts] = True
+    return tokens, doc_starts
+
+
+def spans(doc_starts: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return (row, first, end) of every document."""
+    found = []
+    for row, flags in enumerate(doc_starts):
+        starts = flags.nonzero().flatten().tolist()
+        found += [(row, a, b) for a, b in itertools.pairwise([*starts, doc_starts.shape[1]])]
+    return found
+
+
+def test_R27_editing_a_document_leaves_the_others_logits_bit_identical(style: ModelConfig) -> None:
+    model = build(style).eval()
+    tokens, doc_starts = packed()
+    with torch.no_grad():
+        before = model.logits(model(tokens, doc_starts=doc_starts))
+        for row, first, end in spans(doc_starts):
+            edited = tokens.clone()
+            edited[row, first:end] = (tokens[row, first:end] + 50) % 128
+            after = model.logits(model(edited, doc_starts=doc_starts))
+            same = (before == after).all(-1)
+            inside = torch.zeros_like(same)
+            inside[row, first:end] = True
+            assert torch.equal(same, ~inside)
+
+
+def test_R27_a_packed_document_computes_what_it_computes_alone(style: ModelConfig) -> None:
+    model = build(style).eval()
+    tokens, doc_starts = packed()
+    with torch.no_grad():
+        hidden = model(tokens, doc_starts=doc_starts)
+        for row, first, end in spans(doc_starts):
+            alone = model(tokens[row : row + 1, first:end])[0]
+            torch.testing.assert_close(hidden[row, first:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_R27_the_boundarys_loss_is_that_of_the_document_before_it(style: ModelConfig) -> None:
+    """The last token of a document predicts the first of the next, from its own document alone."""
+    model = build(style).eval()
+    tokens, doc_starts = packed()
+    targets = torch.roll(tokens, -1, dims=1)
+    with torch.no_grad():
+        logits = model.logits(model(tokens, doc_starts=doc_starts))
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        for row, first, end in spans(doc_starts):
+            alone = model.logits(model(tokens[row : row + 1, first:end]))[0]
+            expected = F.cross_entropy(alone, targets[row, first:end], reduction="none")
+            torch.testing.assert_close(losses[row, first:end], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_R27_no_gradient_crosses_a_document() -> None:
+    model = build(EXTRAS)
+    tokens, doc_starts = packed()
+    hidden = model(tokens, doc_starts=doc_starts)
+    hidden[0, 8:].square().sum().backward()
+    for table in (model.embedding, *model.value_embeddings):
+        touched = table.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+        assert set(touched) <= set(tokens[0, 8:].tolist())
+        assert len(touched) > 10
+
+
+def test_one_document_a_row_is_what_no_documents_are(style: ModelConfig) -> None:
+    model = build(style).eval()
+    tokens, doc_starts = packed()
+    doc_starts[:, 1:] = False
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens, doc_starts=doc_starts), model(tokens), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="doc_starts and cache exclude each other"):
+        model(tokens, model.new_cache(2, 24), doc_starts)
+
+
+def test_documents_compile_into_one_graph_that_serves_all_batches() -> None:
+    model = build(EXTRAS)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for seed in (0, 1):
+        tokens, doc_starts = packed(seed)
+        doc_starts = doc_starts.roll(seed, 0)  # other documents, the same shapes
+        torch.testing.assert_close(
+            compiled(tokens, doc_starts=doc_starts),
+            model(tokens, doc_starts=doc_starts),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
