@@ -84,7 +84,6 @@ def test_cross_entropy(compare: Any, benchmark: Any, rows: int, vocabulary: int)
         check(name, got, exact, TOLERANCE[DTYPE])
 
     ops, left_out = gather(MAKERS, verify)
-    del exact
 
     def in_turn(name: str) -> Callable[[], object]:
         # Liger writes its gradient over the logits, which the others must not find there.

@@ -98,7 +98,6 @@ def test_linear_cross_entropy(
         check(name, step(op, hidden[:few], weight, targets[:few]), exact, TOLERANCE[DTYPE])
 
     ops, left_out = gather(MAKERS, verify)
-    del exact
     calls = {name: (lambda op=op: step(op, hidden, weight, targets)) for name, op in ops.items()}
     rounds, warmup = (2, 0) if seconds_each else (20 if CUDA else 5, 1)
     result = compare(calls, rounds=rounds, warmup=warmup)
