@@ -1,6 +1,7 @@
 """The held-out split: loss, perplexity, bits per byte and next-token accuracy."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from fasttrain_kernels import linear_cross_entropy
@@ -24,20 +25,26 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     precision: Precision,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float | None]:
     """Run ``model`` over the whole split once, in order; each token but the first is a target once.
 
     Returns:
         ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
         (None where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
+        Nothing where ``should_stop``, asked before each batch, said yes.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     batches = evaluation_batches(dataset, seq_len=seq_len, batch_size=batch_size, device=device)
-    for batch in batches:
-        totals += _totals(model, batch, precision)
-    model.train(was_training)
+    try:
+        for batch in batches:
+            if should_stop is not None and should_stop():
+                return {}
+            totals += _totals(model, batch, precision)
+    finally:
+        model.train(was_training)
     loss_sum, n_right, n_targets = totals.tolist()
     loss = loss_sum / n_targets
     return {

@@ -114,7 +114,8 @@ def _train(trainer: Trainer, console: Console, started: float) -> int:
         try:
             if not trainer.save_unfinished():
                 return  # it ended after all
-            console.note("the step under way was given up; the state before it is saved")
+            why = trainer.stop_reason
+            console.note(f"{why}: the step under way was given up, the state before it is saved")
             status = end("stopped")
             console.close()
         except Exception as error:
