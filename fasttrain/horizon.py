@@ -4,7 +4,7 @@ import math
 
 from fasttrain.config import LoopConfig
 
-__all__ = ["HOURS_ESTIMATE_AT", "n_steps", "steps_in"]
+__all__ = ["HOURS_ESTIMATE_AT", "n_steps"]
 
 # With train.hours the number of steps is estimated once, from the time that steps took up to here.
 HOURS_ESTIMATE_AT = 20
@@ -21,16 +21,3 @@ def n_steps(
     if loop.epochs is not None:
         return math.ceil(math.ceil(loop.epochs * samples_per_epoch) / samples_per_step)
     return None
-
-
-def steps_in(left_s: float, *, step: int, trained_s: float, first_step_s: float) -> int:
-    """Return the step that a run reaches when it goes on for ``left_s`` seconds at its pace.
-
-    Args:
-        left_s: seconds left.
-        step: steps done, more than one.
-        trained_s: seconds they took.
-        first_step_s: of these the first, which holds the compilation and says nothing of others.
-    """
-    steady_s = max(trained_s - first_step_s, 1e-9)
-    return step + int(left_s * (step - 1) / steady_s)

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
+from fasttrain.checkpoint_files import history
 from fasttrain.config import config_to_toml
+from fasttrain.redact import redact
 from fasttrain.state import collect, restore
+from fasttrain.timing import TimeAccount
 
 if TYPE_CHECKING:
     from fasttrain.trainer import Trainer
@@ -43,34 +47,36 @@ class Saver:
                 asynchronous=config.asynchronous,
             )
 
-    def save_once(self) -> None:
+    def save_once(self, rng: dict[str, Tensor] | None = None) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
 
         The error of a save in the background comes out of the next one, which is then begun anew.
+        ``rng``: random states to save, None: the present ones.
         """
         for _ in range(2):
             if self.saved_at == self.trainer.step_count:
                 return
             try:
-                self.save()
+                self.save(rng)
                 self.failed_saves = 0
             except CheckpointError as error:
                 self.failed_saves += 1
                 if self.failed_saves >= MAX_FAILED_SAVES:
                     raise
-                if self.trainer.console:
-                    self.trainer.console.warn(f"{error} (training goes on)")
+                self.trainer.reporter.warn(f"{error} (training goes on)")
 
-    def save(self) -> Path | None:
+    def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
         """Save now; see `Trainer.save_checkpoint`."""
         trainer = self.trainer
         if self.writer is None:
             self.saved_at = trainer.step_count
             return None
         groups = collect(trainer.model, trainer.optimizers, trainer.train_step)
+        groups["trainer"] |= rng or {}
         metric = trainer.last_eval.get("val_loss")
-        toml = config_to_toml(trainer.config)
-        path = self.writer.save(trainer.step_count, groups, self._state(), toml, metric=metric)
+        toml = redact(config_to_toml(trainer.config))
+        with trainer.account.measure("checkpoint"):
+            path = self.writer.save(trainer.step_count, groups, self._state(), toml, metric=metric)
         self.saved_at = trainer.step_count
         return path
 
@@ -81,10 +87,11 @@ class Saver:
             "step": trainer.step_count,
             "position": trainer.position,
             "total_steps": trainer.total_steps,
+            "eval_due": trainer.eval_due,
             "trained_s": trainer.trained_s,
-            "first_step_s": trainer.first_step_s,
             "best_val_loss": best if math.isfinite(best) else None,
-            "loss_ema": trainer.ema.value,
+            "loss_ema": trainer.reporter.ema.value,
+            "faults": trainer.recovery.policy.state(),
             "torch": torch.__version__,
             **trainer.recorded,
         }
@@ -93,18 +100,52 @@ class Saver:
         """Restore; see `Trainer.load_checkpoint`."""
         trainer = self.trainer
         checkpoint = load(path)
+        self._restore(checkpoint)
+        trainer.trained_s = checkpoint.state["trained_s"]
+        trainer.eval_due = checkpoint.state["eval_due"]
+        trainer.recovery.policy.load(checkpoint.state["faults"])
+        trainer.account = TimeAccount(trainer.step_count)
+        return checkpoint
+
+    def go_back(self, before: int) -> Checkpoint | None:
+        """Restore the newest intact checkpoint from before a step, but for time and faults.
+
+        Args:
+            before: the step that must not be in it.
+
+        Returns:
+            The checkpoint, or None where there is none.
+        """
+        if self.writer is None:
+            return None
+        try:
+            self.writer.wait()
+        except CheckpointError as error:
+            self.trainer.reporter.warn(str(error))
+        for path, manifest in history(self.writer.folder):
+            if manifest is None or manifest["step"] >= before:
+                continue
+            try:
+                checkpoint = load(path)
+            except CheckpointError as error:
+                self.trainer.reporter.warn(f"passing over a damaged checkpoint: {error}")
+                continue
+            self._restore(checkpoint)
+            self.saved_at = None  # where the run stops here, its rollback is to be remembered
+            return checkpoint
+        return None
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        trainer, state = self.trainer, checkpoint.state
         restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step)
-        state = checkpoint.state
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
         trainer.total_steps = trainer.total_steps or state["total_steps"]
-        trainer.trained_s, trainer.first_step_s = state["trained_s"], state["first_step_s"]
         best = state["best_val_loss"]
         trainer.best_val_loss = math.inf if best is None else best
-        trainer.ema.value = state["loss_ema"]
-        if trainer.jsonl:
-            trainer.jsonl.drop_after(trainer.step_count)
-        return checkpoint
+        trainer.reporter.ema.value = state["loss_ema"]
+        if trainer.reporter.jsonl:
+            trainer.reporter.jsonl.drop_after(trainer.step_count)
 
     def close(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""

@@ -7,6 +7,7 @@ Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
@@ -16,10 +17,25 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
 from fasttrain.model import Transformer, run_block
+from fasttrain.spikes import SpikeWindow
+from fasttrain.timing import StepClock
 
-__all__ = ["IGNORE_INDEX", "Criterion", "TrainStep"]
+__all__ = [
+    "FINE",
+    "IGNORE_INDEX",
+    "NONFINITE",
+    "OVERFLOW",
+    "SPIKE",
+    "Criterion",
+    "Numbers",
+    "StepNumbers",
+    "TrainStep",
+]
 
 IGNORE_INDEX = -100
+# The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
+# smaller scale may still hold.
+FINE, OVERFLOW, NONFINITE, SPIKE = range(4)
 
 # model, tokens, targets, doc_starts → summed loss
 Criterion = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
@@ -53,19 +69,35 @@ def rows_tokens(config: TrainConfig) -> int:
     return config.train.micro_batch * config.data.seq_len
 
 
+class StepNumbers(NamedTuple):
+    """A step as the host sees it: mean loss, gradient norm before clipping, verdict."""
+
+    loss: float
+    norm: float
+    verdict: int
+
+
+class Numbers(NamedTuple):
+    """What `TrainStep.numbers` brings to the host of the steps since it was last asked."""
+
+    steps: list[StepNumbers]
+    grad_scale: float
+    forward_backward_s: float
+    optimizer_s: float
+
+
 class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
     Attributes:
         loss: fp32 scalar, mean over the target tokens of the last step.
         norm: fp32 scalar, gradient norm of the last step before clipping.
-        skipped: how many steps were skipped for a non-finite loss or gradient.
-        skipped_in_a_row: how many of these were the last ones.
+        history: fp32 (3, ``log.every_steps``), loss, norm and verdict of the steps since `numbers`
+            was last called; beyond its end the last column is written again.
         grad_scale: what the loss is multiplied by before the backward pass: 1 unless fp16.
         growth_tracker: clean steps since the scale last changed.
+        window: what a spike is judged by; None where spikes are not looked for.
     """
-
-    STATE = ("skipped", "skipped_in_a_row", "grad_scale", "growth_tracker")
 
     def __init__(
         self,
@@ -82,6 +114,7 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.precision = precision
         self.max_grad_norm = config.train.max_grad_norm
+        self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.criterion = criterion or linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
         self.loss_fn = self._loss
@@ -98,9 +131,15 @@ class TrainStep:
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         zero = torch.zeros((), device=device)
         self.loss, self.norm = zero.clone(), zero.clone()
-        self.skipped, self.skipped_in_a_row = zero.clone(), zero.clone()
+        self.history = torch.zeros(3, config.log.every_steps, device=device)
+        self.n_unread = 0
         self.grad_scale = torch.full_like(zero, 2.0**16 if precision.scaled else 1.0)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.window: SpikeWindow | None = None
+        if config.train.on_spike != "off":
+            loop = config.train
+            self.window = SpikeWindow(loop.spike_window_steps, loop.spike_sigmas, device)
+        self.clock = StepClock(device, n_phases=2)
 
     def _loss(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
         with self.precision.autocast():
@@ -108,6 +147,7 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> None:
         """Run one step over its micro-batches with learning rate ``lr``."""
+        self.clock.mark(0)
         n_targets = torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum()
         weight = self.grad_scale / n_targets.clamp(min=1)
         loss = torch.zeros_like(self.loss)
@@ -116,10 +156,13 @@ class TrainStep:
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         self.loss = loss / self.grad_scale
+        self.clock.mark(1)
 
         grads = [p.grad for p in self.parameters if p.grad is not None]
+        self.before_update()
         self.norm = grad_norm(grads).norm / self.grad_scale
-        bad = (~(torch.isfinite(self.norm) & torch.isfinite(self.loss))).float()
+        verdict = self._judge()
+        bad = (verdict != FINE).float()
         clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
             clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
@@ -128,10 +171,26 @@ class TrainStep:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self._update(optimizer, clip, bad)
             optimizer.zero_grad(set_to_none=True)
-        self.skipped = self.skipped + bad
-        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
-            torch._amp_update_scale_(self.grad_scale, self.growth_tracker, bad, 2.0, 0.5, 2000)
+            inf = torch.where(verdict == SPIKE, 0.0, bad)
+            torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
+        column = min(self.n_unread, self.history.shape[1] - 1)
+        self.history[:, column] = torch.stack([self.loss, self.norm, verdict])
+        self.n_unread = column + 1
+        self.clock.mark(2)
+
+    def _judge(self) -> Tensor:
+        """Return the verdict on this step, an fp32 scalar."""
+        finite_loss = torch.isfinite(self.loss)
+        finite = torch.isfinite(self.norm) & finite_loss
+        verdict = (~finite).float() * NONFINITE
+        if self.precision.scaled:
+            overflow = finite_loss & ~finite & (self.grad_scale > 1)
+            verdict = torch.where(overflow, float(OVERFLOW), verdict)
+        if self.window is not None:
+            spike = self.window.judge(self.loss, self.norm, finite)
+            verdict = torch.where(spike, float(SPIKE), verdict)
+        return verdict
 
     def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
         if isinstance(optimizer, FusedAdamW | Muon):  # these read both on the device
@@ -141,18 +200,33 @@ class TrainStep:
             torch._foreach_mul_([g for g in grads if g is not None], clip)
             optimizer.step()
 
-    def numbers(self) -> tuple[float, float, float, float, float]:
-        """Bring loss, norm, skipped, skipped in a row and scale to the host: one sync."""
-        values = torch.stack(
-            [self.loss, self.norm, self.skipped, self.skipped_in_a_row, self.grad_scale]
-        ).tolist()
-        return tuple(values)
+    def numbers(self) -> Numbers:
+        """Bring the numbers of the steps since the last call to the host: one sync."""
+        n, self.n_unread = self.n_unread, 0
+        flat = torch.cat([self.history[:, :n].flatten(), self.grad_scale[None]]).tolist()
+        rows = (flat[i * n : (i + 1) * n] for i in range(3))
+        steps = [StepNumbers(loss, norm, int(v)) for loss, norm, v in zip(*rows, strict=True)]
+        return Numbers(steps, flat[-1], *self.clock.read())
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs."""
-        return {name: getattr(self, name) for name in self.STATE}
+        tensors = {"grad_scale": self.grad_scale, "growth_tracker": self.growth_tracker}
+        if self.window is not None:
+            tensors |= {"spike_values": self.window.values, "spike_count": self.window.count}
+        return tensors
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned."""
-        for name in self.STATE:
-            setattr(self, name, state[name].to(self.loss.device))
+        """Restore what `state` returned; a window of another size begins empty."""
+        device = self.loss.device
+        self.n_unread = 0
+        self.grad_scale = state["grad_scale"].to(device, copy=True)
+        self.growth_tracker = state["growth_tracker"].to(device, copy=True)
+        if self.window is not None:
+            values, count = self.window.values, self.window.count
+            fits = "spike_count" in state and state["spike_values"].shape == values.shape
+            self.window.values = (
+                state["spike_values"].to(device, copy=True) if fits else torch.zeros_like(values)
+            )
+            self.window.count = (
+                state["spike_count"].to(device, copy=True) if fits else torch.zeros_like(count)
+            )

@@ -14,25 +14,24 @@ from typing import Any, Literal
 
 import torch
 
-from fasttrain import metrics
 from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.evaluation import evaluate
-from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps, steps_in
-from fasttrain.loggers import Console, JsonlLogger
-from fasttrain.model import Transformer, flops_constants
+from fasttrain.guard import StateGuard
+from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
+from fasttrain.loggers import Console
+from fasttrain.model import Transformer
+from fasttrain.recovery import Recovery
+from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
 from fasttrain.schedule import lr_at
 from fasttrain.step import Criterion, TrainStep
+from fasttrain.timing import TimeAccount
 
 __all__ = ["Outcome", "Trainer"]
-
-# Steps in a row that may be skipped for a non-finite gradient. An fp16 scale halves at each of
-# them, so that 2^16 is down to 1 after 16.
-MAX_SKIPPED_IN_A_ROW = 20
 
 Outcome = Literal["done", "stopped"]
 Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number → prompt, text
@@ -93,9 +92,9 @@ class Trainer:
             precision=self.precision,
             criterion=criterion,
         )
-        self.jsonl: JsonlLogger | None = None
-        if run_dir is not None:
-            self.jsonl = JsonlLogger(run_dir / "metrics.jsonl")
+        self.guard = StateGuard(self.device)
+        self.train_step.before_update = self.guard.close
+        self.reporter = Reporter(self)
         self.saver = Saver(self)
         self.writer = self.saver.writer
 
@@ -103,9 +102,6 @@ class Trainer:
         self.accumulation = (config.train.tokens_per_step or rows * seq_len) // (rows * seq_len)
         self.samples_per_step = rows * self.accumulation
         self.tokens_per_step = self.samples_per_step * seq_len
-        constants = flops_constants(self.model)
-        self.flops_per_token = metrics.flops_per_token(**constants, seq_len=seq_len)
-        self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
         self.total_steps = n_steps(
             config.train,
             tokens_per_step=self.tokens_per_step,
@@ -118,10 +114,13 @@ class Trainer:
         self.first_step_s: float | None = None  # compilation included
         self.best_val_loss = math.inf
         self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
+        self.eval_due = False  # of this very step: begun, and not yet done
         self.stop_at: int | None = None
+        self.stop_reason: str | None = None
+        self.compiling = True  # until the first step of this process is done
         self.last_lr = 0.0
-        self.ema = metrics.LossTracker()
-        self._window = (0.0, 0.0, 0)  # step seconds, wait seconds and steps since the last log line
+        self.recovery = Recovery(self)
+        self.account = TimeAccount(self.step_count)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -132,61 +131,95 @@ class Trainer:
             ``done``, or ``stopped`` where `request_stop` ended it with a checkpoint.
 
         Raises:
-            FloatingPointError: too many steps in a row had a non-finite loss or gradient.
+            FloatingPointError: losses or gradients were not finite, or spikes, and the run may
+                neither skip them nor go back.
         """
         return self._run(until=None)
 
     def train_epoch(self) -> Outcome:
         """Train to the end of the current epoch of the data or the horizon, whichever is first."""
         per_epoch = self.train_loader.samples_per_epoch
-        epoch = self.step_count * self.samples_per_step // per_epoch
-        return self._run(until=math.ceil((epoch + 1) * per_epoch / self.samples_per_step))
+        left = per_epoch - self.position % per_epoch
+        return self._run(until=self.step_count + math.ceil(left / self.samples_per_step))
 
     def request_stop(self, at_step: int | None = None) -> None:
         """Make the loop end with a checkpoint after ``at_step``; None: after the step under way."""
-        self.stop_at = self.step_count if at_step is None else at_step
+        self.stop_at = 0 if at_step is None else at_step
+
+    def stop_for(self, reason: str) -> None:
+        """As `request_stop`, from any thread; the loop says why."""
+        self.stop_reason = reason
+        self.request_stop()
+
+    def _stopping(self) -> bool:
+        return self.stop_at is not None and self.step_count >= self.stop_at
 
     def _run(self, until: int | None) -> Outcome:
-        session_start = time.perf_counter()
+        with self.guard.training():
+            return self._train(until)
+
+    def _train(self, until: int | None) -> Outcome:
+        started_s = time.perf_counter()
         self.model.train()
         # A garbage collection inside a step stalls it for milliseconds, and steps make no cycles
         # that matter; evaluation collects.
         gc.collect()
         gc.disable()
         try:
+            if self.eval_due:
+                self.saver.saved_at = None
+                self._after_step(self._finished(until))
             while not self._finished(until):
-                if self.stop_at is not None and self.step_count >= self.stop_at:
+                if self._stopping():
+                    if self.recovery.look() is None:
+                        continue
+                    if self.stop_reason and self.console:
+                        self.console.note(f"{self.stop_reason}: ending with a checkpoint")
                     self.saver.save_once()
                     return "stopped"
-                log = self._step()
-                if self.first_step_s is None:
+                try:
+                    log = self._step()
+                except Exception as error:
+                    # What ends this run may have ended the compiler as well.
+                    if not (self.stop_reason and self.guard.is_open):
+                        raise
+                    self.guard.give_up()
+                    if self.console:
+                        self.console.warn(f"the step under way was given up: {error}")
+                    continue
+                if self.compiling:
+                    self.compiling = False
                     self._synchronize()
-                    self.first_step_s = time.perf_counter() - session_start
+                    self.first_step_s = time.perf_counter() - started_s
                 last = self._finished(until)
-                if log or last:
-                    self._log()
+                if log or last or self._due(self.config.checkpoint.every_steps):
+                    numbers = self.recovery.look()
+                    if numbers is None:
+                        continue
+                    if log or last:
+                        self.reporter.train(numbers)
                 self._after_step(last)
         finally:
             gc.enable()
         self.saver.save_once()
-        return "done"
+        return "stopped" if self.eval_due else "done"
 
     def _step(self) -> bool:
         """Run and time one step; return whether its numbers are to be logged."""
         started, waited = time.perf_counter(), self.train_loader.wait_s
+        self.guard.open()
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
         self.last_lr = self.lr()
         self.train_step(batches, self.last_lr)
+        wait_s = self.train_loader.wait_s - waited
         self.step_count += 1
-        self.position += self.samples_per_step
+        self.recovery.advance()
         log = self._due(self.config.log.every_steps) or self.step_count in (1, HOURS_ESTIMATE_AT)
         if log:
             self._synchronize()
         elapsed = time.perf_counter() - started
         self.trained_s += elapsed
-        step_s, wait_s, n_steps = self._window
-        wait_s += self.train_loader.wait_s - waited
-        self._window = (step_s + elapsed, wait_s, n_steps + 1)
+        self.account.add_step(elapsed, wait_s, first=self.compiling)
         return log
 
     def lr(self) -> float:
@@ -205,15 +238,14 @@ class Trainer:
             return True
         if self.config.train.hours is not None:
             left_s = self.config.train.hours * 3600 - self.trained_s
-            if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT:
-                self.total_steps = steps_in(
-                    left_s,
-                    step=self.step_count,
-                    trained_s=self.trained_s,
-                    first_step_s=self.first_step_s or 0.0,
-                )
+            pace = self.account
+            if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT and pace.n_steady:
+                self.total_steps = self.step_count + int(left_s * pace.n_steady / pace.steady_s)
             if left_s <= 0:
                 return True
+        end = self.train_loader.end
+        if end is not None and self.position >= end:
+            return True
         return self.total_steps is not None and self.step_count >= self.total_steps
 
     def _after_step(self, last: bool) -> None:
@@ -228,46 +260,13 @@ class Trainer:
                 self.saver.save_once()
         if self._due(config.checkpoint.every_steps) or last:
             self.saver.save_once()
-        if self.sampler and (self._due(config.eval.sample_every_steps) or last):
+        samples = self._due(config.eval.sample_every_steps) or last
+        if self.sampler and samples and not self.eval_due:
             self._sample()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _log(self) -> None:
-        """Write a line for the step just done; here alone a step's numbers reach the host."""
-        loss, norm, skipped, in_a_row, scale = self.train_step.numbers()
-        step_s, wait_s, n_steps = self._window
-        self._window = (0.0, 0.0, 0)
-        tokens_per_s = n_steps * self.tokens_per_step / step_s
-        row: dict[str, Any] = {
-            "step": self.step_count,
-            "tokens": self.position * self.config.data.seq_len,
-            "epoch": self.position / self.train_loader.samples_per_epoch,
-            "loss": loss,
-            "loss_ema": self.ema.update(loss),
-            "lr": self.last_lr,
-            "grad_norm": norm,
-            "tokens_per_s": tokens_per_s,
-            "step_ms": 1000 * step_s / n_steps,
-            "data_wait_ms": 1000 * wait_s / n_steps,
-            "mfu": metrics.mfu(tokens_per_s, self.flops_per_token, self.peak_flops),
-            "peak_memory_gib": metrics.peak_memory_gib(self.device),
-            "skipped_steps": int(skipped),
-        }
-        if self.precision.scaled:
-            row["grad_scale"] = scale
-        if self.jsonl:
-            self.jsonl.write("train", row)
-        if self.console:
-            self.console.train(row)
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"loss or gradient was not finite in the last {in_a_row:.0f} steps, up to step "
-                f"{self.step_count}; the parameters are as before the first of them: lower "
-                "optim.lr, raise schedule.warmup_steps or use run.dtype=bf16"
-            )
 
     def close(self) -> None:
         """Wait for the checkpoint being written, then end the threads and close the files.
@@ -276,9 +275,24 @@ class Trainer:
             CheckpointError: that checkpoint could not be written.
         """
         self.train_loader.close()
-        if self.jsonl:
-            self.jsonl.close()
+        self.reporter.close()
         self.saver.close()
+
+    def save_unfinished(self) -> bool:
+        """Save the state before the step under way, from another thread, and stop that step.
+
+        Returns:
+            Whether there was one; the training thread then never goes on: end the process.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        if not self.guard.take_over():
+            return False
+        self.saver.save_once(self.guard.rng)
+        if self.saver.writer:
+            self.saver.writer.wait()
+        return True
 
     # ---- evaluation and samples ----------------------------------------------------------------
 
@@ -291,19 +305,21 @@ class Trainer:
         if self.val_dataset is None:
             raise UserError("there is no validation split to evaluate on; give the Trainer one")
         gc.collect()
-        self.last_eval = evaluate(
-            self.model,
-            self.val_dataset,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.eval.batch_size or self.config.train.micro_batch,
-            device=self.device,
-            precision=self.precision,
-        )
-        row = {"step": self.step_count, **self.last_eval}
-        if self.jsonl:
-            self.jsonl.write("eval", row)
-        if self.console:
-            self.console.evaluation(row)
+        self.eval_due = True
+        with self.guard.opened(), self.account.measure("eval"):
+            self.last_eval = evaluate(
+                self.model,
+                self.val_dataset,
+                seq_len=self.config.data.seq_len,
+                batch_size=self.config.eval.batch_size or self.config.train.micro_batch,
+                device=self.device,
+                precision=self.precision,
+                should_stop=lambda: self.guard.is_open and self.stop_reason is not None,
+            )
+        self.eval_due = not self.last_eval
+        if self.eval_due:  # it was cut off: it is made up for when the run goes on
+            return {}
+        self.reporter.evaluation(self.last_eval)
         self.best_val_loss = min(self.best_val_loss, self.last_eval["val_loss"] or math.inf)
         return self.last_eval
 
@@ -311,13 +327,10 @@ class Trainer:
         assert self.sampler is not None
         every = self.config.eval.sample_every_steps
         self.model.eval()
-        prompt, text = self.sampler(self.model, self.step_count // every if every else 0)
+        with self.guard.opened(), self.account.measure("sample"):
+            prompt, text = self.sampler(self.model, self.step_count // every if every else 0)
         self.model.train()
-        if self.console:
-            self.console.sample(self.step_count, prompt, text)
-        if self.run_dir:
-            with (self.run_dir / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {self.step_count}\n{prompt}{text}\n")
+        self.reporter.sample(prompt, text)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
-from fasttrain.step import IGNORE_INDEX, TrainStep
+from fasttrain.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, TrainStep
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -49,6 +49,11 @@ def uneven_rows() -> tuple[Tensor, Tensor]:
 
 def split(rows: tuple[Tensor, Tensor], n: int) -> list[Batch]:
     return [make_batch(*pair) for pair in zip(*(t.chunk(n) for t in rows), strict=True)]
+
+
+def verdicts(step: TrainStep) -> list[int]:
+    """Return the verdicts on the steps since this was last called."""
+    return [numbers.verdict for numbers in step.numbers().steps]
 
 
 def gradients(step: TrainStep, batches: Sequence[Batch]) -> list[Tensor]:
@@ -92,7 +97,7 @@ def test_R20_a_step_without_any_target_is_finite_and_changes_no_weight_but_by_de
     step([make_batch(tokens, torch.full_like(targets, IGNORE_INDEX))], 1e-2)
     assert step.loss.item() == 0.0
     assert step.norm.item() == 0.0
-    assert step.skipped.item() == 0.0
+    assert verdicts(step) == [FINE]
     assert torch.equal(step.model.blocks[0].mlp_norm.weight, before)
 
 
@@ -117,15 +122,13 @@ def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
 
     step.criterion = poisoned
     step(batches, 1e-2)
-    assert step.skipped.item() == 1.0
-    assert step.skipped_in_a_row.item() == 1.0
+    assert verdicts(step) == [FINE, NONFINITE]
     assert all(torch.equal(p, q) for p, q in zip(step.parameters, parameters, strict=True))
     after = [v for o in step.optimizers for s in o.state.values() for v in s.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
 
     step(batches, 1e-2)  # and training goes on
-    assert step.skipped.item() == 1.0
-    assert step.skipped_in_a_row.item() == 0.0
+    assert verdicts(step) == [FINE]
     assert not torch.equal(step.parameters[0], parameters[0])
 
 
@@ -158,12 +161,11 @@ def test_fp16_halves_its_scale_after_an_overflow_and_trains_on() -> None:
     batches = split(uneven_rows(), 1)
     before = step.parameters[0].detach().clone()
     step(batches, 1e-2)
-    assert step.skipped.item() == 1.0
     assert step.grad_scale.item() == 2.0**39
     assert torch.equal(step.parameters[0], before)
     step.grad_scale.fill_(2.0**10)
     step(batches, 1e-2)
-    assert step.skipped.item() == 1.0
+    assert verdicts(step) == [OVERFLOW, FINE]
     assert not torch.equal(step.parameters[0], before)
     full = make("fp32")
     full(batches, 1e-2)

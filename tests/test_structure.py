@@ -34,6 +34,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "distributed": (CONFIG, {"torch"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
+    "spikes": (set(), {"torch"}),
+    "timing": (set(), {"torch"}),
     "loggers": (CONFIG, {"rich"}),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton"}

@@ -1,0 +1,89 @@
+"""Faces bad steps: tells of them, goes back to a checkpoint, continues behind their samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fasttrain.data.files import DataError
+from fasttrain.faults import Fault, FaultPolicy, write_report
+
+if TYPE_CHECKING:
+    from fasttrain.step import Numbers
+    from fasttrain.trainer import Trainer
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """What a run does with the verdicts on its steps.
+
+    Args:
+        trainer: the run.
+
+    Attributes:
+        policy: decides and counts.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.policy = FaultPolicy(trainer.config.train, trainer.samples_per_step)
+        self._unseen: list[int] = []  # first samples of the steps whose numbers the host lacks
+
+    def advance(self) -> None:
+        """Move the run's position behind the step just made and behind what is passed over."""
+        trainer = self.trainer
+        self._unseen.append(trainer.position)
+        trainer.position += trainer.samples_per_step
+        if self.policy.next_position(trainer.position) != trainer.position:
+            self._move()
+
+    def look(self) -> Numbers | None:
+        """Bring the numbers of the steps since the last look to the host, and face what they show.
+
+        Returns:
+            The numbers; None where the run went back to a checkpoint.
+
+        Raises:
+            FloatingPointError: the run has to stop.
+        """
+        trainer = self.trainer
+        numbers = trainer.train_step.numbers()
+        trainer.account.add("forward_backward", numbers.forward_backward_s)
+        trainer.account.add("optimizer", numbers.optimizer_s)
+        first_step = trainer.step_count - len(self._unseen) + 1
+        decision = self.policy.judge(first_step, self._unseen, numbers.steps)
+        self._unseen.clear()
+        for fault in decision.reported:
+            trainer.reporter.warn(f"{fault}; no update was made of it{self._write_down(fault)}")
+        if decision.action == "go on":
+            return numbers
+        if decision.action == "roll back":
+            first = decision.offending[0].step
+            checkpoint = trainer.saver.go_back(before=first)
+            if checkpoint is not None:
+                self.policy.rolled_back(decision.offending)
+                self._move()
+                trainer.reporter.warn(
+                    f"back at step {trainer.step_count}, as {checkpoint.path} holds it; training "
+                    f"goes on without the samples of {len(decision.offending)} steps from step "
+                    f"{first} on"
+                )
+                return None
+        raise FloatingPointError(self.policy.reason(decision, trainer.train_loader))
+
+    def _move(self) -> None:
+        """Put position and loader where the samples go on that are trained on."""
+        trainer = self.trainer
+        trainer.position = self.policy.next_position(trainer.position)
+        with trainer.train_loader as loader:
+            trainer.train_loader = loader.at(trainer.position)
+
+    def _write_down(self, fault: Fault) -> str:
+        trainer = self.trainer
+        if trainer.run_dir is None:
+            return ""
+        try:
+            path = write_report(fault, trainer.train_loader, trainer.accumulation, trainer.run_dir)
+        except (OSError, DataError) as error:
+            return f"; its samples could not be written down: {error}"
+        return f"; its samples: {path}" if path else ""

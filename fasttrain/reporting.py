@@ -1,0 +1,93 @@
+"""What a run tells of itself: a line of numbers, an evaluation, a sample, to file and console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fasttrain import metrics
+from fasttrain.loggers import JsonlLogger
+from fasttrain.model import flops_constants
+
+if TYPE_CHECKING:
+    from fasttrain.step import Numbers
+    from fasttrain.trainer import Trainer
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Writes the log of one run.
+
+    Args:
+        trainer: the run; without a ``run_dir`` there are no files, without a console no lines.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.jsonl: JsonlLogger | None = None
+        if trainer.run_dir is not None:
+            self.jsonl = JsonlLogger(trainer.run_dir / "metrics.jsonl")
+        self.ema = metrics.LossTracker()
+        constants = flops_constants(trainer.model)
+        seq_len = trainer.config.data.seq_len
+        self.flops_per_token = metrics.flops_per_token(**constants, seq_len=seq_len)
+        self.peak_flops = metrics.peak_flops(trainer.device, trainer.precision.name)
+        self.first_line = True  # of this session
+
+    def train(self, numbers: Numbers) -> None:
+        """Write a line for the step just done."""
+        trainer, loss = self.trainer, numbers.steps[-1].loss
+        times = trainer.account.line(trainer.step_count)
+        tokens_per_s = 1000 * trainer.tokens_per_step / max(times["step_ms"] or 0.0, 1e-6)
+        row: dict[str, Any] = {
+            "step": trainer.step_count,
+            "tokens": trainer.position * trainer.config.data.seq_len,
+            "epoch": trainer.position / trainer.train_loader.samples_per_epoch,
+            "loss": loss,
+            "loss_ema": self.ema.update(loss),
+            "lr": trainer.last_lr,
+            "grad_norm": numbers.steps[-1].norm,
+            "tokens_per_s": tokens_per_s,
+            **times,
+            "mfu": metrics.mfu(tokens_per_s, self.flops_per_token, self.peak_flops),
+            "peak_memory_gib": metrics.peak_memory_gib(trainer.device),
+            "skipped_steps": trainer.recovery.policy.skipped_steps,
+            "spikes": trainer.recovery.policy.spikes,
+            "rollbacks": trainer.recovery.policy.rollbacks,
+        }
+        if trainer.precision.scaled:
+            row["grad_scale"] = numbers.grad_scale
+        if self.first_line:
+            row["first_step_s"] = trainer.first_step_s
+            self.first_line = False
+        if self.jsonl:
+            self.jsonl.write("train", row)
+        if trainer.console:
+            trainer.console.train(row)
+
+    def evaluation(self, result: dict[str, float | None]) -> None:
+        """Write the result of an evaluation."""
+        row = {"step": self.trainer.step_count, **result}
+        if self.jsonl:
+            self.jsonl.write("eval", row)
+        if self.trainer.console:
+            self.trainer.console.evaluation(row)
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Write what the model made of a prompt."""
+        trainer = self.trainer
+        if trainer.console:
+            trainer.console.sample(trainer.step_count, prompt, text)
+        if trainer.run_dir:
+            with (trainer.run_dir / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {trainer.step_count}\n{prompt}{text}\n")
+
+    def warn(self, text: str) -> None:
+        """Tell a person that something is wrong."""
+        if self.trainer.console:
+            self.trainer.console.warn(text)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.jsonl:
+            self.jsonl.close()
