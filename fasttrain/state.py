@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run, as groups of tensors: model, optimizer, device numbers, RNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +11,29 @@ from fasttrain.model import Transformer
 from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.step import TrainStep
 
-__all__ = ["collect", "restore"]
+__all__ = ["collect", "restore", "restore_rng", "rng_state"]
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's random generators, by the name in the checkpoint."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return rng
+
+
+def restore_rng(rng: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(rng["cpu"].clone())  # as it lies in a file, it is not aligned
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"].clone(), device)
 
 
 def collect(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], train_step: TrainStep
 ) -> dict[str, dict[str, Tensor]]:
     """Return all tensors that a run needs to go on, by group, not copied."""
-    rng = {"cpu": torch.get_rng_state()}
-    device = train_step.loss.device
-    if device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(device)
+    rng = rng_state(train_step.loss.device)
     return {
         "model": model.state_dict(),
         "optimizer": optimizer_tensors(model, optimizers),
@@ -49,8 +61,5 @@ def restore(
             f"{checkpoint.path}: the checkpoint is of another model: {reason}"
         ) from error
     rest = checkpoint.group("trainer")
-    torch.set_rng_state(rest["cpu"].clone())  # as it lies in the file, it is not aligned
-    device = train_step.loss.device
-    if device.type == "cuda" and "cuda" in rest:
-        torch.cuda.set_rng_state(rest["cuda"].clone(), device)
+    restore_rng(rest, train_step.loss.device)
     train_step.load(rest)
