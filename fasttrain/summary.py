@@ -8,6 +8,7 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.loggers import Console, format_count, format_duration
+from fasttrain.redact import redact
 from fasttrain.trainer import Trainer
 
 __all__ = ["show_end", "show_start"]
@@ -41,7 +42,7 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         ),
         (
             "data",
-            f"{config.data.path or 'Python standard library source'}: "
+            f"{redact(config.data.path or 'Python standard library source')}: "
             f"{format_count(train.n_tokens)} tokens to train on, "
             f"{format_count(val.n_tokens)} to validate",
         ),
