@@ -87,7 +87,7 @@ def test_only_logged_steps_read_the_loss(
     monkeypatch.setattr(Tensor, "item", lambda self: reads.append(1) or item(self))
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_loop(model, made, optimizer, 4, log_interval=4, device="cpu")
+    train_loop(model, made, optimizer, 4, None, log_interval=4, device="cpu")
     assert len(reads) == 3
 
 
