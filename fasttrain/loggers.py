@@ -1,12 +1,10 @@
-"""Where measurements go: the console with its progress bar, ``train.log`` and ``metrics.jsonl``.
+"""What a person sees: the console with its progress bar, and ``train.log``.
 
 On a terminal the console draws with rich; elsewhere it prints plain lines without control
 characters. Nothing here runs in a thread: the bar is redrawn by `Console.progress` itself, at most
 five times a second, so that a step of some milliseconds loses none of its processor to drawing.
 """
 
-import contextlib
-import json
 import math
 import os
 import sys
@@ -14,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -23,12 +21,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Console", "JsonlLogger", "clean", "format_count", "format_duration"]
+from fasttrain.log_file import NO_SPACE, LogFile
+from fasttrain.redact import redact
+
+__all__ = ["Console", "clean", "format_count", "format_duration"]
 
 # A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
 _REFRESH_S = 0.2
 _ROWS_PER_HEADING = 20
 _N_PLAIN_COLUMNS = 8  # a plain line stays near 100 characters; metrics.jsonl has the rest
+_PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
+_COUNTERS = ("skipped_steps", "spikes", "rollbacks")  # shown once they are not zero
 
 
 def format_count(n: float) -> str:
@@ -119,6 +122,9 @@ _COLUMNS = (
     _Column("tokens", "tokens", 9, format_count),
     _Column("epoch", "epoch", 8, _number(".2f")),
     _Column("peak_memory_gib", "GiB", 7, _number(".2f")),
+    _Column("goodput", "goodput", 9, _number(".1%")),
+    _Column("forward_backward_ms", "fwd+bwd", 9, _milliseconds),
+    _Column("optimizer_ms", "optim", 9, _milliseconds),
 )
 
 
@@ -151,7 +157,7 @@ class Console:
             interactive = sys.stdout.isatty() and not plain
         self.interactive = interactive
         self._rich = RichConsole(force_terminal=True) if interactive else None
-        self._log = open(log_file, "a", encoding="utf-8", buffering=1) if log_file else None  # noqa: SIM115
+        self._log = LogFile(log_file) if log_file else None
         self._live: Live | None = None
         self._drawn_s = 0.0
         self._started: tuple[float, int] | None = None
@@ -183,7 +189,8 @@ class Console:
             row: a train row of ``metrics.jsonl``; a missing or null value shows as n/a.
         """
         cells = [f"{c.heading} {_cell(c, row):>{c.width - 2}}" for c in _COLUMNS[:_N_PLAIN_COLUMNS]]
-        plain = "  ".join(cells)
+        counted = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
+        plain = "  ".join(cells + counted)
         if self._rich is None:
             self._emit(plain, None)
             return
@@ -207,6 +214,8 @@ class Console:
             if cell in ("nan", "inf", "-inf"):
                 style = "bold red"
             line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
+        if counted:
+            line.append("  " + "  ".join(counted), style="yellow")
         self._emit(plain, line)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -249,9 +258,12 @@ class Console:
             text: what the model wrote after it.
         """
         prompt, text = clean(prompt), clean(text)
-        plain = f"sample, step {step}\n" + "\n".join(
-            f"  | {s}" for s in (prompt + text).split("\n")
-        )
+        lines = [
+            line[start : start + _PLAIN_SAMPLE_WIDTH]
+            for line in (prompt + text).split("\n")
+            for start in range(0, len(line) or 1, _PLAIN_SAMPLE_WIDTH)
+        ]
+        plain = "\n".join([f"sample, step {step}", *(f"  | {line}" for line in lines)])
         body = Text.assemble((prompt, "bold"), text.rstrip("\n"), overflow="fold")
         title = Text(f"sample · step {step}", style="dim")
         self._emit(
@@ -344,51 +356,19 @@ class Console:
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
+        plain = redact(plain)
         if self._rich is not None:
+            if isinstance(drawn, Text) and redact(drawn.plain) != drawn.plain:
+                drawn = Text(redact(drawn.plain), style=drawn.style)
             self._rich.print(drawn)
         else:
             # The stream's encoding may lack a character of a sample: escape it, do not fail.
             encoding = sys.stdout.encoding or "utf-8"
-            print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            try:
+                print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            except OSError as error:  # the disk of a redirected output is full: training goes on
+                if error.errno not in NO_SPACE:
+                    raise
         if self._log is not None:
             now = datetime.now().isoformat(" ", "seconds")
             self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))
-
-
-class JsonlLogger:
-    """Appends rows to ``metrics.jsonl``, one JSON object a line, handed to the system at once.
-
-    Args:
-        path: the file; created where missing, continued where not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-
-    def write(self, kind: Literal["train", "eval"], row: Mapping[str, Any]) -> None:
-        """Append a row. A number that is not finite is written as null: JSON has no other way."""
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
-
-    def drop_after(self, step: int) -> None:
-        """Drop rows of steps after ``step`` and lines cut off by a crash, for a run that goes on
-        from a checkpoint of that step: each row then stands once.
-        """
-        self._file.close()
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict) and row.get("step", 0) <= step:
-                    kept.append(line + "\n")
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-
-    def close(self) -> None:
-        """Close the file. May be called twice."""
-        self._file.close()

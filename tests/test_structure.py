@@ -36,7 +36,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "metrics": (CONFIG, {"torch"}),
     "spikes": (set(), {"torch"}),
     "timing": (set(), {"torch"}),
-    "loggers": (CONFIG, {"rich"}),
+    "log_file": (set(), set()),
+    "redact": (set(), set()),
+    "jsonl": ({"log_file"}, set()),
+    "loggers": (CONFIG | {"log_file", "redact"}, {"rich"}),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 # The distributions whose import name is not their own.

@@ -1,0 +1,51 @@
+"""``metrics.jsonl``: what was measured, for programs."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from fasttrain.log_file import LogFile
+
+__all__ = ["JsonlLogger"]
+
+
+class JsonlLogger:
+    """Appends rows to ``metrics.jsonl``, one JSON object a line, handed to the system at once.
+
+    Args:
+        path: the file; created where missing, continued where not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = LogFile(path)
+
+    def write(self, kind: Literal["train", "eval"], row: Mapping[str, Any]) -> None:
+        """Append a row. A number that is not finite is written as null: JSON has no other way."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Drop rows of steps after ``step`` and lines cut off by a crash, for a run that goes on
+        from a checkpoint of that step: each row then stands once.
+        """
+        self._file.close()
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.get("step", 0) <= step:
+                    kept.append(line + "\n")
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._path)
+        self._file = LogFile(self._path)
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        self._file.close()
