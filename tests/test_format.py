@@ -10,7 +10,7 @@ import pytest
 
 from fasttrain.config import UserError
 from fasttrain.data.format import DataError, ShardWriter, open_dataset, write_dataset_json
-from fasttrain.data.shards import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 
 VOCAB = 1000
 

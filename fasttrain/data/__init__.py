@@ -2,9 +2,13 @@
 
 format.py     dataset folders: `dataset.json`, `open_dataset`, `TokenDataset`
 files.py      errors, the cache folder, atomic writing
-shards.py     shard files: llm.c header, reading, range check; several as one long array
+shards.py     shard files: llm.c header, reading, range check
+gather.py     many pieces of mapped files copied in one call, and without SIGBUS
+dataset.py    a split: its shards as one long array, where its documents end; several as one
 writer.py     writing them
 sampler.py    order: a keyed bijection from sample index to sample
+batching.py   samples: packed, sliding, padded, bucketed; which tokens each holds
+mixing.py     several datasets in exact proportions
 loader.py     batches: background reading, prefetch, evaluation
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON
 sources.py    documents from text, JSON lines, Parquet, compressed or not

@@ -19,8 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
-from fasttrain.data.shards import Shard, ShardScan, TokenDataset, dtype_for
+from fasttrain.data.shards import Shard, ShardScan, dtype_for
 from fasttrain.data.writer import ShardInfo, ShardWriter
 
 __all__ = [
@@ -49,6 +50,7 @@ def open_dataset(
     *,
     dtype: str | None = None,
     vocab_size: int | None = None,
+    end_of_text: int | None = None,
     cache_dir: Path | None = None,
 ) -> TokenDataset:
     """Opens one split of a dataset folder and proves it sound.
@@ -63,6 +65,7 @@ def open_dataset(
         dtype: "uint16" or "uint32", for files without header.
         vocab_size: The model's vocabulary, if settled. Required in effect for folders without
             `dataset.json`, whose vocabulary nobody else knows.
+        end_of_text: The id that separates documents, for folders without `dataset.json`.
         cache_dir: Where the scans are cached; see `cache_folder`.
 
     Returns:
@@ -89,7 +92,8 @@ def open_dataset(
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
         scans = _check_tokens(shards, scans_folder, vocab_size, 'set by "model.vocab_size"')
-        return _not_empty(TokenDataset(shards, scans, vocab_size=vocab_size), folder, split)
+        imported = TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
+        return _not_empty(imported, folder, split)
 
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
@@ -98,13 +102,18 @@ def open_dataset(
             f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has {vocab} "
             "tokens; leave model.vocab_size out or make it at least that"
         )
+    if end_of_text not in (None, meta["end_of_text"]):
+        raise DataError(
+            f"data.end_of_text = {end_of_text}, but {folder / DATASET_JSON} says "
+            f"{meta['end_of_text']}; remove data.end_of_text, it is for folders that do not say"
+        )
     if split not in meta["splits"]:
         raise DataError(
             f"{folder / DATASET_JSON}: no split {split!r}, only {sorted(meta['splits'])}; prepare "
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards, expected = [], []
+    shards, expected, ends = [], [], []
     for entry in listed["shards"]:
         shard = Shard(inside(folder, entry["file"]))
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
@@ -114,6 +123,8 @@ def open_dataset(
             )
         shards.append(shard)
         expected.append(entry["sha256"])
+        ends_path = inside(folder, entry["ends_file"])
+        ends.append(EndsFile(ends_path, entry["ends_sha256"], entry["documents"]))
     scans = _check_tokens(shards, scans_folder, vocab, f"of {folder / DATASET_JSON}")
     for shard, scan, sha256 in zip(shards, scans, expected, strict=True):
         if scan.sha256 != sha256:
@@ -133,6 +144,7 @@ def open_dataset(
         end_of_text=meta["end_of_text"],
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
+        ends=ends,
     )
     return _not_empty(dataset, folder, split)
 
@@ -250,8 +262,10 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         for key in ("tokens", "documents", "bytes"):
             field(split, key, int, f"splits.{name}.")
         for shard in field(split, "shards", list, f"splits.{name}."):
-            for key, kind in (("file", str), ("sha256", str), ("tokens", int), ("documents", int)):
-                field(shard, key, kind, f"splits.{name}.shards.")
+            for key in ("tokens", "documents"):
+                field(shard, key, int, f"splits.{name}.shards.")
+            for key in ("file", "sha256", "ends_file", "ends_sha256"):
+                field(shard, key, str, f"splits.{name}.shards.")
     return dict(meta)
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from fasttrain.data.files import DataError, sha256_of
 from fasttrain.data.format import DATASET_JSON, inside, open_dataset, read_dataset_json
-from fasttrain.data.shards import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import load_tokenizer
 
 __all__ = ["inspect"]

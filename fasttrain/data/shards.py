@@ -2,15 +2,16 @@
 
 The header is 256 int32: magic, version, token count, then zeros. Magic 20240520 with version 1 is
 uint16, magic 20240801 with version 7 is uint32; llm.c and modded-nanogpt read and write the same.
-Shards are read with `pread`, never mapped: a file that shrinks under a mapping kills the process
-with SIGBUS, a short `pread` is an error that can be named. On windows of 1,025 tokens in page
-cache it is also the faster of the two (940 against 520 million tokens/s, one core).
+Nothing here touches a mapping: a file that shrinks under one kills the process with SIGBUS.
+Windows are gathered by the kernel (gather.py), all of a batch in one call; what it cannot deliver
+is read by `pread`, whose errors can be named.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError, write_atomically
+from fasttrain.data.gather import gather
 
-__all__ = ["Shard", "ShardScan", "TokenDataset", "dtype_for"]
+__all__ = ["Shard", "ShardScan", "dtype_for"]
 
 HEADER_BYTES = 1024
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
@@ -79,6 +81,7 @@ class Shard:
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        self._mapped: NDArray[np.uint8] | None = None  # from the first gathering on
 
     def __del__(self) -> None:
         if (fd := self.__dict__.get("_fd")) is not None:  # unset where opening failed
@@ -139,6 +142,29 @@ class Shard:
                 f"{self.path}: truncated, replaced or removed while it was read; restore the file "
                 "and resume from the last checkpoint"
             )
+
+    def gather(
+        self, starts: NDArray[np.int64], addresses: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> bool:
+        """Copies tokens to memory in one call, or says that this is to be left to `read_rows`.
+
+        Args:
+            starts: First token of each window, shape (n,).
+            addresses: Where each window goes: writable memory for its tokens.
+            counts: Tokens of each window, all of them within the shard.
+
+        Returns:
+            Whether everything was copied; if not, what lies at the addresses is undefined.
+        """
+        if self._mapped is None:
+            try:
+                raw = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):
+                return False
+            self._mapped = np.frombuffer(raw, np.uint8)
+        size = self.dtype.itemsize
+        base = self._mapped.ctypes.data + self.offset_bytes
+        return gather(base + starts * size, addresses, counts * size)
 
     def read_rows(self, rows: Sequence[memoryview], starts: Sequence[int]) -> None:
         """Fills each of `rows`, writable buffers of bytes, with the tokens from its start on.
@@ -220,127 +246,3 @@ class Shard:
 
 def _identity(stat: os.stat_result) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
-
-
-class TokenDataset:
-    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
-
-    Attributes:
-        n_tokens: Tokens of all shards.
-        vocab_size: Every id is below it; None where neither dataset nor caller named one.
-        max_token: The largest id there is.
-        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
-        n_documents: Documents, None where not recorded.
-        end_of_text: The id that ends each document, None where not recorded.
-        facts: What identifies it: hashes of shards (in order) and tokenizer, vocabulary, dtype.
-        fingerprint: SHA-256 over these.
-        tokenizer_path: The verified `tokenizer.json`, None for imports.
-        reading: The file that is being read at this moment, None between reads.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scans: Sequence[ShardScan],
-        *,
-        vocab_size: int | None,
-        n_bytes: int | None = None,
-        n_documents: int | None = None,
-        end_of_text: int | None = None,
-        tokenizer_path: Path | None = None,
-        tokenizer_sha256: str | None = None,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.dtype: np.dtype[Any] = self.shards[0].dtype
-        self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
-        self.n_tokens = int(self._starts[-1])
-        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
-        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
-        self.max_token = max(scan.max_token for scan in scans)
-        self.reading: Path | None = None
-        self.facts: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "end_of_text": end_of_text,
-            "dtype": self.dtype.str,
-            "tokenizer": tokenizer_sha256,
-            "shards": [scan.sha256 for scan in scans],
-        }
-        self.fingerprint = hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()
-
-    def read(self, start: int, count: int) -> NDArray[Any]:
-        """Tokens [start, start + count), across shards.
-
-        Returns:
-            A fresh array, shape (count,), uint16 or uint32 as stored.
-
-        Raises:
-            DataError: The range is not within the split, or a file changed or cannot be read.
-        """
-        out = np.empty(count, self.dtype)
-        self.read_windows([start], out.reshape(1, count))
-        return out
-
-    def read_windows(self, starts: Sequence[int], out: NDArray[Any]) -> None:
-        """Reads one window per row.
-
-        Args:
-            starts: First token of each window, at least as many as `out` has rows.
-            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
-
-        Raises:
-            DataError: As for `read`.
-        """
-        rows, length = out.shape
-        assert out.dtype == self.dtype
-        assert out.flags.c_contiguous
-        if not rows or not length:
-            return
-        low, high = min(starts[:rows]), max(starts[:rows])
-        if low < 0 or high + length > self.n_tokens:
-            raise DataError(
-                f"tokens {low} to {high + length} were asked for; the split has {self.n_tokens}"
-            )
-        width = length * self.dtype.itemsize
-        raw = out.data.cast("B")
-        if len(self.shards) == 1:  # the general way below costs 30 µs a batch more
-            shard = self.shards[0]
-            self.reading = shard.path
-            shard.check_unchanged()
-            shard.read_rows(
-                [raw[at : at + width] for at in range(0, rows * width, width)], starts[:rows]
-            )
-            self.reading = None
-            return
-        first = np.asarray(starts[:rows])
-        index = np.searchsorted(self._starts, first, side="right") - 1
-        whole = first + length <= self._starts[index + 1]
-        for number in np.unique(index).tolist():
-            shard = self.shards[number]
-            self.reading = shard.path
-            shard.check_unchanged()
-            pick = np.flatnonzero((index == number) & whole)
-            views = [raw[row * width : (row + 1) * width] for row in pick.tolist()]
-            shard.read_rows(views, (first[pick] - self._starts[number]).tolist())
-        for row in np.flatnonzero(~whole).tolist():
-            self._read_across(
-                raw[row * width : (row + 1) * width], int(first[row]), int(index[row])
-            )
-        self.reading = None
-
-    def _read_across(self, view: memoryview, start: int, index: int) -> None:
-        """Fills `view` with the window at `start`, which begins in shard `index` and leaves it."""
-        size = self.dtype.itemsize
-        while view:
-            shard = self.shards[index]
-            self.reading = shard.path
-            shard.check_unchanged()
-            at = start - int(self._starts[index])
-            count = min(len(view) // size, shard.n_tokens - at)
-            shard.read_rows([view[: count * size]], [at])
-            view, start, index = view[count * size :], start + count, index + 1
-
-    def will_need(self, start: int, count: int) -> None:
-        """Asks the system to read a window ahead; a hint, within the split or ignored."""
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
-        if 0 <= index < len(self.shards):
-            self.shards[index].will_need(start - int(self._starts[index]), count)

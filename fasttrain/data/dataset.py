@@ -1,0 +1,251 @@
+"""A split of a dataset: its shards as one long array of tokens, and where its documents end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.data.files import DataError
+from fasttrain.data.shards import Shard, ShardScan
+
+__all__ = ["EndsFile", "TokenDataset", "join"]
+
+
+@dataclass(frozen=True, slots=True)
+class EndsFile:
+    """Where the documents of a shard end, as `dataset.json` lists it."""
+
+    path: Path
+    sha256: str
+    documents: int
+
+    def read(self, n_tokens: int) -> NDArray[np.int64]:
+        """The ends, ascending offsets into the shard's `n_tokens` tokens.
+
+        Raises:
+            DataError: The file cannot be read or is not the one that was recorded.
+        """
+        try:
+            raw = self.path.read_bytes() if self.path.stat().st_size == 8 * self.documents else b""
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        ends = np.frombuffer(raw, "<u8")
+        sound = hashlib.sha256(raw).hexdigest() == self.sha256 and len(ends) == self.documents
+        if not sound or (ends[1:] < ends[:-1]).any() or (ends > n_tokens).any():
+            raise DataError(
+                f"{self.path}: not the document ends of its shard: damaged or replaced; restore "
+                "the file or prepare the text again"
+            )
+        return ends.astype(np.int64)
+
+
+SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
+
+
+class TokenDataset:
+    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
+
+    Attributes:
+        n_tokens: Tokens of all shards.
+        vocab_size: Every id is below it; None where neither dataset nor caller named one.
+        max_token: The largest id there is.
+        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
+        n_documents: Documents, None where not recorded.
+        end_of_text: The id that ends each document, None where not recorded.
+        facts: What identifies it: hashes of shards (in order) and tokenizer, vocabulary, dtype.
+        fingerprint: SHA-256 over these.
+        tokenizer_path: The verified `tokenizer.json`, None for imports.
+        tokenizer_sha256: Its hash.
+        joined: The datasets that this one is made of, one behind the other, where there are any.
+        reading: The file that is being read at this moment, None between reads.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        scans: Sequence[ShardScan],
+        *,
+        vocab_size: int | None,
+        n_bytes: int | None = None,
+        n_documents: int | None = None,
+        end_of_text: int | None = None,
+        tokenizer_path: Path | None = None,
+        tokenizer_sha256: str | None = None,
+        ends: Sequence[EndsFile] = (),
+        joined: Sequence[TokenDataset] = (),
+    ) -> None:
+        self.shards, self.scans, self.ends = tuple(shards), tuple(scans), tuple(ends)
+        self.joined = tuple(joined)
+        self.dtype: np.dtype[Any] = self.shards[0].dtype
+        self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
+        self.n_tokens = int(self._starts[-1])
+        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
+        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.max_token = max(scan.max_token for scan in scans)
+        self.reading: Path | None = None
+        self.facts: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "end_of_text": end_of_text,
+            "dtype": self.dtype.str,
+            "tokenizer": tokenizer_sha256,
+            "shards": [scan.sha256 for scan in scans],
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """Tokens [start, start + count), across shards.
+
+        Returns:
+            A fresh array, shape (count,), uint16 or uint32 as stored.
+
+        Raises:
+            DataError: The range is not within the split, or a file changed or cannot be read.
+        """
+        out = np.empty(count, self.dtype)
+        self.read_windows([start], out.reshape(1, count))
+        return out
+
+    @cached_property
+    def document_ends(self) -> NDArray[np.int64]:
+        """Ascending offsets, each just after a document's last token; the last one is `n_tokens`.
+
+        From the files beside the shards, which are checked; without these by the end-of-text token,
+        for which the split is read once. A split that begins with that token, as those of llm.c and
+        modded-nanogpt do, has it in front of each document, others behind.
+
+        Raises:
+            DataError: There are no such files and the token is not known, or a file is damaged.
+        """
+        if self.joined:
+            bases = np.cumsum([0, *(part.n_tokens for part in self.joined)])
+            return np.concatenate(
+                [p.document_ends + base for p, base in zip(self.joined, bases, strict=False)]
+            )
+        found: list[NDArray[np.int64]] = []
+        if self.ends:
+            for file, shard, base in zip(self.ends, self.shards, self._starts, strict=False):
+                found.append(file.read(shard.n_tokens) + base)
+        elif self.end_of_text is None:
+            raise DataError(
+                f"{self.shards[0].path.parent}: nothing says where its documents end; name the "
+                "token that separates them, as in data.end_of_text = 50256, or prepare the text "
+                "with python -m fasttrain.prepare"
+            )
+        else:
+            in_front = int(self.read(0, 1)[0]) == self.end_of_text
+            for start in range(0, self.n_tokens, SCAN_TOKENS):
+                block = self.read(start, min(SCAN_TOKENS, self.n_tokens - start))
+                at = np.flatnonzero(block == self.end_of_text) + start
+                found.append(at if in_front else at + 1)
+        ends = np.concatenate([*found, [self.n_tokens]])
+        return np.unique(ends[ends > 0])
+
+    def read_windows(
+        self,
+        starts: Sequence[int] | NDArray[np.int64],
+        out: NDArray[Any],
+        counts: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Reads one window per row.
+
+        Args:
+            starts: First token of each window, as many as `out` has rows.
+            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
+            counts: Tokens of each window, at most `length`; what is right of them in a row is left
+                as it is. None: all are `length` long.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        rows, length = out.shape
+        assert out.dtype == self.dtype
+        assert out.flags.c_contiguous
+        if not rows or not length:
+            return
+        first = np.asarray(starts, np.int64)
+        count = np.full(rows, length) if counts is None else counts
+        low, high = int(first.min()), int((first + count).max())
+        if low < 0 or high > self.n_tokens:
+            raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
+        size = self.dtype.itemsize
+        address = out.ctypes.data + np.arange(rows) * (length * size)
+        index = np.searchsorted(self._starts, first, side="right") - 1
+        whole = first + count <= self._starts[index + 1]
+        raw = out.data.cast("B")
+
+        def view(row: int) -> memoryview:
+            begin = row * length * size
+            return raw[begin : begin + int(count[row]) * size]
+
+        for number in np.unique(index).tolist():
+            shard = self.shards[number]
+            self.reading = shard.path
+            shard.check_unchanged()
+            pick = np.flatnonzero((index == number) & whole)
+            at = first[pick] - self._starts[number]
+            if not shard.gather(at, address[pick], count[pick]):
+                shard.read_rows([view(row) for row in pick.tolist()], at.tolist())
+        for row in np.flatnonzero(~whole).tolist():
+            self._read_across(view(row), int(first[row]), int(index[row]))
+        self.reading = None
+
+    def _read_across(self, view: memoryview, start: int, index: int) -> None:
+        """Fills `view` with the window at `start`, which begins in shard `index` and leaves it."""
+        size = self.dtype.itemsize
+        while view:
+            shard = self.shards[index]
+            self.reading = shard.path
+            shard.check_unchanged()
+            at = start - int(self._starts[index])
+            count = min(len(view) // size, shard.n_tokens - at)
+            shard.read_rows([view[: count * size]], [at])
+            view, start, index = view[count * size :], start + count, index + 1
+
+    def will_need(self, start: int, count: int) -> None:
+        """Asks the system to read a window ahead; a hint, within the split or ignored."""
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        if 0 <= index < len(self.shards):
+            self.shards[index].will_need(start - int(self._starts[index]), count)
+
+
+def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
+    """Several datasets, one behind the other, as one.
+
+    Raises:
+        DataError: They are not of one tokenizer, vocabulary and token type.
+    """
+    first, *others = datasets
+    for other in others:
+        for what in ("tokenizer_sha256", "vocab_size", "end_of_text", "dtype"):
+            one, two = getattr(first, what), getattr(other, what)
+            if one != two:
+                raise DataError(
+                    f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
+                    f"differ in {what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
+                    "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
+                )
+
+    def total(name: str) -> int | None:
+        values = [getattr(dataset, name) for dataset in datasets]
+        return None if None in values else sum(values)
+
+    return TokenDataset(
+        [shard for dataset in datasets for shard in dataset.shards],
+        [scan for dataset in datasets for scan in dataset.scans],
+        vocab_size=first.vocab_size,
+        n_bytes=total("n_bytes"),
+        n_documents=total("n_documents"),
+        end_of_text=first.end_of_text,
+        tokenizer_path=first.tokenizer_path,
+        tokenizer_sha256=first.tokenizer_sha256,
+        joined=datasets,
+    )
