@@ -14,10 +14,11 @@ from fasttrain_kernels import Muon
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.data.corpus import build_default_corpus
+from fasttrain.data.files import cache_folder
 from fasttrain.data.format import TokenDataset, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
-from fasttrain.device import keep_freed_memory, resolve_device
+from fasttrain.device import keep_compiled, keep_freed_memory, resolve_device
 from fasttrain.generate import generate
 from fasttrain.loggers import Console
 from fasttrain.model import Transformer
@@ -69,6 +70,8 @@ def run(
             torch.cuda.set_device(device)
         else:
             keep_freed_memory()
+        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
+        keep_compiled(cache_folder(cache_dir) / "compiled")
         run_dir = new_run_dir(config, name) if resume is None else run_dir_of(config, name, resume)
         lock = lock_run_dir(run_dir, new=resume is None)
     console = Console(log_file=run_dir / "train.log")

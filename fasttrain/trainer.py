@@ -18,7 +18,7 @@ from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import compile_cache_use, resolve_device, resolve_precision
 from fasttrain.evaluation import evaluate
 from fasttrain.guard import StateGuard
 from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
@@ -191,6 +191,10 @@ class Trainer:
                     self.compiling = False
                     self._synchronize()
                     self.first_step_s = time.perf_counter() - started_s
+                    if self.console and (cache := compile_cache_use()):
+                        self.console.note(
+                            f"first step after {self.first_step_s:.1f} s (compile cache {cache})"
+                        )
                 last = self._finished(until)
                 if log or last or self._due(self.config.checkpoint.every_steps):
                     numbers = self.recovery.look()
