@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fasttrain import metrics
-from fasttrain.loggers import JsonlLogger
+from fasttrain.jsonl import JsonlLogger
 from fasttrain.model import flops_constants
 
 if TYPE_CHECKING:
