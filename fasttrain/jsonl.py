@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from fasttrain.log_file import LogFile
 
+from fasttrain.log_file import LogFile
+
 __all__ = ["JsonlLogger"]
 
 

@@ -16,7 +16,6 @@ __all__ = [
     "mfu",
     "peak_flops",
     "peak_memory_gib",
-    "reset_peak_memory",
 ]
 
 # Dense peaks in TFLOP/s from the maker's datasheets and whitepapers (figures "with sparsity"
@@ -148,16 +147,10 @@ class LossTracker:
 def peak_memory_gib(device: torch.device) -> float:
     """Return the largest memory use so far in GiB.
 
-    On CUDA: the most that tensors have held since the start or `reset_peak_memory`. Elsewhere: the
-    most physical memory that this process has held since it started.
+    On CUDA: the most that tensors have held. Elsewhere: the most physical memory that this process
+    has held since it started.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far; without effect off CUDA, where the system keeps the mark."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,6 @@
 """fasttrain.loggers: numbers for people, the plain console, the log file, metrics.jsonl."""
 
 import io
-import json
 import math
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.loggers import Console, JsonlLogger, clean, format_count, format_duration
+from fasttrain.loggers import Console, clean, format_count, format_duration
 
 ROW = {
     "step": 120,
@@ -242,49 +241,18 @@ def test_eta_counts_from_the_first_step_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert "55%  1100/2000  ETA 1m 30s  loss 2.5" in stream.getvalue()
 
 
-def rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(log_file=None).sample(7, "a" * 90, "b" * 200 + "\n\nc")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["sample, step 7", *(f"  | {s}" for s in ("a" * 90 + "b" * 6, "b" * 96)),
+                     "  | " + "b" * 96, "  | bb", "  | ", "  | c"]  # fmt: skip
 
 
-def test_jsonl_rows_are_readable_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    logger = JsonlLogger(path)
-    logger.write("train", ROW)
-    assert rows(path) == [{"kind": "train", **ROW}]
-    logger.write("eval", {"step": 120, "val_loss": 2.9})
-    assert rows(path)[1] == {"kind": "eval", "step": 120, "val_loss": 2.9}
-    logger.close()
-    logger.close()
-
-
-def test_jsonl_is_json_where_the_loss_is_not_finite(tmp_path: Path) -> None:
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    logger.write("train", {"step": 1, "loss": math.nan, "grad_norm": math.inf})
-    logger.close()
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"kind": "train", "step": 1, "loss": null, "grad_norm": null}\n'
-
-
-def test_jsonl_of_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = JsonlLogger(path)
-    for step in (10, 20, 30, 40):
-        first.write("train", {"step": step})
-    first.write("eval", {"step": 40})
-    first.close()
-    with path.open("a") as f:
-        f.write('{"kind": "train", "st')  # the process was killed here
-    resumed = JsonlLogger(path)
-    resumed.drop_after(20)
-    resumed.write("train", {"step": 30})
-    resumed.close()
-    assert [row["step"] for row in rows(path)] == [10, 20, 30]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_jsonl_is_continued_by_default(tmp_path: Path) -> None:
-    for step in (1, 2):
-        logger = JsonlLogger(tmp_path / "metrics.jsonl")
-        logger.write("train", {"step": step})
-        logger.close()
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+def test_counters_are_shown_once_there_is_something_to_count(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(log_file=None)
+    console.train({**ROW, "skipped_steps": 0, "spikes": 0, "rollbacks": 0})
+    console.train({**ROW, "skipped_steps": 3, "spikes": 0, "rollbacks": 1})
+    quiet, loud = capsys.readouterr().out.splitlines()
+    assert loud == f"{quiet}  skipped_steps 3  rollbacks 1"

@@ -146,10 +146,9 @@ def test_peak_memory_of_the_process_rises_with_use() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     device = torch.device("cuda")
-    metrics.reset_peak_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory_gib(device)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
     assert peak_memory_gib(device) >= before + 0.25
     del block
-    metrics.reset_peak_memory(device)
-    assert peak_memory_gib(device) < before + 0.25
+    assert peak_memory_gib(device) >= before + 0.25  # the peak, not what is held now

@@ -1,0 +1,57 @@
+"""metrics.jsonl: readable at once, JSON whatever the numbers, each step once."""
+
+import json
+import math
+from pathlib import Path
+
+from fasttrain.jsonl import JsonlLogger
+
+ROW = {"step": 120, "loss": 3.4521, "lr": 1e-3, "mfu": None}
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_rows_are_readable_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.write("train", ROW)
+    assert rows(path) == [{"kind": "train", **ROW}]
+    logger.write("eval", {"step": 120, "val_loss": 2.9})
+    assert rows(path)[1] == {"kind": "eval", "step": 120, "val_loss": 2.9}
+    logger.close()
+    logger.close()
+
+
+def test_jsonl_is_json_where_the_loss_is_not_finite(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.write("train", {"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    logger.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"kind": "train", "step": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_jsonl_of_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(path)
+    for step in (10, 20, 30, 40):
+        first.write("train", {"step": step})
+    first.write("eval", {"step": 40})
+    first.close()
+    with path.open("a") as f:
+        f.write('{"kind": "train", "st')  # the process was killed here
+    resumed = JsonlLogger(path)
+    resumed.drop_after(20)
+    resumed.write("train", {"step": 30})
+    resumed.close()
+    assert [row["step"] for row in rows(path)] == [10, 20, 30]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_jsonl_is_continued_by_default(tmp_path: Path) -> None:
+    for step in (1, 2):
+        logger = JsonlLogger(tmp_path / "metrics.jsonl")
+        logger.write("train", {"step": step})
+        logger.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
