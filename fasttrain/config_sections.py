@@ -191,11 +191,20 @@ class ScheduleConfig(Section):
     name: str = key(
         "cosine",
         "shape after the warmup",
-        choices=("cosine", "linear", "constant", "wsd"),
+        choices=("cosine", "linear", "constant", "wsd", "step", "cosine_restarts"),
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
     decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
+    decay_every_steps: int | None = key(None, "step: steps between decays", ge=1)
+    decay_factor: float = key(0.1, "step: what each decay multiplies by", gt=0, lt=1)
+    cycle_steps: int | None = key(None, "cosine_restarts: steps of the first cycle", ge=1)
+    cycle_factor: float = key(1.0, "cosine_restarts: growth from cycle to cycle", ge=1)
+
+    def check(self) -> None:
+        for name, needed in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):
+            if self.name == name and getattr(self, needed) is None:
+                refuse("schedule.name", name, f"needs schedule.{needed}, which is unset", "set it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,10 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         cosine, linear  from lr at t = W down to min_lr at t = S - 1
         wsd             lr, then straight from lr at t = S - round(decay_fraction · S) to min_lr
                         at t = S - 1; the decay never starts before t = W
+        step            lr · decay_factor^k after k times decay_every_steps since the warmup, never
+                        below min_lr
+        cosine_restarts from lr towards min_lr over cycle_steps, again and again, each cycle
+                        cycle_factor times as long as the one before
 
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
     last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
@@ -38,8 +42,9 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
     Raises:
         ValueError: ``step`` is negative or ``total_steps`` is below 1.
 
-    Source: cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al. 2024 (MiniCPM,
-    arXiv:2404.06395), here with the linear decay of Hägele et al. 2024 (arXiv:2405.18392).
+    Source: cosine and its restarts: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al.
+    2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
+    (arXiv:2405.18392).
     """
     if step < 0 or total_steps < 1:
         raise ValueError(
@@ -51,6 +56,14 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         return lr * ((step + 1) / warmup_steps)
     if schedule.name == "constant":
         return lr
+    if schedule.name == "step":
+        assert schedule.decay_every_steps is not None
+        n_decays = (step - warmup_steps) // schedule.decay_every_steps
+        return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
+    if schedule.name == "cosine_restarts":
+        done = _part_of_cycle(step - warmup_steps, schedule)
+        falling = 0.5 * (1.0 - math.cos(math.pi * done))
+        return lr * (1.0 - falling) + schedule.min_lr * falling
     start = warmup_steps
     if schedule.name == "wsd":
         start = max(start, total_steps - round(schedule.decay_fraction * total_steps))
@@ -61,3 +74,18 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     # Weighting both ends, rather than adding a difference to one, makes both exact.
     return lr * (1.0 - progress) + schedule.min_lr * progress
+
+
+def _part_of_cycle(step: int, schedule: ScheduleConfig) -> float:
+    """Return how much of the present cycle is over, in [0, 1), ``step`` steps after the warmup."""
+    assert schedule.cycle_steps is not None
+    cycle, factor = float(schedule.cycle_steps), schedule.cycle_factor
+    if factor == 1.0:
+        return (step % schedule.cycle_steps) / schedule.cycle_steps
+    # Cycles 0 … k-1 take cycle · (factor^k - 1) / (factor - 1) steps; the logarithm may be off by
+    # one where a cycle begins.
+    k = max(0, int(math.log(step * (factor - 1.0) / cycle + 1.0, factor)) - 1)
+    while cycle * (factor ** (k + 1) - 1.0) / (factor - 1.0) <= step:
+        k += 1
+    before = cycle * (factor**k - 1.0) / (factor - 1.0)
+    return (step - before) / (cycle * factor**k)
