@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fasttrain.data.files import DataError
+from fasttrain.data.files import DataError, sha256_of
 
 __all__ = ["Document", "Source", "find_files"]
 
@@ -137,6 +138,16 @@ class Source:
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()
         self.done_bytes = 0
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """What tells these files from others: name, size and time of change, or the content."""
+        stats = [(file, file.stat()) for file in self.files]
+        return [
+            [self._name(file), stat.st_size, sha256_of(file)]
+            if self._name(file) == "standard input"
+            else [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
+            for file, stat in stats
+        ]
 
     def _spooled(self) -> Path:
         self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115

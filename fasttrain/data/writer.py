@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,10 +43,21 @@ class ShardWriter:
         split: "train" or "val", the first part of each name.
         vocab_size: Ids must be below it; also settles the dtype.
         shard_tokens: Tokens of every shard but the last.
+        state: What `state` returned in a process that is gone: writing goes on from there. Whatever
+            of the split is in the folder beyond it is removed.
+
+    Raises:
+        DataError: Bad arguments, or the folder does not hold what the state says.
     """
 
     def __init__(
-        self, folder: Path, split: str, *, vocab_size: int, shard_tokens: int = 100_000_000
+        self,
+        folder: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        shard_tokens: int = 100_000_000,
+        state: dict[str, Any] | None = None,
     ) -> None:
         if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
             raise DataError(
@@ -59,6 +70,54 @@ class ShardWriter:
         self._in_shard = 0
         self._ends: list[NDArray[np.uint64]] = []
         self._file: Any = None
+        if state is not None:
+            self._restore(state)
+
+    def state(self) -> dict[str, Any]:
+        """Puts everything on disk and says how far that is, for a later writer to go on.
+
+        Returns:
+            JSON values.
+        """
+        n_ends = 0
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            ends = np.concatenate(self._ends)
+            self._ends, n_ends = [ends], ends.size
+            write_atomically(self._path(".ends.partial"), ends.tobytes())
+        return {
+            "shards": [asdict(shard) for shard in self.shards],
+            "in_shard": self._in_shard,
+            "ends_in_shard": n_ends,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.shards = [ShardInfo(**shard) for shard in state["shards"]]
+        self._in_shard = state["in_shard"]
+        self.n_tokens = sum(shard.tokens for shard in self.shards) + self._in_shard
+        n_ends = state["ends_in_shard"]
+        self.n_documents = sum(shard.documents for shard in self.shards) + n_ends
+        keep = {name for shard in self.shards for name in (shard.file, shard.ends_file)}
+        if self._in_shard:
+            n_bytes = HEADER_BYTES + self._in_shard * self.dtype.itemsize
+            for suffix, size in ((".bin", n_bytes), (".ends", 8 * n_ends)):
+                path = self._path(f"{suffix}.partial")
+                if self._path(suffix).exists():  # finished since
+                    os.replace(self._path(suffix), path)
+                if not path.exists() or path.stat().st_size < size:
+                    raise DataError(f"{path}: missing or cut short; start anew without --resume")
+                os.truncate(path, size)
+                keep.add(path.name)
+            self._file = self._path(".bin.partial").open("r+b", buffering=1 << 20)
+            self._file.seek(n_bytes)
+            self._ends = [np.fromfile(self._path(".ends.partial"), "<u8")]
+        for path in self.folder.iterdir():
+            if (
+                path.name.startswith((f"{self.split}_", f".{self.split}_"))
+                and path.name not in keep
+            ):
+                path.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +194,7 @@ class ShardWriter:
         ends = np.concatenate(self._ends).tobytes() if self._ends else b""
         write_atomically(ends_path, ends)
         os.replace(self._path(".bin.partial"), path)
+        self._path(".ends.partial").unlink(missing_ok=True)
         self.shards.append(
             ShardInfo(
                 file=path.name,

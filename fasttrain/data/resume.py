@@ -1,0 +1,151 @@
+"""What is left of an interrupted preparation, and how it goes on.
+
+A dataset OUT is built in `.OUT.partial` beside it:
+
+    dataset/       what will be OUT: finished shards, tokenizer.json, and the shard being written
+    progress.json  what was asked for, and how far everything in dataset/ can be trusted
+    lock           held by the process at work
+
+`progress.json` is replaced only when everything it speaks of is on disk. To go on, the input is
+read again from its beginning, which takes little, and not encoded up to there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fasttrain.data.files import DataError, write_atomically
+from fasttrain.data.format import DATASET_JSON
+
+__all__ = ["Partial"]
+
+
+class Partial:
+    """The folder in which a dataset is built, held by this process alone.
+
+    Args:
+        out: What it will be.
+        asked: Everything that shapes the output, input files included; JSON values.
+        resume: Go on with what an interrupted run has left.
+        note: Called with what a user should know.
+
+    Attributes:
+        dataset: The folder that will be `out`.
+        complete: There was nothing left to do: `out` is there, made as asked.
+        state: Of the last `save`, empty before the first.
+
+    Raises:
+        DataError: `out` exists, another process is at work, or what is left is of something else.
+    """
+
+    def __init__(
+        self, out: Path, asked: dict[str, Any], *, resume: bool, note: Callable[[str], None]
+    ) -> None:
+        self.out, self.folder = out, out.parent / f".{out.name}.partial"
+        self.dataset = self.folder / "dataset"
+        self._progress, self._asked = self.folder / "progress.json", asked
+        self.state: dict[str, Any] = {}
+        there = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        self.complete = there and resume and self._made_as_asked()
+        if there and not self.complete:
+            raise DataError(
+                f"{out}: exists already and is not empty; name a new folder or remove it"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise DataError(f"{out}: another process is preparing it now; wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        if self.complete:
+            self.close()
+            return
+        if self._progress.exists():
+            if resume:
+                self._load()
+                note(f"Going on with what an interrupted run left in {self.folder}")
+            else:
+                note(
+                    f"Starting anew: {self.folder} of an interrupted run is replaced (--resume "
+                    "would have gone on with it)"
+                )
+        elif resume:
+            note(f"Nothing to resume: no interrupted run left {self.folder}; starting")
+        if not self.state:
+            shutil.rmtree(self.dataset, ignore_errors=True)
+            self._progress.unlink(missing_ok=True)
+        self.dataset.mkdir(exist_ok=True)
+        for path in self.dataset.glob(".*"):  # files that were being written
+            path.unlink()
+
+    def _made_as_asked(self) -> bool:
+        try:
+            source = json.loads((self.out / DATASET_JSON).read_bytes())["source"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        asked = self._asked["source"]
+        return isinstance(source, dict) and all(source.get(key) == asked[key] for key in asked)
+
+    def _load(self) -> None:
+        try:
+            left = json.loads(self._progress.read_bytes())
+            before, state = left["asked"], left["state"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{self._progress}: damaged ({error}); start anew without --resume"
+            ) from error
+        asked = json.loads(json.dumps(self._asked))  # as it looks after being stored
+        old, new = before["source"], asked["source"]
+        for key in new:
+            if old.get(key) != new[key]:
+                raise DataError(
+                    f"--resume: the interrupted run had {key} = {old.get(key)!r}, this one has "
+                    f"{new[key]!r}; repeat its command, or start anew without --resume"
+                )
+        if before != asked:
+            raise DataError(
+                "--resume: the input (its files, sizes or times) or the tokenizer is not what the "
+                "interrupted run read, or fasttrain is another; start anew without --resume"
+            )
+        self.state = state
+
+    def save(self, **state: Any) -> None:
+        """Records how far the work is; all of that must be on disk already."""
+        self.state |= state
+        content = json.dumps({"asked": self._asked, "state": self.state})
+        write_atomically(self._progress, content.encode())
+
+    def publish(self) -> None:
+        """Gives the finished dataset its name."""
+        os.chmod(self.dataset, 0o755)
+        _sync(self.dataset)
+        os.rename(self.dataset, self.out)
+        _sync(self.out.parent)
+        self.state = {}
+
+    def close(self) -> None:
+        """Lets another process go on; what is not worth that is removed."""
+        if self._lock < 0:
+            return
+        if not self.state:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
