@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from fasttrain.log_file import LogFile
 
-from fasttrain.log_file import LogFile
-
 __all__ = ["JsonlLogger"]
 
 
