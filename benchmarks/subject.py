@@ -185,7 +185,9 @@ def _hidden(model: Transformer, tokens: Tensor) -> Tensor:
     if model.position_embedding is not None:
         x = x + model.position_embedding.weight[: tokens.shape[1]]
     if model.bigram_embedding is not None:
-        x = x + model.bigram_embedding(model._pairs(tokens, None))
+        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
+        pairs = ((before * 36313) ^ (tokens * 27191)) % model.bigram_embedding.num_embeddings
+        x = x + model.bigram_embedding(pairs)
     if config.embedding_norm:
         x = F.rms_norm(x, x.shape[-1:], eps=config.norm_eps)
     for i, block in enumerate(model.blocks):

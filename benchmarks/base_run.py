@@ -1,0 +1,53 @@
+"""A run of configs/base.toml, whole process and all, as a figure."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, results
+from benchmarks.results import ROOT
+
+SHOWN = ("tokens_per_s", "step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
+
+
+def figures(rows: Sequence[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    """Return what the rows of a ``metrics.jsonl`` say of the run's end."""
+    train = [row for row in rows if row["kind"] == "train"]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    last, end = train[-1], evals[-1] if evals else {}
+    entry: dict[str, Any] = {"name": "base.toml", "wall_s": wall_s, "steps": last["step"]}
+    entry |= {key: last.get(key) for key in SHOWN}
+    entry["tokens_per_s"] = {"fasttrain": last["tokens_per_s"]}
+    return entry | {key: end.get(key) for key in ("val_loss", "val_bpb")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, then write the figures."""
+    parser = argparse.ArgumentParser(description="A run of configs/base.toml, measured.")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--results", type=Path, required=True)
+    arguments = parser.parse_intermixed_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs" / "base.toml")]
+        command += [f"run.out_dir={folder}", "run.name=base", *arguments.overrides]
+        started = time.perf_counter()
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        wall_s = time.perf_counter() - started
+        if status:
+            return status
+        lines = (Path(folder) / "base" / "metrics.jsonl").read_text("utf-8").splitlines()
+    entry = figures([json.loads(line) for line in lines], wall_s)
+    document = results.document("run-base", [entry], measure.machine(), measure.ceilings())
+    results.write(arguments.results / "run-base.json", document)
+    print(json.dumps(entry, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

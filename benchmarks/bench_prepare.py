@@ -1,0 +1,96 @@
+"""Text to tokens: the whole of `fasttrain.prepare` against the bare encoders, on the same cores.
+
+48 MB of Python source in JSON lines, a document each, and a byte-level BPE of 32,768 tokens trained
+on it. Ours reads and parses the file, hashes each document for its split, encodes in a process for
+each core, checks a sample against the tokenizer itself, and writes shards, document ends and hashes
+to disk. The others get the texts in memory, in blocks of 500, and drop what they return.
+
+    encode_batch       of `tokenizers`, a thread for each core
+    encode_batch_fast  the same without offsets
+    tiktoken           the same merges as its ranks, a thread for each core
+"""
+
+import json
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fasttrain.data.fast_bpe import FastBpe
+from fasttrain.data.tokenizer import TEXT_PATTERN, train_bpe
+from fasttrain.prepare import prepare
+
+N_BYTES, VOCAB_SIZE, BLOCK = 48_000_000, 32_768, 500
+
+
+def source_texts() -> list[str]:
+    """Source files of the standard library, again and again until there is enough."""
+    texts = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if not {"site-packages", "dist-packages"} & set(path.parts):
+            try:
+                texts.append(path.read_text())
+            except (OSError, UnicodeDecodeError):
+                continue
+    once = sum(len(text.encode()) for text in texts)
+    repeated = texts * (N_BYTES // once + 1)
+    return repeated[: len(texts) * N_BYTES // once]
+
+
+def by_block(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> Callable[[], None]:
+    def run() -> None:
+        for start in range(0, len(texts), BLOCK):
+            encode(texts[start : start + BLOCK])
+
+    return run
+
+
+def test_prepare(compare, tmp_path, benchmark):
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional package tiktoken")
+    texts = source_texts()
+    n_bytes = sum(len(text.encode()) for text in texts)
+    with (tmp_path / "in.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    tokenizer = train_bpe(dict.fromkeys(texts), VOCAB_SIZE)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words, _ = FastBpe.ranks(tokenizer)
+    ranked = tiktoken.Encoding(
+        "bench",
+        pat_str=TEXT_PATTERN,
+        mergeable_ranks={word: rank for rank, word in enumerate(words)},
+        special_tokens={},
+    )
+    n_cores = len(os.sched_getaffinity(0))
+    notes: list[str] = []
+
+    def ours() -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        prepare(
+            tmp_path / "out",
+            [str(tmp_path / "in.jsonl")],
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            workers=n_cores,
+            note=notes.append,
+        )
+
+    result = compare(
+        {
+            "prepare": ours,
+            "encode_batch": by_block(tokenizer.encode_batch, texts),
+            "encode_batch_fast": by_block(tokenizer.encode_batch_fast, texts),
+            "tiktoken": by_block(
+                lambda block: ranked.encode_ordinary_batch(block, num_threads=n_cores), texts
+            ),
+        },
+        rounds=3,
+        warmup=0,
+    )
+    benchmark.extra_info["mb_per_s"] = {
+        name: n_bytes / 1e6 / seconds for name, seconds in result.median_s.items()
+    }
+    benchmark.extra_info["cores"] = n_cores
+    assert not any("not tiktoken" in note or "does not split" in note for note in notes)
+    assert result.speedup["encode_batch"] > 4

@@ -1,0 +1,288 @@
+"""Everything that wants a GPU, in one command of at most nine minutes: ``make gpu``.
+
+In order: the tests that need a device; the kernels beside every installed peer; the training step
+of gpt2-124m and llama-1b, profiled; nanoGPT's and nanochat's shapes beside ours where
+``NANOGPT_DIR`` and ``NANOCHAT_DIR`` name checkouts; a short run of configs/base.toml. Each stage is
+a process with its own time limit, so that one that fails or hangs does not cost the others theirs.
+A stage may use what those before it left over, never what is kept for those after it.
+
+Figures are written as they come, to ``benchmarks/results/<device>/``. Where the environment has
+``OUT``, a folder, they stay out of the checkout: ``$OUT/<device>.tar.gz`` holds them with logs and
+traces and is renewed after each stage. Without a CUDA device every stage runs its code at small
+shapes on the CPU, as a rehearsal; nothing is kept of it.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.results import RESULTS, ROOT, folder_of, read_all
+
+BUDGET_S = 540.0
+GRACE_S = 5.0  # between asking a stage to end and ending it
+KERNEL_SUITES = (
+    *("linear_cross_entropy", "cross_entropy", "rms_norm", "adamw"),
+    *("swiglu", "rope", "muon"),
+)
+# Tests that choose a device; those of the interpreter and the compiler alone do not need one here.
+NEEDS_DEVICE = re.compile(r"triton_device|is_available\(\)")
+NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)")
+BASE_RUN = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
+TINY_KERNELS = "not 50304 and not 50257 and not 124M and not muon_step and not memory"
+TINY_RUN = (
+    *(
+        "run.compile=off",
+        "train.steps=2",
+        "eval.every_steps=none",
+        "eval.sample_every_steps=none",
+        "schedule.warmup_steps=0",
+    ),
+    *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
+    *("model.bigram_vocab_size=none", "eval.prompts=[]", "eval.batch_size=512"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One process; ``skipped`` says why there is none."""
+
+    name: str
+    command: tuple[str, ...] = ()
+    limit_s: float = 0.0  # more would not help it
+    least_s: float = 0.0  # kept for it, however long those before it take
+    skipped: str = ""
+
+
+def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
+    """Return the seconds that a stage may take when ``left_s`` are left for it and all after it."""
+    kept = sum(stage.least_s for stage in stages[index + 1 :])
+    return max(0.0, min(stages[index].limit_s, left_s - kept))
+
+
+def device_tests() -> list[str]:
+    """Return the test files whose result depends on the device."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    chosen = []
+    for path in files:
+        text = path.read_text("utf-8")
+        if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text):
+            chosen.append(f"tests/{path.name}")
+    return [name for name in chosen if "benchmarks" not in name]
+
+
+def fp8_override() -> str | None:
+    """Return the override that makes the trainer multiply in fp8, or None: it offers none."""
+    from fasttrain.config import config_reference
+
+    rows = [line for line in config_reference().splitlines() if "fp8" in line]
+    for row in rows:
+        key = row.split("`")[1]
+        if key == "run.dtype":
+            return "run.dtype=fp8"
+        if "fp8" in key:
+            return f"{key}=true"
+    return None
+
+
+def plan(folder: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
+    """Return the stages.
+
+    Args:
+        folder: of the JSON files of this device.
+        work: for logs and traces.
+        environment: as `os.environ`.
+        cuda: whether there is a device; else everything is small.
+    """
+    python = sys.executable
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    out = ("--results", str(folder))
+    workers = str(min(8, os.cpu_count() or 1))
+    tests = (*pytest, "-n", workers, "--timeout=90", "--maxfail=25", *device_tests())
+    if not cuda:
+        tests = (*pytest, "-n", "0", "--collect-only", *device_tests())
+    stages = [
+        Stage(name="ceilings", command=(python, "-m", "benchmarks.gpu_device", *out),
+              limit_s=40, least_s=20),
+        Stage(name="tests", command=tests, limit_s=100, least_s=60),
+    ]  # fmt: skip
+    for suite in KERNEL_SUITES:
+        options = ("--benchmark-only", "--results", str(folder.parent))
+        options = options if cuda else (*options, "--rehearse", "-k", TINY_KERNELS)
+        command = (*pytest, f"benchmarks/bench_{suite}.py", *options)
+        large = "entropy" in suite
+        stages.append(
+            Stage(name=f"kernel {suite}", command=command, limit_s=60, least_s=25 if large else 15)
+        )
+    fp8 = fp8_override()
+    steps = [
+        ("gpt2-124m", "gpt2-124m bf16", "run.dtype=bf16"),
+        ("llama-1b", "llama-1b bf16", "run.dtype=bf16"),
+        ("llama-1b", "llama-1b fp8", fp8),
+    ]
+    for config, name, override in steps:
+        if override is None:
+            stages.append(Stage(name=f"step {name}", skipped="the trainer offers no fp8"))
+            continue
+        stages.append(
+            Stage(
+                name=f"step {name}",
+                command=(
+                    *(python, "-m", "benchmarks.gpu_step", f"configs/{config}.toml", override),
+                    *("--name", name, *out, "--traces", str(work)),
+                ),
+                limit_s=110,
+                least_s=60 if "bf16" in name else 40,
+            )
+        )
+    for peer, variable in (("nanogpt", "NANOGPT_DIR"), ("nanochat", "NANOCHAT_DIR")):
+        path = environment.get(variable)
+        if not path:
+            stages.append(Stage(name=f"peer {peer}", skipped=f"{variable} names no checkout"))
+            continue
+        command = (python, "-m", "benchmarks.gpu_peers", peer, path, *out)
+        stages.append(Stage(name=f"peer {peer}", command=command, limit_s=90, least_s=35))
+    overrides = BASE_RUN if cuda else TINY_RUN
+    command = (python, "-m", "benchmarks.base_run", *overrides, *out)
+    stages.append(Stage(name="run base.toml", command=command, limit_s=90, least_s=45))
+    return stages
+
+
+def run_stage(stage: Stage, limit_s: float, log: Path) -> str:
+    """Run a stage with its output in ``log``; return ``ok`` or what went wrong."""
+    python_path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(limit_s)
+            return "ok" if status == 0 else f"failed with exit status {status}"
+        except subprocess.TimeoutExpired:
+            return f"out of time after {limit_s:.0f} s"
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a stage with all its children: asked first, so that pytest can say what it has done."""
+    for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+        try:
+            process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _tail(log: Path, n_lines: int) -> list[str]:
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-n_lines:]
+
+
+def _bundle(name: str, out: Path, folders: Mapping[str, Path]) -> None:
+    """Pack the folders into one archive, replaced in one piece."""
+    partial = out / f"{name}.partial"
+    with tarfile.open(partial, "w:gz") as archive:
+        for label, folder in folders.items():
+            archive.add(folder, f"{name}/{label}")
+    os.replace(partial, out / f"{name}.tar.gz")
+
+
+def run_all(stages: Sequence[Stage], work: Path, budget_s: float, after: object = None) -> bool:
+    """Run the stages in order, a line for each; return whether all that ran went well.
+
+    Args:
+        stages: from `plan`.
+        work: for the logs, and ``summary.txt``, which grows as stages end.
+        budget_s: seconds for all of them together.
+        after: called without arguments after each stage, or None.
+    """
+    started = time.monotonic()
+    well = True
+    summary = work / "summary.txt"
+    summary.write_text("", "utf-8")
+    for i, stage in enumerate(stages):
+        begun = time.monotonic()
+        if stage.skipped:
+            outcome = f"left out: {stage.skipped}"
+        else:
+            limit_s = allowance(stages, i, budget_s - (begun - started) - 2 * GRACE_S)
+            log = work / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.log"
+            outcome = run_stage(stage, limit_s, log) if limit_s > 1 else "no time left"
+        line = f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}"
+        print(line, flush=True)
+        if not stage.skipped and outcome != "ok":
+            well = False
+            tail = _tail(log, 12) if limit_s > 1 else []
+            line = "\n".join([line, *(f"    {text[:200]}" for text in tail)])
+            print("\n".join(f"    {text[:200]}" for text in tail), flush=True)
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if callable(after):
+            after()
+    return well
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything; return 0 where no stage failed."""
+    parser = argparse.ArgumentParser(description="Tests and benchmarks on a GPU, in nine minutes.")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all stages")
+    parser.add_argument("--only", help="run the stages whose name has this in it")
+    arguments = parser.parse_args(argv)
+    from benchmarks import measure, report  # torch: seconds that --help need not take
+
+    started = time.monotonic()
+    machine = measure.machine()
+    cuda, name = machine["kind"] == "cuda", folder_of(machine)
+    out = os.environ.get("OUT")
+    with tempfile.TemporaryDirectory(prefix="fasttrain-gpu-") as temporary:
+        work = Path(temporary) / "logs"
+        work.mkdir()
+        results = RESULTS if cuda and not out else Path(temporary) / "results"
+        folder = results / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if cuda:
+            print(f"{machine['device']}, torch {machine['torch']}; figures go to {out or folder}")
+        else:
+            print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
+        stages = plan(folder, work, os.environ, cuda=cuda)
+        if arguments.only:
+            stages = [stage for stage in stages if arguments.only in stage.name]
+        for stage in stages:
+            assert not stage.command or shutil.which(stage.command[0])
+
+        def keep() -> None:
+            if out and cuda:
+                _bundle(name, Path(out), {"results": folder, "logs": work})
+                shutil.copyfile(work / "summary.txt", Path(out) / "summary.txt")
+
+        well = run_all(stages, work, arguments.budget_s - (time.monotonic() - started), keep)
+        if cuda:
+            text = report.plain_text([d for d in read_all(results) if d["machine"] == machine])
+            with (work / "summary.txt").open("a", encoding="utf-8") as file:
+                file.write(text)
+            print(text)
+            keep()
+    spent = time.monotonic() - started
+    print(f"{'done' if well else 'with failures'} after {spent:.0f} s")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
