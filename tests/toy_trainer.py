@@ -1,0 +1,110 @@
+"""A Trainer on the toy dataset, and batches that are made bad, shared by tests."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.config import TrainConfig
+from fasttrain.data.format import open_dataset
+from fasttrain.data.loader import Loader
+from fasttrain.model import Transformer
+from fasttrain.optim import build_optimizers
+from fasttrain.state import collect
+from fasttrain.trainer import Trainer
+
+
+def build(
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    position: int = 0,
+    device: str = "cpu",
+    console: Any = None,
+) -> Trainer:
+    """Make a Trainer as a session does; whoever calls closes it."""
+    assert config.data.path is not None
+    train, val = (open_dataset(config.data.path, split) for split in ("train", "val"))
+    torch.manual_seed(config.run.seed)
+    model_config = replace(config.model, vocab_size=train.vocab_size)
+    model = Transformer(model_config, seq_len=config.data.seq_len)
+    samples = (train.n_tokens - 1) // config.data.seq_len
+    epochs = config.train.epochs
+    if run_dir is not None:
+        run_dir.mkdir(exist_ok=True)
+    return Trainer(
+        model,
+        build_optimizers(model, config.optim),
+        None,
+        None,
+        config,
+        train_loader=Loader(
+            train,
+            seq_len=config.data.seq_len,
+            micro_batch=config.train.micro_batch,
+            seed=config.run.seed,
+            device=device,
+            position=position,
+            end=None if epochs is None else math.ceil(epochs * samples),
+        ),
+        val_dataset=val,
+        run_dir=run_dir,
+        console=console,
+    )
+
+
+def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -> Trainer:
+    """Make a Trainer that goes on from a checkpoint, in a process whose past must not matter."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    trainer = build(config, run_dir, position=state["position"])
+    torch.manual_seed(999)
+    trainer.load_checkpoint(checkpoint)
+    return trainer
+
+
+def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return the rows of one kind in a run's ``metrics.jsonl``."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def digest(trainer: Trainer) -> str:
+    """Return the SHA-256 of all that a run's future depends on: parameters, moments, RNG, …"""
+    groups = collect(trainer.model, trainer.optimizers, trainer.train_step)
+    found = hashlib.sha256()
+    for group in sorted(groups):
+        for name, tensor in sorted(groups[group].items()):
+            found.update(f"{group}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    found.update(f"{trainer.step_count} {trainer.position}".encode())
+    return found.hexdigest()
+
+
+def batch_of(trainer: Trainer, step: int) -> Tensor:
+    """Return the tokens of the first micro-batch of a step, as the data's order has it."""
+    loader = trainer.train_loader
+    with loader.at((step - 1) * trainer.samples_per_step) as other:
+        return next(other).tokens
+
+
+def spoil(
+    trainer: Trainer,
+    steps: range | list[int],
+    how: Callable[[Tensor], Tensor] = lambda loss: loss * math.nan,
+) -> None:
+    """Make the loss bad wherever the samples of these steps are trained on, not by the count."""
+    batches = [batch_of(trainer, step) for step in steps]
+    sound = trainer.train_step.criterion
+
+    def spoiled(
+        model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
+    ) -> Tensor:
+        loss = sound(model, tokens, targets, doc_starts)
+        return how(loss) if any(torch.equal(tokens, bad) for bad in batches) else loss
+
+    trainer.train_step.criterion = spoiled
