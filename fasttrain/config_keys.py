@@ -37,6 +37,7 @@ def key(
     meaning: str,
     *,
     choices: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
     pattern: tuple[str, str] | None = None,
     ge: float | None = None,
     gt: float | None = None,
@@ -49,6 +50,7 @@ def key(
         default: the value when the key is not given.
         meaning: one line for ``--help`` and the reference table.
         choices: the strings allowed; all when empty.
+        words: strings that stand for a value of the key's type until it is found out.
         pattern: a regular expression that the whole string must match, and how to say it.
         ge: least value; of each element where the key is a tuple, as are the next three.
         gt: exclusive lower bound.
@@ -57,8 +59,8 @@ def key(
     """
     signs = (("≥", ge), (">", gt), ("≤", le), ("<", lt))
     bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
-    metadata = {"meaning": meaning, "choices": choices, "pattern": pattern, "bounds": bounds}
-    return field(default=default, metadata=metadata)
+    metadata = {"meaning": meaning, "choices": choices, "words": words, "pattern": pattern}
+    return field(default=default, metadata=metadata | {"bounds": bounds})
 
 
 def refuse(name: str, value: Any, problem: str, remedy: str) -> NoReturn:
@@ -94,6 +96,8 @@ def accepts(f: Field[Any], value: Any) -> bool:
     kind, optional = _kind(f)
     if value is None:
         return optional
+    if isinstance(value, str) and value in f.metadata["words"]:
+        return True
     if typing.get_origin(kind) is tuple:
         element, second = typing.get_args(kind)
         if not isinstance(value, list | tuple):
@@ -134,6 +138,7 @@ def allowed(f: Field[Any]) -> str:
         f"{' and' if i else ''} {sign} {bound}"
         for i, (sign, bound) in enumerate(f.metadata["bounds"])
     )
+    text += "".join(f', or "{word}"' for word in f.metadata["words"])
     return f"{text}, or none to unset it" if optional else text
 
 
@@ -150,8 +155,8 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
     """
     if not accepts(f, value):
         refuse(name, value, "has the wrong type", f"it takes {allowed(f)}{_type_remedy(f, value)}")
-    if value is None:
-        return None
+    if value is None or (isinstance(value, str) and value in f.metadata["words"]):
+        return value
     kind = _kind(f)[0]
     elements = value if isinstance(value, list | tuple) else [value]
     for element in elements:

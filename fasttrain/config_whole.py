@@ -57,7 +57,8 @@ class TrainConfig:
                     "set checkpoint.every_steps",
                 )
         vocab_size = self.model.vocab_size
-        if self.data.path is None and vocab_size and vocab_size < self.data.corpus_vocab_size:
+        corpus = self.data.path is None and not self.data.paths
+        if corpus and vocab_size and vocab_size < self.data.corpus_vocab_size:
             refuse(
                 "model.vocab_size",
                 vocab_size,
@@ -104,13 +105,23 @@ class TrainConfig:
             )
 
     def _check_step(self) -> None:
-        loop, unit = self.train, self.train.micro_batch * self.data.seq_len
+        loop = self.train
+        auto = isinstance(loop.micro_batch, str)
+        if auto and loop.tokens_per_step is None:
+            refuse(
+                "train.micro_batch",
+                loop.micro_batch,
+                "leaves open how many tokens make a step, which decides how a run learns",
+                "set train.tokens_per_step",
+            )
+        unit = self.data.seq_len * (1 if auto else loop.micro_batch)
+        unit_is = "data.seq_len" if auto else "train.micro_batch · data.seq_len"
         if loop.tokens_per_step is not None and loop.tokens_per_step % unit:
             below = loop.tokens_per_step // unit * unit
             nearest = [str(n) for n in (below, below + unit) if n]
             refuse(
                 "train.tokens_per_step",
                 loop.tokens_per_step,
-                f"is not a multiple of train.micro_batch · data.seq_len = {unit}",
+                f"is not a multiple of {unit_is} = {unit}",
                 f"use {' or '.join(nearest)}",
             )
