@@ -14,7 +14,7 @@ from fasttrain.config import UserError, help_text, load_config
 
 __all__ = ["main"]
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 
@@ -88,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(redact(f"error: {error}"), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
+        if arguments.resume is not None and arguments.verify_resume is None:
+            print("interrupted before the first step; resume as before", file=sys.stderr)
+            return EXIT_STOPPED
         print("interrupted before the first step; nothing to resume", file=sys.stderr)
-        return EXIT_BY_SIGNAL + number
+        return EXIT_BY_SIGNAL + getattr(error, "number", signal.SIGINT)
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
