@@ -142,7 +142,29 @@ class DataConfig(Section):
         pattern=(r"[^\0]+", "a path"),
     )
     seq_len: int = key(256, "tokens of a training sequence", ge=1)
-    batching: str = key("packed", "how documents become sequences", choices=("packed",))
+    paths: tuple[str, ...] = key(
+        (),
+        "several dataset folders of one tokenizer, in place of data.path",
+        pattern=(r"[^\0]+", "a list of paths"),
+    )
+    weights: tuple[float, ...] = key(
+        (), "share of each of data.paths, exactly ([]: all their sequences in one order)", gt=0
+    )
+    batching: str = key(
+        "packed",
+        "windows side by side, overlapping windows, or a document a sequence, as it is or beside"
+        " documents of like length",
+        choices=("packed", "sliding", "padded", "bucketed"),
+    )
+    stride_tokens: int | None = key(
+        None, "tokens between the starts of sliding windows (None: half of seq_len)", ge=1
+    )
+    attention_across_documents: bool = key(
+        True, "packed and sliding: a token sees the documents before its own in the sequence"
+    )
+    end_of_text: int | None = key(
+        None, "id between documents, for token files that do not say (GPT-2's is 50256)", ge=0
+    )
     dtype: str | None = key(
         None, "token type of a .bin file without header", choices=("uint16", "uint32")
     )
@@ -157,8 +179,34 @@ class DataConfig(Section):
     )
 
     def check(self) -> None:
-        if self.dtype is not None and self.path is None:
-            refuse("data.dtype", self.dtype, "describes data.path, which is unset", "set data.path")
+        if self.path is not None and self.paths:
+            refuse("data.paths", self.paths, "and data.path both name the data", "unset one")
+        if len(self.paths) == 1:
+            refuse("data.paths", self.paths, "is no mix", f"write data.path={self.paths[0]}")
+        for name in ("dtype", "end_of_text"):
+            if (value := getattr(self, name)) is not None and not (self.path or self.paths):
+                refuse(
+                    f"data.{name}", value, "describes data.path, which is unset", "set data.path"
+                )
+        if self.weights and len(self.weights) != len(self.paths):
+            refuse(
+                "data.weights",
+                self.weights,
+                f"has {len(self.weights)} numbers for the {len(self.paths)} of data.paths",
+                "give one for each",
+            )
+        stride = self.stride_tokens
+        if stride is not None and self.batching != "sliding":
+            refuse(
+                "data.stride_tokens", stride, "is of sliding windows", "set data.batching=sliding"
+            )
+        if stride is not None and stride > self.seq_len:
+            refuse(
+                "data.stride_tokens",
+                stride,
+                f"would leave tokens out between sequences of data.seq_len = {self.seq_len}",
+                "use at most that",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +266,13 @@ class LoopConfig(Section):
     hours: float | None = key(
         None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
     )
-    micro_batch: int = key(8, "sequences of one forward, on each device", ge=1)
+    # Typed as what all readers get: the word is settled before anything is built.
+    micro_batch: int = key(
+        8,
+        "sequences of one forward, on each device (auto: the largest that fits and pays)",
+        ge=1,
+        words=("auto",),
+    )
     tokens_per_step: int | None = key(
         None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1
     )

@@ -7,8 +7,9 @@ import torch
 from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
-from fasttrain.data.format import TokenDataset
-from fasttrain.data.loader import Batch, evaluation_batches
+from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.model import Transformer
 from fasttrain.step import IGNORE_INDEX
@@ -25,9 +26,14 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     precision: Precision,
+    batching: str = "packed",
+    separate_documents: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float | None]:
-    """Run ``model`` over the whole split once, in order; each token but the first is a target once.
+    """Run ``model`` over the whole split once; each token but the first is a target once.
+
+    ``batching`` and ``separate_documents`` are those of training (see `evaluation_batches`): where
+    rows are documents, the first token of each document is no target.
 
     Returns:
         ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
@@ -37,7 +43,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = evaluation_batches(dataset, seq_len=seq_len, batch_size=batch_size, device=device)
+    batches = evaluation_batches(
+        dataset,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        device=device,
+        batching=batching,
+        separate_documents=separate_documents,
+    )
     try:
         for batch in batches:
             if should_stop is not None and should_stop():
@@ -57,9 +70,10 @@ def evaluate(
 
 def _totals(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
+    starts = batch.doc_starts
     with precision.autocast():
         loss_sum, n_right = linear_cross_entropy(
-            model(batch.tokens),
+            model(batch.tokens) if starts is None else model(batch.tokens, doc_starts=starts),
             model.head_weight,
             batch.targets,
             ignore_index=IGNORE_INDEX,

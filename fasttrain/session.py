@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fasttrain_kernels import Muon
@@ -14,8 +14,9 @@ from fasttrain_kernels import Muon
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.data.corpus import build_default_corpus
+from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
-from fasttrain.data.format import TokenDataset, open_dataset
+from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import keep_compiled, keep_freed_memory, resolve_device
@@ -150,27 +151,35 @@ def open_splits(
     config: TrainConfig, report: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
     """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
-    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
-    if config.data.path is None:
-        path = build_default_corpus(
-            vocab_size=config.data.corpus_vocab_size, cache_dir=cache_dir, report=report
+    data, vocab_size = config.data, config.model.vocab_size
+    cache_dir = Path(data.cache_dir) if data.cache_dir else None
+    paths = [Path(path) for path in data.paths or ([data.path] if data.path else [])]
+    if not paths:
+        corpus = build_default_corpus(
+            vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report
         )
-    else:
-        path = Path(config.data.path)
-    train, val = (
-        open_dataset(
-            path,
-            split,
-            dtype=config.data.dtype,
-            vocab_size=config.model.vocab_size,
-            cache_dir=cache_dir,
-        )
-        for split in ("train", "val")
-    )
+        paths = [corpus]
+
+    def opened(split: Literal["train", "val"]) -> TokenDataset:
+        found = [
+            open_dataset(
+                path,
+                split,
+                dtype=data.dtype,
+                vocab_size=vocab_size,
+                end_of_text=data.end_of_text,
+                cache_dir=cache_dir,
+            )
+            for path in paths
+        ]
+        return found[0] if len(found) == 1 else join(found)
+
+    train, val = opened("train"), opened("val")
     if config.model.vocab_size is None:
         if train.vocab_size is None:
             raise UserError(
-                f"{path} does not say its vocabulary size; set model.vocab_size (GPT-2's is 50257)"
+                f"{paths[0]} does not say its vocabulary size; set model.vocab_size (GPT-2's is "
+                "50257)"
             )
         rounded = -(-train.vocab_size // 64) * 64
         config = replace(config, model=replace(config.model, vocab_size=rounded))
@@ -202,8 +211,6 @@ def _build(
         if source is None:
             shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
         sampler = _sampler(config, train.tokenizer_path, device)
-    epochs = config.train.epochs
-    samples = (train.n_tokens - 1) // config.data.seq_len
     loader = Loader(
         train,
         seq_len=config.data.seq_len,
@@ -211,8 +218,12 @@ def _build(
         seed=config.run.seed,
         device=device,
         position=state.get("position", 0),
-        end=None if epochs is None else -int(-epochs * samples // 1),
+        epochs=config.train.epochs,
         prefetch=config.data.prefetch,
+        batching=config.data.batching,
+        stride_tokens=config.data.stride_tokens,
+        weights=config.data.weights,
+        separate_documents=not config.data.attention_across_documents,
     )
     trainer = Trainer(
         model,

@@ -26,13 +26,16 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
     m, step = config.model, trainer.train_step
     train, val = trainer.train_loader.dataset, trainer.val_dataset
     assert val is not None
+    named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
     compiled = "eager" if step.compile_mode == "off" else f"torch.compile ({step.compile_mode})"
     if trainer.total_steps is None:
         plan = f"{config.train.hours} h"
     else:
         tokens = trainer.total_steps * trainer.tokens_per_step
         plan = f"{trainer.total_steps:,} steps × {trainer.tokens_per_step:,} tokens"
-        plan += f" = {format_count(tokens)} tokens, {tokens / train.n_tokens:.2f} epochs"
+        samples = trainer.total_steps * trainer.samples_per_step
+        epochs = samples / trainer.train_loader.samples_per_epoch
+        plan += f" = {format_count(tokens)} tokens, {epochs:.2f} epochs"
     rows = [
         ("device", f"{_device_name(trainer.device)} · {trainer.precision.name} · {compiled}"),
         (
@@ -42,7 +45,7 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         ),
         (
             "data",
-            f"{redact(config.data.path or 'Python standard library source')}: "
+            f"{redact(named)}: "
             f"{format_count(train.n_tokens)} tokens to train on, "
             f"{format_count(val.n_tokens)} to validate",
         ),

@@ -318,6 +318,8 @@ class Trainer:
                 batch_size=self.config.eval.batch_size or self.config.train.micro_batch,
                 device=self.device,
                 precision=self.precision,
+                batching=self.config.data.batching,
+                separate_documents=not self.config.data.attention_across_documents,
                 should_stop=lambda: self.guard.is_open and self.stop_reason is not None,
             )
         self.eval_due = not self.last_eval

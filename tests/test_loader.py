@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fasttrain.data import loader as loader_module
 from fasttrain.data import shards as shards_module
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
-from fasttrain.data.loader import IGNORE, Loader, evaluation_batches
+from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.loader import IGNORE, Loader
 from fasttrain.data.writer import ShardWriter
 
 N_TOKENS = 1000
@@ -163,9 +164,9 @@ def test_the_thread_works_ahead_but_not_further_than_prefetch(dataset: TokenData
         def __getattr__(self, name: str) -> object:
             return getattr(dataset, name)
 
-        def read_windows(self, starts: list[int], out: np.ndarray) -> None:
+        def read_windows(self, starts: np.ndarray, *rest: object) -> None:
             reads.append(len(starts))
-            original(starts, out)
+            original(starts, *rest)
 
     with make(Counting(), prefetch=3) as loader:  # type: ignore[arg-type]
         deadline = time.monotonic() + 10
@@ -231,7 +232,7 @@ def test_an_error_of_any_kind_in_the_thread_arrives(
     def fail(*_: object) -> None:
         raise MemoryError("no room for a batch")
 
-    monkeypatch.setattr(loader_module, "_widen", fail)
+    monkeypatch.setattr(loader_module, "to_batch", fail)
     with make(dataset) as loader, pytest.raises(MemoryError, match="no room"):
         next(loader)
 

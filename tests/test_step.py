@@ -34,7 +34,7 @@ def make(dtype: str = "fp32", optimizer: str = "adamw", **train: object) -> Trai
 
 
 def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
-    return Batch(tokens, targets, None, len(tokens), None)
+    return Batch(tokens, targets, None, len(tokens))
 
 
 def uneven_rows() -> tuple[Tensor, Tensor]:

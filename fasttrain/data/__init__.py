@@ -9,7 +9,9 @@ writer.py     writing them
 sampler.py    order: a keyed bijection from sample index to sample
 batching.py   samples: packed, sliding, padded, bucketed; which tokens each holds
 mixing.py     several datasets in exact proportions
-loader.py     batches: background reading, prefetch, evaluation
+batch.py      what a micro-batch is
+loader.py     batches: background reading, prefetch
+held_out.py   batches of the held-out split, every target once
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON
 sources.py    documents from text, JSON lines, Parquet, compressed or not
 inspection.py what is in a dataset folder, for people

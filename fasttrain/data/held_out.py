@@ -1,0 +1,96 @@
+"""Batches of a held-out split: every target once, in rows of the kind that training has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fasttrain.data.batch import Batch, to_batch
+from fasttrain.data.batching import document_rows, document_starts, row_lengths
+from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.files import DataError
+
+__all__ = ["evaluation_batches"]
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    device: torch.device | str,
+    batching: str = "packed",
+    separate_documents: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """The whole split once.
+
+    Packed and sliding: windows side by side, so that every token but the first is a target once.
+    Padded and bucketed: documents, the long ones in pieces of T, so that every token but the first
+    of each document is a target once; bucketed in order of their length, others as they lie.
+    Every rank gets the same number of batches; what lies beyond the rows is token 0 with target
+    −100.
+
+    Args:
+        dataset: The split.
+        seq_len: T.
+        batch_size: B, rows of one rank's batch.
+        device: Where batches go.
+        batching: As in training.
+        separate_documents: As in training: say where documents begin.
+        rank: Of this process: it takes every world_size-th batch.
+        world_size: Processes that share the split.
+
+    Returns:
+        Iterator of batches; `position` counts rows.
+
+    Raises:
+        DataError: There is nothing to predict, or the documents are not known. While iterating: a
+            file was truncated, replaced or cannot be read.
+    """
+    device = torch.device(device)
+    ends = None
+    if batching in ("padded", "bucketed"):
+        starts, counts = document_rows(dataset, seq_len)
+        if batching == "bucketed":
+            by_length = np.argsort(counts, kind="stable")
+            starts, counts = starts[by_length], counts[by_length]
+    else:
+        starts = np.arange(0, dataset.n_tokens - 1, seq_len)
+        counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
+        ends = dataset.document_ends if separate_documents else None
+    if not len(starts):
+        raise DataError(
+            f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "
+            "with a larger --val-fraction"
+        )
+    lengths = row_lengths(batching, seq_len)
+
+    def batch(first: int) -> Batch:
+        here = slice(first, first + batch_size)
+        n_rows = len(starts[here])
+        start, count = np.zeros((2, batch_size), np.int64)  # what is beyond has no tokens
+        start[:n_rows], count[:n_rows] = starts[here], counts[here]
+        length = next(n for n in lengths if n >= count.max() - 1)
+        stored = np.zeros((batch_size, length + 1), dataset.dtype)
+        if n_rows:
+            dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
+        marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
+        found = to_batch(
+            stored, torch.from_numpy(np.maximum(count - 1, 0)), marks, first + batch_size
+        )
+        if device.type != "cuda":
+            return found
+        tokens, targets, doc_starts = (
+            None if t is None else t.pin_memory().to(device, non_blocking=True)
+            for t in (found.tokens, found.targets, found.doc_starts)
+        )
+        assert tokens is not None
+        assert targets is not None
+        return Batch(tokens, targets, doc_starts, found.position)
+
+    stride = batch_size * world_size
+    return (batch(first + rank * batch_size) for first in range(0, len(starts), stride))
