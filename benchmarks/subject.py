@@ -72,7 +72,7 @@ def make_batch(config: TrainConfig, rows: int | None = None) -> Batch:
     shape = (rows or config.train.micro_batch, config.data.seq_len + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return Batch(tokens, targets, None, 0, None)
+    return Batch(tokens, targets, None, 0)
 
 
 def our_step(config: TrainConfig) -> Step:
