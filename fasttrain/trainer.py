@@ -162,8 +162,10 @@ class Trainer:
         started_s = time.perf_counter()
         self.model.train()
         # A garbage collection inside a step stalls it for milliseconds, and steps make no cycles
-        # that matter; evaluation collects.
+        # that matter. Evaluation collects; it need not look through torch's modules each time,
+        # which takes 0.2 s.
         gc.collect()
+        gc.freeze()
         gc.disable()
         try:
             if self.eval_due:
@@ -196,7 +198,8 @@ class Trainer:
                             f"first step after {self.first_step_s:.1f} s (compile cache {cache})"
                         )
                 last = self._finished(until)
-                if log or last or self._due(self.config.checkpoint.every_steps):
+                every = (self.config.checkpoint.every_steps, self.config.eval.every_steps)
+                if log or last or any(map(self._due, every)):  # nothing bad is saved unseen
                     numbers = self.recovery.look()
                     if numbers is None:
                         continue
@@ -204,6 +207,7 @@ class Trainer:
                         self.reporter.train(numbers)
                 self._after_step(last)
         finally:
+            gc.unfreeze()
             gc.enable()
         self.saver.save_once()
         return "stopped" if self.eval_due else "done"

@@ -1,9 +1,7 @@
 """The loop: horizons, logging, evaluation, stopping, resuming in the same process."""
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fasttrain.checkpoint import verify
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.data.format import open_dataset
-from fasttrain.data.loader import Loader
 from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
+from fasttrain.jsonl import JsonlLogger
 from fasttrain.trainer import Trainer
-from tests.toy import write_config
+from tests import toy_trainer
+from tests.toy import write_config, write_dataset
+from tests.toy_trainer import digest, rows
 
 _open: list[Trainer] = []
 
@@ -31,40 +29,9 @@ def _close() -> Iterator[None]:
 
 
 def build(config: TrainConfig, run_dir: Path | None = None, position: int = 0) -> Trainer:
-    assert config.data.path is not None
-    train, val = (open_dataset(config.data.path, split) for split in ("train", "val"))
-    torch.manual_seed(config.run.seed)
-    model_config = replace(config.model, vocab_size=train.vocab_size)
-    model = Transformer(model_config, seq_len=config.data.seq_len)
-    samples = (train.n_tokens - 1) // config.data.seq_len
-    epochs = config.train.epochs
-    if run_dir is not None:
-        run_dir.mkdir(exist_ok=True)
-    trainer = Trainer(
-        model,
-        build_optimizers(model, config.optim),
-        None,
-        None,
-        config,
-        train_loader=Loader(
-            train,
-            seq_len=config.data.seq_len,
-            micro_batch=config.train.micro_batch,
-            seed=config.run.seed,
-            device="cpu",
-            position=position,
-            end=None if epochs is None else math.ceil(epochs * samples),
-        ),
-        val_dataset=val,
-        run_dir=run_dir,
-    )
+    trainer = toy_trainer.build(config, run_dir, position)
     _open.append(trainer)
     return trainer
-
-
-def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 @pytest.fixture
@@ -73,7 +40,9 @@ def toy(tmp_path: Path) -> Path:
 
 
 TRAIN_KEYS = {"step", "tokens", "epoch", "loss", "loss_ema", "lr", "grad_norm", "tokens_per_s"}
-TRAIN_KEYS |= {"step_ms", "data_wait_ms", "mfu", "peak_memory_gib"}
+TRAIN_KEYS |= {"step_ms", "data_wait_ms", "forward_backward_ms", "optimizer_ms", "mfu"}
+TRAIN_KEYS |= {"eval_s", "checkpoint_s", "sample_s", "goodput", "peak_memory_gib"}
+TRAIN_KEYS |= {"skipped_steps", "spikes", "rollbacks"}
 
 
 def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: Path) -> None:
@@ -84,6 +53,14 @@ def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: 
     assert [row["step"] for row in logged] == [1, 10, 20, 30, 40, 50, 60]
     assert set(logged[0]) >= TRAIN_KEYS
     assert logged[0]["mfu"] is None  # no CPU is in the table of peaks
+    assert logged[0]["first_step_s"] == trainer.first_step_s
+    assert "first_step_s" not in logged[1]
+    assert logged[0]["goodput"] is None
+    for row in logged[1:]:
+        parts = ("data_wait_ms", "forward_backward_ms", "optimizer_ms")
+        assert all(row[part] > 0 for part in parts[1:])
+        assert sum(row[part] for part in parts) <= row["step_ms"] * 1.001
+        assert 0 < row["goodput"] < 1
     assert logged[-1]["tokens"] == 60 * 64
     assert logged[-1]["loss"] < logged[0]["loss"] - 1.5
     evaluated = rows(tmp_path / "run", "eval")
@@ -156,14 +133,25 @@ def test_train_epoch_ends_at_the_epoch(toy: Path) -> None:
     assert trainer.step_count == 100
 
 
-def test_R11_a_time_limit_ends_the_run(toy: Path) -> None:
+def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(toy: Path, tmp_path: Path) -> None:
     values = ["train.steps=none", "train.hours=0.0006", "schedule.name='linear'"]
-    trainer = build(load_config(toy, values))
-    trainer.fit()
+    trainer = build(load_config(toy, values), tmp_path / "run")
+    assert trainer.fit() == "done"
     assert trainer.total_steps is not None
     assert trainer.step_count >= 20
     assert trainer.trained_s < 2 * 0.0006 * 3600 + 1
     assert trainer.last_lr < 3e-3  # the schedule knew its end
+    assert trainer.writer is not None
+    trainer.writer.wait()
+    folder = tmp_path / "run/checkpoints"
+    checkpoint = folder / f"step-{trainer.step_count:08d}"
+    verify(checkpoint)
+    assert (folder / "latest").read_text().strip() == checkpoint.name
+    # The limit holds for the run, not for each of its sessions.
+    again = toy_trainer.resume(load_config(toy, values), checkpoint)
+    _open.append(again)
+    assert again.fit() == "done"
+    assert again.step_count == trainer.step_count
 
 
 def test_a_requested_stop_ends_with_a_checkpoint(toy: Path, tmp_path: Path) -> None:
@@ -175,33 +163,45 @@ def test_a_requested_stop_ends_with_a_checkpoint(toy: Path, tmp_path: Path) -> N
     assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def losses(run_dir: Path) -> list[tuple[int, str]]:
+    return [(row["step"], float(row["loss"]).hex()) for row in rows(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "asynchronous", "horizon"),
+    [("adamw", True, "steps=12"), ("muon", False, "steps=12"), ("adamw", False, "epochs=1.7")],
+)
 def test_R1_resuming_continues_the_very_same_trajectory(
-    toy: Path, tmp_path: Path, optimizer: str
+    tmp_path: Path, optimizer: str, asynchronous: bool, horizon: str
 ) -> None:
-    config = load_config(
-        toy, [f"optim.name={optimizer}", "model.dropout=0.1", "train.tokens_per_step=128"]
-    )
+    write_dataset(tmp_path / "data", n_train=16 * 40)  # an epoch ends with step 5
+    values = [f"optim.name={optimizer}", "model.dropout=0.1", "train.tokens_per_step=128"]
+    values += ["train.steps=none", f"train.{horizon}", "eval.every_steps=4"]
+    toml = write_config(tmp_path)
+    config = load_config(toml, values)
     whole = build(config, tmp_path / "whole")
+    assert whole.train_loader.samples_per_epoch == 5 * whole.samples_per_step
     whole.fit()
-    for at in (1, 7, 11):
-        run_dir = tmp_path / f"stopped-{at}"
-        first = build(config, run_dir)
-        first.request_stop(at_step=at)
-        first.fit()
-        assert first.writer is not None
-        first.writer.wait()
-        path = run_dir / "checkpoints" / f"step-{at:08d}"
-        state = json.loads((path / "state.json").read_text())
-        second = build(config, run_dir, position=state["position"])
-        torch.manual_seed(999)  # whatever the process did before must not matter
-        second.load_checkpoint(path)
-        assert second.fit() == "done"
-        assert second.step_count == 12
-        for p, q in zip(whole.model.parameters(), second.model.parameters(), strict=True):
-            assert torch.equal(p, q)
-        losses = [(r["step"], float(r["loss"]).hex()) for r in rows(run_dir)]
-        assert losses == [(r["step"], float(r["loss"]).hex()) for r in rows(tmp_path / "whole")]
+    last = whole.step_count
+    assert last == (12 if horizon == "steps=12" else 9)  # the ninth is a partial step
+    values += ["checkpoint.every_steps=1", "checkpoint.keep_last=20"]
+    values += [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
+    saved = build(load_config(toml, values), tmp_path / "saved")
+    saved.fit()
+    assert digest(saved) == digest(whole)  # saving changes nothing
+    assert saved.writer is not None
+    saved.writer.wait()
+    for at in (1, 4, 5, 6, 8, last):  # about the end of an epoch, in the middle of one, at the end
+        run_dir = tmp_path / f"resumed-{at}"
+        run_dir.mkdir()
+        checkpoint = tmp_path / f"saved/checkpoints/step-{at:08d}"
+        resumed = toy_trainer.resume(config, checkpoint)
+        resumed.reporter.jsonl = JsonlLogger(run_dir / "metrics.jsonl")
+        _open.append(resumed)
+        assert resumed.step_count == at
+        assert resumed.fit() == "done"
+        assert digest(resumed) == digest(whole)
+        assert losses(run_dir) == [(s, loss) for s, loss in losses(tmp_path / "whole") if s > at]
 
 
 def test_best_is_kept_and_follows_the_lowest_validation_loss(toy: Path, tmp_path: Path) -> None:
@@ -225,10 +225,21 @@ def test_R18_nonfinite_steps_in_a_row_end_the_run_with_a_reason(toy: Path) -> No
     trainer = build(load_config(toy, ["train.steps=100"]))
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train_step.criterion = lambda model, tokens, *_: model(tokens).sum() * float("nan")
-    with pytest.raises(FloatingPointError, match="and 19 more up to step 20; there is no checkpoint"):
+    with pytest.raises(FloatingPointError, match="and 19 more up to step 20; there is no check"):
         trainer.fit()
     assert trainer.step_count == MAX_SKIPPED_IN_A_ROW
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_a_best_loss_of_zero_is_a_best_loss(toy: Path, tmp_path: Path) -> None:
+    first = build(load_config(toy, ["train.steps=3"]), tmp_path / "run")
+    first.best_val_loss = 0.0
+    first.fit()
+    assert first.writer is not None
+    first.writer.wait()
+    again = toy_trainer.resume(load_config(toy), tmp_path / "run/checkpoints/step-00000003")
+    _open.append(again)
+    assert again.best_val_loss == 0.0
 
 
 def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path) -> None:
