@@ -34,8 +34,9 @@ from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError, Snapshot, verify
+from fasttrain.checkpoint_listing import main
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "resolve", "verify"]
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "main", "resolve", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,33 +365,6 @@ def resolve(
         f"{path}: none of its {len(found)} checkpoints verifies; restore one from a copy, or "
         "start a new run under another name"
     )
-
-
-def main(arguments: list[str]) -> int:
-    """Lists and verifies; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m fasttrain.checkpoint RUN_OR_CHECKPOINT_FOLDER")
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        paths = disk.candidates(Path(arguments[0]))
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    damaged = 0
-    for path in paths:
-        print(path)
-        try:
-            verify(path)
-            disk.print_listing(path, intact=True)
-        except CheckpointError as error:
-            damaged += 1
-            disk.print_listing(path, intact=False)
-            print(f"  DAMAGED: {error}")
-        else:
-            print("  verified: every byte is as it was written")
-            if path == paths[0]:
-                print((path / "config.toml").read_text())
-    return 1 if damaged else 0
 
 
 if __name__ == "__main__":

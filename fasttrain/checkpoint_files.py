@@ -29,7 +29,7 @@ Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, s
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
-_JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
+JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
 _FINITE_CHUNK = 32_767  # elements: one under the size from which torch starts more threads
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -235,8 +235,8 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
             size = status.st_size
             if entry is not None and size != entry["bytes"]:
                 raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
-            if not path.name.endswith(".safetensors") and size > _JSON_LIMIT:
-                raise CheckpointError(f"{path}: {size} bytes, at most {_JSON_LIMIT} are credible")
+            if not path.name.endswith(".safetensors") and size > JSON_LIMIT:
+                raise CheckpointError(f"{path}: {size} bytes, at most {JSON_LIMIT} are credible")
             data = torch.empty(size if keep else min(size, _CHUNK), dtype=torch.uint8)
             view = data.numpy().data
             digest = hashlib.sha256()
@@ -263,7 +263,7 @@ def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
             raise CheckpointError(f"{path}: malformed safetensors: {problem}")
 
     length = int.from_bytes(raw[:8], "little")
-    check(size >= 8 and length <= min(size - 8, _JSON_LIMIT), f"header of {length} bytes")
+    check(size >= 8 and length <= min(size - 8, JSON_LIMIT), f"header of {length} bytes")
     header = parse_json(path, bytes(raw[8 : 8 + length]))
     header.pop("__metadata__", None)
     layout: Layout = {}
@@ -384,17 +384,3 @@ def sweep(folder: Path) -> None:
                 os.rename(folder / name, target)
             else:
                 remove(folder / name)
-
-
-def print_listing(path: Path, *, intact: bool) -> None:
-    for file in sorted(path.iterdir()):
-        size = file.lstat().st_size
-        line = f"  {file.name:<24} {size:>15,} bytes"
-        if intact and file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                raw = stream.read(8)
-                raw += stream.read(min(int.from_bytes(raw, "little"), _JSON_LIMIT))
-            layout = read_layout(file, memoryview(raw), size)
-            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
-            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
-        print(line)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fasttrain import metrics
 from fasttrain.jsonl import JsonlLogger
+from fasttrain.log_file import LogFile
 from fasttrain.model import flops_constants
+from fasttrain.redact import redact
 
 if TYPE_CHECKING:
     from fasttrain.step import Numbers
@@ -79,8 +81,9 @@ class Reporter:
         if trainer.console:
             trainer.console.sample(trainer.step_count, prompt, text)
         if trainer.run_dir:
-            with (trainer.run_dir / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {trainer.step_count}\n{prompt}{text}\n")
+            file = LogFile(trainer.run_dir / "samples.txt")
+            file.write(redact(f"--- step {trainer.step_count}\n{prompt}{text}\n"))
+            file.close()
 
     def warn(self, text: str) -> None:
         """Tell a person that something is wrong."""

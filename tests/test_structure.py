@@ -29,7 +29,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "model": (CONFIG | {"attention"}, {"torch", "fasttrain_kernels"}),
     "optim": (CONFIG | {"model", "attention"}, {"torch", "fasttrain_kernels"}),
     "data": (CONFIG | {"data"}, {"torch", "numpy", "tokenizers"}),
-    "checkpoint": (CONFIG | {"checkpoint_files"}, {"torch", "safetensors", "numpy"}),
+    "checkpoint": (
+        CONFIG | {"checkpoint_files", "checkpoint_listing"},
+        {"torch", "safetensors", "numpy"},
+    ),
+    "checkpoint_listing": (CONFIG | {"checkpoint_files"}, set()),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),

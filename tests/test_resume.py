@@ -1,0 +1,242 @@
+"""Going on from a checkpoint: only from one that fits (R24), past damage (R14), provably."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fasttrain import checkpoint, verify_resume
+from fasttrain.data.format import write_dataset_json
+from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.data.writer import ShardWriter
+from fasttrain.train import main
+from tests.faults import flip_bit
+from tests.toy import write_config
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped at step 2; tests that go on from it copy it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = write_config(folder)
+    command = [str(config), "run.name=a", f"run.out_dir={folder / 'runs'}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    return folder
+
+
+REFUSED = {
+    "length": (["data.seq_len=8"], "data.seq_len: 16 → 8"),
+    "horizon": (["train.steps=13"], "train.steps: 12 → 13"),
+    "seed": (["run.seed=8"], "run.seed: 7 → 8"),
+    "model": (["model.n_layers=1"], "model.n_layers: 2 → 1"),
+    "optimizer": (["optim.name=muon"], "optim.name: adamw → muon"),
+    "learning rate": (["optim.lr=1e-4"], "optim.lr: 0.003 → 0.0001"),
+    "schedule": (["schedule.name=linear"], "schedule.name: cosine → linear"),
+    "batch": (["train.micro_batch=2"], "train.micro_batch: 4 → 2"),
+    "accumulation": (["train.tokens_per_step=128"], "train.tokens_per_step: none → 128"),
+    "precision": (["run.dtype=bf16"], "run.dtype: fp32 → bf16"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED.values(), ids=REFUSED)
+def test_R24_a_changed_setting_is_refused_and_named(
+    changes: list[str], expected: str, stopped: Path, capsys: Capture
+) -> None:
+    before = sorted(stopped.rglob("*"))
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    assert main([*command, *changes, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "--allow-change" in error
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_R24_every_difference_is_named_at_once(stopped: Path, capsys: Capture) -> None:
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    changes = ["optim.lr=1e-4", "model.dim=64", "run.seed=1"]
+    assert main([*command, *changes, "--resume", "auto", "--allow-change", "run.seed"]) == 2
+    error = capsys.readouterr().err
+    assert "optim.lr: 0.003 → 0.0001; " in error or "; optim.lr: 0.003 → 0.0001" in error
+    assert "model.dim: 32 → 64" in error
+    assert "run.seed" not in error
+
+
+def write_two_shards(folder: Path, texts: tuple[bytes, bytes], n_special: int = 0) -> None:
+    """Write a dataset whose training split is two files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([f"<{n}>" for n in range(n_special)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = end_of_text_id(tokenizer)
+    splits = {}
+    for split, parts in (("train", texts), ("val", (b"alpha beta " * 9,))):
+        writer = ShardWriter(
+            folder, split, vocab_size=tokenizer.get_vocab_size(), shard_tokens=len(texts[0]) + 1
+        )
+        for part in parts:
+            ids = np.array([*tokenizer.encode(part.decode()).ids, end])
+            writer.write(ids, [len(ids)])
+        splits[split] = (writer.close(), sum(map(len, parts)))
+    write_dataset_json(
+        folder,
+        vocab_size=tokenizer.get_vocab_size(),
+        end_of_text=end,
+        splits=splits,
+        source={"made by": "tests"},
+    )
+
+
+A, B, C = b"alpha beta " * 40, b"gamma delta" * 40, b"gamma Delta" * 40
+
+
+@pytest.mark.parametrize(
+    ("texts", "n_special", "expected"),
+    [
+        ((B, A), 0, "data.train.shards: the same files in another order"),
+        ((A, C), 0, "data.train.shards: file 2 of 2: "),
+        ((A, B + B), 0, "data.train.shards: 2 files → 3 files"),
+        ((A, B), 1, "data.train.tokenizer: "),
+    ],
+    ids=["order", "contents", "number", "tokenizer"],
+)
+def test_R24_changed_data_are_refused_and_named(
+    texts: tuple[bytes, bytes], n_special: int, expected: str, toy: Path, capsys: Capture
+) -> None:
+    data = toy.parent / "data"
+    command = [str(toy), "run.name=a", "model.vocab_size=384", "train.steps=3"]
+    write_two_shards(data, (A, B))
+    assert main([*command, "--stop-at-step", "1"]) == 75
+    write_two_shards(data, texts, n_special)
+    assert main([*command, "--resume", "auto"]) == 2
+    assert expected in capsys.readouterr().err
+    write_two_shards(data, (A, B))
+    moved = data.rename(toy.parent / "elsewhere")  # the same data at another place are the same
+    assert main([*command, f"data.path={moved}", "--resume", "auto"]) == 0
+
+
+def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    allowed = ["--resume", "auto", "--allow-change", "train.steps"]
+    assert main([str(toy), "train.steps=14", "--stop-at-step", "3", *allowed]) == 75
+    lower = ["optim.lr=1e-4", "train.steps=14", "--resume", "auto", "--allow-change", "optim.lr"]
+    assert main([str(toy), *lower]) == 0
+    path = checkpoint.resolve(toy.parent / "runs/toy", "latest")
+    history = json.loads((path / "state.json").read_text())["history"]
+    assert [(c["step"], c["key"], c["old"], c["new"]) for c in history] == [
+        (2, "train.steps", "12", "14"),
+        (3, "optim.lr", "0.003", "0.0001"),
+    ]
+    capsys.readouterr()
+    assert checkpoint.main([str(toy.parent / "runs/toy")]) == 0
+    shown = capsys.readouterr().out
+    assert "changed at step 2: train.steps: 12 → 14" in shown
+    assert "changed at step 3: optim.lr: 0.003 → 0.0001" in shown
+
+
+def test_R24_a_key_that_is_none_is_refused(stopped: Path, capsys: Capture) -> None:
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    assert main([*command, "--resume", "auto", "--allow-change", "optim.learning"]) == 2
+    assert "--allow-change optim.learning" in capsys.readouterr().err
+
+
+def test_R14_resuming_passes_over_damage_loudly_and_a_named_checkpoint_errors(
+    toy: Path, capsys: Capture
+) -> None:
+    whole = [str(toy), "checkpoint.every_steps=2", "train.steps=8", "checkpoint.keep_last=4"]
+    assert main([*whole, "run.name=whole"]) == 0
+    assert main([*whole, "run.name=a", "--stop-at-step", "6"]) == 75
+    checkpoints = toy.parent / "runs/a/checkpoints"
+    flip_bit(checkpoints / "step-00000006/optimizer.safetensors", 9999)
+    (checkpoints / "step-00000004/state.json").unlink()
+    named = str(checkpoints / "step-00000006")
+    capsys.readouterr()
+    assert main([*whole, "run.name=a", "--resume", named]) == 2
+    assert "optimizer.safetensors: damaged" in capsys.readouterr().err
+    assert main([*whole, "run.name=a", "--resume", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("passing over a damaged checkpoint") == 2
+    assert "step-00000006/optimizer.safetensors" in shown
+    assert "step-00000004/state.json" in shown
+    assert "at step 2" in shown
+    pair = (toy.parent / "runs" / name for name in ("whole", "a"))
+    assert verify_resume.first_difference(*pair)[0] is None
+
+
+def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    manifest = toy.parent / "runs/toy/checkpoints/step-00000002/manifest.json"
+    manifest.write_text("")
+    capsys.readouterr()
+    assert main([str(toy), "--resume", "auto"]) == 2
+    assert "none of its 1 checkpoints verifies" in capsys.readouterr().err
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+def test_the_summary_of_a_resumed_run_counts_its_own_steps(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "4"]) == 75
+    assert "over 4 steps" in capsys.readouterr().out
+    assert main([str(toy), "--resume", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "over 8 steps" in shown
+    assert "with what came before" in shown
+
+
+# ---- --verify-resume -----------------------------------------------------------------------------
+
+
+def test_verify_resume_proves_it_and_leaves_nothing(toy: Path, capfd: Capture) -> None:
+    assert main([str(toy), "model.dropout=0.1", "--verify-resume", "5"]) == 0
+    shown = capfd.readouterr().out
+    assert "resuming is exact: 5 losses" in shown
+    assert not (toy.parent / "runs").exists()
+
+
+def test_verify_resume_tells_the_first_difference(
+    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained_here(arguments: list[str]) -> tuple[int, str]:
+        if "--resume" in arguments:
+            arguments = [*arguments, "optim.lr=1e-4", "--allow-change", "optim.lr"]
+        return main(arguments), ""
+
+    monkeypatch.setattr(verify_resume, "_train", trained_here)
+    assert main([str(toy), "--verify-resume", "4"]) == 1
+    shown = capfd.readouterr().out
+    assert "RESUMING IS NOT EXACT: first difference: loss of step 4: 0x1." in shown
+    (kept,) = (toy.parent / "runs").iterdir()
+    assert str(kept.relative_to(toy.parent)) in shown
+    one, two = kept / "one", kept / "two"
+    for run_dir in (one, two):
+        log = (run_dir / "metrics.jsonl").read_text()
+        (run_dir / "metrics.jsonl").write_text("".join(log.splitlines(keepends=True)[:3]))
+    difference = verify_resume.first_difference(one, two)[0]
+    assert difference is not None
+    assert difference.startswith("model.")
+    assert "SHA-256" in difference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--verify-resume", "1"], "at least 2"),
+        (["--verify-resume", "13"], "the run has 12 steps"),
+        (["train.steps=none", "train.hours=1", "--verify-resume", "4"], "train.hours"),
+    ],
+)
+def test_verify_resume_refuses_what_it_cannot_do(
+    toy: Path, arguments: list[str], expected: str, capfd: Capture
+) -> None:
+    assert main([str(toy), *arguments]) == 2
+    assert expected in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
