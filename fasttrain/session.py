@@ -12,14 +12,19 @@ import torch
 from fasttrain_kernels import Muon
 
 from fasttrain import checkpoint
-from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
-from fasttrain.device import keep_compiled, keep_freed_memory, resolve_device
+from fasttrain.device import (
+    keep_compiled,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+)
 from fasttrain.generate import generate
 from fasttrain.loggers import Console
 from fasttrain.model import Transformer
@@ -186,6 +191,22 @@ def open_splits(
     return config, train, val
 
 
+def _settled(
+    config: TrainConfig, source: Path | None, report: Callable[[str], None]
+) -> TrainConfig:
+    """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
+    if not isinstance(config.train.micro_batch, str):
+        return config
+    if source is not None:
+        found = load_config(source / "config.toml").train.micro_batch
+        return replace(config, train=replace(config.train, micro_batch=found))
+    from fasttrain.probe import settle_micro_batch  # half a second of imports
+
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.run.dtype, device)
+    return settle_micro_batch(config, device=device, precision=precision, report=report)
+
+
 def _build(
     config: TrainConfig,
     run_dir: Path,
@@ -194,6 +215,7 @@ def _build(
     console: Console,
 ) -> Trainer:
     config, train, val = open_splits(config, console.note)
+    config = _settled(config, source, console.note)
     recorded: dict[str, Any] = {"data": data_facts(train, val), "history": []}
     state: dict[str, Any] = {}
     if source is not None:

@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a key that may differ from the resumed run's; may be given several times",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only tell what the run will take and what will hurt it, as fasttrain.preflight does",
+    )
+    parser.add_argument(
         "--verify-resume",
         type=int,
         metavar="N",
@@ -69,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from fasttrain.preflight import preflight
+
+            return 0 if preflight(config) else EXIT_FAILED
         if arguments.verify_resume is not None:
             from fasttrain.verify_resume import verify_resume
 

@@ -1,0 +1,236 @@
+"""Each fused operation on the device at hand: is it right, how fast is each path, which is taken.
+
+An operation is right where its error against the same formula in fp64 is at most twice that of
+plain torch, or at most √N roundings, what a sum over N rows gathers. Paths are timed forward and
+backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain composition,
+``compiled`` as what torch.compile fuses of that composition.
+
+Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fasttrain_kernels import (
+    FusedAdamW,
+    apply_rope,
+    apply_rope_reference,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    relu_squared,
+    relu_squared_reference,
+    rms_norm,
+    swiglu,
+    swiglu_reference,
+)
+from torch import Tensor
+
+from fasttrain.device import resolve_device, resolve_precision
+
+__all__ = ["CHOICES", "OpReport", "check_kernels", "show_kernels"]
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+# What the trainer takes and why. Operations dispatch so by themselves: within torch.compile those
+# that only move memory are plain compositions for it to fuse. Figures: this command on two Zen 3
+# cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, milliseconds). On CUDA the same
+# holds until it is measured there.
+_FUSED = "the compiler's fusion in a compiled step, ours with run.compile=off"
+CHOICES = {
+    "rms_norm": f"{_FUSED} (compiled 0.67, ours 1.03, torch 8.06)",
+    "swiglu": f"{_FUSED}, which keeps less for backward (compiled 3.05, ours 5.04, torch 4.69)",
+    "relu_squared": f"{_FUSED} (compiled 1.38, ours 2.34, torch 4.11)",
+    "rope": f"{_FUSED} (compiled 0.60, ours 1.38, torch 4.28)",
+    "linear_cross_entropy": "ours always, in chunks of logits (ours 89, compiled 112, torch 192)",
+    "adamw": "ours always: one pass over all parameters (ours 2.7, torch 9.1)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OpReport:
+    """One operation on one device.
+
+    Attributes:
+        name: of the operation.
+        error: largest error of outputs and gradients against fp64, relative to the largest value.
+        tolerance: what it may be.
+        ms: median milliseconds of each path, forward and backward.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    ms: dict[str, float]
+
+    @property
+    def right(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    name: str
+    ours: Callable[..., Outputs]
+    plain: Callable[..., Outputs]
+    inputs: tuple[Tensor, ...]  # those of floating dtype take gradients
+    constants: tuple[Tensor, ...] = ()  # these do not
+
+
+def _plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
+    large = device.type == "cuda"
+    n, d, f, v, k = (16384, 1024, 4096, 32768, 64) if large else (2048, 256, 1024, 4096, 64)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=like)
+
+    yield _Op("rms_norm", rms_norm, _plain_rms_norm, (normal(n, d), normal(d)))
+    yield _Op("swiglu", swiglu, swiglu_reference, (normal(n, f), normal(n, f)))
+    yield _Op("relu_squared", relu_squared, relu_squared_reference, (normal(n, f),))
+    angle = torch.rand(n // 8, k // 2, generator=generator, device=device) * 6.283
+    q, kk = normal(8, n // 8, d // k, k), normal(8, n // 8, d // k, k)
+    yield _Op("rope", apply_rope, apply_rope_reference, (q, kk), (angle.cos(), angle.sin()))
+    targets = torch.randint(v, (n,), generator=generator, device=device)
+    yield _Op(
+        "linear_cross_entropy",
+        linear_cross_entropy,
+        linear_cross_entropy_reference,
+        (normal(n, d), normal(v, d) * d**-0.5),
+        (targets,),
+    )
+
+
+def _run(
+    fn: Callable[..., Outputs], op: _Op, seeds: tuple[Tensor, ...] | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return outputs and gradients; ``seeds`` are the gradients of the outputs."""
+    inputs = [t.to(dtype).detach().requires_grad_() for t in op.inputs]
+    constants = [
+        t.to(dtype) if dtype is torch.float64 and t.is_floating_point() else t for t in op.constants
+    ]
+    outputs = fn(*inputs, *constants)
+    out = (outputs,) if isinstance(outputs, Tensor) else outputs
+    grads = torch.autograd.grad(
+        out, inputs, [s.to(o.dtype) for s, o in zip(seeds, out, strict=True)] if seeds else None
+    )
+    return [*out, *grads]
+
+
+def _seeds(op: _Op) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        outputs = op.plain(*op.inputs, *op.constants)
+    out = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return tuple(torch.ones_like(o) if o.ndim == 0 else torch.sin(1e3 * o) for o in out)
+
+
+def _error(values: list[Tensor], truth: list[Tensor]) -> float:
+    errors = [
+        ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(values, truth, strict=True)
+    ]
+    return float(max(errors))
+
+
+def _tolerance(plain_error: float, n_rows: int, dtype: torch.dtype) -> float:
+    return max(2 * plain_error, math.sqrt(n_rows) * torch.finfo(dtype).eps)
+
+
+def _median_ms(run: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
+    """Return the median of as many runs as fit, after two that do not count."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    n = max(5, min(100, int(budget_s / max(once(), 1e-6))))
+    return 1000 * statistics.median(once() for _ in range(n))
+
+
+def _check(op: _Op, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> OpReport:
+    seeds = _seeds(op)
+    truth = _run(op.plain, op, seeds, torch.float64)
+    error = _error(_run(op.ours, op, seeds, dtype), truth)
+    plain_error = _error(_run(op.plain, op, seeds, dtype), truth)
+    del truth
+    paths = {"ours": op.ours, "torch": op.plain}
+    if compiled:
+        paths["compiled"] = torch.compile(op.plain, dynamic=False)
+
+    def call(fn: Callable[..., Outputs]) -> Callable[[], object]:
+        return lambda: _run(fn, op, seeds, dtype)
+
+    ms = {name: _median_ms(call(fn), device) for name, fn in paths.items()}
+    return OpReport(op.name, error, _tolerance(plain_error, op.inputs[0].shape[0], dtype), ms)
+
+
+def _check_adamw(device: torch.device) -> OpReport:
+    """Compare three steps of AdamW with torch's in fp64, and time a step of 4 M parameters."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
+    start = [torch.randn(s, generator=generator, device=device) for s in shapes]
+    grads = [torch.randn(s, generator=generator, device=device) for s in shapes]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+    def built(
+        kind: type[torch.optim.Optimizer], dtype: torch.dtype, **more: object
+    ) -> tuple[list[Tensor], torch.optim.Optimizer]:
+        params = [p.to(dtype, copy=True).requires_grad_() for p in start]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.to(dtype)
+        return params, kind(params, **options, **more)  # type: ignore[arg-type]
+
+    results = {
+        "truth": built(torch.optim.AdamW, torch.float64, foreach=False),
+        "ours": built(FusedAdamW, torch.float32),
+        "torch": built(torch.optim.AdamW, torch.float32),
+    }
+    for _, optimizer in results.values():
+        for _ in range(3):
+            optimizer.step()
+    truth = results["truth"][0]
+    error, plain = (_error(results[name][0], truth) for name in ("ours", "torch"))
+    ms = {name: _median_ms(results[name][1].step, device) for name in ("ours", "torch")}
+    return OpReport("adamw", error, _tolerance(plain, 64, torch.float32), ms)
+
+
+def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
+    """Check and time each operation on ``device``, in the dtype that the trainer would take there.
+
+    Args:
+        device: where.
+        compiled: whether to time what torch.compile makes, which takes it some seconds each.
+    """
+    dtype = resolve_precision("auto", device).compute
+    for op in _ops(device, dtype):
+        yield _check(op, device, dtype, compiled=compiled)
+    yield _check_adamw(device)
+
+
+def show_kernels(device_name: str, *, show: Callable[[str], None] = print) -> bool:
+    """Show a line for each operation; return whether all are right."""
+    device = resolve_device(device_name)
+    all_right = True
+    for report in check_kernels(device):
+        all_right &= report.right
+        times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
+        fastest = min(report.ms, key=lambda name: report.ms[name])
+        show(
+            f"{'pass' if report.right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
+            f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"
+        )
+        show(f"      → {CHOICES[report.name]}")
+    return all_right

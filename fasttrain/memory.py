@@ -1,0 +1,233 @@
+"""How much memory a training step takes: foreseen without taking any, and measured.
+
+The estimate runs forward and backward on fake tensors, which have shapes and no data, and follows
+every storage from its birth to its death: what autograd keeps is counted as it is, for any option
+of the model. What fake tensors cannot show is added by formula: the optimizer's state and the
+scratch inside the fused loss and inside Muon. It is the memory of eager execution; a compiled step
+fuses and recomputes, and mostly takes less.
+
+    parameters   Σ numel · itemsize
+    gradients    alive at the peak: none of this step's at the end of the first forward pass
+    optimizer    AdamW 8 bytes a parameter (Loshchilov and Hutter 2019, arXiv:1711.05101), Muon 4
+    activations  all else that lives at the peak: kept for backward, and temporaries
+    logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
+    buffers      tables of the model, batches on the device
+
+Legend: B micro-batch rows, T sequence, V vocabulary.
+"""
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from fasttrain_kernels import Muon
+from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasttrain.config import TrainConfig
+from fasttrain.device import Precision
+from fasttrain.model import Transformer
+from fasttrain.optim import build_optimizers
+from fasttrain.step import linear_cross_entropy_criterion
+
+__all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that are held at the moment of a step when most are held."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """The sum over the categories."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations make; keeps what was alive when most was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parameters = list(model.parameters())
+        self.known = {id(t.untyped_storage()) for t in (*self.parameters, *model.buffers())}
+        self.live = self.peak = self.logits_at_peak = self.gradients_at_peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        scratch = 0
+        if func._schema.name.endswith("::linear_cross_entropy_forward"):
+            scratch = _loss_scratch(args[0], args[1])
+        if self.live + scratch > self.peak:
+            self.peak, self.logits_at_peak = self.live + scratch, scratch
+            self.gradients_at_peak = gradient_bytes(self.parameters)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def gradient_bytes(parameters: Iterable[Tensor]) -> int:
+    """Return the bytes of the gradients that are there."""
+    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+
+
+def _loss_scratch(hidden: Tensor, weight: Tensor) -> int:
+    """Return what `linear_cross_entropy` holds inside: logits of a chunk, the head in its dtype."""
+    n_cols = weight.shape[0]
+    rows = min(chunk_rows(hidden, n_cols, None), hidden.shape[0])
+    narrow = hidden.element_size() < 4
+    # A CPU does the softmax of narrow logits in fp32: their copy and the result.
+    wide = 8 if narrow and hidden.device.type == "cpu" else 0
+    cast = weight.numel() * hidden.element_size() if weight.dtype != hidden.dtype else 0
+    return rows * n_cols * (hidden.element_size() + wide) + cast
+
+
+def _optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[int, int]:
+    """Return the bytes of the state that there will be, and of the scratch of an update."""
+    state = scratch = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            sizes = [p.nbytes for p in group["params"]]
+            if not isinstance(optimizer, Muon):
+                state += 2 * sum(sizes)
+                continue
+            state += sum(sizes)
+            by_shape: dict[tuple[int, ...], int] = {}
+            for p in group["params"]:
+                rows, cols = sorted(p.shape)
+                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
+                # and three Gram matrices.
+                held = 3 * (rows * cols + rows * rows) * p.element_size()
+                by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
+            scratch = max(scratch, *by_shape.values())
+    return state, scratch
+
+
+def estimate_memory(
+    config: TrainConfig, micro_batch: int, *, device: torch.device, precision: Precision
+) -> StepMemory:
+    """Foresee the memory of a training step of eager execution; nothing is allocated.
+
+    Args:
+        config: the configuration with ``model.vocab_size`` settled.
+        micro_batch: B.
+        device: where it will run; decides which attention runs and how the loss is cut.
+        precision: of the matrix products.
+    """
+    rows, seq_len = micro_batch, config.data.seq_len
+    step_rows = (config.train.tokens_per_step or rows * seq_len) // seq_len
+    criterion = linear_cross_entropy_criterion(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        model = Transformer(config.model, seq_len=seq_len)
+        tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+        targets = torch.zeros_like(tokens)
+        # On CUDA FlexAttention needs no mask of its own; a CPU takes one of (B, T, T).
+        separate = not config.data.attention_across_documents and device.type == "cpu"
+        doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
+        live = _Live(model)
+        live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
+        with live:
+            # With gradients accumulated, the second forward pass meets those of the first.
+            for _ in range(2 if step_rows > rows else 1):
+                with precision.autocast():
+                    loss = criterion(model, tokens, targets, doc_starts)
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+        parameters = sum(p.nbytes for p in model.parameters())
+        all_gradients = gradient_bytes(model.parameters())
+        buffers = sum(b.nbytes for b in model.buffers())
+    state, scratch = _optimizer_bytes(build_optimizers(model, config.optim))
+    # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
+    batches = 2 * 8 * max(step_rows, rows) * seq_len
+    if device.type == "cpu":
+        batches += 4 * config.data.prefetch * rows * (seq_len + 1)
+    gradients, logits = live.gradients_at_peak, live.logits_at_peak
+    activations = live.peak - gradients - logits
+    if all_gradients + scratch > live.peak:  # then the update is the peak
+        gradients, activations, logits = all_gradients, scratch, 0
+    return StepMemory(parameters, gradients, state, activations, logits, buffers + batches)
+
+
+def measure_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Return by how many bytes the memory held rises at most while ``run`` runs.
+
+    CUDA: what torch's allocator counts. CPU: every allocation and release of torch's allocator, as
+    the profiler records them, those inside operations too.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        _quiet(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what C++ writes to standard error nowhere: the profiler announces itself there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that are free for a run: on the device, or within this process's limits."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+        # A container's limit; the word "max" stands for none.
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            free = min(free, int(text) - int(used.read_text()))
+    return free
