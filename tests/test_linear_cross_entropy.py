@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 MODULE = importlib.import_module("fasttrain_kernels.linear_cross_entropy")
 COMPUTE = importlib.import_module("fasttrain_kernels._linear_cross_entropy_compute")
@@ -291,6 +292,29 @@ def test_gradcheck():
             ),
             (hidden, weight, bias),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40, 4100)], ids=["one strip", "three strips"])
+def test_eager_and_the_registered_op_are_one(shape):
+    """Plain eager mode goes past the dispatcher; what is traced goes through it."""
+    torch.manual_seed(7)
+    operands = [torch.randn(shape[0], 8), torch.randn(shape[1], 8), torch.randn(shape[1])]
+    targets = torch.randint(0, shape[1], (shape[0],))
+    eager = outputs(linear_cross_entropy, operands, targets)
+    with FlopCounterMode(display=False):  # anything that watches the dispatcher
+        registered = outputs(linear_cross_entropy, operands, targets)
+    plain = outputs(linear_cross_entropy_reference, operands, targets)
+    assert all(torch.equal(a, b) for a, b in zip(eager, registered, strict=True))
+    torch.testing.assert_close(eager, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused():
+    hidden = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(21, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]))
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("reduce", [True, False])

@@ -45,9 +45,10 @@ def _fix_underflow(
     softcap: float,
 ) -> None:
     """Compute ``nll`` and ``lse`` anew for rows whose target probability is not a normal number."""
-    rows = (p_t < torch.finfo(p_t.dtype).tiny).nonzero().squeeze(1)
-    if rows.numel() == 0:
+    tiny = torch.finfo(p_t.dtype).tiny
+    if p_t.amin().item() >= tiny:
         return
+    rows = (p_t < tiny).nonzero().squeeze(1)
     full = logits_of(rows).to(nll.dtype)
     if softcap:
         full = (full / softcap).tanh() * softcap
@@ -81,13 +82,14 @@ def cross_entropy_rows(
     """
     n_cols = logits.shape[1]
     smoothing, z_loss, softcap = terms.label_smoothing, terms.z_loss, terms.softcap
-    ignored = targets == terms.ignore_index
-    invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
-    some_ignored, some_invalid = bool(ignored.any()), bool(invalid.any())
-    if some_ignored or some_invalid:
-        index = targets.long().masked_fill(ignored | invalid, 0).unsqueeze(1)
-    else:
-        index = targets.long().unsqueeze(1)
+    index = targets.long().unsqueeze(1)
+    some_ignored = some_invalid = False
+    low, high = (end.item() for end in targets.aminmax())
+    if low < 0 or high >= n_cols or 0 <= terms.ignore_index < n_cols:
+        ignored = targets == terms.ignore_index
+        invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
+        some_ignored, some_invalid = bool(ignored.any()), bool(invalid.any())
+        index = index.masked_fill((ignored | invalid).unsqueeze(1), 0)
 
     tanh = None
     if softcap:
@@ -106,7 +108,7 @@ def cross_entropy_rows(
 
     torch.softmax(logits, -1, dtype=out.dtype, out=out)
     p_t = out.gather(1, index).squeeze(1)
-    nll = -p_t.log()
+    nll = p_t.log().neg_()
     lse = x_t + nll
     _fix_underflow(nll, lse, logits_of, x_t, p_t, softcap)
 

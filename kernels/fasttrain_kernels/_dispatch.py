@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["triton_on_cpu", "use_triton"]
+__all__ = ["is_traced", "triton_on_cpu", "use_triton"]
 
 _forced_depth = 0
 
@@ -38,4 +38,17 @@ def use_triton(tensor: torch.Tensor) -> bool:
         return True
     return tensor.device.type == "cpu" and (
         _forced_depth > 0 or os.environ.get("TRITON_INTERPRET") == "1"
+    )
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Return whether somebody records the ops on ``tensor``, who must see each of ours as one.
+
+    Nobody does in plain eager mode, and then `torch.autograd.Function` alone does what the
+    dispatcher of `torch.library.custom_op` takes 0.15 ms longer for: its arguments are many.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -1,5 +1,6 @@
 """Loss and gradients of a linear layer followed by cross-entropy, one chunk of rows at a time."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ _MAX_ROWS = {"cpu": 1024, "cuda": 8192}
 # Default budget for the logits of one chunk. CPU: 512 rows and more at V=50304 in fp32. GPU: one
 # chunk of 4096 rows at V=128256 in bf16.
 _DEFAULT_MIB = {"cpu": 112, "cuda": 1024}
+# The CPU's product with a transposed weight is 4 to 7 % faster in strips of so many columns, 6 MiB
+# of weight at D=768 (V=50304, 256 to 1024 rows, two Milan cores: 163 against 156 GFLOP/s).
+_STRIP_COLS = 2048
 
 
 class Gradients(NamedTuple):
@@ -53,14 +57,21 @@ def weight_grad_dtype(hidden: Tensor, weight: Tensor, rows: int) -> torch.dtype:
     return accumulation_dtype(hidden.dtype)
 
 
-def _accumulate(acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """Add dlogitsᵀ·hidden to ``acc``, whose content is undefined the first time."""
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write hidden·weightᵀ + bias to ``out``."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _accumulate(
+    acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool, alpha: float = 1.0
+) -> None:
+    """Add α dlogitsᵀ·hidden to ``acc``, whose content is undefined the first time."""
     left = dlogits.t()
     if acc.dtype == hidden.dtype:
-        if first:
-            torch.mm(left, hidden, out=acc)
-        else:
-            acc.addmm_(left, hidden)
+        acc.addmm_(left, hidden, beta=0 if first else 1, alpha=alpha)
     elif acc.is_cuda:
         if first:
             torch.mm(left, hidden, out_dtype=acc.dtype, out=acc)
@@ -113,8 +124,10 @@ def compute_linear_cross_entropy(
         upstream: (N,) or (), multiplies the gradients.
         want_correct: whether to count the rows whose first largest logit is the target.
     """
+    device = hidden.device.type
     # Autocast would cast the operands of the products below once more, to a dtype of its own.
-    with torch.autocast(hidden.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         weight_in = weight.to(hidden.dtype)
         bias_in = None if bias is None else bias.to(hidden.dtype)
         kernels = use_triton(hidden) and hidden.dtype != torch.float64
@@ -164,10 +177,7 @@ def _on_kernels(
         part = slice(start, min(start + rows, n_rows))
         h = hidden[part]
         x = buffer[: h.shape[0]]
-        if bias is None:
-            torch.mm(h, weight.t(), out=x)
-        else:
-            torch.addmm(bias, h, weight.t(), out=x)
+        _multiply(h, weight, bias, x)
         launch_cross_entropy(
             x,
             targets[part],
@@ -204,32 +214,37 @@ def _on_torch(
     upstream: Tensor | None,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    n_rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
     if terms.class_weight is not None:
         terms = terms._replace(class_weight=terms.class_weight.to(dtype))
-    losses, lse_out = hidden.new_zeros(n_rows, dtype=dtype), hidden.new_zeros(n_rows, dtype=dtype)
-    correct = hidden.new_zeros(n_rows if want_correct else 0, dtype=dtype)
     # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
-    kept = (targets != terms.ignore_index).nonzero().squeeze(1)
-    everything = kept.shape[0] == n_rows
+    ignored = targets == terms.ignore_index
+    everything = not bool(ignored.any())
+    kept = None if everything else (~ignored).nonzero().squeeze(1)
+    n_kept = n_rows if kept is None else kept.shape[0]
+    new = hidden.new_empty if everything else hidden.new_zeros
+    losses, lse_out = new(n_rows, dtype=dtype), new(n_rows, dtype=dtype)
+    correct = new(n_rows if want_correct else 0, dtype=dtype)
     if not everything and grads.hidden is not None:
         grads.hidden.zero_()
-    if kept.shape[0] == 0 and grads.weight is not None:
+    if n_kept == 0 and grads.weight is not None:
         grads.weight.zero_()
+    if upstream is not None and upstream.dim() == 0:
+        scale, upstream = upstream if scale is None else scale * upstream, None
     narrow = hidden.dtype != dtype
-    shape = (min(rows, kept.shape[0]), weight.shape[0])
+    shape = (min(rows, n_kept), n_cols)
     buffer = hidden.new_empty(shape, dtype=dtype)
     narrow_buffer = hidden.new_empty(shape) if narrow else buffer
     any_grad = any(grad is not None for grad in grads)
-    for start in range(0, kept.shape[0], rows):
-        chunk = slice(start, min(start + rows, kept.shape[0]))
-        index = chunk if everything else kept[chunk]
+    strip = n_cols if narrow else _STRIP_COLS
+    for start in range(0, n_kept, rows):
+        chunk = slice(start, min(start + rows, n_kept))
+        index = chunk if kept is None else kept[chunk]
         h, t = hidden[index], targets[index]
         x, out = narrow_buffer[: h.shape[0]], buffer[: h.shape[0]]
-        if bias is None:
-            torch.mm(h, weight.t(), out=x)
-        else:
-            torch.addmm(bias, h, weight.t(), out=x)
+        for col in range(0, n_cols, strip):
+            cols = slice(col, col + strip)
+            _multiply(h, weight[cols], None if bias is None else bias[cols], x[:, cols])
 
         def logits_of(chosen: Tensor, h: Tensor = h) -> Tensor:
             return torch.nn.functional.linear(h[chosen], weight, bias)
@@ -249,30 +264,31 @@ def _on_torch(
             correct[index] = result.correct
         if not any_grad:
             continue
-        factor = _product(result.factor, scale)
-        if upstream is not None:
-            factor = _product(factor, upstream if upstream.dim() == 0 else upstream[index])
-        if factor is not None and factor.dim() == 0:
-            factor = factor.expand(h.shape[0])
+        factor = result.factor if upstream is None else _product(result.factor, upstream[index])
         column = None if factor is None else factor.to(dtype).unsqueeze(1)
         if narrow:
             # Scaled in fp32, so that the gradient is rounded once.
-            x.copy_(out if column is None else out.mul_(column))
+            if column is not None:
+                out.mul_(column)
+            x.copy_(out if scale is None else out.mul_(scale))
             column = None
-        # A factor of the rows is applied to the D columns of hidden, not to the V of the logits.
+        # A factor of the rows is applied to the D columns of hidden, not to the V of the logits,
+        # and one of all rows by the products themselves.
+        alpha = 1.0 if scale is None or narrow else scale.item()
         if grads.hidden is not None:
-            dh = torch.mm(x, weight, out=grads.hidden[chunk] if everything else None)
+            dh = grads.hidden[chunk] if everything else torch.empty_like(h)
+            dh.addmm_(x, weight, beta=0, alpha=alpha)
             if column is not None:
                 dh.mul_(column)
             if not everything:
                 grads.hidden[index] = dh
         if grads.weight is not None:
-            _accumulate(grads.weight, x, h if column is None else h * column, start == 0)
+            _accumulate(grads.weight, x, h if column is None else h * column, start == 0, alpha)
         if grads.bias is not None:
             if column is None:
-                grads.bias.add_(out.sum(dim=0))
+                grads.bias.add_(out.sum(dim=0), alpha=alpha)
             else:
-                grads.bias.addmv_(out.t(), column.squeeze(1))
-    if scale is not None:
+                grads.bias.addmv_(out.t(), column.squeeze(1), alpha=alpha)
+    if scale is not None and lse is None:
         losses.mul_(scale)
     return losses, lse_out, correct, grads

@@ -11,7 +11,6 @@ from ._dispatch import use_triton
 
 __all__ = ["on_device", "scale_unless_one_", "warp_size"]
 
-_NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
 
 
@@ -45,7 +44,6 @@ def _scale_kernel(x_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
     tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::scale_unless_one_", mutates_args=("x",))
 def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     """Multiply the contiguous ``x`` in place by the scalar ``factor`` unless that is exactly 1.
 
@@ -56,10 +54,5 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     if use_triton(x) and x.dtype != torch.float64:
         grid = (triton.cdiv(x.numel(), _BLOCK),)
         on_device(x, lambda: _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8))
-    elif float(factor) != 1.0:
+    elif factor.item() != 1.0:
         x.mul_(factor)
-
-
-@scale_unless_one_.register_fake
-def _(x: Tensor, factor: Tensor) -> None:
-    return None

@@ -19,10 +19,12 @@ Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv
 Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._cross_entropy_cpu import LossTerms
 from ._cross_entropy_options import (
@@ -32,6 +34,7 @@ from ._cross_entropy_options import (
     finish,
     mean_scale,
 )
+from ._dispatch import is_traced
 from ._linear_cross_entropy_compute import (
     Gradients,
     chunk_rows,
@@ -66,8 +69,7 @@ def _pack(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dh, dw, db
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
-def _forward(
+def _compute(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -98,6 +100,11 @@ def _forward(
     if late and scale is not None:
         loss = loss * scale
     return loss, lse, correct, *_pack(grads, hidden)
+
+
+_forward = torch.library.custom_op(
+    f"{_NAMESPACE}::linear_cross_entropy_forward", _compute, mutates_args=()
+)
 
 
 @_forward.register_fake
@@ -213,6 +220,21 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
 _forward.register_autograd(_backward_formula, setup_context=_setup_context)
 
 
+class _Eager(torch.autograd.Function):
+    """The same op for tensors that nobody traces."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _compute(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_formula(ctx, *grads)
+
+
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     name = "linear_cross_entropy"
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -311,7 +333,8 @@ def linear_cross_entropy(
         x = x.contiguous()
     reduce = reduction != "none"
     now = torch.is_grad_enabled() and reduce
-    loss, lse, correct, *_ = _forward(
+    op: Callable[..., tuple[Tensor, ...]] = _forward if is_traced(x) else _Eager.apply
+    loss, lse, correct, *_ = op(
         x, weight, bias, flat_targets, class_weight, flat_weight, scale, ignore_index,
         label_smoothing, z_loss, 0.0 if softcap is None else softcap,
         None if max_chunk_mib is None else float(max_chunk_mib), reduce,

@@ -36,7 +36,11 @@ _JORDAN: Quintic = (3.4445, -4.7750, 2.0315)
 _CLASSIC: Quintic = (15 / 8, -10 / 8, 3 / 8)
 NS_COEFFICIENTS = ("polar_express", "quintic", "classic")
 
-_LOWER = 1e-3  # singular values that Polar Express aims to bring to 1, relative to the bound
+# Singular values, relative to the bound, from which on Polar Express aims at 1: what so many steps
+# bring to [0.72, 1.27] (3 steps from 1e-2 on, 4 from 3e-3 on) or nearer. Jordan's five steps end in
+# [0.7, 1.2], and start from the looser bound of Frobenius' norm.
+_LOWER = {1: 0.1, 2: 3e-2, 3: 1e-2, 4: 3e-3}
+_LOWER_LEAST = 1e-3
 # Optimal polynomials for a much narrower interval than [l, u] overshoot between its ends; the
 # paper's remedy keeps the interval's ratio above this value.
 _CUSHION = 0.024
@@ -68,7 +72,7 @@ def _optimal_quintic(lower: float, upper: float) -> Quintic:
 
 @lru_cache
 def _polar_express(steps: int) -> tuple[Quintic, ...]:
-    lower, upper = _LOWER, 1.0
+    lower, upper = _LOWER.get(steps, _LOWER_LEAST), 1.0
     quintics = []
     for step in range(steps):
         a, b, c = _optimal_quintic(max(lower, _CUSHION * upper), upper)
@@ -136,9 +140,10 @@ def newton_schulz(
     Args:
         g: matrices (..., rows, cols), any floating dtype; left unchanged.
         steps: quintic steps.
-        coefficients: "polar_express" (optimal for singular values above 1e-3 of the largest),
-            "quintic" (Jordan's), "classic" (converges to exactly 1, slowly), or a sequence of
-            triples (a, b, c); the last one repeats.
+        coefficients: "polar_express" (optimal for singular values above 1e-3 of the largest, with
+            four steps above 3e-3, with three above 1e-2), "quintic" (Jordan's), "classic"
+            (converges to exactly 1, slowly), or a sequence of triples (a, b, c); the last one
+            repeats.
         dtype: of the products. None: bf16 on CUDA and on CPUs with native bf16, else fp32.
 
     Returns:
