@@ -1,0 +1,103 @@
+"""Memory foreseen on fake tensors against memory measured, category by category."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.config import TrainConfig, config_from_dict
+from fasttrain.device import resolve_precision
+from fasttrain.memory import device_memory, estimate_memory, measure_peak
+from fasttrain.model import Transformer
+from fasttrain.probe import probe_step
+
+CPU = torch.device("cpu")
+SHAPE = {"vocab_size": 2048, "dim": 64, "n_layers": 3, "n_heads": 4}
+BASE = {"qk_norm": True, "value_embeddings": True, "bigram_vocab_size": 512, "mlp": "relu2"}
+GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True}
+GPT2 |= {"tied_embeddings": True, "dropout": 0.1}
+
+
+def config_of(model: dict[str, Any], **sections: dict[str, Any]) -> TrainConfig:
+    values: dict[str, Any] = {
+        "run": {"compile": "off", "dtype": "fp32", "device": "cpu"},
+        "model": SHAPE | model,
+        "data": {"path": "unused", "seq_len": 64},
+        "train": {"steps": 1, "micro_batch": 4},
+    }
+    for name, table in sections.items():
+        values[name] = values.get(name, {}) | table
+    return config_from_dict(values)
+
+
+CASES = {
+    "llama": config_of({"n_kv_heads": 2}),
+    "base with Muon": config_of(BASE, optim={"name": "muon"}),
+    "gpt2": config_of(GPT2),
+    "accumulated": config_of({}, train={"tokens_per_step": 1024}),
+    "bf16": config_of({}, run={"dtype": "bf16"}),
+    "one row, where the update is the peak": config_of(
+        {"dim": 256}, optim={"name": "muon"}, train={"micro_batch": 1}, data={"seq_len": 16}
+    ),
+    "documents apart": config_of({}, data={"attention_across_documents": False}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_a_tenth_of_what_is_measured(name: str) -> None:
+    config = CASES[name]
+    precision = resolve_precision(config.run.dtype, CPU)
+    rows = config.train.micro_batch
+    estimate = estimate_memory(config, rows, device=CPU, precision=precision)
+    peak = probe_step(config, device=CPU, precision=precision).peak_bytes
+    assert estimate.total == pytest.approx(peak, rel=0.10)
+
+
+def test_the_categories_are_what_they_are_called() -> None:
+    config = CASES["base with Muon"]
+    precision = resolve_precision("fp32", CPU)
+    estimate = estimate_memory(config, 4, device=CPU, precision=precision)
+    model = Transformer(config.model, seq_len=64)
+    n = model.num_parameters()
+    hidden = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert estimate.parameters == 4 * n
+    assert estimate.optimizer == 8 * (n - hidden) + 4 * hidden
+    assert estimate.logits == 4 * 64 * 2048 * 4
+    more = estimate_memory(config, 8, device=CPU, precision=precision)
+    assert more.activations > 1.8 * estimate.activations
+    assert (more.parameters, more.optimizer) == (estimate.parameters, estimate.optimizer)
+    accumulated = estimate_memory(CASES["accumulated"], 4, device=CPU, precision=precision)
+    plain = estimate_memory(CASES["llama"], 4, device=CPU, precision=precision)
+    assert accumulated.gradients == accumulated.parameters
+    assert plain.gradients == 0  # at the end of the forward pass there are none yet
+
+
+def test_an_estimate_allocates_nothing_and_moves_no_random_state() -> None:
+    config = CASES["llama"]
+    huge = replace(config, model=replace(config.model, dim=8192, n_layers=8, vocab_size=100_000))
+    before = torch.get_rng_state()
+    estimates = []
+    precision = resolve_precision("fp32", CPU)
+    peak = measure_peak(
+        lambda: estimates.append(estimate_memory(huge, 4, device=CPU, precision=precision)), CPU
+    )
+    assert estimates[0].total > 80 * 2**30
+    assert peak < 64 * 2**20
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_peaks_are_measured_to_the_byte() -> None:
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        kept.append(torch.empty(1_000_000, dtype=torch.uint8))
+        torch.empty(3_000_000, dtype=torch.uint8)
+        kept.append(torch.empty(500_000, dtype=torch.uint8))
+
+    assert measure_peak(run, CPU) == pytest.approx(4_000_000, rel=0.001)
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    free = device_memory(CPU)
+    assert 2**26 < free < 2**50
