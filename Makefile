@@ -1,4 +1,8 @@
-.PHONY: check test bench
+.PHONY: check test bench bench-results report gpu
+
+PYTHON ?= python3
+# Also uninstalled, and with whatever the caller has on the path.
+gpu report bench-results: export PYTHONPATH := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 check:
 	ruff check . && ruff format --check .
@@ -9,3 +13,14 @@ test:
 
 bench: # in one process: a second one would disturb the times
 	pytest benchmarks/ --benchmark-only -n 0
+
+bench-results: # the same, with a whole run of base.toml, kept in benchmarks/results
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only -n 0 --results benchmarks/results
+	$(PYTHON) -m benchmarks.base_run --results benchmarks/results
+	$(PYTHON) -m benchmarks.report
+
+report: # README.md's figures and the chart, from benchmarks/results; needs matplotlib
+	$(PYTHON) -m benchmarks.report
+
+gpu: # tests and benchmarks on a GPU within nine minutes; without one, a rehearsal
+	$(PYTHON) -m benchmarks.gpu

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, then write the figures."""
     parser = argparse.ArgumentParser(description="A run of configs/base.toml, measured.")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True, help="folder of all devices")
     arguments = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs" / "base.toml")]
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         lines = (Path(folder) / "base" / "metrics.jsonl").read_text("utf-8").splitlines()
     entry = figures([json.loads(line) for line in lines], wall_s)
-    document = results.document("run-base", [entry], measure.machine(), measure.ceilings())
-    results.write(arguments.results / "run-base.json", document)
+    machine = measure.machine()
+    document = results.document("run-base", [entry], machine, measure.ceilings())
+    results.write(arguments.results / results.folder_of(machine) / "run-base.json", document)
     print(json.dumps(entry, indent=1))
     return 0
 

@@ -75,9 +75,11 @@ def device_tests() -> list[str]:
     chosen = []
     for path in files:
         text = path.read_text("utf-8")
+        if path.name.startswith("test_benchmarks"):
+            continue  # of this very command
         if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text):
             chosen.append(f"tests/{path.name}")
-    return [name for name in chosen if "benchmarks" not in name]
+    return chosen
 
 
 def fp8_override() -> str | None:
@@ -94,18 +96,18 @@ def fp8_override() -> str | None:
     return None
 
 
-def plan(folder: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
+def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
     """Return the stages.
 
     Args:
-        folder: of the JSON files of this device.
+        results: folder of all devices.
         work: for logs and traces.
         environment: as `os.environ`.
         cuda: whether there is a device; else everything is small.
     """
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    out = ("--results", str(folder))
+    out = ("--results", str(results))
     workers = str(min(8, os.cpu_count() or 1))
     tests = (*pytest, "-n", workers, "--timeout=90", "--maxfail=25", *device_tests())
     if not cuda:
@@ -116,7 +118,7 @@ def plan(folder: Path, work: Path, environment: Mapping[str, str], *, cuda: bool
         Stage(name="tests", command=tests, limit_s=100, least_s=60),
     ]  # fmt: skip
     for suite in KERNEL_SUITES:
-        options = ("--benchmark-only", "--results", str(folder.parent))
+        options = ("--benchmark-only", *out)
         options = options if cuda else (*options, "--rehearse", "-k", TINY_KERNELS)
         command = (*pytest, f"benchmarks/bench_{suite}.py", *options)
         large = "entropy" in suite
@@ -261,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{machine['device']}, torch {machine['torch']}; figures go to {out or folder}")
         else:
             print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
-        stages = plan(folder, work, os.environ, cuda=cuda)
+        stages = plan(results, work, os.environ, cuda=cuda)
         if arguments.only:
             stages = [stage for stage in stages if arguments.only in stage.name]
         for stage in stages:

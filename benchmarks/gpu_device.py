@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args(argv)
     document = results.document("device", [facts()], measure.machine(), measure.ceilings())
-    results.write(arguments.results / "device.json", document)
+    results.write(
+        arguments.results / results.folder_of(document["machine"]) / "device.json", document
+    )
     print(document["machine"], document["ceilings"], facts(), sep="\n")
     return 0
 

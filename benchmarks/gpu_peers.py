@@ -158,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     entry = {"name": f"{name} shape", "shape": overrides, **compared, "tokens_per_s": rates}
     suite = f"step-{arguments.peer}"
     document = results.document(suite, [entry], measure.machine(), measure.ceilings())
-    results.write(arguments.results / f"{suite}.json", document)
+    results.write(
+        arguments.results / results.folder_of(document["machine"]) / f"{suite}.json", document
+    )
     print(f"{name}: {rates}, speed-up {compared['speedup']}")
     return 0
 

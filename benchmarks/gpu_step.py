@@ -188,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(entry: dict[str, Any]) -> None:
         document = results.document(suite, [entry], machine, ceilings)
-        results.write(arguments.results / f"{suite}.json", document)
+        results.write(
+            arguments.results / results.folder_of(document["machine"]) / f"{suite}.json", document
+        )
 
     arguments.traces.mkdir(parents=True, exist_ok=True)
     trace_path = arguments.traces / f"{suite}.trace.json"

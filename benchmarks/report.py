@@ -16,7 +16,7 @@ CHART = RESULTS / "training-step.png"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
-FIRST = ("chars", "run-base", "nanogpt", "trainers", "step", "loop", "startup")
+FIRST = ("chars", "run-base", "trainers", "step", "loop", "startup")
 # What an entry may hold beside times, and how it reads.
 SHOWN = {
     "wall_s": "{:.0f} s in all",
@@ -166,7 +166,7 @@ def chart_bars(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, fl
     """Return what the chart shows: of each training step, the others' time over ours."""
     bars: dict[str, dict[str, float]] = {}
     for document in documents:
-        if not document["suite"].startswith(("step", "nanogpt", "trainers")):
+        if not document["suite"].startswith(("step", "trainers")):
             continue
         for entry in document["benchmarks"]:
             row = row_of(document, entry)

@@ -1,0 +1,88 @@
+"""Start-up: how long imports take, and how long it is from ``python`` to the first step.
+
+The first step is that of configs/base.toml as a process of its own, dataset cached and nothing
+compiled, up to the line that reports it. Whole processes, each import beside torch's in turn.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.results import ROOT
+
+ENV = os.environ | {
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
+    "PYTHONUNBUFFERED": "1",
+}
+ROUNDS = 3
+TARGET_S = 8.0
+
+
+def import_s(statement: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", statement], check=True, env=ENV)
+    return time.perf_counter() - started
+
+
+def test_import(benchmark: Any) -> None:
+    """A config is read and refused without torch; the rest adds little to it."""
+    statements = {
+        "python": "pass",
+        "fasttrain.config": "import fasttrain.config",
+        "torch": "import torch",
+        "fasttrain_kernels": "import fasttrain_kernels",
+        "fasttrain.train": "import fasttrain.session",
+    }
+    times: dict[str, list[float]] = {name: [] for name in statements}
+
+    def one_round() -> None:
+        for name, statement in statements.items():
+            times[name].append(import_s(statement))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1, warmup_rounds=1)
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
+    benchmark.extra_info["import_s"] = seconds
+    print("", *(f"{name}: {value:.2f} s" for name, value in seconds.items()), sep="\n  ")
+    assert seconds["fasttrain.config"] < seconds["torch"] / 2
+
+
+def first_step_s(folder: Path) -> float:
+    """Return the seconds from the start of a process to its line for step 1, and end it there."""
+    command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs/base.toml")]
+    command += ["run.compile=off", f"run.out_dir={folder}", "log.every_steps=1"]
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.split()[:2] == ["step", "1"]:
+                return time.perf_counter() - started
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    pytest.fail("no step was reported:\n" + "".join(lines))
+
+
+def test_first_step(benchmark: Any, tmp_path: Path) -> None:
+    first_step_s(tmp_path)  # makes the dataset where it is not cached
+    times: list[float] = []
+    benchmark.pedantic(
+        lambda: times.append(first_step_s(tmp_path)), rounds=ROUNDS, iterations=1, warmup_rounds=0
+    )
+    benchmark.extra_info["first_step_s"] = statistics.median(times)
+    benchmark.extra_info["times_s"] = {"fasttrain": times}
+    print(f"\nfirst step after {statistics.median(times):.2f} s ({min(times):.2f} at best)")
+    assert statistics.median(times) < 2 * TARGET_S

@@ -1,0 +1,222 @@
+"""Whole trainers side by side: fasttrain, karpathy/nanoGPT, Hugging Face's Trainer.
+
+nanoGPT is not part of this project: name a checkout of it in the environment variable
+``NANOGPT_DIR``. The Trainer takes part where transformers and accelerate are installed. All run as
+processes of their own on the same token file, in turn, A B C A B C …, and the times of a step are
+those that each reports (nanoGPT's ``time``, our ``step_ms``; the Trainer's by a callback). Two
+shapes, in fp32: that of nanoGPT's README command for a CPU, and a small Llama's, where nanoGPT has
+the same width, and its own parts.
+"""
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from benchmarks.measure import comparison
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = 3
+PATHS = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
+
+
+class Shape(NamedTuple):
+    """A model and a batch, and how many steps are timed after those that warm up."""
+
+    n_embd: int
+    block_size: int
+    batch_size: int
+    vocab_size: int | None  # None: as many as there are characters
+    model: str  # ours, in TOML
+    n_steps: int
+    n_warm: int  # compilation and first touches
+
+
+GPT2 = """
+mlp = "gelu"
+norm = "layer"
+positions = "learned"
+tied_embeddings = true
+"""
+SHAPES = {
+    "gpt2-chars": Shape(128, 64, 12, None, GPT2, 300, 50),
+    # nanoGPT in fp32 at the width of a small Llama; ours is that Llama.
+    "llama-256": Shape(256, 256, 8, 4096, "", 36, 8),
+}
+
+CONFIG = """
+[model]
+vocab_size = {vocab}
+dim = {shape.n_embd}
+n_layers = 4
+n_heads = 4
+{shape.model}
+[data]
+path = "{data}"
+dtype = "uint16"
+seq_len = {shape.block_size}
+[optim]
+lr = 1e-3
+betas = [0.9, 0.99]
+[schedule]
+warmup_steps = {shape.n_warm}
+[train]
+steps = {shape.n_steps}
+micro_batch = {shape.batch_size}
+[eval]
+prompts = []
+[log]
+every_steps = 1
+"""
+
+
+def nanogpt() -> Path | None:
+    path = os.environ.get("NANOGPT_DIR")
+    return Path(path).resolve() if path else None
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all run: characters of the standard library, as nanoGPT's .bin."""
+    folder = tmp_path_factory.mktemp("trainers")
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sources)
+    text = "".join(c for c in text if ord(c) < 128)
+    chars = sorted(set(text))
+    table = np.zeros(128, dtype=np.uint16)
+    table[[ord(c) for c in chars]] = np.arange(len(chars))
+    tokens = table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
+    data = folder / "data" / "chars"
+    data.mkdir(parents=True)
+    tokens[: int(0.99 * len(tokens))].tofile(data / "train.bin")
+    tokens[int(0.99 * len(tokens)) :].tofile(data / "val.bin")
+    if (peer := nanogpt()) is not None:
+        (folder / "configurator.py").symlink_to(peer / "configurator.py")
+        (folder / "config").symlink_to(peer / "config")
+    for name, shape in SHAPES.items():
+        vocab = shape.vocab_size or len(chars)
+        toml = CONFIG.format(vocab=vocab, data=data, shape=shape)
+        (folder / f"{name}.toml").write_text(toml, encoding="utf-8")
+        (folder / f"{name}.vocab").write_text(str(vocab), "utf-8")
+        # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps({"vocab_size": vocab}))
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    process = subprocess.run(
+        command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def run_nanogpt(folder: Path, name: str, *, compiled: bool) -> float:
+    """Return nanoGPT's median seconds of a step."""
+    shape, peer = SHAPES[name], nanogpt()
+    assert peer is not None
+    shutil.copyfile(folder / f"{name}.pkl", folder / "data" / "chars" / "meta.pkl")
+    arguments = {
+        "dataset": "chars",
+        "device": "cpu",
+        "compile": compiled,
+        "eval_iters": 1,
+        "eval_interval": 10**9,
+        "log_interval": 1,
+        "max_iters": shape.n_steps,
+        "lr_decay_iters": shape.n_steps,
+        "dropout": 0.0,
+        "block_size": shape.block_size,
+        "batch_size": shape.batch_size,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": shape.n_embd,
+    }
+    command = [sys.executable, str(peer / "train.py"), "config/train_shakespeare_char.py"]
+    out = run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder)
+    times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
+    assert len(times) >= shape.n_steps
+    return statistics.median(times[shape.n_warm :]) / 1e3
+
+
+def run_ours(folder: Path, name: str) -> float:
+    """Return our median seconds of a step."""
+    shape = SHAPES[name]
+    runs = folder / "runs"
+    run_name = f"r{len(list(runs.glob('*'))) if runs.exists() else 0}"
+    run([sys.executable, "-m", "fasttrain.train", f"{name}.toml", f"run.name={run_name}"], folder)
+    lines = (runs / run_name / "metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    times = [row["step_ms"] for row in rows if row["kind"] == "train"]
+    assert len(times) == shape.n_steps
+    return statistics.median(times[shape.n_warm :]) / 1e3
+
+
+def run_hf(folder: Path, name: str, *, compiled: bool) -> float:
+    """Return the Trainer's median seconds of a step."""
+    shape = SHAPES[name]
+    vocab = (folder / f"{name}.vocab").read_text("utf-8")
+    command = [sys.executable, "-m", "benchmarks.hf_trainer", str(folder / "data/chars/train.bin")]
+    sizes = {"dim": shape.n_embd, "length": shape.block_size, "rows": shape.batch_size}
+    sizes |= {"vocab": vocab, "steps": shape.n_steps}
+    command += [f"--{key}={value}" for key, value in sizes.items()]
+    command += ["--llama"] if shape.model != GPT2 else []
+    command += ["--compile"] if compiled else []
+    times: list[float] = json.loads(run(command, folder).splitlines()[-1])
+    return statistics.median(times[shape.n_warm :]) / 1e3
+
+
+def peers(name: str) -> tuple[dict[str, Callable[[Path], float]], dict[str, str]]:
+    """Return the rivals that are here, and why others are left out."""
+    found: dict[str, Callable[[Path], float]] = {}
+    left_out = {}
+    # A compiled rival is slow to start: it takes part in the small shape, whose steps are many.
+    forms = {"": False} | ({" compiled": True} if name == "gpt2-chars" else {})
+    for form, compiled in forms.items():
+        found[f"nanoGPT{form}"] = lambda folder, c=compiled: run_nanogpt(folder, name, compiled=c)
+        found[f"HF Trainer{form}"] = lambda folder, c=compiled: run_hf(folder, name, compiled=c)
+    reasons = {
+        "nanoGPT": None if nanogpt() else "NANOGPT_DIR does not name a checkout",
+        "HF Trainer": None
+        if all(importlib.util.find_spec(m) for m in ("transformers", "accelerate"))
+        else "transformers and accelerate are not both installed",
+    }
+    for peer, reason in reasons.items():
+        if reason is not None:
+            left_out[peer] = reason
+            found = {key: call for key, call in found.items() if not key.startswith(peer)}
+    return found, left_out
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_trainers(benchmark: Any, work: Path, name: str) -> None:
+    rivals, left_out = peers(name)
+    if not rivals:
+        pytest.skip("; ".join(left_out.values()))
+    times: dict[str, list[float]] = {key: [] for key in ("fasttrain", *rivals)}
+
+    def one_round() -> None:
+        for rival, call in rivals.items():
+            times[rival].append(call(work))
+        times["fasttrain"].append(run_ours(work, name))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1)
+    figures = comparison(times)
+    tokens = SHAPES[name].block_size * SHAPES[name].batch_size
+    rates = {key: tokens / seconds for key, seconds in figures["median_s"].items()}
+    benchmark.extra_info.update(figures, tokens_per_s=rates, left_out=left_out)
+    print("", *(f"{key}: {rate:,.0f} tokens/s" for key, rate in rates.items()), sep="\n  ")
+    assert all(ratio > 1.0 for ratio in figures["speedup"].values())

@@ -1,0 +1,218 @@
+"""What the benchmarks are read by: figures to files, files to the README, old against new."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure, report, results, rivals, trace
+from benchmarks.compare import change_of
+from benchmarks.compare import main as compare
+
+MACHINE = {
+    "device": "Some CPU", "kind": "cpu", "threads": 2, "python": "3.12.0", "torch": "2.11.0",
+    "triton": "3.6.0", "peers": {},
+}  # fmt: skip
+CEILINGS = {"copy_gb_per_s": 20.0, "matmul_tflop_per_s": 0.2}
+
+
+def entry_of(
+    scale: float = 1.0, machine: float = 1.0, n: int = 20, seed: int = 0
+) -> dict[str, Any]:
+    """A benchmark in which ours takes ``scale`` and everything ``machine`` times as long."""
+    rng = random.Random(seed)
+    load = [machine * math.exp(rng.gauss(0, 0.2)) for _ in range(n)]  # what the rivals share
+    ours = [1e-3 * scale * x * math.exp(rng.gauss(0, 0.01)) for x in load]
+    theirs = [2e-3 * x * math.exp(rng.gauss(0, 0.01)) for x in load]
+    return {"name": "op[8]", **measure.comparison({"fasttrain": ours, "torch": theirs})}
+
+
+def write(path: Path, *entries: dict[str, Any], suite: str = "op") -> str:
+    results.write(path, results.document(suite, entries, MACHINE, CEILINGS))
+    return str(path)
+
+
+# ---- old against new -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict", "status"),
+    [
+        (entry_of(seed=1), "same", 0),
+        (entry_of(1.1, seed=1), "SLOWER", 1),
+        (entry_of(0.8, seed=1), "faster", 0),
+        (entry_of(machine=3.0, seed=1), "same", 0),  # the rivals took as much longer
+        (entry_of(1.1, machine=0.5, seed=1), "SLOWER", 1),  # hidden by a machine that is faster
+    ],
+)
+def test_a_regression_is_what_the_rivals_do_not_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: Any, verdict: str, status: int
+) -> None:
+    old_path, new_path = write(tmp_path / "old.json", entry_of()), write(tmp_path / "new.json", new)
+    assert compare([old_path, new_path]) == status
+    assert capsys.readouterr().out.split()[0] == verdict
+
+
+def test_noise_grows_with_the_spread_of_the_rounds() -> None:
+    def noise(spread: float) -> float:
+        rng = random.Random(0)
+        times = [math.exp(rng.gauss(0, spread)) for _ in range(15)]
+        entry = {"times_s": {"fasttrain": times}}
+        change = change_of("op", entry, entry)
+        assert change is not None
+        assert change.change == 0
+        return change.noise
+
+    assert noise(1e-6) == pytest.approx(0.02)  # its floor
+    assert noise(0.1) > 0.05
+    assert noise(0.4) == pytest.approx(4 * noise(0.1), rel=0.2)
+    once = {"times_s": {"fasttrain": [1.0]}}
+    alone = change_of("op", once, {"times_s": {"fasttrain": [9.0]}})
+    assert alone is not None
+    assert alone.verdict == "same"  # one round tells nothing of the noise
+
+
+def test_what_cannot_be_compared_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "good.json", entry_of())
+    other = write(tmp_path / "other.json", entry_of() | {"name": "another"})
+    (tmp_path / "bad.json").write_text("[]", "utf-8")
+    for new in (other, str(tmp_path / "bad.json"), str(tmp_path / "missing.json")):
+        assert compare([good, new]) == 2
+        assert "error: " in capsys.readouterr().err
+
+
+def test_folders_are_compared_suite_by_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, scale in (("old", 1.0), ("new", 1.2)):
+        write(tmp_path / folder / "a.json", entry_of(), suite="a")
+        write(tmp_path / folder / "b.json", entry_of(scale), suite="b")
+    assert compare([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["same", "SLOWER", "2"]
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def test_rivals_take_turns_and_speed_ups_are_medians_of_a_round() -> None:
+    calls: list[str] = []
+    callables = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = measure.in_turn(callables, rounds=3, n_calls=2, warmup=0)
+    assert "".join(calls) == "aabbcc" + "bbccaa" + "ccaabb"
+    assert [len(values) for values in times.values()] == [3, 3, 3]
+    compared = measure.comparison({"ours": [1.0, 2.0, 10.0], "theirs": [2.0, 6.0, 10.0]})
+    assert compared["speedup"] == {"theirs": 2.0}
+    assert compared["median_s"] == {"ours": 2.0, "theirs": 6.0}
+
+
+def test_a_wrong_or_missing_peer_is_left_out_and_ours_must_be_right() -> None:
+    exact = [torch.arange(4.0)]
+
+    def verify(name: str, op: Any) -> None:
+        rivals.check(name, [op(exact[0])], exact, 1e-3)
+
+    def missing() -> Any:
+        raise ImportError("not installed")
+
+    makers = {"fasttrain": lambda: torch.clone, "off": lambda: lambda x: x * 1.01, "none": missing}
+    ops, left_out = rivals.gather(makers, verify)
+    assert list(ops) == ["fasttrain"]
+    assert "off by 1.0e-02" in left_out["off"]
+    assert left_out["none"] == "not installed"
+    with pytest.raises(AssertionError, match="off by"):
+        rivals.gather({"fasttrain": lambda: lambda x: x * 1.01}, verify)
+    nan = [torch.full((4,), math.nan)]
+    with pytest.raises(AssertionError):
+        rivals.check("nan", nan, exact, 1e-3)
+
+
+def test_launches_busy_time_and_gaps_of_a_trace() -> None:
+    def event(cat: str, name: str, ts: float, dur: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+    events = [
+        event("kernel", "gemm", 1000, 400),
+        event("cpu_op", "aten::mm", 0, 5000),  # the host's
+        event("gpu_memcpy", "copy", 1300, 200),  # beside the first, on another stream
+        event("kernel", "gemm", 1600, 400),
+        {"ph": "i", "cat": "kernel", "name": "mark", "ts": 9000},
+    ]
+    found = trace.summarize(events, n_steps=2)
+    assert found["launches_per_step"] == 1.5
+    assert found["busy_ms"] == pytest.approx(0.9 / 2)
+    assert found["span_ms"] == pytest.approx(1.0 / 2)
+    assert found["gap_fraction"] == pytest.approx(0.1)
+    assert found["longest_gap_us"] == 100
+    assert found["top_kernels"][0] == {"name": "gemm", "ms": 0.4, "launches": 1.0}
+    nothing = trace.summarize(events[1:2], n_steps=1)
+    assert set(nothing.values()) == {None}
+
+
+# ---- files and the README ------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    machine = MACHINE | {"device": "AMD EPYC 7B13 (64)"}
+    assert results.folder_of(machine) == "cpu-amd-epyc-7b13-64"
+    assert results.folder_of({"device": "NVIDIA H200", "kind": "cuda"}) == "nvidia-h200"
+    path = tmp_path / "cpu" / "op.json"
+    write(path, {"name": "x", "times_s": {"fasttrain": [0.123456789, 1e-9 / 3]}})
+    assert [p.name for p in path.parent.iterdir()] == ["op.json"]
+    (document,) = results.read_all(tmp_path)
+    assert document["benchmarks"][0]["times_s"]["fasttrain"] == [0.12346, 3.3333e-10]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(path, {"name": "x", "speedup": {"torch": math.nan}})
+    assert json.loads(path.read_text("utf-8")) == document
+
+
+def test_readme_is_what_the_files_say() -> None:
+    found = report.PART.search(report.README.read_text("utf-8"))
+    assert found is not None
+    assert found[0] == report.render(results.read_all()), "run make report"
+
+
+def test_report_shows_what_was_measured_and_nothing_else() -> None:
+    assert report.render([]) == "On a CPU: not measured.\n\nOn a GPU: not measured.\n"
+    step = entry_of() | {
+        "name": "training_step[gpt2-chars]",
+        "tokens_per_s": {"fasttrain": 12345.6},
+    }
+    memory = {"name": "peak_memory", "peak_bytes": {"fasttrain": 2e6, "torch": 3e7}}
+    skipped = {"name": "muon", "skipped": "no device"}
+    documents = [
+        results.document("step", [step], MACHINE, CEILINGS),
+        results.document("linear_cross_entropy", [memory, skipped], MACHINE, CEILINGS),
+    ]
+    text = report.render(documents)
+    date = documents[0]["date"][:10]
+    assert "**Some CPU**, 2 threads: PyTorch 2.11.0, Triton 3.6.0, Python 3.12.0." in text
+    ratio = f"torch {step['speedup']['torch']:.2f}"
+    time = report.time_text(step["median_s"]["fasttrain"])
+    row = f"| training step, gpt2-chars | {time}, 12,346 tokens/s | {ratio} | {date} |"
+    assert row in text
+    assert f"| peak memory | 2 MB | torch 15.0 times the memory | {date} |" in text
+    assert "muon" not in text
+    assert text.index("training step") < text.index("<details>") < text.index("peak memory")
+    assert "On a GPU: not measured." in text
+    assert "On a CPU: not measured." not in text
+    assert report.chart_bars(documents) == {"training step, gpt2-chars\nSome CPU": step["speedup"]}
+
+
+def test_times_have_three_digits_and_a_unit() -> None:
+    shown = [report.time_text(s) for s in (12.345, 0.0123456, 4.5e-5)]
+    assert shown == ["12.3 s", "12.3 ms", "45 µs"]
+
+
+def test_chart_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the chart needs matplotlib (extra: report)")
+    report.draw({"a step\nCPU": {"torch": 2.0, "litgpt": 1.5}}, tmp_path / "chart.png")
+    data = (tmp_path / "chart.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 5_000

@@ -1,0 +1,128 @@
+"""``make gpu``: its stages fit the time, fail alone, and its parts run up to the device."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_step, measure
+from benchmarks.base_run import figures
+from benchmarks.gpu import BUDGET_S, Stage, allowance, plan, run_all, run_stage
+
+
+def stage(code: str, *, limit_s: float = 20.0, least_s: float = 0.0, name: str = "a") -> Stage:
+    command = (sys.executable, "-c", code)
+    return Stage(name=name, command=command, limit_s=limit_s, least_s=least_s)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_all_stages_fit_nine_minutes(tmp_path: Path, cuda: bool) -> None:
+    given = {"NANOGPT_DIR": "x", "NANOCHAT_DIR": "y"}
+    stages = plan(tmp_path, tmp_path, given, cuda=cuda)
+    assert BUDGET_S <= 9 * 60
+    assert sum(s.least_s for s in stages) <= BUDGET_S - 20  # the start and the last kill
+    assert all(s.least_s <= s.limit_s for s in stages)
+    names = [s.name for s in stages if not s.skipped]
+    assert {"tests", "kernel cross_entropy", "step llama-1b bf16", "run base.toml"} <= set(names)
+    for name, variable in (("peer nanogpt", "NANOGPT_DIR"), ("peer nanochat", "NANOCHAT_DIR")):
+        assert name in names
+        left = {s.name: s.skipped for s in plan(tmp_path, tmp_path, {}, cuda=cuda)}
+        assert variable in left[name]
+
+
+def test_a_stage_may_use_what_was_left_over_but_not_what_is_kept() -> None:
+    stages = [stage("", limit_s=100, least_s=10), stage("", limit_s=50, least_s=40)]
+    assert allowance(stages, 0, 540) == 100
+    assert allowance(stages, 0, 90) == 50
+    assert allowance(stages, 0, 30) == 0
+    assert allowance(stages, 1, 45) == 45
+
+
+def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = time.monotonic()
+    assert run_stage(stage(code), 1.0, tmp_path / "log").startswith("out of time")
+    assert time.monotonic() - started < 2.8
+    time.sleep(max(0.0, 3.5 - (time.monotonic() - started)))
+    assert not marker.exists()
+
+
+def test_a_failure_does_not_stop_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    stages = [
+        stage("print('why it failed'); raise SystemExit(3)", name="first"),
+        Stage(name="second", skipped="no such thing"),
+        stage(f"open({str(done)!r}, 'w').close()", name="third"),
+    ]
+    seen: list[int] = []
+    after = lambda: seen.append(len((tmp_path / "summary.txt").read_text("utf-8").split("\n")))  # noqa: E731
+    assert not run_all(stages, tmp_path, 60.0, after)
+    assert done.exists()
+    out = capsys.readouterr().out
+    assert "failed with exit status 3" in out
+    assert "why it failed" in out
+    assert "left out: no such thing" in out
+    assert seen == sorted(set(seen))  # the summary grows with every stage
+    assert len(seen) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+def test_rehearsal_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "plan", lambda *_, **__: [stage("print(1)", name="one")])
+    assert gpu.main([]) == 0
+    out = capsys.readouterr().out
+    assert "no CUDA device: rehearsal" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_tests_are_files_that_choose_a_device() -> None:
+    chosen = gpu.device_tests()
+    assert "tests/test_cross_entropy.py" in chosen
+    assert "tests/test_adamw.py" in chosen
+    assert "tests/test_bytes.py" not in chosen  # counts in the interpreter
+    assert "tests/test_config.py" not in chosen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the stage itself runs in full")
+def test_step_stage_runs_up_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_step, "N_CALLS", 1)
+    monkeypatch.setattr(gpu_step, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_step, "N_TOKENS", 10_000)
+    ceilings = {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 0.1}
+    monkeypatch.setattr(measure, "ceilings", lambda: ceilings)
+    command = ["configs/gpt2-124m.toml", "--name", "gpt2-124m bf16"]
+    root = Path(gpu.__file__).parent.parent
+    command[0] = str(root / command[0])
+    options = ["--results", str(tmp_path / "r"), "--traces", str(tmp_path / "t")]
+    assert gpu_step.main([*command, *options]) == 0
+    (path,) = (tmp_path / "r").glob("*/step-gpt2-124m-bf16.json")
+    document = json.loads(path.read_text("utf-8"))
+    (entry,) = document["benchmarks"]
+    assert len(entry["times_s"]["fasttrain"]) == 2
+    rate = entry["rows"] * entry["seq_len"] / entry["median_s"]["fasttrain"]
+    assert entry["tokens_per_s"]["fasttrain"] == pytest.approx(rate, rel=1e-3)
+    assert entry["mfu_of_datasheet"] is None  # a CPU has none
+    assert entry["mfu_of_measured_ceiling"] > 0
+    assert entry["launches_per_step"] is None  # none was measured
+    assert "gpt2-124m bf16" in capsys.readouterr().out
+
+
+def test_figures_of_a_run_are_those_of_its_last_lines() -> None:
+    train = {"kind": "train", "step": 20, "tokens_per_s": 5.0, "step_ms": 1.0, "loss": 2.0}
+    rows = [train | {"step": 10}, train, {"kind": "eval", "val_loss": 1.5, "val_bpb": 0.7}]
+    entry = figures(rows, wall_s=12.0)
+    assert (entry["steps"], entry["wall_s"], entry["val_bpb"]) == (20, 12.0, 0.7)
+    assert entry["tokens_per_s"] == {"fasttrain": 5.0}
