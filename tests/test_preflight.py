@@ -1,0 +1,250 @@
+"""What is told before a run: sizes, memory, warnings; the automatic micro-batch; the commands."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain import preflight as preflight_module
+from fasttrain import probe as probe_module
+from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
+from fasttrain.device import resolve_precision
+from fasttrain.preflight import Plan, diagnose_run, main, preflight, warnings_of
+from fasttrain.probe import Probe, settle_micro_batch
+from fasttrain.train import main as train_main
+from tests.toy import start, write_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    return write_config(tmp_path)
+
+
+def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
+    lines: list[str] = []
+    assert preflight(load_config(config_path), show=lines.append)
+    text = "\n".join(lines)
+    told = {line.split()[0]: line for line in lines}
+    # 2 layers of 12·32² in matrices (SwiGLU: 3·32·128 of 4·32²), the head and the table of 320·32.
+    assert "matrix products" in told["model"]
+    assert "4,001 tokens to train on, 501 to validate; vocabulary 320" in told["data"]
+    assert "64 tokens: 1 × 4 rows × 16" in told["step"]
+    assert "12 steps, 768 tokens, 0.19 epochs" in told["run"]
+    for category in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers"):
+        assert f"    {category}" in text
+    assert "measured" in told
+    assert "MFU n/a (compile off" in told["speed"]
+    assert "of steps, without evaluation and saves" in told["time"]
+
+
+def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
+    from fasttrain import metrics
+    from fasttrain.model import Transformer, flops_constants
+    from fasttrain.session import open_splits
+
+    config, train, _ = open_splits(load_config(config_path), print)
+    plan = preflight_module._plan(config, train)
+    model = Transformer(config.model, seq_len=16)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.flops_per_token == metrics.flops_per_token(**flops_constants(model), seq_len=16)
+
+
+def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "probe_step", lambda *_, **__: pytest.fail("it ran"))
+    lines: list[str] = []
+    assert preflight(load_config(config_path), probe=False, show=lines.append)
+    assert not any(line.startswith(("speed", "time")) for line in lines)
+
+
+def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasttrain.memory.device_memory", lambda device: 2**20)
+    lines: list[str] = []
+    assert not preflight(load_config(config_path), show=lines.append)
+    assert "does not fit" in lines[-1]
+    assert "lower train.micro_batch" in lines[-1]
+
+
+def dataset(**facts: Any) -> Any:
+    return SimpleNamespace(**({"n_tokens": 10**9, "n_documents": 10**5, "max_token": 99} | facts))
+
+
+PLAN = Plan(
+    parameters=10**6,
+    matmul_parameters=10**6,
+    flops_per_token=6e6,
+    tokens_per_step=10**5,
+    steps=1000,
+    epochs=0.1,
+)
+
+
+@pytest.fixture
+def sound(config_path: Path) -> TrainConfig:
+    config = load_config(config_path)
+    return replace(config, model=replace(config.model, vocab_size=320))
+
+
+def found(config: TrainConfig, plan: Plan = PLAN, data: Any = None, **options: Any) -> list[str]:
+    options = {"device": CPU, "dtype": "fp32"} | options
+    return list(warnings_of(config, plan, data or dataset(), **options))
+
+
+def test_a_sound_run_has_no_warning(sound: TrainConfig) -> None:
+    assert found(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "expected"),
+    [
+        ("model", {"vocab_size": 50257}, "set 50304"),
+        ("model", {"sliding_window_tokens": 16}, "no effect"),
+        ("schedule", {"warmup_steps": 300}, "more than a fifth"),
+        ("schedule", {"warmup_steps": 5000}, "longer than the run"),
+        ("eval", {"every_steps": 1001}, "eval.every_steps = 1001 is longer"),
+        ("checkpoint", {"every_steps": 1001}, "checkpoint.every_steps = 1001 is longer"),
+    ],
+)
+def test_settings_that_hurt(
+    sound: TrainConfig, section: str, change: dict[str, Any], expected: str
+) -> None:
+    config = replace(sound, train=replace(sound.train, steps=10_000))
+    config = replace(config, **{section: replace(getattr(config, section), **change)})
+    assert len(lines := found(config)) == 1
+    assert expected in lines[0]
+
+
+def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
+    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=49))[0]
+    assert found(sound, replace(PLAN, steps=51)) == []
+    assert "7.0 epochs" in found(sound, replace(PLAN, epochs=7.0))[0]
+    assert (
+        "longer than the documents, 7 tokens"
+        in found(sound, data=dataset(n_documents=10**9 // 7))[0]
+    )
+    assert "token 320" in found(sound, data=dataset(max_token=320))[0]
+    assert "a crash loses the whole run" in found(sound, seconds=4000.0)[0]
+    assert found(sound, seconds=3000.0) == []
+    on_cuda = found(sound, device=CUDA, dtype="fp32")
+    assert any("tensor cores idle" in line for line in on_cuda)
+    assert any("multiples of 64" in line for line in on_cuda)
+
+
+# ---- the automatic micro-batch -------------------------------------------------------------------
+
+
+@pytest.fixture
+def auto(config_path: Path) -> TrainConfig:
+    overrides = ["train.micro_batch=auto", "train.tokens_per_step=384", "model.vocab_size=320"]
+    return load_config(config_path, overrides)  # 24 rows of 16
+
+
+def settle(config: TrainConfig, device: torch.device = CPU, **options: Any) -> int:
+    precision = resolve_precision("fp32", CPU)
+    settled = settle_micro_batch(config, device=device, precision=precision, **options)
+    return settled.train.micro_batch
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:
+    """Replace the probe by one of these speeds; return the list of the sizes that it is asked."""
+    tried = []
+
+    def probe(config: TrainConfig, **_: Any) -> Probe:
+        rows = config.train.micro_batch
+        tried.append(rows)
+        if rows not in rows_per_s:
+            raise torch.OutOfMemoryError
+        return Probe(rows / rows_per_s[rows], 0, 0.0)
+
+    monkeypatch.setattr(probe_module, "probe_step", probe)
+    return tried
+
+
+def test_a_cpu_takes_rows_until_more_do_not_pay(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = speeds(monkeypatch, {1: 10, 2: 18, 4: 25, 8: 26, 24: 40})
+    assert settle(auto) == 4
+    assert tried == [1, 2, 4, 8]  # 3 is too near 2, 24 is never reached
+
+
+def test_a_gpu_takes_the_largest_that_runs(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(probe_module, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    tried = speeds(monkeypatch, {8: 1.0, 6: 1.0})
+    assert settle(auto, CUDA) == 8
+    assert tried == [24, 12, 8]
+    assert settle(auto, CUDA, world_size=4) == 6  # 6 rows for each of 4 ranks
+
+
+def test_only_what_is_estimated_to_fit_is_tried(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = speeds(monkeypatch, dict.fromkeys(range(1, 25), 0.0) | {1: 1.0, 2: 2.0, 4: 4.0})
+    fitting = SimpleNamespace(total=100), SimpleNamespace(total=10**9)
+    monkeypatch.setattr(probe_module, "device_memory", lambda device: 10**6)
+    monkeypatch.setattr(
+        probe_module, "estimate_memory", lambda config, rows, **_: fitting[rows > 2]
+    )
+    assert settle(auto) == 2
+    assert tried == [1, 2]
+    monkeypatch.setattr(probe_module, "device_memory", lambda device: 10)
+    with pytest.raises(UserError, match=r"one row of .* needs more"):
+        settle(auto)
+
+
+def test_it_needs_a_step_of_known_size(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set train\.tokens_per_step"):
+        load_config(config_path, ["train.micro_batch=auto"])
+
+
+def test_a_run_settles_it_once_and_keeps_it_when_resumed(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    speeds(monkeypatch, {1: 10, 2: 18, 4: 25, 8: 26})
+    arguments = [str(config_path), "train.micro_batch=auto", "train.tokens_per_step=128"]
+    assert train_main([*arguments, "--stop-at-step", "2"]) == 75
+    written = load_config(tmp_path / "runs/toy/config.toml")
+    assert (written.train.micro_batch, written.train.tokens_per_step) == (4, 128)
+    speeds(monkeypatch, {})  # not asked again
+    assert train_main([*arguments, "--resume", "auto"]) == 0
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def test_the_checklist_passes_on_a_sound_run(config_path: Path) -> None:
+    lines: list[str] = []
+    assert diagnose_run(load_config(config_path, ["schedule.warmup_steps=10"]), show=lines.append)
+    assert "pass  causality" in lines[-1]
+    assert "pass  learning rate: 0.003" in lines[-1]
+
+
+def test_the_commands_and_their_exit_status(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(config_path), "--no-probe"]) == 0
+    assert train_main([str(config_path), "--dry-run", "optim.lr=1e-3"]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert main([str(config_path), "data.seq_len=9"]) == 0
+    assert main([str(tmp_path / "missing.toml")]) == 2
+    assert "no such config file" in capsys.readouterr().err
+    assert main([str(config_path), "--diagnose", "optim.lr=1e-30"]) == 1  # changes nothing
+
+
+def test_as_a_process(config_path: Path, tmp_path: Path) -> None:
+    process = start("fasttrain.preflight", config_path, "--no-probe", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "memory" in out
+    assert err == ""
