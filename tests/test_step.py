@@ -1,6 +1,8 @@
 """One step: the same numbers for any split into micro-batches, clipping, skipping, fp16 scaling."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
-from fasttrain.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, TrainStep
+from fasttrain.state import collect
+from fasttrain.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -101,35 +104,88 @@ def test_R20_a_step_without_any_target_is_finite_and_changes_no_weight_but_by_de
     assert torch.equal(step.model.blocks[0].mlp_norm.weight, before)
 
 
+class BadGradient(torch.autograd.Function):
+    """Returns a loss as it is, and a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, bad: float) -> Tensor:
+        ctx.bad = bad
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.bad, None
+
+
+def everything(step: TrainStep) -> dict[str, Tensor]:
+    """Return copies of parameters, moments, step counts, scale and spike window."""
+    groups = collect(step.model, step.optimizers, step)
+    return {f"{g}/{n}": t.detach().clone() for g in groups for n, t in groups[g].items()}
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
-    optimizer: str,
+    optimizer: str, bad: float, where: str, at_first: bool
 ) -> None:
-    step = make(optimizer=optimizer)
+    step, clean = (make(optimizer=optimizer, on_spike="skip") for _ in range(2))
     batches = split(uneven_rows(), 4)
-    step(batches, 1e-2)  # moments exist
-    parameters = [p.detach().clone() for p in step.parameters]
-    moments = [v.clone() for o in step.optimizers for s in o.state.values() for v in s.values()]
-    assert moments
-
+    if not at_first:
+        for one in (step, clean):
+            one(batches, 1e-2)
+            assert verdicts(one) == [FINE]
+    before = everything(step)
     criterion, calls = step.criterion, iter(range(10))
 
     def poisoned(
         model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
     ) -> Tensor:
         loss = criterion(model, tokens, targets, doc_starts)
-        return loss * float("nan") if next(calls) == 1 else loss
+        if next(calls) != 1:
+            return loss
+        return loss * bad if where == "loss" else BadGradient.apply(loss, bad)
 
     step.criterion = poisoned
     step(batches, 1e-2)
-    assert verdicts(step) == [FINE, NONFINITE]
-    assert all(torch.equal(p, q) for p, q in zip(step.parameters, parameters, strict=True))
-    after = [v for o in step.optimizers for s in o.state.values() for v in s.values()]
-    assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+    assert verdicts(step) == [NONFINITE]
+    after = everything(step)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    for name in after.keys() - before.keys():  # moments that the first step made are still empty
+        assert not after[name].any(), name
 
-    step(batches, 1e-2)  # and training goes on
-    assert verdicts(step) == [FINE]
-    assert not torch.equal(step.parameters[0], parameters[0])
+    for one in (step, clean):  # and training goes on as if nothing had been
+        one(batches, 1e-2)
+        assert verdicts(one) == [FINE]
+    resumed = everything(step)
+    assert all(torch.equal(resumed[name], t) for name, t in everything(clean).items())
+    assert not torch.equal(resumed["model/embedding.weight"], before["model/embedding.weight"])
+
+
+def test_R20_an_all_masked_micro_batch_adds_nothing() -> None:
+    tokens, targets = uneven_rows()
+    ignored = make_batch(tokens, torch.full_like(targets, IGNORE_INDEX))
+    plain, padded = make(), make()
+    expected = gradients(plain, split((tokens, targets), 2))
+    actual = gradients(padded, [ignored, *split((tokens, targets), 2), ignored])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert padded.loss.item() == plain.loss.item()
+
+
+def test_a_spike_is_no_reason_to_change_the_fp16_scale() -> None:
+    step = make("fp16", on_spike="skip", spike_window_steps=8)
+    batches = split(uneven_rows(), 1)
+    for _ in range(6):
+        step(batches, 0.0)
+    scale, before = step.grad_scale.item(), step.parameters[0].detach().clone()
+    criterion = step.criterion
+    step.criterion = lambda *batch: criterion(*batch) * 3
+    step(batches, 1e-2)
+    assert verdicts(step)[-1] == SPIKE
+    assert step.grad_scale.item() == scale
+    assert torch.equal(step.parameters[0], before)
 
 
 def test_the_update_is_that_of_torch_adamw_after_clipping() -> None:

@@ -108,3 +108,8 @@ def spoil(
         return how(loss) if any(torch.equal(tokens, bad) for bad in batches) else loss
 
     trainer.train_step.criterion = spoiled
+
+
+def value_of(tensor: Tensor) -> float:
+    """Return a scalar's value, as code outside of tests would read it."""
+    return float(tensor.item())
