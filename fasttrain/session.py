@@ -115,7 +115,9 @@ def _train(trainer: Trainer, console: Console, started: float) -> int:
     def end(outcome: Outcome) -> int:
         wall_s = time.perf_counter() - started
         show_end(trainer, console, outcome, wall_s, first_step, trained_before_s)
-        return EXIT_DONE if outcome == "done" else EXIT_STOPPED
+        if outcome == "stopped":
+            return EXIT_STOPPED
+        return EXIT_DONE if trainer.saver.saved_at == trainer.step_count else EXIT_FAILED
 
     def rescue() -> None:
         """Save the state before a step that does not end, and end the process."""
@@ -139,7 +141,12 @@ def _train(trainer: Trainer, console: Console, started: float) -> int:
     try:
         with signals:
             outcome = trainer.fit()
-            trainer.close()
+            try:
+                trainer.close()
+            except checkpoint.CheckpointError as error:
+                if outcome == "done":
+                    raise
+                console.warn(str(error))  # it can be resumed from an older one, if there is any
         return end(outcome)
     except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
         console.warn(str(error))

@@ -89,7 +89,7 @@ class Faults:
         self._buried = 0
 
     def __enter__(self) -> "Faults":
-        self._grave.mkdir(exist_ok=True)
+        self._grave.mkdir(parents=True, exist_ok=True)
         for name in _NAMES:
             self._real[name] = getattr(os, name)
             setattr(os, name, getattr(self, f"_{name}"))
