@@ -1,0 +1,83 @@
+"""What start-up costs: which modules are loaded when, and that compiled code is found again."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.config import RunConfig
+from fasttrain.device import (
+    compile_cache_use,
+    compile_function,
+    keep_compiled,
+    resolve_compile,
+)
+from tests.toy import ENV
+
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
+
+
+def modules_after(code: str) -> set[str]:
+    """Return what a fresh process has loaded after ``code``."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    return set(subprocess.check_output([sys.executable, "-c", script], env=ENV, text=True).split())
+
+
+def test_the_trainer_is_loaded_without_the_compiler() -> None:
+    """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
+    code = "import fasttrain.session\nfrom fasttrain.device import compile_cache_use\n"
+    code += "assert compile_cache_use() is None"
+    loaded = modules_after(code)
+    assert "fasttrain.trainer" in loaded
+    unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
+    assert not loaded & {*unwanted, "fasttrain.preflight", "fasttrain.probe", "fasttrain.report"}
+
+
+def test_a_config_is_read_without_torch() -> None:
+    loaded = modules_after("import fasttrain.train, fasttrain.preflight, fasttrain.config")
+    assert not loaded & {"torch", "numpy", "rich", "tokenizers"}
+
+
+def test_compiled_code_is_kept_where_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    keep_compiled(tmp_path / "other")  # what is set stands
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    resolve_compile(RunConfig(), torch.device("cpu"), 1) == "off", reason="no C++ compiler"
+)
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_the_second_compilation_comes_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert compile_cache_use() is None
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return (x.sin() * 3).sum()
+
+    x = torch.linspace(0, 1, 100)
+    first = compile_function(f, "default")(x)
+    assert compile_cache_use() == "cold"
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(compile_function(f, "default")(x), first)
+    assert compile_cache_use() == "warm"
+    assert any(tmp_path.rglob("*.so"))
