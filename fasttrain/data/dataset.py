@@ -178,14 +178,22 @@ class TokenDataset:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
         size = self.dtype.itemsize
         address = out.ctypes.data + np.arange(rows) * (length * size)
-        index = np.searchsorted(self._starts, first, side="right") - 1
-        whole = first + count <= self._starts[index + 1]
         raw = out.data.cast("B")
 
         def view(row: int) -> memoryview:
             begin = row * length * size
             return raw[begin : begin + int(count[row]) * size]
 
+        if len(self.shards) == 1:  # the general way below costs 30 µs a batch more
+            shard = self.shards[0]
+            self.reading = shard.path
+            shard.check_unchanged()
+            if not shard.gather(first, address, count):
+                shard.read_rows([view(row) for row in range(rows)], first.tolist())
+            self.reading = None
+            return
+        index = np.searchsorted(self._starts, first, side="right") - 1
+        whole = first + count <= self._starts[index + 1]
         for number in np.unique(index).tolist():
             shard = self.shards[number]
             self.reading = shard.path

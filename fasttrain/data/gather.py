@@ -53,14 +53,13 @@ def gather(
     function = _process_vm_readv()
     if function is None:
         return False
-    read, write = (
-        np.stack([where, sizes], axis=1).astype(np.uint64) for where in (sources, addresses)
-    )
-    pid = os.getpid()
-    for first in range(0, len(read), MAX_PIECES):
-        there, here = read[first : first + MAX_PIECES], write[first : first + MAX_PIECES]
-        n = len(there)
-        copied = function(pid, here.ctypes.data, n, there.ctypes.data, n, 0)
-        if copied != int(sizes[first : first + MAX_PIECES].sum()):
+    pieces = np.empty((2, len(sources), 2), np.uint64)  # as the C library's struct iovec
+    pieces[0, :, 0], pieces[1, :, 0], pieces[:, :, 1] = addresses, sources, sizes
+    pid, width = os.getpid(), pieces.strides[1]
+    here, there = pieces.ctypes.data, pieces.ctypes.data + pieces.strides[0]
+    for first in range(0, len(sources), MAX_PIECES):
+        n, skip = min(len(sources) - first, MAX_PIECES), first * width
+        copied = function(pid, here + skip, n, there + skip, n, 0)
+        if copied != int(sizes[first : first + n].sum()):
             return False
     return True
