@@ -50,8 +50,13 @@ def _median_and_error(values: Sequence[float]) -> tuple[float, float]:
 def _series(entry: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return for each rival the log of own time over its time, by round; alone: of own time."""
     ours, *others = entry["times_s"]
-    rivals = [name for name in others if not name.startswith(ours)]  # not ours in another form
     own = entry["times_s"][ours]
+    # Not ours in another form, and what ran in every round.
+    rivals = [
+        name
+        for name in others
+        if not name.startswith(ours) and len(entry["times_s"][name]) == len(own)
+    ]
     if not rivals:
         return {"": [math.log(t) for t in own]}
     return {

@@ -37,7 +37,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tokens")
     parser.add_argument("--llama", action="store_true", help="Llama; else GPT-2")
-    parser.add_argument("--compile", action="store_true")
     for name in ("dim", "length", "rows", "vocab", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args()
@@ -68,7 +67,7 @@ def main() -> None:
             output_dir=folder, per_device_train_batch_size=given.rows, max_steps=given.steps,
             learning_rate=1e-3, optim="adamw_torch_fused", max_grad_norm=1.0,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-            use_cpu=True, torch_compile=given.compile,
+            use_cpu=True,
         )  # fmt: skip
         trainer = transformers.Trainer(
             model=model,

@@ -32,10 +32,13 @@ SHOWN = {
     "launches_per_step": "{:,.0f} launches a step",
     "idle_fraction": "idle {:.2%}",
     "data_wait_ms": "{:.2f} ms waiting for data",
-    "overhead": "overhead {:.2%}",
-    "first_step_s": "first step after {:.1f} s",
+    "mb_per_s": "{:.1f} MB/s",
+    "overhead": "overhead {:.1%}",
+    "first_step_s": "{:.1f} s from `python` to its end",
     "peak_memory_gib": "{:.2f} GiB at the most",
 }
+# A CPU's caches and its copies that read what they overwrite make no ceiling of these.
+OF_A_CEILING = ("fraction_of_copy", "fraction_of_matmul")
 
 
 class Row(NamedTuple):
@@ -56,6 +59,13 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
+def _own(value: Any) -> float:
+    """Return ours of a figure for each rival, and the worst of several."""
+    if isinstance(value, Mapping):
+        return _own(next(iter(value.values())))
+    return max(value) if isinstance(value, list) else value
+
+
 def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
     """Return the line for an entry; None for one that was skipped, failed or has no figure."""
     if "skipped" in entry or "failed" in entry:
@@ -70,9 +80,14 @@ def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
         (_, own), *rest = entry["peak_bytes"].items()
         ours.append(f"{own / 1e6:,.0f} MB")
         others = [f"{name} {theirs / own:.1f} times the memory" for name, theirs in rest]
-    if entry.get("share_of_step"):
-        ours += [f"{part} {share:.2%}" for part, share in entry["share_of_step"].items()]
-    ours += [text.format(entry[key]) for key, text in SHOWN.items() if entry.get(key) is not None]
+    ours += [f"{part} {share:.1%}" for part, share in entry.get("share_of_step", {}).items()]
+    ours += [f"{module} {time_text(s)}" for module, s in entry.get("import_s", {}).items()]
+    cuda = document["machine"]["kind"] == "cuda"
+    ours += [
+        text.format(_own(entry[key]))
+        for key, text in SHOWN.items()
+        if entry.get(key) is not None and (cuda or key not in OF_A_CEILING)
+    ]
     if not ours:
         return None
     name, _, arguments = entry["name"].rstrip("]").partition("[")
@@ -172,7 +187,10 @@ def chart_bars(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, fl
             row = row_of(document, entry)
             if row is not None and entry.get("speedup"):
                 label = f"{row.what}\n{document['machine']['device']}"
-                bars.setdefault(label, {}).update(entry["speedup"])
+                rivals = {
+                    k: v for k, v in entry["speedup"].items() if not k.startswith("fasttrain")
+                }
+                bars.setdefault(label, {}).update(rivals)
     return bars
 
 
