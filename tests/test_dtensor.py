@@ -1,11 +1,14 @@
-"""Optimizers on DTensor shards, with a process group that only pretends to have other ranks."""
+"""Optimizers on DTensor shards: two real processes, and a group that pretends to have four."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from fasttrain_kernels import FusedAdamW, adamw_reference, grad_norm
+from fasttrain_kernels import FusedAdamW, Muon, adamw_reference, grad_norm
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -65,3 +68,114 @@ def test_a_norm_counts_the_shard_that_is_here(mesh: DeviceMesh, path: str) -> No
     result = grad_norm([shard(whole, mesh)], 1.0)
     torch.testing.assert_close(result.norm, whole[rows].norm())
     assert result.found_inf == 0
+
+
+@pytest.mark.parametrize("rank", [0, WORLD_SIZE - 1])
+def test_muon_refuses_shards_that_are_no_rows(rank: int) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
+    try:
+        mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+        param = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh, [Shard(1)]))
+        param.grad = DTensor.from_local(torch.ones(3, 2), mesh, [Shard(1)])
+        with pytest.raises(TypeError, match=r"sharded by rows .* got \(Shard\(dim=1\),\)"):
+            Muon([param]).step()
+    finally:
+        dist.destroy_process_group()
+
+
+TWO_RANKS = """
+import copy, importlib, sys
+import torch
+import torch.distributed as dist
+from fasttrain_kernels import FusedAdamW, Muon, clip_grad_norm_, grad_norm
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+ranks = mesh.get_group()
+torch.manual_seed(0)
+# square, tall and wide; one row and one of three rows: shards that are empty and uneven
+shapes = [(8, 8), (8, 8), (6, 20), (20, 6), (1, 5), (3, 7), (3, 7)]
+placements = [[Shard(0)]] * 6 + [[Replicate()]]
+values = [torch.randn(s) for s in shapes]
+grads = [[torch.randn(s) for s in shapes] for _ in range(4)]
+module = importlib.import_module("fasttrain_kernels._muon_sharded")
+real, seen = module.newton_schulz, [0]
+def counted(g, *args, **kwargs):
+    seen[0] += len(g)
+    return real(g, *args, **kwargs)
+module.newton_schulz = counted
+
+def run(optimizer_class, spread, **options):
+    params = [nn.Parameter(spread(i, v.clone())) for i, v in enumerate(values)]
+    optimizer = optimizer_class(params, 0.1, weight_decay=0.1, **options)
+    norms = []
+    for step, gradients in enumerate(grads):
+        for i, (p, g) in enumerate(zip(params, gradients)):
+            p.grad = None if (step, i) in ((0, 1), (2, 3)) else spread(i, g.clone())
+        if step == 2:  # as after a restart
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = optimizer_class(params, 0.1, weight_decay=0.1, **options)
+            optimizer.load_state_dict(saved)
+        sharded = [p.grad for p in params[:6] if p.grad is not None]
+        norm = grad_norm(sharded, 1.0, group=ranks if isinstance(params[0], DTensor) else None)
+        norms.append(norm.norm)
+        flag = torch.tensor(1.0 if step == 1 else 0.0)
+        optimizer.step(clip_coefficient=norm.clip_coefficient, found_inf=flag)
+    return params, optimizer, norms
+
+def whole(i, value):
+    return value
+def shards(i, value):
+    return distribute_tensor(value, mesh, placements[i])
+
+for optimizer_class, options in ((Muon, {"ns_dtype": torch.float32}), (FusedAdamW, {})):
+    expected, reference, norms = run(optimizer_class, whole, **options)
+    ours, optimizer, our_norms = run(optimizer_class, shards, **options)
+    torch.testing.assert_close(our_norms, norms)
+    for a, b, placement in zip(ours, expected, placements):
+        assert list(a.placements) == placement
+        torch.testing.assert_close(a.full_tensor(), b.detach(), rtol=1e-4, atol=1e-5)
+        for key, state in reference.state[b].items():
+            mine = optimizer.state[a][key]
+            if key != "step":
+                assert list(mine.placements) == placement
+                mine = mine.full_tensor()
+            torch.testing.assert_close(mine, state, rtol=1e-4, atol=1e-5)
+
+# Each of 6 sharded matrices was orthogonalised by one rank, the replicated one by both, in 3 steps
+# (the fourth was skipped); two gradients were missing.
+count = torch.tensor(seen[0])
+dist.all_reduce(count)
+assert count == 3 * 6 - 2 + 3 * 2, (count, seen)
+assert 8 <= seen[0] <= 14, "one rank did most of it"
+
+# What a second rank holds counts in the norm, and in what it scales.
+p = nn.Parameter(shards(0, values[0].clone()))
+p.grad = shards(0, grads[0][0].clone())
+norm = clip_grad_norm_([p], 0.5, group=ranks)
+torch.testing.assert_close(norm, grads[0][0].norm())
+torch.testing.assert_close(p.grad.full_tensor().norm(), torch.tensor(0.5), rtol=1e-5, atol=0)
+dist.destroy_process_group()
+print("agreed")
+"""
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    """Muon, AdamW and the norm on shards that are uneven and empty, against whole tensors."""
+    command = [sys.executable, "-W", "ignore", "-c", TWO_RANKS]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(output.strip().endswith("agreed") for output in outputs), "\n".join(outputs)

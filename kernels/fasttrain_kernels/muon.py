@@ -11,6 +11,9 @@ All matrices of a group with equal shapes, transposed or not, share one momentum
 (n, r ≤ c, c); a step gathers their gradients into another and runs one batched iteration on it.
 ``momentum_buffer`` in the state, as `torch.optim.Muon` names it, is a view of that tensor.
 
+DTensor parameters sharded by rows (FSDP2) keep their momentum sharded; each matrix is gathered by
+one rank, orthogonalised there, and handed back in shards (`_muon_sharded`).
+
 Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM
 Training, arXiv:2502.16982 (the AdamW-matching scale).
 """
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._muon_sharded import ShardedBatch, shard_group
 from .grad_norm import local_tensor
 from .newton_schulz import Quintic, newton_schulz, quintics
 
@@ -60,7 +64,7 @@ class _Plan:
     def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
         self.params = params
         self.has_grad = has_grad
-        self.batches: list[_Batch] = []
+        self.batches: list[_Batch | ShardedBatch] = []
         self.active: list[Tensor] = []
         self.buffers: list[Tensor] = []
 
@@ -94,6 +98,7 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: a hyper-parameter is out of range, or a parameter is not a matrix.
+        TypeError: in a step, a DTensor that is neither replicated nor sharded by rows.
 
     Numerics: momentum in the parameter's dtype. Two runs agree bit for bit. ``state_dict`` is
         interchangeable with `torch.optim.Muon`'s state (``momentum_buffer``).
@@ -155,16 +160,27 @@ class Muon(Optimizer):
         plan = _Plan(params, has_grad)
         groups = [group for group in self.param_groups for _ in group["params"]]
         batches: dict[tuple[Any, ...], _Batch] = {}
+        sharded: dict[tuple[Any, ...], ShardedBatch] = {}
+        n_sharded = 0  # deals out shapes of few matrices to different ranks
         for i, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
             if grad is None:
                 continue
-            if local_tensor(param) is not param:
-                raise TypeError(
-                    "Muon: DTensor parameters are not supported, since a shard of a matrix cannot "
-                    "be orthogonalised on its own; replicate the matrices or use FusedAdamW"
-                )
             rows, cols = param.shape
             scale = _shape_scale(group["scale"], rows, cols)
+            if local_tensor(param) is not param:  # a DTensor
+                ranks = shard_group(param)
+                layout = (id(group), scale, (rows, cols), param.dtype, ranks)
+                if layout not in sharded:
+                    sharded[layout] = ShardedBatch(group, scale, (rows, cols), ranks, n_sharded)
+                n_sharded += 1
+                state = self.state[param]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+                sharded[layout].indices.append(i)
+                sharded[layout].momenta.append(local_tensor(state["momentum_buffer"]))
+                plan.active.append(param)
+                plan.buffers.append(state["momentum_buffer"])
+                continue
             shape = (min(rows, cols), max(rows, cols))
             key = (id(group), scale, shape, param.dtype, param.device)
             batch = batches.setdefault(key, _Batch(group, scale))
@@ -180,7 +196,7 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = view
                 plan.active.append(params[i])
                 plan.buffers.append(view)
-        plan.batches = list(batches.values())
+        plan.batches = [*batches.values(), *sharded.values()]
         return plan
 
     @torch.no_grad()
@@ -198,7 +214,8 @@ class Muon(Optimizer):
             clip_coefficient: 0-dim fp32 tensor on the parameters' device that multiplies the
                 gradients, as `grad_norm` returns it.
             found_inf: 0-dim fp32 tensor; not zero: parameters and momentum stay as they are, bit
-                for bit.
+                for bit. With sharded parameters it must be the same on all ranks, like the clip
+                coefficient and which parameters have gradients.
 
         Returns:
             The closure's loss, or None.
@@ -214,11 +231,15 @@ class Muon(Optimizer):
         if plan is None or not plan.fits(params, has_grad, self.state):
             plan = self._plan = self._build_plan(params, grads, has_grad)
         for batch in plan.batches:
-            if batch.momentum.device.type == "cpu":
-                if found_inf is None or found_inf.item() == 0:
-                    self._update(batch, params, grads, clip_coefficient, None)
+            flag = found_inf
+            if flag is not None and flag.device.type == "cpu":
+                if flag.item() != 0:
+                    continue
+                flag = None
+            if isinstance(batch, ShardedBatch):
+                self._update_sharded(batch, params, grads, clip_coefficient, flag)
             else:
-                self._update(batch, params, grads, clip_coefficient, found_inf)
+                self._update(batch, params, grads, clip_coefficient, flag)
         return loss
 
     def _update(
@@ -230,7 +251,7 @@ class Muon(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         group, momentum = batch.group, batch.momentum
-        beta, lr = group["momentum"], group["lr"]
+        beta = group["momentum"]
         weights = [params[i] for i in batch.indices]
         stacked = torch.empty_like(momentum)  # (n, r, c)
         torch._foreach_copy_(batch.views(stacked), [grads[i] for i in batch.indices])
@@ -244,19 +265,61 @@ class Muon(Optimizer):
         steps, coefficients = group["ns_steps"], group["coefficients"]
         update = newton_schulz(direction, steps, coefficients, dtype=self._ns_dtype)
         update = update.to(momentum.dtype)
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        update = update.mul_(-lr * batch.scale)
-        decay = 1 - lr * group["weight_decay"]
+        _apply(batch, weights, batch.views(update), [momentum], [moved], found_inf)
+
+    def _update_sharded(
+        self,
+        batch: ShardedBatch,
+        params: list[Tensor],
+        grads: list[Any],
+        clip_coefficient: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        group, momenta = batch.group, batch.momenta
+        beta = group["momentum"]
+        weights = [local_tensor(params[i]) for i in batch.indices]
+        here = [local_tensor(grads[i]).to(momenta[0].dtype) for i in batch.indices]
+        if clip_coefficient is not None:
+            here = list(torch._foreach_mul(here, clip_coefficient))
+        moved = momenta
         if found_inf is None:
-            if group["weight_decay"] != 0:
-                torch._foreach_mul_(weights, decay)
-            torch._foreach_add_(weights, batch.views(update))
-            return
-        skip = found_inf != 0
-        momentum.copy_(torch.where(skip, momentum, moved))
-        for weight, change in zip(weights, batch.views(update), strict=True):
-            weight.copy_(torch.where(skip, weight, weight * decay + change))
+            torch._foreach_lerp_(momenta, here, 1 - beta)
+        else:
+            moved = list(torch._foreach_lerp(momenta, here, 1 - beta))
+        direction = list(torch._foreach_lerp(here, moved, beta)) if group["nesterov"] else moved
+        changes = batch.orthogonalise(direction, self._ns_dtype)
+        changes = [change.to(weights[0].dtype) for change in changes]
+        _apply(batch, weights, changes, momenta, moved, found_inf)
+
+
+def _apply(
+    batch: _Batch | ShardedBatch,
+    weights: list[Tensor],
+    changes: list[Tensor],
+    momenta: list[Tensor],
+    moved: list[Tensor],
+    found_inf: Tensor | None,
+) -> None:
+    """Decay the weights and add the scaled changes, unless the flag on the device is set."""
+    lr, weight_decay = batch.group["lr"], batch.group["weight_decay"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    decay = 1 - lr * weight_decay
+    if found_inf is None:
+        if weight_decay != 0:
+            torch._foreach_mul_(weights, decay)
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(changes, -lr * batch.scale)
+            torch._foreach_add_(weights, changes)
+        else:
+            torch._foreach_add_(weights, changes, alpha=-lr * batch.scale)
+        return
+    skip = found_inf != 0
+    for momentum, value in zip(momenta, moved, strict=True):
+        momentum.copy_(torch.where(skip, momentum, value))
+    for weight, change in zip(weights, changes, strict=True):
+        updated = weight * decay - change * (lr * batch.scale)
+        weight.copy_(torch.where(skip, weight, updated))
 
 
 def _check_group(group: dict[str, Any]) -> None:

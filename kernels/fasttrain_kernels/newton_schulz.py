@@ -120,7 +120,7 @@ def newton_schulz_reference(
     return product
 
 
-def _default_dtype(device: torch.device) -> torch.dtype:
+def products_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 where matrix products run at full speed in it, else fp32."""
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
@@ -161,7 +161,7 @@ def newton_schulz(
     if g.ndim < 2:
         raise ValueError(f"newton_schulz: g must be a matrix or a batch of them, got {g.ndim}-d")
     polynomials = quintics(coefficients, steps)
-    x = g.to(dtype or _default_dtype(g.device))
+    x = g.to(dtype or products_dtype(g.device))
     if x.numel() == 0:
         return x.clone()
     transposed = x.shape[-2] > x.shape[-1]
