@@ -100,7 +100,6 @@ def test_R3_ten_stops_lose_and_repeat_no_sample_of_two_epochs(data: Path, train:
     options = [
         "train.steps=none",
         "train.epochs=2",
-        f"data.batching={batching}",
         "data.seq_len=64",
         "eval.prompts=[]",
     ]
