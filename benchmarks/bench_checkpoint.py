@@ -1,6 +1,6 @@
 """How long a save holds the training thread, and how it slows the steps that follow.
 
-Saved are 120M fp32 parameters and two AdamW moments of each, 1.44 GB. The ways take turns within a
+Saved are 123M fp32 parameters and two AdamW moments of each, 1.47 GB. The ways take turns within a
 round, each after the one before has written all its bytes; ratios are medians over rounds of those
 in a round. The yardstick is one plain copy of the bytes into memory that is there already. `dcp` is
 `torch.distributed.checkpoint`, its stager kept from save to save or not.
@@ -37,7 +37,7 @@ Groups = dict[str, dict[str, Tensor]]
 def make_groups(n_parameters: int) -> Groups:
     """Tensors shaped as those of a GPT-2-like model: matrices of 4·dim × dim and small vectors."""
     dim = 64 * max(1, round(math.sqrt(n_parameters / 48) / 64))
-    shapes = [(4 * dim, dim)] * (n_parameters // (4 * dim * dim)) + [(dim,)] * 48
+    shapes = [(4 * dim, dim)] * round(n_parameters / (4 * dim * dim)) + [(dim,)] * 48
     model = {f"w{i}": torch.randn(shape, device=DEVICE) for i, shape in enumerate(shapes)}
     moments = {f"{n}.{m}": t.square() for n, t in model.items() for m in ("exp_avg", "exp_avg_sq")}
     return {"model": model, "optimizer": moments}

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from tokenizers import Tokenizer
@@ -25,10 +26,21 @@ from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
 from fasttrain.model import Transformer
+from fasttrain.redact import redact
 
 __all__ = ["generate", "load_model", "load_tokenizer", "main", "sample_tokens", "stream"]
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+class Sampling(TypedDict, total=False):
+    """How a token is drawn: the options of `sample_tokens`, each with its default there."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    greedy: bool
+    generator: torch.Generator | None
 
 
 def sample_tokens(
@@ -87,11 +99,7 @@ def stream(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
-    generator: torch.Generator | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[Tensor]:
     """Yield the tokens that go on from ``tokens``, one (B,) at a time, as they are drawn.
 
@@ -111,14 +119,7 @@ def stream(
             cache.length, cache.last_tokens = 0, None
             pending = recent = recent[:, -max(1, limit // 2) :]
         hidden = model(pending, cache)[:, -1]  # (B, D)
-        drawn = sample_tokens(
-            model.logits(hidden),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            greedy=greedy,
-            generator=generator,
-        )
+        drawn = sample_tokens(model.logits(hidden), **sampling)
         yield drawn
         pending = drawn[:, None]
         recent = torch.cat([recent, pending], dim=1)
@@ -129,12 +130,8 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
-    generator: torch.Generator | None = None,
     stop_token: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Tensor:
     """Go on from ``tokens`` with tokens drawn from the model.
 
@@ -146,12 +143,9 @@ def generate(
             ``model.seq_len`` the model sees the last ``seq_len`` tokens.
         max_new_tokens: how many tokens to draw at most; T and they may pass ``seq_len`` (see the
             module's docstring).
-        temperature: divides the logits; 0 means greedy.
-        top_k: draw from the k likeliest tokens alone.
-        top_p: draw from the fewest tokens that together have this probability, in (0, 1].
-        greedy: take the likeliest token each time.
-        generator: source of randomness, on the model's device; None: torch's own.
         stop_token: a row is finished when this is drawn, and filled up with it.
+        **sampling: ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``generator``, as
+            `sample_tokens` takes them.
 
     Returns:
         Prompts and their continuations, int64 (B, T + n), n at most ``max_new_tokens``.
@@ -167,16 +161,7 @@ def generate(
     columns = [tokens]
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     try:
-        for drawn in stream(
-            model,
-            tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            greedy=greedy,
-            generator=generator,
-        ):
+        for drawn in stream(model, tokens, max_new_tokens=max_new_tokens, **sampling):
             if stop_token is not None:
                 drawn = drawn.masked_fill(finished, stop_token)
                 finished |= drawn == stop_token
@@ -275,8 +260,11 @@ def _run(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
-    sampling = {
-        name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "greedy")
+    sampling: Sampling = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "greedy": options.greedy,
     }
     try:
         sample_tokens(torch.zeros(1, 1), **sampling)  # refuse bad options before the model is read
@@ -301,12 +289,12 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"{path}: has no end-of-text token to start from; give a --prompt")
         ids = [stop]
     tokens = torch.tensor([ids], device=device)
-    generator = torch.Generator(device).manual_seed(options.seed)
+    sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
     on_screen = clean if sys.stdout.isatty() else str
     if options.num_samples > 1:
         out = generate(
             model, tokens.expand(options.num_samples, -1), max_new_tokens=options.max_tokens,
-            generator=generator, stop_token=stop, **sampling,
+            stop_token=stop, **sampling,
         )  # fmt: skip
         for number, row in enumerate(out[:, len(ids) :].tolist(), start=1):
             text = tokenizer.decode(row[: row.index(stop)] if stop in row else row)
@@ -314,9 +302,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     decoder = _Decoder(tokenizer, ids)
     print(options.prompt, end="", flush=True)
-    drawn = stream(
-        model, tokens, max_new_tokens=options.max_tokens, generator=generator, **sampling
-    )
+    drawn = stream(model, tokens, max_new_tokens=options.max_tokens, **sampling)
     for number, token in enumerate(drawn, start=1):
         if token.item() == stop:
             break
@@ -333,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print()
