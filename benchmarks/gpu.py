@@ -276,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         well = run_all(stages, work, arguments.budget_s - (time.monotonic() - started), keep)
         if cuda:
-            text = report.plain_text([d for d in read_all(results) if d["machine"] == machine])
+            text = report.plain_text(
+                [d for d in read_all(results) if d["machine"]["device"] == machine["device"]]
+            )
             with (work / "summary.txt").open("a", encoding="utf-8") as file:
                 file.write(text)
             print(text)
