@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import islice
 
 import numpy as np
@@ -41,7 +41,7 @@ def write_splits(
     encoder: Encoder,
     shard_tokens: int,
     workers: int,
-    show: Callable[..., None],
+    show: Callable[[str, int], None],
 ) -> dict[str, tuple[ShardWriter, int]]:
     """Encodes what is not yet encoded, and writes it.
 
@@ -62,17 +62,33 @@ def write_splits(
     """
     nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
     before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
-    writers = {
-        split: ShardWriter(
-            partial.dataset,
-            split,
-            vocab_size=encoder.vocab_size,
-            shard_tokens=shard_tokens,
-            state=before[split][0],
-        )
-        for split in SPLITS
-    }
-    n_bytes = {split: before[split][1] for split in SPLITS}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    partial.dataset,
+                    split,
+                    vocab_size=encoder.vocab_size,
+                    shard_tokens=shard_tokens,
+                    state=before[split][0],
+                )
+            )
+            for split in SPLITS
+        }
+        n_bytes = {split: before[split][1] for split in SPLITS}
+        _write_all(partial, splitter, encoder, writers, n_bytes, workers, show)
+    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
+
+
+def _write_all(
+    partial: Partial,
+    splitter: Splitter,
+    encoder: Encoder,
+    writers: dict[str, ShardWriter],
+    n_bytes: dict[str, int],
+    workers: int,
+    show: Callable[[str, int], None],
+) -> None:
     tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
     n_batches = partial.state.get("batches", 0)
     batches = _batches(splitter)
@@ -101,6 +117,3 @@ def write_splits(
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             n_documents = sum(writer.n_documents for writer in writers.values())
             show(f"{n_tokens:,} tokens  {n_documents:,} documents", batch.done_bytes)
-    for writer in writers.values():
-        writer.close()
-    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}

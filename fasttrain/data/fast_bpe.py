@@ -12,13 +12,18 @@ For suppose tiktoken joins the neighbours x and y to s, of rank r, where the lis
 (u, v) for s. What stands between two borders when all merges below r are done depends on nothing
 beyond the borders, so s given alone would be [x, y] then, never [u, v], and by 2 never s: against
 3. `FastBpe` verifies all three; what remains is the regular expression that finds the words, which
-two libraries execute. `Encoder` therefore compares the ids on a sample of the text it encodes.
+two libraries execute, each with the Unicode tables of its time. Text with characters that are newer
+than this Python's table is therefore left to `tokenizers`, and `Encoder` compares the ids on a
+sample of what it encodes.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
+import unicodedata
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,7 +64,7 @@ class FastBpe:
             raise NotFastError("tiktoken is not installed (pip install tiktoken)") from None
         state = json.loads(tokenizer.to_str())
         pattern = _pattern(state)
-        words, ids = _ranks(state["model"])
+        words, ids = self.ranks(tokenizer)
         self._ids = np.array(ids, np.uint32)
         self._n_bytes = np.array([len(word) for word in words], np.uint32)
         try:
@@ -74,18 +79,67 @@ class FastBpe:
             raise NotFastError(f"tiktoken does not take it ({error})") from None
 
     def encode(self, text: str) -> NDArray[np.uint32] | None:
-        """The ids of a text, or None where tiktoken gives up (its regular expressions may)."""
+        """The ids of a text, or None where they would be uncertain."""
+        if not text.isascii() and _new_characters().search(text):
+            return None
         try:
             ranks = self._tiktoken.encode_to_numpy(
                 text, allowed_special=set(), disallowed_special=()
             )
-        except ValueError:
+        except ValueError:  # the regular expression was given up
             return None
         # A pattern that does not match everything: tiktoken leaves the rest out.
         if int(self._n_bytes[ranks].sum()) != len(text.encode()):
             return None
         ids: NDArray[np.uint32] = self._ids[ranks]
         return ids
+
+    @staticmethod
+    def ranks(tokenizer: Tokenizer) -> tuple[list[bytes], list[int]]:
+        """The tokens in order of rank, as bytes, and their ids.
+
+        Raises:
+            NotFastError: The ranks do not mean the merges, by one of the three conditions.
+        """
+        model = json.loads(tokenizer.to_str())["model"]
+        plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
+            raise NotFastError("its model is not a plain byte-level BPE")
+        vocab: dict[str, int] = model["vocab"]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        products = {left + right for left, right in merges}
+        known = set(BYTE_CHARACTERS)
+        if not known <= vocab.keys():
+            raise NotFastError("its vocabulary lacks some bytes")
+        if len(products) < len(merges) or products & known:
+            raise NotFastError("two of its merges have the same product")
+        if model.get("ignore_merges") and vocab.keys() - products - known:
+            raise NotFastError("it has whole words that no merge makes")
+        alone = models.BPE(vocab, merges)
+        for left, right in merges:
+            if left not in known or right not in known:
+                raise NotFastError("its merges are out of order")
+            known.add(left + right)
+            if len(alone.tokenize(left + right)) != 1:
+                raise NotFastError("some of its tokens never come out of its merges")
+        tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
+        words = [bytes(_BYTE_OF[character] for character in token) for token in tokens]
+        return words, [vocab[token] for token in tokens]
+
+
+@cache
+def _new_characters() -> re.Pattern[str]:
+    """Finds a character that this Python's Unicode does not know yet."""
+    end = 0x323B0  # beyond the last ideographs little is assigned, and nothing that words are of
+    unknown = [c for c in range(end) if unicodedata.category(chr(c)) == "Cn"]
+    ranges: list[list[int]] = []
+    for point in unknown:
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    ranges.append([end, 0x10FFFF])
+    return re.compile("[" + "".join(f"{chr(a)}-{chr(b)}" for a, b in ranges) + "]")
 
 
 def _pattern(state: dict[str, Any]) -> str:
@@ -109,30 +163,3 @@ def _pattern(state: dict[str, Any]) -> str:
     if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
         raise NotFastError("it splits the text in a way of its own")
     return str(split["pattern"]["Regex"])
-
-
-def _ranks(model: dict[str, Any]) -> tuple[list[bytes], list[int]]:
-    """The tokens in order of rank, as bytes, and their ids; proves that ranks mean the merges."""
-    plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
-        raise NotFastError("its model is not a plain byte-level BPE")
-    vocab: dict[str, int] = model["vocab"]
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    products = {left + right for left, right in merges}
-    known = set(BYTE_CHARACTERS)
-    if not known <= vocab.keys():
-        raise NotFastError("its vocabulary lacks some bytes")
-    if len(products) < len(merges) or products & known:
-        raise NotFastError("two of its merges have the same product")
-    if model.get("ignore_merges") and vocab.keys() - products - known:
-        raise NotFastError("it has whole words that no merge makes")
-    alone = models.BPE(vocab, merges)
-    for left, right in merges:
-        if left not in known or right not in known:
-            raise NotFastError("its merges are out of order")
-        known.add(left + right)
-        if len(alone.tokenize(left + right)) != 1:
-            raise NotFastError("some of its tokens never come out of its merges")
-    tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
-    words = [bytes(_BYTE_OF[character] for character in token) for token in tokens]
-    return words, [vocab[token] for token in tokens]

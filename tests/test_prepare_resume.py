@@ -1,0 +1,240 @@
+"""Preparation that is killed and started again ends with the very same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fasttrain.data import building
+from fasttrain.data.files import DataError
+from fasttrain.data.resume import Partial
+from fasttrain.prepare import main, prepare
+
+# Every operation that changes the disk is a point to be killed at. Processes are forked from one
+# that has imported everything, so that each attempt takes some milliseconds.
+KILL_EVERYWHERE = """
+import os, signal, sys
+from pathlib import Path
+import tiktoken_or_none
+from fasttrain import prepare as command
+from fasttrain.data import building
+
+building.BATCH_CHARS, building.CHECKPOINT_S = 2500, 0.0
+folder, tokenizer, n_inputs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+inputs = [str(path) for path in sorted((folder / "in").iterdir())][:n_inputs]
+
+def attempt(out, kill_at=None, resume=True):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    done = 0
+    def counting(real):
+        def call(*args, **kwargs):
+            nonlocal done
+            if done == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+            return real(*args, **kwargs)
+        return call
+    os.fsync = lambda descriptor: None  # a killed process loses nothing that it has written
+    for name in ("fsync", "replace", "rename", "unlink", "truncate", "mkdir", "rmdir"):
+        setattr(os, name, counting(getattr(os, name)))
+    status = 1
+    try:
+        command.prepare(out, inputs, tokenizer=tokenizer, val_fraction=0.1, shard_tokens=2000,
+                        resume=resume, note=lambda line: None)
+        status = 0
+    finally:
+        os._exit(status)
+
+def content(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+assert attempt(folder / "whole", resume=False) == 0
+whole = content(folder / "whole")
+kill_at = 0
+while True:
+    out = folder / f"out-{kill_at}"
+    if attempt(out, kill_at) == 0:
+        break
+    if kill_at % 4 == 0:
+        attempt(out, kill_at // 2)
+    assert attempt(out) == 0, kill_at
+    assert content(out) == whole, kill_at
+    assert not (folder / f".{out.name}.partial").exists()
+    kill_at += 1
+print(kill_at, len(whole))
+"""
+
+
+def write_inputs(folder: Path, texts: int = 20) -> list[str]:
+    (folder / "in").mkdir()
+    lines = [
+        json.dumps({"text": f"document {n}: " + "words and numbers 12 " * (n % 7 + 1)}) + "\n"
+        for n in range(texts)
+    ]
+    (folder / "in/a.txt").write_text("one text of many lines\n" * 200)
+    (folder / "in/b.jsonl").write_text("".join(lines))
+    return [str(path) for path in sorted((folder / "in").iterdir())]
+
+
+@pytest.mark.parametrize(("tokenizer", "n_inputs"), [("bpe:300", 2)])
+def test_killed_at_every_operation_and_resumed_the_output_is_the_same(
+    tmp_path: Path, tokenizer: str, n_inputs: int
+) -> None:
+    write_inputs(tmp_path)
+    script = KILL_EVERYWHERE.replace(
+        "import tiktoken_or_none\n",
+        "try:\n    import tiktoken\nexcept ImportError:\n    pass\n",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), tokenizer, str(n_inputs)],
+        capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAYON_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    points, files = map(int, result.stdout.split())
+    assert points > 30
+    assert files >= 6
+
+
+WITH_WORKERS = """
+import sys
+from fasttrain import prepare as command
+from fasttrain.data import building
+building.BATCH_CHARS, building.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_workers_change_nothing_and_end_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("".join(f"line {n} of a text\n" for n in range(60_000)))
+    source = str(tmp_path / "in.txt")
+
+    def command(out: str, workers: int, *more: str) -> subprocess.Popen[str]:
+        arguments = [str(tmp_path / out), "--input", source, "--tokenizer", "bpe:300", *more]
+        return subprocess.Popen(
+            [sys.executable, "-c", WITH_WORKERS, *arguments, "--workers", str(workers)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+
+    killed = command("two", 2)
+    progress = tmp_path / ".two.partial/progress.json"
+    deadline = time.monotonic() + 60
+    while not (progress.exists() and '"batches"' in progress.read_text()):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    assert len(children) == 2
+    killed.send_signal(signal.SIGSTOP)
+    second = command("two", 1, "--resume")
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another process is preparing it now" in said
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    resumed = command("two", 2, "--resume")
+    said, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, said
+    assert "Going on with what an interrupted run left" in said
+    assert f"data.path={tmp_path / 'two'}" in said
+    for child in children:  # gone, or waiting for somebody to ask for its status
+        stat = Path(f"/proc/{child}/stat")
+        assert not stat.exists() or ") Z " in stat.read_text()
+    whole = command("one", 1)
+    said, _ = whole.communicate(timeout=60)
+    assert whole.returncode == 0, said
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object
+) -> tuple[Path, list[str]]:
+    """A folder whose preparation ended after its first checkpoint."""
+    inputs = write_inputs(tmp_path)
+    save = Partial.save
+
+    def stop(self: Partial, **state: object) -> None:
+        save(self, **state)
+        if "batches" in state:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "BATCH_CHARS", 1500)
+        patched.setattr(building, "CHECKPOINT_S", 0.0)
+        patched.setattr(Partial, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", inputs, tokenizer="bytes", note=print)
+    assert (tmp_path / ".out.partial/progress.json").exists()
+    return tmp_path / "out", inputs
+
+
+def test_what_was_asked_for_must_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, inputs = interrupted(tmp_path, monkeypatch)
+    for changed, match in (
+        ({"tokenizer": "chars"}, r"tokenizer = 'bytes', this one has 'chars'"),
+        ({"val_fraction": 0.1}, r"val_fraction = 0\.005, this one has 0\.1"),
+        ({"shard_tokens": 5}, "shard_tokens"),
+    ):
+        arguments = {"tokenizer": "bytes", "resume": True, **changed}
+        with pytest.raises(DataError, match=match):
+            prepare(out, inputs, **arguments)  # type: ignore[arg-type]
+    os.utime(inputs[0], (1, 1))
+    with pytest.raises(DataError, match=r"the input .* is not what the interrupted run read"):
+        prepare(out, inputs, tokenizer="bytes", resume=True)
+    progress = tmp_path / ".out.partial/progress.json"
+    progress.write_text("{")
+    with pytest.raises(DataError, match=r"progress\.json: damaged"):
+        prepare(out, inputs, tokenizer="bytes", resume=True)
+    assert progress.exists()
+
+
+def test_a_shard_that_is_cut_short_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, inputs = interrupted(tmp_path, monkeypatch)
+    (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin.partial")
+    os.truncate(shard, 1100)
+    monkeypatch.setattr(building, "BATCH_CHARS", 1500)
+    with pytest.raises(DataError, match="missing or cut short"):
+        prepare(out, inputs, tokenizer="bytes", resume=True, note=print)
+
+
+def test_without_resume_it_starts_anew_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, inputs = interrupted(tmp_path, monkeypatch)
+    notes: list[str] = []
+    prepare(out, inputs, tokenizer="chars", note=notes.append)
+    assert any("--resume would have gone on" in line for line in notes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = write_inputs(tmp_path)
+    out = tmp_path / "out"
+    command = [str(out), "--tokenizer", "bytes", "--resume", "--input", *inputs]
+    assert main(command) == 0
+    assert "Nothing to resume" in capsys.readouterr().out
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert main(command) == 0
+    assert f"{out} is complete already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert main([*command, "--val-fraction", "0.3"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    with pytest.raises(DataError, match="--workers must be at least 1"):
+        prepare(tmp_path / "x", inputs, workers=0)
