@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,14 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     out = ("--results", str(results))
     workers = str(min(8, os.cpu_count() or 1))
-    tests = (*pytest, "-n", workers, "--timeout=90", "--maxfail=25", *device_tests())
+    tests: tuple[str, ...] = (
+        *pytest,
+        "-n",
+        workers,
+        "--timeout=90",
+        "--maxfail=25",
+        *device_tests(),
+    )
     if not cuda:
         tests = (*pytest, "-n", "0", "--collect-only", *device_tests())
     stages = [
@@ -120,10 +127,10 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
     for suite in KERNEL_SUITES:
         options = ("--benchmark-only", *out)
         options = options if cuda else (*options, "--rehearse", "-k", TINY_KERNELS)
-        command = (*pytest, f"benchmarks/bench_{suite}.py", *options)
+        bench = (*pytest, f"benchmarks/bench_{suite}.py", *options)
         large = "entropy" in suite
         stages.append(
-            Stage(name=f"kernel {suite}", command=command, limit_s=60, least_s=25 if large else 15)
+            Stage(name=f"kernel {suite}", command=bench, limit_s=60, least_s=25 if large else 15)
         )
     fp8 = fp8_override()
     steps = [
@@ -154,8 +161,8 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
         command = (python, "-m", "benchmarks.gpu_peers", peer, path, *out)
         stages.append(Stage(name=f"peer {peer}", command=command, limit_s=90, least_s=35))
     overrides = BASE_RUN if cuda else TINY_RUN
-    command = (python, "-m", "benchmarks.base_run", *overrides, *out)
-    stages.append(Stage(name="run base.toml", command=command, limit_s=90, least_s=45))
+    run = (python, "-m", "benchmarks.base_run", *overrides, *out)
+    stages.append(Stage(name="run base.toml", command=run, limit_s=90, least_s=45))
     return stages
 
 
@@ -206,7 +213,9 @@ def _bundle(name: str, out: Path, folders: Mapping[str, Path]) -> None:
     os.replace(partial, out / f"{name}.tar.gz")
 
 
-def run_all(stages: Sequence[Stage], work: Path, budget_s: float, after: object = None) -> bool:
+def run_all(
+    stages: Sequence[Stage], work: Path, budget_s: float, after: Callable[[], None] | None = None
+) -> bool:
     """Run the stages in order, a line for each; return whether all that ran went well.
 
     Args:
@@ -236,7 +245,7 @@ def run_all(stages: Sequence[Stage], work: Path, budget_s: float, after: object 
             print("\n".join(f"    {text[:200]}" for text in tail), flush=True)
         with summary.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        if callable(after):
+        if after is not None:
             after()
     return well
 

@@ -84,7 +84,7 @@ def seconds(call: Callable[[], object], n_calls: int = 1, *, flush: bool = True)
         call()
         end.record()
     torch.cuda.synchronize()
-    return sum(start.elapsed_time(end) for start, end in pairs) / n_calls / 1e3
+    return float(sum(start.elapsed_time(end) for start, end in pairs)) / n_calls / 1e3
 
 
 def _synchronize() -> None:

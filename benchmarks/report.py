@@ -63,7 +63,7 @@ def _own(value: Any) -> float:
     """Return ours of a figure for each rival, and the worst of several."""
     if isinstance(value, Mapping):
         return _own(next(iter(value.values())))
-    return max(value) if isinstance(value, list) else value
+    return float(max(value) if isinstance(value, list) else value)
 
 
 def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:

@@ -16,7 +16,7 @@ from fasttrain.attention import Attention
 from fasttrain.config import TrainConfig, config_from_dict, load_config
 from fasttrain.data.loader import Batch
 from fasttrain.device import compile_function, keep_freed_memory, resolve_device, resolve_precision
-from fasttrain.model import Transformer
+from fasttrain.model import Block, Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
 
@@ -191,6 +191,7 @@ def _hidden(model: Transformer, tokens: Tensor) -> Tensor:
     if config.embedding_norm:
         x = F.rms_norm(x, x.shape[-1:], eps=config.norm_eps)
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         value = model.value_embeddings[i](tokens) if len(model.value_embeddings) else None
         x = x + _attend(block.attention, _norm(block.attention_norm, x), model, value)
         h = block.mlp.up(_norm(block.mlp_norm, x))
