@@ -248,6 +248,12 @@ class ScheduleConfig(Section):
     decay_factor: float = key(0.1, "step: what each decay multiplies by", gt=0, lt=1)
     cycle_steps: int | None = key(None, "cosine_restarts: steps of the first cycle", ge=1)
     cycle_factor: float = key(1.0, "cosine_restarts: growth from cycle to cycle", ge=1)
+    context_tokens: tuple[int, ...] = key(
+        (),
+        "lengths that sequences are cut into, each for an equal part of the run; the last part has"
+        " data.seq_len, uncut ([]: all of it)",
+        ge=1,
+    )
 
     def check(self) -> None:
         for name, needed in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):

@@ -41,6 +41,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_horizon()
         self._check_step()
+        self._check_contexts()
         if self.schedule.min_lr > self.optim.lr:
             refuse(
                 "schedule.min_lr",
@@ -125,3 +126,22 @@ class TrainConfig:
                 f"is not a multiple of {unit_is} = {unit}",
                 f"use {' or '.join(nearest)}",
             )
+
+    def _check_contexts(self) -> None:
+        contexts, data = self.schedule.context_tokens, self.data
+        if contexts and data.batching not in ("packed", "sliding"):
+            refuse(
+                "schedule.context_tokens",
+                list(contexts),
+                f"cuts windows, and data.batching = {data.batching!r} makes a row of a document",
+                "unset it, or use data.batching=packed",
+            )
+        for length in contexts:
+            if data.seq_len % length or length >= data.seq_len:
+                refuse(
+                    "schedule.context_tokens",
+                    list(contexts),
+                    f"holds {length}, which is no part of data.seq_len = {data.seq_len}",
+                    f"use divisors of it, such as {data.seq_len // 4 or 1} and "
+                    f"{data.seq_len // 2 or 1}",
+                )

@@ -8,7 +8,7 @@ import math
 
 from fasttrain.config import ScheduleConfig
 
-__all__ = ["lr_at"]
+__all__ = ["context_at", "lr_at"]
 
 
 def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> float:
@@ -89,3 +89,21 @@ def _part_of_cycle(step: int, schedule: ScheduleConfig) -> float:
         k += 1
     before = cycle * (factor**k - 1.0) / (factor - 1.0)
     return (step - before) / (cycle * factor**k)
+
+
+def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:
+    """Return the length into which one step cuts its sequences.
+
+    Args:
+        step: the step, counted from 0.
+        total_steps: the number of steps of the whole run.
+        schedule: the ``[schedule]`` section.
+        seq_len: the length of a sequence, in tokens, which is also that of the last part.
+
+    Returns:
+        The length, in tokens.
+
+    Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
+    """
+    lengths = (*schedule.context_tokens, seq_len)
+    return lengths[min(step * len(lengths) // total_steps, len(lengths) - 1)]

@@ -27,7 +27,7 @@ from fasttrain.model import Transformer
 from fasttrain.recovery import Recovery
 from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
-from fasttrain.schedule import lr_at
+from fasttrain.schedule import context_at, lr_at
 from fasttrain.step import Criterion, TrainStep
 from fasttrain.timing import TimeAccount
 
@@ -218,6 +218,10 @@ class Trainer:
         self.guard.open()
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
         self.last_lr = self.lr()
+        seq_len = self.config.data.seq_len
+        context = context_at(self.step_count, self._horizon(), self.config.schedule, seq_len)
+        if context < seq_len:
+            batches = [batch.cut(context) for batch in batches]
         self.train_step(batches, self.last_lr)
         wait_s = self.train_loader.wait_s - waited
         self.step_count += 1
@@ -234,9 +238,11 @@ class Trainer:
         """Return the learning rate of the step to come."""
         if self.scheduler is not None:
             return self.scheduler(self.step_count)
-        # Before train.hours has been measured, the end is far away.
-        total = self.total_steps if self.total_steps is not None else 10**12
-        return lr_at(self.step_count, total, self.config.schedule, self.config.optim.lr)
+        return lr_at(self.step_count, self._horizon(), self.config.schedule, self.config.optim.lr)
+
+    def _horizon(self) -> int:
+        """Return the number of steps; before train.hours has been measured, the end is far away."""
+        return self.total_steps if self.total_steps is not None else 10**12
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step_count % every == 0

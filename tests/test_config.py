@@ -147,6 +147,16 @@ REFUSALS = [
         ["model.vocab_size = 1000", "data.corpus_vocab_size = 4096", "leave it unset"],
     ),
     (
+        "context",
+        "schedule.context_tokens=[64, 96]",
+        ["schedule.context_tokens = [64, 96]", "holds 96", "data.seq_len = 256"],
+    ),
+    (
+        "context of documents",
+        "data.batching=padded & schedule.context_tokens=[512]",
+        ["schedule.context_tokens = [512]", "padded", "data.batching=packed"],
+    ),
+    (
         "samples of nothing",
         "eval.sample_every_steps=5 & eval.prompts=[]",
         ["eval.sample_every_steps = 5", "give a prompt"],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain.config import ConfigError, ScheduleConfig
-from fasttrain.schedule import lr_at
+from fasttrain.schedule import context_at, lr_at
 
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
 TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5
@@ -143,3 +143,10 @@ def test_rises_then_falls_within_its_bounds(name, total, warmup, fraction, ratio
 def test_impossible_steps_are_refused(step, total):
     with pytest.raises(ValueError, match=rf"got {step} and {total}; count steps from 0"):
         lr_at(step, total, ScheduleConfig(), LR)
+
+
+def test_contexts_take_equal_parts_of_the_run_and_the_last_is_uncut():
+    config = ScheduleConfig(context_tokens=(16, 32))
+    assert [context_at(step, 6, config, 64) for step in range(6)] == [16, 16, 32, 32, 64, 64]
+    assert context_at(9, 6, config, 64) == 64  # a horizon in hours is an estimate
+    assert {context_at(step, 5, ScheduleConfig(), 64) for step in range(5)} == {64}

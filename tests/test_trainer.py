@@ -267,3 +267,21 @@ def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) 
     second.fit()
     assert second.position == 16 + 2 * 8
     assert rows(tmp_path / "run")[-1]["tokens"] == second.position * 16
+
+
+def test_contexts_cut_the_same_windows_into_shorter_rows(toy: Path) -> None:
+    overrides = ["train.steps=4", "eval.sample_every_steps=none"]
+    trainer = build(load_config(toy, [*overrides, "schedule.context_tokens=[4]"]))
+    whole = build(load_config(toy, overrides)).train_loader
+    seen = []
+
+    def keep(tokens: torch.Tensor, targets: torch.Tensor, starts: torch.Tensor | None) -> Any:
+        seen.append((tokens, targets))
+        return trainer.train_step._loss(tokens, targets, starts)
+
+    trainer.train_step.loss_fn = keep
+    assert trainer.fit() == "done"
+    assert [tuple(tokens.shape) for tokens, _ in seen] == [(16, 4)] * 2 + [(4, 16)] * 2
+    for (tokens, targets), batch in zip(seen, whole, strict=False):
+        assert torch.equal(tokens.flatten(), batch.tokens.flatten())
+        assert torch.equal(targets.flatten(), batch.targets.flatten())

@@ -34,6 +34,16 @@ class Batch:
     doc_starts: Tensor | None
     position: int
 
+    def cut(self, length: int) -> Batch:
+        """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
+        starts = self.doc_starts
+        return Batch(
+            self.tokens.view(-1, length),
+            self.targets.view(-1, length),
+            None if starts is None else starts.view(-1, length),
+            self.position,
+        )
+
 
 def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
     """Makes padding, token 0 without target, of what follows the `n_targets` (B,) of each row."""
