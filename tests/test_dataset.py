@@ -1,5 +1,6 @@
 """A split: where its documents end, by files or by token, and several datasets as one."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fasttrain.data import dataset as dataset_module
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
+from fasttrain.data.shards import Shard
 from tests.toy_data import write_tokens
 
 
@@ -93,3 +95,22 @@ def test_datasets_of_two_tokenizers_are_not_joined(tmp_path: Path) -> None:
     for dataset, what in ((other, "tokenizer"), (larger, "vocab_size"), (imported, "tokenizer")):
         with pytest.raises(DataError, match=rf"data\.paths: .*a and .* differ in {what}"):
             join([first, dataset])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_R23_a_file_cut_off_while_it_is_read_is_a_typed_error(
+    tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = list(range(7)) if shards == 1 else list(range(21))
+    dataset = write_tokens(tmp_path / "data", tokens, [])
+    assert len(dataset.shards) == shards
+    assert dataset.read(0, 7).tolist() == tokens[:7]  # the file is mapped from here on
+    gather = Shard.gather
+
+    def cut_off_first(shard: Shard, *arguments: np.ndarray) -> bool:
+        os.truncate(tmp_path / "data" / "train_000000.bin", 1030)  # within the page that is read
+        return gather(shard, *arguments)
+
+    monkeypatch.setattr(Shard, "gather", cut_off_first)
+    with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced or removed"):
+        dataset.read(0, 7)

@@ -148,6 +148,9 @@ class Shard:
     ) -> bool:
         """Copies tokens to memory in one call, or says that this is to be left to `read_rows`.
 
+        To be followed by `check_unchanged`: where a file was cut off, the rest of its last page
+        reads as zeros.
+
         Args:
             starts: First token of each window, shape (n,).
             addresses: Where each window goes: writable memory for its tokens.
