@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, results
-from benchmarks.results import ROOT
+from benchmarks import measure, store
+from benchmarks.store import ROOT
 
 SHOWN = ("tokens_per_s", "step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
 
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = (Path(folder) / "base" / "metrics.jsonl").read_text("utf-8").splitlines()
     entry = figures([json.loads(line) for line in lines], wall_s)
     machine = measure.machine()
-    document = results.document("run-base", [entry], machine, measure.ceilings())
-    results.write(arguments.results / results.folder_of(machine) / "run-base.json", document)
+    document = store.document("run-base", [entry], machine, measure.ceilings())
+    store.write(arguments.results / store.folder_of(machine) / "run-base.json", document)
     print(json.dumps(entry, indent=1))
     return 0
 

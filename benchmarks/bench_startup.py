@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.results import ROOT
+from benchmarks.store import ROOT
 
 ENV = os.environ | {
     "PYTHONPATH": os.pathsep.join(

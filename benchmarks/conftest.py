@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import measure, results
+from benchmarks import measure, store
 
 Entries = dict[str, list[dict[str, Any]]]  # of each suite
 ENTRIES = pytest.StashKey[Entries]()
@@ -115,8 +115,8 @@ def pytest_runtest_makereport(
     folder = item.config.getoption("--results")
     if folder is not None and not item.config.getoption("--rehearse"):
         machine = measure.machine()
-        path = folder / results.folder_of(machine) / f"{suite}.json"
-        results.write(path, results.document(suite, entries, machine, measure.ceilings()))
+        path = folder / store.folder_of(machine) / f"{suite}.json"
+        store.write(path, store.document(suite, entries, machine, measure.ceilings()))
     return report
 
 

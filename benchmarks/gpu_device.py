@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, results
+from benchmarks import measure, store
 
 
 def facts() -> dict[str, Any]:
@@ -30,10 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The device and its ceilings.")
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    document = results.document("device", [facts()], measure.machine(), measure.ceilings())
-    results.write(
-        arguments.results / results.folder_of(document["machine"]) / "device.json", document
-    )
+    document = store.document("device", [facts()], measure.machine(), measure.ceilings())
+    store.write(arguments.results / store.folder_of(document["machine"]) / "device.json", document)
     print(document["machine"], document["ceilings"], facts(), sep="\n")
     return 0
 

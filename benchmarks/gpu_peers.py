@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import measure, results
+from benchmarks import measure, store
 from benchmarks.subject import Step, config_of, make_batch, our_step
 
 CUDA = torch.cuda.is_available()
@@ -157,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = {k: tokens / s for k, s in compared["median_s"].items()}
     entry = {"name": f"{name} shape", "shape": overrides, **compared, "tokens_per_s": rates}
     suite = f"step-{arguments.peer}"
-    document = results.document(suite, [entry], measure.machine(), measure.ceilings())
-    results.write(
-        arguments.results / results.folder_of(document["machine"]) / f"{suite}.json", document
+    document = store.document(suite, [entry], measure.machine(), measure.ceilings())
+    store.write(
+        arguments.results / store.folder_of(document["machine"]) / f"{suite}.json", document
     )
     print(f"{name}: {rates}, speed-up {compared['speedup']}")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import measure, results
+from benchmarks import measure, store
 from benchmarks.subject import LR, make_model
 from benchmarks.trace import profile
 from fasttrain import metrics
@@ -183,13 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(arguments.overrides)
     if not torch.cuda.is_available():
         overrides += [*TINY, "run.compile=off", "run.dtype=fp32"]
-    suite = "step-" + results.slug(arguments.name)
+    suite = "step-" + store.slug(arguments.name)
     machine, ceilings = measure.machine(), measure.ceilings()
 
     def save(entry: dict[str, Any]) -> None:
-        document = results.document(suite, [entry], machine, ceilings)
-        results.write(
-            arguments.results / results.folder_of(document["machine"]) / f"{suite}.json", document
+        document = store.document(suite, [entry], machine, ceilings)
+        store.write(
+            arguments.results / store.folder_of(document["machine"]) / f"{suite}.json", document
         )
 
     arguments.traces.mkdir(parents=True, exist_ok=True)

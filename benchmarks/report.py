@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.results import RESULTS, ROOT, read_all
+from benchmarks.store import RESULTS, ROOT, read_all
 
 README = ROOT / "README.md"
 CHART = RESULTS / "training-step.png"

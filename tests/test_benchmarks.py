@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, report, results, rivals, trace
+from benchmarks import measure, report, rivals, store, trace
 from benchmarks.compare import change_of
 from benchmarks.compare import main as compare
 
@@ -32,7 +32,7 @@ def entry_of(
 
 
 def write(path: Path, *entries: dict[str, Any], suite: str = "op") -> str:
-    results.write(path, results.document(suite, entries, MACHINE, CEILINGS))
+    store.write(path, store.document(suite, entries, MACHINE, CEILINGS))
     return str(path)
 
 
@@ -160,12 +160,12 @@ def test_launches_busy_time_and_gaps_of_a_trace() -> None:
 
 def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
     machine = MACHINE | {"device": "AMD EPYC 7B13 (64)"}
-    assert results.folder_of(machine) == "cpu-amd-epyc-7b13-64"
-    assert results.folder_of({"device": "NVIDIA H200", "kind": "cuda"}) == "nvidia-h200"
+    assert store.folder_of(machine) == "cpu-amd-epyc-7b13-64"
+    assert store.folder_of({"device": "NVIDIA H200", "kind": "cuda"}) == "nvidia-h200"
     path = tmp_path / "cpu" / "op.json"
     write(path, {"name": "x", "times_s": {"fasttrain": [0.123456789, 1e-9 / 3]}})
     assert [p.name for p in path.parent.iterdir()] == ["op.json"]
-    (document,) = results.read_all(tmp_path)
+    (document,) = store.read_all(tmp_path)
     assert document["benchmarks"][0]["times_s"]["fasttrain"] == [0.12346, 3.3333e-10]
     with pytest.raises(ValueError, match="not JSON compliant"):
         write(path, {"name": "x", "speedup": {"torch": math.nan}})
@@ -175,7 +175,7 @@ def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
 def test_readme_is_what_the_files_say() -> None:
     found = report.PART.search(report.README.read_text("utf-8"))
     assert found is not None
-    assert found[0] == report.render(results.read_all()), "run make report"
+    assert found[0] == report.render(store.read_all()), "run make report"
 
 
 def test_report_shows_what_was_measured_and_nothing_else() -> None:
@@ -187,8 +187,8 @@ def test_report_shows_what_was_measured_and_nothing_else() -> None:
     memory = {"name": "peak_memory", "peak_bytes": {"fasttrain": 2e6, "torch": 3e7}}
     skipped = {"name": "muon", "skipped": "no device"}
     documents = [
-        results.document("step", [step], MACHINE, CEILINGS),
-        results.document("linear_cross_entropy", [memory, skipped], MACHINE, CEILINGS),
+        store.document("step", [step], MACHINE, CEILINGS),
+        store.document("linear_cross_entropy", [memory, skipped], MACHINE, CEILINGS),
     ]
     text = report.render(documents)
     date = documents[0]["date"][:10]
