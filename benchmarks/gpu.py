@@ -258,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from benchmarks import measure, report  # torch: seconds that --help need not take
 
+    # So that the stage under way ends too: it is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     machine = measure.machine()
     cuda, name = machine["kind"] == "cuda", folder_of(machine)
