@@ -12,6 +12,11 @@ mixing.py     several datasets in exact proportions
 batch.py      what a micro-batch is
 loader.py     batches: background reading, prefetch
 held_out.py   batches of the held-out split, every target once
+splitting.py  which split a document belongs to, and its pieces
+building.py   pieces to shards, with places to go on from
+encoding.py   encoding in several processes
+resume.py     what an interrupted preparation left, and going on with it
+fast_bpe.py   byte-level BPE through tiktoken, proven to give the same ids
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON
 sources.py    documents from text, JSON lines, Parquet, compressed or not
 inspection.py what is in a dataset folder, for people

@@ -69,6 +69,14 @@ class Partial:
         if self.complete:
             self.close()
             return
+        try:
+            self._take_up(resume, note)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take_up(self, resume: bool, note: Callable[[str], None]) -> None:
+        """Reads what is left, or makes room."""
         if self._progress.exists():
             if resume:
                 self._load()
