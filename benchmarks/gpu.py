@@ -258,8 +258,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from benchmarks import measure, report  # torch: seconds that --help need not take
 
-    # So that the stage under way ends too: it is in a session of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     machine = measure.machine()
     cuda, name = machine["kind"] == "cuda", folder_of(machine)
@@ -301,4 +299,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # So that the stage under way ends too: it is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
