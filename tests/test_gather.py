@@ -23,6 +23,16 @@ def test_all_pieces_arrive_whatever_their_number_and_size(n: int) -> None:
         assert not row[size:].any()
 
 
+@pytest.mark.parametrize("n", [1, 64, 2 * MAX_PIECES + 3])
+def test_pieces_of_one_size_go_side_by_side(n: int) -> None:
+    rng = np.random.default_rng(n)
+    source, starts = rng.integers(0, 256, 100_000, np.uint8), rng.integers(0, 99_000, n)
+    out = np.zeros((n + 1, 900), np.uint8)
+    assert gather(source.ctypes.data + starts, out.ctypes.data, 900)
+    assert np.array_equal(out[:n], source[starts[:, None] + np.arange(900)])
+    assert not out[n].any()
+
+
 def test_R23_pieces_of_a_truncated_file_are_a_false_not_a_signal(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 256)

@@ -172,11 +172,20 @@ class TokenDataset:
         if not rows or not length:
             return
         first = np.asarray(starts, np.int64)
-        count = np.full(rows, length) if counts is None else counts
-        low, high = int(first.min()), int((first + count).max())
+        low, high = int(first.min()), int((first + (length if counts is None else counts)).max())
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
+        if counts is None and len(self.shards) == 1:  # the general way costs 40 µs a batch more
+            shard = self.shards[0]
+            self.reading = shard.path
+            copied = shard.gather(first, out.ctypes.data, length)
+            shard.check_unchanged()
+            if not copied:
+                shard.read_rows([row.data.cast("B") for row in out], first.tolist())
+            self.reading = None
+            return
         size = self.dtype.itemsize
+        count = np.full(rows, length) if counts is None else counts
         address = out.ctypes.data + np.arange(rows) * (length * size)
         raw = out.data.cast("B")
 
@@ -184,15 +193,6 @@ class TokenDataset:
             begin = row * length * size
             return raw[begin : begin + int(count[row]) * size]
 
-        if len(self.shards) == 1:  # the general way below costs 30 µs a batch more
-            shard = self.shards[0]
-            self.reading = shard.path
-            copied = shard.gather(first, address, count)
-            shard.check_unchanged()
-            if not copied:
-                shard.read_rows([view(row) for row in range(rows)], first.tolist())
-            self.reading = None
-            return
         index = np.searchsorted(self._starts, first, side="right") - 1
         whole = first + count <= self._starts[index + 1]
         for number in np.unique(index).tolist():

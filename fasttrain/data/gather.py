@@ -37,14 +37,14 @@ def _process_vm_readv() -> Callable[..., int] | None:
 
 
 def gather(
-    sources: NDArray[np.int64], addresses: NDArray[np.int64], sizes: NDArray[np.int64]
+    sources: NDArray[np.int64], addresses: NDArray[np.int64] | int, sizes: NDArray[np.int64] | int
 ) -> bool:
     """Copies n pieces of this process's memory.
 
     Args:
         sources: Address of each piece, shape (n,); parts of mappings may have lost their file.
-        addresses: Where each goes: writable memory of its size.
-        sizes: Bytes of each.
+        addresses: Where each goes, or where all go side by side: writable memory of their sizes.
+        sizes: Bytes of each, or of all of them.
 
     Returns:
         Whether all was copied. False too where the system does not have, or does not allow, the
@@ -53,13 +53,20 @@ def gather(
     function = _process_vm_readv()
     if function is None:
         return False
-    pieces = np.empty((2, len(sources), 2), np.uint64)  # as the C library's struct iovec
-    pieces[0, :, 0], pieces[1, :, 0], pieces[:, :, 1] = addresses, sources, sizes
-    pid, width = os.getpid(), pieces.strides[1]
-    here, there = pieces.ctypes.data, pieces.ctypes.data + pieces.strides[0]
-    for first in range(0, len(sources), MAX_PIECES):
-        n, skip = min(len(sources) - first, MAX_PIECES), first * width
-        copied = function(pid, here + skip, n, there + skip, n, 0)
-        if copied != int(sizes[first : first + n].sum()):
+    n_pieces, pid = len(sources), os.getpid()
+    there = np.empty((n_pieces, 2), np.uint64)  # as the C library's struct iovec
+    there[:, 0], there[:, 1] = sources, sizes
+    here = there
+    if not isinstance(addresses, int):
+        here = there.copy()
+        here[:, 0] = addresses
+    for first in range(0, n_pieces, MAX_PIECES):
+        n = min(n_pieces - first, MAX_PIECES)
+        total = sizes * n if isinstance(sizes, int) else int(sizes[first : first + n].sum())
+        n_here, into = n, here[first:]
+        if isinstance(addresses, int):
+            n_here, into = 1, np.array([[addresses, total]], np.uint64)
+            addresses += total
+        if function(pid, into.ctypes.data, n_here, there[first:].ctypes.data, n, 0) != total:
             return False
     return True

@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -49,14 +49,18 @@ class _Slot:
     n_targets: Tensor  # int64 (B,), of each row; pinned on CUDA
     doc_starts: Tensor | None  # bool, room for (B, T); pinned on CUDA
     length: int = 0  # T of what is in it
+    stored: Tensor = field(init=False)  # the ids in it, (B, T + 1)
+    rows: NDArray[Any] = field(init=False)  # the same memory
     full: bool = True  # every row has T targets
     position: int = 0  # as in Batch
     copied: torch.cuda.Event | None = None
 
-    def stored(self) -> Tensor:
-        """The ids in it, (B, T + 1)."""
-        n_rows = len(self.n_targets)
-        return self.ids[: n_rows * (self.length + 1)].view(n_rows, self.length + 1)
+    def reshape(self, length: int) -> None:
+        """Makes the slot one of rows of `length`."""
+        if length != self.length:  # views take microseconds, and most batches have one length
+            n_rows, self.length = len(self.n_targets), length
+            self.stored = self.ids[: n_rows * (length + 1)].view(n_rows, length + 1)
+            self.rows = self.stored.numpy()
 
     def starts(self) -> Tensor | None:
         """The starts of documents in it, (B, T)."""
@@ -248,15 +252,14 @@ class Loader:
 
     def _read(self, slot: _Slot, starts: _Array, counts: _Array | None, n_rows: int) -> None:
         """Fills a slot; rows from `n_rows` on lie beyond the end and get no targets."""
-        slot.length = self.plan.length(counts)
+        slot.reshape(self.plan.length(counts))
         slot.full = counts is None and n_rows == self.micro_batch
-        stored = slot.stored().numpy()
         if not slot.full:
             n_targets = slot.n_targets.numpy()
             n_targets[:] = slot.length if counts is None else counts - 1
             n_targets[n_rows:] = 0
         begin = time.perf_counter()
-        self.dataset.read_windows(starts, stored, counts)
+        self.dataset.read_windows(starts, slot.rows, counts)
         self._slow = time.perf_counter() - begin > SLOW_WINDOW_S * len(starts)
         if self._ends is not None:
             marks = slot.starts()
@@ -274,7 +277,7 @@ class Loader:
             self.position = slot.position
             starts = slot.starts()
             batch = to_batch(
-                slot.stored().numpy(),
+                slot.rows,
                 None if slot.full else slot.n_targets,
                 None if starts is None else starts.clone(),
                 self.position,
@@ -317,7 +320,7 @@ class Loader:
     def _stage(self, slot: _Slot) -> tuple[Batch, torch.cuda.Event]:
         """Starts the copy of a filled slot to the device."""
         with torch.cuda.stream(self._stream):
-            stored = slot.stored().to(self.device, non_blocking=True)
+            stored = slot.stored.to(self.device, non_blocking=True)
             starts = slot.starts()
             if starts is not None:
                 starts = starts.to(self.device, non_blocking=True)

@@ -144,7 +144,10 @@ class Shard:
             )
 
     def gather(
-        self, starts: NDArray[np.int64], addresses: NDArray[np.int64], counts: NDArray[np.int64]
+        self,
+        starts: NDArray[np.int64],
+        addresses: NDArray[np.int64] | int,
+        counts: NDArray[np.int64] | int,
     ) -> bool:
         """Copies tokens to memory in one call, or says that this is to be left to `read_rows`.
 
@@ -153,8 +156,8 @@ class Shard:
 
         Args:
             starts: First token of each window, shape (n,).
-            addresses: Where each window goes: writable memory for its tokens.
-            counts: Tokens of each window, all of them within the shard.
+            addresses: Where each goes, or where all go side by side: writable memory for them.
+            counts: Tokens of each window, or of all, every one of them within the shard.
 
         Returns:
             Whether everything was copied; if not, what lies at the addresses is undefined.
