@@ -1,9 +1,11 @@
 """linear_cross_entropy: both paths, all three gradients, against fp64."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
+from fasttrain_kernels._dispatch import use_triton
 from fasttrain_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -12,16 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.flop_counter import FlopCounterMode
 
 MODULE = importlib.import_module("fasttrain_kernels.linear_cross_entropy")
 COMPUTE = importlib.import_module("fasttrain_kernels._linear_cross_entropy_compute")
 CPU = torch.device("cpu")
-if not torch.cuda.is_available():
-    # Triton imports this at the first launch, and then it must be told to interpret.
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton.experimental.gluon")
 SMALL_CHUNK = 0.002  # MiB: a handful of rows, so that there are many chunks
 
 
@@ -345,6 +343,41 @@ def test_compiles_to_one_graph(device, backend):
         loss.backward()
         results.append((loss.detach(), h.grad, w.grad))
     torch.testing.assert_close(*results)
+
+
+def test_samples_of_torch(device):
+    """PyTorch's own sample inputs, loss and gradients, as far as they have class indices."""
+    infos = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+    if not infos:
+        pytest.skip(f"torch {torch.__version__} has no linear_cross_entropy")
+    every = 5 if use_triton(torch.empty(0, device=device)) else 1  # 0.1 s each when interpreted
+    seen = 0
+    for info in infos:
+        samples = info.sample_inputs("cpu", torch.float32, requires_grad=True)
+        for sample in itertools.islice(samples, 0, None, every):
+            hidden, (weight, targets), options = sample.input, sample.args, dict(sample.kwargs)
+            if targets.dtype.is_floating_point or weight.dim() > 2:
+                continue
+            bias, class_weight = options.get("linear_bias"), options.get("weight")
+            leaves = [x for x in (hidden, weight, bias) if x is not None]
+            theirs = torch.nn.functional.linear_cross_entropy(hidden, weight, targets, **options)
+            grads = torch.autograd.grad(theirs.sum(), leaves)
+            ignore_index = options.get("ignore_index")
+            ours = linear_cross_entropy(
+                hidden.to(device), weight.to(device), targets.to(device),
+                bias=None if bias is None else bias.to(device),
+                class_weight=None if class_weight is None else class_weight.to(device),
+                ignore_index=-100 if ignore_index is None else ignore_index,
+                reduction=options.get("reduction", "mean"),
+                label_smoothing=options.get("label_smoothing", 0.0),
+                max_chunk_mib=SMALL_CHUNK,
+            )  # fmt: skip
+            result = [ours, *torch.autograd.grad(ours.sum(), leaves)]
+            for mine, other in zip(result, [theirs, *grads], strict=True):
+                # Where nothing counts, torch says NaN and this op 0.
+                torch.testing.assert_close(mine.cpu(), other.nan_to_num(0.0), rtol=1e-4, atol=1e-5)
+            seen += 1
+    assert seen >= 50 / every
 
 
 @pytest.mark.parametrize(

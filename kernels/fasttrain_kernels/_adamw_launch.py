@@ -13,6 +13,8 @@ from ._multi_tensor import (
     CHUNK,
     TensorTable,
     block_warps,
+    capturing,
+    keep_for_graph,
     launch_grid,
     triton_dtype,
     upload,
@@ -93,8 +95,10 @@ class TritonClass:
         """Count the step and update the parameters; a seed asks for stochastic rounding."""
         table = self.table
         pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
-        table.set_pointers(pointers)
+        addresses = table.on_device(pointers)
         held = self._refresh()
+        if capturing(self.device):
+            keep_for_graph(self, held)
         with torch.cuda.device_of(self.coefs):  # type: ignore[no-untyped-call]
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
                 self.hyper,
@@ -117,7 +121,7 @@ class TritonClass:
             if table.n_chunks > 0:
                 p, g, m, v = self.dtypes
                 adamw_kernel[(launch_grid(table.n_chunks, self.device),)](
-                    table.pointers,
+                    addresses,
                     table.lengths,
                     table.chunks,
                     self.coefs,

@@ -24,6 +24,8 @@ __all__ = [
     "TensorTable",
     "block_warps",
     "cached_table",
+    "capturing",
+    "keep_for_graph",
     "launch_grid",
     "triton_dtype",
     "upload",
@@ -62,7 +64,23 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 def upload(target: Tensor, values: Sequence[Any]) -> None:
     """Copy numbers to a device tensor without waiting for the device."""
     host = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    if capturing(target.device):
+        keep_for_graph(host)
     target.copy_(host.view_as(target), non_blocking=True)
+
+
+# What a CUDA graph reads must outlive it, and nobody says when it ends: a few hundred KiB each.
+_kept_for_graphs: list[Any] = []
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether launches are being recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graph(*owners: Any) -> None:
+    """Keep memory alive that a graph being captured will read when it is replayed."""
+    _kept_for_graphs.extend(owners)
 
 
 @lru_cache
@@ -97,21 +115,37 @@ class TensorTable:
         self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
         self.pointers = torch.zeros(n_columns, self.n_tensors, dtype=torch.int64, device=device)
         self._uploaded: list[int] | None = None
+        self._spare: Tensor | None = None  # pinned, for the next capture
 
-    def set_pointers(self, pointers: list[int]) -> bool:
-        """Store addresses, column by column; return whether any had changed."""
-        if pointers == self._uploaded:
-            return False
-        upload(self.pointers, pointers)
-        self._uploaded = pointers
-        return True
+    def on_device(self, pointers: list[int]) -> Tensor:
+        """Return the addresses, column by column, (n_columns, n_tensors) on the device."""
+        if capturing(self.device):
+            # A graph replays the copy from this very memory to this very memory: both are its own,
+            # so that neither it nor an ordinary step finds the other's addresses.
+            host, self._spare = self._spare, None
+            host = self._new_host() if host is None else host
+            host.copy_(torch.tensor(pointers, dtype=torch.int64))
+            copy = torch.empty_like(self.pointers)
+            copy.view(-1).copy_(host, non_blocking=True)
+            keep_for_graph(self, host, copy)
+            return copy
+        if self._spare is None and self.device.type == "cuda":
+            self._spare = self._new_host()  # pinned memory may not be allocated during a capture
+        if pointers != self._uploaded:
+            upload(self.pointers, pointers)
+            self._uploaded = pointers
+        return self.pointers
+
+    def _new_host(self) -> Tensor:
+        pinned = self.device.type == "cuda"
+        return torch.empty(self.pointers.numel(), dtype=torch.int64, pin_memory=pinned)
 
 
 _tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
 
 
-def cached_table(tensors: Sequence[Tensor]) -> TensorTable:
-    """Return a one-column table of the tensors' addresses, from the few used last."""
+def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
+    """Return a one-column table, from the few used last, and the tensors' addresses in it."""
     numels = tuple(t.numel() for t in tensors)
     device = tensors[0].device
     pointers = [t.data_ptr() for t in tensors]
@@ -122,8 +156,7 @@ def cached_table(tensors: Sequence[Tensor]) -> TensorTable:
         while len(_tables) > _CACHED_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    table.set_pointers(pointers)
-    return table
+    return table, table.on_device(pointers)
 
 
 @triton.jit

@@ -150,16 +150,16 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
     launches = []
     n_partials = 0
     for (dtype, aligned), members in classes.items():
-        table = cached_table(members)
+        table, pointers = cached_table(members)
         programs = launch_grid(table.n_chunks, device)
-        launches.append((table, triton_dtype(dtype), aligned, n_partials, programs))
+        launches.append((table, pointers, triton_dtype(dtype), aligned, n_partials, programs))
         n_partials += programs
     partial = torch.empty(n_partials, dtype=torch.float32, device=device)
     out = torch.empty(3, dtype=torch.float32, device=device)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        for table, dtype, aligned, offset, programs in launches:
+        for table, pointers, dtype, aligned, offset, programs in launches:
             _sum_squares_kernel[(programs,)](
-                table.pointers,
+                pointers,
                 table.lengths,
                 table.chunks,
                 partial[offset:],
@@ -187,7 +187,8 @@ def grad_norm(
             the shard this rank holds. An empty list has norm zero.
         max_norm: norm above which ``clip_coefficient`` falls below one.
         group: process group over which the tensors are sharded; the sums of squares are added over
-            it. None: this rank holds everything.
+            it, which makes the norm that of the whole tensors. None: of what this rank holds, also
+            for DTensors.
 
     Returns:
         `GradNorm` (norm, found_inf, clip_coefficient), each a 0-dim fp32 tensor on the device.
