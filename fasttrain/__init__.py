@@ -4,12 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrain.config import TrainConfig, load_config
+    from fasttrain.diagnosis import diagnose
     from fasttrain.generate import load_model
     from fasttrain.loop import train_loop
     from fasttrain.model import Transformer
     from fasttrain.trainer import Trainer
 
-__all__ = ["TrainConfig", "Trainer", "Transformer", "load_config", "load_model", "train_loop"]
+__all__ = [
+    "TrainConfig",
+    "Trainer",
+    "Transformer",
+    "diagnose",
+    "load_config",
+    "load_model",
+    "train_loop",
+]
 
 __version__ = "0.1.0"
 
@@ -17,6 +26,7 @@ _HOME = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "Transformer": "model",
+    "diagnose": "diagnosis",
     "load_config": "config",
     "load_model": "generate",
     "train_loop": "loop",

@@ -22,8 +22,10 @@ from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_compiled,
     keep_freed_memory,
+    resolve_compile,
     resolve_device,
     resolve_precision,
+    spare_compiler,
 )
 from fasttrain.generate import generate
 from fasttrain.loggers import Console
@@ -78,6 +80,8 @@ def run(
             keep_freed_memory()
         cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
         keep_compiled(cache_folder(cache_dir) / "compiled")
+        if resolve_compile(config.run, device, config.model.n_layers) == "off":
+            spare_compiler()
         run_dir = new_run_dir(config, name) if resume is None else run_dir_of(config, name, resume)
         lock = lock_run_dir(run_dir, new=resume is None)
     console = Console(log_file=run_dir / "train.log")

@@ -37,6 +37,24 @@ def test_the_trainer_is_loaded_without_the_compiler() -> None:
     assert not loaded & {*unwanted, "fasttrain.preflight", "fasttrain.probe", "fasttrain.report"}
 
 
+def test_a_run_that_compiles_nothing_trains_without_the_compiler() -> None:
+    code = """
+import torch
+from fasttrain_kernels import FusedAdamW, Muon
+from fasttrain.device import spare_compiler
+spare_compiler()
+p = torch.ones(3, 3, requires_grad=True)
+for kind in (FusedAdamW, Muon):
+    optimizer = kind([p], lr=0.1)
+    p.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert p.grad is None and p[0, 0] < 1
+"""
+    assert not modules_after(code) & {"torch._dynamo", "torch._inductor"}
+
+
 def test_a_config_is_read_without_torch() -> None:
     loaded = modules_after("import fasttrain.train, fasttrain.preflight, fasttrain.config")
     assert not loaded & {"torch", "numpy", "rich", "tokenizers"}
