@@ -48,7 +48,10 @@ def test_r22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value
     assert Shard(tmp_path / "train_000000.bin").n_tokens == 40
 
 
-@pytest.mark.parametrize("mutants", [400, pytest.param(10_000, marks=pytest.mark.soak)])
+SOAK = (pytest.mark.soak, pytest.mark.timeout(1800))
+
+
+@pytest.mark.parametrize("mutants", [400, pytest.param(10_000, marks=SOAK)])
 def test_r21_every_mutated_header_is_a_typed_error_that_names_the_file(
     tmp_path: Path, mutants: int
 ) -> None:
