@@ -152,9 +152,9 @@ def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
 def spare_compiler() -> None:
     """Keep our optimizers from importing the compiler in a run that compiles nothing: 1.6 s.
 
-    The bookkeeping methods that they have of torch's import it when first called, only to be left out of compiled code, and
-    remember the outcome in an attribute; here it is filled in beforehand. On a torch that names it
-    otherwise this has no effect.
+    The bookkeeping methods that they have of torch's import it when first called, only to be left
+    out of compiled code, and remember the outcome in an attribute; here it is filled in beforehand.
+    On a torch that names it otherwise this has no effect.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
