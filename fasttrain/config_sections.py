@@ -312,6 +312,12 @@ class EvalConfig(Section):
     section: ClassVar[str] = "eval"
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
     batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
+    stride_tokens: int | None = key(
+        None,
+        "tokens between the starts of windows, of which only the new ones are predicted: each then"
+        " sees seq_len - stride_tokens or more before it (None: windows side by side)",
+        ge=1,
+    )
     sample_every_steps: int | None = key(
         None, "steps between samples (None: only at the end)", ge=1
     )

@@ -42,6 +42,17 @@ class TrainConfig:
         self._check_horizon()
         self._check_step()
         self._check_contexts()
+        stride, seq_len = self.eval.stride_tokens, self.data.seq_len
+        if stride is not None and (
+            stride > seq_len or self.data.batching in ("padded", "bucketed")
+        ):
+            refuse(
+                "eval.stride_tokens",
+                stride,
+                f"makes no overlapping windows of data.seq_len = {seq_len} with data.batching = "
+                f"{self.data.batching!r}",
+                "unset it, or use at most data.seq_len and data.batching=packed",
+            )
         if self.schedule.min_lr > self.optim.lr:
             refuse(
                 "schedule.min_lr",

@@ -28,6 +28,7 @@ def evaluate(
     precision: Precision,
     batching: str = "packed",
     separate_documents: bool = False,
+    stride_tokens: int | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float | None]:
     """Run ``model`` over the whole split once; each token but the first is a target once.
@@ -50,6 +51,7 @@ def evaluate(
         device=device,
         batching=batching,
         separate_documents=separate_documents,
+        stride_tokens=stride_tokens,
     )
     try:
         for batch in batches:

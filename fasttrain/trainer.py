@@ -330,6 +330,7 @@ class Trainer:
                 precision=self.precision,
                 batching=self.config.data.batching,
                 separate_documents=not self.config.data.attention_across_documents,
+                stride_tokens=self.config.eval.stride_tokens,
                 should_stop=lambda: self.guard.is_open and self.stop_reason is not None,
             )
         self.eval_due = not self.last_eval

@@ -152,6 +152,11 @@ REFUSALS = [
         ["schedule.context_tokens = [64, 96]", "holds 96", "data.seq_len = 256"],
     ),
     (
+        "stride",
+        "eval.stride_tokens=300",
+        ["eval.stride_tokens = 300", "data.seq_len = 256", "data.batching=packed"],
+    ),
+    (
         "context of documents",
         "data.batching=padded & schedule.context_tokens=[512]",
         ["schedule.context_tokens = [512]", "padded", "data.batching=packed"],

@@ -344,6 +344,25 @@ def test_evaluation_covers_every_target_once_in_order(
     assert targets == list(range(1, N_TOKENS))
 
 
+@pytest.mark.parametrize(("seq_len", "stride"), [(10, 10), (10, 3), (64, 16), (1000, 1), (5000, 7)])
+def test_overlapping_windows_have_every_target_once_after_its_context(
+    dataset: TokenDataset, seq_len: int, stride: int
+) -> None:
+    batches = evaluation_batches(
+        dataset, seq_len=seq_len, batch_size=4, device="cpu", stride_tokens=stride
+    )
+    targets = []
+    for tokens, row in ((t, r) for b in batches for t, r in zip(b.tokens, b.targets, strict=True)):
+        valid = row != IGNORE
+        assert torch.equal(tokens[valid] + 1, row[valid])
+        if valid.any() and targets:
+            n_before = int(valid.nonzero()[0])
+            assert n_before == seq_len - stride
+            assert torch.equal(tokens[: n_before + 1].diff(), torch.ones(n_before).long())
+        targets += row[valid].tolist()
+    assert targets == list(range(1, N_TOKENS))
+
+
 def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "val", vocab_size=5) as writer:
         writer.write(np.array([1]))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fasttrain.data.batch import Batch, to_batch
+from fasttrain.data.batch import IGNORE, Batch, to_batch
 from fasttrain.data.batching import document_rows, document_starts, row_lengths
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
@@ -23,12 +23,15 @@ def evaluation_batches(
     device: torch.device | str,
     batching: str = "packed",
     separate_documents: bool = False,
+    stride_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """The whole split once.
 
-    Packed and sliding: windows side by side, so that every token but the first is a target once.
+    Packed and sliding: windows side by side, or overlapping where `stride_tokens` is set, and of
+    all but the first only the last `stride_tokens` are targets: they see at least the T −
+    `stride_tokens` tokens before them. Either way every token but the first is a target once.
     Padded and bucketed: documents, the long ones in pieces of T, so that every token but the first
     of each document is a target once; bucketed in order of their length, others as they lie.
     Every rank gets the same number of batches; what lies beyond the rows is token 0 with target
@@ -41,6 +44,7 @@ def evaluation_batches(
         device: Where batches go.
         batching: As in training.
         separate_documents: As in training: say where documents begin.
+        stride_tokens: Tokens between the starts of packed or sliding windows. None: T.
         rank: Of this process: it takes every world_size-th batch.
         world_size: Processes that share the split.
 
@@ -53,13 +57,16 @@ def evaluation_batches(
     """
     device = torch.device(device)
     ends = None
+    n_seen = 0  # tokens of a window that were targets of the one before
     if batching in ("padded", "bucketed"):
         starts, counts = document_rows(dataset, seq_len)
         if batching == "bucketed":
             by_length = np.argsort(counts, kind="stable")
             starts, counts = starts[by_length], counts[by_length]
     else:
-        starts = np.arange(0, dataset.n_tokens - 1, seq_len)
+        n_seen = seq_len - (stride_tokens or seq_len)
+        end = dataset.n_tokens - 1
+        starts = np.arange(0, max(end - n_seen, min(end, 1)), seq_len - n_seen)
         counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
         ends = dataset.document_ends if separate_documents else None
     if not len(starts):
@@ -82,6 +89,7 @@ def evaluation_batches(
         found = to_batch(
             stored, torch.from_numpy(np.maximum(count - 1, 0)), marks, first + batch_size
         )
+        found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
         if device.type != "cuda":
             return found
         tokens, targets, doc_starts = (
