@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.config_keys import ConfigError, Section, UserError, accepts, allowed, show
+from fasttrain.config_outputs import CheckpointConfig, EvalConfig, LogConfig
 from fasttrain.config_sections import (
-    CheckpointConfig,
     DataConfig,
     DistributedConfig,
-    EvalConfig,
-    LogConfig,
     LoopConfig,
     ModelConfig,
     OptimConfig,

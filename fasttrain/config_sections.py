@@ -10,11 +10,8 @@ from typing import ClassVar
 from fasttrain.config_keys import Section, divisors, key, refuse
 
 __all__ = [
-    "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
-    "EvalConfig",
-    "LogConfig",
     "LoopConfig",
     "ModelConfig",
     "OptimConfig",
@@ -104,6 +101,11 @@ class ModelConfig(Section):
     )
     value_embeddings: bool = key(
         False, "mix a learned row for each token into every layer's values"
+    )
+    init_from: str | None = key(
+        None,
+        "run or checkpoint folder whose parameters a new run starts from (None: random ones)",
+        pattern=(r"[^\0]+", "a path"),
     )
 
     def check(self) -> None:
@@ -216,8 +218,8 @@ class OptimConfig(Section):
     section: ClassVar[str] = "optim"
     name: str = key(
         "adamw",
-        "adamw, or muon for the matrices of the blocks and adamw for the rest",
-        choices=("adamw", "muon"),
+        "muon: for the matrices of the blocks, and adamw for the rest; adamw8bit is torchao's",
+        choices=("adamw", "muon", "sgd", "adafactor", "adamw8bit"),
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
     betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
@@ -229,6 +231,12 @@ class OptimConfig(Section):
     muon_lr_scale: float = key(1.0, "learning rate of Muon's matrices, relative to lr", ge=0)
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
+    momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
+    nesterov: bool = key(False, "Nesterov's momentum in sgd")
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            refuse("optim.nesterov", True, "needs momentum", "set optim.momentum=0.9")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,13 +247,19 @@ class ScheduleConfig(Section):
     name: str = key(
         "cosine",
         "shape after the warmup",
-        choices=("cosine", "linear", "constant", "wsd", "step", "cosine_restarts"),
+        choices=("cosine", "linear", "constant", "wsd", "step", "cosine_restarts", "plateau"),
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
     decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
+    decay_start_step: int | None = key(
+        None, "wsd: step from which the run decays (None: by decay_fraction)", ge=0
+    )
     decay_every_steps: int | None = key(None, "step: steps between decays", ge=1)
-    decay_factor: float = key(0.1, "step: what each decay multiplies by", gt=0, lt=1)
+    decay_factor: float = key(0.1, "step, plateau: what each decay multiplies by", gt=0, lt=1)
+    plateau_evals: int = key(
+        3, "plateau: evaluations without a loss lower by eval.min_change that make a decay", ge=1
+    )
     cycle_steps: int | None = key(None, "cosine_restarts: steps of the first cycle", ge=1)
     cycle_factor: float = key(1.0, "cosine_restarts: growth from cycle to cycle", ge=1)
     context_tokens: tuple[int, ...] = key(
@@ -283,6 +297,16 @@ class LoopConfig(Section):
         None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
+    max_grad_value: float | None = key(
+        None, "then clip each of its elements to ± this (None: never)", gt=0
+    )
+    ema_decay: float | None = key(
+        None,
+        "keep a moving average of the parameters, with this weight of the past a step, and evaluate"
+        " and sample with it (None: none)",
+        gt=0,
+        lt=1,
+    )
     label_smoothing: float = key(0.0, "target mass spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
     on_nonfinite: str = key(
@@ -303,50 +327,6 @@ class LoopConfig(Section):
         128, "steps that a spike is measured by, from half as many on", ge=8
     )
     max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig(Section):
-    """Evaluation on the validation split, and samples."""
-
-    section: ClassVar[str] = "eval"
-    every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
-    batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
-    stride_tokens: int | None = key(
-        None,
-        "tokens between the starts of windows, of which only the new ones are predicted: each then"
-        " sees seq_len - stride_tokens or more before it (None: windows side by side)",
-        ge=1,
-    )
-    sample_every_steps: int | None = key(
-        None, "steps between samples (None: only at the end)", ge=1
-    )
-    prompts: tuple[str, ...] = key(
-        ("def main(", "class ", "import "), "prompts of the samples, taken in turn; [] for none"
-    )
-    sample_tokens: int = key(128, "tokens of a sample", ge=1)
-    temperature: float = key(0.8, "temperature of the samples", gt=0)
-    top_k: int | None = key(50, "sample from the k likeliest tokens (None: from all)", ge=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig(Section):
-    """Checkpoints."""
-
-    section: ClassVar[str] = "checkpoint"
-    every_steps: int | None = key(
-        None, "steps between checkpoints (None: at the end and on interruption)", ge=1
-    )
-    keep_last: int = key(2, "newest checkpoints kept, beside the best", ge=1)
-    asynchronous: bool = key(True, "write in a background thread")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig(Section):
-    """What is reported."""
-
-    section: ClassVar[str] = "log"
-    every_steps: int = key(10, "steps between log lines", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

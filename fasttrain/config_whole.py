@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field
 
 from fasttrain.config_keys import refuse
+from fasttrain.config_outputs import CheckpointConfig, EvalConfig, LogConfig
 from fasttrain.config_sections import (
-    CheckpointConfig,
     DataConfig,
     DistributedConfig,
-    EvalConfig,
-    LogConfig,
     LoopConfig,
     ModelConfig,
     OptimConfig,
@@ -41,6 +39,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_horizon()
         self._check_step()
+        if self.schedule.name == "plateau" and self.eval.every_steps is None:
+            refuse(
+                "schedule.name",
+                "plateau",
+                "waits for evaluations, of which there is one, at the end",
+                "set eval.every_steps",
+            )
         self._check_contexts()
         stride, seq_len = self.eval.stride_tokens, self.data.seq_len
         if stride is not None and (
