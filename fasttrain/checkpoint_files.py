@@ -373,10 +373,14 @@ def failure(what: str, error: OSError) -> CheckpointError:
     return result
 
 
-def sweep(folder: Path) -> None:
-    """Removes what earlier saves left unfinished; none of it may hinder the next."""
+def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
+    """Removes what earlier saves left unfinished; none of it may hinder the next.
+
+    What other ranks may be writing at this moment is spared, by how its name begins.
+    """
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if e.name.startswith((".tmp-", ".old-"))]
+    names = [name for name in names if not name.startswith(spare)]
     for name in names:
         target = folder / name.removeprefix(".old-")
         with contextlib.suppress(OSError):

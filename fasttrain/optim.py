@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import OptimConfig
 from fasttrain.model import Transformer
+from fasttrain.slices import cut
 
 __all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors"]
 
@@ -97,6 +98,11 @@ def load_optimizer_tensors(
 ) -> None:
     """Restore what `optimizer_tensors` returned, into optimizers built the same way.
 
+    Args:
+        model: whose parameters, sharded or not, the optimizers update.
+        optimizers: of those parameters.
+        tensors: whole ones; a sharded parameter takes its slices of them.
+
     Raises:
         KeyError: a tensor belongs to no parameter of these optimizers.
     """
@@ -106,7 +112,7 @@ def load_optimizer_tensors(
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
             prefix = f"{names[id(p)]}/"
-            mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            mine = {k[len(prefix) :]: cut(v, p) for k, v in tensors.items() if k.startswith(prefix)}
             unused -= {prefix + k for k in mine}
             if mine:
                 state[index] = mine

@@ -27,12 +27,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "device": (CONFIG, {"torch"}),
     "attention": (CONFIG, {"torch", "fasttrain_kernels"}),
     "model": (CONFIG | {"attention"}, {"torch", "fasttrain_kernels"}),
-    "optim": (CONFIG | {"model", "attention"}, {"torch", "fasttrain_kernels"}),
+    "slices": (set(), {"torch"}),
+    "optim": (CONFIG | {"model", "attention", "slices"}, {"torch", "fasttrain_kernels"}),
     "data": (CONFIG | {"data"}, {"torch", "numpy", "tokenizers"}),
     "checkpoint": (
-        CONFIG | {"checkpoint_files", "checkpoint_listing"},
+        CONFIG
+        | {"checkpoint_files", "checkpoint_listing", "checkpoint_ranks", "checkpoint_writer"},
         {"torch", "safetensors", "numpy"},
     ),
+    "checkpoint_writer": (CONFIG | {"checkpoint_files", "checkpoint_ranks", "slices"}, {"torch"}),
+    "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_listing": (CONFIG | {"checkpoint_files"}, set()),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),

@@ -1,0 +1,97 @@
+"""Which slice of a whole tensor lies on this rank, without a word to the other ranks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Slice", "cut", "locate", "spread"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """``begin`` to ``end`` of dimension ``dim``, all of the others, of a tensor of ``shape``."""
+
+    shape: tuple[int, ...]
+    dim: int
+    begin: int
+    end: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of the slice itself."""
+        length = self.end - self.begin
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of the tensor."""
+        return self.local_shape == self.shape
+
+
+def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
+    """Return where the local tensor of a DTensor lies in the whole; None for any other tensor.
+
+    Args:
+        tensor: replicated or sharded by one dimension, as FSDP2 does it, on a mesh of any shape.
+
+    Returns:
+        The slice, and whether this rank is the first of those that hold it.
+
+    Raises:
+        TypeError: it is spread in another way.
+    """
+    if type(tensor) is Tensor or not hasattr(tensor, "placements"):
+        return None
+    spread_over: Any = tensor
+    mesh, placements = spread_over.device_mesh, spread_over.placements
+    coordinates = mesh.get_coordinate()
+    shape, found, first = tuple(tensor.shape), None, True
+    for size, at, placement in zip(mesh.shape, coordinates, placements, strict=True):
+        if placement.is_replicate():
+            first = first and at == 0
+        elif type(placement).__name__ == "Shard" and found is None:
+            length = shape[placement.dim]
+            step = -(-length // size)  # torch.chunk: the last ones are shorter, or empty
+            begin = min(at * step, length)
+            found = Slice(shape, placement.dim % len(shape), begin, min(begin + step, length))
+        else:
+            raise TypeError(
+                f"checkpoint: a DTensor must be replicated or sharded by one dimension, got "
+                f"{tuple(placements)}; redistribute it before saving"
+            )
+    if found is None:  # a scalar has no dimension to cut, and is never cut
+        found = Slice(shape, 0, 0, shape[0] if shape else 1)
+    return found, first
+
+
+def cut(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor spread as ``like`` is, this rank's slice copied; no rank waits.
+
+    Args:
+        whole: on any device; returned as it is where ``like`` is not a DTensor of its shape.
+        like: what the result is to be like.
+    """
+    located = locate(like) if whole.shape == like.shape else None
+    if located is None:
+        return whole
+    part, _ = located
+    local = whole.narrow(part.dim, part.begin, part.end - part.begin) if part.shape else whole
+    return spread(torch.empty_like(local, device=like.device).copy_(local).contiguous(), like)
+
+
+def spread(local: Tensor, like: Tensor) -> Tensor:
+    """Return a DTensor that is spread as ``like`` is and of which this rank holds ``local``."""
+    from torch.distributed.tensor import DTensor
+
+    other: Any = like
+    result: Tensor = DTensor.from_local(
+        local,
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return result
