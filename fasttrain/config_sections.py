@@ -47,9 +47,28 @@ class RunConfig(Section):
         "torch.compile mode",
         choices=("auto", "off", "default", "cuda-graphs", "max-autotune"),
     )
+    fp8: bool = key(
+        False, "matrix products of the blocks in fp8 while training (Hopper or newer; torchao)"
+    )
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
 
     def check(self) -> None:
+        if self.fp8 and self.device == "cpu":
+            refuse("run.fp8", True, "needs a CUDA device", "unset it, or use run.device=cuda")
+        if self.fp8 and self.dtype not in ("auto", "bf16"):
+            refuse(
+                "run.fp8",
+                True,
+                f"goes with bf16 for all else, and run.dtype = {self.dtype!r}",
+                "use run.dtype=bf16, or unset it",
+            )
+        if self.fp8 and self.compile == "off":
+            refuse(
+                "run.fp8",
+                True,
+                "is slower than bf16 unless compiled, and run.compile = 'off'",
+                "use run.compile=auto, or unset it",
+            )
         if self.device == "cpu" and self.dtype == "tf32":
             refuse(
                 "run.dtype", "tf32", "needs a CUDA device", "use run.dtype=fp32 or run.device=cuda"
@@ -327,6 +346,12 @@ class LoopConfig(Section):
         128, "steps that a spike is measured by, from half as many on", ge=8
     )
     max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
+    activation_checkpointing: str = key(
+        "none",
+        "what a block keeps for its backward pass (none: everything; full: its input; selective: "
+        "matrix products and attention); it computes the rest again",
+        choices=("none", "full", "selective"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""From one process to many: process groups, DDP and FSDP2 wrapping, and what ranks agree on.
+"""From one process to many: process groups, how ranks share the work, and what they tell others.
 
 Everything that moves tensors is PyTorch's own: `torch.distributed`, DDP, `fully_shard`, torchrun.
 A run of one process makes no group, and every function here then costs nothing.
@@ -9,7 +9,7 @@ the training loop decides: it never waits for the device.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,26 +17,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fasttrain.config import DistributedConfig, UserError
 
 __all__ = [
+    "SharedError",
     "World",
     "accumulation_steps",
     "choose_mode",
-    "set_gradient_sync",
+    "record_failure",
     "start",
     "steady",
     "stop",
-    "wrap",
 ]
 
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
 # rest is left to activations and the allocator.
 DDP_BYTES_PER_PARAMETER = 20
 DDP_PART_OF_MEMORY = 0.6
+
+
+class SharedError(UserError):
+    """Raised on the other ranks where one fails: it is told once, by rank 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class World:
         size: how many processes there are.
         local_size: how many of them are on this node.
         mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; ``auto`` until `choose_mode`.
+        why: of the mode, in words.
         mesh: the device mesh of the mode; None for ``single``.
         control: the hosts' group; None for ``single``.
     """
@@ -58,6 +63,7 @@ class World:
     size: int = 1
     local_size: int = 1
     mode: str = "single"
+    why: str = ""
     mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
 
@@ -70,6 +76,14 @@ class World:
     def sharded(self) -> bool:
         """Whether parameters are spread over ranks."""
         return self.mode in ("fsdp", "hsdp")
+
+    @property
+    def n_copies(self) -> int:
+        """How many whole copies of the parameters the ranks hold together."""
+        if self.mode == "hsdp":
+            assert self.mesh is not None
+            return self.mesh.size(0)
+        return self.size if self.mode == "ddp" else 1
 
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's own device for the one that the config names."""
@@ -88,6 +102,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to add a tensor up over all ranks, in place; it is done after ``wait``."""
+        return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
     def barrier(self) -> None:
         """Wait on the host until every rank is here."""
@@ -124,18 +142,26 @@ class World:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Make a `UserError` of one rank the error of all, so that none waits for the others."""
+        """Make a `UserError` of one rank the error of all, so that none waits for the others.
+
+        The block itself must not wait for other ranks.
+
+        Raises:
+            UserError: on rank 0, where any rank failed.
+            SharedError: on the others.
+        """
         error: UserError | None = None
         try:
             yield
         except UserError as caught:
             error = caught
         messages = self.gather(str(error) if error else "")
-        if error is not None:
+        if error is not None and self.leads:
             raise error
         for rank, message in enumerate(messages):
             if message:
-                raise UserError(message if rank == 0 else f"rank {rank}: {message}")
+                kind = UserError if self.leads else SharedError
+                raise kind(f"rank {rank}: {message}") from error
 
 
 def start(config: DistributedConfig, device: torch.device) -> World:
@@ -191,6 +217,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def record_failure(error: BaseException) -> None:
+    """Let torchrun's summary of a failed job say what failed."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def stop(world: World) -> None:
     """Leave the process groups."""
     if world.size > 1 and dist.is_initialized():
@@ -198,12 +232,13 @@ def stop(world: World) -> None:
 
 
 def steady(config: DistributedConfig, world: World) -> None:
-    """From now on a collective that takes ``distributed.timeout_s`` fails the job.
+    """From now on a collective that takes longer than ``distributed.timeout_s`` fails the job.
 
-    Called after the first step, which compiles: ranks reach its collectives minutes apart.
+    Called after the first step, which compiles: ranks reach its collectives minutes apart. The
+    limit lies above that of the watchdog, which tells more.
     """
     if world.size > 1:
-        patience = timedelta(seconds=config.timeout_s)
+        patience = timedelta(seconds=1.5 * config.timeout_s + 1)
         dist.distributed_c10d._set_pg_timeout(patience)
         dist.distributed_c10d._set_pg_timeout(patience, world.control)
 
@@ -237,7 +272,7 @@ def accumulation_steps(tokens_per_step: int | None, unit_tokens: int, size: int)
 
 def choose_mode(
     config: DistributedConfig, world: World, n_parameters: int, device: torch.device
-) -> tuple[World, str]:
+) -> World:
     """Settle how the model is spread over the ranks, and make the mesh.
 
     Args:
@@ -247,13 +282,13 @@ def choose_mode(
         device: of this rank.
 
     Returns:
-        The world with its mode and mesh, and in words why.
+        The world with its mode, why, and its mesh.
 
     Raises:
         UserError: ``hsdp`` cannot divide the ranks.
     """
     if world.size == 1:
-        return world, ""
+        return world
     mode, reason = config.mode, f"distributed.mode = {config.mode}"
     if mode == "auto":
         need = DDP_BYTES_PER_PARAMETER * n_parameters
@@ -278,68 +313,10 @@ def choose_mode(
             )
         shape = (world.size // inner, inner)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-    return replace(world, mode=mode, mesh=mesh), reason
+    return replace(world, mode=mode, why=reason, mesh=mesh)
 
 
 def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def wrap(
-    objective: nn.Module,
-    model: nn.Module,
-    world: World,
-    config: DistributedConfig,
-    *,
-    compute: torch.dtype,
-) -> Callable[..., Any]:
-    """Spread ``model`` over the ranks; return what computes the loss.
-
-    DDP averages gradients over the ranks, FSDP2 too: the loss is to be weighted by the number of
-    ranks. Sources: Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, FSDP
-    (arXiv:2304.11277).
-
-    Args:
-        objective: a module around the model: tokens, targets → loss.
-        model: its Transformer, whose ``blocks`` are sharded one by one.
-        world: with its mode chosen.
-        config: the ``[distributed]`` section.
-        compute: dtype of matrix products; FSDP2 gathers parameters in it, and reduces in fp32.
-    """
-    if world.mode == "ddp":
-        ddp = nn.parallel.DistributedDataParallel
-        # Rotary tables are the same everywhere; by default each forward would broadcast them.
-        names = [name for name, _ in objective.named_buffers()]
-        ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
-        return ddp(objective, gradient_as_bucket_view=True)
-    if world.sharded:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        policy = MixedPrecisionPolicy(
-            param_dtype=None if compute is torch.float32 else compute,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        blocks = model.blocks
-        assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
-            fully_shard(
-                block,
-                mesh=world.mesh,
-                reshard_after_forward=config.reshard_after_forward,
-                mp_policy=policy,
-            )
-        # The root keeps embedding, last norm and head whole after its forward: the loss uses the
-        # head there.
-        fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
-    return objective
-
-
-def set_gradient_sync(network: Any, model: nn.Module, world: World, *, sync: bool) -> None:
-    """Let the backward pass to come reduce gradients over ranks, or only add them up here."""
-    if world.mode == "ddp":
-        network.require_backward_grad_sync = sync
-    elif world.sharded:
-        model.set_requires_gradient_sync(sync)  # type: ignore[operator]

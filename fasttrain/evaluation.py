@@ -11,7 +11,9 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
+from fasttrain.distributed import World
 from fasttrain.model import Transformer
+from fasttrain.sharding import gathered
 from fasttrain.step import IGNORE_INDEX
 
 __all__ = ["evaluate"]
@@ -30,17 +32,20 @@ def evaluate(
     separate_documents: bool = False,
     stride_tokens: int | None = None,
     should_stop: Callable[[], bool] | None = None,
+    world: World | None = None,
 ) -> dict[str, float | None]:
     """Run ``model`` over the whole split once; each token but the first is a target once.
 
     ``batching`` and ``separate_documents`` are those of training (see `evaluation_batches`): where
-    rows are documents, the first token of each document is no target.
+    rows are documents, the first token of each document is no target. The ranks of ``world`` share
+    the batches and all return the same; ``should_stop`` must agree on them.
 
     Returns:
         ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
         (None where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
         Nothing where ``should_stop``, asked before each batch, said yes.
     """
+    world = world or World()
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -52,15 +57,18 @@ def evaluate(
         batching=batching,
         separate_documents=separate_documents,
         stride_tokens=stride_tokens,
+        rank=world.rank,
+        world_size=world.size,
     )
     try:
-        for batch in batches:
-            if should_stop is not None and should_stop():
-                return {}
-            totals += _totals(model, batch, precision)
+        with gathered(model, world):
+            for batch in batches:
+                if should_stop is not None and should_stop():
+                    return {}
+                totals += _totals(model, batch, precision)
     finally:
         model.train(was_training)
-    loss_sum, n_right, n_targets = totals.tolist()
+    loss_sum, n_right, n_targets = world.sum(totals).tolist()
     loss = loss_sum / n_targets
     return {
         "val_loss": loss,

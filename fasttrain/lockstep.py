@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttrain.distributed import World
 
-__all__ = ["Agreement", "Watchdog", "die_with_parent"]
+__all__ = ["Agreement", "Lockstep", "Watchdog", "die_with_parent"]
 
 
 def die_with_parent() -> None:
@@ -61,6 +61,36 @@ class Agreement:
         return int(tensor)
 
 
+class Lockstep:
+    """What the ranks of a run decide together, each time at the same step.
+
+    Args:
+        world: of the run.
+        timeout_s: how long a step, a batch of evaluation, a sample or a save may take.
+
+    Attributes:
+        stop: whether a rank was told to stop.
+        stopped_by: the rank that was.
+        time_over: whether the time that a rank measured is over.
+        watchdog: waits for the next decision.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.stop = self.time_over = False
+        self.stopped_by = 0
+        self.watchdog = Watchdog(world, timeout_s)
+        self._rank = world.rank
+        self._agree = Agreement(world)
+
+    def __call__(self, *, stop: bool, time_over: bool) -> None:
+        """Say what this rank wishes; learn, on several ranks one call late, what holds for all."""
+        agreed = self._agree(2 + self._rank if stop else int(time_over))
+        self.watchdog.beat()
+        if agreed >= 2:
+            self.stop, self.stopped_by = True, agreed - 2
+        self.time_over |= agreed == 1
+
+
 class Watchdog:
     """Ends the process, with every thread's stack on standard error, when it makes no progress.
 
@@ -70,13 +100,15 @@ class Watchdog:
 
     def __init__(self, world: World, timeout_s: float) -> None:
         self.world, self.timeout_s = world, timeout_s
+        self._allowed_s = timeout_s
         self._deadline = math.inf
         if world.size > 1:
             threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
 
     def beat(self, timeout_s: float | None = None) -> None:
         """Say that progress was made; the next beat is due in ``timeout_s`` (None: as set)."""
-        self._deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        self._allowed_s = timeout_s or self.timeout_s
+        self._deadline = time.monotonic() + self._allowed_s
 
     def pause(self) -> None:
         """Expect nothing until the next beat."""
@@ -88,9 +120,10 @@ class Watchdog:
             late_s = time.monotonic() - self._deadline
             if late_s > 0:
                 message = (
-                    f"rank {self.world.rank}: no step has ended for {self.timeout_s:g} s "
-                    "(distributed.timeout_s); a rank that this one waits for is stopped or out of "
-                    "reach. Where each thread is:\n"
+                    f"rank {self.world.rank}: no step has ended for {self._allowed_s:g} s "
+                    "(distributed.timeout_s; before the first step distributed.init_timeout_s): "
+                    "this rank hangs, or one that it waits for is stopped or out of reach. Where "
+                    "each thread is:\n"
                 )
                 sys.stderr.write(message)
                 sys.stderr.flush()

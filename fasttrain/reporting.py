@@ -21,19 +21,22 @@ class Reporter:
     """Writes the log of one run.
 
     Args:
-        trainer: the run; without a ``run_dir`` there are no files, without a console no lines.
+        trainer: the run; without a ``run_dir`` there are no files, without a console no lines. On
+            any rank but the first there are neither.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.jsonl: JsonlLogger | None = None
-        if trainer.run_dir is not None:
+        if trainer.run_dir is not None and trainer.world.leads:
             self.jsonl = JsonlLogger(trainer.run_dir / "metrics.jsonl")
         self.ema = metrics.LossTracker()
         constants = flops_constants(trainer.model)
         seq_len = trainer.config.data.seq_len
         self.flops_per_token = metrics.flops_per_token(**constants, seq_len=seq_len)
         self.peak_flops = metrics.peak_flops(trainer.device, trainer.precision.name)
+        if self.peak_flops is not None:
+            self.peak_flops *= trainer.world.size
         self.first_line = True  # of this session
 
     def train(self, numbers: Numbers) -> None:
@@ -80,7 +83,7 @@ class Reporter:
         trainer = self.trainer
         if trainer.console:
             trainer.console.sample(trainer.step_count, prompt, text)
-        if trainer.run_dir:
+        if trainer.run_dir and trainer.world.leads:
             file = LogFile(trainer.run_dir / "samples.txt")
             file.write(redact(f"--- step {trainer.step_count}\n{prompt}{text}\n"))
             file.close()

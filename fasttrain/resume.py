@@ -24,6 +24,7 @@ __all__ = ["Change", "check_resumable", "data_facts", "torch_changed"]
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads"),
     *("data.path", "data.prefetch", "data.cache_dir", "eval.", "checkpoint.", "log."),
+    *("distributed.", "train.activation_checkpointing"),
 )
 
 

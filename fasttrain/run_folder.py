@@ -1,13 +1,104 @@
-"""The folder of a run: a new one that overwrites nothing, the one to resume, its lock, its disk."""
+"""The folder of a run: a new one that overwrites nothing, the one to resume, its lock, its disk.
+
+Of several ranks the first finds and locks it; the others are told.
+"""
 
 import fcntl
+import glob
+import os
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import TextIO
 
+from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.distributed import World
+from fasttrain.loggers import Console
+from fasttrain.redact import redact
 
-__all__ = ["check_disk", "lock_run_dir", "new_run_dir", "run_dir_of"]
+__all__ = ["RunFolder", "check_disk", "lock_run_dir", "new_run_dir", "run_dir_of"]
+
+
+class RunFolder:
+    """The folder of this run, until `close`.
+
+    Args:
+        config: the configuration.
+        name: of a new folder where ``run.name`` is unset.
+        resume: ``auto``, or the path of a run or checkpoint folder; None: a new run.
+        world: the ranks of the run. Where torchrun has restarted them they go on from the newest
+            checkpoint of the same folder, or start over in it if there is none.
+
+    Attributes:
+        path: the folder.
+        source: the verified checkpoint to go on from, or None.
+        console: where a person looks; None on all ranks but the first.
+
+    Raises:
+        UserError: there is none to resume, it cannot be written, or another run has it.
+    """
+
+    def __init__(self, config: TrainConfig, name: str, resume: str | None, world: World) -> None:
+        self.world = world
+        self.console: Console | None = None
+        self._lock: TextIO | None = None
+        self._new = False
+        found: tuple[str, str | None] | None = None
+        try:
+            with world.failing_together():
+                if world.leads:
+                    found = self._claim(config, name, resume)
+        except BaseException:
+            self.close()
+            raise
+        path, source = world.share(found)
+        self.path, self.source = Path(path), source and Path(source)
+
+    def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
+        again = _restarted_run_dir(config, name)
+        if again is not None and any((again / "checkpoints").glob("step-*")):
+            resume = "auto"
+        self._new = resume is None and again is None
+        path = again
+        if path is None:
+            new = resume is None
+            path = new_run_dir(config, name) if new else run_dir_of(config, name, str(resume))
+        self._lock = lock_run_dir(path, new=self._new)
+        self.console = Console(log_file=path / "train.log")
+        if resume is not None:
+            target = path if resume == "auto" else Path(resume)
+            return str(path), str(checkpoint.resolve(target, report=self.warn))
+        if again is not None:
+            self.note(f"restarted before the first checkpoint of {path}: starting over")
+            (path / "metrics.jsonl").unlink(missing_ok=True)
+        return str(path), None
+
+    def note(self, text: str) -> None:
+        """Print a remark, once for all ranks."""
+        if self.console:
+            self.console.note(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning of any rank."""
+        if self.console:
+            self.console.warn(text)
+        else:
+            print(redact(f"rank {self.world.rank}: {text}"), file=sys.stderr, flush=True)
+
+    def remove_unused(self) -> None:
+        """Remove the folder of a new run that never began."""
+        log = self.path / "metrics.jsonl"
+        if self._new and not (log.exists() and log.stat().st_size):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give console and folder back."""
+        if self.console:
+            self.console.close()
+        if self._lock:
+            self._lock.close()
 
 
 def new_run_dir(config: TrainConfig, name: str) -> Path:
@@ -55,11 +146,28 @@ def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
     return run_dir
 
 
+def _job() -> str | None:
+    """Return what the processes that one torchrun starts and restarts have in common."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without a name of one's own it is "none", and the agent is on one node.
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+
+
+def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
+    """Return the run folder of this very job where torchrun restarts it, else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    name = config.run.name or name
+    locks = list(Path(config.run.out_dir).glob(f"{glob.escape(name)}*/.lock"))
+    locks.sort(key=lambda lock: lock.stat().st_mtime, reverse=True)
+    return next((x.parent for x in locks if x.read_text(encoding="utf-8") == _job()), None)
+
+
 def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
     """Make the run folder this process's own until it ends, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=not new)
-        lock = open(run_dir / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     except FileExistsError as error:
         if run_dir.is_dir():
             raise UserError(f"{run_dir} was made by another run just now; start again") from error
@@ -75,6 +183,9 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
         raise UserError(
             f"{run_dir} is in use by another trainer; wait for it or set another run.name"
         ) from error
+    lock.truncate(0)
+    lock.write(_job() or "")
+    lock.flush()
     return lock
 
 

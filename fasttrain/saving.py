@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import secrets
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, 
 from fasttrain.checkpoint_files import history
 from fasttrain.config import config_to_toml
 from fasttrain.redact import redact
-from fasttrain.state import collect, restore
+from fasttrain.state import collect, restore, rng_of_rank
 from fasttrain.timing import TimeAccount
 
 if TYPE_CHECKING:
@@ -40,11 +42,15 @@ class Saver:
         self.failed_saves = 0
         self.writer: CheckpointWriter | None = None
         config = trainer.config.checkpoint
+        world = trainer.world
         if trainer.run_dir is not None:
             self.writer = CheckpointWriter(
                 trainer.run_dir / "checkpoints",
                 keep_last=config.keep_last,
                 asynchronous=config.asynchronous,
+                rank=world.rank,
+                world_size=world.size,
+                session=world.share(secrets.token_hex(8)),
             )
 
     def save_once(self, rng: dict[str, Tensor] | None = None) -> None:
@@ -71,8 +77,9 @@ class Saver:
         if self.writer is None:
             self.saved_at = trainer.step_count
             return None
-        groups = collect(trainer.model, trainer.optimizers, trainer.train_step)
-        groups["trainer"] |= rng or {}
+        rank = trainer.world.rank
+        groups = collect(trainer.model, trainer.optimizers, trainer.train_step, rank)
+        groups["trainer"] |= rng_of_rank(rng or {}, rank)
         metric = trainer.last_eval.get("val_loss")
         toml = redact(config_to_toml(trainer.config))
         with trainer.account.measure("checkpoint"):
@@ -122,9 +129,7 @@ class Saver:
             self.writer.wait()
         except CheckpointError as error:
             self.trainer.reporter.warn(str(error))
-        for path, manifest in history(self.writer.folder):
-            if manifest is None or manifest["step"] >= before:
-                continue
+        for path in self._shared_history(before):
             try:
                 checkpoint = load(path)
             except CheckpointError as error:
@@ -135,9 +140,20 @@ class Saver:
             return checkpoint
         return None
 
+    def _shared_history(self, before: int) -> list[Path]:
+        """Return rank 0's list: while others wait no longer, it may still remove checkpoints."""
+        assert self.writer is not None
+        found = [
+            path.name
+            for path, manifest in history(self.writer.folder)
+            if manifest is not None and manifest["step"] < before
+        ]
+        return [self.writer.folder / name for name in self.trainer.world.share(found)]
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         trainer, state = self.trainer, checkpoint.state
-        restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step)
+        rank = trainer.world.rank
+        restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step, rank)
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
         trainer.total_steps = trainer.total_steps or state["total_steps"]
@@ -148,6 +164,11 @@ class Saver:
             trainer.reporter.jsonl.drop_after(trainer.step_count)
 
     def close(self) -> None:
-        """Wait for the save in flight; raises CheckpointError if it failed."""
+        """Wait for the save in flight; raises CheckpointError if it failed.
+
+        Where an exception is ending the run, other ranks may be gone, and none waits for them.
+        """
         if self.writer:
+            if sys.exception() is not None:
+                self.writer.abandon()
             self.writer.close()

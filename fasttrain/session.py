@@ -27,23 +27,35 @@ from fasttrain.device import (
     resolve_precision,
     spare_compiler,
 )
+from fasttrain.distributed import (
+    SharedError,
+    World,
+    choose_mode,
+    record_failure,
+    start,
+    stop,
+)
 from fasttrain.generate import generate
-from fasttrain.loggers import Console
+from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.redact import redact
 from fasttrain.resume import check_resumable, data_facts, torch_changed
-from fasttrain.run_folder import check_disk, lock_run_dir, new_run_dir, run_dir_of
+from fasttrain.run_folder import RunFolder, check_disk
+from fasttrain.sharding import shard
 from fasttrain.signals import StopSignals, end_at_once, interruptible
 from fasttrain.summary import show_end, show_start
 from fasttrain.trainer import Outcome, Sampler, Trainer
 
 __all__ = ["run"]
 
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75  # 75 is EX_TEMPFAIL of sysexits.h: can be resumed
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 # Seconds from a signal to the moment from which the step under way is given up. The first step
 # compiles for as long as a minute; later ones, batches of evaluation and samples take less.
 PATIENCE_COMPILING_S, PATIENCE_S = 1.0, 8.0
+# A terminal's Ctrl-C and a scheduler signal torchrun and all ranks, and torchrun signals these too.
+ECHO_S = 3.0
 
 
 def run(
@@ -69,9 +81,26 @@ def run(
         UserError: something is missing or does not fit; nothing was overwritten.
         Interrupted: a signal came before the first step; nothing was overwritten.
     """
+    try:
+        return _run(config, name, resume, stop_at_step, allow_change)
+    except SharedError:  # rank 0 raises what the command line prints
+        return EXIT_BAD_INPUT
+
+
+def _run(
+    config: TrainConfig,
+    name: str,
+    resume: str | None,
+    stop_at_step: int | None,
+    allow_change: Sequence[str],
+) -> int:
     started = time.perf_counter()
     with interruptible():
-        device = resolve_device(config.run.device)
+        named_device = resolve_device(config.run.device)
+        world = start(config.distributed, named_device)
+        device = world.device(named_device)
+        if world.size > 1:
+            die_with_parent()
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
         if device.type == "cuda":
@@ -82,16 +111,10 @@ def run(
         keep_compiled(cache_folder(cache_dir) / "compiled")
         if resolve_compile(config.run, device, config.model.n_layers) == "off":
             spare_compiler()
-        run_dir = new_run_dir(config, name) if resume is None else run_dir_of(config, name, resume)
-        lock = lock_run_dir(run_dir, new=resume is None)
-    console = Console(log_file=run_dir / "train.log")
+        folder = RunFolder(config, name, resume, world)
     try:
         with interruptible():
-            source: Path | None = None
-            if resume is not None:
-                target = run_dir if resume == "auto" else Path(resume)
-                source = checkpoint.resolve(target, report=console.warn)
-            trainer = _build(config, run_dir, source, allow_change, console)
+            trainer = _build(config, world, folder, allow_change)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.step_count:
                     raise UserError(
@@ -99,26 +122,28 @@ def run(
                         "name a later step"
                     )
                 trainer.request_stop(stop_at_step)
-            show_start(trainer, console, source)
-        return _train(trainer, console, started)
+            if folder.console:
+                show_start(trainer, folder.console, folder.source)
+        status = _train(trainer, folder, started)
+        if status != EXIT_FAILED:
+            stop(world)
+        return status
     except (UserError, KeyboardInterrupt):
-        # A new run that never began leaves no folder behind.
-        log = run_dir / "metrics.jsonl"
-        if resume is None and not (log.exists() and log.stat().st_size):
-            shutil.rmtree(run_dir, ignore_errors=True)
+        folder.remove_unused()
         raise
     finally:
-        console.close()
-        lock.close()
+        folder.close()
 
 
-def _train(trainer: Trainer, console: Console, started: float) -> int:
+def _train(trainer: Trainer, folder: RunFolder, started: float) -> int:
     """Train to the end or to a signal; say how it ended and return the exit status."""
     first_step, trained_before_s = trainer.step_count, trainer.trained_s
+    several = trainer.world.size > 1
 
     def end(outcome: Outcome) -> int:
-        wall_s = time.perf_counter() - started
-        show_end(trainer, console, outcome, wall_s, first_step, trained_before_s)
+        if folder.console:
+            wall_s = time.perf_counter() - started
+            show_end(trainer, folder.console, outcome, wall_s, first_step, trained_before_s)
         if outcome == "stopped":
             return EXIT_STOPPED
         return EXIT_DONE if trainer.saver.saved_at == trainer.step_count else EXIT_FAILED
@@ -130,17 +155,18 @@ def _train(trainer: Trainer, console: Console, started: float) -> int:
             if not trainer.save_unfinished():
                 return  # it ended after all
             why = trainer.stop_reason
-            console.note(f"{why}: the step under way was given up, the state before it is saved")
+            folder.note(f"{why}: the step under way was given up, the state before it is saved")
             status = end("stopped")
-            console.close()
+            folder.close()
         except Exception as error:
-            console.warn(str(error))
+            folder.warn(str(error))
         end_at_once(status)
 
     signals = StopSignals(
         stop=trainer.stop_for,
         rescue=rescue,
         patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
+        echo_s=ECHO_S if several else 0.0,
     )
     try:
         with signals:
@@ -150,10 +176,13 @@ def _train(trainer: Trainer, console: Console, started: float) -> int:
             except checkpoint.CheckpointError as error:
                 if outcome == "done":
                     raise
-                console.warn(str(error))  # it can be resumed from an older one, if there is any
-        return end(outcome)
+                folder.warn(str(error))  # it can be resumed from an older one, if there is any
+            # torchrun ends all ranks when the first ends, by a signal: they end together.
+            statuses = trainer.world.gather(end(outcome)) if several else [end(outcome)]
+        return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
     except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
-        console.warn(str(error))
+        record_failure(error)
+        folder.warn(str(error))
         return EXIT_FAILED
     finally:
         with contextlib.suppress(Exception):  # of an end that failed: what it failed of was said
@@ -203,7 +232,7 @@ def open_splits(
 
 
 def _settled(
-    config: TrainConfig, source: Path | None, report: Callable[[str], None]
+    config: TrainConfig, source: Path | None, world: World, report: Callable[[str], None]
 ) -> TrainConfig:
     """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
     if not isinstance(config.train.micro_batch, str):
@@ -213,51 +242,72 @@ def _settled(
         return replace(config, train=replace(config.train, micro_batch=found))
     from fasttrain.probe import settle_micro_batch  # half a second of imports
 
-    device = resolve_device(config.run.device)
-    precision = resolve_precision(config.run.dtype, device)
-    return settle_micro_batch(config, device=device, precision=precision, report=report)
+    found = 0
+    with world.failing_together():
+        if world.leads:
+            assert config.train.tokens_per_step is not None
+            share = replace(
+                config.train, tokens_per_step=config.train.tokens_per_step // world.size
+            )
+            device = world.device(resolve_device(config.run.device))
+            precision = resolve_precision(config.run.dtype, device)
+            alone = replace(config, train=share)
+            settled = settle_micro_batch(alone, device=device, precision=precision, report=report)
+            found = settled.train.micro_batch
+    return replace(config, train=replace(config.train, micro_batch=world.share(found)))
 
 
 def _build(
-    config: TrainConfig,
-    run_dir: Path,
-    source: Path | None,
-    allow_change: Sequence[str],
-    console: Console,
+    config: TrainConfig, world: World, folder: RunFolder, allow_change: Sequence[str]
 ) -> Trainer:
-    config, train, val = open_splits(config, console.note)
-    config = _settled(config, source, console.note)
+    run_dir, source = folder.path, folder.source
+    for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
+        with world.failing_together():
+            if (world.local_rank == 0) is first_of_node:
+                settled, train, val = open_splits(config, folder.note)
+    config = _settled(settled, source, world, folder.note)
     recorded: dict[str, Any] = {"data": data_facts(train, val), "history": []}
     state: dict[str, Any] = {}
-    if source is not None:
-        state = check_resumable(source, config, recorded["data"], allow_change)
-        recorded["history"] = state["history"]
-        if warning := torch_changed(state):
-            console.warn(warning)
+    device = world.device(resolve_device(config.run.device))
+    with world.failing_together():
+        if source is not None:
+            state = check_resumable(source, config, recorded["data"], allow_change)
+            recorded["history"] = state["history"]
+            if world.leads and (warning := torch_changed(state)):
+                folder.warn(warning)
     torch.manual_seed(config.run.seed)
-    device = resolve_device(config.run.device)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
+    world = choose_mode(config.distributed, world, model.num_parameters(), device)
+    compute = resolve_precision(config.run.dtype, device).compute
+    shard(model, world, config.distributed, compute=compute)
     optimizers = build_optimizers(model, config.optim)
-    check_disk(run_dir, _checkpoint_bytes(model, optimizers), config.checkpoint.keep_last)
+    if world.rank:  # what ranks draw from here on, for dropout, is their own
+        torch.manual_seed(config.run.seed + world.rank)
     sampler = None
-    if train.tokenizer_path is not None:
-        if source is None:
-            shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
-        sampler = _sampler(config, train.tokenizer_path, device)
-    loader = Loader(
-        train,
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        seed=config.run.seed,
-        device=device,
-        position=state.get("position", 0),
-        epochs=config.train.epochs,
-        prefetch=config.data.prefetch,
-        batching=config.data.batching,
-        stride_tokens=config.data.stride_tokens,
-        weights=config.data.weights,
-        separate_documents=not config.data.attention_across_documents,
-    )
+    with world.failing_together():
+        if world.leads:
+            n_bytes = _checkpoint_bytes(model, optimizers)
+            check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
+        if train.tokenizer_path is not None:
+            if source is None and world.leads:
+                shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
+            sampler = _sampler(config, train.tokenizer_path, device)
+        loader = Loader(
+            train,
+            seq_len=config.data.seq_len,
+            micro_batch=config.train.micro_batch,
+            seed=config.run.seed,
+            device=device,
+            position=state.get("position", 0),
+            epochs=config.train.epochs,
+            rank=world.rank,
+            world_size=world.size,
+            prefetch=config.data.prefetch,
+            batching=config.data.batching,
+            stride_tokens=config.data.stride_tokens,
+            weights=config.data.weights,
+            separate_documents=not config.data.attention_across_documents,
+        )
     trainer = Trainer(
         model,
         optimizers,
@@ -267,13 +317,15 @@ def _build(
         train_loader=loader,
         val_dataset=val,
         run_dir=run_dir,
-        console=console,
+        console=folder.console,
         sampler=sampler,
         recorded=recorded,
+        world=world,
     )
     if source is not None:
         trainer.load_checkpoint(source)
-    (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")
+    if world.leads:
+        (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")
     return trainer
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -53,6 +54,7 @@ class StopSignals:
         rescue: called when the run has not ended `patience_s` after that; does not return where it
             can end the process.
         patience_s: called at the first signal for the seconds to wait.
+        echo_s: seconds after the first signal in which others are its echo and count for nothing.
 
     All are called in a thread of their own. A second signal ends the process with status 1.
     """
@@ -63,8 +65,10 @@ class StopSignals:
         stop: Callable[[str], None],
         rescue: Callable[[], None],
         patience_s: Callable[[], float],
+        echo_s: float = 0.0,
     ) -> None:
         self._stop, self._rescue, self._patience_s = stop, rescue, patience_s
+        self._echo_s = echo_s
         self._over = threading.Event()
 
     def __enter__(self) -> None:
@@ -92,16 +96,19 @@ class StopSignals:
         os.close(self._write_end)
 
     def _watch(self) -> None:
-        received = 0
+        first_s: float | None = None
         while True:
             for number in os.read(self._read_end, 64):
                 if number == _OVER:
                     return
                 if number not in SIGNALS:
                     continue
-                received += 1
-                if received > 1:  # checkpoints are committed by rename: those on disk stay whole
-                    end_at_once(EXIT_FORCED)
+                if first_s is not None:
+                    if time.monotonic() - first_s >= self._echo_s:
+                        # Checkpoints are committed by rename: those on disk stay whole.
+                        end_at_once(EXIT_FORCED)
+                    continue
+                first_s = time.monotonic()
                 self._stop(signal.Signals(number).name)
                 late = threading.Thread(target=self._wait, name="rescue", daemon=True)
                 self._threads.append(late)

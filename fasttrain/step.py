@@ -1,7 +1,9 @@
 """One training step on the device: forward, backward, norm, verdict, update. Nothing here syncs.
 
 The loss of a step is the sum over all its target tokens divided by the number of those not ignored,
-so that neither loss nor gradient depends on how the step is cut into micro-batches.
+so that neither loss nor gradient depends on how the step is cut into micro-batches and over ranks.
+Ranks reduce gradients with the last micro-batch alone, and after it loss and norm, in one small
+reduction: what they judge a step by is the same, and so is the verdict.
 
 Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
@@ -11,12 +13,16 @@ from typing import NamedTuple
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import Work
 
+from fasttrain.blocks import prepare_blocks
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
-from fasttrain.model import Transformer, run_block
+from fasttrain.distributed import World
+from fasttrain.model import Transformer
+from fasttrain.sharding import replicate, set_gradient_sync
 from fasttrain.spikes import SpikeWindow
 from fasttrain.timing import StepClock
 
@@ -86,6 +92,17 @@ class Numbers(NamedTuple):
     optimizer_s: float
 
 
+class _Objective(nn.Module):
+    """The loss as a module that holds the model: DDP hooks into both."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
+        return self.loss(tokens, targets, doc_starts)
+
+
 class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
@@ -108,8 +125,10 @@ class TrainStep:
         device: torch.device,
         precision: Precision,
         criterion: Criterion | None = None,
+        world: World | None = None,
     ) -> None:
         self.model = model
+        self.world = world = world or World()
         self.optimizers = list(optimizers)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.precision = precision
@@ -117,18 +136,32 @@ class TrainStep:
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.criterion = criterion or linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
-        self.loss_fn = self._loss
-        accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config)
+        self.loss_fn: Callable[..., Tensor] = self._loss
+        accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config) * world.size
         if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
             raise UserError(
                 f"run.compile = {self.compile_mode!r} does not accumulate gradients; raise "
                 "train.micro_batch until one makes the step, or use run.compile=default"
             )
-        if self.compile_mode == "blocks":
-            model.block_fn = compile_function(run_block, "default")
-        elif self.compile_mode != "off":
+        if world.sharded and self.compile_mode != "off":  # a graph cannot gather what it needs
+            if self.compile_mode == "cuda-graphs":
+                raise UserError(
+                    "run.compile = 'cuda-graphs' cannot gather the parameters of "
+                    f"distributed.mode = {world.mode!r}; use run.compile=auto"
+                )
+            self.compile_mode = "blocks"
+        prepare_blocks(
+            model,
+            activation_checkpointing=config.train.activation_checkpointing,
+            compiled=self.compile_mode == "blocks",
+            sharded=world.sharded,
+        )
+        if self.compile_mode not in ("off", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
+        self.network: nn.Module = model
+        if world.mode == "ddp":
+            self.network = self.loss_fn = replicate(_Objective(model, self.loss_fn))
         zero = torch.zeros((), device=device)
         self.loss, self.norm = zero.clone(), zero.clone()
         self.history = torch.zeros(3, config.log.every_steps, device=device)
@@ -149,18 +182,22 @@ class TrainStep:
         """Run one step over its micro-batches with learning rate ``lr``."""
         self.clock.mark(0)
         n_targets = torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum()
-        weight = self.grad_scale / n_targets.clamp(min=1)
+        counting = self.world.begin_sum(n_targets)
+        weight: Tensor | None = None
         loss = torch.zeros_like(self.loss)
-        for batch in batches:
-            part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts) * weight
+        for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            set_gradient_sync(self.network, self.world, sync=n_left == 0)
+            part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts)
+            if weight is None:
+                weight = self._weight(n_targets, counting)
+            part = part * weight
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        self.loss = loss / self.grad_scale
         self.clock.mark(1)
 
         grads = [p.grad for p in self.parameters if p.grad is not None]
+        self.loss, self.norm = self._measure(loss, grads)
         self.before_update()
-        self.norm = grad_norm(grads).norm / self.grad_scale
         verdict = self._judge()
         bad = (verdict != FINE).float()
         clip = 1 / self.grad_scale
@@ -178,6 +215,31 @@ class TrainStep:
         self.history[:, column] = torch.stack([self.loss, self.norm, verdict])
         self.n_unread = column + 1
         self.clock.mark(2)
+
+    def _weight(self, n_targets: Tensor, counting: Work | None) -> Tensor:
+        """Return what a summed loss is multiplied by; ``counting`` adds targets up over ranks."""
+        if counting is None:
+            return self.grad_scale / n_targets.clamp(min=1)
+        counting.wait()
+        return self.grad_scale * self.world.size / n_targets.clamp(min=1)
+
+    def _measure(self, loss: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss and the gradient norm of the step, alike on all ranks.
+
+        Args:
+            loss: of this rank's micro-batches, weighted.
+            grads: averaged over ranks; shards are of this rank.
+        """
+        world = self.world
+        reduced = world.begin_sum(loss) if world.mode == "ddp" else None
+        norm = grad_norm(grads).norm
+        if reduced is not None:
+            reduced.wait()
+        if world.sharded:
+            loss, squares = world.sum(torch.stack([loss, norm.square()])).unbind()
+            norm = (squares / world.n_copies).sqrt()
+        scale = self.grad_scale
+        return (loss / scale if world.size == 1 else loss / (scale * world.size)), norm / scale
 
     def _judge(self) -> Tensor:
         """Return the verdict on this step, an fp32 scalar."""

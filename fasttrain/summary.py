@@ -36,7 +36,9 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         samples = trainer.total_steps * trainer.samples_per_step
         epochs = samples / trainer.train_loader.samples_per_epoch
         plan += f" = {format_count(tokens)} tokens, {epochs:.2f} epochs"
-    rows = [
+    world = trainer.world
+    rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
+    rows += [
         ("device", f"{_device_name(trainer.device)} · {trainer.precision.name} · {compiled}"),
         (
             "model",

@@ -4,6 +4,7 @@ Only the config is loaded before it is known to be good; torch comes after.
 """
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except UserError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
+        _record(error)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as error:
         if arguments.resume is not None and arguments.verify_resume is None:
@@ -102,9 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_STOPPED
         print("interrupted before the first step; nothing to resume", file=sys.stderr)
         return EXIT_BY_SIGNAL + getattr(error, "number", signal.SIGINT)
-    except Exception:
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        rank = os.environ.get("RANK")
+        of_rank = f"rank {rank}: " if rank else ""
+        print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
+        _record(error)
         return EXIT_FAILED
+
+
+def _record(error: Exception) -> None:
+    if "RANK" in os.environ:
+        from fasttrain.distributed import record_failure
+
+        record_failure(error)
 
 
 if __name__ == "__main__":

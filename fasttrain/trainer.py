@@ -19,15 +19,18 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import compile_cache_use, resolve_device, resolve_precision
+from fasttrain.distributed import World, accumulation_steps, steady
 from fasttrain.evaluation import evaluate
 from fasttrain.guard import StateGuard
 from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
+from fasttrain.lockstep import Lockstep
 from fasttrain.loggers import Console
 from fasttrain.model import Transformer
 from fasttrain.recovery import Recovery
 from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
 from fasttrain.schedule import context_at, lr_at
+from fasttrain.sharding import gathered
 from fasttrain.step import Criterion, TrainStep
 from fasttrain.timing import TimeAccount
 
@@ -54,6 +57,7 @@ class Trainer:
         console: where a person looks; None: silence.
         sampler: makes the samples of ``eval.sample_every_steps``.
         recorded: further facts for the checkpoint's state, such as fingerprints of the data.
+        world: the ranks, their mode chosen and ``model`` sharded where that says so.
     """
 
     def __init__(
@@ -70,9 +74,11 @@ class Trainer:
         console: Console | None = None,
         sampler: Sampler | None = None,
         recorded: dict[str, Any] | None = None,
+        world: World | None = None,
     ) -> None:
         self.config = config
-        self.device = resolve_device(config.run.device)
+        self.world = world = world or World()
+        self.device = world.device(resolve_device(config.run.device))
         self.precision = resolve_precision(config.run.dtype, self.device)
         self.model = model.to(self.device)
         self.optimizers = (
@@ -82,7 +88,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_dataset = val_dataset
         self.run_dir, self.console = run_dir, console
-        self.sampler = sampler
+        self.sampler = sampler if world.leads or world.sharded else None
         self.recorded = recorded or {}
         self.train_step = TrainStep(
             self.model,
@@ -91,6 +97,7 @@ class Trainer:
             device=self.device,
             precision=self.precision,
             criterion=criterion,
+            world=world,
         )
         self.guard = StateGuard(self.device)
         self.train_step.before_update = self.guard.close
@@ -99,8 +106,9 @@ class Trainer:
         self.writer = self.saver.writer
 
         rows, seq_len = config.train.micro_batch, config.data.seq_len
-        self.accumulation = (config.train.tokens_per_step or rows * seq_len) // (rows * seq_len)
-        self.samples_per_step = rows * self.accumulation
+        unit = rows * seq_len
+        self.accumulation = accumulation_steps(config.train.tokens_per_step, unit, world.size)
+        self.samples_per_step = rows * self.accumulation * world.size
         self.tokens_per_step = self.samples_per_step * seq_len
         self.total_steps = n_steps(
             config.train,
@@ -120,6 +128,7 @@ class Trainer:
         self.compiling = True  # until the first step of this process is done
         self.last_lr = 0.0
         self.recovery = Recovery(self)
+        self.lockstep = Lockstep(world, config.distributed.timeout_s)
         self.account = TimeAccount(self.step_count)
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -147,9 +156,22 @@ class Trainer:
         self.stop_at = 0 if at_step is None else at_step
 
     def stop_for(self, reason: str) -> None:
-        """As `request_stop`, from any thread; the loop says why."""
+        """As `request_stop`, from any thread; the loop says why. One rank speaks for all."""
         self.stop_reason = reason
-        self.request_stop()
+        if self.world.size == 1:
+            self.request_stop()
+
+    def _decide_together(self) -> bool:
+        """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
+        self.lockstep(stop=self.stop_reason is not None, time_over=self._left_s() <= 0)
+        if self.lockstep.stop:
+            self.stop_reason = self.stop_reason or f"rank {self.lockstep.stopped_by} is to stop"
+            self.request_stop()
+        return self.lockstep.stop
+
+    def _left_s(self) -> float:
+        hours = self.config.train.hours
+        return math.inf if hours is None else hours * 3600 - self.trained_s
 
     def _stopping(self) -> bool:
         return self.stop_at is not None and self.step_count >= self.stop_at
@@ -171,6 +193,7 @@ class Trainer:
             if self.eval_due:
                 self.saver.saved_at = None
                 self._after_step(self._finished(until))
+            self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
             while not self._finished(until):
                 if self._stopping():
                     if self.recovery.look() is None:
@@ -183,7 +206,7 @@ class Trainer:
                     log = self._step()
                 except Exception as error:
                     # What ends this run may have ended the compiler as well.
-                    if not (self.stop_reason and self.guard.is_open):
+                    if not (self.stop_reason and self.guard.is_open) or self.world.size > 1:
                         raise
                     self.guard.give_up()
                     if self.console:
@@ -192,11 +215,13 @@ class Trainer:
                 if self.compiling:
                     self.compiling = False
                     self._synchronize()
+                    steady(self.config.distributed, self.world)
                     self.first_step_s = time.perf_counter() - started_s
                     if self.console and (cache := compile_cache_use()):
                         self.console.note(
                             f"first step after {self.first_step_s:.1f} s (compile cache {cache})"
                         )
+                self._decide_together()
                 last = self._finished(until)
                 every = (self.config.checkpoint.every_steps, self.config.eval.every_steps)
                 if log or last or any(map(self._due, every)):  # nothing bad is saved unseen
@@ -207,6 +232,7 @@ class Trainer:
                         self.reporter.train(numbers)
                 self._after_step(last)
         finally:
+            self.lockstep.watchdog.pause()
             gc.unfreeze()
             gc.enable()
         self.saver.save_once()
@@ -250,13 +276,12 @@ class Trainer:
     def _finished(self, until: int | None) -> bool:
         if until is not None and self.step_count >= until:
             return True
-        if self.config.train.hours is not None:
-            left_s = self.config.train.hours * 3600 - self.trained_s
-            pace = self.account
-            if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT and pace.n_steady:
-                self.total_steps = self.step_count + int(left_s * pace.n_steady / pace.steady_s)
-            if left_s <= 0:
-                return True
+        pace = self.account
+        if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT and pace.n_steady:
+            total = self.step_count + int(self._left_s() * pace.n_steady / pace.steady_s)
+            self.total_steps = self.world.share(total)
+        if self.lockstep.time_over or (self.world.size == 1 and self._left_s() <= 0):
+            return True
         end = self.train_loader.end
         if end is not None and self.position >= end:
             return True
@@ -331,7 +356,8 @@ class Trainer:
                 batching=self.config.data.batching,
                 separate_documents=not self.config.data.attention_across_documents,
                 stride_tokens=self.config.eval.stride_tokens,
-                should_stop=lambda: self.guard.is_open and self.stop_reason is not None,
+                should_stop=lambda: self._decide_together() and self.guard.is_open,
+                world=self.world,
             )
         self.eval_due = not self.last_eval
         if self.eval_due:  # it was cut off: it is made up for when the run goes on
@@ -344,7 +370,8 @@ class Trainer:
         assert self.sampler is not None
         every = self.config.eval.sample_every_steps
         self.model.eval()
-        with self.guard.opened(), self.account.measure("sample"):
+        opened, measured = self.guard.opened(), self.account.measure("sample")
+        with opened, measured, gathered(self.model, self.world):
             prompt, text = self.sampler(self.model, self.step_count // every if every else 0)
         self.model.train()
         self.reporter.sample(prompt, text)

@@ -40,6 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_listing": (CONFIG | {"checkpoint_files"}, set()),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),
+    "sharding": (CONFIG | {"distributed"}, {"torch"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
     "spikes": (set(), {"torch"}),

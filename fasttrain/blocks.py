@@ -1,0 +1,78 @@
+"""How the blocks of a model are run while it trains: compiled, and what they keep for backward.
+
+With activation checkpointing a block keeps its input alone, or with ``selective`` what is dear to
+compute as well, and its backward pass computes the rest again: the same numbers, by the same
+operations. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost
+(arXiv:1604.06174).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from fasttrain.device import compile_function
+from fasttrain.model import Block, Transformer, run_block
+
+__all__ = ["prepare_blocks"]
+
+_Runner = Callable[..., Tensor]
+
+
+def _dear() -> list[Any]:
+    """Return the operations whose results ``selective`` keeps: matrix products and attention."""
+    names = (
+        *("mm", "addmm", "bmm"),
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    return [getattr(torch.ops.aten, name).default for name in names]
+
+
+def _forward(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    return Block.forward(block, x, *rest)  # type: ignore[arg-type]
+
+
+def _checkpointed(kind: str, run: _Runner) -> _Runner:
+    if kind == "none":
+        return run
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
+
+    def run_checkpointed(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        y: Tensor = checkpoint(run, block, x, *rest, **options)
+        return y
+
+    return run_checkpointed
+
+
+def prepare_blocks(
+    model: Transformer, *, activation_checkpointing: str, compiled: bool, sharded: bool
+) -> None:
+    """Set how the blocks of ``model`` are run with gradients; without them, they run as they are.
+
+    Args:
+        model: as it will train; sharded already where it is.
+        activation_checkpointing: ``train.activation_checkpointing``.
+        compiled: compile one block for all.
+        sharded: the parameters of a block are gathered when it is called as a module: what is
+            compiled and what is computed again lie inside of that.
+    """
+    run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
+    if compiled:
+        run = compile_function(run, "default")
+    if not sharded:
+        model.block_fn = run
+        return
+    for block in model.blocks:
+        block.forward = partial(_run_inside, run, block)
+
+
+def _run_inside(run: _Runner, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    return (run if torch.is_grad_enabled() else _forward)(block, x, *rest)
