@@ -20,12 +20,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fasttrain import checkpoint
 from fasttrain.config import UserError, config_from_dict
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
 from fasttrain.model import Transformer
+from fasttrain.origin import saved_parameters
 from fasttrain.redact import redact
 
 __all__ = ["generate", "load_model", "load_tokenizer", "main", "sample_tokens", "stream"]
@@ -195,23 +195,16 @@ def load_model(
 
 def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
     """Return the model and the checkpoint's folder."""
-    if which not in ("best", "latest"):
-        raise UserError(f"which must be 'best' or 'latest', got {which!r}")
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder, such as runs/base")
-    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    evaluated = (checkpoints / "best").exists()
-    folder = checkpoint.resolve(path, which if which == "latest" or evaluated else "auto")
-    loaded = checkpoint.load(folder, only=("model",))
+    loaded, parameters = saved_parameters(path, which)
     config = config_from_dict(tomllib.loads(loaded.config_toml))
     # Initial values are about to be overwritten: they must not use up the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     try:
-        model.load_state_dict(loaded.group("model"))
+        model.load_state_dict(parameters)
     except RuntimeError as error:
-        raise UserError(f"{folder}: its tensors do not fit its config: {error}") from error
-    return model.to(device).eval(), folder
+        raise UserError(f"{loaded.path}: its tensors do not fit its config: {error}") from error
+    return model.to(device).eval(), loaded.path
 
 
 class _Decoder:

@@ -1,17 +1,20 @@
-"""Learning-rate schedules: pure functions of the step.
+"""Learning-rate schedules: pure functions of the step and, for plateaus, of the losses so far.
 
 Nothing is carried from step to step, so a resumed run and a plot made beforehand agree with the run
 itself. Standard library only.
 """
 
 import math
+from collections.abc import Sequence
 
 from fasttrain.config import ScheduleConfig
 
-__all__ = ["context_at", "lr_at"]
+__all__ = ["context_at", "lr_at", "n_plateaus", "n_stale"]
 
 
-def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> float:
+def lr_at(
+    step: int, total_steps: int, schedule: ScheduleConfig, lr: float, *, n_plateaus: int = 0
+) -> float:
     """Return the learning rate of one optimizer step.
 
     With W warmup steps, S steps in all and t the step::
@@ -20,11 +23,13 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         constant        lr
         cosine, linear  from lr at t = W down to min_lr at t = S - 1
         wsd             lr, then straight from lr at t = S - round(decay_fraction · S) to min_lr
-                        at t = S - 1; the decay never starts before t = W
+                        at t = S - 1; the decay never starts before t = W, and where
+                        decay_start_step is set, it starts there
         step            lr · decay_factor^k after k times decay_every_steps since the warmup, never
                         below min_lr
         cosine_restarts from lr towards min_lr over cycle_steps, again and again, each cycle
                         cycle_factor times as long as the one before
+        plateau         lr · decay_factor^n_plateaus, never below min_lr
 
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
     last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
@@ -35,6 +40,7 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         total_steps: the number of steps of the whole run.
         schedule: the ``[schedule]`` section.
         lr: the peak learning rate.
+        n_plateaus: plateaus of the validation loss so far, from `n_plateaus`.
 
     Returns:
         The learning rate.
@@ -60,13 +66,18 @@ def lr_at(step: int, total_steps: int, schedule: ScheduleConfig, lr: float) -> f
         assert schedule.decay_every_steps is not None
         n_decays = (step - warmup_steps) // schedule.decay_every_steps
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
+    if schedule.name == "plateau":
+        return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
     if schedule.name == "cosine_restarts":
         done = _part_of_cycle(step - warmup_steps, schedule)
         falling = 0.5 * (1.0 - math.cos(math.pi * done))
         return lr * (1.0 - falling) + schedule.min_lr * falling
     start = warmup_steps
     if schedule.name == "wsd":
-        start = max(start, total_steps - round(schedule.decay_fraction * total_steps))
+        begun = schedule.decay_start_step
+        if begun is None:
+            begun = total_steps - round(schedule.decay_fraction * total_steps)
+        start = max(start, begun)
     if step <= start:
         return lr
     progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
@@ -89,6 +100,39 @@ def _part_of_cycle(step: int, schedule: ScheduleConfig) -> float:
         k += 1
     before = cycle * (factor**k - 1.0) / (factor - 1.0)
     return (step - before) / (cycle * factor**k)
+
+
+def n_stale(losses: Sequence[float], min_change: float) -> int:
+    """Return how many of the last losses were not below the lowest before them by ``min_change``.
+
+    A loss that is nan is no improvement. Early stopping ends a run where this reaches its patience.
+    """
+    best, stale = math.inf, 0
+    for loss in losses:
+        if loss < best - min_change:
+            best, stale = loss, 0
+        else:
+            stale += 1
+    return stale
+
+
+def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int:
+    """Return how many times ``patience`` losses in a row brought no improvement.
+
+    Args:
+        losses: of all evaluations of the run, in order.
+        patience: how many make a plateau; after one, as many again make the next.
+        min_change: by which a loss must be below the lowest so far.
+    """
+    best, stale, found = math.inf, 0, 0
+    for loss in losses:
+        if loss < best - min_change:
+            best, stale = loss, 0
+        else:
+            stale += 1
+            if stale == patience:
+                found, stale = found + 1, 0
+    return found
 
 
 def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:

@@ -1,0 +1,66 @@
+"""A profiler trace and, on CUDA, a snapshot of memory of the steps in ``log.profile_steps``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["StepProfiler"]
+
+MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
+
+
+class StepProfiler:
+    """Writes ``trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
+
+    Args:
+        folder: where to; made when the steps are over.
+        steps: first and last step, counted from 1; empty: nothing is done.
+        device: what is profiled beside the CPU.
+
+    Numerics: none; profiled steps are slower.
+    """
+
+    def __init__(self, folder: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self.first, self.last = steps if folder is not None and steps else (0, 0)
+        self._profiler: Any = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Profile the step in the block where its number is asked for."""
+        cuda = self.device.type == "cuda"
+        if self.first and number == self.first:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if cuda:
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+                # https://pytorch.org/memory_viz reads it.
+                torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+            self._profiler = torch.profiler.profile(
+                activities=kinds, record_shapes=True, profile_memory=True
+            )
+            self._profiler.start()
+        if self._profiler is None:
+            yield
+            return
+        try:
+            with torch.profiler.record_function(f"step {number}"):
+                yield
+        finally:
+            if number >= self.last:
+                self._end(cuda)
+
+    def _end(self, cuda: bool) -> None:
+        assert self.folder is not None
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        self._profiler.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        self._profiler = None
+        if cuda:
+            dump: Any = torch.cuda.memory._dump_snapshot
+            dump(str(self.folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
