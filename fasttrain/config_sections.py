@@ -189,7 +189,7 @@ class DataConfig(Section):
     dtype: str | None = key(
         None, "token type of a .bin file without header", choices=("uint16", "uint32")
     )
-    prefetch: int = key(4, "micro-batches prepared ahead", ge=1)
+    prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
     cache_dir: str | None = key(
         None,
         "where built datasets are kept (None: the user's cache folder)",

@@ -79,7 +79,7 @@ def test_r3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
 @given(
     ranks=st.sampled_from([1, 2, 3]),
     micro_batch=st.integers(1, 7),
-    prefetch=st.integers(1, 5),
+    prefetch=st.integers(1, 12),
     position=st.integers(0, 400),
     seed=st.integers(0, 2**31),
 )
@@ -156,27 +156,51 @@ def test_a_batch_is_never_overwritten(dataset: TokenDataset) -> None:
         assert torch.equal(batch.tokens + 1, batch.targets)
 
 
-def test_the_thread_works_ahead_but_not_further_than_prefetch(dataset: TokenDataset) -> None:
-    reads = []
-    original = dataset.read_windows
+class Watched:
+    """A dataset that notes how many windows each call reads, or fails."""
 
-    class Counting:
-        def __getattr__(self, name: str) -> object:
-            return getattr(dataset, name)
+    def __init__(self, dataset: TokenDataset, error: BaseException | None = None) -> None:
+        self.dataset, self.error = dataset, error
+        self.reads: list[int] = []
 
-        def read_windows(self, starts: np.ndarray, *rest: object) -> None:
-            reads.append(len(starts))
-            original(starts, *rest)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.dataset, name)
 
-    with make(Counting(), prefetch=3) as loader:  # type: ignore[arg-type]
+    def read_windows(self, starts: np.ndarray, *rest: object) -> None:
+        self.reads.append(len(starts))
+        if self.error is not None:
+            raise self.error
+        self.dataset.read_windows(starts, *rest)
+
+    def settled(self, at_least: int) -> list[int]:
+        """The reads, once there are so many, and as many as there will be."""
         deadline = time.monotonic() + 10
-        while len(reads) < 4 and time.monotonic() < deadline:
+        while len(self.reads) < at_least and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert len(reads) == 4  # three ready and one in hand
+        return list(self.reads)
+
+
+def test_the_thread_works_ahead_but_not_further_than_prefetch(dataset: TokenDataset) -> None:
+    watched = Watched(dataset)
+    with make(watched, prefetch=3) as loader:  # type: ignore[arg-type]
+        assert watched.settled(4) == 4 * [4]  # three ready and one in hand
         next(loader)
-        time.sleep(0.1)
-        assert len(reads) == 5
+        assert watched.settled(5) == 5 * [4]
+
+
+@pytest.mark.parametrize(("slow_s", "together"), [(1e9, 4), (-1.0, 1)])
+def test_batches_are_read_together_after_the_first_unless_that_is_slow(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch, slow_s: float, together: int
+) -> None:
+    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", slow_s)
+    watched = Watched(dataset)
+    with make(watched, prefetch=8, end=4 * 12 + 1) as loader:  # type: ignore[arg-type]
+        assert watched.settled(3) == [4, 4 * together, 4 * together]
+        positions = [batch.position for batch in loader]
+        assert positions == list(range(4, 4 * 13 + 1, 4))  # the last one has one row
+    assert sum(watched.reads) == 4 * 13
+    assert max(watched.reads) == 4 * together
 
 
 def own_copy(dataset: TokenDataset, folder: Path) -> TokenDataset:
@@ -226,14 +250,9 @@ def test_r9_a_hung_read_is_named_and_fatal_within_its_deadline(
     loader.close()
 
 
-def test_an_error_of_any_kind_in_the_thread_arrives(
-    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError("no room for a batch")
-
-    monkeypatch.setattr(loader_module, "to_batch", fail)
-    with make(dataset) as loader, pytest.raises(MemoryError, match="no room"):
+def test_an_error_of_any_kind_in_the_thread_arrives(dataset: TokenDataset) -> None:
+    watched = Watched(dataset, MemoryError("no room for a batch"))
+    with make(watched) as loader, pytest.raises(MemoryError, match="no room"):  # type: ignore[arg-type]
         next(loader)
 
 
@@ -244,14 +263,16 @@ def test_slow_reads_are_hinted_ahead(
     monkeypatch.setattr(
         shards_module.Shard, "will_need", lambda self, start, count: hinted.append(start)
     )
+    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", 1e9)
     with make(dataset) as loader:
         for _ in range(20):
             next(loader)
+    assert len(hinted) == 5 * 4  # before the first batch was read
     monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", -1.0)
     hinted.clear()
     with make(dataset) as loader:
         batches = [next(loader) for _ in range(20)]
-    assert len(hinted) > 20
+    assert len(hinted) >= 20 * 4
     assert all(torch.equal(batch.tokens + 1, batch.targets) for batch in batches)
 
 
@@ -372,13 +393,15 @@ def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies on a side stream")
-@pytest.mark.parametrize("vocab_size", [1000, 70_000])
-def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path, vocab_size: int) -> None:
+@pytest.mark.parametrize(("vocab_size", "prefetch"), [(1000, 16), (70_000, 1)])
+def test_batches_on_the_gpu_equal_those_on_the_cpu(
+    tmp_path: Path, vocab_size: int, prefetch: int
+) -> None:
     tokens = np.random.default_rng(0).integers(0, vocab_size, 50_000)
     with ShardWriter(tmp_path, "train", vocab_size=vocab_size) as writer:
         writer.write(tokens)
     data = open_dataset(tmp_path, "train", vocab_size=vocab_size, cache_dir=tmp_path / "cache")
-    options = {"seq_len": 128, "micro_batch": 8, "end": 403}
+    options = {"seq_len": 128, "micro_batch": 8, "end": 2 * 390 + 3, "prefetch": prefetch}
     with make(data, **options) as here, make(data, device="cuda", **options) as there:
         kept = list(there)
         for expected, batch in zip(here, kept, strict=True):

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError, sha256_of
 from fasttrain.data.format import DATASET_JSON, inside, open_dataset, read_dataset_json
-from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import load_tokenizer
 
 __all__ = ["inspect"]
