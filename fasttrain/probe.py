@@ -110,7 +110,7 @@ def settle_micro_batch(
     rows = loop.tokens_per_step // (config.data.seq_len * world_size)
 
     def tried(size: int) -> TrainConfig:
-        run = replace(config.run, compile="off")
+        run = replace(config.run, compile="off", fp8=False)  # which wants to be compiled
         # One micro-batch is enough: of a step of many each takes the same.
         settled = replace(loop, micro_batch=size, tokens_per_step=size * config.data.seq_len)
         return replace(config, run=run, train=settled)

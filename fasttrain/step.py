@@ -21,6 +21,7 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
 from fasttrain.distributed import World
+from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.model import Transformer
 from fasttrain.sharding import replicate, set_gradient_sync
 from fasttrain.spikes import SpikeWindow
@@ -151,6 +152,8 @@ class TrainStep:
                     f"distributed.mode = {world.mode!r}; use run.compile=auto"
                 )
             self.compile_mode = "blocks"
+        if config.run.fp8:
+            multiply_in_fp8(model, device)
         prepare_blocks(
             model,
             activation_checkpointing=config.train.activation_checkpointing,
