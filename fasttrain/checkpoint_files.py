@@ -28,6 +28,7 @@ Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, s
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
+SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slices
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
 _FINITE_CHUNK = 32_767  # elements: one under the size from which torch starts more threads
@@ -167,7 +168,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.pop("sha256", None) and manifest.get("files")
     if not isinstance(files, dict) or seal(manifest) != text:
         raise CheckpointError(f"{file}: damaged: it does not match its own SHA-256")
-    if any(manifest.get(key) != value for key, value in FORMAT.items()):
+    made_by = SEVERAL if "ranks" in manifest else FORMAT
+    if any(manifest.get(key) != value for key, value in made_by.items()):
         raise CheckpointError(
             f"{file}: written by another version; use the fasttrain that wrote it"
         )

@@ -100,12 +100,14 @@ def read_slices(path: Path, manifest: Mapping[str, Any]) -> Slices:
         CheckpointError: a record of a rank is damaged, or does not fit the files or the others.
     """
     slices: Slices = {}
-    for name in manifest["files"]:
-        if _RECORD.fullmatch(name):
-            data = disk.read_file(path / name, manifest["files"][name], keep=True)
-            assert data is not None
-            record = disk.parse_json(path / name, data.numpy().tobytes())
-            slices |= _slices_of(path / name, record, manifest["files"])
+    records = sorted(filter(_RECORD.fullmatch, manifest["files"])) if "ranks" in manifest else []
+    if len(records) != manifest.get("ranks", 0):
+        raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
+    for name in records:
+        data = disk.read_file(path / name, manifest["files"][name], keep=True)
+        assert data is not None
+        record = disk.parse_json(path / name, data.numpy().tobytes())
+        slices |= _slices_of(path / name, record, manifest["files"])
     tensors: dict[str, list[Slice]] = {}
     for file, parts in slices.items():
         for name, part in parts.items():

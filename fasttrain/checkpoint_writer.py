@@ -146,7 +146,9 @@ class CheckpointWriter:
         )
         if self.asynchronous:
             self._thread = threading.Thread(
-                target=self._write_in_background, args=(save,), name="checkpoint"
+                target=self._write_in_background,
+                args=(save,),
+                name=f"checkpoint of rank {self._ranks.rank}",
             )
             self._thread.start()
         else:
@@ -222,6 +224,8 @@ class CheckpointWriter:
             with contextlib.suppress(OSError):
                 for name in self._file_names(save).values():
                     disk.remove(save.partial / name)
+            with contextlib.suppress(OSError):
+                self._ranks.enter(save.partial)
                 self._ranks.hand_in(save.partial, error=str(error))
             if isinstance(error, CheckpointError):
                 raise
@@ -276,7 +280,7 @@ class CheckpointWriter:
             }
             if self._ranks.size > 1:
                 files |= self._ranks.collect(partial, path)
-                manifest |= {"version": 2, "ranks": self._ranks.size, "save": partial.name}
+                manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
             disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
             disk.fsync_folder(partial)
             if path.exists():
