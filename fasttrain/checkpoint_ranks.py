@@ -201,8 +201,9 @@ class Ranks:
             hidden = partial / f".{name}"
             disk.remove(hidden)
             disk.write_file(hidden, disk.seal({"save": partial.name, **record}))
-            os.replace(hidden, partial / name)
-            disk.fsync_folder(partial)
+            os.replace(
+                hidden, partial / name
+            )  # nothing may fail after it; rank 0 fsyncs the folder
 
     def collect(self, partial: Path, path: Path) -> dict[str, dict[str, Any]]:
         """On rank 0: wait until all ranks have handed in; return the entries of their files.

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -325,6 +323,15 @@ class OfOneRank(Faults):
     """Lets something go wrong in the thread of one rank alone."""
 
     name = ""
+    lock = threading.Lock()  # for the books, which both threads keep
+
+    def _fsync(self, descriptor: int) -> None:
+        with self.lock:
+            super()._fsync(descriptor)
+
+    def _changed(self, path: str, undo: Any) -> None:
+        with self.lock:
+            super()._changed(path, undo)
 
     def _happens(self, kind: str, path: str, partly: Any = None) -> None:
         if threading.current_thread().name == self.name:
