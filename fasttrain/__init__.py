@@ -6,13 +6,16 @@ if TYPE_CHECKING:
     from fasttrain.config import TrainConfig, load_config
     from fasttrain.diagnosis import diagnose
     from fasttrain.generate import load_model
+    from fasttrain.library import Callback, Trainer
     from fasttrain.loop import train_loop
+    from fasttrain.metrics import TrainingMetrics
     from fasttrain.model import Transformer
-    from fasttrain.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "TrainConfig",
     "Trainer",
+    "TrainingMetrics",
     "Transformer",
     "diagnose",
     "load_config",
@@ -23,8 +26,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "Callback": "library",
     "TrainConfig": "config",
-    "Trainer": "trainer",
+    "Trainer": "library",
+    "TrainingMetrics": "metrics",
     "Transformer": "model",
     "diagnose": "diagnosis",
     "load_config": "config",

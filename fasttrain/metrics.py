@@ -3,15 +3,19 @@
 An unknown device has no peak and so no utilisation: None, never a guess from a similar name.
 """
 
+import csv
+import json
 import math
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 __all__ = [
     "LossTracker",
+    "TrainingMetrics",
     "flops_per_token",
     "mfu",
     "peak_flops",
@@ -142,6 +146,68 @@ class LossTracker:
             past = loss if self.value is None else self.value
             self.value = self.decay * past + (1.0 - self.decay) * loss
         return self.value
+
+
+class TrainingMetrics:
+    """What was recorded of a training: numbers by name and step.
+
+    Attributes:
+        rows: each with its ``step`` and the numbers recorded with it, in order of recording.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def record(self, step: int, **values: float) -> None:
+        """Add numbers of a step, such as ``loss``, ``val_loss`` and ``lr``."""
+        self.rows.append({"step": step, **values})
+
+    def values(self, name: str) -> list[float]:
+        """Return all that was recorded under a name, in order."""
+        return [row[name] for row in self.rows if name in row]
+
+    def last(self) -> dict[str, float]:
+        """Return the newest value of each name that stands in the newest row."""
+        return {k: v for k, v in self.rows[-1].items() if k != "step"} if self.rows else {}
+
+    def mean(self, name: str, *, since_step: int = 0) -> float:
+        """Return the mean of what was recorded after a step, nan where there is nothing."""
+        found = [row[name] for row in self.rows if name in row and row["step"] > since_step]
+        return sum(found) / len(found) if found else math.nan
+
+    def moving_average(self, name: str, window: int = 100) -> list[float]:
+        """Return for each value the mean of it and those before it, ``window`` of them at most."""
+        if window < 1:
+            raise ValueError(f"TrainingMetrics: window must be at least 1, got {window}")
+        values = self.values(name)
+        ends = range(1, len(values) + 1)
+        return [math.fsum(values[max(0, n - window) : n]) / min(n, window) for n in ends]
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the mean loss of the last 100 steps, the best validation loss, the present lr."""
+        losses, lrs = self.values("loss")[-100:], self.values("lr")
+        finite = [v for v in self.values("val_loss") if math.isfinite(v)]
+        return {
+            "steps": max((row["step"] for row in self.rows), default=0),
+            "loss": math.fsum(losses) / len(losses) if losses else None,
+            "best_val_loss": min(finite, default=None),
+            "lr": lrs[-1] if lrs else None,
+        }
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write a JSON object a row; what is not finite becomes null."""
+        with open(path, "w", encoding="utf-8") as file:
+            for row in self.rows:
+                finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write a table with a column for each name."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names or ["step"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def peak_memory_gib(device: torch.device) -> float:

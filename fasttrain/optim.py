@@ -1,16 +1,18 @@
 """Which parameters go to which optimizer, and their state by parameter name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
 
-from fasttrain.config import OptimConfig
+from fasttrain.config import OptimConfig, UserError
 from fasttrain.model import Transformer
 from fasttrain.slices import cut
 
-__all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors"]
+__all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors", "set_lr"]
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -18,8 +20,14 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
 
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
     not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the
-    rest to AdamW. Each group carries ``lr_scale``: the trainer sets its learning rate to the
-    schedule's times that.
+    rest to AdamW; the other names take all of them. Each group carries ``lr_scale``: the trainer
+    sets its learning rate to the schedule's times that.
+
+    Raises:
+        UserError: the optimizer's package is not installed.
+
+    Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
+    (Dettmers et al. 2021, arXiv:2110.02861): torchao.
     """
     table_ids: set[int] = set()  # look-up tables; a tied head is one of them
     head_id: int | None = None
@@ -61,7 +69,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps))
+        optimizers.append(_optimizer(groups, config))
     if hidden:
         muon_group = {"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale}
         optimizers.append(
@@ -75,21 +83,73 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return optimizers
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of ``[optim]`` for all but what Muon takes."""
+    if config.name == "sgd":
+        # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+        )
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
+    if config.name == "adamw8bit":
+        try:
+            made = importlib.import_module("torchao.optim").AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                f"optim.name = 'adamw8bit' needs torchao ({error}); install it with pip install "
+                "torchao, or use optim.name=adamw"
+            ) from error
+        eight_bit: torch.optim.Optimizer = made(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps
+        )
+        return eight_bit
+    return FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group to ``lr`` times its ``lr_scale``."""
+    for group in optimizer.param_groups:
+        value = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # compiled optimizers know it by its address
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _parts(tensor: Tensor) -> list[str]:
+    """Return the names of the plain tensors that a quantized one is made of; none of another."""
+    if type(tensor).__module__.startswith("torchao."):
+        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return names
+    return []
 
 
 def optimizer_tensors(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied."""
+    """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied.
+
+    Of a quantized tensor its parts, as ``<parameter name>/<key>/<part>``. What an optimizer has
+    not made yet (None) is left out.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
+        parameters = _parameters(optimizer)
         for index, state in optimizer.state_dict()["state"].items():
-            p = list(_parameters(optimizer))[index]
+            name = names[id(parameters[index])]
             for key, value in state.items():
-                tensors[f"{names[id(p)]}/{key}"] = torch.as_tensor(value)
+                if value is None:
+                    continue
+                whole = torch.as_tensor(value)
+                parts = {f"/{part}": getattr(whole, part) for part in _parts(whole)}
+                for part, tensor in (parts or {"": whole}).items():
+                    tensors[f"{name}/{key}{part}"] = tensor
     return tensors
 
 
@@ -107,16 +167,34 @@ def load_optimizer_tensors(
         KeyError: a tensor belongs to no parameter of these optimizers.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    unused = set(tensors)
+    of: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, key = full.partition("/")
+        of.setdefault(name, {})[key] = tensor
     for optimizer in optimizers:
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
-            prefix = f"{names[id(p)]}/"
-            mine = {k[len(prefix) :]: cut(v, p) for k, v in tensors.items() if k.startswith(prefix)}
-            unused -= {prefix + k for k in mine}
-            if mine:
-                state[index] = mine
+            if mine := of.pop(names[id(p)], None):
+                slices = {key: cut(tensor, p) for key, tensor in mine.items()}
+                state[index] = _whole(optimizer, p, slices)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if unused:
-        raise KeyError(f"optimizer state for unknown parameters: {sorted(unused)[:3]}")
+    if of:
+        raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
+
+
+def _whole(
+    optimizer: torch.optim.Optimizer, p: Tensor, saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the state of one parameter, quantized tensors put together from their parts."""
+    state = {key: tensor for key, tensor in saved.items() if "/" not in key}
+    for key in sorted({key.partition("/")[0] for key in saved if "/" in key}):
+        # torchao's optimizers make their buffers so at the first step; only the first is signed.
+        new: Any = getattr(optimizer, "_new_buffer", None)
+        buffer = new and new(p, signed=key == "exp_avg")
+        if buffer is None or not _parts(buffer):
+            raise KeyError(f"quantized optimizer state {key!r}, for which this optimizer has none")
+        for part in _parts(buffer):
+            getattr(buffer, part).copy_(saved[f"{key}/{part}"])
+        state[key] = buffer
+    return state

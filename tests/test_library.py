@@ -1,0 +1,355 @@
+"""The Trainer for models of one's own: exact losses, padding, resume, callbacks, transformers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
+
+import fasttrain
+from fasttrain import Callback, TrainConfig, Trainer
+from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
+
+V, T = 17, 6
+
+
+class Toy(nn.Module):
+    """The smallest model with dropout that maps tokens to logits."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(V, 8), nn.Linear(8, V)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.dropout(self.table(tokens).cumsum(1)))
+
+
+def config(**sections: dict[str, Any]) -> TrainConfig:
+    base: dict[str, dict[str, Any]] = {
+        "run": {"device": "cpu", "dtype": "fp32"},
+        "train": {"steps": 8},
+        "log": {"every_steps": 1},
+    }
+    return config_from_dict({k: base.get(k, {}) | sections.get(k, {}) for k in base | sections})
+
+
+def data(n: int = 24, seed: int = 0, padded: bool = False) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (n, T), generator=generator)
+    rows = [{"input_ids": row, "labels": row.clone()} for row in ids]
+    for index, row in enumerate(rows):
+        if padded:
+            row["attention_mask"] = (torch.arange(T) < 2 + index % (T - 1)).long()
+    return rows
+
+
+def toy(seed: int = 0, **options: Any) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(**options)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_package_gives_the_library() -> None:
+    for name in ("Trainer", "TrainConfig", "load_config", "train_loop", "diagnose"):
+        assert callable(getattr(fasttrain, name)), name
+    assert fasttrain.Trainer.__module__ == "fasttrain.library"
+
+
+def test_a_step_is_the_mean_over_all_target_tokens_however_they_are_batched() -> None:
+    """Batches of 2, 3 and 1 rows with padding, accumulated, equal one batch of 6 rows."""
+    rows = data(6, padded=True)
+    results = []
+    for sizes in ([6], [2, 3, 1]):
+        model = toy()
+        trainer = Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            config=config(train={"steps": 1, "max_grad_norm": None}),
+            accumulate=len(sizes),
+        )
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        batches = [
+            {k: torch.stack([row[k] for row in rows[a : a + n]]) for k in rows[0]}
+            for a, n in zip(starts, sizes, strict=True)
+        ]
+        trainer.train(batches)
+        results.append((trainer.metrics.values("loss")[0], weights(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_targets_shifted_already_and_labels_to_be_shifted_are_the_same() -> None:
+    ids = torch.stack([row["input_ids"] for row in data(4)])
+    shifted = torch.cat([ids[:, 1:], torch.full((4, 1), -100)], 1)
+    batches = [
+        {"input_ids": ids},
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": ids, "target_ids": shifted},
+    ]
+    losses = []
+    for batch in batches:
+        model = toy()
+        trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+        losses.append(trainer.evaluate([batch])["val_loss"])
+    reference = nn.functional.cross_entropy(
+        toy()(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    ).item()
+    assert losses == pytest.approx([reference] * 3, rel=1e-6)
+
+
+def test_criterion_with_an_ignore_index_of_its_own_and_metrics() -> None:
+    ids = torch.stack([row["input_ids"] for row in data(4)])
+    labels = ids.masked_fill(ids == 3, 0)
+    model = toy()
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        None,
+        nn.CrossEntropyLoss(ignore_index=0),
+        config(),
+        metrics={"accuracy": lambda logits, targets: (logits.argmax(-1) == targets).float().mean()},
+    )
+    # Batches of unlike numbers of targets: a mean of their means would be another.
+    result = trainer.evaluate([{"input_ids": ids[i : i + n], "labels": labels[i : i + n]}
+                               for i, n in ((0, 1), (1, 3))])  # fmt: skip
+    logits, targets = model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    expected = nn.functional.cross_entropy(logits, targets, ignore_index=0).item()
+    keep = targets != 0
+    right = (logits.argmax(-1) == targets)[keep].float().mean().item()
+    assert result["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["val_accuracy"] == pytest.approx(right, rel=1e-6)
+
+
+class Watcher(Callback):
+    """Keeps what it was told, and stops at a step."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.stop_at = stop_at
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.events.append(f"step {trainer.step}")
+        if trainer.step == self.stop_at:
+            trainer.stop()
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self.events.append(f"epoch {trainer.epoch}")
+
+    def on_evaluate(self, trainer: Trainer, result: dict[str, float]) -> None:
+        self.events.append(f"evaluate {sorted(result)}")
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        assert (path / "manifest.json").is_file()
+        self.events.append(f"checkpoint {path.name}")
+
+
+def test_callbacks_are_told_in_order_and_can_stop(tmp_path: Path) -> None:
+    model, watcher = toy(), Watcher(stop_at=5)
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        config=config(train={"steps": 100}, eval={"every_steps": 2}),
+        run_dir=tmp_path / "run",
+        callbacks=[watcher],
+    )
+    trainer.train(DataLoader(data(12), batch_size=4), DataLoader(data(4, seed=1), batch_size=2))
+    told = "evaluate ['val_loss', 'val_ppl']"
+    assert watcher.events == [
+        "step 1", told, "step 2", "step 3", "epoch 1", told, "step 4", "step 5", told,
+        "checkpoint step-00000005",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, stop_at: int) -> None:
+    """Shuffled data, dropout, Adam's moments, a schedule and averaged weights go on as they were.
+
+    Six batches an epoch in groups of two: step 4 is within an epoch, 7 in a later one.
+    """
+
+    def make(run: str, *callbacks: Callback) -> tuple[Toy, Trainer]:
+        model = toy(dropout=0.3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = StepLR(optimizer, 3, 0.5)
+        settings = config(train={"steps": 10, "ema_decay": 0.9}, log={"csv": True})
+        return model, Trainer(
+            model, optimizer, scheduler, None, settings,
+            run_dir=tmp_path / run, accumulate=2, callbacks=callbacks,
+        )  # fmt: skip
+
+    loader = DataLoader(data(24, padded=True), batch_size=4, shuffle=True)
+    straight_model, straight = make("straight")
+    straight.train(loader)
+    _, first = make("resumed", Watcher(stop_at=stop_at))
+    first.train(loader)
+    torch.manual_seed(99)
+    model, second = make("resumed")
+    torch.manual_seed(98)
+    second.load_checkpoint()
+    assert second.step == stop_at
+    second.train(loader)
+    assert torch.equal(weights(model), weights(straight_model))
+    for ours, theirs in zip(second.ema.averages, straight.ema.averages, strict=True):
+        assert torch.equal(ours, theirs)
+    lines = (tmp_path / "resumed/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, 11))
+    table = (tmp_path / "resumed/train.csv").read_text().splitlines()
+    assert len(table) == 11
+    assert straight.metrics.values("lr")[-1] == pytest.approx(1e-2 * 0.5**3)
+
+
+def test_train_epoch_returns_the_mean_loss_of_its_steps() -> None:
+    model = toy()
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-2), config=config())
+    loader = DataLoader(data(12), batch_size=4)
+    first, second = trainer.train_epoch(loader), trainer.train_epoch(loader)
+    assert (trainer.step, trainer.epoch) == (6, 2)
+    losses = trainer.metrics.values("loss")
+    assert [first, second] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    assert second < first
+
+
+def test_nonfinite_steps_are_skipped_or_stop() -> None:
+    class Broken(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(logits, targets) * (math.nan if self.calls == 2 else 1.0)
+
+    for policy in ("skip", "stop"):
+        model = toy()
+        trainer = Trainer(
+            model,
+            torch.optim.AdamW(model.parameters()),
+            None,
+            Broken(),
+            config(train={"steps": 3, "on_nonfinite": policy}),
+        )
+        if policy == "stop":
+            with pytest.raises(FloatingPointError, match="step 2"):
+                trainer.train(DataLoader(data(), batch_size=4))
+        else:
+            trainer.train(DataLoader(data(), batch_size=4))
+            assert trainer.skipped_steps == 1
+            assert torch.isfinite(weights(model)).all()
+
+
+def test_early_stopping_and_plateau_of_torch() -> None:
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)  # nothing ever improves
+    settings = config(train={"steps": 100}, eval={"every_steps": 1, "patience": 4})
+    trainer = Trainer(
+        model, optimizer, ReduceLROnPlateau(optimizer, patience=1, eps=0.0), None, settings
+    )
+    loader = DataLoader(data(8), batch_size=4)
+    metrics = trainer.train(loader, loader)
+    assert trainer.step == 5  # the first evaluation is the best, then four without a better one
+    assert optimizer.param_groups[0]["lr"] < 1e-30
+    assert metrics.summary()["steps"] == 5
+
+
+def test_max_grad_value_clips_each_element() -> None:
+    model = toy()
+    before = weights(model)
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        config=config(train={"steps": 1, "max_grad_norm": None, "max_grad_value": 1e-4}),
+    )
+    trainer.train(DataLoader(data(8), batch_size=8))
+    change = (weights(model) - before).abs().max().item()
+    assert change == pytest.approx(1e-4, rel=1e-2)
+
+
+def left_padded() -> dict[str, Tensor]:
+    ids = torch.ones(1, T, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": (torch.arange(T) > 2).long()[None]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"tokens": torch.ones(2, T)}, "needs input_ids"),
+        ({"input_ids": torch.ones(2, T).long(), "labels": torch.ones(2, T + 1)}, "labels has"),
+        (left_padded(), "padded on the left"),
+        ({"input_ids": torch.ones(2, T).long(), "pixels": torch.ones(2)}, "'pixels'"),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_said(batch: dict[str, Tensor], message: str) -> None:
+    model = toy()
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+    with pytest.raises(UserError, match=message):
+        trainer.train([batch])
+
+
+def test_what_is_wrong_with_model_or_config_is_said(tmp_path: Path) -> None:
+    model = nn.Embedding(V, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    flat = nn.Sequential(model, nn.Flatten())
+    with pytest.raises(UserError, match="must return logits"):
+        Trainer(flat, optimizer, config=config()).train([{"input_ids": torch.ones(2, T).long()}])
+    with pytest.raises(UserError, match="no batch"):
+        Trainer(model, optimizer, config=config()).train([])
+    run, log = RunConfig(device="cpu"), LogConfig()
+    with pytest.raises(UserError, match=r"train\.steps"):
+        Trainer(model, optimizer, config=TrainConfig(run=run, log=log, train=LoopConfig(hours=1)))
+    with pytest.raises(UserError, match="run_dir"):
+        Trainer(model, optimizer, config=config()).save_checkpoint()
+    unsaved = LambdaLR(optimizer, _Factor())
+    trainer = Trainer(model, optimizer, unsaved, None, config(), run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="state is not JSON"):
+        trainer.save_checkpoint()
+
+
+class _Factor:
+    """A schedule whose state is not JSON."""
+
+    def __init__(self) -> None:
+        self.state = {1, 2}
+
+    def __call__(self, step: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_transformers_models_train_with_padding(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        shape = {"vocab_size": V, "n_positions": T, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        )
+    else:
+        shape = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads))
+    rows = data(8, padded=True)
+    batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+    labels = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(**(batch | {"labels": labels})).loss.item()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trainer = Trainer(
+        model, optimizer, StepLR(optimizer, 10), None,
+        config(train={"steps": 30}), run_dir=tmp_path / "run",
+    )  # fmt: skip
+    trainer.train([batch], [batch])
+    losses = trainer.metrics.values("loss")
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+    trained = weights(model)
+    for p in model.parameters():
+        p.data.zero_()
+    trainer.load_checkpoint()
+    assert torch.equal(weights(model), trained)
