@@ -13,6 +13,7 @@ shapes on the CPU, as a rehearsal; nothing is kept of it.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -35,6 +36,9 @@ KERNEL_SUITES = (
     *("linear_cross_entropy", "cross_entropy", "rms_norm", "adamw"),
     *("swiglu", "rope", "muon"),
 )
+# What configures pytest for the tests, and what their conftest imports.
+TEST_PACKAGES = ("pytest", "xdist", "pytest_timeout", "hypothesis")
+TRAINER_PACKAGES = ("numpy", "tokenizers", "safetensors", "rich")
 # Tests that choose a device; those of the interpreter and the compiler alone do not need one here.
 NEEDS_DEVICE = re.compile(r"triton_device|is_available\(\)")
 NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)")
@@ -50,6 +54,7 @@ TINY_RUN = (
     ),
     *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
     *("model.bigram_vocab_size=none", "eval.prompts=[]", "eval.batch_size=512"),
+    *("schedule.context_tokens=[]", "eval.stride_tokens=none"),
 )
 
 
@@ -66,7 +71,7 @@ class Stage:
 
 def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
     """Return the seconds that a stage may take when ``left_s`` are left for it and all after it."""
-    kept = sum(stage.least_s for stage in stages[index + 1 :])
+    kept = sum(stage.least_s for stage in stages[index + 1 :] if not stage.skipped)
     return max(0.0, min(stages[index].limit_s, left_s - kept))
 
 
@@ -83,18 +88,21 @@ def device_tests() -> list[str]:
     return chosen
 
 
-def fp8_override() -> str | None:
-    """Return the override that makes the trainer multiply in fp8, or None: it offers none."""
-    from fasttrain.config import config_reference
+def missing(*modules: str) -> str:
+    """Return which of the packages a stage needs are not installed, as a reason; or nothing."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"needs {', '.join(absent)}" if absent else ""
 
-    rows = [line for line in config_reference().splitlines() if "fp8" in line]
-    for row in rows:
-        key = row.split("`")[1]
-        if key == "run.dtype":
-            return "run.dtype=fp8"
-        if "fp8" in key:
-            return f"{key}=true"
-    return None
+
+def fp8_obstacle() -> str:
+    """Return why the trainer cannot multiply in fp8 here, or nothing."""
+    import torch
+
+    from fasttrain.fp8 import HOPPER
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER:
+        return f"needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or newer"
+    return missing("torchao")
 
 
 def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
@@ -123,7 +131,8 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
     stages = [
         Stage(name="ceilings", command=(python, "-m", "benchmarks.gpu_device", *out),
               limit_s=40, least_s=20),
-        Stage(name="tests", command=tests, limit_s=100, least_s=60),
+        Stage(name="tests", command=tests, limit_s=100, least_s=60,
+              skipped=missing(*TEST_PACKAGES)),
     ]  # fmt: skip
     for suite in KERNEL_SUITES:
         options = ("--benchmark-only", *out)
@@ -131,18 +140,15 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
         bench = (*pytest, f"benchmarks/bench_{suite}.py", *options)
         large = "entropy" in suite
         stages.append(
-            Stage(name=f"kernel {suite}", command=bench, limit_s=60, least_s=25 if large else 15)
-        )
-    fp8 = fp8_override()
+            Stage(name=f"kernel {suite}", command=bench, limit_s=60, least_s=25 if large else 15,
+                  skipped=missing("pytest", "pytest_benchmark"))
+        )  # fmt: skip
     steps = [
-        ("gpt2-124m", "gpt2-124m bf16", "run.dtype=bf16"),
-        ("llama-1b", "llama-1b bf16", "run.dtype=bf16"),
-        ("llama-1b", "llama-1b fp8", fp8),
+        ("gpt2-124m", "gpt2-124m bf16", "run.dtype=bf16", ""),
+        ("llama-1b", "llama-1b bf16", "run.dtype=bf16", ""),
+        ("llama-1b", "llama-1b fp8", "run.fp8=true", fp8_obstacle()),
     ]
-    for config, name, override in steps:
-        if override is None:
-            stages.append(Stage(name=f"step {name}", skipped="the trainer offers no fp8"))
-            continue
+    for config, name, override, obstacle in steps:
         stages.append(
             Stage(
                 name=f"step {name}",
@@ -152,6 +158,7 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
                 ),
                 limit_s=110,
                 least_s=60 if "bf16" in name else 40,
+                skipped=obstacle,
             )
         )
     for peer, variable in (("nanogpt", "NANOGPT_DIR"), ("nanochat", "NANOCHAT_DIR")):
@@ -163,7 +170,10 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
         stages.append(Stage(name=f"peer {peer}", command=command, limit_s=90, least_s=35))
     overrides = BASE_RUN if cuda else TINY_RUN
     run = (python, "-m", "benchmarks.base_run", *overrides, *out)
-    stages.append(Stage(name="run base.toml", command=run, limit_s=90, least_s=45))
+    stages.append(
+        Stage(name="run base.toml", command=run, limit_s=150, least_s=45,
+              skipped=missing(*TRAINER_PACKAGES))
+    )  # fmt: skip
     return stages
 
 
@@ -273,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{machine['device']}, torch {machine['torch']}; figures go to {out or folder}")
         else:
             print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
+            # Threads that wait for each other on a busy machine take minutes for milliseconds.
+            os.environ["OMP_NUM_THREADS"] = "1"
         stages = plan(results, work, os.environ, cuda=cuda)
         if not cuda:
             stages = [replace(stage, limit_s=UNHURRIED * stage.limit_s) for stage in stages]

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_step configs/gpt2-124m.toml --name gpt2-124m --results DIR
 
-Random tokens come from a file through the trainer's loader. The figures are written after each
-part: a run that is cut off keeps what it had. A batch too large for the memory is halved.
+Random tokens come from a file through the trainer's loader. With fp8 too, MFU is of the peak
+of bf16. The figures are written after each part: a run that is cut off keeps what it had. A batch
+too large for the memory is halved.
 """
 
 import argparse
@@ -93,12 +94,12 @@ class Subject:
         )
         device = resolve_device(self.config.run.device)
         ceiling = measure.ceilings()["matmul_tflop_per_s"] * 1e12
-        known = ("bf16", "fp16", "tf32", "fp32")  # others are held to the peak of bf16
-        name = self.precision.name if self.precision.name in known else "bf16"
         return compared | {
             "tokens_per_s": {"fasttrain": rate},
             "mfu_of_measured_ceiling": rate * flops / ceiling,
-            "mfu_of_datasheet": metrics.mfu(rate, flops, metrics.peak_flops(device, name)),
+            "mfu_of_datasheet": metrics.mfu(
+                rate, flops, metrics.peak_flops(device, self.precision.name)
+            ),
             "peak_memory_gib": metrics.peak_memory_gib(device),
         }
 
@@ -147,7 +148,7 @@ def run(
             "parameters": subject.model.num_parameters(),
             "rows": rows,
             "seq_len": config.data.seq_len,
-            "precision": subject.precision.name,
+            "precision": "fp8" if subject.config.run.fp8 else subject.precision.name,
             "compile": subject.train_step.compile_mode,
             "first_three_steps_s": time.perf_counter() - started,
             "loss": loss,
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     if not torch.cuda.is_available():
-        overrides += [*TINY, "run.compile=off", "run.dtype=fp32"]
+        overrides += [*TINY, "run.compile=off", "run.dtype=fp32", "run.fp8=false"]
     suite = "step-" + store.slug(arguments.name)
     machine, ceilings = measure.machine(), measure.ceilings()
 

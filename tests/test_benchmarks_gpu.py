@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu, gpu_step, measure
 from benchmarks.base_run import figures
 from benchmarks.gpu import BUDGET_S, Stage, allowance, plan, run_all, run_stage
+from fasttrain.config import load_config
 
 
 def stage(code: str, *, limit_s: float = 20.0, least_s: float = 0.0, name: str = "a") -> Stage:
@@ -31,6 +32,32 @@ def test_all_stages_fit_nine_minutes(tmp_path: Path, cuda: bool) -> None:
         assert name in names
         left = {s.name: s.skipped for s in plan(tmp_path, tmp_path, {}, cuda=cuda)}
         assert variable in left[name]
+
+
+def test_a_missing_package_costs_the_stages_that_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = gpu.importlib.util.find_spec
+    absent = ("xdist", "pytest_benchmark", "torchao", "rich")
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    why = {s.name: s.skipped for s in plan(tmp_path, tmp_path, {}, cuda=True)}
+    assert why["tests"] == "needs xdist"
+    assert why["kernel cross_entropy"] == "needs pytest_benchmark"
+    assert why["step llama-1b fp8"] == "needs torchao"
+    assert why["run base.toml"] == "needs rich"
+    assert not any(why[name] for name in ("ceilings", "step gpt2-124m bf16", "step llama-1b bf16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "compute capability 9.0" in gpu.fp8_obstacle()
+
+
+@pytest.mark.parametrize("overrides", [gpu.BASE_RUN, gpu.TINY_RUN])
+def test_what_a_run_of_base_toml_is_given_fits_it(overrides: tuple[str, ...]) -> None:
+    path = Path(gpu.__file__).parent.parent / "configs" / "base.toml"
+    assert load_config(path, [*overrides]).train.steps in (2, 400)
 
 
 def test_a_stage_may_use_what_was_left_over_but_not_what_is_kept() -> None:
