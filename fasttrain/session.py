@@ -30,6 +30,7 @@ from fasttrain.device import (
 from fasttrain.distributed import (
     SharedError,
     World,
+    accumulation_steps,
     choose_mode,
     record_failure,
     start,
@@ -276,6 +277,8 @@ def _build(
             recorded["history"] = state["history"]
             if world.leads and (warning := torch_changed(state)):
                 folder.warn(warning)
+        unit = config.train.micro_batch * config.data.seq_len
+        accumulation_steps(config.train.tokens_per_step, unit, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     world = choose_mode(config.distributed, world, model.num_parameters(), device)

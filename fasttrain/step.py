@@ -152,6 +152,11 @@ class TrainStep:
                     f"distributed.mode = {world.mode!r}; use run.compile=auto"
                 )
             self.compile_mode = "blocks"
+        if config.run.fp8 and world.sharded:
+            raise UserError(
+                f"run.fp8 = true does not go with distributed.mode = {world.mode!r}; use "
+                "distributed.mode=ddp, or run.fp8=false"
+            )
         if config.run.fp8:
             multiply_in_fp8(model, device)
         prepare_blocks(

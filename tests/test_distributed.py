@@ -1,0 +1,191 @@
+"""Several ranks train as one: losses, samples, checkpoints, verdicts, stops."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain import checkpoint
+from tests import ranks, toy_trainer
+from tests.toy import write_config
+
+STEP = ["train.tokens_per_step=128", "train.micro_batch=2", "eval.sample_every_steps=none"]
+MODES = {"one": (1, "auto"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "fsdp4": (4, "fsdp")}
+N_STEPS = {"adamw": 50, "muon": 20}
+DROPOUT = "model.dropout=0.1"
+
+
+def every_run(config: Path) -> dict[str, dict[str, Any]]:
+    """Return all runs that the tests here look at, in the order in which they are made."""
+    runs: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, mode: str, *overrides: str, run: str = "", **more: Any) -> None:
+        size, kind = MODES[mode]
+        keys = [*STEP, f"run.name={run or name}", f"distributed.mode={kind}", *overrides]
+        runs[name] = {"size": size, "argv": [str(config), *keys], **more}
+
+    for optimizer in N_STEPS:
+        for mode in MODES:
+            steps = N_STEPS[optimizer]
+            add(f"{optimizer}-{mode}", mode, f"train.steps={steps}", f"optim.name={optimizer}")
+    # 250 samples in steps of 8: of the last step some rows are beyond the end.
+    for mode in ("one", "ddp2", "fsdp2"):
+        add(f"epoch-{mode}", mode, "train.steps=none", "train.epochs=1")
+    for mode in ("ddp2", "fsdp2"):
+        add(f"whole-{mode}", mode, DROPOUT)
+        add(f"cut-{mode}", mode, DROPOUT, "--stop-at-step=5")
+        add(f"resumed-{mode}", mode, DROPOUT, "--resume=auto", run=f"cut-{mode}")
+        kind = "full" if mode == "ddp2" else "selective"
+        keys = [DROPOUT, f"train.activation_checkpointing={kind}"]
+        add(f"checkpointed-{mode}", mode, *keys)
+    add("2", "ddp2", "--stop-at-step=4", run="elastic")
+    add("2-1", "one", "--resume=auto", "--stop-at-step=8", run="elastic")
+    add("2-1-2", "fsdp2", "--resume=auto", "--stop-at-step=10", run="elastic")
+    add("2-1-2-2", "ddp2", "--resume=auto", run="elastic")
+    add("2-1-2-2-one", "one")
+    for mode in ("ddp2", "fsdp2"):  # the second micro-batch of step 3
+        spoil = {"rank": 1, "calls": [6]}
+        add(f"bad-{mode}", mode, "train.steps=4", spoil=spoil)
+    add("hours", "ddp2", "train.steps=none", "train.hours=3e-4", "schedule.name=constant")
+    add("no folder", "ddp2", f"run.out_dir={config}")
+    add("three", "ddp2", "train.tokens_per_step=96")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, lock = ranks.once(tmp_path_factory, "distributed")
+    with lock:
+        if not (folder / "runs.json").exists():
+            ranks.run_all(folder, every_run(write_config(folder)), timeout_s=500)
+    return folder
+
+
+def losses(folder: Path, run: str) -> list[float]:
+    return [row["loss"] for row in toy_trainer.rows(folder / "runs" / run)]
+
+
+def rows_of(folder: Path, name: str) -> list[list[str]]:
+    """Return what was trained on at each step, by all ranks together."""
+    found = [ranks.result(folder, name, rank)["rows"] for rank in range(size_of(folder, name))]
+    return [sorted(chain(*parts)) for parts in zip(*found, strict=True)]
+
+
+def size_of(folder: Path, name: str) -> int:
+    size: int = json.loads((folder / "runs.json").read_text())[name]["size"]
+    return size
+
+
+def statuses(folder: Path, name: str) -> list[int]:
+    return [ranks.result(folder, name, r)["status"] for r in range(size_of(folder, name))]
+
+
+def tensors(folder: Path, run: str, step: int, *groups: str) -> dict[str, torch.Tensor]:
+    found = checkpoint.load(folder / "runs" / run / "checkpoints" / f"step-{step:08d}").tensors
+    return {k: v for k, v in found.items() if not groups or k.startswith(groups)}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("optimizer", list(N_STEPS))
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "fsdp4"])
+def test_all_ways_have_the_same_losses_and_samples(made: Path, optimizer: str, mode: str) -> None:
+    one, several = f"{optimizer}-one", f"{optimizer}-{mode}"
+    assert set(statuses(made, one) + statuses(made, several)) == {0}
+    expected = losses(made, one)
+    assert len(expected) == N_STEPS[optimizer]
+    assert losses(made, several) == pytest.approx(expected, abs=1e-5)
+    assert rows_of(made, several) == rows_of(made, one)
+    (expected_eval,), (eval_row,) = (
+        toy_trainer.rows(made / "runs" / name, "eval") for name in (one, several)
+    )
+    assert eval_row.pop("kind") == expected_eval.pop("kind") == "eval"
+    assert eval_row == pytest.approx(expected_eval, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_R20_an_epoch_whose_last_step_is_uneven(made: Path, mode: str) -> None:
+    expected, ours = "epoch-one", f"epoch-{mode}"
+    assert losses(made, ours) == pytest.approx(losses(made, expected), abs=1e-5)
+    rows, several = rows_of(made, expected), rows_of(made, ours)
+    assert several == rows
+    assert len(rows[-1]) < len(rows[0]) == 8  # some rows were beyond the end
+    last = ranks.result(made, ours, 1)["rows"][-1]
+    assert len(last) < len(ranks.result(made, ours, 0)["rows"][-1])  # unevenly over the ranks
+    step = len(rows)
+    assert_close(tensors(made, ours, step, "model"), tensors(made, expected, step, "model"), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_R1_a_resumed_run_ends_at_the_same_bits(made: Path, mode: str) -> None:
+    assert statuses(made, f"cut-{mode}") == [75, 75]
+    assert statuses(made, f"resumed-{mode}") == [0, 0]
+    whole, cut = tensors(made, f"whole-{mode}", 12), tensors(made, f"cut-{mode}", 12)
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
+    assert losses(made, f"cut-{mode}") == losses(made, f"whole-{mode}")
+    assert any("@1" in name for name in whole), "a rank draws its own random numbers"
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_activation_checkpointing_changes_no_bit(made: Path, mode: str) -> None:
+    ours, expected = f"checkpointed-{mode}", f"whole-{mode}"
+    assert losses(made, ours) == losses(made, expected)
+    found = [tensors(made, run, 12, "model") for run in (ours, expected)]
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+
+
+def test_R2_from_two_ranks_to_one_and_back_and_from_ddp_to_shards_and_back(made: Path) -> None:
+    legs = ("2", "2-1", "2-1-2", "2-1-2-2")
+    assert [statuses(made, leg)[0] for leg in legs] == [75, 75, 75, 0]
+    assert losses(made, "elastic") == pytest.approx(losses(made, "2-1-2-2-one"), abs=1e-5)
+    rows = list(chain.from_iterable(rows_of(made, leg) for leg in legs))
+    assert rows == rows_of(made, "2-1-2-2-one")
+    groups = ("model", "optimizer")
+    ours, expected = (tensors(made, run, 12, *groups) for run in ("elastic", "2-1-2-2-one"))
+    assert ours.keys() == expected.keys()
+    assert_close(ours, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_R18_what_is_not_finite_on_one_rank_is_skipped_by_all(made: Path, mode: str) -> None:
+    name = f"bad-{mode}"
+    assert statuses(made, name) == [0, 0]
+    rows = toy_trainer.rows(made / "runs" / name)
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1]
+    assert rows[2]["loss"] is None
+    digests = {ranks.result(made, name, rank)["digest"] for rank in range(2)}
+    assert len(digests) == (1 if mode == "ddp2" else 2)
+    assert all(row["loss"] for row in (rows[0], rows[1], rows[3]))
+
+
+def test_R11_all_ranks_stop_at_one_step_when_the_time_is_over(made: Path) -> None:
+    first, second = (ranks.result(made, "hours", rank) for rank in range(2))
+    assert (first["status"], second["status"]) == (0, 0)
+    assert first["step"] == second["step"] > 0
+    assert first["digest"] == second["digest"]
+    assert tensors(made, "hours", first["step"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no folder", ["error: cannot write to", "run.out_dir"]),
+        ("three", ["3 micro-batches of 32 tokens", "2 processes cannot share", "start 1 or 3"]),
+    ],
+)
+def test_R13_what_cannot_start_is_refused_by_all_and_told_once(
+    made: Path, name: str, words: list[str]
+) -> None:
+    assert statuses(made, name) == [2, 2]
+    outputs = [
+        (made / f"output-{rank}.txt").read_text().split(f"---- {name}\n")[1].split("----")[0]
+        for rank in range(2)
+    ]
+    assert all(word in outputs[0] for word in words), outputs
+    assert outputs[1].strip() == ""
