@@ -26,7 +26,7 @@ from fasttrain.data.loader import Loader
 
 N_TOKENS, VOCAB_SIZE = 100_000_000, 50_257
 BATCH, LENGTH = 64, 1024
-N_CALLS, ROUNDS = 100, 10  # calls in a timing: what was prefetched before it is 4 % of them
+N_CALLS, ROUNDS = 400, 10  # calls in a timing: what was prefetched before it is 4 % of them
 Tokens = np.memmap[Any, np.dtype[np.uint16]]
 
 
