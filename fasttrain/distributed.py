@@ -9,6 +9,8 @@ the training loop decides: it never waits for the device.
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from fasttrain.config import DistributedConfig, UserError
 
@@ -199,6 +203,9 @@ def start(config: DistributedConfig, device: torch.device) -> World:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            store=_fresh_store(world, patience),
+            rank=world.rank,
+            world_size=world.size,
             timeout=patience,
             device_id=own if own.type == "cuda" else None,
         )
@@ -211,6 +218,35 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
         ) from error
     return replace(world, control=control)
+
+
+def _fresh_store(world: World, patience: timedelta) -> Store:
+    """Return a store that all ranks share and that holds nothing yet.
+
+    Processes that torchrun starts again find in its store what those before them wrote, such as
+    addresses that nobody listens at any more. So rank 0 thinks of a new name, and tells it in
+    answer to what each rank has just thought of.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=patience))
+    word = secrets.token_hex(8)
+    if not world.leads:
+        store.set(f"fasttrain/{world.rank}", word)
+        name = store.get(f"fasttrain/{word}").decode()
+        store.add(f"{name}/met", 1)
+        return PrefixStore(name, store)
+    name = f"fasttrain/{word}"
+    answered: dict[int, bytes] = {}
+    deadline = time.monotonic() + patience.total_seconds()
+    while store.add(f"{name}/met", 0) < world.size - 1:
+        for rank in range(1, world.size):
+            key = f"fasttrain/{rank}"
+            if store.check([key]) and (said := store.get(key)) != answered.get(rank):
+                store.set(f"fasttrain/{said.decode()}", name)
+                answered[rank] = said
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("not all of them came")
+        time.sleep(0.01)
+    return PrefixStore(name, store)
 
 
 def _first_line(error: BaseException) -> str:
