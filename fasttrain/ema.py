@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 
 from fasttrain.config import UserError
+from fasttrain.slices import cut
 
 __all__ = ["Ema"]
 
@@ -29,8 +31,10 @@ class Ema:
         self.decay = decay
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and decay]
         self.names = [name for name, _ in named]
-        self.parameters = [p.detach() for _, p in named]
-        self.averages = [p.clone() for p in self.parameters]
+        self._sources = [p.detach() for _, p in named]
+        self.averages = [p.clone() for p in self._sources]  # spread over ranks as they are
+        self._local = [local_tensor(p) for p in self._sources]
+        self._local_averages = [local_tensor(p) for p in self.averages]
         self._held: list[Tensor] | None = None  # the parameters, while the average is in use
 
     @torch.no_grad()
@@ -40,7 +44,7 @@ class Ema:
         A step that was skipped left them as they were, and finite.
         """
         if self.decay is not None:
-            torch._foreach_lerp_(self.averages, self.parameters, 1.0 - self.decay)
+            torch._foreach_lerp_(self._local_averages, self._local, 1.0 - self.decay)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -51,12 +55,12 @@ class Ema:
         if self.decay is None or self._held is not None:
             yield
             return
-        self._held = [p.clone() for p in self.parameters]
-        torch._foreach_copy_(self.parameters, self.averages)
+        self._held = [p.clone() for p in self._sources]
+        torch._foreach_copy_(self._local, self._local_averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self.parameters, self._held)
+            torch._foreach_copy_(self._local, [local_tensor(p) for p in self._held])
             self._held = None
 
     def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -82,7 +86,7 @@ class Ema:
             return
         if saved and set(saved) != set(self.names):
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
-        sources = [saved[name] for name in self.names] if saved else self.parameters
+        sources = [saved[name] for name in self.names] if saved else self._sources
         with torch.no_grad():
             for average, source in zip(self.averages, sources, strict=True):
-                average.copy_(source)
+                average.copy_(cut(source, average))

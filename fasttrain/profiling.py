@@ -16,16 +16,17 @@ class StepProfiler:
     """Writes ``trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
 
     Args:
-        folder: where to; made when the steps are over.
+        run_dir: in its folder ``profile``, made when the steps are over; None: nothing is done.
         steps: first and last step, counted from 1; empty: nothing is done.
         device: what is profiled beside the CPU.
 
     Numerics: none; profiled steps are slower.
     """
 
-    def __init__(self, folder: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
-        self.folder, self.device = folder, device
-        self.first, self.last = steps if folder is not None and steps else (0, 0)
+    def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
+        self.device = device
+        self.first, self.last = steps if run_dir is not None and steps else (0, 0)
+        self.folder = run_dir / "profile" if run_dir is not None else None
         self._profiler: Any = None
 
     @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fasttrain import metrics
-from fasttrain.jsonl import JsonlLogger
 from fasttrain.log_file import LogFile
 from fasttrain.model import flops_constants
 from fasttrain.redact import redact
+from fasttrain.sharding import gathered
+from fasttrain.sinks import Sinks
 
 if TYPE_CHECKING:
     from fasttrain.step import Numbers
@@ -27,9 +28,9 @@ class Reporter:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.jsonl: JsonlLogger | None = None
+        self.sinks: Sinks | None = None
         if trainer.run_dir is not None and trainer.world.leads:
-            self.jsonl = JsonlLogger(trainer.run_dir / "metrics.jsonl")
+            self.sinks = Sinks(trainer.config, trainer.run_dir)
         self.ema = metrics.LossTracker()
         constants = flops_constants(trainer.model)
         seq_len = trainer.config.data.seq_len
@@ -65,22 +66,31 @@ class Reporter:
         if self.first_line:
             row["first_step_s"] = trainer.first_step_s
             self.first_line = False
-        if self.jsonl:
-            self.jsonl.write("train", row)
+        if self.sinks:
+            self.sinks.write("train", row)
         if trainer.console:
             trainer.console.train(row)
 
     def evaluation(self, result: dict[str, float | None]) -> None:
         """Write the result of an evaluation."""
         row = {"step": self.trainer.step_count, **result}
-        if self.jsonl:
-            self.jsonl.write("eval", row)
+        if self.sinks:
+            self.sinks.write("eval", row)
         if self.trainer.console:
             self.trainer.console.evaluation(row)
 
-    def sample(self, prompt: str, text: str) -> None:
-        """Write what the model made of a prompt."""
-        trainer = self.trainer
+    def sample(self) -> None:
+        """Let the model go on from the next of the prompts, and write what it made of it."""
+        trainer, every = self.trainer, self.trainer.config.eval.sample_every_steps
+        assert trainer.sampler is not None
+        trainer.model.eval()
+        opened, measured = trainer.guard.opened(), trainer.account.measure("sample")
+        averaged, whole = trainer.ema.in_use(), gathered(trainer.model, trainer.world)
+        with averaged, opened, measured, whole:
+            prompt, text = trainer.sampler(
+                trainer.model, trainer.step_count // every if every else 0
+            )
+        trainer.model.train()
         if trainer.console:
             trainer.console.sample(trainer.step_count, prompt, text)
         if trainer.run_dir and trainer.world.leads:
@@ -95,5 +105,5 @@ class Reporter:
 
     def close(self) -> None:
         """Close the files."""
-        if self.jsonl:
-            self.jsonl.close()
+        if self.sinks:
+            self.sinks.close()

@@ -98,6 +98,7 @@ class Saver:
             "trained_s": trainer.trained_s,
             "best_val_loss": best if math.isfinite(best) else None,
             "loss_ema": trainer.reporter.ema.value,
+            "val_losses": trainer.val_losses,
             "faults": trainer.recovery.policy.state(),
             "torch": torch.__version__,
             **trainer.recorded,
@@ -160,8 +161,9 @@ class Saver:
         best = state["best_val_loss"]
         trainer.best_val_loss = math.inf if best is None else best
         trainer.reporter.ema.value = state["loss_ema"]
-        if trainer.reporter.jsonl:
-            trainer.reporter.jsonl.drop_after(trainer.step_count)
+        trainer.val_losses = state.get("val_losses", [])
+        if trainer.reporter.sinks:
+            trainer.reporter.sinks.drop_after(trainer.step_count)
 
     def close(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed.

@@ -56,8 +56,7 @@ def collect(
     """Return all tensors that a run needs to go on, by group, not copied."""
     rng = rng_of_rank(rng_state(train_step.loss.device), rank)
     # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
-    return {
-        "model": model.state_dict(),
+    return train_step.ema.groups(model.state_dict()) | {
         "optimizer": optimizer_tensors(model, optimizers),
         "trainer": train_step.state() | rng,
     }
@@ -85,6 +84,7 @@ def restore(
         raise UserError(
             f"{checkpoint.path}: the checkpoint is of another model: {reason}"
         ) from error
+    train_step.ema.load(checkpoint.group("ema"))
     rest = checkpoint.group("trainer")
     _restore_rng_of_rank(rest, train_step.loss.device, rank)
     train_step.load(rest)

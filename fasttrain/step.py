@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
+from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 from torch.distributed import Work
 
@@ -21,8 +22,10 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
 from fasttrain.distributed import World
+from fasttrain.ema import Ema
 from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.model import Transformer
+from fasttrain.optim import set_lr
 from fasttrain.sharding import replicate, set_gradient_sync
 from fasttrain.spikes import SpikeWindow
 from fasttrain.timing import StepClock
@@ -134,6 +137,8 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.precision = precision
         self.max_grad_norm = config.train.max_grad_norm
+        self.max_grad_value = config.train.max_grad_value
+        self.ema = Ema(model, config.train.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.criterion = criterion or linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
@@ -211,11 +216,15 @@ class TrainStep:
         clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
             clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
+        if self.max_grad_value is not None:  # of what the optimizers will see, times clip
+            limit = self.max_grad_value / clip
+            for grad in grads:
+                local_tensor(grad).clamp_(-limit, limit)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+            set_lr(optimizer, lr)
             self._update(optimizer, clip, bad)
             optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict == SPIKE, 0.0, bad)
             torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)

@@ -26,11 +26,11 @@ from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
 from fasttrain.lockstep import Lockstep
 from fasttrain.loggers import Console
 from fasttrain.model import Transformer
+from fasttrain.profiling import StepProfiler
 from fasttrain.recovery import Recovery
 from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
-from fasttrain.schedule import context_at, lr_at
-from fasttrain.sharding import gathered
+from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
 from fasttrain.step import Criterion, TrainStep
 from fasttrain.timing import TimeAccount
 
@@ -99,8 +99,11 @@ class Trainer:
             criterion=criterion,
             world=world,
         )
+        self.ema = self.train_step.ema
         self.guard = StateGuard(self.device)
         self.train_step.before_update = self.guard.close
+        profiled = config.log.profile_steps if world.leads else ()
+        self.profiler = StepProfiler(run_dir, profiled, self.device)
         self.reporter = Reporter(self)
         self.saver = Saver(self)
         self.writer = self.saver.writer
@@ -121,6 +124,7 @@ class Trainer:
         self.trained_s = 0.0  # seconds inside steps, over all sessions of the run
         self.first_step_s: float | None = None  # compilation included
         self.best_val_loss = math.inf
+        self.val_losses: list[float] = []  # of all evaluations of the run
         self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
         self.eval_due = False  # of this very step: begun, and not yet done
         self.stop_at: int | None = None
@@ -248,7 +252,8 @@ class Trainer:
         context = context_at(self.step_count, self._horizon(), self.config.schedule, seq_len)
         if context < seq_len:
             batches = [batch.cut(context) for batch in batches]
-        self.train_step(batches, self.last_lr)
+        with self.profiler.step(self.step_count + 1):
+            self.train_step(batches, self.last_lr)
         wait_s = self.train_loader.wait_s - waited
         self.step_count += 1
         self.recovery.advance()
@@ -264,7 +269,9 @@ class Trainer:
         """Return the learning rate of the step to come."""
         if self.scheduler is not None:
             return self.scheduler(self.step_count)
-        return lr_at(self.step_count, self._horizon(), self.config.schedule, self.config.optim.lr)
+        config, schedule = self.config, self.config.schedule
+        k = n_plateaus(self.val_losses, schedule.plateau_evals, config.eval.min_change)
+        return lr_at(self.step_count, self._horizon(), schedule, config.optim.lr, n_plateaus=k)
 
     def _horizon(self) -> int:
         """Return the number of steps; before train.hours has been measured, the end is far away."""
@@ -281,6 +288,9 @@ class Trainer:
             total = self.step_count + int(self._left_s() * pace.n_steady / pace.steady_s)
             self.total_steps = self.world.share(total)
         if self.lockstep.time_over or (self.world.size == 1 and self._left_s() <= 0):
+            return True
+        patience, min_change = self.config.eval.patience, self.config.eval.min_change
+        if patience is not None and n_stale(self.val_losses, min_change) >= patience:
             return True
         end = self.train_loader.end
         if end is not None and self.position >= end:
@@ -301,7 +311,7 @@ class Trainer:
             self.saver.save_once()
         samples = self._due(config.eval.sample_every_steps) or last
         if self.sampler and samples and not self.eval_due:
-            self._sample()
+            self.reporter.sample()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -345,7 +355,7 @@ class Trainer:
             raise UserError("there is no validation split to evaluate on; give the Trainer one")
         gc.collect()
         self.eval_due = True
-        with self.guard.opened(), self.account.measure("eval"):
+        with self.ema.in_use(), self.guard.opened(), self.account.measure("eval"):
             self.last_eval = evaluate(
                 self.model,
                 self.val_dataset,
@@ -363,18 +373,9 @@ class Trainer:
         if self.eval_due:  # it was cut off: it is made up for when the run goes on
             return {}
         self.reporter.evaluation(self.last_eval)
-        self.best_val_loss = min(self.best_val_loss, self.last_eval["val_loss"] or math.inf)
+        self.val_losses.append(self.last_eval["val_loss"] or math.inf)
+        self.best_val_loss = min(self.best_val_loss, self.val_losses[-1])
         return self.last_eval
-
-    def _sample(self) -> None:
-        assert self.sampler is not None
-        every = self.config.eval.sample_every_steps
-        self.model.eval()
-        opened, measured = self.guard.opened(), self.account.measure("sample")
-        with opened, measured, gathered(self.model, self.world):
-            prompt, text = self.sampler(self.model, self.step_count // every if every else 0)
-        self.model.train()
-        self.reporter.sample(prompt, text)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

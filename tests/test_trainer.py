@@ -196,7 +196,7 @@ def test_R1_resuming_continues_the_very_same_trajectory(
         run_dir.mkdir()
         checkpoint = tmp_path / f"saved/checkpoints/step-{at:08d}"
         resumed = toy_trainer.resume(config, checkpoint)
-        resumed.reporter.jsonl = JsonlLogger(run_dir / "metrics.jsonl")
+        resumed.reporter.sinks = JsonlLogger(run_dir / "metrics.jsonl")
         _open.append(resumed)
         assert resumed.step_count == at
         assert resumed.fit() == "done"
