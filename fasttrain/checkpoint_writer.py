@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
-from fasttrain.checkpoint_files import CheckpointError, Snapshot, verify
+from fasttrain.checkpoint_files import CheckpointError, verify
 from fasttrain.checkpoint_ranks import Ranks, own_slices
+from fasttrain.checkpoint_snapshot import Snapshot
 from fasttrain.slices import Slice
 
 __all__ = ["CheckpointWriter"]
@@ -246,11 +247,7 @@ class CheckpointWriter:
         self._ranks.enter(save.partial)
         names = self._file_names(save)
         files = {
-            name: disk.write_file(
-                save.partial / name,
-                self._snapshots[stem].header,
-                self._snapshots[stem].buffer.numpy(),
-            )
+            name: disk.write_file(save.partial / name, self._snapshots[stem].content.numpy())
             for stem, name in names.items()
         }
         slices = {

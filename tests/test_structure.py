@@ -35,7 +35,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"checkpoint_files", "checkpoint_listing", "checkpoint_ranks", "checkpoint_writer"},
         {"torch", "safetensors", "numpy"},
     ),
-    "checkpoint_writer": (CONFIG | {"checkpoint_files", "checkpoint_ranks", "slices"}, {"torch"}),
+    "checkpoint_writer": (
+        CONFIG | {"checkpoint_files", "checkpoint_ranks", "checkpoint_snapshot", "slices"},
+        {"torch"},
+    ),
+    "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_listing": (CONFIG | {"checkpoint_files"}, set()),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),

@@ -1,0 +1,70 @@
+"""The tensors of a checkpoint as they were at one moment, in host memory, laid out as a file."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain import checkpoint_files as disk
+
+__all__ = ["Snapshot"]
+
+_FINITE_CHUNK = 32_767  # elements: one under the size from which torch starts more threads
+
+
+class Snapshot:
+    """One group of tensors in a reused host buffer, laid out as its safetensors file."""
+
+    def __init__(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
+        self.signature = self.describe(tensors)
+        # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
+        self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+        entries: dict[str, Any] = {}
+        end = 0
+        for name in self.names:
+            tensor, begin = tensors[name], end
+            if tensor.dtype not in disk.DTYPE_NAMES:
+                raise disk.CheckpointError(
+                    f"checkpoint: {stem}.{name} has dtype {tensor.dtype}, which safetensors does "
+                    "not hold; convert it before saving"
+                )
+            end += tensor.numel() * tensor.element_size()
+            entries[name] = {
+                "dtype": disk.DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        header = len(text).to_bytes(8, "little") + text
+        self.cuda = any(t.is_cuda for t in tensors.values())
+        size = len(header) + end
+        room = torch.empty(size + disk.PAGE, dtype=torch.uint8, pin_memory=self.cuda)
+        self.content = room[-room.data_ptr() % disk.PAGE :][:size]  # all of the file
+        self.content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.buffer = self.content[len(header) :]
+        self.views = [
+            self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
+            for n, t in ((n, tensors[n]) for n in self.names)
+        ]
+
+    @staticmethod
+    def describe(tensors: Mapping[str, Tensor]) -> object:
+        return [(n, t.dtype, t.shape, t.is_cuda) for n, t in sorted(tensors.items())]
+
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, view in zip(self.names, self.views, strict=True):
+            view.copy_(tensors[name].detach(), non_blocking=self.cuda)
+
+    def first_nonfinite(self) -> str | None:
+        for name, view in zip(self.names, self.views, strict=True):
+            if not view.is_floating_point():
+                continue
+            for part in torch.split(view.flatten(), _FINITE_CHUNK):
+                values = part.float() if part.element_size() == 1 else part
+                if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(values)):
+                    return name
+        return None
