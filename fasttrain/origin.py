@@ -1,14 +1,28 @@
 """Where a new run starts other than at random: another run's parameters, or all of its state."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, load_config
 
-__all__ = ["BRANCH_MAY_CHANGE", "decaying_from", "saved_parameters", "settle_branch", "start_from"]
+if TYPE_CHECKING:
+    from fasttrain.trainer import Trainer
+
+__all__ = [
+    "BRANCH_MAY_CHANGE",
+    "begin_branch",
+    "decaying_from",
+    "saved_parameters",
+    "settle_branch",
+    "start_from",
+]
 
 # Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
 BRANCH_MAY_CHANGE = (
@@ -84,11 +98,6 @@ def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
             f"--decay-from {source}: holds parameters but no run; use model.init_from={source}"
         )
     step = state["step"]
-    if config.train.steps is not None and config.train.steps <= step:
-        raise UserError(
-            f"--decay-from {source}: it is at step {step}, and train.steps = {config.train.steps} "
-            "ends there; raise train.steps to where the branch is to end"
-        )
     return replace(config, schedule=replace(config.schedule, decay_start_step=step))
 
 
@@ -98,3 +107,21 @@ def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
     if begun is None or config.schedule.decay_start_step is not None:
         return config
     return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
+
+
+def begin_branch(trainer: Trainer, source: Path) -> None:
+    """Make a trainer that has loaded ``source`` a run of its own: what was best there is not here.
+
+    Raises:
+        UserError: its horizon does not lie after the checkpoint.
+    """
+    step, end = trainer.step_count, trainer.total_steps
+    if end is not None and end <= step:
+        trainer.close()
+        raise UserError(
+            f"--decay-from {source}: it is at step {step}, and this config ends at step {end}; "
+            "set train.steps to where the branch is to end, counted from the run's first step"
+        )
+    trainer.best_val_loss, trainer.val_losses = math.inf, []
+    trainer.eval_due, trainer.saver.saved_at = False, None
+    trainer.trained_s = 0.0

@@ -22,7 +22,7 @@ __all__ = ["Change", "check_resumable", "data_facts", "torch_changed"]
 
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
-    *("run.name", "run.out_dir", "run.device", "run.threads"),
+    *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     *("data.path", "data.prefetch", "data.cache_dir", "eval.", "checkpoint.", "log."),
     *("distributed.", "train.activation_checkpointing"),
 )

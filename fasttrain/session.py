@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from fasttrain_kernels import Muon
 
-from fasttrain import checkpoint
+from fasttrain import checkpoint, origin
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
@@ -46,6 +46,7 @@ from fasttrain.resume import check_resumable, data_facts, torch_changed
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import shard
 from fasttrain.signals import StopSignals, end_at_once, interruptible
+from fasttrain.sinks import check_packages
 from fasttrain.summary import show_end, show_start
 from fasttrain.trainer import Outcome, Sampler, Trainer
 
@@ -67,6 +68,7 @@ def run(
     resume: str | None = None,
     stop_at_step: int | None = None,
     allow_change: Sequence[str] = (),
+    decay_from: str | None = None,
 ) -> int:
     """Train as ``config`` says and return the exit status.
 
@@ -78,13 +80,21 @@ def run(
         stop_at_step: end there with a checkpoint.
         allow_change: keys that may differ from the resumed run's, beyond those that change no
             number.
+        decay_from: a run or checkpoint folder: a new run that goes on from there, decaying.
 
     Raises:
         UserError: something is missing or does not fit; nothing was overwritten.
         Interrupted: a signal came before the first step; nothing was overwritten.
     """
     try:
-        return _run(config, name, resume, stop_at_step, allow_change)
+        if decay_from is None:
+            return _run(config, name, resume, stop_at_step, allow_change)
+        if resume is not None:
+            raise UserError("--decay-from begins a new run: leave --resume out")
+        branch_of = checkpoint.resolve(Path(decay_from))
+        config = origin.decaying_from(config, branch_of)
+        allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
+        return _run(config, name, resume, stop_at_step, allow_change, branch_of)
     except SharedError:  # rank 0 raises what the command line prints
         return EXIT_BAD_INPUT
 
@@ -95,6 +105,7 @@ def _run(
     resume: str | None,
     stop_at_step: int | None,
     allow_change: Sequence[str],
+    branch_of: Path | None = None,
 ) -> int:
     started = time.perf_counter()
     with interruptible():
@@ -113,10 +124,13 @@ def _run(
         keep_compiled(cache_folder(cache_dir) / "compiled")
         if resolve_compile(config.run, device, config.model.n_layers) == "off":
             spare_compiler()
+        check_packages(config)
         folder = RunFolder(config, name, resume, world)
     try:
         with interruptible():
-            trainer = _build(config, world, folder, allow_change)
+            if folder.source is not None:
+                config = origin.settle_branch(config, folder.source)
+            trainer = _build(config, world, folder, allow_change, branch_of)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.step_count:
                     raise UserError(
@@ -260,9 +274,13 @@ def _settled(
 
 
 def _build(
-    config: TrainConfig, world: World, folder: RunFolder, allow_change: Sequence[str]
+    config: TrainConfig,
+    world: World,
+    folder: RunFolder,
+    allow_change: Sequence[str],
+    branch_of: Path | None = None,
 ) -> Trainer:
-    run_dir, source = folder.path, folder.source
+    run_dir, source = folder.path, folder.source or branch_of
     for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
         with world.failing_together():
             if (world.local_rank == 0) is first_of_node:
@@ -281,6 +299,9 @@ def _build(
         accumulation_steps(config.train.tokens_per_step, unit, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
+    with world.failing_together():
+        if config.model.init_from is not None and source is None:
+            origin.start_from(model, config.model.init_from)
     world = choose_mode(config.distributed, world, model.num_parameters(), device)
     compute = resolve_precision(config.run.dtype, device).compute
     if config.run.fp8:  # before parameters lie in shards
@@ -295,7 +316,7 @@ def _build(
             n_bytes = _checkpoint_bytes(model, optimizers)
             check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
         if train.tokenizer_path is not None:
-            if source is None and world.leads:
+            if folder.source is None and world.leads:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
             sampler = _sampler(config, train.tokenizer_path, device)
         loader = Loader(
@@ -330,6 +351,8 @@ def _build(
     )
     if source is not None:
         trainer.load_checkpoint(source)
+    if folder.source is None and branch_of is not None:
+        origin.begin_branch(trainer, branch_of)
     if world.leads:
         (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")
     return trainer

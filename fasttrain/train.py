@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         "or checkpoint folder",
     )
     parser.add_argument(
+        "--decay-from",
+        metavar="PATH",
+        help="a new run that goes on from a run or checkpoint folder, its learning rate (of "
+        "schedule.name=wsd) decaying from there to the end that this config names",
+    )
+    parser.add_argument(
         "--stop-at-step",
         type=int,
         metavar="N",
@@ -93,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resume=arguments.resume,
             stop_at_step=arguments.stop_at_step,
             allow_change=arguments.allow_change,
+            decay_from=arguments.decay_from,
         )
     except UserError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
