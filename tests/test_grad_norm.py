@@ -52,6 +52,11 @@ def test_mixed_dtypes_strides_and_alignment(path: torch.device) -> None:
     assert_matches(tensors, 2.0)
 
 
+def test_equal_sizes_of_other_alignment(path: torch.device) -> None:
+    """Launched apart, they must not share a table of addresses."""
+    assert_matches([torch.full((100,), 2.0, device=path), torch.ones(101, device=path)[1:]], 1.0)
+
+
 @settings(max_examples=20)
 @given(
     numels=st.lists(st.integers(0, 20_000), min_size=1, max_size=5),

@@ -261,10 +261,10 @@ def test_no_gradient_is_computed_in_evaluation(device, monkeypatch):
     )
     hidden = torch.randn(3, 8, device=device, requires_grad=True)
     weight = torch.randn(21, 8, device=device)
-    targets = torch.zeros(3, dtype=torch.long, device=device)
+    targets = torch.tensor([0, 0, 0], device=device)
     with torch.no_grad():
-        linear_cross_entropy(hidden, weight, targets)
-    linear_cross_entropy(hidden, weight, targets)
+        linear_cross_entropy(hidden, weight, targets, max_chunk_mib=1)
+    linear_cross_entropy(hidden, weight, targets, max_chunk_mib=1)
     assert wanted == [(False, False, False), (True, False, False)]
 
 
@@ -298,9 +298,9 @@ def test_eager_and_the_registered_op_are_one(shape):
     torch.manual_seed(7)
     operands = [torch.randn(shape[0], 8), torch.randn(shape[1], 8), torch.randn(shape[1])]
     targets = torch.randint(0, shape[1], (shape[0],))
-    eager = outputs(linear_cross_entropy, operands, targets)
+    eager = outputs(linear_cross_entropy, operands, targets, max_chunk_mib=112)
     with FlopCounterMode(display=False):  # anything that watches the dispatcher
-        registered = outputs(linear_cross_entropy, operands, targets)
+        registered = outputs(linear_cross_entropy, operands, targets, max_chunk_mib=112)
     plain = outputs(linear_cross_entropy_reference, operands, targets)
     assert all(torch.equal(a, b) for a, b in zip(eager, registered, strict=True))
     torch.testing.assert_close(eager, plain, rtol=1e-5, atol=1e-6)
@@ -309,7 +309,7 @@ def test_eager_and_the_registered_op_are_one(shape):
 def test_a_second_derivative_is_refused():
     hidden = torch.randn(3, 8, requires_grad=True)
     weight = torch.randn(21, 8, requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]))
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]), max_chunk_mib=1)
     (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
@@ -328,13 +328,14 @@ def test_opcheck(device, reduce):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph(device, backend):
+@pytest.mark.parametrize("mib", [None, SMALL_CHUNK], ids=["at once", "in chunks"])
+def test_compiles_to_one_graph(device, backend, mib):
     torch.manual_seed(7)
     hidden, weight = torch.randn(6, 8, device=device), torch.randn(33, 8, device=device)
     targets = torch.randint(0, 33, (6,), device=device)
 
     def step(h: Tensor, w: Tensor) -> Tensor:
-        return linear_cross_entropy(h * 2, w, targets, reduction="sum") / 3
+        return linear_cross_entropy(h * 2, w, targets, reduction="sum", max_chunk_mib=mib) / 3
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
@@ -347,8 +348,7 @@ def test_compiles_to_one_graph(device, backend):
 
 def test_samples_of_torch(device):
     """PyTorch's own sample inputs, loss and gradients, as far as they have class indices."""
-    infos = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
-    if not infos:
+    if not (infos := [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]):
         pytest.skip(f"torch {torch.__version__} has no linear_cross_entropy")
     every = 5 if use_triton(torch.empty(0, device=device)) else 1  # 0.1 s each when interpreted
     seen = 0
