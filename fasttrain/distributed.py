@@ -31,6 +31,7 @@ __all__ = [
     "World",
     "accumulation_steps",
     "choose_mode",
+    "preferred_mode",
     "record_failure",
     "start",
     "steady",
@@ -60,6 +61,7 @@ class World:
         why: of the mode, in words.
         mesh: the device mesh of the mode; None for ``single``.
         control: the hosts' group; None for ``single``.
+        store: names and values that all ranks see; None for ``single``.
     """
 
     rank: int = 0
@@ -70,6 +72,7 @@ class World:
     why: str = ""
     mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
+    store: Store | None = None
 
     @property
     def leads(self) -> bool:
@@ -201,9 +204,10 @@ def start(config: DistributedConfig, device: torch.device) -> World:
     patience = timedelta(seconds=config.init_timeout_s)
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        store = _fresh_store(world, patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-            store=_fresh_store(world, patience),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=patience,
@@ -217,7 +221,7 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             "same command, reaches that host and port, and names its network with "
             "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
         ) from error
-    return replace(world, control=control)
+    return replace(world, control=control, store=store)
 
 
 def _fresh_store(world: World, patience: timedelta) -> Store:
@@ -325,17 +329,7 @@ def choose_mode(
     """
     if world.size == 1:
         return world
-    mode, reason = config.mode, f"distributed.mode = {config.mode}"
-    if mode == "auto":
-        need = DDP_BYTES_PER_PARAMETER * n_parameters
-        memory = _device_memory(device)
-        if device.type != "cuda":
-            memory //= world.local_size
-        fits = need <= DDP_PART_OF_MEMORY * memory
-        mode = "ddp" if fits else "fsdp"
-        gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
-        reason = f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
-        reason += f"{memory / 2**30:.1f} GiB"
+    mode, reason = preferred_mode(config, world.local_size, n_parameters, device)
     kind = device.type
     if mode != "hsdp":
         mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
@@ -350,6 +344,32 @@ def choose_mode(
         shape = (world.size // inner, inner)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     return replace(world, mode=mode, why=reason, mesh=mesh)
+
+
+def preferred_mode(
+    config: DistributedConfig, local_size: int, n_parameters: int, device: torch.device
+) -> tuple[str, str]:
+    """Return ``distributed.mode``, settled where it is ``auto``, and why.
+
+    Args:
+        config: the ``[distributed]`` section.
+        local_size: ranks on a node, which share a CPU's memory.
+        n_parameters: of the whole model.
+        device: of a rank.
+    """
+    if config.mode != "auto":
+        return config.mode, f"distributed.mode = {config.mode}"
+    need = DDP_BYTES_PER_PARAMETER * n_parameters
+    memory = _device_memory(device)
+    if device.type != "cuda":
+        memory //= local_size
+    fits = need <= DDP_PART_OF_MEMORY * memory
+    gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
+    return (
+        "ddp" if fits else "fsdp",
+        f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
+        f"{memory / 2**30:.1f} GiB",
+    )
 
 
 def _device_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """What keeps ranks together: decisions made at the same step, and an end to waiting in vain."""
 
+import contextlib
 import ctypes
 import faulthandler
 import math
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from fasttrain.distributed import World
 
-__all__ = ["Agreement", "Lockstep", "Watchdog", "die_with_parent"]
+__all__ = ["Agreement", "Lockstep", "Watchdog", "call_ranks", "die_with_parent", "hear_ranks"]
+
+LISTEN_EVERY_S = 0.5
+_CALL = "stop"
 
 
 def die_with_parent() -> None:
@@ -27,6 +32,32 @@ def die_with_parent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(set_death_signal, signal.SIGTERM)
+
+
+def call_ranks(world: World) -> None:
+    """Tell the other ranks at once that this one is to stop; from any thread.
+
+    They learn it at the end of a step as well, but the first one compiles, and some last long: then
+    all must give it up, and save what was before.
+    """
+    if world.store is not None:
+        with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended
+            world.store.set(_CALL, str(world.rank))
+
+
+def hear_ranks(world: World, heard: Callable[[int], None]) -> None:
+    """Have ``heard`` called once, in a thread of its own, with the rank that has called."""
+    store = world.store
+    if store is None:
+        return
+
+    def listen() -> None:
+        with contextlib.suppress(RuntimeError):
+            while not store.check([_CALL]):
+                time.sleep(LISTEN_EVERY_S)
+            heard(int(store.get(_CALL)))
+
+    threading.Thread(target=listen, name="fasttrain-calls", daemon=True).start()
 
 
 class Agreement:

@@ -1,6 +1,5 @@
 """One run from a config: dataset, model, optimizers, run folder, resuming, signals, exit status."""
 
-import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -32,10 +31,10 @@ from fasttrain.distributed import (
     World,
     accumulation_steps,
     choose_mode,
-    record_failure,
     start,
     stop,
 )
+from fasttrain.ending import EXIT_BAD_INPUT, EXIT_FAILED, train_to_end
 from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.generate import generate
 from fasttrain.lockstep import die_with_parent
@@ -45,20 +44,12 @@ from fasttrain.redact import redact
 from fasttrain.resume import check_resumable, data_facts, torch_changed
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import shard
-from fasttrain.signals import StopSignals, end_at_once, interruptible
+from fasttrain.signals import interruptible
 from fasttrain.sinks import check_packages
-from fasttrain.summary import show_end, show_start
-from fasttrain.trainer import Outcome, Sampler, Trainer
+from fasttrain.summary import show_start
+from fasttrain.trainer import Sampler, Trainer
 
 __all__ = ["run"]
-
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
-# Seconds from a signal to the moment from which the step under way is given up. The first step
-# compiles for as long as a minute; later ones, batches of evaluation and samples take less.
-PATIENCE_COMPILING_S, PATIENCE_S = 1.0, 8.0
-# A terminal's Ctrl-C and a scheduler signal torchrun and all ranks, and torchrun signals these too.
-ECHO_S = 3.0
 
 
 def run(
@@ -140,7 +131,7 @@ def _run(
                 trainer.request_stop(stop_at_step)
             if folder.console:
                 show_start(trainer, folder.console, folder.source)
-        status = _train(trainer, folder, started)
+        status = train_to_end(trainer, folder, started)
         if status != EXIT_FAILED:
             stop(world)
         return status
@@ -149,60 +140,6 @@ def _run(
         raise
     finally:
         folder.close()
-
-
-def _train(trainer: Trainer, folder: RunFolder, started: float) -> int:
-    """Train to the end or to a signal; say how it ended and return the exit status."""
-    first_step, trained_before_s = trainer.step_count, trainer.trained_s
-    several = trainer.world.size > 1
-
-    def end(outcome: Outcome) -> int:
-        if folder.console:
-            wall_s = time.perf_counter() - started
-            show_end(trainer, folder.console, outcome, wall_s, first_step, trained_before_s)
-        if outcome == "stopped":
-            return EXIT_STOPPED
-        return EXIT_DONE if trainer.saver.saved_at == trainer.step_count else EXIT_FAILED
-
-    def rescue() -> None:
-        """Save the state before a step that does not end, and end the process."""
-        status = EXIT_FAILED
-        try:
-            if not trainer.save_unfinished():
-                return  # it ended after all
-            why = trainer.stop_reason
-            folder.note(f"{why}: the step under way was given up, the state before it is saved")
-            status = end("stopped")
-            folder.close()
-        except Exception as error:
-            folder.warn(str(error))
-        end_at_once(status)
-
-    signals = StopSignals(
-        stop=trainer.stop_for,
-        rescue=rescue,
-        patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
-        echo_s=ECHO_S if several else 0.0,
-    )
-    try:
-        with signals:
-            outcome = trainer.fit()
-            try:
-                trainer.close()
-            except checkpoint.CheckpointError as error:
-                if outcome == "done":
-                    raise
-                folder.warn(str(error))  # it can be resumed from an older one, if there is any
-            # torchrun ends all ranks when the first ends, by a signal: they end together.
-            statuses = trainer.world.gather(end(outcome)) if several else [end(outcome)]
-        return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
-    except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
-        record_failure(error)
-        folder.warn(str(error))
-        return EXIT_FAILED
-    finally:
-        with contextlib.suppress(Exception):  # of an end that failed: what it failed of was said
-            trainer.close()
 
 
 # ---- building ------------------------------------------------------------------------------------

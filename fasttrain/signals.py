@@ -20,7 +20,7 @@ __all__ = ["SIGNALS", "Interrupted", "StopSignals", "end_at_once", "interruptibl
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_FORCED = 1
-_OVER = 0  # no signal has this number
+_OVER, _CALLED = 0, 255  # no signals have these numbers
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,6 +70,7 @@ class StopSignals:
         self._stop, self._rescue, self._patience_s = stop, rescue, patience_s
         self._echo_s = echo_s
         self._over = threading.Event()
+        self._reason = ""
 
     def __enter__(self) -> None:
         self._read_end, self._write_end = os.pipe()
@@ -95,21 +96,27 @@ class StopSignals:
         os.close(self._read_end)
         os.close(self._write_end)
 
+    def call(self, reason: str) -> None:
+        """End the run as a first signal does; from any thread, and nothing where one came."""
+        self._reason = reason
+        with contextlib.suppress(OSError):  # it is over
+            os.write(self._write_end, bytes([_CALLED]))
+
     def _watch(self) -> None:
         first_s: float | None = None
         while True:
             for number in os.read(self._read_end, 64):
                 if number == _OVER:
                     return
-                if number not in SIGNALS:
+                if number not in (*SIGNALS, _CALLED):
                     continue
                 if first_s is not None:
-                    if time.monotonic() - first_s >= self._echo_s:
+                    if number != _CALLED and time.monotonic() - first_s >= self._echo_s:
                         # Checkpoints are committed by rename: those on disk stay whole.
                         end_at_once(EXIT_FORCED)
                     continue
                 first_s = time.monotonic()
-                self._stop(signal.Signals(number).name)
+                self._stop(self._reason if number == _CALLED else signal.Signals(number).name)
                 late = threading.Thread(target=self._wait, name="rescue", daemon=True)
                 self._threads.append(late)
                 late.start()

@@ -177,9 +177,6 @@ class Trainer:
         hours = self.config.train.hours
         return math.inf if hours is None else hours * 3600 - self.trained_s
 
-    def _stopping(self) -> bool:
-        return self.stop_at is not None and self.step_count >= self.stop_at
-
     def _run(self, until: int | None) -> Outcome:
         with self.guard.training():
             return self._train(until)
@@ -199,7 +196,7 @@ class Trainer:
                 self._after_step(self._finished(until))
             self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
             while not self._finished(until):
-                if self._stopping():
+                if self.stop_at is not None and self.step_count >= self.stop_at:
                     if self.recovery.look() is None:
                         continue
                     if self.stop_reason and self.console:
@@ -209,10 +206,12 @@ class Trainer:
                 try:
                     log = self._step()
                 except Exception as error:
-                    # What ends this run may have ended the compiler as well.
-                    if not (self.stop_reason and self.guard.is_open) or self.world.size > 1:
+                    # What ends this run may have ended the compiler as well, or another rank.
+                    ended = self.compiling or self.world.size == 1
+                    if not (ended and self.stop_reason and self.guard.is_open):
                         raise
                     self.guard.give_up()
+                    self.request_stop()
                     if self.console:
                         self.console.warn(f"the step under way was given up: {error}")
                     continue

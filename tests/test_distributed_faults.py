@@ -166,10 +166,9 @@ def trained_rows(job: Job, rank: int) -> list[list[str]]:
     return list(steps.values())
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_R7_the_others_end_in_seconds_when_a_rank_is_killed(job: Job, mode: str) -> None:
+def test_R7_the_others_end_in_seconds_when_a_rank_is_killed(job: Job) -> None:
     kill = dict(attempt=0, rank=1, step=4, signal=int(signal.SIGKILL))
-    job.direct(f"distributed.mode={mode}", *ENDLESS, faults=[kill])
+    job.direct("distributed.mode=fsdp", *ENDLESS, faults=[kill])
     survivor, victim = job.processes
     job.until(lambda: victim.poll() is not None)
     assert job.until(lambda: survivor.poll() is not None) < 5
@@ -194,15 +193,27 @@ def test_R8_a_rank_that_is_stopped_ends_the_others_at_the_timeout(job: Job) -> N
     assert stopped.returncode not in (0, STOPPED)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_R10_a_signal_to_one_rank_stops_all_at_one_step(job: Job, mode: str) -> None:
-    job.direct(f"distributed.mode={mode}", *ENDLESS)
+def test_R10_a_signal_to_one_rank_stops_all_at_one_step(job: Job) -> None:
+    """It may come during evaluation, which is then made up for when the run goes on."""
+    job.direct("distributed.mode=fsdp", *ENDLESS, "eval.every_steps=2")
     job.running("toy")
     job.processes[1].send_signal(signal.SIGUSR1)
     assert job.until(lambda: all(p.poll() is not None for p in job.processes)) < 25
     assert job.ended() == [STOPPED, STOPPED]
     assert_stopped_at_one_step(job, "toy")
     assert "rank 1 is to stop: ending with a checkpoint" in job.output(0)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_R10_a_signal_while_a_rank_is_in_its_first_step_for_long(job: Job, mode: str) -> None:
+    """As while it compiles: all ranks give the step up, also the one that got no signal."""
+    job.direct(f"distributed.mode={mode}", faults=[dict(attempt=0, rank=1, step=1, signal=0)])
+    job.until(lambda: all((job.folder / f"rows-{rank}.jsonl").exists() for rank in range(2)))
+    job.processes[0].send_signal(signal.SIGTERM)
+    assert job.until(lambda: all(p.poll() is not None for p in job.processes)) < 25
+    assert job.ended() == [STOPPED, STOPPED], job.output(0)[-3000:] + job.output(1)[-3000:]
+    assert newest(job.folder / "runs" / "toy").step == 0
+    assert "the step under way was given up" in job.output(0)
 
 
 @pytest.mark.parametrize(

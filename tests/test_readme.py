@@ -14,7 +14,7 @@ import torch
 from fasttrain import checkpoint, prepare
 from fasttrain.config import config_reference, load_config
 from fasttrain.generate import main as generate
-from fasttrain.session import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from fasttrain.ending import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.train import EXIT_BAD_INPUT
 from fasttrain.train import main as train
 from tests.toy import ROOT, write_config

@@ -17,7 +17,7 @@ import torch
 import torch._dynamo  # the optimizers load it, for a second in each fork that has not got it
 
 import fasttrain.evaluation
-from fasttrain import session
+from fasttrain import ending, session
 from fasttrain.checkpoint import load, resolve
 from fasttrain.step import TrainStep
 from fasttrain.train import main
@@ -63,7 +63,7 @@ def in_a_step_that_fails(told: Told, run_dir: Path) -> None:
         return real(self, *batch)
 
     TrainStep._loss = loss  # type: ignore[assignment, method-assign]
-    session.PATIENCE_S = 30.0
+    ending.PATIENCE_S = 30.0
 
 
 def between_batches_of_an_evaluation(told: Told, run_dir: Path) -> None:
@@ -155,7 +155,7 @@ def play(folder: Path) -> list[dict[str, Any]]:
 
     assert ended(forked(train("whole"), folder / "whole.log")[0]) == 0
     whole, reports = digest(folder / "whole"), []
-    session.PATIENCE_COMPILING_S = session.PATIENCE_S = 0.3
+    ending.PATIENCE_COMPILING_S = ending.PATIENCE_S = 0.3
     for phase, number in PHASES:
         name = phase.__name__
         run_dir, log = folder / name, folder / f"{name}.log"

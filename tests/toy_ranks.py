@@ -1,13 +1,14 @@
 """The command with faults: ``python -m tests.toy_ranks CONFIG …`` under torchrun or by itself.
 
 ``FAULTS`` in the environment is a JSON list of ``attempt``, ``rank``, ``step`` and ``signal``: that
-rank sends itself the signal in the middle of that step, in that attempt of torchrun's. Each step's
-rows are appended to rows-RANK.jsonl.
+rank sends itself the signal in the middle of that step, in that attempt of torchrun's; with signal
+0 it never goes on. Each step's rows are appended to rows-RANK.jsonl.
 """
 
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,10 @@ if __name__ == "__main__":
 
     def loss(self: TrainStep, *batch: Any) -> torch.Tensor:
         value = real_loss(self, *batch)
-        if number := faults.pop(trainers[-1].step_count + 1, None):
+        number = faults.pop(trainers[-1].step_count + 1, None)
+        while number == 0:
+            time.sleep(0.1)
+        if number is not None:
             os.kill(os.getpid(), number)
         return value
 
