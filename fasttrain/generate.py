@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
+from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
 from fasttrain.model import Transformer
@@ -207,32 +206,23 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     return model.to(device).eval(), loaded.path
 
 
-class _Decoder:
-    """Turns tokens into text as they come, holding back characters that are not yet complete."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt)
-        # Decoding starts some tokens back: a decoder may treat the start of a text differently.
-        self._start, self._shown = max(0, len(self._ids) - 8), len(self._ids)
-
-    def push(self, token: int, *, last: bool = False) -> str:
-        """Add a token and return the text that it completes."""
-        self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        text: str = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fasttrain.generate", description="Generate text with a trained model."
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
-    parser.add_argument("--prompt", default="", help="text to go on from (empty: a new document)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to go on from (empty: a new document); several are computed as a batch",
+    )
+    parser.add_argument(
+        "--interactive", action="store_true", help="go on from each line of the input, in turn"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
+    )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
@@ -249,6 +239,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from fasttrain import texts  # which needs this module
+
+    if options.interactive and options.prompt:
+        raise UserError("--interactive reads its prompts from the input; leave --prompt out")
+    if "" in options.stop:
+        raise UserError("--stop must not be empty; leave it out to go on to --max-tokens")
     for name in ("max_tokens", "num_samples"):
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
@@ -275,33 +271,41 @@ def _run(options: argparse.Namespace) -> None:
             f"{path}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
             "give the tokenizer that its data was made with"
         )
-    stop = end_of_text_id(tokenizer)
-    ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
-    if not ids:
-        if stop is None:
-            raise UserError(f"{path}: has no end-of-text token to start from; give a --prompt")
-        ids = [stop]
-    tokens = torch.tensor([ids], device=device)
-    sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
-    on_screen = clean if sys.stdout.isatty() else str
-    if options.num_samples > 1:
-        out = generate(
-            model, tokens.expand(options.num_samples, -1), max_new_tokens=options.max_tokens,
-            stop_token=stop, **sampling,
-        )  # fmt: skip
-        for number, row in enumerate(out[:, len(ids) :].tolist(), start=1):
-            text = tokenizer.decode(row[: row.index(stop)] if stop in row else row)
-            print(f"--- sample {number}\n{options.prompt}{on_screen(text)}")
+    shown = clean if sys.stdout.isatty() else str
+    n, stop = options.max_tokens, options.stop
+
+    def say(prompt: str) -> None:
+        """Print a text while it is drawn; the same seed and prompt, the same text."""
+        sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
+        pieces = texts.stream_text(
+            model, tokenizer, prompt, max_new_tokens=n, stop=stop, **sampling
+        )
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+        print()
+
+    if options.interactive:
+        while (line := _ask()) is not None:
+            say(line)
         return
-    decoder = _Decoder(tokenizer, ids)
-    print(options.prompt, end="", flush=True)
-    drawn = stream(model, tokens, max_new_tokens=options.max_tokens, **sampling)
-    for number, token in enumerate(drawn, start=1):
-        if token.item() == stop:
-            break
-        text = decoder.push(int(token), last=number == options.max_tokens)
-        print(on_screen(text), end="", flush=True)
-    print()
+    prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
+    if len(prompts) == 1:
+        texts.encode_prompt(tokenizer, prompts[0])  # refused before it is shown
+        print(prompts[0], end="", flush=True)
+        say(prompts[0])
+        return
+    sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
+    done = texts.complete(model, tokenizer, prompts, max_new_tokens=n, stop=stop, **sampling)
+    for number, (prompt, text) in enumerate(zip(prompts, done, strict=True), start=1):
+        print(f"--- sample {number}\n{prompt}{shown(text)}")
+
+
+def _ask() -> str | None:
+    """Return the next line of the input, None at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

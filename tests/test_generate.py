@@ -15,7 +15,7 @@ from fasttrain import load_model
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.config import ModelConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.data.tokenizer import byte_tokenizer
-from fasttrain.generate import _Decoder, generate, main, sample_tokens, stream
+from fasttrain.generate import generate, main, sample_tokens, stream
 from fasttrain.model import Transformer
 
 # log of 0.5, 0.3, 0.15, 0.05, shuffled
@@ -202,15 +202,6 @@ def test_the_stream_yields_what_generate_returns() -> None:
     out = generate(model, tokens, max_new_tokens=9, greedy=True)
     assert torch.equal(torch.stack(pieces, dim=1), out[:, 3:])
     assert torch.is_grad_enabled()
-
-
-def test_characters_are_shown_when_they_are_whole() -> None:
-    tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("é✓ab").ids
-    decoder = _Decoder(tokenizer, tokenizer.encode("naï").ids)
-    assert [decoder.push(i) for i in ids] == ["", "é", "", "", "✓", "a", "b"]
-    decoder = _Decoder(tokenizer, [])
-    assert [decoder.push(0xE2), decoder.push(0x9C, last=True)] == ["", "\N{REPLACEMENT CHARACTER}"]
 
 
 # ---- load_model and the command ------------------------------------------------------------------
