@@ -194,13 +194,14 @@ class Sinks:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         check_packages(config)
-        self.all: list[Sink] = [JsonlLogger(folder / "metrics.jsonl")]
+        self.all: list[Sink] = []
+        if config.log.wandb_project:  # the only one that may refuse
+            self.all.append(_Wandb(config, folder))
+        self.all.append(JsonlLogger(folder / "metrics.jsonl"))
         if config.log.csv:
             self.all.append(CsvLogger(folder))
         if config.log.tensorboard:
             self.all.append(_TensorBoard(folder))
-        if config.log.wandb_project:
-            self.all.append(_Wandb(config, folder))
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
         """Hand a row to all of them."""

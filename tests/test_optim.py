@@ -1,12 +1,18 @@
 """Which parameter goes where, and optimizer state by name."""
 
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from fasttrain.config import ModelConfig, OptimConfig
+from fasttrain.config import ModelConfig, OptimConfig, UserError
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from tests.toy import ENV
 
 SHAPE = {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "qk_norm": True}
 
@@ -90,3 +96,84 @@ def test_state_of_an_unknown_parameter_is_refused() -> None:
         load_optimizer_tensors(
             model, build_optimizers(model, OptimConfig()), {"nowhere/exp_avg": torch.zeros(1)}
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"name": "sgd", "nesterov": True}, "SGD"),
+        ({"name": "sgd", "momentum": 0.0}, "SGD"),
+        ({"name": "adafactor"}, "Adafactor"),
+    ],
+)
+def test_optimizers_of_torch_learn_and_their_state_is_restored(
+    options: dict[str, Any], kind: str
+) -> None:
+    config = OptimConfig(lr=0.05, **options)
+    models = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(**SHAPE), seq_len=8)
+        optimizers = build_optimizers(model, config)
+        assert [type(o).__name__ for o in optimizers] == [kind]
+        train(model, optimizers, 3)
+        if split:  # in a new optimizer, of what was saved of the old
+            saved = {k: v.clone() for k, v in optimizer_tensors(model, optimizers).items()}
+            assert bool(saved) == (options.get("momentum") != 0.0)
+            optimizers = build_optimizers(model, config)
+            load_optimizer_tensors(model, optimizers, saved)
+        train(model, optimizers, 3)
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        build_optimizers(
+            Transformer(ModelConfig(**SHAPE), seq_len=8), OptimConfig(name="adamw8bit")
+        )
+
+
+EIGHT_BIT = """
+import torch
+from torch import nn
+from fasttrain.config import OptimConfig
+from fasttrain.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+
+def step(model, optimizers, seed):
+    inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+    model(inputs).square().mean().backward()
+    for optimizer in optimizers:
+        set_lr(optimizer, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+config = OptimConfig(name="adamw8bit", lr=0.5)
+model = nn.Linear(64, 64, bias=False)
+optimizers = build_optimizers(model, config)
+step(model, optimizers, 1)
+saved = {k: v.clone() for k, v in optimizer_tensors(model, optimizers).items()}
+assert saved["weight/exp_avg/codes"].dtype == torch.uint8, saved.keys()
+copy = nn.Linear(64, 64, bias=False)
+copy.load_state_dict(model.state_dict())
+others = build_optimizers(copy, config)
+load_optimizer_tensors(copy, others, saved)
+before = model.weight.detach().clone()
+step(model, optimizers, 2)
+step(copy, others, 2)
+assert torch.equal(model.weight, copy.weight)
+assert 0 < (model.weight - before).abs().max() < 0.05  # the rate that was set, not 0.5
+print("same")
+"""
+
+
+def test_8_bit_moments_are_saved_as_they_are_and_restored() -> None:
+    """In a process of its own, as torchao warns when imported; eager, as it compiles for long."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("needs torchao, which is not installed")
+    command = [sys.executable, "-W", "ignore", "-c", EIGHT_BIT]
+    eager = ENV | {"TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, env=eager, capture_output=True, text=True)
+    assert done.stdout == "same\n", done.stderr[-2000:]
