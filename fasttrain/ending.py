@@ -6,7 +6,7 @@ import time
 from fasttrain import checkpoint
 from fasttrain.config import UserError
 from fasttrain.distributed import record_failure
-from fasttrain.lockstep import call_ranks, hear_ranks
+from fasttrain.lockstep import call_ranks, hearing_ranks
 from fasttrain.run_folder import RunFolder
 from fasttrain.signals import StopSignals, end_at_once
 from fasttrain.summary import show_end
@@ -60,6 +60,9 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         trainer.stop_for(reason)
         call_ranks(trainer.world)
 
+    def called(rank: int) -> None:
+        signals.call(f"rank {rank} is to stop")
+
     signals = StopSignals(
         stop=told_to_stop,
         rescue=rescue,
@@ -67,8 +70,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         echo_s=ECHO_S if several else 0.0,
     )
     try:
-        with signals:
-            hear_ranks(trainer.world, lambda rank: signals.call(f"rank {rank} is to stop"))
+        with signals, hearing_ranks(trainer.world, called):
             outcome = trainer.fit()
             try:
                 trainer.close()

@@ -172,6 +172,8 @@ def _json(value: float) -> float | str:
 def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Path) -> Path | None:
     """Write the samples of a bad step to ``run_dir/faults/step-N.jsonl``, one a line.
 
+    Of several ranks each writes its own, those after the first to ``step-N-rank-R.jsonl``.
+
     They are read again: a step keeps no batch. With a tokenizer in the run folder each line has the
     text, else the token ids.
 
@@ -190,8 +192,9 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
     """
     folder = run_dir / "faults"
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{fault.step:08d}.jsonl"
-    if not path.exists() and len(list(folder.iterdir())) >= MAX_REPORTS:
+    of_rank = f"-rank-{loader.rank}" if loader.rank else ""
+    path = folder / f"step-{fault.step:08d}{of_rank}.jsonl"
+    if not path.exists() and len(list(folder.iterdir())) >= MAX_REPORTS * loader.world_size:
         return None
     tokenizer_path = run_dir / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.exists() else None

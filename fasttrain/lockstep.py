@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasttrain.distributed import World
 
-__all__ = ["Agreement", "Lockstep", "Watchdog", "call_ranks", "die_with_parent", "hear_ranks"]
+__all__ = ["Agreement", "Lockstep", "Watchdog", "call_ranks", "die_with_parent", "hearing_ranks"]
 
 LISTEN_EVERY_S = 0.5
 _CALL = "stop"
@@ -45,19 +45,27 @@ def call_ranks(world: World) -> None:
             world.store.set(_CALL, str(world.rank))
 
 
-def hear_ranks(world: World, heard: Callable[[int], None]) -> None:
-    """Have ``heard`` called once, in a thread of its own, with the rank that has called."""
-    store = world.store
+@contextlib.contextmanager
+def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
+    """Have ``heard`` called once, in a thread of its own, with the rank that calls meanwhile."""
+    store, over = world.store, threading.Event()
     if store is None:
+        yield
         return
 
     def listen() -> None:
         with contextlib.suppress(RuntimeError):
-            while not store.check([_CALL]):
-                time.sleep(LISTEN_EVERY_S)
-            heard(int(store.get(_CALL)))
+            while not over.wait(LISTEN_EVERY_S):
+                if store.check([_CALL]):
+                    return heard(int(store.get(_CALL)))
 
-    threading.Thread(target=listen, name="fasttrain-calls", daemon=True).start()
+    thread = threading.Thread(target=listen, name="fasttrain-calls", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(LISTEN_EVERY_S)
 
 
 class Agreement:

@@ -115,6 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")
         of_rank = f"rank {rank}: " if rank else ""
         print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
+        if rank and any(name in str(error) for name in ("gloo", "NCCL")):
+            print(
+                f"rank {rank}: another rank has ended or is out of reach; its error, above or in "
+                "torchrun's summary, says why",
+                file=sys.stderr,
+            )
         _record(error)
         return EXIT_FAILED
 

@@ -162,6 +162,10 @@ def test_R18_what_is_not_finite_on_one_rank_is_skipped_by_all(made: Path, mode: 
     digests = {ranks.result(made, name, rank)["digest"] for rank in range(2)}
     assert len(digests) == (1 if mode == "ddp2" else 2)
     assert all(row["loss"] for row in (rows[0], rows[1], rows[3]))
+    reports = sorted((made / "runs" / name / "faults").iterdir())
+    assert [path.name for path in reports] == ["step-00000003-rank-1.jsonl", "step-00000003.jsonl"]
+    lines = [json.loads(line) for path in reports for line in path.read_text().splitlines()]
+    assert sorted(line["position"] for line in lines) == list(range(16, 24))
 
 
 def test_R11_all_ranks_stop_at_one_step_when_the_time_is_over(made: Path) -> None:

@@ -1,0 +1,105 @@
+"""What ranks are told before they meet: how a step is shared, which mode, whose folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain import distributed
+from fasttrain.config import DistributedConfig, UserError, load_config
+from fasttrain.distributed import World, accumulation_steps, choose_mode, start
+from fasttrain.lockstep import Agreement, Lockstep
+from fasttrain.run_folder import RunFolder
+from tests.toy import write_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "expected"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (None, 4, 1)]
+)
+def test_ranks_share_a_step(units: int | None, size: int, expected: int) -> None:
+    assert accumulation_steps(units and units * 32, 32, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "near"), [(6, 4, "start 3 or 6"), (3, 8, "start 3 of"), (6, 5, "3 or 6")]
+)
+def test_a_step_that_cannot_be_shared_names_the_nearest_sizes(
+    units: int, size: int, near: str
+) -> None:
+    with pytest.raises(UserError, match=near):
+        accumulation_steps(units * 32, 32, size)
+
+
+def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    world = start(DistributedConfig(), CPU)
+    assert world == World()
+    assert choose_mode(DistributedConfig(mode="fsdp"), world, 10, CPU) is world
+    tensor = torch.ones(2)
+    assert world.sum(tensor) is tensor
+    assert world.begin_sum(tensor) is None
+    assert world.gather("a") == ["a"]
+    with pytest.raises(UserError, match="no disk"), world.failing_together():
+        raise UserError("no disk")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="'RANK' is missing"):
+        start(DistributedConfig(), CPU)
+
+
+def test_a_model_that_does_not_fit_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_device_memory", lambda _: 2**30)
+    world = World(size=8, local_size=4, mode="auto")
+    for n_parameters, mode, words in ((2**20, "ddp", "fit beside"), (2**30, "fsdp", "do not fit")):
+        chosen = choose_mode(DistributedConfig(), world, n_parameters, CPU)
+        assert (chosen.mode, chosen.sharded) == (mode, mode == "fsdp")
+        assert words in chosen.why
+    assert choose_mode(DistributedConfig(mode="hsdp"), world, 1, CPU).mode == "hsdp"
+    for size, shard_ranks in ((8, 3), (8, 8), (4, None)):
+        config = DistributedConfig(mode="hsdp", shard_ranks=shard_ranks)
+        with pytest.raises(UserError, match=r"hsdp shards over .* distributed\.mode=fsdp"):
+            choose_mode(config, replace(world, size=size), 1, CPU)
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    cuda = torch.device("cuda", 0)
+    world = World(rank=5, local_rank=5, size=8)
+    with pytest.raises(UserError, match=r"rank 5 .* has 4 CUDA devices; .* --nproc-per-node 4"):
+        world.device(cuda)
+    assert replace(world, local_rank=3).device(cuda) == torch.device("cuda", 3)
+    assert world.device(CPU) == CPU
+
+
+def test_alone_every_decision_holds_at_once() -> None:
+    assert [Agreement(World())(n) for n in (0, 3, 0)] == [0, 3, 0]
+    lockstep = Lockstep(World(), 1.0)
+    lockstep(stop=False, time_over=False)
+    assert (lockstep.stop, lockstep.time_over) == (False, False)
+    lockstep(stop=False, time_over=True)
+    lockstep(stop=True, time_over=False)
+    assert (lockstep.stop, lockstep.time_over, lockstep.stopped_by) == (True, True, 0)
+
+
+def test_a_restarted_job_finds_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path), [f"run.out_dir={tmp_path / 'runs'}"])
+
+    def folder_of(job: str, attempt: int) -> str:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        folder = RunFolder(config, "toy", None, World())
+        assert folder.source is None
+        folder.close()
+        return folder.path.name
+
+    assert [folder_of(job, 0) for job in ("a", "b")] == ["toy", "toy-2"]
+    (tmp_path / "runs" / "toy" / "metrics.jsonl").write_text("{}\n")
+    assert [folder_of(job, 1) for job in ("a", "b", "a")] == ["toy", "toy-2", "toy"]
+    assert not (tmp_path / "runs" / "toy" / "metrics.jsonl").exists()  # it starts over
+    assert folder_of("c", 1) == "toy-3"  # it ended before it had a folder
