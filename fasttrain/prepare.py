@@ -15,13 +15,14 @@ import argparse
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.config import UserError
 from fasttrain.data.building import BATCH_CHARS, write_splits
@@ -45,6 +46,7 @@ __all__ = ["main", "prepare"]
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
+RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
 
 
 def _make_tokenizer(
@@ -80,9 +82,10 @@ def _sample(splitter: Splitter, show: Callable[..., None]) -> Iterator[str]:
         if number % every == 0:
             taken += len(piece.text)
             if taken > 2 * BPE_BYTES:  # compressed input holds more than its size says
-                return
+                break
             show("reading for the tokenizer", splitter.source.done_bytes)
             yield piece.text
+    show("training the tokenizer", None)
 
 
 def prepare(
@@ -194,7 +197,7 @@ def prepare(
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     for reason, count in source.problems.items():
-        note(f"{count} {reason}")
+        note(f"{count:,} {reason}")
     seconds = time.perf_counter() - begin
     for split, (writer, n_bytes) in result.items():
         note(
@@ -237,12 +240,11 @@ class _Bar:
         console = Console(stderr=True)
         self._n_bytes, self._note = n_bytes, note
         self._lines = shown and not console.is_terminal
-        self._begin = self._said = time.monotonic()
-        self._phase = ""
+        self._said = time.monotonic()
+        self._passed: deque[tuple[float, int]] = deque()  # when, and how many bytes were done
         self._bar = Progress(
             BarColumn(),
-            TextColumn("{task.percentage:3.0f} %  {task.description}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
             console=console,
             transient=True,
             disable=not shown or self._lines,
@@ -260,18 +262,38 @@ class _Bar:
         """A line for the user; in a terminal, above the bar."""
         self._note(line)
 
-    def show(self, what: str, done_bytes: int) -> None:
-        """What is being done, and how much of the input is."""
-        if self._n_bytes and done_bytes < self._bar.tasks[0].completed:  # another pass
-            self._bar.reset(self._task, total=self._n_bytes)
-            self._begin = time.monotonic()
-        text = f"{done_bytes / 1e6:,.0f} of {self._n_bytes / 1e6:,.0f} MB  {what}"
-        self._bar.update(self._task, completed=done_bytes, description=text)
+    def show(self, what: str, done_bytes: int | None) -> None:
+        """What is being done, and how much of the input is; None: for a time nobody knows."""
         now = time.monotonic()
-        if self._lines and now - self._said >= LINE_S and done_bytes:
+        if done_bytes is None:
+            self._bar.reset(self._task, total=None, description=what)
+            self._passed.clear()
+            text, due = what, False  # a line has said so
+        else:
+            if not self._passed or done_bytes < self._passed[-1][1]:  # another pass
+                self._bar.reset(self._task, total=self._n_bytes)
+                self._passed.clear()
+            digits = 0 if self._n_bytes >= 10e6 else 1
+            done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
+            text = f"{done} of {total} MB  {what}"
+            text += f"  {self._left(now, done_bytes)} left"
+            self._bar.update(self._task, completed=done_bytes, description=text)
+            due = now - self._said >= LINE_S and done_bytes > 0
+        if self._lines and due:
             self._said = now
-            left = (now - self._begin) * (self._n_bytes / done_bytes - 1)
-            print(f"{text}  {left:,.0f} s left", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
+
+    def _left(self, now: float, done_bytes: int) -> str:
+        """The time that the rest of a pass takes, as far as its speed is known."""
+        if not self._passed or now - self._passed[-1][0] > 0.1:
+            self._passed.append((now, done_bytes))
+        while now - self._passed[0][0] > RATE_S[1]:
+            self._passed.popleft()
+        begin, done_before = self._passed[0]
+        if now - begin < RATE_S[0] or done_bytes == done_before:
+            return "–"
+        left = (now - begin) * (self._n_bytes - done_bytes) / (done_bytes - done_before)
+        return f"{left:.0f} s" if left < 120 else f"{left / 60:,.0f} min"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fasttrain.config import UserError
-from fasttrain.data.format import DataError, ShardWriter, open_dataset, write_dataset_json
 from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.format import DataError, ShardWriter, open_dataset, write_dataset_json
 
 VOCAB = 1000
 
@@ -287,12 +287,12 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, cache: Path) 
         with pytest.raises(UserError, match=match):
             open_dataset(tmp_path / "data", split, cache_dir=cache, **options)  # type: ignore[arg-type]
 
-    refused("does not exist; make one with: python -m fasttrain.prepare")
+    refused("does not exist; make it with: python -m fasttrain.prepare")
     (tmp_path / "data").touch()
-    refused("is a file, not a dataset folder")
+    refused("is a file, not a dataset folder; .*NEW_FOLDER --input")
     (tmp_path / "data").unlink()
     (tmp_path / "data").mkdir()
-    refused(r"neither dataset\.json nor \.bin shards; make a dataset")
+    refused(r"neither dataset\.json nor \.bin shards; .*NEW_FOLDER --input")
     (tmp_path / "data" / "tokens.bin").touch()
     refused("no .bin file with train in its name; rename")
     (tmp_path / "data" / "constrained.bin").touch()  # holds "train", but not as a word

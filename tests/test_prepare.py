@@ -324,8 +324,12 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(5))
     (tmp_path / "out").mkdir()
     run(tmp_path / "out", source, tokenizer="bytes")  # an empty folder is as good as none
-    with pytest.raises(DataError, match="exists already and is not empty"):
+    with pytest.raises(DataError, match="holds a dataset already"):
         run(tmp_path / "out", source, tokenizer="bytes")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").touch()
+    with pytest.raises(DataError, match="exists already and is not empty"):
+        run(tmp_path / "other", source, tokenizer="bytes")
     before = sorted(tmp_path.rglob("*"))
     for fraction in (-0.1, 1.0, 2):
         with pytest.raises(DataError, match="--val-fraction must be"):
@@ -363,7 +367,7 @@ def test_the_command_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert part in shown
     assert shown.count("from token") == 6
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: exists already")
+    assert capsys.readouterr().err.startswith(f"error: {out}: holds a dataset already")
     for name in ("train_000000.ends", "train_000000.bin", "tokenizer.json"):
         path = tmp_path / "out" / name
         content = path.read_bytes()
@@ -393,7 +397,7 @@ def test_memory_stays_flat(tmp_path: Path, megabytes: int) -> None:
     )
     arguments = [str(tmp_path / "out"), "--input", str(tmp_path / "in.txt"), "--tokenizer", "bytes"]
     result = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=megabytes
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) < 1_500_000  # KiB

@@ -227,6 +227,6 @@ def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
     assert f"{out} is complete already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--val-fraction", "0.3"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "holds a dataset already" in capsys.readouterr().err
     with pytest.raises(DataError, match="--workers must be at least 1"):
         prepare(tmp_path / "x", inputs, workers=0)

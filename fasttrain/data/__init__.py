@@ -17,6 +17,7 @@ building.py   pieces to shards, with places to go on from
 encoding.py   encoding in several processes
 resume.py     what an interrupted preparation left, and going on with it
 fast_bpe.py   byte-level BPE through tiktoken, proven to give the same ids
+losses.py     what of a text a tokenizer has no token for
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON
 sources.py    documents from text, JSON lines, Parquet, compressed or not
 inspection.py what is in a dataset folder, for people

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 
 from fasttrain.data.encoding import Batch, encoded
+from fasttrain.data.files import DataError
 from fasttrain.data.resume import Partial
 from fasttrain.data.splitting import Piece, Splitter
 from fasttrain.data.tokenizer import Encoder
@@ -59,6 +60,7 @@ def write_splits(
     Raises:
         OtherIdsError: tiktoken cannot be used on this text.
         ChildProcessError: A worker process was ended from outside.
+        DataError: The source is strict and the tokenizer has no token for something in the text.
     """
     nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
     before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
@@ -90,7 +92,7 @@ def _write_all(
     show: Callable[[str, int], None],
 ) -> None:
     tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
-    n_batches = partial.state.get("batches", 0)
+    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
     batches = _batches(splitter)
     for batch in islice(batches, n_batches):
         show("finding the place", batch.done_bytes)
@@ -104,6 +106,10 @@ def _write_all(
                     if piece.split != split:
                         continue
                     n_bytes[split] += len(piece.text.encode())
+                    if lost := encoder.losses.count(piece.text, tokens):
+                        if splitter.source.strict:
+                            raise _strictly(encoder, piece)
+                        n_lost += lost
                     parts += [tokens, tail] if piece.last else [tokens]
                     at += tokens.size + (tail.size if piece.last else 0)
                     if piece.last:
@@ -112,8 +118,19 @@ def _write_all(
             n_batches += 1
             if time.monotonic() - saved >= CHECKPOINT_S:
                 states = {split: (writers[split].state(), n_bytes[split]) for split in SPLITS}
-                partial.save(batches=n_batches, splits=states)
+                partial.save(batches=n_batches, splits=states, lost=n_lost)
                 saved = time.monotonic()
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             n_documents = sum(writer.n_documents for writer in writers.values())
             show(f"{n_tokens:,} tokens  {n_documents:,} documents", batch.done_bytes)
+    if n_lost:
+        splitter.source.problems[encoder.losses.what] = n_lost
+
+
+def _strictly(encoder: Encoder, piece: Piece) -> DataError:
+    """The first thing in a piece that the tokenizer has no token for, as an error."""
+    begin, end = encoder.losses.first(piece.text)
+    return DataError(
+        f"{piece.where}: the tokenizer has no token for {piece.text[begin:end]!r} after "
+        f"{piece.text[max(0, begin - 30) : begin]!r}, and --strict was asked for"
+    )

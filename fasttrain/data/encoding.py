@@ -23,13 +23,15 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain.data.files import DataError
 from fasttrain.data.splitting import Piece
 from fasttrain.data.tokenizer import Encoder, OtherIdsError, load_tokenizer
 
 __all__ = ["Batch", "encoded", "serve"]
 
 Ids = list[NDArray[np.unsignedinteger[Any]]]
-_ENCODED, _OTHER_IDS = 0, 1  # the first number of an answer
+# The first number of an answer: 0 for ids, or which error.
+_ERRORS: dict[int, type[Exception]] = {1: OtherIdsError, 2: DataError}
 _WORKER = "from fasttrain.data.encoding import serve; serve()"
 
 
@@ -58,6 +60,7 @@ def encoded(
 
     Raises:
         OtherIdsError: tiktoken cannot be used on this text.
+        DataError: The tokenizer cannot encode it.
         ChildProcessError: A worker process was ended from outside.
     """
     if workers == 1:
@@ -114,8 +117,8 @@ class _Worker:
             _send_texts(self._to, texts)
             status, n_texts = _numbers(self._from, 2).tolist()
             sizes = _numbers(self._from, n_texts)
-            if status == _OTHER_IDS:
-                raise OtherIdsError(_exactly(self._from, int(sizes[0])).decode())
+            if status in _ERRORS:
+                raise _ERRORS[status](_exactly(self._from, int(sizes[0])).decode())
             ids = np.frombuffer(_exactly(self._from, 4 * int(sizes.sum())), np.uint32)
         except (EOFError, OSError) as error:
             raise ChildProcessError(
@@ -152,11 +155,12 @@ def serve() -> None:
             result = encoder.encode(
                 [str(content[a : a + n], "utf-8") for a, n in zip(starts, sizes, strict=False)]
             )
-        except OtherIdsError as error:
+        except tuple(_ERRORS.values()) as error:
             message = str(error).encode()
-            to.write(np.array([_OTHER_IDS, 1, len(message)], np.int64).tobytes() + message)
+            status = next(n for n, kind in _ERRORS.items() if isinstance(error, kind))
+            to.write(np.array([status, 1, len(message)], np.int64).tobytes() + message)
         else:
-            to.write(np.array([_ENCODED, n_texts, *(i.size for i in result)], np.int64).tobytes())
+            to.write(np.array([0, n_texts, *(i.size for i in result)], np.int64).tobytes())
             for ids in result:
                 to.write(np.ascontiguousarray(ids, np.uint32).data)
         to.flush()

@@ -80,10 +80,14 @@ def open_dataset(
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if not folder.is_dir():
-        what = "is a file, not a dataset folder" if folder.exists() else "does not exist"
+        if folder.exists():
+            raise DataError(
+                f"data.path: {folder} is a file, not a dataset folder; if it is text, make one of "
+                f"it: python -m fasttrain.prepare NEW_FOLDER --input {folder}"
+            )
         raise DataError(
-            f"data.path: {folder} {what}; make one with: python -m fasttrain.prepare {folder} "
-            "--input TEXT"
+            f"data.path: {folder} does not exist; make it with: python -m fasttrain.prepare "
+            f"{folder} --input TEXT"
         )
     scans_folder = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
@@ -160,8 +164,8 @@ def _imported_files(folder: Path, split: Split) -> list[Path]:
     files = sorted(folder.glob("*.bin"))
     if not files:
         raise DataError(
-            f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; make a dataset "
-            f"with: python -m fasttrain.prepare {folder} --input TEXT"
+            f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; if it holds "
+            f"text, make a dataset of it: python -m fasttrain.prepare NEW_FOLDER --input {folder}"
         )
     other = _SPLIT_IN_NAME["val" if split == "train" else "train"]
     both = [f.name for f in files if all(p.search(f.stem.lower()) for p in _SPLIT_IN_NAME.values())]

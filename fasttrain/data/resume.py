@@ -54,6 +54,11 @@ class Partial:
         there = out.exists() and (not out.is_dir() or any(out.iterdir()))
         self.complete = there and resume and self._made_as_asked()
         if there and not self.complete:
+            if (out / DATASET_JSON).is_file():
+                raise DataError(
+                    f"{out}: holds a dataset already; train on it as it is, remove it, or name a "
+                    "new folder"
+                )
             raise DataError(
                 f"{out}: exists already and is not empty; name a new folder or remove it"
             )

@@ -20,11 +20,13 @@ class Piece:
         text: At most about half a million characters.
         split: "train" or "val".
         last: Of its document, in this split.
+        where: Its document's file, and line or row.
     """
 
     text: str
     split: str
     last: bool
+    where: str
 
 
 def _share(document: Document) -> float:
@@ -79,10 +81,10 @@ class Splitter:
             previous = None
             for text in document.pieces():
                 if previous is not None:
-                    yield Piece(previous, split, False)
+                    yield Piece(previous, split, False, document.where)
                 previous = text
             if previous is not None:
-                yield Piece(previous, split, True)
+                yield Piece(previous, split, True, document.where)
 
     def _cut(self, document: Document) -> Iterator[Piece]:
         """The first part of a document for training, its last part for validation."""
@@ -98,14 +100,14 @@ class Splitter:
             at += len(text)
             if inside:
                 if last_train:
-                    yield Piece(last_train, "train", False)
+                    yield Piece(last_train, "train", False, document.where)
                 last_train = text[:inside]
             if inside < len(text):
                 if last_train:
-                    yield Piece(last_train, "train", True)
+                    yield Piece(last_train, "train", True, document.where)
                     last_train = ""
-                pieces.append(Piece(text[inside:], "val", False))
+                pieces.append(Piece(text[inside:], "val", False, document.where))
                 if len(pieces) == 2:
                     yield pieces.pop(0)
         for piece in pieces:
-            yield Piece(piece.text, "val", True)
+            yield Piece(piece.text, "val", True, document.where)

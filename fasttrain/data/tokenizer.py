@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from fasttrain.data.fast_bpe import BYTE_CHARACTERS, FastBpe, NotFastError
 from fasttrain.data.files import DataError
+from fasttrain.data.losses import Losses
 
 __all__ = [
     "CODE_PATTERN",
@@ -157,6 +158,7 @@ class Encoder:
         vocab_size: One more than the largest id.
         end_of_text: The id that ends documents, or None.
         not_fast: Why a BPE is encoded by `tokenizers`; empty if it is not.
+        losses: What of a text has no token.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class Encoder:
         self.end_of_text = end_of_text_id(tokenizer)
         self._fast: FastBpe | None = None
         self.not_fast = ""
+        self.losses = Losses(tokenizer)
         if kind == "chars":
             points = [ord(token) for token in vocab if len(token) == 1]
             self._points = np.array(sorted(points), dtype="<u4")  # in order of id, as they are made
@@ -185,7 +188,7 @@ class Encoder:
 
         Raises:
             OtherIdsError: The sample shows that tiktoken cannot be used on this text.
-            DataError: A character that the tokenizer does not know.
+            DataError: A character that the tokenizer neither knows nor has another token for.
         """
         if self.kind == "bytes":
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
@@ -200,7 +203,10 @@ class Encoder:
         ]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception for everything
+            raise DataError(f"the tokenizer cannot encode this text ({error})") from None
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def _compare(self, texts: Sequence[str]) -> None:
