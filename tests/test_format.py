@@ -83,7 +83,7 @@ def test_shards_are_those_of_llm_c(tmp_path: Path) -> None:
     assert header[:3].tolist() == [20240801, 7, 2000]
 
 
-def test_r22_reader_refuses_a_token_outside_the_vocabulary(tmp_path: Path, cache: Path) -> None:
+def test_R22_reader_refuses_a_token_outside_the_vocabulary(tmp_path: Path, cache: Path) -> None:
     np.arange(3000, dtype="<u2").tofile(tmp_path / "train.bin")
     for _ in range(2):  # fresh, then from the cached scan
         with pytest.raises(
@@ -94,7 +94,7 @@ def test_r22_reader_refuses_a_token_outside_the_vocabulary(tmp_path: Path, cache
     assert (dataset.max_token, dataset.vocab_size) == (2999, 3000)
 
 
-def test_r22_a_shard_changed_after_its_scan_is_scanned_again(tmp_path: Path, cache: Path) -> None:
+def test_R22_a_shard_changed_after_its_scan_is_scanned_again(tmp_path: Path, cache: Path) -> None:
     np.zeros(100, "<u2").tofile(tmp_path / "train.bin")
     first = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
     again = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
@@ -133,7 +133,7 @@ def test_a_damaged_scan_cache_is_only_slower(tmp_path: Path, cache: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("where", ["shard", "tokenizer"])
-def test_r25_no_file_outside_the_folder_is_opened(
+def test_R25_no_file_outside_the_folder_is_opened(
     tmp_path: Path, cache: Path, name: str, where: str
 ) -> None:
     folder = tmp_path / "data"
@@ -156,7 +156,7 @@ def test_r25_no_file_outside_the_folder_is_opened(
     "content",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": "fasttrain-dataset"}'],
 )
-def test_r25_a_broken_dataset_json_is_a_typed_error(
+def test_R25_a_broken_dataset_json_is_a_typed_error(
     tmp_path: Path, cache: Path, content: bytes
 ) -> None:
     make_dataset(tmp_path)
@@ -165,7 +165,7 @@ def test_r25_a_broken_dataset_json_is_a_typed_error(
         open_dataset(tmp_path, "train", cache_dir=cache)
 
 
-def test_r25_wrong_fields_are_typed_errors(tmp_path: Path, cache: Path) -> None:
+def test_R25_wrong_fields_are_typed_errors(tmp_path: Path, cache: Path) -> None:
     make_dataset(tmp_path)
     good = (tmp_path / "dataset.json").read_text()
     paths: list[tuple] = [("version",), ("vocab_size",), ("dtype",), ("end_of_text",), ("splits",)]
@@ -207,7 +207,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, cache: Path) -> None:
         open_dataset(tmp_path, "train", cache_dir=cache)
 
 
-def test_r24_swapped_shards_are_refused_or_change_the_fingerprint(
+def test_R24_swapped_shards_are_refused_or_change_the_fingerprint(
     tmp_path: Path, cache: Path
 ) -> None:
     make_dataset(tmp_path)
@@ -227,7 +227,7 @@ def test_r24_swapped_shards_are_refused_or_change_the_fingerprint(
     assert open_dataset(tmp_path, "train", cache_dir=cache).fingerprint != before
 
 
-def test_r23_a_shard_truncated_or_replaced_after_opening(tmp_path: Path, cache: Path) -> None:
+def test_R23_a_shard_truncated_or_replaced_after_opening(tmp_path: Path, cache: Path) -> None:
     for number, damage in enumerate(("truncate", "replace", "remove")):
         folder = tmp_path / damage
         tokens = make_dataset(folder, train=5000 + number)

@@ -66,7 +66,7 @@ def test_rows_are_the_windows_that_the_order_names(dataset: TokenDataset) -> Non
         assert loader.wait_s > 0
 
 
-def test_r3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
+def test_R3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
     with make(dataset, micro_batch=5, end=2 * 99) as loader:
         targets = torch.cat([batch.targets.flatten() for batch in loader])
         counts = torch.bincount(targets[targets != IGNORE], minlength=N_TOKENS)
@@ -83,7 +83,7 @@ def test_r3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
     position=st.integers(0, 400),
     seed=st.integers(0, 2**31),
 )
-def test_r28_order_is_independent_of_ranks_prefetch_and_micro_batch(
+def test_R28_order_is_independent_of_ranks_prefetch_and_micro_batch(
     dataset: TokenDataset, ranks: int, micro_batch: int, prefetch: int, position: int, seed: int
 ) -> None:
     options = {"micro_batch": micro_batch, "prefetch": prefetch, "position": position, "seed": seed}
@@ -99,7 +99,7 @@ def test_r28_order_is_independent_of_ranks_prefetch_and_micro_batch(
         assert first == plain.sample_ids(position, len(first)).tolist()
 
 
-def test_r3_ten_random_kills_lose_and_repeat_nothing(dataset: TokenDataset) -> None:
+def test_R3_ten_random_kills_lose_and_repeat_nothing(dataset: TokenDataset) -> None:
     rng = np.random.default_rng(0)
     seen: list[int] = []
     position = 0
@@ -210,7 +210,7 @@ def own_copy(dataset: TokenDataset, folder: Path) -> TokenDataset:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "replace"])
-def test_r23_a_shard_changed_mid_run_is_a_typed_error(
+def test_R23_a_shard_changed_mid_run_is_a_typed_error(
     dataset: TokenDataset, tmp_path: Path, damage: str
 ) -> None:
     mine = own_copy(dataset, tmp_path)
@@ -229,7 +229,7 @@ def test_r23_a_shard_changed_mid_run_is_a_typed_error(
             next(loader)
 
 
-def test_r9_a_hung_read_is_named_and_fatal_within_its_deadline(
+def test_R9_a_hung_read_is_named_and_fatal_within_its_deadline(
     dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = own_copy(dataset, tmp_path)

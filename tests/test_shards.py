@@ -35,7 +35,7 @@ def test_document_ends_lie_beside_the_shard_they_end_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [VOCAB, 70_000, -1])
-def test_r22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value: int) -> None:
+def test_R22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value: int) -> None:
     with ShardWriter(tmp_path, "train", vocab_size=VOCAB, shard_tokens=50) as writer:
         writer.write(np.arange(40))
         tokens = np.zeros(30, np.int64)
@@ -52,7 +52,7 @@ SOAK = (pytest.mark.soak, pytest.mark.timeout(1800))
 
 
 @pytest.mark.parametrize("mutants", [400, pytest.param(10_000, marks=SOAK)])
-def test_r21_every_mutated_header_is_a_typed_error_that_names_the_file(
+def test_R21_every_mutated_header_is_a_typed_error_that_names_the_file(
     tmp_path: Path, mutants: int
 ) -> None:
     write_shard(tmp_path, 2000)
@@ -84,7 +84,7 @@ def test_r21_every_mutated_header_is_a_typed_error_that_names_the_file(
     assert Shard(path).n_tokens == 2000
 
 
-def test_r23_a_file_that_ends_during_the_read_itself(tmp_path: Path) -> None:
+def test_R23_a_file_that_ends_during_the_read_itself(tmp_path: Path) -> None:
     write_shard(tmp_path, 2000)
     shard = Shard(tmp_path / "train_000000.bin")
     with shard.path.open("r+b") as file:
