@@ -266,7 +266,8 @@ class _Bar:
         """What is being done, and how much of the input is; None: for a time nobody knows."""
         now = time.monotonic()
         if done_bytes is None:
-            self._bar.reset(self._task, total=None, description=what)
+            self._bar.reset(self._task, description=what)
+            self._bar.tasks[0].total = None  # the bar only moves to and fro
             self._passed.clear()
             text, due = what, False  # a line has said so
         else:
@@ -287,7 +288,7 @@ class _Bar:
         """The time that the rest of a pass takes, as far as its speed is known."""
         if not self._passed or now - self._passed[-1][0] > 0.1:
             self._passed.append((now, done_bytes))
-        while now - self._passed[0][0] > RATE_S[1]:
+        while len(self._passed) > 2 and now - self._passed[1][0] > RATE_S[1]:
             self._passed.popleft()
         begin, done_before = self._passed[0]
         if now - begin < RATE_S[0] or done_bytes == done_before:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fasttrain import prepare as prepare_module
 from fasttrain.data import building
 from fasttrain.data.files import DataError
 from fasttrain.data.resume import Partial
@@ -21,6 +22,7 @@ KILL_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from fasttrain import prepare as command
+from fasttrain import prepare as prepare_module
 from fasttrain.data import building
 
 building.BATCH_CHARS, building.CHECKPOINT_S = 2500, 0.0
@@ -98,6 +100,7 @@ def test_killed_at_every_operation_and_resumed_the_output_is_the_same(tmp_path: 
 WITH_WORKERS = """
 import sys
 from fasttrain import prepare as command
+from fasttrain import prepare as prepare_module
 from fasttrain.data import building
 building.BATCH_CHARS, building.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
 sys.exit(command.main(sys.argv[1:]))
@@ -228,5 +231,33 @@ def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--val-fraction", "0.3"]) == 2
     assert "holds a dataset already" in capsys.readouterr().err
+    with pytest.raises(DataError, match="exists already and is not empty"):
+        prepare(tmp_path / "in", inputs)
     with pytest.raises(DataError, match="--workers must be at least 1"):
         prepare(tmp_path / "x", inputs, workers=0)
+
+
+def test_the_time_left_is_said_when_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(prepare_module.time, "monotonic", lambda: now)
+    with prepare_module._Bar(100_000_000, True, print) as bar:
+        for at, done_mb in (
+            (0.0, 0),
+            (16.0, 20),  # after the first 15 s: 80 left at 20 in 16 s
+            (16.5, 100),
+            (40.0, 1),  # another pass, just begun
+            (40.5, 2),
+            (60.0, 31),
+            (100.0, 32),  # slower by now; the time of before no longer counts
+        ):
+            now = at
+            bar.show("tokens", done_mb * 1_000_000)
+        bar.show("training", None)
+    assert capsys.readouterr().err.splitlines() == [
+        "20 of 100 MB  tokens  64 s left",
+        "1 of 100 MB  tokens  – left",
+        "31 of 100 MB  tokens  46 s left",
+        "32 of 100 MB  tokens  45 min left",
+    ]
