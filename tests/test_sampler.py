@@ -18,13 +18,13 @@ KEYS = st.integers(-(2**70), 2**140)
 @example(n=2, key=1)
 @example(n=10**6, key=7)
 @example(n=2**19 + 1, key=7)
-def test_r28_every_n_up_to_a_million_gives_a_bijection(n: int, key: int) -> None:
+def test_R28_every_n_up_to_a_million_gives_a_bijection(n: int, key: int) -> None:
     out = Permutation(n, key).take(np.arange(n))
     assert out.dtype == np.int64
     assert np.array_equal(np.bincount(out, minlength=n), np.ones(n))
 
 
-def test_r28_every_n_up_to_300_gives_a_bijection() -> None:
+def test_R28_every_n_up_to_300_gives_a_bijection() -> None:
     for n in range(1, 301):
         assert sorted(Permutation(n, n).take(np.arange(n)).tolist()) == list(range(n))
 
@@ -40,7 +40,7 @@ def test_one_index_and_many_agree_and_stay_inside(n: int, key: int, data: st.Dat
 
 
 @given(n=st.integers(20, 10**6), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-def test_r28_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
+def test_R28_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
     def epoch_order(seed: int, epoch: int) -> list[int]:
         return sample_ids(epoch * n, 20, n=n, seed=seed).tolist()
 
@@ -56,7 +56,7 @@ def test_r28_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
     first=st.integers(0, 1000),
     cuts=st.lists(st.integers(0, 150), max_size=6),
 )
-def test_r28_any_partition_of_a_run_gives_the_same_order(
+def test_R28_any_partition_of_a_run_gives_the_same_order(
     n: int, seed: int, first: int, cuts: list[int]
 ) -> None:
     whole = sample_ids(first, sum(cuts), n=n, seed=seed)
@@ -68,7 +68,7 @@ def test_r28_any_partition_of_a_run_gives_the_same_order(
 
 
 @given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
-def test_r3_every_sample_once_an_epoch(n: int, seed: int, epoch: int) -> None:
+def test_R3_every_sample_once_an_epoch(n: int, seed: int, epoch: int) -> None:
     ids = sample_ids(epoch * n, 2 * n, n=n, seed=seed)
     assert sorted(ids[:n].tolist()) == list(range(n))
     assert sorted(ids[n:].tolist()) == list(range(n))
