@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fasttrain.config import UserError, help_text, load_config
 
@@ -132,5 +133,16 @@ def _record(error: Exception) -> None:
         record_failure(error)
 
 
+def leave(status: int) -> NoReturn:
+    """End the process; a rank that failed ends at once, for to leave its groups is to wait."""
+    if status == EXIT_FAILED and "RANK" in os.environ:
+        from fasttrain.signals import end_at_once
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_at_once(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

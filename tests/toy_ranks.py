@@ -16,7 +16,7 @@ import torch
 
 from fasttrain import session
 from fasttrain.step import TrainStep
-from fasttrain.train import main
+from fasttrain.train import leave, main
 from fasttrain.trainer import Trainer
 from tests.ranks import digest
 
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     session.Trainer = Kept  # type: ignore[misc, attr-defined]
     TrainStep.__call__ = call  # type: ignore[method-assign]
     TrainStep._loss = loss  # type: ignore[method-assign]
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
