@@ -13,8 +13,9 @@ from tests import ranks, toy_trainer
 from tests.toy import write_config
 
 STEP = ["train.tokens_per_step=128", "train.micro_batch=2", "eval.sample_every_steps=none"]
+STEP += ["distributed.init_timeout_s=300"]  # where the tests are ended, their processes end too
 MODES = {"one": (1, "auto"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "fsdp4": (4, "fsdp")}
-N_STEPS = {"adamw": 50, "muon": 20}
+N_STEPS = {"adamw": 50, "muon": 12}
 DROPOUT = "model.dropout=0.1"
 
 
@@ -49,6 +50,8 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
     for mode in ("ddp2", "fsdp2"):  # the second micro-batch of step 3
         spoil = {"rank": 1, "calls": [6]}
         add(f"bad-{mode}", mode, "train.steps=4", spoil=spoil)
+    keys = ["train.steps=6", "train.on_nonfinite=rollback", "checkpoint.every_steps=2"]
+    add("back", "fsdp2", *keys, spoil={"rank": 1, "calls": [10]})  # in step 5
     add("hours", "ddp2", "train.steps=none", "train.hours=3e-4", "schedule.name=constant")
     add("no folder", "ddp2", f"run.out_dir={config}")
     add("three", "ddp2", "train.tokens_per_step=96")
@@ -166,6 +169,18 @@ def test_R18_what_is_not_finite_on_one_rank_is_skipped_by_all(made: Path, mode: 
     assert [path.name for path in reports] == ["step-00000003-rank-1.jsonl", "step-00000003.jsonl"]
     lines = [json.loads(line) for path in reports for line in path.read_text().splitlines()]
     assert sorted(line["position"] for line in lines) == list(range(16, 24))
+
+
+def test_R18_all_ranks_go_back_to_one_checkpoint(made: Path) -> None:
+    assert statuses(made, "back") == [0, 0]
+    found = [ranks.result(made, "back", rank) for rank in range(2)]
+    assert [result["step"] for result in found] == [6, 6]
+    rows = toy_trainer.rows(made / "runs" / "back")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["rollbacks"] == 1
+    trained = rows_of(made, "back")
+    assert len(trained) == 7  # step 5 twice, with other samples
+    assert not set(trained[4]) & set(trained[5])
 
 
 def test_R11_all_ranks_stop_at_one_step_when_the_time_is_over(made: Path) -> None:
