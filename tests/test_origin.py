@@ -122,3 +122,20 @@ def test_early_stopping_and_plateaus_follow_the_evaluations(toy: Path) -> None:
     train(toy, "part", *plateau, "--stop-at-step", "4", check=75)
     train(toy, "part", *plateau, "--resume", "auto")
     assert [row["lr"] for row in rows(Path("runs/part"))] == pytest.approx(expected)
+
+
+def test_max_grad_value_bounds_what_the_optimizer_sees(toy: Path) -> None:
+    """SGD without momentum moves no element by more than lr · value."""
+    sgd = ["optim.name=sgd", "optim.momentum=0.0", "optim.weight_decay=0.0", "optim.lr=1.0"]
+    start = train(toy, "start", "train.steps=1", "schedule.warmup_steps=0", "optim.lr=1e-12")
+    ends = [f"model.init_from={start}", "train.steps=1", "schedule.warmup_steps=0", *sgd]
+    bounded = train(toy, "bounded", *ends, "train.max_grad_value=1e-4", "train.max_grad_norm=none")
+    free = train(toy, "free", *ends)
+    before = load_model(start).state_dict()
+
+    def largest(run: Path) -> float:
+        after = load_model(run).state_dict()
+        return max((after[name] - before[name]).abs().max().item() for name in before)
+
+    assert largest(bounded) == pytest.approx(1e-4, rel=1e-2)
+    assert largest(free) > 1e-3

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain.config import ConfigError, ScheduleConfig
-from fasttrain.schedule import context_at, lr_at
+from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
 
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
 TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5
@@ -150,3 +150,35 @@ def test_contexts_take_equal_parts_of_the_run_and_the_last_is_uncut():
     assert [context_at(step, 6, config, 64) for step in range(6)] == [16, 16, 32, 32, 64, 64]
     assert context_at(9, 6, config, 64) == 64  # a horizon in hours is an estimate
     assert {context_at(step, 5, ScheduleConfig(), 64) for step in range(5)} == {64}
+
+
+def test_a_wsd_run_that_branched_decays_from_there() -> None:
+    wsd = ScheduleConfig(name="wsd", decay_start_step=6, decay_fraction=0.9)
+    assert [lr_at(t, 11, wsd, 1.0) for t in range(4, 11)] == pytest.approx(
+        [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    )
+
+
+def test_a_plateau_lowers_the_rate_as_often_as_there_were_some() -> None:
+    schedule = ScheduleConfig(name="plateau", decay_factor=0.5, min_lr=0.2, warmup_steps=2)
+    rates = [lr_at(7, 100, schedule, 1.0, n_plateaus=n) for n in range(4)]
+    assert rates == [1.0, 0.5, 0.25, 0.2]
+    assert lr_at(0, 100, schedule, 1.0, n_plateaus=2) == 0.5  # the warmup is as ever
+
+
+@pytest.mark.parametrize(
+    ("losses", "min_change", "stale", "plateaus"),
+    [
+        ([], 0.0, 0, 0),
+        ([3.0, 2.0, 1.0], 0.0, 0, 0),
+        ([3.0, 3.0, 3.0], 0.0, 2, 1),
+        ([3.0, 2.95, 2.92, 2.85], 0.1, 0, 1),  # only the last is lower by 0.1
+        ([3.0, 3.1, 3.2, 2.0, 2.1], 0.0, 1, 1),
+        ([3.0, math.nan, math.nan, math.nan, math.nan], 0.0, 4, 2),
+    ],
+)
+def test_stale_evaluations_and_plateaus_of_two(
+    losses: list[float], min_change: float, stale: int, plateaus: int
+) -> None:
+    assert n_stale(losses, min_change) == stale
+    assert n_plateaus(losses, 2, min_change) == plateaus
