@@ -114,11 +114,6 @@ class World:
         """Begin to add a tensor up over all ranks, in place; it is done after ``wait``."""
         return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
-    def barrier(self) -> None:
-        """Wait on the host until every rank is here."""
-        if self.control is not None:
-            dist.barrier(self.control)
-
     def share(self, value: Any) -> Any:
         """Return rank 0's JSON value on every rank. Waits."""
         if self.control is None:

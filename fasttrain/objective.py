@@ -79,7 +79,7 @@ class Objective:
                     f"{tuple(tokens.shape)}; each token needs one"
                 )
         if mask is not None and not self._takes("attention_mask"):
-            if bool((mask.diff(dim=1) > 0).any()):
+            if bool((mask[:, 1:] > mask[:, :-1]).any()):
                 raise UserError(
                     "Trainer: a batch is padded on the left, and the model's forward takes no "
                     "attention_mask, so that tokens would see the padding; pad on the right"

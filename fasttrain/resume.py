@@ -23,9 +23,12 @@ __all__ = ["Change", "check_resumable", "data_facts", "torch_changed"]
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
-    *("data.path", "data.prefetch", "data.cache_dir", "eval.", "checkpoint.", "log."),
+    *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
+    *("eval.batch_size", "eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
     *("distributed.", "train.activation_checkpointing"),
 )
+# And these, unless evaluations decide the learning rate or the end of the run.
+MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.stride_tokens")
 
 
 class Change(NamedTuple):
@@ -70,11 +73,14 @@ def check_resumable(
             hint = f"did you mean {near[0]}?" if near else "it takes section.key"
             raise UserError(f"--allow-change {key}: there is no such key; {hint}")
     old_config = load_config(source / "config.toml")
+    harmless: tuple[str, ...] = MAY_CHANGE
+    if config.schedule.name != "plateau" and config.eval.patience is None:
+        harmless += MAY_CHANGE_IF_UNUSED
     state: dict[str, Any] = json.loads((source / "state.json").read_text(encoding="utf-8"))
     changes = [
         Change(key, old, new)
         for key, old, new in config_difference(old_config, config)
-        if not key.startswith(MAY_CHANGE)
+        if not key.startswith(harmless)
     ]
     changes += _data_changes(state["data"], data)
     refused = [str(change) for change in changes if change.key not in allow_change]

@@ -250,7 +250,8 @@ def _build(
     sampler = None
     with world.failing_together():
         if world.leads:
-            n_bytes = _checkpoint_bytes(model, optimizers)
+            averaged = config.train.ema_decay is not None
+            n_bytes = _checkpoint_bytes(model, optimizers, averaged=averaged)
             check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
         if train.tokenizer_path is not None:
             if folder.source is None and world.leads:
@@ -295,9 +296,13 @@ def _build(
     return trainer
 
 
-def _checkpoint_bytes(model: Transformer, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Return the size of a checkpoint: what the model holds and the moments that there will be."""
+def _checkpoint_bytes(
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], *, averaged: bool
+) -> int:
+    """Return the size of a checkpoint at the most: the model and two moments, one of Muon's."""
     size: int = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if averaged:
+        size *= 2
     for optimizer in optimizers:
         n_moments = 1 if isinstance(optimizer, Muon) else 2
         params = (p for group in optimizer.param_groups for p in group["params"])

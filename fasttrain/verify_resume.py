@@ -86,6 +86,12 @@ def verify_resume(
                 keep = status != 2  # bad input left nothing to look at
                 print(redact(errors.strip() or f"exit status {status}"), file=sys.stderr)
                 return status if status > 0 else EXIT_DIFFERENT
+            reached = checkpoint.resolve(folder / name, "latest").name
+            if reached != f"step-{stop:08d}":
+                raise UserError(
+                    f"--verify-resume {n_steps}: the run's own end comes first, at {reached}; name "
+                    "a number of steps that it has"
+                )
         difference, counted = first_difference(folder / "one", folder / "two")
         keep = difference is not None
         if difference is None:

@@ -144,6 +144,26 @@ def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture)
     assert "changed at step 3: optim.lr: 0.003 → 0.0001" in shown
 
 
+@pytest.mark.parametrize(
+    ("deciding", "changed"),
+    [
+        (["eval.patience=50"], "eval.every_steps=2"),
+        (["schedule.name=plateau"], "eval.every_steps=2"),
+        (["eval.patience=50"], "eval.patience=51"),
+    ],
+)
+def test_R24_evaluations_that_decide_may_not_change(
+    toy: Path, deciding: list[str], changed: str, capsys: Capture
+) -> None:
+    command = [str(toy), "eval.every_steps=1", *deciding]
+    assert main([*command, "run.name=a", "--stop-at-step", "1"]) == 75
+    assert main([*command, "run.name=a", changed, "--resume", "auto"]) == 2
+    assert changed.partition("=")[0] in capsys.readouterr().err
+    plain = [str(toy), "eval.every_steps=1", "run.name=b"]
+    assert main([*plain, "--stop-at-step", "1"]) == 75
+    assert main([*plain, "eval.every_steps=2", "--stop-at-step", "2", "--resume", "auto"]) == 75
+
+
 def test_R24_a_key_that_is_none_is_refused(stopped: Path, capsys: Capture) -> None:
     command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
     assert main([*command, "--resume", "auto", "--allow-change", "optim.learning"]) == 2
@@ -211,6 +231,10 @@ def test_verify_resume_tells_the_first_difference(
         return main(arguments), ""
 
     monkeypatch.setattr(verify_resume, "_train", trained_here)
+    short = [str(toy), "train.steps=none", "train.tokens=192", "--verify-resume", "8"]
+    assert main(short) == 2
+    assert "the run's own end comes first" in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
     assert main([str(toy), "--verify-resume", "4"]) == 1
     shown = capfd.readouterr().out
     assert "RESUMING IS NOT EXACT: first difference: loss of step 4: 0x1." in shown
