@@ -12,6 +12,11 @@ fuses and recomputes, and mostly takes less.
     activations  all else that lives at the peak: kept for backward, and temporaries
     logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
     buffers      tables of the model, batches on the device
+    gathered     of sharded parameters: what is gathered of them, its gradients, and collectives
+
+On several ranks it is the memory of one. DDP keeps all gradients, in its buckets, throughout. What
+FSDP2 gathers and when it lets go is not written down here a second time: torch's own runs, on fake
+tensors and collectives that send nothing.
 
 Legend: B micro-batch rows, T sequence, V vocabulary.
 """
@@ -21,21 +26,24 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fasttrain_kernels import Muon
 from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain.config import TrainConfig
+from fasttrain.config import DistributedConfig, TrainConfig
 from fasttrain.device import Precision
+from fasttrain.distributed import World, choose_mode
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
+from fasttrain.sharding import set_gradient_sync, shard
 from fasttrain.step import linear_cross_entropy_criterion
 
 __all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak"]
@@ -51,6 +59,7 @@ class StepMemory:
     activations: int
     logits: int
     buffers: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
@@ -61,23 +70,34 @@ class StepMemory:
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make; keeps what was alive when most was."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, resized: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = list(model.parameters())
-        self.known = {id(t.untyped_storage()) for t in (*self.parameters, *model.buffers())}
+        self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
         self.live = self.peak = self.logits_at_peak = self.gradients_at_peak = 0
+        self.peak_apart = self.logits_at_peak_apart = 0  # of all but gradients
+        # FSDP2 shrinks and grows storages that live on: then they are measured at every operation.
+        self.resized = resized
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+                self._follow(_storage(tensor))
+        if self.resized:
+            storages = [reference() for reference in list(self.alive.values())]
+            self.live = sum(storage.nbytes() for storage in storages if storage is not None)
         scratch = 0
         if func._schema.name.endswith("::linear_cross_entropy_forward"):
             scratch = _loss_scratch(args[0], args[1])
         if self.live + scratch > self.peak:
             self.peak, self.logits_at_peak = self.live + scratch, scratch
             self.gradients_at_peak = gradient_bytes(self.parameters)
+        if self.live + scratch > self.peak_apart:  # else it cannot be more without them
+            apart = self.live + scratch - gradient_bytes(self.parameters)
+            if apart > self.peak_apart:
+                self.peak_apart, self.logits_at_peak_apart = apart, scratch
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -85,16 +105,29 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self.known:
             self.known.add(key)
             self.live += size
+            if self.resized:
+                self.alive[key] = weakref.ref(storage)
             weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
+        self.alive.pop(key, None)
         self.live -= size
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a DTensor, and any other tensor as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return _local(tensor).untyped_storage()
+
+
 def gradient_bytes(parameters: Iterable[Tensor]) -> int:
-    """Return the bytes of the gradients that are there."""
-    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    """Return the bytes of the gradients that are there, of this rank's shards."""
+    return sum(_local(p.grad).nbytes for p in parameters if p.grad is not None)
 
 
 def _loss_scratch(hidden: Tensor, weight: Tensor) -> int:
@@ -108,8 +141,13 @@ def _loss_scratch(hidden: Tensor, weight: Tensor) -> int:
     return rows * n_cols * (hidden.element_size() + wide) + cast
 
 
-def _optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[int, int]:
-    """Return the bytes of the state that there will be, and of the scratch of an update."""
+def _optimizer_bytes(
+    optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1
+) -> tuple[int, int]:
+    """Return the bytes of the state that there will be, and of the scratch of an update.
+
+    The state is the whole one; the scratch is that of one of ``n_ranks`` that hold shards.
+    """
     state = scratch = 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -124,54 +162,132 @@ def _optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[int, 
                 # Of all matrices of a shape: the stack of gradients, two copies in the iteration
                 # and three Gram matrices.
                 held = 3 * (rows * cols + rows * rows) * p.element_size()
+                if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
+                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
                 by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
             scratch = max(scratch, *by_shape.values())
     return state, scratch
 
 
-def estimate_memory(
-    config: TrainConfig, micro_batch: int, *, device: torch.device, precision: Precision
-) -> StepMemory:
-    """Foresee the memory of a training step of eager execution; nothing is allocated.
-
-    Args:
-        config: the configuration with ``model.vocab_size`` settled.
-        micro_batch: B.
-        device: where it will run; decides which attention runs and how the loss is cut.
-        precision: of the matrix products.
-    """
-    rows, seq_len = micro_batch, config.data.seq_len
-    step_rows = (config.train.tokens_per_step or rows * seq_len) // seq_len
+def _trace(
+    config: TrainConfig,
+    rows: int,
+    n_micro: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    world: World | None = None,
+) -> tuple[Transformer, _Live]:
+    """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
+    world, seq_len = world or World(), config.data.seq_len
     criterion = linear_cross_entropy_criterion(config)
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         model = Transformer(config.model, seq_len=seq_len)
+        shard(model, world, config.distributed, compute=precision.compute)
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
         targets = torch.zeros_like(tokens)
         # On CUDA FlexAttention needs no mask of its own; a CPU takes one of (B, T, T).
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
-        live = _Live(model)
+        live = _Live(model, resized=world.sharded)
         live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
         with live:
             # With gradients accumulated, the second forward pass meets those of the first.
-            for _ in range(2 if step_rows > rows else 1):
+            for n_left in reversed(range(min(n_micro, 2))):
+                set_gradient_sync(model, world, sync=n_left == 0)
                 with precision.autocast():
                     loss = criterion(model, tokens, targets, doc_starts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
-        parameters = sum(p.nbytes for p in model.parameters())
-        all_gradients = gradient_bytes(model.parameters())
-        buffers = sum(b.nbytes for b in model.buffers())
+    return model, live
+
+
+@contextmanager
+def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[World]:
+    """Be rank 0 of ``n_ranks`` that are not there: collectives return at once and send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
+    try:
+        world = World(size=n_ranks, local_size=n_ranks, mode="auto")
+        yield choose_mode(replace(config, mode=mode), world, 0, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def estimate_memory(
+    config: TrainConfig,
+    micro_batch: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    n_ranks: int = 1,
+    mode: str = "single",
+) -> StepMemory:
+    """Foresee the memory of a training step of eager execution; nothing is allocated.
+
+    Args:
+        config: the configuration with ``model.vocab_size`` settled.
+        micro_batch: B, of a rank.
+        device: where it will run; decides which attention runs and how the loss is cut.
+        precision: of the matrix products.
+        n_ranks: the processes that share ``train.tokens_per_step``.
+        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; the last two must not be asked for in a
+            process that has a process group.
+    """
+    rows, seq_len = micro_batch, config.data.seq_len
+    step_rows = (config.train.tokens_per_step or rows * seq_len * n_ranks) // seq_len // n_ranks
+    n_micro = 2 if step_rows > rows else 1
+    model, live = _trace(config, rows, n_micro, device=device, precision=precision)
+    parameters = sum(p.nbytes for p in model.parameters())
+    all_gradients = gradient_bytes(model.parameters())
     state, scratch = _optimizer_bytes(build_optimizers(model, config.optim))
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
-    batches = 2 * 8 * max(step_rows, rows) * seq_len
+    buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
     if device.type == "cpu":
-        batches += 4 * config.data.prefetch * rows * (seq_len + 1)
+        buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
+    if mode in ("fsdp", "hsdp"):
+        cpu = replace(precision, device_type="cpu")
+        return _of_shards(config, rows, n_micro, n_ranks, mode, live, state, buffers, cpu)
     gradients, logits = live.gradients_at_peak, live.logits_at_peak
     activations = live.peak - gradients - logits
-    if all_gradients + scratch > live.peak:  # then the update is the peak
+    if mode == "ddp":
+        # What micro-batches before the last add up lies beside the buckets.
+        gradients, logits = n_micro * all_gradients, live.logits_at_peak_apart
+        activations = live.peak_apart - logits
+    if all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
         gradients, activations, logits = all_gradients, scratch, 0
-    return StepMemory(parameters, gradients, state, activations, logits, buffers + batches)
+    return StepMemory(parameters, gradients, state, activations, logits, buffers)
+
+
+def _of_shards(
+    config: TrainConfig,
+    rows: int,
+    n_micro: int,
+    n_ranks: int,
+    mode: str,
+    whole: _Live,
+    state: int,
+    buffers: int,
+    precision: Precision,
+) -> StepMemory:
+    """Return the memory of a rank that holds shards; ``whole``: of the same step unsharded."""
+    # On a CPU: what is gathered and when does not depend on the device.
+    cpu = torch.device("cpu")
+    _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
+    with _pretended(config.distributed, n_ranks, mode) as world:
+        model, live = _trace(config, rows, n_micro, device=cpu, precision=precision, world=world)
+        parameters = sum(_local(p).nbytes for p in model.parameters())
+        total = sum(p.nbytes for p in model.parameters())
+        _, scratch = _optimizer_bytes(build_optimizers(model, config.optim), world.size)
+        all_gradients = gradient_bytes(model.parameters())
+    gradients, logits = live.gradients_at_peak, whole.logits_at_peak_apart
+    activations = whole.peak_apart - logits
+    gathered = max(0, live.peak - gradients - alone.peak_apart)
+    if all_gradients + scratch > gradients + activations + logits + gathered:
+        gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
+    state = state * parameters // total
+    return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
 
 
 def measure_peak(run: Callable[[], object], device: torch.device) -> int:

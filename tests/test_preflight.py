@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import preflight as preflight_module
 from fasttrain import probe as probe_module
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.device import resolve_precision
-from fasttrain.preflight import Plan, diagnose_run, main, preflight, warnings_of
+from fasttrain.plan import Plan, plan_run, warnings_of
+from fasttrain.preflight import diagnose_run, main, preflight
 from fasttrain.probe import Probe, settle_micro_batch
 from fasttrain.train import main as train_main
 from tests.toy import start, write_config
@@ -49,7 +49,7 @@ def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     from fasttrain.session import open_splits
 
     config, train, _ = open_splits(load_config(config_path), print)
-    plan = preflight_module._plan(config, train)
+    plan = plan_run(config, train)
     model = Transformer(config.model, seq_len=16)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token == metrics.flops_per_token(**flops_constants(model), seq_len=16)

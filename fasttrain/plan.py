@@ -1,0 +1,154 @@
+"""The size of a run, from its config and data alone, and what will hurt it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fasttrain.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from fasttrain.data.dataset import TokenDataset
+
+__all__ = ["Plan", "plan_run", "warnings_of"]
+
+# Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
+# spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
+BEST_TOKENS, FEW_TOKENS, MANY_EPOCHS = 20.0, 5.0, 4.0
+LONG_RUN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a run: what follows from config and data alone.
+
+    Attributes:
+        parameters: of the model, tied ones once.
+        matmul_parameters: of these, in matrix products.
+        flops_per_token: forward and backward.
+        tokens_per_step: of one optimizer step.
+        steps: None where ``train.hours`` decides.
+        epochs: passes over the training split, None likewise.
+    """
+
+    parameters: int
+    matmul_parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+    steps: int | None
+    epochs: float | None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run."""
+        return None if self.steps is None else self.steps * self.tokens_per_step
+
+
+def plan_run(config: TrainConfig, train: "TokenDataset", n_ranks: int = 1) -> Plan:
+    """Return the size of a run of ``n_ranks`` processes."""
+    import torch
+
+    from fasttrain import metrics
+    from fasttrain.model import Transformer, flops_constants
+
+    with torch.device("meta"):
+        model = Transformer(config.model, seq_len=config.data.seq_len)
+    loop, seq_len = config.train, config.data.seq_len
+    per_step = loop.tokens_per_step or loop.micro_batch * seq_len * n_ranks
+    samples = (train.n_tokens - 1) // seq_len
+    steps = loop.steps
+    if loop.tokens is not None:
+        steps = math.ceil(loop.tokens / per_step)
+    elif loop.epochs is not None:
+        steps = math.ceil(math.ceil(loop.epochs * samples) * seq_len / per_step)
+    return Plan(
+        parameters=model.num_parameters(),
+        matmul_parameters=model.num_matmul_parameters(),
+        flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=seq_len),
+        tokens_per_step=per_step,
+        steps=steps,
+        epochs=None if steps is None else steps * per_step / train.n_tokens,
+    )
+
+
+def warnings_of(
+    config: TrainConfig,
+    plan: Plan,
+    train: "TokenDataset",
+    *,
+    device: "torch.device",
+    dtype: str,
+    seconds: float | None = None,
+) -> Iterator[str]:
+    """Yield what will hurt the run, each with the remedy.
+
+    Args:
+        config: the configuration with its vocabulary settled.
+        plan: the size of the run.
+        train: the training split.
+        device: where it will run.
+        dtype: of the matrix products, as `fasttrain.device.Precision` names it.
+        seconds: how long the run will take, where known.
+    """
+    model, seq_len, steps = config.model, config.data.seq_len, plan.steps
+    assert model.vocab_size is not None
+    if model.vocab_size % 64:
+        better = -(-model.vocab_size // 64) * 64
+        yield (
+            f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head "
+            f"on tensor cores; set {better}"
+        )
+    head_dim = model.head_dim or model.dim // model.n_heads
+    if device.type == "cuda" and (model.dim % 64 or head_dim % 8):
+        yield (
+            f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
+            "want multiples of 64 and of 8"
+        )
+    if device.type == "cuda" and dtype == "fp32":
+        yield "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"
+    if plan.tokens is not None and plan.tokens < FEW_TOKENS * plan.matmul_parameters:
+        share = plan.tokens / plan.matmul_parameters
+        yield (
+            f"{share:.2g} tokens for each parameter in matrix products, and about "
+            f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
+            "train for longer"
+        )
+    if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
+        yield (
+            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and "
+            "less; add text, or watch the validation loss"
+        )
+    warmup = config.schedule.warmup_steps
+    if steps is not None and warmup >= steps:
+        yield (
+            f"schedule.warmup_steps = {warmup} is longer than the run of {steps} steps: the peak "
+            "learning rate is never reached; lower it"
+        )
+    elif steps is not None and warmup > 0.2 * steps:
+        yield f"schedule.warmup_steps = {warmup} is more than a fifth of the {steps} steps"
+    if steps is not None:
+        for name in ("eval.every_steps", "checkpoint.every_steps", "log.every_steps"):
+            section, _, key = name.partition(".")
+            every = getattr(getattr(config, section), key)
+            if every is not None and every > steps:
+                yield f"{name} = {every} is longer than the run of {steps} steps: only at its end"
+    if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
+        yield (
+            "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
+            "worth of steps"
+        )
+    if train.n_documents:
+        mean = train.n_tokens / train.n_documents
+        if mean < seq_len / 2 and config.data.attention_across_documents:
+            yield (
+                f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on "
+                "average: most of what is attended to is another text; shorten it, or set "
+                "data.attention_across_documents=false"
+            )
+    window = model.sliding_window_tokens
+    if window is not None and window >= seq_len:
+        yield f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"
+    if train.max_token >= model.vocab_size:
+        yield f"the data hold token {train.max_token}, model.vocab_size is {model.vocab_size}"

@@ -1,0 +1,143 @@
+"""What a step sends from rank to rank, how long that takes, and what it costs in utilisation.
+
+Bytes are those that one rank sends with ring algorithms over N ranks, which are the fewest
+possible: a reduce-scatter and an all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one
+after the other. DDP all-reduces the fp32 gradients once a step. Sharded over N, a rank gathers what
+it multiplies with, for each micro-batch: all parameters for the forward pass and, with
+``distributed.reshard_after_forward``, those of the blocks again for the backward pass; and
+reduce-scatters the fp32 gradients once a step. HSDP all-reduces these shards over the copies. Muon
+gathers its matrices and scatters the updates.
+
+Sources: Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of
+Workstations (J. Parallel Distrib. Comput. 69); Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from fasttrain.config import TrainConfig
+
+__all__ = ["Overhead", "Traffic", "overhead", "scaling_lines", "traffic"]
+
+FP32 = 4
+# Of a step without accumulation the backward pass takes two thirds.
+BACKWARD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one rank sends in a step."""
+
+    all_gather: float = 0.0
+    reduce_scatter: float = 0.0
+    all_reduce: float = 0.0
+    muon: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum over the kinds."""
+        return self.all_gather + self.reduce_scatter + self.all_reduce + self.muon
+
+
+def _ring(n_ranks: int) -> float:
+    return (n_ranks - 1) / n_ranks
+
+
+def traffic(
+    config: TrainConfig,
+    model: nn.Module,
+    *,
+    mode: str,
+    n_ranks: int,
+    shard_ranks: int | None = None,
+    n_micro: int = 1,
+    compute: torch.dtype = torch.float32,
+) -> Traffic:
+    """Return what one rank sends in a step.
+
+    Args:
+        config: for the optimizer and ``distributed.reshard_after_forward``.
+        model: a Transformer, on any device, that of fake and meta tensors too.
+        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``.
+        n_ranks: N.
+        shard_ranks: of ``hsdp``: the ranks that share one copy of the parameters.
+        n_micro: micro-batches of one rank in a step.
+        compute: dtype in which parameters are gathered.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    if mode == "single" or n_ranks == 1:
+        return Traffic()
+    if mode == "ddp":
+        return Traffic(all_reduce=2 * _ring(n_ranks) * FP32 * total)
+    inner = shard_ranks or n_ranks
+    assert isinstance(model.blocks, nn.ModuleList)
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    again = in_blocks if config.distributed.reshard_after_forward else 0
+    width = torch.finfo(compute).bits // 8
+    shards = 2 * _ring(inner) * width * matrices / inner
+    return Traffic(
+        all_gather=n_micro * _ring(inner) * width * (total + again),
+        reduce_scatter=_ring(inner) * FP32 * total,
+        all_reduce=2 * _ring(n_ranks // inner) * FP32 * total / inner,
+        muon=shards if config.optim.name == "muon" else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What sending costs: seconds of it in a step, and shares of the utilisation lost.
+
+    Attributes:
+        sending_s: at the stated bandwidth, latencies left out.
+        loss_hidden: where it goes on beside all computation that it can go on beside.
+        loss_exposed: where nothing is computed meanwhile.
+    """
+
+    sending_s: float
+    loss_hidden: float
+    loss_exposed: float
+
+
+def overhead(
+    sent: Traffic, step_s: float, *, mode: str, n_micro: int, bandwidth_gbps: float
+) -> Overhead:
+    """Return what sending costs a step.
+
+    Args:
+        sent: by one rank in a step.
+        step_s: of a rank that sends nothing.
+        mode: DDP sends beside the last micro-batch's backward pass, shards beside all computation.
+        n_micro: micro-batches of one rank in a step.
+        bandwidth_gbps: gigabits (10⁹) a second that one rank sends.
+    """
+    sending = 8 * sent.total / (1e9 * bandwidth_gbps)
+    beside = step_s * BACKWARD_SHARE / n_micro if mode == "ddp" else step_s
+    left = max(0.0, sending - beside)
+    return Overhead(sending, left / (step_s + left), sending / (step_s + sending))
+
+
+def scaling_lines(
+    sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, bandwidth_gbps: float | None
+) -> Iterator[str]:
+    """Yield what a person sees of it; ``step_s`` and ``bandwidth_gbps``: None where not known."""
+    kinds = [
+        f"{f.name.replace('_', '-')} {getattr(sent, f.name) / 2**20:,.1f} MiB"
+        for f in fields(sent)
+        if getattr(sent, f.name)
+    ]
+    yield f"sent         by each rank in a step: {', '.join(kinds)}"
+    if bandwidth_gbps is None:
+        yield "             --bandwidth-gbps tells how long that takes"
+        return
+    cost = overhead(sent, step_s or 0.0, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps)
+    line = f"             {1000 * cost.sending_s:,.1f} ms at {bandwidth_gbps:g} Gbit/s"
+    if step_s is not None:
+        line += (
+            f" of a step of {1000 * step_s:,.1f} ms: {cost.loss_hidden:.1%} of the MFU lost where "
+            f"it overlaps with computation, {cost.loss_exposed:.1%} where it does not"
+        )
+    yield line
