@@ -29,7 +29,7 @@ from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.inspection import inspect
-from fasttrain.data.resume import Partial
+from fasttrain.data.partial import Partial
 from fasttrain.data.sources import PIECE_CHARS, Source, find_files
 from fasttrain.data.splitting import Splitter
 from fasttrain.data.tokenizer import (

@@ -13,7 +13,7 @@ import pytest
 from fasttrain import prepare as prepare_module
 from fasttrain.data import building
 from fasttrain.data.files import DataError
-from fasttrain.data.resume import Partial
+from fasttrain.data.partial import Partial
 from fasttrain.prepare import main, prepare
 
 # Every operation that changes the disk is a point to be killed at. Processes are forked from one

@@ -11,7 +11,7 @@ import numpy as np
 
 from fasttrain.data.encoding import Batch, encoded
 from fasttrain.data.files import DataError
-from fasttrain.data.resume import Partial
+from fasttrain.data.partial import Partial
 from fasttrain.data.splitting import Piece, Splitter
 from fasttrain.data.tokenizer import Encoder
 from fasttrain.data.writer import ShardWriter
