@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from fasttrain_kernels import Muon
 from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
+from fasttrain_kernels.linear_cross_entropy import _is_small
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,14 +71,14 @@ class StepMemory:
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make; keeps what was alive when most was."""
 
-    def __init__(self, model: nn.Module, *, resized: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, resized: bool = False, plain: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = list(model.parameters())
         self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
         self.live = self.peak = self.logits_at_peak = self.gradients_at_peak = 0
         self.peak_apart = self.logits_at_peak_apart = 0  # of all but gradients
         # FSDP2 shrinks and grows storages that live on: then they are measured at every operation.
-        self.resized = resized
+        self.resized, self.plain = resized, plain
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +91,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live = sum(storage.nbytes() for storage in storages if storage is not None)
         scratch = 0
         if func._schema.name.endswith("::linear_cross_entropy_forward"):
-            scratch = _loss_scratch(args[0], args[1])
+            scratch = _loss_scratch(args[0], args[1], plain=self.plain)
         if self.live + scratch > self.peak:
             self.peak, self.logits_at_peak = self.live + scratch, scratch
             self.gradients_at_peak = gradient_bytes(self.parameters)
@@ -130,9 +131,16 @@ def gradient_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(_local(p.grad).nbytes for p in parameters if p.grad is not None)
 
 
-def _loss_scratch(hidden: Tensor, weight: Tensor) -> int:
-    """Return what `linear_cross_entropy` holds inside: logits of a chunk, the head in its dtype."""
+def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
+    """Return what `linear_cross_entropy` holds inside: logits of a chunk, the head in its dtype.
+
+    ``plain``: without z-loss and softcap, with which a small problem is never taken at once.
+    """
     n_cols = weight.shape[0]
+    if plain and _is_small(hidden, weight, None):
+        # In its backward pass log-softmax and two gradients of it; those of hidden states and head,
+        # which the op that was traced returns, are not there yet.
+        return 3 * hidden.shape[0] * n_cols * hidden.element_size() - weight.nbytes - hidden.nbytes
     rows = min(chunk_rows(hidden, n_cols, None), hidden.shape[0])
     narrow = hidden.element_size() < 4
     # A CPU does the softmax of narrow logits in fp32: their copy and the result.
@@ -189,7 +197,8 @@ def _trace(
         # On CUDA FlexAttention needs no mask of its own; a CPU takes one of (B, T, T).
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
-        live = _Live(model, resized=world.sharded)
+        plain = not (config.train.z_loss or config.model.logit_softcap)
+        live = _Live(model, resized=world.sharded, plain=plain)
         live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
         with live:
             # With gradients accumulated, the second forward pass meets those of the first.
