@@ -139,6 +139,13 @@ def _backward(
 _rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return Σ weights[r]·rows[r]: one product would add up thousands of rows one after another."""
+    whole = weights.shape[0] // 64 * 64
+    blocks = weights[:whole].view(-1, 1, 64) @ rows[:whole].view(-1, 64, rows.shape[1])
+    return blocks.sum((0, 1)) + weights[whole:] @ rows[whole:]
+
+
 class _EagerRMSNorm(torch.autograd.Function):
     """The same saved tensors in plain torch, for eager CPU: no wide copy of x is kept.
 
@@ -176,7 +183,7 @@ class _EagerRMSNorm(torch.autograd.Function):
                 scale = 1 + scale if ctx.zero_centered else scale
                 c, dx = products @ scale, (dy * scale).mul_(rstd)
                 if ctx.needs_input_grad[1]:
-                    dw = (rstd.reshape(-1) @ products).to(weight.dtype)
+                    dw = _weighted_sum(rstd.reshape(-1), products).to(weight.dtype)
             c = c.view(rstd.shape).mul_(rstd.pow(3)).div_(-n_cols)
             dx.addcmul_(x, c)
         return dx.to(x.dtype), dw, None, None
