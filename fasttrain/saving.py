@@ -39,7 +39,9 @@ class Saver:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.saved_at: int | None = None
-        self.failed_saves = 0
+        self.failed_saves = 0  # in a row
+        self._failed_at: int | None = None  # the step whose own save failed
+        self._begun = False  # a save of which it is not known yet whether it was committed
         self.writer: CheckpointWriter | None = None
         config = trainer.config.checkpoint
         world = trainer.world
@@ -53,23 +55,58 @@ class Saver:
                 session=world.share(secrets.token_hex(8)),
             )
 
-    def save_once(self, rng: dict[str, Tensor] | None = None) -> None:
+    def save_once(self) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
 
-        The error of a save in the background comes out of the next one, which is then begun anew.
-        ``rng``: random states to save, None: the present ones.
+        The error of a save in the background comes out here, at the next one, which is then begun.
         """
-        for _ in range(2):
-            if self.saved_at == self.trainer.step_count:
-                return
-            try:
-                self.save(rng)
-                self.failed_saves = 0
-            except CheckpointError as error:
-                self.failed_saves += 1
-                if self.failed_saves >= MAX_FAILED_SAVES:
-                    raise
-                self.trainer.reporter.warn(f"{error} (training goes on)")
+        step = self.trainer.step_count
+        if step in (self.saved_at, self._failed_at):
+            return
+        counted = False
+        try:
+            self._settle()
+        except CheckpointError as error:
+            self._fail(error)
+            counted = True
+        try:
+            self.save()
+        except CheckpointError as error:
+            self._failed_at = step
+            self._fail(error, again=counted)
+
+    def save_now(self, rng: dict[str, Tensor]) -> None:
+        """Save this step with these random states; return when it is committed.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        if self.writer is None:
+            return
+        try:
+            self._settle()
+        except CheckpointError as error:
+            self.trainer.reporter.warn(str(error))
+            self.saved_at = None  # it may have been of this very step
+        if self.saved_at != self.trainer.step_count:
+            self.save(rng)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the save in flight; raises CheckpointError if it failed."""
+        if self.writer is None:
+            return
+        begun, self._begun = self._begun, False
+        with self.trainer.account.measure("checkpoint"):
+            self.writer.wait()
+        if begun:
+            self.failed_saves = 0
+
+    def _fail(self, error: CheckpointError, *, again: bool = False) -> None:
+        self.failed_saves += not again
+        if self.failed_saves >= MAX_FAILED_SAVES:
+            raise error
+        self.trainer.reporter.warn(f"{error} (training goes on)")
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
         """Save now; see `Trainer.save_checkpoint`."""
@@ -84,7 +121,7 @@ class Saver:
         toml = redact(config_to_toml(trainer.config))
         with trainer.account.measure("checkpoint"):
             path = self.writer.save(trainer.step_count, groups, self._state(), toml, metric=metric)
-        self.saved_at = trainer.step_count
+        self.saved_at, self._begun = trainer.step_count, True
         return path
 
     def _state(self) -> dict[str, Any]:
@@ -126,10 +163,11 @@ class Saver:
         """
         if self.writer is None:
             return None
+        self._failed_at = None
         try:
-            self.writer.wait()
+            self._settle()
         except CheckpointError as error:
-            self.trainer.reporter.warn(str(error))
+            self._fail(error)
         for path in self._shared_history(before):
             try:
                 checkpoint = load(path)

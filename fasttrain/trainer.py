@@ -337,9 +337,7 @@ class Trainer:
         """
         if not self.guard.take_over():
             return False
-        self.saver.save_once(self.guard.rng)
-        if self.saver.writer:
-            self.saver.writer.wait()
+        self.saver.save_now(self.guard.rng)
         return True
 
     # ---- evaluation and samples ----------------------------------------------------------------

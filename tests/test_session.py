@@ -22,6 +22,7 @@ from fasttrain.run_folder import check_disk, lock_run_dir
 from fasttrain.train import main
 from tests.faults import Faults
 from tests.toy import ENV, ROOT, start, write_config
+from tests.toy_trainer import rows
 
 Capture = pytest.CaptureFixture[str]
 
@@ -64,17 +65,23 @@ def test_R12_training_goes_on_past_a_full_disk_and_older_checkpoints_stay(
     assert verify_resume.first_difference(toy.parent / "runs/whole", run_dir)[0] is None
 
 
-def test_R12_five_failed_saves_in_a_row_end_the_run(toy: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(("asynchronous", "last"), [("true", 8), ("false", 7)])
+def test_R12_five_failed_saves_in_a_row_end_the_run(
+    asynchronous: str, last: int, toy: Path, capsys: Capture
+) -> None:
     run_dir = toy.parent / "runs/a"
 
     def full(operation: str) -> None:
-        if not any(name in operation for name in ("00000001", "00000002")):
+        if not any(f"0000000{step}" in operation for step in (1, 2)):
             full_disk(operation, "tmp-step")
 
     with Faults(run_dir, before=full):
-        assert main([str(toy), "run.name=a", "checkpoint.every_steps=1"]) == 1
+        saves = ["checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}"]
+        assert main([str(toy), "run.name=a", *saves]) == 1
     out, err = capsys.readouterr()
-    assert "was not saved" in out
+    assert out.count("(training goes on)") == 4
+    assert "step-00000007 was not saved" in out
+    assert rows(run_dir)[-1]["step"] == last  # of 12: the fifth save that fails is step 7's
     assert "Traceback" not in out + err
     assert checkpoint.resolve(run_dir).name == "step-00000002"
     assert main([str(toy), "run.name=a", "--resume", "auto"]) == 0
