@@ -80,7 +80,8 @@ class FastBpe:
 
     def encode(self, text: str) -> NDArray[np.uint32] | None:
         """The ids of a text, or None where they would be uncertain."""
-        if not text.isascii() and _new_characters().search(text):
+        # Of each character once: the expression takes 90 ns for a character, the set 15.
+        if not text.isascii() and _new_characters().search("".join(set(text))):
             return None
         try:
             ranks = self._tiktoken.encode_to_numpy(
