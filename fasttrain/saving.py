@@ -26,6 +26,11 @@ __all__ = ["Saver"]
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
+def _finite(number: float) -> float | None:
+    """Return what JSON can hold of a number."""
+    return number if math.isfinite(number) else None
+
+
 class Saver:
     """Saves and restores one run.
 
@@ -87,7 +92,6 @@ class Saver:
             self._settle()
         except CheckpointError as error:
             self.trainer.reporter.warn(str(error))
-            self.saved_at = None  # it may have been of this very step
         if self.saved_at != self.trainer.step_count:
             self.save(rng)
             self._settle()
@@ -97,8 +101,10 @@ class Saver:
         if self.writer is None:
             return
         begun, self._begun = self._begun, False
+        saved_at, self.saved_at = self.saved_at, None
         with self.trainer.account.measure("checkpoint"):
             self.writer.wait()
+        self.saved_at = saved_at
         if begun:
             self.failed_saves = 0
 
@@ -126,16 +132,15 @@ class Saver:
 
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
-        best = trainer.best_val_loss
         return {
             "step": trainer.step_count,
             "position": trainer.position,
             "total_steps": trainer.total_steps,
             "eval_due": trainer.eval_due,
             "trained_s": trainer.trained_s,
-            "best_val_loss": best if math.isfinite(best) else None,
+            "best_val_loss": _finite(trainer.best_val_loss),
             "loss_ema": trainer.reporter.ema.value,
-            "val_losses": trainer.val_losses,
+            "val_losses": [_finite(loss) for loss in trainer.val_losses],
             "faults": trainer.recovery.policy.state(),
             "torch": torch.__version__,
             **trainer.recorded,
@@ -196,10 +201,12 @@ class Saver:
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
         trainer.total_steps = trainer.total_steps or state["total_steps"]
-        best = state["best_val_loss"]
-        trainer.best_val_loss = math.inf if best is None else best
+        best, *losses = (
+            math.inf if loss is None else loss
+            for loss in (state["best_val_loss"], *state.get("val_losses", []))
+        )
+        trainer.best_val_loss, trainer.val_losses = best, losses
         trainer.reporter.ema.value = state["loss_ema"]
-        trainer.val_losses = state.get("val_losses", [])
         if trainer.reporter.sinks:
             trainer.reporter.sinks.drop_after(trainer.step_count)
 

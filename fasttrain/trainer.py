@@ -370,7 +370,8 @@ class Trainer:
         if self.eval_due:  # it was cut off: it is made up for when the run goes on
             return {}
         self.reporter.evaluation(self.last_eval)
-        self.val_losses.append(self.last_eval["val_loss"] or math.inf)
+        loss = self.last_eval["val_loss"]
+        self.val_losses.append(math.inf if loss is None else loss)
         self.best_val_loss = min(self.best_val_loss, self.val_losses[-1])
         return self.last_eval
 

@@ -1,0 +1,76 @@
+"""What of a run is saved beside its tensors, and what becomes of a save that fails."""
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fasttrain import checkpoint, trainer
+from fasttrain.checkpoint import CheckpointError
+from fasttrain.config import load_config
+from fasttrain.state import rng_state
+from fasttrain.trainer import Trainer
+from tests import toy_trainer
+from tests.faults import Faults
+from tests.toy import write_config
+
+_open: list[Trainer] = []
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while _open:
+        _open.pop().close()
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+def build(toy: Path, *overrides: str) -> Trainer:
+    _open.append(toy_trainer.build(load_config(toy, overrides), toy.parent / "run"))
+    return _open[-1]
+
+
+@pytest.mark.parametrize("loss", [0.0, math.nan, math.inf])
+def test_R12_a_validation_loss_that_is_not_finite_hinders_no_save(
+    loss: float, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter([4.0, loss, 3.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"val_loss": next(results)})
+    run = build(toy, "eval.every_steps=1", "checkpoint.every_steps=1", "train.steps=3")
+    run.reporter.evaluation = lambda result: None  # type: ignore[assignment, method-assign]
+    assert run.fit() == "done"
+    assert run.val_losses == pytest.approx([4.0, loss, 3.0], nan_ok=True)
+    run.close()
+    assert run.saver.failed_saves == 0
+    path = checkpoint.resolve(toy.parent / "run")
+    assert path.name == "step-00000003"
+    again = toy_trainer.resume(load_config(toy), path)
+    _open.append(again)
+    assert again.val_losses == [4.0, loss if loss == 0 else math.inf, 3.0]
+    assert again.best_val_loss == min(loss if loss == 0 else math.inf, 3.0)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_R15_a_state_given_up_is_saved_or_an_error_tells_why_not(
+    asynchronous: str, toy: Path
+) -> None:
+    run = build(toy, f"checkpoint.asynchronous={asynchronous}")
+
+    def full(operation: str) -> None:
+        if operation.startswith("write"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rng = rng_state(run.device)
+    with Faults(toy.parent / "run/checkpoints", before=full):
+        run.saver.save_once()  # in the background, or at once: it fails
+        with pytest.raises(CheckpointError, match="free some space"):
+            run.saver.save_now(rng)
+    run.saver.save_now(rng)
+    assert checkpoint.resolve(toy.parent / "run").name == "step-00000000"
