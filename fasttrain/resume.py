@@ -53,6 +53,7 @@ def check_resumable(
     config: TrainConfig,
     data: dict[str, dict[str, Any]],
     allow_change: Sequence[str],
+    samples_per_step: int,
 ) -> dict[str, Any]:
     """Return the state of the checkpoint ``source``, allowed changes added to its history.
 
@@ -61,6 +62,7 @@ def check_resumable(
         config: the config to go on with, its vocabulary settled.
         data: of the data to go on with, as `data_facts` returns it.
         allow_change: keys that may differ, beyond those that change no number.
+        samples_per_step: of all ranks together.
 
     Raises:
         UserError: a config key or the data differ and that was not allowed; names all of them.
@@ -82,6 +84,14 @@ def check_resumable(
         for key, old, new in config_difference(old_config, config)
         if not key.startswith(harmless)
     ]
+    before = state.get("samples_per_step", samples_per_step)
+    shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
+    if before != samples_per_step and not any(change.key in shape for change in changes):
+        ranks = (
+            f"unset: a step took {before} samples, and on this number of ranks it takes "
+            f"{samples_per_step}"
+        )
+        changes.append(Change(shape[0], before, samples_per_step, ranks))
     changes += _data_changes(state["data"], data)
     refused = [str(change) for change in changes if change.key not in allow_change]
     if refused:

@@ -138,6 +138,7 @@ class Saver:
             "total_steps": trainer.total_steps,
             "eval_due": trainer.eval_due,
             "trained_s": trainer.trained_s,
+            "samples_per_step": trainer.samples_per_step,
             "best_val_loss": _finite(trainer.best_val_loss),
             "loss_ema": trainer.reporter.ema.value,
             "val_losses": [_finite(loss) for loss in trainer.val_losses],

@@ -227,13 +227,14 @@ def _build(
     state: dict[str, Any] = {}
     device = world.device(resolve_device(config.run.device))
     with world.failing_together():
+        unit = config.train.micro_batch * config.data.seq_len
+        n_micro_batches = accumulation_steps(config.train.tokens_per_step, unit, world.size)
         if source is not None:
-            state = check_resumable(source, config, recorded["data"], allow_change)
+            samples = config.train.micro_batch * n_micro_batches * world.size
+            state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
             if world.leads and (warning := torch_changed(state)):
                 folder.warn(warning)
-        unit = config.train.micro_batch * config.data.seq_len
-        accumulation_steps(config.train.tokens_per_step, unit, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     with world.failing_together():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from fasttrain import checkpoint, verify_resume
+from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
+from fasttrain.resume import check_resumable
 from fasttrain.train import main
 from tests.faults import flip_bit
 from tests.toy import write_config
@@ -264,3 +266,15 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert main([str(toy), *arguments]) == 2
     assert expected in capfd.readouterr().err
     assert not (toy.parent / "runs").exists()
+
+
+def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stopped: Path) -> None:
+    source = checkpoint.resolve(stopped / "runs/a")
+    config = load_config(source / "config.toml")
+    data = json.loads((source / "state.json").read_text())["data"]
+    assert check_resumable(source, config, data, (), 4)["history"] == []
+    with pytest.raises(UserError, match=r"train.tokens_per_step: unset: a step took 4 samples.* 8"):
+        check_resumable(source, config, data, (), 8)
+    allowed = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
+    [change] = allowed["history"]
+    assert (change["key"], change["old"], change["new"]) == ("train.tokens_per_step", "4", "8")
