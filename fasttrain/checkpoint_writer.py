@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from fasttrain.checkpoint_snapshot import Snapshot
 from fasttrain.slices import Slice
 
 __all__ = ["CheckpointWriter"]
+
+
+def _to_stderr(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +55,7 @@ class CheckpointWriter:
         world_size: how many they are.
         session: shared by the ranks, and by no earlier ones; needed where there are several.
         patience_s: how long a rank waits for the others to write their parts of a checkpoint.
+        warn: told, in any thread, that a checkpoint is complete but others could not be removed.
 
     Raises:
         CheckpointError: the folder cannot be made.
@@ -68,6 +73,7 @@ class CheckpointWriter:
         world_size: int = 1,
         session: str = "",
         patience_s: float = 600.0,
+        warn: Callable[[str], None] = _to_stderr,
     ) -> None:
         if keep_last < 1:
             raise CheckpointError(f"checkpoint.keep_last must be at least 1, got {keep_last}")
@@ -76,6 +82,7 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self.stall_s = 0.0
         self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
+        self._warn = warn
         self._n_begun = 0
         self._snapshots: dict[str, Snapshot] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -292,19 +299,20 @@ class CheckpointWriter:
             disk.remove(old)
             self._ranks.committed()
         except (OSError, CheckpointError) as error:
+            told = error
             if isinstance(error, OSError):
                 done = "is complete, but tidying up failed" if committed else "was not saved"
                 told = disk.failure(f"{path} {done}", error)
-            else:
-                told = error
-            if not committed:
-                with contextlib.suppress(OSError):
-                    self._ranks.give_up(partial, told)
-                with contextlib.suppress(OSError):
-                    if old.exists() and not path.exists():
-                        os.rename(old, path)
-                with contextlib.suppress(OSError):
-                    disk.remove(partial)
+            if committed:  # on the other ranks it is saved as well
+                self._warn(str(told))
+                return
+            with contextlib.suppress(OSError):
+                self._ranks.give_up(partial, told)
+            with contextlib.suppress(OSError):
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+            with contextlib.suppress(OSError):
+                disk.remove(partial)
             if told is error:
                 raise
             raise told from error

@@ -58,6 +58,7 @@ class Saver:
                 rank=world.rank,
                 world_size=world.size,
                 session=world.share(secrets.token_hex(8)),
+                warn=trainer.reporter.warn,
             )
 
     def save_once(self) -> None:
