@@ -176,10 +176,15 @@ class Saver:
         except CheckpointError as error:
             self._fail(error)
         for path in self._shared_history(before):
+            checkpoint, problem = None, None
             try:
                 checkpoint = load(path)
             except CheckpointError as error:
-                self.trainer.reporter.warn(f"passing over a damaged checkpoint: {error}")
+                problem = str(error)
+            # One rank's disk may fail it: all go back to the same step.
+            problems = [p for p in self.trainer.world.gather(problem) if p is not None]
+            if checkpoint is None or problems:
+                self.trainer.reporter.warn(f"passing over a damaged checkpoint: {problems[0]}")
                 continue
             self._restore(checkpoint)
             self.saved_at = None  # where the run stops here, its rollback is to be remembered

@@ -11,6 +11,7 @@ import pytest
 from fasttrain import checkpoint, trainer
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
+from fasttrain.distributed import World
 from fasttrain.state import rng_state
 from fasttrain.trainer import Trainer
 from tests import toy_trainer
@@ -74,3 +75,21 @@ def test_R15_a_state_given_up_is_saved_or_an_error_tells_why_not(
             run.saver.save_now(rng)
     run.saver.save_now(rng)
     assert checkpoint.resolve(toy.parent / "run").name == "step-00000000"
+
+
+def test_R14_ranks_go_back_to_a_checkpoint_that_all_of_them_can_read(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(toy, "checkpoint.every_steps=1", "train.steps=3")
+    run.fit()
+    asked: list[str | None] = []
+
+    def other_rank_fails_once(problem: str | None) -> list[str | None]:
+        asked.append(problem)
+        return [problem, "its disk failed" if len(asked) == 1 else None]
+
+    monkeypatch.setattr(World, "gather", lambda self, value: other_rank_fails_once(value))
+    found = run.saver.go_back(before=4)
+    assert found is not None
+    assert (found.step, run.step_count) == (2, 2)  # this rank could read that of step 3
+    assert asked == [None, None]
