@@ -115,6 +115,8 @@ def begin_branch(trainer: Trainer, source: Path) -> None:
     Raises:
         UserError: its horizon does not lie after the checkpoint.
     """
+    if trainer.config.train.hours is not None:
+        trainer.total_steps = None  # to be measured: not what the other run's hours came to
     step, end = trainer.step_count, trainer.total_steps
     if end is not None and end <= step:
         trainer.close()

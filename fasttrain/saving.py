@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,9 @@ class Saver:
         checkpoint = load(path)
         self._restore(checkpoint)
         trainer.trained_s = checkpoint.state["trained_s"]
-        trainer.eval_due = checkpoint.state["eval_due"]
+        hours = tomllib.loads(checkpoint.config_toml)["train"].get("hours")
+        if trainer.total_steps is None and trainer.config.train.hours == hours:
+            trainer.total_steps = checkpoint.state["total_steps"]
         trainer.recovery.policy.load(checkpoint.state["faults"])
         trainer.account = TimeAccount(trainer.step_count)
         return checkpoint
@@ -207,7 +210,7 @@ class Saver:
         restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step, rank)
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
-        trainer.total_steps = trainer.total_steps or state["total_steps"]
+        trainer.last_eval, trainer.eval_due = {}, state["eval_due"]
         best, *losses = (
             math.inf if loss is None else loss
             for loss in (state["best_val_loss"], *state.get("val_losses", []))

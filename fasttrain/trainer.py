@@ -194,6 +194,7 @@ class Trainer:
             if self.eval_due:
                 self.saver.saved_at = None
                 self._after_step(self._finished(until))
+                self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
             while not self._finished(until):
                 if self.stop_at is not None and self.step_count >= self.stop_at:

@@ -12,6 +12,7 @@ from fasttrain import checkpoint, trainer
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed import World
+from fasttrain.origin import begin_branch
 from fasttrain.state import rng_state
 from fasttrain.trainer import Trainer
 from tests import toy_trainer
@@ -89,7 +90,51 @@ def test_R14_ranks_go_back_to_a_checkpoint_that_all_of_them_can_read(
         return [problem, "its disk failed" if len(asked) == 1 else None]
 
     monkeypatch.setattr(World, "gather", lambda self, value: other_rank_fails_once(value))
+    run.last_eval, run.eval_due = {"val_loss": 1.0}, True  # of step 3
     found = run.saver.go_back(before=4)
     assert found is not None
     assert (found.step, run.step_count) == (2, 2)  # this rank could read that of step 3
+    assert (run.last_eval, run.eval_due) == ({}, False)
     assert asked == [None, None]
+
+
+def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
+    hours = ["train.steps=none", "train.hours=1", "eval.every_steps=none"]
+    run = build(toy, *hours)
+    run.total_steps = 300
+    run.save_checkpoint()
+    run.close()
+    path = checkpoint.resolve(toy.parent / "run")
+    for change, expected in (("train.hours=1", 300), ("train.hours=2", None)):
+        _open.append(toy_trainer.resume(load_config(toy, [*hours, change]), path))
+        assert _open[-1].total_steps == expected
+    _open.append(toy_trainer.resume(load_config(toy, hours), path))
+    begin_branch(_open[-1], path)
+    assert _open[-1].total_steps is None
+
+
+def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> bool:
+        raise KeyboardInterrupt
+
+    keys = ["train.steps=4", "eval.every_steps=2"]
+    run = build(toy, *keys)
+    run.request_stop(at_step=2)
+    run.fit()
+    run.eval_due = True  # as where a signal cut the evaluation off
+    run.val_losses.clear()
+    run.save_checkpoint()
+    run.close()
+    folder = toy.parent / "run"
+    for n_made_up in (1, 0):
+        config = load_config(toy, keys)
+        _open.append(toy_trainer.resume(config, checkpoint.resolve(folder), folder))
+        again = _open[-1]
+        assert again.eval_due == bool(n_made_up)
+        monkeypatch.setattr(again, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again.fit()
+        again.close()
+        assert len(again.val_losses) == 1
