@@ -65,6 +65,7 @@ class TimeAccount:
         self.first_step = step
         self.started_s = time.perf_counter()
         self.steady_s, self.n_steady = 0.0, 0  # of all steps but the first, which compiles
+        self.steady_wait_s = 0.0  # for data, beside steady_s
         self._window = dict.fromkeys(
             ("step", "wait", "forward_backward", "optimizer", "eval", "checkpoint", "sample"), 0.0
         )
@@ -81,6 +82,7 @@ class TimeAccount:
         self.add("wait", wait_s)
         if not first:
             self.steady_s += seconds - wait_s
+            self.steady_wait_s += wait_s
             self.n_steady += 1
 
     @contextmanager

@@ -258,7 +258,7 @@ class Trainer:
         self.step_count += 1
         self.recovery.advance()
         log = self._due(self.config.log.every_steps) or self.step_count in (1, HOURS_ESTIMATE_AT)
-        if log:
+        if log or self.account.n_steady == HOURS_ESTIMATE_AT - 2:  # the pace is known after it
             self._synchronize()
         elapsed = time.perf_counter() - started
         self.trained_s += elapsed
@@ -284,8 +284,9 @@ class Trainer:
         if until is not None and self.step_count >= until:
             return True
         pace = self.account
-        if self.total_steps is None and self.step_count >= HOURS_ESTIMATE_AT and pace.n_steady:
-            total = self.step_count + int(self._left_s() * pace.n_steady / pace.steady_s)
+        if self.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
+            step_s = (pace.steady_s + pace.steady_wait_s) / pace.n_steady
+            total = self.step_count + int(self._left_s() / step_s)
             self.total_steps = self.world.share(total)
         if self.lockstep.time_over or (self.world.size == 1 and self._left_s() <= 0):
             return True

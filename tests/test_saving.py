@@ -12,6 +12,7 @@ from fasttrain import checkpoint, trainer
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed import World
+from fasttrain.horizon import HOURS_ESTIMATE_AT
 from fasttrain.origin import begin_branch
 from fasttrain.state import rng_state
 from fasttrain.trainer import Trainer
@@ -138,3 +139,14 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
             again.fit()
         again.close()
         assert len(again.val_losses) == 1
+
+
+def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: Path) -> None:
+    run = build(toy, "train.steps=none", "train.hours=1", "eval.every_steps=none")
+    run.step_count, run.trained_s = HOURS_ESTIMATE_AT, 20 * HOURS_ESTIMATE_AT
+    for number in range(HOURS_ESTIMATE_AT):
+        assert not run._finished(None)
+        assert run.total_steps is None
+        run.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
+    assert not run._finished(None)
+    assert run.total_steps == 3600 // 20
