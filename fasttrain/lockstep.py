@@ -17,10 +17,19 @@ from torch import Tensor
 
 from fasttrain.distributed import World
 
-__all__ = ["Agreement", "Lockstep", "Watchdog", "call_ranks", "die_with_parent", "hearing_ranks"]
+__all__ = [
+    "Agreement",
+    "Lockstep",
+    "Watchdog",
+    "call_ranks",
+    "die_with_parent",
+    "differing_step",
+    "hearing_ranks",
+]
 
 LISTEN_EVERY_S = 0.5
-_CALL = "stop"
+AT_SAME_STEP_S = 60.0  # for the slowest rank to come where it may be saved
+_CALL, _STEP = "stop", "saves step of"
 
 
 def die_with_parent() -> None:
@@ -43,6 +52,28 @@ def call_ranks(world: World) -> None:
     if world.store is not None:
         with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended
             world.store.set(_CALL, str(world.rank))
+
+
+def differing_step(world: World, step: int) -> str | None:
+    """Wait until all ranks said at which step they give up; return what hinders a common save.
+
+    From any thread: collectives belong to the thread that trains. Once a process.
+    """
+    store, deadline = world.store, time.monotonic() + AT_SAME_STEP_S
+    if store is None:
+        return None
+    try:
+        store.set(f"{_STEP} {world.rank}", str(step))
+        for rank in range(world.size):
+            while not store.check([f"{_STEP} {rank}"]):
+                if time.monotonic() > deadline:
+                    return f"rank {rank} did not come to an end within {AT_SAME_STEP_S:g} s"
+                time.sleep(0.02)
+            if (other := int(store.get(f"{_STEP} {rank}"))) != step:
+                return f"rank {rank} is at step {other} and rank {world.rank} at step {step}"
+    except RuntimeError:
+        return "the rank that keeps the store has ended"
+    return None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint_files import history
 from fasttrain.config import config_to_toml
+from fasttrain.lockstep import differing_step
 from fasttrain.redact import redact
 from fasttrain.state import collect, restore, rng_of_rank
 from fasttrain.timing import TimeAccount
@@ -90,6 +91,8 @@ class Saver:
         """
         if self.writer is None:
             return
+        if problem := differing_step(self.trainer.world, self.trainer.step_count):
+            raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:
             self._settle()
         except CheckpointError as error:

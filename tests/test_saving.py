@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from fasttrain import checkpoint, trainer
 from fasttrain.checkpoint import CheckpointError
@@ -150,3 +151,16 @@ def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: P
         run.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
     assert not run._finished(None)
     assert run.total_steps == 3600 // 20
+
+
+def test_R15_ranks_that_give_up_different_steps_save_nothing_and_do_not_wait(toy: Path) -> None:
+    run, store = build(toy), HashStore()
+    run.step_count = 5
+    run.world = World(rank=0, size=2, store=store)
+    store.set("saves step of 1", "6")
+    with pytest.raises(CheckpointError, match="rank 1 is at step 6 and rank 0 at step 5"):
+        run.saver.save_now(rng_state(run.device))
+    assert list((toy.parent / "run/checkpoints").iterdir()) == []
+    store.set("saves step of 1", "5")
+    run.saver.save_now(rng_state(run.device))
+    assert checkpoint.resolve(toy.parent / "run").name == "step-00000005"
