@@ -194,7 +194,7 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
     folder.mkdir(exist_ok=True)
     of_rank = f"-rank-{loader.rank}" if loader.rank else ""
     path = folder / f"step-{fault.step:08d}{of_rank}.jsonl"
-    if not path.exists() and len(list(folder.iterdir())) >= MAX_REPORTS * loader.world_size:
+    if not path.exists() and len(list(folder.glob(f"step-????????{of_rank}.jsonl"))) >= MAX_REPORTS:
         return None
     tokenizer_path = run_dir / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.exists() else None

@@ -1,14 +1,13 @@
 """Each fused operation on the device at hand: is it right, how fast is each path, which is taken.
 
 An operation is right where its error against the same formula in fp64 is at most twice that of
-plain torch, or at most √N roundings, what a sum over N rows gathers. Paths are timed forward and
+plain torch in the same dtype, plus 1e-5 (1e-3 in half precision). Paths are timed forward and
 backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain composition,
 ``compiled`` as what torch.compile fuses of that composition.
 
 Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -141,8 +140,8 @@ def _error(values: list[Tensor], truth: list[Tensor]) -> float:
     return float(max(errors))
 
 
-def _tolerance(plain_error: float, n_rows: int, dtype: torch.dtype) -> float:
-    return max(2 * plain_error, math.sqrt(n_rows) * torch.finfo(dtype).eps)
+def _tolerance(plain_error: float, dtype: torch.dtype) -> float:
+    return 2 * plain_error + (1e-5 if dtype == torch.float32 else 1e-3)
 
 
 def _median_ms(run: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
@@ -174,7 +173,7 @@ def _check(op: _Op, device: torch.device, dtype: torch.dtype, *, compiled: bool)
         return lambda: _run(fn, op, seeds, dtype)
 
     ms = {name: _median_ms(call(fn), device) for name, fn in paths.items()}
-    return OpReport(op.name, error, _tolerance(plain_error, op.inputs[0].shape[0], dtype), ms)
+    return OpReport(op.name, error, _tolerance(plain_error, dtype), ms)
 
 
 def _check_adamw(device: torch.device) -> OpReport:
@@ -204,7 +203,7 @@ def _check_adamw(device: torch.device) -> OpReport:
     truth = results["truth"][0]
     error, plain = (_error(results[name][0], truth) for name in ("ours", "torch"))
     ms = {name: _median_ms(results[name][1].step, device) for name in ("ours", "torch")}
-    return OpReport("adamw", error, _tolerance(plain, 64, torch.float32), ms)
+    return OpReport("adamw", error, _tolerance(plain, torch.float32), ms)
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:

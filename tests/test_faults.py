@@ -96,7 +96,7 @@ def test_R18_the_samples_of_a_bad_step_are_written_down(
     with loader:
         fault = Fault(9, 64, "nonfinite", math.nan, math.inf)
         path = write_report(fault, loader, 2, tmp_path)
-        assert path == tmp_path / "faults/step-00000009.jsonl"
+        assert path == tmp_path / "faults/step-00000009-rank-1.jsonl"
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         assert [line["position"] for line in lines] == [66, 67, 70, 71]  # those of rank 1
         for line in lines:
@@ -118,7 +118,7 @@ def test_reports_do_not_fill_the_disk(loader: Loader, tmp_path: Path) -> None:
             write_report(Fault(n, 0, "spike", 9.0, 1.0), loader, 1, tmp_path)
             for n in range(MAX_REPORTS + 2)
         ]
-        assert paths[-3:-1] == [tmp_path / f"faults/step-{MAX_REPORTS - 1:08d}.jsonl", None]
+        assert paths[-3:-1] == [tmp_path / f"faults/step-{MAX_REPORTS - 1:08d}-rank-1.jsonl", None]
         again = write_report(Fault(0, 0, "spike", 9.0, 1.0), loader, 1, tmp_path)
     assert again == paths[0]
     assert len(list((tmp_path / "faults").iterdir())) == MAX_REPORTS

@@ -130,6 +130,7 @@ def test_optimizers_of_torch_learn_and_their_state_is_restored(
 
 def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError, match="pip install torchao"):
         build_optimizers(
             Transformer(ModelConfig(**SHAPE), seq_len=8), OptimConfig(name="adamw8bit")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fasttrain.checkpoint import CheckpointWriter, load
+from fasttrain.ema import Ema
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
 from fasttrain.distributed import World
 from fasttrain.model import Transformer
@@ -36,7 +37,8 @@ mesh = init_device_mesh("cpu", (2,))
 # Odd sizes: a table of 33 rows, matrices of 40, and vectors that no two ranks share evenly.
 shape = dict(vocab_size=33, dim=24, n_layers=2, n_heads=3, hidden_dim=40, norm="layer")
 numbers = SimpleNamespace(
-    loss=torch.zeros(()), state=lambda: {"grad_scale": torch.ones(())}, load=lambda state: None
+    loss=torch.zeros(()), state=lambda: {"grad_scale": torch.ones(())}, load=lambda state: None,
+    ema=Ema(torch.nn.Module(), None),
 )
 
 
