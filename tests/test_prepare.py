@@ -393,7 +393,10 @@ def test_memory_stays_flat(tmp_path: Path, megabytes: int) -> None:
     )
     arguments = [str(tmp_path / "out"), "--input", str(tmp_path / "in.txt"), "--tokenizer", "bytes"]
     result = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=megabytes
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=megabytes,
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) < 1_500_000  # KiB
