@@ -7,6 +7,7 @@ the mean over all target tokens of its batches, however many they are.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -284,7 +285,7 @@ class Trainer:
     def _evaluated(self, loader: Iterable[Mapping[str, Tensor]]) -> None:
         self._record()
         self._last_result = result = self.evaluate(loader)
-        self.val_losses.append(result["val_loss"])
+        self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # JSON has no nan
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
@@ -356,7 +357,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "lrs": [float(group["lr"]) for group in self.optimizer.param_groups],
         }
-        metric = self._last_result.get("val_loss")
+        metric = self.val_losses[-1] if self._last_result else None
         text = redact(config_to_toml(self.config))
         path = self.writer.save(self.step, groups, state, text, metric=metric)
         self.writer.wait()
@@ -373,10 +374,9 @@ class Trainer:
         Raises:
             UserError: it is damaged, or of another model.
         """
-        where = Path(path) if path is not None else self.run_dir
-        if where is None:
+        if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = checkpoint.load(checkpoint.resolve(where))
+        loaded = checkpoint.load(checkpoint.resolve(Path(where)))
         state = loaded.state
         try:
             self.model.load_state_dict(loaded.group("model"))

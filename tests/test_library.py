@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,24 @@ def test_early_stopping_and_plateau_of_torch() -> None:
     assert trainer.step == 5  # the first evaluation is the best, then four without a better one
     assert optimizer.param_groups[0]["lr"] < 1e-30
     assert metrics.summary()["steps"] == 5
+
+
+def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = config(train={"steps": 2}, eval={"every_steps": 1})
+    trainer = Trainer(model, optimizer, None, None, settings, run_dir=tmp_path / "run")
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    trainer._evaluated(DataLoader(data(4), batch_size=4))
+    assert math.isnan(trainer._last_result["val_loss"])
+    with torch.no_grad():
+        next(model.parameters()).fill_(0.5)
+    trainer.save_checkpoint()
+    trainer.val_losses.clear()
+    trainer.load_checkpoint()
+    trainer._close()
+    assert trainer.val_losses == [sys.float_info.max]
 
 
 def test_max_grad_value_clips_each_element() -> None:
