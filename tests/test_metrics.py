@@ -1,6 +1,8 @@
 """fasttrain.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +154,23 @@ def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     assert peak_memory_gib(device) >= before + 0.25
     del block
     assert peak_memory_gib(device) >= before + 0.25  # the peak, not what is held now
+
+
+def test_training_metrics_are_averaged_summed_up_and_written(tmp_path: Path) -> None:
+    found = metrics.TrainingMetrics()
+    for step in range(1, 151):
+        found.record(step, loss=float(step), lr=0.1 / step)
+    found.record(150, val_loss=math.nan)
+    found.record(150, val_loss=2.5)
+    assert found.moving_average("loss", 3)[:4] == [1.0, 1.5, 2.0, 3.0]
+    summary = {"steps": 150, "loss": 100.5, "best_val_loss": 2.5, "lr": 0.1 / 150}
+    assert found.summary() == pytest.approx(summary)  # the loss: the mean of 51 to 150
+    found.to_jsonl(tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 152
+    assert rows[-2] == {"step": 150, "val_loss": None}
+    found.to_csv(tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert lines[:2] == ["step,loss,lr,val_loss", "1,1.0,0.1,"]
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        found.moving_average("loss", 0)
