@@ -80,6 +80,6 @@ def test_clipped_step(compare: Any, benchmark: Any, model: str, dtype: torch.dty
         for p, q in zip(params, sets["fasttrain"], strict=True):
             torch.testing.assert_close(p, q, rtol=tolerance, atol=1e-6, msg=name)
     small = model == "0.8M"
-    result = compare(calls, rounds=10 if small else 5, n_calls=20 if small else 1, warmup=1)
+    result = compare(calls, n_calls=20 if small else 1, warmup=1)
     n_bytes = sum(p.numel() for p in sets["fasttrain"]) * dtype.itemsize * 8  # norm 1, step 7
     record_bandwidth(benchmark, result.median_s["fasttrain"], n_bytes)

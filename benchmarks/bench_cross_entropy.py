@@ -92,6 +92,6 @@ def test_cross_entropy(compare: Any, benchmark: Any, rows: int, vocabulary: int)
         return lambda: step(ops[name], *next(chosen))
 
     calls = {name: in_turn(name) for name in ops}
-    result = compare(calls, rounds=20 if CUDA else 5)
+    result = compare(calls)
     benchmark.extra_info["left_out"] = left_out
     record_bandwidth(benchmark, result.median_s["fasttrain"], 2 * logits.nbytes)

@@ -1,11 +1,12 @@
 """Shared by the benchmarks: rivals timed side by side, and where the figures go.
 
     def test_norm(compare):
-        result = compare({"fasttrain": ours, "torch": theirs}, rounds=50)
+        result = compare({"fasttrain": ours, "torch": theirs})
         assert result.speedup["torch"] > 0.9
 
 ``pytest benchmarks/ --benchmark-only --results benchmarks/results`` also writes them, a file for
-each suite, after every test.
+each suite, after every test. All together take minutes: each benchmark has a budget of seconds and
+shapes that fit it. ``--full`` lifts both.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,9 @@ from benchmarks import measure, store
 
 Entries = dict[str, list[dict[str, Any]]]  # of each suite
 ENTRIES = pytest.StashKey[Entries]()
+# For the rounds of one comparison: a hundred of a small op, three of a large one.
+BUDGET_S, FULL_BUDGET_S = 3.0, 20.0
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 
 
 class Comparison(NamedTuple):
@@ -33,6 +37,7 @@ Compare = Callable[..., Comparison]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the benchmarks."""
     parser.addoption("--results", type=Path, help="write figures to this folder, by device")
+    parser.addoption("--full", action="store_true", help="more rounds, larger shapes, longer runs")
     parser.addoption(
         "--rehearse", action="store_true", help="call everything, once; the times mean nothing"
     )
@@ -44,14 +49,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether a benchmark may take long."""
+    return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
     """A function that times callables against each other and records the result.
 
     Args of the function:
         callables: name → callable without arguments; the first is ours. At least one.
-        rounds: how often each is timed.
+        rounds: how often each is timed; None: as often as `BUDGET_S` allows.
         n_calls: calls in one timing: more than one where a call is too short for the clock.
-        warmup: calls of each before the first timing, for compilation and caches.
+        warmup: calls of each before the first timing, for compilation and caches; at least one
+            without ``rounds``, which are chosen by the time that the last takes.
         flush: on CUDA, overwrite the L2 cache before each call (see `measure.seconds`).
 
     Returns of the function: a `Comparison`. The times of all rounds, medians and speed-ups are
@@ -62,7 +74,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
     def run(
         callables: Mapping[str, Callable[[], object]],
         *,
-        rounds: int = 20,
+        rounds: int | None = None,
         n_calls: int = 1,
         warmup: int = 3,
         flush: bool = True,
@@ -72,9 +84,12 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
         ours, *rivals = callables
         times: dict[str, list[float]] = {name: [] for name in callables}
         orders = measure.turns(rivals) if rivals else iter(lambda: [], None)
-        for call in callables.values():
-            for _ in range(warmup):
-                call()
+        for _ in range(warmup):
+            last_s = [measure.seconds(call, flush=flush) for call in callables.values()]
+        if rounds is None:
+            budget_s = FULL_BUDGET_S if request.config.getoption("--full") else BUDGET_S
+            fitting = int(budget_s / (n_calls * sum(last_s)))
+            rounds = min(max(fitting, LEAST_ROUNDS), MOST_ROUNDS)
 
         def time_one(name: str) -> None:
             times[name].append(measure.seconds(callables[name], n_calls, flush=flush))

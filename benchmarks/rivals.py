@@ -101,7 +101,7 @@ def elementwise(
 
     ops, left_out = gather(makers, verify)
     calls = {name: both_ways(op, leaves, dys) for name, op in ops.items()}
-    result = compare(calls, rounds=20 if CUDA else 10, n_calls=5 if CUDA else 1)
+    result = compare(calls, n_calls=5 if CUDA else 1)
     benchmark.extra_info["left_out"] = left_out
     record_bandwidth(benchmark, result.median_s[OURS], n_bytes)
 

@@ -31,8 +31,8 @@ def entry_of(
     return {"name": "op[8]", **measure.comparison({"fasttrain": ours, "torch": theirs})}
 
 
-def write(path: Path, *entries: dict[str, Any], suite: str = "op") -> str:
-    store.write(path, store.document(suite, entries, MACHINE, CEILINGS))
+def write(path: Path, *entries: dict[str, Any], suite: str = "op", device: str = "CPU") -> str:
+    store.write(path, store.document(suite, entries, MACHINE | {"device": device}, CEILINGS))
     return str(path)
 
 
@@ -81,21 +81,42 @@ def test_what_cannot_be_compared_is_an_error(
 ) -> None:
     good = write(tmp_path / "good.json", entry_of())
     other = write(tmp_path / "other.json", entry_of() | {"name": "another"})
+    elsewhere = write(tmp_path / "elsewhere.json", entry_of(), device="Another CPU")
     (tmp_path / "bad.json").write_text("[]", "utf-8")
-    for new in (other, str(tmp_path / "bad.json"), str(tmp_path / "missing.json")):
+    for new in (other, elsewhere, str(tmp_path / "bad.json"), str(tmp_path / "missing.json")):
         assert compare([good, new]) == 2
         assert "error: " in capsys.readouterr().err
 
 
-def test_folders_are_compared_suite_by_suite(
+def test_folders_are_compared_suite_by_suite_and_device_by_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, scale in (("old", 1.0), ("new", 1.2)):
-        write(tmp_path / folder / "a.json", entry_of(), suite="a")
-        write(tmp_path / folder / "b.json", entry_of(scale), suite="b")
+        write(tmp_path / folder / "cpu" / "a.json", entry_of(), suite="a")
+        write(tmp_path / folder / "cpu" / "b.json", entry_of(scale), suite="b")
+        write(tmp_path / folder / "gpu" / "a.json", entry_of(1 / scale), suite="a", device="GPU")
+    write(tmp_path / "old" / "cpu" / "c.json", entry_of(), suite="c")
     assert compare([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["same", "SLOWER", "2"]
+    assert [line.split()[0] for line in lines] == ["same", "SLOWER", "faster", "lost", "3", "b"]
+    assert lines[-3].endswith(": c")
+
+
+@pytest.mark.parametrize(
+    ("entries", "status", "first"),
+    [
+        ([{"name": "op[8]", "failed": "off by 1"}], 1, "FAILED  op op[8]: failed: off by 1"),
+        ([{"name": "op[8]", "skipped": "no device"}], 2, "lost    op op[8]: skipped: no device"),
+        ([], 2, "lost    op op[8]: skipped: not in the new results"),
+        ([{"name": "op[8]", "times_s": {"fasttrain": [1.0]}}], 2, "lost    op op[8]: has no"),
+    ],
+)
+def test_what_is_no_longer_measured_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], entries: Any, status: int, first: str
+) -> None:
+    old = write(tmp_path / "old.json", entry_of())
+    assert compare([old, write(tmp_path / "new.json", *entries)]) == status
+    assert capsys.readouterr().out.startswith(first)
 
 
 # ---- timing --------------------------------------------------------------------------------------
