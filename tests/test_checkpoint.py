@@ -1,5 +1,6 @@
 """What checkpoints hold, which are kept, and when the training thread is free (R16, R17)."""
 
+import math
 import os
 import random
 import threading
@@ -11,6 +12,7 @@ import torch
 
 from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
+from fasttrain.checkpoint_snapshot import Snapshot
 from tests.faults import Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, Groups, groups, reseal, save
 
@@ -149,6 +151,19 @@ def test_R16_nonfinite_state_is_refused(value: float, dtype: torch.dtype, tmp_pa
         writer.wait()
     assert steps_in(tmp_path) == [1]
     assert resolve(tmp_path, "latest").name == "step-00000001"
+
+
+@pytest.mark.parametrize(
+    "dtype", [d for d in disk._DTYPES.values() if d.is_floating_point], ids=str
+)
+def test_R16_what_is_finite_is_told_from_what_is_not(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    finite = [limits.max, limits.min, limits.tiny, -limits.tiny, 0.0, -0.0]
+    for values in ([], finite, *([*finite, x] for x in (math.nan, -math.nan))):
+        tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+        snapshot = Snapshot("model", {"w": tensor})
+        snapshot.copy_from({"w": tensor})
+        assert snapshot.first_nonfinite() == ("w" if len(values) > len(finite) else None)
 
 
 # ---- R17: asynchronous saves ---------------------------------------------------------------------
