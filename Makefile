@@ -11,11 +11,11 @@ check:
 test:
 	pytest
 
-bench: # in one process: a second one would disturb the times
-	pytest benchmarks/ --benchmark-only -n 0
+bench:
+	pytest benchmarks/ --benchmark-only
 
-bench-results: # the same, with a whole run of base.toml, kept in benchmarks/results
-	$(PYTHON) -m pytest benchmarks/ --benchmark-only -n 0 --results benchmarks/results
+bench-results: # longer, with a whole run of base.toml, kept in benchmarks/results
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only --full --results benchmarks/results
 	$(PYTHON) -m benchmarks.base_run --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 

@@ -6,7 +6,8 @@ is that of its whole validation split. Ours must reach nanoGPT's loss in a quart
 
 nanoGPT is not part of this project: name a checkout of it in the environment variable
 ``NANOGPT_DIR``. The text is the documentation that comes with Python; ``CHARS_TEXTS`` names other
-text files instead (separated as in ``PATH``). The recipe was tuned on neither.
+text files instead (separated as in ``PATH``). The recipe was tuned on neither. A text takes five
+minutes, so that all this is done with ``--full`` alone.
 """
 
 import json
@@ -66,8 +67,10 @@ print(total / (len(tokens) - 1))
 
 
 @pytest.fixture(scope="module")
-def nanogpt() -> Path:
+def nanogpt(request: pytest.FixtureRequest) -> Path:
     """The checkout of nanoGPT."""
+    if not request.config.getoption("--full"):
+        pytest.skip("takes five minutes for each text: --full")
     path = os.environ.get("NANOGPT_DIR")
     if not path:
         pytest.skip("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")

@@ -89,7 +89,7 @@ def test_prepare(compare, tmp_path, benchmark, full, megabytes):
                 lambda block: ranked.encode_ordinary_batch(block, num_threads=n_cores), texts
             ),
         },
-        rounds=3,
+        rounds=3 if full else 2,
         warmup=0,
     )
     benchmark.extra_info["mb_per_s"] = {
