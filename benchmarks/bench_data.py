@@ -2,16 +2,25 @@
 
 100M uint16 tokens, batches of 64 windows of 1,025, each way ending at int64 tokens and targets of
 shape (64, 1024). The loader's order, a keyed permutation, and its handing over from another thread
-are part of its time; the others but DataLoader get their positions for nothing.
+are part of its time; the others but DataLoader and litdata, shuffled, get their positions for
+nothing.
 
-    raw slicing   a memmap's slices copied into one array, converted once
-    get_batch     as in nanoGPT: the memmap opened for the batch, each row converted and wrapped
-                  alone, then stacked twice
-    DataLoader    torch's, over a memmap dataset, in this process and with two workers
+    raw slicing        a memmap's slices copied into one array, converted once
+    get_batch          as in nanoGPT: the memmap opened for the batch, each row converted and
+                       wrapped alone, then stacked twice
+    DataLoader         torch's, over a memmap dataset, in this process and with two workers
+    datatrove          windows of its DatatroveFileDataset at random; and in the file's order, which
+                       it is made for (its files are shuffled when they are written)
+    litdata            its TokensLoader over the same tokens as one chunk, so that none is ever
+                       opened again: windows by number, and by its own shuffled iteration
+    MosaicML streaming a local StreamingDataset of windows as bytes, by number, which is faster than
+                       iterating over it; 20,000 windows, because writing them takes long
 """
 
-from collections.abc import Callable, Iterator
-from itertools import cycle
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +30,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.rivals import OURS, gather
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 
 N_TOKENS, VOCAB_SIZE = 100_000_000, 50_257
 BATCH, LENGTH = 64, 1024
-N_CALLS, ROUNDS = 400, 10  # calls in a timing: what was prefetched before it is 4 % of them
+N_CALLS = 256  # in a timing: what was prefetched before it is 6 % of them
+N_SAMPLES = 20_000  # of MosaicML streaming
 Tokens = np.memmap[Any, np.dtype[np.uint16]]
+Pair = tuple[Tensor, Tensor]
 
 
 class Windows(Dataset[Tensor]):
@@ -49,81 +61,174 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def starts() -> Iterator[list[int]]:
-    order = np.random.default_rng(1).permutation((N_TOKENS - 1) // LENGTH)
-    order = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
-    return cycle((order * LENGTH).tolist())
+def at_random(n: int) -> Iterator[list[int]]:
+    order = np.random.default_rng(1).permutation(n)
+    return cycle(order[: n // BATCH * BATCH].reshape(-1, BATCH).tolist())
 
 
-def raw_slicing(tokens: Tokens) -> Callable[[], tuple[Tensor, Tensor]]:
-    positions = starts()
+def again(items: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from items
+
+
+def split(ids: Tensor) -> Pair:
+    return ids[:, :-1], ids[:, 1:]
+
+
+def stacked(windows: list[Any]) -> Pair:
+    return split(torch.from_numpy(np.stack(windows).astype(np.int64)))
+
+
+def raw_slicing(tokens: Tokens) -> Callable[[], Pair]:
+    batches = at_random((N_TOKENS - 1) // LENGTH)
     windows = np.empty((BATCH, LENGTH + 1), np.uint16)
 
-    def batch() -> tuple[Tensor, Tensor]:
-        for row, start in enumerate(next(positions)):
-            windows[row] = tokens[start : start + LENGTH + 1]
-        ids = torch.from_numpy(windows.astype(np.int64))
-        return ids[:, :-1], ids[:, 1:]
+    def batch() -> Pair:
+        for row, index in enumerate(next(batches)):
+            windows[row] = tokens[index * LENGTH : index * LENGTH + LENGTH + 1]
+        return split(torch.from_numpy(windows.astype(np.int64)))
 
     return batch
 
 
-def get_batch(path: Path) -> Callable[[], tuple[Tensor, Tensor]]:
-    positions = starts()
+def get_batch(path: Path) -> Callable[[], Pair]:
+    batches = at_random((N_TOKENS - 1) // LENGTH)
 
-    def rows(tokens: Tokens, offset: int, chosen: list[int]) -> Tensor:
-        parts = (tokens[s + offset : s + offset + LENGTH].astype(np.int64) for s in chosen)
+    def rows(tokens: Tokens, starts: list[int]) -> Tensor:
+        parts = (tokens[s : s + LENGTH].astype(np.int64) for s in starts)
         return torch.stack([torch.from_numpy(part) for part in parts])
 
-    def batch() -> tuple[Tensor, Tensor]:
-        chosen = next(positions)
+    def batch() -> Pair:
+        starts = [index * LENGTH for index in next(batches)]
         tokens = np.memmap(path, np.uint16, "r")
-        return rows(tokens, 0, chosen), rows(tokens, 1, chosen)
+        return rows(tokens, starts), rows(tokens, [s + 1 for s in starts])
 
     return batch
 
 
-def data_loader(tokens: Tokens, workers: int) -> Callable[[], tuple[Tensor, Tensor]]:
+def data_loader(tokens: Tokens, workers: int) -> Callable[[], Pair]:
     loader = DataLoader(Windows(tokens), BATCH, shuffle=True, drop_last=True, num_workers=workers)
-
-    def forever() -> Iterator[Tensor]:
-        while True:
-            yield from loader
-
-    windows = forever()
-
-    def batch() -> tuple[Tensor, Tensor]:
-        ids = next(windows)
-        return ids[:, :-1], ids[:, 1:]
-
-    return batch
+    windows = again(loader)
+    return lambda: split(next(windows))
 
 
-def test_random_windows(folder: Path, compare: Any, benchmark: Any) -> None:
+def apart(error: ImportError, package: str, wants: str) -> ImportError:
+    return ImportError(
+        f"{error}; fasttrain[peers] leaves {package} out, because it wants {wants}: pip install "
+        f"--no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
+    )
+
+
+def datatrove(path: Path, *, in_order: bool) -> Callable[[], Pair]:
+    try:
+        from datatrove.utils.dataset import DatatroveFileDataset
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install datatrove") from error
+
+    dataset = DatatroveFileDataset(str(path), LENGTH, token_size=2)
+    in_turn = cycle([range(b * BATCH, (b + 1) * BATCH) for b in range(len(dataset) // BATCH)])
+    batches: Iterator[Iterable[int]] = in_turn if in_order else at_random(len(dataset))
+    return lambda: split(torch.stack([dataset[index]["input_ids"] for index in next(batches)]))
+
+
+def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Callable[[], Pair]:
+    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the network
+    try:
+        from litdata import StreamingDataset, TokensLoader, optimize
+    except ImportError as error:
+        raise apart(error, "litdata", "a torchvision that torch for CPUs cannot load") from error
+
+    def all_tokens(_: int) -> Iterator[Any]:
+        yield np.array(tokens)
+
+    if not folder.exists():
+        optimize(
+            fn=all_tokens,
+            inputs=[0],
+            output_dir=str(folder),
+            chunk_size=2 * N_TOKENS,
+            item_loader=TokensLoader(),
+            num_workers=1,
+            start_method="fork",
+        )
+    dataset = StreamingDataset(
+        str(folder), item_loader=TokensLoader(LENGTH + 1), shuffle=True, drop_last=True
+    )
+    if iterated:
+        windows = again(dataset)
+        return lambda: stacked(list(islice(windows, BATCH)))
+    batches = at_random(len(dataset))
+    return lambda: stacked([dataset[index] for index in next(batches)])
+
+
+def mosaicml_streaming(tokens: Tokens, folder: Path) -> Callable[[], Pair]:
+    try:
+        from streaming import MDSWriter, StreamingDataset
+    except ImportError as error:
+        raise apart(error, "mosaicml-streaming", "numpy<2.2 and transformers<5") from error
+
+    with MDSWriter(out=str(folder), columns={"tokens": "bytes"}) as writer:
+        for start in range(0, N_SAMPLES * LENGTH, LENGTH):
+            writer.write({"tokens": tokens[start : start + LENGTH + 1].tobytes()})
+    dataset = StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True)
+    batches = at_random(len(dataset))
+    return lambda: stacked(
+        [np.frombuffer(dataset[index]["tokens"], np.uint16) for index in next(batches)]
+    )
+
+
+def verify(tokens: Tokens) -> Callable[[str, Callable[[], Pair]], None]:
+    """A check that a batch holds windows of the file and their next tokens, as int64."""
+    starts = np.arange(N_TOKENS // LENGTH - 1)[:, None] * [LENGTH, LENGTH + 1]
+    starts = starts[starts < N_TOKENS - LENGTH]
+    first = tokens[starts]
+
+    def check(name: str, batch: Callable[[], Pair]) -> None:
+        inputs, targets = batch()
+        assert (inputs.shape, inputs.dtype) == ((BATCH, LENGTH), torch.int64), name
+        assert torch.equal(inputs[:, 1:], targets[:, :-1]), name
+        for row in np.concatenate([inputs, targets[:, -1:]], axis=1):
+            found = starts[first == row[0]]
+            assert any((tokens[s : s + LENGTH + 1] == row).all() for s in found), name
+
+    return check
+
+
+def test_random_windows(folder: Path, compare: Any, benchmark: Any, full: bool) -> None:
+    file = folder / "train.bin"
     dataset = open_dataset(
         folder, "train", dtype="uint16", vocab_size=VOCAB_SIZE, cache_dir=folder / "cache"
     )
-    tokens = np.memmap(folder / "train.bin", np.uint16, "r")
+    tokens = np.memmap(file, np.uint16, "r")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each way converts on one core
+    makers = {
+        "raw slicing": lambda: raw_slicing(tokens),
+        "get_batch": lambda: get_batch(file),
+        "DataLoader": lambda: data_loader(tokens, 0),
+        "DataLoader, 2 workers": lambda: data_loader(tokens, 2),
+        "datatrove": lambda: datatrove(file, in_order=False),
+        "datatrove, in order": lambda: datatrove(file, in_order=True),
+        "litdata": lambda: litdata(tokens, folder / "litdata", iterated=False),
+        "litdata, shuffled": lambda: litdata(tokens, folder / "litdata", iterated=True),
+        "MosaicML streaming": lambda: mosaicml_streaming(tokens, folder / "mds"),
+    }
     try:
-        with Loader(dataset, seq_len=LENGTH, micro_batch=BATCH, seed=0, device="cpu") as loader:
-            result = compare(
-                {
-                    "fasttrain": lambda: next(loader),
-                    "raw slicing": raw_slicing(tokens),
-                    "get_batch": get_batch(folder / "train.bin"),
-                    "DataLoader": data_loader(tokens, 0),
-                    "DataLoader, 2 workers": data_loader(tokens, 2),
-                },
-                rounds=ROUNDS,
-                n_calls=N_CALLS,
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peers' own
+            check = verify(tokens)
+            rivals, left_out = gather(makers, check)
+            with Loader(dataset, seq_len=LENGTH, micro_batch=BATCH, seed=0, device="cpu") as loader:
+                check(OURS, lambda: ((batch := next(loader)).tokens, batch.targets))
+                ways = {OURS: lambda: next(loader), **rivals}
+                result = compare(ways, rounds=10 if full else 4, n_calls=N_CALLS)
     finally:
         torch.set_num_threads(threads)
     rates = {name: BATCH * LENGTH / seconds for name, seconds in result.median_s.items()}
-    benchmark.extra_info["tokens_per_s"] = rates
+    benchmark.extra_info |= {"tokens_per_s": rates, "left_out": left_out}
     for name, rate in rates.items():
         ratio = result.speedup.get(name, 1.0)
         print(f"{name:22} {rate / 1e6:6.0f}M tokens/s   fasttrain is {ratio:.2f} times as fast")
+    for name, reason in left_out.items():
+        print(f"{name:22} left out: {reason}")
     assert result.speedup["DataLoader"] > 1

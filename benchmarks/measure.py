@@ -18,6 +18,7 @@ import torch
 PEERS = (
     *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
     *("transformers", "accelerate", "litgpt"),
+    *("datatrove", "litdata", "mosaicml-streaming"),
 )
 FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host time to run ahead
 
