@@ -71,7 +71,11 @@ def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
     if "skipped" in entry or "failed" in entry:
         return None
     ours: list[str] = []
-    others = [f"{name} {ratio:.2f}" for name, ratio in entry.get("speedup", {}).items()]
+    losses = entry.get("val_loss")
+    others = [
+        f"{name} {ratio:.2f}" + (f" (loss {_own(losses[name]):.4f})" if losses else "")
+        for name, ratio in entry.get("speedup", {}).items()
+    ]
     if entry.get("median_s"):
         ours.append(time_text(next(iter(entry["median_s"].values()))))
     if entry.get("tokens_per_s"):

@@ -207,7 +207,9 @@ def test_report_shows_what_was_measured_and_nothing_else() -> None:
     }
     memory = {"name": "peak_memory", "peak_bytes": {"fasttrain": 2e6, "torch": 3e7}}
     skipped = {"name": "muon", "skipped": "no device"}
+    losses = {"fasttrain": [1.25, 1.5, 1.0], "torch": [1.75]}
     documents = [
+        store.document("chars", [entry_of() | {"val_loss": losses}], MACHINE, CEILINGS),
         store.document("step", [step], MACHINE, CEILINGS),
         store.document("linear_cross_entropy", [memory, skipped], MACHINE, CEILINGS),
     ]
@@ -218,6 +220,7 @@ def test_report_shows_what_was_measured_and_nothing_else() -> None:
     time = report.time_text(step["median_s"]["fasttrain"])
     row = f"| training step, gpt2-chars | {time}, 12,346 tokens/s | {ratio} | {date} |"
     assert row in text
+    assert f"{time}, validation loss 1.5000 | {ratio} (loss 1.7500) |" in text
     assert f"| peak memory | 2 MB | torch 15.0 times the memory | {date} |" in text
     assert "muon" not in text
     assert text.index("training step") < text.index("<details>") < text.index("peak memory")
