@@ -17,8 +17,9 @@ as the files are, so that the background thread hashes and writes them as they l
 `python -m fasttrain.checkpoint PATH` lists and verifies a checkpoint or all those of a run.
 """
 
+import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError, verify
-from fasttrain.checkpoint_listing import main
 from fasttrain.checkpoint_ranks import put, read_slices
 from fasttrain.checkpoint_writer import CheckpointWriter
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "main", "resolve", "verify"]
 
@@ -138,5 +139,57 @@ def resolve(
     )
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List and verify; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m fasttrain.checkpoint RUN_OR_CHECKPOINT_FOLDER")
+        return EXIT_DONE if list(arguments) in (["-h"], ["--help"]) else EXIT_BAD_INPUT
+    shown = damaged = 0
+    for path in disk.candidates(Path(arguments[0])):
+        print(path)
+        try:
+            verify(path)
+            _print_files(path, intact=True)
+            print("  verified: every byte is as it was written")
+            if not shown:
+                _print_origin(path)
+            shown += 1
+        except CheckpointError as error:
+            damaged += 1
+            _print_files(path, intact=False)
+            print(f"  DAMAGED: {error}")
+    return EXIT_FAILED if damaged else EXIT_DONE
+
+
+def _print_files(path: Path, *, intact: bool) -> None:
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        size = file.lstat().st_size
+        line = f"  {file.name:<24} {size:>15,} bytes"
+        if intact and file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                raw = stream.read(8)
+                raw += stream.read(min(int.from_bytes(raw, "little"), disk.JSON_LIMIT))
+            layout = disk.read_layout(file, memoryview(raw), size)
+            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
+            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
+        print(line)
+
+
+def _print_origin(path: Path) -> None:
+    """Print what was changed on purpose when the run was resumed, and the config."""
+    file = path / "state.json"
+    for change in disk.parse_json(file, file.read_bytes()).get("history", []):
+        print(
+            f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
+            f"{change['new']} ({change['when']})"
+        )
+    print((path / "config.toml").read_text(encoding="utf-8", errors="replace"))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

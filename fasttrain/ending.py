@@ -4,6 +4,7 @@ import contextlib
 import time
 
 from fasttrain import checkpoint
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redacted
 from fasttrain.config import UserError
 from fasttrain.distributed import record_failure
 from fasttrain.lockstep import call_ranks, hearing_ranks
@@ -12,10 +13,8 @@ from fasttrain.signals import StopSignals, end_at_once
 from fasttrain.summary import show_end
 from fasttrain.trainer import Outcome, Trainer
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "train_to_end"]
+__all__ = ["train_to_end"]
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 # Seconds from a signal to the moment from which the step under way is given up. The first step
 # compiles for as long as a minute; later ones, batches of evaluation and samples take less.
 PATIENCE_COMPILING_S, PATIENCE_S = 1.0, 8.0
@@ -82,7 +81,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             statuses = trainer.world.gather(end(outcome)) if several else [end(outcome)]
         return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
     except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
-        record_failure(error)
+        record_failure(redacted(error))
         folder.warn(str(error))
         return EXIT_FAILED
     finally:

@@ -19,17 +19,17 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fasttrain.command import command
 from fasttrain.config import UserError, config_from_dict
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
 from fasttrain.model import Transformer
 from fasttrain.origin import saved_parameters
-from fasttrain.redact import redact
 
 __all__ = ["generate", "load_model", "load_tokenizer", "main", "sample_tokens", "stream"]
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_INTERRUPTED = 130
 
 
 class Sampling(TypedDict, total=False):
@@ -308,6 +308,7 @@ def _ask() -> str | None:
     return line.rstrip("\n") if line else None
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 2 on bad input, 130 when interrupted."""
     options = _parser().parse_args(argv)
@@ -315,9 +316,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         _run(options)
-    except UserError as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print()
         return EXIT_INTERRUPTED

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
+from fasttrain.command import command
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
@@ -34,7 +35,6 @@ from fasttrain.model import Transformer
 
 __all__ = ["export_model", "import_model", "main"]
 
-EXIT_BAD_INPUT = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -229,6 +229,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
 # ---- command line ----------------------------------------------------------------------------
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fasttrain.hf", description=__doc__)
@@ -242,24 +243,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     into.add_argument("run", type=Path)
     into.add_argument("--seq-len", type=int)
     options = parser.parse_args(argv)
-    try:
-        if options.command == "export":
-            path = export_model(options.run, options.out, dtype=options.dtype)
-            print(f'{path}: load it with AutoModelForCausalLM.from_pretrained("{path}")')
-        else:
-            path = import_model(options.folder, options.run, seq_len=options.seq_len)
-            name = f"run.name={path.name}-tuned"
-            print(
-                f"{path}: sample with python -m fasttrain.generate {path}; train on your text with"
-            )
-            print(
-                f"python -m fasttrain.prepare {path}/data --tokenizer {path}/tokenizer.json "
-                "--input …"
-            )
-            print(f"python -m fasttrain.train {path}/config.toml model.init_from={path} {name}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    if options.command == "export":
+        path = export_model(options.run, options.out, dtype=options.dtype)
+        print(f'{path}: load it with AutoModelForCausalLM.from_pretrained("{path}")')
+    else:
+        path = import_model(options.folder, options.run, seq_len=options.seq_len)
+        name = f"run.name={path.name}-tuned"
+        print(f"{path}: sample with python -m fasttrain.generate {path}; train on your text with")
+        print(
+            f"python -m fasttrain.prepare {path}/data --tokenizer {path}/tokenizer.json --input …"
+        )
+        print(f"python -m fasttrain.train {path}/config.toml model.init_from={path} {name}")
     return 0
 
 

@@ -13,7 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.config import TrainConfig, UserError, load_config
+from fasttrain.command import command
+from fasttrain.config import TrainConfig, load_config
 from fasttrain.plan import plan_run, warnings_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "preflight"]
 
-EXIT_FOUND_FAULTS, EXIT_BAD_INPUT = 1, 2
+EXIT_FOUND_FAULTS = 1
 
 
 # ---- what a person sees --------------------------------------------------------------------------
@@ -263,30 +264,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when all is well, 1 when not, 2 on bad input."""
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        if arguments.kernels:
-            from fasttrain.kernel_check import show_kernels
+    if arguments.kernels:
+        from fasttrain.kernel_check import show_kernels
 
-            return 0 if show_kernels(arguments.device) else EXIT_FOUND_FAULTS
-        if arguments.config is None:
-            parser.error("give a config file, or --kernels")
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.diagnose:
-            return 0 if diagnose_run(config) else EXIT_FOUND_FAULTS
-        fits = preflight(
-            config,
-            probe=not arguments.no_probe,
-            n_ranks=arguments.world_size,
-            bandwidth_gbps=arguments.bandwidth_gbps,
-        )
-        return 0 if fits else EXIT_FOUND_FAULTS
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return 0 if show_kernels(arguments.device) else EXIT_FOUND_FAULTS
+    if arguments.config is None:
+        parser.error("give a config file, or --kernels")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.diagnose:
+        return 0 if diagnose_run(config) else EXIT_FOUND_FAULTS
+    fits = preflight(
+        config,
+        probe=not arguments.no_probe,
+        n_ranks=arguments.world_size,
+        bandwidth_gbps=arguments.bandwidth_gbps,
+    )
+    return 0 if fits else EXIT_FOUND_FAULTS
 
 
 if __name__ == "__main__":

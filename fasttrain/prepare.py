@@ -24,7 +24,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.config import UserError
+from fasttrain.command import command
 from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
@@ -339,6 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
     parser = _parser()
@@ -365,9 +366,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=True,
         )
         print(f"Train on it: python -m fasttrain.train configs/base.toml data.path={options.out}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fasttrain.command import command
 from fasttrain.config import TrainConfig, UserError, config_difference, load_config
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
 
-EXIT_BAD_INPUT = 2
 SAMPLES_SHOWN = 4
 COLOURS = ("#1f6fb4", "#d1495b", "#2e933c", "#8b5fbf", "#e08e0b", "#3b8ea5", "#6b6b6b", "#a2673f")
 # x axis: title, and the key of a row that it shows
@@ -328,6 +328,7 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
     figure.savefig(path, dpi=110)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; return 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(
@@ -349,12 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         picture(runs, out.with_suffix(".png"), axis=options.axis)
         out.write_text(text, encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except OSError as error:
-        print(f"error: {out}: {error.strerror}; set another --out", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        raise UserError(f"{out}: {error.strerror}; set another --out") from error
     print(f"{out} and {out.with_suffix('.png').name}: {len(runs)} run(s)")
     return 0
 

@@ -11,6 +11,7 @@ import torch
 from fasttrain_kernels import Muon
 
 from fasttrain import checkpoint, origin
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
@@ -34,7 +35,7 @@ from fasttrain.distributed import (
     start,
     stop,
 )
-from fasttrain.ending import EXIT_BAD_INPUT, EXIT_FAILED, train_to_end
+from fasttrain.ending import train_to_end
 from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.generate import generate
 from fasttrain.lockstep import die_with_parent

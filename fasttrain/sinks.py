@@ -5,13 +5,15 @@ import importlib.util
 import io
 import math
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fasttrain.config import TrainConfig, UserError, config_to_dict
+from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.jsonl import JsonlLogger
 from fasttrain.log_file import LogFile
+from fasttrain.redact import redact
 
 __all__ = ["CsvLogger", "Sink", "Sinks", "check_packages"]
 
@@ -151,7 +153,7 @@ class _Wandb:
                 project=self._config.log.wandb_project,
                 name=self._folder.name,
                 dir=str(self._folder),
-                config=config_to_dict(self._config),
+                config=tomllib.loads(redact(config_to_toml(self._config))),
                 mode=mode,
                 id=old,
                 resume="allow",

@@ -7,16 +7,15 @@ import argparse
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fasttrain.config import UserError, help_text, load_config
+from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, command, redacted
+from fasttrain.config import help_text, load_config
 
 __all__ = ["main"]
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 
@@ -71,14 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
 
     0: done, or verified; 1: failed, or not verified; 2: bad input; 75: stopped, and can be resumed;
     128 + n: ended by signal n before there was anything to resume.
     """
-    from fasttrain.redact import redact
-
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -102,10 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_change=arguments.allow_change,
             decay_from=arguments.decay_from,
         )
-    except UserError as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        _record(error)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt as error:
         if arguments.resume is not None and arguments.verify_resume is None:
             print("interrupted before the first step; resume as before", file=sys.stderr)
@@ -113,24 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted before the first step; nothing to resume", file=sys.stderr)
         return EXIT_BY_SIGNAL + getattr(error, "number", signal.SIGINT)
     except Exception as error:
-        rank = os.environ.get("RANK")
-        of_rank = f"rank {rank}: " if rank else ""
-        print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
-        if rank and any(name in str(error) for name in ("gloo", "NCCL")):
-            print(
-                f"rank {rank}: another rank has ended or is out of reach; its error, above or in "
-                "torchrun's summary, says why",
-                file=sys.stderr,
-            )
-        _record(error)
-        return EXIT_FAILED
+        if rank := os.environ.get("RANK"):
+            from fasttrain.distributed import record_failure
 
-
-def _record(error: Exception) -> None:
-    if "RANK" in os.environ:
-        from fasttrain.distributed import record_failure
-
-        record_failure(error)
+            record_failure(redacted(error))
+            if any(name in str(error) for name in ("gloo", "NCCL")):
+                error.add_note(
+                    f"rank {rank}: another rank has ended or is out of reach; its error, above or "
+                    "in torchrun's summary, says why"
+                )
+        raise
 
 
 def leave(status: int) -> NoReturn:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fasttrain import checkpoint
+from fasttrain.command import EXIT_DONE, EXIT_STOPPED
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.loggers import format_duration
 from fasttrain.redact import redact
@@ -23,7 +24,7 @@ __all__ = ["first_difference", "verify_resume"]
 
 EXIT_VERIFIED, EXIT_DIFFERENT = 0, 1
 _GROUPS = ("step", "model", "optimizer")
-MADE_BY_TRAINING = (0, 75)  # done, or stopped with a checkpoint
+MADE_BY_TRAINING = (EXIT_DONE, EXIT_STOPPED)  # done, or stopped with a checkpoint
 
 
 def verify_resume(

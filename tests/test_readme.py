@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from fasttrain import checkpoint, hf, preflight, prepare, report
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import config_reference, load_config
-from fasttrain.ending import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.generate import main as generate
-from fasttrain.train import EXIT_BAD_INPUT
 from fasttrain.train import main as train
 from tests.toy import ROOT, write_config
 

@@ -1,11 +1,14 @@
 """R26: secrets of the environment, the config and URLs stay out of what a run writes and prints."""
 
+import importlib
 import logging
 from pathlib import Path
 
 import pytest
 
 from fasttrain import session
+from fasttrain.__main__ import COMMANDS
+from fasttrain.command import command, redacted
 from fasttrain.redact import redact
 from fasttrain.train import main
 from tests.toy import write_config
@@ -80,3 +83,48 @@ def test_R26_no_secret_reaches_logs_checkpoints_and_tracebacks(
     for secret in (SECRET, in_url):
         assert secret not in out + err + caplog.text
         assert secret.encode() not in written
+
+
+URL = "https://me:url-secret-42@host/x?token=url-secret-42"
+ARGUMENTS = {  # of each command, such that its error names them
+    "train": [f"{URL}.toml"],
+    "prepare": ["out", "--input", URL],
+    "preflight": [f"{URL}.toml"],
+    "generate": [URL, "--prompt", "a"],
+    "report": [URL],
+    "checkpoint": [URL],
+    "hf": ["export", URL, "out"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_R26_no_command_tells_a_secret_in_its_errors(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(f"fasttrain.{name}").main(ARGUMENTS[name]) == 2
+    out, err = capsys.readouterr()
+    assert "***@host" in err
+    assert "url-secret-42" not in out + err
+
+
+def test_R26_nor_does_a_traceback_or_what_torchrun_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def fails() -> int:
+        try:
+            raise KeyError(URL)
+        except KeyError as error:
+            raise RuntimeError(f"cannot reach {URL}") from error
+
+    assert fails() == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert "RuntimeError: cannot reach https:" in shown
+    assert "url-secret-42" not in shown
+    monkeypatch.setenv("RANK", "3")
+    assert fails() == 1
+    assert capsys.readouterr().err.startswith("rank 3: Traceback")
+    told = redacted(RuntimeError(f"cannot reach {URL}"))
+    assert str(told) == "RuntimeError: cannot reach https://***@host/x?token=***"

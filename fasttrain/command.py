@@ -1,0 +1,45 @@
+"""What all commands share: exit statuses, and errors that tell no secrets."""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec
+
+from fasttrain.config import UserError
+from fasttrain.redact import redact
+
+__all__ = ["EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "redacted"]
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
+P = ParamSpec("P")
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """Print what a command raises, without secrets, and return its exit status.
+
+    A `UserError` is one line and status 2, any other exception a traceback and status 1.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(redact(f"error: {error}"), file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except Exception:
+            rank = os.environ.get("RANK")
+            of_rank = f"rank {rank}: " if rank else ""
+            print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
+            return EXIT_FAILED
+
+    return run
+
+
+def redacted(error: BaseException) -> Exception:
+    """Return an exception that says the same at the same place, without secrets or causes."""
+    told = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+    return told.with_traceback(error.__traceback__)
