@@ -26,6 +26,7 @@ if CUDA:
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:
+    """Return parameters with gradients."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     params = []
     for shape in shapes:
@@ -34,6 +35,14 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Par
         p.grad = (1e-3 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype)
         params.append(p)
     return params
+
+
+def copied(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the same parameters with the same gradients."""
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    for copy, p in zip(copies, params, strict=True):
+        copy.grad = p.grad.clone() if p.grad is not None else None
+    return copies
 
 
 def ours(params: list[nn.Parameter]) -> Callable[[], None]:
@@ -62,16 +71,16 @@ def test_clipped_step(compare: Any, benchmark: Any, model: str, dtype: torch.dty
     if not CUDA and dtype == torch.bfloat16 and model != "0.8M":
         pytest.skip("large bf16 states are a GPU's case")
     shapes = MODELS[model]
-    sets = {
-        name: parameters(shapes, dtype) for name in ("fasttrain", "torch fused", "torch foreach")
-    }
+    sets = {"fasttrain": parameters(shapes, dtype)}
+    for name in ("torch fused", "torch foreach"):
+        sets[name] = copied(sets["fasttrain"])
     calls = {
         "fasttrain": ours(sets["fasttrain"]),
         "torch fused": torchs(sets["torch fused"], fused=True),
         "torch foreach": torchs(sets["torch foreach"], foreach=True),
     }
     if model == "0.8M":  # a loop over tensors: minutes of the large models' time
-        sets["torch default"] = parameters(shapes, dtype)
+        sets["torch default"] = copied(sets["fasttrain"])
         calls["torch default"] = torchs(sets["torch default"], foreach=False)
     for call in calls.values():
         call()

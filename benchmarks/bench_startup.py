@@ -87,7 +87,7 @@ def test_first_step(benchmark: Any, full: bool, tmp_path: Path) -> None:
         times["import of torch"].append(import_s("import torch"))
         times["fasttrain"].append(first_step_s(tmp_path))
 
-    benchmark.pedantic(one_round, rounds=5 if full else 3, iterations=1)
+    benchmark.pedantic(one_round, rounds=5 if full else 2, iterations=1)
     ours = times["fasttrain"]
     benchmark.extra_info["first_step_s"] = statistics.median(ours)
     benchmark.extra_info["times_s"] = times
