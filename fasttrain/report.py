@@ -22,6 +22,7 @@ __all__ = ["Run", "main", "page", "picture", "read_run"]
 
 SAMPLES_SHOWN = 4
 COLOURS = ("#1f6fb4", "#d1495b", "#2e933c", "#8b5fbf", "#e08e0b", "#3b8ea5", "#6b6b6b", "#a2673f")
+DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
 # x axis: title, and the key of a row that it shows
 AXES = {"steps": "step", "tokens": "tokens", "minutes": "minutes", "FLOPs": "flops"}
 # panel: title, keys of a train line (several: parts of one quantity), logarithmic
@@ -118,6 +119,7 @@ def _extra(name: str) -> Any:
 # ---- the page --------------------------------------------------------------------------------
 
 _STYLE = """
+:root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1200px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin-top: 2em }
@@ -125,6 +127,10 @@ table { border-collapse: collapse } td, th { padding: .25em .8em; text-align: le
        border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
 pre { background: #f6f6f4; padding: .8em 1em; overflow: auto; white-space: pre-wrap }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #1b1b1b } pre { background: #282828 }
+  td, th { border-color: #444 } #curves, .swatch { filter: invert(.9) hue-rotate(180deg) }
+}
 """
 
 
@@ -142,61 +148,60 @@ def _figure(runs: Sequence[Run]) -> Any:
     cells = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2))
     xs: dict[str, list[list[Any]]] = {key: [] for key in AXES.values()}
 
-    def add(rows: Sequence[Mapping[str, Any]], key: str, panel: int, **options: Any) -> None:
+    def add(
+        run: Run, rows: Sequence[Mapping[str, Any]], key: str, panel: int, **options: Any
+    ) -> None:
         for axis, columns in xs.items():
             columns.append(_column(rows, axis))
-        y = _column(rows, key)
-        trace = graph.Scatter(x=_column(rows, "step"), y=y, **options)
+        hover = f"{key} %{{y:.5g}}<extra>{html.escape(run.name)}</extra>"
+        options = {"name": run.name, "legendgroup": run.name, "hovertemplate": hover} | options
+        trace = graph.Scatter(x=_column(rows, "step"), y=_column(rows, key), **options)
         figure.add_trace(trace, row=cells[panel][0], col=cells[panel][1])
 
     for number, run in enumerate(runs):
-        line = {"color": COLOURS[number % len(COLOURS)]}
+        colour = COLOURS[number % len(COLOURS)]
         for panel in range(len(PANELS)):
             for i, key in enumerate(_keys(panel, runs)):
-                # One entry a run in the legend hides and shows all of its curves.
-                options: dict[str, Any] = {
-                    "legendgroup": run.name,
-                    "name": run.name,
-                    "mode": "lines",
-                }
-                options["showlegend"] = panel == 0
-                dash = ("solid", "dot", "dash", "dashdot", "longdash")[i % 5]
-                hover = f"{key} %{{y:.5g}}<extra>{html.escape(run.name)}</extra>"
+                # One entry a run in the legend hides and shows all of its curves; the parts of a
+                # step's time have a legend of their own.
+                parts = panel == len(PANELS) - 1
                 add(
+                    run,
                     run.train,
                     key,
                     panel,
-                    line={**line, "dash": dash},
-                    hovertemplate=hover,
-                    **options,
+                    line={"color": colour, "dash": DASHES[i % len(DASHES)]},
+                    mode="lines",
+                    name=key.removesuffix("_ms").replace("_", " ") if parts else run.name,
+                    showlegend=number == 0 if parts else panel == 0,
+                    legend="legend2" if parts else "legend",
                 )
-        hover = f"val_loss %{{y:.5g}}<extra>{html.escape(run.name)}</extra>"
-        add(
-            run.evals,
-            "val_loss",
-            0,
-            line={**line, "dash": "dot"},
-            mode="lines+markers",
-            name=run.name,
-            legendgroup=run.name,
-            showlegend=False,
-            hovertemplate=hover,
-        )
+        dotted = {"color": colour, "dash": "dot"}
+        add(run, run.evals, "val_loss", 0, line=dotted, mode="lines+markers", showlegend=False)
+    axes = ["xaxis", *(f"xaxis{n}" for n in range(2, len(PANELS) + 1))]
     buttons = [
         {
             "label": f"over {title}",
-            "method": "restyle",
-            "args": [{"x": xs[key]}],
+            "method": "update",
+            "args": [{"x": xs[key]}, {f"{axis}.title.text": title for axis in axes}],
         }
         for title, key in AXES.items()
     ]
     for panel, (_, _, logarithmic) in enumerate(PANELS):
         if logarithmic:
             figure.update_yaxes(type="log", row=cells[panel][0], col=cells[panel][1])
+    figure.update_xaxes(title_text="steps", title_standoff=4, rangemode="tozero")
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(gridcolor="rgba(128,128,128,.25)", zeroline=False)
+    clear = "rgba(0,0,0,0)"  # the page's colour, light or dark
     figure.update_layout(
         template="plotly_white",
-        height=1000,
-        margin={"t": 90, "l": 60, "r": 20, "b": 40},
+        height=1060,
+        margin={"t": 90, "l": 60, "r": 20, "b": 70},
+        font={"family": "system-ui, sans-serif", "color": "#333"},
+        paper_bgcolor=clear,
+        plot_bgcolor=clear,
+        modebar={"bgcolor": clear, "color": "#999", "activecolor": "#333"},
         hovermode="x",
         updatemenus=[
             {
@@ -210,12 +215,16 @@ def _figure(runs: Sequence[Run]) -> Any:
             }
         ],
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.09},
-    )
+        legend2={
+            "orientation": "h", "x": 0.55, "y": -0.06, "yanchor": "top",
+            "groupclick": "toggleitem",
+        },
+    )  # fmt: skip
     return figure
 
 
 def _number(value: float | None, digits: str = ".4f") -> str:
-    return "–" if value is None else format(value, digits)
+    return "n/a" if value is None else format(value, digits)
 
 
 def _summary_table(runs: Sequence[Run]) -> str:
@@ -271,7 +280,10 @@ def page(runs: Sequence[Run]) -> str:
     """
     from fasttrain.config import config_to_toml
 
-    plot = _figure(runs).to_html(full_html=False, include_plotlyjs=True, div_id="curves")
+    settings = {"displaylogo": False, "responsive": True}
+    plot = _figure(runs).to_html(
+        full_html=False, include_plotlyjs=True, div_id="curves", config=settings
+    )
     title = html.escape(", ".join(run.name for run in runs))
     parts = [f"<h1>{title}</h1>", _summary_table(runs), plot]
     if len(runs) > 1:
@@ -313,18 +325,26 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
             x = _column(run.train, AXES[axis])
             for i, key in enumerate(_keys(panel, runs)):
                 y = [float("nan") if v is None else v for v in _column(run.train, key)]
-                label = key.removesuffix("_ms") if panel == 4 else run.name
-                plot.plot(x, y, color=colour, ls=("-", ":", "--", "-.")[i % 4], label=label)
+                label = run.name if panel == 0 else None
+                if panel == len(PANELS) - 1 and number == 0:
+                    label = key.removesuffix("_ms").replace("_", " ")
+                style = ("-", ":", "--", "-.")[i % 4]
+                plot.plot(x, y, color=colour, ls=style, label=label)
             if panel == 0 and run.evals:
                 values = _column(run.evals, "val_loss")
                 plot.plot(_column(run.evals, AXES[axis]), values, ":o", color=colour, ms=4)
-        if panel in (0, 4) and (panel == 0 or len(runs) == 1):
-            plot.legend(frameon=False)
+        if panel in (0, len(PANELS) - 1):
+            plot.legend(frameon=False, fontsize=8)
         plot.set_title(title, fontsize=10)
         plot.set_xlabel(axis, fontsize=9)
-        plot.set_yscale("log" if logarithmic else "linear")
         plot.grid(alpha=0.25)
         plot.spines[["top", "right"]].set_visible(False)
+        if logarithmic:
+            plot.set_yscale("log")
+            plot.yaxis.set_major_formatter("{x:g}")
+            low, high = plot.get_ylim()
+            if high < 10 * low:  # else powers of ten are labels enough
+                plot.yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=110)
 
 

@@ -85,3 +85,5 @@ def test_a_browser_without_network_draws_every_curve(tmp_path: Path) -> None:
     # loss and validation, lr, norm, throughput, and the two times of a step
     assert len(re.findall(r'class="trace scatter', dom)) == 7
     assert "over FLOPs" in dom
+    assert ">steps</text>" in dom, "the axes are named"
+    assert ">data wait</text>" in dom, "so are the parts of a step's time"
