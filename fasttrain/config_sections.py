@@ -174,7 +174,8 @@ class DataConfig(Section):
     batching: str = key(
         "packed",
         "windows side by side, overlapping windows, or a document a sequence, as it is or beside"
-        " documents of like length; padding counts as tokens in logs and horizons",
+        " documents of like length; padding counts as tokens in train.tokens and"
+        " train.tokens_per_step, in nothing that is logged",
         choices=("packed", "sliding", "padded", "bucketed"),
     )
     stride_tokens: int | None = key(

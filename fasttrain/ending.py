@@ -30,13 +30,13 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         folder: its folder, with the console.
         started: when this process began, by `time.perf_counter`.
     """
-    first_step, trained_before_s = trainer.step_count, trainer.trained_s
+    before = (trainer.step_count, trainer.trained_s, trainer.reporter.n_tokens)
     several = trainer.world.size > 1
 
     def end(outcome: Outcome) -> int:
         if folder.console:
             wall_s = time.perf_counter() - started
-            show_end(trainer, folder.console, outcome, wall_s, first_step, trained_before_s)
+            show_end(trainer, folder.console, outcome, wall_s, *before)
         if outcome == "stopped":
             return EXIT_STOPPED
         return EXIT_DONE if trainer.saver.saved_at == trainer.step_count else EXIT_FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fasttrain import metrics
@@ -12,6 +13,7 @@ from fasttrain.sharding import gathered
 from fasttrain.sinks import Sinks
 
 if TYPE_CHECKING:
+    from fasttrain.data.loader import Batch
     from fasttrain.step import Numbers
     from fasttrain.trainer import Trainer
 
@@ -24,6 +26,9 @@ class Reporter:
     Args:
         trainer: the run; without a ``run_dir`` there are no files, without a console no lines. On
             any rank but the first there are neither.
+
+    Attributes:
+        n_tokens: targets that the run was trained on, padding left out, over all ranks.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -39,15 +44,23 @@ class Reporter:
         if self.peak_flops is not None:
             self.peak_flops *= trainer.world.size
         self.first_line = True  # of this session
+        self.n_tokens = self._n_fresh = 0  # the latter since the last line
+
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Count the tokens of a step; the loader knows them, the device is not asked."""
+        n_tokens = sum(batch.n_tokens for batch in batches)
+        self.n_tokens += n_tokens
+        self._n_fresh += n_tokens
 
     def train(self, numbers: Numbers) -> None:
         """Write a line for the step just done."""
         trainer, loss = self.trainer, numbers.steps[-1].loss
+        per_step, self._n_fresh = self._n_fresh / max(trainer.account.n_steps, 1), 0
         times = trainer.account.line(trainer.step_count)
-        tokens_per_s = 1000 * trainer.tokens_per_step / max(times["step_ms"] or 0.0, 1e-6)
+        tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
         row: dict[str, Any] = {
             "step": trainer.step_count,
-            "tokens": trainer.position * trainer.config.data.seq_len,
+            "tokens": self.n_tokens,
             "epoch": trainer.position / trainer.train_loader.samples_per_epoch,
             "loss": loss,
             "loss_ema": self.ema.update(loss),

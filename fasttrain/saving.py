@@ -140,6 +140,7 @@ class Saver:
         return {
             "step": trainer.step_count,
             "position": trainer.position,
+            "tokens": trainer.reporter.n_tokens,
             "total_steps": trainer.total_steps,
             "eval_due": trainer.eval_due,
             "trained_s": trainer.trained_s,
@@ -213,6 +214,8 @@ class Saver:
         restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step, rank)
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
+        all_rows = trainer.position * trainer.config.data.seq_len  # of a save without the count
+        trainer.reporter.n_tokens = state.get("tokens", all_rows)
         trainer.last_eval, trainer.eval_due = {}, state["eval_due"]
         best, *losses = (
             math.inf if loss is None else loss

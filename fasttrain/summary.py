@@ -67,6 +67,7 @@ def show_end(
     wall_s: float,
     first_step: int,
     trained_before_s: float,
+    tokens_before: int,
 ) -> None:
     """Show how the run ended.
 
@@ -77,12 +78,13 @@ def show_end(
         wall_s: seconds since this process began the run, or to go on with it.
         first_step: step at which it began.
         trained_before_s: seconds that the steps before took.
+        tokens_before: tokens that these were trained on.
     """
     assert trainer.run_dir is not None
     n_steps, trained_s = trainer.step_count - first_step, trainer.trained_s - trained_before_s
     time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
-    speed = f"{n_steps * trainer.tokens_per_step / max(trained_s, 1e-9):,.0f} tokens/s over "
-    speed += f"{n_steps:,} steps"
+    n_tokens = trainer.reporter.n_tokens - tokens_before
+    speed = f"{n_tokens / max(trained_s, 1e-9):,.0f} tokens/s over {n_steps:,} steps"
     if first_step:
         time += f" (with what came before: {format_duration(trainer.trained_s)} in steps)"
     else:

@@ -254,6 +254,7 @@ class Trainer:
             batches = [batch.cut(context) for batch in batches]
         with self.profiler.step(self.step_count + 1):
             self.train_step(batches, self.last_lr)
+        self.reporter.count(batches)
         wait_s = self.train_loader.wait_s - waited
         self.step_count += 1
         self.recovery.advance()

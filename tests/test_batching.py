@@ -136,13 +136,14 @@ def test_sliding_windows_begin_every_stride(dataset: TokenDataset) -> None:
 
 def rows_of(dataset: TokenDataset, **options: object) -> list[list[int]]:
     """The tokens of all rows of an epoch, without padding; checks what padding is."""
-    found = []
+    found, n_tokens = [], 0
     settings = {"seq_len": SEQ_LEN, "micro_batch": 6, "seed": 5, "device": "cpu", "epochs": 1}
     with Loader(dataset, **(settings | options)) as loader:  # type: ignore[arg-type]
         for batch in loader:
             assert batch.tokens.shape == batch.targets.shape
             assert batch.tokens.is_contiguous()
             assert batch.targets.is_contiguous()
+            n_tokens += batch.n_tokens
             counted = batch.targets != IGNORE
             assert torch.equal(counted, counted.cummin(1).values)  # padding is at the end
             assert not batch.tokens[~counted].any()
@@ -151,6 +152,8 @@ def rows_of(dataset: TokenDataset, **options: object) -> list[list[int]]:
                 if n:
                     assert torch.equal(tokens[1:n], targets[: n - 1])
                     found.append([*tokens[:n].tolist(), int(targets[n - 1])])
+    if "world_size" not in options:  # else those of all ranks
+        assert n_tokens == sum(len(row) - 1 for row in found)
     return found
 
 
@@ -200,6 +203,9 @@ def test_R28_rows_do_not_depend_on_ranks_prefetch_or_micro_batch(
     for at in range(0, len(ranks[0]), 3):
         together += ranks[0][at : at + 3] + ranks[1][at : at + 3]
     assert together == plain
+    settings = {"seq_len": SEQ_LEN, "micro_batch": 3, "seed": 5, "device": "cpu", "epochs": 1}
+    with Loader(mix, rank=1, world_size=2, **settings, **options) as loader:  # type: ignore[arg-type]
+        assert sum(batch.n_tokens for batch in loader) == sum(len(row) - 1 for row in plain)
 
 
 def test_R3_kills_lose_and_repeat_nothing_in_any_mode(mix: TokenDataset) -> None:

@@ -3,13 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fasttrain.data.format import write_dataset_json
+from fasttrain.config import load_config
+from fasttrain.data.format import open_dataset, write_dataset_json
+from fasttrain.data.loader import IGNORE, Loader
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
 from fasttrain.train import main
@@ -94,6 +97,24 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
     (evaluation,) = (line for line in whole if line["kind"] == "eval")
     assert 0 < evaluation["val_loss"] < values[0]
     assert evaluation["val_bpb"] > 0
+    real = [64] * 20  # tokens of each step: 4 rows of 16
+    if mode in ("padded", "bucketed"):
+        config = load_config(tmp_path / "runs/parts/config.toml")
+        with Loader(
+            open_dataset(data, "train"),
+            batching=mode,
+            seq_len=config.data.seq_len,
+            micro_batch=config.train.micro_batch,
+            seed=config.run.seed,
+            device="cpu",
+        ) as loader:
+            real = [int((batch.targets != IGNORE).sum()) for batch in islice(loader, 20)]
+    if mode != "mix":
+        for run in (whole, parts):
+            lines = [line for line in run if line["kind"] == "train"]
+            assert [line["tokens"] for line in lines] == np.cumsum(real).tolist()
+        per_step = [line["tokens_per_s"] * line["step_ms"] / 1000 for line in lines]
+        assert per_step == pytest.approx(real)  # padding is neither counted nor fast
 
 
 def test_R3_ten_stops_lose_and_repeat_no_sample_of_two_epochs(data: Path, train: Run) -> None:

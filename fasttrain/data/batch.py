@@ -5,7 +5,7 @@ Legend: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,21 +27,24 @@ class Batch:
         doc_starts: bool, shape (B, T), true at the first token of a document; None: rows are taken
             as one document.
         position: Global sample index after this batch; a loader built with it goes on from here.
+        n_tokens: Targets in it and in what the other ranks have of the same micro-batch, known
+            without asking the device; 0: not counted.
     """
 
     tokens: Tensor
     targets: Tensor
     doc_starts: Tensor | None
     position: int
+    n_tokens: int = 0
 
     def cut(self, length: int) -> Batch:
         """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
         starts = self.doc_starts
-        return Batch(
-            self.tokens.view(-1, length),
-            self.targets.view(-1, length),
-            None if starts is None else starts.view(-1, length),
-            self.position,
+        return replace(
+            self,
+            tokens=self.tokens.view(-1, length),
+            targets=self.targets.view(-1, length),
+            doc_starts=None if starts is None else starts.view(-1, length),
         )
 
 
@@ -53,7 +56,11 @@ def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
 
 
 def to_batch(
-    stored: NDArray[Any], n_targets: Tensor | None, doc_starts: Tensor | None, position: int
+    stored: NDArray[Any],
+    n_targets: Tensor | None,
+    doc_starts: Tensor | None,
+    position: int,
+    n_tokens: int = 0,
 ) -> Batch:
     """A batch on the CPU, in fresh tensors.
 
@@ -62,6 +69,7 @@ def to_batch(
         n_targets: int64 (B,), of each row; what is right of them becomes padding. None: T.
         doc_starts: As in `Batch`.
         position: As in `Batch`.
+        n_tokens: As in `Batch`.
     """
     rows, length = stored.shape
     tokens = torch.empty(rows, length - 1, dtype=torch.int64)
@@ -70,4 +78,4 @@ def to_batch(
     targets.numpy()[:] = stored[:, 1:]
     if n_targets is not None:
         pad(tokens, targets, n_targets)
-    return Batch(tokens, targets, doc_starts, position)
+    return Batch(tokens, targets, doc_starts, position, n_tokens)

@@ -21,10 +21,12 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -43,7 +45,22 @@ HINT_AHEAD = 4  # batches of which the system is told ahead when reading is slow
 SLOW_WINDOW_S = 50e-6  # a window from page cache takes 1 to 2 µs, one from a fast SSD 80
 
 _Array = NDArray[np.int64]
-_Rows = tuple[_Array, _Array | None]
+
+
+class _Rows(NamedTuple):
+    """This rank's rows of a micro-batch."""
+
+    starts: _Array  # first token of each
+    counts: _Array | None  # tokens of each; None: T + 1
+    n_rows: int  # before the end of the run; those behind it get no targets
+    length: int  # T
+    n_tokens: int  # as in Batch
+    position: int  # as in Batch
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        return self.counts is None and self.n_rows == len(self.starts)
 
 
 @dataclass(slots=True)
@@ -53,9 +70,7 @@ class _Slot:
     ids: Tensor  # as stored, (K, B, T + 1); pinned on CUDA
     n_targets: Tensor  # int64 (K, B), of each row; pinned on CUDA
     doc_starts: Tensor | None  # bool (K, B, T); pinned on CUDA
-    lengths: list[int] = field(default_factory=list)  # of the rows of each batch in it
-    full: list[bool] = field(default_factory=list)  # every row of the batch has as many targets
-    positions: list[int] = field(default_factory=list)  # as in Batch
+    batches: Sequence[_Rows] = ()  # in it
     n_taken: int = 0  # batches of it that next() has had
     copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
 
@@ -137,19 +152,28 @@ class Loader:
         self.samples_per_epoch = self.plan.samples_per_epoch
         self.dropped_tokens = self.plan.dropped_tokens
         self.dataset, self.seq_len, self.micro_batch = dataset, seq_len, micro_batch
-        self._again: dict[str, Any] = {
-            "seed": seed,
-            "prefetch": prefetch,
-            "batching": batching,
-            "stride_tokens": stride_tokens,
-            "weights": weights,
-            "separate_documents": separate_documents,
-        }
         marked = separate_documents and batching in ("packed", "sliding")
         self._ends = dataset.document_ends if marked else None
         self.device = torch.device(device)
         if epochs is not None:
             end = math.ceil(epochs * self.samples_per_epoch)
+        self._again = partial(
+            Loader,
+            dataset,
+            seq_len=seq_len,
+            micro_batch=micro_batch,
+            seed=seed,
+            device=device,
+            end=end,
+            rank=rank,
+            world_size=world_size,
+            prefetch=prefetch,
+            deadline_s=deadline_s,
+            batching=batching,
+            stride_tokens=stride_tokens,
+            weights=weights,
+            separate_documents=separate_documents,
+        )
         self.position, self.end, self.rank, self.world_size = position, end, rank, world_size
         self.wait_s = 0.0
         self.deadline_s = deadline_s
@@ -190,79 +214,65 @@ class Loader:
 
     def at(self, position: int) -> Loader:
         """Another loader of the same samples in the same order, that starts at `position`."""
-        return Loader(
-            self.dataset,
-            seq_len=self.seq_len,
-            micro_batch=self.micro_batch,
-            device=self.device,
-            position=position,
-            end=self.end,
-            rank=self.rank,
-            world_size=self.world_size,
-            deadline_s=self.deadline_s,
-            **self._again,
-        )
+        return self._again(position=position)
 
     # The background thread ------------------------------------------------------------------
 
     def _rows(self, position: int) -> Iterator[_Rows]:
-        """First tokens and numbers of tokens of this rank's rows, micro-batch by micro-batch."""
-        stride = self.micro_batch * self.world_size
-        per_block = max(min(ORDER_BLOCK, self.samples_per_epoch) // stride, 1)
-        mine = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
-        pending: list[_Rows] = []
+        """This rank's rows, micro-batch by micro-batch, to the end of the run."""
+        rows, stride = self.micro_batch, self.micro_batch * self.world_size
+        before = self.rank * rows  # in each stride, those of other ranks
+        block = max(min(ORDER_BLOCK, self.samples_per_epoch) // stride, 1) * stride
         while True:
-            starts, counts = self.plan.rows(position, per_block * stride)
-            position += per_block * stride
-            for first in range(0, per_block * stride, stride):
-                here = slice(first + mine.start, first + mine.stop)
-                rows = (starts[here], None if counts is None else counts[here])
-                if self._slow:  # a hint costs as much as reading from page cache does
-                    for start in rows[0].tolist():
-                        self.dataset.will_need(start, self.seq_len + 1)
-                pending.append(rows)
-                if len(pending) > HINT_AHEAD:
-                    yield pending.pop(0)
+            starts, counts = self.plan.rows(position, block)
+            for first in range(0, block, stride):
+                n = stride if self.end is None else min(self.end - position, stride)
+                if n <= 0:
+                    return
+                position += stride
+                here = slice(first + before, first + before + rows)
+                n_rows = min(max(n - before, 0), rows)
+                mine, n_tokens = None, n * self.seq_len
+                if counts is not None:
+                    mine, n_tokens = counts[here], int(counts[first : first + n].sum()) - n
+                yield _Rows(starts[here], mine, n_rows, self.plan.length(mine), n_tokens, position)
+
+    def _hinted(self, batches: Iterator[_Rows]) -> Iterator[_Rows]:
+        """The batches, a few later, of which the system is told at once where it reads slowly."""
+        pending: deque[_Rows] = deque()
+        for batch in batches:
+            if self._slow:  # a hint costs as much as reading from page cache does
+                for start in batch.starts.tolist():
+                    self.dataset.will_need(start, self.seq_len + 1)
+            pending.append(batch)
+            if len(pending) > HINT_AHEAD:
+                yield pending.popleft()
+        yield from pending
 
     def _fill(self, position: int) -> None:
-        stride = self.micro_batch * self.world_size
-        rows = self._rows(position)
+        rows = self._hinted(self._rows(position))
         try:
             while not self._stop.is_set():
-                n = 1 if self._slow else self._per_slot
-                if self.end is not None:
-                    n = min(n, -(-(self.end - position) // stride))
-                    if n <= 0:
-                        return self._ready.put(None)
+                batches = list(islice(rows, 1 if self._slow else self._per_slot))
+                if not batches:
+                    return self._ready.put(None)
                 slot = self._free.get()
                 if slot is None:  # close()
                     return
-                slot.positions = [position + stride * (k + 1) for k in range(n)]
-                self._read(slot, list(islice(rows, n)))
+                self._read(slot, batches)
                 self._ready.put(slot)
-                position += n * stride
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
 
     def _read(self, slot: _Slot, batches: Sequence[_Rows]) -> None:
-        """Fills a buffer with batches; rows beyond the end of the run get no targets."""
-        slot.n_taken, slot.lengths, slot.full = 0, [], []
-        behind = self.rank * self.micro_batch - self.micro_batch * self.world_size
-        for (_, counts), position, n_targets in zip(
-            batches, slot.positions, slot.n_targets.numpy(), strict=False
-        ):
-            length = self.plan.length(counts)
-            n_rows = self.micro_batch
-            if self.end is not None:
-                n_rows = min(max(self.end - position - behind, 0), n_rows)
-            full = counts is None and n_rows == self.micro_batch
-            if not full:
-                n_targets[:] = length if counts is None else counts - 1
-                n_targets[n_rows:] = 0
-            slot.lengths.append(length)
-            slot.full.append(full)
-        starts = np.concatenate([starts for starts, _ in batches])
-        counted = [counts for _, counts in batches if counts is not None]
+        """Fills a buffer with batches."""
+        slot.n_taken, slot.batches = 0, batches
+        for batch, n_targets in zip(batches, slot.n_targets.numpy(), strict=False):
+            if not batch.full:
+                n_targets[:] = batch.length if batch.counts is None else batch.counts - 1
+                n_targets[batch.n_rows :] = 0
+        starts = np.concatenate([batch.starts for batch in batches])
+        counted = [batch.counts for batch in batches if batch.counts is not None]
         rows = slot.ids.numpy()[: len(batches)].reshape(len(starts), -1)
         begin = time.perf_counter()
         self.dataset.read_windows(starts, rows, np.concatenate(counted) if counted else None)
@@ -279,14 +289,15 @@ class Loader:
     def __next__(self) -> Batch:
         if self.device.type != "cuda":
             slot, k = self._get()
-            self.position = slot.positions[k]
-            starts = slot.doc_starts
+            rows, starts = slot.batches[k], slot.doc_starts
             batch = to_batch(
-                slot.ids.numpy()[k, :, : slot.lengths[k] + 1],
-                None if slot.full[k] else slot.n_targets[k],
+                slot.ids.numpy()[k, :, : rows.length + 1],
+                None if rows.full else slot.n_targets[k],
                 None if starts is None else starts[k].clone(),
-                self.position,
+                rows.position,
+                rows.n_tokens,
             )
+            self.position = rows.position
             if self._current is None:
                 self._free.put(slot)
             return batch
@@ -310,7 +321,7 @@ class Loader:
             raise self._over
         slot = self._current or self._wait()
         k, slot.n_taken = slot.n_taken, slot.n_taken + 1
-        self._current = slot if slot.n_taken < len(slot.positions) else None
+        self._current = slot if slot.n_taken < len(slot.batches) else None
         return slot, k
 
     def _wait(self) -> _Slot:
@@ -333,15 +344,15 @@ class Loader:
         """Starts the copy of a batch to the device."""
         with torch.cuda.stream(self._stream):
             stored = slot.ids[k].to(self.device, non_blocking=True)
-            starts = slot.doc_starts
+            rows, starts = slot.batches[k], slot.doc_starts
             if starts is not None:
                 starts = starts[k].to(self.device, non_blocking=True)
             n_targets = None
-            if not slot.full[k]:
+            if not rows.full:
                 n_targets = slot.n_targets[k].to(self.device, non_blocking=True)
             slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.copied.record(self._stream)
-            ids = stored[:, : slot.lengths[k] + 1].to(torch.int64)
+            ids = stored[:, : rows.length + 1].to(torch.int64)
             tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
             if n_targets is not None:
                 pad(tokens, targets, n_targets)
@@ -353,7 +364,7 @@ class Loader:
             self._in_copy.copied.synchronize()
             self._free.put(self._in_copy)
         self._in_copy = slot if self._current is None else None
-        return Batch(tokens, targets, starts, slot.positions[k]), done
+        return Batch(tokens, targets, starts, rows.position, rows.n_tokens), done
 
     def close(self) -> None:
         """Ends the thread; the loader gives no more batches. May be called again."""
