@@ -7,6 +7,7 @@ the mean over all target tokens of its batches, however many they are.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,8 +66,9 @@ class Trainer:
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
-        config: ``[run]`` device, dtype and seed; ``[train]`` steps or epochs, clipping, averaging
-            and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and ``[log]``. None: one epoch.
+        config: ``[run]`` device, dtype and, where it is ``default``, compile; ``[train]`` steps or
+            epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
+            ``[log]``. None: one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere.
         accumulate: batches of a step.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
@@ -91,31 +93,36 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config = config or TrainConfig(train=LoopConfig(epochs=1))
-        loop = config.train
-        whole = loop.epochs is None or loop.epochs == int(loop.epochs)
-        if not whole or loop.steps is loop.epochs is None:
-            raise UserError("Trainer: set train.steps, or train.epochs to a whole number")
-        if loop.on_nonfinite == "rollback" or loop.on_spike != "off":
-            raise UserError(
-                "Trainer: does not go back or look for spikes; unset train.on_spike, and set "
-                "train.on_nonfinite=skip or stop"
-            )
-        if accumulate < 1:
-            raise UserError(f"Trainer: accumulate must be at least 1, got {accumulate}")
-        self.device = resolve_device(config.run.device)
-        self.precision = resolve_precision(config.run.dtype, self.device)
+        loop, run = config.train, config.run
+        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        for wrong, said in (
+            (loop.steps is None and (loop.epochs or 0.5) % 1,
+             "set train.steps, or train.epochs to a whole number"),
+            (loop.on_nonfinite == "rollback" or loop.on_spike != "off",
+             "does not go back or look for spikes; unset train.on_spike, and set "
+             "train.on_nonfinite=skip or stop"),
+            (run.fp8 or run.compile not in ("off", "auto", "default"),
+             "knows no run.fp8 and no CUDA graphs; unset it, use run.compile=default"),
+            (n_processes > 1,
+             f"trains in one process, and torchrun started {n_processes}; only fasttrain.train "
+             "shares a run among several"),
+            (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
+        ):  # fmt: skip
+            if wrong:
+                raise UserError(f"Trainer: {said}")
+        self.device = resolve_device(run.device)
+        self.precision = resolve_precision(run.dtype, self.device)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), list(callbacks)
-        self.objective = Objective(
-            model, criterion, loop, device=self.device, precision=self.precision
-        )
+        self.objective = Objective(model, criterion, config, self.device, self.precision)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = Ema(model, loop.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
         self.metrics = TrainingMetrics()
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._sinks: Sinks | None = None
+        self._stopping = False
         self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
@@ -124,15 +131,12 @@ class Trainer:
             self.writer = checkpoint.CheckpointWriter(
                 self.run_dir / "checkpoints", keep_last=config.checkpoint.keep_last
             )
-        self.step = 0
+        self.step = self.skipped_steps = self.batch_in_epoch = 0
         self.epoch = 0  # passes that are done
-        self.batch_in_epoch = 0
-        self.skipped_steps = 0
         self.val_losses: list[float] = []
         self._epoch_rng = rng_state(self.device)  # as it was before the loader shuffled
         self._pending: list[Tensor] = []  # loss, norm and verdict of steps not yet recorded
         self._last_result: dict[str, float] = {}
-        self._stopping = False
         self._logged_at = (time.perf_counter(), 0)
 
     # ---- training ------------------------------------------------------------------------------
@@ -172,8 +176,7 @@ class Trainer:
 
     def train_epoch(self, loader: Iterable[Mapping[str, Tensor]]) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
-        self._stopping = False
-        first = self.step
+        self._stopping, first = False, self.step
         self._epoch(loader, None, bounded=False)
         self._record()
         self._close()
@@ -186,8 +189,7 @@ class Trainer:
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
         if patience is not None:
-            stale = n_stale(self.val_losses, self.config.eval.min_change)
-            self._stopping |= stale >= patience
+            self._stopping |= n_stale(self.val_losses, self.config.eval.min_change) >= patience
         done = self.step >= loop.steps if loop.steps else self.epoch >= (loop.epochs or 0)
         return self._stopping or done
 
@@ -290,8 +292,7 @@ class Trainer:
             self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
         self._write("eval", {"step": self.step, **result})
-        for callback in self.callbacks:
-            callback.on_evaluate(self, result)
+        self._tell("on_evaluate", result)
 
     def _record(self) -> None:
         """Bring the numbers of the last steps to the host, at once."""
@@ -326,9 +327,9 @@ class Trainer:
             self._sinks.close()
             self._sinks = None
 
-    def _tell(self, event: str) -> None:
+    def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
-            getattr(callback, event)(self)
+            getattr(callback, event)(self, *what)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -361,8 +362,7 @@ class Trainer:
         text = redact(config_to_toml(self.config))
         path = self.writer.save(self.step, groups, state, text, metric=metric)
         self.writer.wait()
-        for callback in self.callbacks:
-            callback.on_checkpoint(self, path)
+        self._tell("on_checkpoint", path)
         return path
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
@@ -377,7 +377,7 @@ class Trainer:
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
         loaded = checkpoint.load(checkpoint.resolve(Path(where)))
-        state = loaded.state
+        state, rng = loaded.state, loaded.group("trainer")
         try:
             self.model.load_state_dict(loaded.group("model"))
             load_optimizer_tensors(self.model, [self.optimizer], loaded.group("optimizer"))
@@ -389,7 +389,6 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, state["lrs"], strict=True):
             group["lr"] = lr
         self.scaler.load_state_dict(state["scaler"])
-        rng = loaded.group("trainer")
         restore_rng(rng, self.device)
         self._epoch_rng = {k.removeprefix("epoch_"): v for k, v in rng.items() if "epoch_" in k}
         self.step, self.epoch = state["step"], state["epoch"]

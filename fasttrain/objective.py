@@ -12,8 +12,8 @@ import torch
 from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
 
-from fasttrain.config import LoopConfig, UserError
-from fasttrain.device import Precision
+from fasttrain.config import TrainConfig, UserError
+from fasttrain.device import Precision, resolve_compile
 from fasttrain.model import Transformer
 
 __all__ = ["Batch", "Criterion", "Objective"]
@@ -36,7 +36,7 @@ class Objective:
     Args:
         model: called with tokens and what else of a batch its ``forward`` takes.
         criterion: as `fasttrain.library.Trainer` takes it.
-        loop: label smoothing and z-loss where ``criterion`` is None.
+        config: label smoothing and z-loss where ``criterion`` is None; whether to compile.
         device: where batches go.
         precision: of the forward passes.
     """
@@ -45,12 +45,15 @@ class Objective:
         self,
         model: nn.Module,
         criterion: Criterion | None,
-        loop: LoopConfig,
-        *,
+        config: TrainConfig,
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.model, self.criterion, self.loop = model, criterion, loop
+        self.model, self.criterion, self.loop = model, criterion, config.train
+        self.run: Callable[..., Any] = model
+        # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
+        if config.run.compile != "auto" and resolve_compile(config.run, device, 0) != "off":
+            self.run = torch.compile(model)
         self.device, self.precision = device, precision
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)
         parameters = inspect.signature(model.forward).parameters
@@ -113,7 +116,7 @@ class Objective:
             return self._loss_sum(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
-        out: Any = self.model(batch.tokens, **batch.others)
+        out: Any = self.run(batch.tokens, **batch.others)
         if isinstance(self.model, Transformer):
             out = self.model.logits(out)
         out = getattr(out, "logits", out)

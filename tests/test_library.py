@@ -3,8 +3,10 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -312,7 +314,30 @@ def test_what_is_wrong_with_a_batch_is_said(batch: dict[str, Tensor], message: s
         trainer.train([batch])
 
 
-def test_what_is_wrong_with_model_or_config_is_said(tmp_path: Path) -> None:
+def test_a_compiled_model_learns_and_is_saved_like_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    # The tracing is real, the C++ left out.
+    traced = Mock(side_effect=partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", traced)
+    results = []
+    for mode in ("auto", "default"):
+        model = toy()
+        settings = config(run={"compile": mode})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        trainer = Trainer(model, optimizer, config=settings, run_dir=tmp_path / mode)
+        loader = DataLoader(data(12, padded=True), batch_size=5)
+        trainer.train(loader, loader)
+        results.append((trainer.metrics.values("val_loss"), weights(model)))
+        assert traced.call_count == (mode == "default")
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    trainer.load_checkpoint(tmp_path / "auto")  # the names are those of the model itself
+
+
+def test_what_is_wrong_with_model_or_config_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = nn.Embedding(V, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     flat = nn.Sequential(model, nn.Flatten())
@@ -323,22 +348,19 @@ def test_what_is_wrong_with_model_or_config_is_said(tmp_path: Path) -> None:
     run, log = RunConfig(device="cpu"), LogConfig()
     with pytest.raises(UserError, match=r"train\.steps"):
         Trainer(model, optimizer, config=TrainConfig(run=run, log=log, train=LoopConfig(hours=1)))
+    with pytest.raises(UserError, match="no CUDA graphs"):
+        Trainer(model, optimizer, config=config(run={"compile": "max-autotune"}))
     with pytest.raises(UserError, match="run_dir"):
         Trainer(model, optimizer, config=config()).save_checkpoint()
-    unsaved = LambdaLR(optimizer, _Factor())
+    factor = partial(lambda step: 1.0)
+    factor.state = {1, 2}  # type: ignore[attr-defined]  # what LambdaLR keeps is not JSON
+    unsaved = LambdaLR(optimizer, factor)
     trainer = Trainer(model, optimizer, unsaved, None, config(), run_dir=tmp_path / "run")
     with pytest.raises(UserError, match="state is not JSON"):
         trainer.save_checkpoint()
-
-
-class _Factor:
-    """A schedule whose state is not JSON."""
-
-    def __init__(self) -> None:
-        self.state = {1, 2}
-
-    def __call__(self, step: int) -> float:
-        return 1.0
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="torchrun started 4"):
+        Trainer(model, optimizer, config=config())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
