@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -254,10 +254,14 @@ def _first_line(error: BaseException) -> str:
 
 def record_failure(error: BaseException) -> None:
     """Let torchrun's summary of a failed job say what failed."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+        # torchrun may end this rank meanwhile, and itself fails of a file that is half written.
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{file}.part"
         get_error_handler().record_exception(error)
+        with suppress(OSError):
+            os.replace(f"{file}.part", file)
 
 
 def stop(world: World) -> None:

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -110,12 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank := os.environ.get("RANK"):
             from fasttrain.distributed import record_failure
 
-            record_failure(redacted(error))
             if any(name in str(error) for name in ("gloo", "NCCL")):
                 error.add_note(
                     f"rank {rank}: another rank has ended or is out of reach; its error, above or "
                     "in torchrun's summary, says why"
                 )
+                time.sleep(1.1)  # torchrun names the rank that failed first, in whole seconds
+            record_failure(redacted(error))
         raise
 
 

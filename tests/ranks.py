@@ -1,25 +1,34 @@
-"""The command on several ranks: processes that start once and run it many times, shared by tests.
+"""Processes that are ranks, forked from one that has imported everything: that takes seconds."""
 
-``python -m tests.ranks FOLDER RANK`` is one of the processes: for each entry of FOLDER/runs.json
-that has its rank it sets what torchrun would set and calls the command.
-"""
-
-import contextlib
-import fcntl
-import hashlib
+import gc
 import json
-import math
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
 
-from tests.toy import ENV, ROOT
+from fasttrain import signals
+from tests import toy_ranks
+from tests.toy import write_config
+from tests.toy_ranks import environment
+
+PATIENCE_S = 240.0  # on a machine that does other things as well
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("fasttrain.session", "torch.distributed.run", "torch.distributed.fsdp"),
+        *("torch.distributed.tensor", "torch._dynamo"),  # DDP and DTensor import them when used
+    ]
+)
+Process = multiprocessing.context.ForkServerProcess
 
 
 def free_port() -> int:
@@ -29,140 +38,200 @@ def free_port() -> int:
         return port
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return what torchrun sets for a rank."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def begin(
+    target: Callable[..., Any],
+    *arguments: Any,
+    folder: Path,
+    output: str,
+    variables: Mapping[str, str] = {},
+) -> Process:
+    """Start a process that calls ``target`` in ``folder`` and writes to the file ``output``."""
+    (folder / output).touch()
+    process = FORKS.Process(
+        target=_be, args=(target, arguments, folder, output, dict(variables)), daemon=False
+    )
+    process.start()
+    return process
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _be(
+    target: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    folder: Path,
+    output: str,
+    variables: dict[str, str],
+) -> None:
+    """Be as a process that was started anew."""
+    os.setsid()
+    os.chdir(folder)
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(variables)
+    warnings.simplefilter("ignore")
+    gc.freeze()  # no collection looks through all that was imported
+    torch.set_num_threads(1)
+    target(*arguments)
 
 
-def once(factory: pytest.TempPathFactory, name: str) -> tuple[Path, Any]:
-    """Return a folder that all test processes share, and the lock under which one fills it."""
-    root = factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    (root / name).mkdir(exist_ok=True)
-    return root / name, locked(root / f"{name}.lock")
+def torchrun(arguments: list[str]) -> None:
+    """Be torchrun, and fork the ranks that it starts: ``-m tests.toy_ranks`` and what follows."""
+    from torch.distributed.elastic.multiprocessing import subprocess_handler
+    from torch.distributed.run import main
+
+    forks = multiprocessing.get_context("fork")
+
+    def rank(arguments: list[str], variables: dict[str, str]) -> None:
+        os.setsid()
+        for number in signal.Signals:  # the agent's handlers are not the rank's
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(variables)
+        toy_ranks.command(arguments)
+
+    def start(self: Any, args: tuple[str, ...], variables: dict[str, str]) -> Any:
+        given = list(args[args.index("tests.toy_ranks") + 1 :])
+        process = forks.Process(target=rank, args=(given, variables))
+        process.start()
+        return process._popen  # type: ignore[attr-defined]
+
+    subprocess_handler.SubprocessHandler._popen = start  # type: ignore[method-assign]
+    main(arguments)
 
 
-def run_all(folder: Path, runs: dict[str, dict[str, Any]], timeout_s: float) -> None:
+def script(code: str, *arguments: str) -> None:
+    """Be ``python -c CODE ARGUMENTS``."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+
+
+def run_script(code: str, *arguments: str, size: int, folder: Path) -> list[str]:
+    """Run a script on several ranks; return what each printed."""
+    port = free_port()
+    outputs = [f"script-{rank}.txt" for rank in range(size)]
+    finish(
+        begin(
+            script,
+            code,
+            *arguments,
+            folder=folder,
+            output=output,
+            variables=environment(rank, size, port) if size > 1 else {},
+        )
+        for rank, output in enumerate(outputs)
+    )
+    return [(folder / output).read_text() for output in outputs]
+
+
+def finish(started: Iterable[Process]) -> None:
+    """Wait until processes have ended; none outlives this."""
+    processes = list(started)
+    deadline = time.monotonic() + PATIENCE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def run_all(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Run the command for each entry in turn, on the ranks that it asks for.
 
     Args:
         folder: the working directory.
-        runs: by name: ``argv``, ``size`` and whether and how its loss is spoiled.
-        timeout_s: for all of them.
+        runs: by name: ``argv``, ``size`` and ``faults``.
     """
     for run in runs.values():
         run["port"] = free_port()
     (folder / "runs.json").write_text(json.dumps(runs))
-    n = max(run["size"] for run in runs.values())
-    processes = []
-    for rank in range(n):
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            command = [sys.executable, "-W", "ignore", "-m", "tests.ranks", str(folder), str(rank)]
-            environ = ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-            processes.append(
-                subprocess.Popen(command, cwd=folder, env=environ, stdout=output, stderr=output)
-            )
-    try:
-        for process in processes:
-            process.wait(timeout_s)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    finish(
+        begin(toy_ranks.serve, folder, rank, folder=folder, output=f"output-{rank}.txt")
+        for rank in range(max(run["size"] for run in runs.values()))
+    )
 
 
 def result(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    """Return how a run ended on a rank: status, step, rows trained on, digest, output."""
+    """Return how a run ended on a rank: status, step, rows trained on, digest."""
     path = folder / f"{name}.{rank}.json"
     assert path.exists(), (folder / f"output-{rank}.txt").read_text()[-4000:]
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
-def digest(array: Any) -> str:
-    """Return a short hash of an array of NumPy."""
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-# ---- inside a process ----------------------------------------------------------------------------
+class Job:
+    """Two ranks, started by torchrun or by themselves; what they print goes to files."""
 
+    def __init__(self, folder: Path, *keys: str) -> None:
+        self.folder, self.keys = folder, keys
+        self.config = write_config(folder)
+        self.processes: list[Process] = []
 
-def _serve(folder: Path, rank: int) -> None:
-    import torch
-    import torch.distributed as dist
+    def _begin(self, target: Callable[..., Any], arguments: list[str], **variables: str) -> None:
+        output = f"output-{len(self.processes)}.txt"
+        self.processes.append(
+            begin(target, arguments, folder=self.folder, output=output, variables=variables)
+        )
 
-    from fasttrain import session
-    from fasttrain.step import TrainStep
-    from fasttrain.train import main
-    from fasttrain.trainer import Trainer
+    def _arguments(self, overrides: tuple[str, ...]) -> list[str]:
+        return [str(self.config), *self.keys, *overrides]
 
-    torch.set_num_threads(1)
-    trainers: list[Trainer] = []
-    rows: list[list[str]] = []
-    spoiled: dict[str, Any] = {}
+    def torchrun(self, *overrides: str, restarts: int = 0, faults: Any = ()) -> None:
+        options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+        options += ["-m", "tests.toy_ranks", *self._arguments(overrides)]
+        self._begin(torchrun, options, FAULTS=json.dumps(faults))
 
-    class Kept(Trainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
+    def direct(self, *overrides: str, faults: Any = (), **variables: str) -> None:
+        port = free_port()
+        for rank in range(2):
+            own = environment(rank, 2, port) | variables
+            arguments = self._arguments(overrides)
+            self._begin(toy_ranks.command, arguments, FAULTS=json.dumps(faults), **own)
 
-    real_call, real_loss = TrainStep.__call__, TrainStep._loss
-    calls = [0]
+    def output(self, n: int = 0) -> str:
+        return (self.folder / f"output-{n}.txt").read_text(errors="replace")
 
-    def call(self: TrainStep, batches: Sequence[Any], lr: float) -> None:
-        seen = []
-        for batch in batches:
-            shown = batch.targets.ne(-100).any(1)
-            seen += [digest(row) for row in batch.tokens[shown].numpy()]
-        rows.append(seen)
-        real_call(self, batches, lr)
+    def outputs(self) -> str:
+        return "\n".join(self.output(n)[-3000:] for n in range(len(self.processes)))
 
-    def loss(self: TrainStep, *batch: Any) -> torch.Tensor:
-        calls[0] += 1
-        value = real_loss(self, *batch)
-        bad = spoiled.get("rank") == rank and calls[0] in spoiled["calls"]
-        return value * math.nan if bad else value
+    def until(self, condition: Callable[[], Any]) -> float:
+        """Wait for a condition; return how long it took."""
+        started = time.monotonic()
+        while not condition():
+            assert time.monotonic() - started < PATIENCE_S, self.outputs()
+            time.sleep(0.02)
+        return time.monotonic() - started
 
-    session.Trainer = Kept  # type: ignore[misc, attr-defined]
-    TrainStep.__call__ = call  # type: ignore[method-assign]
-    TrainStep._loss = loss  # type: ignore[method-assign]
-    for name, run in json.loads((folder / "runs.json").read_text()).items():
-        if rank >= run["size"]:
-            continue
-        trainers.clear()
-        rows.clear()
-        calls[0] = 0
-        spoiled.clear()
-        spoiled.update(run.get("spoil", {}))
-        for key, value in environment(rank, run["size"], run["port"]).items():
-            os.environ[key] = value
-            if run["size"] == 1:
-                del os.environ[key]
-        print(f"---- {name}", flush=True)
-        status = main(run["argv"])
-        found: dict[str, Any] = {"status": status, "rows": rows}
-        if trainers:
-            parameters = [getattr(p, "_local_tensor", p) for p in trainers[0].model.parameters()]
-            found["digest"] = digest(torch.cat([p.detach().flatten() for p in parameters]).numpy())
-            found["step"] = trainers[0].step_count
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def running(self, run: str, step: int = 3) -> None:
+        """Wait until a run has logged a step."""
+        log = self.folder / "runs" / run / "metrics.jsonl"
+        self.sees(lambda: log.exists() and len(log.read_text().splitlines()) >= step)
 
+    def sees(self, condition: Callable[[], Any]) -> None:
+        """Wait for a condition, which is to come before any of the processes ends."""
+        self.until(lambda: condition() or any(p.exitcode is not None for p in self.processes))
+        assert condition(), self.outputs()
 
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]))
+    def ended(self) -> list[int | None]:
+        """Wait for all processes that were started; return their exit statuses."""
+        self.until(lambda: all(p.exitcode is not None for p in self.processes))
+        return [p.exitcode for p in self.processes]
+
+    def workers(self, n: int = 0) -> list[int]:
+        """Return the processes that the n-th one has started."""
+        return signals._descendants(self.processes[n].pid or -1)
+
+    def close(self) -> None:
+        for n, process in enumerate(self.processes):
+            if process.exitcode is None:
+                for pid in self.workers(n):
+                    os.kill(pid, signal.SIGKILL)
+                process.kill()
+            process.join()

@@ -1,7 +1,5 @@
 """Optimizers on DTensor shards: two real processes, and a group that pretends to have four."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.ranks import run_script
 
 WORLD_SIZE, SHAPE = 4, (3, 5)  # three rows over four ranks: the last shard is empty
 
@@ -84,7 +84,7 @@ def test_muon_refuses_shards_that_are_no_rows(rank: int) -> None:
 
 
 TWO_RANKS = """
-import copy, importlib, sys
+import copy, importlib
 import torch
 import torch.distributed as dist
 from fasttrain_kernels import FusedAdamW, Muon, clip_grad_norm_, grad_norm
@@ -93,8 +93,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 mesh = init_device_mesh("cpu", (2,))
 ranks = mesh.get_group()
 torch.manual_seed(0)
@@ -165,17 +165,8 @@ print("agreed")
 """
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Muon, AdamW and the norm on shards that are uneven and empty, against whole tensors."""
-    command = [sys.executable, "-W", "ignore", "-c", TWO_RANKS]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = run_script(TWO_RANKS, size=2, folder=tmp_path)
     assert all(output.strip().endswith("agreed") for output in outputs), "\n".join(outputs)

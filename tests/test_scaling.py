@@ -1,12 +1,6 @@
-"""Several ranks foreseen: memory against that of two processes, bytes against torch's collectives.
-
-``python -m tests.test_scaling`` is one of two processes that measure what they hold.
-"""
+"""Several ranks foreseen: memory against that of two processes, bytes against collectives."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +23,8 @@ from fasttrain.preflight import preflight
 from fasttrain.scaling import Traffic, overhead, scaling_lines, traffic
 from fasttrain.sharding import shard
 from fasttrain.step import TrainStep
-from tests.ranks import environment, free_port
-from tests.toy import ENV, ROOT, load_config, write_config
+from tests.ranks import run_script
+from tests.toy import load_config, write_config
 
 CPU = torch.device("cpu")
 PRECISION = resolve_precision("fp32", CPU)
@@ -79,26 +73,25 @@ def held_at_most(mode: str, n_micro: int) -> int:
     return total
 
 
+MEASURE = """
+import json
+import torch
+from tests.test_scaling import CASES, held_at_most
+
+torch.manual_seed(0)
+print(json.dumps({name: held_at_most(*case) for name, case in CASES.items()}))
+"""
+
+
 @pytest.fixture(scope="module")
-def measured() -> dict[str, int]:
-    processes = []
-    ports = [str(free_port()) for _ in CASES]
-    for rank in range(2):
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.test_scaling", str(rank), *ports],
-                cwd=ROOT,
-                env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    (first, _), _ = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    found: dict[str, int] = json.loads(first.splitlines()[-1])
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    found: dict[str, int] = json.loads(
+        run_script(MEASURE, size=2, folder=tmp_path_factory.mktemp("measured"))[0].splitlines()[-1]
+    )
     return found
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", CASES)
 def test_memory_of_a_rank_is_within_a_tenth_of_what_two_processes_hold(
     measured: dict[str, int], name: str
@@ -201,13 +194,3 @@ def test_preflight_for_several_ranks(
         preflight(load_config(path, overrides), n_ranks=3, show=lambda line: None)
     with pytest.raises(SystemExit):
         preflight_main([str(path), "--world-size", "0"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    found = {}
-    for (name, case), port in zip(CASES.items(), sys.argv[2:], strict=True):
-        os.environ.update(environment(int(sys.argv[1]), 2, int(port)))
-        found[name] = held_at_most(*case)
-    print(json.dumps(found))

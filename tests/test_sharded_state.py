@@ -2,15 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fasttrain.checkpoint import load, resolve
-from tests.ranks import environment, free_port
-from tests.toy import ENV, ROOT
+from tests.ranks import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 TWO_RANKS = """
 import sys
@@ -161,17 +160,7 @@ print("agreed")
 
 
 def test_R2_state_moves_between_ranks_and_modes(tmp_path: Path) -> None:
-    port = free_port()
-    processes = []
-    for rank in range(2):
-        environ = ENV | environment(rank, 2, port) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        command = [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(tmp_path)]
-        processes.append(
-            subprocess.Popen(
-                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = run_script(TWO_RANKS, str(tmp_path), size=2, folder=tmp_path)
     assert all(output.strip().endswith("agreed") for output in outputs), "\n".join(outputs)
     saved = resolve(tmp_path / "fsdp")
     sizes = [(saved / f"model.rank-0000{r}.safetensors").stat().st_size for r in range(2)]
@@ -252,16 +241,8 @@ print(json.dumps(report))
 
 @pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.soak)])
 def test_R4_one_rank_or_all_are_killed_in_the_middle_of_a_save(kills: int, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path), str(kills)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    (output,) = run_script(KILLS, str(tmp_path), str(kills), size=1, folder=tmp_path)
+    report = json.loads(output.splitlines()[-1])
     assert report["rounds"] == kills
     assert report["passed_over"] == []
     assert report["in_a_save"] > kills / 4, "the kills did not come in the middle of saves"

@@ -1,57 +1,139 @@
-"""The command with faults: ``python -m tests.toy_ranks CONFIG …`` under torchrun or by itself.
+"""What a forked process does as a rank: the command, with faults where the test wants them.
 
-``FAULTS`` in the environment is a JSON list of ``attempt``, ``rank``, ``step`` and ``signal``: that
-rank sends itself the signal in the middle of that step, in that attempt of torchrun's; with signal
-0 it never goes on. Each step's rows are appended to rows-RANK.jsonl.
+A fault is a dict: in which ``attempt`` of torchrun's (0), on which ``rank`` (None: on all), in the
+last micro-batch of which ``step`` does ``what`` happen: a signal's number, which the rank sends
+itself; ``hang``, for ever; ``raise``; or a factor on the loss, such as nan.
 """
 
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from fasttrain import session
+from fasttrain import ending, session
 from fasttrain.step import TrainStep
 from fasttrain.train import leave, main
 from fasttrain.trainer import Trainer
-from tests.ranks import digest
+
+
+def digest(array: Any) -> str:
+    """Return a short hash of an array of NumPy."""
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+class Spy:
+    """Sees what a run trains on, and makes its faults happen."""
+
+    def __init__(self, faults: Sequence[dict[str, Any]], rank: int, attempt: int = 0) -> None:
+        self.faults = {
+            fault["step"]: fault["what"]
+            for fault in faults
+            if fault.get("attempt", 0) == attempt and fault["rank"] in (rank, None)
+        }
+        self.trainer: Trainer | None = None
+        self.rows: list[list[str]] = []  # by step
+        self.log: Path | None = None
+        self._left = 0  # micro-batches of the step under way
+        self._real = session.Trainer, TrainStep.__call__, TrainStep._loss  # type: ignore[attr-defined]
+
+    def __enter__(self) -> "Spy":
+        spy, (_, real_call, real_loss) = self, self._real
+
+        class Kept(Trainer):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                spy.trainer = self
+
+        def call(step: TrainStep, batches: Sequence[Any], lr: float) -> None:
+            shown = [batch.tokens[batch.targets.ne(-100).any(1)].numpy() for batch in batches]
+            spy.rows.append([digest(row) for rows in shown for row in rows])
+            spy._left = len(batches)
+            if spy.log is not None and spy.trainer is not None:
+                with open(spy.log, "a") as file:
+                    file.write(json.dumps([spy.trainer.step_count, spy.rows[-1]]) + "\n")
+            real_call(step, batches, lr)
+
+        def loss(step: TrainStep, *batch: Any) -> torch.Tensor:
+            value = real_loss(step, *batch)
+            spy._left -= 1
+            if spy._left or spy.trainer is None:
+                return value
+            what = spy.faults.pop(spy.trainer.step_count + 1, 1.0)
+            if isinstance(what, float):
+                return value * what
+            while what == "hang":
+                time.sleep(0.1)
+            if what == "raise":
+                raise ValueError("what a rank fails of")
+            with open("faults.jsonl", "a") as file:
+                file.write(json.dumps([os.getpid(), what]) + "\n")
+            os.kill(os.getpid(), what)
+            return value
+
+        self._set(Kept, call, loss)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._set(*self._real)
+
+    def _set(self, trainer: Any, call: Any, loss: Any) -> None:
+        session.Trainer = trainer  # type: ignore[attr-defined]
+        TrainStep.__call__ = call  # type: ignore[method-assign]
+        TrainStep._loss = loss  # type: ignore[method-assign]
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command once. ``FAULTS``: in JSON; ``ECHO_S``: that of `ending`.
+
+    Each step's rows are appended to rows-RANK.jsonl.
+    """
+    rank, attempt = (int(os.environ.get(k, 0)) for k in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    ending.ECHO_S = float(os.environ.get("ECHO_S", ending.ECHO_S))
+    with Spy(json.loads(os.environ.get("FAULTS", "[]")), rank, attempt) as spy:
+        spy.log = Path(f"rows-{rank}.jsonl")
+        leave(main(arguments))
+
+
+def serve(folder: Path, rank: int) -> None:
+    """Run the command for each entry of runs.json that has this rank, as torchrun would."""
+    for name, run in json.loads((folder / "runs.json").read_text()).items():
+        if rank >= run["size"]:
+            continue
+        for key, value in environment(rank, run["size"], run["port"]).items():
+            os.environ[key] = value
+            if run["size"] == 1:
+                del os.environ[key]
+        print(f"---- {name}", flush=True)
+        with Spy(run.get("faults", []), rank) as spy:
+            found: dict[str, Any] = {"status": main(run["argv"]), "rows": spy.rows}
+        if spy.trainer is not None:
+            model = spy.trainer.model
+            parameters = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+            found["digest"] = digest(torch.cat([p.detach().flatten() for p in parameters]).numpy())
+            found["step"] = spy.trainer.step_count
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Return what torchrun sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
 
 if __name__ == "__main__":
-    rank = int(os.environ["RANK"])
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    faults = {
-        fault["step"]: fault["signal"]
-        for fault in json.loads(os.environ.get("FAULTS", "[]"))
-        if (fault["attempt"], fault["rank"]) == (attempt, rank)
-    }
-    trainers: list[Trainer] = []
-    real_call, real_loss = TrainStep.__call__, TrainStep._loss
-
-    class Kept(Trainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
-
-    def call(self: TrainStep, batches: Sequence[Any], lr: float) -> None:
-        rows = [digest(row) for batch in batches for row in batch.tokens.numpy()]
-        with open(f"rows-{rank}.jsonl", "a") as file:
-            file.write(json.dumps([trainers[-1].step_count, rows]) + "\n")
-        real_call(self, batches, lr)
-
-    def loss(self: TrainStep, *batch: Any) -> torch.Tensor:
-        value = real_loss(self, *batch)
-        number = faults.pop(trainers[-1].step_count + 1, None)
-        while number == 0:
-            time.sleep(0.1)
-        if number is not None:
-            os.kill(os.getpid(), number)
-        return value
-
-    session.Trainer = Kept  # type: ignore[misc, attr-defined]
-    TrainStep.__call__ = call  # type: ignore[method-assign]
-    TrainStep._loss = loss  # type: ignore[method-assign]
-    leave(main(sys.argv[1:]))
+    command(sys.argv[1:])
