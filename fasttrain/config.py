@@ -67,6 +67,21 @@ SECTIONS: dict[str, type[Section]] = {
     )
 }
 _HELP_COLUMNS = 100
+# What other trainers call a key, where its spelling does not lead there.
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step",
+    "block_size": "data.seq_len",
+    "n_embd": "model.dim",
+    "hidden_size": "model.dim",
+    "max_iters": "train.steps",
+    "max_steps": "train.steps",
+    "grad_clip": "train.max_grad_norm",
+    "eval_interval": "eval.every_steps",
+    "log_interval": "log.every_steps",
+    "save_steps": "checkpoint.every_steps",
+}
 _FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
 
 
@@ -143,6 +158,7 @@ def _unknown_key(section: str, k: str) -> None:
     within = [full for full in _FIELDS if full.startswith(f"{section}.")]
     near = (
         elsewhere
+        or ([_ELSEWHERE[k]] if k in _ELSEWHERE else [])
         or difflib.get_close_matches(name, within, n=1)
         or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
     )

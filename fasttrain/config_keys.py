@@ -193,7 +193,7 @@ def _type_remedy(f: Field[Any], value: Any) -> str:
     kind, _ = _kind(f)
     if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return f"; write {int(value)}"
-    if typing.get_origin(kind) is tuple and accepts(f, [value]):
+    if typing.get_origin(kind) is tuple and accepts(f, [value]) and "[" not in str(value):
         return f"; write [{show(value)}]"
     if kind is str and isinstance(value, bool | int | float):
         return f'; write "{show(value)}"'

@@ -56,7 +56,7 @@ class TrainConfig:
                 stride,
                 f"makes no overlapping windows of data.seq_len = {seq_len} with data.batching = "
                 f"{self.data.batching!r}",
-                "unset it, or use at most data.seq_len and data.batching=packed",
+                "set eval.stride_tokens=none, or at most data.seq_len with data.batching=packed",
             )
         if self.schedule.min_lr > self.optim.lr:
             refuse(
@@ -159,5 +159,5 @@ class TrainConfig:
                     list(contexts),
                     f"holds {length}, which is no part of data.seq_len = {data.seq_len}",
                     f"use divisors of it, such as {data.seq_len // 4 or 1} and "
-                    f"{data.seq_len // 2 or 1}",
+                    f"{data.seq_len // 2 or 1}, or [] for none",
                 )

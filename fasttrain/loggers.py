@@ -145,16 +145,13 @@ class Console:
     Args:
         log_file: file to append every line to, plainly and with the time, or None.
         interactive: colours, panels and a progress bar (True) or plain lines (False). None: what
-            standard output is, with ``NO_COLOR`` or ``TERM=dumb`` meaning plain lines.
+            standard output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
     """
 
     def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
         if interactive is None:
-            plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (
-                "dumb",
-                "unknown",
-            )
-            interactive = sys.stdout.isatty() and not plain
+            plain = ("dumb", "unknown")
+            interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
         self.interactive = interactive
         self._rich = RichConsole(force_terminal=True) if interactive else None
         self._log = LogFile(log_file) if log_file else None

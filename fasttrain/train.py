@@ -27,7 +27,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="TOML file, such as configs/base.toml")
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="TOML file, such as configs/base.toml"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
     )
@@ -78,7 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or verified; 1: failed, or not verified; 2: bad input; 75: stopped, and can be resumed;
     128 + n: ended by signal n before there was anything to resume.
     """
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; config keys have no dashes: optim.lr=1e-3")
+    if arguments.config is None:
+        parser.error("name a config, such as configs/base.toml")
+
+    def interrupted(number: int) -> int:
+        resuming = arguments.resume is not None and arguments.verify_resume is None
+        what = "resume as before" if resuming else "nothing to resume"
+        print(f"interrupted before the first step; {what}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED if resuming else EXIT_BY_SIGNAL + number
+
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -91,8 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verify_resume(
                 config, arguments.config, arguments.overrides, arguments.verify_resume
             )
+        # An import written in C may swallow an exception and leave half a module behind.
+        previous = signal.signal(signal.SIGINT, lambda number, _: os._exit(interrupted(number)))
         from fasttrain.session import run
 
+        signal.signal(signal.SIGINT, previous)
         return run(
             config,
             name=arguments.config.stem,
@@ -102,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             decay_from=arguments.decay_from,
         )
     except KeyboardInterrupt as error:
-        if arguments.resume is not None and arguments.verify_resume is None:
-            print("interrupted before the first step; resume as before", file=sys.stderr)
-            return EXIT_STOPPED
-        print("interrupted before the first step; nothing to resume", file=sys.stderr)
-        return EXIT_BY_SIGNAL + getattr(error, "number", signal.SIGINT)
+        return interrupted(getattr(error, "number", signal.SIGINT))
     except Exception as error:
         if rank := os.environ.get("RANK"):
             from fasttrain.distributed import record_failure

@@ -147,11 +147,15 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "interactive"),
-    [("NO_COLOR", "1", False), ("TERM", "dumb", False), ("TERM", "xterm-256color", True)],
+    ("name", "value", "interactive", "coloured"),
+    [
+        ("NO_COLOR", "1", True, False),
+        ("TERM", "dumb", False, False),
+        ("TERM", "xterm-256color", True, True),
+    ],
 )
 def test_the_environment_decides_on_a_terminal(
-    name: str, value: str, interactive: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, interactive: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -159,8 +163,10 @@ def test_the_environment_decides_on_a_terminal(
     monkeypatch.setattr(sys, "stdout", Terminal())
     console = Console(log_file=None)
     assert console.interactive is interactive
-    console.note("hello")
-    assert ("\x1b" in sys.stdout.getvalue()) is interactive  # type: ignore[attr-defined]
+    console.warn("hello")  # bold and yellow
+    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert ("\x1b[" in shown) is interactive
+    assert ("33m" in shown) is coloured
     console.close()
 
 

@@ -257,6 +257,44 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
     assert not list((toy.parent / "runs").iterdir())
 
 
+def test_an_interruption_of_an_import_ends_at_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "fasttrain.session":
+                signal.raise_signal(signal.SIGINT)
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.delitem(sys.modules, "fasttrain.session", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        for arguments, status in (([], 130), (["--resume", "auto"], 75)):
+            with pytest.raises(SystemExit) as left:
+                main([str(toy), *arguments])
+            assert left.value.code == status
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "nothing to resume\n" in capsys.readouterr().err
+
+
+def test_a_command_line_of_another_kind_is_told_how_it_is_written(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, remedy in (
+        ([], "name a config, such as"),
+        ([str(toy), "--optim.lr=1"], "unknown: --optim.lr=1; config keys have no dashes"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert remedy in capsys.readouterr().err
+
+
 def test_help_lists_every_key_without_importing_torch() -> None:
     code = (
         "import sys\nfrom fasttrain.train import main\n"
