@@ -47,8 +47,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         try:
             if not trainer.save_unfinished():
                 return  # it ended after all
-            why = trainer.stop_reason
-            folder.note(f"{why}: the step under way was given up, the state before it is saved")
+            folder.note(f"{trainer.stop_reason}: the step under way was given up")
             status = end("stopped")
             folder.close()
         except Exception as error:

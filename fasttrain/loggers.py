@@ -268,7 +268,7 @@ class Console:
         )
         self._rows_since_heading = _ROWS_PER_HEADING
 
-    def progress(self, step: int, total: int, **shown: object) -> None:
+    def progress(self, step: int, total: int) -> None:
         """Redraw the progress bar, at most five times a second; nothing without a terminal.
 
         The time left is judged from all steps since the first call, so that evaluations and
@@ -277,7 +277,6 @@ class Console:
         Args:
             step: steps done.
             total: steps planned.
-            **shown: further values to show, by label; a float is shown with four digits.
         """
         if self._rich is None:
             return
@@ -290,9 +289,9 @@ class Console:
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(self._bar(now, step, total, shown), refresh=True)
+        self._live.update(self._bar(now, step, total), refresh=True)
 
-    def _bar(self, now: float, step: int, total: int, shown: Mapping[str, object]) -> Text:
+    def _bar(self, now: float, step: int, total: int) -> Text:
         assert self._rich is not None
         assert self._started is not None
         started_s, first = self._started
@@ -303,12 +302,6 @@ class Console:
         )
         done = min(1.0, step / total) if total > 0 else 1.0
         tail = f" {done:>4.0%}  {step}/{total}  ETA {left}"
-        for label, value in shown.items():
-            tail += (
-                f"  {label} {value:.4g}"
-                if isinstance(value, float)
-                else f"  {label} {clean(str(value))}"
-            )
         width = max(10, min(40, self._rich.width - len(tail) - 2))
         fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
         n = int(done * width)

@@ -51,17 +51,22 @@ class StepProfiler:
                 yield
         finally:
             if number >= self.last:
-                self._end(cuda)
+                self.close()
 
-    def _end(self, cuda: bool) -> None:
-        assert self.folder is not None
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        self._profiler.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        self._profiler = None
-        if cuda:
-            dump: Any = torch.cuda.memory._dump_snapshot
-            dump(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+    def close(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._profiler is None or self.folder is None:
+            return
+        cuda, profiler, self._profiler = self.device.type == "cuda", self._profiler, None
+        try:
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            profiler.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            if cuda:
+                dump: Any = torch.cuda.memory._dump_snapshot
+                dump(str(self.folder / "memory.pickle"))
+        finally:
+            if cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fasttrain.data.files import DataError
-from fasttrain.faults import Fault, FaultPolicy, write_report
+from fasttrain.faults import Decision, Fault, FaultPolicy, write_report
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fasttrain.step import Numbers
     from fasttrain.trainer import Trainer
 
@@ -47,14 +49,8 @@ class Recovery:
             FloatingPointError: the run has to stop.
         """
         trainer = self.trainer
-        numbers = trainer.train_step.numbers()
-        trainer.account.add("forward_backward", numbers.forward_backward_s)
-        trainer.account.add("optimizer", numbers.optimizer_s)
-        first_step = trainer.step_count - len(self._unseen) + 1
-        decision = self.policy.judge(first_step, self._unseen, numbers.steps)
-        self._unseen.clear()
-        for fault in decision.reported:
-            trainer.reporter.warn(f"{fault}; no update was made of it{self._write_down(fault)}")
+        numbers, decision = self._judge()
+        self._tell(decision)
         if decision.action == "go on":
             return numbers
         if decision.action == "roll back":
@@ -70,6 +66,43 @@ class Recovery:
                 )
                 return None
         raise FloatingPointError(self.policy.reason(decision, trainer.train_loader))
+
+    def save_unless_bad(self, rng: dict[str, Tensor]) -> None:
+        """Save now with these random states, in place of the thread that trains.
+
+        Where the run is to go back, nothing is saved: from the last checkpoint on it meets the bad
+        steps again, and there is time to.
+
+        Raises:
+            CheckpointError: it could not be saved.
+            FloatingPointError: the run has to stop.
+        """
+        _, decision = self._judge()
+        if decision.action == "go on":
+            self.trainer.saver.save_now(rng)
+        else:
+            self.trainer.saver.close()  # what is being saved is from before the bad steps
+        self._tell(decision)  # reads their samples, which may take long
+        if decision.action == "stop":
+            raise FloatingPointError(self.policy.reason(decision, self.trainer.train_loader))
+        if decision.action == "roll back":
+            self.trainer.reporter.warn("the steps since the last checkpoint are not saved")
+
+    def _judge(self) -> tuple[Numbers, Decision]:
+        """Bring the numbers of the steps since the last time to the host, and decide about them."""
+        trainer = self.trainer
+        numbers = trainer.train_step.numbers()
+        trainer.account.add("forward_backward", numbers.forward_backward_s)
+        trainer.account.add("optimizer", numbers.optimizer_s)
+        first_step = trainer.step_count - len(self._unseen) + 1
+        decision = self.policy.judge(first_step, self._unseen, numbers.steps)
+        self._unseen.clear()
+        return numbers, decision
+
+    def _tell(self, decision: Decision) -> None:
+        for fault in decision.reported:
+            told = f"{fault}; no update was made of it{self._write_down(fault)}"
+            self.trainer.reporter.warn(told)
 
     def _move(self) -> None:
         """Put position and loader where the samples go on that are trained on."""

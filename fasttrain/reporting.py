@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,9 @@ class Reporter:
         if self.sinks:
             self.sinks.write("eval", row)
         if self.trainer.console:
-            self.trainer.console.evaluation(row)
+            loss, lowest = result["val_loss"], self.trainer.best_val_loss
+            best = loss is not None and loss < lowest < math.inf  # the first says nothing
+            self.trainer.console.evaluation({**row, "best": best})
 
     def sample(self) -> None:
         """Let the model go on from the next of the prompts, and write what it made of it."""

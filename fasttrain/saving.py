@@ -45,6 +45,8 @@ class Saver:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        # How long a rank waits for the others' parts of a checkpoint.
+        self.patience_s = 2 * trainer.config.distributed.timeout_s
         self.saved_at: int | None = None
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
@@ -60,6 +62,7 @@ class Saver:
                 rank=world.rank,
                 world_size=world.size,
                 session=world.share(secrets.token_hex(8)),
+                patience_s=self.patience_s,
                 warn=trainer.reporter.warn,
             )
 
@@ -71,6 +74,7 @@ class Saver:
         step = self.trainer.step_count
         if step in (self.saved_at, self._failed_at):
             return
+        self._expect_to_wait()
         counted = False
         try:
             self._settle()
@@ -82,6 +86,11 @@ class Saver:
         except CheckpointError as error:
             self._failed_at = step
             self._fail(error, again=counted)
+
+    def _expect_to_wait(self) -> None:
+        """Have the watchdog outlast the writer, which says more of what went wrong."""
+        limit_s = self.patience_s + self.trainer.config.distributed.timeout_s
+        self.trainer.lockstep.watchdog.beat(limit_s)
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
         """Save this step with these random states; return when it is committed.
@@ -178,6 +187,7 @@ class Saver:
         if self.writer is None:
             return None
         self._failed_at = None
+        self._expect_to_wait()
         try:
             self._settle()
         except CheckpointError as error:

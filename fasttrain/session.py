@@ -36,7 +36,6 @@ from fasttrain.distributed import (
     stop,
 )
 from fasttrain.ending import train_to_end
-from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.generate import generate
 from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
@@ -243,8 +242,6 @@ def _build(
             origin.start_from(model, config.model.init_from)
     world = choose_mode(config.distributed, world, model.num_parameters(), device)
     compute = resolve_precision(config.run.dtype, device).compute
-    if config.run.fp8:  # before parameters lie in shards
-        multiply_in_fp8(model, device)
     shard(model, world, config.distributed, compute=compute)
     optimizers = build_optimizers(model, config.optim)
     if world.rank:  # what ranks draw from here on, for dropout, is their own

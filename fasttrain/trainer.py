@@ -4,6 +4,7 @@ A *step* is one optimizer update, a *micro-batch* one forward and backward pass.
 not log never waits for the device.
 """
 
+import contextlib
 import gc
 import math
 import time
@@ -152,8 +153,7 @@ class Trainer:
     def train_epoch(self) -> Outcome:
         """Train to the end of the current epoch of the data or the horizon, whichever is first."""
         per_epoch = self.train_loader.samples_per_epoch
-        left = per_epoch - self.position % per_epoch
-        return self._run(until=self.step_count + math.ceil(left / self.samples_per_step))
+        return self._run(until=(self.position // per_epoch + 1) * per_epoch)
 
     def request_stop(self, at_step: int | None = None) -> None:
         """Make the loop end with a checkpoint after ``at_step``; None: after the step under way."""
@@ -235,11 +235,11 @@ class Trainer:
                     if log or last:
                         self.reporter.train(numbers)
                 self._after_step(last)
+            self.saver.save_once()
         finally:
             self.lockstep.watchdog.pause()
             gc.unfreeze()
             gc.enable()
-        self.saver.save_once()
         return "stopped" if self.eval_due else "done"
 
     def _step(self) -> bool:
@@ -282,7 +282,8 @@ class Trainer:
         return every is not None and self.step_count % every == 0
 
     def _finished(self, until: int | None) -> bool:
-        if until is not None and self.step_count >= until:
+        ends = (until, self.train_loader.end)
+        if any(end is not None and self.position >= end for end in ends):
             return True
         pace = self.account
         if self.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
@@ -294,9 +295,6 @@ class Trainer:
         patience, min_change = self.config.eval.patience, self.config.eval.min_change
         if patience is not None and n_stale(self.val_losses, min_change) >= patience:
             return True
-        end = self.train_loader.end
-        if end is not None and self.position >= end:
-            return True
         return self.total_steps is not None and self.step_count >= self.total_steps
 
     def _after_step(self, last: bool) -> None:
@@ -304,16 +302,16 @@ class Trainer:
         if self.console:
             self.console.progress(self.step_count, self.total_steps or 0)
         self.last_eval = {}
+        save, before = self._due(config.checkpoint.every_steps) or last, self.best_val_loss
         if self.val_dataset is not None and (self._due(config.eval.every_steps) or last):
-            before = self.best_val_loss
             self.evaluate()
-            if self.best_val_loss < before:
-                self.saver.save_once()
-        if self._due(config.checkpoint.every_steps) or last:
+        if save or self.best_val_loss < before:
             self.saver.save_once()
+        self.lockstep.watchdog.beat()
         samples = self._due(config.eval.sample_every_steps) or last
         if self.sampler and samples and not self.eval_due:
             self.reporter.sample()
+            self.lockstep.watchdog.beat()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -325,9 +323,9 @@ class Trainer:
         Raises:
             CheckpointError: that checkpoint could not be written.
         """
-        self.train_loader.close()
-        self.reporter.close()
-        self.saver.close()
+        with contextlib.ExitStack() as stack:  # from the last on, whatever fails of them
+            for part in (self.saver, self.reporter, self.profiler, self.train_loader):
+                stack.callback(part.close)
 
     def save_unfinished(self) -> bool:
         """Save the state before the step under way, from another thread, and stop that step.
@@ -337,10 +335,11 @@ class Trainer:
 
         Raises:
             CheckpointError: it could not be saved.
+            FloatingPointError: a step before it is bad, and the run has to stop.
         """
         if not self.guard.take_over():
             return False
-        self.saver.save_now(self.guard.rng)
+        self.recovery.save_unless_bad(self.guard.rng)
         return True
 
     # ---- evaluation and samples ----------------------------------------------------------------

@@ -36,7 +36,7 @@ for step in range(1, 61):
             "step": step * 1000, "val_loss": 3.2, "val_bpb": 1.61, "best": True,
         })
         console.sample(step, "def main(", "x" * 300 + "\\x1b[2J\\n    return é✓\\n")
-    console.progress(step, 60, loss=12345.6 / step, phase="training")
+    console.progress(step, 60)
     if step == 45:
         print("a stray print from a library")
         console.warn("w " * 100)

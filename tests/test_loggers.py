@@ -81,7 +81,7 @@ def everything(console: Console) -> None:
     console.header([("device", "cpu"), ("plan", "2,000 steps")])
     console.note("building the corpus")
     for step in range(1, 4):
-        console.progress(step, 3, loss=3.25)
+        console.progress(step, 3)
     console.train(ROW)
     console.warn("a damaged checkpoint was passed over")
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
@@ -222,7 +222,7 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     for _ in range(5):  # the fastest of five: other processes share the machine
         started = time.perf_counter()
         for step in range(n):
-            console.progress(step, 10 * n, loss=1.0)
+            console.progress(step, 10 * n)
         best = min(best, time.perf_counter() - started)
     drawn = stream.getvalue().count(f"/{10 * n}")
     console.close()
@@ -241,10 +241,10 @@ def test_eta_counts_from_the_first_step_seen(monkeypatch: pytest.MonkeyPatch) ->
     console = Console(log_file=None, interactive=True)
     console.progress(1000, 2000)
     now[0] = 10.0
-    console.progress(1100, 2000, loss=2.5)
+    console.progress(1100, 2000)
     console.close()
     assert "ETA ?" in stream.getvalue()
-    assert "55%  1100/2000  ETA 1m 30s  loss 2.5" in stream.getvalue()
+    assert "55%  1100/2000  ETA 1m 30s" in stream.getvalue()
 
 
 def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -> None:

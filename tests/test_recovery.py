@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fasttrain.checkpoint import load, resolve
 from fasttrain.config import load_config
 from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
 from fasttrain.train import main
@@ -196,6 +197,60 @@ def test_an_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -
     assert trainer.fit() == "done"
     assert trainer.total_steps == 63
     assert trainer.step_count == 62
+
+
+def test_train_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -> None:
+    trainer = build(toy, "train.steps=1000", "train.on_nonfinite=rollback", "log.every_steps=10",
+                    "checkpoint.every_steps=20")  # fmt: skip
+    spoil(trainer, [33])
+    trainer.train_epoch()
+    per_epoch = trainer.train_loader.samples_per_epoch
+    assert 0 <= trainer.position - per_epoch < 4
+    assert trainer.step_count == 62  # and one that was passed over
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_R18_a_run_that_is_given_up_in_a_step_faces_the_verdicts_before(
+    toy: Path, action: str
+) -> None:
+    trainer = build(toy, *EVERY_3, f"train.on_nonfinite={action}", "log.every_steps=100")
+    spoil(trainer, [5])
+    trainer.request_stop(at_step=3)
+    trainer.fit()
+    with trainer.guard.training():
+        for _ in range(3):
+            trainer._step()
+        trainer.guard.open()
+        if action == "stop":
+            with pytest.raises(FloatingPointError, match="step 5: nonfinite"):
+                trainer.save_unfinished()
+        else:
+            assert trainer.save_unfinished()
+        trainer.guard._lock.release()  # a run's process would have ended by now
+    last = load(resolve(toy.parent / "run"))
+    assert last.step == (6 if action == "skip" else 3)  # from 3 on it meets step 5 again
+    assert last.state["faults"]["skipped_steps"] == int(action == "skip")
+    assert (toy.parent / "run/faults/step-00000005.jsonl").exists()
+
+
+def test_what_fails_to_close_leaves_nothing_else_open(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(toy, "log.profile_steps=[2,9]")
+
+    def full() -> None:
+        raise OSError("no space left for the log")
+
+    monkeypatch.setattr(trainer.reporter, "close", full)
+    with trainer.guard.training():
+        trainer._step()
+        trainer._step()
+    trainer.save_checkpoint()
+    with pytest.raises(OSError, match="for the log"):
+        trainer.close()
+    assert load(resolve(toy.parent / "run")).step == 2  # the save in flight was waited for
+    assert (toy.parent / "run/profile/trace.json").stat().st_size  # cut short, and written
+    monkeypatch.undo()
 
 
 def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:

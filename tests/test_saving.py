@@ -100,6 +100,24 @@ def test_R14_ranks_go_back_to_a_checkpoint_that_all_of_them_can_read(
     assert asked == [None, None]
 
 
+def test_R8_the_watchdog_outlasts_a_save_that_waits_for_others(toy: Path) -> None:
+    run = build(toy, "distributed.timeout_s=7", "train.steps=4", "checkpoint.every_steps=2")
+    assert run.writer is not None
+    assert run.writer._ranks.patience_s == 14.0
+    allowed: list[float] = []
+    save = run.saver.save
+
+    def saved() -> object:
+        allowed.append(run.lockstep.watchdog._allowed_s)
+        return save()
+
+    run.saver.save = saved  # type: ignore[method-assign, assignment]
+    run.fit()
+    assert allowed == [21.0, 21.0]
+    assert run.lockstep.watchdog._allowed_s == 7.0  # and a step has its own time again
+    assert run.lockstep.watchdog._deadline == math.inf
+
+
 def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
     hours = ["train.steps=none", "train.hours=1", "eval.every_steps=none"]
     run = build(toy, *hours)
