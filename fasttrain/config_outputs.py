@@ -24,8 +24,10 @@ class EvalConfig(Section):
     sample_every_steps: int | None = key(
         None, "steps between samples (None: only at the end)", ge=1
     )
-    prompts: tuple[str, ...] = key(
-        ("def main(", "class ", "import "), "prompts of the samples, taken in turn; [] for none"
+    prompts: tuple[str, ...] | None = key(
+        None,
+        "prompts of the samples, taken in turn; [] for no samples (None: how four documents of the"
+        " validation split begin)",
     )
     sample_tokens: int = key(128, "tokens of a sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)

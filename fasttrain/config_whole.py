@@ -82,7 +82,7 @@ class TrainConfig:
                 f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}",
                 "leave it unset, or lower data.corpus_vocab_size",
             )
-        if self.eval.sample_every_steps is not None and not self.eval.prompts:
+        if self.eval.sample_every_steps is not None and self.eval.prompts == ():
             refuse(
                 "eval.sample_every_steps",
                 self.eval.sample_every_steps,

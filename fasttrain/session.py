@@ -47,6 +47,7 @@ from fasttrain.sharding import shard
 from fasttrain.signals import interruptible
 from fasttrain.sinks import check_packages
 from fasttrain.summary import show_start
+from fasttrain.texts import beginnings
 from fasttrain.trainer import Sampler, Trainer
 
 __all__ = ["run"]
@@ -227,6 +228,9 @@ def _build(
     state: dict[str, Any] = {}
     device = world.device(resolve_device(config.run.device))
     with world.failing_together():
+        if config.eval.prompts is None and train.tokenizer_path is not None:
+            prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
+            config = replace(config, eval=replace(config.eval, prompts=prompts))
         unit = config.train.micro_batch * config.data.seq_len
         n_micro_batches = accumulation_steps(config.train.tokens_per_step, unit, world.size)
         if source is not None:

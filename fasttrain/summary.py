@@ -56,8 +56,11 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         ("run", str(trainer.run_dir)),
     ]
     if source is not None:
-        rows.append(("resumed", f"{source} at step {trainer.step_count:,}"))
+        left = "" if trainer.step_count != trainer.total_steps else ": nothing is left to train"
+        rows.append(("resumed", f"{source} at step {trainer.step_count:,}{left}"))
     console.header(rows)
+    if step.compile_mode != "off":
+        console.note("compiling: the first step waits for it")
 
 
 def show_end(
@@ -103,9 +106,10 @@ def show_end(
         )
     rows.append(("checkpoint", str(checkpoint.resolve(trainer.run_dir, which="latest"))))
     if outcome == "done":
-        prompt = shlex.quote(next(iter(trainer.config.eval.prompts), ""))
+        prompt = shlex.quote(next(iter(trainer.config.eval.prompts or ()), ""))
         tokenizer = "" if trainer.sampler else " --tokenizer PATH"
-        command = f"python -m fasttrain.generate {trainer.run_dir} --prompt {prompt}{tokenizer}"
+        run_dir = shlex.quote(str(trainer.run_dir))
+        command = f"python -m fasttrain.generate {run_dir} --prompt {prompt}{tokenizer}"
         rows.append(("generate", command))
     else:
         rows.append(("resume", "the same command with --resume auto"))

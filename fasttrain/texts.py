@@ -3,15 +3,35 @@
 from collections.abc import Iterator, Sequence
 from typing import Unpack
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from fasttrain.config import UserError
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import end_of_text_id
 from fasttrain.generate import Sampling, generate, stream
 from fasttrain.model import Transformer
 
-__all__ = ["Decoder", "complete", "encode_prompt", "stream_text"]
+__all__ = ["Decoder", "beginnings", "complete", "encode_prompt", "stream_text"]
+
+N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
+
+
+def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return as prompts how some documents begin, evenly spread over a split; no two are alike.
+
+    Raises:
+        DataError: where its documents end is not known.
+    """
+    ends = dataset.document_ends
+    found = []
+    for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
+        begin = int(ends[number - 1]) if number else 0
+        ids = dataset.read(begin, min(int(ends[number]) - begin, BEGINNING_TOKENS)).tolist()
+        # The last character may be cut in its middle.
+        found.append(tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return tuple(dict.fromkeys(found))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -74,6 +74,7 @@ def test_defaults_and_values(config_file):
         ("run.name=none", "run.name", None),
         ('eval.prompts=["a", "b\\n"]', "eval.prompts", ("a", "b\n")),
         ("eval.prompts=[]", "eval.prompts", ()),
+        ("eval.prompts=none", "eval.prompts", None),
         ("train.steps=1_000", "train.steps", 1000),
     ],
 )

@@ -68,7 +68,7 @@ def losses(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 MODES = {
-    "separate": ["data.attention_across_documents=false"],
+    "separate": ["data.attention_across_documents=false", "eval.prompts=none"],
     "sliding": ["data.batching=sliding", "data.stride_tokens=5"],
     "padded": ["data.batching=padded", "data.seq_len=32"],
     "bucketed": ["data.batching=bucketed", "data.seq_len=64", "train.micro_batch=8"],
@@ -97,6 +97,16 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
     (evaluation,) = (line for line in whole if line["kind"] == "eval")
     assert 0 < evaluation["val_loss"] < values[0]
     assert evaluation["val_bpb"] > 0
+    if mode == "separate":  # samples go on from what the split has, which the run writes down
+        prompts = load_config(tmp_path / "runs/whole/config.toml").eval.prompts
+        val = open_dataset(data, "val")
+        begins = [0, *val.document_ends[:-1].tolist()]
+        texts = [
+            bytes(val.read(begin, min(8, int(end) - 1 - begin)).tolist()).decode()
+            for begin, end in zip(begins, val.document_ends, strict=True)
+        ]
+        assert prompts == tuple(dict.fromkeys(texts[n] for n in (0, 6, 12, 19)))
+        assert f"--- step 20\n{prompts[0]}" in (tmp_path / "runs/whole/samples.txt").read_text()
     real = [64] * 20  # tokens of each step: 4 rows of 16
     if mode in ("padded", "bucketed"):
         config = load_config(tmp_path / "runs/parts/config.toml")
