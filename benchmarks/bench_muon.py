@@ -13,9 +13,9 @@ from benchmarks.rivals import CUDA, DEVICE
 LAYERS, DIM = (12, 768) if CUDA else (2, 128)  # GPT-2 small; configs/base.toml
 
 
-def parameters() -> list[nn.Parameter]:
+def parameters(dim: int) -> list[nn.Parameter]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    block = [(DIM, DIM)] * 4 + [(DIM, 3 * DIM)] * 2 + [(3 * DIM, DIM)]
+    block = [(dim, dim)] * 4 + [(dim, 3 * dim)] * 2 + [(3 * dim, dim)]
     params = []
     for shape in block * LAYERS:
         p = nn.Parameter(torch.zeros(shape, device=DEVICE))
@@ -24,9 +24,10 @@ def parameters() -> list[nn.Parameter]:
     return params
 
 
+@pytest.mark.parametrize("dim", [DIM])
 @pytest.mark.parametrize("coefficients", ["polar_express", "quintic"])
-def test_muon_step(compare: Any, coefficients: str) -> None:
-    mine, theirs = parameters(), parameters()
+def test_muon_step(compare: Any, coefficients: str, dim: int) -> None:
+    mine, theirs = parameters(dim), parameters(dim)
     ours = Muon(mine, lr=1e-3, weight_decay=0.1, coefficients=coefficients)
     peer = torch.optim.Muon(theirs, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     ours.step()
