@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from fasttrain.config import LoopConfig
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
+from fasttrain.metrics import NormWatch
 from fasttrain.step import FINE, OVERFLOW, SPIKE, StepNumbers
 
 __all__ = ["MAX_SKIPPED_IN_A_ROW", "Decision", "Fault", "FaultPolicy", "write_report"]
@@ -49,11 +50,12 @@ class Fault(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What to do, about which steps, and those to report."""
+    """What to do, about which steps, those to report; and a warning about steps that were made."""
 
     action: Literal["go on", "roll back", "stop"]
     offending: list[Fault]
     reported: list[Fault]
+    warning: str = ""
 
 
 class FaultPolicy:
@@ -77,6 +79,7 @@ class FaultPolicy:
         self.skipped_steps = self.spikes = self.rollbacks = 0
         self.passed_over: list[int] = []
         self.row: list[Fault] = []
+        self.norms = NormWatch()
 
     def judge(
         self, first_step: int, positions: Sequence[int], steps: Sequence[StepNumbers]
@@ -89,9 +92,16 @@ class FaultPolicy:
             steps: loss, norm and verdict of each.
         """
         found: list[Fault] = []
+        warning = ""
         for number, (position, step) in enumerate(zip(positions, steps, strict=True), first_step):
             if step.verdict == FINE:
                 self.row.clear()
+                if usual := self.norms.update(step.norm):
+                    warning = (
+                        f"step {number}: the gradient explodes, its norm is {step.norm:.3g} and "
+                        f"was {usual:.3g} on average; lower optim.lr, raise schedule.warmup_steps, "
+                        "or set train.on_spike"
+                    )
                 continue
             kind = {OVERFLOW: "overflow", SPIKE: "spike"}.get(step.verdict, "nonfinite")
             fault = Fault(number, position, kind, step.loss, step.norm)
@@ -109,7 +119,7 @@ class FaultPolicy:
         if len(self.row) >= MAX_SKIPPED_IN_A_ROW:
             may = self.rollbacks < min(1, self.loop.max_rollbacks)
             return Decision("roll back" if may else "stop", list(self.row), found)
-        return Decision("go on", [], found)
+        return Decision("go on", [], found, warning)
 
     def rolled_back(self, offending: Sequence[Fault]) -> None:
         """Count a rollback; the samples of the offending steps are not trained on again."""

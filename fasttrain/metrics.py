@@ -15,6 +15,7 @@ import torch
 
 __all__ = [
     "LossTracker",
+    "NormWatch",
     "TrainingMetrics",
     "flops_per_token",
     "mfu",
@@ -146,6 +147,30 @@ class LossTracker:
             past = loss if self.value is None else self.value
             self.value = self.decay * past + (1.0 - self.decay) * loss
         return self.value
+
+
+class NormWatch:
+    """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
+
+    A norm above that enters the average as the limit, so that one outlier does not hide the next
+    and a level that rose for good is accepted after some 25 steps.
+    """
+
+    EXPLODED = 10.0
+    WARMUP_STEPS = 20  # of a run or of what follows a resume: before, there is no usual norm
+
+    def __init__(self) -> None:
+        self._mean, self._n_steps = LossTracker(0.99), 0
+
+    def update(self, norm: float) -> float | None:
+        """Add the norm of a step; return the average before it where the gradient exploded."""
+        if self._n_steps < self.WARMUP_STEPS:
+            self._mean.value = None  # a run may begin with norms that never come again
+        self._n_steps += 1
+        usual = self._mean.value
+        limit = self.EXPLODED * usual if usual else math.inf
+        self._mean.update(min(norm, limit) if math.isfinite(norm) else norm)
+        return usual if limit < norm < math.inf else None
 
 
 class TrainingMetrics:

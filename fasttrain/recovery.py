@@ -97,6 +97,8 @@ class Recovery:
         first_step = trainer.step_count - len(self._unseen) + 1
         decision = self.policy.judge(first_step, self._unseen, numbers.steps)
         self._unseen.clear()
+        if decision.warning:
+            trainer.reporter.warn(decision.warning)
         return numbers, decision
 
     def _tell(self, decision: Decision) -> None:

@@ -48,6 +48,21 @@ def test_R18_the_config_decides(keys: dict[str, object], verdict: int, action: s
     assert (bad.skipped_steps, bad.spikes) == (1, int(verdict == SPIKE))
 
 
+def test_an_exploding_gradient_is_told_of() -> None:
+    watched = policy()
+
+    def told(*norms: float, verdict: int = FINE) -> str:
+        steps = [StepNumbers(3.0, norm, verdict) for norm in norms]
+        return watched.judge(1, [0] * len(steps), steps).warning
+
+    assert not told(9.0, *[0.5, 0.6, 0.4] * 40), "no run begins with its usual norm"
+    assert "norm is 6.5 and was 0.5" in told(0.5, 6.5)
+    assert not told(0.5, math.inf), "what is not finite is a bad step, reported as such"
+    assert not told(6.5, verdict=SPIKE)
+    assert told(*[50.0] * 30)
+    assert not told(*[50.0] * 10), "the new level is the usual one"
+
+
 def test_R18_a_row_of_bad_steps_rolls_back_once_then_stops() -> None:
     bad = policy()
     assert judged(bad, *[NONFINITE] * 5)[0] == "go on"

@@ -12,6 +12,7 @@ import pytest
 from fasttrain.checkpoint import load, resolve
 from fasttrain.config import load_config
 from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
+from fasttrain.metrics import NormWatch
 from fasttrain.train import main
 from fasttrain.trainer import Trainer
 from tests import toy_trainer
@@ -251,6 +252,14 @@ def test_what_fails_to_close_leaves_nothing_else_open(
     assert load(resolve(toy.parent / "run")).step == 2  # the save in flight was waited for
     assert (toy.parent / "run/profile/trace.json").stat().st_size  # cut short, and written
     monkeypatch.undo()
+
+
+def test_an_exploding_gradient_is_warned_of(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NormWatch, "EXPLODED", 0.1)  # so that any norm is one
+    trainer = build(toy, "train.steps=22", "log.every_steps=11", name=None)
+    assert trainer.fit() == "done"
+    warned = "step 22: the gradient explodes"
+    assert [text[: len(warned)] for text in trainer.console.warnings] == [warned]  # type: ignore[union-attr]
 
 
 def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:
