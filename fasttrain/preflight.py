@@ -30,6 +30,8 @@ EXIT_FOUND_FAULTS = 1
 
 def _memory_lines(memory: "StepMemory", free: int, peak: int | None) -> Iterator[str]:
     for f in fields(memory):
+        if f.name == "gathered" and not memory.gathered:  # of one process, or DDP
+            continue
         yield f"    {f.name:<12} {_size(getattr(memory, f.name)):>10}"
     yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
     if peak is not None:
