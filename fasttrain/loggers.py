@@ -356,6 +356,9 @@ class Console:
             encoding = sys.stdout.encoding or "utf-8"
             try:
                 print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            except BrokenPipeError:  # nobody reads any more, as after `| head`: training goes on
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), sys.stdout.fileno())
             except OSError as error:  # the disk of a redirected output is full: training goes on
                 if error.errno not in NO_SPACE:
                     raise

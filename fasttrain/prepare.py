@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections import deque
@@ -46,6 +47,7 @@ __all__ = ["main", "prepare"]
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
+_FEW_TOKENS = 10_000  # to validate on: the loss of so few says little
 RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
 
 
@@ -62,7 +64,12 @@ def _make_tokenizer(
             show("collecting characters", splitter.source.done_bytes)
         return char_tokenizer(characters)
     if not name.startswith("bpe:"):
-        return load_tokenizer(Path(name).expanduser())
+        if not (path := Path(name).expanduser()).is_file():
+            raise DataError(
+                f"--tokenizer {name}: there is no such tokenizer file; name an existing "
+                "tokenizer.json, or bpe:N, bytes or chars"
+            )
+        return load_tokenizer(path)
     try:
         wanted = int(name.removeprefix("bpe:").replace("_", ""))
     except ValueError:
@@ -204,6 +211,9 @@ def prepare(
             f"{split:5}  {writer.n_tokens:,} tokens, {writer.n_documents:,} documents, "
             f"{n_bytes:,} bytes, {n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
+    n_val = result["val"][0].n_tokens
+    if 0 < n_val < _FEW_TOKENS and val_fraction < 0.1:
+        note(f"Only {n_val:,} tokens to validate on: --val-fraction 0.1 holds out more")
     total = sum(n for _, n in result.values())
     note(f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
     return out
@@ -365,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resume=options.resume,
             progress=True,
         )
-        print(f"Train on it: python -m fasttrain.train configs/base.toml data.path={options.out}")
+        path = shlex.quote(str(options.out))
+        print(f"Train on it: python -m fasttrain.train configs/base.toml data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -27,9 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "config", type=Path, nargs="?", help="TOML file, such as configs/base.toml"
-    )
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file, such as configs/base.toml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
     )

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,24 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def test_a_reader_that_is_gone_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as stream:  # its last flush must not fail either
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console(log_file=tmp_path / "train.log")
+        console.note("one")
+        console.note("two")
+        console.close()
+    assert [line[-3:] for line in (tmp_path / "train.log").read_text().split("\n")] == [
+        "one",
+        "two",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(
