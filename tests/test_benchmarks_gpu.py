@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from benchmarks.gpu import BUDGET_S, Stage, allowance, plan, run_all, run_stage
 from fasttrain.config import load_config
 
 
-def stage(code: str, *, limit_s: float = 20.0, least_s: float = 0.0, name: str = "a") -> Stage:
+def stage(code: str, *, limit_s: float = 300.0, least_s: float = 0.0, name: str = "a") -> Stage:
     command = (sys.executable, "-c", code)
     return Stage(name=name, command=command, limit_s=limit_s, least_s=least_s)
 
@@ -69,14 +68,20 @@ def test_a_stage_may_use_what_was_left_over_but_not_what_is_kept() -> None:
 
 
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    started = time.monotonic()
-    assert run_stage(stage(code), 1.0, tmp_path / "log").startswith("out of time")
-    assert time.monotonic() - started < 2.8
-    time.sleep(max(0.0, 3.5 - (time.monotonic() - started)))
-    assert not marker.exists()
+    pid = tmp_path / "pid"
+    code = f"""
+import os, pathlib, subprocess
+child = subprocess.Popen(["sleep", "600"])
+pathlib.Path("{pid}.new").write_text(str(child.pid))
+os.rename("{pid}.new", "{pid}")
+child.wait()
+"""
+    limit_s = 1.0
+    while not pid.exists():  # a busy machine may not come to start the child so soon
+        assert run_stage(stage(code), limit_s, tmp_path / "log").startswith("out of time")
+        limit_s *= 4
+    stat = Path(f"/proc/{pid.read_text()}/stat")
+    assert not stat.exists() or ") Z " in stat.read_text()
 
 
 def test_a_failure_does_not_stop_the_rest(
@@ -90,7 +95,7 @@ def test_a_failure_does_not_stop_the_rest(
     ]
     seen: list[int] = []
     after = lambda: seen.append(len((tmp_path / "summary.txt").read_text("utf-8").split("\n")))  # noqa: E731
-    assert not run_all(stages, tmp_path, 60.0, after)
+    assert not run_all(stages, tmp_path, 900.0, after)
     assert done.exists()
     out = capsys.readouterr().out
     assert "failed with exit status 3" in out

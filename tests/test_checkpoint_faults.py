@@ -331,7 +331,7 @@ def test_R12_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_R4_kill_in_the_middle_of_a_save(kills: int, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.toy_kills", str(tmp_path), str(kills)],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, check=False, timeout=280,
+        cwd=ROOT, env=ENV, capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

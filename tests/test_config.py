@@ -343,7 +343,7 @@ def test_any_override_is_taken_or_refused_with_a_message(tmp_path, text):
 def test_a_bad_config_fails_fast_and_without_torch(tmp_path):
     (tmp_path / "bad.toml").write_text("[model]\ndmi = 3\n")
     code = """
-import sys, time
+import sys
 from fasttrain.config import ConfigError, load_config
 try:
     load_config("bad.toml")
@@ -351,13 +351,13 @@ except ConfigError as error:
     print(error)
 heavy = {"torch", "triton", "numpy", "rich", "tokenizers"} & set(sys.modules)
 assert not heavy, heavy
-print(time.process_time())
+print(len(sys.modules))
 """
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    message, seconds = done.stdout.splitlines()
+    message, n_modules = done.stdout.splitlines()
     assert message == "bad.toml: model.dmi is not a config key; did you mean model.dim?"
-    assert float(seconds) < 0.3, "CPU time of the whole process, interpreter start included"
+    assert int(n_modules) < 180, "starting is as fast as what it imports lets it be"

@@ -146,9 +146,9 @@ import subprocess, sys, time
 from pathlib import Path
 from fasttrain.run_folder import lock_run_dir
 lock = lock_run_dir(Path(sys.argv[1]), new=False)
-child = subprocess.Popen(["sleep", "60"])
+child = subprocess.Popen(["sleep", "600"])
 print(child.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -221,10 +221,10 @@ def test_any_other_error_shows_where_and_closes_all_that_is_open(
 
 
 def test_the_package_itself_lists_its_commands(tmp_path: Path) -> None:
-    out, err = start("fasttrain", cwd=tmp_path).communicate(timeout=60)
+    out, err = start("fasttrain", cwd=tmp_path).communicate(timeout=300)
     for command in ("train", "prepare", "generate", "checkpoint"):
         assert f"python -m fasttrain.{command} " in out
     assert err == ""
     process = start("fasttrain", "train", "configs/base.toml", cwd=tmp_path)
-    assert "python -m fasttrain.train" in process.communicate(timeout=60)[1]
+    assert "python -m fasttrain.train" in process.communicate(timeout=300)[1]
     assert process.returncode == 2

@@ -73,7 +73,7 @@ def on_rank(whole: Groups, size: int, rank: int) -> Groups:
 
 
 def writers(folder: Path, size: int, session: str = "s", **options: Any) -> list[CheckpointWriter]:
-    options = {"keep_last": 2, "patience_s": 60.0, **options}
+    options = {"keep_last": 2, "patience_s": 300.0, **options}
     return [
         CheckpointWriter(folder, rank=rank, world_size=size, session=session, **options)
         for rank in range(size)
@@ -263,7 +263,7 @@ def test_R25_hostile_records(slices: Any, tmp_path: Path) -> None:
 def test_a_missing_rank_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     several = writers(tmp_path, 3, patience_s=0.4)
     for writer in several:
-        writer._ranks.patience_s = 60
+        writer._ranks.patience_s = 300
     assert save(several, 1) == [None] * 3
     for writer in several:
         writer._ranks.patience_s = 0.4
@@ -289,7 +289,7 @@ def test_R16_one_ranks_state_that_is_not_finite_fails_the_save_of_all(tmp_path: 
     errors = wait(several)
     assert "rank 1: checkpoint: model.even is not finite at step 1" in str(errors[0])
     assert "model.even is not finite" in str(errors[1])
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 250  # nobody was waited for
     assert not [name for name in os.listdir(tmp_path) if name.startswith("step")]
     assert save(several, 2) == [None, None]
     assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-00000002"]

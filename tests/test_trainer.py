@@ -1,8 +1,10 @@
 """The loop: horizons, logging, evaluation, stopping, resuming in the same process."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,13 +135,19 @@ def test_train_epoch_ends_at_the_epoch(toy: Path) -> None:
     assert trainer.step_count == 100
 
 
-def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(toy: Path, tmp_path: Path) -> None:
+def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by 50 ms at each look: a step lasts 50 ms."""
+    looks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
+    monkeypatch.setattr("fasttrain.trainer.time", clock)
     values = ["train.steps=none", "train.hours=0.0006", "schedule.name='linear'"]
     trainer = build(load_config(toy, values), tmp_path / "run")
     assert trainer.fit() == "done"
     assert trainer.total_steps is not None
-    assert trainer.step_count >= 20
-    assert trainer.trained_s < 2 * 0.0006 * 3600 + 1
+    assert trainer.step_count == trainer.total_steps == 43
+    assert trainer.trained_s == pytest.approx(0.0006 * 3600, abs=0.05)
     assert trainer.last_lr < 3e-3  # the schedule knew its end
     assert trainer.writer is not None
     trainer.writer.wait()

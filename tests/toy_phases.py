@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,56 +22,74 @@ from fasttrain import ending, session
 from fasttrain.checkpoint import load, resolve
 from fasttrain.step import TrainStep
 from fasttrain.train import main
+from fasttrain.trainer import Trainer
 from tests.faults import Faults
 
 STUCK_AT = 6
+FOREVER_S = 3600.0
 Told = Callable[[], None]  # tells the parent that the phase has begun
 
+# What waits for the signal waits for this, so that no phase is over before, however late it comes.
+heard = threading.Event()
+_stop_for = Trainer.stop_for
 
-def stuck(told: Told, seconds: float = 60.0) -> None:
+
+def _hear(self: Trainer, reason: str) -> None:
+    _stop_for(self, reason)
+    heard.set()
+
+
+def stuck(told: Told) -> None:
+    torch.rand(5)  # what is given up has drawn this, and must draw it again
     told()
-    time.sleep(seconds)
+    time.sleep(FOREVER_S)
+
+
+def until_heard(told: Told) -> None:
+    """For phases that end by themselves: nothing is given up."""
+    ending.PATIENCE_S = FOREVER_S
+    told()
+    heard.wait()
+
+
+def at_step(n_done: int, action: Callable[[], object]) -> None:
+    """Do something in the step after so many."""
+    real = TrainStep._loss
+    calls = iter(range(10**9))
+
+    def loss(self: TrainStep, *batch: Any) -> Any:
+        if next(calls) == n_done:
+            action()
+        return real(self, *batch)
+
+    TrainStep._loss = loss  # type: ignore[assignment, method-assign]
 
 
 def in_first_step(told: Told, run_dir: Path) -> None:
     """As a compiler would be."""
-    TrainStep._loss = lambda self, *batch: stuck(told)  # type: ignore[assignment, return-value]
+    at_step(0, lambda: stuck(told))
 
 
 def in_a_step(told: Told, run_dir: Path) -> None:
-    real = TrainStep._loss
-    calls = iter(range(10**9))
-
-    def loss(self: TrainStep, *batch: Any) -> Any:
-        if next(calls) == STUCK_AT:
-            torch.rand(5)  # what an unfinished step drew must be drawn again
-            stuck(told)
-        return real(self, *batch)
-
-    TrainStep._loss = loss  # type: ignore[assignment, method-assign]
+    at_step(STUCK_AT, lambda: stuck(told))
 
 
 def in_a_step_that_fails(told: Told, run_dir: Path) -> None:
     """A signal to the whole process group ends the compiler's processes as well."""
-    real = TrainStep._loss
-    calls = iter(range(10**9))
 
-    def loss(self: TrainStep, *batch: Any) -> Any:
-        if next(calls) == STUCK_AT:
-            torch.rand(5)
-            stuck(told, 0.5)
-            raise RuntimeError("the compiler was ended by signal 2")
-        return real(self, *batch)
+    def fail() -> None:
+        torch.rand(5)
+        until_heard(told)
+        raise RuntimeError("the compiler was ended by signal 2")
 
-    TrainStep._loss = loss  # type: ignore[assignment, method-assign]
-    ending.PATIENCE_S = 30.0
+    at_step(STUCK_AT, fail)
 
 
 def between_batches_of_an_evaluation(told: Told, run_dir: Path) -> None:
     real = fasttrain.evaluation._totals
 
     def totals(*arguments: Any) -> Any:
-        stuck(told, 0.3)
+        until_heard(told)
         return real(*arguments)
 
     fasttrain.evaluation._totals = totals
@@ -84,16 +103,22 @@ def in_a_sample(told: Told, run_dir: Path) -> None:
     session.generate = lambda *_, **__: stuck(told)  # type: ignore[attr-defined, assignment]
 
 
-def in_a_save(told: Told, run_dir: Path) -> None:
+def _slow_save(run_dir: Path, step: int, wait: Callable[[], object]) -> None:
     def slow(operation: str) -> None:
-        if "/.tmp-step" in operation:
-            stuck(told, 0.05)
+        if f"/.tmp-step-0000000{step}" in operation:
+            wait()
+            time.sleep(0.02)
 
     Faults(run_dir, before=slow).__enter__()
 
 
+def in_a_save(told: Told, run_dir: Path) -> None:
+    _slow_save(run_dir, 4, lambda: until_heard(told))
+    at_step(4, heard.wait)
+
+
 def in_a_step_while_saving(told: Told, run_dir: Path) -> None:
-    in_a_save(lambda: None, run_dir)
+    _slow_save(run_dir, 5, heard.wait)
     in_a_step(told, run_dir)
 
 
@@ -149,6 +174,8 @@ def digest(run_dir: Path) -> dict[str, Any]:
 def play(folder: Path) -> list[dict[str, Any]]:
     arguments = [str(folder / "toy.toml"), f"run.out_dir={folder}", "model.dropout=0.1"]
     arguments += ["eval.every_steps=5", "checkpoint.every_steps=4", "eval.batch_size=4"]
+
+    Trainer.stop_for = _hear  # type: ignore[method-assign]
 
     def train(name: str, *more: str) -> Callable[[Told], int]:
         return lambda told: main([*arguments, f"run.name={name}", *more])
