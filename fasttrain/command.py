@@ -2,6 +2,7 @@
 
 import functools
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,29 +15,42 @@ __all__ = ["EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "comman
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
+EXIT_NOT_READ = 141  # as shells show an end by SIGPIPE
 P = ParamSpec("P")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, any other exception a traceback and status 1.
+    A `UserError` is one line and status 2, any other exception a traceback and status 1. Where
+    nobody reads on, as after ``| head``, it ends silently, with the status of other programs.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            status = main(*args, **kwargs)
+            sys.stdout.flush()
+            return status
         except UserError as error:
             print(redact(f"error: {error}"), file=sys.stderr)
             return EXIT_BAD_INPUT
-        except Exception:
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return EXIT_NOT_READ
             rank = os.environ.get("RANK")
             of_rank = f"rank {rank}: " if rank else ""
             print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
             return EXIT_FAILED
 
     return run
+
+
+def _nobody_reads(file: int) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def redacted(error: BaseException) -> Exception:

@@ -9,7 +9,6 @@ Legend: B batch, T prompt tokens, V vocabulary.
 
 import argparse
 import contextlib
-import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -319,8 +318,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

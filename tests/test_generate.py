@@ -341,4 +341,4 @@ def test_the_command_in_a_process_that_stops_reading(run_dir: Path) -> None:
         process.stdout.close()
         errors = process.stderr.read()
     assert errors == b""
-    assert process.returncode == 0
+    assert process.returncode == 141
