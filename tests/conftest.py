@@ -23,6 +23,8 @@ from collections.abc import Iterator  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.toy import end_started  # noqa: E402
+
 with contextlib.suppress(ImportError):  # it needs expecttest, which a GPU machine may lack
     import torch.testing._internal.common_utils  # loads a hypothesis profile of its own
 
@@ -34,6 +36,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("fasttrain")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    end_started()
 
 
 @pytest.fixture

@@ -82,9 +82,12 @@ def write_config(folder: Path, *overrides: str) -> Path:
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
+started: list[subprocess.Popen[str]] = []  # ended with the test at the latest
+
+
 def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
     """Start ``python -m module`` in a process of its own."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=cwd,
         env=ENV,
@@ -92,3 +95,13 @@ def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
+
+
+def end_started() -> None:
+    """Leave no process behind, whatever a test failed of: it would train on, or warn elsewhere."""
+    while started:
+        process = started.pop()
+        process.kill()
+        process.communicate()
