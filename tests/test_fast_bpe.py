@@ -19,7 +19,6 @@ from fasttrain.data.tokenizer import (
     OtherIdsError,
     byte_tokenizer,
     char_tokenizer,
-    encode_documents,
     train_bpe,
 )
 
@@ -194,8 +193,6 @@ def test_other_ids_are_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert not encoder.not_fast
     with pytest.raises(OtherIdsError, match=r"by tiktoken \[.*by the tokenizer itself"):
         encoder.encode([TEXT])
-    ids, ends = encode_documents(TOKENIZERS["text"], [TEXT, "x"])
-    assert ids[: ends[0] - 1].tolist() == TOKENIZERS["text"].encode(TEXT).ids
     monkeypatch.setattr("fasttrain.data.fast_bpe._pattern", lambda state: r"\S+")  # leaves some out
     assert FastBpe(TOKENIZERS["text"]).encode("a b") is None
 

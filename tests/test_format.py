@@ -1,6 +1,8 @@
 """Shards and dataset folders: what is written is what is read; what is damaged is refused."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +165,18 @@ def test_R25_a_broken_dataset_json_is_a_typed_error(
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(DataError, match=r"dataset\.json"):
         open_dataset(tmp_path, "train", cache_dir=cache)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train_000000.bin", "tokenizer.json"])
+def test_R25_a_pipe_in_place_of_a_file_is_refused_not_read(
+    tmp_path: Path, cache: Path, name: str
+) -> None:
+    folder = tmp_path / "data"
+    make_dataset(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: (not a file|missing)"):
+        open_dataset(folder, "train", cache_dir=cache)
 
 
 def test_R25_wrong_fields_are_typed_errors(tmp_path: Path, cache: Path) -> None:

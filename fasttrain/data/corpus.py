@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from fasttrain.data.files import DataError, cache_folder
 from fasttrain.data.format import DATASET_JSON, ShardWriter, write_dataset_json
 from fasttrain.data.tokenizer import (
     CODE_PATTERN,
-    encode_documents,
+    Encoder,
+    OtherIdsError,
     end_of_text_id,
     train_bpe,
 )
@@ -130,16 +132,22 @@ def _build(folder: Path, documents: list[tuple[str, bytes]], vocab_size: int, ro
         texts["val" if share < VAL_FRACTION else "train"].append(content.decode())
     tokenizer = train_bpe(texts["train"], vocab_size, pattern=CODE_PATTERN)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    splits, n_tokens = {}, 0
+    splits, n_tokens, end = {}, 0, end_of_text_id(tokenizer)
+    assert end is not None
     for split, parts in texts.items():
+        try:
+            encoded = Encoder(tokenizer).encode(parts)
+        except OtherIdsError:
+            encoded = Encoder(tokenizer, use_tiktoken=False).encode(parts)
+        ends = np.cumsum([ids.size + 1 for ids in encoded])
         with ShardWriter(folder, split, vocab_size=tokenizer.get_vocab_size()) as writer:
-            writer.write(*encode_documents(tokenizer, parts))
+            writer.write(np.concatenate([x for ids in encoded for x in (ids, [end])]), ends)
         splits[split] = (writer.shards, sum(len(part.encode()) for part in parts))
         n_tokens += writer.n_tokens
     write_dataset_json(
         folder,
         vocab_size=tokenizer.get_vocab_size(),
-        end_of_text=end_of_text_id(tokenizer),
+        end_of_text=end,
         splits=splits,
         source={
             "text": "source of Python's standard library",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +35,9 @@ class EndsFile:
             DataError: The file cannot be read or is not the one that was recorded.
         """
         try:
-            raw = self.path.read_bytes() if self.path.stat().st_size == 8 * self.documents else b""
+            found = self.path.stat()
+            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * self.documents
+            raw = self.path.read_bytes() if fits else b""
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         ends = np.frombuffer(raw, "<u8")
@@ -175,50 +178,35 @@ class TokenDataset:
         low, high = int(first.min()), int((first + (length if counts is None else counts)).max())
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
-        if counts is None and len(self.shards) == 1:  # the general way costs 40 µs a batch more
-            shard = self.shards[0]
-            self.reading = shard.path
-            copied = shard.gather(first, out.ctypes.data, length)
-            shard.check_unchanged()
-            if not copied:
-                shard.read_rows([row.data.cast("B") for row in out], first.tolist())
-            self.reading = None
-            return
-        size = self.dtype.itemsize
-        count = np.full(rows, length) if counts is None else counts
-        address = out.ctypes.data + np.arange(rows) * (length * size)
-        raw = out.data.cast("B")
+        size, base, raw = self.dtype.itemsize, out.ctypes.data, out.data.cast("B")
+        offsets, n = np.arange(rows) * (length * size), np.full(rows, length)
 
-        def view(row: int) -> memoryview:
-            begin = row * length * size
-            return raw[begin : begin + int(count[row]) * size]
-
-        index = np.searchsorted(self._starts, first, side="right") - 1
-        whole = first + count <= self._starts[index + 1]
-        for number in np.unique(index).tolist():
+        def read(
+            number: int, at: NDArray[np.int64], into: NDArray[np.int64] | int, n: NDArray[np.int64]
+        ) -> None:
             shard = self.shards[number]
             self.reading = shard.path
-            pick = np.flatnonzero((index == number) & whole)
-            at = first[pick] - self._starts[number]
-            copied = shard.gather(at, address[pick], count[pick])
+            if not shard.gather(at, into, length if isinstance(into, int) else n):
+                places = offsets if isinstance(into, int) else into - base
+                parts = zip(places.tolist(), (n * size).tolist(), strict=True)
+                shard.read_rows([raw[a : a + k] for a, k in parts], at.tolist())
             shard.check_unchanged()
-            if not copied:
-                shard.read_rows([view(row) for row in pick.tolist()], at.tolist())
-        for row in np.flatnonzero(~whole).tolist():
-            self._read_across(view(row), int(first[row]), int(index[row]))
-        self.reading = None
 
-    def _read_across(self, view: memoryview, start: int, index: int) -> None:
-        """Fills `view` with the window at `start`, which begins in shard `index` and leaves it."""
-        size = self.dtype.itemsize
-        while view:
-            shard = self.shards[index]
-            self.reading = shard.path
-            shard.check_unchanged()
-            at = start - int(self._starts[index])
-            count = min(len(view) // size, shard.n_tokens - at)
-            shard.read_rows([view[: count * size]], [at])
-            view, start, index = view[count * size :], start + count, index + 1
+        if counts is None and len(self.shards) == 1:  # the general way costs 40 µs a batch more
+            read(0, first, base, n)
+        else:
+            n, into = n if counts is None else counts, base + offsets
+            while first.size:  # a round for each shard that a window runs on into
+                index = np.searchsorted(self._starts, first, side="right") - 1
+                here = np.minimum(n, self._starts[index + 1] - first)
+                for number in np.unique(index).tolist():
+                    pick = index == number
+                    read(number, first[pick] - self._starts[number], into[pick], here[pick])
+                more = n > here
+                first, into, n = (
+                    (a + b)[more] for a, b in ((first, here), (into, here * size), (n, -here))
+                )
+        self.reading = None
 
     def will_need(self, start: int, count: int) -> None:
         """Asks the system to read a window ahead; a hint, within the split or ignored."""

@@ -232,6 +232,8 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / DATASET_JSON
     try:
+        if not path.is_file():  # reading a pipe would never end
+            raise DataError(f"{path}: not a file; prepare the text again")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise DataError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no dataset needs")
         meta = json.loads(path.read_bytes())

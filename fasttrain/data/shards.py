@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,13 @@ class Shard:
             raise DataError(f"data.dtype must be uint16 or uint32, got {dtype!r}")
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe is opened at once, so that it can be refused.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise DataError(f"{self.path}: not a file; put the shard itself there")
             self._identity = _identity(os.fstat(self._fd))
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
         except OSError as error:
@@ -250,5 +254,5 @@ class Shard:
         return result
 
 
-def _identity(stat: os.stat_result) -> list[int]:
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+def _identity(found: os.stat_result) -> list[int]:
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]

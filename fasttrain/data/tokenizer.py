@@ -27,7 +27,6 @@ __all__ = [
     "OtherIdsError",
     "byte_tokenizer",
     "char_tokenizer",
-    "encode_documents",
     "end_of_text_id",
     "load_tokenizer",
     "train_bpe",
@@ -240,27 +239,3 @@ class Encoder:
             unknown = chr(int(points[~known][0]))
             raise DataError(f"the character {unknown!r} is not among those of the tokenizer")
         return places.astype(np.uint32)
-
-
-def encode_documents(
-    tokenizer: Tokenizer, texts: Sequence[str]
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Encodes documents, each followed by the end-of-text id if the tokenizer has one.
-
-    Args:
-        tokenizer: Special tokens written out in `texts` are encoded as ordinary text.
-        texts: The documents.
-
-    Returns:
-        The ids of all documents in a row, uint32 (n,), and for each document the offset after its
-        last id, int64 (documents,).
-    """
-    encoder = Encoder(tokenizer)
-    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.uint32)
-    try:
-        encoded = encoder.encode(texts)
-    except OtherIdsError:
-        encoded = Encoder(tokenizer, use_tiktoken=False).encode(texts)
-    parts = [np.concatenate([ids, tail]) for ids in encoded]
-    ends = np.cumsum([part.size for part in parts], dtype=np.int64)
-    return np.concatenate([np.empty(0, np.uint32), *parts]), ends
