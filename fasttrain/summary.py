@@ -25,6 +25,7 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
     config, model = trainer.config, trainer.model
     m, step = config.model, trainer.train_step
     train, val = trainer.train_loader.dataset, trainer.val_dataset
+    dropped = trainer.train_loader.dropped_tokens  # ends of long documents, or of the split
     assert val is not None
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
     compiled = "eager" if step.compile_mode == "off" else f"torch.compile ({step.compile_mode})"
@@ -48,7 +49,8 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         (
             "data",
             f"{redact(named)}: "
-            f"{format_count(train.n_tokens)} tokens to train on, "
+            f"{format_count(train.n_tokens)} tokens to train on"
+            f"{f' ({format_count(dropped)} in no sequence)' if dropped else ''}, "
             f"{format_count(val.n_tokens)} to validate",
         ),
         ("plan", plan),

@@ -108,6 +108,7 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
         assert prompts == tuple(dict.fromkeys(texts[n] for n in (0, 6, 12, 19)))
         assert f"--- step 20\n{prompts[0]}" in (tmp_path / "runs/whole/samples.txt").read_text()
     real = [64] * 20  # tokens of each step: 4 rows of 16
+    log = (tmp_path / "runs/whole/train.log").read_text()
     if mode in ("padded", "bucketed"):
         config = load_config(tmp_path / "runs/parts/config.toml")
         with Loader(
@@ -118,6 +119,8 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
             seed=config.run.seed,
             device="cpu",
         ) as loader:
+            shown = f"({loader.dropped_tokens} in no sequence)" in log
+            assert shown == (loader.dropped_tokens > 0) == (mode == "padded")
             real = [int((batch.targets != IGNORE).sum()) for batch in islice(loader, 20)]
     if mode != "mix":
         for run in (whole, parts):
