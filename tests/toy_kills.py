@@ -21,7 +21,7 @@ from fasttrain.checkpoint import CheckpointWriter, resolve
 from tests.test_checkpoint_faults import groups, is_intact, leftovers
 
 OPERATIONS = ("mkdir", "write", "fsync", "rename", "replace", "unlink", "rmdir")
-_real = {name: getattr(os, name) for name in OPERATIONS}
+REAL = {name: getattr(os, name) for name in OPERATIONS}
 
 
 class Stops:
@@ -40,10 +40,10 @@ class Stops:
             self.n_done += 1
             if self.n_done == self.at:
                 if name == "write":
-                    _real[name](args[0], args[1][: len(args[1]) // 2])
+                    REAL[name](args[0], args[1][: len(args[1]) // 2])
                 # To this very thread: it comes no further before the signal is seen to.
                 signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-            return _real[name](*args, **kwargs)
+            return REAL[name](*args, **kwargs)
 
         return operation
 
@@ -60,9 +60,9 @@ def train(folder: Path, stop_at: int, tell: int) -> None:
     Stops(stop_at)
     while True:
         step += 1
-        _real["write"](tell, b"%d begun\n" % step)
+        REAL["write"](tell, b"%d begun\n" % step)
         save(writer, step)
-        _real["write"](tell, b"%d saved\n" % step)
+        REAL["write"](tell, b"%d saved\n" % step)
 
 
 def main(folder: Path, rounds: int) -> None:
