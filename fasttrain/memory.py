@@ -261,8 +261,8 @@ def estimate_memory(
     gradients, logits = live.gradients_at_peak, live.logits_at_peak
     activations = live.peak - gradients - logits
     if mode == "ddp":
-        # What micro-batches before the last add up lies beside the buckets.
-        gradients, logits = n_micro * all_gradients, live.logits_at_peak_apart
+        # The buckets are there from the first on.
+        gradients, logits = all_gradients, live.logits_at_peak_apart
         activations = live.peak_apart - logits
     if all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
         gradients, activations, logits = all_gradients, scratch, 0

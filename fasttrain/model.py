@@ -155,11 +155,8 @@ class Transformer(nn.Module):
         self.block_fn: Callable[..., Tensor] = run_block  # compiled block by block on a CPU
         self.rope_cos: Tensor | None
         self.rope_sin: Tensor | None
-        cos, sin = (
-            (None, None) if learned else rope_tables(seq_len, self.head_dim, config.rope_theta)
-        )
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("rope_cos", None, persistent=False)
+        self.register_buffer("rope_sin", None, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -174,6 +171,9 @@ class Transformer(nn.Module):
         normalised hidden state. Biases and the table of token pairs are zero, norm weights one.
         """
         config = self.config
+        if self.position_embedding is None:
+            tables = rope_tables(self.seq_len, self.head_dim, config.rope_theta)
+            self.rope_cos, self.rope_sin = (t.to(self.embedding.weight.device) for t in tables)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 std = config.init_std or module.in_features**-0.5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, load_config
+from fasttrain.slices import cut
 
 if TYPE_CHECKING:
     from fasttrain.trainer import Trainer
@@ -74,7 +75,7 @@ def start_from(model: nn.Module, path: str | Path) -> None:
             f"model.init_from = {path}: the model there has another shape: "
             f"{'; '.join(misfits[:3])}{more}; set [model] and data.seq_len as in its config.toml"
         )
-    model.load_state_dict(found)
+    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ from fasttrain.optim import build_optimizers
 from fasttrain.redact import redact
 from fasttrain.resume import check_resumable, data_facts, torch_changed
 from fasttrain.run_folder import RunFolder, check_disk
-from fasttrain.sharding import shard
+from fasttrain.sharding import make_sharded
 from fasttrain.signals import interruptible
 from fasttrain.sinks import check_packages
 from fasttrain.summary import show_start
@@ -240,13 +241,19 @@ def _build(
             if world.leads and (warning := torch_changed(state)):
                 folder.warn(warning)
     torch.manual_seed(config.run.seed)
-    model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
+    make = partial(Transformer, config.model, seq_len=config.data.seq_len)
+    if world.size > 1:
+        with torch.device("meta"):
+            n_parameters = make().num_parameters()
+        world = choose_mode(config.distributed, world, n_parameters, device)
+    if world.sharded:
+        compute = resolve_precision(config.run.dtype, device).compute
+        model = make_sharded(make, world, config.distributed, compute=compute, device=device)
+    else:
+        model = make().to(device)
     with world.failing_together():
         if config.model.init_from is not None and source is None:
             origin.start_from(model, config.model.init_from)
-    world = choose_mode(config.distributed, world, model.num_parameters(), device)
-    compute = resolve_precision(config.run.dtype, device).compute
-    shard(model, world, config.distributed, compute=compute)
     optimizers = build_optimizers(model, config.optim)
     if world.rank:  # what ranks draw from here on, for dropout, is their own
         torch.manual_seed(config.run.seed + world.rank)

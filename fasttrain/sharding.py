@@ -5,21 +5,35 @@ Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, PyTorc
 (arXiv:2304.11277).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import DistributedConfig
 from fasttrain.distributed import World
+from fasttrain.slices import cut, locate
 
-__all__ = ["gathered", "replicate", "set_gradient_sync", "shard"]
+__all__ = ["gathered", "make_sharded", "replicate", "set_gradient_sync", "shard"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def replicate(objective: nn.Module) -> nn.Module:
-    """Return a module, parameters inside and the loss its output, as DDP runs it."""
+def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
+    """Return a module, parameters inside and the loss its output, as DDP runs it.
+
+    Args:
+        objective: the module.
+        accumulates: gradients are added up over micro-batches. They then have their place in DDP's
+            buckets from the first on, and are to be zeroed, not dropped: else they lie beside the
+            buckets until the last, and then in them too.
+    """
+    if accumulates:
+        for p in objective.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
     ddp = nn.parallel.DistributedDataParallel
     # Rotary tables are the same everywhere; by default each forward would broadcast them.
     names = [name for name, _ in objective.named_buffers()]
@@ -61,6 +75,53 @@ def shard(
     # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
     # there.
     fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+
+
+class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives each DTensor its slice of the random numbers, or of the tensor, for the whole of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        drawn = func in (aten.normal_.default, aten.uniform_.default)
+        if not (drawn or func is aten.copy_.default) or locate(args[0]) is None:
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(args[0].shape, dtype=args[0].dtype) if drawn else args[1]
+        if drawn:
+            func(whole, *args[1:], **(kwargs or {}))
+        args[0].to_local().copy_(cut(whole, args[0]).to_local())  # type: ignore[attr-defined]
+        return args[0]
+
+
+def make_sharded(
+    make: Callable[[], M],
+    world: World,
+    config: DistributedConfig,
+    *,
+    compute: torch.dtype,
+    device: torch.device,
+) -> M:
+    """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
+
+    Args:
+        make: returns the model, its parameters drawn from torch's generator of the host by each
+            module's ``reset_parameters``, then by its ``init_weights``.
+        world: with its mode chosen.
+        config: the ``[distributed]`` section.
+        compute: dtype of matrix products.
+        device: of this rank.
+
+    Memory: this rank's shards, and on the host one whole parameter at a time.
+    """
+    with torch.device("meta"):
+        model = make()
+    shard(model, world, config, compute=compute)
+    model.to_empty(device=device)
+    with torch.no_grad(), _SlicesOfWhole():  # type: ignore[no-untyped-call]
+        for module in model.modules():  # in the order in which they were made
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
+        model.init_weights()  # type: ignore[operator]
+    return model
 
 
 @contextmanager

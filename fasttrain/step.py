@@ -173,8 +173,10 @@ class TrainStep:
         if self.compile_mode not in ("off", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
+        self.keeps_grads = world.mode == "ddp" and accumulates
         if world.mode == "ddp":
-            self.network = self.loss_fn = replicate(_Objective(model, self.loss_fn))
+            objective = _Objective(model, self.loss_fn)
+            self.network = self.loss_fn = replicate(objective, accumulates=accumulates)
         zero = torch.zeros((), device=device)
         self.loss, self.norm = zero.clone(), zero.clone()
         self.history = torch.zeros(3, config.log.every_steps, device=device)
@@ -223,7 +225,7 @@ class TrainStep:
         for optimizer in self.optimizers:
             set_lr(optimizer, lr)
             self._update(optimizer, clip, bad)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not self.keeps_grads)
         self.ema.update()
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict == SPIKE, 0.0, bad)

@@ -1,9 +1,11 @@
 """Processes that are ranks, forked from one that has imported everything: that takes seconds."""
 
+import fcntl
 import gc
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fasttrain import signals
@@ -36,6 +39,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], Any]) -> Path:
+    """Return a folder that one of the test processes has filled for all of them."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            (root / name).mkdir()
+            fill(root / name)
+    return root / name
 
 
 def begin(
@@ -100,20 +115,21 @@ def torchrun(arguments: list[str]) -> None:
     main(arguments)
 
 
-def script(code: str, *arguments: str) -> None:
-    """Be ``python -c CODE ARGUMENTS``."""
-    sys.argv = ["-c", *arguments]
-    exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+def script(path: str, *arguments: str) -> None:
+    """Be ``python PATH ARGUMENTS``."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def run_script(code: str, *arguments: str, size: int, folder: Path) -> list[str]:
     """Run a script on several ranks; return what each printed."""
-    port = free_port()
+    port, path = free_port(), folder / "script.py"
+    path.write_text(code)
     outputs = [f"script-{rank}.txt" for rank in range(size)]
     finish(
         begin(
             script,
-            code,
+            str(path),
             *arguments,
             folder=folder,
             output=output,

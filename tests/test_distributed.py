@@ -17,7 +17,6 @@ STEP = ["train.tokens_per_step=128", "train.micro_batch=2", "eval.sample_every_s
 STEP += ["distributed.init_timeout_s=300"]  # where the tests are ended, their processes end too
 MODES = {"one": (1, "auto"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "fsdp4": (4, "fsdp")}
 MODES["hsdp4"] = (4, "hsdp")
-pytestmark = pytest.mark.xdist_group("ranks")  # their processes share the cores with one worker
 N_STEPS = {"adamw": 50, "muon": 12}
 DROPOUT = "model.dropout=0.1"
 
@@ -67,9 +66,9 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    ranks.run_all(folder, every_run(write_config(folder)))
-    return folder
+    return ranks.once(
+        tmp_path_factory, "ranks", lambda to: ranks.run_all(to, every_run(write_config(to)))
+    )
 
 
 def losses(folder: Path, run: str) -> list[float]:

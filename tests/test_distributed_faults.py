@@ -28,7 +28,6 @@ KILL = int(signal.SIGKILL)
 KEYS = ["train.micro_batch=2", "train.tokens_per_step=128", "eval.sample_every_steps=none"]
 KEYS += ["model.dropout=0.1", "checkpoint.every_steps=3"]
 ENDLESS = ["train.steps=1000000", "checkpoint.every_steps=none", "log.every_steps=1"]
-pytestmark = pytest.mark.xdist_group("ranks")  # their processes share the cores with one worker
 
 
 @pytest.fixture

@@ -165,7 +165,6 @@ print("agreed")
 """
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Muon, AdamW and the norm on shards that are uneven and empty, against whole tensors."""
     outputs = run_script(TWO_RANKS, size=2, folder=tmp_path)

@@ -9,8 +9,6 @@ import pytest
 from fasttrain.checkpoint import load, resolve
 from tests.ranks import run_script
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 TWO_RANKS = """
 import sys
 from pathlib import Path
@@ -24,9 +22,10 @@ from fasttrain.checkpoint import CheckpointWriter, load
 from fasttrain.ema import Ema
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
 from fasttrain.distributed import World
+from fasttrain.memory import measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
-from fasttrain.sharding import shard
+from fasttrain.sharding import make_sharded
 from fasttrain.state import collect, restore
 
 torch.set_num_threads(1)
@@ -39,6 +38,42 @@ numbers = SimpleNamespace(
     loss=torch.zeros(()), state=lambda: {"grad_scale": torch.ones(())}, load=lambda state: None,
     ema=Ema(torch.nn.Module(), None),
 )
+
+
+def model_of(world, options):
+    def make():
+        return Transformer(ModelConfig(**options), seq_len=8)
+
+    if not world.sharded:
+        return make()
+    return make_sharded(
+        make, world, DistributedConfig(), compute=torch.float32, device=torch.device("cpu")
+    )
+
+
+# Made in shards, a model holds the numbers that one process draws, and its rank never held more
+# than its shards and about one whole parameter.
+small = dict(vocab_size=33, dim=24, n_layers=3, n_heads=3, hidden_dim=40)
+worlds = [World(), World(rank=rank, size=2, mode="fsdp", mesh=mesh)]
+for options in (
+    small | dict(norm="layer", bias=True, positions="learned", mlp="gelu"),
+    small | dict(value_embeddings=True, bigram_vocab_size=50, qk_norm=True, tied_embeddings=False),
+):
+    made, states = [], []
+    for world in worlds:
+        torch.manual_seed(5)
+        made.append(model_of(world, options))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    whole = dict([*made[0].named_parameters(), *made[0].named_buffers()])
+    for name, tensor in [*made[1].named_parameters(), *made[1].named_buffers()]:
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        assert torch.equal(full, whole[name]), name
+large, kept = dict(vocab_size=256, dim=64, n_layers=12, n_heads=4), []
+peak = measure_peak(lambda: kept.append(model_of(worlds[1], large)), torch.device("cpu"))
+own = sum(p.to_local().nbytes for p in kept[0].parameters())
+largest = max(p.nbytes for p in kept[0].parameters())
+assert own < peak < own + 2.5 * largest < 1.3 * own, (own, peak, largest)
 
 
 class Loss(torch.nn.Module):
@@ -55,8 +90,7 @@ class Run:
         torch.manual_seed(seed)
         size = 1 if mode == "single" else 2
         self.world = World(rank=rank, size=size, mode=mode, mesh=mesh)
-        self.model = Transformer(ModelConfig(**shape), seq_len=8)
-        shard(self.model, self.world, DistributedConfig(), compute=torch.float32)
+        self.model = model_of(self.world, shape)
         self.optimizers = build_optimizers(self.model, OptimConfig(name="muon", lr=0.02))
         self.net = Loss(self.model)
         if mode == "ddp":
