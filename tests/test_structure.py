@@ -42,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),
-    "sharding": (CONFIG | {"distributed"}, {"torch"}),
+    "sharding": (CONFIG | {"distributed", "slices"}, {"torch"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
     "spikes": (set(), {"torch"}),
