@@ -22,7 +22,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A port of this job's own, so that two jobs on one node do not meet.
 port=$((20000 + SLURM_JOB_ID % 20000))
 gpus=${SLURM_GPUS_ON_NODE:-8}
-export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-$gpus} / gpus))
+export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-$gpus} > gpus ? SLURM_CPUS_PER_TASK / gpus : 1))
 # Nodes with several networks: name the one that connects them, for NCCL and for gloo.
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
