@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.config_keys import ConfigError, Section, UserError, accepts, allowed, show
-from fasttrain.config_outputs import CheckpointConfig, EvalConfig, LogConfig
 from fasttrain.config_sections import (
+    CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EvalConfig,
+    LogConfig,
     LoopConfig,
     ModelConfig,
     OptimConfig,
@@ -51,21 +53,7 @@ __all__ = [
     "load_config",
 ]
 
-SECTIONS: dict[str, type[Section]] = {
-    cls.section: cls
-    for cls in (
-        RunConfig,
-        ModelConfig,
-        DataConfig,
-        OptimConfig,
-        ScheduleConfig,
-        LoopConfig,
-        EvalConfig,
-        CheckpointConfig,
-        LogConfig,
-        DistributedConfig,
-    )
-}
+SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
 _HELP_COLUMNS = 100
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {

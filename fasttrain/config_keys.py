@@ -1,5 +1,7 @@
 """How a config key is declared, checked and described. Standard library only."""
 
+import difflib
+import operator
 import re
 import sys
 import types
@@ -18,6 +20,9 @@ __all__ = [
     "key",
     "refuse",
 ]
+
+
+_COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
 
 
 class UserError(Exception):
@@ -57,15 +62,15 @@ def key(
         le: greatest value.
         lt: exclusive upper bound.
     """
-    signs = (("≥", ge), (">", gt), ("≤", le), ("<", lt))
+    signs = zip(_COMPARE, (ge, gt, le, lt), strict=True)
     bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
     metadata = {"meaning": meaning, "choices": choices, "words": words, "pattern": pattern}
     return field(default=default, metadata=metadata | {"bounds": bounds})
 
 
-def refuse(name: str, value: Any, problem: str, remedy: str) -> NoReturn:
-    """Raise a ConfigError that names the key, the value, what is wrong with it and the remedy."""
-    raise ConfigError(f"{name} = {show(value)} {problem}; {remedy}")
+def refuse(name: str, value: Any, problem: str) -> NoReturn:
+    """Raise a ConfigError: key, value, and what is wrong with it; after a semicolon the remedy."""
+    raise ConfigError(f"{name} = {show(value)} {problem}")
 
 
 def show(value: Any) -> str:
@@ -154,7 +159,8 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
         ConfigError: the type, the choice or the range is wrong.
     """
     if not accepts(f, value):
-        refuse(name, value, "has the wrong type", f"it takes {allowed(f)}{_type_remedy(f, value)}")
+        takes = f"it takes {allowed(f)}{_type_remedy(f, value)}"
+        refuse(name, value, f"has the wrong type; {takes}")
     if value is None or (isinstance(value, str) and value in f.metadata["words"]):
         return value
     kind = _kind(f)[0]
@@ -171,22 +177,15 @@ def _check_element(name: str, value: Any, element: Any, f: Field[Any]) -> None:
     choices, pattern = f.metadata["choices"], f.metadata["pattern"]
     if isinstance(element, str):
         if choices and element not in choices:
-            refuse(
-                name, value, "is not known", f"it takes {allowed(f)}{_nearest(element, choices)}"
-            )
+            near = difflib.get_close_matches(element.lower(), choices, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            refuse(name, value, f"is not known; it takes {allowed(f)}{hint}")
         if pattern and not re.fullmatch(pattern[0], element):
-            refuse(name, value, "is not valid", f"it takes {allowed(f)}")
+            refuse(name, value, f"is not valid; it takes {allowed(f)}")
         if not element.isascii() and element != element.encode(errors="replace").decode():
-            refuse(name, value, "is not valid Unicode", "rename it in UTF-8")
-    for sign, bound in f.metadata["bounds"]:
-        fits = {
-            "≥": element >= bound,
-            ">": element > bound,
-            "≤": element <= bound,
-            "<": element < bound,
-        }[sign]
-        if not fits:
-            refuse(name, value, "is out of range", f"it takes {allowed(f)}")
+            refuse(name, value, "is not valid Unicode; rename it in UTF-8")
+    if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
+        refuse(name, value, f"is out of range; it takes {allowed(f)}")
 
 
 def _type_remedy(f: Field[Any], value: Any) -> str:
@@ -214,13 +213,6 @@ def _number(text: str) -> float | int | None:
     return None
 
 
-def _nearest(word: str, choices: tuple[str, ...]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def divisors(n: int) -> list[int]:
     """Return the divisors of ``n`` up to 1,000 in ascending order."""
     return [d for d in range(1, min(n, 1000) + 1) if n % d == 0]
@@ -244,3 +236,7 @@ class Section:
 
     def check(self) -> None:
         """Refuse impossible combinations of values within the section."""
+
+    def refuse(self, k: str, problem: str) -> NoReturn:
+        """Refuse the value of a key of this section."""
+        refuse(f"{self.section}.{k}", getattr(self, k), problem)

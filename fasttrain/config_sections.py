@@ -7,17 +7,22 @@ means unset. Units are in the names.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fasttrain.config_keys import Section, divisors, key, refuse
+from fasttrain.config_keys import Section, divisors, key
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
     "LoopConfig",
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
     "ScheduleConfig",
 ]
+
+_PATH = (r"[^\0]+", "a path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +35,7 @@ class RunConfig(Section):
         "run folder's name (None: the config file's stem)",
         pattern=(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes"),
     )
-    out_dir: str = key("runs", "folder that holds the run folders", pattern=(r"[^\0]+", "a path"))
+    out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
     seed: int = key(1337, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)
     device: str = key(
         "auto",
@@ -47,36 +52,20 @@ class RunConfig(Section):
         "torch.compile mode",
         choices=("auto", "off", "default", "cuda-graphs", "max-autotune"),
     )
-    fp8: bool = key(
-        False, "matrix products of the blocks in fp8 while training (Hopper or newer; torchao)"
-    )
+    fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
 
     def check(self) -> None:
         if self.fp8 and self.device == "cpu":
-            refuse("run.fp8", True, "needs a CUDA device", "unset it, or use run.device=cuda")
+            self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
         if self.fp8 and self.dtype not in ("auto", "bf16"):
-            refuse(
-                "run.fp8",
-                True,
-                f"goes with bf16 for all else, and run.dtype = {self.dtype!r}",
-                "use run.dtype=bf16, or unset it",
-            )
+            self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
         if self.fp8 and self.compile == "off":
-            refuse(
-                "run.fp8",
-                True,
-                "is slower than bf16 unless compiled, and run.compile = 'off'",
-                "use run.compile=auto, or unset it",
-            )
+            self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
         if self.device == "cpu" and self.dtype == "tf32":
-            refuse(
-                "run.dtype", "tf32", "needs a CUDA device", "use run.dtype=fp32 or run.device=cuda"
-            )
+            self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")
         if self.device == "cpu" and self.compile == "cuda-graphs":
-            refuse(
-                "run.compile", self.compile, "needs a CUDA device", "use run.compile=default or off"
-            )
+            self.refuse("compile", "needs a CUDA device; use run.compile=default or off")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +82,7 @@ class ModelConfig(Section):
     n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1)
     head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1)
     hidden_dim: int | None = key(
-        None,
-        "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
-        ge=1,
+        None, "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)", ge=1
     )
     mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
     norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))
@@ -110,45 +97,37 @@ class ModelConfig(Section):
         None, "tokens a query sees, itself included (None: all before it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(
-        None, "standard deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0
-    )
+    init_std: float | None = key(None, "deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0)
     zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
     embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
     bigram_vocab_size: int | None = key(
         None, "rows of a hashed table of token pairs, added to the embedding (None: no table)", ge=2
     )
-    value_embeddings: bool = key(
-        False, "mix a learned row for each token into every layer's values"
-    )
+    value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
     init_from: str | None = key(
         None,
         "run or checkpoint folder whose parameters a new run starts from (None: random ones)",
-        pattern=(r"[^\0]+", "a path"),
+        pattern=_PATH,
     )
 
     def check(self) -> None:
         if self.head_dim is None and self.dim % self.n_heads:
-            refuse(
-                "model.dim",
-                self.dim,
-                f"is not a multiple of model.n_heads = {self.n_heads}",
-                "use a multiple, another number of heads, or set model.head_dim",
+            self.refuse(
+                "dim",
+                f"is not a multiple of model.n_heads = {self.n_heads}; use a multiple, another"
+                " number of heads, or set model.head_dim",
             )
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            refuse(
-                "model.n_kv_heads",
-                self.n_kv_heads,
-                f"does not divide model.n_heads = {self.n_heads}",
-                f"use one of {', '.join(str(n) for n in divisors(self.n_heads))}",
+            sizes = ", ".join(map(str, divisors(self.n_heads)))
+            self.refuse(
+                "n_kv_heads", f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}"
             )
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
-            refuse(
-                "model.head_dim",
-                head_dim,
-                "is odd, and rotary positions turn pairs",
-                f"set model.head_dim={head_dim + 1} or model.positions=learned",
+            self.refuse(
+                "head_dim",
+                f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs; set"
+                f" model.head_dim={head_dim + 1} or model.positions=learned",
             )
 
 
@@ -158,9 +137,7 @@ class DataConfig(Section):
 
     section: ClassVar[str] = "data"
     path: str | None = key(
-        None,
-        "dataset folder (None: the source text of Python's standard library)",
-        pattern=(r"[^\0]+", "a path"),
+        None, "dataset folder (None: the source text of Python's standard library)", pattern=_PATH
     )
     seq_len: int = key(256, "tokens of a training sequence", ge=1)
     paths: tuple[str, ...] = key(
@@ -188,13 +165,11 @@ class DataConfig(Section):
         None, "id between documents, for token files that do not say (GPT-2's is 50256)", ge=0
     )
     dtype: str | None = key(
-        None, "token type of a .bin file without header", choices=("uint16", "uint32")
+        None, "type of tokens in files without header", choices=("uint16", "uint32")
     )
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
     cache_dir: str | None = key(
-        None,
-        "where built datasets are kept (None: the user's cache folder)",
-        pattern=(r"[^\0]+", "a path"),
+        None, "where built datasets are kept (None: the user's cache folder)", pattern=_PATH
     )
     corpus_vocab_size: int = key(
         4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
@@ -202,32 +177,21 @@ class DataConfig(Section):
 
     def check(self) -> None:
         if self.path is not None and self.paths:
-            refuse("data.paths", self.paths, "and data.path both name the data", "unset one")
+            self.refuse("paths", "and data.path both name the data; unset one")
         if len(self.paths) == 1:
-            refuse("data.paths", self.paths, "is no mix", f"write data.path={self.paths[0]}")
+            self.refuse("paths", f"is no mix; write data.path={self.paths[0]}")
         for name in ("dtype", "end_of_text"):
-            if (value := getattr(self, name)) is not None and not (self.path or self.paths):
-                refuse(
-                    f"data.{name}", value, "describes data.path, which is unset", "set data.path"
-                )
+            if getattr(self, name) is not None and not (self.path or self.paths):
+                self.refuse(name, "describes data.path, which is unset; set data.path")
         if self.weights and len(self.weights) != len(self.paths):
-            refuse(
-                "data.weights",
-                self.weights,
-                f"has {len(self.weights)} numbers for the {len(self.paths)} of data.paths",
-                "give one for each",
-            )
+            self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
         stride = self.stride_tokens
         if stride is not None and self.batching != "sliding":
-            refuse(
-                "data.stride_tokens", stride, "is of sliding windows", "set data.batching=sliding"
-            )
+            self.refuse("stride_tokens", "is of sliding windows; set data.batching=sliding")
         if stride is not None and stride > self.seq_len:
-            refuse(
-                "data.stride_tokens",
-                stride,
-                f"would leave tokens out between sequences of data.seq_len = {self.seq_len}",
-                "use at most that",
+            self.refuse(
+                "stride_tokens",
+                f"would leave tokens out; use at most data.seq_len = {self.seq_len}",
             )
 
 
@@ -248,15 +212,9 @@ class OptimConfig(Section):
     decay_embeddings: bool = key(False, "decay the embedding tables too")
     embedding_lr_scale: float = key(1.0, "learning rate of the embeddings, relative to lr", ge=0)
     head_lr_scale: float = key(1.0, "learning rate of the head, relative to lr", ge=0)
-    muon_lr_scale: float = key(1.0, "learning rate of Muon's matrices, relative to lr", ge=0)
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
-    nesterov: bool = key(False, "Nesterov's momentum in sgd")
-
-    def check(self) -> None:
-        if self.nesterov and self.momentum == 0:
-            refuse("optim.nesterov", True, "needs momentum", "set optim.momentum=0.9")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,15 +231,14 @@ class ScheduleConfig(Section):
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
     decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
     decay_start_step: int | None = key(
-        None, "wsd: step from which the run decays (None: by decay_fraction)", ge=0
+        None, "wsd: where decay begins (None: by decay_fraction)", ge=0
     )
     decay_every_steps: int | None = key(None, "step: steps between decays", ge=1)
     decay_factor: float = key(0.1, "step, plateau: what each decay multiplies by", gt=0, lt=1)
     plateau_evals: int = key(
         3, "plateau: evaluations without a loss lower by eval.min_change that make a decay", ge=1
     )
-    cycle_steps: int | None = key(None, "cosine_restarts: steps of the first cycle", ge=1)
-    cycle_factor: float = key(1.0, "cosine_restarts: growth from cycle to cycle", ge=1)
+    cycle_steps: int | None = key(None, "cosine_restarts: steps of a cycle", ge=1)
     context_tokens: tuple[int, ...] = key(
         (),
         "lengths that sequences are cut into, each for an equal part of the run; the last part has"
@@ -292,7 +249,7 @@ class ScheduleConfig(Section):
     def check(self) -> None:
         for name, needed in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):
             if self.name == name and getattr(self, needed) is None:
-                refuse("schedule.name", name, f"needs schedule.{needed}, which is unset", "set it")
+                self.refuse("name", f"needs schedule.{needed}, which is unset; set it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,9 +274,7 @@ class LoopConfig(Section):
         None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
-    max_grad_value: float | None = key(
-        None, "then clip each of its elements to ± this (None: never)", gt=0
-    )
+    max_grad_value: float | None = key(None, "then clip its elements to ± this (None: never)", gt=0)
     ema_decay: float | None = key(
         None,
         "keep a moving average of the parameters, with this weight of the past a step, and evaluate"
@@ -340,12 +295,8 @@ class LoopConfig(Section):
         "what a loss or gradient norm far above the last ones does (off: nothing)",
         choices=("off", "skip", "rollback"),
     )
-    spike_sigmas: float = key(
-        10.0, "standard deviations above the mean of the last steps that make a spike", gt=0
-    )
-    spike_window_steps: int = key(
-        128, "steps that a spike is measured by, from half as many on", ge=8
-    )
+    spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
+    spike_window_steps: int = key(128, "steps that a spike is measured by, at least half", ge=8)
     max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
     activation_checkpointing: str = key(
         "none",
@@ -353,6 +304,79 @@ class LoopConfig(Section):
         "matrix products and attention); it computes the rest again",
         choices=("none", "full", "selective"),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig(Section):
+    """Evaluation on the validation split, and samples."""
+
+    section: ClassVar[str] = "eval"
+    every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
+    stride_tokens: int | None = key(
+        None,
+        "tokens between the starts of windows, of which only the new ones are predicted: each then"
+        " sees seq_len - stride_tokens or more before it (None: windows side by side)",
+        ge=1,
+    )
+    sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
+    prompts: tuple[str, ...] | None = key(
+        None,
+        "prompts of the samples, taken in turn; [] for no samples (None: how four documents of the"
+        " validation split begin)",
+    )
+    sample_tokens: int = key(128, "tokens of a sample", ge=1)
+    temperature: float = key(0.8, "temperature of the samples", gt=0)
+    top_k: int | None = key(50, "sample from the k likeliest tokens (None: from all)", ge=1)
+    patience: int | None = key(
+        None, "end the run after this many evaluations without a lower loss (None: never)", ge=1
+    )
+    min_change: float = key(
+        0.0, "nats by which a loss must be lower, for eval.patience and a plateau schedule", ge=0
+    )
+
+    def check(self) -> None:
+        if self.patience is not None and self.every_steps is None:
+            self.refuse(
+                "patience",
+                "counts evaluations, of which there is one, at the end; set eval.every_steps",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Section):
+    """Checkpoints."""
+
+    section: ClassVar[str] = "checkpoint"
+    every_steps: int | None = key(
+        None, "steps between checkpoints (None: at the end and on interruption)", ge=1
+    )
+    keep_last: int = key(2, "newest checkpoints kept, beside the best", ge=1)
+    asynchronous: bool = key(True, "write in a background thread")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig(Section):
+    """What is reported."""
+
+    section: ClassVar[str] = "log"
+    every_steps: int = key(10, "steps between log lines", ge=1)
+    csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
+    tensorboard: bool = key(False, "write TensorBoard's files into the run folder")
+    wandb_project: str | None = key(
+        None,
+        "project of Weights & Biases (None: not used)",
+        pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
+    )
+    wandb_mode: str = key("online", "offline: in the run folder", choices=("online", "offline"))
+    profile_steps: tuple[int, ...] = key(
+        (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
+    )
+
+    def check(self) -> None:
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or steps[0] > steps[1]):
+            self.refuse("profile_steps", "is no first and last step; write [10, 12], say")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,8 +393,6 @@ class DistributedConfig(Section):
     shard_ranks: int | None = key(
         None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
     )
-    reshard_after_forward: bool = key(
-        True, "fsdp: give a block's gathered parameters up between forward and backward"
-    )
+    reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     timeout_s: float = key(300.0, "a step that takes longer ends the job", gt=0)
     init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)

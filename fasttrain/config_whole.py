@@ -1,12 +1,15 @@
 """The whole configuration: all sections, and what must hold between them. Standard library only."""
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from fasttrain.config_keys import refuse
-from fasttrain.config_outputs import CheckpointConfig, EvalConfig, LogConfig
 from fasttrain.config_sections import (
+    CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EvalConfig,
+    LogConfig,
     LoopConfig,
     ModelConfig,
     OptimConfig,
@@ -39,125 +42,97 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_horizon()
         self._check_step()
+        self._check_windows()
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
-            refuse(
+            self._refuse(
                 "schedule.name",
-                "plateau",
-                "waits for evaluations, of which there is one, at the end",
-                "set eval.every_steps",
-            )
-        self._check_contexts()
-        stride, seq_len = self.eval.stride_tokens, self.data.seq_len
-        if stride is not None and (
-            stride > seq_len or self.data.batching in ("padded", "bucketed")
-        ):
-            refuse(
-                "eval.stride_tokens",
-                stride,
-                f"makes no overlapping windows of data.seq_len = {seq_len} with data.batching = "
-                f"{self.data.batching!r}",
-                "set eval.stride_tokens=none, or at most data.seq_len with data.batching=packed",
+                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
             )
         if self.schedule.min_lr > self.optim.lr:
-            refuse(
-                "schedule.min_lr",
-                self.schedule.min_lr,
-                f"is above optim.lr = {self.optim.lr}",
-                "lower it, or raise optim.lr",
-            )
+            self._refuse("schedule.min_lr", f"is above optim.lr = {self.optim.lr}; lower it")
         for name in ("on_nonfinite", "on_spike"):
             if getattr(self.train, name) == "rollback" and self.checkpoint.every_steps is None:
-                refuse(
-                    f"train.{name}",
-                    "rollback",
-                    "has nothing to go back to, as checkpoint.every_steps is unset",
-                    "set checkpoint.every_steps",
-                )
+                self._refuse(f"train.{name}", "needs checkpoints; set checkpoint.every_steps")
         vocab_size = self.model.vocab_size
         corpus = self.data.path is None and not self.data.paths
         if corpus and vocab_size and vocab_size < self.data.corpus_vocab_size:
-            refuse(
+            self._refuse(
                 "model.vocab_size",
-                vocab_size,
-                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}",
-                "leave it unset, or lower data.corpus_vocab_size",
+                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}; leave it unset, "
+                "or lower that",
             )
         if self.eval.sample_every_steps is not None and self.eval.prompts == ():
-            refuse(
+            self._refuse(
                 "eval.sample_every_steps",
-                self.eval.sample_every_steps,
-                "asks for samples, and eval.prompts is empty",
-                "give a prompt, or unset it",
+                "asks for samples, and eval.prompts is empty; give a prompt, or unset it",
             )
 
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        section, _, k = name.partition(".")
+        refuse(name, getattr(getattr(self, section), k), problem)
+
     def _check_horizon(self) -> None:
-        loop = self.train
-        horizon = {
-            name: getattr(loop, name)
-            for name in ("steps", "epochs", "tokens", "hours")
-            if getattr(loop, name) is not None
-        }
+        names = ("steps", "epochs", "tokens", "hours")
+        horizon = [f"train.{k}" for k in names if getattr(self.train, k) is not None]
         if not horizon:
-            refuse(
+            self._refuse(
                 "train.steps",
-                None,
-                "leaves the length of the run open",
-                "set one of train.steps, train.epochs, train.tokens and train.hours",
+                "leaves the length of the run open; set one of train.steps, train.epochs, "
+                "train.tokens and train.hours",
             )
         if len(horizon) > 1:
-            (first, value), *others = horizon.items()
-            refuse(
-                f"train.{first}",
-                value,
-                f"and {' and '.join(f'train.{k} = {v}' for k, v in others)} both fix the length"
-                " of the run",
-                f"keep one and unset the other, as in train.{first}=none",
+            others = " and ".join(f"{k} = {getattr(self.train, k[6:])}" for k in horizon[1:])
+            self._refuse(
+                horizon[0],
+                f"and {others} both fix the length of the run; keep one and unset the other, as in "
+                f"{horizon[0]}=none",
             )
-        if loop.steps is not None and self.schedule.warmup_steps >= loop.steps:
-            refuse(
+        if self.train.steps is not None and self.schedule.warmup_steps >= self.train.steps:
+            self._refuse(
                 "schedule.warmup_steps",
-                self.schedule.warmup_steps,
-                f"is not below train.steps = {loop.steps}",
-                "lower it, or train for longer",
+                f"is not below train.steps = {self.train.steps}; lower it, or train for longer",
             )
 
     def _check_step(self) -> None:
-        loop = self.train
+        loop, seq_len = self.train, self.data.seq_len
         auto = isinstance(loop.micro_batch, str)
-        if auto and loop.tokens_per_step is None:
-            refuse(
-                "train.micro_batch",
-                loop.micro_batch,
-                "leaves open how many tokens make a step, which decides how a run learns",
-                "set train.tokens_per_step",
-            )
-        unit = self.data.seq_len * (1 if auto else loop.micro_batch)
-        unit_is = "data.seq_len" if auto else "train.micro_batch · data.seq_len"
-        if loop.tokens_per_step is not None and loop.tokens_per_step % unit:
+        if loop.tokens_per_step is None:
+            if auto:
+                self._refuse(
+                    "train.micro_batch",
+                    "leaves open how many tokens make a step, which decides how a run learns; set "
+                    "train.tokens_per_step",
+                )
+            return
+        unit = seq_len * (1 if auto else loop.micro_batch)
+        if loop.tokens_per_step % unit:
             below = loop.tokens_per_step // unit * unit
-            nearest = [str(n) for n in (below, below + unit) if n]
-            refuse(
-                "train.tokens_per_step",
-                loop.tokens_per_step,
-                f"is not a multiple of {unit_is} = {unit}",
-                f"use {' or '.join(nearest)}",
+            nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+            unit_is = "data.seq_len" if auto else "train.micro_batch · data.seq_len"
+            self._refuse(
+                "train.tokens_per_step", f"is not a multiple of {unit_is} = {unit}; use {nearest}"
             )
 
-    def _check_contexts(self) -> None:
-        contexts, data = self.schedule.context_tokens, self.data
-        if contexts and data.batching not in ("packed", "sliding"):
-            refuse(
+    def _check_windows(self) -> None:
+        contexts, data, stride = self.schedule.context_tokens, self.data, self.eval.stride_tokens
+        of_documents = data.batching in ("padded", "bucketed")
+        if contexts and of_documents:
+            self._refuse(
                 "schedule.context_tokens",
-                list(contexts),
-                f"cuts windows, and data.batching = {data.batching!r} makes a row of a document",
+                f"cuts windows, and data.batching = {data.batching!r} makes a row of a document; "
                 "unset it, or use data.batching=packed",
             )
         for length in contexts:
             if data.seq_len % length or length >= data.seq_len:
-                refuse(
+                self._refuse(
                     "schedule.context_tokens",
-                    list(contexts),
-                    f"holds {length}, which is no part of data.seq_len = {data.seq_len}",
-                    f"use divisors of it, such as {data.seq_len // 4 or 1} and "
-                    f"{data.seq_len // 2 or 1}, or [] for none",
+                    f"holds {length}, which is no part of data.seq_len = {data.seq_len}; use "
+                    f"divisors of it, such as {data.seq_len // 2 or 1}, or [] for none",
                 )
+        if stride is not None and (stride > data.seq_len or of_documents):
+            self._refuse(
+                "eval.stride_tokens",
+                f"makes no overlapping windows of data.seq_len = {data.seq_len} with data.batching "
+                f"= {data.batching!r}; set eval.stride_tokens=none, or at most data.seq_len with "
+                "data.batching=packed",
+            )

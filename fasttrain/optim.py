@@ -71,25 +71,17 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     if groups:
         optimizers.append(_optimizer(groups, config))
     if hidden:
-        muon_group = {"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale}
-        optimizers.append(
-            Muon(
-                [muon_group],
-                lr=config.lr,
-                momentum=config.muon_momentum,
-                ns_steps=config.muon_ns_steps,
-            )
-        )
+        group = {"params": hidden, "weight_decay": decay, "lr_scale": 1.0}
+        momentum, ns_steps = config.muon_momentum, config.muon_ns_steps
+        optimizers.append(Muon([group], lr=config.lr, momentum=momentum, ns_steps=ns_steps))
     return optimizers
 
 
 def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of ``[optim]`` for all but what Muon takes."""
     if config.name == "sgd":
-        # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
-        return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
-        )
+        # SGD adds the decay to the gradient.
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
     if config.name == "adamw8bit":

@@ -5,7 +5,7 @@ itself. Standard library only.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fasttrain.config import ScheduleConfig
 
@@ -27,8 +27,7 @@ def lr_at(
                         decay_start_step is set, it starts there
         step            lr · decay_factor^k after k times decay_every_steps since the warmup, never
                         below min_lr
-        cosine_restarts from lr towards min_lr over cycle_steps, again and again, each cycle
-                        cycle_factor times as long as the one before
+        cosine_restarts from lr towards min_lr over cycle_steps, again and again
         plateau         lr · decay_factor^n_plateaus, never below min_lr
 
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
@@ -69,7 +68,8 @@ def lr_at(
     if schedule.name == "plateau":
         return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
     if schedule.name == "cosine_restarts":
-        done = _part_of_cycle(step - warmup_steps, schedule)
+        assert schedule.cycle_steps is not None
+        done = (step - warmup_steps) % schedule.cycle_steps / schedule.cycle_steps
         falling = 0.5 * (1.0 - math.cos(math.pi * done))
         return lr * (1.0 - falling) + schedule.min_lr * falling
     start = warmup_steps
@@ -87,19 +87,12 @@ def lr_at(
     return lr * (1.0 - progress) + schedule.min_lr * progress
 
 
-def _part_of_cycle(step: int, schedule: ScheduleConfig) -> float:
-    """Return how much of the present cycle is over, in [0, 1), ``step`` steps after the warmup."""
-    assert schedule.cycle_steps is not None
-    cycle, factor = float(schedule.cycle_steps), schedule.cycle_factor
-    if factor == 1.0:
-        return (step % schedule.cycle_steps) / schedule.cycle_steps
-    # Cycles 0 … k-1 take cycle · (factor^k - 1) / (factor - 1) steps; the logarithm may be off by
-    # one where a cycle begins.
-    k = max(0, int(math.log(step * (factor - 1.0) / cycle + 1.0, factor)) - 1)
-    while cycle * (factor ** (k + 1) - 1.0) / (factor - 1.0) <= step:
-        k += 1
-    before = cycle * (factor**k - 1.0) / (factor - 1.0)
-    return (step - before) / (cycle * factor**k)
+def _stale(losses: Sequence[float], min_change: float) -> Iterator[int]:
+    """Yield after each loss how many in a row were not below the lowest before them."""
+    best, stale = math.inf, 0
+    for loss in losses:
+        best, stale = (loss, 0) if loss < best - min_change else (best, stale + 1)
+        yield stale
 
 
 def n_stale(losses: Sequence[float], min_change: float) -> int:
@@ -107,13 +100,7 @@ def n_stale(losses: Sequence[float], min_change: float) -> int:
 
     A loss that is nan is no improvement. Early stopping ends a run where this reaches its patience.
     """
-    best, stale = math.inf, 0
-    for loss in losses:
-        if loss < best - min_change:
-            best, stale = loss, 0
-        else:
-            stale += 1
-    return stale
+    return [0, *_stale(losses, min_change)][-1]
 
 
 def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int:
@@ -124,15 +111,7 @@ def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int
         patience: how many make a plateau; after one, as many again make the next.
         min_change: by which a loss must be below the lowest so far.
     """
-    best, stale, found = math.inf, 0, 0
-    for loss in losses:
-        if loss < best - min_change:
-            best, stale = loss, 0
-        else:
-            stale += 1
-            if stale == patience:
-                found, stale = found + 1, 0
-    return found
+    return sum(n > 0 and n % patience == 0 for n in _stale(losses, min_change))
 
 
 def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:

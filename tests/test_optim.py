@@ -48,13 +48,13 @@ def test_embeddings_decay_when_asked_and_a_tied_head_counts_as_one() -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     model = Transformer(ModelConfig(**SHAPE), seq_len=8)
-    config = OptimConfig(name="muon", embedding_lr_scale=3.0, head_lr_scale=0.5, muon_lr_scale=2.0)
+    config = OptimConfig(name="muon", embedding_lr_scale=3.0, head_lr_scale=0.5)
     found = groups_by_name(model, config)
     for name, (optimizer, _, lr_scale) in found.items():
         inside = name.startswith("blocks.") and "norm" not in name
         assert optimizer == ("Muon" if inside else "FusedAdamW"), name
         if inside:
-            assert lr_scale == 2.0
+            assert lr_scale == 1.0
     assert found["embedding.weight"][2] == 3.0
     assert found["head.weight"][2] == 0.5
 
@@ -101,7 +101,7 @@ def test_state_of_an_unknown_parameter_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ({"name": "sgd", "nesterov": True}, "SGD"),
+        ({"name": "sgd"}, "SGD"),
         ({"name": "sgd", "momentum": 0.0}, "SGD"),
         ({"name": "adafactor"}, "Adafactor"),
     ],
