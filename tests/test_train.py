@@ -63,13 +63,17 @@ def hashes(checkpoint: Path) -> dict[str, Any]:
 def test_a_run_leaves_what_the_design_names_and_says_how_to_go_on(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = start("fasttrain.train", toy, "eval.sample_every_steps=6", cwd=toy.parent)
+    settings = ["eval.sample_every_steps=6", 'eval.prompts=["abc", "de"]']
+    process = start("fasttrain.train", toy, *settings, cwd=toy.parent)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     run_dir = toy.parent / "runs/toy"
     for name in ("config.toml", "metrics.jsonl", "train.log", "samples.txt", "tokenizer.json"):
         assert (run_dir / name).stat().st_size > 0, name
     assert (run_dir / "checkpoints/latest").read_text().strip() == "step-00000012"
+    samples = (run_dir / "samples.txt").read_text("utf-8", "replace")
+    assert samples.startswith("--- step 6\nde")
+    assert "--- step 12\nabc" in samples, "the prompts come in turn"
     assert "\x1b" not in out
     assert "\r" not in out
     assert "python -m fasttrain.generate runs/toy" in out
