@@ -4,7 +4,8 @@ Ours is compared through its rivals where there are any: they ran in the same ro
 that was slower that day cancels out. Per round the logarithm of own time over a rival's is taken;
 the change is the difference of the medians of old and new, the median over the rivals. What counts
 as noise is three standard errors of that difference, estimated from the spread over the rounds, and
-at least 2 %. What has no rival in common has its own time alone, and the machine's load in it.
+5 % by which two processes differ. Still: measure old and new on a machine in the same state. What
+has no rival in common has its own time alone, and the machine's load in it.
 
 Folders may hold those of several devices: suites are compared with themselves on the same device.
 What is missing, skipped or failed in the new results is named. Exit status 1 where anything became
@@ -20,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LEAST = 0.02  # below, differences are the layout of code and data in memory
+# Two runs of the same code on two shared cores: 1.6 to 5.5 % apart, whatever their rounds.
+PROCESSES = 0.05
 STANDARD_ERRORS = 3.0
 ALONE = ""  # the rival of what has none
 # Of a median, against a mean's; and of the median absolute deviation, against a deviation.
@@ -86,7 +88,7 @@ def change_of(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Chan
     if not changes:
         return None
     # The rivals share our times, so that their errors do not average out.
-    noise = max(STANDARD_ERRORS * statistics.median(errors), LEAST)
+    noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
     change = math.expm1(statistics.median(changes))
     return Change(name, change, noise, len(common - {ALONE}))
 
