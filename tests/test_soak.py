@@ -39,8 +39,8 @@ def test_R29_random_faults_change_nothing(steps: int, n_faults: int, tmp_path: P
     assert report["failed_saves"] > 0  # and a disk was full
     at, n_files, memory = zip(*report["measured"], strict=True)
     assert at[-1] == steps
-    half = len(at) // 2  # one is open while a checkpoint is written
-    assert max(n_files[half:]) <= max(n_files[:half]) + 1
+    half = len(at) // 2  # some are open while a checkpoint is written, and there are many of these
+    assert max(n_files[half:]) <= max(n_files[:half]) + 3
     assert min(n_files[half:]) <= max(n_files[:half])
     settled = half if steps < 1000 else len(at) // 5  # all caches filled
     assert memory[-1] < 1.02 * memory[settled]

@@ -31,12 +31,16 @@ Told = Callable[[], None]  # tells the parent that the phase has begun
 
 # What waits for the signal waits for this, so that no phase is over before, however late it comes.
 heard = threading.Event()
-_stop_for = Trainer.stop_for
 
 
-def _hear(self: Trainer, reason: str) -> None:
-    _stop_for(self, reason)
-    heard.set()
+def hear() -> None:
+    real = Trainer.stop_for
+
+    def stop_for(self: Trainer, reason: str) -> None:
+        real(self, reason)
+        heard.set()
+
+    Trainer.stop_for = stop_for  # type: ignore[method-assign]
 
 
 def stuck(told: Told) -> None:
@@ -175,7 +179,7 @@ def play(folder: Path) -> list[dict[str, Any]]:
     arguments = [str(folder / "toy.toml"), f"run.out_dir={folder}", "model.dropout=0.1"]
     arguments += ["eval.every_steps=5", "checkpoint.every_steps=4", "eval.batch_size=4"]
 
-    Trainer.stop_for = _hear  # type: ignore[method-assign]
+    hear()
 
     def train(name: str, *more: str) -> Callable[[Told], int]:
         return lambda told: main([*arguments, f"run.name={name}", *more])

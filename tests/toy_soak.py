@@ -21,7 +21,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain.step import TrainStep
 from fasttrain.train import main
 from tests.faults import Faults, flip_bit
-from tests.toy_phases import Told, digest, ended, forked
+from tests.toy_phases import Told, at_step, digest, ended, forked, hear, heard
 
 NONFINITE_ONE_IN = 41  # micro-batches
 KINDS = ("kill", "signal", "disk full", "bit flip")
@@ -82,6 +82,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
     arguments += [f"checkpoint.every_steps={max(steps // 200, 5)}", "checkpoint.keep_last=3"]
     arguments += [f"eval.every_steps={steps // 5}"]
     TrainStep._loss = loss_of_odd_batches  # type: ignore[method-assign, assignment]
+    hear()
 
     def whole(told: Told) -> int:
         measure(steps, folder / "measured.jsonl")
@@ -100,7 +101,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
             disk.remove(run_dir)
 
         def run(told: Told, kind: str = kind, at: int = at, full_at: int = full_at) -> int:
-            before_steps(lambda step: told() if step == at else None)
+            at_step(at, told if kind == "none" else lambda: (told(), heard.wait()))
             if kind == "disk full":
                 Faults(run_dir, fail_at=full_at, persistent=full_at % 2 == 0).__enter__()
             return main([*arguments, "run.name=faulty", *resume])  # noqa: B023
@@ -110,7 +111,6 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
         os.close(pipe)
         expected = {0}
         if kind != "none":
-            time.sleep(chance.uniform(0.0, 0.02))
             sent = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
             if kind in ("kill", "bit flip"):
                 sent = signal.SIGKILL
