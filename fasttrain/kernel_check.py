@@ -8,13 +8,13 @@ backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain 
 Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.benchmark as benchmark
 from fasttrain_kernels import (
     FusedAdamW,
     apply_rope,
@@ -50,21 +50,13 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class OpReport:
-    """One operation on one device.
-
-    Attributes:
-        name: of the operation.
-        error: largest error of outputs and gradients against fp64, relative to the largest value.
-        tolerance: what it may be.
-        ms: median milliseconds of each path, forward and backward.
-    """
+class OpReport(NamedTuple):
+    """One operation on one device: its error against fp64, relative to the largest value."""
 
     name: str
     error: float
-    tolerance: float
-    ms: dict[str, float]
+    tolerance: float  # what the error may be
+    ms: dict[str, float]  # median of each path, forward and backward
 
     @property
     def right(self) -> bool:
@@ -72,12 +64,11 @@ class OpReport:
         return self.error <= self.tolerance
 
 
-@dataclass(frozen=True, slots=True)
-class _Op:
+class _Op(NamedTuple):
     name: str
     ours: Callable[..., Outputs]
     plain: Callable[..., Outputs]
-    inputs: tuple[Tensor, ...]  # those of floating dtype take gradients
+    inputs: tuple[Tensor, ...]  # these take gradients
     constants: tuple[Tensor, ...] = ()  # these do not
 
 
@@ -109,71 +100,51 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
     )
 
 
-def _run(
-    fn: Callable[..., Outputs], op: _Op, seeds: tuple[Tensor, ...] | None, dtype: torch.dtype
-) -> list[Tensor]:
-    """Return outputs and gradients; ``seeds`` are the gradients of the outputs."""
+def _run(fn: Callable[..., Outputs], op: _Op, dtype: torch.dtype) -> list[Tensor]:
+    """Return outputs and gradients; those of the outputs vary from element to element."""
     inputs = [t.to(dtype).detach().requires_grad_() for t in op.inputs]
-    constants = [
-        t.to(dtype) if dtype is torch.float64 and t.is_floating_point() else t for t in op.constants
-    ]
+    exact = dtype is torch.float64
+    constants = [t.to(dtype) if exact and t.is_floating_point() else t for t in op.constants]
     outputs = fn(*inputs, *constants)
     out = (outputs,) if isinstance(outputs, Tensor) else outputs
-    grads = torch.autograd.grad(
-        out, inputs, [s.to(o.dtype) for s, o in zip(seeds, out, strict=True)] if seeds else None
-    )
-    return [*out, *grads]
-
-
-def _seeds(op: _Op) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        outputs = op.plain(*op.inputs, *op.constants)
-    out = (outputs,) if isinstance(outputs, Tensor) else outputs
-    return tuple(torch.ones_like(o) if o.ndim == 0 else torch.sin(1e3 * o) for o in out)
+    rounded = op.inputs[0].dtype  # the same numbers in any dtype
+    seeds = [torch.arange(o.numel(), device=o.device).sin().view_as(o) + 1 for o in out]
+    seeds = [s.to(rounded).to(o.dtype) for s, o in zip(seeds, out, strict=True)]
+    return [*out, *torch.autograd.grad(out, inputs, seeds)]
 
 
 def _error(values: list[Tensor], truth: list[Tensor]) -> float:
-    errors = [
-        ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+    largest = [
+        (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)
         for a, b in zip(values, truth, strict=True)
     ]
-    return float(max(errors))
+    return torch.stack(largest).max().item()  # NaN where one is
 
 
-def _tolerance(plain_error: float, dtype: torch.dtype) -> float:
-    return 2 * plain_error + (1e-5 if dtype == torch.float32 else 1e-3)
+def _report(
+    name: str, errors: list[float], dtype: torch.dtype, paths: Mapping[str, Callable[[], object]]
+) -> OpReport:
+    """Time the paths; ``errors`` are those of ours and of plain torch."""
+    tolerance = 2 * errors[1] + (1e-5 if dtype == torch.float32 else 1e-3)
+    ms = {path: _median_ms(run) for path, run in paths.items()}
+    return OpReport(name, errors[0], tolerance, ms)
 
 
-def _median_ms(run: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
-    """Return the median of as many runs as fit, after two that do not count."""
-
-    def once() -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    once()
-    n = max(5, min(100, int(budget_s / max(once(), 1e-6))))
-    return 1000 * statistics.median(once() for _ in range(n))
+def _median_ms(run: Callable[[], object], budget_s: float = 0.5) -> float:
+    threads = torch.get_num_threads()
+    timer = benchmark.Timer("run()", globals={"run": run}, num_threads=threads)
+    return 1000 * float(timer.blocked_autorange(min_run_time=budget_s).median)
 
 
-def _check(op: _Op, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> OpReport:
-    seeds = _seeds(op)
-    truth = _run(op.plain, op, seeds, torch.float64)
-    error = _error(_run(op.ours, op, seeds, dtype), truth)
-    plain_error = _error(_run(op.plain, op, seeds, dtype), truth)
+def _check(op: _Op, dtype: torch.dtype, *, compiled: bool) -> OpReport:
+    truth = _run(op.plain, op, torch.float64)
+    errors = [_error(_run(fn, op, dtype), truth) for fn in (op.ours, op.plain)]
     del truth
     paths = {"ours": op.ours, "torch": op.plain}
     if compiled:
         paths["compiled"] = torch.compile(op.plain, dynamic=False)
-
-    def call(fn: Callable[..., Outputs]) -> Callable[[], object]:
-        return lambda: _run(fn, op, seeds, dtype)
-
-    ms = {name: _median_ms(call(fn), device) for name, fn in paths.items()}
-    return OpReport(op.name, error, _tolerance(plain_error, dtype), ms)
+    runs = {path: functools.partial(_run, fn, op, dtype) for path, fn in paths.items()}
+    return _report(op.name, errors, dtype, runs)
 
 
 def _check_adamw(device: torch.device) -> OpReport:
@@ -200,10 +171,9 @@ def _check_adamw(device: torch.device) -> OpReport:
     for _, optimizer in results.values():
         for _ in range(3):
             optimizer.step()
-    truth = results["truth"][0]
-    error, plain = (_error(results[name][0], truth) for name in ("ours", "torch"))
-    ms = {name: _median_ms(results[name][1].step, device) for name in ("ours", "torch")}
-    return OpReport("adamw", error, _tolerance(plain, torch.float32), ms)
+    truth, names = results["truth"][0], ("ours", "torch")
+    errors = [_error(results[name][0], truth) for name in names]
+    return _report("adamw", errors, torch.float32, {k: results[k][1].step for k in names})
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
@@ -215,7 +185,7 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     """
     dtype = resolve_precision("auto", device).compute
     for op in _ops(device, dtype):
-        yield _check(op, device, dtype, compiled=compiled)
+        yield _check(op, dtype, compiled=compiled)
     yield _check_adamw(device)
 
 
@@ -226,7 +196,7 @@ def show_kernels(device_name: str, *, show: Callable[[str], None] = print) -> bo
     for report in check_kernels(device):
         all_right &= report.right
         times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
-        fastest = min(report.ms, key=lambda name: report.ms[name])
+        fastest = min(report.ms, key=report.ms.__getitem__)
         show(
             f"{'pass' if report.right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
             f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"

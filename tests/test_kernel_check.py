@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time each path once."""
 
-    def once(run: Any, device: torch.device) -> float:
+    def once(run: Any) -> float:
         run()
         return 1.0
 
@@ -60,8 +60,8 @@ def test_a_wrong_kernel_fails(
 def test_times_are_medians_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     runs = []
-    ms = kernel_check._median_ms(lambda: runs.append(torch.ones(10)), CPU, budget_s=0.0)
-    assert len(runs) == 7
+    ms = kernel_check._median_ms(lambda: runs.append(torch.ones(10)), budget_s=0.0)
+    assert len(runs) > 1
     assert 0 < ms < 1000
 
 
