@@ -64,6 +64,10 @@ def write_splits(
     """
     nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
     before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
+    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
+    n_bytes = {split: before[split][1] for split in SPLITS}
+    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
+    batches = _batches(splitter)
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -77,29 +81,11 @@ def write_splits(
             )
             for split in SPLITS
         }
-        n_bytes = {split: before[split][1] for split in SPLITS}
-        _write_all(partial, splitter, encoder, writers, n_bytes, workers, show)
-    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
-
-
-def _write_all(
-    partial: Partial,
-    splitter: Splitter,
-    encoder: Encoder,
-    writers: dict[str, ShardWriter],
-    n_bytes: dict[str, int],
-    workers: int,
-    show: Callable[[str, int], None],
-) -> None:
-    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
-    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
-    batches = _batches(splitter)
-    for batch in islice(batches, n_batches):
-        show("finding the place", batch.done_bytes)
-    saved = time.monotonic()
-    tokenizer_file = partial.dataset / "tokenizer.json"
-    with closing(encoded(batches, encoder, tokenizer_file, workers)) as results:
-        for batch, ids in results:
+        for batch in islice(batches, n_batches):
+            show("finding the place", batch.done_bytes)
+        results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
+        saved = time.monotonic()
+        for batch, ids in stack.enter_context(closing(results)):
             for split, writer in writers.items():
                 parts, ends, at = [np.empty(0, np.uint32)], [], 0
                 for piece, tokens in zip(batch.pieces, ids, strict=True):
@@ -125,6 +111,7 @@ def _write_all(
             show(f"{n_tokens:,} tokens  {n_documents:,} documents", batch.done_bytes)
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
+    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
 
 
 def _strictly(encoder: Encoder, piece: Piece) -> DataError:
