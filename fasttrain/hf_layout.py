@@ -26,57 +26,53 @@ __all__ = [
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
 
 
-def _gpt2_names(n_layers: int) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {
-        "embedding.weight": ("transformer.wte.weight",),
-        "position_embedding.weight": ("transformer.wpe.weight",),
-        "norm.weight": ("transformer.ln_f.weight",),
-        "norm.bias": ("transformer.ln_f.bias",),
-        "head.weight": ("lm_head.weight",),
-    }
-    parts = {
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj",
-        "mlp_norm": "ln_2",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }
-    for i in range(n_layers):
-        for ours, theirs in parts.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{i}.{ours}.{kind}"] = (f"transformer.h.{i}.{theirs}.{kind}",)
-    return names
-
-
-def _llama_names(n_layers: int) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {
-        "embedding.weight": ("model.embed_tokens.weight",),
-        "norm.weight": ("model.norm.weight",),
-        "head.weight": ("lm_head.weight",),
-    }
-    parts = {
-        "attention_norm": ("input_layernorm",),
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.q_norm": ("self_attn.q_norm",),
-        "attention.k_norm": ("self_attn.k_norm",),
-        "attention.out": ("self_attn.o_proj",),
-        "mlp_norm": ("post_attention_layernorm",),
-        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.down": ("mlp.down_proj",),
-    }
-    for i in range(n_layers):
-        for ours, theirs in parts.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{i}.{ours}.{kind}"] = tuple(
-                    f"model.layers.{i}.{name}.{kind}" for name in theirs
-                )
-    return names
+# Our parameter → theirs; parts of blocks have a weight and may have a bias, and several of theirs
+# lie one under the other in ours.
+_GPT2 = {
+    "embedding.weight": "transformer.wte.weight",
+    "position_embedding.weight": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    "head.weight": "lm_head.weight",
+}
+_GPT2_BLOCK = {
+    "attention_norm": ("ln_1",),
+    "attention.qkv": ("attn.c_attn",),
+    "attention.out": ("attn.c_proj",),
+    "mlp_norm": ("ln_2",),
+    "mlp.up": ("mlp.c_fc",),
+    "mlp.down": ("mlp.c_proj",),
+}
+_LLAMA = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_LLAMA_BLOCK = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "attention.out": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
 
 
 def parameter_names(model_type: str, n_layers: int) -> dict[str, tuple[str, ...]]:
     """Return our parameter name → theirs, which lie one under the other in ours."""
-    return _gpt2_names(n_layers) if model_type == "gpt2" else _llama_names(n_layers)
+    gpt2 = model_type == "gpt2"
+    names: dict[str, tuple[str, ...]] = {
+        ours: (theirs,) for ours, theirs in (_GPT2 if gpt2 else _LLAMA).items()
+    }
+    layers = "transformer.h" if gpt2 else "model.layers"
+    for i in range(n_layers):
+        for ours, theirs in (_GPT2_BLOCK if gpt2 else _LLAMA_BLOCK).items():
+            for kind in ("weight", "bias"):
+                their_names = tuple(f"{layers}.{i}.{name}.{kind}" for name in theirs)
+                names[f"blocks.{i}.{ours}.{kind}"] = their_names
+    return names
 
 
 def is_transposed(model_type: str, name: str) -> bool:

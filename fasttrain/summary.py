@@ -109,7 +109,8 @@ def show_end(
     rows.append(("checkpoint", str(checkpoint.resolve(trainer.run_dir, which="latest"))))
     if outcome == "done":
         prompt = shlex.quote(next(iter(trainer.config.eval.prompts or ()), ""))
-        tokenizer = "" if trainer.sampler else " --tokenizer PATH"
+        known = (trainer.run_dir / "tokenizer.json").is_file()
+        tokenizer = "" if known else " --tokenizer PATH"
         run_dir = shlex.quote(str(trainer.run_dir))
         command = f"python -m fasttrain.generate {run_dir} --prompt {prompt}{tokenizer}"
         rows.append(("generate", command))

@@ -55,7 +55,7 @@ def test_own_data(tmp_path: Path) -> None:
 
 def test_finetune(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    run("finetune.py", tmp_path)
+    assert "--tokenizer PATH" not in run("finetune.py", tmp_path), "the run has its tokenizer"
     tuned = tmp_path / "finetune/tuned"
     losses = [row["loss"] for row in rows(tuned)]
     assert losses[-1] < losses[0]
