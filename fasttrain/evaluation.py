@@ -7,6 +7,7 @@ import torch
 from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
+from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import Batch
@@ -23,22 +24,18 @@ __all__ = ["evaluate"]
 def evaluate(
     model: Transformer,
     dataset: TokenDataset,
+    config: TrainConfig,
     *,
-    seq_len: int,
-    batch_size: int,
     device: torch.device,
     precision: Precision,
-    batching: str = "packed",
-    separate_documents: bool = False,
-    stride_tokens: int | None = None,
     should_stop: Callable[[], bool] | None = None,
     world: World | None = None,
 ) -> dict[str, float | None]:
     """Run ``model`` over the whole split once; each token but the first is a target once.
 
-    ``batching`` and ``separate_documents`` are those of training (see `evaluation_batches`): where
-    rows are documents, the first token of each document is no target. The ranks of ``world`` share
-    the batches and all return the same; ``should_stop`` must agree on them.
+    Rows are those of training (see `evaluation_batches`): where they are documents, the first token
+    of each document is no target. The ranks of ``world`` share the batches and all return the same;
+    ``should_stop`` must agree on them.
 
     Returns:
         ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
@@ -51,12 +48,12 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     batches = evaluation_batches(
         dataset,
-        seq_len=seq_len,
-        batch_size=batch_size,
+        seq_len=config.data.seq_len,
+        batch_size=config.eval.batch_size or config.train.micro_batch,
         device=device,
-        batching=batching,
-        separate_documents=separate_documents,
-        stride_tokens=stride_tokens,
+        batching=config.data.batching,
+        separate_documents=not config.data.attention_across_documents,
+        stride_tokens=config.eval.stride_tokens,
         rank=world.rank,
         world_size=world.size,
     )

@@ -81,8 +81,8 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
     n, d, f, v, k = (16384, 1024, 4096, 32768, 64) if large else (2048, 256, 1024, 4096, 64)
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=like)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     yield _Op("rms_norm", rms_norm, _plain_rms_norm, (normal(n, d), normal(d)))
     yield _Op("swiglu", swiglu, swiglu_reference, (normal(n, f), normal(n, f)))
@@ -189,7 +189,7 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     yield _check_adamw(device)
 
 
-def show_kernels(device_name: str, *, show: Callable[[str], None] = print) -> bool:
+def show_kernels(device_name: str) -> bool:
     """Show a line for each operation; return whether all are right."""
     device = resolve_device(device_name)
     all_right = True
@@ -197,9 +197,9 @@ def show_kernels(device_name: str, *, show: Callable[[str], None] = print) -> bo
         all_right &= report.right
         times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
         fastest = min(report.ms, key=report.ms.__getitem__)
-        show(
+        print(
             f"{'pass' if report.right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
             f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"
         )
-        show(f"      → {CHOICES[report.name]}")
+        print(f"      → {CHOICES[report.name]}")
     return all_right

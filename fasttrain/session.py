@@ -310,13 +310,10 @@ def _checkpoint_bytes(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], *, averaged: bool
 ) -> int:
     """Return the size of a checkpoint at the most: the model and two moments, one of Muon's."""
-    size: int = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if averaged:
-        size *= 2
+    size: int = sum(tensor.nbytes for tensor in model.state_dict().values()) * (1 + averaged)
     for optimizer in optimizers:
         n_moments = 1 if isinstance(optimizer, Muon) else 2
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        size += n_moments * sum(p.nbytes for p in params)
+        size += n_moments * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
     return size
 
 

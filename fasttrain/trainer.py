@@ -358,13 +358,9 @@ class Trainer:
             self.last_eval = evaluate(
                 self.model,
                 self.val_dataset,
-                seq_len=self.config.data.seq_len,
-                batch_size=self.config.eval.batch_size or self.config.train.micro_batch,
+                self.config,
                 device=self.device,
                 precision=self.precision,
-                batching=self.config.data.batching,
-                separate_documents=not self.config.data.attention_across_documents,
-                stride_tokens=self.config.eval.stride_tokens,
                 should_stop=lambda: self._decide_together() and self.guard.is_open,
                 world=self.world,
             )

@@ -3,12 +3,13 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttrain.config import ModelConfig
+from fasttrain.config import DataConfig, LoopConfig, ModelConfig, TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
 from fasttrain.data.held_out import evaluation_batches
@@ -19,6 +20,7 @@ from fasttrain.model import Transformer
 from tests.toy_data import write_tokens
 
 CPU = torch.device("cpu")
+FP32 = resolve_precision("fp32", CPU)
 SIZES = [1, 9, 2, 30, 17, 1, 5]
 
 
@@ -39,6 +41,11 @@ def model() -> Transformer:
     for block in model.blocks:  # so that the logits depend on what is attended to
         torch.nn.init.normal_(block.attention.out.weight)
     return model
+
+
+def config_of(batch_size: int, **data: Any) -> TrainConfig:
+    loop = LoopConfig(steps=1, micro_batch=batch_size)
+    return TrainConfig(train=loop, data=DataConfig(seq_len=16, **data))
 
 
 def pieces(dataset: TokenDataset, batching: str, across: bool) -> list[tuple[int, int]]:
@@ -75,12 +82,9 @@ def test_the_loss_is_that_of_each_stretch_by_itself(
     found = evaluate(
         model.train(),
         dataset,
-        seq_len=16,
-        batch_size=batch_size,
+        config_of(batch_size, batching=batching, attention_across_documents=across),
         device=CPU,
-        precision=resolve_precision("fp32", CPU),
-        batching=batching,
-        separate_documents=not across,
+        precision=FP32,
     )
     assert model.training
     assert found["val_loss"] == pytest.approx(loss_sum / n_targets, rel=1e-5)
@@ -121,9 +125,8 @@ def test_it_stops_between_batches_when_told_to(dataset: TokenDataset, model: Tra
         asked.append(model.training)
         return len(asked) == 3
 
-    options = {"seq_len": 16, "batch_size": 1, "device": CPU}
-    precision = resolve_precision("fp32", CPU)
-    assert evaluate(model, dataset, precision=precision, should_stop=should_stop, **options) == {}
+    options = {"device": CPU, "precision": FP32, "should_stop": should_stop}
+    assert evaluate(model, dataset, config_of(1), **options) == {}
     assert asked == [False, False, False]
     assert model.training
 
@@ -131,7 +134,6 @@ def test_it_stops_between_batches_when_told_to(dataset: TokenDataset, model: Tra
 def test_imports_have_no_bits_per_byte(tmp_path: Path, model: Transformer) -> None:
     torch.arange(1, 66).numpy().astype("<u2").tofile(tmp_path / "val.bin")
     dataset = open_dataset(tmp_path, "val", dtype="uint16", cache_dir=tmp_path / "cache")
-    precision = resolve_precision("fp32", CPU)
-    found = evaluate(model, dataset, seq_len=16, batch_size=2, device=CPU, precision=precision)
+    found = evaluate(model, dataset, config_of(2), device=CPU, precision=FP32)
     assert found["val_bpb"] is None
     assert found["val_loss"] > 0
