@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from fasttrain import signals
 from tests import toy_ranks
@@ -34,11 +34,9 @@ FORKS.set_forkserver_preload(
 Process = multiprocessing.context.ForkServerProcess
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def new_store() -> TCPStore:
+    """Return a store that listens at a port of its own, for as long as it is referred to."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], Any]) -> Path:
@@ -123,7 +121,7 @@ def script(path: str, *arguments: str) -> None:
 
 def run_script(code: str, *arguments: str, size: int, folder: Path) -> list[str]:
     """Run a script on several ranks; return what each printed."""
-    port, path = free_port(), folder / "script.py"
+    store, path = new_store(), folder / "script.py"
     path.write_text(code)
     outputs = [f"script-{rank}.txt" for rank in range(size)]
     finish(
@@ -133,7 +131,7 @@ def run_script(code: str, *arguments: str, size: int, folder: Path) -> list[str]
             *arguments,
             folder=folder,
             output=output,
-            variables=environment(rank, size, port) if size > 1 else {},
+            variables=environment(rank, size, store.port) if size > 1 else {},
         )
         for rank, output in enumerate(outputs)
     )
@@ -158,11 +156,14 @@ def run_all(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
         folder: the working directory.
         runs: by name: ``argv``, ``size`` and ``faults``.
     """
-    for run in runs.values():
-        run["port"] = free_port()
+    store = new_store()
     (folder / "runs.json").write_text(json.dumps(runs))
     finish(
-        begin(toy_ranks.serve, folder, rank, folder=folder, output=f"output-{rank}.txt")
+        begin(
+            *(toy_ranks.serve, folder, rank, store.port),
+            folder=folder,
+            output=f"output-{rank}.txt",
+        )
         for rank in range(max(run["size"] for run in runs.values()))
     )
 
@@ -189,6 +190,7 @@ class Job:
         self.folder, self.keys = folder, keys
         self.config = write_config(folder)
         self.processes: list[Process] = []
+        self.stores: list[TCPStore] = []
 
     def _begin(self, target: Callable[..., Any], arguments: list[str], **variables: str) -> None:
         output = f"output-{len(self.processes)}.txt"
@@ -205,9 +207,9 @@ class Job:
         self._begin(torchrun, options, FAULTS=json.dumps(faults))
 
     def direct(self, *overrides: str, faults: Any = (), **variables: str) -> None:
-        port = free_port()
+        self.stores.append(new_store())
         for rank in range(2):
-            own = environment(rank, 2, port) | variables
+            own = environment(rank, 2, self.stores[-1].port) | variables
             arguments = self._arguments(overrides)
             self._begin(toy_ranks.command, arguments, FAULTS=json.dumps(faults), **own)
 

@@ -97,7 +97,8 @@ def test_R7_the_others_end_in_seconds_when_a_rank_is_killed(job: Job) -> None:
     job.direct("distributed.mode=fsdp", *ENDLESS, faults=[dict(rank=1, step=4, what=KILL)])
     survivor, victim = job.processes
     job.until(lambda: victim.exitcode is not None)
-    assert job.until(lambda: survivor.exitcode is not None) < 5
+    # Within 5 s on a machine with a core for each; a time-out would be one of minutes.
+    assert job.until(lambda: survivor.exitcode is not None) < 20
     assert survivor.exitcode == 1
     assert "rank 0: another rank has ended or is out of reach" in job.output(0)
 
@@ -238,7 +239,7 @@ def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) 
         assert len(step) == 3, job.output()  # torchrun and two ranks
         for pid in step:
             os.kill(pid, signal.SIGTERM)
-        assert job.until(lambda: batch.poll() is not None) < 40
+        assert job.until(lambda: batch.poll() is not None) < 100
     finally:
         for pid in (*signals._descendants(batch.pid), batch.pid) if batch.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
@@ -256,9 +257,12 @@ def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) 
 
 
 def number_with_free_port() -> int:
-    """Return a number of a job whose port, as the script makes it, nobody listens at."""
-    for number in count(os.getpid()):
+    """Return a number of a job whose port, as the script makes it, nobody listens at.
+
+    Of those below the ports that the system hands out, so that nobody will.
+    """
+    for number in count(os.getpid() % 12_000):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", 20000 + number % 20000))
+            probe.bind(("", 20_000 + number))
             return number
     raise AssertionError("unreachable")

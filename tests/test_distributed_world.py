@@ -33,6 +33,11 @@ def test_a_step_that_cannot_be_shared_names_the_nearest_sizes(
         accumulation_steps(units * 32, 32, size)
 
 
+def test_ranks_may_wait_longer_before_the_first_step_than_after_it() -> None:
+    config = DistributedConfig()
+    assert config.init_timeout_s > 1.5 * config.timeout_s + 1  # see `steady`
+
+
 def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)

@@ -10,7 +10,9 @@ from fasttrain.checkpoint import load, resolve
 from tests.ranks import run_script
 
 TWO_RANKS = """
+import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fasttrain.checkpoint import CheckpointWriter, load
 from fasttrain.ema import Ema
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
-from fasttrain.distributed import World
+from fasttrain.distributed import World, steady
 from fasttrain.memory import measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
@@ -188,8 +190,21 @@ both = [torch.empty(4), torch.empty(4)]
 dist.all_gather(both, draws[0])
 assert not torch.equal(*both)
 dist.barrier()
-dist.destroy_process_group()
-print("agreed")
+
+# Once a run is under way, a rank that does not come is not waited for as long as at the start.
+control = dist.new_group(backend="gloo")
+steady(DistributedConfig(timeout_s=0.1), World(rank=rank, size=2, control=control))
+given_up = [folder / "given up", folder / "given up by control"]
+for group, told in zip((None, control), given_up):
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+        except RuntimeError:
+            told.touch()
+while not all(told.exists() for told in given_up):
+    time.sleep(0.01)
+print("agreed", flush=True)
+os._exit(0)
 """
 
 

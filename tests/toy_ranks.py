@@ -101,12 +101,12 @@ def command(arguments: Sequence[str]) -> None:
         leave(main(arguments))
 
 
-def serve(folder: Path, rank: int) -> None:
+def serve(folder: Path, rank: int, port: int) -> None:
     """Run the command for each entry of runs.json that has this rank, as torchrun would."""
     for name, run in json.loads((folder / "runs.json").read_text()).items():
         if rank >= run["size"]:
             continue
-        for key, value in environment(rank, run["size"], run["port"]).items():
+        for key, value in environment(rank, run["size"], port).items():
             os.environ[key] = value
             if run["size"] == 1:
                 del os.environ[key]
@@ -124,8 +124,10 @@ def serve(folder: Path, rank: int) -> None:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return what torchrun sets for a rank."""
+    """Return what torchrun sets for a rank; as its agent does, another process keeps the store."""
     return {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
