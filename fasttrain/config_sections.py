@@ -112,11 +112,8 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         if self.head_dim is None and self.dim % self.n_heads:
-            self.refuse(
-                "dim",
-                f"is not a multiple of model.n_heads = {self.n_heads}; use a multiple, another"
-                " number of heads, or set model.head_dim",
-            )
+            problem = f"is not a multiple of model.n_heads = {self.n_heads}"
+            self.refuse("dim", f"{problem}; change either, or set model.head_dim")
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             sizes = ", ".join(map(str, divisors(self.n_heads)))
             self.refuse(
@@ -215,6 +212,11 @@ class OptimConfig(Section):
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
+    nesterov: bool = key(False, "Nesterov's momentum in sgd")
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            self.refuse("nesterov", "needs momentum; set optim.momentum=0.9, say")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

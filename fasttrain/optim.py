@@ -80,8 +80,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
 def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of ``[optim]`` for all but what Muon takes."""
     if config.name == "sgd":
-        # SGD adds the decay to the gradient.
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+        # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+        )
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
     if config.name == "adamw8bit":

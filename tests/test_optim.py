@@ -101,7 +101,7 @@ def test_state_of_an_unknown_parameter_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ({"name": "sgd"}, "SGD"),
+        ({"name": "sgd", "nesterov": True}, "SGD"),
         ({"name": "sgd", "momentum": 0.0}, "SGD"),
         ({"name": "adafactor"}, "Adafactor"),
     ],
