@@ -152,13 +152,12 @@ def test_loop(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         trainer = Trainer(
             model,
             optimizers,
-            lambda step: LR,
-            None,
             config,
             train_loader=loader,
             run_dir=tmp_path,
             console=console,
         )
+        monkeypatch.setattr(trainer, "lr", lambda: LR)
         console.clocks = clocks = Clocks(trainer, monkeypatch)
         try:
             benchmark.pedantic(trainer.fit, rounds=1, iterations=1)

@@ -286,8 +286,6 @@ def _build(
     trainer = Trainer(
         model,
         optimizers,
-        None,
-        None,
         config,
         train_loader=loader,
         val_dataset=val,

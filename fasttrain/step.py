@@ -128,7 +128,6 @@ class TrainStep:
         *,
         device: torch.device,
         precision: Precision,
-        criterion: Criterion | None = None,
         world: World | None = None,
     ) -> None:
         self.model = model
@@ -140,7 +139,7 @@ class TrainStep:
         self.max_grad_value = config.train.max_grad_value
         self.ema = Ema(model, config.train.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
-        self.criterion = criterion or linear_cross_entropy_criterion(config)
+        self.criterion = linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
         self.loss_fn: Callable[..., Tensor] = self._loss
         accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config) * world.size

@@ -32,7 +32,7 @@ from fasttrain.recovery import Recovery
 from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
 from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
-from fasttrain.step import Criterion, TrainStep
+from fasttrain.step import TrainStep
 from fasttrain.timing import TimeAccount
 
 __all__ = ["Outcome", "Trainer"]
@@ -46,11 +46,8 @@ class Trainer:
 
     Args:
         model: maps tokens (B, T) to hidden states (B, T, D); ``head_weight`` (V, D) makes logits.
-        optimizer: one optimizer or several whose parameters are disjoint. Each parameter group may
-            carry ``lr_scale``, a factor on the schedule's learning rate.
-        scheduler: learning rate as a pure function of the step; None: ``[schedule]`` of ``config``.
-        criterion: ``(model, tokens, targets, doc_starts)`` → summed loss; None: fused linear
-            cross-entropy.
+        optimizers: their parameters are disjoint. Each parameter group may carry ``lr_scale``, a
+            factor on the schedule's learning rate.
         config: the resolved configuration.
         train_loader: micro-batches of ``config.train.micro_batch`` rows.
         val_dataset: the held-out split; None: nothing is evaluated.
@@ -64,9 +61,7 @@ class Trainer:
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        scheduler: Callable[[int], float] | None,
-        criterion: Criterion | None,
+        optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
         *,
         train_loader: Loader,
@@ -82,10 +77,7 @@ class Trainer:
         self.device = world.device(resolve_device(config.run.device))
         self.precision = resolve_precision(config.run.dtype, self.device)
         self.model = model.to(self.device)
-        self.optimizers = (
-            [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        )
-        self.scheduler = scheduler
+        self.optimizers = list(optimizers)
         self.train_loader = train_loader
         self.val_dataset = val_dataset
         self.run_dir, self.console = run_dir, console
@@ -97,7 +89,6 @@ class Trainer:
             config,
             device=self.device,
             precision=self.precision,
-            criterion=criterion,
             world=world,
         )
         self.ema = self.train_step.ema
@@ -268,8 +259,6 @@ class Trainer:
 
     def lr(self) -> float:
         """Return the learning rate of the step to come."""
-        if self.scheduler is not None:
-            return self.scheduler(self.step_count)
         config, schedule = self.config, self.config.schedule
         k = n_plateaus(self.val_losses, schedule.plateau_evals, config.eval.min_change)
         return lr_at(self.step_count, self._horizon(), schedule, config.optim.lr, n_plateaus=k)

@@ -40,8 +40,6 @@ def build(
     return Trainer(
         model,
         build_optimizers(model, config.optim),
-        None,
-        None,
         config,
         train_loader=Loader(
             train,
