@@ -45,8 +45,9 @@ def diagnose(
 
     Args:
         model: maps token ids (B, T) to logits (B, T, V).
-        batch: ``(tokens, targets)``, a mapping with ``input_ids`` and ``target_ids`` or ``labels``,
-            or an object with ``tokens`` and ``targets``; int64 (B, T) each, on the model's device.
+        batch: ``(tokens, targets)``, a mapping with ``input_ids`` and ``target_ids`` or ``labels``
+            (which may be the tokens themselves, as `transformers` has them), or an object with
+            ``tokens`` and ``targets``; int64 (B, T) each, on the model's device.
         optimizer: what trains it, with the learning rates that it will use; None: not checked.
         ignore_index: the target of positions that the loss leaves out.
 
@@ -59,7 +60,7 @@ def diagnose(
     optimizers = (
         [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     )
-    tokens, targets = unpack(batch)
+    tokens, targets = unpack(report, batch, ignore_index)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         if not check_data(report, model, tokens, targets, ignore_index):
@@ -123,7 +124,7 @@ def _check_training(
         "learning",
         status,
         f"the batch's loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW steps",
-        "" if status == "pass" else "one batch is not learnt: see the lines above, and the loss",
+        "one batch is not learnt: see the lines above, and the loss",
     )
 
 
@@ -146,7 +147,7 @@ def _norm(report: Diagnosis, grads: dict[str, Tensor]) -> bool:
         "gradient norm",
         status,
         f"{total:.3g}, most of it in {largest}",
-        "" if status == "pass" else "initialise smaller, clip (train.max_grad_norm), warm up",
+        "initialise smaller, clip (train.max_grad_norm), warm up",
     )
     return True
 
@@ -186,7 +187,7 @@ def _check_optimizers(
         "learning rate",
         status,
         ", ".join(f"{r:.3g}" for r in rates),
-        "" if status == "pass" else "zero leaves its group as it is; above 1 is rarely meant",
+        "zero leaves its group as it is; above 1 is rarely meant",
     )
     probe, steppers = copy.deepcopy((model, optimizers))
     before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}

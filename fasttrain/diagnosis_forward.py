@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.model import Transformer
+from fasttrain.objective import shift
 
 __all__ = [
     "Diagnosis",
@@ -63,8 +64,8 @@ class Diagnosis:
         return any(f.status == "fail" for f in self.findings)
 
     def add(self, check: str, status: Status, detail: str, remedy: str = "") -> None:
-        """Append a line; a remedy is for those that do not pass."""
-        self.findings.append(Finding(check, status, detail, remedy))
+        """Append a line; the remedy is for one that does not pass."""
+        self.findings.append(Finding(check, status, detail, remedy if status != "pass" else ""))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings))
@@ -73,9 +74,21 @@ class Diagnosis:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def unpack(batch: Any) -> tuple[Tensor, Tensor]:
+def unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
     if isinstance(batch, Mapping):
-        return batch["input_ids"], batch["target_ids" if "target_ids" in batch else "labels"]
+        tokens = batch["input_ids"]
+        if "target_ids" in batch:
+            return tokens, batch["target_ids"]
+        labels = batch.get("labels", tokens)
+        if labels.shape == tokens.shape and ((labels == tokens) | (labels == ignore_index)).all():
+            report.add(
+                "labels",
+                "warn",
+                "are the tokens themselves, shifted here",
+                "right for fasttrain.Trainer and transformers, which shift them; else shift them",
+            )
+            labels = shift(labels, batch.get("attention_mask"), ignore_index)
+        return tokens, labels
     if isinstance(batch, Sequence):
         return batch[0], batch[1]
     return batch.tokens, batch.targets
@@ -203,8 +216,17 @@ def check_forward(
     """Check parameters, activations, the shape of the logits and the first loss."""
     broken = [n for n, p in model.named_parameters() if not p.isfinite().all()]
     seen: list[tuple[str, float]] = []
-    with torch.no_grad(), _evaluating(model), _outputs(model, seen):
-        logits = _logits(model, tokens)
+    try:
+        with torch.no_grad(), _evaluating(model), _outputs(model, seen):
+            logits = _logits(model, tokens)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        report.add(
+            "forward",
+            "fail",
+            f"the model raises {type(error).__name__}: {error}",
+            "is the batch longer than the model's positions, or on another device?",
+        )
+        return False
     first = next((name for name, rms in seen if not math.isfinite(rms)), None)
     if broken or first or not logits.isfinite().all():
         held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
@@ -232,7 +254,7 @@ def check_forward(
         "activations",
         status,
         f"the largest come out of {name}, root mean square {rms:.3g}",
-        "" if status == "pass" else "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
+        "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
     )
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore_index

@@ -16,7 +16,7 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision, resolve_compile
 from fasttrain.model import Transformer
 
-__all__ = ["Batch", "Criterion", "Objective"]
+__all__ = ["Batch", "Criterion", "Objective", "shift"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 
@@ -94,7 +94,7 @@ class Objective:
                 "leave it out of the batch"
             )
         if shifted is None:
-            shifted = _shift(tokens if labels is None else labels, mask, self.ignore_index)
+            shifted = shift(tokens if labels is None else labels, mask, self.ignore_index)
         elif mask is not None:
             shifted = shifted.masked_fill(mask == 0, self.ignore_index)
         targets = shifted.to(self.device, non_blocking=True).flatten()
@@ -180,7 +180,7 @@ class Objective:
         return result
 
 
-def _shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
     """Return for each position the label of the next, ``ignore_index`` where there is none."""
     if mask is not None:
         labels = labels.masked_fill(mask == 0, ignore_index)

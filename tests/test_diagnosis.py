@@ -106,6 +106,10 @@ def test_batches_come_in_several_forms(batch: tuple[Tensor, Tensor]) -> None:
         {"input_ids": tokens, "labels": targets},
     ):
         assert not diagnose(plain(), form).failed
+    to_be_shifted = {"input_ids": tokens, "labels": tokens, "attention_mask": tokens >= 0}
+    report = diagnose(plain(), to_be_shifted)
+    assert [f.status for f in report.findings if f.check == "labels"] == ["warn", "pass"]
+    assert not report.failed
 
 
 def test_a_learning_rate_of_zero(batch: tuple[Tensor, Tensor]) -> None:
@@ -167,6 +171,12 @@ def test_data_of_the_wrong_shape_or_kind(batch: tuple[Tensor, Tensor]) -> None:
     assert diagnose(plain(), (tokens, torch.full_like(targets, -100))).failed
     same = (torch.full_like(tokens, 3), torch.full_like(tokens, 3))
     assert statuses(diagnose(plain(), same))["variety"] == "warn"
+
+
+def test_a_model_that_raises_is_a_line_too(batch: tuple[Tensor, Tensor]) -> None:
+    report = diagnose(nn.Sequential(nn.Embedding(V, 4), nn.Linear(5, V)), batch)
+    assert faults(report) == {"forward"}
+    assert "RuntimeError: mat1 and mat2" in str(report)
 
 
 def test_an_exploding_initialisation(batch: tuple[Tensor, Tensor]) -> None:
