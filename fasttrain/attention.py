@@ -18,6 +18,7 @@ from fasttrain_kernels import RMSNorm, apply_rope
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from fasttrain.attention_cpu import causal_attention, is_fast_here
 from fasttrain.config import ModelConfig
 
 __all__ = ["Attention", "KVCache", "LayerCache", "Mask", "attention_mask", "rope_tables", "visible"]
@@ -190,6 +191,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, k, *rope)
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and cache is None and not dropout and is_fast_here(q):
+            y, _ = causal_attention(q, k, v)
+            projected: Tensor = self.out(y.reshape(b, t, self.n_heads * self.head_dim))
+            return projected
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
         if cache is not None:
             k, v = cache.extend(k, v, start)
@@ -207,9 +213,9 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=dropout,
                 is_causal=mask is None and t > 1,
                 enable_gqa=grouped,
             )  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
-        return F.dropout(self.out(y), self.dropout, self.training)
+        return F.dropout(self.out(y), dropout)

@@ -25,7 +25,8 @@ CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
     "device": (CONFIG, {"torch"}),
-    "attention": (CONFIG, {"torch", "fasttrain_kernels"}),
+    "attention_cpu": (set(), {"torch"}),
+    "attention": (CONFIG | {"attention_cpu"}, {"torch", "fasttrain_kernels"}),
     "model": (CONFIG | {"attention"}, {"torch", "fasttrain_kernels"}),
     "slices": (set(), {"torch"}),
     "optim": (CONFIG | {"model", "attention", "slices"}, {"torch", "fasttrain_kernels"}),

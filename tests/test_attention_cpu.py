@@ -1,0 +1,88 @@
+"""Attention for compiled training on a CPU: as exact as torch's, and chosen where it goes."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttrain.attention import Attention
+from fasttrain.attention_cpu import causal_attention, is_fast_here
+from fasttrain.config import ModelConfig
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def inputs(b: int, t: int, h: int, g: int, k: int) -> list[Tensor]:
+    """Return q, k and v as a fused projection leaves them: side by side in one tensor."""
+    torch.manual_seed(0)
+    parts = torch.randn(b, t, (h + 2 * g) * k).split([h * k, g * k, g * k], -1)
+    return [x.unflatten(-1, (-1, k)).requires_grad_() for x in parts]
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def results(attend: object, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    y = attend(*tensors)  # type: ignore[operator]
+    return [y.detach(), *torch.autograd.grad(y, tensors, upstream)]
+
+
+# Blocks are of 32 queries, tiles of 6 rows and 16 columns: whole ones, rests, and a single token.
+@pytest.mark.parametrize(
+    ("b", "t", "h", "g", "k"),
+    [(2, 64, 2, 2, 32), (1, 77, 6, 2, 48), (2, 1, 2, 1, 16), (1, 131, 4, 4, 128), (3, 5, 1, 1, 80)],
+)
+def test_output_and_gradients_are_as_exact_as_torchs(
+    b: int, t: int, h: int, g: int, k: int
+) -> None:
+    tensors = inputs(b, t, h, g, k)
+    upstream = torch.randn(b, h, t, k).transpose(1, 2)  # strided, as a caller may leave it
+    exact = results(by_torch, [x.detach().double().requires_grad_() for x in tensors], upstream)
+    theirs = results(by_torch, tensors, upstream)
+    ours = results(lambda *x: causal_attention(*x)[0], tensors, upstream)
+    again = results(lambda *x: causal_attention(*x)[0], tensors, upstream)
+    for own, other, true, same in zip(ours, theirs, exact, again, strict=True):
+        limit = 2 * (other - true).abs().max() + 1e-5
+        assert (own - true).abs().max() <= limit
+        assert torch.equal(own, same)
+
+
+def test_log_sum_exp_and_what_is_not_finite() -> None:
+    q, k, v = (x.detach() for x in inputs(1, 40, 2, 2, 16))
+    scores = torch.einsum("bihk,bjhk->bhij", q, k).double() / 4
+    hidden = torch.ones(40, 40).triu(1).bool()
+    expected = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(causal_attention(q, k, v)[1].double(), expected)
+    q[0, 7] = torch.nan
+    y = causal_attention(q, k, v)[0]
+    assert y[0, 7].isnan().all()
+    assert y[0, [*range(7), *range(8, 40)]].isfinite().all()
+
+
+def test_the_op_is_registered_as_torch_wants_it() -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(causal_attention, tuple(inputs(1, 9, 2, 1, 16)), test_utils=checks)
+
+
+def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch() -> None:
+    config = ModelConfig(vocab_size=8, dim=32, n_heads=2)
+    attention = Attention(config)
+    x = torch.randn(2, 10, 32)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: attention(x, None, None), backend=keep, fullgraph=True, dynamic=False
+    )
+    torch.testing.assert_close(compiled(x), attention(x, None, None))
+    assert "causal_attention" in graphs[0].code
+    assert not is_fast_here(x.unflatten(-1, (2, 16)))
