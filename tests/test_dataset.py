@@ -84,7 +84,7 @@ def test_joined_datasets_are_one_behind_the_other(tmp_path: Path) -> None:
     assert (both.n_tokens, both.n_bytes, both.n_documents) == (40, 20, 4)
     assert both.tokenizer_path == first.tokenizer_path
     assert both.facts["shards"] == first.facts["shards"] + second.facts["shards"]
-    assert both.fingerprint != join([second, first]).fingerprint
+    assert both.facts != join([second, first]).facts
 
 
 def test_datasets_of_two_tokenizers_are_not_joined(tmp_path: Path) -> None:

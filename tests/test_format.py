@@ -100,11 +100,11 @@ def test_R22_a_shard_changed_after_its_scan_is_scanned_again(tmp_path: Path, cac
     np.zeros(100, "<u2").tofile(tmp_path / "train.bin")
     first = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
     again = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
-    assert first.fingerprint == again.fingerprint
+    assert first.facts == again.facts
     assert len(list((cache / "scans").iterdir())) == 1
     np.full(100, 4, "<u2").tofile(tmp_path / "train.bin")
     other = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
-    assert other.fingerprint != first.fingerprint
+    assert other.facts != first.facts
     np.full(100, 9, "<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(DataError, match="token 9 at offset 0"):
         open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
@@ -117,7 +117,7 @@ def test_a_damaged_scan_cache_is_only_slower(tmp_path: Path, cache: Path) -> Non
         for entry in (cache / "scans").iterdir():
             entry.write_bytes(content)
         again = open_dataset(tmp_path, "val", dtype="uint16", cache_dir=cache)
-        assert again.fingerprint == first.fingerprint
+        assert again.facts == first.facts
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_R24_swapped_shards_are_refused_or_change_the_fingerprint(
     tmp_path: Path, cache: Path
 ) -> None:
     make_dataset(tmp_path)
-    before = open_dataset(tmp_path, "train", cache_dir=cache).fingerprint
+    before = open_dataset(tmp_path, "train", cache_dir=cache).facts
     first, second = tmp_path / "train_000000.bin", tmp_path / "train_000001.bin"
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
@@ -238,7 +238,7 @@ def test_R24_swapped_shards_are_refused_or_change_the_fingerprint(
         one["sha256"], two["sha256"] = two["sha256"], one["sha256"]
 
     edit_json(tmp_path, swap)
-    assert open_dataset(tmp_path, "train", cache_dir=cache).fingerprint != before
+    assert open_dataset(tmp_path, "train", cache_dir=cache).facts != before
 
 
 def test_R23_a_shard_truncated_or_replaced_after_opening(tmp_path: Path, cache: Path) -> None:

@@ -15,7 +15,7 @@ held_out.py   batches of the held-out split, every target once
 splitting.py  which split a document belongs to, and its pieces
 building.py   pieces to shards, with places to go on from
 encoding.py   encoding in several processes
-resume.py     what an interrupted preparation left, and going on with it
+partial.py    what an interrupted preparation left, and going on with it
 fast_bpe.py   byte-level BPE through tiktoken, proven to give the same ids
 losses.py     what of a text a tokenizer has no token for
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ class TokenDataset:
         n_documents: Documents, None where not recorded.
         end_of_text: The id that ends each document, None where not recorded.
         facts: What identifies it: hashes of shards (in order) and tokenizer, vocabulary, dtype.
-        fingerprint: SHA-256 over these.
         tokenizer_path: The verified `tokenizer.json`, None for imports.
         tokenizer_sha256: Its hash.
         joined: The datasets that this one is made of, one behind the other, where there are any.
@@ -102,7 +100,6 @@ class TokenDataset:
             "tokenizer": tokenizer_sha256,
             "shards": [scan.sha256 for scan in scans],
         }
-        self.fingerprint = hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Tokens [start, start + count), across shards.

@@ -282,28 +282,26 @@ def write_dataset_json(
     end_of_text: int | None,
     splits: Mapping[str, tuple[Sequence[ShardInfo], int]],
     source: Mapping[str, Any],
-    tokenizer_file: str = "tokenizer.json",
-) -> dict[str, Any]:
+) -> None:
     """Writes `dataset.json`, which makes a folder of shards and a tokenizer a dataset.
 
     Args:
-        folder: Holds shards and tokenizer already.
+        folder: Holds shards and `tokenizer.json` already.
         vocab_size: Of the tokenizer, special tokens included.
         end_of_text: The id that ends each document.
         splits: By name, the shards and the UTF-8 bytes of their text.
         source: What the dataset was made from and how, for people; JSON values.
-        tokenizer_file: Name of the tokenizer in the folder.
-
-    Returns:
-        What was written.
     """
-    meta: dict[str, Any] = {
+    meta = {
         "format": FORMAT,
         "version": VERSION,
         "vocab_size": vocab_size,
         "dtype": dtype_for(vocab_size).name,
         "end_of_text": end_of_text,
-        "tokenizer": {"file": tokenizer_file, "sha256": sha256_of(folder / tokenizer_file)},
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "sha256": sha256_of(folder / "tokenizer.json"),
+        },
         "splits": {
             name: {
                 "tokens": sum(shard.tokens for shard in shards),
@@ -316,4 +314,3 @@ def write_dataset_json(
         "source": dict(source),
     }
     write_atomically(folder / DATASET_JSON, (json.dumps(meta, indent=1) + os.linesep).encode())
-    return meta

@@ -42,10 +42,6 @@ class Permutation:
         digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
-    def __call__(self, index: int) -> int:
-        """Where `index` goes."""
-        return int(self.take(np.array([index]))[0])
-
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each of `indices` goes.
 

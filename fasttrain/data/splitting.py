@@ -73,41 +73,31 @@ class Splitter:
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every document, in order."""
         for document in self.source.documents():
-            if self.single and self.val_fraction:
-                yield from self._cut(document)
-                continue
-            held_out = self.threshold and _share(document) < self.threshold
-            split = "val" if held_out else "train"
-            previous = None
-            for text in document.pieces():
-                if previous is not None:
-                    yield Piece(previous, split, False, document.where)
-                previous = text
-            if previous is not None:
-                yield Piece(previous, split, True, document.where)
+            split, text = "", ""
+            for next_split, next_text in self._parts(document):
+                if split:
+                    yield Piece(text, split, split != next_split, document.where)
+                split, text = next_split, next_text
+            if split:
+                yield Piece(text, split, True, document.where)
 
-    def _cut(self, document: Document) -> Iterator[Piece]:
-        """The first part of a document for training, its last part for validation."""
+    def _parts(self, document: Document) -> Iterator[tuple[str, str]]:
+        """Split and text of each piece of a document."""
+        if not self.single or not self.val_fraction:
+            held_out = self.threshold and _share(document) < self.threshold
+            for text in document.pieces():
+                yield "val" if held_out else "train", text
+            return
         total = sum(len(text) for text in document.pieces())
         border = total - max(int(total * self.val_fraction), 1)
-        at, last_train = 0, ""
-        pieces = list[Piece]()
+        at = 0
         for text in document.pieces():
             inside = min(max(border - at, 0), len(text))
-            if inside and inside < len(text):  # the cut: after a line's end if one is near
+            if 0 < inside < len(text):  # the cut: after a line's end if one is near
                 line = text.rfind("\n", 0, inside) + 1
-                inside = line if inside - line < 1000 and (line or last_train) else inside
+                inside = line if inside - line < 1000 and (line or at) else inside
             at += len(text)
             if inside:
-                if last_train:
-                    yield Piece(last_train, "train", False, document.where)
-                last_train = text[:inside]
+                yield "train", text[:inside]
             if inside < len(text):
-                if last_train:
-                    yield Piece(last_train, "train", True, document.where)
-                    last_train = ""
-                pieces.append(Piece(text[inside:], "val", False, document.where))
-                if len(pieces) == 2:
-                    yield pieces.pop(0)
-        for piece in pieces:
-            yield Piece(piece.text, "val", True, document.where)
+                yield "val", text[inside:]
