@@ -9,6 +9,7 @@ import argparse
 import html
 import importlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def read_run(path: Path) -> Run:
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
-            minutes += row["step_ms"] * max(row["step"] - before, 0) / 60_000
+            minutes += (row["step_ms"] or 0.0) * max(row["step"] - before, 0) / 60_000
             before = row["step"]
             row |= {"minutes": minutes, "flops": row["tokens"] * per_token}
             run.train.append(row)
@@ -101,9 +102,9 @@ def _keys(panel: int, runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda k: (k != "step_ms", k)))
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Return one key of all rows; what is not finite was logged as null and leaves a gap."""
-    return [row.get(key) for row in rows]
+    return [math.nan if (value := row.get(key)) is None else value for row in rows]
 
 
 def _extra(name: str) -> Any:
@@ -204,21 +205,11 @@ def _figure(runs: Sequence[Run]) -> Any:
         modebar={"bgcolor": clear, "color": "#999", "activecolor": "#333"},
         hovermode="x",
         updatemenus=[
-            {
-                "buttons": buttons,
-                "type": "buttons",
-                "direction": "right",
-                "x": 0,
-                "y": 1.1,
-                "xanchor": "left",
-                "showactive": True,
-            }
+            {"buttons": buttons, "type": "buttons", "direction": "right", "xanchor": "left",
+             "x": 0, "y": 1.1}
         ],
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.09},
-        legend2={
-            "orientation": "h", "x": 0.55, "y": -0.06, "yanchor": "top",
-            "groupclick": "toggleitem",
-        },
+        legend2={"orientation": "h", "x": 0.55, "y": -0.06, "groupclick": "toggleitem"},
     )  # fmt: skip
     return figure
 
@@ -233,7 +224,8 @@ def _summary_table(runs: Sequence[Run]) -> str:
     lines = []
     for number, run in enumerate(runs):
         last = run.train[-1]
-        best = min(run.evals, key=lambda row: row["val_loss"], default={})
+        finite = [row for row in run.evals if row["val_loss"] is not None]
+        best = min(finite, key=lambda row: row["val_loss"], default={})
         colour = COLOURS[number % len(COLOURS)]
         cells = (
             f'<span class="swatch" style="background:{colour}"></span>{html.escape(run.name)}',
@@ -324,12 +316,11 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
             colour = COLOURS[number % len(COLOURS)]
             x = _column(run.train, AXES[axis])
             for i, key in enumerate(_keys(panel, runs)):
-                y = [float("nan") if v is None else v for v in _column(run.train, key)]
                 label = run.name if panel == 0 else None
                 if panel == len(PANELS) - 1 and number == 0:
                     label = key.removesuffix("_ms").replace("_", " ")
                 style = ("-", ":", "--", "-.")[i % 4]
-                plot.plot(x, y, color=colour, ls=style, label=label)
+                plot.plot(x, _column(run.train, key), color=colour, ls=style, label=label)
             if panel == 0 and run.evals:
                 values = _column(run.evals, "val_loss")
                 plot.plot(_column(run.evals, AXES[axis]), values, ":o", color=colour, ms=4)

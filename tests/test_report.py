@@ -26,6 +26,7 @@ def make_run(folder: Path, *overrides: str, loss: float = 3.0) -> Path:
         row = {"step": step, "tokens": 64 * step, "loss": loss / step, "loss_ema": loss, "lr": 1e-3}
         row |= {"grad_norm": 0.5, "tokens_per_s": 640.0, "step_ms": 100.0, "data_wait_ms": 0.1}
         lines.append(json.dumps(row | {"mfu": None, "peak_memory_gib": 0.25}))
+    lines.append(json.dumps({"step": 10, "val_loss": None, "val_bpb": None}))  # it was nan
     lines.append(json.dumps({"step": 20, "val_loss": 2.5, "val_bpb": 1.25}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 30, "lo')  # killed
     (folder / "samples.txt").write_text("--- step 20\n<b>while</b> & so on\n")
@@ -37,8 +38,8 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert [row["step"] for row in run.train] == [1, 10, 20]
     assert run.train[-1]["minutes"] == pytest.approx(20 * 0.1 / 60)
     assert run.train[-1]["flops"] == 64 * 20 * (run.train[0]["flops"] // 64)
-    assert run.evals[0]["val_loss"] == 2.5
-    assert run.evals[0]["tokens"] == 64 * 20
+    assert [row["val_loss"] for row in run.evals] == [None, 2.5]
+    assert run.evals[-1]["tokens"] == 64 * 20
     assert run.samples == ["20\n<b>while</b> & so on\n"]
 
 
