@@ -11,6 +11,7 @@ import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ __all__ = [
 ]
 
 SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
-_HELP_COLUMNS = 100
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -231,25 +231,17 @@ def _toml(value: Any) -> str:
 
 def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Return ``(key, value in a, value in b)`` for every key in which two configs differ."""
-    pairs = []
-    for name in _FIELDS:
-        section, _, k = name.partition(".")
-        left, right = getattr(getattr(a, section), k), getattr(getattr(b, section), k)
-        if left != right:
-            pairs.append((name, left, right))
-    return pairs
+    found = [
+        (name, *(getattr(getattr(config, section), k) for config in (a, b)))
+        for name in _FIELDS
+        for section, _, k in [name.partition(".")]
+    ]
+    return [(name, left, right) for name, left, right in found if left != right]
 
 
 def _rows() -> list[tuple[str, str, str, str]]:
-    return [
-        (
-            name,
-            allowed(f).removesuffix(", or none to unset it"),
-            show(f.default),
-            f.metadata["meaning"],
-        )
-        for name, f in _FIELDS.items()
-    ]
+    takes = {name: allowed(f).removesuffix(", or none to unset it") for name, f in _FIELDS.items()}
+    return [(k, takes[k], show(f.default), f.metadata["meaning"]) for k, f in _FIELDS.items()]
 
 
 def config_reference() -> str:
@@ -261,18 +253,13 @@ def config_reference() -> str:
 
 def help_text() -> str:
     """Return the keys section by section for ``--help``: key, default, what it takes, meaning."""
+    wrap = partial(textwrap.wrap, width=100, subsequent_indent=" " * 36, break_on_hyphens=False)
     lines = ["Config keys, in the file or as section.key=value on the command line:"]
     for section, cls in SECTIONS.items():
         summary = (cls.__doc__ or "").strip().splitlines()[0]
         lines += ["", f"[{section}]  {summary}"]
         for name, takes, default, why in _rows():
             if name.startswith(f"{section}."):
-                k = name.partition(".")[2]
-                text = textwrap.wrap(f"{why} [{takes}]", _HELP_COLUMNS - 36, break_on_hyphens=False)
-                head = f"  {k} = {default}".ljust(36)
-                if len(head) > 36:
-                    lines.append(head)
-                    head = " " * 36
-                lines.append(head + text[0])
-                lines += [" " * 36 + line for line in text[1:]]
+                head = f"  {name.partition('.')[2]} = {default} ".ljust(36)
+                lines += wrap(f"{why} [{takes}]", initial_indent=head)
     return "\n".join(lines) + "\n"
