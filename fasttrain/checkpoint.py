@@ -31,7 +31,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError, verify
 from fasttrain.checkpoint_ranks import put, read_slices
 from fasttrain.checkpoint_writer import CheckpointWriter
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, tell
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "main", "resolve", "verify"]
 
@@ -95,12 +95,8 @@ def load(
     )
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def resolve(
-    run_or_checkpoint: Path, which: str = "auto", *, report: Callable[[str], None] = _to_stderr
+    run_or_checkpoint: Path, which: str = "auto", *, report: Callable[[str], None] = tell
 ) -> Path:
     """The verified checkpoint folder that a run folder, its `checkpoints` or a checkpoint names.
 

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError, verify
 from fasttrain.checkpoint_ranks import Ranks, own_slices
 from fasttrain.checkpoint_snapshot import Snapshot
+from fasttrain.command import tell
 from fasttrain.slices import Slice
 
 __all__ = ["CheckpointWriter"]
@@ -31,10 +31,6 @@ __all__ = ["CheckpointWriter"]
 # minute at the latest. What takes some milliseconds anyway is better done soon.
 _NICE = 15
 _BULKY = 64 << 20  # bytes
-
-
-def _to_stderr(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +75,13 @@ class CheckpointWriter:
         world_size: int = 1,
         session: str = "",
         patience_s: float = 600.0,
-        warn: Callable[[str], None] = _to_stderr,
+        warn: Callable[[str], None] = tell,
     ) -> None:
         if keep_last < 1:
             raise CheckpointError(f"checkpoint.keep_last must be at least 1, got {keep_last}")
         self.folder = Path(folder)
         self.keep_last = keep_last
         self.asynchronous = asynchronous
-        self.stall_s = 0.0
         self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
         self._warn = warn
         self._n_begun = 0
@@ -115,8 +110,7 @@ class CheckpointWriter:
         Of several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
         0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
 
-        One save is in flight at a time: a second waits for the first. `stall_s` is then the time
-        for which the caller was held.
+        One save is in flight at a time: a second waits for the first.
 
         Args:
             step: optimizer updates done so far; the folder is named after it. A step that was
@@ -133,7 +127,6 @@ class CheckpointWriter:
             CheckpointError: the save before this one failed (then this one was not begun: call
                 again), or this one, if it is synchronous or its arguments are unfit.
         """
-        started = time.perf_counter()
         self.wait()
         self._n_begun += 1
         try:
@@ -167,7 +160,6 @@ class CheckpointWriter:
             self._thread.start()
         else:
             self._write(save)
-        self.stall_s = time.perf_counter() - started
         return path
 
     def _path(self, step: int) -> Path:

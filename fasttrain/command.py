@@ -11,7 +11,9 @@ from typing import ParamSpec
 from fasttrain.config import UserError
 from fasttrain.redact import redact
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "redacted"]
+__all__ = [
+    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "redacted", "tell"
+]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
@@ -33,7 +35,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.flush()
             return status
         except UserError as error:
-            print(redact(f"error: {error}"), file=sys.stderr)
+            tell(f"error: {error}")
             return EXIT_BAD_INPUT
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
@@ -41,7 +43,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 return EXIT_NOT_READ
             rank = os.environ.get("RANK")
             of_rank = f"rank {rank}: " if rank else ""
-            print(redact(of_rank + traceback.format_exc()), end="", file=sys.stderr)
+            tell(of_rank + traceback.format_exc().rstrip("\n"))
             return EXIT_FAILED
 
     return run
@@ -51,6 +53,11 @@ def _nobody_reads(file: int) -> bool:
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error, without secrets."""
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 def redacted(error: BaseException) -> Exception:

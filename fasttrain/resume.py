@@ -18,17 +18,17 @@ from fasttrain.config import (
 )
 from fasttrain.data.format import TokenDataset
 
-__all__ = ["Change", "check_resumable", "data_facts", "torch_changed"]
+__all__ = ["Change", "check_resumable", "data_facts", "other_bits"]
 
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
-    *("eval.batch_size", "eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
+    *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
     *("distributed.", "train.activation_checkpointing"),
 )
 # And these, unless evaluations decide the learning rate or the end of the run.
-MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.stride_tokens")
+MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_tokens")
 
 
 class Change(NamedTuple):
@@ -79,6 +79,11 @@ def check_resumable(
     if config.schedule.name != "plateau" and config.eval.patience is None:
         harmless += MAY_CHANGE_IF_UNUSED
     state: dict[str, Any] = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    if "data" not in state:
+        raise UserError(
+            f"{source} holds a model, and no run to go on with; start one with "
+            f"model.init_from={source} and without --resume"
+        )
     changes = [
         Change(key, old, new)
         for key, old, new in config_difference(old_config, config)
@@ -99,28 +104,24 @@ def check_resumable(
             f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
             "each with --allow-change KEY"
         )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
     state["history"] = state.get("history", []) + [
-        {
-            "when": now,
-            "step": state["step"],
-            "key": c.key,
-            "old": _short(c.old),
-            "new": _short(c.new),
-        }
-        for c in changes
+        {**when, "key": c.key, "old": _short(c.old), "new": _short(c.new)} for c in changes
     ]
     return state
 
 
-def torch_changed(state: dict[str, Any]) -> str | None:
-    """Return a warning where the checkpoint was made with another version of torch."""
-    if state["torch"] == torch.__version__:
-        return None
-    return (
-        f"the checkpoint was made with torch {state['torch']} and this is {torch.__version__}: the "
-        "run goes on, but not with the same bits"
-    )
+def other_bits(state: dict[str, Any]) -> str | None:
+    """Return a warning where what rounds differently is not what it was for the checkpoint."""
+    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    changed = [
+        f"{name} {state[name]}, and now {value}"
+        for name, value in now.items()
+        if state.get(name) not in (value, None)  # no threads: of a run on a GPU
+    ]
+    made_with = "; ".join(changed)
+    told = f"the checkpoint was made with {made_with}: the run goes on, but not with the same bits"
+    return told if changed else None
 
 
 def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:

@@ -8,15 +8,14 @@ import glob
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import TextIO
 
 from fasttrain import checkpoint
+from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.distributed import World
 from fasttrain.loggers import Console
-from fasttrain.redact import redact
 
 __all__ = ["RunFolder", "check_disk", "lock_run_dir", "new_run_dir", "run_dir_of"]
 
@@ -85,7 +84,7 @@ class RunFolder:
         if self.console:
             self.console.warn(text)
         else:
-            print(redact(f"rank {self.world.rank}: {text}"), file=sys.stderr, flush=True)
+            tell(f"rank {self.world.rank}: {text}")
 
     def remove_unused(self) -> None:
         """Remove the folder of a new run that never began."""

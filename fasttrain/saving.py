@@ -159,6 +159,7 @@ class Saver:
             "val_losses": [_finite(loss) for loss in trainer.val_losses],
             "faults": trainer.recovery.policy.state(),
             "torch": torch.__version__,
+            "threads": torch.get_num_threads() if trainer.device.type == "cpu" else None,
             **trainer.recorded,
         }
 

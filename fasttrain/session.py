@@ -42,7 +42,7 @@ from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.redact import redact
-from fasttrain.resume import check_resumable, data_facts, torch_changed
+from fasttrain.resume import check_resumable, data_facts, other_bits
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import make_sharded
 from fasttrain.signals import interruptible
@@ -238,7 +238,7 @@ def _build(
             samples = config.train.micro_batch * n_micro_batches * world.size
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
-            if world.leads and (warning := torch_changed(state)):
+            if world.leads and (warning := other_bits(state)):
                 folder.warn(warning)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)

@@ -1,7 +1,9 @@
-"""What a checkpoint holds of a run, as groups of tensors: model, optimizer, device numbers, RNG."""
+"""The state of a run: what a checkpoint holds of it, as groups of tensors, and who may save it."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.slices import cut
 from fasttrain.step import TrainStep
 
-__all__ = ["collect", "restore", "restore_rng", "rng_of_rank", "rng_state"]
+__all__ = ["StateGuard", "collect", "restore", "restore_rng", "rng_of_rank", "rng_state"]
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -88,3 +90,72 @@ def restore(
     rest = checkpoint.group("trainer")
     _restore_rng_of_rank(rest, train_step.loss.device, rank)
     train_step.load(rest)
+
+
+class StateGuard:
+    """Keeps the state of a run to the training thread, except while that only computes from it.
+
+    Forward and backward, evaluation and samples may last: a compiler runs, a disk hangs. Parameters
+    and moments are then still those of the last whole step, and another thread may take them over.
+
+    Attributes:
+        rng: the random state at the beginning of what is being computed.
+        is_open: whether the training thread now only computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rng: dict[str, Tensor] = {}
+        self.is_open = False
+        self._device = device
+        self._lock = threading.Lock()
+        self._training = False
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Hold the state while this thread trains."""
+        self._lock.acquire()
+        self._training = True
+        try:
+            yield
+        finally:
+            self.close()  # waits for ever for a thread that has taken over: that ends the process
+            self._training = False
+            self._lock.release()
+
+    def open(self) -> None:
+        """Begin to compute; outside of `training` nobody else may save, and this does nothing."""
+        if self._training and not self.is_open:
+            self.rng = rng_state(self._device)
+            self.is_open = True
+            self._lock.release()
+
+    def close(self) -> None:
+        """Before the state changes."""
+        if self.is_open:
+            self._lock.acquire()
+            self.is_open = False
+
+    def give_up(self) -> None:
+        """Go back to where the computing that failed began."""
+        self.close()
+        restore_rng(self.rng, self._device)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Compute within a block."""
+        self.open()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def take_over(self) -> bool:
+        """Stop the training thread for good, at once where it computes, else when it does so next.
+
+        Returns:
+            False where it has ended its training; the state is then its own again.
+        """
+        self._lock.acquire()
+        if not self._training:
+            self._lock.release()
+        return self._training

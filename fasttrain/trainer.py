@@ -22,7 +22,6 @@ from fasttrain.data.loader import Loader
 from fasttrain.device import compile_cache_use, resolve_device, resolve_precision
 from fasttrain.distributed import World, accumulation_steps, steady
 from fasttrain.evaluation import evaluate
-from fasttrain.guard import StateGuard
 from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
 from fasttrain.lockstep import Lockstep
 from fasttrain.loggers import Console
@@ -32,6 +31,7 @@ from fasttrain.recovery import Recovery
 from fasttrain.reporting import Reporter
 from fasttrain.saving import Saver
 from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
+from fasttrain.state import StateGuard
 from fasttrain.step import TrainStep
 from fasttrain.timing import TimeAccount
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_STOPPED
+from fasttrain.command import EXIT_DONE, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.loggers import format_duration
-from fasttrain.redact import redact
 from fasttrain.signals import interruptible
 
 __all__ = ["first_difference", "verify_resume"]
@@ -70,6 +69,8 @@ def verify_resume(
         ) from error
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
     base += ["log.every_steps=1"]
+    if config.run.threads is None:  # the processes may be given other processors, and sum otherwise
+        base += [f"run.threads={torch.get_num_threads()}"]
     parts = [
         ("one", n_steps, f"{n_steps} steps in one go"),
         ("two", n_steps // 2, f"{n_steps // 2} steps"),
@@ -85,7 +86,7 @@ def verify_resume(
             print(format_duration(time.perf_counter() - started), flush=True)
             if status not in MADE_BY_TRAINING:
                 keep = status != 2  # bad input left nothing to look at
-                print(redact(errors.strip() or f"exit status {status}"), file=sys.stderr)
+                tell(errors.strip() or f"exit status {status}")
                 return status if status > 0 else EXIT_DIFFERENT
             reached = checkpoint.resolve(folder / name, "latest").name
             if reached != f"step-{stop:08d}":

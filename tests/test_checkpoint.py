@@ -179,7 +179,6 @@ def test_R17_the_snapshot_is_what_is_saved(tmp_path: Path) -> None:
                 s: {n: t.detach().clone() for n, t in g.items()} for s, g in tensors.items()
             }
             path = writer.save(step, tensors, {}, CONFIG)
-            assert writer.stall_s < 250
             assert not path.exists()
             with torch.no_grad():
                 for tensor in (t for group in tensors.values() for t in group.values()):

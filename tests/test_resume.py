@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fasttrain import checkpoint, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
-from fasttrain.resume import check_resumable
+from fasttrain.resume import check_resumable, other_bits
 from fasttrain.train import main
 from tests.faults import flip_bit
 from tests.toy import write_config
+from tests.toy_checkpoints import save
 
 Capture = pytest.CaptureFixture[str]
 
@@ -150,7 +152,7 @@ def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture)
     ("deciding", "changed"),
     [
         (["eval.patience=50"], "eval.every_steps=2"),
-        (["schedule.name=plateau"], "eval.every_steps=2"),
+        (["schedule.name=plateau"], "eval.batch_size=2"),
         (["eval.patience=50"], "eval.patience=51"),
     ],
 )
@@ -266,6 +268,22 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert main([str(toy), *arguments]) == 2
     assert expected in capfd.readouterr().err
     assert not (toy.parent / "runs").exists()
+
+
+def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
+    state = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    assert other_bits(state) is None
+    assert other_bits({**state, "threads": None}) is None
+    told = other_bits({"torch": "2.0", "threads": 99})
+    assert told is not None
+    assert f"torch 2.0, and now {torch.__version__}; threads 99, and now 1:" in told
+
+
+def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:
+    source = save(tmp_path, 1)
+    (source / "config.toml").write_text("[train]\nsteps = 1\n")
+    with pytest.raises(UserError, match=r"no run to go on with.*model\.init_from="):
+        check_resumable(source, load_config(source / "config.toml"), {}, (), 4)
 
 
 def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stopped: Path) -> None:

@@ -36,7 +36,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "numpy"},
     ),
     "checkpoint_writer": (
-        CONFIG | {"checkpoint_files", "checkpoint_ranks", "checkpoint_snapshot", "slices"},
+        CONFIG
+        | {"checkpoint_files", "checkpoint_ranks", "checkpoint_snapshot", "command", "slices"},
         {"torch"},
     ),
     "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
