@@ -347,6 +347,6 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(
         kept = list(there)
         for expected, batch in zip(here, kept, strict=True):
             assert batch.tokens.is_cuda
-            assert batch.position == expected.position
+            assert (batch.position, batch.n_tokens) == (expected.position, expected.n_tokens)
             assert torch.equal(batch.tokens.cpu(), expected.tokens)
             assert torch.equal(batch.targets.cpu(), expected.targets)
