@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from fasttrain import checkpoint_files as disk
+from fasttrain import checkpoint_writer
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
 from fasttrain.checkpoint_snapshot import Snapshot
 from tests.faults import Faults, flip_bit
@@ -208,6 +210,20 @@ def test_R17_pointers_move_after_everything_is_fsynced(step: int, tmp_path: Path
         moved = log.index(f"replace {pointer}")
         assert renamed + 1 < log.index(f"fsync .tmp-{pointer}") < moved
         assert log[moved + 1] == "fsync ."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads share one priority")
+def test_R17_a_large_save_gives_way_to_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda which, who, value: asked.append(value))
+    save(tmp_path, 1)
+    assert asked == []  # over in no time: better soon
+    monkeypatch.setattr(checkpoint_writer, "_BULKY", 0)
+    save(tmp_path, 2)
+    assert asked == [checkpoint_writer._NICE]
+    assert_holds(resolve(tmp_path), groups(2))
 
 
 def test_R17_buffers_are_reused(tmp_path: Path) -> None:
