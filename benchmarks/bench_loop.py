@@ -1,7 +1,8 @@
 """Where the time of the trainer's loop goes at configs/base.toml, and what the loop itself costs.
 
 The trainer runs with its loader, log and run folder. After every few of its steps the bare model
-runs as many: the same compiled loss, its backward pass and the same optimizers on a batch at hand.
+runs as many: the same loss, compiled or not as the trainer's is, its backward pass and the same
+optimizers on one batch of the same text, of the same length throughout.
 `overhead` is the trainer's time from step to step less the bare model's, as a part of it. The
 shares come from clocks around the calls inside the trainer's own steps.
 """
@@ -25,16 +26,21 @@ from torch.optim.optimizer import (
 )
 
 from benchmarks.measure import comparison
-from benchmarks.subject import BASE, LR, make_batch, make_model
+from benchmarks.subject import BASE, LR, make_model
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import open_dataset
-from fasttrain.data.loader import Loader
-from fasttrain.device import compile_function, resolve_device, resolve_precision
+from fasttrain.data.loader import Batch, Loader
+from fasttrain.device import (
+    compile_function,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 from fasttrain.loggers import Console
 from fasttrain.optim import build_optimizers
 from fasttrain.trainer import Trainer
 
-ROUNDS, N_STEPS, N_WARM = 12, 4, 4
+ROUNDS, N_STEPS, N_WARM = 40, 2, 4
 
 
 def text_as_tokens(folder: Path, vocab_size: int) -> None:
@@ -45,11 +51,12 @@ def text_as_tokens(folder: Path, vocab_size: int) -> None:
         (ids.astype(np.uint16) % vocab_size).tofile(folder / f"{split}.bin")
 
 
-def bare_step(config: TrainConfig) -> Callable[[], Tensor]:
+def bare_step(config: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
     """Return forward, backward and optimizers alone, compiled as the trainer compiles."""
-    model, batch = make_model(config), make_batch(config)
+    model = make_model(config)
     optimizers = build_optimizers(model, config.optim)
-    precision = resolve_precision(config.run.dtype, resolve_device(config.run.device))
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.run.dtype, device)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with precision.autocast():
@@ -57,7 +64,8 @@ def bare_step(config: TrainConfig) -> Callable[[], Tensor]:
         assert isinstance(loss, Tensor)
         return loss
 
-    fn = compile_function(loss_of, "default")
+    mode = resolve_compile(config.run, device, config.model.n_layers)
+    fn = loss_of if mode == "off" else compile_function(loss_of, mode)
 
     def step() -> Tensor:
         loss = fn(batch.tokens, batch.targets)
@@ -138,6 +146,7 @@ def test_loop(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     overrides = [f"data.path={tmp_path}", "data.dtype=uint16", "model.vocab_size=2048"]
     overrides += [f"train.steps={n_steps}", "eval.every_steps=none", "eval.prompts=[]"]
     overrides += ["eval.sample_every_steps=none", "checkpoint.every_steps=none"]
+    overrides += ["schedule.context_tokens=[]"]
     config = load_config(BASE, overrides)
     text_as_tokens(tmp_path, 2048)
     dataset = open_dataset(
@@ -145,8 +154,11 @@ def test_loop(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     device = resolve_device(config.run.device)
     rows, seq_len = config.train.micro_batch, config.data.seq_len
-    console = Turns(tmp_path / "log", bare_step(config))
-    with Loader(dataset, seq_len=seq_len, micro_batch=rows, seed=0, device=device) as loader:
+    loaded = {"seq_len": seq_len, "micro_batch": rows, "seed": 0, "device": device}
+    with Loader(dataset, **loaded) as loader:
+        bare = bare_step(config, next(loader))
+    console = Turns(tmp_path / "log", bare)
+    with Loader(dataset, **loaded) as loader:
         model = make_model(config)
         optimizers = build_optimizers(model, config.optim)
         trainer = Trainer(
