@@ -112,7 +112,7 @@ def preflight(
     if plan.tokens is not None:
         show(
             f"run          {plan.steps:,} steps, {format_count(plan.tokens)} tokens, "
-            f"{plan.epochs:.2f} epochs, {plan.tokens * plan.flops_per_token:.3g} FLOPs"
+            f"{plan.epochs:,.2f} epochs, {plan.tokens * plan.flops_per_token:.3g} FLOPs"
         )
     else:
         show(f"run          {config.train.hours} h")
