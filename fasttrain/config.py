@@ -55,6 +55,8 @@ __all__ = [
 ]
 
 SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
+# Keys that there were, with their defaults: the configs of older runs name every key.
+_RETIRED = {"optim.muon_lr_scale": 1.0, "optim.nesterov": False, "schedule.cycle_factor": 1.0}
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -86,6 +88,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     path = Path(path)
     values = _read(path)
+    for name, default in _RETIRED.items():
+        section, _, k = name.partition(".")
+        table = values.get(section)
+        if isinstance(table, dict) and table.get(k) == default:
+            del table[k]
     try:
         _check_names(values)
     except ConfigError as error:

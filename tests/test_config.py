@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fasttrain.config import (
     SECTIONS,
     ConfigError,
+    LoopConfig,
     ModelConfig,
     TrainConfig,
     UserError,
@@ -219,6 +220,16 @@ def test_unreadable_files(tmp_path, config_file):
     (tmp_path / "latin.toml").write_bytes("# größe\n[train]\nsteps = 1".encode("latin-1"))
     with pytest.raises(ConfigError, match="is not UTF-8 at byte 4; save it as UTF-8"):
         load_config(tmp_path / "latin.toml")
+
+
+def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
+    path = tmp_path / "old.toml"
+    old = "[train]\nsteps = 1\n[optim]\nnesterov = {}\nmuon_lr_scale = 1.0\n"
+    path.write_text(old.format("false"))
+    assert load_config(path) == TrainConfig(train=LoopConfig(steps=1))
+    path.write_text(old.format("true"))
+    with pytest.raises(ConfigError, match=r"optim\.nesterov is not a config key"):
+        load_config(path)
 
 
 def test_a_section_checks_itself():
