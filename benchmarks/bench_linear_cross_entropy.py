@@ -94,7 +94,7 @@ def test_linear_cross_entropy(
     hidden = torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)
     weight = (torch.randn(vocabulary, dim, device=DEVICE) / dim**0.5).to(DTYPE)
     targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
-    few = 256 if seconds_each else rows
+    few = 128 if vocabulary == 50304 and not CUDA else rows
     exact = step(torch_eager, hidden[:few].float(), weight.float(), targets[:few])
 
     def verify(name: str, op: Op) -> None:

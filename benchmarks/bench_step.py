@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[dict[str, object], Path | None]] = {
     # Its own optimizer, Muon, is a rival of its own below: torch has none that is fast on a CPU.
     "base": ({"model.vocab_size": 2048, "optim.name": "adamw"}, BASE),
 }
-ROUNDS, N_CALLS = {"gpt2-chars": 15, "llama-256": 7, "base": 7}, {"gpt2-chars": 5}
+ROUNDS, N_CALLS = {"gpt2-chars": 10, "llama-256": 5, "base": 5}, {"gpt2-chars": 3}
 
 
 def litgpt_step(config: TrainConfig) -> Step:
@@ -76,7 +76,9 @@ def litgpt_step(config: TrainConfig) -> Step:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_training_step(compare: Any, benchmark: Any, name: str) -> None:
+def test_training_step(compare: Any, benchmark: Any, full: bool, name: str) -> None:
+    if name == "llama-256" and not full:
+        pytest.skip("compiles three times for most of a minute: --full")
     torch._dynamo.reset()
     overrides, file = SHAPES[name]
     config = config_of(overrides, file)
@@ -98,7 +100,9 @@ def test_training_step(compare: Any, benchmark: Any, name: str) -> None:
             steps["litgpt"] = litgpt_step(config)
         except ImportError as error:
             left_out["litgpt"] = str(error)
-    result = compare(steps, rounds=ROUNDS[name], n_calls=N_CALLS.get(name, 1), flush=False)
+    rounds = ROUNDS[name] * (3 if full else 1)
+    n_calls = N_CALLS.get(name, 1)
+    result = compare(steps, rounds=rounds, n_calls=n_calls, warmup=1, flush=False)
     tokens = config.train.micro_batch * config.data.seq_len
     benchmark.extra_info["left_out"] = left_out
     benchmark.extra_info["tokens_per_s"] = {k: tokens / s for k, s in result.median_s.items()}
