@@ -56,7 +56,7 @@ __all__ = [
 
 SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
 # Keys that there were, with their defaults: the configs of older runs name every key.
-_RETIRED = {"optim.muon_lr_scale": 1.0, "optim.nesterov": False, "schedule.cycle_factor": 1.0}
+_RETIRED = {"optim.muon_lr_scale": 1.0, "schedule.cycle_factor": 1.0}
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",

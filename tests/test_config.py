@@ -224,11 +224,11 @@ def test_unreadable_files(tmp_path, config_file):
 
 def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
     path = tmp_path / "old.toml"
-    old = "[train]\nsteps = 1\n[optim]\nnesterov = {}\nmuon_lr_scale = 1.0\n"
-    path.write_text(old.format("false"))
+    old = "[train]\nsteps = 1\n[optim]\nmuon_lr_scale = {}\n"
+    path.write_text(old.format("1.0"))
     assert load_config(path) == TrainConfig(train=LoopConfig(steps=1))
-    path.write_text(old.format("true"))
-    with pytest.raises(ConfigError, match=r"optim\.nesterov is not a config key"):
+    path.write_text(old.format("2.0"))
+    with pytest.raises(ConfigError, match=r"optim\.muon_lr_scale is not a config key"):
         load_config(path)
 
 
