@@ -1,7 +1,12 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import gc
+import importlib
 import os
+
+# Of this process and of those that tests start: the cores are shared by several of them.
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # Triton decides when a kernel is decorated whether it is interpreted. Where there is no GPU the
 # kernels are decorated for the interpreter; the variable is then removed, so that a CPU tensor
@@ -36,6 +41,21 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("fasttrain")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_are_collected_once() -> Iterator[None]:
+    """A Trainer looks through all objects when it begins: for 0.1 s, most of it in torch's modules.
+
+    Those are set aside for the session. The Trainer's own `gc.unfreeze` would bring them back.
+    """
+    importlib.import_module("torch._dynamo")  # which the first optimizer loads
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gc, "freeze", lambda: None)
+        patched.setattr(gc, "unfreeze", lambda: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

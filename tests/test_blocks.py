@@ -3,7 +3,6 @@
 import gc
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -38,10 +37,12 @@ class Kept(TorchDispatchMode):
         return sum(n for ref, n in self.made.values() if not ref.expired())
 
 
-def run(kind: str, *, compiled: bool = False) -> tuple[Tensor, list[Tensor], int]:
+def run(
+    kind: str, *, n_layers: int = 6, compiled: bool = False
+) -> tuple[Tensor, list[Tensor], int]:
     """Return the loss, the gradients and the bytes kept for the backward pass."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=64, dim=64, n_layers=6, n_heads=4, dropout=0.1)
+    config = ModelConfig(vocab_size=64, dim=64, n_layers=n_layers, n_heads=4, dropout=0.1)
     model = Transformer(config, seq_len=64)
     prepare_blocks(model, activation_checkpointing=kind, compiled=False, sharded=False)
     tokens = torch.randint(64, (4, 64))
@@ -72,9 +73,7 @@ def test_the_same_bits_from_less_memory() -> None:
     assert found["full"][2] < found["selective"][2] < 0.8 * everything
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
-def test_it_compiles_to_one_graph(kind: str) -> None:
-    loss, grads, _ = run(kind, compiled=True)
-    expected, expected_grads, _ = run("none", compiled=True)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(grads, expected_grads)
+def test_it_compiles_to_one_graph() -> None:
+    found = {kind: run(kind, n_layers=2, compiled=True) for kind in KINDS}
+    for kind in ("full", "selective"):
+        torch.testing.assert_close(found[kind][:2], found["none"][:2])

@@ -199,7 +199,7 @@ def test_R1_resuming_continues_the_very_same_trajectory(
     assert digest(saved) == digest(whole)  # saving changes nothing
     assert saved.writer is not None
     saved.writer.wait()
-    for at in (1, 4, 5, 6, 8, last):  # about the end of an epoch, in the middle of one, at the end
+    for at in (4, 5, 6, last):  # about the end of an epoch, in the middle of one, at the end
         run_dir = tmp_path / f"resumed-{at}"
         run_dir.mkdir()
         checkpoint = tmp_path / f"saved/checkpoints/step-{at:08d}"
