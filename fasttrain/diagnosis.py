@@ -83,16 +83,15 @@ def _check_training(
     """Train a copy on the one batch: gradients everywhere, of a sane size, and a falling loss."""
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     if frozen:
-        report.add(
+        report.warn(
             "frozen",
-            "warn",
             f"{len(frozen)} parameters take no gradient: {', '.join(frozen[:3])}",
             "right where meant, as in fine-tuning; else .requires_grad_(True)",
         )
     probe = copy.deepcopy(model).train()
     params = {n: p for n, p in probe.named_parameters() if p.requires_grad}
     if not params:
-        report.add("gradients", "fail", "no parameter takes one", "call .requires_grad_(True)")
+        report.fail("gradients", "no parameter takes one", "call .requires_grad_(True)")
         return
     adamw = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
     reached: set[str] = set()
@@ -111,14 +110,13 @@ def _check_training(
     # Several steps, for behind a matrix that starts at zero there is no gradient in the first.
     lost = [n for n in params if n not in reached]
     if lost:
-        report.add(
+        report.fail(
             "gradients",
-            "fail",
             f"none in {N_STEPS} steps for {len(lost)} parameters: {', '.join(lost[:3])}",
             "use the layer in forward; look for detach(), no_grad(), .data or a dead activation",
         )
     else:
-        report.add("gradients", "pass", f"all {len(params)} parameters get one")
+        report.passed("gradients", f"all {len(params)} parameters get one")
     status: Status = "pass" if losses[-1] < losses[0] else "warn"
     report.add(
         "learning",
@@ -134,9 +132,8 @@ def _norm(report: Diagnosis, grads: dict[str, Tensor]) -> bool:
     if not math.isfinite(total):
         # Backward runs from the end: the last of these layers was the first to break.
         last = [n for n, v in norms.items() if not math.isfinite(v)][-1]
-        report.add(
+        report.fail(
             "gradient norm",
-            "fail",
             f"not finite, first in {last}",
             "look for a root, norm or division of zero there, or train in bf16",
         )
@@ -167,17 +164,15 @@ def _check_optimizers(
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
     outside = [n for n, p in names.items() if id(p) not in held]
     if outside:
-        report.add(
+        report.fail(
             "optimizer",
-            "fail",
             f"{len(outside)} parameters are in no optimizer: {', '.join(outside[:3])}",
             "build it from this very model's parameters, after moving or wrapping it",
         )
     rates = [float(g["lr"]) for o in optimizers for g in o.param_groups]
     if not any(rates):
-        report.add(
+        report.fail(
             "learning rate",
-            "fail",
             "zero: nothing will change",
             "raise it, or look at the schedule: a warmup must not start at zero and stay there",
         )
@@ -208,4 +203,4 @@ def _check_optimizers(
             "see the gradients and learning rates above; a bf16 parameter may round its step away",
         )
     else:
-        report.add("update", "pass", "a step changes every parameter")
+        report.passed("update", "a step changes every parameter")

@@ -67,6 +67,15 @@ class Diagnosis:
         """Append a line; the remedy is for one that does not pass."""
         self.findings.append(Finding(check, status, detail, remedy if status != "pass" else ""))
 
+    def passed(self, check: str, detail: str) -> None:
+        self.add(check, "pass", detail)
+
+    def warn(self, check: str, detail: str, remedy: str) -> None:
+        self.add(check, "warn", detail, remedy)
+
+    def fail(self, check: str, detail: str, remedy: str) -> None:
+        self.add(check, "fail", detail, remedy)
+
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings))
 
@@ -81,9 +90,8 @@ def unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Te
             return tokens, batch["target_ids"]
         labels = batch.get("labels", tokens)
         if labels.shape == tokens.shape and ((labels == tokens) | (labels == ignore_index)).all():
-            report.add(
+            report.warn(
                 "labels",
-                "warn",
                 "are the tokens themselves, shifted here",
                 "right for fasttrain.Trainer and transformers, which shift them; else shift them",
             )
@@ -108,42 +116,36 @@ def check_data(
 ) -> bool:
     """Check shape and range; return whether the model can be run on the batch."""
     if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
-        report.add(
+        report.fail(
             "shape",
-            "fail",
             f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}",
             "give both as (B, T) with at least one token",
         )
         return False
     if tokens.is_floating_point() or targets.is_floating_point():
-        report.add(
-            "shape", "fail", f"{tokens.dtype} tokens, {targets.dtype} targets", "use .long()"
-        )
+        report.fail("shape", f"{tokens.dtype} tokens, {targets.dtype} targets", "use .long()")
         return False
-    report.add("shape", "pass", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
+    report.passed("shape", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
     size = _vocab_size(model)
     kept = targets[targets != ignore_index]
     if size is not None:
         for name, ids in (("tokens", tokens), ("targets", kept)):
             wrong = (ids < 0) | (ids >= size)
             if wrong.any():
-                report.add(
+                report.fail(
                     "range",
-                    "fail",
                     f"{int(wrong.sum())} {name} outside [0, {size}), such as {int(ids[wrong][0])}",
                     "use the model's own tokenizer, or raise its vocabulary size",
                 )
                 return False
-        report.add("range", "pass", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
+        report.passed("range", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
     if kept.numel() == 0:
-        report.add(
-            "targets", "fail", "all are ignored: no loss", f"keep some other than {ignore_index}"
-        )
+        report.fail("targets", "all are ignored: no loss", f"keep some other than {ignore_index}")
         return False
     if (tokens == tokens[0, 0]).all() and tokens.numel() > 1:
-        report.add("variety", "warn", "all tokens are the same", "look at the data")
+        report.warn("variety", "all tokens are the same", "look at the data")
     elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
-        report.add("variety", "warn", "all rows are the same", "look at how batches are drawn")
+        report.warn("variety", "all rows are the same", "look at how batches are drawn")
     return True
 
 
@@ -155,11 +157,10 @@ def check_labels(report: Diagnosis, tokens: Tensor, targets: Tensor, ignore_inde
     share = (here == there).float().mean().item()
     same = (here == tokens[:, :-1][inner]).float().mean().item()
     if share == 1.0:
-        report.add("labels", "pass", "each target is the next token")
+        report.passed("labels", "each target is the next token")
     elif same > max(share, 0.99):
-        report.add(
+        report.fail(
             "labels",
-            "fail",
             "each target is the very token it stands at: the model would learn to copy",
             "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model shifts itself)",
         )
@@ -220,9 +221,8 @@ def check_forward(
         with torch.no_grad(), _evaluating(model), _outputs(model, seen):
             logits = _logits(model, tokens)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        report.add(
+        report.fail(
             "forward",
-            "fail",
             f"the model raises {type(error).__name__}: {error}",
             "is the batch longer than the model's positions, or on another device?",
         )
@@ -230,20 +230,18 @@ def check_forward(
     first = next((name for name, rms in seen if not math.isfinite(rms)), None)
     if broken or first or not logits.isfinite().all():
         held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
-        report.add(
+        report.fail(
             "finite",
-            "fail",
             f"NaN or infinity first comes out of {first or 'the head'}{held}",
             "reload the weights of that layer"
             if broken
             else "look for a division, root or logarithm of zero in that layer, or train in bf16",
         )
         return False
-    report.add("finite", "pass", "parameters, activations and logits")
+    report.passed("finite", "parameters, activations and logits")
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-        report.add(
+        report.fail(
             "logits",
-            "fail",
             f"{tuple(logits.shape)} for tokens {tuple(tokens.shape)}",
             "return one row of logits for each token: (B, T, V)",
         )
@@ -267,9 +265,9 @@ def check_forward(
         report.add("first loss", status, detail, remedy)
     elif loss < ln_v - LOSS_WARN:
         remedy = "right for trained weights; in new ones targets leak or repeat"
-        report.add("first loss", "warn", detail, remedy)
+        report.warn("first loss", detail, remedy)
     else:
-        report.add("first loss", "pass", detail)
+        report.passed("first loss", detail)
     return True
 
 
@@ -304,11 +302,10 @@ def check_causality(report: Diagnosis, model: nn.Module, tokens: Tensor) -> None
     tolerance = (5e-2 if narrow else 1e-4) * max(a.abs().max().item(), 1e-3)
     if largest > tolerance:
         moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
-        report.add(
+        report.fail(
             "causality",
-            "fail",
             f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on",
             "mask attention (is_causal=True) and look for norms or shifts along the sequence",
         )
     else:
-        report.add("causality", "pass", "no position depends on a later token")
+        report.passed("causality", "no position depends on a later token")

@@ -105,22 +105,19 @@ def flops_per_token(
     return 6.0 * n_matmul_parameters + 12.0 * n_layers * n_heads * head_dim * seq_len
 
 
-def mfu(
-    tokens_per_s: float, flops_per_token: float, peak_flops: float | None, n_devices: int = 1
-) -> float | None:
+def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
     """Return the model FLOPs utilisation, a fraction of the peak, or None where that is unknown.
 
     Args:
-        tokens_per_s: trained tokens a second over all devices.
+        tokens_per_s: trained tokens a second.
         flops_per_token: from `flops_per_token`.
-        peak_flops: peak of one device in FLOP/s, from `peak_flops`.
-        n_devices: number of devices that share the work.
+        peak_flops: of the devices that share the work, in FLOP/s, from `peak_flops`.
 
     Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), section 4.1.
     """
     if peak_flops is None:
         return None
-    return tokens_per_s * flops_per_token / (peak_flops * n_devices)
+    return tokens_per_s * flops_per_token / peak_flops
 
 
 class LossTracker:
@@ -152,21 +149,20 @@ class LossTracker:
 class NormWatch:
     """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
 
-    A norm above that enters the average as the limit, so that one outlier does not hide the next
-    and a level that rose for good is accepted after some 25 steps.
+    A norm above that counts as that: one outlier does not hide the next, and a level that rose for
+    good is accepted after some 25 steps.
     """
 
-    EXPLODED = 10.0
-    WARMUP_STEPS = 20  # of a run or of what follows a resume: before, there is no usual norm
+    EXPLODED, WARMUP_STEPS = 10.0, 20
 
     def __init__(self) -> None:
         self._mean, self._n_steps = LossTracker(0.99), 0
 
     def update(self, norm: float) -> float | None:
         """Add the norm of a step; return the average before it where the gradient exploded."""
-        if self._n_steps < self.WARMUP_STEPS:
-            self._mean.value = None  # a run may begin with norms that never come again
         self._n_steps += 1
+        if self._n_steps <= self.WARMUP_STEPS:
+            self._mean.value = None  # a run may begin with norms that never come again
         usual = self._mean.value
         limit = self.EXPLODED * usual if usual else math.inf
         self._mean.update(min(norm, limit) if math.isfinite(norm) else norm)

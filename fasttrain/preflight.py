@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.command import command
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, command
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.plan import plan_run, warnings_of
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from fasttrain.memory import StepMemory
 
 __all__ = ["main", "preflight"]
-
-EXIT_FOUND_FAULTS = 1
-
 
 # ---- what a person sees --------------------------------------------------------------------------
 
@@ -274,19 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.kernels:
         from fasttrain.kernel_check import show_kernels
 
-        return 0 if show_kernels(arguments.device) else EXIT_FOUND_FAULTS
+        return EXIT_DONE if show_kernels(arguments.device) else EXIT_FAILED
     if arguments.config is None:
         parser.error("give a config file, or --kernels")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.diagnose:
-        return 0 if diagnose_run(config) else EXIT_FOUND_FAULTS
-    fits = preflight(
-        config,
-        probe=not arguments.no_probe,
-        n_ranks=arguments.world_size,
-        bandwidth_gbps=arguments.bandwidth_gbps,
-    )
-    return 0 if fits else EXIT_FOUND_FAULTS
+        return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
+    n_ranks, gbps = arguments.world_size, arguments.bandwidth_gbps
+    fits = preflight(config, probe=not arguments.no_probe, n_ranks=n_ranks, bandwidth_gbps=gbps)
+    return EXIT_DONE if fits else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_flops_agree_with_torchs_counter() -> None:
 
 def test_mfu() -> None:
     assert mfu(1000.0, 5e9, 1e13) == pytest.approx(0.5)
-    assert mfu(1000.0, 5e9, 1e13, n_devices=2) == pytest.approx(0.25)
+    assert mfu(1000.0, 5e9, 2e13) == pytest.approx(0.25)
     assert mfu(1000.0, 5e9, None) is None
 
 
