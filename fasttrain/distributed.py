@@ -116,15 +116,7 @@ class World:
 
     def share(self, value: Any) -> Any:
         """Return rank 0's JSON value on every rank. Waits."""
-        if self.control is None:
-            return value
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([data.numel()])
-        dist.broadcast(length, 0, group=self.control)
-        if not self.leads:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, 0, group=self.control)
-        return json.loads(bytes(data.tolist()))
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's JSON value, in order of rank, on every rank. Waits."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from fasttrain.distributed import World
 
 __all__ = [
-    "Agreement",
     "Lockstep",
     "Watchdog",
     "call_ranks",
@@ -99,40 +98,11 @@ def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
         thread.join(LISTEN_EVERY_S)
 
 
-class Agreement:
-    """Makes all ranks act at the same step on what any of them saw, without waiting.
-
-    Each call hands in a number and returns the greatest that any rank handed in at the call
-    before: the reduction runs on the hosts while the step does. On one rank it returns the number
-    itself.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.pending: tuple[Tensor, dist.Work] | None = None
-
-    def __call__(self, number: int) -> int:
-        """Hand in ``number``; return the greatest of the call before, 0 at the first."""
-        if self.world.control is None:
-            return number
-        agreed = self._take()
-        mine = torch.tensor([number])
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
-        assert work is not None
-        self.pending = (mine, work)
-        return agreed
-
-    def _take(self) -> int:
-        if self.pending is None:
-            return 0
-        tensor, work = self.pending
-        work.wait()
-        self.pending = None
-        return int(tensor)
-
-
 class Lockstep:
-    """What the ranks of a run decide together, each time at the same step.
+    """What the ranks of a run decide together, each time at the same step, without waiting.
+
+    At each call every rank hands in a number, and all learn the greatest of the call before: the
+    reduction runs on the hosts while the step does. One rank learns its own at once.
 
     Args:
         world: of the run.
@@ -149,16 +119,28 @@ class Lockstep:
         self.stop = self.time_over = False
         self.stopped_by = 0
         self.watchdog = Watchdog(world, timeout_s)
-        self._rank = world.rank
-        self._agree = Agreement(world)
+        self._world = world
+        self._pending: tuple[Tensor, dist.Work] | None = None
 
     def __call__(self, *, stop: bool, time_over: bool) -> None:
         """Say what this rank wishes; learn, on several ranks one call late, what holds for all."""
-        agreed = self._agree(2 + self._rank if stop else int(time_over))
+        agreed = self._greatest(2 + self._world.rank if stop else int(time_over))
         self.watchdog.beat()
         if agreed >= 2:
             self.stop, self.stopped_by = True, agreed - 2
         self.time_over |= agreed == 1
+
+    def _greatest(self, number: int) -> int:
+        if self._world.control is None:
+            return number
+        before, mine = self._pending, torch.tensor([number])
+        if before is not None:
+            before[1].wait()
+        group = self._world.control
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=group, async_op=True)
+        assert work is not None
+        self._pending = (mine, work)
+        return 0 if before is None else int(before[0])
 
 
 class Watchdog:

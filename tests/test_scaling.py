@@ -148,6 +148,18 @@ def test_bytes_sent_are_those_of_the_collectives(reshard: bool) -> None:
     assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen.reduce_scatter, rel=0.01)
 
 
+def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph cannot gather what it needs."""
+    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    config = config_of("fsdp", 1)
+    config = replace(config, run=replace(config.run, compile="default"))
+    with memory._pretended(config.distributed, 2, "fsdp") as world:
+        model = Transformer(config.model, seq_len=SEQ_LEN)
+        shard(model, world, config.distributed, compute=torch.float32)
+        step = TrainStep(model, [], config, device=CPU, precision=PRECISION, world=world)
+        assert step.compile_mode == "blocks"
+
+
 def test_formulas_of_the_other_modes() -> None:
     config = config_of("ddp", 1)
     model = Transformer(config.model, seq_len=SEQ_LEN)

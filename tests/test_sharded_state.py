@@ -27,7 +27,7 @@ from fasttrain.distributed import World, steady
 from fasttrain.memory import measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
-from fasttrain.sharding import make_sharded
+from fasttrain.sharding import make_sharded, set_gradient_sync
 from fasttrain.state import collect, restore
 
 torch.set_num_threads(1)
@@ -175,6 +175,21 @@ copied = moves(path, expected, "ddp", 7)
 copied.step(8)
 path_of_copies, expected = copied.save("ddp")
 sharded = moves(path_of_copies, expected, "fsdp", 9)
+
+# Ranks add up gradients of their own until the last micro-batch.
+for run in (copied, sharded):
+    network, alike = (run.net if run is copied else run.model), []
+    for sync in (False, True):
+        set_gradient_sync(network, run.world, sync=sync)
+        run.net(torch.full((1, 8), rank)).backward()
+        grad = next(run.model.parameters()).grad
+        if run is copied:
+            both = [torch.empty_like(grad), torch.empty_like(grad)]
+            dist.all_gather(both, grad)
+            alike.append(torch.equal(*both))
+        else:
+            alike.append(grad is not None)
+    assert alike == [False, True], alike
 
 # Random states: each rank its own; where there was none, one that rank 0's decides.
 torch.manual_seed(10)
