@@ -208,8 +208,11 @@ def test_R6_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize("persistent", [False, True], ids=["once", "full-from-then-on"])
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize(
+    ("error", "persistent"),
+    [(errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, False)],
+    ids=["full-once", "full-from-then-on", "EIO"],
+)
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_R12_disk_full_at_every_operation(
     asynchronous: bool, error: int, persistent: bool, tmp_path: Path

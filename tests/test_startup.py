@@ -21,24 +21,20 @@ from tests.toy import ENV
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
 
 
-def modules_after(code: str) -> set[str]:
-    """Return what a fresh process has loaded after ``code``."""
+def modules_after(code: str) -> list[set[str]]:
+    """Return what a fresh process has loaded after ``code``, and before where that prints it."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
-    return set(subprocess.check_output([sys.executable, "-c", script], env=ENV, text=True).split())
+    shown = subprocess.check_output([sys.executable, "-c", script], env=ENV, text=True)
+    return [set(line.split()) for line in shown.splitlines()]
 
 
-def test_the_trainer_is_loaded_without_the_compiler() -> None:
+def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler() -> None:
     """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
-    code = "import fasttrain.session\nfrom fasttrain.device import compile_cache_use\n"
-    code += "assert compile_cache_use() is None"
-    loaded = modules_after(code)
-    assert "fasttrain.trainer" in loaded
-    unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
-    assert not loaded & {*unwanted, "fasttrain.preflight", "fasttrain.probe", "fasttrain.report"}
-
-
-def test_a_run_that_compiles_nothing_trains_without_the_compiler() -> None:
     code = """
+import fasttrain.session
+from fasttrain.device import compile_cache_use
+assert compile_cache_use() is None
+print(*sys.modules)
 import torch
 from fasttrain_kernels import FusedAdamW, Muon
 from fasttrain.device import spare_compiler
@@ -52,11 +48,15 @@ for kind in (FusedAdamW, Muon):
     optimizer.load_state_dict(optimizer.state_dict())
 assert p.grad is None and p[0, 0] < 1
 """
-    assert not modules_after(code) & {"torch._dynamo", "torch._inductor"}
+    loaded, trained = modules_after(code)
+    assert "fasttrain.trainer" in loaded
+    unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
+    assert not loaded & {*unwanted, "fasttrain.preflight", "fasttrain.probe", "fasttrain.report"}
+    assert not trained & {"torch._dynamo", "torch._inductor"}
 
 
 def test_a_config_is_read_without_torch() -> None:
-    loaded = modules_after("import fasttrain.train, fasttrain.preflight, fasttrain.config")
+    (loaded,) = modules_after("import fasttrain.train, fasttrain.preflight, fasttrain.config")
     assert not loaded & {"torch", "numpy", "rich", "tokenizers"}
 
 
