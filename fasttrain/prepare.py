@@ -172,10 +172,9 @@ def prepare(
                 processes = 1
                 if encoder.kind == "bpe":
                     processes = max(1, min(workers, source.n_bytes // WORKER_BYTES))
+                how = (shard_tokens, processes, bar.show)
                 try:
-                    result = write_splits(
-                        partial, splitter, encoder, shard_tokens, processes, bar.show
-                    )
+                    result = write_splits(partial, splitter, encoder, *how)
                 except OtherIdsError as error:
                     bar.note(
                         f"tiktoken does not split this text as its tokenizer does: {error}. "
@@ -184,9 +183,7 @@ def prepare(
                     partial.state.clear()
                     partial.save(exact=True)
                     encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
-                    result = write_splits(
-                        partial, splitter, encoder, shard_tokens, processes, bar.show
-                    )
+                    result = write_splits(partial, splitter, encoder, *how)
             if not result["train"][0].n_tokens:
                 raise DataError("all text fell into validation; lower --val-fraction or add text")
             write_dataset_json(

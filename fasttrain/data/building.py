@@ -30,10 +30,10 @@ def _batches(splitter: Splitter) -> Iterator[Batch]:
         pieces.append(piece)
         n_chars += len(piece.text)
         if n_chars >= BATCH_CHARS:
-            yield Batch(pieces, splitter.source.done_bytes)
+            yield pieces, splitter.source.done_bytes
             pieces, n_chars = [], 0
     if pieces:
-        yield Batch(pieces, splitter.source.done_bytes)
+        yield pieces, splitter.source.done_bytes
 
 
 def write_splits(
@@ -81,14 +81,14 @@ def write_splits(
             )
             for split in SPLITS
         }
-        for batch in islice(batches, n_batches):
-            show("finding the place", batch.done_bytes)
+        for _, done_bytes in islice(batches, n_batches):
+            show("finding the place", done_bytes)
         results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
         saved = time.monotonic()
-        for batch, ids in stack.enter_context(closing(results)):
+        for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
             for split, writer in writers.items():
                 parts, ends, at = [np.empty(0, np.uint32)], [], 0
-                for piece, tokens in zip(batch.pieces, ids, strict=True):
+                for piece, tokens in zip(pieces, ids, strict=True):
                     if piece.split != split:
                         continue
                     n_bytes[split] += len(piece.text.encode())
@@ -108,7 +108,7 @@ def write_splits(
                 saved = time.monotonic()
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             n_documents = sum(writer.n_documents for writer in writers.values())
-            show(f"{n_tokens:,} tokens  {n_documents:,} documents", batch.done_bytes)
+            show(f"{n_tokens:,} tokens  {n_documents:,} documents", done_bytes)
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
     return {split: (writer, n_bytes[split]) for split, writer in writers.items()}

@@ -15,7 +15,6 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, cast
@@ -35,16 +34,7 @@ _ERRORS: dict[int, type[Exception]] = {1: OtherIdsError, 2: DataError}
 _WORKER = "from fasttrain.data.encoding import serve; serve()"
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Pieces encoded together, and how many bytes of the input were read by then."""
-
-    pieces: list[Piece]
-    done_bytes: int
-
-    def texts(self) -> list[str]:
-        """Of the pieces, in order."""
-        return [piece.text for piece in self.pieces]
+Batch = tuple[list[Piece], int]  # encoded together; how many bytes of the input were read by then
 
 
 def encoded(
@@ -65,7 +55,7 @@ def encoded(
     """
     if workers == 1:
         for batch in batches:
-            yield batch, encoder.encode(batch.texts())
+            yield batch, encoder.encode([piece.text for piece in batch[0]])
         return
     how = "tokenizers" if encoder.not_fast else "tiktoken"
     processes = [_Worker(tokenizer_file, how) for _ in range(workers)]
@@ -73,10 +63,10 @@ def encoded(
     for process in processes:
         free.put(process)
 
-    def encode(texts: Sequence[str]) -> Ids:
+    def encode(pieces: Sequence[Piece]) -> Ids:
         process = free.get()
         try:
-            return process.encode(texts)
+            return process.encode([piece.text for piece in pieces])
         finally:
             free.put(process)
 
@@ -84,7 +74,7 @@ def encoded(
     ahead: deque[tuple[Batch, Future[Ids]]] = deque()
     try:
         for batch in batches:
-            ahead.append((batch, threads.submit(encode, batch.texts())))
+            ahead.append((batch, threads.submit(encode, batch[0])))
             if len(ahead) > workers + 2:
                 done, future = ahead.popleft()
                 yield done, future.result()
