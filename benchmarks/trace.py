@@ -68,7 +68,7 @@ def profile(step: Callable[[], object], n_steps: int, path: Path) -> dict[str, A
     if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(n_steps):
             step()
         if cuda:
