@@ -2,7 +2,8 @@
 
 A fault is a dict: in which ``attempt`` of torchrun's (0), on which ``rank`` (None: on all), in the
 last micro-batch of which ``step`` does ``what`` happen: a signal's number, which the rank sends
-itself; ``hang``, for ever; ``raise``; or a factor on the loss, such as nan.
+itself; ``hang``, for ever; ``impatient``: once another rank had its signal, 3 s are a time-out;
+``raise``; or a factor on the loss, such as nan.
 """
 
 import hashlib
@@ -70,6 +71,12 @@ class Spy:
                 return value * what
             while what == "hang":
                 time.sleep(0.1)
+            if what == "impatient":
+                while not Path("faults.jsonl").exists():
+                    time.sleep(0.01)
+                spy.trainer.lockstep.watchdog.timeout_s = 3.0
+                spy.trainer.lockstep.watchdog.beat()
+                return value
             if what == "raise":
                 raise ValueError("what a rank fails of")
             with open("faults.jsonl", "a") as file:
