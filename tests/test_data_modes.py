@@ -189,7 +189,7 @@ def test_llm_c_shards_are_trained_on_as_they_are(data: Path, train: Run, tmp_pat
         (["data.batching=sliding", "data.stride_tokens=17"], "would leave tokens out"),
         (["data.paths=['a', 'b']"], "data.path both name the data; unset one"),
         (["data.path=none", "data.paths=['a']"], "write data.path=a"),
-        (["data.weights=[1.0]"], "has 1 numbers for the 0 of data.paths"),
+        (["data.weights=[1.0]"], "must be one for each of data.paths; give 0"),
         (["data.path=none", "data.end_of_text=3"], "describes data.path, which is unset"),
         (["data.end_of_text=3"], "remove data.end_of_text"),
         (["data.path=none", "data.paths=['data', 'missing']"], "missing does not exist"),
