@@ -94,7 +94,8 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
             norms = torch.linalg.vector_norm(flat[:whole].view(-1, CPU_ROW), dim=1)
             sums.append(norms.double().square().sum().item())
             flat = flat[whole:]
-        sums.extend(torch.dot(chunk, chunk).item() for chunk in torch.split(flat, CPU_CHUNK))
+        chunks = (flat,) if flat.numel() <= CPU_CHUNK else torch.split(flat, CPU_CHUNK)
+        sums.extend(torch.dot(chunk, chunk).item() for chunk in chunks)
     return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
