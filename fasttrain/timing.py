@@ -120,7 +120,8 @@ class TimeAccount:
         goodput = None
         if self.n_steady:
             useful_s = max(step - self.first_step, 0) * self.steady_s / self.n_steady
-            goodput = useful_s / max(time.perf_counter() - self.started_s, 1e-9)
+            # The first step, counted as another, may have been shorter than one that stalled.
+            goodput = min(useful_s / max(time.perf_counter() - self.started_s, 1e-9), 1.0)
         row["goodput"] = goodput
         self._window = dict.fromkeys(spent, 0.0)
         self.n_steps = 0

@@ -244,7 +244,7 @@ def test_the_commands_and_their_exit_status(
 
 def test_as_a_process(config_path: Path, tmp_path: Path) -> None:
     process = start("fasttrain.preflight", config_path, "--no-probe", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert "memory" in out
     assert err == ""

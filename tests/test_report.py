@@ -82,7 +82,7 @@ def test_a_browser_without_network_draws_every_curve(tmp_path: Path) -> None:
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True).stdout
     # loss and validation, lr, norm, throughput, and the two times of a step
     assert len(re.findall(r'class="trace scatter', dom)) == 7
     assert "over FLOPs" in dom
