@@ -103,8 +103,8 @@ static void turn(In x, long row, int n, int dim, float scale, float* out) {
   }
 }
 
-// What a block needs first lies in another core's cache, in rows too short and too far apart for the
-// processor to foresee: without this, forward takes 1.25 times as long at T=64.
+// What a block needs first lies in another core's cache, in rows too short and too far apart for
+// the processor to foresee: without this, forward takes 1.25 times as long at T=64.
 static void fetch(In x, long row, int n, int dim) {
   for (int i = 0; i < n; i++)
     for (int k = 0; k < dim; k += 16) __builtin_prefetch(x + i * row + k);
