@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for change in changes:
                 label = f"{key[0]} {change.name}"
                 alone = "" if change.rivals else ", no rival: the machine's load is in it"
-                noise = f"{change.noise:.1%}" if math.isfinite(change.noise) else "unknown: one round"
+                noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
                 figures = f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})"
                 print(f"{figures}  {label}{alone}")
                 bad += [label] * (change.verdict == "SLOWER")
