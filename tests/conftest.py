@@ -43,15 +43,18 @@ settings.register_profile(
 settings.load_profile("fasttrain")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _modules_are_collected_once() -> Iterator[None]:
+_freeze = gc.freeze
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_collected_once() -> Iterator[None]:
     """A Trainer looks through all objects when it begins: for 0.1 s, most of it in torch's modules.
 
-    Those are set aside for the session. The Trainer's own `gc.unfreeze` would bring them back.
+    Those are set aside. The Trainer's own `gc.unfreeze` would bring them back.
     """
     importlib.import_module("torch._dynamo")  # which the first optimizer loads
     gc.collect()
-    gc.freeze()
+    _freeze()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gc, "freeze", lambda: None)
         patched.setattr(gc, "unfreeze", lambda: None)
