@@ -26,7 +26,7 @@ from tests.toy_trainer import rows
 STOPPED = 75
 KILL = int(signal.SIGKILL)
 # It takes seconds on a machine with a core for each; time-outs, of 300 s, are not what ends it.
-SOON_S = 200.0
+SOON_S = 60.0
 KEYS = ["train.micro_batch=2", "train.tokens_per_step=128", "eval.sample_every_steps=none"]
 KEYS += ["model.dropout=0.1", "checkpoint.every_steps=3"]
 ENDLESS = ["train.steps=1000000", "checkpoint.every_steps=none", "log.every_steps=1"]
