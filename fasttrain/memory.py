@@ -315,7 +315,7 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
     with (
         _quiet(),
         torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         ) as profile,
     ):
         run()

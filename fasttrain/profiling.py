@@ -40,7 +40,7 @@ class StepProfiler:
                 # https://pytorch.org/memory_viz reads it.
                 torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
             self._profiler = torch.profiler.profile(
-                activities=kinds, record_shapes=True, profile_memory=True
+                activities=kinds, record_shapes=True, profile_memory=True, acc_events=True
             )
             self._profiler.start()
         if self._profiler is None:

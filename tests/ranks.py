@@ -176,13 +176,6 @@ def result(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
     return found
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 class Job:
     """Two ranks, started by torchrun or by themselves; what they print goes to files."""
 

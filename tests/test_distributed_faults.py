@@ -19,8 +19,8 @@ import torch
 from fasttrain import checkpoint, signals
 from fasttrain.data.format import open_dataset
 from tests import toy_ranks
-from tests.ranks import Job, alive
-from tests.toy import ENV, ROOT, write_config
+from tests.ranks import Job
+from tests.toy import ENV, ROOT, alive, wait_until, write_config
 from tests.toy_trainer import rows
 
 STOPPED = 75
@@ -110,7 +110,7 @@ def test_R7_the_error_of_the_rank_that_fails_is_what_the_job_fails_of(job: Job) 
     workers = job.workers()
     assert job.until(lambda: job.processes[0].exitcode is not None) < SOON_S
     assert job.processes[0].exitcode == 1
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)))
     told = job.output()
     assert "rank 1: Traceback" in told
     summary = told[told.rindex("Root Cause") :]  # torchrun's
@@ -245,7 +245,7 @@ def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) 
         for pid in (*signals._descendants(batch.pid), batch.pid) if batch.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
         batch.wait()
-    assert not any(map(alive, step))
+    wait_until(lambda: not any(map(alive, step)))
     assert batch.returncode != 0
     assert newest(log.parent).step > 0
     show, srun, requeue = calls.read_text().splitlines()

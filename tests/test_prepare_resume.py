@@ -14,6 +14,7 @@ from fasttrain.data import building
 from fasttrain.data.files import DataError
 from fasttrain.data.partial import Partial
 from fasttrain.prepare import main, prepare
+from tests.toy import alive, wait_until
 
 # Every operation that changes the disk is a point to be killed at. Processes are forked from one
 # that has imported everything, so that each attempt takes some milliseconds.
@@ -143,9 +144,7 @@ def test_workers_change_nothing_and_end_with_their_parent(tmp_path: Path) -> Non
     assert resumed.returncode == 0, said
     assert "Going on with what an interrupted run left" in said
     assert f"data.path={tmp_path / 'two'}" in said
-    for child in children:  # gone, or waiting for somebody to ask for its status
-        stat = Path(f"/proc/{child}/stat")
-        assert not stat.exists() or ") Z " in stat.read_text()
+    wait_until(lambda: not any(alive(int(child)) for child in children))
     whole = command("one", 1)
     said, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, said

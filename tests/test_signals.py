@@ -5,29 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fasttrain import session, signals
 from fasttrain.checkpoint import load, resolve
 from fasttrain.train import main
-from tests.toy import ENV, ROOT, start, write_config
+from tests.toy import ENV, ROOT, start, wait_until, write_config
 
 LIMIT_S = 300.0  # on a machine that does other things as well
 
 
 def children(pid: int) -> list[int]:
     return signals._descendants(pid)
-
-
-def wait_until(condition: Any, timeout_s: float = 300.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 STOPPED_AT = {

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,22 @@ from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
 
 ROOT = Path(__file__).parent.parent
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs: one that waits for somebody to ask for its status does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
 
 TOY_TOML = """
 [run]
