@@ -26,6 +26,8 @@ from torch import Tensor
 
 __all__ = ["causal_attention", "is_fast_here"]
 
+_HAS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # and nothing wider
+
 _SOURCE = r"""
 #pragma GCC optimize("fp-contract=fast")
 #include <algorithm>
@@ -41,9 +43,9 @@ typedef const long* Strides;  // of B, T and heads; that of K is 1
 static Lanes& at(float* p) { return *(Lanes*)p; }
 static Lanes at(In p) { return *(const Lanes*)p; }
 
-// of x <= 0; NaN stays NaN
-static Lanes exponential(Lanes x) {
-  x = x < -87.f ? Lanes{} - 87.f : x;
+// of x <= 0; NaN stays NaN, and nothing is denormal
+static Lanes exponential(Lanes given) {
+  Lanes x = given < -87.f ? Lanes{} - 87.f : given;
   Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
   Lanes f = __builtin_convertvector(n, Lanes);
   Lanes r = (x - f * 0.693359375f) + f * 2.12194440e-4f;
@@ -53,7 +55,8 @@ static Lanes exponential(Lanes x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return p * (Lanes)((n + 127) << 23);
+  p *= (Lanes)((n + 127) << 23);
+  return given < -87.f ? Lanes{} : p;
 }
 
 // R rows of 16 columns of C, in registers
@@ -113,7 +116,7 @@ static void fetch(In x, long row, int n, int dim) {
 // p (end, ROWS): of query first + i hide the keys behind it
 static void hide(float* p, int first, int end) {
   for (int j = first; j < end; j++)
-    for (int i = 0; i < j - first; i++) p[j * ROWS + i] = -1e30f;
+    for (int i = 0; i < j - first; i++) p[j * ROWS + i] = -INFINITY;
 }
 
 static float* scratch(size_t size) {
@@ -246,13 +249,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k: fp32 (B, T, G, K), G a divisor of H.
         v: as k.
 
+    Raises:
+        ValueError: the shapes or dtypes are others.
+
     Returns:
         Output (B, T, H, K), and the log-sum-exp of the scores (B, H, T), not differentiable.
 
-    Numerics: fp32 throughout; reruns agree bit for bit, on any number of threads. A score or value
-        that is not finite makes NaN of what depends on it.
+    Numerics: fp32 throughout; reruns agree bit for bit, on any number of threads. A score of -inf
+        weighs nothing; any other, or a value, that is not finite makes NaN of what depends on it,
+        and so do scores of -inf alone.
     Memory: 32·(K + T) numbers a thread, twice that in backward.
     """
+    (b, t, h, dim), g = q.shape, k.shape[2]
+    if k.shape != (b, t, g, dim) or v.shape != k.shape or dim % 16 or g == 0 or h % g:
+        raise ValueError(
+            f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not"
+            " (B, T, H, K), (B, T, G, K) twice, with K a multiple of 16 and H of G"
+        )
+    if {q.dtype, k.dtype, v.dtype} != {torch.float32}:
+        raise ValueError(f"causal_attention: takes fp32, not {q.dtype}, {k.dtype} and {v.dtype}")
     q, k, v = _rows(q), _rows(k), _rows(v)
     y, lse = _shapes(q, k, v)
     _call("forward", [q, k, v], [y, lse], [q, k, v])
@@ -298,11 +313,13 @@ causal_attention.register_autograd(_formula, setup_context=_setup_context)
 def is_fast_here(q: Tensor) -> bool:
     """Return whether `causal_attention` takes q (B, T, H, K), and is the fast way.
 
-    Where nothing is compiled, the C++ compiler would be started for it alone.
+    Where nothing is compiled, the C++ compiler would be started for it alone. Measured on AVX2
+    only: with wider vectors torch's kernel is kept.
     """
     return (
         torch.compiler.is_compiling()
         and q.device.type == "cpu"
         and q.dtype == torch.float32
         and q.shape[3] % 16 == 0
+        and _HAS_AVX2
     )

@@ -87,12 +87,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file cannot be read, or something in it or in the overrides is refused.
     """
     path = Path(path)
-    values = _read(path)
-    for name, default in _RETIRED.items():
-        section, _, k = name.partition(".")
-        table = values.get(section)
-        if isinstance(table, dict) and table.get(k) == default:
-            del table[k]
+    values = _without_retired(_read(path))
     try:
         _check_names(values)
     except ConfigError as error:
@@ -102,6 +97,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         section, _, k = name.partition(".")
         values.setdefault(section, {})[k] = value
     return config_from_dict(values)
+
+
+def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without keys that are no more, where they say what is done now."""
+    return {
+        section: {k: v for k, v in table.items() if (f"{section}.{k}", v) not in _RETIRED.items()}
+        if isinstance(table, Mapping)
+        else table
+        for section, table in values.items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -152,8 +157,8 @@ def _unknown_key(section: str, k: str) -> None:
     elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
     within = [full for full in _FIELDS if full.startswith(f"{section}.")]
     near = (
-        elsewhere
-        or ([_ELSEWHERE[k]] if k in _ELSEWHERE else [])
+        ([_ELSEWHERE[k]] if k in _ELSEWHERE else [])
+        or elsewhere
         or difflib.get_close_matches(name, within, n=1)
         or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
     )
@@ -187,6 +192,7 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: a section, key, value or combination is refused.
     """
+    values = _without_retired(values)
     _check_names(values)
     sections: dict[str, Any] = {}
     for section, table in values.items():

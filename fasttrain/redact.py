@@ -8,10 +8,10 @@ __all__ = ["redact"]
 _SECRET_NAME = re.compile(r"(?i)(token|secret|passw|api_?key|access_?key|private_?key|credential)")
 # What stands before the @ of a URL (of which a path keeps one slash), and what a URL passes under
 # a telling name.
-_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@\"']+@")
+_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@\"'\\]+@")
 _PARAMETER = re.compile(
     r"(?i)([?&;#](?:[\w.-]*(?:token|secret|passw|key|credential|signature|auth)[\w.-]*|sig)=)"
-    r"[^&;#\s\"']+"
+    r"[^&;#\s\"'\\]+"  # a backslash escapes the quote that ends a string of TOML or JSON
 )
 _SHORTEST = 8  # characters of a variable's value: shorter ones are words that occur anywhere
 _HIDDEN = "***"

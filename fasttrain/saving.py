@@ -45,8 +45,8 @@ class Saver:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        # How long a rank waits for the others' parts of a checkpoint.
-        self.patience_s = 2 * trainer.config.distributed.timeout_s
+        # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
+        self.patience_s = max(600.0, 2 * trainer.config.distributed.timeout_s)
         self.saved_at: int | None = None
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
@@ -100,6 +100,9 @@ class Saver:
         """
         if self.writer is None:
             return
+        self._expect_to_wait()
+        # The step that was given up computes on: a thread that gives way to it would take long.
+        self.writer.asynchronous = False
         if problem := differing_step(self.trainer.world, self.trainer.step_count):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:

@@ -108,11 +108,13 @@ def show_end(
         )
     rows.append(("checkpoint", str(checkpoint.resolve(trainer.run_dir, which="latest"))))
     if outcome == "done":
-        prompt = shlex.quote(next(iter(trainer.config.eval.prompts or ()), ""))
+        prompt = next(iter(trainer.config.eval.prompts or ()), "")
+        # Behind a space it would be taken for an option.
+        prompt = ("=" if prompt.startswith("-") else " ") + shlex.quote(prompt)
         known = (trainer.run_dir / "tokenizer.json").is_file()
         tokenizer = "" if known else " --tokenizer PATH"
         run_dir = shlex.quote(str(trainer.run_dir))
-        command = f"python -m fasttrain.generate {run_dir} --prompt {prompt}{tokenizer}"
+        command = f"python -m fasttrain.generate {run_dir} --prompt{prompt}{tokenizer}"
         rows.append(("generate", command))
     else:
         rows.append(("resume", "the same command with --resume auto"))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasttrain import attention_cpu
 from fasttrain.attention import Attention
 from fasttrain.attention_cpu import causal_attention, is_fast_here
 from fasttrain.config import ModelConfig
@@ -69,7 +70,10 @@ def test_the_op_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(causal_attention, tuple(inputs(1, 9, 2, 1, 16)), test_utils=checks)
 
 
-def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch() -> None:
+def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_cpu, "_HAS_AVX2", True)
     config = ModelConfig(vocab_size=8, dim=32, n_heads=2)
     attention = Attention(config)
     x = torch.randn(2, 10, 32)
@@ -86,3 +90,14 @@ def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch() -> None:
     torch.testing.assert_close(compiled(x), attention(x, None, None))
     assert "causal_attention" in graphs[0].code
     assert not is_fast_here(x.unflatten(-1, (2, 16)))
+
+
+def test_what_it_cannot_take_is_refused_and_what_is_not_finite_is_seen() -> None:
+    q, k, v = (x.detach() for x in inputs(1, 33, 2, 1, 16))
+    for wrong in ((q, k, v[:, :4]), (q, k.double(), v.double()), (q[..., :8], k[..., :8], v)):
+        with pytest.raises(ValueError, match=r"causal_attention: .*(multiple of 16|takes fp32)"):
+            causal_attention(*wrong)
+    q[0, 0], k[0, 0] = 1e20, -1e20  # the first token's only score is -inf
+    y = causal_attention(q, k, v)[0]
+    assert y[0, 0].isnan().all()
+    assert y[0, 1:].isfinite().all()

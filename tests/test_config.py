@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,8 @@ def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
     old = "[train]\nsteps = 1\n[optim]\nmuon_lr_scale = {}\n"
     path.write_text(old.format("1.0"))
     assert load_config(path) == TrainConfig(train=LoopConfig(steps=1))
+    as_checkpoints_do = config_from_dict(tomllib.loads(path.read_text()))
+    assert as_checkpoints_do == load_config(path)
     path.write_text(old.format("2.0"))
     with pytest.raises(ConfigError, match=r"optim\.muon_lr_scale is not a config key"):
         load_config(path)

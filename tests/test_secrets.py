@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import pytest
 from fasttrain import session
 from fasttrain.__main__ import COMMANDS
 from fasttrain.command import command, redacted
+from fasttrain.config import (
+    EvalConfig,
+    LoopConfig,
+    RunConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_toml,
+)
 from fasttrain.redact import redact
 from fasttrain.train import main
 from tests.toy import write_config
@@ -31,6 +40,16 @@ SECRET = "s3cr3t-0123456789abcdef"
 )
 def test_urls(text: str, expected: str) -> None:
     assert redact(text) == expected
+
+
+@pytest.mark.parametrize("prompt", ['get("/x?key=abc")', '<a href="/?token=x">', "a\\?key=\\"])
+def test_what_is_left_of_a_config_is_toml(prompt: str) -> None:
+    config = TrainConfig(
+        train=LoopConfig(steps=1), eval=EvalConfig(prompts=(prompt,)), run=RunConfig(seed=3)
+    )
+    left = config_from_dict(tomllib.loads(redact(config_to_toml(config))))
+    assert left.run.seed == 3
+    assert len(left.eval.prompts or ()) == 1
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,15 +87,16 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
     sums: list[float] = []
     for tensor in tensors:
         flat = _flat(tensor)
-        if flat.dtype not in (torch.float32, torch.float64):
-            flat = flat.float()
+        half = flat.dtype not in (torch.float32, torch.float64)
         whole = flat.numel() // CPU_ROW * CPU_ROW
-        if whole >= CPU_LARGE:
+        if whole >= CPU_LARGE and not half:
             norms = torch.linalg.vector_norm(flat[:whole].view(-1, CPU_ROW), dim=1)
             sums.append(norms.double().square().sum().item())
             flat = flat[whole:]
         chunks = (flat,) if flat.numel() <= CPU_CHUNK else torch.split(flat, CPU_CHUNK)
-        sums.extend(torch.dot(chunk, chunk).item() for chunk in chunks)
+        for chunk in chunks:
+            chunk = chunk.float() if half else chunk
+            sums.append(torch.dot(chunk, chunk).item())
     return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
