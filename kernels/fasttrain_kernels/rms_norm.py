@@ -149,8 +149,9 @@ def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 class _EagerRMSNorm(torch.autograd.Function):
     """The same saved tensors in plain torch, for eager CPU: no wide copy of x is kept.
 
-    On a CPU (2 threads, fp32, 4096 × 768, forward and backward) 9 ms, where
-    `torch.nn.functional.rms_norm` takes 52 ms and the plain composition 38 ms.
+    On two Zen 3 cores (torch 2.13, fp32, 4096 × 768, forward and backward) 10 ms, where
+    `torch.nn.functional.rms_norm` and the plain composition take 17; where malloc gives large
+    blocks back and maps them anew, as it does by default, 18, 49 and 52.
     """
 
     @staticmethod
