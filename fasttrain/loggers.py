@@ -125,6 +125,7 @@ _COLUMNS = (
     _Column("goodput", "goodput", 9, _number(".1%")),
     _Column("forward_backward_ms", "fwd+bwd", 9, _milliseconds),
     _Column("optimizer_ms", "optim", 9, _milliseconds),
+    _Column("communication_ms", "comm", 9, _milliseconds),
 )
 
 

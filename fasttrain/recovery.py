@@ -94,6 +94,7 @@ class Recovery:
         numbers = trainer.train_step.numbers()
         trainer.account.add("forward_backward", numbers.forward_backward_s)
         trainer.account.add("optimizer", numbers.optimizer_s)
+        trainer.account.add("communication", numbers.communication_s)
         first_step = trainer.step_count - len(self._unseen) + 1
         decision = self.policy.judge(first_step, self._unseen, numbers.steps)
         self._unseen.clear()

@@ -32,7 +32,8 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("learning rate", ("lr",), False),
     ("gradient norm", ("grad_norm",), True),
     ("tokens a second", ("tokens_per_s",), False),
-    ("where a step's time goes (ms)", (), True),  # every key ending in _ms
+    # Every key ending in _ms that has a value. Not stacked: communication lies beneath the others.
+    ("where a step's time goes (ms)", (), True),
 )
 
 
@@ -98,7 +99,8 @@ def _flops_per_token(config: TrainConfig) -> float:
 def _keys(panel: int, runs: Sequence[Run]) -> tuple[str, ...]:
     if PANELS[panel][1]:
         return PANELS[panel][1]
-    found = {k for run in runs for row in run.train for k in row if k.endswith("_ms")}
+    items = (item for run in runs for row in run.train for item in row.items())
+    found = {key for key, value in items if key.endswith("_ms") and value is not None}
     return tuple(sorted(found, key=lambda k: (k != "step_ms", k)))
 
 
@@ -319,7 +321,7 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
                 label = run.name if panel == 0 else None
                 if panel == len(PANELS) - 1 and number == 0:
                     label = key.removesuffix("_ms").replace("_", " ")
-                style = ("-", ":", "--", "-.")[i % 4]
+                style = ("-", ":", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))[i % 5]
                 plot.plot(x, _column(run.train, key), color=colour, ls=style, label=label)
             if panel == 0 and run.evals:
                 values = _column(run.evals, "val_loss")

@@ -10,14 +10,24 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import DistributedConfig
 from fasttrain.distributed import World
 from fasttrain.slices import cut, locate
+from fasttrain.timing import StepClock
 
-__all__ = ["gathered", "make_sharded", "replicate", "set_gradient_sync", "shard"]
+__all__ = [
+    "gathered",
+    "make_sharded",
+    "replicate",
+    "set_gradient_sync",
+    "shard",
+    "time_collectives",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -157,3 +167,68 @@ def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
         network.require_backward_grad_sync = sync
     elif world.sharded:
         network.set_requires_gradient_sync(sync)
+
+
+class _Timed:
+    """A collective of FSDP2 that tells a clock when it begins and ends."""
+
+    def __init__(self, collective: Any, clock: StepClock) -> None:
+        self.collective, self.clock = collective, clock
+        self.allocate = collective.allocate
+        self.span: list[Any] = []  # of the last call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.span = self.clock.begin()
+        work = self.collective(*args, **kwargs)  # the stream goes on, or a CPU, when it is done
+        self.clock.end(self.span)
+        return work
+
+    def followed(self, reduced: Tensor) -> None:
+        """Note that an all-reduce of what came of it is over as well."""
+        self.clock.end(self.span)
+
+
+def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
+    """Have a clock told of all collectives of parameters and gradients.
+
+    Args:
+        network: what `replicate` returned, or the model that was sharded.
+        world: with its mode chosen.
+        clock: of the steps.
+        accumulates: as `replicate` was told.
+
+    Numerics: not a bit changes.
+    """
+
+    def average(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        # As DDP does where it has no hook: gradients that lie in the bucket are divided, others
+        # multiplied on the way into it.
+        _ = gradients.div_(world.size) if accumulates else gradients.mul_(1 / world.size)
+        span = clock.begin()
+
+        def over(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+            clock.end(span)
+            return done.value()[0]
+
+        sent: torch.futures.Future[list[Tensor]]
+        sent = dist.all_reduce(gradients, async_op=True).get_future()
+        return sent.then(over)
+
+    if world.mode == "ddp":
+        network.register_comm_hook(None, average)
+    elif world.sharded:
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+            DefaultAllGather,
+            DefaultReduceScatter,
+        )
+
+        gather: Any = _Timed(DefaultAllGather(), clock)
+        scatter: Any = _Timed(DefaultReduceScatter(), clock)
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(scatter)
+                if world.mode == "hsdp":
+                    module.set_all_reduce_hook(scatter.followed)

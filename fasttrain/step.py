@@ -26,7 +26,7 @@ from fasttrain.ema import Ema
 from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.model import Transformer
 from fasttrain.optim import set_lr
-from fasttrain.sharding import replicate, set_gradient_sync
+from fasttrain.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.spikes import SpikeWindow
 from fasttrain.timing import StepClock
 
@@ -94,6 +94,7 @@ class Numbers(NamedTuple):
     grad_scale: float
     forward_backward_s: float
     optimizer_s: float
+    communication_s: float
 
 
 class _Objective(nn.Module):
@@ -187,6 +188,7 @@ class TrainStep:
             loop = config.train
             self.window = SpikeWindow(loop.spike_window_steps, loop.spike_sigmas, device)
         self.clock = StepClock(device, n_phases=2)
+        time_collectives(self.network, world, self.clock, accumulates=accumulates)
 
     def _loss(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
         with self.precision.autocast():

@@ -1,16 +1,34 @@
 """Where the time goes: the phases of steps, and the wall clock of a session."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
 
-__all__ = ["StepClock", "TimeAccount"]
+__all__ = ["StepClock", "TimeAccount", "covered"]
+
+_Moment = Any  # seconds; on CUDA an event
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals, each a beginning and an end."""
+    length, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        length += max(end - max(begin, reached), 0.0)
+        reached = max(end, reached)
+    return length
 
 
 class StepClock:
     """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
+
+    Beside it the time in which at least one collective was under way: from where its tensors were
+    ready here to its end, and so the wait for slower ranks too. Computation may go on meanwhile:
+    it is no further phase.
 
     Args:
         device: where the steps run.
@@ -19,39 +37,65 @@ class StepClock:
 
     def __init__(self, device: torch.device, n_phases: int) -> None:
         self.on_cuda = device.type == "cuda"
-        self.totals_s = [0.0] * n_phases
-        self._last_s = 0.0
-        # By step since the last reading: used again after it.
-        self._events: list[list[torch.cuda.Event]] = []
-        self._n_steps = 0
+        self._totals_s = [0.0] * (n_phases + 1)  # the last one: of the collectives
+        self._marks: list[_Moment] = []  # of the step under way
+        self._spans: list[list[_Moment]] = []  # its collectives
+        self._over: list[tuple[list[_Moment], list[list[_Moment]]]] = []  # steps to be added up
+        self._spare: list[torch.cuda.Event] = []
 
     def mark(self, n_done: int) -> None:
         """Note that ``n_done`` phases of the step are over; 0 begins it."""
+        if n_done == 0:
+            self._marks, self._spans = [], []
+        self._marks.append(self._now())
+        if n_done == len(self._totals_s) - 1:
+            self._over.append((self._marks, self._spans))
+            self._marks = []
+            if not self.on_cuda:
+                self._add_up()
+
+    def begin(self) -> list[_Moment]:
+        """Note that a collective begins on the current stream; only those of a step count."""
+        span = [self._now()]
+        if self._marks:
+            self._spans.append(span)
+        return span
+
+    def end(self, span: list[_Moment]) -> None:
+        """Note that it ends there, or that what follows it does: the last call counts."""
         if self.on_cuda:
-            if self._n_steps == len(self._events):
-                self._events.append(
-                    [
-                        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                        for _ in range(len(self.totals_s) + 1)
-                    ]
-                )
-            self._events[self._n_steps][n_done].record()
-            self._n_steps += n_done == len(self.totals_s)
-            return
-        now = time.perf_counter()
-        if n_done:
-            self.totals_s[n_done - 1] += now - self._last_s
-        self._last_s = now
+            self._spare += span[1:]  # recorded anew
+        span[1:] = [self._now()]
 
     def read(self) -> list[float]:
-        """Return the seconds of each phase since the last reading; on CUDA all steps are over."""
-        for events in self._events[: self._n_steps]:
-            for phase in range(len(self.totals_s)):
-                ms = events[phase].elapsed_time(events[phase + 1])
-                self.totals_s[phase] += ms / 1000
-        self._n_steps = 0
-        totals, self.totals_s = self.totals_s, [0.0] * len(self.totals_s)
+        """Return the seconds since the last reading of each phase, and those of collectives."""
+        self._add_up()
+        totals, self._totals_s = self._totals_s, [0.0] * len(self._totals_s)
         return totals
+
+    def _now(self) -> _Moment:
+        if not self.on_cuda:
+            return time.perf_counter()
+        timed: Any = torch.cuda.Event
+        event = self._spare.pop() if self._spare else timed(enable_timing=True)
+        event.record()
+        return event
+
+    def _add_up(self) -> None:
+        for marks, spans in self._over:
+            phases = [self._between(*ends) for ends in pairwise(marks)]
+            both = [[self._between(marks[0], moment) for moment in span] for span in spans]
+            phases.append(covered((begin, end) for begin, end in both))
+            self._totals_s = [a + b for a, b in zip(self._totals_s, phases, strict=True)]
+            if self.on_cuda:
+                self._spare += [*marks, *(moment for span in spans for moment in span)]
+        self._over.clear()
+
+    def _between(self, begin: _Moment, end: _Moment) -> float:
+        if not self.on_cuda:
+            return float(end - begin)
+        end.synchronize()  # a stream that nobody waited for may be behind
+        return float(begin.elapsed_time(end)) / 1000
 
 
 class TimeAccount:
@@ -66,9 +110,8 @@ class TimeAccount:
         self.started_s = time.perf_counter()
         self.steady_s, self.n_steady = 0.0, 0  # of all steps but the first, which compiles
         self.steady_wait_s = 0.0  # for data, beside steady_s
-        self._window = dict.fromkeys(
-            ("step", "wait", "forward_backward", "optimizer", "eval", "checkpoint", "sample"), 0.0
-        )
+        parts = ("step", "wait", "forward_backward", "optimizer", "communication")
+        self._window = dict.fromkeys((*parts, "eval", "checkpoint", "sample"), 0.0)
         self.n_steps = 0  # since the last line
 
     def add(self, name: str, seconds: float) -> None:
@@ -102,11 +145,16 @@ class TimeAccount:
 
         Returns:
             Means over steps, in ms: ``step_ms`` and of it ``data_wait_ms``,
-            ``forward_backward_ms`` and ``optimizer_ms``. Seconds in all: ``eval_s``,
-            ``checkpoint_s``, ``sample_s``. ``goodput``: of the session's wall clock, the part that
-            its steps need at their steady pace without waiting for data; compilation, waits,
-            evaluation, samples, saves and steps that a rollback undid are the rest. None while
-            there is no steady step.
+            ``forward_backward_ms`` and ``optimizer_ms``. Also ``communication_ms``, for which
+            parameters were being gathered or gradients reduced over ranks: it lies within
+            ``forward_backward_ms``, on a GPU mostly beneath computation, and is not to be added.
+            Sums of single numbers and Muon's exchange of directions are not in it. None where
+            nothing was sent.
+
+            Seconds in all: ``eval_s``, ``checkpoint_s``, ``sample_s``. ``goodput``: of the
+            session's wall clock, the part that its steps need at their steady pace without waiting
+            for data; compilation, waits, evaluation, samples, saves and steps that a rollback undid
+            are the rest. None while there is no steady step.
         """
         spent = self._window
         n = max(self.n_steps, 1)
@@ -115,6 +163,7 @@ class TimeAccount:
             "data_wait_ms": 1000 * spent["wait"] / n,
             "forward_backward_ms": 1000 * spent["forward_backward"] / n,
             "optimizer_ms": 1000 * spent["optimizer"] / n,
+            "communication_ms": 1000 * spent["communication"] / n or None,
             **{f"{name}_s": spent[name] for name in ("eval", "checkpoint", "sample")},
         }
         goodput = None

@@ -109,6 +109,9 @@ def test_all_ways_have_the_same_losses_and_samples(made: Path, optimizer: str, m
     expected = losses(made, one)
     assert len(expected) == N_STEPS[optimizer]
     assert losses(made, several) == pytest.approx(expected, abs=1e-5)
+    for row in toy_trainer.rows(made / "runs" / several):
+        assert 0 < row["communication_ms"] < row["forward_backward_ms"] < row["step_ms"]
+    assert {row["communication_ms"] for row in toy_trainer.rows(made / "runs" / one)} == {None}
     assert rows_of(made, several) == rows_of(made, one)
     (expected_eval,), (eval_row,) = (
         toy_trainer.rows(made / "runs" / name, "eval") for name in (one, several)

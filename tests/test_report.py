@@ -17,7 +17,9 @@ pytest.importorskip("matplotlib", reason="needs the extra report")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
-def make_run(folder: Path, *overrides: str, loss: float = 3.0) -> Path:
+def make_run(
+    folder: Path, *overrides: str, loss: float = 3.0, communication_ms: float | None = None
+) -> Path:
     folder.mkdir(parents=True)
     config = load_config(write_config(folder), ["model.vocab_size=320", *overrides])
     (folder / "config.toml").write_text(config_to_toml(config))
@@ -25,6 +27,7 @@ def make_run(folder: Path, *overrides: str, loss: float = 3.0) -> Path:
     for step in (1, 10, 20):
         row = {"step": step, "tokens": 64 * step, "loss": loss / step, "loss_ema": loss, "lr": 1e-3}
         row |= {"grad_norm": 0.5, "tokens_per_s": 640.0, "step_ms": 100.0, "data_wait_ms": 0.1}
+        row |= {"communication_ms": communication_ms}
         lines.append(json.dumps(row | {"mfu": None, "peak_memory_gib": 0.25}))
     lines.append(json.dumps({"step": 10, "val_loss": None, "val_bpb": None}))  # it was nan
     lines.append(json.dumps({"step": 20, "val_loss": 2.5, "val_bpb": 1.25}))
@@ -46,7 +49,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     runs = [
         read_run(make_run(tmp_path / "one")),
-        read_run(make_run(tmp_path / "two", "optim.lr=0.5")),
+        read_run(make_run(tmp_path / "two", "optim.lr=0.5", communication_ms=40.0)),
     ]
     text = page(runs)
     assert not re.search(r"<script[^>]*\ssrc=|<link\b|<img\b", text)
@@ -54,6 +57,9 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
     assert "<b>while" not in text
     assert differences(runs)["optim.lr"][1] == 0.5
     assert "optim.lr" in text
+    curve = '"name":"communication"'
+    assert curve in text
+    assert curve not in page(runs[:1]), "one process sends nothing: there is no such curve"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

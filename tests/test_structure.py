@@ -44,7 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),
-    "sharding": (CONFIG | {"distributed", "slices"}, {"torch"}),
+    "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
     "spikes": (set(), {"torch"}),

@@ -44,7 +44,7 @@ def toy(tmp_path: Path) -> Path:
 TRAIN_KEYS = {"step", "tokens", "epoch", "loss", "loss_ema", "lr", "grad_norm", "tokens_per_s"}
 TRAIN_KEYS |= {"step_ms", "data_wait_ms", "forward_backward_ms", "optimizer_ms", "mfu"}
 TRAIN_KEYS |= {"eval_s", "checkpoint_s", "sample_s", "goodput", "peak_memory_gib"}
-TRAIN_KEYS |= {"skipped_steps", "spikes", "rollbacks"}
+TRAIN_KEYS |= {"skipped_steps", "spikes", "rollbacks", "communication_ms"}
 
 
 def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: Path) -> None:
