@@ -31,7 +31,7 @@ def _dear() -> list[Any]:
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     )
-    ours = torch.ops.fasttrain.causal_attention.default
+    ours = torch.ops.fasttrain.causal_attention_forward.default
     return [ours, *(getattr(torch.ops.aten, name).default for name in names)]
 
 

@@ -66,8 +66,11 @@ def test_log_sum_exp_and_what_is_not_finite() -> None:
 
 
 def test_the_op_is_registered_as_torch_wants_it() -> None:
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(causal_attention, tuple(inputs(1, 9, 2, 1, 16)), test_utils=checks)
+    tensors = tuple(x.detach() for x in inputs(1, 9, 2, 1, 16))
+    ops = torch.ops.fasttrain
+    y, lse = causal_attention(*tensors)
+    torch.library.opcheck(ops.causal_attention_forward, tensors)
+    torch.library.opcheck(ops.causal_attention_backward, (torch.ones_like(y), *tensors, y, lse))
 
 
 def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch(
@@ -89,6 +92,14 @@ def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch(
     )
     torch.testing.assert_close(compiled(x), attention(x, None, None))
     assert "causal_attention" in graphs[0].code
+    traced = torch.compile(lambda x: attention(x, None, None), backend="aot_eager", dynamic=False)
+    weights = list(attention.parameters())
+    for own, eager in zip(
+        torch.autograd.grad(traced(x).square().sum(), weights),
+        torch.autograd.grad(attention(x, None, None).square().sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, eager)
     assert not is_fast_here(x.unflatten(-1, (2, 16)))
 
 
