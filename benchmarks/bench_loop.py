@@ -64,7 +64,7 @@ def bare_step(config: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
         assert isinstance(loss, Tensor)
         return loss
 
-    mode = resolve_compile(config.run, device, config.model.n_layers)
+    mode = resolve_compile(config, device)
     fn = loss_of if mode == "off" else compile_function(loss_of, mode)
 
     def step() -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from fasttrain.config import RunConfig, UserError
+from fasttrain.block_cpu import fits
+from fasttrain.config import TrainConfig, UserError
 
 __all__ = [
     "Precision",
@@ -119,16 +120,19 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def resolve_compile(config: RunConfig, device: torch.device, n_layers: int) -> str:
-    """Return how a run compiles: ``off``, ``blocks``, or a mode of ``run.compile``.
+def resolve_compile(config: TrainConfig, device: torch.device) -> str:
+    """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
 
-    ``auto`` compiles everything as one graph on CUDA, and on a CPU with a C++ compiler up to
-    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers. Beyond, it compiles one block and runs it for all: the
-    time to compile then does not grow with the depth.
+    ``auto`` compiles everything as one graph on CUDA. On a CPU it takes the block that is written
+    in C++ where the config `fits` it, which is faster and compiles in seconds. Else, with a C++
+    compiler, it is one graph up to `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that
+    is compiled once and run for all: the time to compile then does not grow with the depth.
     """
-    mode = config.compile
+    mode = config.run.compile
     if mode == "auto" and device.type == "cpu":
-        shallow = n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
+        if fits(config):
+            return "c++"
+        shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
     if mode == "auto":
         return "default"

@@ -126,7 +126,7 @@ def preflight(
     )
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
-    compiles = resolve_compile(config.run, device, config.model.n_layers)
+    compiles = resolve_compile(config, device)
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # which may fit in shards alone
         whole = estimate_memory(alone, rows, device=device, precision=precision)

@@ -115,7 +115,7 @@ def _run(
             keep_freed_memory()
         cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
         keep_compiled(cache_folder(cache_dir) / "compiled")
-        if resolve_compile(config.run, device, config.model.n_layers) == "off":
+        if resolve_compile(config, device) in ("off", "c++"):
             spare_compiler()
         check_packages(config)
         folder = RunFolder(config, name, resume, world)

@@ -141,7 +141,7 @@ class TrainStep:
         self.ema = Ema(model, config.train.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.criterion = linear_cross_entropy_criterion(config)
-        self.compile_mode = resolve_compile(config.run, device, config.model.n_layers)
+        self.compile_mode = resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
         accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config) * world.size
         if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
@@ -150,7 +150,8 @@ class TrainStep:
                 f"run.compile = {self.compile_mode!r} does not accumulate gradients; raise "
                 "train.micro_batch until one makes the step, or use run.compile=default"
             )
-        if world.sharded and self.compile_mode != "off":  # a graph cannot gather what it needs
+        if world.sharded and self.compile_mode not in ("off", "c++"):
+            # A graph cannot gather what it needs.
             if self.compile_mode == "cuda-graphs":
                 raise UserError(
                     "run.compile = 'cuda-graphs' cannot gather the parameters of "
@@ -167,10 +168,10 @@ class TrainStep:
         prepare_blocks(
             model,
             activation_checkpointing=config.train.activation_checkpointing,
-            compiled=self.compile_mode == "blocks",
+            mode=self.compile_mode,
             sharded=world.sharded,
         )
-        if self.compile_mode not in ("off", "blocks"):
+        if self.compile_mode not in ("off", "c++", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
         self.keeps_grads = world.mode == "ddp" and accumulates

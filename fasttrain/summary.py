@@ -28,7 +28,8 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
     dropped = trainer.train_loader.dropped_tokens  # ends of long documents, or of the split
     assert val is not None
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
-    compiled = "eager" if step.compile_mode == "off" else f"torch.compile ({step.compile_mode})"
+    modes = {"off": "eager", "c++": "blocks in C++"}
+    compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
     if trainer.total_steps is None:
         plan = f"{config.train.hours} h"
     else:
@@ -61,7 +62,7 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         left = "" if trainer.step_count != trainer.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{source} at step {trainer.step_count:,}{left}"))
     console.header(rows)
-    if step.compile_mode != "off":
+    if step.compile_mode not in modes:
         console.note("compiling: the first step waits for it")
 
 

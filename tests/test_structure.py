@@ -24,7 +24,8 @@ MAX_FILE_LINES = 400
 CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
-    "device": (CONFIG, {"torch"}),
+    "device": (CONFIG | {"block_cpu"}, {"torch"}),
+    "block_cpu": (CONFIG, {"torch", "fasttrain_kernels"}),
     "attention_cpu": (set(), {"torch"}),
     "attention": (CONFIG | {"attention_cpu"}, {"torch", "fasttrain_kernels"}),
     "model": (CONFIG | {"attention"}, {"torch", "fasttrain_kernels"}),

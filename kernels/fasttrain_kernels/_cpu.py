@@ -1,0 +1,63 @@
+"""Builds the C++ that operations on a CPU are made of, and keeps what was built.
+
+It is written for AVX2 and g++, whose OpenMP is the one that torch runs on: threads are shared, and
+no others spin beside them.
+"""
+
+import ctypes
+import getpass
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["PRODUCT", "is_supported", "load"]
+
+# Matrix products: what other sources begin with.
+PRODUCT = Path(__file__).parent / "_cpu_product.h"
+
+_FLAGS = ("-O3", "-mavx2", "-mfma", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+
+
+@cache
+def is_supported() -> bool:
+    """Return whether this machine has AVX2, nothing wider, and g++.
+
+    With wider vectors torch's own operations have not been beaten (not measured).
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and shutil.which("g++") is not None
+
+
+@cache
+def load(*sources: Path) -> ctypes.CDLL:
+    """Return the library of C++ files, compiled one behind the other as one.
+
+    It is kept by content in the folder where torch.compile keeps its own
+    (``TORCHINDUCTOR_CACHE_DIR``), else beside other temporary files; compiling takes 2 to 4 s.
+
+    Raises:
+        RuntimeError: g++ is missing or refuses the code; the message is its own.
+    """
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    key = hashlib.sha256("\n".join((*_FLAGS, text)).encode()).hexdigest()[:32]
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{getpass.getuser()}") / "cpp"
+    path = folder / f"{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            source, built = Path(made) / "source.cpp", Path(made) / "built.so"
+            source.write_text(text, encoding="utf-8")
+            command = ["g++", *_FLAGS, "-o", str(built), str(source)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as e:
+                why = getattr(e, "stderr", None) or e
+                raise RuntimeError(f"{' '.join(command)}: {why}") from e
+            built.replace(path)
+    return ctypes.CDLL(str(path))
