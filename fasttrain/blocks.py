@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from fasttrain.block_cpu import run_block_on_cpu
 from fasttrain.device import compile_function
 from fasttrain.model import Block, Transformer, run_block
 
@@ -54,20 +55,22 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
 
 
 def prepare_blocks(
-    model: Transformer, *, activation_checkpointing: str, compiled: bool, sharded: bool
+    model: Transformer, *, activation_checkpointing: str, mode: str, sharded: bool
 ) -> None:
     """Set how the blocks of ``model`` are run with gradients; without them, they run as they are.
 
     Args:
         model: as it will train; sharded already where it is.
         activation_checkpointing: ``train.activation_checkpointing``.
-        compiled: compile one block for all.
+        mode: ``blocks`` compiles one block for all, ``c++`` has `fasttrain.block_cpu` run them.
         sharded: the parameters of a block are gathered when it is called as a module: what is
             compiled and what is computed again lie inside of that.
     """
     run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
-    if compiled:
+    if mode == "blocks":
         run = compile_function(run, "default")
+    elif mode == "c++":
+        run = run_block_on_cpu
     if not sharded:
         model.block_fn = run
         return
