@@ -44,7 +44,7 @@ def run(
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=64, dim=64, n_layers=n_layers, n_heads=4, dropout=0.1)
     model = Transformer(config, seq_len=64)
-    prepare_blocks(model, activation_checkpointing=kind, compiled=False, sharded=False)
+    prepare_blocks(model, activation_checkpointing=kind, mode="off", sharded=False)
     tokens = torch.randint(64, (4, 64))
 
     def loss_of(tokens: Tensor) -> Tensor:

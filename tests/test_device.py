@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fasttrain import device as device_module
-from fasttrain.config import RunConfig, UserError, config_from_dict
+from fasttrain.config import UserError, config_from_dict
 from fasttrain.device import resolve_compile, resolve_device, resolve_precision
 from fasttrain.model import Transformer
 from fasttrain.step import TrainStep
@@ -38,18 +38,28 @@ def test_auto_precision_on_a_cpu_is_what_it_multiplies_natively(
         resolve_precision("tf32", CPU)
 
 
+def compile_mode(device: torch.device, n_layers: int = 4, compile: str = "auto") -> str:
+    model = {"vocab_size": 64, "dim": 64, "n_layers": n_layers, "n_heads": 4}
+    values = {"run": {"compile": compile}, "model": model, "train": {"steps": 1}}
+    return resolve_compile(config_from_dict({**values, "data": {"path": "unused"}}), device)
+
+
 def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: True)
-    assert resolve_compile(RunConfig(), CPU, 4) == "default"
-    assert resolve_compile(RunConfig(), CPU, 40) == "blocks"
-    assert resolve_compile(RunConfig(), CUDA, 40) == "default"
-    assert resolve_compile(RunConfig(compile="off"), CPU, 4) == "off"
+    monkeypatch.setattr(device_module, "fits", lambda config: True)
+    assert compile_mode(CPU) == compile_mode(CPU, 40) == "c++"
+    assert compile_mode(CUDA, 40) == "default"
+    assert compile_mode(CPU, compile="default") == "default"
+    assert compile_mode(CPU, compile="off") == "off"
+    monkeypatch.setattr(device_module, "fits", lambda config: False)
+    assert compile_mode(CPU) == "default"
+    assert compile_mode(CPU, 40) == "blocks"
     with pytest.raises(UserError, match="needs a CUDA device"):
-        resolve_compile(RunConfig(compile="max-autotune"), CPU, 4)
+        compile_mode(CPU, compile="max-autotune")
     monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: False)
-    assert resolve_compile(RunConfig(), CPU, 4) == "off"
+    assert compile_mode(CPU) == "off"
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
-        resolve_compile(RunConfig(compile="default"), CPU, 4)
+        compile_mode(CPU, compile="default")
 
 
 def test_graphs_that_would_overwrite_accumulated_gradients_are_refused() -> None:

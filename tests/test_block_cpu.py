@@ -1,0 +1,190 @@
+"""The block in C++ against the same in plain torch, and when it is used."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fasttrain_kernels import _cpu
+from torch import Tensor
+
+from fasttrain import block_cpu
+from fasttrain.block_cpu import fits, run_block_on_cpu
+from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
+from fasttrain.data.loader import Batch
+from fasttrain.device import resolve_precision
+from fasttrain.model import Transformer, run_block
+from fasttrain.optim import build_optimizers
+from fasttrain.step import TrainStep
+
+CPU = torch.device("cpu")
+BASE = {"mlp": "relu2", "qk_norm": True, "value_embeddings": True}
+needs_it = pytest.mark.skipif(not _cpu.is_supported(), reason="needs AVX2, no AVX-512, and g++")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def block_of(rows: int, t: int, **kw: Any) -> tuple[Any, list[Tensor | None], dict[str, Tensor]]:
+    """Return a block, the arguments of a call, and what has a gradient."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 64, "dim": 64, "n_layers": 1, "n_heads": 4} | kw
+    model = Transformer(ModelConfig(**options), seq_len=t)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
+    x = torch.randn(rows, t, model.config.dim, requires_grad=True)
+    given = {"x": x, **dict(model.blocks[0].named_parameters())}
+    value = None
+    if model.config.value_embeddings:
+        width = (model.config.n_kv_heads or model.config.n_heads) * model.head_dim
+        value = given["value"] = torch.randn(rows, t, width, requires_grad=True)
+    rope = None if model.rope_cos is None else (model.rope_cos, model.rope_sin)
+    return model.blocks[0], [x, rope, None, None, 0, value], given  # type: ignore[list-item]
+
+
+def outcome(run: Any, block: Any, arguments: list[Any], given: dict[str, Tensor]) -> list[Tensor]:
+    y = run(block, *arguments)
+    dy = torch.linspace(-3, 3, y.numel()).view_as(y).sin()
+    return [y.detach(), *torch.autograd.grad(y, list(given.values()), dy)]
+
+
+@needs_it
+@pytest.mark.parametrize(
+    ("rows", "t", "options"),
+    [
+        (3, 64, {"mlp": "gelu", "norm": "layer", "positions": "learned"}),
+        (2, 64, {}),
+        (2, 48, BASE),
+        (2, 50, {"n_kv_heads": 2, "qk_norm": True, "dim": 128, "hidden_dim": 208}),
+        (1, 300, {"n_kv_heads": 1, "value_embeddings": True, "head_dim": 32}),
+        (5, 7, {"dim": 16, "n_heads": 1, "mlp": "gelu"}),
+        (1, 1, {"hidden_dim": 16, "positions": "learned"}),
+    ],
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else None,
+)
+def test_it_is_the_block(rows: int, t: int, options: dict[str, Any]) -> None:
+    """Widths that end in the middle of a tile, of a task, of a depth of products among them."""
+    block, arguments, given = block_of(rows, t, **options)
+    expected = outcome(run_block, block, arguments, given)
+    found = outcome(run_block_on_cpu, block, arguments, given)
+    for name, want, got in zip(["y", *given], expected, found, strict=True):
+        assert got.shape == want.shape
+        # fp32 sums in another order: relative to the largest of a tensor.
+        scale = max(float(want.abs().max()), 1e-3)
+        assert float((got - want).abs().max()) < 4e-6 * scale, name
+
+
+@needs_it
+def test_no_bit_depends_on_the_number_of_threads() -> None:
+    block, arguments, given = block_of(3, 70, **BASE)
+    results = []
+    for n in (1, 3, 1):
+        torch.set_num_threads(n)
+        results.append(outcome(run_block_on_cpu, block, arguments, given))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@needs_it
+@pytest.mark.parametrize("mlp", ["gelu", "relu2", "swiglu"])
+def test_what_is_not_finite_is_not_hidden(mlp: str) -> None:
+    """In the second row alone, which the first does not see."""
+    block, arguments, _ = block_of(2, 32, mlp=mlp)
+    for bad in (float("nan"), float("inf")):
+        x = arguments[0].detach().clone()  # type: ignore[union-attr]
+        x[1, 5, 3] = bad
+        y = run_block_on_cpu(block, x, *arguments[1:])  # type: ignore[arg-type]
+        assert y[0].isfinite().all()
+        assert y[1, 5:].isnan().any(-1).all()
+
+
+def config_of(**sections: dict[str, Any]) -> TrainConfig:
+    values: dict[str, dict[str, Any]] = {
+        "run": {"device": "cpu"},
+        "model": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2},
+        "data": {"path": "unused", "seq_len": 32},
+        "train": {"steps": 10, "micro_batch": 4},
+    }
+    for name, section in sections.items():
+        values[name] = values[name] | section
+    return config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"dtype": "bf16"}},
+        {"model": {"bias": True}},
+        {"model": {"dropout": 0.1}},
+        {"model": {"dim": 40}},
+        {"model": {"hidden_dim": 100}},
+        {"model": {"head_dim": 8}},
+        {"model": {"sliding_window_tokens": 16}},
+        {"data": {"attention_across_documents": False}},
+        {"train": {"activation_checkpointing": "full"}},
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
+) -> None:
+    monkeypatch.setattr(block_cpu, "is_supported", lambda: True)
+    assert fits(config_of())
+    assert not fits(config_of(**sections))
+    monkeypatch.setattr(block_cpu, "is_supported", lambda: False)
+    assert not fits(config_of())
+
+
+def train(compile: str, model_options: dict[str, Any]) -> tuple[list[float], list[Tensor]]:
+    config = config_of(run={"compile": compile}, model=model_options)
+    torch.manual_seed(0)
+    model = Transformer(config.model, seq_len=32)
+    optimizers = build_optimizers(model, config.optim)
+    precision = resolve_precision("fp32", CPU)
+    step = TrainStep(model, optimizers, config, device=CPU, precision=precision)
+    assert step.compile_mode == ("off" if compile == "off" else "c++")
+    ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    losses = []
+    for _ in range(10):
+        step([Batch(tokens, targets, None, 0)], 1e-2)
+        losses.append(float(step.loss))
+    return losses, [p.detach() for p in model.parameters()]
+
+
+@needs_it
+def test_a_model_learns_with_it_as_without() -> None:
+    options = BASE | {"embedding_norm": True, "zero_init_projections": True}
+    (losses, weights), (expected, expected_weights) = train("auto", options), train("off", options)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+    for got, want in zip(weights, expected_weights, strict=True):
+        # Adam's first steps are ±lr whatever the size of a gradient, also of one that is noise.
+        assert float((got - want).abs().mean()) < 1e-3
+
+
+@needs_it
+def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "bad.cpp").write_text("this is not C++", "utf-8")
+    with pytest.raises(RuntimeError, match=r"g\+\+.*error"):
+        _cpu.load(tmp_path / "bad.cpp")
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr(block_cpu, "load", lambda *_: _cpu.load(tmp_path / "bad.cpp"))
+    with pytest.raises(UserError, match=r"run\.compile=off"):
+        block_cpu._library.__wrapped__()
+
+
+@needs_it
+def test_plain_causal_attention_is_all_it_knows() -> None:
+    block, (x, rope, *_), _ = block_of(1, 16)
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="causal"):
+        run_block_on_cpu(block, x, rope, mask, None, 0, None)  # type: ignore[arg-type]
