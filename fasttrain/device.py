@@ -148,9 +148,21 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
 
 
 def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
-    """Return ``fn`` compiled as one graph of static shapes; a graph break is an error."""
+    """Return ``fn`` compiled as one graph of static shapes; a graph break is an error.
+
+    Its code trusts operations to return the sizes that they promise, and modules of Python to keep
+    their globals, instead of looking at each call: of a step of 4 layers 0.4 ms (two Zen 3 cores).
+    Arguments, parameters and the attributes of modules are looked at.
+    """
     inductor_mode = {"cuda-graphs": "reduce-overhead", "max-autotune": "max-autotune"}.get(mode)
-    return torch.compile(fn, fullgraph=True, dynamic=False, mode=inductor_mode)
+    if inductor_mode is not None:  # which goes with no options
+        return torch.compile(fn, fullgraph=True, dynamic=False, mode=inductor_mode)
+    options: dict[str, Any] = {
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,
+    }
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 
 
 def spare_compiler() -> None:
