@@ -13,7 +13,7 @@ struct Shape {
   long q() const { return heads * head_dim; }
   long qkv() const { return (heads + 2 * kv) * head_dim; }
   long up() const { return mlp == 2 ? 2 * hidden : hidden; }
-  long sums() const { return 2 * dim + 2 * head_dim + 2; }
+  long vectors() const { return 2 * dim + 2 * head_dim + 2; }  // norm, q_norm, k_norm, mix, mlp_norm
   long chunks() const { return (m + ROWS - 1) / ROWS; }
   int rows(long chunk) const { return std::min<long>(ROWS, m - chunk * ROWS); }
 };
@@ -23,10 +23,8 @@ struct Inputs {  // null where the model has none: value and mix, q_norm and k_n
   bool keeps_raw() const { return q_norm || mix; }
 };
 
-struct Outputs {  // of backward
-  In dy;
-  float *dx, *dvalue, *dweight, *dout, *dup, *ddown;
-  float* sums;  // (chunks, 2D + 2K + 2): of norm, q_norm, k_norm, mix, mlp_norm
+struct Gradients {  // of Inputs, in their order
+  float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix;
 };
 
 // Parts of a buffer, one behind the other
@@ -137,7 +135,7 @@ static void activate(long mlp, int n, In h, float* a, float* dh = nullptr) {
 }
 
 // What is to be the gradient (n_out, n_in) of a weight: dyᵀ·x of dy in strips and x in panels
-struct Gradient {
+struct WeightGradient {
   In strips, panels;
   long n_out, n_in;
   float* dw;
@@ -146,13 +144,13 @@ struct Gradient {
 static const int COLUMNS = 256;  // with ROWS: the part of a gradient that is one task
 
 // Called by all threads of a team
-static void gradients(std::initializer_list<Gradient> all, long m) {
+static void weight_gradients(std::initializer_list<WeightGradient> all, long m) {
   long n_tasks = 0;
-  for (const Gradient& g : all)
+  for (const WeightGradient& g : all)
     n_tasks += (g.n_out + ROWS - 1) / ROWS * ((g.n_in + COLUMNS - 1) / COLUMNS);
 #pragma omp for schedule(dynamic)
   for (long task = 0; task < n_tasks; task++) {
-    const Gradient* g = all.begin();
+    const WeightGradient* g = all.begin();
     long i = task;
     for (;; g++) {
       long n = (g->n_out + ROWS - 1) / ROWS * ((g->n_in + COLUMNS - 1) / COLUMNS);
@@ -206,8 +204,8 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, Parts spac
   }
 }
 
-static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Outputs* o,
-                       In given, In dq, In dk, In dv, Parts space) {
+static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
+                       float* sums_of_chunks, In given, In dq, In dk, In dv, Parts space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim;
   float *panels = space.take(n * d), *normed = space.take(s->m * d);
   float* strips = space.take(s->m * n);
@@ -220,8 +218,8 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *dnormed = scratch(ROWS * (d + n)), *dqkv = dnormed + ROWS * d;
-      float* sums = o->sums + chunk * s->sums();
-      std::fill_n(sums, s->sums() - d, 0.f);
+      float* sums = sums_of_chunks + chunk * s->vectors();
+      std::fill_n(sums, s->vectors() - d, 0.f);
       for (int r = 0; r < rows; r++) {
         const long row = first + r, at_angle = row % s->t * (k / 2), start = row * s->kv * k;
         float* to = dqkv + r * n;
@@ -245,7 +243,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
           if (!p->mix) continue;
           own += g * at(raw + i);
           other += g * at(p->value + start + i);
-          at(o->dvalue + start + i) = p->mix[1] * g;
+          at(o->value + start + i) = p->mix[1] * g;
         }
         sums[d + 2 * k] += total(own);
         sums[d + 2 * k + 1] += total(other);
@@ -256,12 +254,12 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
         const long row = first + r;
         In x = p->x + row * d, stat = made.stat + 2 * row;
         normalise_back(dnormed + r * d, x, stat, p->norm, d, s->centred, given + row * d,
-                       o->dx + row * d, sums);
+                       o->x + row * d, sums);
         normalised_again(x, stat, p->norm, d, dnormed + r * d);
       }
       to_panels(dnormed, rows, d, first, s->m, normed);
     }
-    gradients({{strips, normed, n, d, o->dweight}}, s->m);
+    weight_gradients({{strips, normed, n, d, o->weight}}, s->m);
   }
 }
 
@@ -296,8 +294,8 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y, 
   }
 }
 
-static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Outputs* o,
-                       float* dmiddle, float* dattended, Parts space) {
+static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
+                       In dy, float* sums_of_chunks, float* dmiddle, float* dattended, Parts space) {
   const long m = s->m, d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
   float *out = space.take(q * d), *up = space.take(d * e), *down = space.take(f * d);
   float *acts_panels = space.take(m * f), *normed = space.take(m * d);
@@ -316,11 +314,11 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *acts = scratch(ROWS * (d + f + e)), *dnormed = acts + ROWS * f;  // acts: first dacts
-      float *dhidden = dnormed + ROWS * d, *dy = dmiddle + first * d;
-      float* sums = o->sums + (chunk + 1) * s->sums() - d;
+      float *dhidden = dnormed + ROWS * d, *dmid = dmiddle + first * d;
+      float* sums = sums_of_chunks + (chunk + 1) * s->vectors() - d;
       std::fill_n(sums, d, 0.f);
-      to_strips(o->dy + first * d, rows, d, first, m, y_strips);
-      product(rows, f, d, o->dy + first * d, d, down, acts, f);
+      to_strips(dy + first * d, rows, d, first, m, y_strips);
+      product(rows, f, d, dy + first * d, d, down, acts, f);
       for (int r = 0; r < rows; r++)
         activate<true>(s->mlp, f, made.hidden + (first + r) * e, acts + r * f, dhidden + r * e);
       to_panels(acts, rows, f, first, m, acts_panels);
@@ -329,18 +327,18 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
       for (int r = 0; r < rows; r++) {
         const long row = first + r;
         In x = made.middle + row * d, stat = made.mlp_stat + 2 * row;
-        normalise_back(dnormed + r * d, x, stat, p->mlp_norm, d, s->centred, o->dy + row * d,
-                       dy + r * d, sums);
+        normalise_back(dnormed + r * d, x, stat, p->mlp_norm, d, s->centred, dy + row * d,
+                       dmid + r * d, sums);
         normalised_again(x, stat, p->mlp_norm, d, dnormed + r * d);
       }
       to_panels(dnormed, rows, d, first, m, normed);
       to_panels(made.attended + first * q, rows, q, first, m, attended);
-      to_strips(dy, rows, d, first, m, middle_strips);
-      product(rows, q, d, dy, d, out, dattended + first * q, q);
+      to_strips(dmid, rows, d, first, m, middle_strips);
+      product(rows, q, d, dmid, d, out, dattended + first * q, q);
     }
-    gradients({{y_strips, acts_panels, d, f, o->ddown},
-               {hidden_strips, normed, e, d, o->dup},
-               {middle_strips, attended, d, q, o->dout}},
+    weight_gradients({{y_strips, acts_panels, d, f, o->down},
+               {hidden_strips, normed, e, d, o->up},
+               {middle_strips, attended, d, q, o->out}},
               m);
   }
 }
@@ -353,7 +351,8 @@ extern "C" long block_saved(const Shape* s, const Inputs* p) {
 extern "C" long block_space(const Shape* s, int back) {
   const long m = s->m, d = s->dim, q = s->q(), n = s->qkv(), e = s->up(), f = s->hidden;
   const long enter = n * d, leave = d * (q + e + f);
-  return back ? m * (d + q + n) + std::max(enter + m * (d + n), leave + m * (f + 3 * d + q + e))
+  return back ? s->chunks() * s->vectors() + m * (d + q + n) +
+                    std::max(enter + m * (d + n), leave + m * (f + 3 * d + q + e))
               : std::max(enter, leave);
 }
 
@@ -368,17 +367,26 @@ extern "C" void block_forward(const Shape* s, const Inputs* p, float* saved, flo
   leave(s, p, made, y, {space});
 }
 
-extern "C" void block_backward(const Shape* s, const Inputs* p, float* saved, float* space,
-                               const Outputs* o) {
+extern "C" void block_backward(const Shape* s, const Inputs* p, float* saved, float* space, In dy,
+                               const Gradients* o) {
   Saved made(s, p, saved);
   Parts parts{space};
   const long n = s->qkv(), k = s->head_dim, q = s->q(), kv = s->kv * k;
   const long strides[] = {s->t * n, n, k}, dense[] = {s->t * q, q, k};
+  float *sums = parts.take(s->chunks() * s->vectors());
   float *dmiddle = parts.take(s->m * s->dim), *dattended = parts.take(s->m * q);
   float *dq = parts.take(s->m * q), *dk = parts.take(s->m * kv), *dv = parts.take(s->m * kv);
   In key = made.heads + q;
-  leave_back(s, p, made, o, dmiddle, dattended, parts);
+  leave_back(s, p, made, o, dy, sums, dmiddle, dattended, parts);
   backward(made.heads, key, key + kv, made.attended, made.lse, dattended, dq, dk, dv, strides,
            strides, strides, dense, s->m / s->t, s->t, s->heads, s->kv, k, s->threads);
-  enter_back(s, p, made, o, dmiddle, dq, dk, dv, parts);
+  enter_back(s, p, made, o, sums, dmiddle, dq, dk, dv, parts);
+  float* vectors[] = {o->norm, o->q_norm, o->k_norm, o->mix, o->mlp_norm};
+  const long sizes[] = {s->dim, k, k, 2, s->dim};
+  for (int v = 0; v < 5; sums += sizes[v++])
+    for (long i = 0; vectors[v] && i < sizes[v]; i++) {
+      float sum = 0;
+      for (long chunk = 0; chunk < s->chunks(); chunk++) sum += sums[chunk * s->vectors() + i];
+      vectors[v][i] = sum;
+    }
 }

@@ -27,7 +27,6 @@ __all__ = ["fits", "run_block_on_cpu"]
 
 _FOLDER = Path(__file__).parent
 _KINDS = ("gelu", "relu2", "swiglu")
-_ROWS = 48  # as in block_cpu.cpp
 
 
 class _Shape(ctypes.Structure):
@@ -71,22 +70,14 @@ class _Block(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, *inputs = ctx.saved_tensors
-        x, value, _, qkv, q_norm, _, out, _, up, down, _, _, mix = inputs
-        shape, size, dy = ctx.shape, ctypes.byref(ctx.shape), dy.contiguous()
-        d, k = shape.dim, shape.head_dim
-        made = [None if t is None else torch.empty_like(t) for t in (x, value, qkv, out, up, down)]
-        sums = x.new_empty(-(-shape.m // _ROWS), 2 * d + 2 * k + 2)
-        space = x.new_empty(_library().block_space(size, True))
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (saved, space)]
-        outputs = _pointers((dy, *made, sums))
-        _library().block_backward(size, _pointers(inputs), *pointers, outputs)
-        dx, dvalue, *dweights = made
-        dnorm, dq, dk, dmix, dmlp_norm = sums.sum(0).split((d, k, k, 2, d))
-        if q_norm is None:
-            dq = dk = None
-        dqkv, dout, dup, ddown = dweights
-        grads = (dx, dvalue, dnorm, dqkv, dq, dk, dout, dmlp_norm, dup, ddown)
-        return None, *grads, None, None, None if mix is None else dmix
+        *differentiable, _, _, mix = inputs  # cos and sin
+        dy, size = dy.contiguous(), ctypes.byref(ctx.shape)
+        grads = [None if t is None else torch.empty_like(t) for t in (*differentiable, mix)]
+        space = dy.new_empty(_library().block_space(size, True))
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (saved, space, dy)]
+        _library().block_backward(size, _pointers(inputs), *pointers, _pointers(grads))
+        *others, dmix = grads
+        return None, *others, None, None, dmix
 
 
 def fits(config: TrainConfig) -> bool:

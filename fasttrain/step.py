@@ -198,20 +198,21 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], lr: float) -> None:
         """Run one step over its micro-batches with learning rate ``lr``."""
         self.clock.mark(0)
-        n_targets = torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum()
+        counts = [(b.targets != IGNORE_INDEX).sum() for b in batches]
+        n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
         counting = self.world.begin_sum(n_targets)
-        weight: Tensor | None = None
-        loss = torch.zeros_like(self.loss)
+        weight = loss = None
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts)
             if weight is None:
                 weight = self._weight(n_targets, counting)
-            part = part * weight
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+            part.backward(weight)  # type: ignore[no-untyped-call]
+            part = part.detach() * weight
+            loss = part if loss is None else loss + part
         self.clock.mark(1)
 
+        assert loss is not None
         grads = [p.grad for p in self.parameters if p.grad is not None]
         self.loss, self.norm = self._measure(loss, grads)
         self.before_update()
@@ -227,7 +228,11 @@ class TrainStep:
         for optimizer in self.optimizers:
             set_lr(optimizer, lr)
             self._update(optimizer, clip, bad)
-            optimizer.zero_grad(set_to_none=not self.keeps_grads)
+            if self.keeps_grads:
+                optimizer.zero_grad(set_to_none=False)
+        if not self.keeps_grads:  # what zero_grad does, in a tenth of its 0.1 ms
+            for parameter in self.parameters:
+                parameter.grad = None
         self.ema.update()
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict == SPIKE, 0.0, bad)
@@ -264,11 +269,10 @@ class TrainStep:
 
     def _judge(self) -> Tensor:
         """Return the verdict on this step, an fp32 scalar."""
-        finite_loss = torch.isfinite(self.loss)
-        finite = torch.isfinite(self.norm) & finite_loss
-        verdict = (~finite).float() * NONFINITE
+        finite = torch.isfinite(self.loss + self.norm)
+        verdict = torch.where(finite, float(FINE), float(NONFINITE))
         if self.precision.scaled:
-            overflow = finite_loss & ~finite & (self.grad_scale > 1)
+            overflow = torch.isfinite(self.loss) & ~finite & (self.grad_scale > 1)
             verdict = torch.where(overflow, float(OVERFLOW), verdict)
         if self.window is not None:
             spike = self.window.judge(self.loss, self.norm, finite)
