@@ -49,8 +49,8 @@ class RunConfig(Section):
     )
     compile: str = key(
         "auto",
-        "torch.compile mode",
-        choices=("auto", "off", "default", "cuda-graphs", "max-autotune"),
+        "torch.compile mode (c++: none, but blocks in C++ on a CPU; auto: c++ where it fits)",
+        choices=("auto", "off", "c++", "default", "cuda-graphs", "max-autotune"),
     )
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
@@ -60,7 +60,7 @@ class RunConfig(Section):
             self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
         if self.fp8 and self.dtype not in ("auto", "bf16"):
             self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
-        if self.fp8 and self.compile == "off":
+        if self.fp8 and self.compile in ("off", "c++"):
             self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
         if self.device == "cpu" and self.dtype == "tf32":
             self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")

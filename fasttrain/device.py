@@ -123,12 +123,15 @@ def keep_freed_memory() -> None:
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
 
-    ``auto`` compiles everything as one graph on CUDA. On a CPU it takes the block that is written
-    in C++ where the config `fits` it, which is faster and compiles in seconds. Else, with a C++
-    compiler, it is one graph up to `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that
-    is compiled once and run for all: the time to compile then does not grow with the depth.
+    ``c++`` is the block that is written in C++, on a CPU where the config `fits` it, and else
+    ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
+    fits, which is faster and built in seconds; else, with a C++ compiler, one graph up to
+    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
+    all: the time to compile then does not grow with the depth.
     """
     mode = config.run.compile
+    if mode == "c++":
+        return mode if device.type == "cpu" and fits(config) else "off"
     if mode == "auto" and device.type == "cpu":
         if fits(config):
             return "c++"

@@ -52,7 +52,8 @@ class Objective:
         self.model, self.criterion, self.loop = model, criterion, config.train
         self.run: Callable[..., Any] = model
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
-        if config.run.compile != "auto" and resolve_compile(config, device) != "off":
+        mode = config.run.compile
+        if mode not in ("auto", "c++") and resolve_compile(config, device) != "off":
             self.run = torch.compile(model)
         self.device, self.precision = device, precision
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)

@@ -207,9 +207,9 @@ class TrainStep:
             part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts)
             if weight is None:
                 weight = self._weight(n_targets, counting)
+            weighted = part.detach() * weight
+            loss = weighted if loss is None else loss + weighted
             part.backward(weight)  # type: ignore[no-untyped-call]
-            part = part.detach() * weight
-            loss = part if loss is None else loss + part
         self.clock.mark(1)
 
         assert loss is not None
@@ -230,9 +230,9 @@ class TrainStep:
             self._update(optimizer, clip, bad)
             if self.keeps_grads:
                 optimizer.zero_grad(set_to_none=False)
-        if not self.keeps_grads:  # what zero_grad does, in a tenth of its 0.1 ms
-            for parameter in self.parameters:
-                parameter.grad = None
+            else:  # as zero_grad does, in a quarter of its 0.1 ms
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    p.grad = None
         self.ema.update()
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict == SPIKE, 0.0, bad)

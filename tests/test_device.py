@@ -51,8 +51,11 @@ def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_mode(CUDA, 40) == "default"
     assert compile_mode(CPU, compile="default") == "default"
     assert compile_mode(CPU, compile="off") == "off"
+    assert compile_mode(CPU, compile="c++") == "c++"
+    assert compile_mode(CUDA, compile="c++") == "off"
     monkeypatch.setattr(device_module, "fits", lambda config: False)
     assert compile_mode(CPU) == "default"
+    assert compile_mode(CPU, compile="c++") == "off"
     assert compile_mode(CPU, 40) == "blocks"
     with pytest.raises(UserError, match="needs a CUDA device"):
         compile_mode(CPU, compile="max-autotune")

@@ -48,7 +48,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in FOLDERS.items()
         for path in folder.rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed"
     }
     assert held == expected
     assert {"fasttrain/py.typed", "fasttrain_kernels/py.typed"} <= held

@@ -10,6 +10,7 @@ from ._cross_entropy_cpu import LossTerms, cross_entropy_rows
 from ._cross_entropy_launch import launch_cross_entropy
 from ._cross_entropy_options import accumulation_dtype
 from ._dispatch import use_triton
+from ._linear_cross_entropy_cpu import fits, run_in_cpp
 
 __all__ = ["Gradients", "chunk_rows", "compute_linear_cross_entropy", "weight_grad_dtype"]
 
@@ -142,6 +143,11 @@ def compute_linear_cross_entropy(
         )
         if n_rows == 0 and grads.weight is not None:
             grads.weight.zero_()
+        if not use_triton(hidden) and fits(hidden, weight_in, bias, terms):
+            return *run_in_cpp(
+                hidden, weight_in, targets, terms, token_weight, scale, rows, *grads[:2], upstream,
+                want_correct,
+            ), grads  # fmt: skip
         return run(
             hidden, weight_in, bias_in, targets, terms, token_weight, scale, rows, grads, lse,
             upstream, want_correct,
