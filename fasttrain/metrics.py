@@ -150,23 +150,26 @@ class NormWatch:
     """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
 
     A norm above that counts as that: one outlier does not hide the next, and a level that rose for
-    good is accepted after some 25 steps.
+    good is accepted within some 25 steps.
     """
 
     EXPLODED, WARMUP_STEPS = 10.0, 20
 
     def __init__(self) -> None:
-        self._mean, self._n_steps = LossTracker(0.99), 0
+        self._mean, self._n_steps = 0.0, 0
 
     def update(self, norm: float) -> float | None:
         """Add the norm of a step; return the average before it where the gradient exploded."""
+        if not math.isfinite(norm):
+            return None
         self._n_steps += 1
-        if self._n_steps <= self.WARMUP_STEPS:
-            self._mean.value = None  # a run may begin with norms that never come again
-        usual = self._mean.value
-        limit = self.EXPLODED * usual if usual else math.inf
-        self._mean.update(min(norm, limit) if math.isfinite(norm) else norm)
-        return usual if limit < norm < math.inf else None
+        n = self._n_steps - self.WARMUP_STEPS // 2
+        if n <= 0:  # a run may begin with norms that never come again
+            return None
+        usual = self._mean
+        limit = self.EXPLODED * usual if usual and self._n_steps > self.WARMUP_STEPS else math.inf
+        self._mean += max(1 / n, 0.01) * (min(norm, limit) - usual)  # plain at first, then decaying
+        return usual if norm > limit else None
 
 
 class TrainingMetrics:

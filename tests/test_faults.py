@@ -48,6 +48,9 @@ def test_R18_the_config_decides(keys: dict[str, object], verdict: int, action: s
     assert (bad.skipped_steps, bad.spikes) == (1, int(verdict == SPIKE))
 
 
+ODD = [*[0.5] * 19, 0.02, *[0.5] * 10]
+
+
 def test_an_exploding_gradient_is_told_of() -> None:
     watched = policy()
 
@@ -57,6 +60,8 @@ def test_an_exploding_gradient_is_told_of() -> None:
 
     assert not told(9.0, *[0.5, 0.6, 0.4] * 40), "no run begins with its usual norm"
     assert "norm is 6.5 and was 0.5" in told(0.5, 6.5)
+    one_small = policy().judge(1, [0] * 30, [StepNumbers(3.0, n, FINE) for n in ODD]).warning
+    assert not one_small, "what is usual is an average from the first on"
     assert not told(0.5, math.inf), "what is not finite is a bad step, reported as such"
     assert not told(6.5, verdict=SPIKE)
     assert told(*[50.0] * 30)
