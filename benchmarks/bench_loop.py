@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
 
 from benchmarks.measure import comparison
 from benchmarks.subject import BASE, LR, make_model
+from fasttrain.blocks import prepare_blocks
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Batch, Loader
@@ -65,7 +66,8 @@ def bare_step(config: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
         return loss
 
     mode = resolve_compile(config, device)
-    fn = loss_of if mode == "off" else compile_function(loss_of, mode)
+    prepare_blocks(model, activation_checkpointing="none", mode=mode, sharded=False)
+    fn = loss_of if mode in ("off", "c++") else compile_function(loss_of, mode)
 
     def step() -> Tensor:
         loss = fn(batch.tokens, batch.targets)
