@@ -12,7 +12,8 @@ computed again (8·N·D·V FLOP).
 
 Products in the dtype of ``hidden``; softmax and loss in fp32; the weight gradient is accumulated
 over chunks in fp32. Every sum has a fixed order: reruns agree bit for bit on one machine. No host
-sync on a GPU. On a CPU the few logits of a small problem are computed at once, by torch's own ops.
+sync on a GPU. On a CPU the few logits of a small problem are computed at once, by torch's own ops,
+and many in fp32 in C++, where `_linear_cross_entropy_cpu.fits`.
 
 Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv:2411.09009).
 

@@ -1,0 +1,149 @@
+"""Loss and gradients of a linear layer and cross-entropy in C++: fp32 on a CPU with AVX2.
+
+Logits, softmax statistics and gradients of a block of columns are made while they are in the cache;
+the products are those of _cpu_product.h. Legend: N rows, D dim, V vocabulary.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._cpu import PRODUCT, is_supported, load
+from ._cross_entropy_cpu import LossTerms
+
+__all__ = ["fits", "run_in_cpp"]
+
+# Columns of a block: its logits of 256 rows and a part of the weight share the second cache.
+_WIDTH = 192
+# The gradient of the hidden states is summed up in so many parts at most, one thread each. Their
+# memory is that of the logits at most.
+_PARTS = 16
+# Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
+# gradient read and written more often.
+_ROWS = 512
+# Logits from which on compiling pays: a step below them takes less than 10 ms.
+_LEAST = 2**20
+
+
+class _Layout(NamedTuple):
+    chunk: int
+    width: int
+    parts: int
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ["n", "dim", "vocab", "hidden_row", "weight_row"]),
+        *((name, ctypes.c_long) for name in (*_Layout._fields, "threads")),
+        *((name, ctypes.c_float) for name in ("smoothing", "z_loss", "softcap", "scale")),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load(PRODUCT, Path(__file__).parent / "_linear_cross_entropy_cpu.cpp")
+    library.linear_cross_entropy_space.restype = ctypes.c_long
+    return library
+
+
+def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: LossTerms) -> bool:
+    """Return whether `run_in_cpp` computes this, and is the faster way."""
+    (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
+    return (
+        hidden.dtype == weight.dtype == torch.float32
+        and hidden.device.type == "cpu"
+        and bias is None
+        and terms.class_weight is None
+        and dim % 16 == 0
+        and n_cols >= max(4 * dim, 4 * _WIDTH)
+        and n_rows * n_cols > _LEAST
+        and hidden.stride(1) == weight.stride(1) == 1
+        and is_supported()
+    )
+
+
+def _layout(n_rows: int, dim: int, n_cols: int, rows: int) -> _Layout:
+    """Return how it is cut: in the memory of the logits (rows, V), and whatever the threads."""
+    n_blocks = -(-n_cols // _WIDTH)
+    n_blocks = -(-n_blocks // 4) * 4
+    width = -(-n_cols // (16 * n_blocks)) * 16
+    n_blocks = -(-n_cols // width)
+    parts = min(_PARTS, n_blocks, n_cols // dim)
+    held = n_blocks * (width + 3) + (parts + 2) * dim + 8
+    most = max(16, min(rows * n_cols // held, _ROWS) // 16 * 16)
+    n_chunks = -(-n_rows // most)
+    return _Layout(-(-n_rows // (16 * n_chunks)) * 16, width, parts)
+
+
+def run_in_cpp(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+    scale: Tensor | None,
+    rows: int,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    upstream: Tensor | None,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, lse and hits, each (N,), and write the gradients that are given.
+
+    Args:
+        hidden: (N, D) that `fits`, and so does ``weight``, (V, D).
+        weight: see ``hidden``.
+        targets: (N,) contiguous integers.
+        terms: the options of the loss.
+        token_weight: (N,) or None.
+        scale: () multiplies losses and gradients, or None.
+        rows: no more memory is taken than ``rows`` rows of logits have, but for few rows.
+        hidden_grad: (N, D), contiguous, or None.
+        weight_grad: (V, D), contiguous, or None.
+        upstream: (N,) or (), multiplies the gradients, or None.
+        want_correct: whether to count the rows whose first largest logit is the target.
+
+    Numerics: reruns agree bit for bit, on any number of threads.
+    """
+    (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
+    ignored = targets == terms.ignore_index
+    kept, n_kept = None, n_rows
+    if bool(ignored.any()):
+        kept = (~ignored).nonzero().squeeze(1)
+        n_kept = kept.shape[0]
+    new = hidden.new_empty if kept is None else hidden.new_zeros
+    losses, lse = new(n_rows), new(n_rows)
+    correct = new(n_rows if want_correct else 0)
+    if kept is not None and hidden_grad is not None:
+        hidden_grad.zero_()
+    if n_kept == 0:
+        if weight_grad is not None:
+            weight_grad.zero_()
+        return losses, lse, correct
+    per_row = [
+        None if x is None else x.float().expand(n_rows).contiguous()
+        for x in (token_weight, upstream)
+    ]
+    shape = _Shape(
+        *(n_kept, dim, n_cols, hidden.stride(0), weight.stride(0)),
+        *_layout(n_kept, dim, n_cols, rows),
+        torch.get_num_threads(),
+        *(terms.label_smoothing, terms.z_loss, terms.softcap, 1 if scale is None else scale.item()),
+    )
+    tensors = [
+        *(hidden, weight, targets.long(), kept, *per_row, losses, lse),
+        *(correct if want_correct else None, hidden_grad, weight_grad),
+    ]
+    pointers = (ctypes.c_void_p * len(tensors))(
+        *(None if x is None else x.data_ptr() for x in tensors)
+    )
+    size = _library().linear_cross_entropy_space(ctypes.byref(shape), pointers)
+    space = hidden.new_empty(size)
+    _library().linear_cross_entropy(
+        ctypes.byref(shape), pointers, ctypes.c_void_p(space.data_ptr())
+    )
+    return losses, lse, correct

@@ -1,0 +1,161 @@
+"""linear_cross_entropy in C++ against the same in plain torch, and when it is used."""
+
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fasttrain_kernels import _cpu
+from fasttrain_kernels import _linear_cross_entropy_cpu as in_cpp
+from fasttrain_kernels._cross_entropy_cpu import LossTerms
+from fasttrain_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from torch import Tensor
+
+COMPUTE = importlib.import_module("fasttrain_kernels._linear_cross_entropy_compute")
+PLAIN = LossTerms(-100, 0.0, 0.0, 0.0, None)
+pytestmark = pytest.mark.skipif(not _cpu.is_supported(), reason="needs AVX2, no AVX-512, and g++")
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Small problems go through C++ too; yields the rows of each call that did."""
+    rows: list[int] = []
+    real, before = in_cpp.run_in_cpp, torch.get_num_threads()
+    monkeypatch.setattr(in_cpp, "_LEAST", 0)
+    monkeypatch.setattr(COMPUTE, "run_in_cpp", lambda h, *a: rows.append(h.shape[0]) or real(h, *a))
+    yield rows
+    torch.set_num_threads(before)
+
+
+def problem(rows: int, dim: int, n_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, dim), torch.randn(n_cols, dim) * 2 / dim**0.5
+    return hidden, weight, torch.randint(0, n_cols, (rows,))
+
+
+def outcome(op: Any, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Any:
+    """Outputs and both gradients under an incoming gradient that is not 1."""
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = op(h, w, targets, return_lse=True, return_accuracy=True, **options)
+    grads = torch.autograd.grad(result[0], (h, w), torch.full_like(result[0], 0.7))
+    return [x.detach() for x in (*result, *grads)]
+
+
+@pytest.mark.parametrize("n_ignored", [0, 30])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((97, 32, 1333), {"reduction": "mean"}),
+        ((1, 16, 770), {"reduction": "sum", "z_loss": 1e-2}),
+        ((301, 48, 912), {"reduction": "sum", "label_smoothing": 0.1, "softcap": 3.0}),
+        ((97, 32, 769), {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-2}),
+        ((90, 16, 784), {"reduction": "mean", "max_chunk_mib": 0.1, "token_weight": None}),
+    ],
+)
+def test_agrees_with_fp64(
+    runs: list[int], shape: tuple[int, int, int], options: dict[str, Any], n_ignored: int
+) -> None:
+    hidden, weight, targets = problem(*shape)
+    targets[1 : 1 + n_ignored] = -100
+    targets[0] = shape[2] - 1
+    hidden = torch.cat((hidden, hidden), 1)[:, : shape[1]]  # rows that lie apart
+    if "token_weight" in options:
+        options = options | {"token_weight": torch.rand(shape[0])}
+    budget = {"max_chunk_mib": 1.0} | options  # so that none is held at once
+    ours = outcome(linear_cross_entropy, hidden, weight, targets, **budget)
+    assert runs == [shape[0]] * (2 if options["reduction"] == "none" else 1)
+    plain = outcome(linear_cross_entropy_reference, hidden, weight, targets, **options)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    exact = outcome(
+        linear_cross_entropy_reference, hidden.double(), weight.double(), targets, **wide
+    )
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert a.dtype == torch.float32
+        bound = 2 * (b.double() - c).abs().max() + 1e-6 * max(1.0, float(c.abs().max()))
+        assert (a.double() - c).abs().max() <= bound
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    hidden, weight, targets = problem(300, 32, 2000)
+    results = []
+    for n in (1, 2, 3, 1):
+        torch.set_num_threads(n)
+        results.append(outcome(linear_cross_entropy, hidden, weight, targets, max_chunk_mib=1))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("first", [math.nan, 1e30, -1e30])
+def test_what_is_not_finite_is_as_in_torch(
+    monkeypatch: pytest.MonkeyPatch, runs: list[int], first: float
+) -> None:
+    """NaN, and logits that overflow to +inf or -inf in one column of one row."""
+    hidden, weight, targets = problem(5, 16, 800)
+    hidden[:, 0], weight[:, 0] = 0, 0
+    hidden[2, 0], weight[300, 0] = first, 1e30
+    options = {"reduction": "none", "max_chunk_mib": 1.0}
+    ours = outcome(linear_cross_entropy, hidden, weight, targets, **options)
+    monkeypatch.setattr(in_cpp, "_LEAST", math.inf)
+    in_torch = outcome(linear_cross_entropy, hidden, weight, targets, **options)
+    assert len(runs) == 2
+    torch.testing.assert_close(ours, in_torch, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_the_first_of_equal_logits_counts_as_the_largest(runs: list[int]) -> None:
+    hidden, weight = torch.ones(3, 16), torch.zeros(800, 16)
+    weight[[5, 250, 790]] = 1
+    _, n_right = linear_cross_entropy(
+        hidden, weight, torch.tensor([5, 250, 790]),
+        reduction="none", return_accuracy=True, max_chunk_mib=1,
+    )  # fmt: skip
+    assert n_right.tolist() == [1, 0, 0]
+    assert runs == [3]
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_only_what_is_trained_has_a_gradient(runs: list[int], needs: tuple[bool, bool]) -> None:
+    hidden, weight, targets = problem(40, 16, 800)
+    whole = outcome(linear_cross_entropy, hidden, weight, targets, max_chunk_mib=1)[3:]
+    leaves = [x.clone().requires_grad_(n) for x, n in zip((hidden, weight), needs, strict=True)]
+    (0.7 * linear_cross_entropy(*leaves, targets, max_chunk_mib=1)).backward()
+    assert len(runs) == 2
+    for leaf, need, grad in zip(leaves, needs, whole, strict=True):
+        assert torch.equal(leaf.grad, grad) if need else leaf.grad is None
+
+
+@pytest.mark.parametrize("shape", [(4096, 768, 50304), (2048, 256, 4096), (600, 64, 1000)])
+@pytest.mark.parametrize("rows", [512, 1024])
+def test_it_takes_the_memory_of_a_chunk_of_logits(shape: tuple[int, int, int], rows: int) -> None:
+    n, dim, n_cols = shape
+    chunk, width, parts = in_cpp._layout(n, dim, n_cols, rows)
+    held = chunk * (8 + -(-n_cols // width) * (width + 3) + (parts + 2) * dim)
+    assert held <= rows * n_cols
+    assert (chunk % 16, width % 16) == (0, 0)
+    assert min(parts, chunk / 16) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "yes"),
+    [
+        ({}, True),
+        ({"hidden": torch.empty(8, 20), "weight": torch.empty(800, 20)}, False),
+        ({"weight": torch.empty(500, 16)}, False),
+        ({"weight": torch.empty(16, 800).t()}, False),
+        ({"hidden": torch.empty(8, 16, dtype=torch.bfloat16)}, False),
+        ({"bias": torch.empty(800)}, False),
+        ({"terms": PLAIN._replace(class_weight=torch.empty(800))}, False),
+    ],
+)
+def test_it_is_used_where_it_fits(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], yes: bool
+) -> None:
+    arguments = {"hidden": torch.empty(8, 16), "weight": torch.empty(800, 16), "bias": None}
+    arguments |= {"terms": PLAIN} | change
+    assert in_cpp.fits(**arguments) is yes
+    monkeypatch.setattr(in_cpp, "_LEAST", 2**20)
+    assert not in_cpp.fits(**arguments)
