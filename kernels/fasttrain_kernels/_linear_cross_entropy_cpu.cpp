@@ -127,7 +127,8 @@ static void join(const Shape* s, const Tensors* t, const Space& made, int r, lon
   for (long b = 0; b < s->blocks(); b++) peak = std::max(peak, made.stats[b * s->chunk + r].peak);
   for (long b = 0; b < s->blocks(); b++) {
     Stat stat = made.stats[b * s->chunk + r];
-    sum += stat.sum * (stat.peak == peak || stat.peak == -INFINITY ? 1 : std::exp(stat.peak - peak));
+    const bool as_it_is = stat.peak == peak || stat.peak == -INFINITY;
+    sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - peak);
     all += stat.total;
   }
   const long target = t->targets[of], block = target / s->width;
@@ -142,8 +143,8 @@ static void join(const Shape* s, const Tensors* t, const Space& made, int r, lon
   const float capped = s->softcap ? x / s->softcap : 0;
   t->losses[of] = loss * weight;
   t->lse[of] = lse;
-  if (t->correct)
-    t->correct[of] = (x == peak || std::isnan(x)) && valid && is_first_largest(s, made, r, target, x);
+  const bool is_largest = valid && (x == peak || std::isnan(x));
+  if (t->correct) t->correct[of] = is_largest && is_first_largest(s, made, r, target, x);
   made.rows[r] = {of, valid ? target : -1, peak, factor * slope / sum, factor * share,
                   factor * (1 - s->smoothing) * (1 - capped * capped)};
 }

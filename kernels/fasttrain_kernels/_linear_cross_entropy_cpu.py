@@ -25,7 +25,7 @@ _PARTS = 16
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
 _ROWS = 512
-# Logits from which on compiling pays: a step below them takes less than 10 ms.
+# Logits above which it is used: for fewer, that nobody need wait for g++.
 _LEAST = 2**20
 
 
