@@ -99,8 +99,8 @@ static void rotate(float* x, In cos, In sin, int dim, float sign) {
 }
 
 static Lanes sigmoid(Lanes x) {
-  Lanes e = exponential(x < 0 ? x : -x), s = 1 / (1 + e);
-  return x < 0 ? e * s : s;
+  Lanes s = 1 / (1 + exponential(-x));
+  return x < -87 ? Lanes{} : s;
 }
 
 enum { GELU, RELU2, SWIGLU };
