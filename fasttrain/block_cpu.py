@@ -124,8 +124,11 @@ def run_block_on_cpu(
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + D + F (SwiGLU 2F)
         numbers a token; in backward about as much again for a moment.
     """
-    if mask is not None or cache is not None or start:
-        raise ValueError("run_block_on_cpu: attention is plain causal here; use the block itself")
+    if mask is not None or cache is not None or start or x.numel() == 0:
+        raise ValueError(
+            f"run_block_on_cpu: x {tuple(x.shape)} has no tokens, or attention is not plain causal;"
+            " use the block itself"
+        )
     attention, mlp = block.attention, block.mlp
     b, t, d = x.shape
     norm, q_norm, k_norm = block.attention_norm, attention.q_norm, attention.k_norm

@@ -130,10 +130,13 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     all: the time to compile then does not grow with the depth.
     """
     mode = config.run.compile
+    in_cpp = device.type == "cpu" and fits(config)
+    if in_cpp:  # run.dtype=auto is bf16 where torch is told to do without the AVX-512 that there is
+        in_cpp = resolve_precision(config.run.dtype, device).compute is torch.float32
     if mode == "c++":
-        return mode if device.type == "cpu" and fits(config) else "off"
+        return mode if in_cpp else "off"
     if mode == "auto" and device.type == "cpu":
-        if fits(config):
+        if in_cpp:
             return "c++"
         shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"

@@ -9,11 +9,11 @@ import torch
 from fasttrain_kernels import _cpu
 from torch import Tensor
 
-from fasttrain import block_cpu
+from fasttrain import block_cpu, device
 from fasttrain.block_cpu import fits, run_block_on_cpu
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
-from fasttrain.device import resolve_precision
+from fasttrain.device import resolve_compile, resolve_precision
 from fasttrain.model import Transformer, run_block
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
@@ -134,8 +134,12 @@ def test_what_it_cannot_do_is_left_to_others(
     monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
 ) -> None:
     monkeypatch.setattr(block_cpu, "is_supported", lambda: True)
+    monkeypatch.setattr(device, "_native_bf16", lambda _: False)
     assert fits(config_of())
+    assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
     assert not fits(config_of(**sections))
+    monkeypatch.setattr(device, "_native_bf16", lambda _: True)
+    assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "off"  # run.dtype is bf16
     monkeypatch.setattr(block_cpu, "is_supported", lambda: False)
     assert not fits(config_of())
 
@@ -188,3 +192,5 @@ def test_plain_causal_attention_is_all_it_knows() -> None:
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
         run_block_on_cpu(block, x, rope, mask, None, 0, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
+        run_block_on_cpu(block, x[:0], rope, None, None, 0, None)  # type: ignore[index]

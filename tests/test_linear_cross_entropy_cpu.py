@@ -3,6 +3,8 @@
 import importlib
 import math
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +161,20 @@ def test_it_is_used_where_it_fits(
     assert in_cpp.fits(**arguments) is yes
     monkeypatch.setattr(in_cpp, "_LEAST", 2**20)
     assert not in_cpp.fits(**arguments)
+
+
+def test_where_it_cannot_be_built_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, runs: list[int], tmp_path: Path
+) -> None:
+    """A folder that cannot be made stands for all that building needs; found out once."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "under"))
+    monkeypatch.setattr(in_cpp, "load", _cpu.load.__wrapped__)
+    monkeypatch.setattr(in_cpp, "_library", cache(in_cpp._library.__wrapped__))
+    hidden, weight, targets = problem(40, 16, 800)
+    with pytest.warns(UserWarning, match=r"C\+\+ was not built: .*Not a directory"):
+        ours = outcome(linear_cross_entropy, hidden, weight, targets, max_chunk_mib=1)
+    expected = outcome(linear_cross_entropy_reference, hidden, weight, targets)
+    torch.testing.assert_close(ours, expected)
+    linear_cross_entropy(hidden, weight, targets, max_chunk_mib=1)
+    assert runs == []

@@ -5,7 +5,6 @@ no others spin beside them.
 """
 
 import ctypes
-import getpass
 import hashlib
 import os
 import shutil
@@ -41,23 +40,26 @@ def load(*sources: Path) -> ctypes.CDLL:
     (``TORCHINDUCTOR_CACHE_DIR``), else beside other temporary files; compiling takes 2 to 4 s.
 
     Raises:
-        RuntimeError: g++ is missing or refuses the code; the message is its own.
+        RuntimeError: g++ is missing or refuses the code; the message is its own. Or nothing can be
+            written to the folder, or loaded from it.
     """
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
     key = hashlib.sha256("\n".join((*_FLAGS, text)).encode()).hexdigest()[:32]
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{getpass.getuser()}") / "cpp"
+    # By number: a user in a container may have no name.
+    folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{os.getuid()}") / "cpp"
     path = folder / f"{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            source, built = Path(made) / "source.cpp", Path(made) / "built.so"
-            source.write_text(text, encoding="utf-8")
-            command = ["g++", *_FLAGS, "-o", str(built), str(source)]
-            try:
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                source, built = Path(made) / "source.cpp", Path(made) / "built.so"
+                source.write_text(text, encoding="utf-8")
+                command = ["g++", *_FLAGS, "-o", str(built), str(source)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as e:
-                why = getattr(e, "stderr", None) or e
-                raise RuntimeError(f"{' '.join(command)}: {why}") from e
-            built.replace(path)
-    return ctypes.CDLL(str(path))
+                built.replace(path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as e:
+        raise RuntimeError(f"{' '.join(e.cmd)}: {e.stderr or e}") from e
+    except OSError as e:
+        raise RuntimeError(f"{path}: {e}") from e

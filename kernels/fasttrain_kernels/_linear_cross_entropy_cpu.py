@@ -5,6 +5,7 @@ the products are those of _cpu_product.h. Legend: N rows, D dim, V vocabulary.
 """
 
 import ctypes
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +45,13 @@ class _Shape(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    library = load(PRODUCT, Path(__file__).parent / "_linear_cross_entropy_cpu.cpp")
+def _library() -> ctypes.CDLL | None:
+    """Return what is built, or None where it cannot be: torch's own operations do without."""
+    try:
+        library = load(PRODUCT, Path(__file__).parent / "_linear_cross_entropy_cpu.cpp")
+    except RuntimeError as e:
+        warnings.warn(f"linear_cross_entropy is slower, its C++ was not built: {e}", stacklevel=2)
+        return None
     library.linear_cross_entropy_space.restype = ctypes.c_long
     return library
 
@@ -63,6 +69,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: LossTerms) 
         and n_rows * n_cols > _LEAST
         and hidden.stride(1) == weight.stride(1) == 1
         and is_supported()
+        and _library() is not None
     )
 
 
@@ -141,9 +148,9 @@ def run_in_cpp(
     pointers = (ctypes.c_void_p * len(tensors))(
         *(None if x is None else x.data_ptr() for x in tensors)
     )
-    size = _library().linear_cross_entropy_space(ctypes.byref(shape), pointers)
+    library = _library()
+    assert library is not None
+    size = library.linear_cross_entropy_space(ctypes.byref(shape), pointers)
     space = hidden.new_empty(size)
-    _library().linear_cross_entropy(
-        ctypes.byref(shape), pointers, ctypes.c_void_p(space.data_ptr())
-    )
+    library.linear_cross_entropy(ctypes.byref(shape), pointers, ctypes.c_void_p(space.data_ptr()))
     return losses, lse, correct
