@@ -130,6 +130,12 @@ def run_block_on_cpu(
             " use the block itself"
         )
     attention, mlp = block.attention, block.mlp
+    for tensor in (x, attention.qkv.weight):  # a model may have been moved since it was trained
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"run_block_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device};"
+                " set model.block_fn = fasttrain.model.run_block"
+            )
     b, t, d = x.shape
     norm, q_norm, k_norm = block.attention_norm, attention.q_norm, attention.k_norm
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)

@@ -187,10 +187,12 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
 
 
 @needs_it
-def test_plain_causal_attention_is_all_it_knows() -> None:
+def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
     block, (x, rope, *_), _ = block_of(1, 16)
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
         run_block_on_cpu(block, x, rope, mask, None, 0, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
         run_block_on_cpu(block, x[:0], rope, None, None, 0, None)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"not torch\.float64 on cpu"):
+        run_block_on_cpu(block.double(), x.double(), rope, None, None, 0, None)  # type: ignore[union-attr]
