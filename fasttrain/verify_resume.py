@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,10 +46,15 @@ def verify_resume(
         0 where all is equal, 1 where it differs, otherwise the status of the run that failed.
 
     Raises:
-        UserError: the config or ``n_steps`` do not allow it.
+        UserError: the config or ``n_steps`` do not allow it, or this is one of several ranks.
     """
     if n_steps < 2:
         raise UserError(f"--verify-resume {n_steps}: two processes need at least 2 steps")
+    if (n_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"--verify-resume starts its own processes, and is one of {n_processes} processes; "
+            "start it without torchrun"
+        )
     if config.train.hours is not None:
         raise UserError(
             "--verify-resume: train.hours makes the learning rate depend on the clock; give the "

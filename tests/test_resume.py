@@ -270,6 +270,15 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert not (toy.parent / "runs").exists()
 
 
+def test_verify_resume_is_of_one_process(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(toy), "--verify-resume", "4"]) == 2
+    assert "one of 2 processes; start it without torchrun" in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
+
+
 def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     state = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     assert other_bits(state) is None

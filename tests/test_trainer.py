@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels._cpu import is_supported
 
 from fasttrain.checkpoint import verify
 from fasttrain.config import TrainConfig, load_config
@@ -176,18 +177,25 @@ def losses(run_dir: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "asynchronous", "horizon"),
-    [("adamw", True, "steps=12"), ("muon", False, "steps=12"), ("adamw", False, "epochs=1.7")],
+    ("optimizer", "asynchronous", "horizon", "key"),
+    [
+        ("adamw", True, "steps=12", "model.dropout=0.1"),
+        ("muon", False, "steps=12", "run.compile=c++"),  # which knows no dropout
+        ("muon", False, "steps=12", "model.dropout=0.1"),
+        ("adamw", False, "epochs=1.7", "model.dropout=0.1"),
+    ],
 )
 def test_R1_resuming_continues_the_very_same_trajectory(
-    tmp_path: Path, optimizer: str, asynchronous: bool, horizon: str
+    tmp_path: Path, optimizer: str, asynchronous: bool, horizon: str, key: str
 ) -> None:
     write_dataset(tmp_path / "data", n_train=16 * 40)  # an epoch ends with step 5
-    values = [f"optim.name={optimizer}", "model.dropout=0.1", "train.tokens_per_step=128"]
+    values = [f"optim.name={optimizer}", key, "train.tokens_per_step=128"]
     values += ["train.steps=none", f"train.{horizon}", "eval.every_steps=4"]
     toml = write_config(tmp_path)
     config = load_config(toml, values)
     whole = build(config, tmp_path / "whole")
+    cpp = key == "run.compile=c++" and is_supported()
+    assert whole.train_step.compile_mode == ("c++" if cpp else "off")
     assert whole.train_loader.samples_per_epoch == 5 * whole.samples_per_step
     whole.fit()
     last = whole.step_count
