@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 
-__all__ = ["fits", "run_block_on_cpu"]
+__all__ = ["build", "fits", "run_block_on_cpu"]
 
 _FOLDER = Path(__file__).parent
 _KINDS = ("gelu", "relu2", "swiglu")
@@ -45,6 +45,15 @@ def _library() -> ctypes.CDLL:
         raise UserError(f"the C++ of a block was not built; use run.compile=off: {e}") from e
     library.block_saved.restype = library.block_space.restype = ctypes.c_long
     return library
+
+
+def build() -> None:
+    """Build the library, before a run begins rather than in its first step.
+
+    Raises:
+        UserError: it cannot be built here.
+    """
+    _library()
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> Any:

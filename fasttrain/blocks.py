@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fasttrain.block_cpu import run_block_on_cpu
+from fasttrain.block_cpu import build, run_block_on_cpu
 from fasttrain.device import compile_function
 from fasttrain.model import Block, Transformer, run_block
 
@@ -70,6 +70,7 @@ def prepare_blocks(
     if mode == "blocks":
         run = compile_function(run, "default")
     elif mode == "c++":
+        build()
         run = run_block_on_cpu
     if not sharded:
         model.block_fn = run

@@ -39,7 +39,7 @@ Outputs = Tensor | tuple[Tensor, ...]
 # that only move memory are plain compositions for it to fuse. Figures: this command on two Zen 3
 # cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, milliseconds). On CUDA the same
 # holds until it is measured there.
-_FUSED = "the compiler's fusion in a compiled step, ours with run.compile=off"
+_FUSED = "the compiler's fusion in a compiled step, ours in any other"
 CHOICES = {
     "rms_norm": f"{_FUSED} (compiled 0.67, ours 1.03, torch 8.06)",
     "swiglu": f"{_FUSED}, which keeps less for backward (compiled 3.05, ours 5.04, torch 4.69)",

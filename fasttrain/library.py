@@ -101,7 +101,7 @@ class Trainer:
             (loop.on_nonfinite == "rollback" or loop.on_spike != "off",
              "does not go back or look for spikes; unset train.on_spike, and set "
              "train.on_nonfinite=skip or stop"),
-            (run.fp8 or run.compile not in ("off", "auto", "default"),
+            (run.fp8 or run.compile not in ("off", "auto", "c++", "default"),
              "knows no run.fp8 and no CUDA graphs; unset it, use run.compile=default"),
             (n_processes > 1,
              f"trains in one process, and torchrun started {n_processes}; only fasttrain.train "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain import block_cpu, device
 from fasttrain.block_cpu import fits, run_block_on_cpu
+from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_compile, resolve_precision
@@ -182,8 +183,10 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
         _cpu.load(tmp_path / "bad.cpp")
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(block_cpu, "load", lambda *_: _cpu.load(tmp_path / "bad.cpp"))
-    with pytest.raises(UserError, match=r"run\.compile=off"):
-        block_cpu._library.__wrapped__()
+    monkeypatch.setattr(block_cpu, "_library", block_cpu._library.__wrapped__)
+    model = Transformer(config_of().model, seq_len=32)
+    with pytest.raises(UserError, match=r"run\.compile=off"):  # before the first step
+        prepare_blocks(model, activation_checkpointing="none", mode="c++", sharded=False)
 
 
 @needs_it
