@@ -111,9 +111,13 @@ def check_resumable(
     return state
 
 
-def other_bits(state: dict[str, Any]) -> str | None:
+def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
     """Return a warning where what rounds differently is not what it was for the checkpoint."""
-    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    now = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "run.compile": compile_mode,  # of auto or c++, what this machine makes of it
+    }
     changed = [
         f"{name} {state[name]}, and now {value}"
         for name, value in now.items()

@@ -15,6 +15,7 @@ from torch import Tensor
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint_files import history
 from fasttrain.config import config_to_toml
+from fasttrain.device import resolve_compile
 from fasttrain.lockstep import differing_step
 from fasttrain.redact import redact
 from fasttrain.state import collect, restore, rng_of_rank
@@ -163,6 +164,7 @@ class Saver:
             "faults": trainer.recovery.policy.state(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads() if trainer.device.type == "cpu" else None,
+            "run.compile": resolve_compile(trainer.config, trainer.device),
             **trainer.recorded,
         }
 

@@ -238,7 +238,7 @@ def _build(
             samples = config.train.micro_batch * n_micro_batches * world.size
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
-            if world.leads and (warning := other_bits(state)):
+            if world.leads and (warning := other_bits(state, resolve_compile(config, device))):
                 folder.warn(warning)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)

@@ -281,9 +281,12 @@ def test_verify_resume_is_of_one_process(
 
 def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     state = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    assert other_bits(state) is None
-    assert other_bits({**state, "threads": None}) is None
-    told = other_bits({"torch": "2.0", "threads": 99})
+    assert other_bits(state, "c++") is None  # of a checkpoint from before it was noted
+    assert other_bits({**state, "threads": None, "run.compile": "c++"}, "c++") is None
+    told = other_bits({**state, "run.compile": "c++"}, "off")
+    assert told is not None
+    assert "run.compile c++, and now off:" in told
+    told = other_bits({"torch": "2.0", "threads": 99}, "off")
     assert told is not None
     assert f"torch 2.0, and now {torch.__version__}; threads 99, and now 1:" in told
 
