@@ -112,27 +112,12 @@ def keep_freed_memory() -> None:
     of interleaved processes: system time falls from 5.0 to 1.3 ms in a step of base.toml of 280 ms
     (wall clock: no difference above the noise of 3 %), and from 82 to 4 ms in a step of 1,150 ms
     with 64 rows, uncompiled.
-
-    Where the kernel gives huge pages to those who ask (Linux, ``madvise``), the room into which the
-    heap grows first asks for them: 1 GiB of addresses, of memory only what is used. Steps of the
-    model of nanoGPT's command for a CPU, 40 ms, took 0.95 and 0.93 times as long, lower quartiles
-    of 4 and 3 pairs of processes whose own spread was 10 %.
     """
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
-    if mallopt is None:
-        return
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
-    size, page, huge_page_advice = 2**30 - 2**21, 2**21, 14  # MADV_HUGEPAGE of sys/mman.h
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if room := libc.malloc(size):  # None where addresses are limited
-        first = -(-room // page) * page
-        libc.madvise(first, room + size - first, huge_page_advice)
-        libc.free(room)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
