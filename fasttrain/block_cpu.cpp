@@ -337,9 +337,9 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
       product(rows, q, d, dmid, d, out, dattended + first * q, q);
     }
     weight_gradients({{y_strips, acts_panels, d, f, o->down},
-               {hidden_strips, normed, e, d, o->up},
-               {middle_strips, attended, d, q, o->out}},
-              m);
+                      {hidden_strips, normed, e, d, o->up},
+                      {middle_strips, attended, d, q, o->out}},
+                     m);
   }
 }
 
@@ -373,7 +373,7 @@ extern "C" void block_backward(const Shape* s, const Inputs* p, float* saved, fl
   Parts parts{space};
   const long n = s->qkv(), k = s->head_dim, q = s->q(), kv = s->kv * k;
   const long strides[] = {s->t * n, n, k}, dense[] = {s->t * q, q, k};
-  float *sums = parts.take(s->chunks() * s->vectors());
+  float* sums = parts.take(s->chunks() * s->vectors());
   float *dmiddle = parts.take(s->m * s->dim), *dattended = parts.take(s->m * q);
   float *dq = parts.take(s->m * q), *dk = parts.take(s->m * kv), *dv = parts.take(s->m * kv);
   In key = made.heads + q;
