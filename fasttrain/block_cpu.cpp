@@ -1,4 +1,4 @@
-// One block of the Transformer on a CPU, both ways. Built behind _cpu_product.h and the attention.
+// Blocks of the Transformer on a CPU, both ways. Built behind _cpu_product.h and the attention.
 //
 // A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
@@ -19,11 +19,11 @@ struct Shape {
 };
 
 struct Inputs {  // null where the model has none: value and mix, q_norm and k_norm, cos and sin
-  In x, value, norm, weight, q_norm, k_norm, out, mlp_norm, up, down, cos, sin, mix;
+  In x, value, norm, weight, q_norm, k_norm, out, mlp_norm, up, down, mix, cos, sin;
   bool keeps_raw() const { return q_norm || mix; }
 };
 
-struct Gradients {  // of Inputs, in their order
+struct Gradients {  // of Inputs, in their order; of all blocks x may be the same
   float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix;
 };
 
@@ -356,8 +356,7 @@ extern "C" long block_space(const Shape* s, int back) {
               : std::max(enter, leave);
 }
 
-extern "C" void block_forward(const Shape* s, const Inputs* p, float* saved, float* space,
-                              float* y) {
+static void forward(const Shape* s, const Inputs* p, float* saved, float* space, float* y) {
   Saved made(s, p, saved);
   const long n = s->qkv(), k = s->head_dim, strides[] = {s->t * n, n, k};
   In key = made.heads + s->q();
@@ -367,8 +366,9 @@ extern "C" void block_forward(const Shape* s, const Inputs* p, float* saved, flo
   leave(s, p, made, y, {space});
 }
 
-extern "C" void block_backward(const Shape* s, const Inputs* p, float* saved, float* space, In dy,
-                               const Gradients* o) {
+// What dy holds may be overwritten by o->x
+static void backward(const Shape* s, const Inputs* p, float* saved, float* space, In dy,
+                     const Gradients* o) {
   Saved made(s, p, saved);
   Parts parts{space};
   const long n = s->qkv(), k = s->head_dim, q = s->q(), kv = s->kv * k;
@@ -389,4 +389,18 @@ extern "C" void block_backward(const Shape* s, const Inputs* p, float* saved, fl
       for (long chunk = 0; chunk < s->chunks(); chunk++) sum += sums[chunk * s->vectors() + i];
       vectors[v][i] = sum;
     }
+}
+
+extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, float* const* saved,
+                               float* space, float* const* y) {
+  for (long i = 0; i < n; i++) forward(s, p + i, saved[i], space, y[i]);
+}
+
+extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, float* const* saved,
+                                float* const* space_and_dy, const Gradients* o) {
+  In dy = space_and_dy[1];
+  for (long i = n - 1; i >= 0; i--) {
+    backward(s, p + i, saved[i], space_and_dy[0], dy, o + i);
+    dy = o[i].x;
+  }
 }

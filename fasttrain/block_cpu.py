@@ -1,7 +1,7 @@
-"""A block of the Transformer as one operation on a CPU in fp32, written in C++: block_cpu.cpp.
+"""Blocks of the Transformer as one operation on a CPU in fp32, written in C++: block_cpu.cpp.
 
 Tokens go through norm, product, activation and the next product a few at a time, while they are in
-the cache; there is nothing of Python's between. Saved for backward are the block's input, queries,
+the cache; there is nothing of Python's between. Saved for backward are a block's input, queries,
 keys and values, the attention's output, the hidden states in the middle and those of the
 feed-forward layer before its activation; all else is computed again.
 
@@ -12,7 +12,7 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 """
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 
-__all__ = ["build", "fits", "run_block_on_cpu"]
+__all__ = ["build", "fits", "run_blocks_on_cpu"]
 
 _FOLDER = Path(__file__).parent
 _KINDS = ("gelu", "relu2", "swiglu")
@@ -57,40 +57,54 @@ def build() -> None:
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> Any:
-    """Return the addresses of tensors as a struct of pointers."""
+    """Return the addresses of tensors as an array of pointers."""
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-class _Block(torch.autograd.Function):
+_Optional = Tensor | None
+_OWN = 10  # tensors of a block: its value, its weights in the order of their use, its mix
+
+
+def _inputs(xs: Sequence[Tensor], angles: Sequence[_Optional], own: Sequence[_Optional]) -> Any:
+    """Return what the C++ takes as its inputs, block by block."""
+    blocks = (own[i : i + _OWN] for i in range(0, len(own), _OWN))
+    return _pointers(t for x, of in zip(xs, blocks, strict=True) for t in (x, *of, *angles))
+
+
+class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: _Shape, x: Tensor, *others: Tensor | None) -> Tensor:
-        library, inputs, size = _library(), _pointers((x, *others)), ctypes.byref(shape)
-        saved = x.new_empty(library.block_saved(size, inputs))
+    def forward(
+        ctx: Any, shape: _Shape, x: Tensor, cos: _Optional, sin: _Optional, *own: _Optional
+    ) -> Tensor:
+        library, size, n = _library(), ctypes.byref(shape), len(own) // _OWN
+        xs = [x, *(torch.empty_like(x) for _ in range(n))]
+        inputs = _inputs(xs[:-1], (cos, sin), own)
+        saved = [x.new_empty(library.block_saved(size, inputs)) for _ in range(n)]
         space = x.new_empty(library.block_space(size, False))
-        y = torch.empty_like(x)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (saved, space, y)]
-        library.block_forward(size, inputs, *pointers)
+        outputs = (_pointers(saved), ctypes.c_void_p(space.data_ptr()), _pointers(xs[1:]))
+        library.blocks_forward(size, n, inputs, *outputs)
         ctx.shape = shape
-        ctx.save_for_backward(saved, x, *others)
-        return y
+        ctx.save_for_backward(cos, sin, *saved, *xs[:-1], *own)
+        return xs[-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved, *inputs = ctx.saved_tensors
-        *differentiable, _, _, mix = inputs  # cos and sin
+        cos, sin, *tensors = ctx.saved_tensors
+        n = len(tensors) // (2 + _OWN)
+        saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         dy, size = dy.contiguous(), ctypes.byref(ctx.shape)
-        grads = [None if t is None else torch.empty_like(t) for t in (*differentiable, mix)]
+        dx, grads = torch.empty_like(dy), [None if t is None else torch.empty_like(t) for t in own]
         space = dy.new_empty(_library().block_space(size, True))
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (saved, space, dy)]
-        _library().block_backward(size, _pointers(inputs), *pointers, _pointers(grads))
-        *others, dmix = grads
-        return None, *others, None, None, dmix
+        inputs = (_inputs(xs, (cos, sin), own), _pointers(saved))
+        outputs = (_pointers((space, dy)), _inputs([dx] * n, (), grads))
+        _library().blocks_backward(size, n, *inputs, *outputs)
+        return None, dx, None, None, *grads
 
 
 def fits(config: TrainConfig) -> bool:
-    """Return whether `run_block_on_cpu` can train a config's model on the CPU of this machine."""
+    """Return whether `run_blocks_on_cpu` can train a config's model on the CPU of this machine."""
     model = config.model
     widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
     window = model.sliding_window_tokens
@@ -106,59 +120,56 @@ def fits(config: TrainConfig) -> bool:
     )
 
 
-def run_block_on_cpu(
-    block: Any,
+def run_blocks_on_cpu(
+    blocks: Iterable[Any],
     x: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     mask: object,
-    cache: object,
+    caches: object,
     start: int,
-    value: Tensor | None,
+    values: Sequence[Tensor] | None,
 ) -> Tensor:
-    """Return what a block makes of x, as its own forward does, of a config that `fits`.
+    """Return what blocks make of x one after the other, of a config that `fits`.
 
     Args:
-        block: a `fasttrain.model.Block`.
+        blocks: of a `fasttrain.model.Block` each.
         x: fp32 (B, T, D).
         rope: cos and sin of the positions, each fp32 (T, K/2), or None.
         mask: None: attention is causal.
-        cache: None, and ``start`` 0: nothing is cached in training.
-        start: see ``cache``.
-        value: fp32 (B, T, G·K), mixed into the values; or None.
+        caches: None, and ``start`` 0: nothing is cached in training.
+        start: see ``caches``.
+        values: fp32 (B, T, G·K) of each block, mixed into its values; or None.
 
     Returns:
         fp32 (B, T, D), differentiable once.
 
     Numerics: fp32 throughout; reruns agree bit for bit, on any number of threads.
-    Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + D + F (SwiGLU 2F)
-        numbers a token; in backward about as much again for a moment.
+    Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + 2·D + F (SwiGLU 2F)
+        numbers a token and block; in backward about as much again, of one block, for a moment.
     """
-    if mask is not None or cache is not None or start or x.numel() == 0:
+    if mask is not None or caches is not None or start or x.numel() == 0:
         raise ValueError(
-            f"run_block_on_cpu: x {tuple(x.shape)} has no tokens, or attention is not plain causal;"
-            " use the block itself"
+            f"run_blocks_on_cpu: x {tuple(x.shape)} has no tokens, or attention is not plain"
+            " causal; use the blocks themselves"
         )
-    attention, mlp = block.attention, block.mlp
-    for tensor in (x, attention.qkv.weight):  # a model may have been moved since it was trained
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(
-                f"run_block_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device};"
-                " set model.block_fn = fasttrain.model.run_block"
-            )
+    own: list[Tensor | None] = []
+    for i, block in enumerate(blocks):
+        attention, mlp = block.attention, block.mlp
+        for tensor in (x, attention.qkv.weight):  # a model may have been moved since it was trained
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                raise ValueError(
+                    f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on"
+                    f" {tensor.device}; set model.blocks_fn = fasttrain.model.run_blocks"
+                )
+        mix = None if values is None else attention.value_mix
+        own += [None if mix is None or values is None else values[i].contiguous()]
+        own += [block.attention_norm.weight, attention.qkv.weight]
+        own += [None if n is None else n.weight for n in (attention.q_norm, attention.k_norm)]
+        own += [attention.out.weight, block.mlp_norm.weight, mlp.up.weight, mlp.down.weight, mix]
     b, t, d = x.shape
-    norm, q_norm, k_norm = block.attention_norm, attention.q_norm, attention.k_norm
+    norm = block.attention_norm  # all have the same shape
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)
     kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), _KINDS.index(mlp.kind))
     shape = _Shape(*sizes, *kind, torch.get_num_threads(), norm.eps)
-    if attention.value_mix is None or value is None:
-        value = mix = None
-    else:
-        value, mix = value.contiguous(), attention.value_mix
-    y: Tensor = _Block.apply(  # type: ignore[no-untyped-call]
-        *(shape, x.contiguous(), value, norm.weight, attention.qkv.weight),
-        *(None if norm is None else norm.weight for norm in (q_norm, k_norm)),
-        *(attention.out.weight, block.mlp_norm.weight, mlp.up.weight, mlp.down.weight),
-        *((None, None) if rope is None else rope),
-        mix,
-    )
+    y: Tensor = _Blocks.apply(shape, x.contiguous(), *(rope or (None, None)), *own)  # type: ignore[no-untyped-call]
     return y

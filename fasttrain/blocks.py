@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fasttrain.block_cpu import build, run_block_on_cpu
+from fasttrain.block_cpu import build, run_blocks_on_cpu
 from fasttrain.device import compile_function
-from fasttrain.model import Block, Transformer, run_block
+from fasttrain.model import Block, Transformer, run_block, run_blocks
 
 __all__ = ["prepare_blocks"]
 
@@ -69,15 +69,22 @@ def prepare_blocks(
     run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
     if mode == "blocks":
         run = compile_function(run, "default")
-    elif mode == "c++":
+    run_all: _Runner = partial(run_blocks, run=run)
+    if mode == "c++":
         build()
-        run = run_block_on_cpu
+        run_all = run_blocks_on_cpu
     if not sharded:
-        model.block_fn = run
+        model.blocks_fn = run_all
         return
     for block in model.blocks:
-        block.forward = partial(_run_inside, run, block)
+        block.forward = partial(_run_inside, run_all, block)
 
 
-def _run_inside(run: _Runner, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-    return (run if torch.is_grad_enabled() else _forward)(block, x, *rest)
+def _run_inside(
+    run_all: _Runner, block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, *rest: Any
+) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _forward(block, x, rope, mask, cache, *rest)
+    start, value = rest
+    values = None if value is None else [value]
+    return run_all([block], x, rope, mask, None if cache is None else [cache], start, values)

@@ -8,7 +8,7 @@ in full.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +105,27 @@ class Block(nn.Module):
 
 
 def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
-    """Call a block; the function that `Transformer.block_fn` starts as, and that is compiled."""
+    """Call a block: what is compiled, where blocks are."""
     y: Tensor = block(x, *rest)
     return y
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    mask: Mask | None,
+    caches: Sequence[LayerCache] | None,
+    start: int,
+    values: Sequence[Tensor] | None,
+    run: Callable[..., Tensor] = run_block,
+) -> Tensor:
+    """Call blocks one after the other; the function that `Transformer.blocks_fn` starts as."""
+    for i, block in enumerate(blocks):
+        cache = None if caches is None else caches[i]
+        value = None if values is None else values[i]
+        x = run(block, x, rope, mask, cache, start, value)
+    return x
 
 
 def _restarted(doc_starts: Tensor) -> Tensor:
@@ -152,7 +170,7 @@ class Transformer(nn.Module):
         # A tied head is the embedding itself, so that a checkpoint holds the matrix once.
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.block_fn: Callable[..., Tensor] = run_block  # compiled block by block on a CPU
+        self.blocks_fn: Callable[..., Tensor] = run_blocks  # with gradients
         self.rope_cos: Tensor | None
         self.rope_sin: Tensor | None
         self.register_buffer("rope_cos", None, persistent=False)
@@ -281,11 +299,10 @@ class Transformer(nn.Module):
             doc_starts=doc_starts,
             flex=tokens.is_cuda and cache is None and not dropped,
         )
-        block_fn = self.block_fn if torch.is_grad_enabled() else run_block
-        for i, block in enumerate(self.blocks):
-            value = self.value_embeddings[i](tokens) if len(self.value_embeddings) else None
-            layer_cache = cache.layers[i] if cache is not None else None
-            x = block_fn(block, x, rope, mask, layer_cache, start, value)
+        values = [table(tokens) for table in self.value_embeddings] or None
+        caches = cache.layers if cache is not None else None
+        run = self.blocks_fn if torch.is_grad_enabled() else run_blocks
+        x = run(self.blocks, x, rope, mask, caches, start, values)
         if cache is not None:
             cache.length = start + t
             cache.last_tokens = tokens[:, -1]

@@ -1,4 +1,4 @@
-"""The block in C++ against the same in plain torch, and when it is used."""
+"""Blocks in C++ against the same in plain torch, and when it is used."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +10,12 @@ from fasttrain_kernels import _cpu
 from torch import Tensor
 
 from fasttrain import block_cpu, device
-from fasttrain.block_cpu import fits, run_block_on_cpu
+from fasttrain.block_cpu import fits, run_blocks_on_cpu
 from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_compile, resolve_precision
-from fasttrain.model import Transformer, run_block
+from fasttrain.model import Transformer, run_blocks
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
 
@@ -31,25 +31,26 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def block_of(rows: int, t: int, **kw: Any) -> tuple[Any, list[Tensor | None], dict[str, Tensor]]:
-    """Return a block, the arguments of a call, and what has a gradient."""
+def blocks_of(rows: int, t: int, **kw: Any) -> tuple[Any, list[Any], dict[str, Tensor]]:
+    """Return blocks, the other arguments of a call, and what has a gradient."""
     torch.manual_seed(0)
     options = {"vocab_size": 64, "dim": 64, "n_layers": 1, "n_heads": 4} | kw
     model = Transformer(ModelConfig(**options), seq_len=t)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
     x = torch.randn(rows, t, model.config.dim, requires_grad=True)
-    given = {"x": x, **dict(model.blocks[0].named_parameters())}
-    value = None
+    given = {"x": x, **dict(model.blocks.named_parameters())}
+    values = None
     if model.config.value_embeddings:
         width = (model.config.n_kv_heads or model.config.n_heads) * model.head_dim
-        value = given["value"] = torch.randn(rows, t, width, requires_grad=True)
+        values = [torch.randn(rows, t, width, requires_grad=True) for _ in model.blocks]
+        given |= {f"value of {i}": value for i, value in enumerate(values)}
     rope = None if model.rope_cos is None else (model.rope_cos, model.rope_sin)
-    return model.blocks[0], [x, rope, None, None, 0, value], given  # type: ignore[list-item]
+    return model.blocks, [x, rope, None, None, 0, values], given
 
 
-def outcome(run: Any, block: Any, arguments: list[Any], given: dict[str, Tensor]) -> list[Tensor]:
-    y = run(block, *arguments)
+def outcome(run: Any, blocks: Any, arguments: list[Any], given: dict[str, Tensor]) -> list[Tensor]:
+    y = run(blocks, *arguments)
     dy = torch.linspace(-3, 3, y.numel()).view_as(y).sin()
     return [y.detach(), *torch.autograd.grad(y, list(given.values()), dy)]
 
@@ -61,6 +62,7 @@ def outcome(run: Any, block: Any, arguments: list[Any], given: dict[str, Tensor]
         (3, 64, {"mlp": "gelu", "norm": "layer", "positions": "learned"}),
         (2, 64, {}),
         (2, 48, BASE),
+        (2, 40, BASE | {"n_layers": 3}),
         (2, 50, {"n_kv_heads": 2, "qk_norm": True, "dim": 128, "hidden_dim": 208}),
         (1, 300, {"n_kv_heads": 1, "value_embeddings": True, "head_dim": 32}),
         (5, 7, {"dim": 16, "n_heads": 1, "mlp": "gelu"}),
@@ -68,11 +70,11 @@ def outcome(run: Any, block: Any, arguments: list[Any], given: dict[str, Tensor]
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else None,
 )
-def test_it_is_the_block(rows: int, t: int, options: dict[str, Any]) -> None:
+def test_it_is_the_blocks(rows: int, t: int, options: dict[str, Any]) -> None:
     """Widths that end in the middle of a tile, of a task, of a depth of products among them."""
-    block, arguments, given = block_of(rows, t, **options)
-    expected = outcome(run_block, block, arguments, given)
-    found = outcome(run_block_on_cpu, block, arguments, given)
+    blocks, arguments, given = blocks_of(rows, t, **options)
+    expected = outcome(run_blocks, blocks, arguments, given)
+    found = outcome(run_blocks_on_cpu, blocks, arguments, given)
     for name, want, got in zip(["y", *given], expected, found, strict=True):
         assert got.shape == want.shape
         # fp32 sums in another order: relative to the largest of a tensor.
@@ -82,11 +84,11 @@ def test_it_is_the_block(rows: int, t: int, options: dict[str, Any]) -> None:
 
 @needs_it
 def test_no_bit_depends_on_the_number_of_threads() -> None:
-    block, arguments, given = block_of(3, 70, **BASE)
+    blocks, arguments, given = blocks_of(3, 70, **BASE)
     results = []
     for n in (1, 3, 1):
         torch.set_num_threads(n)
-        results.append(outcome(run_block_on_cpu, block, arguments, given))
+        results.append(outcome(run_blocks_on_cpu, blocks, arguments, given))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -95,11 +97,11 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
 @pytest.mark.parametrize("mlp", ["gelu", "relu2", "swiglu"])
 def test_what_is_not_finite_is_not_hidden(mlp: str) -> None:
     """In the second row alone, which the first does not see."""
-    block, arguments, _ = block_of(2, 32, mlp=mlp)
+    blocks, arguments, _ = blocks_of(2, 32, mlp=mlp)
     for bad in (float("nan"), float("inf")):
-        x = arguments[0].detach().clone()  # type: ignore[union-attr]
+        x = arguments[0].detach().clone()
         x[1, 5, 3] = bad
-        y = run_block_on_cpu(block, x, *arguments[1:])  # type: ignore[arg-type]
+        y = run_blocks_on_cpu(blocks, x, *arguments[1:])
         assert y[0].isfinite().all()
         assert y[1, 5:].isnan().any(-1).all()
 
@@ -191,11 +193,11 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
 
 @needs_it
 def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
-    block, (x, rope, *_), _ = block_of(1, 16)
+    blocks, (x, rope, *_), _ = blocks_of(1, 16)
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
-        run_block_on_cpu(block, x, rope, mask, None, 0, None)  # type: ignore[arg-type]
+        run_blocks_on_cpu(blocks, x, rope, mask, None, 0, None)
     with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
-        run_block_on_cpu(block, x[:0], rope, None, None, 0, None)  # type: ignore[index]
+        run_blocks_on_cpu(blocks, x[:0], rope, None, None, 0, None)
     with pytest.raises(ValueError, match=r"not torch\.float64 on cpu"):
-        run_block_on_cpu(block.double(), x.double(), rope, None, None, 0, None)  # type: ignore[union-attr]
+        run_blocks_on_cpu(blocks.double(), x.double(), rope, None, None, 0, None)

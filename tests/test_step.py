@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
-from fasttrain.model import Transformer
+from fasttrain.model import Transformer, run_block, run_blocks
 from fasttrain.optim import build_optimizers
 from fasttrain.state import collect
 from fasttrain.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
@@ -280,9 +281,8 @@ def test_one_compiled_block_serves_all_layers_and_computes_the_same() -> None:
             precision=precision,
         )
         if mode == "blocks":
-            model.block_fn = torch.compile(
-                model.block_fn, fullgraph=True, dynamic=False, backend="aot_eager"
-            )
+            run = torch.compile(run_block, fullgraph=True, dynamic=False, backend="aot_eager")
+            model.blocks_fn = partial(run_blocks, run=run)
         steps.append(step)
     batches = split(uneven_rows(), 2)
     eager, compiled = (gradients(step, batches) for step in steps)
