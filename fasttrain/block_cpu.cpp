@@ -5,7 +5,7 @@
 // are left as one sum for each ROWS tokens. So results do not depend on the number of threads.
 // Legend as in model.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
 
-static const int ROWS = 48;
+static const int ROWS = 24;
 
 struct Shape {
   long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
@@ -174,7 +174,7 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, Parts spac
   {
 #pragma omp for schedule(static)
     for (long j = 0; j < n / PANEL; j++) pack_turned(p->weight, d, d, j, panels);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (long chunk = 0; chunk < s->chunks(); chunk++) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
@@ -213,7 +213,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
   {
 #pragma omp for schedule(static)
     for (long j = 0; j < d / PANEL; j++) pack(p->weight, d, n, j, panels);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (long chunk = 0; chunk < s->chunks(); chunk++) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
@@ -275,7 +275,7 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y, 
     for (long j = 0; j < e / PANEL; j++) pack_turned(p->up, d, d, j, up);
 #pragma omp for schedule(static)
     for (long j = 0; j < d / PANEL; j++) pack_turned(p->down, f, f, j, down);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (long chunk = 0; chunk < s->chunks(); chunk++) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
@@ -309,7 +309,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     for (long j = 0; j < d / PANEL; j++) pack(p->up, d, e, j, up);
 #pragma omp for schedule(static)
     for (long j = 0; j < f / PANEL; j++) pack(p->down, f, d, j, down);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (long chunk = 0; chunk < s->chunks(); chunk++) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
