@@ -24,6 +24,7 @@ from fasttrain.attention import (
     rope_tables,
 )
 from fasttrain.config import ConfigError, ModelConfig
+from fasttrain.embedding import Embedding
 
 __all__ = ["Block", "FeedForward", "Transformer"]
 
@@ -154,16 +155,16 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.seq_len = seq_len
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(seq_len, config.dim) if learned else None
+        self.position_embedding = Embedding(seq_len, config.dim) if learned else None
         pairs = config.bigram_vocab_size
-        self.bigram_embedding = nn.Embedding(pairs, config.dim) if pairs else None
+        self.bigram_embedding = Embedding(pairs, config.dim) if pairs else None
         self.head_dim = config.head_dim or config.dim // config.n_heads
         n_tables = config.n_layers if config.value_embeddings else 0
         value_dim = (config.n_kv_heads or config.n_heads) * self.head_dim
         self.value_embeddings = nn.ModuleList(
-            nn.Embedding(config.vocab_size, value_dim) for _ in range(n_tables)
+            Embedding(config.vocab_size, value_dim) for _ in range(n_tables)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = _norm(config)
@@ -277,10 +278,10 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)  # (B, T, D)
         rope = None
         if self.position_embedding is not None:
-            table = self.position_embedding.weight
-            x = x + (
-                table[start : start + t] if doc_starts is None else table[_restarted(doc_starts)]
-            )
+            if doc_starts is None:
+                x = x + self.position_embedding.weight[start : start + t]
+            else:
+                x = x + self.position_embedding(_restarted(doc_starts))
         else:
             assert self.rope_cos is not None
             assert self.rope_sin is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
 
 from fasttrain.config import TrainConfig, config_from_dict
@@ -27,9 +28,14 @@ SMALL = {
 }
 
 
-def make(dtype: str = "fp32", optimizer: str = "adamw", **train: object) -> TrainStep:
+LOOK_UPS = {"positions": "learned", "bigram_vocab_size": 8, "value_embeddings": True}
+
+
+def make(
+    dtype: str = "fp32", optimizer: str = "adamw", model: object = None, **train: object
+) -> TrainStep:
     values = {**SMALL, "train": {**SMALL["train"], **train}, "optim": {"name": optimizer}}
-    config: TrainConfig = config_from_dict(values)
+    config: TrainConfig = config_from_dict({**values, "model": {**SMALL["model"], **(model or {})}})
     torch.manual_seed(0)
     model = Transformer(config.model, seq_len=config.data.seq_len)
     precision = resolve_precision(dtype, CPU)
@@ -249,16 +255,44 @@ def test_any_other_optimizer_trains_too() -> None:
         torch.testing.assert_close(p, q - 0.1 * g, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_compiles_without_a_graph_break() -> None:
-    step = make()
-    torch._dynamo.reset()
-    compiled = torch.compile(step._loss, fullgraph=True, dynamic=False, backend="aot_eager")
+def autograd_nodes(loss: Tensor) -> set[str]:
+    """Return the names of what computes the gradients of ``loss``."""
+    nodes = [loss.grad_fn]
+    for node in nodes:  # which grows
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
+    return {node.name() for node in nodes}
+
+
+@pytest.mark.parametrize(("model", "n_look_ups"), [({}, 1), (LOOK_UPS, 4)])
+def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_order(
+    model: dict[str, object], n_look_ups: int
+) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    called: list[str] = []
+
+    def run_as_it_is(graph: torch.fx.GraphModule, _: object) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    step = make(model=model)
     tokens, targets = uneven_rows()
-    loss = compiled(tokens, targets, None)
+    doc_starts = tokens % 4 == 0 if model else None
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=run_as_it_is, decompositions=select_decomp_table())
+    compiled = torch.compile(step._loss, fullgraph=True, dynamic=False, backend=backend)
+    loss = compiled(tokens, targets, doc_starts)
     loss.backward()
     grads = [p.grad for p in step.parameters]
-    torch.testing.assert_close(loss, step._loss(tokens, targets, None), rtol=1e-5, atol=1e-5)
-    assert all(g is not None and g.isfinite().all() for g in grads)
+    expected = step._loss(tokens, targets, doc_starts)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for grad, other in zip(grads, torch.autograd.grad(expected, step.parameters), strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
+    # Torch's index_put has threads add to a row in any order, compiled or not.
+    assert called.count("fasttrain.embedding_backward.default") == n_look_ups
+    assert not [name for name in called if "index_put" in name]
+    assert not [name for name in autograd_nodes(expected) if name.startswith("Index")]
 
 
 # torch's own tracing looks at .grad of the hidden states, and warns of it.
