@@ -7,12 +7,7 @@
 // the end: what a core fetched ahead is mostly its own next task, and it works on the part of the
 // batch that other operations give it too. Dealt one by one, T=64 takes 1.1 to 1.3 times as long.
 #pragma GCC optimize("fp-contract=fast")
-#ifdef __clang__
-#pragma clang fp contract(fast)
-#define PICK __builtin_shufflevector
-#else
 #define PICK(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
-#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

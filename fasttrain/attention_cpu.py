@@ -23,21 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fasttrain_kernels._cpu import is_supported, load
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = ["causal_attention", "is_fast_here"]
 
-_HAS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # and nothing wider
+_IS_SUPPORTED = is_supported()
 
 
 @cache
-def _library() -> Any:
-    """Return the compiled source; kept from process to process as what the compiler makes is."""
-    from torch._inductor.codecache import CppCodeCache  # has the flags, OpenMP and cache of its own
-
-    source = Path(__file__).with_name("attention_cpu.cpp").read_text(encoding="utf-8")
-    library = CppCodeCache.load(source)
+def _library() -> ctypes.CDLL:
+    library = load(Path(__file__).with_name("attention_cpu.cpp"))
     # Told once, a call converts its arguments in half the time.
     for function, n_tensors, n_strided in ((library.forward, 5, 3), (library.backward, 9, 4)):
         strides = [_Strides] * n_strided
@@ -157,13 +154,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def is_fast_here(q: Tensor) -> bool:
     """Return whether `causal_attention` takes q (B, T, H, K), and is the fast way.
 
-    Where nothing is compiled, the C++ compiler would be started for it alone. Measured on AVX2
-    only: with wider vectors torch's kernel is kept.
+    False where nothing is compiled: the C++ compiler would be started for it alone.
     """
     return (
         torch.compiler.is_compiling()
         and q.device.type == "cpu"
         and q.dtype == torch.float32
         and q.shape[3] % 16 == 0
-        and _HAS_AVX2
+        and _IS_SUPPORTED
     )

@@ -12,7 +12,10 @@ from fasttrain.attention import Attention
 from fasttrain.attention_cpu import causal_attention, is_fast_here
 from fasttrain.config import ModelConfig
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or "AVX" not in torch.backends.cpu.get_cpu_capability(),
+    reason="needs AVX2 and g++",
+)
 
 
 def inputs(b: int, t: int, h: int, g: int, k: int) -> list[Tensor]:
@@ -79,10 +82,10 @@ def test_the_op_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(ops.causal_attention_backward, (torch.ones_like(y), *tensors, y, lse))
 
 
-def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch(
+def test_a_compiled_model_attends_by_it_where_supported_and_an_eager_one_by_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_cpu, "_HAS_AVX2", True)
+    monkeypatch.setattr(attention_cpu, "_IS_SUPPORTED", True)
     config = ModelConfig(vocab_size=8, dim=32, n_heads=2)
     attention = Attention(config)
     x = torch.randn(2, 10, 32)
@@ -107,6 +110,9 @@ def test_a_compiled_model_attends_by_it_and_an_eager_one_by_torch(
     ):
         torch.testing.assert_close(own, eager)
     assert not is_fast_here(x.unflatten(-1, (2, 16)))
+    monkeypatch.setattr(attention_cpu, "_IS_SUPPORTED", False)
+    torch.testing.assert_close(compiled(x), attention(x, None, None))
+    assert "scaled_dot_product_attention" in graphs[1].code
 
 
 def test_what_it_cannot_take_is_refused_and_what_is_not_finite_is_seen() -> None:
