@@ -169,7 +169,7 @@ def test_where_it_cannot_be_built_torch_computes(
     """A folder that cannot be made stands for all that building needs; found out once."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "under"))
-    monkeypatch.setattr(in_cpp, "load", _cpu.load.__wrapped__)
+    monkeypatch.setattr(_cpu, "load", _cpu.load.__wrapped__)
     monkeypatch.setattr(in_cpp, "_library", cache(in_cpp._library.__wrapped__))
     hidden, weight, targets = problem(40, 16, 800)
     with pytest.warns(UserWarning, match=r"C\+\+ was not built: .*Not a directory"):

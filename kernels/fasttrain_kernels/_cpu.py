@@ -10,12 +10,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["PRODUCT", "is_supported", "load"]
+__all__ = ["PRODUCT", "is_supported", "load", "load_or_warn"]
 
 # Matrix products: what other sources begin with.
 PRODUCT = Path(__file__).parent / "_cpu_product.h"
@@ -63,3 +64,12 @@ def load(*sources: Path) -> ctypes.CDLL:
         raise RuntimeError(f"{' '.join(e.cmd)}: {e.stderr or e}") from e
     except OSError as e:
         raise RuntimeError(f"{path}: {e}") from e
+
+
+def load_or_warn(name: str, *sources: Path) -> ctypes.CDLL | None:
+    """Return what `load` does, or None where it cannot be built: torch's operations do without."""
+    try:
+        return load(*sources)
+    except RuntimeError as e:
+        warnings.warn(f"{name} is slower, its C++ was not built: {e}", stacklevel=2)
+        return None

@@ -5,7 +5,6 @@ the products are those of _cpu_product.h. Legend: N rows, D dim, V vocabulary.
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._cpu import PRODUCT, is_supported, load
+from ._cpu import PRODUCT, is_supported, load_or_warn
 from ._cross_entropy_cpu import LossTerms
 
 __all__ = ["fits", "run_in_cpp"]
@@ -46,13 +45,10 @@ class _Shape(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Return what is built, or None where it cannot be: torch's own operations do without."""
-    try:
-        library = load(PRODUCT, Path(__file__).parent / "_linear_cross_entropy_cpu.cpp")
-    except RuntimeError as e:
-        warnings.warn(f"linear_cross_entropy is slower, its C++ was not built: {e}", stacklevel=2)
-        return None
-    library.linear_cross_entropy_space.restype = ctypes.c_long
+    source = Path(__file__).parent / "_linear_cross_entropy_cpu.cpp"
+    library = load_or_warn("linear_cross_entropy", PRODUCT, source)
+    if library is not None:
+        library.linear_cross_entropy_space.restype = ctypes.c_long
     return library
 
 
