@@ -5,8 +5,6 @@
 // are left as one sum for each ROWS tokens. So results do not depend on the number of threads.
 // Legend as in model.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
 
-static const int ROWS = 24;
-
 struct Shape {
   long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
   float eps;
@@ -48,122 +46,6 @@ struct Saved {  // what forward leaves for backward
     end = parts.next;
   }
 };
-
-// y = w·(x − μ)/σ, where μ is 0 unless centred; stat is μ and 1/σ
-static void normalise(In x, int n, bool centred, float eps, In w, float* stat, float* y) {
-  Lanes sum{}, squares{};
-  if (centred)
-    for (int i = 0; i < n; i += 8) sum += at(x + i);
-  float mean = total(sum) / n;
-  for (int i = 0; i < n; i += 8) squares += (at(x + i) - mean) * (at(x + i) - mean);
-  float scale = 1 / std::sqrt(total(squares) / n + eps);
-  for (int i = 0; i < n; i += 8) at(y + i) = (at(x + i) - mean) * scale * at(w + i);
-  stat[0] = mean, stat[1] = scale;
-}
-
-// dx = given + the gradient of x; dw is added to. dx may be given or dy.
-static void normalise_back(In dy, In x, In stat, In w, int n, bool centred, In given, float* dx,
-                           float* dw) {
-  const float mean = stat[0], scale = stat[1];
-  Lanes sum{}, dot{};
-  for (int i = 0; i < n; i += 8) {
-    Lanes unit = (at(x + i) - mean) * scale, g = at(dy + i) * at(w + i);
-    sum += g;
-    dot += g * unit;
-    at(dw + i) += at(dy + i) * unit;
-  }
-  const float shift = centred ? total(sum) / n : 0, slope = total(dot) / n;
-  for (int i = 0; i < n; i += 8) {
-    Lanes unit = (at(x + i) - mean) * scale;
-    Lanes d = (at(dy + i) * at(w + i) - shift - unit * slope) * scale;
-    at(dx + i) = given ? at(given + i) + d : d;
-  }
-}
-
-static void normalised_again(In x, In stat, In w, int n, float* y) {
-  for (int i = 0; i < n; i += 8) at(y + i) = (at(x + i) - stat[0]) * stat[1] * at(w + i);
-}
-
-// Rows of (M, n), from the first on, as those of the panels of a product that sums over M
-static void to_panels(In x, int rows, int n, long first, long m, float* panels) {
-  for (int j = 0; j < n; j += PANEL) pack(x, n, rows, 0, panels + j * m + first * PANEL), x += PANEL;
-}
-
-// x of one head turned by the angles of its position, or back; K is a multiple of 16
-static void rotate(float* x, In cos, In sin, int dim, float sign) {
-  for (int i = 0; i < dim / 2; i += 8) {
-    Lanes low = at(x + i), high = at(x + dim / 2 + i), c = at(cos + i), s = at(sin + i) * sign;
-    at(x + i) = low * c - high * s;
-    at(x + dim / 2 + i) = high * c + low * s;
-  }
-}
-
-static Lanes sigmoid(Lanes x) {
-  Lanes s = 1 / (1 + exponential(-x));
-  return x < -87 ? Lanes{} : s;
-}
-
-enum { GELU, RELU2, SWIGLU };
-
-// a (F) of h (E); BACK: of da and h also dh, and a in place of da
-template <int MLP, bool BACK>
-static void activate(int n, In h, float* a, float* dh) {
-  const float slope = 2 * std::sqrt(2 / (float)M_PI);
-  for (int i = 0; i < n; i += 8) {
-    Lanes x = at(h + i), d = BACK ? at(a + i) : Lanes{};
-    if (MLP == RELU2) {
-      Lanes r = x < 0 ? Lanes{} : x;
-      at(a + i) = r * r;
-      if (BACK) at(dh + i) = 2 * d * r;
-    } else if (MLP == GELU) {
-      Lanes square = x * x, s = sigmoid(x * (slope + slope * 0.044715f * square)), y = x * s;
-      at(a + i) = y;
-      if (BACK) at(dh + i) = d * (s + (y - y * s) * (slope + slope * 0.134145f * square));
-    } else {
-      Lanes up = at(h + n + i), s = sigmoid(x), y = x * s;
-      at(a + i) = y * up;
-      if (BACK) at(dh + i) = d * up * (s + y - y * s), at(dh + n + i) = d * y;
-    }
-  }
-}
-
-template <bool BACK>
-static void activate(long mlp, int n, In h, float* a, float* dh = nullptr) {
-  (mlp == GELU    ? activate<GELU, BACK>
-   : mlp == RELU2 ? activate<RELU2, BACK>
-                  : activate<SWIGLU, BACK>)(n, h, a, dh);
-}
-
-// What is to be the gradient (n_out, n_in) of a weight: dyᵀ·x of dy in strips and x in panels
-struct WeightGradient {
-  In strips, panels;
-  long n_out, n_in;
-  float* dw;
-};
-
-static const int COLUMNS = 256;  // with ROWS: the part of a gradient that is one task
-
-// Called by all threads of a team
-static void weight_gradients(std::initializer_list<WeightGradient> all, long m) {
-  long n_tasks = 0;
-  for (const WeightGradient& g : all)
-    n_tasks += (g.n_out + ROWS - 1) / ROWS * ((g.n_in + COLUMNS - 1) / COLUMNS);
-#pragma omp for schedule(dynamic)
-  for (long task = 0; task < n_tasks; task++) {
-    const WeightGradient* g = all.begin();
-    long i = task;
-    for (;; g++) {
-      long n = (g->n_out + ROWS - 1) / ROWS * ((g->n_in + COLUMNS - 1) / COLUMNS);
-      if (i < n) break;
-      i -= n;
-    }
-    long n_parts = (g->n_in + COLUMNS - 1) / COLUMNS;
-    long row = i / n_parts * ROWS, column = i % n_parts * COLUMNS;
-    product_of_turned(std::min<long>(ROWS, g->n_out - row),
-                      std::min<long>(COLUMNS, g->n_in - column), m, g->strips + row * m,
-                      g->panels + column * m, g->dw + row * g->n_in + column, g->n_in);
-  }
-}
 
 // heads (M, Q) of x (M, D): queries, keys and values as attention takes them
 static void enter(const Shape* s, const Inputs* p, const Saved& made, Parts space) {
@@ -384,23 +266,47 @@ static void backward(const Shape* s, const Inputs* p, float* saved, float* space
   float* vectors[] = {o->norm, o->q_norm, o->k_norm, o->mix, o->mlp_norm};
   const long sizes[] = {s->dim, k, k, 2, s->dim};
   for (int v = 0; v < 5; sums += sizes[v++])
-    for (long i = 0; vectors[v] && i < sizes[v]; i++) {
-      float sum = 0;
-      for (long chunk = 0; chunk < s->chunks(); chunk++) sum += sums[chunk * s->vectors() + i];
-      vectors[v][i] = sum;
-    }
+    if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
 }
 
+// The norm behind the last block, or null: of what it left, y, also the gradients
+struct Last {
+  In norm, dy;
+  float *y, *normed, *dnorm;
+};
+
 extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, float* const* saved,
-                               float* space, float* const* y) {
+                               float* space, float* const* y, const Last* last) {
+  const long d = s->dim;
   for (long i = 0; i < n; i++) forward(s, p + i, saved[i], space, y[i]);
+  if (!last->norm) return;
+#pragma omp parallel for schedule(static) num_threads(s->threads)
+  for (long row = 0; row < s->m; row++) {
+    float stat[2];
+    normalise(last->y + row * d, d, s->centred, s->eps, last->norm, stat, last->normed + row * d);
+  }
 }
 
 extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, float* const* saved,
-                                float* const* space_and_dy, const Gradients* o) {
-  In dy = space_and_dy[1];
+                                float* space, const Gradients* o, const Last* last) {
+  const long d = s->dim;
+  In dy = last->dy;
+  if (last->norm) {
+#pragma omp parallel for schedule(static) num_threads(s->threads)
+    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+      float *sums = space + chunk * d, *normed = scratch(d), stat[2];
+      std::fill_n(sums, d, 0.f);
+      for (long at = chunk * ROWS * d, r = 0; r < s->rows(chunk); r++, at += d) {
+        normalise(last->y + at, d, s->centred, s->eps, last->norm, stat, normed);
+        normalise_back(dy + at, last->y + at, stat, last->norm, d, s->centred, nullptr,
+                       o[n - 1].x + at, sums);
+      }
+    }
+    add_up(space, s->chunks(), d, d, last->dnorm);
+    dy = o[n - 1].x;
+  }
   for (long i = n - 1; i >= 0; i--) {
-    backward(s, p + i, saved[i], space_and_dy[0], dy, o + i);
+    backward(s, p + i, saved[i], space, dy, o + i);
     dy = o[i].x;
   }
 }

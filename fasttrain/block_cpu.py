@@ -26,6 +26,7 @@ from fasttrain.config import TrainConfig, UserError
 __all__ = ["build", "fits", "run_blocks_on_cpu"]
 
 _FOLDER = Path(__file__).parent
+_SOURCES = ("attention_cpu.cpp", "block_rows_cpu.h", "block_cpu.cpp")
 _KINDS = ("gelu", "relu2", "swiglu")
 
 
@@ -40,7 +41,7 @@ class _Shape(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     try:
-        library = load(PRODUCT, _FOLDER / "attention_cpu.cpp", _FOLDER / "block_cpu.cpp")
+        library = load(PRODUCT, *(_FOLDER / name for name in _SOURCES))
     except RuntimeError as e:
         raise UserError(f"the C++ of a block was not built; use run.compile=off: {e}") from e
     library.block_saved.restype = library.block_space.restype = ctypes.c_long
@@ -75,32 +76,44 @@ def _inputs(xs: Sequence[Tensor], angles: Sequence[_Optional], own: Sequence[_Op
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, shape: _Shape, x: Tensor, cos: _Optional, sin: _Optional, *own: _Optional
+        ctx: Any,
+        shape: _Shape,
+        x: Tensor,
+        norm: _Optional,
+        cos: _Optional,
+        sin: _Optional,
+        *own: _Optional,
     ) -> Tensor:
         library, size, n = _library(), ctypes.byref(shape), len(own) // _OWN
         xs = [x, *(torch.empty_like(x) for _ in range(n))]
         inputs = _inputs(xs[:-1], (cos, sin), own)
         saved = [x.new_empty(library.block_saved(size, inputs)) for _ in range(n)]
         space = x.new_empty(library.block_space(size, False))
-        outputs = (_pointers(saved), ctypes.c_void_p(space.data_ptr()), _pointers(xs[1:]))
-        library.blocks_forward(size, n, inputs, *outputs)
+        y = xs[-1] if norm is None else torch.empty_like(x)
+        last = _pointers((norm, None, xs[-1], y, None))
+        pointers = (_pointers(saved), ctypes.c_void_p(space.data_ptr()), _pointers(xs[1:]), last)
+        library.blocks_forward(size, n, inputs, *pointers)
         ctx.shape = shape
-        ctx.save_for_backward(cos, sin, *saved, *xs[:-1], *own)
-        return xs[-1]
+        last_x = None if norm is None else xs[-1]
+        ctx.save_for_backward(norm, cos, sin, last_x, *saved, *xs[:-1], *own)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, *tensors = ctx.saved_tensors
+        norm, cos, sin, y, *tensors = ctx.saved_tensors
         n = len(tensors) // (2 + _OWN)
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        dy, size = dy.contiguous(), ctypes.byref(ctx.shape)
+        library, size, dy = _library(), ctypes.byref(ctx.shape), dy.contiguous()
         dx, grads = torch.empty_like(dy), [None if t is None else torch.empty_like(t) for t in own]
-        space = dy.new_empty(_library().block_space(size, True))
-        inputs = (_inputs(xs, (cos, sin), own), _pointers(saved))
-        outputs = (_pointers((space, dy)), _inputs([dx] * n, (), grads))
-        _library().blocks_backward(size, n, *inputs, *outputs)
-        return None, dx, None, None, *grads
+        dnorm = None if norm is None else torch.empty_like(norm)
+        space = dy.new_empty(library.block_space(size, True))
+        pointers = (
+            *(_inputs(xs, (cos, sin), own), _pointers(saved), ctypes.c_void_p(space.data_ptr())),
+            *(_inputs([dx] * n, (), grads), _pointers((norm, dy, y, None, dnorm))),
+        )
+        library.blocks_backward(size, n, *pointers)
+        return None, dx, dnorm, None, None, *grads
 
 
 def fits(config: TrainConfig) -> bool:
@@ -122,6 +135,7 @@ def fits(config: TrainConfig) -> bool:
 
 def run_blocks_on_cpu(
     blocks: Iterable[Any],
+    last_norm: Any,
     x: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     mask: object,
@@ -133,6 +147,7 @@ def run_blocks_on_cpu(
 
     Args:
         blocks: of a `fasttrain.model.Block` each.
+        last_norm: the norm behind them, of the kind that they have, or None.
         x: fp32 (B, T, D).
         rope: cos and sin of the positions, each fp32 (T, K/2), or None.
         mask: None: attention is causal.
@@ -171,5 +186,6 @@ def run_blocks_on_cpu(
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)
     kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), _KINDS.index(mlp.kind))
     shape = _Shape(*sizes, *kind, torch.get_num_threads(), norm.eps)
-    y: Tensor = _Blocks.apply(shape, x.contiguous(), *(rope or (None, None)), *own)  # type: ignore[no-untyped-call]
+    last = None if last_norm is None else last_norm.weight
+    y: Tensor = _Blocks.apply(shape, x.contiguous(), last, *(rope or (None, None)), *own)  # type: ignore[no-untyped-call]
     return y

@@ -87,4 +87,4 @@ def _run_inside(
         return _forward(block, x, rope, mask, cache, *rest)
     start, value = rest
     values = None if value is None else [value]
-    return run_all([block], x, rope, mask, None if cache is None else [cache], start, values)
+    return run_all([block], None, x, rope, mask, None if cache is None else [cache], start, values)

@@ -113,6 +113,7 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
 
 def run_blocks(
     blocks: Iterable[nn.Module],
+    last_norm: nn.Module | None,
     x: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     mask: Mask | None,
@@ -121,12 +122,12 @@ def run_blocks(
     values: Sequence[Tensor] | None,
     run: Callable[..., Tensor] = run_block,
 ) -> Tensor:
-    """Call blocks one after the other; the function that `Transformer.blocks_fn` starts as."""
+    """Call blocks and the norm behind them; the function that `Transformer.blocks_fn` starts as."""
     for i, block in enumerate(blocks):
         cache = None if caches is None else caches[i]
         value = None if values is None else values[i]
         x = run(block, x, rope, mask, cache, start, value)
-    return x
+    return x if last_norm is None else last_norm(x)
 
 
 def _restarted(doc_starts: Tensor) -> Tensor:
@@ -303,11 +304,10 @@ class Transformer(nn.Module):
         values = [table(tokens) for table in self.value_embeddings] or None
         caches = cache.layers if cache is not None else None
         run = self.blocks_fn if torch.is_grad_enabled() else run_blocks
-        x = run(self.blocks, x, rope, mask, caches, start, values)
+        hidden = run(self.blocks, self.norm, x, rope, mask, caches, start, values)
         if cache is not None:
             cache.length = start + t
             cache.last_tokens = tokens[:, -1]
-        hidden: Tensor = self.norm(x)
         return hidden
 
     def _pairs(self, tokens: Tensor, cache: KVCache | None, doc_starts: Tensor | None) -> Tensor:

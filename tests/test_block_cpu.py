@@ -40,13 +40,14 @@ def blocks_of(rows: int, t: int, **kw: Any) -> tuple[Any, list[Any], dict[str, T
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
     x = torch.randn(rows, t, model.config.dim, requires_grad=True)
     given = {"x": x, **dict(model.blocks.named_parameters())}
+    given |= {f"last {name}": p for name, p in model.norm.named_parameters()}
     values = None
     if model.config.value_embeddings:
         width = (model.config.n_kv_heads or model.config.n_heads) * model.head_dim
         values = [torch.randn(rows, t, width, requires_grad=True) for _ in model.blocks]
         given |= {f"value of {i}": value for i, value in enumerate(values)}
     rope = None if model.rope_cos is None else (model.rope_cos, model.rope_sin)
-    return model.blocks, [x, rope, None, None, 0, values], given
+    return model.blocks, [model.norm, x, rope, None, None, 0, values], given
 
 
 def outcome(run: Any, blocks: Any, arguments: list[Any], given: dict[str, Tensor]) -> list[Tensor]:
@@ -99,9 +100,9 @@ def test_what_is_not_finite_is_not_hidden(mlp: str) -> None:
     """In the second row alone, which the first does not see."""
     blocks, arguments, _ = blocks_of(2, 32, mlp=mlp)
     for bad in (float("nan"), float("inf")):
-        x = arguments[0].detach().clone()
+        x = arguments[1].detach().clone()
         x[1, 5, 3] = bad
-        y = run_blocks_on_cpu(blocks, x, *arguments[1:])
+        y = run_blocks_on_cpu(blocks, None, x, *arguments[2:])
         assert y[0].isfinite().all()
         assert y[1, 5:].isnan().any(-1).all()
 
@@ -193,11 +194,11 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
 
 @needs_it
 def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
-    blocks, (x, rope, *_), _ = blocks_of(1, 16)
+    blocks, (norm, x, rope, *_), _ = blocks_of(1, 16)
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
-        run_blocks_on_cpu(blocks, x, rope, mask, None, 0, None)
+        run_blocks_on_cpu(blocks, norm, x, rope, mask, None, 0, None)
     with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
-        run_blocks_on_cpu(blocks, x[:0], rope, None, None, 0, None)
+        run_blocks_on_cpu(blocks, norm, x[:0], rope, None, None, 0, None)
     with pytest.raises(ValueError, match=r"not torch\.float64 on cpu"):
-        run_blocks_on_cpu(blocks.double(), x.double(), rope, None, None, 0, None)
+        run_blocks_on_cpu(blocks.double(), norm, x.double(), rope, None, None, 0, None)
