@@ -13,6 +13,7 @@ from fasttrain_kernels.grad_norm import grad_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SHAPES = [(33, 20), (0,), (8192 + 255,), (7,), (), (3, 1, 5)]
 
@@ -362,17 +363,18 @@ def test_closure_hooks_schedulers_and_groups() -> None:
     optimizer.add_param_group({"params": params[2:], "lr": 0.1})
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     calls: list[str] = []
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-
-    def closure() -> float:
-        set_grads(params, 1)
-        return 2.5
-
+    of_all = register_optimizer_step_pre_hook(lambda *_: calls.append("pre"))
     before = params[2].detach().clone()
-    assert optimizer.step(closure) == 2.5
+    assert optimizer.step(lambda: set_grads(params, 1) or 2.5) == 2.5
+    of_all.remove()
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["pre", "post"]
     optimizer.param_groups[0]["lr"] = 1.0
     scheduler.step()
-    assert calls == ["post"]
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    assert profile.key_averages()[0].key == "Optimizer.step#FusedAdamW.step"
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 0.05]
     assert not torch.equal(params[2], before)
 

@@ -17,12 +17,14 @@ Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.0
 """
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ._adamw_launch import TritonUpdate
 from ._adamw_torch import Batch, update_native, update_staged
@@ -94,6 +96,28 @@ class _Plan:
             and all(params[i].is_contiguous() for i in self.dense)
             and all(g.is_contiguous() for i in self.dense if (g := grads[i]) is not None)
         )
+
+
+def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a step as torch does, for its hooks and its profiler, where there are any.
+
+    To ask each time in torch's own way takes 0.15 ms of a training step on a CPU.
+    """
+    hooked = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def step_or_hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        watched = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+        return (hooked if watched else step)(self, *args, **kwargs)
+
+    step_or_hooked.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
+    return step_or_hooked
 
 
 class FusedAdamW(Optimizer):
@@ -294,8 +318,9 @@ class FusedAdamW(Optimizer):
         plan.triton = TritonUpdate(entries) if entries else None
         return plan
 
+    @_hooked_on_demand
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], float] | None = None,
         *,
