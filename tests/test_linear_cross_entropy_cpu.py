@@ -25,10 +25,12 @@ pytestmark = pytest.mark.skipif(not _cpu.is_supported(), reason="needs AVX2, no 
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Small problems go through C++ too; yields the rows of each call that did."""
+    """Small problems go through C++ too, few columns and many; yields the rows of each call."""
     rows: list[int] = []
     real, before = in_cpp.run_in_cpp, torch.get_num_threads()
     monkeypatch.setattr(in_cpp, "_LEAST", 0)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 0)
+    monkeypatch.setattr(in_cpp, "_FEW", 700)
     monkeypatch.setattr(COMPUTE, "run_in_cpp", lambda h, *a: rows.append(h.shape[0]) or real(h, *a))
     yield rows
     torch.set_num_threads(before)
@@ -57,6 +59,10 @@ def outcome(op: Any, hidden: Tensor, weight: Tensor, targets: Tensor, **options:
         ((301, 48, 912), {"reduction": "sum", "label_smoothing": 0.1, "softcap": 3.0}),
         ((97, 32, 769), {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-2}),
         ((90, 16, 784), {"reduction": "mean", "max_chunk_mib": 0.1, "token_weight": None}),
+        ((97, 32, 65), {"reduction": "mean", "z_loss": 1e-2}),
+        ((1, 16, 3), {"reduction": "sum"}),
+        ((301, 272, 65), {"reduction": "none", "label_smoothing": 0.1, "softcap": 3.0}),
+        ((600, 48, 301), {"reduction": "mean", "max_chunk_mib": 0.1, "token_weight": None}),
     ],
 )
 def test_agrees_with_fp64(
@@ -82,8 +88,9 @@ def test_agrees_with_fp64(
         assert (a.double() - c).abs().max() <= bound
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    hidden, weight, targets = problem(300, 32, 2000)
+@pytest.mark.parametrize("n_cols", [65, 2000])
+def test_results_do_not_depend_on_the_number_of_threads(n_cols: int) -> None:
+    hidden, weight, targets = problem(300, 32, n_cols)
     results = []
     for n in (1, 2, 3, 1):
         torch.set_num_threads(n)
@@ -92,42 +99,62 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("n_cols", [310, 800])
 @pytest.mark.parametrize("first", [math.nan, 1e30, -1e30])
 def test_what_is_not_finite_is_as_in_torch(
-    monkeypatch: pytest.MonkeyPatch, runs: list[int], first: float
+    monkeypatch: pytest.MonkeyPatch, runs: list[int], first: float, n_cols: int
 ) -> None:
     """NaN, and logits that overflow to +inf or -inf in one column of one row."""
-    hidden, weight, targets = problem(5, 16, 800)
+    hidden, weight, targets = problem(5, 16, n_cols)
     hidden[:, 0], weight[:, 0] = 0, 0
     hidden[2, 0], weight[300, 0] = first, 1e30
     options = {"reduction": "none", "max_chunk_mib": 1.0}
     ours = outcome(linear_cross_entropy, hidden, weight, targets, **options)
     monkeypatch.setattr(in_cpp, "_LEAST", math.inf)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", math.inf)
     in_torch = outcome(linear_cross_entropy, hidden, weight, targets, **options)
     assert len(runs) == 2
     torch.testing.assert_close(ours, in_torch, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_the_first_of_equal_logits_counts_as_the_largest(runs: list[int]) -> None:
-    hidden, weight = torch.ones(3, 16), torch.zeros(800, 16)
-    weight[[5, 250, 790]] = 1
+@pytest.mark.parametrize("n_cols", [300, 800])
+def test_the_first_of_equal_logits_counts_as_the_largest(runs: list[int], n_cols: int) -> None:
+    hidden, weight = torch.ones(3, 16), torch.zeros(n_cols, 16)
+    weight[[5, 250, n_cols - 10]] = 1
     _, n_right = linear_cross_entropy(
-        hidden, weight, torch.tensor([5, 250, 790]),
+        hidden, weight, torch.tensor([5, 250, n_cols - 10]),
         reduction="none", return_accuracy=True, max_chunk_mib=1,
     )  # fmt: skip
     assert n_right.tolist() == [1, 0, 0]
     assert runs == [3]
 
 
+@pytest.mark.parametrize("n_cols", [65, 800])
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_only_what_is_trained_has_a_gradient(runs: list[int], needs: tuple[bool, bool]) -> None:
-    hidden, weight, targets = problem(40, 16, 800)
-    whole = outcome(linear_cross_entropy, hidden, weight, targets, max_chunk_mib=1)[3:]
+def test_only_what_is_trained_has_a_gradient(
+    runs: list[int], needs: tuple[bool, bool], n_cols: int
+) -> None:
+    hidden, weight, targets = problem(40, 16, n_cols)
+    whole = outcome(linear_cross_entropy, hidden, weight, targets)[3:]
     leaves = [x.clone().requires_grad_(n) for x, n in zip((hidden, weight), needs, strict=True)]
-    (0.7 * linear_cross_entropy(*leaves, targets, max_chunk_mib=1)).backward()
+    (0.7 * linear_cross_entropy(*leaves, targets)).backward()
     assert len(runs) == 2
     for leaf, need, grad in zip(leaves, needs, whole, strict=True):
         assert torch.equal(leaf.grad, grad) if need else leaf.grad is None
+
+
+def test_rows_that_are_ignored_may_hold_anything(runs: list[int]) -> None:
+    hidden, weight, targets = problem(40, 16, 65)
+    hidden[7], targets[7] = math.nan, -100
+    loss, *rest = outcome(linear_cross_entropy, hidden, weight, targets)
+    kept = torch.arange(40) != 7
+    alone = outcome(linear_cross_entropy, hidden[kept], weight, targets[kept])
+    torch.testing.assert_close([loss, rest[-1]], [alone[0], alone[-1]])
+    assert rest[0][7] == 0
+    assert torch.equal(rest[2][7], torch.zeros(16))
+    nothing = outcome(linear_cross_entropy, hidden, weight, torch.full_like(targets, -100))
+    assert not any(x.any() for x in nothing)
+    assert runs == [40, 39, 40]
 
 
 @pytest.mark.parametrize("shape", [(4096, 768, 50304), (2048, 256, 4096), (600, 64, 1000)])
@@ -139,6 +166,7 @@ def test_it_takes_the_memory_of_a_chunk_of_logits(shape: tuple[int, int, int], r
     assert held <= rows * n_cols
     assert (chunk % 16, width % 16) == (0, 0)
     assert min(parts, chunk / 16) >= 4
+    assert in_cpp._layout(n, dim, 65, rows) == (min(rows, -(-n // 16) * 16), 65, 0)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +174,10 @@ def test_it_takes_the_memory_of_a_chunk_of_logits(shape: tuple[int, int, int], r
     [
         ({}, True),
         ({"hidden": torch.empty(8, 20), "weight": torch.empty(800, 20)}, False),
-        ({"weight": torch.empty(500, 16)}, False),
+        ({"hidden": torch.empty(8, 0), "weight": torch.empty(800, 0)}, False),
+        ({"hidden": torch.empty(8, 256), "weight": torch.empty(800, 256)}, False),
+        ({"hidden": torch.empty(8, 256), "weight": torch.empty(600, 256)}, True),
+        ({"hidden": torch.empty(8, 2048), "weight": torch.empty(600, 2048)}, False),
         ({"weight": torch.empty(16, 800).t()}, False),
         ({"hidden": torch.empty(8, 16, dtype=torch.bfloat16)}, False),
         ({"bias": torch.empty(800)}, False),
@@ -160,6 +191,7 @@ def test_it_is_used_where_it_fits(
     arguments |= {"terms": PLAIN} | change
     assert in_cpp.fits(**arguments) is yes
     monkeypatch.setattr(in_cpp, "_LEAST", 2**20)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 2**18)
     assert not in_cpp.fits(**arguments)
 
 

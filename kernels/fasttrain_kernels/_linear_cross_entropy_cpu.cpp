@@ -9,7 +9,7 @@
 static const int AT_A_TIME = 256;  // rows for which operands stay in the second cache
 
 struct Shape {
-  long n, dim, vocab, hidden_row, weight_row, chunk, width, parts, threads;
+  long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
   float smoothing, z_loss, softcap, scale;
   long blocks() const { return (vocab + width - 1) / width; }
   int columns(long block) const { return std::min(width, vocab - block * width); }
@@ -17,9 +17,11 @@ struct Shape {
 
 struct Tensors {
   In hidden, weight;
-  const int64_t *targets, *kept;  // of all rows; those that count, in order, or null: all do
-  In token_weight, upstream;      // null: 1
+  const int64_t* targets;
+  In token_weight, upstream;  // null: 1
   float *losses, *lse, *correct, *dhidden, *dweight;  // the last three null where not wanted
+  const int64_t* kept;  // the rows that count, in order, or null: all do
+  long row(long i) const { return kept ? kept[i] : i; }
 };
 
 struct Stat {
@@ -43,7 +45,7 @@ struct Space {
     stats = (Stat*)(rows + n);
     logits = (float*)(stats + s->blocks() * n);
     hidden = logits + s->blocks() * n * s->width;
-    panels = hidden + (t->kept ? n * d : 0);
+    panels = hidden + n * d;
     sums = panels + (t->dweight ? n * d : 0);
     end = sums + (t->dhidden ? s->parts * n * d : 0);
   }
@@ -120,33 +122,40 @@ static bool is_first_largest(const Shape* s, const Space& made, int r, long targ
   return true;
 }
 
-// The loss of a row, and what its gradient is made of
-static void join(const Shape* s, const Tensors* t, const Space& made, int r, long of) {
+// The loss of row `of`, and what its gradient is made of: all but correct. x is the target's logit.
+static Row conclude(const Shape* s, const Tensors* t, long of, Stat all, float x) {
   const float share = s->smoothing / s->vocab;
-  float peak = -INFINITY, sum = 0, all = 0;
-  for (long b = 0; b < s->blocks(); b++) peak = std::max(peak, made.stats[b * s->chunk + r].peak);
-  for (long b = 0; b < s->blocks(); b++) {
-    Stat stat = made.stats[b * s->chunk + r];
-    const bool as_it_is = stat.peak == peak || stat.peak == -INFINITY;
-    sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - peak);
-    all += stat.total;
-  }
-  const long target = t->targets[of], block = target / s->width;
+  const long target = t->targets[of];
   const bool valid = target >= 0 && target < s->vocab;
-  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
-  const float log_sum = std::log(sum), lse = peak + log_sum, nll = log_sum - (x - peak);
+  const float log_sum = std::log(all.sum), lse = all.peak + log_sum, nll = log_sum - (x - all.peak);
   float loss = nll * (1 - s->smoothing), slope = 1;
   if (s->z_loss) loss += s->z_loss * lse * lse, slope += 2 * s->z_loss * lse;
-  if (s->smoothing) loss += s->smoothing * lse - share * all;
+  if (s->smoothing) loss += s->smoothing * lse - share * all.total;
   const float weight = (t->token_weight ? t->token_weight[of] : 1) * s->scale;
   const float factor = valid ? weight * (t->upstream ? t->upstream[of] : 1) : NAN;
   const float capped = s->softcap ? x / s->softcap : 0;
   t->losses[of] = loss * weight;
   t->lse[of] = lse;
-  const bool is_largest = valid && (x == peak || std::isnan(x));
+  return {of, valid ? target : -1, all.peak, factor * slope / all.sum, factor * share,
+          factor * (1 - s->smoothing) * (1 - capped * capped)};
+}
+
+static void join(const Shape* s, const Tensors* t, const Space& made, int r, long of) {
+  Stat joint = {-INFINITY, 0, 0};
+  for (long b = 0; b < s->blocks(); b++)
+    joint.peak = std::max(joint.peak, made.stats[b * s->chunk + r].peak);
+  for (long b = 0; b < s->blocks(); b++) {
+    Stat stat = made.stats[b * s->chunk + r];
+    const bool as_it_is = stat.peak == joint.peak || stat.peak == -INFINITY;
+    joint.sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - joint.peak);
+    joint.total += stat.total;
+  }
+  const long target = t->targets[of], block = target / s->width;
+  const bool valid = target >= 0 && target < s->vocab;
+  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
+  made.rows[r] = conclude(s, t, of, joint, x);
+  const bool is_largest = valid && (x == joint.peak || std::isnan(x));
   if (t->correct) t->correct[of] = is_largest && is_first_largest(s, made, r, target, x);
-  made.rows[r] = {of, valid ? target : -1, peak, factor * slope / sum, factor * share,
-                  factor * (1 - s->smoothing) * (1 - capped * capped)};
 }
 
 // Gradients from one block of logits. Those of the hidden states are added to sums, but the first.
@@ -180,11 +189,151 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long bloc
   }
 }
 
-extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {
-  return Space(s, t, nullptr).end - (float*)nullptr;
+// Few columns: the logits of sixteen rows, turned, (V, 16), and the rows themselves lie in the
+// first cache; a lane is a row. Threads share out the rows, then the columns of dweight.
+static const int ROWS = PANEL;
+
+// (R, 16) of C = A · B, or added to it. Of A, (R, parts · depth), a part is a block of its own, in
+// which a row is ROW numbers from the next and a column 17 - ROW.
+template <int R, int ROW>
+static void tile_of_blocks(int parts, long part, int depth, In a, In b, float* c, long c_row,
+                           bool add) {
+  Lanes s[R][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) s[i][0] = s[i][1] = Lanes{};
+  for (int p = 0; p < parts; p++, a += part)
+    for (int k = 0; k < depth; k++, b += PANEL) {
+      Lanes low = at(b), high = at(b + 8);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) {
+        float x = a[i * ROW + k * (ROWS + 1 - ROW)];
+        s[i][0] += x * low;
+        s[i][1] += x * high;
+      }
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) {
+    float* row = c + i * c_row;
+    at(row) = add ? at(row) + s[i][0] : s[i][0];
+    at(row + 8) = add ? at(row + 8) + s[i][1] : s[i][1];
+  }
 }
 
-extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, float* space) {
+template <int ROW>
+static decltype(&tile_of_blocks<1, ROW>) blocks_of(int rows) {
+  static const decltype(&tile_of_blocks<1, ROW>) tiles[] = {
+      tile_of_blocks<1, ROW>, tile_of_blocks<2, ROW>, tile_of_blocks<3, ROW>,
+      tile_of_blocks<4, ROW>, tile_of_blocks<5, ROW>, tile_of_blocks<6, ROW>};
+  return tiles[std::min(rows, 6) - 1];
+}
+
+// Statistics of sixteen rows; e = exp(x - peak)
+static void measure_turned(const Shape* s, float* x, float* e, Stat* stats) {
+  Lanes most[] = {Lanes{} - INFINITY, Lanes{} - INFINITY}, sum[2] = {}, all[2] = {}, from[2];
+  const long end = s->vocab * ROWS;
+  for (long i = 0; i < end; i += ROWS)
+    for (int k = 0; k < 2; k++) {
+      Lanes value = at(x + i + 8 * k);
+      if (s->softcap)
+        at(x + i + 8 * k) = value = s->softcap * hyperbolic_tangent(value / s->softcap);
+      all[k] += value;
+      most[k] = value > most[k] ? value : most[k];
+    }
+  for (int k = 0; k < 2; k++) from[k] = most[k] == -INFINITY ? Lanes{} : most[k];
+  for (long i = 0; i < end; i += ROWS)
+    for (int k = 0; k < 2; k++)
+      sum[k] += at(e + i + 8 * k) = exponential(at(x + i + 8 * k) - from[k]);
+  for (int r = 0; r < ROWS; r++)
+    stats[r] = {most[r / 8][r % 8], sum[r / 8][r % 8], all[r / 8][r % 8]};
+}
+
+// Of up to sixteen rows from the first on: losses, the gradient of the logits in x, and dhidden
+static void few(const Shape* s, const Tensors* t, long first, int rows, float* x, In panels,
+                float* space) {
+  const long d = s->dim, vocab = s->vocab;
+  float *turned = space, *e = turned + d * ROWS, *side = e + vocab * ROWS;
+  In h = t->hidden + first * s->hidden_row;
+  const bool apart = t->kept || rows < ROWS;
+  if (apart) {
+    for (int r = 0; r < rows; r++)
+      std::copy_n(t->hidden + t->row(first + r) * s->hidden_row, d, side + r * d);
+    std::fill(side + rows * d, side + ROWS * d, 0.f);
+    h = side;
+  }
+  pack_turned(h, apart ? d : s->hidden_row, d, 0, turned);
+  product(vocab, ROWS, d, t->weight, s->weight_row, turned, x, ROWS);
+  Stat stats[ROWS];
+  measure_turned(s, x, e, stats);
+  Row made[ROWS];
+  Lanes slope[2] = {}, base[2] = {};
+  for (int r = 0; r < rows; r++) {
+    const long of = t->row(first + r), target = t->targets[of];
+    const bool valid = target >= 0 && target < vocab;
+    const float value = valid ? x[target * ROWS + r] : NAN;
+    made[r] = conclude(s, t, of, stats[r], value);
+    slope[r / 8][r % 8] = made[r].slope, base[r / 8][r % 8] = made[r].base;
+    if (!t->correct) continue;
+    bool right = valid && (value == stats[r].peak || std::isnan(value));
+    for (long i = 0; right && i < target; i++)
+      right = std::isnan(value) ? !std::isnan(x[i * ROWS + r]) : x[i * ROWS + r] < value;
+    t->correct[of] = right;
+  }
+  if (!t->dhidden && !t->dweight) return;
+  for (long i = 0; i < vocab * ROWS; i += ROWS)
+    for (int k = 0; k < 2; k++) {
+      Lanes value = at(x + i + 8 * k), d = slope[k] * at(e + i + 8 * k) - base[k];
+      at(x + i + 8 * k) = s->softcap ? d * (1 - value / s->softcap * (value / s->softcap)) : d;
+    }
+  for (int r = 0; r < rows; r++)
+    if (made[r].target >= 0) x[made[r].target * ROWS + r] -= made[r].hit;
+  if (!t->dhidden) return;
+  float* out = apart ? side : t->dhidden + first * d;
+  for (long k = 0; k < vocab; k += DEPTH)
+    for (long j = 0; j < d; j += PANEL)
+      for (int i = 0; i < ROWS; i += 6)
+        blocks_of<1>(ROWS - i)(1, 0, std::min<long>(DEPTH, vocab - k), x + k * ROWS + i,
+                               panels + j * vocab + k * PANEL, out + i * d + j, d, k);
+  for (int r = 0; apart && r < rows; r++)
+    std::copy_n(side + r * d, d, t->dhidden + t->row(first + r) * d);
+}
+
+// Sixteen columns of dweight, from the rows of a chunk
+static void few_weights(const Shape* s, const Tensors* t, long start, int rows, long j, In x,
+                        float* panel) {
+  for (int from = 0; from < rows; from += DEPTH) {
+    const int some = std::min(DEPTH, rows - from), groups = (some + ROWS - 1) / ROWS;
+    for (int r = 0; r < some; r++) {
+      In h = t->hidden + t->row(start + from + r) * s->hidden_row + j;
+      at(panel + r * PANEL) = at(h), at(panel + r * PANEL + 8) = at(h + 8);
+    }
+    std::fill(panel + some * PANEL, panel + groups * ROWS * PANEL, 0.f);
+    for (long i = 0; i < s->vocab; i += 6)
+      blocks_of<ROWS>(s->vocab - i)(groups, s->vocab * ROWS, ROWS, x + (from * s->vocab + i * ROWS),
+                                    panel, t->dweight + i * s->dim + j, s->dim, start || from);
+  }
+}
+
+static void compute_few(const Shape* s, const Tensors* t, float* space) {
+  const long d = s->dim, vocab = s->vocab;
+#pragma omp parallel num_threads(s->threads)
+  {
+    float* own = scratch(d * vocab + (vocab + 2 * d + DEPTH) * ROWS);
+    float *rest = own + d * vocab, *panel = rest + (vocab + 2 * d) * ROWS;
+    for (long j = 0; t->dhidden && j < d / PANEL; j++)
+      pack(t->weight, s->weight_row, vocab, j, own);
+    for (long start = 0; start < s->n; start += s->chunk) {
+      const int rows = std::min(s->chunk, s->n - start);
+#pragma omp for schedule(dynamic)
+      for (int r = 0; r < rows; r += ROWS)
+        few(s, t, start + r, std::min(ROWS, rows - r), space + r * vocab, own, rest);
+      if (!t->dweight) continue;
+#pragma omp for schedule(dynamic)
+      for (long j = 0; j < d; j += PANEL) few_weights(s, t, start, rows, j, space, panel);
+    }
+  }
+}
+
+static void compute(const Shape* s, const Tensors* t, float* space) {
   const Space made(s, t, space);
   const long d = s->dim;
 #pragma omp parallel num_threads(s->threads)
@@ -205,7 +354,7 @@ extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, float* sp
     for (long b = 0; b < s->blocks(); b++) enter(s, t, made, b, rows, h, h_row);
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++)
-      join(s, t, made, r, t->kept ? t->kept[start + r] : start + r);
+      join(s, t, made, r, t->row(start + r));
     if (!t->dhidden && !t->dweight) continue;
 #pragma omp for schedule(dynamic)
     for (long p = 0; p < s->parts; p++) {
@@ -222,4 +371,32 @@ extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, float* sp
         at(t->dhidden + made.rows[r].of * d + i) = sum;
       }
   }
+}
+
+// Floats of the space. A layout without parts is that of few columns.
+extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {
+  if (!s->parts) return s->chunk * s->vocab;
+  return Space(s, t, nullptr).end - (float*)nullptr;
+}
+
+extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, float* space) {
+  Shape s = *given;
+  Tensors t = *all;
+  std::vector<int64_t> kept;
+  s.n = given->n - std::count(t.targets, t.targets + given->n, given->ignored);
+  if (s.n < given->n) {
+    kept.reserve(s.n);
+    for (long r = 0; r < given->n; r++) {
+      if (t.targets[r] != given->ignored) {
+        kept.push_back(r);
+        continue;
+      }
+      t.losses[r] = t.lse[r] = 0;
+      if (t.correct) t.correct[r] = 0;
+      if (t.dhidden) std::fill_n(t.dhidden + r * s.dim, s.dim, 0.f);
+    }
+    t.kept = kept.data();
+  }
+  if (!s.n && t.dweight) std::fill_n(t.dweight, s.vocab * s.dim, 0.f);
+  if (s.n) (s.parts ? compute : compute_few)(&s, &t, space);
 }

@@ -43,6 +43,7 @@ from ._linear_cross_entropy_compute import (
     compute_linear_cross_entropy,
     weight_grad_dtype,
 )
+from ._linear_cross_entropy_cpu import fits
 from ._scale import scale_unless_one_
 from .cross_entropy import cross_entropy_reference
 
@@ -365,7 +366,9 @@ def linear_cross_entropy(
                 return_accuracy=return_accuracy,
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
-        if not ours and not is_traced(x) and _all_in_range(flat_targets, weight.shape[0]):
+        terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap or 0.0, class_weight)
+        ours = ours or is_traced(x) or fits(x, weight, bias, terms)
+        if not ours and _all_in_range(flat_targets, weight.shape[0]):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
                 flat_targets.long(),
