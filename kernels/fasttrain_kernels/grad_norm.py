@@ -98,7 +98,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _fits_cpp(tensors: Sequence[Tensor]) -> bool:
     return (
-        all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+        # Another type may be a promise of a tensor, or wrap one: its memory is not where it says.
+        all(type(t) is Tensor and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
         and sum(t.numel() for t in tensors) >= CPU_MANY
         and is_supported()
         and _library() is not None
