@@ -1,11 +1,10 @@
-// Causal attention on a CPU in fp32, both ways: see attention_cpu.py. Built alone, or in front of
-// what calls it.
+// Causal attention on a CPU in fp32, both ways: see attention_cpu.py. Built behind turns_cpu.h, and
+// in front of what calls it.
 //
 // A block is SIDE queries of a head. Its scores are kept turned, (keys, queries): queries lie along
 // a vector's lanes, and no sum or maximum runs across lanes. A strip is up to six rows of a
-// product, and skips what is hidden from all of it. Tasks are dealt in long runs, shorter towards
-// the end: what a core fetched ahead is mostly its own next task, and it works on the part of the
-// batch that other operations give it too. Dealt one by one, T=64 takes 1.1 to 1.3 times as long.
+// product, and skips what is hidden from all of it. What a core fetched ahead is mostly its own
+// next task (turns_cpu.h).
 #pragma GCC optimize("fp-contract=fast")
 #define PICK(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
 #include <algorithm>
@@ -193,8 +192,9 @@ extern "C" void forward(In q, In k, In v, float* y, float* lse, Strides qs, Stri
   const float scale = 1 / std::sqrt((float)dim);
   const long ys[] = {(long)t * n_heads * dim, (long)n_heads * dim, dim};
   const long n_blocks = (long)n_batch * n_heads * ((t + SIDE - 1) / SIDE);
-#pragma omp parallel for schedule(guided) num_threads(n_threads)
-  for (long index = 0; index < n_blocks; index++) {
+  Turns turns(n_blocks, n_threads);
+#pragma omp parallel num_threads(n_threads)
+  turns.take([&](long index) {
     Block now(index, t, n_heads, n_kv), next(index + 1, t, n_heads, n_kv);
     Ahead ahead{dim, index + 1 < n_blocks ? next.queries : 0, 4,
                 {next.of(q, qs, next.h, next.first), next.of(k, ks, next.g, next.first),
@@ -234,7 +234,7 @@ extern "C" void forward(In q, In k, In v, float* y, float* lse, Strides qs, Stri
       lse[now.unit * t + now.first + i] = most[i / 8][i % 8];
       for (int j = 0; j < dim; j += 8) at(y1[i] + j) *= sum[i / 8][i % 8];
     }
-  }
+  });
 }
 
 extern "C" void backward(In q, In k, In v, In y, In lse, In dy, float* dq, float* dk, float* dv,
@@ -244,8 +244,9 @@ extern "C" void backward(In q, In k, In v, In y, In lse, In dy, float* dq, float
   const long ys[] = {(long)t * n_heads * dim, (long)n_heads * dim, dim};  // of y and dq
   const long gs[] = {(long)t * n_kv * dim, (long)n_kv * dim, dim};        // of dk and dv
   const int n = n_heads / n_kv * ((t + SIDE - 1) / SIDE);                 // blocks in a task
-#pragma omp parallel for schedule(guided) num_threads(n_threads)
-  for (long task = 0; task < n_batch * n_kv; task++)
+  Turns turns(n_batch * n_kv, n_threads);
+#pragma omp parallel num_threads(n_threads)
+  turns.take([&](long task) {
     for (long index = task * n; index < (task + 1) * n; index++) {
       Block now(index, t, n_heads, n_kv), next(index + 1, t, n_heads, n_kv);
       Ahead ahead{dim, index + 1 < (long)n_batch * n_kv * n ? next.queries : 0, 8,
@@ -286,6 +287,7 @@ extern "C" void backward(In q, In k, In v, In y, In lse, In dy, float* dq, float
         product<TO_KEYS>(pair, {p, SIDE}, dy1, now.of(dv, gs, now.g, start), more);
       }
     }
+  });
 }
 
 }  // namespace attention

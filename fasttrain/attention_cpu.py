@@ -34,7 +34,7 @@ _IS_SUPPORTED = is_supported()
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load(Path(__file__).with_name("attention_cpu.cpp"))
+    library = load(*(Path(__file__).with_name(n) for n in ("turns_cpu.h", "attention_cpu.cpp")))
     # Told once, a call converts its arguments in half the time.
     for function, n_tensors, n_strided in ((library.forward, 5, 3), (library.backward, 9, 4)):
         strides = [_Strides] * n_strided

@@ -1,4 +1,5 @@
-// Blocks of the Transformer on a CPU, both ways. Built behind _cpu_product.h and the attention.
+// Blocks of the Transformer on a CPU, both ways. Built behind _cpu_product.h, turns_cpu.h, the
+// attention and block_rows_cpu.h.
 //
 // A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
@@ -52,12 +53,12 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, Parts spac
   const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
   const bool changes = p->q_norm || p->cos || p->mix;
   float* panels = space.take(n * d);
+  Turns turns(s->chunks(), s->threads);
 #pragma omp parallel num_threads(s->threads)
   {
 #pragma omp for schedule(static)
     for (long j = 0; j < n / PANEL; j++) pack_turned(p->weight, d, d, j, panels);
-#pragma omp for schedule(guided)
-    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+    turns.take([&](long chunk) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *normed = scratch(ROWS * (d + n)), *heads = made.heads + first * n;
@@ -82,7 +83,7 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, Parts spac
           at(to + i) = p->mix ? p->mix[0] * at(from + i) + p->mix[1] * at(p->value + start + i)
                               : at(from + i);
       }
-    }
+    });
   }
 }
 
@@ -91,12 +92,12 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
   const long d = s->dim, n = s->qkv(), k = s->head_dim;
   float *panels = space.take(n * d), *normed = space.take(s->m * d);
   float* strips = space.take(s->m * n);
+  Turns turns(s->chunks(), s->threads);
 #pragma omp parallel num_threads(s->threads)
   {
 #pragma omp for schedule(static)
     for (long j = 0; j < d / PANEL; j++) pack(p->weight, d, n, j, panels);
-#pragma omp for schedule(guided)
-    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+    turns.take([&](long chunk) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *dnormed = scratch(ROWS * (d + n)), *dqkv = dnormed + ROWS * d;
@@ -140,7 +141,8 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
         normalised_again(x, stat, p->norm, d, dnormed + r * d);
       }
       to_panels(dnormed, rows, d, first, s->m, normed);
-    }
+    });
+#pragma omp barrier
     weight_gradients({{strips, normed, n, d, o->weight}}, s->m);
   }
 }
@@ -149,6 +151,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
 static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y, Parts space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
   float *out = space.take(q * d), *up = space.take(d * e), *down = space.take(f * d);
+  Turns turns(s->chunks(), s->threads);
 #pragma omp parallel num_threads(s->threads)
   {
 #pragma omp for schedule(static) nowait
@@ -157,8 +160,7 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y, 
     for (long j = 0; j < e / PANEL; j++) pack_turned(p->up, d, d, j, up);
 #pragma omp for schedule(static)
     for (long j = 0; j < d / PANEL; j++) pack_turned(p->down, f, f, j, down);
-#pragma omp for schedule(guided)
-    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+    turns.take([&](long chunk) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *normed = scratch(ROWS * (d + f)), *acts = normed + ROWS * d;
@@ -172,7 +174,7 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y, 
       for (int r = 0; r < rows; r++) activate<false>(s->mlp, f, hidden + r * e, acts + r * f);
       std::copy_n(middle, rows * d, y + first * d);
       product(rows, d, f, acts, f, down, y + first * d, d, true);
-    }
+    });
   }
 }
 
@@ -183,6 +185,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
   float *acts_panels = space.take(m * f), *normed = space.take(m * d);
   float *attended = space.take(m * q), *y_strips = space.take(m * d);
   float *middle_strips = space.take(m * d), *hidden_strips = space.take(m * e);
+  Turns turns(s->chunks(), s->threads);
 #pragma omp parallel num_threads(s->threads)
   {
 #pragma omp for schedule(static) nowait
@@ -191,8 +194,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     for (long j = 0; j < d / PANEL; j++) pack(p->up, d, e, j, up);
 #pragma omp for schedule(static)
     for (long j = 0; j < f / PANEL; j++) pack(p->down, f, d, j, down);
-#pragma omp for schedule(guided)
-    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+    turns.take([&](long chunk) {
       const int rows = s->rows(chunk);
       const long first = chunk * ROWS;
       float *acts = scratch(ROWS * (d + f + e)), *dnormed = acts + ROWS * f;  // acts: first dacts
@@ -217,7 +219,8 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
       to_panels(made.attended + first * q, rows, q, first, m, attended);
       to_strips(dmid, rows, d, first, m, middle_strips);
       product(rows, q, d, dmid, d, out, dattended + first * q, q);
-    }
+    });
+#pragma omp barrier
     weight_gradients({{y_strips, acts_panels, d, f, o->down},
                       {hidden_strips, normed, e, d, o->up},
                       {middle_strips, attended, d, q, o->out}},

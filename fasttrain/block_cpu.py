@@ -26,7 +26,7 @@ from fasttrain.config import TrainConfig, UserError
 __all__ = ["build", "fits", "run_blocks_on_cpu"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention_cpu.cpp", "block_rows_cpu.h", "block_cpu.cpp")
+_SOURCES = ("turns_cpu.h", "attention_cpu.cpp", "block_rows_cpu.h", "block_cpu.cpp")
 _KINDS = ("gelu", "relu2", "swiglu")
 
 
