@@ -213,7 +213,7 @@ def test_trainers(benchmark: Any, work: Path, full: bool, name: str) -> None:
         times["fasttrain"].append(run_ours(work, name))
 
     # A round takes a minute, most of it to start three trainers.
-    benchmark.pedantic(one_round, rounds=4 if full else 1, iterations=1)
+    benchmark.pedantic(one_round, rounds=6 if full else 1, iterations=1)
     figures = comparison(times)
     tokens = SHAPES[name].block_size * SHAPES[name].batch_size
     rates = {key: tokens / seconds for key, seconds in figures["median_s"].items()}
