@@ -160,7 +160,8 @@ def run_blocks_on_cpu(
 
     Numerics: fp32 throughout; reruns agree bit for bit, on any number of threads.
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + 2·D + F (SwiGLU 2F)
-        numbers a token and block; in backward about as much again, of one block, for a moment.
+        numbers a token and block; in backward about as much again, of one block, for a moment. The
+        gradients of all weights come at once: where they accumulate, that is a second copy.
     """
     if mask is not None or caches is not None or start or x.numel() == 0:
         raise ValueError(
@@ -170,14 +171,8 @@ def run_blocks_on_cpu(
     own: list[Tensor | None] = []
     for i, block in enumerate(blocks):
         attention, mlp = block.attention, block.mlp
-        for tensor in (x, attention.qkv.weight):  # a model may have been moved since it was trained
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                raise ValueError(
-                    f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on"
-                    f" {tensor.device}; set model.blocks_fn = fasttrain.model.run_blocks"
-                )
         mix = None if values is None else attention.value_mix
-        own += [None if mix is None or values is None else values[i].contiguous()]
+        own += [None if mix is None or values is None else values[i]]
         own += [block.attention_norm.weight, attention.qkv.weight]
         own += [None if n is None else n.weight for n in (attention.q_norm, attention.k_norm)]
         own += [attention.out.weight, block.mlp_norm.weight, mlp.up.weight, mlp.down.weight, mix]
@@ -187,5 +182,14 @@ def run_blocks_on_cpu(
     kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), _KINDS.index(mlp.kind))
     shape = _Shape(*sizes, *kind, torch.get_num_threads(), norm.eps)
     last = None if last_norm is None else last_norm.weight
-    y: Tensor = _Blocks.apply(shape, x.contiguous(), last, *(rope or (None, None)), *own)  # type: ignore[no-untyped-call]
+    tensors = [
+        None if t is None else t.contiguous() for t in (x, last, *(rope or (None,) * 2), *own)
+    ]
+    for tensor in tensors:  # a model may have been moved since it was trained, or a part of it
+        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_cpu):
+            raise ValueError(
+                f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device}; "
+                "set model.blocks_fn = fasttrain.model.run_blocks"
+            )
+    y: Tensor = _Blocks.apply(shape, *tensors)  # type: ignore[no-untyped-call]
     return y

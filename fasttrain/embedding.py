@@ -44,9 +44,13 @@ torch.library.register_fake("fasttrain::embedding_backward", _like_gradient, lib
 class Embedding(nn.Embedding):
     """Torch's, compiled for a CPU with a gradient that is the same to the bit each time."""
 
+    def __init__(self, n_rows: int, dim: int) -> None:
+        super().__init__(n_rows, dim)  # none of torch's options, which compiled code would ignore
+
     def forward(self, index: Tensor) -> Tensor:
         """Return the rows (..., D) of the table (V, D) that ``index`` (...), int64, names."""
-        if index.device.type == "cpu" and torch.compiler.is_compiling():
+        plain = type(self.weight) is nn.Parameter  # not of several ranks
+        if plain and index.device.type == "cpu" and torch.compiler.is_compiling():
             y: Tensor = torch.ops.fasttrain.embedding(index, self.weight)
             return y
         return super().forward(index)

@@ -200,5 +200,12 @@ def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
         run_blocks_on_cpu(blocks, norm, x, rope, mask, None, 0, None)
     with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
         run_blocks_on_cpu(blocks, norm, x[:0], rope, None, None, 0, None)
-    with pytest.raises(ValueError, match=r"not torch\.float64 on cpu"):
-        run_blocks_on_cpu(blocks.double(), norm, x.double(), rope, None, None, 0, None)
+    for part in (norm, blocks[0].mlp):  # a part alone: none of it would be read as it is
+        part.double()
+        with pytest.raises(ValueError, match=r"not torch\.float64 on cpu.*blocks_fn"):
+            run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None)
+        part.float()
+    weight = blocks[0].attention.out.weight
+    y = run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None)
+    weight.data = weight.t().contiguous().t()
+    assert torch.equal(run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None), y)

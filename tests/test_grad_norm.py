@@ -164,6 +164,25 @@ def test_cpp_is_for_many_fp32_elements_in_a_row(monkeypatch: pytest.MonkeyPatch)
     assert grad_norm([many, many]).norm.item() == pytest.approx(1200**0.5)
 
 
+@pytest.mark.usefixtures("cpp")
+def test_cpp_reads_no_memory_that_is_not_there() -> None:
+    tensor = torch.ones(16)
+    assert grad_norm([torch._efficientzerotensor(16)]).norm == 0
+    assert torch.func.functionalize(lambda t: grad_norm([t]).norm)(tensor) == 4
+    with pytest.raises(RuntimeError):
+        grad_norm([tensor.to("meta")])
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        grad_norm([tensor])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
+def test_no_bound_and_no_norm_have_no_coefficient(path: torch.device) -> None:
+    """As in torch, where infinite gradients become NaN."""
+    tensor = torch.full((5,), math.inf, device=path)
+    assert grad_norm([tensor], math.inf).clip_coefficient.isnan()
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clip_matches_torch(path: torch.device, max_norm: float) -> None:
     a = [nn.Parameter(t) for t in make(path)]

@@ -210,3 +210,17 @@ def test_where_it_cannot_be_built_torch_computes(
     torch.testing.assert_close(ours, expected)
     linear_cross_entropy(hidden, weight, targets, max_chunk_mib=1)
     assert runs == []
+
+
+@pytest.mark.parametrize("n_cols", [65, 800])
+def test_it_is_differentiable_once(runs: list[int], n_cols: int) -> None:
+    """Where the gradient of a gradient is wanted there is an error, not a part of it."""
+    hidden, weight, targets = problem(40, 16, n_cols)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, max_chunk_mib=1)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once; use linear_cross_entropy_reference"):
+        (loss + gradient.square().sum()).backward()
+    assert runs == [40]
+    plain = torch.func.grad(lambda h: linear_cross_entropy(h, weight, targets))(hidden.detach())
+    torch.testing.assert_close(plain, gradient.detach(), rtol=1e-4, atol=1e-6)
+    assert runs == [40]  # a transform goes by torch's operations

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fasttrain_kernels import FusedAdamW
 from torch import nn
 
 from fasttrain.config import ModelConfig, OptimConfig, UserError
@@ -178,3 +179,17 @@ def test_8_bit_moments_are_saved_as_they_are_and_restored() -> None:
     eager = ENV | {"TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(command, env=eager, capture_output=True, text=True)
     assert done.stdout == "same\n", done.stderr[-2000:]
+
+
+def test_a_step_of_ones_own_around_it_calls_hooks_once() -> None:
+    class Own(FusedAdamW):
+        def step(self, *args: Any, **kwargs: Any) -> float | None:
+            return super().step(*args, **kwargs)
+
+    parameter, calls = nn.Parameter(torch.ones(2)), []
+    parameter.grad = torch.ones(2)
+    optimizer = Own([parameter])
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    optimizer.step()
+    assert calls == [1]
+    assert parameter[0] < 1

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["is_traced", "triton_on_cpu", "use_triton"]
+__all__ = ["has_memory", "is_traced", "once", "triton_on_cpu", "use_triton"]
 
 _forced_depth = 0
 
@@ -41,6 +42,19 @@ def use_triton(tensor: torch.Tensor) -> bool:
     )
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a plain tensor's elements lie where it says, for code that reads them there.
+
+    Not those of a tensor of zeros that is a promise, on ``meta``, or whose storage was freed; nor
+    where a transform of torch.func or forward-mode differentiation is under way.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and tensor.data_ptr() != 0
+    )
+
+
 def is_traced(tensor: torch.Tensor) -> bool:
     """Return whether somebody records the ops on ``tensor``, who must see each of ours as one.
 
@@ -52,3 +66,17 @@ def is_traced(tensor: torch.Tensor) -> bool:
         or type(tensor) is not torch.Tensor
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def once(grads: tuple[torch.Tensor | None, ...], name: str) -> tuple[torch.Tensor | None, ...]:
+    """Return gradients whose own gradients are an error.
+
+    Torch's `once_differentiable` sees none to refuse where the incoming gradient is constant.
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    message = f"{name} can be differentiated once; use {name}_reference"
+    error = torch._C._functions.DelayedError(message.encode(), len(grads))
+    given = [g if g is None else g.detach().requires_grad_() for g in grads]
+    refused: tuple[torch.Tensor | None, ...] = error(*given)  # type: ignore[arg-type]
+    return refused

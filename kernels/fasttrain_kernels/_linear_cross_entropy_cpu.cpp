@@ -253,7 +253,7 @@ static void few(const Shape* s, const Tensors* t, long first, int rows, float* x
   const long d = s->dim, vocab = s->vocab;
   float *turned = space, *e = turned + d * ROWS, *side = e + vocab * ROWS;
   In h = t->hidden + first * s->hidden_row;
-  const bool apart = t->kept || rows < ROWS;
+  const bool apart = t->kept || rows < ROWS;  // the rows, with zeros behind them
   if (apart) {
     for (int r = 0; r < rows; r++)
       std::copy_n(t->hidden + t->row(first + r) * s->hidden_row, d, side + r * d);
@@ -263,8 +263,8 @@ static void few(const Shape* s, const Tensors* t, long first, int rows, float* x
   pack_turned(h, apart ? d : s->hidden_row, d, 0, turned);
   product(vocab, ROWS, d, t->weight, s->weight_row, turned, x, ROWS);
   Stat stats[ROWS];
-  measure_turned(s, x, e, stats);
   Row made[ROWS];
+  measure_turned(s, x, e, stats);
   Lanes slope[2] = {}, base[2] = {};
   for (int r = 0; r < rows; r++) {
     const long of = t->row(first + r), target = t->targets[of];
@@ -353,8 +353,7 @@ static void compute(const Shape* s, const Tensors* t, float* space) {
 #pragma omp for schedule(dynamic)
     for (long b = 0; b < s->blocks(); b++) enter(s, t, made, b, rows, h, h_row);
 #pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-      join(s, t, made, r, t->row(start + r));
+    for (int r = 0; r < rows; r++) join(s, t, made, r, t->row(start + r));
     if (!t->dhidden && !t->dweight) continue;
 #pragma omp for schedule(dynamic)
     for (long p = 0; p < s->parts; p++) {
@@ -385,12 +384,9 @@ extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, flo
   std::vector<int64_t> kept;
   s.n = given->n - std::count(t.targets, t.targets + given->n, given->ignored);
   if (s.n < given->n) {
-    kept.reserve(s.n);
     for (long r = 0; r < given->n; r++) {
-      if (t.targets[r] != given->ignored) {
-        kept.push_back(r);
-        continue;
-      }
+      if (t.targets[r] != given->ignored) kept.push_back(r);
+      if (t.targets[r] != given->ignored) continue;
       t.losses[r] = t.lse[r] = 0;
       if (t.correct) t.correct[r] = 0;
       if (t.dhidden) std::fill_n(t.dhidden + r * s.dim, s.dim, 0.f);

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._cpu import PRODUCT, is_supported, load_or_warn
 from ._cross_entropy_cpu import LossTerms
+from ._dispatch import has_memory
 
 __all__ = ["fits", "run_in_cpp"]
 
@@ -71,6 +72,8 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: LossTerms) 
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
         and n_rows * n_cols > (_LEAST_OF_FEW if few else _LEAST)
         and hidden.stride(1) == weight.stride(1) == 1
+        and has_memory(hidden)
+        and has_memory(weight)
         and is_supported()
         and _library() is not None
     )

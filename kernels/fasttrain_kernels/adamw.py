@@ -107,7 +107,7 @@ def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def step_or_hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        watched = (
+        watched = type(self).step is step_or_hooked and (  # else torch wraps what calls this
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cpu import is_supported, load_or_warn
-from ._dispatch import use_triton
+from ._dispatch import has_memory, is_traced, use_triton
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
@@ -98,9 +98,10 @@ def _library() -> ctypes.CDLL | None:
 
 def _fits_cpp(tensors: Sequence[Tensor]) -> bool:
     return (
-        # Another type may be a promise of a tensor, or wrap one: its memory is not where it says.
-        all(type(t) is Tensor and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
-        and sum(t.numel() for t in tensors) >= CPU_MANY
+        sum(t.numel() for t in tensors) >= CPU_MANY
+        and not any(map(is_traced, tensors))  # nor of another type, which may wrap another tensor
+        and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+        and all(has_memory(t) for t in tensors if t.numel() > 0)
         and is_supported()
         and _library() is not None
     )
@@ -122,7 +123,8 @@ def _grad_norm_cpp(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
 
 def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
     norm = math.sqrt(_sum_squares_cpu(tensors))
-    coefficient = min(1.0, max_norm / (norm + _EPS)) if norm == norm else math.nan
+    ratio = max_norm / (norm + _EPS)
+    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
     return GradNorm(
         torch.tensor(norm, dtype=torch.float32),
         torch.tensor(0.0 if math.isfinite(norm) else 1.0),

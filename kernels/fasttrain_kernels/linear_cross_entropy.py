@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._cross_entropy_cpu import LossTerms
 from ._cross_entropy_options import (
@@ -36,7 +35,7 @@ from ._cross_entropy_options import (
     finish,
     mean_scale,
 )
-from ._dispatch import is_traced, use_triton
+from ._dispatch import is_traced, once, use_triton
 from ._linear_cross_entropy_compute import (
     Gradients,
     chunk_rows,
@@ -236,9 +235,10 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward_formula(ctx, *grads)
+        with torch.no_grad():
+            result = _backward_formula(ctx, *grads)
+        return once(result, "linear_cross_entropy")
 
 
 def _is_small(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bool:
@@ -330,7 +330,8 @@ def linear_cross_entropy(
     Numerics: softmax and loss in fp32 from logits in the products' dtype; dlogits rounded once to
         that dtype; the weight gradient accumulated over chunks in fp32 and rounded once to
         ``weight.dtype``. A mean over no rows is 0 with zero gradients. Only the inputs that
-        require a gradient have one computed, and in evaluation none. Deterministic.
+        require a gradient have one computed, and in evaluation none. Deterministic. Differentiable
+        once.
 
     Memory: logits of one chunk (twice in half precision on a CPU), and the gradients. On a CPU up
         to 2²⁰ logits in fp32 or fp64 are kept for backward, unless ``max_chunk_mib`` is given.
