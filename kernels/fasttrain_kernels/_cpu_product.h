@@ -44,6 +44,17 @@ static inline Lanes exponential(Lanes given) {
 
 static const int PANEL = 16, DEPTH = 256;  // columns of a panel; its rows that are used at a time
 
+template <int R>
+static inline void put(const Lanes (&sums)[R][2], float* c, long c_row, bool add) {
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+      Lanes& to = at(c + i * c_row + 8 * k);
+      to = add ? to + sums[i][k] : sums[i][k];
+    }
+}
+
 // (R, 16) of C = A · B, or added to it. A by rows, or PACKED: R of its rows interleaved.
 template <int R, bool PACKED>
 static void tile(int depth, In a, long a_row, In b, float* c, long c_row, bool add) {
@@ -62,12 +73,7 @@ static void tile(int depth, In a, long a_row, In b, float* c, long c_row, bool a
       s[i][1] += x * high;
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++) {
-    float* row = c + i * c_row;
-    at(row) = add ? at(row) + s[i][0] : s[i][0];
-    at(row + 8) = add ? at(row + 8) + s[i][1] : s[i][1];
-  }
+  put(s, c, c_row, add);
 }
 
 typedef decltype(&tile<1, false>) Tile;

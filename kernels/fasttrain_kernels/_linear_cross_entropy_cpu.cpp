@@ -211,12 +211,7 @@ static void tile_of_blocks(int parts, long part, int depth, In a, In b, float* c
         s[i][1] += x * high;
       }
     }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++) {
-    float* row = c + i * c_row;
-    at(row) = add ? at(row) + s[i][0] : s[i][0];
-    at(row + 8) = add ? at(row + 8) + s[i][1] : s[i][1];
-  }
+  put(s, c, c_row, add);
 }
 
 template <int ROW>
