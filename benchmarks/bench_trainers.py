@@ -3,9 +3,10 @@
 nanoGPT is not part of this project: name a checkout of it in the environment variable
 ``NANOGPT_DIR``. The Trainer takes part where transformers and accelerate are installed. All run as
 processes of their own on the same token file, in turn, A B C A B C …, and the times of a step are
-those that each reports (nanoGPT's ``time``; our ``step_ms``, in which the writing of its log line is
-not, 0.6 ms of 40, once in ten steps by default; the Trainer's by a callback). Two shapes, in fp32: that of nanoGPT's README command for a CPU, and a small Llama's, where nanoGPT has
-the same width, and its own parts.
+those that each reports: nanoGPT's ``time``; our ``step_ms``, in which the writing of its log line
+is not, 0.6 ms of 40, once in ten steps by default; the Trainer's by a callback. Two shapes, in
+fp32: that of nanoGPT's README command for a CPU, and a small Llama's, where nanoGPT has the same
+width, and its own parts.
 """
 
 import importlib.util
