@@ -32,7 +32,8 @@ class _LookUp(torch.autograd.Function):
 
 
 # The gradient is an operation of its own, which the compiler calls as it is: of torch's it makes
-# atomic additions by several threads, to the same row in any order, and 3 to 5 times as slow.
+# atomic additions by several threads, to the same row in any order, and 1.2 to 5 times as slow
+# (768 × 128 to 8192 × 768 of tables of 64 to 50,304 rows; two Zen 3 cores, torch 2.13).
 _OPS: Any = torch.library.Library("fasttrain", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPS.define("embedding(Tensor index, Tensor table) -> Tensor")
 _OPS.impl("embedding", _LookUp.apply, "CompositeImplicitAutograd")

@@ -101,7 +101,7 @@ class _Plan:
 def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step as torch does, for its hooks and its profiler, where there are any.
 
-    To ask each time in torch's own way takes 0.15 ms of a training step on a CPU.
+    To ask each time in torch's own way takes 0.16 ms of a training step (Zen 3, torch 2.13).
     """
     hooked = Optimizer.profile_hook_step(step)
 
