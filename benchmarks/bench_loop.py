@@ -55,9 +55,9 @@ def text_as_tokens(folder: Path, vocab_size: int) -> None:
 def bare_step(config: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
     """Return forward, backward and optimizers alone, compiled as the trainer compiles."""
     model = make_model(config)
-    optimizers = build_optimizers(model, config.optim)
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
+    optimizers = build_optimizers(model, config.optim, precision.compute)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with precision.autocast():
@@ -162,7 +162,8 @@ def test_loop(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     console = Turns(tmp_path / "log", bare)
     with Loader(dataset, **loaded) as loader:
         model = make_model(config)
-        optimizers = build_optimizers(model, config.optim)
+        compute = resolve_precision(config.run.dtype, device).compute
+        optimizers = build_optimizers(model, config.optim, compute)
         trainer = Trainer(
             model,
             optimizers,

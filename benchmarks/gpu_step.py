@@ -75,7 +75,7 @@ class Subject:
             device=device,
         )
         self.model = make_model(config)
-        optimizers = build_optimizers(self.model, config.optim)
+        optimizers = build_optimizers(self.model, config.optim, precision.compute)
         self.train_step = TrainStep(
             self.model, optimizers, config, device=device, precision=precision
         )

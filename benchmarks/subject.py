@@ -80,7 +80,7 @@ def our_step(config: TrainConfig) -> Step:
     model, batch = make_model(config), make_batch(config)
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model, config.optim, precision.compute)
     train_step = TrainStep(model, optimizers, config, device=device, precision=precision)
 
     def step() -> Tensor:

@@ -2,16 +2,15 @@
 
 import contextlib
 import ctypes
-import inspect
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from fasttrain_kernels._torch import compile_cache_counts, native_bf16
 
 from fasttrain.block_cpu import fits
 from fasttrain.config import TrainConfig, UserError
@@ -25,7 +24,6 @@ __all__ = [
     "resolve_compile",
     "resolve_device",
     "resolve_precision",
-    "spare_compiler",
 ]
 
 # Four layers, from a cold cache: 28 s as one graph against 17 s as one block, but steps 10 %
@@ -76,13 +74,6 @@ class Precision:
         return torch.autocast(self.device_type, dtype=self.compute)
 
 
-def _native_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Emulated bf16 is 8 times slower than fp32 on an AVX2 CPU (measured on Zen 3).
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision that ``run.dtype`` names on ``device``.
 
@@ -91,7 +82,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """
     if name == "auto":
         fallback = "fp16" if device.type == "cuda" else "fp32"
-        name = "bf16" if _native_bf16(device) else fallback
+        name = "bf16" if native_bf16(device) else fallback
     if name == "tf32" and device.type != "cuda":
         raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
@@ -131,8 +122,6 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     """
     mode = config.run.compile
     in_cpp = device.type == "cpu" and fits(config)
-    if in_cpp:  # run.dtype=auto is bf16 where torch is told to do without the AVX-512 that there is
-        in_cpp = resolve_precision(config.run.dtype, device).compute is torch.float32
     if mode == "c++":
         return mode if in_cpp else "off"
     if mode == "auto" and device.type == "cpu":
@@ -171,19 +160,6 @@ def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 
 
-def spare_compiler() -> None:
-    """Keep our optimizers from importing the compiler in a run that compiles nothing: 1.6 s.
-
-    The bookkeeping methods that they have of torch's import it when first called, only to be left
-    out of compiled code, and remember the outcome in an attribute; here it is filled in beforehand.
-    On a torch that names it otherwise this has no effect.
-    """
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        if "torch._dynamo" not in sys.modules:
-            method.__dynamo_disable = method
-
-
 def keep_compiled(folder: Path) -> None:
     """Have torch.compile keep what it makes in ``folder`` from one process to the next.
 
@@ -202,13 +178,7 @@ def compile_cache_use() -> str | None:
 
     None: nothing was compiled.
     """
-    if "torch._dynamo" not in sys.modules:
-        return None
-    from torch._dynamo.utils import counters
-
-    count = counters["inductor"]
-    hits = count["fxgraph_cache_hit"]
-    misses = count["fxgraph_cache_miss"] + count["fxgraph_cache_bypass"]
+    hits, misses = compile_cache_counts() or (0, 0)
     if hits and misses:
         return "partly warm"
     return "warm" if hits else "cold" if misses else None

@@ -34,10 +34,9 @@ import torch
 import torch.distributed as dist
 from fasttrain_kernels import Muon
 from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
+from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
 from fasttrain_kernels.linear_cross_entropy import _is_small
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import DistributedConfig, TrainConfig
 from fasttrain.device import Precision
@@ -83,7 +82,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._follow(_storage(tensor))
         if self.resized:
@@ -189,7 +188,7 @@ def _trace(
     """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
     world, seq_len = world or World(), config.data.seq_len
     criterion = linear_cross_entropy_criterion(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
+    with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
         shard(model, world, config.distributed, compute=precision.compute)
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
@@ -214,9 +213,7 @@ def _trace(
 @contextmanager
 def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[World]:
     """Be rank 0 of ``n_ranks`` that are not there: collectives return at once and send nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=fake_store())
     try:
         world = World(size=n_ranks, local_size=n_ranks, mode="auto")
         yield choose_mode(replace(config, mode=mode), world, 0, torch.device("cpu"))
@@ -250,7 +247,7 @@ def estimate_memory(
     model, live = _trace(config, rows, n_micro, device=device, precision=precision)
     parameters = sum(p.nbytes for p in model.parameters())
     all_gradients = gradient_bytes(model.parameters())
-    state, scratch = _optimizer_bytes(build_optimizers(model, config.optim))
+    state, scratch = _optimizer_bytes(build_optimizers(model, config.optim, precision.compute))
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
     if device.type == "cpu":
@@ -288,7 +285,8 @@ def _of_shards(
         model, live = _trace(config, rows, n_micro, device=cpu, precision=precision, world=world)
         parameters = sum(_local(p).nbytes for p in model.parameters())
         total = sum(p.nbytes for p in model.parameters())
-        _, scratch = _optimizer_bytes(build_optimizers(model, config.optim), world.size)
+        optimizers = build_optimizers(model, config.optim, precision.compute)
+        _, scratch = _optimizer_bytes(optimizers, world.size)
         all_gradients = gradient_bytes(model.parameters())
     gradients, logits = live.gradients_at_peak, whole.logits_at_peak_apart
     activations = whole.peak_apart - logits

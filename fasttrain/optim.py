@@ -15,13 +15,21 @@ from fasttrain.slices import cut
 __all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors", "set_lr"]
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, compute: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """Return the optimizers of ``model``; each parameter is in exactly one group of one of them.
 
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
     not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the
     rest to AdamW; the other names take all of them. Each group carries ``lr_scale``: the trainer
     sets its learning rate to the schedule's times that.
+
+    Args:
+        model: a model whose parameters are to be trained.
+        config: the ``[optim]`` section.
+        compute: dtype of the run's matrix products. Muon's are in bf16 where it is that, else in
+            fp32: fp16 has too few exponent bits for them.
 
     Raises:
         UserError: the optimizer's package is not installed.
@@ -72,8 +80,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         optimizers.append(_optimizer(groups, config))
     if hidden:
         group = {"params": hidden, "weight_decay": decay, "lr_scale": 1.0}
-        momentum, ns_steps = config.muon_momentum, config.muon_ns_steps
-        optimizers.append(Muon([group], lr=config.lr, momentum=momentum, ns_steps=ns_steps))
+        optimizers.append(
+            Muon(
+                [group],
+                lr=config.lr,
+                momentum=config.muon_momentum,
+                ns_steps=config.muon_ns_steps,
+                ns_dtype=torch.bfloat16 if compute is torch.bfloat16 else torch.float32,
+            )
+        )
     return optimizers
 
 

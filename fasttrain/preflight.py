@@ -198,7 +198,7 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
     plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model, config.optim, precision.compute)
     # The highest rate of the run: a warmup may well begin at almost nothing.
     total = plan.steps or 10**12
     rate = lr_at(

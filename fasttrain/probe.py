@@ -54,7 +54,7 @@ def probe_step(
     assert config.model.vocab_size is not None
     with torch.random.fork_rng():
         model = Transformer(config.model, seq_len=seq_len).to(device)
-        optimizers = build_optimizers(model, config.optim)
+        optimizers = build_optimizers(model, config.optim, precision.compute)
         step = TrainStep(model, optimizers, config, device=device, precision=precision)
         ids = torch.randint(config.model.vocab_size, (rows, seq_len + 1), device=device)
     starts = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fasttrain_kernels._torch import dump_memory_history, record_memory_history
 
 __all__ = ["StepProfiler"]
 
@@ -38,7 +39,7 @@ class StepProfiler:
             if cuda:
                 kinds.append(torch.profiler.ProfilerActivity.CUDA)
                 # https://pytorch.org/memory_viz reads it.
-                torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+                record_memory_history(max_entries=MAX_MEMORY_EVENTS)
             self._profiler = torch.profiler.profile(
                 activities=kinds, record_shapes=True, profile_memory=True, acc_events=True
             )
@@ -65,8 +66,7 @@ class StepProfiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json"))
             if cuda:
-                dump: Any = torch.cuda.memory._dump_snapshot
-                dump(str(self.folder / "memory.pickle"))
+                dump_memory_history(str(self.folder / "memory.pickle"))
         finally:
             if cuda:
-                torch.cuda.memory._record_memory_history(enabled=None)
+                record_memory_history(enabled=None)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from fasttrain_kernels import Muon
+from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint, origin
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED
@@ -26,7 +27,6 @@ from fasttrain.device import (
     resolve_compile,
     resolve_device,
     resolve_precision,
-    spare_compiler,
 )
 from fasttrain.distributed import (
     SharedError,
@@ -246,15 +246,15 @@ def _build(
         with torch.device("meta"):
             n_parameters = make().num_parameters()
         world = choose_mode(config.distributed, world, n_parameters, device)
+    compute = resolve_precision(config.run.dtype, device).compute
     if world.sharded:
-        compute = resolve_precision(config.run.dtype, device).compute
         model = make_sharded(make, world, config.distributed, compute=compute, device=device)
     else:
         model = make().to(device)
     with world.failing_together():
         if config.model.init_from is not None and source is None:
             origin.start_from(model, config.model.init_from)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model, config.optim, compute)
     if world.rank:  # what ranks draw from here on, for dropout, is their own
         torch.manual_seed(config.run.seed + world.rank)
     sampler = None

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from fasttrain_kernels._torch import TorchDispatchMode, fsdp_collectives
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import DistributedConfig
 from fasttrain.distributed import World
@@ -200,7 +199,7 @@ def time_collectives(network: Any, world: World, clock: StepClock, *, accumulate
     Numerics: not a bit changes.
     """
 
-    def average(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def average(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
         # As DDP does where it has no hook: gradients that lie in the bucket are divided, others
         # multiplied on the way into it.
@@ -219,13 +218,11 @@ def time_collectives(network: Any, world: World, clock: StepClock, *, accumulate
         network.register_comm_hook(None, average)
     elif world.sharded:
         from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
-            DefaultAllGather,
-            DefaultReduceScatter,
-        )
 
-        gather: Any = _Timed(DefaultAllGather(), clock)
-        scatter: Any = _Timed(DefaultReduceScatter(), clock)
+        if (collectives := fsdp_collectives()) is None:
+            return  # communication_ms is then 0
+        timed: Any = [_Timed(collective, clock) for collective in collectives]
+        gather, scatter = timed
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(gather)

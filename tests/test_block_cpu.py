@@ -9,7 +9,7 @@ import torch
 from fasttrain_kernels import _cpu
 from torch import Tensor
 
-from fasttrain import block_cpu, device
+from fasttrain import block_cpu
 from fasttrain.block_cpu import fits, run_blocks_on_cpu
 from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
@@ -138,12 +138,9 @@ def test_what_it_cannot_do_is_left_to_others(
     monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
 ) -> None:
     monkeypatch.setattr(block_cpu, "is_supported", lambda: True)
-    monkeypatch.setattr(device, "_native_bf16", lambda _: False)
     assert fits(config_of())
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
     assert not fits(config_of(**sections))
-    monkeypatch.setattr(device, "_native_bf16", lambda _: True)
-    assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "off"  # run.dtype is bf16
     monkeypatch.setattr(block_cpu, "is_supported", lambda: False)
     assert not fits(config_of())
 

@@ -32,7 +32,7 @@ def test_without_cuda_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_precision_on_a_cpu_is_what_it_multiplies_natively(
     monkeypatch: pytest.MonkeyPatch, native: bool, name: str
 ) -> None:
-    monkeypatch.setattr(device_module, "_native_bf16", lambda device: native)
+    monkeypatch.setattr(device_module, "native_bf16", lambda device: native)
     assert resolve_precision("auto", CPU).name == name
     with pytest.raises(UserError, match="tf32"):
         resolve_precision("tf32", CPU)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttrain import kernel_check
+from fasttrain.device import resolve_precision
 from fasttrain.kernel_check import CHOICES, check_kernels
 from fasttrain.preflight import main
 
@@ -35,14 +36,16 @@ def test_every_operation_is_right_here_and_has_a_choice() -> None:
         assert report.ms.keys() == {"ours", "torch"}
 
 
+@pytest.mark.parametrize(("dtype", "fault"), [("fp32", 1e-4), ("bf16", 0.05)])
 def test_a_wrong_kernel_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str, fault: float
 ) -> None:
-    right = kernel_check.swiglu
+    right, precision = kernel_check.swiglu, resolve_precision(dtype, CPU)
 
     def wrong(gate: Tensor, up: Tensor) -> Tensor:
-        return right(gate, up) * (1 + 1e-4)
+        return right(gate, up) * (1 + fault)
 
+    monkeypatch.setattr(kernel_check, "resolve_precision", lambda *_: precision)
     monkeypatch.setattr(kernel_check, "swiglu", wrong)
     monkeypatch.setattr(kernel_check, "rms_norm", lambda x, w: x * w * math.nan)
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels import FusedAdamW
+from fasttrain_kernels import FusedAdamW, newton_schulz
 from torch import nn
 
 from fasttrain.config import ModelConfig, OptimConfig, UserError
@@ -45,6 +45,25 @@ def test_embeddings_decay_when_asked_and_a_tied_head_counts_as_one() -> None:
     assert groups_by_name(model, OptimConfig())["embedding.weight"][1] == 0.0
     asked = groups_by_name(model, OptimConfig(decay_embeddings=True))
     assert asked["embedding.weight"][1] == 0.1
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_C4_the_runs_precision_is_that_of_muons_products(
+    monkeypatch: pytest.MonkeyPatch, compute: torch.dtype
+) -> None:
+    seen = []
+
+    def spy(*args: Any, dtype: torch.dtype, **options: Any) -> torch.Tensor:
+        seen.append(dtype)
+        return newton_schulz(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr("fasttrain_kernels.muon.newton_schulz", spy)
+    model = Transformer(ModelConfig(**SHAPE), seq_len=8)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in build_optimizers(model, OptimConfig(name="muon"), compute):
+        optimizer.step()
+    assert set(seen) == {torch.bfloat16 if compute is torch.bfloat16 else torch.float32}
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:

@@ -36,7 +36,7 @@ assert compile_cache_use() is None
 print(*sys.modules)
 import torch
 from fasttrain_kernels import FusedAdamW, Muon
-from fasttrain.device import spare_compiler
+from fasttrain_kernels._torch import spare_compiler
 spare_compiler()
 p = torch.ones(3, 3, requires_grad=True)
 for kind in (FusedAdamW, Muon):

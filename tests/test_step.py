@@ -39,7 +39,7 @@ def make(
     torch.manual_seed(0)
     model = Transformer(config.model, seq_len=config.data.seq_len)
     precision = resolve_precision(dtype, CPU)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model, config.optim, precision.compute)
     return TrainStep(model, optimizers, config, device=CPU, precision=precision)
 
 
@@ -309,7 +309,7 @@ def test_one_compiled_block_serves_all_layers_and_computes_the_same() -> None:
         precision = resolve_precision("fp32", CPU)
         step = TrainStep(
             model,
-            build_optimizers(model, config.optim),
+            build_optimizers(model, config.optim, precision.compute),
             config,
             device=CPU,
             precision=precision,

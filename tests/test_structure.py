@@ -24,7 +24,7 @@ MAX_FILE_LINES = 800
 CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
-    "device": (CONFIG | {"block_cpu"}, {"torch"}),
+    "device": (CONFIG | {"block_cpu"}, {"torch", "fasttrain_kernels"}),
     "block_cpu": (CONFIG, {"torch", "fasttrain_kernels"}),
     "attention_cpu": (set(), {"torch", "fasttrain_kernels"}),
     "embedding": (set(), {"torch"}),
@@ -46,7 +46,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
     "distributed": (CONFIG, {"torch"}),
-    "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch"}),
+    "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch", "fasttrain_kernels"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
     "spikes": (set(), {"torch"}),
@@ -179,6 +179,19 @@ def test_kernels_can_be_vendored_under_any_name(module):
         for name in absolute:
             root = name.split(".")[0]
             assert root in KERNELS_MAY_IMPORT | sys.stdlib_module_names, f"{module}: {name}"
+
+
+PRIVATE_TORCH = re.compile(
+    r"torch(\.\w+)*\._(?!_|foreach_|fused_adamw_|amp_update_scale_)\w+"  # operators are public
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_known_of_torchs_private_names_lives_in_one_file(module):
+    if module != "fasttrain_kernels._torch":
+        source = ast.unparse(ast.parse(MODULES[module].read_text("utf-8")))
+        names = [*re.finditer(PRIVATE_TORCH, source)]
+        assert [n[0] for n in names if not n[0].endswith("._dynamo")] == []
 
 
 def test_nothing_imports_the_entry_point():

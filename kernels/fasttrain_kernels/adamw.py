@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ._adamw_launch import TritonUpdate
 from ._adamw_torch import Batch, update_native, update_staged
 from ._dispatch import use_triton
+from ._torch import is_step_observed
 from .grad_norm import local_tensor
 
 __all__ = ["FusedAdamW", "adamw_reference"]
@@ -107,13 +107,8 @@ def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def step_or_hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        watched = type(self).step is step_or_hooked and (  # else torch wraps what calls this
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
-        )
+        # A subclass's own step is wrapped by torch.
+        watched = type(self).step is step_or_hooked and is_step_observed(self)
         return (hooked if watched else step)(self, *args, **kwargs)
 
     step_or_hooked.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again

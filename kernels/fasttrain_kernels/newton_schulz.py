@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import use_triton
+from ._torch import native_bf16
 from .symmetric import symmetric_matmul, symmetric_product
 
 __all__ = ["NS_COEFFICIENTS", "newton_schulz", "newton_schulz_reference"]
@@ -122,9 +123,7 @@ def newton_schulz_reference(
 
 def products_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 where matrix products run at full speed in it, else fp32."""
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return torch.bfloat16
+    return torch.bfloat16 if native_bf16(device) else torch.float32
 
 
 @torch.no_grad()
@@ -144,7 +143,7 @@ def newton_schulz(
             four steps above 3e-3, with three above 1e-2), "quintic" (Jordan's), "classic"
             (converges to exactly 1, slowly), or a sequence of triples (a, b, c); the last one
             repeats.
-        dtype: of the products. None: bf16 on CUDA and on CPUs with native bf16, else fp32.
+        dtype: of the products. None: bf16 where the device multiplies it natively, else fp32.
 
     Returns:
         U f(S) Vᵀ for g = U S Vᵀ, with f near 1; zero for a zero matrix. Shape of g, dtype of the

@@ -1,0 +1,144 @@
+"""What is known of torch's private names, each with what happens where a version lacks it.
+
+No other file of this project reads one (tests/test_structure.py). Operators whose names begin with
+an underscore, such as ``torch._foreach_mul_``, are not meant: their schemas are kept compatible.
+"""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.optim import Optimizer
+
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+
+    class TorchDispatchMode:  # type: ignore[no-redef]
+        """Stands for the class of modes that see each operation dispatched."""
+
+        def __init__(self) -> None:
+            raise RuntimeError(f"TorchDispatchMode {_MISSING}")
+
+
+__all__ = [
+    "TorchDispatchMode",
+    "compile_cache_counts",
+    "dump_memory_history",
+    "fake_store",
+    "fake_tensors",
+    "fsdp_collectives",
+    "is_being_transformed",
+    "is_dispatch_observed",
+    "is_step_observed",
+    "native_bf16",
+    "record_memory_history",
+    "spare_compiler",
+]
+
+_MISSING = f"is not in torch {torch.__version__}; use the version named in constraints.txt"
+
+
+def _private(path: str, default: Any) -> Any:
+    """Return what ``path`` below torch names, or ``default`` where it is not there."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return default if found is None else found
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies bf16 at full speed, and torch makes use of it.
+
+    A CPU does with AVX512_BF16 or AMX, unless torch is held to less (``ATEN_CPU_CAPABILITY``).
+    Emulated, bf16 is 8 times slower than fp32 (Zen 3) or fails to compile. Unknown: False.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known = ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
+    has_it = any(_private(name, lambda: False)() for name in known)
+    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def is_being_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is under way. Unknown: True."""
+    peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
+    return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_dispatch_observed() -> bool:
+    """Return whether a mode sees each operation that is dispatched. Unknown: True."""
+    count: int = _private("_C._len_torch_dispatch_stack", lambda: 1)()
+    return count > 0
+
+
+def is_step_observed(optimizer: Optimizer) -> bool:
+    """Return whether hooks or the profiler want to see an optimizer's step. Unknown: True."""
+    module = sys.modules[Optimizer.__module__]
+    hooks = [
+        *(getattr(module, f"_global_optimizer_{when}_hooks", True) for when in ("pre", "post")),
+        *(getattr(optimizer, f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")),
+    ]
+    return any(hooks) or bool(_private("_C._autograd._profiler_enabled", lambda: True)())
+
+
+def fake_tensors() -> Any:
+    """Return a context in which tensors have shapes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_store() -> Any:
+    """Return a store for a process group named ``fake``, whose other ranks are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def fsdp_collectives() -> tuple[Any, Any] | None:
+    """Return FSDP2's own all-gather and reduce-scatter, to be wrapped. Unknown: None."""
+    try:
+        from torch.distributed.fsdp._fully_shard import _fsdp_collectives as known
+
+        return known.DefaultAllGather(), known.DefaultReduceScatter()
+    except (ImportError, AttributeError):
+        return None
+
+
+def record_memory_history(**options: Any) -> None:
+    """Record CUDA allocations as ``options`` say, or stop. Unknown: nothing is recorded."""
+    _private("cuda.memory._record_memory_history", lambda **_: None)(**options)
+
+
+def dump_memory_history(path: str) -> None:
+    """Write what was recorded to a file that pytorch.org/memory_viz reads. Unknown: none."""
+    _private("cuda.memory._dump_snapshot", lambda _: None)(path)
+
+
+def spare_compiler() -> None:
+    """Keep optimizers from importing the compiler in a run that compiles nothing: 1.6 s.
+
+    The bookkeeping methods that they have of torch's import it when first called, only to be left
+    out of compiled code, and remember the outcome in an attribute; here it is filled in beforehand.
+    On a torch that names it otherwise this has no effect.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        if "torch._dynamo" not in sys.modules:
+            method.__dynamo_disable = method
+
+
+def compile_cache_counts() -> tuple[int, int] | None:
+    """Return how many graphs Inductor found in its cache, and how many it compiled.
+
+    None: nothing was compiled, or it is not known.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")
+    count = getattr(utils, "counters", {}).get("inductor")
+    if not count:
+        return None
+    misses = count["fxgraph_cache_miss"] + count["fxgraph_cache_bypass"]
+    return count["fxgraph_cache_hit"], misses
