@@ -199,7 +199,11 @@ def time_collectives(network: Any, world: World, clock: StepClock, *, accumulate
     Numerics: not a bit changes.
     """
 
-    def average(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    # DDP checks the annotations; torch's stubs do not have this one.
+    def average(
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
         # As DDP does where it has no hook: gradients that lie in the bucket are divided, others
         # multiplied on the way into it.
