@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"fasttrain": ROOT / "fasttrain", "fasttrain_kernels": ROOT / "kernels/fasttrain_kernels"}
-FIRST_LINE = "pip install -e . && python -m fasttrain.train configs/base.toml"
-SECOND_LINE = 'pip install -e ".[test]" && pytest'
+FIRST_LINE = "pip install -e . -c constraints.txt && python -m fasttrain.train configs/base.toml"
+SECOND_LINE = 'pip install -e ".[test]" -c constraints.txt && pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 # One worker builds the wheel for all tests of this file.
@@ -109,3 +109,11 @@ def test_readme_names_every_required_package():
     for requirement in PROJECT["dependencies"]:
         name = re.match(r"[\w-]+", requirement)[0]
         assert re.search(rf"\b{name}\b", readme), f"the README says why {name} is needed"
+
+
+def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for requirement in PROJECT["dependencies"]:
+        name, bound = re.match(r"([\w-]+)>=([\d.]+)(?:;|$)", requirement).groups()
+        assert [*map(int, pinned[name].split("."))] >= [*map(int, bound.split("."))], name
