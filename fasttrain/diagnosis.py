@@ -1,8 +1,8 @@
 """Why does the loss not fall? A checklist, run on one batch and on a copy of the model.
 
 Each line passes, warns or fails, and says what to do. It works for any module that maps token ids
-(B, T) to logits (B, T, V), for those of Hugging Face that return an object with ``logits``, and for
-our `Transformer`, whose forward pass ends before its head.
+(B, T) to logits (B, T, V), to a tuple that begins with them, or to an object with ``logits``, and
+for our `Transformer`, whose forward pass ends before its head.
 
 Legend: B batch, T sequence, V vocabulary.
 """
@@ -45,14 +45,17 @@ def diagnose(
 
     Args:
         model: maps token ids (B, T) to logits (B, T, V).
-        batch: ``(tokens, targets)``, a mapping with ``input_ids`` and ``target_ids`` or ``labels``
-            (which may be the tokens themselves, as `transformers` has them), or an object with
-            ``tokens`` and ``targets``; int64 (B, T) each, on the model's device.
+        batch: a pair ``(tokens, targets)``, a mapping with ``input_ids`` and ``target_ids`` or
+            ``labels`` (which may be the tokens themselves, as `transformers` has them), or an
+            object with ``tokens`` and ``targets``; integers (B, T) each, on the model's device.
         optimizer: what trains it, with the learning rates that it will use; None: not checked.
         ignore_index: the target of positions that the loss leaves out.
 
     Returns:
         The findings in the order of the checks. A fault that makes the rest meaningless ends them.
+
+    Raises:
+        UserError: the batch has none of these forms.
 
     Memory: two copies of the model, of which one with AdamW's state, and its logits.
     """

@@ -5,7 +5,7 @@ Legend: B batch, T sequence, V vocabulary.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.model import Transformer
-from fasttrain.objective import shift
+from fasttrain.objective import by_key, logits_of, shift
 
 __all__ = [
     "Diagnosis",
@@ -84,22 +83,22 @@ class Diagnosis:
 
 
 def unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Mapping):
-        tokens = batch["input_ids"]
-        if "target_ids" in batch:
-            return tokens, batch["target_ids"]
-        labels = batch.get("labels", tokens)
-        if labels.shape == tokens.shape and ((labels == tokens) | (labels == ignore_index)).all():
-            report.warn(
-                "labels",
-                "are the tokens themselves, shifted here",
-                "right for fasttrain.Trainer and transformers, which shift them; else shift them",
-            )
-            labels = shift(labels, batch.get("attention_mask"), ignore_index)
-        return tokens, labels
-    if isinstance(batch, Sequence):
-        return batch[0], batch[1]
-    return batch.tokens, batch.targets
+    if hasattr(batch, "targets"):
+        return batch.tokens, batch.targets
+    given = by_key(batch)
+    tokens = given["input_ids"]
+    if "target_ids" in given:
+        return tokens, given["target_ids"]
+    labels = given.get("labels", tokens)
+    alike = tokens.ndim == 2 and labels.shape == tokens.shape
+    if alike and ((labels == tokens) | (labels == ignore_index)).all():
+        report.warn(
+            "labels",
+            "are the tokens themselves, shifted here",
+            "right for fasttrain.Trainer and transformers, which shift them; else shift them",
+        )
+        labels = shift(labels, given.get("attention_mask"), ignore_index)
+    return tokens, labels
 
 
 def _vocab_size(model: nn.Module) -> int | None:
@@ -176,13 +175,9 @@ def check_labels(report: Diagnosis, tokens: Tensor, targets: Tensor, ignore_inde
 # ---- forward -------------------------------------------------------------------------------------
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens: Tensor) -> Any:
     torch.clear_autocast_cache()  # it would hold old weights
-    out = model(tokens)
-    if isinstance(model, Transformer):
-        return model.logits(out)
-    logits: Tensor = out if isinstance(out, Tensor) else out.logits
-    return logits
+    return logits_of(model, model(tokens))
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -227,6 +222,14 @@ def check_forward(
             "is the batch longer than the model's positions, or on another device?",
         )
         return False
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        report.fail(
+            "logits",
+            f"{found} for tokens {tuple(tokens.shape)}",
+            "return one row of logits for each token: (B, T, V)",
+        )
+        return False
     first = next((name for name, rms in seen if not math.isfinite(rms)), None)
     if broken or first or not logits.isfinite().all():
         held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
@@ -239,13 +242,6 @@ def check_forward(
         )
         return False
     report.passed("finite", "parameters, activations and logits")
-    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-        report.fail(
-            "logits",
-            f"{tuple(logits.shape)} for tokens {tuple(tokens.shape)}",
-            "return one row of logits for each token: (B, T, V)",
-        )
-        return False
     name, rms = max(seen, key=lambda item: item[1], default=("", 0.0))
     status: Status = "fail" if rms > RMS_FAIL else "warn" if rms > RMS_WARN else "pass"
     report.add(

@@ -1,4 +1,4 @@
-"""A trainer for a model of one's own: any module that returns logits, any batches, any optimizer.
+"""A trainer for custom models: any module that returns logits, any batches, any optimizer.
 
 `fasttrain.train` runs the pretraining loop of `fasttrain.trainer`, which knows its model and its
 data and never waits for the device. This one knows neither, and is as exact: each step minimises
@@ -10,9 +10,11 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon, clip_grad_norm_, grad_norm
@@ -20,7 +22,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain import checkpoint
-from fasttrain.config import LoopConfig, TrainConfig, UserError, config_to_toml
+from fasttrain.config import (
+    LoopConfig,
+    TrainConfig,
+    UserError,
+    config_difference,
+    config_from_dict,
+    config_to_toml,
+)
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.ema import Ema
 from fasttrain.metrics import TrainingMetrics
@@ -32,6 +41,17 @@ from fasttrain.sinks import Kind, Sinks, check_packages
 from fasttrain.state import restore_rng, rng_state
 
 __all__ = ["Callback", "Trainer"]
+
+# The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
+# set. It never saves asynchronously.
+OBEYED = {
+    "nothing": "run.device run.dtype run.compile train.steps train.epochs train.max_grad_norm "
+    "train.max_grad_value train.ema_decay train.on_nonfinite eval.every_steps eval.patience "
+    "eval.min_change log.every_steps",
+    "run_dir": "checkpoint.every_steps checkpoint.keep_last checkpoint.asynchronous log.csv "
+    "log.tensorboard log.wandb_project log.wandb_mode",
+    "criterion=None": "train.label_smoothing train.z_loss",
+}
 
 
 class Callback:
@@ -50,13 +70,46 @@ class Callback:
         """After each checkpoint, which is on disk."""
 
 
+_EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+def _resolve_config(given: Any) -> TrainConfig:
+    if isinstance(given, Mapping):
+        loop, horizon = given.get("train", {}), {"steps", "epochs", "tokens", "hours"}
+        if isinstance(loop, Mapping) and not horizon & loop.keys():
+            given = {**given, "train": {"epochs": 1, **loop}}
+        return config_from_dict(given)
+    if not isinstance(given, TrainConfig):
+        raise UserError(
+            f"Trainer: config is of type {type(given).__name__}; give a TrainConfig, "
+            'load_config(path), or a dict of sections, such as {"train": {"epochs": 1}}'
+        )
+    return given
+
+
+def _warn_of_ignored(config: TrainConfig, met: Mapping[str, bool]) -> None:
+    needs = {key: need for need, keys in OBEYED.items() for key in keys.split()}
+    ignored = [
+        f"{key} (needs {needs[key]})" if key in needs else key
+        for key, *_ in config_difference(config, TrainConfig(train=LoopConfig(epochs=1)))
+        if not met.get(needs.get(key, ""), key in needs)
+    ]
+    if ignored:
+        warnings.warn(
+            f"Trainer: ignores {', '.join(ignored)}; the model, optimizer, scheduler and loaders "
+            "are used as you pass them",
+            stacklevel=3,
+        )
+
+
 class Trainer:
     """Trains a model on batches of ``input_ids`` and what else its ``forward`` takes.
 
-    A batch is a mapping with ``input_ids``, int64 (B, T), and one of ``labels`` (the tokens
+    A batch is a mapping with ``input_ids``, integers (B, T), and one of ``labels`` (the tokens
     themselves, as in `transformers`: the trainer shifts them) and ``target_ids`` (shifted already);
     with neither, the tokens are their own labels. ``attention_mask`` (0: padding) also takes the
-    padding out of the loss. Other keys are given to the model.
+    padding out of the loss. Other keys are given to the model. A pair of tensors, as a
+    `TensorDataset` gives it, is ``input_ids`` and ``target_ids``; one tensor is ``input_ids``.
 
     Args:
         model: its output, or that output's ``logits`` or first element, is logits (B, T, V).
@@ -68,15 +121,17 @@ class Trainer:
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
         config: ``[run]`` device, dtype and, where it is ``default``, compile; ``[train]`` steps or
             epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
-            ``[log]``. None: one epoch.
+            ``[log]``; also as a dict of sections. A warning names other keys that are set. None,
+            and a dict without a horizon: one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere.
         accumulate: batches of a step.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
-        callbacks: told of what happens.
+        callbacks: told of what happens: objects with any of the methods of `Callback`.
 
     Raises:
-        UserError: the config asks for what this trainer does not do, or a package is missing.
+        UserError: the config asks for what this trainer does not do, a package is missing, or a
+            callback has no such method.
     """
 
     def __init__(
@@ -85,14 +140,15 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | ReduceLROnPlateau | None = None,
         criterion: Criterion | None = None,
-        config: TrainConfig | None = None,
+        config: TrainConfig | Mapping[str, Any] | None = None,
         *,
         run_dir: str | Path | None = None,
         accumulate: int = 1,
         metrics: Mapping[str, Criterion] | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Any] = (),
     ) -> None:
-        self.config = config = config or TrainConfig(train=LoopConfig(epochs=1))
+        self.config = config = _resolve_config({} if config is None else config)
+        callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         loop, run = config.train, config.run
         n_processes = int(os.environ.get("WORLD_SIZE", "1"))
         for wrong, said in (
@@ -107,14 +163,22 @@ class Trainer:
              f"trains in one process, and torchrun started {n_processes}; only fasttrain.train "
              "shares a run among several"),
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
+            (not hasattr(optimizer, "param_groups"),
+             f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
+            *((isinstance(c, type) or not any(callable(getattr(c, e, None)) for e in _EVENTS),
+               f"callbacks holds {c!r}; give objects with any of {', '.join(_EVENTS)}")
+              for c in callbacks),
         ):  # fmt: skip
             if wrong:
                 raise UserError(f"Trainer: {said}")
+        _warn_of_ignored(
+            config, {"run_dir": run_dir is not None, "criterion=None": criterion is None}
+        )
         self.device = resolve_device(run.device)
         self.precision = resolve_precision(run.dtype, self.device)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
-        self.metric_functions, self.callbacks = dict(metrics or {}), list(callbacks)
+        self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.objective = Objective(model, criterion, config, self.device, self.precision)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = Ema(model, loop.ema_decay)
@@ -143,8 +207,8 @@ class Trainer:
 
     def train(
         self,
-        train_loader: Iterable[Mapping[str, Tensor]],
-        val_loader: Iterable[Mapping[str, Tensor]] | None = None,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
     ) -> TrainingMetrics:
         """Train to the config's horizon; evaluate, log and save as it says, and at the end.
 
@@ -165,7 +229,10 @@ class Trainer:
             before = self.step
             self._epoch(train_loader, val_loader)
             if self.step == before and not self.batch_in_epoch:
-                raise UserError("Trainer: the training loader gave no batch")
+                raise UserError(
+                    "Trainer: the training loader gave no batch; give a DataLoader or a list that "
+                    "has some (an iterator is empty after one pass)"
+                )
         self._record()
         if val_loader is not None and not self._last_result:
             self._evaluated(val_loader)
@@ -174,7 +241,7 @@ class Trainer:
         self._close()
         return self.metrics
 
-    def train_epoch(self, loader: Iterable[Mapping[str, Tensor]]) -> float:
+    def train_epoch(self, loader: Iterable[Any]) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
         self._stopping, first = False, self.step
         self._epoch(loader, None, bounded=False)
@@ -195,8 +262,8 @@ class Trainer:
 
     def _epoch(
         self,
-        loader: Iterable[Mapping[str, Tensor]],
-        val_loader: Iterable[Mapping[str, Tensor]] | None,
+        loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
         *,
         bounded: bool = True,
     ) -> None:
@@ -221,7 +288,7 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _batches(self, loader: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
         sampler = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
@@ -238,7 +305,7 @@ class Trainer:
             restore_rng(now, self.device)
         return batches
 
-    def _step(self, group: Sequence[Mapping[str, Tensor]]) -> None:
+    def _step(self, group: Sequence[Any]) -> None:
         batches = [self.objective.prepare(batch) for batch in group]
         n_targets = torch.stack([b.n_targets for b in batches]).sum().clamp(min=1)
         loss = torch.zeros((), device=self.device)
@@ -275,7 +342,7 @@ class Trainer:
 
     # ---- evaluation and records ----------------------------------------------------------------
 
-    def evaluate(self, loader: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``val_loss``, ``val_ppl`` and the further metrics over all of ``loader``.
 
         Each is a mean over target tokens, whatever batch they are in; computed without dropout,
@@ -284,7 +351,7 @@ class Trainer:
         with self.ema.in_use():
             return self.objective.evaluate(loader, self.metric_functions)
 
-    def _evaluated(self, loader: Iterable[Mapping[str, Tensor]]) -> None:
+    def _evaluated(self, loader: Iterable[Any]) -> None:
         self._record()
         self._last_result = result = self.evaluate(loader)
         self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # JSON has no nan
@@ -329,7 +396,8 @@ class Trainer:
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
-            getattr(callback, event)(self, *what)
+            if (method := getattr(callback, event, None)) is not None:
+                method(self, *what)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -1,20 +1,22 @@
-"""`train_loop`: the shortest way to train a model of one's own on a data loader of one's own."""
+"""`train_loop`: the shortest way to train a custom model on a custom data loader."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from fasttrain_kernels import clip_grad_norm_, cross_entropy
-from torch import Tensor, nn
+from fasttrain_kernels import clip_grad_norm_
+from torch import nn
 
-from fasttrain.config import UserError
-from fasttrain.device import resolve_device
+from fasttrain.config import LoopConfig, TrainConfig, UserError
+from fasttrain.device import Precision, resolve_device
+from fasttrain.objective import Objective
 
 __all__ = ["train_loop"]
 
 
 def train_loop(
     model: nn.Module,
-    train_dataloader: Iterable[Mapping[str, Tensor]],
+    train_dataloader: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     num_epochs: int,
     max_grad_norm: float | None = 1.0,
@@ -24,16 +26,17 @@ def train_loop(
     """Train ``model`` for some passes over ``train_dataloader``.
 
     Args:
-        model: maps token ids, int64 (B, T), to logits (B, T, V); moved to ``device``, left in
-            training mode.
-        train_dataloader: batches with ``input_ids`` and ``target_ids``, int64 (B, T) each; a target
-            of −100 is left out of the loss. Iterated anew each epoch.
+        model: its output, or that output's ``logits`` or first element, is logits (B, T, V); moved
+            to ``device``, left in training mode.
+        train_dataloader: batches as `Trainer` takes them: mappings with ``input_ids`` and
+            ``target_ids`` or ``labels``, or pairs of input ids and targets, integers (B, T) each; a
+            target of −100 is left out of the loss. Iterated anew each epoch.
         optimizer: over the model's parameters; a schedule may change its learning rate outside,
             for instance from a hook on ``optimizer.step``.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
-        log_interval: every so many steps the loss is recorded: the only steps that wait for the
-            device.
+        log_interval: every so many steps, and after the last, the loss is recorded: the only steps
+            that wait for the device.
         device: where to train.
 
     Returns:
@@ -41,7 +44,8 @@ def train_loop(
         counted from 1 over all epochs; of equal length.
 
     Raises:
-        UserError: a batch lacks a key or has the wrong shape, or the device is not there.
+        UserError: a batch lacks a key or has the wrong shape, an epoch has no batch, or the device
+            is not there.
 
     Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
     clipped as by `torch.nn.utils.clip_grad_norm_`.
@@ -51,22 +55,23 @@ def train_loop(
             f"train_loop: num_epochs = {num_epochs} and log_interval = {log_interval} must be at "
             "least 0 and 1"
         )
-    where = resolve_device(str(device))
+    try:
+        where = resolve_device(str(device))
+    except (RuntimeError, UserError) as error:
+        raise UserError(
+            f'train_loop: there is no device="{device}" here; use device="cpu"'
+        ) from error
     model.to(where).train()
+    config = TrainConfig(train=LoopConfig(epochs=1))  # neither smoothing nor compilation
+    objective = Objective(model, None, config, where, Precision("fp32", torch.float32, where.type))
     losses: list[float] = []
     steps: list[int] = []
     step = 0
-    for _ in range(num_epochs):
-        for batch in train_dataloader:
-            tokens, targets = _pair(batch, where)
-            logits = model(tokens)
-            if logits.shape[:-1] != targets.shape:
-                raise UserError(
-                    f"train_loop: the model returned {tuple(logits.shape)} for tokens "
-                    f"{tuple(tokens.shape)}; it must return logits (B, T, V)"
-                )
-            loss = cross_entropy(logits.flatten(0, -2), targets.flatten())
-            assert isinstance(loss, Tensor)
+    for epoch in range(num_epochs):
+        before = step
+        for raw in train_dataloader:
+            batch = objective.prepare(raw)
+            loss = objective.loss_sum(batch) / batch.n_targets.clamp(min=1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if max_grad_norm is not None:
@@ -76,20 +81,12 @@ def train_loop(
             if step % log_interval == 0:
                 losses.append(loss.item())
                 steps.append(step)
+        if step == before:
+            raise UserError(
+                f"train_loop: epoch {epoch + 1} had no batch; give a DataLoader or a list that has "
+                "some (an iterator is empty after one pass)"
+            )
+    if step and steps[-1:] != [step]:
+        losses.append(loss.item())
+        steps.append(step)
     return {"losses": losses, "steps": steps}
-
-
-def _pair(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    missing = [k for k in ("input_ids", "target_ids") if k not in batch]
-    if missing:
-        raise UserError(
-            f"train_loop: a batch has {sorted(batch)} but no {missing[0]!r}; make the data loader "
-            "give input_ids and target_ids"
-        )
-    tokens, targets = batch["input_ids"], batch["target_ids"]
-    if tokens.shape != targets.shape:
-        raise UserError(
-            f"train_loop: input_ids has shape {tuple(tokens.shape)} but target_ids "
-            f"{tuple(targets.shape)}; each token needs one target"
-        )
-    return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -1,11 +1,13 @@
-"""The loss of a model of one's own on a batch of one's own: what `fasttrain.library` minimises.
+"""The loss of a custom model on a custom batch: what `Trainer` and `train_loop` minimise.
 
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision, resolve_compile
+from fasttrain.embedding import Embedding
 from fasttrain.model import Transformer
 
-__all__ = ["Batch", "Criterion", "Objective", "shift"]
+__all__ = ["Batch", "Criterion", "Objective", "by_key", "logits_of", "shift"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 
@@ -27,6 +30,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 (B, T)
     targets: Tensor  # int64 (N,): for each token the one to predict, or ignore_index
     n_targets: Tensor  # int64 scalar: those that count
+    target_range: tuple[int, int]  # least and greatest target that counts
+    is_new: bool  # a row is longer or an id higher than in all batches before, or an id negative
     others: dict[str, Any]  # what else the model's forward is given
 
 
@@ -60,44 +65,56 @@ class Objective:
         parameters = inspect.signature(model.forward).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.takes = set(parameters)
+        self._seen = (0, -1)  # longest row, highest id
+        # Hooks that come and go would have a model compiled twice: there, no look at its tables.
+        self._looks = self.run is model and not any(
+            hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
+            for m in model.modules()
+        )
 
-    def prepare(self, batch: Mapping[str, Tensor]) -> Batch:
+    def prepare(self, batch: Any) -> Batch:
         """Check a batch, move it to the device and find its targets.
 
         Raises:
-            UserError: it lacks ``input_ids``, a shape is wrong, or it has a key that the model's
-                ``forward`` does not take.
+            UserError: it is nothing that `by_key` takes, a shape or dtype is wrong, or it has a key
+                that the model's ``forward`` does not take.
         """
-        rest = dict(batch)
-        tokens = rest.pop("input_ids", None)
-        if tokens is None or tokens.ndim != 2:
+        rest = by_key(batch)
+        tokens = rest.pop("input_ids")
+        if tokens.ndim != 2 or tokens.numel() == 0:
             raise UserError(
-                f"Trainer: a batch has {sorted(batch)}; it needs input_ids of shape (B, T)"
+                f"batch: input_ids has shape {tuple(tokens.shape)}; it needs (B, T) with at least "
+                "one token (a DataLoader makes batches of a Dataset's rows)"
             )
         shifted, labels = rest.pop("target_ids", None), rest.pop("labels", None)
         mask = rest.get("attention_mask")
         for name, tensor in (("target_ids", shifted), ("labels", labels), ("attention_mask", mask)):
             if tensor is not None and tensor.shape != tokens.shape:
                 raise UserError(
-                    f"Trainer: {name} has shape {tuple(tensor.shape)}, and input_ids "
+                    f"batch: {name} has shape {tuple(tensor.shape)}, and input_ids "
                     f"{tuple(tokens.shape)}; each token needs one"
                 )
+        for name, tensor in (("input_ids", tokens), ("target_ids", shifted), ("labels", labels)):
+            if tensor is not None and tensor.is_floating_point():
+                raise UserError(f"batch: {name} is {tensor.dtype}; token ids are integers: .long()")
         if mask is not None and not self._takes("attention_mask"):
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
                 raise UserError(
-                    "Trainer: a batch is padded on the left, and the model's forward takes no "
+                    "batch: is padded on the left, and the model's forward takes no "
                     "attention_mask, so that tokens would see the padding; pad on the right"
                 )
             del rest["attention_mask"]
         if unknown := [key for key in rest if not self._takes(key)]:
             raise UserError(
-                f"Trainer: a batch has {unknown[0]!r}, which the model's forward does not take; "
-                "leave it out of the batch"
+                f"batch: has {unknown[0]!r}, which the model's forward does not take; name targets "
+                "labels or target_ids, and leave out what is not needed"
             )
         if shifted is None:
             shifted = shift(tokens if labels is None else labels, mask, self.ignore_index)
         elif mask is not None:
             shifted = shifted.masked_fill(mask == 0, self.ignore_index)
+        kept = shifted.masked_fill(shifted == self.ignore_index, 0)
+        target_range, is_new = _range(kept) if kept.is_cpu else (0, 0), self._is_new(tokens)
         targets = shifted.to(self.device, non_blocking=True).flatten()
         others: dict[str, Any] = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -106,7 +123,16 @@ class Objective:
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
         n_targets = (targets != self.ignore_index).sum()
-        return Batch(tokens.to(self.device, non_blocking=True), targets, n_targets, others)
+        tokens = tokens.to(self.device, non_blocking=True)
+        return Batch(tokens, targets, n_targets, target_range, is_new, others)
+
+    def _is_new(self, tokens: Tensor) -> bool:
+        if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
+            return False  # of batches on a device only the first: to look waits for it
+        low, high = _range(tokens)
+        before = self._seen
+        self._seen = (max(before[0], tokens.shape[1]), max(before[1], high))
+        return low < 0 or self._seen != before
 
     def _takes(self, name: str) -> bool:
         return self.takes_all or name in self.takes
@@ -117,16 +143,22 @@ class Objective:
             return self._loss_sum(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
-        out: Any = self.run(batch.tokens, **batch.others)
-        if isinstance(self.model, Transformer):
-            out = self.model.logits(out)
-        out = getattr(out, "logits", out)
-        logits: Any = out[0] if isinstance(out, tuple) else out
+        with _checked_tables(self.model) if batch.is_new else nullcontext():
+            logits = logits_of(self.model, self.run(batch.tokens, **batch.others))
         if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(
-                f"Trainer: the model returned {found} for tokens {tuple(batch.tokens.shape)}; it "
-                "must return logits (B, T, V), an object with them, or a tuple that begins so"
+                f"model: returned {found} for tokens {tuple(batch.tokens.shape)}; it must return "
+                "logits (B, T, V), an object with .logits, or a tuple that begins with them"
+            )
+        low, high = batch.target_range
+        if (low < 0 or high >= logits.shape[-1]) and (
+            self.criterion is None or isinstance(self.criterion, nn.CrossEntropyLoss)
+        ):
+            raise UserError(
+                f"batch: a target is {low if low < 0 else high}, and the model returns "
+                f"{logits.shape[-1]} logits; use the model's own tokenizer, and "
+                f"{self.ignore_index} where there is no target"
             )
         return logits.flatten(0, -2)
 
@@ -149,9 +181,7 @@ class Objective:
         return self.criterion(logits, batch.targets) * batch.n_targets
 
     @torch.no_grad()
-    def evaluate(
-        self, loader: Iterable[Mapping[str, Tensor]], metrics: Mapping[str, Criterion]
-    ) -> dict[str, float]:
+    def evaluate(self, loader: Iterable[Any], metrics: Mapping[str, Criterion]) -> dict[str, float]:
         """Return the means over all targets of ``loader``; see `fasttrain.library.Trainer`."""
         was_training = self.model.training
         self.model.eval()
@@ -179,6 +209,79 @@ class Objective:
         for name, value in zip(metrics, sums, strict=True):
             result[f"val_{name}"] = value / n_targets
         return result
+
+
+def by_key(batch: Any) -> dict[str, Any]:
+    """Return a batch by key: a tensor is ``input_ids``, a pair ``input_ids`` and ``target_ids``.
+
+    Ids of any integer dtype become int64.
+
+    Raises:
+        UserError: it is neither a tensor, a pair nor a mapping, or lacks ``input_ids``.
+    """
+    parts: Any = [batch] if isinstance(batch, Tensor) else batch
+    if isinstance(parts, list | tuple) and len(parts) in (1, 2):
+        parts = dict(zip(("input_ids", "target_ids"), parts, strict=False))
+    if not isinstance(parts, Mapping):
+        size = f" and length {len(parts)}" if isinstance(parts, list | tuple) else ""
+        raise UserError(
+            f"batch: is of type {type(batch).__name__}{size}; give a pair (input_ids, target_ids), "
+            "or a mapping with input_ids and labels or target_ids"
+        )
+    given = {key: value for key, value in parts.items() if value is not None}
+    if "input_ids" not in given:
+        raise UserError(
+            f"batch: has {list(given)} and no input_ids; name the tokens input_ids, and their "
+            "targets labels (to be shifted) or target_ids (shifted already)"
+        )
+    for name in ("input_ids", "target_ids", "labels", "attention_mask"):
+        if (value := given.get(name)) is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"batch: {name} is of type {type(value).__name__}; give a tensor of shape (B, T)"
+            )
+        if name != "attention_mask" and not value.is_floating_point():
+            given[name] = value.long()
+    return given
+
+
+def logits_of(model: nn.Module, out: Any) -> Any:
+    """Return what stands for the logits in a model's output; the caller checks that it is some."""
+    if isinstance(model, Transformer):
+        return model.logits(out)
+    out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    return out[0] if isinstance(out, list | tuple) and out else out
+
+
+def _range(ids: Tensor) -> tuple[int, int]:
+    low, high = ids.aminmax()
+    return int(low), int(high)
+
+
+@contextmanager
+def _checked_tables(model: nn.Module) -> Iterator[None]:
+    """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
+
+    def check(name: str, table: nn.Embedding, args: tuple[Any, ...]) -> None:
+        low, high = _range(args[0]) if args and args[0].numel() else (0, 0)
+        if low < 0 or high >= table.num_embeddings:
+            raise UserError(
+                f"model: index {low if low < 0 else high} is outside the {table.num_embeddings} "
+                f"rows of {name or 'its table'}; for token ids use the model's own tokenizer or a "
+                "larger table, for positions shorter sequences"
+            )
+
+    handles = [
+        module.register_forward_pre_hook(partial(check, name))
+        for name, module in model.named_modules()
+        if type(module) in (nn.Embedding, Embedding)  # others may make rows of what they are given
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasttrain.config import ModelConfig, OptimConfig
+from fasttrain.config import ModelConfig, OptimConfig, UserError
 from fasttrain.device import resolve_precision
 from fasttrain.diagnosis import Diagnosis, diagnose
 from fasttrain.model import Transformer
@@ -110,6 +110,33 @@ def test_batches_come_in_several_forms(batch: tuple[Tensor, Tensor]) -> None:
     report = diagnose(plain(), to_be_shifted)
     assert [f.status for f in report.findings if f.check == "labels"] == ["warn", "pass"]
     assert not report.failed
+
+
+def test_N11_the_batches_that_trainers_take_or_an_error(batch: tuple[Tensor, Tensor]) -> None:
+    tokens, targets = batch
+    for form in (tokens, [tokens], {"input_ids": tokens, "labels": None}, [t.int() for t in batch]):
+        assert not diagnose(plain(), form).failed
+    for wrong, message in (
+        ({"x": tokens}, "no input_ids; name the tokens input_ids"),
+        ((tokens, targets, targets), "tuple and length 3; give a pair"),
+        ((tokens.tolist(), targets.tolist()), "input_ids is of type list; give a tensor"),
+        (None, "is of type NoneType; give"),
+    ):
+        with pytest.raises(UserError, match=message):
+            diagnose(plain(), wrong)
+
+
+@pytest.mark.parametrize("form", ["nothing", "flat"])
+def test_N11_a_model_that_returns_no_logits_is_a_line_too(
+    batch: tuple[Tensor, Tensor], form: str
+) -> None:
+    model = plain()
+    model.register_forward_hook(lambda *a: None if form == "nothing" else a[2].flatten())
+    if form == "nothing":
+        model.forward = lambda tokens: None  # type: ignore[assignment,method-assign]
+    report = diagnose(model, batch)
+    assert faults(report) == {"logits"}
+    assert "return one row of logits for each token" in str(report)
 
 
 def test_a_learning_rate_of_zero(batch: tuple[Tensor, Tensor]) -> None:

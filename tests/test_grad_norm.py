@@ -110,6 +110,18 @@ def test_nothing_to_sum(path: torch.device) -> None:
         assert [t.item() for t in result] == [0.0, 0.0, 1.0]
 
 
+def test_N11_what_has_no_gradient_is_left_out(path: torch.device) -> None:
+    grad = torch.full((9,), 2.0, device=path)
+    for norm in (grad_norm, grad_norm_reference):
+        assert norm([None, grad, None]).norm.item() == 6.0
+        assert [t.item() for t in norm([None], 1.0)] == [0.0, 0.0, 1.0]
+    parameter = torch.zeros(9, device=path, requires_grad=True)
+    parameter.grad = grad
+    unused = torch.zeros(3, device=path, requires_grad=True)
+    assert clip_grad_norm_([None, parameter, unused], 3.0).item() == 6.0
+    assert grad.norm().item() == pytest.approx(3.0, rel=1e-5)
+
+
 def test_large_sums_keep_their_digits() -> None:
     tensor = torch.full((1 << 22,), 1e-3)
     tensor[0] = 1.0

@@ -54,6 +54,18 @@ def test_the_example_trains_and_agrees_with_plain_torch(
     torch.testing.assert_close(patched(tokens, targets), plain(tokens, targets))
 
 
+def test_N11_the_example_trains_with_a_frozen_parameter(tmp_path: Path) -> None:
+    namespace = load(tmp_path)
+    torch.manual_seed(0)
+    model = namespace["Model"](dim=16)
+    namespace["patch"](model)
+    model.embed.requires_grad_(False)  # its gradient is None
+    tokens, targets = torch.randint(131, (2, 2, 8)).unbind()
+    optimizer = fasttrain_kernels.FusedAdamW(model.parameters(), lr=1e-2)
+    losses = [namespace["step"](model, optimizer, tokens, targets) for _ in range(3)]
+    assert losses[-1] < losses[0] - 0.02
+
+
 def test_the_signatures_are_those_of_the_package() -> None:
     listed = dict(re.findall(r"^\| `(\w+)` \| `(\(.*\))` \|$", README, re.MULTILINE))
     public = {n for n in fasttrain_kernels.__all__ if not n.endswith("_reference")}

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 import fasttrain
 from fasttrain import Callback, TrainConfig, Trainer
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
+from fasttrain.config_keys import Section
+from fasttrain.library import OBEYED
 
 V, T = 17, 6
 
@@ -301,7 +303,7 @@ def left_padded() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"tokens": torch.ones(2, T)}, "needs input_ids"),
+        ({"tokens": torch.ones(2, T)}, "no input_ids; name the tokens input_ids"),
         ({"input_ids": torch.ones(2, T).long(), "labels": torch.ones(2, T + 1)}, "labels has"),
         (left_padded(), "padded on the left"),
         ({"input_ids": torch.ones(2, T).long(), "pixels": torch.ones(2)}, "'pixels'"),
@@ -312,6 +314,156 @@ def test_what_is_wrong_with_a_batch_is_said(batch: dict[str, Tensor], message: s
     trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
     with pytest.raises(UserError, match=message):
         trainer.train([batch])
+
+
+def test_N11_a_config_may_be_a_dict() -> None:
+    model = toy()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = Trainer(model, optimizer, config={"run": {"device": "cpu"}, "train": {"steps": 2}})
+    trainer.train(DataLoader(data(), batch_size=4))
+    assert trainer.step == 2
+    without_horizon = {"run": {"device": "cpu"}, "train": {"max_grad_norm": None}}
+    assert Trainer(model, optimizer, config=without_horizon).config.train.epochs == 1
+    for wrong, message in (
+        ({"lr": 1e-3}, r"did you mean optim\.lr"),
+        ({"train": 3}, r"must be a section"),
+        ("configs/base.toml", r"config is of type str; give a TrainConfig, load_config\(path\)"),
+        (LoopConfig(steps=2), "config is of type LoopConfig; give"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(model, optimizer, config=wrong)  # type: ignore[arg-type]
+
+
+class Duck:
+    """A callback without the base class."""
+
+    steps = 0
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.steps += 1
+
+
+def test_N11_a_callback_need_not_inherit_and_what_is_none_is_refused() -> None:
+    model = toy()
+    optimizer = torch.optim.AdamW(model.parameters())
+    duck, alone = Duck(), Duck()
+    loader = DataLoader(data(), batch_size=4)
+    Trainer(model, optimizer, config=config(), callbacks=(c for c in [duck])).train(loader, loader)
+    Trainer(model, optimizer, config=config(), callbacks=alone).train(loader)  # type: ignore[arg-type]
+    assert duck.steps == alone.steps == 8
+    for wrong in (print, Duck, Watcher, object()):
+        with pytest.raises(
+            UserError, match=r"callbacks holds .*; give objects with any of on_step_end"
+        ):
+            Trainer(model, optimizer, config=config(), callbacks=[wrong])
+    with pytest.raises(UserError, match=r"optimizer is 'adamw'; give one of torch\.optim"):
+        Trainer(model, "adamw", config=config())  # type: ignore[arg-type]
+
+
+class Hashed(nn.Module):
+    """Keeps positions in a table shorter than its vocabulary, and hashes its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.model = nn.Embedding(T, V), toy()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens % V) + self.positions(torch.arange(tokens.shape[1]))
+
+
+def test_N11_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -> None:
+    ids = torch.stack([row["input_ids"] for row in data(4)])
+    beyond, negative, longer = ids.clone(), ids.clone(), ids.repeat(1, 2)
+    beyond[1, 2], negative[1, 2] = V + 3, -1
+
+    def train(model: nn.Module, *batches: Tensor) -> Trainer:
+        trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+        trainer.train(batches)
+        return trainer
+
+    for wrong, name in ((beyond, f"{V + 3}"), (negative, "-1")):
+        with pytest.raises(
+            UserError, match=f"index {name} is outside the {V} rows of table; .*use"
+        ):
+            train(toy(), ids, wrong)
+    labelled = {"input_ids": ids, "target_ids": ids}
+    assert torch.isfinite(weights(train(Hashed(), {**labelled, "input_ids": beyond}).model)).all()
+    with pytest.raises(UserError, match=rf"the {T} rows of positions; .* shorter sequences"):
+        train(Hashed(), ids, longer)
+    with pytest.raises(UserError, match=f"a target is {V + 3}, and the model returns {V} logits"):
+        train(toy(), {**labelled, "target_ids": beyond})
+    model = train(toy(), ids, ids).model
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("by", ["trainer", "user", "user, in place"])
+def test_N11_to_look_at_ids_does_not_compile_a_model_twice(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    compiled = Mock(side_effect=lambda graph, inputs: graph.forward)
+    if by == "trainer":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
+    model: Any = toy()
+    if by == "user":
+        model = torch.compile(model, backend=compiled)
+    elif by == "user, in place":
+        model.compile(backend=compiled)
+    settings = config(run={"compile": "default" if by == "trainer" else "off"})
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=settings)
+    trainer.train([{"input_ids": torch.full((2, T), n)} for n in range(8)])  # each a new highest
+    assert compiled.call_count == 1
+
+
+def test_N12_keys_that_have_no_effect_are_named_in_one_warning(tmp_path: Path) -> None:
+    model = toy()
+    optimizer = torch.optim.AdamW(model.parameters())
+    settings = config(
+        optim={"lr": 0.1, "name": "sgd"}, schedule={"warmup_steps": 2},
+        log={"profile_steps": [1, 2], "csv": True}, train={"z_loss": 0.1, "label_smoothing": 0.1},
+    )  # fmt: skip
+    common = ["optim.name", "optim.lr", "schedule.warmup_steps"]
+    losses = ["train.label_smoothing (needs criterion=None)", "train.z_loss (needs criterion=None)"]
+    for criterion, run_dir, keys in (
+        (nn.CrossEntropyLoss(), None, [*common, *losses, "log.csv (needs run_dir)"]),
+        (None, tmp_path / "run", common),
+    ):
+        with pytest.warns(UserWarning, match="Trainer: ignores") as caught:
+            Trainer(model, optimizer, None, criterion, settings, run_dir=run_dir)
+        (warning,) = caught
+        named = str(warning.message).partition(";")[0].removeprefix("Trainer: ignores ")
+        assert named.split(", ") == [*keys, "log.profile_steps"]
+        assert warning.filename == __file__
+
+
+def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+
+    def spy(section: Section, name: str) -> Any:
+        value = object.__getattribute__(section, name)
+        if name in type(section).__dataclass_fields__:
+            read.add(f"{type(section).section}.{name}")
+        return value
+
+    settings = config(
+        train={"steps": None, "epochs": 2}, eval={"every_steps": 2, "patience": 9},
+        checkpoint={"every_steps": 4},
+    )  # fmt: skip
+    for name in ("_warn_of_ignored", "config_to_toml"):  # these read every key
+        monkeypatch.setattr(f"fasttrain.library.{name}", lambda *_: "")
+    monkeypatch.setattr(Section, "__getattribute__", spy)
+    model = toy()
+    trainer = Trainer(
+        model, torch.optim.AdamW(model.parameters()), config=settings, run_dir=tmp_path / "run"
+    )
+    loader = DataLoader(data(8), batch_size=4)
+    trainer.train(loader, loader)
+    obeyed = {key for keys in OBEYED.values() for key in keys.split()}
+    refused = {"train.on_spike", "run.fp8"}
+    unread = {"checkpoint.asynchronous", "log.wandb_mode"}  # it never is; only with a project
+    assert read - refused == obeyed - unread
 
 
 def test_a_compiled_model_learns_and_is_saved_like_any(

@@ -1,21 +1,22 @@
 """`train_loop` against the same loop written out in plain torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import train_loop
+from fasttrain import Trainer, diagnose, train_loop
 from fasttrain.config import UserError
 
 V, T = 17, 6
 
 
-def make_model() -> nn.Module:
+def make_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(V, 8), nn.Dropout(0.1), nn.Linear(8, V))
 
@@ -46,8 +47,8 @@ def test_equals_the_loop_in_plain_torch(loader: DataLoader[dict[str, Tensor]]) -
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
             optimizer.step()
             losses.append(loss.item())
-    assert result["steps"] == [5, 10]  # three batches an epoch, the last one smaller
-    assert result["losses"] == pytest.approx([losses[4], losses[9]], rel=1e-5)
+    assert result["steps"] == [5, 10, 12]  # three batches an epoch, the last one smaller
+    assert result["losses"] == pytest.approx([losses[4], losses[9], losses[11]], rel=1e-5)
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
@@ -97,7 +98,81 @@ def test_only_logged_steps_read_the_loss(
     assert len(reads) == 3
 
 
-def batches(**changes: Tensor) -> Iterator[dict[str, Tensor]]:
+def test_N11_the_last_step_is_recorded() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=100, device="cpu")
+    assert result["steps"] == [8]
+    assert len(result["losses"]) == 1
+    exact = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=8, device="cpu")
+    assert exact["steps"] == [8]  # once
+
+
+def test_N11_batches_of_every_usual_form_are_the_same() -> None:
+    ids = torch.randint(V, (8, T + 1), generator=torch.Generator().manual_seed(1))
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    shifted = torch.cat([tokens[:, 1:], torch.full((8, 1), -100)], 1)
+    for first, *others in (
+        (
+            [{"input_ids": tokens, "target_ids": targets}],
+            [(tokens, targets)],
+            DataLoader(TensorDataset(tokens.int(), targets.int()), batch_size=8),
+        ),
+        (
+            [{"input_ids": tokens, "target_ids": shifted}],
+            [{"input_ids": tokens, "labels": tokens}],
+            [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}],
+            DataLoader(TensorDataset(tokens), batch_size=8),
+            DataLoader(tokens, batch_size=8),  # type: ignore[arg-type]
+        ),
+    ):
+        losses = []
+        for data in (first, *others):
+            model = make_model()
+            model[1] = nn.Identity()  # no dropout: a DataLoader draws random numbers of its own
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            losses += train_loop(model, data, optimizer, 1, device="cpu")["losses"]
+        assert losses == [losses[0]] * (1 + len(others))
+
+
+class Wrapped(nn.Module):
+    """Returns its logits in some form."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.form = make_model(), form
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.form(self.model(tokens))
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "tuple": lambda logits: (logits, None),
+    "object": lambda logits: SimpleNamespace(logits=logits),
+    "dict": lambda logits: {"loss": None, "logits": logits},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_N11_models_may_return_more_than_logits(form: str) -> None:
+    ids = torch.randint(V, (4, T + 1), generator=torch.Generator().manual_seed(1))
+    data = [(ids[:, :-1], ids[:, 1:])]
+    results = []
+    for make in (make_model, lambda: Wrapped(FORMS[form])):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        results.append(train_loop(model, data, optimizer, 1, device="cpu"))
+        trainer = Trainer(model, optimizer, config={"run": {"device": "cpu", "dtype": "fp32"}})
+        torch.manual_seed(3)
+        trainer.train(data)
+        results[-1]["losses"] += trainer.metrics.values("loss")
+        results[-1]["checks"] = [f.status for f in diagnose(model, data[0]).findings]
+    assert results[0] == results[1]
+    assert "fail" not in results[0]["checks"]
+
+
+def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
     batch = {"input_ids": torch.zeros(2, T, dtype=torch.long)}
     yield {**batch, "target_ids": batch["input_ids"], **changes}
 
@@ -105,11 +180,32 @@ def batches(**changes: Tensor) -> Iterator[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([{"input_ids": torch.zeros(2, T, dtype=torch.long)}], "no 'target_ids'"),
-        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), "needs one target"),
+        (
+            [{"x": torch.zeros(2, T, dtype=torch.long)}],
+            r"\['x'\] and no input_ids; name the tokens",
+        ),
+        (list(batches(targets=torch.zeros(2, T, dtype=torch.long))), "'targets', .* name targets"),
+        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), "each token needs one"),
+        (list(batches(input_ids=torch.zeros(2, T))), r"input_ids is torch.float32; .*\.long\(\)"),
+        (list(batches(target_ids=torch.full((2, T), V))), f"a target is {V}, .* {V} logits; use"),
+        (
+            list(batches(input_ids=torch.full((2, T), V))),
+            f"index {V} is outside the {V} rows of 0;",
+        ),
+        (
+            list(batches(input_ids=[[0]])),
+            r"input_ids is of type list; give a tensor of shape \(B, T\)",
+        ),
+        (TensorDataset(torch.zeros(2, T).long(), torch.zeros(2, T).long()), "a DataLoader makes"),
+        (
+            [(torch.zeros(2, T).long(),) * 3],
+            r"tuple and length 3; give a pair \(input_ids, target_ids\)",
+        ),
+        (["text"], "is of type str; give"),
+        ([], "epoch 1 had no batch; give a DataLoader"),
     ],
 )
-def test_a_wrong_batch_is_named(data: list[dict[str, Tensor]], message: str) -> None:
+def test_N11_a_wrong_batch_is_named(data: Any, message: str) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=message):
@@ -125,5 +221,7 @@ def test_a_model_of_the_wrong_shape_and_bad_numbers_are_named() -> None:
     with pytest.raises(UserError, match="log_interval = 0"):
         train_loop(model, list(batches()), optimizer, 1, log_interval=0, device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no such CUDA device"):
+        with pytest.raises(UserError, match='device="cuda" here; use device="cpu"'):
             train_loop(model, list(batches()), optimizer, 1)
+    with pytest.raises(UserError, match='device="gpu"'):
+        train_loop(model, list(batches()), optimizer, 1, device="gpu")

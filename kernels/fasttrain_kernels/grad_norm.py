@@ -63,9 +63,9 @@ class GradNorm(NamedTuple):
     clip_coefficient: Tensor
 
 
-def grad_norm_reference(tensors: Iterable[Tensor], max_norm: float = math.inf) -> GradNorm:
+def grad_norm_reference(tensors: Iterable[Tensor | None], max_norm: float = math.inf) -> GradNorm:
     """Compute `grad_norm` in fp64 with plain torch operations."""
-    squares = [local_tensor(t).double().square().sum() for t in tensors]
+    squares = [local_tensor(t).double().square().sum() for t in tensors if t is not None]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
     return _finish(norm.float(), max_norm)
 
@@ -232,7 +232,7 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
 
 
 def grad_norm(
-    tensors: Tensor | Iterable[Tensor],
+    tensors: Tensor | Iterable[Tensor | None],
     max_norm: float = math.inf,
     *,
     group: dist.ProcessGroup | None = None,
@@ -241,7 +241,8 @@ def grad_norm(
 
     Args:
         tensors: gradients of any shapes, fp32, bf16 or fp16, on one device; a DTensor counts with
-            the shard this rank holds. An empty list has norm zero.
+            the shard this rank holds. None, the gradient of what has none, is left out. An empty
+            list has norm zero.
         max_norm: norm above which ``clip_coefficient`` falls below one.
         group: process group over which the tensors are sharded; the sums of squares are added over
             it, which makes the norm that of the whole tensors. None: of what this rank holds, also
@@ -260,7 +261,7 @@ def grad_norm(
     if max_norm < 0:
         raise ValueError(f"grad_norm: max_norm must be >= 0, got {max_norm}")
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
-    local = [local_tensor(t) for t in tensors]
+    local = [local_tensor(t) for t in tensors if t is not None]
     if not local:
         return _finish(torch.zeros(()), max_norm)
     device = local[0].device
@@ -286,7 +287,7 @@ def _reduce(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor | None],
     max_norm: float,
     *,
     error_if_nonfinite: bool = False,
@@ -298,7 +299,7 @@ def clip_grad_norm_(
     `FusedAdamW` or `Muon` need not call it: pass ``grad_norm(...).clip_coefficient`` to their step.
 
     Args:
-        parameters: parameters whose ``grad`` is clipped; those without one are skipped.
+        parameters: parameters whose ``grad`` is clipped; those without one, and None, are skipped.
         max_norm: the largest norm that is left as it is.
         error_if_nonfinite: raise if the norm is inf or NaN (waits for the device).
         group: as for `grad_norm`.
@@ -310,7 +311,7 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite and error_if_nonfinite is set.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    grads = [local_tensor(p.grad) for p in parameters if p is not None and p.grad is not None]
     result = grad_norm(grads, max_norm, group=group)
     if error_if_nonfinite and result.found_inf.item() != 0:
         raise RuntimeError(
