@@ -5,13 +5,14 @@ from torch import Tensor
 
 from ._cross_entropy_cpu import LossTerms
 from ._cross_entropy_kernels import cross_entropy_kernel
-from ._scale import on_device, warp_size
+from ._scale import has_packed_fp32, on_device, warp_size
 
 __all__ = ["launch_cross_entropy"]
 
 # The widest row that is kept in registers. Compiled for sm_90, the loss without options fits 32
 # logits a thread into the 64 registers that 1024 threads leave; z-loss, edges and other options
-# need more: they are held to 512 threads, and to rows that do not spill there.
+# need more: they are held to 512 threads, and to rows that do not spill there. So is sm_100: its
+# pairs of fp32 take registers in twos (Triton 3.8: 25 spill instructions at 32,000 columns).
 SINGLE_PASS_COLS = 32768
 SINGLE_PASS_COLS_MIDDLE = 16384
 SINGLE_PASS_COLS_LEAST = 8192
@@ -30,7 +31,7 @@ def _configuration(
     # Wavefronts of 64 fill the 1024 threads that a program may have with half as many.
     most_warps = 32 if warp_size(logits) == 32 else 16
     narrow = has_options or (has_edges and size == 4)
-    middle = has_edges or has_z_loss
+    middle = has_edges or has_z_loss or has_packed_fp32(logits)
     most_cols = SINGLE_PASS_COLS_MIDDLE if middle else SINGLE_PASS_COLS
     if n_cols <= (SINGLE_PASS_COLS_LEAST if narrow else most_cols):
         block = max(16, triton.next_power_of_2(n_cols))

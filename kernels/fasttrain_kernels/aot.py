@@ -304,12 +304,7 @@ def reports(
     """
     torch.set_num_threads(1)  # the workers are forked, which threads would not survive
     counting = _start_counting(cases) if count else None
-    launches = {
-        backend: capture(target, cases)
-        for backend, target in (("sm", TARGETS["sm_90"]), ("gf", TARGETS["gfx942"]))
-        if any(name.startswith(backend) for name in targets)
-    }
-    _work[:] = [(launch, target) for target in targets for launch in launches[target[:2]]]
+    _work[:] = [(launch, name) for name in targets for launch in capture(TARGETS[name], cases)]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         measured = pool.map(_compile_item, range(len(_work)), chunksize=1)
     counts: dict[str, Any] = {}
