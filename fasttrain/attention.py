@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, apply_rope
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fasttrain.attention_cpu import causal_attention, is_fast_here
 from fasttrain.config import ModelConfig
 
 __all__ = ["Attention", "KVCache", "LayerCache", "Mask", "attention_mask", "rope_tables", "visible"]
 
-Mask = Tensor | BlockMask  # of attention, where it is more than causal
+# FlexAttention is imported where it is used: with torch 2.14 that takes half a second, for sympy.
+Mask = Any  # a Tensor, or FlexAttention's BlockMask; of attention that is more than causal
 
 
 def visible(
@@ -75,9 +75,10 @@ def attention_mask(
     documents = None if doc_starts is None else doc_starts.cumsum(1, dtype=torch.int32)
     rule = visible(window if windowed else None, documents)
     if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+
         rows = None if documents is None else len(documents)
-        block_mask: BlockMask = _flex(create_block_mask)(rule, rows, None, t, t, device=device)
-        return block_mask
+        return _flex(create_block_mask)(rule, rows, None, t, t, device=device)
     query = torch.arange(start, start + t, device=device)[:, None]
     key = torch.arange(start + t, device=device)[None, :]
     if documents is None:
@@ -200,7 +201,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v, start)
         grouped = self.n_kv_heads != self.n_heads
-        if isinstance(mask, BlockMask):
+        if mask is not None and not isinstance(mask, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
             q, k, v = (z.to(qkv.dtype) for z in (q, k, v))  # autocast does not know FlexAttention
             y = _flex(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
         else:

@@ -17,6 +17,9 @@ import pytest
 from fasttrain_kernels import aot
 
 ROOT = Path(__file__).parents[1]
+# The first test of a run waits for all to be compiled: two minutes, longer beside others.
+pytestmark = pytest.mark.timeout(1800)
+
 Row = dict[str, Any]
 
 # Kernels that write no tensor of the op's size: sums, losses without a gradient, tables.
