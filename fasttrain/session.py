@@ -69,7 +69,8 @@ def run(
         config: the configuration as loaded.
         name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where
             it exists and ``resume`` is None.
-        resume: ``auto``, or the path of a run or checkpoint folder; None: a new run.
+        resume: ``auto``: this config's newest run, or a new one where there is none; or the path of
+            a run or checkpoint folder; None: a new run.
         stop_at_step: end there with a checkpoint.
         allow_change: keys that may differ from the resumed run's, beyond those that change no
             number.
@@ -80,13 +81,12 @@ def run(
         Interrupted: a signal came before the first step; nothing was overwritten.
     """
     try:
-        if decay_from is None:
-            return _run(config, name, resume, stop_at_step, allow_change)
-        if resume is not None:
-            raise UserError("--decay-from begins a new run: leave --resume out")
-        branch_of = checkpoint.resolve(Path(decay_from))
-        config = origin.decaying_from(config, branch_of)
-        allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
+        if decay_from is not None and resume not in (None, "auto"):
+            raise UserError(
+                f"--decay-from begins a new run, and --resume {resume} goes on with another; leave "
+                "one out (--resume auto goes on with the new run once it was saved)"
+            )
+        branch_of = checkpoint.resolve(Path(decay_from)) if decay_from is not None else None
         return _run(config, name, resume, stop_at_step, allow_change, branch_of)
     except SharedError:  # rank 0 raises what the command line prints
         return EXIT_BAD_INPUT
@@ -98,7 +98,7 @@ def _run(
     resume: str | None,
     stop_at_step: int | None,
     allow_change: Sequence[str],
-    branch_of: Path | None = None,
+    branch_of: Path | None,
 ) -> int:
     started = time.perf_counter()
     with interruptible():
@@ -122,7 +122,10 @@ def _run(
     try:
         with interruptible():
             if folder.source is not None:
-                config = origin.settle_branch(config, folder.source)
+                config, branch_of = origin.settle_branch(config, folder.source), None
+            elif branch_of is not None:
+                config = origin.decaying_from(config, branch_of)
+                allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
             trainer = _build(config, world, folder, allow_change, branch_of)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.step_count:
@@ -217,7 +220,7 @@ def _build(
     world: World,
     folder: RunFolder,
     allow_change: Sequence[str],
-    branch_of: Path | None = None,
+    branch_of: Path | None,
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
     for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
@@ -297,7 +300,9 @@ def _build(
     )
     if source is not None:
         trainer.load_checkpoint(source)
-    if folder.source is None and branch_of is not None:
+    elif trainer.reporter.sinks and not folder.new:  # what a run that was never saved has left
+        trainer.reporter.sinks.drop_after(0)
+    if branch_of is not None:
         origin.begin_branch(trainer, branch_of)
     if world.leads:
         (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")

@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="continue a run: the newest sound checkpoint of this config's run (auto), or of a run "
-        "or checkpoint folder",
+        help="continue a run: the newest sound checkpoint of this config's run, or a new run where "
+        "it has none yet (auto); or of a run or checkpoint folder",
     )
     parser.add_argument(
         "--decay-from",

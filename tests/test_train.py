@@ -193,7 +193,6 @@ def refusal(train: Train) -> Callable[..., str]:
         (["data.path=empty"], ["empty"]),
         (["data.seq_len=100000"], ["data.seq_len", "100000"]),
         (["model.vocab_size=100"], ["model.vocab_size", "100"]),
-        (["--resume", "auto"], ["nothing to resume"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["run.device=cuda:97"], ["run.device", "cuda:97"]),
         (["run.out_dir=file"], ["run.out_dir"]),
