@@ -17,8 +17,11 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.data.format import TokenDataset
+from fasttrain.schedule import lr_at
 
-__all__ = ["Change", "check_resumable", "data_facts", "other_bits"]
+__all__ = ["Change", "check_resumable", "data_facts", "lr_jump", "other_bits"]
+
+LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
@@ -126,6 +129,35 @@ def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
     made_with = "; ".join(changed)
     told = f"the checkpoint was made with {made_with}: the run goes on, but not with the same bits"
     return told if changed else None
+
+
+def lr_jump(
+    source: Path, state: dict[str, Any], config: TrainConfig, total_steps: int | None
+) -> str | None:
+    """Return a warning where another horizon makes the learning rate jump at the next step.
+
+    Args:
+        source: the checkpoint folder that the run goes on from.
+        state: its state.
+        config: the config to go on with.
+        total_steps: of the run to go on with, and in ``state`` of the one before; None: not known.
+    """
+    old_config, peak = load_config(source / "config.toml"), config.optim.lr
+    named = old_config.schedule != config.schedule or old_config.optim.lr != peak
+    if named or total_steps is None or state["total_steps"] is None:
+        return None
+    rates = [
+        lr_at(state["step"], total, config.schedule, peak)
+        for total in (state["total_steps"], total_steps)
+    ]
+    if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
+        return None
+    return (
+        f"with {total_steps:,} steps in place of {state['total_steps']:,} the learning rate of step "
+        f"{state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the loss will jump "
+        "too; better: a new run with --decay-from CHECKPOINT, one from before the decay, or a low "
+        "rate to the end: schedule.name=constant optim.lr=… and --allow-change for both"
+    )
 
 
 def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:

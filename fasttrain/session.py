@@ -42,7 +42,7 @@ from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.redact import redact
-from fasttrain.resume import check_resumable, data_facts, other_bits
+from fasttrain.resume import check_resumable, data_facts, lr_jump, other_bits
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import make_sharded
 from fasttrain.signals import interruptible
@@ -300,6 +300,9 @@ def _build(
     )
     if source is not None:
         trainer.load_checkpoint(source)
+        jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
+        if world.leads and jump:
+            folder.warn(jump)
     elif trainer.reporter.sinks and not folder.new:  # what a run that was never saved has left
         trainer.reporter.sinks.drop_after(0)
     if branch_of is not None:

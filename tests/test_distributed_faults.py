@@ -252,7 +252,7 @@ def test_R10_N15_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Pa
     assert newest(log.parent).step > 0
     show, srun, requeue = calls.read_text().splitlines()
     assert (show, requeue) == ("scontrol show hostnames localhost", f"scontrol requeue {number}")
-    started = "srun --kill-on-bad-exit=1 --cpus-per-task=2 python -m torch.distributed.run --nnodes 1 "
+    started = "srun --kill-on-bad-exit=1 --cpus-per-task=2 python -m torch.distributed.run "
     assert srun.startswith(started)
     assert srun.endswith(f" run.out_dir=runs run.name=toy-{number} --resume auto")
     # Of a job that fails before it trains, the log of the one before says nothing.

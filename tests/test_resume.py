@@ -208,6 +208,27 @@ def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
 
 
+def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(
+    toy: Path, capsys: Capture
+) -> None:
+    wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
+    assert main(wsd) == 0
+    capsys.readouterr()
+    longer = [*wsd[:2], "train.steps=12", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*longer, "--stop-at-step", "7"]) == 75
+    shown = capsys.readouterr().out
+    assert "the learning rate of step 7 is 0.003, and was to be 0:" in shown
+    assert "--decay-from CHECKPOINT" in shown
+    assert "schedule.name=constant" in shown
+    assert train_rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
+    # Nothing is told where nothing jumps, nor where the rate itself was named.
+    small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
+    constant = ["schedule.name=constant", "optim.lr=1e-4", "--allow-change", "schedule.name"]
+    assert main([str(toy), *small, *constant, "--allow-change", "optim.lr"]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+
+
 # ---- N19: --resume auto in a job script ----------------------------------------------------------
 
 
