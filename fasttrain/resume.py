@@ -153,10 +153,10 @@ def lr_jump(
     if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
         return None
     return (
-        f"with {total_steps:,} steps in place of {state['total_steps']:,} the learning rate of step "
-        f"{state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the loss will jump "
-        "too; better: a new run with --decay-from CHECKPOINT, one from before the decay, or a low "
-        "rate to the end: schedule.name=constant optim.lr=… and --allow-change for both"
+        f"with {total_steps:,} steps in place of {state['total_steps']:,} the learning rate of "
+        f"step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the loss will "
+        "jump too; better: a new run with --decay-from CHECKPOINT, one from before the decay, or a "
+        "low rate to the end: schedule.name=constant optim.lr=… and --allow-change for both"
     )
 
 

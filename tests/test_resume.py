@@ -208,9 +208,7 @@ def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
 
 
-def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(
-    toy: Path, capsys: Capture
-) -> None:
+def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
     wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
     assert main(wsd) == 0
     capsys.readouterr()
