@@ -16,6 +16,7 @@ from fasttrain.config import (
     config_to_dict,
     load_config,
 )
+from fasttrain.config_keys import counted
 from fasttrain.data.format import TokenDataset
 from fasttrain.schedule import lr_at
 
@@ -96,7 +97,7 @@ def check_resumable(
     shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
     if before != samples_per_step and not any(change.key in shape for change in changes):
         ranks = (
-            f"unset: a step took {before} samples, and on this number of ranks it takes "
+            f"unset: a step took {counted(before, 'sample')}, and on this number of ranks it takes "
             f"{samples_per_step}"
         )
         changes.append(Change(shape[0], before, samples_per_step, ranks))
@@ -153,10 +154,11 @@ def lr_jump(
     if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
         return None
     return (
-        f"with {total_steps:,} steps in place of {state['total_steps']:,} the learning rate of "
-        f"step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the loss will "
-        "jump too; better: a new run with --decay-from CHECKPOINT, one from before the decay, or a "
-        "low rate to the end: schedule.name=constant optim.lr=… and --allow-change for both"
+        f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
+        f"rate of step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the "
+        "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
+        "decay, or a low rate to the end: schedule.name=constant optim.lr=… and --allow-change for "
+        "both"
     )
 
 
@@ -176,14 +178,14 @@ def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
     if sorted(old) == sorted(new):
         return "the same files in another order"
     if len(old) != len(new):
-        return f"{len(old)} files → {len(new)} files"
+        return f"{counted(len(old), 'file')} → {counted(len(new), 'file')}"
     at = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
     return f"file {at + 1} of {len(old)}: {_short(old[at])} → {_short(new[at])}"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return f"{len(value)} files"
+        return counted(len(value), "file")
     text = "none" if value is None else str(value)
     is_hash = len(text) == 64 and not set(text) - set("0123456789abcdef")
     return f"{text[:12]}…" if is_hash else text

@@ -35,12 +35,14 @@ from fasttrain.distributed import (
     choose_mode,
     start,
     stop,
+    unused_mode,
 )
 from fasttrain.ending import train_to_end
 from fasttrain.generate import generate
 from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
+from fasttrain.plan import warnings_of_data
 from fasttrain.redact import redact
 from fasttrain.resume import check_resumable, data_facts, lr_jump, other_bits
 from fasttrain.run_folder import RunFolder, check_disk
@@ -136,6 +138,12 @@ def _run(
                 trainer.request_stop(stop_at_step)
             if folder.console:
                 show_start(trainer, folder.console, folder.source)
+                assert trainer.val_dataset is not None
+                data = (trainer.train_loader.dataset, trainer.val_dataset)
+                for line in warnings_of_data(trainer.config, *data):
+                    folder.warn(line)
+                if unused := unused_mode(config.distributed, world.size):
+                    folder.warn(unused)
         status = train_to_end(trainer, folder, started)
         if status != EXIT_FAILED:
             stop(world)
@@ -150,13 +158,18 @@ def _run(
 # ---- building ------------------------------------------------------------------------------------
 
 
+def data_paths(config: TrainConfig) -> Sequence[str]:
+    """Return the dataset folders that a config names; none: it trains on the default text."""
+    return config.data.paths or ([config.data.path] if config.data.path else [])
+
+
 def open_splits(
     config: TrainConfig, report: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
     """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
     cache_dir = Path(data.cache_dir) if data.cache_dir else None
-    paths = [Path(path) for path in data.paths or ([data.path] if data.path else [])]
+    paths = list(map(Path, data_paths(config)))
     if not paths:
         corpus = build_default_corpus(
             vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report
