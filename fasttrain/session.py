@@ -12,7 +12,7 @@ import torch
 from fasttrain_kernels import Muon
 
 from fasttrain import checkpoint, origin
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
@@ -90,7 +90,8 @@ def run(
             )
         branch_of = checkpoint.resolve(Path(decay_from)) if decay_from is not None else None
         return _run(config, name, resume, stop_at_step, allow_change, branch_of)
-    except SharedError:  # rank 0 raises what the command line prints
+    except SharedError as error:  # rank 0 raises what the command line prints
+        record(f"error: {error}")
         return EXIT_BAD_INPUT
 
 

@@ -119,6 +119,26 @@ def test_R7_the_error_of_the_rank_that_fails_is_what_the_job_fails_of(job: Job) 
     assert "ValueError: what a rank fails of" in summary
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.larning_rate=1", "optim.larning_rate is not a config key"),  # before ranks meet
+        ("data.seq_len=100000", "data.seq_len = 100000 is longer than the data"),  # and after
+    ],
+)
+def test_N18_bad_input_to_torchrun_is_told_in_a_line_also_in_its_summary(
+    job: Job, override: str, told: str
+) -> None:
+    job.torchrun(override, "train.tokens_per_step=none")
+    assert job.ended() == [1]
+    before, _, after = job.output().partition("Traceback (most recent call last):")  # torchrun's
+    assert before.count(told) <= 1  # none where torchrun ended rank 0 for what rank 1 returned
+    *others, last = after.rstrip("=\n ").splitlines()
+    assert last.startswith("  traceback : error: ")
+    assert told in last
+    assert not any("Traceback" in line for line in others)
+
+
 def test_R8_a_rank_that_is_stopped_ends_the_others_at_the_timeout(job: Job) -> None:
     stop = dict(rank=1, step=4, what=int(signal.SIGSTOP))
     job.direct(*ENDLESS, faults=[stop, dict(rank=0, step=4, what="impatient")])
