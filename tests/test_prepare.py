@@ -132,21 +132,20 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mean_bytes", [300, 27_000])
 def test_N6_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) -> None:
-    """As of 63 files, 1.7 MB: a twentieth to a tenth, some 25,000 tokens, whole documents."""
-    (tmp_path / "texts").mkdir()
-    sizes = random.Random(0)
-    total = n_files = 0
+    """As of 63 documents, 1.7 MB: a twentieth to a tenth, some 25,000 tokens, whole documents."""
+    sizes, texts, total = random.Random(0), [], 0
     while total < 1_700_000:
-        text = f"{n_files}: " + "a line of some text\n" * int(sizes.expovariate(20 / mean_bytes))
-        (tmp_path / "texts" / f"{n_files:04}.txt").write_text(text)
-        total, n_files = total + len(text), n_files + 1
-    notes = run(tmp_path / "out", tmp_path / "texts", tokenizer="bytes")
+        lines = "a line of some text\n" * int(sizes.expovariate(20 / mean_bytes))
+        texts.append(f"{len(texts)}: {lines}")
+        total += len(texts[-1])
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    notes = run(tmp_path / "out", source, tokenizer="bytes")
     assert not any("to validate on" in note for note in notes)
     train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
-    assert len(train) + len(val) == n_files == len({*train, *val})
+    assert len(train) + len(val) == len(texts) == len({*train, *val})
     assert 100_000 <= sum(map(len, val)) <= 0.1 * total
     assert len(val) > 2
-    run(tmp_path / "again", tmp_path / "texts", tokenizer="bytes")
+    run(tmp_path / "again", source, tokenizer="bytes")
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 

@@ -204,7 +204,7 @@ def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys
     manifest.write_text("")
     capsys.readouterr()
     assert main([str(toy), "--resume", "auto"]) == 2
-    assert "none of its 1 checkpoints verifies" in capsys.readouterr().err
+    assert "its only checkpoint does not verify" in capsys.readouterr().err
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
 
 
@@ -292,7 +292,7 @@ def test_N19_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
     log = (toy.parent / "runs/toy/metrics.jsonl").read_text()
     capsys.readouterr()
     assert main([str(toy), "--resume", "auto"]) == 2
-    told = "none of its 1 checkpoints verifies" if lost == "manifests" else "holds no checkpoint"
+    told = "its only checkpoint does not verify" if lost == "manifests" else "holds no checkpoint"
     assert told in capsys.readouterr().err
     assert (toy.parent / "runs/toy/metrics.jsonl").read_text() == log
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
