@@ -18,6 +18,7 @@ from fasttrain.config import (
     config_from_dict,
     load_config,
 )
+from fasttrain.config_keys import counted
 from fasttrain.data.batching import Plan
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.device import resolve_precision
@@ -122,3 +123,9 @@ def test_N16_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_othe
     assert block_cpu.fits(config)
     declared(config.model, "mlp")
     assert not block_cpu.fits(config)
+
+
+def test_N18_one_of_a_kind_is_not_told_as_many() -> None:
+    told = [counted(n, "thread") for n in (0, 1, 2)]
+    assert told == ["0 threads", "1 thread", "2 threads"]
+    assert (counted(1, "batch"), counted(1600, "batch")) == ("1 batch", "1,600 batches")

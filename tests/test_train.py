@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_design_names_and_says_how_to_go_on(
     assert "python -m fasttrain.generate runs/toy" in out
     assert "bits per byte" in out
     assert err == ""
+    assert " CPU, 1 thread · " in out  # N18
     assert generate_main([str(run_dir), "--prompt", "alpha", "--greedy"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("alpha")
