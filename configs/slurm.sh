@@ -14,37 +14,49 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
+# Where your site asks for them, remove the "# " in front:
+# #SBATCH --account=ACCOUNT
+# #SBATCH --partition=PARTITION
 
+if [ $# -eq 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "usage: sbatch configs/slurm.sh CONFIG.toml [section.key=value …]; SLURM runs this script." \
+        "Without SLURM: torchrun --nproc-per-node N -m fasttrain.train CONFIG.toml" >&2
+    exit 2
+fi
 set -uo pipefail
-: "${1:?usage: sbatch configs/slurm.sh CONFIG.toml [section.key=value …]}"
+
+# The environment that fasttrain is installed in, on all nodes:
+# module load python cuda
+# source "$HOME/venv/bin/activate"
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A port of this job's own, so that two jobs on one node do not meet.
 port=$((20000 + SLURM_JOB_ID % 20000))
 gpus=${SLURM_GPUS_ON_NODE:-8}
-export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-$gpus} > gpus ? SLURM_CPUS_PER_TASK / gpus : 1))
+cpus=${SLURM_CPUS_PER_TASK:-$gpus}
+export OMP_NUM_THREADS=$((cpus > gpus ? cpus / gpus : 1))
 # Nodes with several networks: name the one that connects them, for NCCL and for gloo.
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
 # The name of the run is the job's, which it keeps when it is queued again.
 name="$(basename "$1" .toml)-$SLURM_JOB_ID"
 out_dir=${FASTTRAIN_RUNS:-runs}
-resume=()
-if compgen -G "$out_dir/$name/checkpoints/step-*" > /dev/null; then
-    resume=(--resume auto)
-elif [ -d "$out_dir/$name" ]; then
-    mv "$out_dir/$name" "$out_dir/$name-without-checkpoint-$(date +%s)"
-fi
+log="$out_dir/$name/train.log"
+n_lines=$(cat "$log" 2> /dev/null | wc -l)
 
-srun --kill-on-bad-exit=1 python -m torch.distributed.run \
+# --resume auto: a new run the first time, later the newest sound checkpoint of this one.
+# srun does not inherit --cpus-per-task since SLURM 22.05.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+    python -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" \
     --max-restarts 3 \
-    -m fasttrain.train "$@" "run.out_dir=$out_dir" "run.name=$name" "${resume[@]}"
+    -m fasttrain.train "$@" "run.out_dir=$out_dir" "run.name=$name" --resume auto
 status=$?
-# torchrun's own status is 1 however its ranks end; the log tells a run that stopped from one that
-# failed.
-if [ "$status" -ne 0 ] && tail -n 20 "$out_dir/$name/train.log" | grep -q "  stopped:$"; then
+# torchrun's own status is 1 however its ranks end; what this job added to the log tells a run that
+# stopped from one that failed.
+last_lines=$(tail -n "+$((n_lines + 1))" "$log" 2> /dev/null | tail -n 20)
+if [ "$status" -ne 0 ] && grep -q "  stopped:$" <<< "$last_lines"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

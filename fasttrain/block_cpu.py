@@ -125,6 +125,7 @@ def fits(config: TrainConfig) -> bool:
         is_supported()
         and config.run.dtype in ("auto", "fp32")
         and not any(n % 16 for n in widths)
+        and model.mlp in _KINDS
         and not model.bias
         and model.dropout == 0
         and (window is None or window >= config.data.seq_len)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fasttrain.block_cpu import build, run_blocks_on_cpu
+from fasttrain.config_keys import refuse
 from fasttrain.device import compile_function
 from fasttrain.model import Block, Transformer, run_block, run_blocks
 
@@ -44,6 +45,8 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
     if kind == "none":
         return run
     options: dict[str, Any] = {"use_reentrant": False}
+    if kind not in ("full", "selective"):
+        refuse("train.activation_checkpointing", kind, "is not implemented; add it to blocks.py")
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
 

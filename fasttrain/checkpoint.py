@@ -129,9 +129,11 @@ def resolve(
             report(f"WARNING: passing over a damaged checkpoint: {error}")
         else:
             return candidate
+    number = f"none of its {len(found)} checkpoints verifies"
+    if len(found) == 1:
+        number = "its only checkpoint does not verify"
     raise CheckpointError(
-        f"{path}: none of its {len(found)} checkpoints verifies; restore one from a copy, or "
-        "start a new run under another name"
+        f"{path}: {number}; restore one from a copy, or start a new run under another name"
     )
 
 

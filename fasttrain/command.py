@@ -1,9 +1,12 @@
 """What all commands share: exit statuses, and errors that tell no secrets."""
 
+import contextlib
 import functools
+import json
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import ParamSpec
@@ -12,7 +15,8 @@ from fasttrain.config import UserError
 from fasttrain.redact import redact
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "redacted", "tell"
+    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED",
+    "command", "record", "redacted", "tell",
 ]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -35,7 +39,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.flush()
             return status
         except UserError as error:
-            tell(f"error: {error}")
+            if not record(f"error: {error}") or os.environ.get("RANK") == "0":
+                tell(f"error: {error}")
             return EXIT_BAD_INPUT
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
@@ -53,6 +58,24 @@ def _nobody_reads(file: int) -> bool:
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def record(line: str) -> bool:
+    """Have torchrun's summary say this line of this rank, in place of a traceback.
+
+    Returns:
+        Whether it will; False where no torchrun started this process.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return False
+    with contextlib.suppress(OSError):
+        # torchrun may end this rank meanwhile, and itself fails of a file that is half written.
+        with open(f"{file}.part", "w", encoding="utf-8") as part:
+            json.dump({"message": redact(line), "timestamp": int(time.time())}, part)
+        os.replace(f"{file}.part", file)
+        return True
+    return False
 
 
 def tell(text: str) -> None:

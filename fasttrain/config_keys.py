@@ -16,6 +16,7 @@ __all__ = [
     "accepts",
     "allowed",
     "check_value",
+    "counted",
     "divisors",
     "key",
     "refuse",
@@ -71,6 +72,12 @@ def key(
 def refuse(name: str, value: Any, problem: str) -> NoReturn:
     """Raise a ConfigError: key, value, and what is wrong with it; after a semicolon the remedy."""
     raise ConfigError(f"{name} = {show(value)} {problem}")
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: 1 thread, 1,600 steps, 2 micro-batches."""
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{n:,} {noun if n == 1 else noun + plural}"
 
 
 def show(value: Any) -> str:

@@ -14,6 +14,7 @@ from fasttrain_kernels._torch import compile_cache_counts, native_bf16
 
 from fasttrain.block_cpu import fits
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.config_keys import refuse
 
 __all__ = [
     "Precision",
@@ -87,8 +88,11 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-    return Precision(name, compute, device.type)
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
+    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
+    return Precision(name, dtypes[name], device.type)
 
 
 def _has_cpp_compiler() -> bool:

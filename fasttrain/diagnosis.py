@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.config_keys import counted
 from fasttrain.diagnosis_forward import (
     Diagnosis,
     Finding,
@@ -88,7 +89,7 @@ def _check_training(
     if frozen:
         report.warn(
             "frozen",
-            f"{len(frozen)} parameters take no gradient: {', '.join(frozen[:3])}",
+            f"no gradient for {counted(len(frozen), 'parameter')}: {', '.join(frozen[:3])}",
             "right where meant, as in fine-tuning; else .requires_grad_(True)",
         )
     probe = copy.deepcopy(model).train()
@@ -115,7 +116,7 @@ def _check_training(
     if lost:
         report.fail(
             "gradients",
-            f"none in {N_STEPS} steps for {len(lost)} parameters: {', '.join(lost[:3])}",
+            f"none in {N_STEPS} steps for {counted(len(lost), 'parameter')}: {', '.join(lost[:3])}",
             "use the layer in forward; look for detach(), no_grad(), .data or a dead activation",
         )
     else:
@@ -169,7 +170,7 @@ def _check_optimizers(
     if outside:
         report.fail(
             "optimizer",
-            f"{len(outside)} parameters are in no optimizer: {', '.join(outside[:3])}",
+            f"{counted(len(outside), 'parameter')} in no optimizer: {', '.join(outside[:3])}",
             "build it from this very model's parameters, after moving or wrapping it",
         )
     rates = [float(g["lr"]) for o in optimizers for g in o.param_groups]
@@ -202,7 +203,7 @@ def _check_optimizers(
         report.add(
             "update",
             "fail" if 0.0 not in rates else "warn",
-            f"3 steps leave {len(same)} parameters as they were: {', '.join(same[:3])}",
+            f"3 steps do not change {counted(len(same), 'parameter')}: {', '.join(same[:3])}",
             "see the gradients and learning rates above; a bf16 parameter may round its step away",
         )
     else:

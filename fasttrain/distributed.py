@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fasttrain.config import DistributedConfig, UserError
+from fasttrain.config_keys import counted
 
 __all__ = [
     "SharedError",
@@ -36,6 +37,7 @@ __all__ = [
     "start",
     "steady",
     "stop",
+    "unused_mode",
 ]
 
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
@@ -294,9 +296,9 @@ def accumulation_steps(tokens_per_step: int | None, unit_tokens: int, size: int)
         above = min((n for n in fitting if n > size), default=None)
         near = " or ".join(str(n) for n in (below, above) if n is not None)
         raise UserError(
-            f"train.tokens_per_step = {tokens_per_step} is {units} micro-batches of {unit_tokens} "
-            f"tokens, which {size} processes cannot share; start {near} of them, or change "
-            "train.micro_batch or train.tokens_per_step"
+            f"train.tokens_per_step = {tokens_per_step} is {counted(units, 'micro-batch')} of "
+            f"{unit_tokens} tokens, which {size} processes cannot share; start {near} of them, or "
+            "change train.micro_batch or train.tokens_per_step"
         )
     return units // size
 
@@ -335,6 +337,16 @@ def choose_mode(
         shape = (world.size // inner, inner)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     return replace(world, mode=mode, why=reason, mesh=mesh)
+
+
+def unused_mode(config: DistributedConfig, size: int) -> str | None:
+    """Return a warning where one process is to share its work with nobody."""
+    if size > 1 or config.mode == "auto":
+        return None
+    return (
+        f"distributed.mode = {config.mode} has no effect in one process; start several: torchrun "
+        "--nproc-per-node N -m fasttrain.train …"
+    )
 
 
 def preferred_mode(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fasttrain.config import LoopConfig
+from fasttrain.config_keys import counted
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.metrics import NormWatch
@@ -136,7 +137,7 @@ class FaultPolicy:
         if decision.action == "roll back":
             why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
         elif self.rollbacks:
-            why = f"the run went back to a checkpoint {self.rollbacks} times already"
+            why = f"the run went back to a checkpoint {counted(self.rollbacks, 'time')} already"
         elif n >= MAX_SKIPPED_IN_A_ROW:
             why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
         else:

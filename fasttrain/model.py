@@ -24,6 +24,7 @@ from fasttrain.attention import (
     rope_tables,
 )
 from fasttrain.config import ConfigError, ModelConfig
+from fasttrain.config_keys import refuse
 from fasttrain.embedding import Embedding
 
 __all__ = ["Block", "FeedForward", "Transformer"]
@@ -32,7 +33,9 @@ __all__ = ["Block", "FeedForward", "Transformer"]
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.dim, eps=config.norm_eps)
-    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+    if config.norm == "layer":
+        return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+    refuse("model.norm", config.norm, "is not implemented; add it to fasttrain.model._norm")
 
 
 def hidden_dim(config: ModelConfig) -> int:
@@ -75,8 +78,10 @@ class FeedForward(nn.Module):
             h = swiglu(gate, value)
         elif self.kind == "relu2":
             h = relu_squared(h)
-        else:
+        elif self.kind == "gelu":
             h = gelu_tanh(h)
+        else:
+            refuse("model.mlp", self.kind, "is not implemented; add it to FeedForward.forward")
         return F.dropout(self.down(h), self.dropout, self.training)
 
 
@@ -157,6 +162,8 @@ class Transformer(nn.Module):
         self.vocab_size = config.vocab_size
         self.seq_len = seq_len
         self.embedding = Embedding(config.vocab_size, config.dim)
+        if config.positions not in ("rope", "learned"):
+            refuse("model.positions", config.positions, "is not implemented; add it to Transformer")
         learned = config.positions == "learned"
         self.position_embedding = Embedding(seq_len, config.dim) if learned else None
         pairs = config.bigram_vocab_size

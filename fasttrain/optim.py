@@ -9,6 +9,7 @@ from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
 
 from fasttrain.config import OptimConfig, UserError
+from fasttrain.config_keys import refuse
 from fasttrain.model import Transformer
 from fasttrain.slices import cut
 
@@ -113,7 +114,9 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
             groups, lr=config.lr, betas=config.betas, eps=config.eps
         )
         return eight_bit
-    return FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    if config.name in ("adamw", "muon"):
+        return FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    refuse("optim.name", config.name, "is not implemented; add it to fasttrain.optim")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fasttrain.config import TrainConfig
+from fasttrain.config_keys import counted
+from fasttrain.data.splitting import FEW_VAL_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
     from fasttrain.data.dataset import TokenDataset
 
-__all__ = ["Plan", "plan_run", "warnings_of"]
+__all__ = ["Plan", "plan_run", "warnings_of", "warnings_of_data"]
 
 # Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
 # spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
@@ -30,7 +32,7 @@ class Plan:
         flops_per_token: forward and backward.
         tokens_per_step: of one optimizer step.
         steps: None where ``train.hours`` decides.
-        epochs: passes over the training split, None likewise.
+        epochs: passes over the training split, None likewise, and where it is not there.
     """
 
     parameters: int
@@ -46,8 +48,8 @@ class Plan:
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
-def plan_run(config: TrainConfig, train: "TokenDataset", n_ranks: int = 1) -> Plan:
-    """Return the size of a run of ``n_ranks`` processes."""
+def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1) -> Plan:
+    """Return the size of a run of ``n_ranks`` processes; ``train`` None: its data are not there."""
     import torch
 
     from fasttrain import metrics
@@ -57,11 +59,11 @@ def plan_run(config: TrainConfig, train: "TokenDataset", n_ranks: int = 1) -> Pl
         model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, seq_len = config.train, config.data.seq_len
     per_step = loop.tokens_per_step or loop.micro_batch * seq_len * n_ranks
-    samples = (train.n_tokens - 1) // seq_len
     steps = loop.steps
     if loop.tokens is not None:
         steps = math.ceil(loop.tokens / per_step)
-    elif loop.epochs is not None:
+    elif loop.epochs is not None and train is not None:
+        samples = (train.n_tokens - 1) // seq_len
         steps = math.ceil(math.ceil(loop.epochs * samples) * seq_len / per_step)
     return Plan(
         parameters=model.num_parameters(),
@@ -69,14 +71,14 @@ def plan_run(config: TrainConfig, train: "TokenDataset", n_ranks: int = 1) -> Pl
         flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=seq_len),
         tokens_per_step=per_step,
         steps=steps,
-        epochs=None if steps is None else steps * per_step / train.n_tokens,
+        epochs=None if steps is None or train is None else steps * per_step / train.n_tokens,
     )
 
 
 def warnings_of(
     config: TrainConfig,
     plan: Plan,
-    train: "TokenDataset",
+    train: "TokenDataset | None",
     *,
     device: "torch.device",
     dtype: str,
@@ -87,7 +89,7 @@ def warnings_of(
     Args:
         config: the configuration with its vocabulary settled.
         plan: the size of the run.
-        train: the training split.
+        train: the training split; None: it is not there.
         device: where it will run.
         dtype: of the matrix products, as `fasttrain.device.Precision` names it.
         seconds: how long the run will take, where known.
@@ -123,23 +125,26 @@ def warnings_of(
     warmup = config.schedule.warmup_steps
     if steps is not None and warmup >= steps:
         yield (
-            f"schedule.warmup_steps = {warmup} is longer than the run of {steps} steps: the peak "
-            "learning rate is never reached; lower it"
+            f"schedule.warmup_steps = {warmup} is longer than the run of "
+            f"{counted(steps, 'step')}: the peak learning rate is never reached; lower it"
         )
     elif steps is not None and warmup > 0.2 * steps:
-        yield f"schedule.warmup_steps = {warmup} is more than a fifth of the {steps} steps"
+        yield (
+            f"schedule.warmup_steps = {warmup} is more than a fifth of the {counted(steps, 'step')}"
+        )
     if steps is not None:
         for name in ("eval.every_steps", "checkpoint.every_steps", "log.every_steps"):
             section, _, key = name.partition(".")
             every = getattr(getattr(config, section), key)
             if every is not None and every > steps:
-                yield f"{name} = {every} is longer than the run of {steps} steps: only at its end"
+                run = f"the run of {counted(steps, 'step')}"
+                yield f"{name} = {every} is longer than {run}: only at its end"
     if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
         yield (
             "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
             "worth of steps"
         )
-    if train.n_documents:
+    if train is not None and train.n_documents:
         mean = train.n_tokens / train.n_documents
         if mean < seq_len / 2 and config.data.attention_across_documents:
             yield (
@@ -150,5 +155,31 @@ def warnings_of(
     window = model.sliding_window_tokens
     if window is not None and window >= seq_len:
         yield f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"
-    if train.max_token >= model.vocab_size:
+    if train is not None and train.max_token >= model.vocab_size:
         yield f"the data hold token {train.max_token}, model.vocab_size is {model.vocab_size}"
+
+
+def warnings_of_data(
+    config: TrainConfig, train: "TokenDataset", val: "TokenDataset"
+) -> Iterator[str]:
+    """Yield what the data do not suffice for, each with the remedy.
+
+    Args:
+        config: the configuration with its vocabulary settled.
+        train: the training split.
+        val: the validation split.
+    """
+    rows, used = config.model.vocab_size, train.max_token + 1
+    assert rows is not None
+    if used < rows / 2 and rows - used > 64:  # which is not from rounding up
+        yield (
+            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
+            f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "
+            "vocabulary that it is of"
+        )
+    if val.n_tokens < FEW_VAL_TOKENS:
+        yield (
+            f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
+            "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
+            "--val-fraction"
+        )

@@ -1,8 +1,10 @@
 """The command line: ``python -m fasttrain.preflight CONFIG.toml [section.key=value …]``.
 
 What a run will take, before it takes it: parameters, FLOPs, memory by category, tokens, time; and
-what will hurt it. ``--diagnose`` runs the checklist of `fasttrain.diagnosis` on the first batch,
-``--kernels`` tries each fused operation on this device. Nothing is written but the caches.
+what will hurt it. Where the data are not there, it says how to get them and tells the rest, and its
+status is of what can be known. ``--diagnose`` runs the checklist of `fasttrain.diagnosis` on the
+first batch, ``--kernels`` tries each fused operation on this device. Nothing is written but the
+caches.
 """
 
 import argparse
@@ -15,12 +17,15 @@ from typing import TYPE_CHECKING
 
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, command
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.plan import plan_run, warnings_of
+from fasttrain.config_keys import counted
+from fasttrain.plan import plan_run, warnings_of, warnings_of_data
 
 if TYPE_CHECKING:
     from fasttrain.memory import StepMemory
 
 __all__ = ["main", "preflight"]
+
+SLOW_FLOPS = 1e12  # of a micro-batch: some seconds on a CPU
 
 # ---- what a person sees --------------------------------------------------------------------------
 
@@ -29,7 +34,8 @@ def _memory_lines(memory: "StepMemory", free: int, peak: int | None) -> Iterator
     for f in fields(memory):
         if f.name == "gathered" and not memory.gathered:  # of one process, or DDP
             continue
-        yield f"    {f.name:<12} {_size(getattr(memory, f.name)):>10}"
+        size = getattr(memory, f.name)
+        yield f"    {f.name:<12} {_size(size) if size else 'none then':>10}"
     yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
     if peak is not None:
         yield f"    {'measured':<12} {_size(peak):>10}"
@@ -57,7 +63,7 @@ def preflight(
         show: takes each line.
 
     Returns:
-        Whether it fits into the memory that is free.
+        Whether it fits into the memory that is free, also where the data are not there.
 
     Raises:
         UserError: something is missing or does not fit together.
@@ -66,14 +72,15 @@ def preflight(
 
     from fasttrain import metrics
     from fasttrain.data.files import cache_folder
+    from fasttrain.data.format import absent
     from fasttrain.device import keep_compiled, resolve_compile, resolve_device, resolve_precision
-    from fasttrain.distributed import accumulation_steps, preferred_mode
+    from fasttrain.distributed import accumulation_steps, preferred_mode, unused_mode
     from fasttrain.loggers import format_count, format_duration
     from fasttrain.memory import device_memory, estimate_memory
     from fasttrain.model import Transformer
     from fasttrain.probe import probe_step, settle_micro_batch
     from fasttrain.scaling import scaling_lines, traffic
-    from fasttrain.session import open_splits
+    from fasttrain.session import data_paths, open_splits
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
@@ -82,7 +89,11 @@ def preflight(
     keep_compiled(
         cache_folder(Path(config.data.cache_dir) if config.data.cache_dir else None) / "compiled"
     )
-    config, train, val = open_splits(config, show)
+    vocab_size = config.model.vocab_size
+    missing = [line for path in data_paths(config) if (line := absent(path, vocab_size))]
+    train = val = None
+    if not missing or vocab_size is None:  # without data nor this there is no model
+        config, train, val = open_splits(config, show)
     seq_len, loop = config.data.seq_len, config.train
     unit = seq_len * (1 if isinstance(loop.micro_batch, str) else loop.micro_batch)
     n_units = accumulation_steps(loop.tokens_per_step, unit, n_ranks)
@@ -98,21 +109,30 @@ def preflight(
         f"model        {plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix "
         f"products; {format_count(plan.flops_per_token)} FLOPs a token"
     )
-    show(
-        f"data         {train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate; "
-        f"vocabulary {config.model.vocab_size:,}"
-    )
-    ranks = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
-    show(
-        f"step         {plan.tokens_per_step:,} tokens: {n_micro} × {rows} rows × {seq_len}{ranks}"
-    )
-    if plan.tokens is not None:
+    vocabulary = f"vocabulary {config.model.vocab_size:,}"
+    for line in missing:
+        show(f"data         {line}")
+    if train and val:
+        own = train.vocab_size
+        if own is not None and -(-own // 64) * 64 != config.model.vocab_size != own:
+            vocabulary += f" of the model, {own:,} of the data"
         show(
-            f"run          {plan.steps:,} steps, {format_count(plan.tokens)} tokens, "
-            f"{plan.epochs:,.2f} epochs, {plan.tokens * plan.flops_per_token:.3g} FLOPs"
+            f"data         {train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate; "
+            f"{vocabulary}"
         )
+    ranks = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
+    shape = f"{n_micro} × {counted(rows, 'row')} × {seq_len}"
+    show(f"step         {plan.tokens_per_step:,} tokens: {shape}{ranks}")
+    if plan.tokens is not None:
+        epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
+        show(
+            f"run          {counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens, "
+            f"{epochs}{plan.tokens * plan.flops_per_token:.3g} FLOPs"
+        )
+    elif loop.epochs is not None:
+        show(f"run          {loop.epochs:g} epochs of data that are not there")
     else:
-        show(f"run          {config.train.hours} h")
+        show(f"run          {loop.hours} h")
 
     local = min(n_ranks, torch.cuda.device_count()) if device.type == "cuda" else n_ranks
     mode, why = "single", ""
@@ -131,6 +151,8 @@ def preflight(
     if runs and mode in ("fsdp", "hsdp"):  # which may fit in shards alone
         whole = estimate_memory(alone, rows, device=device, precision=precision)
         runs = whole.total <= free
+    if runs and plan.flops_per_token * rows * seq_len > SLOW_FLOPS:
+        show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None
     whose = " and rank" if n_ranks > 1 else ""
     show(f"memory       of an eager step{whose} on {device}, {precision.name}, at its peak:")
@@ -171,6 +193,10 @@ def preflight(
         config, plan, train, device=device, dtype=precision.name, seconds=seconds
     ):
         show(f"warning      {line}")
+    for line in warnings_of_data(config, train, val) if train and val else ():
+        show(f"warning      {line}")
+    if unused := unused_mode(config.distributed, n_ranks):
+        show(f"warning      {unused}")
     if not fits:
         show(
             f"error        it does not fit: {_size(memory.total)} of {_size(free)}; lower "

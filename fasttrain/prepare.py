@@ -4,8 +4,9 @@
     python -m fasttrain.prepare --inspect OUT
 
 Documents go to validation by a hash of their text, so that a document stays where it is when others
-come, and no text is in both splits; a text of one document is cut by position instead. The input is
-read in pieces and never held; the folder appears under its name when it is complete, and does not
+come, and no text is in both splits; a text of one document is cut by position instead. Of a small
+text more is held out than of a large one, unless --val-fraction is given. The input is read in
+pieces and never held; the folder appears under its name when it is complete, and does not
 depend on how many processes made it, nor on how often they were interrupted.
 """
 
@@ -26,13 +27,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.command import command
+from fasttrain.config_keys import counted
 from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.inspection import inspect
 from fasttrain.data.partial import Partial
 from fasttrain.data.sources import PIECE_CHARS, Source, find_files
-from fasttrain.data.splitting import Splitter
+from fasttrain.data.splitting import (
+    FEW_VAL_TOKENS,
+    MAX_VAL_FRACTION,
+    SMALL_BYTES,
+    VAL_BYTES,
+    VAL_FRACTION,
+    Splitter,
+)
 from fasttrain.data.tokenizer import (
     Encoder,
     OtherIdsError,
@@ -47,7 +56,6 @@ __all__ = ["main", "prepare"]
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
-_FEW_TOKENS = 10_000  # to validate on: the loss of so few says little
 RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
 
 
@@ -101,7 +109,7 @@ def prepare(
     *,
     text_field: str = "text",
     tokenizer: str = "bpe:32768",
-    val_fraction: float = 0.005,
+    val_fraction: float | None = None,
     shard_tokens: int = 100_000_000,
     strict: bool = False,
     workers: int = 1,
@@ -117,6 +125,7 @@ def prepare(
         text_field: Of JSON lines and Parquet, that holds the text.
         tokenizer: "bpe:N", "bytes", "chars", or the path of a `tokenizer.json`.
         val_fraction: Part of the documents (of one document: of its text) held out, in [0, 1).
+            None: 0.005; of less than 20 MB as much as makes 100 kB, but at most a tenth.
         shard_tokens: Tokens of a shard.
         strict: Problems in the text end the command instead of being counted.
         workers: Processes that encode, at most; the output does not depend on it.
@@ -136,16 +145,21 @@ def prepare(
     """
     begin = time.perf_counter()
     out = Path(os.path.abspath(out))
-    if not 0 <= val_fraction < 1:
+    if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
         raise DataError(f"--workers must be at least 1, got {workers}")
     files, passed_over = find_files(inputs)
     if passed_over:
         shown = ", ".join(file.name for file in passed_over[:3])
-        note(f"Passed over {len(passed_over)} files whose endings are not known, such as {shown}")
+        number = counted(len(passed_over), "file")
+        note(
+            f"Passed over {number} with an unknown ending: {shown}{', …' * (len(passed_over) > 3)}"
+        )
     tokenizer_file = Path(tokenizer).expanduser()
     source = Source(files, field=text_field, strict=strict)
+    if val_fraction is None and source.n_bytes >= SMALL_BYTES:
+        val_fraction = VAL_FRACTION
     asked: dict[str, Any] = {
         "source": {
             "inputs": list(inputs),
@@ -153,7 +167,7 @@ def prepare(
             "n_bytes": source.n_bytes,
             "text_field": text_field,
             "tokenizer": tokenizer,
-            "val_fraction": val_fraction,
+            "val_fraction": "auto" if val_fraction is None else val_fraction,
             "shard_tokens": shard_tokens,
         },
         "files": source.fingerprint(),
@@ -201,16 +215,19 @@ def prepare(
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     for reason, count in source.problems.items():
-        note(f"{count:,} {reason}")
+        note(f"{reason}: {count:,}")
     seconds = time.perf_counter() - begin
     for split, (writer, n_bytes) in result.items():
         note(
-            f"{split:5}  {writer.n_tokens:,} tokens, {writer.n_documents:,} documents, "
-            f"{n_bytes:,} bytes, {n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
+            f"{split:5}  {counted(writer.n_tokens, 'token')}, "
+            f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
+            f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
     n_val = result["val"][0].n_tokens
-    if 0 < n_val < _FEW_TOKENS and val_fraction < 0.1:
-        note(f"Only {n_val:,} tokens to validate on: --val-fraction 0.1 holds out more")
+    if n_val < FEW_VAL_TOKENS and val_fraction != 0:
+        enough = val_fraction is None or val_fraction >= MAX_VAL_FRACTION
+        remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
+        note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
     total = sum(n for _, n in result.values())
     note(f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
     return out
@@ -322,9 +339,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--val-fraction",
         type=float,
-        default=0.005,
         metavar="F",
-        help="part to hold out for validation (default: %(default)s)",
+        help=f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
+        f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
+        f"{MAX_VAL_FRACTION})",
     )
     add(
         "--shard-tokens",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.config_keys import divisors
+from fasttrain.config_keys import counted, divisors
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.memory import device_memory, estimate_memory, measure_peak
@@ -152,5 +152,6 @@ def settle_micro_batch(
             f"more than the {free / MIB:,.0f} MiB that may be used on {device}; shrink the model "
             "or the sequence, or use a larger device"
         )
-    report(f'train.micro_batch = "auto": {best} rows, {rows // best} micro-batches a step')
+    found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"
+    report(f'train.micro_batch = "auto": {found}')
     return replace(config, train=replace(loop, micro_batch=best))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fasttrain.config_keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.faults import Decision, Fault, FaultPolicy, write_report
 
@@ -59,10 +60,10 @@ class Recovery:
             if checkpoint is not None:
                 self.policy.rolled_back(decision.offending)
                 self._move()
+                steps = counted(len(decision.offending), "step")
                 trainer.reporter.warn(
                     f"back at step {trainer.step_count}, as {checkpoint.path} holds it; training "
-                    f"goes on without the samples of {len(decision.offending)} steps from step "
-                    f"{first} on"
+                    f"goes on without the samples of {steps} from step {first} on"
                 )
                 return None
         raise FloatingPointError(self.policy.reason(decision, trainer.train_loader))

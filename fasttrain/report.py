@@ -18,6 +18,7 @@ from typing import Any
 
 from fasttrain.command import command
 from fasttrain.config import TrainConfig, UserError, config_difference, load_config
+from fasttrain.config_keys import counted
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
 
@@ -365,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; set another --out") from error
-    print(f"{out} and {out.with_suffix('.png').name}: {len(runs)} run(s)")
+    print(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
     return 0
 
 

@@ -16,9 +16,13 @@ from fasttrain.config import (
     config_to_dict,
     load_config,
 )
+from fasttrain.config_keys import counted
 from fasttrain.data.format import TokenDataset
+from fasttrain.schedule import lr_at
 
-__all__ = ["Change", "check_resumable", "data_facts", "other_bits"]
+__all__ = ["Change", "check_resumable", "data_facts", "lr_jump", "other_bits"]
+
+LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
@@ -93,7 +97,7 @@ def check_resumable(
     shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
     if before != samples_per_step and not any(change.key in shape for change in changes):
         ranks = (
-            f"unset: a step took {before} samples, and on this number of ranks it takes "
+            f"unset: a step took {counted(before, 'sample')}, and on this number of ranks it takes "
             f"{samples_per_step}"
         )
         changes.append(Change(shape[0], before, samples_per_step, ranks))
@@ -128,6 +132,36 @@ def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
     return told if changed else None
 
 
+def lr_jump(
+    source: Path, state: dict[str, Any], config: TrainConfig, total_steps: int | None
+) -> str | None:
+    """Return a warning where another horizon makes the learning rate jump at the next step.
+
+    Args:
+        source: the checkpoint folder that the run goes on from.
+        state: its state.
+        config: the config to go on with.
+        total_steps: of the run to go on with, and in ``state`` of the one before; None: not known.
+    """
+    old_config, peak = load_config(source / "config.toml"), config.optim.lr
+    named = old_config.schedule != config.schedule or old_config.optim.lr != peak
+    if named or total_steps is None or state["total_steps"] is None:
+        return None
+    rates = [
+        lr_at(state["step"], total, config.schedule, peak)
+        for total in (state["total_steps"], total_steps)
+    ]
+    if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
+        return None
+    return (
+        f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
+        f"rate of step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the "
+        "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
+        "decay, or a low rate to the end: schedule.name=constant optim.lr=… and --allow-change for "
+        "both"
+    )
+
+
 def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:
     changes = []
     for split, facts in new.items():
@@ -144,14 +178,14 @@ def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
     if sorted(old) == sorted(new):
         return "the same files in another order"
     if len(old) != len(new):
-        return f"{len(old)} files → {len(new)} files"
+        return f"{counted(len(old), 'file')} → {counted(len(new), 'file')}"
     at = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
     return f"file {at + 1} of {len(old)}: {_short(old[at])} → {_short(new[at])}"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return f"{len(value)} files"
+        return counted(len(value), "file")
     text = "none" if value is None else str(value)
     is_hash = len(text) == 64 and not set(text) - set("0123456789abcdef")
     return f"{text[:12]}…" if is_hash else text

@@ -26,13 +26,15 @@ class RunFolder:
     Args:
         config: the configuration.
         name: of a new folder where ``run.name`` is unset.
-        resume: ``auto``, or the path of a run or checkpoint folder; None: a new run.
-        world: the ranks of the run. Where torchrun has restarted them they go on from the newest
-            checkpoint of the same folder, or start over in it if there is none.
+        resume: ``auto``: the newest checkpoint of this config's run, or a new run where there was
+            none yet; or the path of a run or checkpoint folder; None: a new run.
+        world: the ranks of the run. Where torchrun has restarted them it is ``auto`` for the folder
+            that they had.
 
     Attributes:
         path: the folder.
         source: the verified checkpoint to go on from, or None.
+        new: whether this process made the folder.
         console: where a person looks; None on all ranks but the first.
 
     Raises:
@@ -43,7 +45,7 @@ class RunFolder:
         self.world = world
         self.console: Console | None = None
         self._lock: TextIO | None = None
-        self._new = False
+        self.new = False
         found: tuple[str, str | None] | None = None
         try:
             with world.failing_together():
@@ -56,22 +58,23 @@ class RunFolder:
         self.path, self.source = Path(path), source and Path(source)
 
     def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
-        again = _restarted_run_dir(config, name)
-        if again is not None and any((again / "checkpoints").glob("step-*")):
+        path = _restarted_run_dir(config, name)
+        if path is not None:
             resume = "auto"
-        self._new = resume is None and again is None
-        path = again
-        if path is None:
-            new = resume is None
-            path = new_run_dir(config, name) if new else run_dir_of(config, name, str(resume))
-        self._lock = lock_run_dir(path, new=self._new)
+        elif resume is None:
+            path = new_run_dir(config, name)
+        else:
+            path = run_dir_of(config, name, resume)
+        self.new = not path.exists()
+        self._lock = lock_run_dir(path, new=self.new)
         self.console = Console(log_file=path / "train.log")
-        if resume is not None:
+        if resume is None:
+            return str(path), None
+        if resume != "auto" or _was_saved(path):
             target = path if resume == "auto" else Path(resume)
             return str(path), str(checkpoint.resolve(target, report=self.warn))
-        if again is not None:
-            self.note(f"restarted before the first checkpoint of {path}: starting over")
-            (path / "metrics.jsonl").unlink(missing_ok=True)
+        how = "starting a new run" if self.new else "starting over in this folder"
+        self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
         return str(path), None
 
     def note(self, text: str) -> None:
@@ -89,7 +92,7 @@ class RunFolder:
     def remove_unused(self) -> None:
         """Remove the folder of a new run that never began."""
         log = self.path / "metrics.jsonl"
-        if self._new and not (log.exists() and log.stat().st_size):
+        if self.new and not (log.exists() and log.stat().st_size):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
@@ -106,12 +109,8 @@ def new_run_dir(config: TrainConfig, name: str) -> Path:
     if config.run.name is not None:
         run_dir = out_dir / config.run.name
         if run_dir.exists():
-            held = any((run_dir / "checkpoints").glob("step-*"))
             raise UserError(
                 f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
-                if held
-                else f"{run_dir} exists already and holds no checkpoint; remove it, or set another "
-                "run.name"
             )
         return run_dir
     n = 1
@@ -121,7 +120,11 @@ def new_run_dir(config: TrainConfig, name: str) -> Path:
 
 
 def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
-    """Return the run folder that ``--resume`` means: of this config's newest run, or of a path."""
+    """Return the run folder that ``--resume`` means: of a path, or of this config's newest run.
+
+    ``auto`` with no ``run.name``: of ``NAME``, ``NAME-2``, … the last that was saved; where none
+    was, the last that there is, or ``NAME``.
+    """
     if resume != "auto":
         path = Path(resume)
         if not path.exists():
@@ -131,18 +134,19 @@ def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
                 return run_dir
         raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
     out_dir = Path(config.run.out_dir)
-    run_dir = out_dir / (config.run.name or name)
-    if config.run.name is None:
-        n = 2
-        while (out_dir / f"{name}-{n}").exists():
-            if any((out_dir / f"{name}-{n}" / "checkpoints").glob("step-*")):
-                run_dir = out_dir / f"{name}-{n}"
-            n += 1
-    if not (run_dir / "checkpoints").is_dir():
-        raise UserError(
-            f"--resume auto: nothing to resume in {run_dir}; leave --resume out to start a new run"
-        )
-    return run_dir
+    found = [out_dir / (config.run.name or name)]
+    while config.run.name is None and (path := out_dir / f"{name}-{len(found) + 1}").exists():
+        found.append(path)
+    return next(filter(_was_saved, reversed(found)), found[-1])
+
+
+def _was_saved(run_dir: Path) -> bool:
+    """Return whether a run has or had a checkpoint; a first save that was cut off is none."""
+    folder = run_dir / "checkpoints"
+    if folder.is_dir():
+        return any(not path.name.startswith(".tmp-") for path in folder.iterdir())
+    log = run_dir / "metrics.jsonl"  # the folder is made before the first row: it was removed
+    return log.is_file() and log.stat().st_size > 0
 
 
 def _job() -> str | None:

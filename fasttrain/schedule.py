@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from fasttrain.config import ScheduleConfig
+from fasttrain.config_keys import refuse
 
 __all__ = ["context_at", "lr_at", "n_plateaus", "n_stale"]
 
@@ -72,6 +73,8 @@ def lr_at(
         done = (step - warmup_steps) % schedule.cycle_steps / schedule.cycle_steps
         falling = 0.5 * (1.0 - math.cos(math.pi * done))
         return lr * (1.0 - falling) + schedule.min_lr * falling
+    if schedule.name not in ("cosine", "linear", "wsd"):
+        refuse("schedule.name", schedule.name, "is not implemented; add it to fasttrain.schedule")
     start = warmup_steps
     if schedule.name == "wsd":
         begun = schedule.decay_start_step

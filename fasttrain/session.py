@@ -13,7 +13,7 @@ from fasttrain_kernels import Muon
 from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint, origin
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
@@ -35,14 +35,16 @@ from fasttrain.distributed import (
     choose_mode,
     start,
     stop,
+    unused_mode,
 )
 from fasttrain.ending import train_to_end
 from fasttrain.generate import generate
 from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
+from fasttrain.plan import warnings_of_data
 from fasttrain.redact import redact
-from fasttrain.resume import check_resumable, data_facts, other_bits
+from fasttrain.resume import check_resumable, data_facts, lr_jump, other_bits
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import make_sharded
 from fasttrain.signals import interruptible
@@ -69,7 +71,8 @@ def run(
         config: the configuration as loaded.
         name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where
             it exists and ``resume`` is None.
-        resume: ``auto``, or the path of a run or checkpoint folder; None: a new run.
+        resume: ``auto``: this config's newest run, or a new one where there is none; or the path of
+            a run or checkpoint folder; None: a new run.
         stop_at_step: end there with a checkpoint.
         allow_change: keys that may differ from the resumed run's, beyond those that change no
             number.
@@ -80,15 +83,15 @@ def run(
         Interrupted: a signal came before the first step; nothing was overwritten.
     """
     try:
-        if decay_from is None:
-            return _run(config, name, resume, stop_at_step, allow_change)
-        if resume is not None:
-            raise UserError("--decay-from begins a new run: leave --resume out")
-        branch_of = checkpoint.resolve(Path(decay_from))
-        config = origin.decaying_from(config, branch_of)
-        allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
+        if decay_from is not None and resume not in (None, "auto"):
+            raise UserError(
+                f"--decay-from begins a new run, and --resume {resume} goes on with another; leave "
+                "one out (--resume auto goes on with the new run once it was saved)"
+            )
+        branch_of = checkpoint.resolve(Path(decay_from)) if decay_from is not None else None
         return _run(config, name, resume, stop_at_step, allow_change, branch_of)
-    except SharedError:  # rank 0 raises what the command line prints
+    except SharedError as error:  # rank 0 raises what the command line prints
+        record(f"error: {error}")
         return EXIT_BAD_INPUT
 
 
@@ -98,7 +101,7 @@ def _run(
     resume: str | None,
     stop_at_step: int | None,
     allow_change: Sequence[str],
-    branch_of: Path | None = None,
+    branch_of: Path | None,
 ) -> int:
     started = time.perf_counter()
     with interruptible():
@@ -122,7 +125,10 @@ def _run(
     try:
         with interruptible():
             if folder.source is not None:
-                config = origin.settle_branch(config, folder.source)
+                config, branch_of = origin.settle_branch(config, folder.source), None
+            elif branch_of is not None:
+                config = origin.decaying_from(config, branch_of)
+                allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
             trainer = _build(config, world, folder, allow_change, branch_of)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.step_count:
@@ -133,6 +139,12 @@ def _run(
                 trainer.request_stop(stop_at_step)
             if folder.console:
                 show_start(trainer, folder.console, folder.source)
+                assert trainer.val_dataset is not None
+                data = (trainer.train_loader.dataset, trainer.val_dataset)
+                for line in warnings_of_data(trainer.config, *data):
+                    folder.warn(line)
+                if unused := unused_mode(config.distributed, world.size):
+                    folder.warn(unused)
         status = train_to_end(trainer, folder, started)
         if status != EXIT_FAILED:
             stop(world)
@@ -147,13 +159,18 @@ def _run(
 # ---- building ------------------------------------------------------------------------------------
 
 
+def data_paths(config: TrainConfig) -> Sequence[str]:
+    """Return the dataset folders that a config names; none: it trains on the default text."""
+    return config.data.paths or ([config.data.path] if config.data.path else [])
+
+
 def open_splits(
     config: TrainConfig, report: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
     """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
     cache_dir = Path(data.cache_dir) if data.cache_dir else None
-    paths = [Path(path) for path in data.paths or ([data.path] if data.path else [])]
+    paths = list(map(Path, data_paths(config)))
     if not paths:
         corpus = build_default_corpus(
             vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report
@@ -217,7 +234,7 @@ def _build(
     world: World,
     folder: RunFolder,
     allow_change: Sequence[str],
-    branch_of: Path | None = None,
+    branch_of: Path | None,
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
     for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
@@ -297,7 +314,12 @@ def _build(
     )
     if source is not None:
         trainer.load_checkpoint(source)
-    if folder.source is None and branch_of is not None:
+        jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
+        if world.leads and jump:
+            folder.warn(jump)
+    elif trainer.reporter.sinks and not folder.new:  # what a run that was never saved has left
+        trainer.reporter.sinks.drop_after(0)
+    if branch_of is not None:
         origin.begin_branch(trainer, branch_of)
     if world.leads:
         (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")

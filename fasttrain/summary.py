@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import checkpoint
+from fasttrain.config_keys import counted
 from fasttrain.loggers import Console, format_count, format_duration
 from fasttrain.redact import redact
 from fasttrain.trainer import Trainer
@@ -17,7 +18,8 @@ __all__ = ["show_end", "show_start"]
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"{platform.processor() or platform.machine()} CPU, {threads}"
 
 
 def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
@@ -34,7 +36,7 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         plan = f"{config.train.hours} h"
     else:
         tokens = trainer.total_steps * trainer.tokens_per_step
-        plan = f"{trainer.total_steps:,} steps × {trainer.tokens_per_step:,} tokens"
+        plan = f"{counted(trainer.total_steps, 'step')} × {trainer.tokens_per_step:,} tokens"
         samples = trainer.total_steps * trainer.samples_per_step
         epochs = samples / trainer.train_loader.samples_per_epoch
         plan += f" = {format_count(tokens)} tokens, {epochs:.2f} epochs"
@@ -44,8 +46,9 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
         ("device", f"{_device_name(trainer.device)} · {trainer.precision.name} · {compiled}"),
         (
             "model",
-            f"{format_count(model.num_parameters())} parameters: {m.n_layers} layers × {m.dim}, "
-            f"{m.n_heads} heads, vocabulary {m.vocab_size:,}, context {config.data.seq_len}",
+            f"{format_count(model.num_parameters())} parameters: {counted(m.n_layers, 'layer')} × "
+            f"{m.dim}, {counted(m.n_heads, 'head')}, vocabulary {m.vocab_size:,}, "
+            f"context {config.data.seq_len}",
         ),
         (
             "data",
@@ -90,7 +93,7 @@ def show_end(
     n_steps, trained_s = trainer.step_count - first_step, trainer.trained_s - trained_before_s
     time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
     n_tokens = trainer.reporter.n_tokens - tokens_before
-    speed = f"{n_tokens / max(trained_s, 1e-9):,.0f} tokens/s over {n_steps:,} steps"
+    speed = f"{n_tokens / max(trained_s, 1e-9):,.0f} tokens/s over {counted(n_steps, 'step')}"
     if first_step:
         time += f" (with what came before: {format_duration(trainer.trained_s)} in steps)"
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, command, redacted
-from fasttrain.config import help_text, load_config
+from fasttrain.config import UserError, help_text, load_config
 
 __all__ = ["main"]
 
@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="continue a run: the newest sound checkpoint of this config's run (auto), or of a run "
-        "or checkpoint folder",
+        help="continue a run: the newest sound checkpoint of this config's run, or a new run where "
+        "it has none yet (auto); or of a run or checkpoint folder",
     )
     parser.add_argument(
         "--decay-from",
@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt as error:
         return interrupted(getattr(error, "number", signal.SIGINT))
+    except UserError:
+        raise  # `command` says and records it
     except Exception as error:
         if rank := os.environ.get("RANK"):
             from fasttrain.distributed import record_failure

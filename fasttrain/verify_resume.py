@@ -17,6 +17,7 @@ import torch
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.config_keys import counted
 from fasttrain.loggers import format_duration
 from fasttrain.signals import interruptible
 
@@ -79,7 +80,7 @@ def verify_resume(
         base += [f"run.threads={torch.get_num_threads()}"]
     parts = [
         ("one", n_steps, f"{n_steps} steps in one go"),
-        ("two", n_steps // 2, f"{n_steps // 2} steps"),
+        ("two", n_steps // 2, counted(n_steps // 2, "step")),
         ("two", n_steps, f"{n_steps - n_steps // 2} more in a fresh process"),
     ]
     keep = False
@@ -100,10 +101,10 @@ def verify_resume(
                     f"--verify-resume {n_steps}: the run's own end comes first, at {reached}; name "
                     "a number of steps that it has"
                 )
-        difference, counted = first_difference(folder / "one", folder / "two")
+        difference, compared = first_difference(folder / "one", folder / "two")
         keep = difference is not None
         if difference is None:
-            print(f"resuming is exact: {counted} are equal bit for bit after {n_steps} steps")
+            print(f"resuming is exact: {compared} are equal bit for bit after {n_steps} steps")
             return EXIT_VERIFIED
         print(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
         return EXIT_DIFFERENT
@@ -151,8 +152,8 @@ def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
     n_parameters = sum(name.startswith("model.") for name in names)
     n_moments = sum(name.startswith("optimizer.") for name in names)
     rest = len(names) - n_parameters - n_moments
-    counted = f"{len(losses[0])} losses, {n_parameters} parameters, {n_moments} tensors of the "
-    return None, counted + f"optimizers and {rest} others (random states, counters)"
+    compared = f"{len(losses[0])} losses, {n_parameters} parameters, {n_moments} tensors of the "
+    return None, compared + f"optimizers and {rest} others (random states, counters)"
 
 
 def _losses(run_dir: Path) -> dict[int, str]:

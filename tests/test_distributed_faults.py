@@ -74,8 +74,9 @@ def test_R3_R7_after_ten_kills_the_job_ends_at_the_bits_of_one_that_was_not_kill
     trained = [trained_rows(job, rank) for rank in range(2)]
     for rank in range(2):
         (job.folder / f"rows-{rank}.jsonl").unlink()
-    job.direct("run.name=whole", *epoch)
+    job.direct("run.name=whole", "--resume=auto", *epoch)
     assert job.ended() == [0, 0]
+    assert job.output().count("runs/whole holds no checkpoint yet: starting a new run") == 1
     assert trained == [trained_rows(job, rank) for rank in range(2)]
     tokens = open_dataset(job.folder / "data", "train").read(0, 250 * 16)
     samples = [toy_ranks.digest(row) for row in tokens.astype("int64").reshape(250, 16)]
@@ -116,6 +117,26 @@ def test_R7_the_error_of_the_rank_that_fails_is_what_the_job_fails_of(job: Job) 
     summary = told[told.rindex("Root Cause") :]  # torchrun's
     assert "rank      : 1" in summary
     assert "ValueError: what a rank fails of" in summary
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.larning_rate=1", "optim.larning_rate is not a config key"),  # before ranks meet
+        ("data.seq_len=100000", "data.seq_len = 100000 is longer than the data"),  # and after
+    ],
+)
+def test_N18_bad_input_to_torchrun_is_told_in_a_line_also_in_its_summary(
+    job: Job, override: str, told: str
+) -> None:
+    job.torchrun(override, "train.tokens_per_step=none")
+    assert job.ended() == [1]
+    before, _, after = job.output().partition("Traceback (most recent call last):")  # torchrun's
+    assert before.count(told) <= 1  # none where torchrun ended rank 0 for what rank 1 returned
+    *others, last = after.rstrip("=\n ").splitlines()
+    assert last.startswith("  traceback : error: ")
+    assert told in last
+    assert not any("Traceback" in line for line in others)
 
 
 def test_R8_a_rank_that_is_stopped_ends_the_others_at_the_timeout(job: Job) -> None:
@@ -203,8 +224,8 @@ def test_R10_a_signal_to_torchrun_stops_all_at_one_step(
 
 SRUN = """#!/bin/bash
 printf '%s\n' "srun $*" >> "$SLURM_CALLS"
-shift  # --kill-on-bad-exit
-[ -z "${ONLY_SAY:-}" ] || exit 0
+shift 2  # --kill-on-bad-exit, --cpus-per-task
+[ -z "${ONLY_SAY:-}" ] || exit 1
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
@@ -213,7 +234,7 @@ printf '%s\n' "scontrol $*" >> "$SLURM_CALLS"
 """
 
 
-def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) -> None:
+def test_R10_N15_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) -> None:
     """As configs/slurm.sh runs it, torchrun itself and all; SLURM's own commands are stand-ins."""
     config, calls = write_config(tmp_path), tmp_path / "calls.txt"
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -228,6 +249,7 @@ def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) 
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "2",
     }
     command = ["bash", str(ROOT / "configs/slurm.sh"), str(config), *KEYS, *ENDLESS]
     log = tmp_path / f"runs/toy-{number}/metrics.jsonl"
@@ -250,11 +272,25 @@ def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) 
     assert newest(log.parent).step > 0
     show, srun, requeue = calls.read_text().splitlines()
     assert (show, requeue) == ("scontrol show hostnames localhost", f"scontrol requeue {number}")
-    assert srun.startswith("srun --kill-on-bad-exit=1 python -m torch.distributed.run --nnodes 1 ")
-    assert "--resume" not in srun
+    started = "srun --kill-on-bad-exit=1 --cpus-per-task=2 python -m torch.distributed.run "
+    assert srun.startswith(started)
+    assert srun.endswith(f" run.out_dir=runs run.name=toy-{number} --resume auto")
+    # Of a job that fails before it trains, the log of the one before says nothing.
     again = subprocess.run(command, cwd=tmp_path, env=variables | {"ONLY_SAY": "1"}, check=False)
-    assert again.returncode == 0
-    assert calls.read_text().splitlines()[-1] == f"{srun} --resume auto"
+    assert again.returncode == 1
+    assert calls.read_text().splitlines()[3:] == [show, srun]
+
+
+def test_N15_outside_slurm_the_job_script_says_how_it_is_used(tmp_path: Path) -> None:
+    variables = {k: v for k, v in ENV.items() if not k.startswith("SLURM_")}
+    for arguments in (["base.toml"], []):
+        command = ["bash", str(ROOT / "configs/slurm.sh"), *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("usage: sbatch configs/slurm.sh CONFIG.toml ")
+        assert done.stderr.count("\n") == 1
 
 
 def number_with_free_port() -> int:

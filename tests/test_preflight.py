@@ -11,7 +11,7 @@ import torch
 from fasttrain import probe as probe_module
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.device import resolve_precision
-from fasttrain.plan import Plan, plan_run, warnings_of
+from fasttrain.plan import Plan, plan_run, warnings_of, warnings_of_data
 from fasttrain.preflight import diagnose_run, main, preflight
 from fasttrain.probe import Probe, settle_micro_batch
 from fasttrain.train import main as train_main
@@ -133,6 +133,107 @@ def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
     on_cuda = found(sound, device=CUDA, dtype="fp32")
     assert any("tensor cores idle" in line for line in on_cuda)
     assert any("multiples of 64" in line for line in on_cuda)
+
+
+# ---- N7: data that are not there, or of another vocabulary ---------------------------------------
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LLM_C = "llm.c's dev/data/fineweb.py"
+REMEDIES = {
+    "gpt2-124m": ("data/fineweb10B", "GPT-2's", f"{LLM_C} or modded-nanogpt's data/cached_finew"),
+    "llama-350m": ("data/fineweb-llama2", "Llama 2's", "--tokenizer PATH"),
+    "llama-1b": ("data/fineweb-llama3", "Llama 3's", f"{LLM_C} --model_desc llama-3"),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_N7_without_its_data_a_config_is_told_but_for_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fasttrain.memory.device_memory", lambda device: 2**37)
+    path, whose, where = REMEDIES[name]
+    command = [str(CONFIGS / f"{name}.toml"), "run.dtype=fp32"]
+    small = ["model.n_layers=1", "data.seq_len=64", "train.micro_batch=1"]  # for speed
+    assert main([*command, *small, "--no-probe"]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "FLOPs a token" in told["model"]
+    assert "× 1 row × " in told["step"]
+    assert told["run"].endswith("FLOPs")
+    assert {"parameters", "activations", "total"} <= told.keys()
+    assert "does not exist" in told["data"]
+    for line in (told["data"], refused(command, capsys)):
+        assert all(part in line for part in (path, whose, where))
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def refused(command: list[str], capsys: Any) -> str:
+    assert train_main(command) == 2
+    line: str = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_N7_what_cannot_be_told_without_data_is_an_error_or_left_open(
+    config_path: Path, capsys: Any
+) -> None:
+    nowhere = [str(config_path), "--no-probe", "data.path=nowhere"]
+    assert main(nowhere) == 2  # nor is there a vocabulary
+    assert "python -m fasttrain.prepare nowhere --input TEXT\n" in capsys.readouterr().err
+    epochs = ["train.steps=none", "train.epochs=2", "model.vocab_size=500"]
+    assert main([*nowhere, *epochs]) == 0
+    shown = capsys.readouterr().out
+    assert "2 epochs of data that are not there" in shown
+    assert "prepare nowhere --input TEXT --tokenizer bpe:500\n" in shown
+    assert main([str(config_path), "data.path=nowhere", "model.vocab_size=500", "--diagnose"]) == 2
+
+
+def test_N7_both_vocabularies_are_shown_where_they_differ(config_path: Path) -> None:
+    lines: list[str] = []
+    config = load_config(config_path, ["model.vocab_size=50304"])
+    assert preflight(config, probe=False, show=lines.append)
+    (data,) = (line for line in lines if line.startswith("data "))
+    assert "vocabulary 50,304 of the model, 257 of the data" in data
+    told = "50,047 of the 50,304 rows of the embedding are never used, as no token is above 256"
+    assert sum(told in line for line in lines) == 1
+
+
+def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "only 501 tokens to validate on: the loss of so few"
+    assert main([str(config_path), "--no-probe"]) == 0
+    assert told in capsys.readouterr().out
+    assert train_main([str(config_path), "train.steps=3"]) == 0
+    assert told in capsys.readouterr().out
+    enough = SimpleNamespace(n_tokens=5_000)
+    settled = load_config(config_path, ["model.vocab_size=320"])
+    assert list(warnings_of_data(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
+
+
+def test_N18_several_processes_where_there_is_one_are_told(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [str(config_path), "distributed.mode=fsdp", "train.steps=3"]
+    told = "warning: distributed.mode = fsdp has no effect in one process; start several: torchrun"
+    assert train_main(command) == 0
+    assert told in capsys.readouterr().out
+    told = told.replace("warning:", "warning     ")
+    assert main([*command, "--no-probe"]) == 0
+    assert told in capsys.readouterr().out
+    assert main([*command, "--no-probe", "--world-size", "2"]) == 0
+    assert "no effect" not in capsys.readouterr().out
+
+
+def test_N18_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(config_path: Path) -> None:
+    lines: list[str] = []
+    overrides = ["model.vocab_size=100000", "model.n_layers=1", "train.micro_batch=64"]
+    preflight(load_config(config_path, overrides), probe=False, show=lines.append)
+    assert "    gradients     none then" in lines
+    assert not any(" 0.0 MiB" in line for line in lines)
 
 
 # ---- the automatic micro-batch -------------------------------------------------------------------

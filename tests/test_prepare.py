@@ -18,6 +18,7 @@ from fasttrain.data import sources
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.sources import Source
+from fasttrain.data.splitting import Splitter
 from fasttrain.data.tokenizer import char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
@@ -119,7 +120,7 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(make_texts(6)):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
-    notes = run(tmp_path / "out", tmp_path / "texts", tokenizer="bpe:260")
+    notes = run(tmp_path / "out", tmp_path / "texts", tokenizer="bpe:260", val_fraction=0.005)
     assert any("No document fell into validation" in note for note in notes)
     assert len(documents(tmp_path / "out", "val")) == 1
     assert len(documents(tmp_path / "out", "train")) == 5
@@ -127,6 +128,68 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
     assert len(documents(tmp_path / "none", "train")) == 6
     with pytest.raises(DataError, match="no split 'val'"):
         open_dataset(tmp_path / "none", "val")
+
+
+@pytest.mark.parametrize("mean_bytes", [300, 27_000])
+def test_N6_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) -> None:
+    """As of 63 documents, 1.7 MB: a twentieth to a tenth, some 25,000 tokens, whole documents."""
+    sizes, texts, total = random.Random(0), [], 0
+    while total < 1_700_000:
+        lines = "a line of some text\n" * int(sizes.expovariate(20 / mean_bytes))
+        texts.append(f"{len(texts)}: {lines}")
+        total += len(texts[-1])
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    notes = run(tmp_path / "out", source, tokenizer="bytes")
+    assert not any("to validate on" in note for note in notes)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert len(train) + len(val) == len(texts) == len({*train, *val})
+    assert 100_000 <= sum(map(len, val)) <= 0.1 * total
+    assert len(val) > 2
+    run(tmp_path / "again", source, tokenizer="bytes")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_N6_of_few_large_documents_the_ends_are_held_out(tmp_path: Path) -> None:
+    large = ["".join(f"{name}, line {n}\n" for n in range(30_000)) for name in "abc"]
+    texts = [large[0], "small\n", *large[1:], "little\n"]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    run(tmp_path / "out", source, tokenizer="bytes")
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert len(val) == 3
+    assert [t + v for t, v in zip((train[0], *train[2:4]), val, strict=True)] == large
+    assert (train[1], train[4]) == ("small\n", "little\n")
+    assert 0.05 < sum(map(len, val)) / sum(map(len, texts)) <= 0.1
+
+
+def test_N6_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
+    """So is one that is smaller while it is compressed."""
+    block = "a line of a text that is long enough\n" * 130
+    source = write_jsonl(tmp_path / "in.jsonl", [f"{n}\n{block}" for n in range(4200)])
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(source.read_bytes(), 1))
+    for path in (source, tmp_path / "in.jsonl.gz"):
+        found = [
+            [
+                piece.where
+                for piece in Splitter(Source([path]), fraction).pieces()
+                if piece.split == "val"
+            ]
+            for fraction in (None, 0.005)
+        ]
+        assert found[0] == found[1]
+        assert 5 < len(found[0]) < 50
+
+
+def test_N6_few_tokens_to_validate_on_are_told(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(60))
+    for fraction, remedy in ((None, "add text"), (0.02, "--val-fraction 0.1 holds out more")):
+        notes = run(tmp_path / str(fraction), source, tokenizer="bytes", val_fraction=fraction)
+        (told,) = (note for note in notes if "to validate on" in note)
+        assert told.endswith(remedy)
+    val = documents(tmp_path / "None", "val")
+    assert len(val) >= 3
+    notes = run(tmp_path / "no", source, tokenizer="bytes", val_fraction=0)
+    assert not any("to validate on" in note for note in notes)
 
 
 def test_a_bpe_is_trained_on_the_training_split_only(
@@ -224,9 +287,9 @@ def test_parquet(tmp_path: Path) -> None:
         text_field="body",
     )
     assert documents(tmp_path / "out", "train") == texts[:600]
-    assert {note for note in notes if note.startswith("1 ")} == {
-        "1 records without a text in 'body' (left out)",
-        "1 empty documents (left out)",
+    assert {note for note in notes if note.endswith("(left out): 1")} == {
+        "records without a text in 'body' (left out): 1",
+        "empty documents (left out): 1",
     }
     with pytest.raises(DataError, match="no column 'text'; name one: --text-field body"):
         run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
@@ -265,7 +328,7 @@ def test_problems_are_counted_reported_and_recorded(tmp_path: Path) -> None:
         "lines that are not a JSON object (left out)": 2,
         "records without a text in 'text' (left out)": 2,
     }
-    assert {f"{count} {reason}" for reason, count in expected.items()} <= set(notes)
+    assert {f"{reason}: {count}" for reason, count in expected.items()} <= set(notes)
     meta = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert meta["source"]["problems"] == expected
     assert documents(tmp_path / "out", "train") == [

@@ -47,8 +47,8 @@ def attempt(out, kill_at=None, resume=True):
         setattr(os, name, counting(getattr(os, name)))
     status = 1
     try:
-        command.prepare(out, inputs, tokenizer="bpe:300", val_fraction=0.1, shard_tokens=2000,
-                        resume=resume, note=lambda line: None)
+        command.prepare(out, inputs, tokenizer="bpe:300", shard_tokens=2000, resume=resume,
+                        note=lambda line: None)
         status = 0
     finally:
         os._exit(status)
@@ -182,7 +182,7 @@ def test_what_was_asked_for_must_be_the_same(
     out, inputs = interrupted(tmp_path, monkeypatch)
     for changed, match in (
         ({"tokenizer": "chars"}, r"tokenizer = 'bytes', this one has 'chars'"),
-        ({"val_fraction": 0.1}, r"val_fraction = 0\.005, this one has 0\.1"),
+        ({"val_fraction": 0.1}, r"val_fraction = 'auto', this one has 0\.1"),
         ({"shard_tokens": 5}, "shard_tokens"),
     ):
         arguments = {"tokenizer": "bytes", "resume": True, **changed}

@@ -14,6 +14,7 @@ from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
 from fasttrain.resume import check_resumable, other_bits
+from fasttrain.run_folder import run_dir_of
 from fasttrain.train import main
 from tests.faults import flip_bit
 from tests.toy import write_config
@@ -203,8 +204,117 @@ def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys
     manifest.write_text("")
     capsys.readouterr()
     assert main([str(toy), "--resume", "auto"]) == 2
-    assert "none of its 1 checkpoints verifies" in capsys.readouterr().err
+    assert "its only checkpoint does not verify" in capsys.readouterr().err
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
+    wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
+    assert main(wsd) == 0
+    capsys.readouterr()
+    longer = [*wsd[:2], "train.steps=12", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*longer, "--stop-at-step", "7"]) == 75
+    shown = capsys.readouterr().out
+    assert "the learning rate of step 7 is 0.003, and was to be 0:" in shown
+    assert "--decay-from CHECKPOINT" in shown
+    assert "schedule.name=constant" in shown
+    assert train_rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
+    # Nothing is told where nothing jumps, nor where the rate itself was named.
+    small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
+    constant = ["schedule.name=constant", "optim.lr=1e-4", "--allow-change", "schedule.name"]
+    assert main([str(toy), *small, *constant, "--allow-change", "optim.lr"]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+
+
+# ---- N19: --resume auto in a job script ----------------------------------------------------------
+
+
+def killed_before_its_first_checkpoint(run_dir: Path) -> None:
+    """Leave what such a run leaves."""
+    (run_dir / "checkpoints/.tmp-step-00000004-77").mkdir(parents=True)
+    (run_dir / "config.toml").write_text("[train]\nsteps = 99\n")
+    rows = '{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "train", "step": 2, "loss": 8.0}\n'
+    (run_dir / "metrics.jsonl").write_text(rows)
+    (run_dir / "train.csv").write_text("step,loss\n1,9.0\n2,8.0\n")
+
+
+def test_N19_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_it(
+    toy: Path, capsys: Capture
+) -> None:
+    command = [str(toy), "run.name=a", "--resume", "auto"]
+    assert main([*command, "data.path=nowhere"]) == 2
+    assert not list((toy.parent / "runs").iterdir())  # a run that never began leaves nothing
+    assert main([*command, "--stop-at-step", "4"]) == 75
+    shown = capsys.readouterr().out
+    assert "nothing to resume, runs/a holds no checkpoint yet: starting a new run" in shown
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "nothing to resume" not in shown
+    assert "step-00000004 at step 4" in shown
+    assert [row["step"] for row in train_rows(toy.parent / "runs/a")] == list(range(1, 13))
+
+
+def train_rows(run_dir: Path) -> list[dict[str, object]]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
+    toy: Path, capsys: Capture
+) -> None:
+    run_dir = toy.parent / "runs/toy"
+    killed_before_its_first_checkpoint(run_dir)
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(toy), "--resume", "auto", "data.path=nowhere"]) == 2
+    assert [p for p in sorted(run_dir.rglob("*")) if p.name not in (".lock", "train.log")] == before
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert main([str(toy), "log.csv=true", "train.steps=3", "--resume", "auto"]) == 0
+    told = "nothing to resume, runs/toy holds no checkpoint yet: starting over in this folder"
+    assert told in capsys.readouterr().out
+    assert [row["step"] for row in train_rows(run_dir)] == [1, 2, 3]
+    table = (run_dir / "train.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in table] == ["step", "1", "2", "3"]
+    assert "steps = 3" in (run_dir / "config.toml").read_text()
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize("lost", ["manifests", "checkpoints", "folder"])
+def test_N19_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
+    toy: Path, capsys: Capture, lost: str
+) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    checkpoints = toy.parent / "runs/toy/checkpoints"
+    if lost == "manifests":
+        (checkpoints / "step-00000002/manifest.json").write_text("")
+    else:
+        shutil.rmtree(checkpoints / "step-00000002" if lost == "checkpoints" else checkpoints)
+    log = (toy.parent / "runs/toy/metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main([str(toy), "--resume", "auto"]) == 2
+    told = "its only checkpoint does not verify" if lost == "manifests" else "holds no checkpoint"
+    assert told in capsys.readouterr().err
+    assert (toy.parent / "runs/toy/metrics.jsonl").read_text() == log
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+def test_N19_of_several_folders_the_last_that_was_saved_is_meant(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = toy.parent / "runs"
+
+    def meant(name: str | None = None) -> str:
+        overrides = [] if name is None else [f"run.name={name}"]
+        return run_dir_of(load_config(toy, overrides), "toy", "auto").name
+
+    assert (meant(), meant("b")) == ("toy", "b")
+    for name in ("toy", "toy-2", "toy-3"):
+        killed_before_its_first_checkpoint(runs / name)
+    assert meant() == "toy-3"
+    (runs / "toy/checkpoints/step-00000004").mkdir()
+    assert meant() == "toy"
+    (runs / "toy-2/checkpoints/latest").write_text("step-00000004")
+    assert (meant(), meant("toy-3")) == ("toy-2", "toy-3")
 
 
 def test_the_summary_of_a_resumed_run_counts_its_own_steps(toy: Path, capsys: Capture) -> None:

@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_design_names_and_says_how_to_go_on(
     assert "python -m fasttrain.generate runs/toy" in out
     assert "bits per byte" in out
     assert err == ""
+    assert " CPU, 1 thread · " in out  # N18
     assert generate_main([str(run_dir), "--prompt", "alpha", "--greedy"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("alpha")
@@ -193,7 +194,6 @@ def refusal(train: Train) -> Callable[..., str]:
         (["data.path=empty"], ["empty"]),
         (["data.seq_len=100000"], ["data.seq_len", "100000"]),
         (["model.vocab_size=100"], ["model.vocab_size", "100"]),
-        (["--resume", "auto"], ["nothing to resume"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["run.device=cuda:97"], ["run.device", "cuda:97"]),
         (["run.out_dir=file"], ["run.out_dir"]),

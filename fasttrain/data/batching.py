@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain.config_keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
 from fasttrain.data.mixing import Interleave
@@ -106,7 +107,7 @@ class _Samples:
             self.dropped_tokens = tokens - 1 - seq_len - (self.n - 1) * stride
             self._begin, self._stride = begin, stride
             self._counts: Array | None = None
-        else:
+        elif batching in ("padded", "bucketed"):
             self._begins, sizes = _documents(dataset, begin, end)
             self._counts = np.minimum(sizes, seq_len + 1)
             self.n = len(sizes)
@@ -116,6 +117,8 @@ class _Samples:
                     f"data.batching = {batching!r}: no document of "
                     f"{dataset.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
                 )
+        else:
+            refuse("data.batching", batching, "is not implemented; add it to _Samples")
         self._buckets = (
             _Buckets(self._counts - 1, row_lengths(batching, seq_len))
             if batching == "bucketed" and self._counts is not None

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 
+from fasttrain.config_keys import counted
 from fasttrain.data.encoding import Batch, encoded
 from fasttrain.data.files import DataError
 from fasttrain.data.partial import Partial
@@ -108,7 +109,8 @@ def write_splits(
                 saved = time.monotonic()
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             n_documents = sum(writer.n_documents for writer in writers.values())
-            show(f"{n_tokens:,} tokens  {n_documents:,} documents", done_bytes)
+            done = f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}"
+            show(done, done_bytes)
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
     return {split: (writer, n_bytes[split]) for split, writer in writers.items()}

@@ -28,6 +28,7 @@ __all__ = [
     "DataError",
     "ShardWriter",
     "TokenDataset",
+    "absent",
     "inside",
     "open_dataset",
     "read_dataset_json",
@@ -42,6 +43,42 @@ _SPLIT_IN_NAME = {
     "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
     "val": re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:$|[^a-z])"),
 }
+# Vocabularies of other projects: tokens, whose they are, and what writes shards of FineWeb in them.
+_VOCABULARIES = (
+    (50257, "GPT-2", "llm.c's dev/data/fineweb.py or modded-nanogpt's data/cached_fineweb10B.py"),
+    (128256, "Llama 3", "llm.c's dev/data/fineweb.py --model_desc llama-3"),
+    (32000, "Llama 2", ""),
+)
+
+
+def absent(path: str | Path, vocab_size: int | None) -> str | None:
+    """Says that a dataset folder is not there and how to get it; None where it is.
+
+    Args:
+        path: The folder.
+        vocab_size: The model's vocabulary, if settled: the dataset must be in it.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return None
+    return (
+        f"data.path: {folder} does not exist; make it: {_how_to_make(folder, 'TEXT', vocab_size)}"
+    )
+
+
+def _how_to_make(folder: Path | str, text: Path | str, vocab_size: int | None) -> str:
+    """The command that makes a dataset of text, in the model's vocabulary where that is settled."""
+    command = f"python -m fasttrain.prepare {folder} --input {text}"
+    if vocab_size is None:
+        return command
+    for size, whose, scripts in _VOCABULARIES:
+        if size <= vocab_size < size + 64:  # or rounded up to a multiple of 64
+            also = f", or take the shards of FineWeb that {scripts} writes" if scripts else ""
+            return (
+                f"{command} --tokenizer PATH, with {whose}'s tokenizer.json as PATH (it has the "
+                f"vocabulary of model.vocab_size = {vocab_size}){also}"
+            )
+    return f"{command} --tokenizer {f'bpe:{vocab_size}' if vocab_size > 256 else 'chars'}"
 
 
 def open_dataset(
@@ -83,15 +120,12 @@ def open_dataset(
         if folder.exists():
             raise DataError(
                 f"data.path: {folder} is a file, not a dataset folder; if it is text, make one of "
-                f"it: python -m fasttrain.prepare NEW_FOLDER --input {folder}"
+                f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
-        raise DataError(
-            f"data.path: {folder} does not exist; make it with: python -m fasttrain.prepare "
-            f"{folder} --input TEXT"
-        )
+        raise DataError(absent(folder, vocab_size))
     scans_folder = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
-        paths = _imported_files(folder, split)
+        paths = _imported_files(folder, split, vocab_size)
         shards = [Shard(file, dtype=dtype) for file in paths]
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
@@ -159,13 +193,13 @@ def _not_empty(dataset: TokenDataset, folder: Path, split: str) -> TokenDataset:
     return dataset
 
 
-def _imported_files(folder: Path, split: Split) -> list[Path]:
+def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
     """The `.bin` files whose names say that they are of the split, in order of name."""
     files = sorted(folder.glob("*.bin"))
     if not files:
         raise DataError(
             f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; if it holds "
-            f"text, make a dataset of it: python -m fasttrain.prepare NEW_FOLDER --input {folder}"
+            f"text, make a dataset of it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
         )
     other = _SPLIT_IN_NAME["val" if split == "train" else "train"]
     both = [f.name for f in files if all(p.search(f.stem.lower()) for p in _SPLIT_IN_NAME.values())]

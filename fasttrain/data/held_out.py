@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fasttrain.config_keys import refuse
 from fasttrain.data.batch import IGNORE, Batch, to_batch
 from fasttrain.data.batching import document_rows, document_starts, row_lengths
 from fasttrain.data.dataset import TokenDataset
@@ -63,12 +64,14 @@ def evaluation_batches(
         if batching == "bucketed":
             by_length = np.argsort(counts, kind="stable")
             starts, counts = starts[by_length], counts[by_length]
-    else:
+    elif batching in ("packed", "sliding"):
         n_seen = seq_len - (stride_tokens or seq_len)
         end = dataset.n_tokens - 1
         starts = np.arange(0, max(end - n_seen, min(end, 1)), seq_len - n_seen)
         counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
         ends = dataset.document_ends if separate_documents else None
+    else:
+        refuse("data.batching", batching, "is not implemented; add it to evaluation_batches")
     if not len(starts):
         raise DataError(
             f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "

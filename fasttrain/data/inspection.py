@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from fasttrain.config_keys import counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
 from fasttrain.data.format import DATASET_JSON, open_dataset, read_dataset_json
@@ -58,8 +59,8 @@ def inspect(folder: Path) -> Iterator[str]:
     for name, dataset in datasets.items():
         listed = meta["splits"][name]
         yield (
-            f"{name}: {dataset.n_tokens:,} tokens in {len(dataset.shards)} shards, "
-            f"{listed['documents']:,} documents, {listed['bytes']:,} bytes, "
+            f"{name}: {dataset.n_tokens:,} tokens in {counted(len(dataset.shards), 'shard')}, "
+            f"{counted(listed['documents'], 'document')}, {listed['bytes']:,} bytes, "
             f"{listed['bytes'] / dataset.n_tokens:.2f} bytes a token"
         )
         counts = _counts(dataset, meta["vocab_size"])

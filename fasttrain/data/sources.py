@@ -90,7 +90,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file())
             readable = [file for file in inside if _endings(file)[0] in KNOWN]
-            passed_over += [file for file in inside if file not in set(readable)]
+            passed_over += [file for file in inside if _endings(file)[0] not in KNOWN]
             if not readable:
                 raise DataError(
                     f"--input {name}: no file in it ends in {', '.join(KNOWN)} (or one of "
