@@ -6,13 +6,15 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from fasttrain.config import UserError
 from fasttrain.redact import redact
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "redacted", "tell"
+    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "prog", "redacted",
+    "tell",
 ]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -53,6 +55,12 @@ def _nobody_reads(file: int) -> bool:
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def prog(name: str) -> str:
+    """Return how a command is called, for its usage: through the script, or as a module."""
+    by_script = Path(sys.argv[0]).stem == "fasttrain"
+    return f"fasttrain {name}" if by_script else f"python -m fasttrain.{name}"
 
 
 def tell(text: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, command
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, command, prog
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.plan import plan_run, warnings_of
 
@@ -231,10 +231,10 @@ def _rate(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.preflight",
+        prog=prog("preflight"),
         description="Tell what a run takes before it takes it, and what will hurt it.",
     )
-    parser.add_argument("config", type=Path, nargs="?", help="TOML file, such as configs/base.toml")
+    parser.add_argument("config", type=Path, nargs="?", help="as fasttrain.train takes it")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
     )

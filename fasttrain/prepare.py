@@ -25,7 +25,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import command
+from fasttrain.command import command, prog
 from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
@@ -306,7 +306,7 @@ class _Bar:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.prepare",
+        prog=prog("prepare"),
         description="Make a dataset folder of token shards from text, or look into one.",
     )
     add = parser.add_argument
@@ -373,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=True,
         )
         path = shlex.quote(str(options.out))
-        print(f"Train on it: python -m fasttrain.train configs/base.toml data.path={path}")
+        print(f"Train on it: python -m fasttrain.train base data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttrain.command import command
+from fasttrain.command import command, prog
 from fasttrain.config import TrainConfig, UserError, config_difference, load_config
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
@@ -345,7 +345,7 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; return 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.report", description="Curves of one or several runs."
+        prog=prog("report"), description="Curves of one or several runs."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
