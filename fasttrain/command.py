@@ -1,6 +1,7 @@
 """What all commands share: exit statuses, and errors that tell no secrets."""
 
 import functools
+import importlib.util
 import os
 import select
 import sys
@@ -13,8 +14,8 @@ from fasttrain.config import UserError
 from fasttrain.redact import redact
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "command", "prog", "redacted",
-    "tell",
+    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "check_system", "command", "prog",
+    "redacted", "tell",
 ]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -55,6 +56,15 @@ def _nobody_reads(file: int) -> bool:
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def check_system() -> None:
+    """Refuse Windows, which lacks the file locks, reads and signals that runs and datasets need."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError(
+            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer, train_loop and "
+            "fasttrain_kernels work here too"
+        )
 
 
 def prog(name: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, command, prog
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, check_system, command, prog
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.plan import plan_run, warnings_of
 
@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         parser.error("give a config file, or --kernels")
     config = load_config(arguments.config, arguments.overrides)
+    check_system()
     if arguments.diagnose:
         return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
     n_ranks, gbps = arguments.world_size, arguments.bandwidth_gbps

@@ -25,7 +25,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import command, prog
+from fasttrain.command import check_system, command, prog
 from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
@@ -351,6 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    check_system()
     try:
         if options.inspect is not None:
             if options.out is not None or options.input:

@@ -114,8 +114,7 @@ def _extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"the report needs {name.split('.')[0]}; install it with pip install "
-            "'fasttrain[report]'"
+            f"the report needs {name.split('.')[0]}; pip install plotly matplotlib"
         ) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, command, prog, redacted
+from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog, redacted
 from fasttrain.config import UserError, help_text, load_config, shipped_configs
 
 __all__ = ["main"]
@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
         config = load_config(path, arguments.overrides)
+        check_system()
         if arguments.dry_run:
             from fasttrain.preflight import preflight
 
