@@ -153,3 +153,10 @@ def test_readme_names_every_required_package():
     for requirement in PROJECT["dependencies"]:
         name = re.match(r"[\w-]+", requirement)[0]
         assert re.search(rf"\b{name}\b", readme), f"the README says why {name} is needed"
+
+
+def test_N18_no_message_tells_to_install_what_is_on_no_index():
+    sources = {path: path.read_text("utf-8") for path in (ROOT / "fasttrain").rglob("*.py")}
+    assert any("pip install" in text for text in sources.values())
+    for path, text in sources.items():
+        assert not re.search(r"fasttrain\[|pip install '?\"?fasttrain", text), path
