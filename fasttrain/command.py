@@ -62,7 +62,7 @@ def check_system() -> None:
     """Refuse Windows, which lacks the file locks, reads and signals that runs and datasets need."""
     if importlib.util.find_spec("fcntl") is None:
         raise UserError(
-            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer, train_loop and "
+            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer and "
             "fasttrain_kernels work here too"
         )
 
