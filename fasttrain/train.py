@@ -5,6 +5,7 @@ Only the config is loaded before it is known to be good; torch comes after.
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; config keys have no dashes: optim.lr=1e-3")
     given: str | None = arguments.config
-    if given is not None and "=" in given and not Path(given).exists():
+    if given is not None and re.match(r"[\w.]+ *=", given) and not Path(given).exists():
         arguments.overrides.insert(0, given)  # the first of several, and no config
         given = None
     if given is None and arguments.resume in (None, "auto"):
