@@ -1,7 +1,10 @@
-"""``python -m fasttrain``: which commands there are."""
+"""The command ``fasttrain``, also ``python -m fasttrain``: `fasttrain.NAME` is its command NAME."""
 
-import importlib.util
+import difflib
+import importlib
 import sys
+
+from fasttrain import __version__
 
 COMMANDS = {
     "train": "train a model as a TOML config says; --resume, --verify-resume",
@@ -14,16 +17,31 @@ COMMANDS = {
 }
 
 
+def _usage() -> str:
+    lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
+    usage = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
+    return "\n".join([usage, "", *lines, "", "fasttrain COMMAND --help says more; --version"])
+
+
 def main() -> int:
-    """Print the usage; return 0, or 2 where a command was given that must follow a dot."""
-    given = sys.argv[1] if len(sys.argv) > 1 else ""
-    print("usage: python -m fasttrain.COMMAND --help\n")
-    for name, meaning in COMMANDS.items():
-        if importlib.util.find_spec(f"fasttrain.{name}"):
-            print(f"  python -m fasttrain.{name:<12} {meaning}")
-    if given in COMMANDS:
-        print(f"\nwrite it with a dot: python -m fasttrain.{given} …", file=sys.stderr)
-    return 0 if given in ("", "-h", "--help") else 2
+    """Run the command that is named first; its exit status, or 2 where there is none such."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"fasttrain {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"fasttrain.{name}")
+    status: int = module.main(arguments)
+    if hasattr(module, "leave"):  # a rank that failed does not wait for the others
+        module.leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError, verify
 from fasttrain.checkpoint_ranks import put, read_slices
 from fasttrain.checkpoint_writer import CheckpointWriter
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, tell
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog, tell
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "main", "resolve", "verify"]
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """List and verify; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m fasttrain.checkpoint RUN_OR_CHECKPOINT_FOLDER")
+        print(f"usage: {prog('checkpoint')} RUN_OR_CHECKPOINT_FOLDER")
         return EXIT_DONE if list(arguments) in (["-h"], ["--help"]) else EXIT_BAD_INPUT
     shown = damaged = 0
     for path in disk.candidates(Path(arguments[0])):

@@ -9,7 +9,6 @@ moved, straight from and into the tensors' memory; the tests compare with the li
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -37,6 +36,11 @@ PAGE = 4096  # what direct writes are aligned to, in memory and in the file
 JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+# Windows lacks some of these flags, and opens files as text without its own.
+_READING, _CREATING = (
+    sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY", *names))
+    for names in (("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK"), ("O_WRONLY", "O_CREAT", "O_EXCL"))
+)
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -181,8 +185,7 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
     """Reads a file once, checking it against its entry; returns its bytes if `keep`."""
     try:
         # A link could lead out of the folder, and opening a pipe would block.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb", buffering=0) as file:
+        with open(os.open(path, _READING), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
@@ -263,7 +266,7 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     # The GIL is left for all of it; a priority that was lowered is inherited.
     hashing = threading.Thread(target=digest.update, args=(view,), name="checkpoint hash")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, _CREATING, 0o666)
     try:
         if len(view) < _CHUNK:
             digest.update(view)
@@ -293,10 +296,12 @@ def _past_the_cache(descriptor: int, *, on: bool) -> bool:
     the pages; and the data set keeps its place in the cache. Returns whether the file system can.
     """
     try:
+        import fcntl
+
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         flags = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-    except (OSError, AttributeError):  # other systems have no O_DIRECT
+    except (OSError, AttributeError, ImportError):  # other systems have no O_DIRECT, or no fcntl
         return False
     return True
 
@@ -313,6 +318,8 @@ def _write(descriptor: int, view: memoryview) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folder
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import select
@@ -9,14 +10,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from fasttrain.config import UserError
 from fasttrain.redact import redact
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED",
-    "command", "record", "redacted", "tell",
+    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "check_system", "command", "prog",
+    "record", "redacted", "tell",
 ]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -76,6 +78,21 @@ def record(line: str) -> bool:
         os.replace(f"{file}.part", file)
         return True
     return False
+
+
+def check_system() -> None:
+    """Refuse Windows, which lacks the file locks, reads and signals that runs and datasets need."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError(
+            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer and "
+            "fasttrain_kernels work here too"
+        )
+
+
+def prog(name: str) -> str:
+    """Return how a command is called, for its usage: through the script, or as a module."""
+    by_script = Path(sys.argv[0]).stem == "fasttrain"
+    return f"fasttrain {name}" if by_script else f"python -m fasttrain.{name}"
 
 
 def tell(text: str) -> None:

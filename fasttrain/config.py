@@ -52,6 +52,7 @@ __all__ = [
     "config_to_toml",
     "help_text",
     "load_config",
+    "shipped_configs",
 ]
 
 SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
@@ -79,7 +80,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config file and apply overrides.
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or the name of a config that comes with the package, such as ``base``.
         overrides: ``section.key=value`` each, the value in TOML syntax; a bare word is a string,
             and ``none`` unsets an optional key. The last one wins.
 
@@ -87,6 +88,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file cannot be read, or something in it or in the overrides is refused.
     """
     path = Path(path)
+    if str(path) == path.name and not path.is_file():
+        path = shipped_configs().get(path.name.removesuffix(".toml"), path)
     values = _without_retired(_read(path))
     try:
         _check_names(values)
@@ -97,6 +100,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         section, _, k = name.partition(".")
         values.setdefault(section, {})[k] = value
     return config_from_dict(values)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the package, by name."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +124,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        folder = path.parent
-        names = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1) or names[:1]
-        hint = f"did you mean {folder / near[0]}?" if near else "give the path of a TOML file"
-        raise ConfigError(f"{path}: there is no such config file; {hint}") from None
+        shipped = shipped_configs()
+        beside = {p.stem: p for p in path.parent.glob("*.toml") if p.name != "pyproject.toml"}
+        there = {name: name for name in shipped} | beside
+        near = difflib.get_close_matches(path.stem, there, n=1)
+        hint = f"did you mean {there[near[0]]}?" if near else "give the path of a TOML file."
+        raise ConfigError(
+            f"{path}: there is no such config file; {hint} By name there are {', '.join(shipped)}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError as error:

@@ -51,8 +51,8 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
             )
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "run.fp8 = true needs torchao, which is not installed; pip install 'fasttrain[fp8]', "
-            "or unset run.fp8"
+            "run.fp8 = true needs torchao, which is not installed; pip install torchao, or "
+            "unset run.fp8"
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

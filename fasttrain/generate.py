@@ -18,7 +18,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fasttrain.command import command
+from fasttrain.command import command, prog
 from fasttrain.config import UserError, config_from_dict
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.device import resolve_device
@@ -207,7 +207,7 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.generate", description="Generate text with a trained model."
+        prog=prog("generate"), description="Generate text with a trained model."
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
     parser.add_argument(

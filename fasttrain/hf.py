@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
-from fasttrain.command import command
+from fasttrain.command import command, prog
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
@@ -232,7 +232,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fasttrain.hf", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog("hf"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run → a folder for transformers")
     out.add_argument("run", type=Path)

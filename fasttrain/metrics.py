@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -242,5 +241,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, command
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, check_system, command, prog
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.config_keys import counted
 from fasttrain.plan import plan_run, warnings_of, warnings_of_data
@@ -257,10 +257,10 @@ def _rate(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.preflight",
+        prog=prog("preflight"),
         description="Tell what a run takes before it takes it, and what will hurt it.",
     )
-    parser.add_argument("config", type=Path, nargs="?", help="TOML file, such as configs/base.toml")
+    parser.add_argument("config", type=Path, nargs="?", help="as fasttrain.train takes it")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
     )
@@ -301,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         parser.error("give a config file, or --kernels")
     config = load_config(arguments.config, arguments.overrides)
+    check_system()
     if arguments.diagnose:
         return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
     n_ranks, gbps = arguments.world_size, arguments.bandwidth_gbps

@@ -26,7 +26,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import command
+from fasttrain.command import check_system, command, prog
 from fasttrain.config_keys import counted
 from fasttrain.data.building import BATCH_CHARS, write_splits
 from fasttrain.data.files import DataError, sha256_of, write_atomically
@@ -323,7 +323,7 @@ class _Bar:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.prepare",
+        prog=prog("prepare"),
         description="Make a dataset folder of token shards from text, or look into one.",
     )
     add = parser.add_argument
@@ -369,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    check_system()
     try:
         if options.inspect is not None:
             if options.out is not None or options.input:
@@ -391,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=True,
         )
         path = shlex.quote(str(options.out))
-        print(f"Train on it: python -m fasttrain.train configs/base.toml data.path={path}")
+        print(f"Train on it: python -m fasttrain.train base data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttrain.command import command
+from fasttrain.command import command, prog
 from fasttrain.config import TrainConfig, UserError, config_difference, load_config
 from fasttrain.config_keys import counted
 
@@ -115,8 +115,7 @@ def _extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"the report needs {name.split('.')[0]}; install it with pip install "
-            "'fasttrain[report]'"
+            f"the report needs {name.split('.')[0]}; pip install plotly matplotlib"
         ) from error
 
 
@@ -346,7 +345,7 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; return 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.report", description="Curves of one or several runs."
+        prog=prog("report"), description="Curves of one or several runs."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(

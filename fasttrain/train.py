@@ -5,6 +5,7 @@ Only the config is loaded before it is known to be good; torch comes after.
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, command, redacted
-from fasttrain.config import UserError, help_text, load_config
+from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog, redacted
+from fasttrain.config import UserError, help_text, load_config, shipped_configs
 
 __all__ = ["main"]
 
@@ -22,12 +23,16 @@ EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fasttrain.train",
+        prog=prog("train"),
         description="Train a language model as a TOML config says.",
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, nargs="?", help="TOML file, such as configs/base.toml")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        help=f"TOML file, or one that comes with fasttrain: {', '.join(shipped_configs())}",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
     )
@@ -35,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="auto|PATH",
         help="continue a run: the newest sound checkpoint of this config's run, or a new run where "
-        "it has none yet (auto); or of a run or checkpoint folder",
+        "it has none yet (auto); or of a run or checkpoint folder, whose own config is taken where "
+        "none is given",
     )
     parser.add_argument(
         "--decay-from",
@@ -71,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _held_by(resumed: Path) -> tuple[Path, str]:
+    """Return the config that a run or checkpoint folder holds, and the name of the run."""
+    for run_dir in (resumed, resumed.parent, resumed.parent.parent):
+        if (run_dir / "checkpoints").is_dir():
+            held = (folder / "config.toml" for folder in (resumed, run_dir))
+            return next(filter(Path.is_file, held), run_dir / "config.toml"), run_dir.resolve().name
+    raise UserError(f"--resume {resumed}: not a run or checkpoint folder; name one of those")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
@@ -82,8 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; config keys have no dashes: optim.lr=1e-3")
-    if arguments.config is None:
-        parser.error("name a config, such as configs/base.toml")
+    given: str | None = arguments.config
+    if given is not None and re.match(r"[\w.]+ *=", given) and not Path(given).exists():
+        arguments.overrides.insert(0, given)  # the first of several, and no config
+        given = None
+    if given is None and arguments.resume in (None, "auto"):
+        parser.error("name a config, such as base or configs/base.toml")
 
     def interrupted(number: int) -> int:
         resuming = arguments.resume is not None and arguments.verify_resume is None
@@ -92,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED if resuming else EXIT_BY_SIGNAL + number
 
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
+        config = load_config(path, arguments.overrides)
+        check_system()
         if arguments.dry_run:
             from fasttrain.preflight import preflight
 
@@ -100,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verify_resume is not None:
             from fasttrain.verify_resume import verify_resume
 
-            return verify_resume(
-                config, arguments.config, arguments.overrides, arguments.verify_resume
-            )
+            return verify_resume(config, path, arguments.overrides, arguments.verify_resume)
         # An import written in C may swallow an exception and leave half a module behind.
         previous = signal.signal(signal.SIGINT, lambda number, _: os._exit(interrupted(number)))
         from fasttrain.session import run
@@ -110,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, previous)
         return run(
             config,
-            name=arguments.config.stem,
+            name=name or path.stem,
             resume=arguments.resume,
             stop_at_step=arguments.stop_at_step,
             allow_change=arguments.allow_change,

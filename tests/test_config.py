@@ -27,6 +27,7 @@ from fasttrain.config import (
     config_to_toml,
     help_text,
     load_config,
+    shipped_configs,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +222,39 @@ def test_unreadable_files(tmp_path, config_file):
     (tmp_path / "latin.toml").write_bytes("# größe\n[train]\nsteps = 1".encode("latin-1"))
     with pytest.raises(ConfigError, match="is not UTF-8 at byte 4; save it as UTF-8"):
         load_config(tmp_path / "latin.toml")
+
+
+def test_N10_a_config_that_comes_along_is_found_by_its_name(tmp_path, monkeypatch):
+    paths = {path.stem: path for path in (ROOT / "configs").glob("*.toml")}
+    assert shipped_configs() == paths
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()  # of the user's, and no config
+    for name, path in paths.items():
+        assert load_config(name) == load_config(f"{name}.toml") == load_config(path)
+    (tmp_path / "base.toml").write_text("[train]\nsteps = 3\n")
+    assert load_config("base.toml").train.steps == 3, "a file that exists wins"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("bsae", "did you mean base?"),
+        ("bsae.toml", "did you mean base?"),
+        ("configs/base.toml", "did you mean base?"),  # as in a checkout
+        ("smal.toml", "did you mean small.toml?"),
+        ("pyprojekt.toml", "give the path of a TOML file."),
+    ],
+)
+def test_N18_an_unknown_config_lists_those_there_are(
+    name, hint, tmp_path, config_file, monkeypatch
+):
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    names = ", ".join(shipped_configs())
+    expected = f"{name}: there is no such config file; {hint} By name there are {names}"
+    assert str(caught.value) == expected
 
 
 def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):

@@ -5,61 +5,101 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import fasttrain_kernels
 import pytest
 
+import fasttrain
+
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"fasttrain": ROOT / "fasttrain", "fasttrain_kernels": ROOT / "kernels/fasttrain_kernels"}
+FOLDERS = {
+    "fasttrain": "fasttrain/",
+    "fasttrain/configs": "configs/",
+    "fasttrain_kernels": "kernels/fasttrain_kernels/",
+}
 FIRST_LINE = "pip install -e . -c constraints.txt && python -m fasttrain.train configs/base.toml"
 SECOND_LINE = 'pip install -e ".[test]" -c constraints.txt && pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-# One worker builds the wheel for all tests of this file.
+# One worker builds them for all tests of this file.
 pytestmark = pytest.mark.xdist_group("packaging")
 
 
+def project_files() -> set[str]:
+    """What the project is made of: by git, or by the list in an unpacked sdist."""
+    if (ROOT / ".git").exists():
+        command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+        return set(subprocess.check_output(command, cwd=ROOT, text=True).split("\0")) - {""}
+    listed = set((ROOT / "fasttrain.egg-info/SOURCES.txt").read_text("utf-8").splitlines())
+    return {name for name in listed if ".egg-info/" not in name}
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel offline from a copy, so that no build folder is left or taken up."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist from a copy, so that no build folder is left or taken up."""
     temp = tmp_path_factory.mktemp("packaging")
-    source = temp / "source"
-    skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for name in ("fasttrain", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=skip)
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
+    for name in project_files():
+        (temp / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, temp / "source" / name)
+    build = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    command = [sys.executable, "-c", build]
+    done = subprocess.run(command, cwd=temp / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (packed,) = temp.glob("*.tar.gz")
+    return packed
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Build the wheel offline, from the sdist."""
     # Without isolation pip downloads nothing: torch itself requires a setuptools that suffices.
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    command += ["--no-index", "--quiet", "--wheel-dir", str(temp), str(source)]
+    command += ["--no-index", "--quiet", "--wheel-dir", str(sdist.parent), str(sdist)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (built,) = temp.glob("*.whl")
+    (built,) = sdist.parent.glob("*.whl")
     return built
+
+
+def test_N10_sdist_holds_all_files_of_the_project(sdist):
+    with tarfile.open(sdist) as archive:
+        held = {file.name.partition("/")[2] for file in archive if file.isfile()}
+    made = {name for name in held if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert held == project_files() | made
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
-        f"{package}/{path.relative_to(folder).as_posix()}"
+        f"{package}/{name.removeprefix(folder)}"
         for package, folder in FOLDERS.items()
-        for path in folder.rglob("*")
-        if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed"
+        for name in project_files()
+        if name.startswith(folder)
     }
     assert held == expected
     assert {"fasttrain/py.typed", "fasttrain_kernels/py.typed"} <= held
+    assert "fasttrain/configs/base.toml" in held
     assert not any("test" in name for name in held)
 
 
 def test_wheel_declares_what_it_needs(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        metadata = Parser().parsestr(archive.read(name).decode())
-    assert (metadata["Name"], metadata["Version"]) == ("fasttrain", PROJECT["version"])
+        folder = f"fasttrain-{fasttrain.__version__}.dist-info"
+        metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
+        scripts = archive.read(f"{folder}/entry_points.txt").decode()
+        licence = archive.read(f"{folder}/licenses/LICENSE").decode()
+    assert (metadata["Name"], metadata["Version"]) == ("fasttrain", fasttrain.__version__)
+    assert fasttrain_kernels.__version__ == fasttrain.__version__
+    assert scripts.split() == ["[console_scripts]", "fasttrain", "=", "fasttrain.__main__:main"]
+    assert metadata["License-Expression"] == "MIT"
+    assert licence == (ROOT / "LICENSE").read_text("utf-8")
+    assert "the fasttrain authors" in licence
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra")) >= {
         "hf", "peers", "report", "tensorboard", "test", "wandb",
@@ -84,11 +124,15 @@ def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     found = python("-c", "import fasttrain, sys; print(fasttrain.__file__, fasttrain.__version__)")
-    expected = f"{tmp_path / 'site/fasttrain/__init__.py'} {PROJECT['version']}"
+    expected = f"{tmp_path / 'site/fasttrain/__init__.py'} {fasttrain.__version__}"
     assert found.stdout.strip() == expected, found.stderr
     shown = python("-m", "fasttrain.train", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "tokens_per_step" in shown.stdout
+    assert python("-m", "fasttrain", "--version").stdout == f"fasttrain {fasttrain.__version__}\n"
+    named = python("-c", "import fasttrain; print(fasttrain.load_config('base').model.dim)")
+    assert named.returncode == 0, named.stderr
+    assert named.stdout.strip() == str(fasttrain.load_config(ROOT / "configs/base.toml").model.dim)
     refused = python("-m", "fasttrain.train", "bad.toml")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "model.dmi is not a config key; did you mean model.dim?" in refused.stderr
@@ -117,3 +161,10 @@ def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
     for requirement in PROJECT["dependencies"]:
         name, bound = re.match(r"([\w-]+)>=([\d.]+)(?:;|$)", requirement).groups()
         assert [*map(int, pinned[name].split("."))] >= [*map(int, bound.split("."))], name
+
+
+def test_N18_no_message_tells_to_install_what_is_on_no_index():
+    sources = {path: path.read_text("utf-8") for path in (ROOT / "fasttrain").rglob("*.py")}
+    assert any("pip install" in text for text in sources.values())
+    for path, text in sources.items():
+        assert not re.search(r"fasttrain\[|pip install '?\"?fasttrain", text), path

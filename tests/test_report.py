@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_N18_a_package_that_is_missing_is_named_as_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    assert main([str(run)]) == 2
+    error = "error: the report needs plotly; pip install plotly matplotlib\n"
+    assert capsys.readouterr().err == error
+    assert not (run / "report.html").exists()
 
 
 def test_nothing_logged_yet_is_said(tmp_path: Path) -> None:

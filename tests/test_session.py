@@ -21,7 +21,7 @@ from fasttrain.optim import build_optimizers
 from fasttrain.run_folder import check_disk, lock_run_dir
 from fasttrain.train import main
 from tests.faults import Faults
-from tests.toy import ENV, ROOT, start, write_config
+from tests.toy import ENV, ROOT, write_config
 from tests.toy_trainer import rows
 
 Capture = pytest.CaptureFixture[str]
@@ -218,13 +218,3 @@ def test_any_other_error_shows_where_and_closes_all_that_is_open(
     assert len(os.listdir("/proc/self/fd")) <= n_files
     with contextlib.closing(lock_run_dir(toy.parent / "runs/toy", new=False)):
         pass
-
-
-def test_the_package_itself_lists_its_commands(tmp_path: Path) -> None:
-    out, err = start("fasttrain", cwd=tmp_path).communicate(timeout=300)
-    for command in ("train", "prepare", "generate", "checkpoint"):
-        assert f"python -m fasttrain.{command} " in out
-    assert err == ""
-    process = start("fasttrain", "train", "configs/base.toml", cwd=tmp_path)
-    assert "python -m fasttrain.train" in process.communicate(timeout=300)[1]
-    assert process.returncode == 2

@@ -246,6 +246,24 @@ def test_resuming_finds_the_run_from_any_of_its_folders(toy: Path, train: Train)
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["a"]
 
 
+def test_N18_a_run_is_resumed_with_the_config_that_it_holds(
+    toy: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(toy, "run.name=whole")
+    train(toy, "--stop-at-step", "4", check=75)
+    toy.rename(toy.parent / "elsewhere.toml")
+    assert main(["--resume", "runs/toy", "--stop-at-step", "6"]) == 75
+    assert main(["log.every_steps=2", "--resume", "runs/toy/checkpoints/step-00000006"]) == 0
+    assert [p.name for p in sorted((toy.parent / "runs").iterdir())] == ["toy", "whole"]
+    assert [step for step, _ in losses(toy.parent / "runs/toy")][-2:] == [10, 12]
+    whole, parts = (
+        toy.parent / f"runs/{name}/checkpoints/step-00000012" for name in ("whole", "toy")
+    )
+    assert hashes(whole) == hashes(parts)
+    assert main(["--resume", "nowhere"]) == 2
+    assert "error: --resume nowhere: not a run or checkpoint folder" in capsys.readouterr().err
+
+
 def test_an_interruption_before_the_first_step_leaves_nothing(
     toy: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
@@ -288,6 +306,8 @@ def test_a_command_line_of_another_kind_is_told_how_it_is_written(
 ) -> None:
     for arguments, remedy in (
         ([], "name a config, such as"),
+        (["--resume", "auto"], "name a config, such as"),
+        (["train.steps=3"], "name a config, such as"),
         ([str(toy), "--optim.lr=1"], "unknown: --optim.lr=1; config keys have no dashes"),
     ):
         with pytest.raises(SystemExit):

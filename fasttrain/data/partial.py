@@ -12,7 +12,6 @@ read again from its beginning, which takes little, and not encoded up to there.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -63,6 +62,8 @@ class Partial:
                 f"{out}: exists already and is not empty; name a new folder or remove it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        import fcntl  # Windows has none
+
         self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

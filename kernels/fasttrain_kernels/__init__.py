@@ -39,3 +39,5 @@ __all__ = [
     "symmetric_matmul_reference",
     "triton_on_cpu",
 ]
+
+__version__ = "0.1.0"  # as fasttrain's: a test compares them

@@ -5,10 +5,8 @@ out; bound by memory. Before it a launch of one program a thousand tensors advan
 and turns the groups' hyper-parameters into nine numbers a tensor. Rounding: once, at the store.
 """
 
-import triton
-import triton.language as tl
-
 from ._multi_tensor import load_pointer
+from ._triton import tl, triton
 
 __all__ = ["adamw_kernel", "advance_kernel"]
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ._adamw_kernels import adamw_kernel, advance_kernel
@@ -19,6 +18,7 @@ from ._multi_tensor import (
     triton_dtype,
     upload,
 )
+from ._triton import triton
 from .grad_norm import local_tensor
 
 __all__ = ["TritonClass", "TritonUpdate"]

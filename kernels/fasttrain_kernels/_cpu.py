@@ -26,11 +26,15 @@ _FLAGS = ("-O3", "-mavx2", "-mfma", "-fno-math-errno", "-fopenmp", "-shared", "-
 
 @cache
 def is_supported() -> bool:
-    """Return whether this machine has AVX2, nothing wider, and g++.
+    """Return whether this machine has AVX2, nothing wider, and g++; and is not Windows.
 
     With wider vectors torch's own operations have not been beaten (not measured).
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and shutil.which("g++") is not None
+    return (
+        hasattr(os, "getuid")
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and shutil.which("g++") is not None
+    )
 
 
 @cache

@@ -12,8 +12,7 @@ after it, which are handled by one narrow access. This is what keeps V=50257 as 
 All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row offsets are int64.
 """
 
-import triton
-import triton.language as tl
+from ._triton import tl, triton
 
 __all__ = ["cross_entropy_kernel"]
 

@@ -1,11 +1,11 @@
 """How the cross-entropy kernel is launched: passes, block and warps for a row width and dtype."""
 
-import triton
 from torch import Tensor
 
 from ._cross_entropy_cpu import LossTerms
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._scale import has_packed_fp32, on_device, warp_size
+from ._triton import triton
 
 __all__ = ["launch_cross_entropy"]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ._torch import is_being_transformed, is_dispatch_observed
+from ._triton import HAS_TRITON
 
 __all__ = ["has_memory", "is_traced", "once", "triton_on_cpu", "use_triton"]
 
@@ -36,12 +37,21 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """Return whether an op on ``tensor`` runs its Triton kernels."""
-    if tensor.device.type == "cuda":
-        return True
-    return tensor.device.type == "cpu" and (
-        _forced_depth > 0 or os.environ.get("TRITON_INTERPRET") == "1"
+    """Return whether an op on ``tensor`` runs its Triton kernels.
+
+    Raises:
+        RuntimeError: it would, and Triton is not installed.
+    """
+    kind = tensor.device.type
+    wanted = kind == "cuda" or (
+        kind == "cpu" and (_forced_depth > 0 or os.environ.get("TRITON_INTERPRET") == "1")
     )
+    if wanted and not HAS_TRITON:
+        raise RuntimeError(
+            f"fasttrain_kernels: this op on a {kind} tensor needs Triton, which is not installed; "
+            "pip install triton (Linux), or use CPU tensors outside triton_on_cpu()"
+        )
+    return wanted
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

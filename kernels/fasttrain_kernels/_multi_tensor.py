@@ -12,11 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._scale import warp_size
+from ._triton import tl, triton
 
 __all__ = [
     "BLOCK",

@@ -8,11 +8,10 @@ contiguous; x is reached by the two row strides of `as_rows`.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._layout import as_rows, n_multiprocessors
+from ._triton import tl, triton
 
 __all__ = ["launch_bwd", "launch_fwd"]
 

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
+from ._triton import tl, triton
 
 __all__ = ["has_packed_fp32", "on_device", "scale_unless_one_", "warp_size"]
 

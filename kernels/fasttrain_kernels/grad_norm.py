@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._cpu import is_supported, load_or_warn
@@ -38,6 +36,7 @@ from ._multi_tensor import (
     load_pointer,
     triton_dtype,
 )
+from ._triton import tl, triton
 
 __all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
 

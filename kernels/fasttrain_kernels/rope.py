@@ -23,12 +23,11 @@ Legend: B batch, T sequence, H heads, K head_dim. A row is one head of one token
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
 from ._layout import TRITON_DTYPES
+from ._triton import tl, triton
 
 __all__ = ["apply_rope", "apply_rope_reference"]
 

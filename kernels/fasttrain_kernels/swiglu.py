@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
 from ._layout import TRITON_DTYPES, as_rows
+from ._triton import tl, triton
 
 __all__ = ["relu_squared", "relu_squared_reference", "swiglu", "swiglu_reference"]
 

@@ -11,12 +11,11 @@ Legend: n matrices, r rows, c columns.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import use_triton
 from ._scale import warp_size
+from ._triton import tl, triton
 
 __all__ = ["symmetric_matmul", "symmetric_matmul_reference", "symmetric_product"]
 
