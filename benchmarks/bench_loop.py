@@ -124,8 +124,8 @@ class Turns(Console):
         self.times: dict[str, list[float]] = {"fasttrain": [], "bare model": []}
         self.clocks: Clocks | None = None
 
-    def progress(self, step: int, total: int) -> None:
-        super().progress(step, total)
+    def progress(self, step: int, *rest: Any) -> None:
+        super().progress(step, *rest)
         if step % N_STEPS:
             return
         assert self.clocks is not None

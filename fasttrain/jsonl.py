@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,12 @@ class JsonlLogger:
         self._file = LogFile(path)
 
     def write(self, kind: Literal["train", "eval"], row: Mapping[str, Any]) -> None:
-        """Append a row. A number that is not finite is written as null: JSON has no other way."""
+        """Append a row and when that was; a number that is not finite becomes null, as in JSON."""
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._file.write(json.dumps({"kind": kind, "time": now, **finite}, allow_nan=False) + "\n")
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash, for a run that goes on

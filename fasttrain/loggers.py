@@ -9,8 +9,10 @@ import math
 import os
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,8 @@ __all__ = ["Console", "clean", "format_count", "format_duration"]
 # A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
 _REFRESH_S = 0.2
 _ROWS_PER_HEADING = 20
-_N_PLAIN_COLUMNS = 8  # a plain line stays near 100 characters; metrics.jsonl has the rest
+_N_PLAIN_COLUMNS = 9  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
 _PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
 _COUNTERS = ("skipped_steps", "spikes", "rollbacks")  # shown once they are not zero
 
@@ -100,6 +103,14 @@ def _milliseconds(value: float) -> str:
     return f"{value:.2f}ms" if value < 9.995 else f"{value:.0f}ms"
 
 
+def _percent(part: float) -> str:
+    return f"{math.floor(100.0 * part + 1e-9)}%"  # 100% is the end, not before
+
+
+def _left(seconds: float) -> str:
+    return format_duration(seconds) if seconds >= 1.0 else f"{math.ceil(seconds)}s"
+
+
 class _Column(NamedTuple):
     key: str
     heading: str
@@ -111,15 +122,16 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("step", "step", 10, _number("d")),
     _Column("loss", "loss", 9, _fixed(4)),
-    _Column("ppl", "ppl", 10, _perplexity),
     _Column("lr", "lr", 10, _number(".2e")),
     _Column("grad_norm", "grad", 8, _fixed(3)),
-    _Column("tokens_per_s", "tok/s", 9, format_count),
-    _Column("data_wait_ms", "wait", 9, _milliseconds),
+    _Column("tokens_per_s", "tok/s", 8, format_count),
+    _Column("tokens", "tokens", 8, format_count),
+    _Column("progress", "done", 6, _percent),
+    _Column("left_s", "left", 9, _left),
     _Column("mfu", "mfu", 7, _number(".1%")),
+    _Column("ppl", "ppl", 9, _perplexity),
     _Column("step_ms", "step time", 11, _milliseconds),
-    _Column("loss_ema", "ema", 9, _fixed(4)),
-    _Column("tokens", "tokens", 9, format_count),
+    _Column("loss_ema", "avg loss", 10, _fixed(4)),
     _Column("epoch", "epoch", 8, _number(".2f")),
     _Column("peak_memory_gib", "GiB", 7, _number(".2f")),
     _Column("goodput", "goodput", 9, _number(".1%")),
@@ -127,6 +139,7 @@ _COLUMNS = (
     _Column("optimizer_ms", "optim", 9, _milliseconds),
     _Column("communication_ms", "comm", 9, _milliseconds),
 )
+_WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
 
 
 def _cell(column: _Column, row: Mapping[str, Any]) -> str:
@@ -158,7 +171,6 @@ class Console:
         self._log = LogFile(log_file) if log_file else None
         self._live: Live | None = None
         self._drawn_s = 0.0
-        self._started: tuple[float, int] | None = None
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
@@ -186,34 +198,37 @@ class Console:
         Args:
             row: a train row of ``metrics.jsonl``; a missing or null value shows as n/a.
         """
-        cells = [f"{c.heading} {_cell(c, row):>{c.width - 2}}" for c in _COLUMNS[:_N_PLAIN_COLUMNS]]
-        counted = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
-        plain = "  ".join(cells + counted)
+        known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
+        cells = [
+            f"{c.heading} {_cell(c, row):>{c.width - 2}}"
+            for c in _COLUMNS[:_N_PLAIN_COLUMNS]
+            if c in known
+        ]
+        remarks = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
+        wait_ms = row.get("data_wait_ms") or 0.0
+        if wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf):
+            remarks.insert(0, f"wait {_milliseconds(wait_ms)}")
+        plain = "  ".join(cells + remarks)
         if self._rich is None:
             self._emit(plain, None)
             return
-        shown, used = [], 0
-        for column in _COLUMNS:
-            used += column.width
-            if used >= self._rich.width:
-                break
-            shown.append(column)
+        remarked = "".join(f"  {remark}" for remark in remarks)
+        ends, width = list(accumulate(c.width for c in known)), self._rich.width
+        n_fit = bisect_left(ends, width)
+        n_shown = max(2, bisect_left(ends, width - len(remarked)))
         if self._rows_since_heading >= _ROWS_PER_HEADING:
-            heading = "".join(f"{c.heading:>{c.width}}" for c in shown)
+            heading = "".join(f"{c.heading:>{c.width}}" for c in known[:n_fit])
             self._rich.print(Text(heading, style="dim"), no_wrap=True, overflow="crop", crop=True)
             self._rows_since_heading = 0
         self._rows_since_heading += 1
         line = Text(no_wrap=True, overflow="crop")
-        for column in shown:
+        for column in known[:n_shown]:
             cell = _cell(column, row)
-            style = {"step": "bold", "loss": "bold", "lr": "dim", "data_wait_ms": "dim"}.get(
-                column.key, ""
-            )
+            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.key, "")
             if cell in ("nan", "inf", "-inf"):
                 style = "bold red"
             line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
-        if counted:
-            line.append("  " + "  ".join(counted), style="yellow")
+        line.append(remarked, style="yellow")
         self._emit(plain, line)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -238,9 +253,9 @@ class Console:
             [f"eval {row['step']:>8}", f"val_loss {loss:.4f}", f"val_ppl {ppl}", *rest]
         )
         label = f"val {row['step']}"
-        step_width, loss_width, ppl_width = (c.width for c in _COLUMNS[:3])
+        step_width, loss_width = (c.width for c in _COLUMNS[:2])
         line = Text(
-            f"{label:>{step_width}}{loss:>{loss_width}.4f}{ppl:>{ppl_width}}  " + "  ".join(rest),
+            "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", f"ppl {ppl}", *rest]),
             style="bold cyan",
             no_wrap=True,
             overflow="ellipsis",
@@ -269,41 +284,35 @@ class Console:
         )
         self._rows_since_heading = _ROWS_PER_HEADING
 
-    def progress(self, step: int, total: int) -> None:
+    def progress(
+        self, step: int, total: int | None, n_tokens: int, done: float, left_s: float | None
+    ) -> None:
         """Redraw the progress bar, at most five times a second; nothing without a terminal.
-
-        The time left is judged from all steps since the first call, so that evaluations and
-        checkpoints count and the first step's compilation does not.
 
         Args:
             step: steps done.
-            total: steps planned.
+            total: steps planned; None: not known yet.
+            n_tokens: tokens trained on so far.
+            done: part of the run, in [0, 1].
+            left_s: seconds to its end; None: not known yet.
         """
         if self._rich is None:
             return
         now = time.monotonic()
-        if self._started is None:
-            self._started = (now, step)
-        elif now - self._drawn_s < _REFRESH_S and step < total:
+        if self._live is not None and now - self._drawn_s < _REFRESH_S and done < 1.0:
             return
         self._drawn_s = now
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(self._bar(now, step, total), refresh=True)
+        of_total = f"/{total}" if total else ""
+        left = "" if left_s is None else f"  {_left(left_s)} left"
+        tail = f" {_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
+        self._live.update(self._bar(done, tail), refresh=True)
 
-    def _bar(self, now: float, step: int, total: int) -> Text:
+    def _bar(self, done: float, tail: str) -> Text:
         assert self._rich is not None
-        assert self._started is not None
-        started_s, first = self._started
-        left = (
-            "?"
-            if step <= first
-            else format_duration((now - started_s) / (step - first) * (total - step))
-        )
-        done = min(1.0, step / total) if total > 0 else 1.0
-        tail = f" {done:>4.0%}  {step}/{total}  ETA {left}"
-        width = max(10, min(40, self._rich.width - len(tail) - 2))
+        width = max(0, min(40, self._rich.width - len(tail) - 2))
         fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
         n = int(done * width)
         return Text.assemble(
@@ -316,7 +325,6 @@ class Console:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self._started = None
 
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""

@@ -13,29 +13,30 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fasttrain.command import command, prog
-from fasttrain.config import TrainConfig, UserError, config_difference, load_config
+from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config_keys import counted
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
 
 SAMPLES_SHOWN = 4
 COLOURS = ("#1f6fb4", "#d1495b", "#2e933c", "#8b5fbf", "#e08e0b", "#3b8ea5", "#6b6b6b", "#a2673f")
-DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
 # x axis: title, and the key of a row that it shows
 AXES = {"steps": "step", "tokens": "tokens", "minutes": "minutes", "FLOPs": "flops"}
-# panel: title, keys of a train line (several: parts of one quantity), logarithmic
-PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("loss (nats a token): train; validation dotted", ("loss",), False),
-    ("learning rate", ("lr",), False),
-    ("gradient norm", ("grad_norm",), True),
-    ("tokens a second", ("tokens_per_s",), False),
-    # Every key ending in _ms that has a value. Not stacked: communication lies beneath the others.
-    ("where a step's time goes (ms)", (), True),
-)
+# Parts of a step's time, from the bottom of the stack to its top.
+PARTS = {
+    "data wait": "#d1495b",
+    "forward and backward": "#1f6fb4",
+    "communication, with what is computed meanwhile": "#8b5fbf",
+    "optimizer": "#2e933c",
+    "the rest": "#a0a0a0",
+}
 
 
 @dataclass(slots=True)
@@ -43,14 +44,33 @@ class Run:
     """What a run folder holds, as the report needs it."""
 
     name: str
-    config: TrainConfig
+    config: TrainConfig | None  # None: the library's Trainer writes none
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
     samples: list[str] = field(default_factory=list)
 
 
+class Curve(NamedTuple):
+    """A curve as page and picture draw it."""
+
+    run: int
+    rows: Sequence[Mapping[str, Any]]  # which have its x
+    y: Sequence[float]
+    kind: str = "line"  # or "faint", "points", or "area" on top of the areas before it
+    name: str = ""
+
+
+class Panel(NamedTuple):
+    """Curves that share their axes."""
+
+    title: str
+    curves: list[Curve]
+    scale: str = "normal"  # of y; or "log", or "tozero": it begins there
+    note: str = ""
+
+
 def read_run(path: Path) -> Run:
-    """Read a run folder: config.toml, metrics.jsonl, samples.txt.
+    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt.
 
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
@@ -58,7 +78,8 @@ def read_run(path: Path) -> Run:
     file = path / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{path}: no metrics.jsonl in it; give a run folder, such as runs/base")
-    config = load_config(path / "config.toml")
+    toml = path / "config.toml"
+    config = load_config(toml) if toml.is_file() else None
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -66,17 +87,18 @@ def read_run(path: Path) -> Run:
         except ValueError:  # the last line of a run that was killed, or is being written
             continue
     run = Run(path.resolve().name, config, [], [])
-    per_token = _flops_per_token(config)
+    per_token = _flops_per_token(config) if config and config.model.vocab_size else math.nan
     minutes, before = 0.0, 0
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
-            minutes += (row["step_ms"] or 0.0) * max(row["step"] - before, 0) / 60_000
+            minutes += (row.get("step_ms") or 0.0) * max(row["step"] - before, 0) / 60_000
             before = row["step"]
-            row |= {"minutes": minutes, "flops": row["tokens"] * per_token}
+            row |= {"minutes": minutes, "flops": row.get("tokens", math.nan) * per_token}
             run.train.append(row)
         elif "val_loss" in row and run.train:
-            run.evals.append(row | {k: run.train[-1][k] for k in ("tokens", "minutes", "flops")})
+            last = run.train[-1]
+            run.evals.append(row | {k: last.get(k) for k in ("tokens", "minutes", "flops")})
     if not run.train:
         raise UserError(f"{file}: no training step is logged yet")
     samples = path / "samples.txt"
@@ -97,14 +119,6 @@ def _flops_per_token(config: TrainConfig) -> float:
     return flops_per_token(**flops_constants(model), seq_len=config.data.seq_len)
 
 
-def _keys(panel: int, runs: Sequence[Run]) -> tuple[str, ...]:
-    if PANELS[panel][1]:
-        return PANELS[panel][1]
-    items = (item for run in runs for row in run.train for item in row.items())
-    found = {key for key, value in items if key.endswith("_ms") and value is not None}
-    return tuple(sorted(found, key=lambda k: (k != "step_ms", k)))
-
-
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Return one key of all rows; what is not finite was logged as null and leaves a gap."""
     return [math.nan if (value := row.get(key)) is None else value for row in rows]
@@ -119,151 +133,212 @@ def _extra(name: str) -> Any:
         ) from error
 
 
+# ---- what is shown ---------------------------------------------------------------------------
+
+
+def window_steps(runs: Sequence[Run]) -> int:
+    """Return over how many steps losses are averaged: 5 % of a run, or more to have ten lines."""
+    least = max(r.train[-1]["step"] * max(0.05, min(0.25, 10 / len(r.train))) for r in runs)
+    return max(1, round(float(f"{least:.1g}")))
+
+
+def smoothed(run: Run, n_steps: int) -> list[float]:
+    """Return at each line the mean of the logged losses of the last steps.
+
+    Of the last ``n_steps``, and never of more than the last quarter: at first the loss falls fast.
+    """
+    steps, losses = (np.array(_column(run.train, key)) for key in ("step", "loss"))
+    finite = np.isfinite(losses)
+    sums, counts = (np.append(0, np.cumsum(v)) for v in (np.where(finite, losses, 0), finite))
+    first = np.searchsorted(steps, steps - np.minimum(n_steps, steps / 4), side="right")
+    with np.errstate(invalid="ignore"):  # nan where there is none
+        return list((sums[1:] - sums[first]) / (counts[1:] - counts[first]))
+
+
+def _parts(row: Mapping[str, Any]) -> list[float]:
+    """Return the milliseconds of `PARTS`; they add up to the step."""
+    keys = ("data_wait_ms", "forward_backward_ms", "communication_ms", "optimizer_ms", "step_ms")
+    wait, both, sent, optimizer, step = (row.get(key) or 0.0 for key in keys)
+    sent = min(sent, both)  # it lies within
+    return [wait, both - sent, sent, optimizer, max(step - wait - both - optimizer, 0.0)]
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """Return all that there is something to show of."""
+    n_steps = window_steps(runs)
+    note = (
+        f"faint: the loss of each logged step; bold: smoothed, the mean over the last {n_steps:,} "
+        f"steps (over the last quarter of fewer than {4 * n_steps:,}); dotted: validation"
+    )
+    loss: list[Curve] = []
+    for n, run in enumerate(runs):
+        loss += (
+            Curve(n, run.train, _column(run.train, "loss"), "faint"),
+            Curve(n, run.train, smoothed(run, n_steps), name="smoothed"),
+            Curve(n, run.evals, _column(run.evals, "val_loss"), "points", "validation"),
+        )
+    found = [Panel("loss, nats a token", loss, note=note)]
+    train, evals = [run.train for run in runs], [run.evals for run in runs]
+    # The first line of a session has the step that compiles, which would dwarf all others.
+    steady = [[row for row in rows if "first_step_s" not in row] for rows in train]
+    for title, key, scale, lines in (
+        ("validation perplexity", "val_ppl", "log", evals),
+        ("validation accuracy", "val_accuracy", "normal", evals),
+        ("learning rate", "lr", "tozero", train),
+        ("gradient norm", "grad_norm", "log", train),
+        ("tokens a second", "tokens_per_s", "tozero", steady),
+    ):
+        kind = "points" if lines is evals else "line"
+        curves = [Curve(n, rows, _column(rows, key), kind) for n, rows in enumerate(lines)]
+        found.append(Panel(title, curves, scale))
+    for n, rows in enumerate(steady):
+        if any(row.get("optimizer_ms") for row in rows):
+            of = f": {runs[n].name}" if len(runs) > 1 else ""
+            times = zip(PARTS, zip(*map(_parts, rows), strict=True), strict=True)
+            areas = [Curve(n, rows, ms, "area", name) for name, ms in times if any(ms)]
+            found.append(Panel(f"where a step's time goes, ms{of}", areas))
+    return [p for p in found if any(math.isfinite(y) for curve in p.curves for y in curve.y)]
+
+
+def axes(runs: Sequence[Run]) -> dict[str, str]:
+    """Return those of `AXES` that all runs have; the library's Trainer counts no tokens."""
+    logged = [{k for row in run.train for k in row if row[k] == row[k]} for run in runs]
+    return {title: key for title, key in AXES.items() if all(key in keys for keys in logged)}
+
+
+def _number(value: float | None, digits: str = ".4f") -> str:
+    return "n/a" if value is None or math.isnan(value) else format(value, digits)
+
+
+def facts(run: Run, n_steps: int) -> dict[str, str]:
+    """Return what the table says of a run, losses smoothed over ``n_steps`` steps."""
+    last, best = run.train[-1], {}
+    if finite := [row for row in run.evals if row["val_loss"] is not None]:
+        best = min(finite, key=lambda row: row["val_loss"])
+    dates = [datetime.fromisoformat(r["time"]) for r in (*run.train, *run.evals) if "time" in r]
+    if dates:
+        dates[0] -= timedelta(minutes=run.train[0]["minutes"])  # the first line ends some steps
+    shown = [f"{date:%Y-%m-%d %H:%M}" for date in sorted(dates)] or ["n/a"]
+    done = last.get("progress", 1.0)
+    return {
+        "started": shown[0],
+        "ended": shown[-1],
+        "steps": f"{last['step']:,}" + (f" ({done:.0%} of the run)" if done < 1 else ""),
+        "tokens": _number(last.get("tokens"), ",d"),
+        "minutes in steps": _number(last["minutes"], ".1f"),
+        "train loss, smoothed": _number(smoothed(run, n_steps)[-1]),
+        "train loss, last logged": _number(last["loss"]),
+        "best validation loss": _number(best.get("val_loss")),
+        "… at step": _number(best.get("step"), ",d"),
+        "… perplexity": _number(best.get("val_ppl"), ".2f"),
+        "… bits per byte": _number(best.get("val_bpb")),
+        "… accuracy": _number(best.get("val_accuracy"), ".1%"),
+        "tokens a second": _number(last.get("tokens_per_s"), ",.0f"),
+        "MFU": _number(last.get("mfu"), ".1%"),
+        "peak memory, GiB": _number(last.get("peak_memory_gib"), ".2f"),
+    }
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "unset" if value is None else str(value)
+
+
+def differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
+    """Return the keys in which configs differ, with the value of each in words."""
+    keys = {key for other in configs[1:] for key, _, _ in config_difference(configs[0], other)}
+    return {
+        f"{section}.{key}": [_words(getattr(getattr(config, section), key)) for config in configs]
+        for section, _, key in (name.partition(".") for name in sorted(keys))
+    }
+
+
 # ---- the page --------------------------------------------------------------------------------
 
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1200px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse } td, th { padding: .25em .8em; text-align: left;
-       border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
-pre { background: #f6f6f4; padding: .8em 1em; overflow: auto; white-space: pre-wrap }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em }
+h1 { font-size: 1.5em; overflow-wrap: anywhere } h2 { font-size: 1.15em; margin-top: 2em }
+.wide { overflow-x: auto; margin-bottom: 1em } table { border-collapse: collapse }
+td { padding: .2em .8em .2em 0; vertical-align: top; min-width: 5em;
+     border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+pre { background: #f6f6f4; padding: .8em 1em; white-space: pre-wrap; overflow-wrap: anywhere }
+.swatch { display: inline-block; width: .8em; height: .8em; margin: 0 .4em }
+label { margin-right: 1em; overflow-wrap: anywhere } small { opacity: .75 }
+.plots { display: grid; gap: 1.5em; margin-top: 1em;
+         grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) }
+figure { margin: 0; min-width: 0 } figure:first-child { grid-column: 1 / -1 }
 @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #1b1b1b } pre { background: #282828 }
-  td, th { border-color: #444 } #curves, .swatch { filter: invert(.9) hue-rotate(180deg) }
+  body { color: #ddd; background: #1b1b1b } pre { background: #282828 } td { border-color: #444 }
+  .plotly-graph-div, .swatch { filter: invert(.9) hue-rotate(180deg) }
 }
 """
+_SCRIPT = """
+const plots = () => [...document.querySelectorAll('.plotly-graph-div')]
+const over = axis => plots().forEach(plot => Plotly.update(plot,
+  {x: plot.data.map(curve => curve.meta[axis])},
+  {'xaxis.title.text': axis, 'xaxis.autorange': true}))
+const show = (run, visible) => plots().forEach(plot => plot.data.forEach((curve, i) =>
+  curve.meta.run === run && Plotly.restyle(plot, {visible}, [i])))
+"""
+_KINDS: dict[str, dict[str, Any]] = {
+    "line": {},
+    "faint": {"opacity": 0.4, "line_width": 1, "hoverinfo": "skip", "hovertemplate": None},
+    "points": {"mode": "lines+markers", "line_dash": "dot"},
+    "area": {"line_width": 0, "stackgroup": "time"},
+}
+_TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+_LOG = {"type": "log", "tickvals": _TICKS}
 
 
-def _figure(runs: Sequence[Run]) -> Any:
-    graph = _extra("plotly.graph_objects")
-    subplots = _extra("plotly.subplots")
-    figure = subplots.make_subplots(
-        rows=3,
-        cols=2,
-        specs=[[{"colspan": 2}, None], [{}, {}], [{}, {}]],
-        row_heights=[0.44, 0.28, 0.28],
-        subplot_titles=[title for title, _, _ in PANELS],
-        vertical_spacing=0.1,
-    )
-    cells = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2))
-    xs: dict[str, list[list[Any]]] = {key: [] for key in AXES.values()}
-
-    def add(
-        run: Run, rows: Sequence[Mapping[str, Any]], key: str, panel: int, **options: Any
-    ) -> None:
-        for axis, columns in xs.items():
-            columns.append(_column(rows, axis))
-        hover = f"{key} %{{y:.5g}}<extra>{html.escape(run.name)}</extra>"
-        options = {"name": run.name, "legendgroup": run.name, "hovertemplate": hover} | options
-        trace = graph.Scatter(x=_column(rows, "step"), y=_column(rows, key), **options)
-        figure.add_trace(trace, row=cells[panel][0], col=cells[panel][1])
-
-    for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
-        for panel in range(len(PANELS)):
-            for i, key in enumerate(_keys(panel, runs)):
-                # One entry a run in the legend hides and shows all of its curves; the parts of a
-                # step's time have a legend of their own.
-                parts = panel == len(PANELS) - 1
-                add(
-                    run,
-                    run.train,
-                    key,
-                    panel,
-                    line={"color": colour, "dash": DASHES[i % len(DASHES)]},
-                    mode="lines",
-                    name=key.removesuffix("_ms").replace("_", " ") if parts else run.name,
-                    showlegend=number == 0 if parts else panel == 0,
-                    legend="legend2" if parts else "legend",
-                )
-        dotted = {"color": colour, "dash": "dot"}
-        add(run, run.evals, "val_loss", 0, line=dotted, mode="lines+markers", showlegend=False)
-    axes = ["xaxis", *(f"xaxis{n}" for n in range(2, len(PANELS) + 1))]
-    buttons = [
-        {
-            "label": f"over {title}",
-            "method": "update",
-            "args": [{"x": xs[key]}, {f"{axis}.title.text": title for axis in axes}],
-        }
-        for title, key in AXES.items()
-    ]
-    for panel, (_, _, logarithmic) in enumerate(PANELS):
-        if logarithmic:
-            figure.update_yaxes(type="log", row=cells[panel][0], col=cells[panel][1])
-    figure.update_xaxes(title_text="steps", title_standoff=4, rangemode="tozero")
-    for update in (figure.update_xaxes, figure.update_yaxes):
-        update(gridcolor="rgba(128,128,128,.25)", zeroline=False)
+def _plot(panel: Panel, runs: Sequence[Run], number: int) -> str:
+    """Return a panel as HTML; the first brings the library that draws all of them."""
+    figure = _extra("plotly.graph_objects").Figure()
+    for curve in panel.curves:
+        name = html.escape(", ".join(filter(None, (curve.name, runs[curve.run].name))))
+        meta: dict[str, Any] = {x: _column(curve.rows, key) for x, key in axes(runs).items()}
+        look = {"line_color": _colour(curve), "hovertemplate": f"%{{y:.5g}}<extra>{name}</extra>"}
+        look |= {"mode": "lines", "meta": meta | {"run": curve.run}} | _KINDS[curve.kind]
+        figure.add_scatter(x=meta["steps"], y=curve.y, **look)
+    grid = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
+    figure.update_xaxes(title_text="steps", title_standoff=4, rangemode="tozero", **grid)
+    figure.update_yaxes(**grid, **(_LOG if panel.scale == "log" else {"rangemode": panel.scale}))
     clear = "rgba(0,0,0,0)"  # the page's colour, light or dark
     figure.update_layout(
         template="plotly_white",
-        height=1060,
-        margin={"t": 90, "l": 60, "r": 20, "b": 70},
+        height=280 if number else 420,
+        margin={"t": 10, "l": 45, "r": 10, "b": 40},
         font={"family": "system-ui, sans-serif", "color": "#333"},
         paper_bgcolor=clear,
         plot_bgcolor=clear,
-        modebar={"bgcolor": clear, "color": "#999", "activecolor": "#333"},
+        showlegend=False,
         hovermode="x",
-        updatemenus=[
-            {"buttons": buttons, "type": "buttons", "direction": "right", "xanchor": "left",
-             "x": 0, "y": 1.1}
-        ],
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.09},
-        legend2={"orientation": "h", "x": 0.55, "y": -0.06, "groupclick": "toggleitem"},
-    )  # fmt: skip
-    return figure
+    )
+    config = {"displayModeBar": False, "responsive": True}
+    drawn = figure.to_html(full_html=False, include_plotlyjs=not number, config=config)
+    areas = [_swatch(_colour(c)) + html.escape(c.name) for c in panel.curves if c.kind == "area"]
+    note = html.escape(panel.note) or " ".join(reversed(areas))
+    caption = f"<figcaption>{html.escape(panel.title)}<br><small>{note}</small></figcaption>"
+    return f"<figure>{caption}{drawn}</figure>"
 
 
-def _number(value: float | None, digits: str = ".4f") -> str:
-    return "n/a" if value is None else format(value, digits)
+def _colour(curve: Curve) -> str:
+    return PARTS[curve.name] if curve.kind == "area" else COLOURS[curve.run % len(COLOURS)]
 
 
-def _summary_table(runs: Sequence[Run]) -> str:
-    head = ("run", "steps", "tokens", "minutes in steps", "train loss", "best val loss", "bpb",
-            "tokens/s", "MFU", "peak memory, GiB")  # fmt: skip
-    lines = []
-    for number, run in enumerate(runs):
-        last = run.train[-1]
-        finite = [row for row in run.evals if row["val_loss"] is not None]
-        best = min(finite, key=lambda row: row["val_loss"], default={})
-        colour = COLOURS[number % len(COLOURS)]
-        cells = (
-            f'<span class="swatch" style="background:{colour}"></span>{html.escape(run.name)}',
-            f"{last['step']:,}",
-            f"{last['tokens']:,}",
-            _number(last["minutes"], ".1f"),
-            _number(last.get("loss")),
-            _number(best.get("val_loss")),
-            _number(best.get("val_bpb")),
-            _number(last.get("tokens_per_s"), ",.0f"),
-            _number(last.get("mfu"), ".1%"),
-            _number(last.get("peak_memory_gib"), ".2f"),
-        )
-        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
-    heads = "".join(f"<th>{name}</th>" for name in head)
-    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def _swatch(colour: str) -> str:
+    return f'<span class="swatch" style="background:{colour}"></span>'
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return the config keys in which runs differ, with the value of each run."""
-    keys = {key for run in runs[1:] for key, _, _ in config_difference(runs[0].config, run.config)}
-    return {
-        key: [getattr(getattr(r.config, key.split(".")[0]), key.split(".")[1]) for r in runs]
-        for key in sorted(keys)
-    }
-
-
-def _difference_table(runs: Sequence[Run]) -> str:
-    rows = [
-        f"<tr><th>{key}</th>{''.join(f'<td>{html.escape(str(v))}</td>' for v in values)}</tr>"
-        for key, values in differences(runs).items()
-    ]
-    heads = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    if not rows:
-        return "<p>The runs have the same config.</p>"
-    return f"<table><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """Return a table with a column for each run; ``heads`` are HTML, the rest is text."""
+    lines = [["", *heads], *(map(html.escape, (name, *cells)) for name, cells in rows.items())]
+    text = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    return f'<div class="wide"><table>{text}</table></div>'
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -272,26 +347,43 @@ def page(runs: Sequence[Run]) -> str:
     Raises:
         UserError: plotly is not installed.
     """
-    from fasttrain.config import config_to_toml
-
-    settings = {"displaylogo": False, "responsive": True}
-    plot = _figure(runs).to_html(
-        full_html=False, include_plotlyjs=True, div_id="curves", config=settings
-    )
     title = html.escape(", ".join(run.name for run in runs))
-    parts = [f"<h1>{title}</h1>", _summary_table(runs), plot]
-    if len(runs) > 1:
-        parts += ["<h2>Where the configs differ</h2>", _difference_table(runs)]
+    box = '<input type="checkbox" checked onchange="show({}, this.checked)">'
+    names = [
+        f"<label>{box.format(n) if len(runs) > 1 else ''}{_swatch(COLOURS[n % len(COLOURS)])}"
+        f"{html.escape(run.name)}</label>"
+        for n, run in enumerate(runs)
+    ]
+    told = [facts(run, window_steps(runs)) for run in runs]
+    rows = {key: [cells[key] for cells in told] for key in told[0]}
+    rows = {key: cells for key, cells in rows.items() if {*cells} != {"n/a"}}
+    choices = [
+        f'<label><input type="radio" name="over" onchange="over(\'{axis}\')"'
+        f"{' checked' if axis == 'steps' else ''}> over {axis}</label>"
+        for axis in axes(runs)
+    ]
+    choices.append("<small>Drag to zoom in, double-click to zoom out.</small>")
+    parts = [f"<h1>{title}</h1>", _table(names, rows), *choices, '<div class="plots">']
+    parts += [_plot(panel, runs, number) for number, panel in enumerate(panels(runs))]
+    parts.append("</div>")
+    configs = {html.escape(run.name): run.config for run in runs if run.config is not None}
+    if len(configs) > 1:
+        differing = differences(list(configs.values()))
+        parts.append("<h2>Where the configs differ</h2>")
+        parts.append(_table([*configs], differing) if differing else "<p>In nothing.</p>")
     for run in runs:
         name = html.escape(run.name)
         if run.samples:
             parts.append(f"<h2>Samples: {name}</h2>")
             parts += [f"<pre>step {html.escape(sample.strip())}</pre>" for sample in run.samples]
-        config = html.escape(config_to_toml(run.config))
-        parts.append(f"<details><summary>Config: {name}</summary><pre>{config}</pre></details>")
+        if (known := configs.get(name)) is not None:
+            config = html.escape(config_to_toml(known))
+            parts.append(f"<details><summary>Config: {name}</summary><pre>{config}</pre></details>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style><script>{_SCRIPT}</script></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
     )
 
 
@@ -307,37 +399,40 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
         axis: ``steps``, ``tokens``, ``minutes`` or ``FLOPs``.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or a run does not have this axis.
     """
-    figure = _extra("matplotlib.figure").Figure(figsize=(12, 10), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(1.6, 1, 1))
-    cells = (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1])
-    for panel, (title, _, logarithmic) in enumerate(PANELS):
-        plot = figure.add_subplot(cells[panel])
-        for number, run in enumerate(runs):
-            colour = COLOURS[number % len(COLOURS)]
-            x = _column(run.train, AXES[axis])
-            for i, key in enumerate(_keys(panel, runs)):
-                label = run.name if panel == 0 else None
-                if panel == len(PANELS) - 1 and number == 0:
-                    label = key.removesuffix("_ms").replace("_", " ")
-                style = ("-", ":", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))[i % 5]
-                plot.plot(x, _column(run.train, key), color=colour, ls=style, label=label)
-            if panel == 0 and run.evals:
-                values = _column(run.evals, "val_loss")
-                plot.plot(_column(run.evals, AXES[axis]), values, ":o", color=colour, ms=4)
-        if panel in (0, len(PANELS) - 1):
-            plot.legend(frameon=False, fontsize=8)
-        plot.set_title(title, fontsize=10)
+    if axis not in (known := axes(runs)):
+        raise UserError(f"--axis {axis}: not logged in each of these runs; use {', '.join(known)}")
+    shown = panels(runs)
+    n_rows = 1 + len(shown) // 2
+    figure = _extra("matplotlib.figure").Figure(figsize=(12, 3 + 3 * n_rows), layout="constrained")
+    grid = figure.add_gridspec(n_rows, 2, height_ratios=(1.6, *[1] * (n_rows - 1)))
+    for number, panel in enumerate(shown):
+        row, column = divmod(number + 1, 2)
+        plot = figure.add_subplot(grid[row, column] if number else grid[0, :])
+        top: Any = 0.0  # of the areas so far
+        for curve in panel.curves:
+            x, colour = _column(curve.rows, AXES[axis]), _colour(curve)
+            if curve.kind == "area":
+                below, top = top, top + np.array(curve.y)
+                plot.fill_between(x, below, top, color=colour, alpha=0.5, lw=0, label=curve.name)
+            else:
+                label = runs[curve.run].name if curve.name == "smoothed" else None
+                alpha = 0.4 if curve.kind == "faint" else 1.0
+                style = ".:" if curve.kind == "points" else "-"
+                plot.plot(x, curve.y, style, color=colour, alpha=alpha, label=label)
+        if not number or panel.curves[0].kind == "area":
+            plot.legend(fontsize=8, reverse=bool(number), edgecolor="none")
+        plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)
         plot.set_xlabel(axis, fontsize=9)
         plot.grid(alpha=0.25)
         plot.spines[["top", "right"]].set_visible(False)
-        if logarithmic:
-            plot.set_yscale("log")
+        if panel.scale == "tozero":
+            plot.set_ylim(bottom=0)
+        elif panel.scale == "log":
+            plot.set_yscale("log", subs=())
+            plot.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5, 7))
             plot.yaxis.set_major_formatter("{x:g}")
-            low, high = plot.get_ylim()
-            if high < 10 * low:  # else powers of ten are labels enough
-                plot.yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=110)
 
 
@@ -349,16 +444,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--out", type=Path, help="the page; the PNG lies beside it (default: RUN/report.html)"
+        "--out",
+        type=Path,
+        help="the page; the PNG lies beside it (default: RUN/report.html, or of several runs "
+        "report-RUN-RUN.html in the current folder)",
     )
     parser.add_argument("--axis", choices=AXES, default="steps", help="x axis of the PNG")
     options = parser.parse_args(argv)
-    out: Path = options.out or options.runs[0] / "report.html"
+    runs = [read_run(path) for path in options.runs]
+    if len({run.name for run in runs}) < len(runs):
+        for run, path in zip(runs, options.runs, strict=True):
+            run.name = str(path)
+    names = "-".join(run.name.replace("/", "-").strip("-.") for run in runs)
+    out = options.runs[0] / "report.html" if len(runs) == 1 else Path(f"report-{names}.html")
+    out = options.out or out
     try:
-        runs = [read_run(path) for path in options.runs]
-        if len({run.name for run in runs}) < len(runs):
-            for run, path in zip(runs, options.runs, strict=True):
-                run.name = str(path)
         text = page(runs)
         out.parent.mkdir(parents=True, exist_ok=True)
         picture(runs, out.with_suffix(".png"), axis=options.axis)

@@ -59,8 +59,11 @@ class Reporter:
         per_step, self._n_fresh = self._n_fresh / max(trainer.account.n_steps, 1), 0
         times = trainer.account.line(trainer.step_count)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
+        done, left_s = trainer.progress()
         row: dict[str, Any] = {
             "step": trainer.step_count,
+            "progress": done,
+            "left_s": left_s,
             "tokens": self.n_tokens,
             "epoch": trainer.position / trainer.train_loader.samples_per_epoch,
             "loss": loss,

@@ -113,6 +113,7 @@ class TimeAccount:
         parts = ("step", "wait", "forward_backward", "optimizer", "communication")
         self._window = dict.fromkeys((*parts, "eval", "checkpoint", "sample"), 0.0)
         self.n_steps = 0  # since the last line
+        self._paced_from_s: float | None = None  # the end of the first step
 
     def add(self, name: str, seconds: float) -> None:
         """Add to what a line reports."""
@@ -123,7 +124,9 @@ class TimeAccount:
         self.n_steps += 1
         self.add("step", seconds)
         self.add("wait", wait_s)
-        if not first:
+        if first:
+            self._paced_from_s = time.perf_counter()
+        else:
             self.steady_s += seconds - wait_s
             self.steady_wait_s += wait_s
             self.n_steady += 1
@@ -136,6 +139,18 @@ class TimeAccount:
             yield
         finally:
             self.add(name, time.perf_counter() - started)
+
+    def left_s(self, step: int, total_steps: int) -> float | None:
+        """Return the seconds from ``step`` to the last step; None before a second step is done.
+
+        Judged from all that followed the session's first step: evaluations and saves count, the
+        first step's compilation does not.
+        """
+        n_steps = step - self.first_step - 1
+        if self._paced_from_s is None or n_steps < 1:
+            return None
+        pace_s = (time.perf_counter() - self._paced_from_s) / n_steps
+        return pace_s * max(total_steps - step, 0)
 
     def line(self, step: int) -> dict[str, float | None]:
         """Return the account since the last line, and begin the next.

@@ -218,12 +218,13 @@ class Trainer:
                         )
                 self._decide_together()
                 last = self._finished(until)
+                log = log or last or (self.stop_at is not None and self.step_count >= self.stop_at)
                 every = (self.config.checkpoint.every_steps, self.config.eval.every_steps)
-                if log or last or any(map(self._due, every)):  # nothing bad is saved unseen
+                if log or any(map(self._due, every)):  # nothing bad is saved unseen
                     numbers = self.recovery.look()
                     if numbers is None:
                         continue
-                    if log or last:
+                    if log:
                         self.reporter.train(numbers)
                 self._after_step(last)
             self.saver.save_once()
@@ -267,6 +268,14 @@ class Trainer:
         """Return the number of steps; before train.hours has been measured, the end is far away."""
         return self.total_steps if self.total_steps is not None else 10**12
 
+    def progress(self) -> tuple[float, float | None]:
+        """Return the part of the run that is done, in [0, 1], and the seconds left, if known."""
+        if self.total_steps is None:  # train.hours, before it is known how many steps it makes
+            left_s = max(self._left_s(), 0.0)
+            return self.trained_s / (self.trained_s + left_s), left_s
+        left = self.account.left_s(self.step_count, self.total_steps)
+        return min(self.step_count / self.total_steps, 1.0), left
+
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step_count % every == 0
 
@@ -289,7 +298,8 @@ class Trainer:
     def _after_step(self, last: bool) -> None:
         config = self.config
         if self.console:
-            self.console.progress(self.step_count, self.total_steps or 0)
+            n_tokens = self.reporter.n_tokens
+            self.console.progress(self.step_count, self.total_steps, n_tokens, *self.progress())
         self.last_eval = {}
         save, before = self._due(config.checkpoint.every_steps) or last, self.best_val_loss
         if self.val_dataset is not None and (self._due(config.eval.every_steps) or last):

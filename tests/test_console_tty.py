@@ -28,15 +28,16 @@ for step in range(1, 61):
     if step % 10 == 0:
         console.train({
             "step": step * 1000, "loss": 12345.6 / step, "lr": 1e-3, "grad_norm": 1234.5,
-            "tokens_per_s": 1234567.0, "step_ms": 5.1, "data_wait_ms": 0.02, "mfu": 0.412,
+            "tokens_per_s": 1234567.0, "step_ms": 5.1, "data_wait_ms": 0.02, "mfu": MFU,
             "loss_ema": 3.4, "tokens": 10**12, "epoch": 1.5, "peak_memory_gib": 79.1,
+            "progress": step / 60, "left_s": 90_000.0, "rollbacks": int(step == 60),
         })
     if step % 30 == 0:
         console.evaluation({
             "step": step * 1000, "val_loss": 3.2, "val_bpb": 1.61, "best": True,
         })
         console.sample(step, "def main(", "x" * 300 + "\\x1b[2J\\n    return é✓\\n")
-    console.progress(step, 60)
+    console.progress(step, 60, 10**10 * step, step / 60, 90_000.0)
     if step == 45:
         print("a stray print from a library")
         console.warn("w " * 100)
@@ -44,6 +45,10 @@ console.summary([("time", "2m 13s"), ("generate", "python -m fasttrain.generate 
 console.close()
 """
 SEQUENCE = re.compile(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])")
+
+
+def program(mfu: float | None = 0.412) -> str:
+    return PROGRAM.replace("MFU", repr(mfu))
 
 
 class Screen:
@@ -80,7 +85,7 @@ class Screen:
                 self.lines[self.row] = line[: self.column] + c + line[self.column + 1 :]
                 self.column += 1
                 self.longest = max(self.longest, cell_len(self.lines[self.row]))
-                if "ETA" in self.lines[self.row]:
+                if " left" in self.lines[self.row]:
                     self.bars.append(self.lines[self.row])
             i += 1
 
@@ -128,12 +133,12 @@ def run_on_a_terminal(program: str, columns: int) -> Screen:
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_a_run_fits_the_terminal_and_leaves_no_bar(columns: int) -> None:
-    screen = run_on_a_terminal(PROGRAM, columns)
+    screen = run_on_a_terminal(program(), columns)
     text = "\n".join(screen.lines)
     assert screen.longest <= columns
     assert len(set(screen.bars)) >= 3  # it moved
-    assert any("60/60" in bar or "100%" in bar for bar in screen.bars)
-    assert "ETA" not in text  # and went
+    assert any("100%" in bar for bar in screen.bars)
+    assert "step 60/60" not in text  # and went
     assert "━" not in text
     assert not screen.cursor_hidden
     # Header, lines, stray output and summary stand whole, each once and in order.
@@ -147,20 +152,25 @@ def test_a_run_fits_the_terminal_and_leaves_no_bar(columns: int) -> None:
         "a stray print",
         "warning:",
     ]
-    places = [text.index(word) for word in [*order, "50000", "val 60000", "done", "2m 13s"]]
+    places = [text.index(word) for word in [*order, "50000", "val 60000", "─ done", "2m 13s"]]
     assert places == sorted(places)
     assert text.count("a stray print from a library") == 1
     assert "\\x1b[2J" in text.replace("│\n│", "").replace(" ", "")
 
 
 def test_columns_that_do_not_fit_are_left_out_whole() -> None:
-    narrow, usual, wide = (run_on_a_terminal(PROGRAM, n).lines for n in (40, 80, 140))
-    headings = [
-        next(s for s in lines if s.lstrip().startswith("step ")) for lines in (narrow, usual, wide)
-    ]
-    assert headings[0].split() == ["step", "loss", "ppl", "lr"]
-    assert headings[1].split() == ["step", "loss", "ppl", "lr", "grad", "tok/s", "wait", "mfu"]
-    assert headings[2].split()[-5:] == ["tokens", "epoch", "GiB", "goodput", "fwd+bwd"]
-    for lines, heading in zip((narrow, usual, wide), headings, strict=True):
+    """N18: what matters fits 80 columns, and mfu takes no place where it is not known."""
+    progress = "step loss lr grad tok/s tokens done left"
+    for mfu, columns, expected in (
+        (0.412, 40, "step loss lr grad"),
+        (0.412, 80, f"{progress} mfu"),
+        (None, 80, f"{progress} ppl"),
+        (0.412, 140, f"{progress} mfu ppl step time avg loss epoch GiB goodput fwd+bwd"),
+    ):
+        lines = run_on_a_terminal(program(mfu), columns).lines
+        heading = next(s for s in lines if s.lstrip().startswith("step "))
+        assert heading.split() == expected.split()
         row = next(s for s in lines if s.split()[:1] == ["10000"])
         assert len(row) == len(heading)
+        remarked = next(s for s in lines if s.split()[:1] == ["60000"])
+        assert remarked.endswith("  rollbacks 1"), "the last columns make room for a remark"

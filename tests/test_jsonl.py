@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fasttrain.jsonl import JsonlLogger
@@ -10,7 +11,12 @@ ROW = {"step": 120, "loss": 3.4521, "lr": 1e-3, "mfu": None}
 
 
 def rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Return the rows without their times."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    times = [datetime.fromisoformat(row.pop("time")) for row in found]
+    assert times == sorted(times)
+    assert all(datetime.now(UTC) - when < timedelta(hours=1) for when in times)
+    return found
 
 
 def test_jsonl_rows_are_readable_at_once(tmp_path: Path) -> None:
@@ -28,8 +34,8 @@ def test_jsonl_is_json_where_the_loss_is_not_finite(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logger.write("train", {"step": 1, "loss": math.nan, "grad_norm": math.inf})
     logger.close()
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"kind": "train", "step": 1, "loss": null, "grad_norm": null}\n'
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row == {"kind": "train", "step": 1, "loss": None, "grad_norm": None}
 
 
 def test_jsonl_of_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:

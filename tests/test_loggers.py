@@ -13,6 +13,8 @@ from fasttrain.loggers import Console, clean, format_count, format_duration
 
 ROW = {
     "step": 120,
+    "progress": 0.0799,
+    "left_s": 133.0,
     "tokens": 983_040,
     "epoch": 0.25,
     "loss": 3.4521,
@@ -82,7 +84,7 @@ def everything(console: Console) -> None:
     console.header([("device", "cpu"), ("plan", "2,000 steps")])
     console.note("building the corpus")
     for step in range(1, 4):
-        console.progress(step, 3)
+        console.progress(step, 3, 64 * step, step / 3, None)
     console.train(ROW)
     console.warn("a damaged checkpoint was passed over")
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
@@ -97,7 +99,7 @@ fasttrain:
   device  cpu
   plan    2,000 steps
 building the corpus
-step      120  loss  3.4521  ppl    31.57  lr 1.00e-03  grad  0.482  tok/s   34.5k  wait  0.02ms  mfu   n/a
+step      120  loss  3.4521  lr 1.00e-03  grad  0.482  tok/s  34.5k  tokens 983.0k  done   7%  left  2m 13s
 warning: a damaged checkpoint was passed over
 eval      120  val_loss 2.9134  val_ppl 18.42  bpb 1.6120  accuracy 41.2%
 eval      240  val_loss 2.8134  val_ppl 16.67  change -0.100  best
@@ -198,14 +200,47 @@ def test_a_character_that_the_stream_cannot_encode_is_escaped(
     assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
 
 
-@pytest.mark.parametrize(
-    ("loss", "shown"), [(math.nan, "ppl      nan"), (800.0, "ppl      inf"), (10.9, "54.2k")]
-)
+@pytest.mark.parametrize(("loss", "shown"), [(math.nan, "nan"), (800.0, "inf"), (10.9, "54.2k")])
 def test_perplexity_of_any_loss(
     loss: float, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Console(log_file=None, interactive=False).train({**ROW, "loss": loss})
-    assert shown in capsys.readouterr().out
+    console = Console(log_file=None, interactive=False)
+    console.evaluation({"step": 1, "val_loss": loss})
+    assert f"val_ppl {shown}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("progress", "left_s", "shown"),
+    [
+        (0.29, 11_100.0, "done  29%  left  3h 05m"),
+        (0.9999, 0.2, "done  99%  left      1s"),  # 100% is the end
+        (1.0, 0.0, "done 100%  left      0s"),
+        (0.0006, None, "done   0%  left     n/a"),  # of the first step
+    ],
+)
+def test_N21_a_plain_line_says_how_far_the_run_is(
+    progress: float, left_s: float | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(log_file=None, interactive=False)
+    console.train({**ROW, "progress": progress, "left_s": left_s})
+    assert capsys.readouterr().out.endswith(f"tokens 983.0k  {shown}\n")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        ({}, ""),
+        ({"mfu": 0.412}, "  mfu 41.2%"),
+        ({"data_wait_ms": 11.8}, ""),  # less than a twentieth of the step
+        ({"data_wait_ms": 12.0}, "  wait 12ms"),
+        ({"data_wait_ms": 12.0, "rollbacks": 1}, "  wait 12ms  rollbacks 1"),
+    ],
+)
+def test_N18_wait_and_mfu_are_shown_where_they_say_something(
+    numbers: dict[str, float], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Console(log_file=None, interactive=False).train({**ROW, **numbers})
+    assert capsys.readouterr().out.endswith(f"left  2m 13s{shown}\n")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +260,7 @@ def test_a_huge_loss_keeps_the_columns(
 def test_missing_values_are_not_available(capsys: pytest.CaptureFixture[str]) -> None:
     Console(log_file=None, interactive=False).train({"step": 1, "loss": 5.0})
     out = capsys.readouterr().out
-    assert out.count("n/a") == 5
+    assert out.count("n/a") == 6
     assert "loss  5.0000" in out
 
 
@@ -239,12 +274,12 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     monkeypatch.setattr("fasttrain.loggers.time.monotonic", lambda: now[0])
     console = Console(log_file=None, interactive=True)
     for step in range(1000):
-        console.progress(step, 2000)
+        console.progress(step, 2000, 64 * step, step / 2000, 9.0)
         now[0] += 0.005
-    console.progress(1000, 2000)
+    console.progress(1000, 2000, 64_000, 0.5, 9.0)
     calls: list[str] = []
     sys.setprofile(lambda frame, event, _: "call" in event and calls.append(frame.f_code.co_name))
-    console.progress(1001, 2000)
+    console.progress(1001, 2000, 64_064, 0.5005, 9.0)
     sys.setprofile(None)
     drawn = stream.getvalue().count("/2000")
     console.close()
@@ -253,21 +288,25 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     assert len(calls) == 3  # the last is the end of the profile
 
 
-def test_eta_counts_from_the_first_step_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run at step 1000 that took 10 s for 100 steps needs 90 s for 900 more."""
-    now = [0.0]
+@pytest.mark.parametrize(
+    ("total", "left_s", "shown"),
+    [
+        (2000, 90.0, "55%  1m 30s left  step 1100/2000  9.0M tokens"),
+        (None, 90.0, "55%  1m 30s left  step 1100  9.0M tokens"),  # of train.hours, at first
+        (2000, None, "55%  step 1100/2000  9.0M tokens"),
+    ],
+)
+def test_N21_the_bar_says_how_far_the_run_is(
+    total: int | None, left_s: float | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("fasttrain.loggers.time.monotonic", lambda: now[0])
     console = Console(log_file=None, interactive=True)
-    console.progress(1000, 2000)
-    now[0] = 10.0
-    console.progress(1100, 2000)
+    console.progress(1100, total, 9_011_200, 0.55, left_s)
     console.close()
-    assert "ETA ?" in stream.getvalue()
-    assert "55%  1100/2000  ETA 1m 30s" in stream.getvalue()
+    assert shown in stream.getvalue()
 
 
 def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -> None:

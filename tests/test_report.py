@@ -8,9 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fasttrain.config import UserError, config_to_toml, load_config
-from fasttrain.report import differences, main, page, read_run
+from fasttrain.config import (
+    LogConfig,
+    LoopConfig,
+    TrainConfig,
+    UserError,
+    config_to_toml,
+    load_config,
+)
+from fasttrain.library import Trainer
+from fasttrain.report import differences, facts, main, page, panels, read_run, smoothed
 from tests.toy import write_config
 
 pytest.importorskip("plotly", reason="needs the extra report")
@@ -28,10 +37,13 @@ def make_run(
     for step in (1, 10, 20):
         row = {"step": step, "tokens": 64 * step, "loss": loss / step, "loss_ema": loss, "lr": 1e-3}
         row |= {"grad_norm": 0.5, "tokens_per_s": 640.0, "step_ms": 100.0, "data_wait_ms": 0.1}
-        row |= {"communication_ms": communication_ms}
+        row |= {"forward_backward_ms": 70.0, "optimizer_ms": 20.0}
+        row |= {"communication_ms": communication_ms, "progress": step / 80}
+        row |= {"time": f"2026-11-22T23:59:{step:02}+00:00"}
         lines.append(json.dumps(row | {"mfu": None, "peak_memory_gib": 0.25}))
     lines.append(json.dumps({"step": 10, "val_loss": None, "val_bpb": None}))  # it was nan
-    lines.append(json.dumps({"step": 20, "val_loss": 2.5, "val_bpb": 1.25}))
+    best = {"step": 20, "val_loss": 2.5, "val_bpb": 1.25, "val_ppl": 12.182, "val_accuracy": 0.416}
+    lines.append(json.dumps(best | {"time": "2026-11-23T00:01:00+00:00"}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 30, "lo')  # killed
     (folder / "samples.txt").write_text("--- step 20\n<b>while</b> & so on\n")
     return folder
@@ -56,20 +68,86 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
     assert not re.search(r"<script[^>]*\ssrc=|<link\b|<img\b", text)
     assert "&lt;b&gt;while&lt;/b&gt; &amp; so on" in text
     assert "<b>while" not in text
-    assert differences(runs)["optim.lr"][1] == 0.5
     assert "optim.lr" in text
-    curve = '"name":"communication"'
-    assert curve in text
-    assert curve not in page(runs[:1]), "one process sends nothing: there is no such curve"
+    assert "communication" in text
+    assert "communication" not in page(runs[:1]), "one process sends nothing: nothing shows it"
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_N14_differences_are_in_words(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    keys = ["train.max_grad_norm=none", "optim.betas=[0.8, 0.9]", "model.bias=true"]
+    keys += ["schedule.context_tokens=[4, 8]", "train.ema_decay=0.5"]
+    assert differences([load_config(path), load_config(path, keys)]) == {
+        "model.bias": ["false", "true"],
+        "optim.betas": ["0.9, 0.95", "0.8, 0.9"],
+        "schedule.context_tokens": ["none", "4, 8"],
+        "train.ema_decay": ["unset", "0.5"],
+        "train.max_grad_norm": ["1.0", "unset"],
+    }
+
+
+def test_N14_the_smoothed_loss_is_a_mean_over_the_last_steps(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "one"))
+    run.train = [{"step": step, "loss": float(step)} for step in range(10, 110, 10)]
+    run.train[6]["loss"] = None  # it was not finite
+    # Steps 10 to 40 reach back by a quarter of them and find no line but their own.
+    assert smoothed(run, 20) == [10, 20, 30, 40, 45, 55, 60, 80, 85, 95]
+    assert smoothed(run, 1000)[-1] == (80 + 90 + 100) / 3 == 90
+
+
+def test_N14_the_table_has_dates_perplexity_and_accuracy(tmp_path: Path) -> None:
+    shown = facts(read_run(make_run(tmp_path / "one")), n_steps=1)
+    assert (shown["started"], shown["ended"]) == ("2026-11-22 23:59", "2026-11-23 00:01")
+    assert shown["steps"] == "20 (25% of the run)"
+    assert shown["train loss, smoothed"] == shown["train loss, last logged"] == "0.1500"
+    best = ["best validation loss", "… at step", "… perplexity", "… bits per byte", "… accuracy"]
+    assert [shown[key] for key in best] == ["2.5000", "20", "12.18", "1.2500", "41.6%"]
+
+
+def test_N14_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "one", communication_ms=40.0))
+    run.train[0]["first_step_s"] = 2.0  # it compiled
+    time = next(panel for panel in panels([run]) if "time" in panel.title)
+    assert {curve.kind for curve in time.curves} == {"area"}
+    assert [curve.y[0] for curve in time.curves] == pytest.approx([0.1, 30.0, 40.0, 20.0, 9.9])
+    assert [row["step"] for row in time.curves[0].rows] == [10, 20]
+
+
+def test_N4_a_run_of_the_library_can_be_reported(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    config = TrainConfig(train=LoopConfig(steps=3), log=LogConfig(every_steps=1))
+    tokens = torch.arange(32).reshape(4, 8) % 8
+    loader = torch.utils.data.DataLoader([{"input_ids": row} for row in tokens], batch_size=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, optimizer, config=config, run_dir=tmp_path / "own").train(loader, loader)
+    assert main([str(tmp_path / "own")]) == 0
+    text = (tmp_path / "own/report.html").read_text("utf-8")
+    assert "train loss, smoothed" in text
+    assert "over minutes" in text
+    assert "over tokens" not in text, "this trainer counts no tokens"
+    assert main([str(tmp_path / "own"), "--axis", "tokens"]) == 2
+
+
+def test_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = [str(make_run(tmp_path / name / "same")) for name in ("a", "b")]
     out = tmp_path / "out" / "page.html"
     assert main([*runs, "--out", str(out)]) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     text = out.read_text("utf-8")
     assert all(run in text for run in runs), "two runs of one name are told apart by their paths"
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main([runs[0]]) == 0
+    assert capsys.readouterr().out == f"{runs[0]}/report.html and report.png: 1 run\n"
+    own = Path(runs[0], "report.html").read_bytes()
+    other = make_run(tmp_path / "other")
+    assert main([runs[0], str(other)]) == 0
+    expected = "report-same-other.html and report-same-other.png: 2 runs\n"
+    assert capsys.readouterr().out == expected
+    assert Path("report-same-other.png").is_file()
+    assert Path(runs[0], "report.html").read_bytes() == own, "N14: it is not written over"
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
@@ -96,13 +174,27 @@ def test_nothing_logged_yet_is_said(tmp_path: Path) -> None:
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_without_network_draws_every_curve(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "one"))
+    text = page([run]).replace("</body>", "<script>over('FLOPs'); show(0, false)</script></body>")
     (tmp_path / "page.html").write_text(page([run]), "utf-8")
+    (tmp_path / "chosen.html").write_text(text, "utf-8")
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True).stdout
-    # loss and validation, lr, norm, throughput, and the two times of a step
-    assert len(re.findall(r'class="trace scatter', dom)) == 7
-    assert "over FLOPs" in dom
-    assert ">steps</text>" in dom, "the axes are named"
-    assert ">data wait</text>" in dom, "so are the parts of a step's time"
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900"]
+    whole, chosen = (
+        subprocess.run(
+            [*command, (tmp_path / name).as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=True,
+        ).stdout
+        for name in ("page.html", "chosen.html")
+    )
+    # loss as it is, smoothed and of the validation; perplexity, accuracy, lr, norm, throughput;
+    # and of a step's time four parts
+    assert len(re.findall(r'class="trace scatter', whole)) == 12
+    assert "over FLOPs" in whole
+    assert whole.count(">steps</text>") == 7, "the axes are named"
+    assert "</span>data wait" in whole, "so are the parts of a step's time"
+    assert chosen.count(">FLOPs</text>") == 7
+    assert 'class="trace scatter' not in chosen, "the run was unticked"

@@ -45,7 +45,7 @@ def toy(tmp_path: Path) -> Path:
 TRAIN_KEYS = {"step", "tokens", "epoch", "loss", "loss_ema", "lr", "grad_norm", "tokens_per_s"}
 TRAIN_KEYS |= {"step_ms", "data_wait_ms", "forward_backward_ms", "optimizer_ms", "mfu"}
 TRAIN_KEYS |= {"eval_s", "checkpoint_s", "sample_s", "goodput", "peak_memory_gib"}
-TRAIN_KEYS |= {"skipped_steps", "spikes", "rollbacks", "communication_ms"}
+TRAIN_KEYS |= {"progress", "left_s", "skipped_steps", "spikes", "rollbacks", "communication_ms"}
 
 
 def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: Path) -> None:
@@ -170,6 +170,36 @@ def test_a_requested_stop_ends_with_a_checkpoint(toy: Path, tmp_path: Path) -> N
     assert trainer.writer is not None
     trainer.writer.wait()
     assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").exists()
+
+
+def test_N14_a_stopped_run_logs_the_step_that_it_stopped_at(toy: Path, tmp_path: Path) -> None:
+    keys = ["log.every_steps=4", "checkpoint.every_steps=6"]
+    for at, logged in ((6, [1, 4, 6]), (8, [1, 4, 8])):
+        trainer = build(load_config(toy, keys), tmp_path / f"run-{at}")
+        trainer.request_stop(at_step=at)
+        assert trainer.fit() == "stopped"
+        assert [row["step"] for row in rows(tmp_path / f"run-{at}")] == logged
+
+
+@pytest.mark.parametrize("horizon", ["steps=12", "epochs=0.5", "tokens=800", "hours=0.0006"])
+def test_N21_rows_say_how_far_the_run_is_whatever_its_horizon(
+    toy: Path, tmp_path: Path, horizon: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
+    monkeypatch.setattr("fasttrain.trainer.time", clock)  # a step lasts 50 ms
+    config = load_config(toy, ["train.steps=none", f"train.{horizon}", "log.every_steps=1"])
+    trainer = build(config, tmp_path / "run")
+    assert trainer.fit() == "done"
+    logged = rows(tmp_path / "run")
+    assert len(logged) == trainer.step_count
+    parts = [row["progress"] for row in logged]
+    assert parts == pytest.approx([n / len(logged) for n in range(1, len(logged) + 1)], abs=0.02)
+    assert parts[-1] == 1.0
+    left_s = [row["left_s"] for row in logged]
+    assert left_s[-1] == 0.0
+    assert (left_s[0] is None) == (config.train.hours is None), "hours are known from the first on"
+    assert all(seconds >= 0.0 for seconds in left_s[1:])
 
 
 def losses(run_dir: Path) -> list[tuple[int, str]]:
