@@ -125,9 +125,7 @@ def test_stall_of_a_save(
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     commits: dict[str, list[float]] = {name: [] for name in calls}
-    slowdowns: dict[Callable[..., float], list[float]] = {
-        average: [] for average in (statistics.median, statistics.mean)
-    }
+    slowdowns: list[float] = []
     a = torch.randn(1024, 1024, device=DEVICE)
     product = torch.empty_like(a)
 
@@ -142,7 +140,7 @@ def test_stall_of_a_save(
         commits[name].append(time.perf_counter() - started)
 
     def steps_while_writing(at_most: float) -> float:
-        """Add a round's slowdowns; return the time until all was written."""
+        """Add a round's slowdown; return the time until all was written."""
         alone = [timed(step) for _ in range(N_STEPS)]
         started = time.perf_counter()
         ways.ours()
@@ -153,8 +151,7 @@ def test_stall_of_a_save(
         ways.finish()
         committed_s = time.perf_counter() - started
         alone += [timed(step) for _ in range(N_STEPS)]
-        for average, ratios in slowdowns.items():
-            ratios.append(average(during or alone) / average(alone))
+        slowdowns.append(statistics.median(during or alone) / statistics.median(alone))
         return committed_s
 
     def others() -> None:
@@ -174,17 +171,13 @@ def test_stall_of_a_save(
         save("save")
         if full and not rehearse:
             benchmark.extra_info["committed_while_training_s"] = steps_while_writing(math.inf)
-        for values in (*times.values(), *commits.values(), *slowdowns.values()):
+        for values in (*times.values(), *commits.values(), slowdowns):
             values.clear()
         benchmark.pedantic(all_rounds)
 
-    info = benchmark.extra_info
-    stalls = (x / y for x, y in zip(times["save"], times["plain copy"], strict=True))
-    info.update(
+    benchmark.extra_info.update(
         measure.comparison(times),
         gigabytes=ways.gigabytes,
         committed_s={name: statistics.median(values) for name, values in commits.items()},
-        stall_per_plain_copy=statistics.median(stalls),
-        slowdown=statistics.median(slowdowns[statistics.median]),
-        slowdown_of_the_mean=statistics.median(slowdowns[statistics.mean]),
+        slowdown=statistics.median(slowdowns),
     )

@@ -5,16 +5,14 @@ compiled, up to the line that reports it. Whole processes, each beside an import
 """
 
 import os
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import measure
 from benchmarks.store import ROOT
 
 ENV = os.environ | {
@@ -25,42 +23,27 @@ ENV = os.environ | {
 }
 
 
-def import_s(statement: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", statement], check=True, env=ENV)
-    return time.perf_counter() - started
+def process(statement: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, "-c", statement], check=True, env=ENV)
 
 
-def test_import(benchmark: Any, budget_s: float) -> None:
+def test_import(compare: Any, budget_s: float) -> None:
     """A config is read and refused without torch; the rest adds little to it."""
     statements = {
-        "python": "pass",
-        "fasttrain.config": "import fasttrain.config",
-        "torch": "import torch",
+        "fasttrain": "import fasttrain.session",
         "fasttrain_kernels": "import fasttrain_kernels",
-        "fasttrain.train": "import fasttrain.session",
+        "torch": "import torch",
+        "fasttrain.config": "import fasttrain.config",
+        "python": "pass",
     }
-    times: dict[str, list[float]] = {name: [] for name in statements}
-
-    def all_rounds() -> None:
-        for _ in measure.rounds_within(3 * budget_s):
-            for name, statement in statements.items():
-                times[name].append(import_s(statement))
-
-    import_s(statements["fasttrain.train"])  # files come into memory
-    benchmark.pedantic(all_rounds)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    benchmark.extra_info["import_s"] = seconds
-    benchmark.extra_info["times_s"] = {
-        "fasttrain": times["fasttrain.train"], "torch": times["torch"]
-    }  # fmt: skip
+    calls = {name: process(statement) for name, statement in statements.items()}
+    compare(calls, budget_s=3 * budget_s, warmup=1)  # files come into memory
 
 
-def first_step_s(folder: Path) -> float:
-    """Return the seconds from the start of a process to its line for step 1, and end it there."""
+def first_step(folder: Path) -> None:
+    """Start a process and wait for its line for step 1."""
     command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs/base.toml")]
     command += ["run.compile=off", f"run.out_dir={folder}", "log.every_steps=1"]
-    started = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -70,7 +53,7 @@ def first_step_s(folder: Path) -> float:
         for line in process.stdout:
             lines.append(line)
             if line.split()[:2] == ["step", "1"]:
-                return time.perf_counter() - started
+                return
     finally:
         process.kill()
         process.wait()
@@ -78,15 +61,8 @@ def first_step_s(folder: Path) -> float:
     pytest.fail("no step was reported:\n" + "".join(lines))
 
 
-def test_first_step(benchmark: Any, budget_s: float, tmp_path: Path) -> None:
-    first_step_s(tmp_path)  # makes the dataset where it is not cached
-    times: dict[str, list[float]] = {"fasttrain": [], "import of torch": []}
-
-    def all_rounds() -> None:
-        for _ in measure.rounds_within(3 * budget_s):
-            times["import of torch"].append(import_s("import torch"))
-            times["fasttrain"].append(first_step_s(tmp_path))
-
-    benchmark.pedantic(all_rounds)
-    benchmark.extra_info["first_step_s"] = statistics.median(times["fasttrain"])
-    benchmark.extra_info["times_s"] = times
+def test_first_step(compare: Any, benchmark: Any, budget_s: float, tmp_path: Path) -> None:
+    first_step(tmp_path)  # makes the dataset where it is not cached
+    calls = {"fasttrain": lambda: first_step(tmp_path), "import of torch": process("import torch")}
+    median_s = compare(calls, budget_s=3 * budget_s, warmup=0)
+    benchmark.extra_info["first_step_s"] = median_s["fasttrain"]

@@ -36,7 +36,6 @@ SHAPES: dict[str, tuple[dict[str, object], Path | None]] = {
     # Its own optimizer, Muon, is a rival of its own below: torch has none that is fast on a CPU.
     "base": ({"model.vocab_size": 2048, "optim.name": "adamw"}, BASE),
 }
-N_CALLS = {"gpt2-chars": 3}
 
 
 def litgpt_step(config: TrainConfig) -> Step:
@@ -76,7 +75,7 @@ def litgpt_step(config: TrainConfig) -> Step:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_training_step(compare: Any, benchmark: Any, full: bool, name: str) -> None:
+def test_training_step(compare: Any, full: bool, name: str) -> None:
     if name == "llama-256" and not full:
         pytest.skip("compiles three times for most of a minute: --full")
     torch._dynamo.reset()
@@ -100,7 +99,6 @@ def test_training_step(compare: Any, benchmark: Any, full: bool, name: str) -> N
             steps["litgpt"] = litgpt_step(config)
         except ImportError as error:
             left_out["litgpt"] = str(error)
-    result = compare(steps, n_calls=N_CALLS.get(name, 1), warmup=1, flush=False)
-    tokens = config.train.micro_batch * config.data.seq_len
-    benchmark.extra_info["left_out"] = left_out
-    benchmark.extra_info["tokens_per_s"] = {k: tokens / s for k, s in result.median_s.items()}
+    rates = {"tokens_per_s": config.train.micro_batch * config.data.seq_len}
+    n_calls = 3 if name == "gpt2-chars" else 1
+    compare(steps, n_calls=n_calls, warmup=1, flush=False, left_out=left_out, per_call=rates)

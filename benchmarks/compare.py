@@ -60,7 +60,7 @@ class Bound(NamedTuple):
 
 BOUNDS = (
     Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=4.0),
-    Bound("checkpoint", "stall_of_a_save", "stall_per_plain_copy", most=1.2),
+    Bound("checkpoint", "stall_of_a_save", "speedup", "plain copy", least=1 / 1.2),
     Bound("checkpoint", "stall_of_a_save", "slowdown", most=1.1),
     Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
     Bound("linear_cross_entropy", "peak_memory", "peak_bytes", "torch", least=8.0),
@@ -162,7 +162,7 @@ def held(documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
             for entry in document["benchmarks"]:
                 if not fnmatchcase(entry["name"], bound.name):
                     continue
-                wanted = f">= {bound.least:g}" if bound.least else f"<= {bound.most:g}"
+                wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
                 where = f"{wanted:8} {machine['device']}, {machine['isa']}"
                 values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
                 for rival, value in values.items():

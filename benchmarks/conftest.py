@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -27,16 +27,6 @@ MACHINE = pytest.StashKey[dict[str, Any]]()
 STARTED = pytest.StashKey[float]()
 BUDGET_S, FULL_BUDGET_S = 3.0, 20.0  # for the rounds of one comparison
 SESSION_S, TEST_S = 500, 120  # for the whole, and for one test of it
-
-
-class Comparison(NamedTuple):
-    """What `compare` measured; the first callable is the one the others are compared with."""
-
-    median_s: dict[str, float]  # seconds for one call
-    speedup: dict[str, float]  # how many times as long as the first each of the others takes
-
-
-Compare = Callable[..., Comparison]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -105,22 +95,40 @@ def budget_s(request: pytest.FixtureRequest, full: bool) -> float:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest, budget_s: float) -> Compare:
+def compare(
+    benchmark: Any, request: pytest.FixtureRequest, budget_s: float
+) -> Callable[..., dict[str, float]]:
     """A function that times callables against each other and records the result.
 
-    It takes the callables by name, ours first, and the options of `measure.in_turn`; it returns a
-    `Comparison`. The times of all rounds, medians and speed-ups are stored in the benchmark's
-    ``extra_info``; pytest-benchmark's own statistics are those of all rounds as one call.
+    Args of the function:
+        callables: name → callable without arguments; the first is ours.
+        left_out: why other rivals do not take part.
+        per_call: of a rate such as ``gb_per_s``, how much of it a call does.
+        options: those of `measure.in_turn`.
+
+    Returns of the function: the median seconds of a call. These, the times of all rounds, speed-ups
+    and rates are stored in the benchmark's ``extra_info``; for pytest-benchmark all rounds are one.
     """
 
-    def run(callables: Mapping[str, Callable[[], object]], **options: Any) -> Comparison:
+    def run(
+        callables: Mapping[str, Callable[[], object]],
+        *,
+        left_out: Mapping[str, str] | None = None,
+        per_call: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
         options = {"budget_s": budget_s, "warmup": 2, **options}
         if request.config.getoption("--rehearse"):
             options |= {"n_calls": 1, "warmup": 0}
         times = benchmark.pedantic(measure.in_turn, args=(callables,), kwargs=options)
         figures = measure.comparison(times)
-        benchmark.extra_info.update(figures, n_calls=options.get("n_calls", 1))
-        return Comparison(figures["median_s"], figures["speedup"])
+        median_s: dict[str, float] = figures["median_s"]
+        for rate, amount in (per_call or {}).items():
+            figures[rate] = {name: amount / s for name, s in median_s.items()}
+        benchmark.extra_info.update(
+            figures, n_calls=options.get("n_calls", 1), left_out=dict(left_out or {})
+        )
+        return median_s
 
     return run
 
@@ -156,8 +164,9 @@ def pytest_runtest_makereport(
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """End with the table: ours, the others, how many times as long they take."""
     machine = config.stash[MACHINE]
+    ceilings = measure.ceilings() if machine["kind"] == "cuda" else {}
     documents = [
-        {"suite": suite, "date": "", "machine": machine, "benchmarks": entries}
+        {"suite": suite, "machine": machine, "ceilings": ceilings, "benchmarks": entries}
         for suite, entries in config.stash[ENTRIES].items()
     ]
     if documents:

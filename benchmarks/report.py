@@ -25,9 +25,7 @@ SHOWN = {
     "val_loss": "validation loss {:.4f}",
     "val_bpb": "{:.3f} bits per byte",
     "gb_per_s": "{:,.1f} GB/s",
-    "fraction_of_copy": "{:.0%} of a copy",
     "tflop_per_s": "{:,.2f} TFLOP/s",
-    "fraction_of_matmul": "{:.0%} of a matrix product",
     "mfu_of_measured_ceiling": "{:.1%} of the measured ceiling",
     "mfu_of_datasheet": "{:.1%} of the datasheet's peak",
     "launches_per_step": "{:,.0f} launches a step",
@@ -38,8 +36,11 @@ SHOWN = {
     "first_step_s": "{:.1f} s from `python` to its end",
     "peak_memory_gib": "{:.2f} GiB at the most",
 }
-# A CPU's caches and its copies that read what they overwrite make no ceiling of these.
-OF_A_CEILING = ("fraction_of_copy", "fraction_of_matmul")
+# A CPU's caches and its copies that read what they overwrite make no ceilings of these.
+CUDA_CEILINGS = {
+    "gb_per_s": ("copy_gb_per_s", "{:.0%} of a copy"),
+    "tflop_per_s": ("matmul_tflop_per_s", "{:.0%} of a matrix product"),
+}
 
 
 class Rival(NamedTuple):
@@ -102,12 +103,13 @@ def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
         ]
     ours += [f"{part} {share:.1%}" for part, share in entry.get("share_of_step", {}).items()]
     ours += [f"{module} {time_text(s)}" for module, s in entry.get("import_s", {}).items()]
-    cuda = document["machine"]["kind"] == "cuda"
-    ours += [
-        text.format(_own(entry[key]))
-        for key, text in SHOWN.items()
-        if entry.get(key) is not None and (cuda or key not in OF_A_CEILING)
-    ]
+    for key, text in SHOWN.items():
+        if entry.get(key) is not None:
+            value = _own(entry[key])
+            ours.append(text.format(value))
+            if key in CUDA_CEILINGS and document["machine"]["kind"] == "cuda":
+                ceiling, text = CUDA_CEILINGS[key]
+                ours.append(text.format(value / document["ceilings"][ceiling]))
     if not ours:
         return None
     name, _, arguments = entry["name"].rstrip("]").partition("[")
