@@ -4,7 +4,8 @@
 model from torch's own functions with all logits at once, ``clip_grad_norm_`` and
 ``AdamW(fused=True)``; ``torch.compile`` is that, compiled as one graph. ``litgpt`` is its model of
 that shape, compiled, with its chunked cross-entropy, in the same loop. All start from the same
-parameters (litgpt's excepted) and train on the same batch in fp32 on a CPU and bf16 on a GPU.
+parameters (litgpt's excepted) and train on the same batch, in bf16 where the device multiplies it
+natively, else in fp32.
 """
 
 from pathlib import Path

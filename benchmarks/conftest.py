@@ -55,8 +55,8 @@ def suite_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with whole runs and steps: a slow machine does not reach the last ops."""
-    items.sort(key=lambda item: report.rank(suite_of(item)))
+    """Begin with ops, which take seconds: a busy machine may not reach the last of whole runs."""
+    items.sort(key=lambda item: -report.rank(suite_of(item)))
 
 
 @pytest.hookimpl(wrapper=True)
