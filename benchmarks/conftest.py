@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start with no figures, and memory in the state of a run."""
     config.stash[ENTRIES] = {}
+    if not config.getoption("--results"):
+        measure.yield_to_others()
     config.stash[MACHINE] = measure.machine()  # with the load before any of this
     config.stash[STARTED] = time.monotonic()
     if not torch.cuda.is_available():

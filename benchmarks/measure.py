@@ -25,6 +25,16 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a comparison, as far as its budget goes
 FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host time to run ahead
 
 
+def yield_to_others() -> None:
+    """Use one thread where others keep all cores busy.
+
+    Threads that wait for each other would take minutes for milliseconds there.
+    """
+    if os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 def machine() -> dict[str, Any]:
     """Return what a measurement depends on: device, threads, load, versions, installed peers."""
     info: dict[str, Any] = {

@@ -203,7 +203,7 @@ def plain_text(documents: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     load = f", load average {machine['load']:.1f} at the start" if "load" in machine else ""
     text = [
-        f"{processor_of(machine)}: {machine['threads']} threads, torch {machine['torch']}{load}",
+        f"{processor_of(machine)}: threads {machine['threads']}, torch {machine['torch']}{load}",
         *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
     ]
     missing: dict[str, dict[str, None]] = {}  # of each reason; names once and in order

@@ -222,6 +222,18 @@ def test_a_processor_is_named_as_torch_takes_it(monkeypatch: pytest.MonkeyPatch)
         assert measure.isa() == name
 
 
+def test_a_busy_machine_is_given_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for load, expected in ((7.9, []), (8.1, [1])):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        measure.yield_to_others()
+        assert chosen == expected
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
 # ---- timing --------------------------------------------------------------------------------------
 
 
