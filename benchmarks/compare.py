@@ -65,7 +65,9 @@ BOUNDS = (
     Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
     Bound("linear_cross_entropy", "peak_memory", "peak_bytes", "torch", least=8.0),
     Bound("loop", "loop", "share_of_step", "data wait", most=0.01),
-    Bound("prepare", "prepare", "speedup", "encode_batch", least=4.0),
+    Bound("prepare", "prepare*12*", "speedup", "encode_batch", least=2.0),
+    Bound("prepare", "prepare*48*", "speedup", "encode_batch", least=4.0),
+    Bound("prepare", "prepare", "speedup", "encode_batch", least=4.0),  # of before, 48 MB
     Bound("startup", "first_step", "first_step_s", most=8.0),
     Bound("trainers", "trainers*", "speedup", least=1.0),
 )
