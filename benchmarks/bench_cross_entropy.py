@@ -19,7 +19,6 @@ from benchmarks.rivals import (
     compiled,
     gather,
     needs_cuda,
-    record_bandwidth,
 )
 
 # (rows, vocabulary): on a CPU what a small trainer meets, on a GPU the sizes of the targets.
@@ -65,7 +64,7 @@ def step(op: Op, logits: Tensor, targets: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), SIZES)
-def test_cross_entropy(compare: Any, benchmark: Any, rows: int, vocabulary: int) -> None:
+def test_cross_entropy(compare: Any, rows: int, vocabulary: int) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     inputs = [
@@ -92,6 +91,4 @@ def test_cross_entropy(compare: Any, benchmark: Any, rows: int, vocabulary: int)
         return lambda: step(ops[name], *next(chosen))
 
     calls = {name: in_turn(name) for name in ops}
-    result = compare(calls)
-    benchmark.extra_info["left_out"] = left_out
-    record_bandwidth(benchmark, result.median_s["fasttrain"], 2 * logits.nbytes)
+    compare(calls, left_out=left_out, per_call={"gb_per_s": 2 * logits.nbytes / 1e9})

@@ -194,7 +194,7 @@ def verify(tokens: Tokens) -> Callable[[str, Callable[[], Pair]], None]:
     return check
 
 
-def test_random_windows(folder: Path, compare: Any, benchmark: Any, full: bool) -> None:
+def test_random_windows(folder: Path, compare: Any) -> None:
     file = folder / "train.bin"
     dataset = open_dataset(
         folder, "train", dtype="uint16", vocab_size=VOCAB_SIZE, cache_dir=folder / "cache"
@@ -221,14 +221,7 @@ def test_random_windows(folder: Path, compare: Any, benchmark: Any, full: bool) 
             with Loader(dataset, seq_len=LENGTH, micro_batch=BATCH, seed=0, device="cpu") as loader:
                 check(OURS, lambda: ((batch := next(loader)).tokens, batch.targets))
                 ways = {OURS: lambda: next(loader), **rivals}
-                result = compare(ways, rounds=10 if full else 4, n_calls=N_CALLS)
+                rates = {"tokens_per_s": BATCH * LENGTH}
+                compare(ways, n_calls=N_CALLS, left_out=left_out, per_call=rates)
     finally:
         torch.set_num_threads(threads)
-    rates = {name: BATCH * LENGTH / seconds for name, seconds in result.median_s.items()}
-    benchmark.extra_info |= {"tokens_per_s": rates, "left_out": left_out}
-    for name, rate in rates.items():
-        ratio = result.speedup.get(name, 1.0)
-        print(f"{name:22} {rate / 1e6:6.0f}M tokens/s   fasttrain is {ratio:.2f} times as fast")
-    for name, reason in left_out.items():
-        print(f"{name:22} left out: {reason}")
-    assert result.speedup["DataLoader"] > 1

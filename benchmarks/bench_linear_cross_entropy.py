@@ -10,7 +10,6 @@ import torch
 from fasttrain_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
-from benchmarks.measure import ceilings
 from benchmarks.rivals import CUDA, DEVICE, DTYPE, TOLERANCE, Op, check, gather, needs_cuda
 
 # (rows, dim, vocabulary)
@@ -84,10 +83,9 @@ def step(op: Op, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize(("rows", "dim", "vocabulary"), SIZES + FULL_SIZES)
 def test_linear_cross_entropy(
-    compare: Any, benchmark: Any, full: bool, rows: int, dim: int, vocabulary: int
+    compare: Any, full: bool, rows: int, dim: int, vocabulary: int
 ) -> None:
-    seconds_each = (rows, dim, vocabulary) in FULL_SIZES
-    if seconds_each and not full:
+    if (rows, dim, vocabulary) in FULL_SIZES and not full:
         pytest.skip("takes two minutes: --full")
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -102,11 +100,8 @@ def test_linear_cross_entropy(
 
     ops, left_out = gather(MAKERS, verify)
     calls = {name: (lambda op=op: step(op, hidden, weight, targets)) for name, op in ops.items()}
-    result = compare(calls, rounds=3 if seconds_each else None, warmup=1)
-    rate = 6 * rows * dim * vocabulary / result.median_s["fasttrain"] / 1e12
-    benchmark.extra_info["left_out"] = left_out
-    benchmark.extra_info["tflop_per_s"] = rate
-    benchmark.extra_info["fraction_of_matmul"] = rate / ceilings()["matmul_tflop_per_s"]
+    rates = {"tflop_per_s": 6 * rows * dim * vocabulary / 1e12}
+    compare(calls, warmup=1, left_out=left_out, per_call=rates)
 
 
 PEAK = """
@@ -137,7 +132,7 @@ def peak_bytes(name: str) -> int:
 
 
 def test_peak_memory(benchmark: Any) -> None:
-    """At most an eighth of eager's, at V=50304."""
+    """By how much ours and eager grow at V=50304."""
     if CUDA:
         weight = torch.randn(50304, 768, device=DEVICE, dtype=torch.bfloat16)
         hidden = torch.randn(32768, 768, device=DEVICE, dtype=torch.bfloat16)
@@ -156,4 +151,3 @@ def test_peak_memory(benchmark: Any) -> None:
         ours = benchmark.pedantic(peak_bytes, args=("ours",))
         eager = peak_bytes("eager")
     benchmark.extra_info["peak_bytes"] = {"fasttrain": ours, "torch": eager}
-    assert ours <= eager / 8

@@ -45,9 +45,9 @@ MAKERS = {
 
 
 @pytest.mark.parametrize(("n_rows", "dim"), SHAPES)
-def test_rms_norm(compare: Any, benchmark: Any, n_rows: int, dim: int) -> None:
+def test_rms_norm(compare: Any, n_rows: int, dim: int) -> None:
     x, dy = (torch.randn(n_rows, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
     weight = torch.rand(dim, device=DEVICE).add(0.5).to(DTYPE)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     passes = 5  # x, y; dy, x, dx
-    elementwise(compare, benchmark, MAKERS, torch_norm, leaves, [dy], passes * x.nbytes)
+    elementwise(compare, MAKERS, torch_norm, leaves, [dy], passes * x.nbytes)

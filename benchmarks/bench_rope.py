@@ -12,7 +12,7 @@ from benchmarks.rivals import CUDA, DEVICE, DTYPE, Op, compiled, elementwise, ne
 SHAPE = (8, 8192, 32, 8, 128) if CUDA else (2, 512, 12, 12, 64)
 
 
-def test_rope(compare: Any, benchmark: Any) -> None:
+def test_rope(compare: Any) -> None:
     b, t, h, h_kv, dim = SHAPE
     frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
     angles = torch.arange(t, device=DEVICE)[:, None] * frequencies
@@ -56,4 +56,4 @@ def test_rope(compare: Any, benchmark: Any) -> None:
     k, dk = (torch.randn(b, t, h_kv, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
     leaves = [q.requires_grad_(), k.requires_grad_()]
     n_bytes = 4 * (q.nbytes + k.nbytes)
-    elementwise(compare, benchmark, makers, rotate_half, leaves, [dq, dk], n_bytes)
+    elementwise(compare, makers, rotate_half, leaves, [dq, dk], n_bytes)

@@ -5,10 +5,9 @@ compiled, up to the line that reports it. Whole processes, each beside an import
 """
 
 import os
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +21,29 @@ ENV = os.environ | {
     ),
     "PYTHONUNBUFFERED": "1",
 }
-TARGET_S = 8.0
 
 
-def import_s(statement: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", statement], check=True, env=ENV)
-    return time.perf_counter() - started
+def process(statement: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, "-c", statement], check=True, env=ENV)
 
 
-def test_import(benchmark: Any, full: bool) -> None:
+def test_import(compare: Any, budget_s: float) -> None:
     """A config is read and refused without torch; the rest adds little to it."""
     statements = {
-        "python": "pass",
-        "fasttrain.config": "import fasttrain.config",
-        "torch": "import torch",
+        "fasttrain": "import fasttrain.session",
         "fasttrain_kernels": "import fasttrain_kernels",
-        "fasttrain.train": "import fasttrain.session",
+        "torch": "import torch",
+        "fasttrain.config": "import fasttrain.config",
+        "python": "pass",
     }
-    times: dict[str, list[float]] = {name: [] for name in statements}
-
-    def one_round() -> None:
-        for name, statement in statements.items():
-            times[name].append(import_s(statement))
-
-    import_s(statements["fasttrain.train"])  # files come into memory
-    benchmark.pedantic(one_round, rounds=5 if full else 2, iterations=1)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    benchmark.extra_info["import_s"] = seconds
-    benchmark.extra_info["times_s"] = {
-        "fasttrain": times["fasttrain.train"], "torch": times["torch"]
-    }  # fmt: skip
-    print("", *(f"{name}: {value:.2f} s" for name, value in seconds.items()), sep="\n  ")
-    assert seconds["fasttrain.config"] < seconds["torch"] / 2
+    calls = {name: process(statement) for name, statement in statements.items()}
+    compare(calls, budget_s=3 * budget_s, warmup=1)  # files come into memory
 
 
-def first_step_s(folder: Path) -> float:
-    """Return the seconds from the start of a process to its line for step 1, and end it there."""
+def first_step(folder: Path) -> None:
+    """Start a process and wait for its line for step 1."""
     command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs/base.toml")]
     command += ["run.compile=off", f"run.out_dir={folder}", "log.every_steps=1"]
-    started = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -71,7 +53,7 @@ def first_step_s(folder: Path) -> float:
         for line in process.stdout:
             lines.append(line)
             if line.split()[:2] == ["step", "1"]:
-                return time.perf_counter() - started
+                return
     finally:
         process.kill()
         process.wait()
@@ -79,17 +61,8 @@ def first_step_s(folder: Path) -> float:
     pytest.fail("no step was reported:\n" + "".join(lines))
 
 
-def test_first_step(benchmark: Any, full: bool, tmp_path: Path) -> None:
-    first_step_s(tmp_path)  # makes the dataset where it is not cached
-    times: dict[str, list[float]] = {"fasttrain": [], "import of torch": []}
-
-    def one_round() -> None:
-        times["import of torch"].append(import_s("import torch"))
-        times["fasttrain"].append(first_step_s(tmp_path))
-
-    benchmark.pedantic(one_round, rounds=5 if full else 2, iterations=1)
-    ours = times["fasttrain"]
-    benchmark.extra_info["first_step_s"] = statistics.median(ours)
-    benchmark.extra_info["times_s"] = times
-    print(f"\nfirst step after {statistics.median(ours):.2f} s ({min(ours):.2f} at best)")
-    assert statistics.median(ours) < 2 * TARGET_S
+def test_first_step(compare: Any, benchmark: Any, budget_s: float, tmp_path: Path) -> None:
+    first_step(tmp_path)  # makes the dataset where it is not cached
+    calls = {"fasttrain": lambda: first_step(tmp_path), "import of torch": process("import torch")}
+    median_s = compare(calls, budget_s=3 * budget_s, warmup=0)
+    benchmark.extra_info["first_step_s"] = median_s["fasttrain"]

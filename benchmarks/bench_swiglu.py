@@ -31,9 +31,7 @@ CASES = [(swiglu, torch_swiglu, 2, 8), (relu_squared, torch_relu_squared, 1, 5)]
 
 
 @pytest.mark.parametrize(("ours", "theirs", "arity", "n_passes"), CASES, ids=["swiglu", "relu2"])
-def test_activation(
-    compare: Any, benchmark: Any, ours: Op, theirs: Op, arity: int, n_passes: int
-) -> None:
+def test_activation(compare: Any, ours: Op, theirs: Op, arity: int, n_passes: int) -> None:
     dy, *leaves = (torch.randn(SHAPE, device=DEVICE, dtype=DTYPE) for _ in range(arity + 1))
     leaves = [t.requires_grad_() for t in leaves]
     makers = {
@@ -43,4 +41,4 @@ def test_activation(
     }
     if arity == 2:
         makers["liger"] = needs_cuda(liger)
-    elementwise(compare, benchmark, makers, theirs, leaves, [dy], n_passes * dy.nbytes)
+    elementwise(compare, makers, theirs, leaves, [dy], n_passes * dy.nbytes)

@@ -14,83 +14,35 @@ import json
 import os
 import pickle
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.measure import comparison
+from benchmarks.measure import comparison, rounds_within
+from benchmarks.rivals import OURS
+from benchmarks.subject import GPT2_CHARS, LLAMA_LIKE, ROOT, config_of
+from fasttrain.config import TrainConfig, config_to_toml
 
-ROOT = Path(__file__).parent.parent
 PATHS = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
-
-
-class Shape(NamedTuple):
-    """A model and a batch, and how many steps are timed after those that warm up."""
-
-    n_embd: int
-    block_size: int
-    batch_size: int
-    vocab_size: int | None  # None: as many as there are characters
-    model: str  # ours, in TOML
-    n_steps: int
-    n_warm: int  # compilation and first touches
-
-
-GPT2 = """
-mlp = "gelu"
-norm = "layer"
-positions = "learned"
-tied_embeddings = true
-"""
+LIMIT_S = 100  # of one process, which takes a fifth of it on two idle cores
+# The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
-    "gpt2-chars": Shape(128, 64, 12, None, GPT2, 100, 20),
+    "gpt2-chars": (GPT2_CHARS, 100, 20),
     # nanoGPT in fp32 at the width of a small Llama; ours is that Llama.
-    "llama-256": Shape(256, 256, 8, 4096, "", 12, 3),
+    "llama-256": (LLAMA_LIKE, 12, 3),
 }
-
-CONFIG = """
-[model]
-vocab_size = {vocab}
-dim = {shape.n_embd}
-n_layers = 4
-n_heads = 4
-{shape.model}
-[data]
-path = "{data}"
-dtype = "uint16"
-seq_len = {shape.block_size}
-[optim]
-lr = 1e-3
-betas = [0.9, 0.99]
-[schedule]
-warmup_steps = {shape.n_warm}
-[train]
-steps = {shape.n_steps}
-micro_batch = {shape.batch_size}
-[eval]
-prompts = []
-[log]
-every_steps = 1
-"""
-
-
-def nanogpt() -> Path | None:
-    path = os.environ.get("NANOGPT_DIR")
-    return Path(path).resolve() if path else None
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all run: characters of the standard library, as nanoGPT's .bin."""
+def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder with characters of the standard library, as nanoGPT's .bin; how many there are."""
     folder = tmp_path_factory.mktemp("trainers")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
     text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sources)
@@ -103,121 +55,103 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.mkdir(parents=True)
     tokens[: int(0.99 * len(tokens))].tofile(data / "train.bin")
     tokens[int(0.99 * len(tokens)) :].tofile(data / "val.bin")
-    if (peer := nanogpt()) is not None:
-        (folder / "configurator.py").symlink_to(peer / "configurator.py")
-        (folder / "config").symlink_to(peer / "config")
-    for name, shape in SHAPES.items():
-        vocab = shape.vocab_size or len(chars)
-        toml = CONFIG.format(vocab=vocab, data=data, shape=shape)
-        (folder / f"{name}.toml").write_text(toml, encoding="utf-8")
-        (folder / f"{name}.vocab").write_text(str(vocab), "utf-8")
-        # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
-        (folder / f"{name}.pkl").write_bytes(pickle.dumps({"vocab_size": vocab}))
-    return folder
+    return folder, len(chars)
 
 
 def run(command: list[str], folder: Path) -> str:
     process = subprocess.run(
-        command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+        [sys.executable, *command],
+        cwd=folder, env=ENV, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
     return process.stdout
 
 
-def run_nanogpt(folder: Path, name: str) -> float:
-    """Return nanoGPT's median seconds of a step."""
-    shape, peer = SHAPES[name], nanogpt()
-    assert peer is not None
-    shutil.copyfile(folder / f"{name}.pkl", folder / "data" / "chars" / "meta.pkl")
+def run_nanogpt(folder: Path, config: TrainConfig) -> list[float]:
+    """Return the milliseconds of nanoGPT's steps."""
+    if not (path := os.environ.get("NANOGPT_DIR")):
+        raise ImportError("NANOGPT_DIR does not name a checkout")
+    peer, model = Path(path).resolve(), config.model
+    for name in ("configurator.py", "config"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(peer / name)
+    # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
+    meta = pickle.dumps({"vocab_size": model.vocab_size})
+    (folder / "data" / "chars" / "meta.pkl").write_bytes(meta)
     arguments = {
-        "dataset": "chars",
-        "device": "cpu",
-        "compile": False,
-        "eval_iters": 1,
-        "eval_interval": 10**9,
-        "log_interval": 1,
-        "max_iters": shape.n_steps,
-        "lr_decay_iters": shape.n_steps,
+        "dataset": "chars", "device": "cpu", "compile": False, "log_interval": 1,
+        "eval_iters": 1, "eval_interval": 10**9,
+        "max_iters": config.train.steps, "lr_decay_iters": config.train.steps,
         "warmup_iters": 0,  # as many as lr_decay_iters, it divides by zero
-        "dropout": 0.0,
-        "block_size": shape.block_size,
-        "batch_size": shape.batch_size,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": shape.n_embd,
-    }
-    command = [sys.executable, str(peer / "train.py"), "config/train_shakespeare_char.py"]
+        "dropout": 0.0, "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
+        "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
+    }  # fmt: skip
+    command = [str(peer / "train.py"), "config/train_shakespeare_char.py"]
     out = run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder)
-    times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
-    assert len(times) >= shape.n_steps
-    return statistics.median(times[shape.n_warm :]) / 1e3
+    return [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
 
 
-def run_ours(folder: Path, name: str) -> float:
-    """Return our median seconds of a step."""
-    shape = SHAPES[name]
+def run_ours(folder: Path, config: TrainConfig) -> list[float]:
+    """Return the milliseconds of our steps."""
     runs = folder / "runs"
-    run_name = f"r{len(list(runs.glob('*'))) if runs.exists() else 0}"
-    run([sys.executable, "-m", "fasttrain.train", f"{name}.toml", f"run.name={run_name}"], folder)
-    lines = (runs / run_name / "metrics.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    times = [row["step_ms"] for row in rows if row["kind"] == "train"]
-    assert len(times) == shape.n_steps
-    return statistics.median(times[shape.n_warm :]) / 1e3
+    name = f"r{len(list(runs.glob('*')))}"
+    (folder / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+    run(["-m", "fasttrain.train", "config.toml", f"run.name={name}"], folder)
+    rows = map(json.loads, (runs / name / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [row["step_ms"] for row in rows if row["kind"] == "train"]
 
 
-def run_hf(folder: Path, name: str) -> float:
-    """Return the Trainer's median seconds of a step."""
-    shape = SHAPES[name]
-    vocab = (folder / f"{name}.vocab").read_text("utf-8")
-    command = [sys.executable, "-m", "benchmarks.hf_trainer", str(folder / "data/chars/train.bin")]
-    sizes = {"dim": shape.n_embd, "length": shape.block_size, "rows": shape.batch_size}
-    sizes |= {"vocab": vocab, "steps": shape.n_steps}
+def run_hf(folder: Path, config: TrainConfig) -> list[float]:
+    """Return the milliseconds of the Trainer's steps."""
+    if not all(importlib.util.find_spec(module) for module in ("transformers", "accelerate")):
+        raise ImportError("transformers and accelerate are not both installed")
+    sizes = {
+        "dim": config.model.dim, "length": config.data.seq_len, "vocab": config.model.vocab_size,
+        "rows": config.train.micro_batch, "steps": config.train.steps,
+    }  # fmt: skip
+    command = ["-m", "benchmarks.hf_trainer", str(folder / "data/chars/train.bin")]
     command += [f"--{key}={value}" for key, value in sizes.items()]
-    command += ["--llama"] if shape.model != GPT2 else []
+    command += ["--llama"] if config.model.norm == "rms" else []
     times: list[float] = json.loads(run(command, folder).splitlines()[-1])
-    return statistics.median(times[shape.n_warm :]) / 1e3
-
-
-def peers(name: str) -> tuple[dict[str, Callable[[Path], float]], dict[str, str]]:
-    """Return the rivals that are here, and why others are left out."""
-    # As each is started by default: compiled, nanoGPT is in bench_chars.py and plain torch in
-    # bench_step.py.
-    found: dict[str, Callable[[Path], float]] = {
-        "nanoGPT": lambda folder: run_nanogpt(folder, name),
-        "HF Trainer": lambda folder: run_hf(folder, name),
-    }
-    left_out = {}
-    reasons = {
-        "nanoGPT": None if nanogpt() else "NANOGPT_DIR does not name a checkout",
-        "HF Trainer": None
-        if all(importlib.util.find_spec(m) for m in ("transformers", "accelerate"))
-        else "transformers and accelerate are not both installed",
-    }
-    for peer, reason in reasons.items():
-        if reason is not None:
-            left_out[peer] = reason
-            del found[peer]
-    return found, left_out
+    return times
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_trainers(benchmark: Any, work: Path, full: bool, name: str) -> None:
-    rivals, left_out = peers(name)
-    if not rivals:
-        pytest.skip("; ".join(left_out.values()))
-    times: dict[str, list[float]] = {key: [] for key in ("fasttrain", *rivals)}
+def test_trainers(benchmark: Any, work: tuple[Path, int], budget_s: float, name: str) -> None:
+    (folder, n_chars), (shape, n_steps, n_warm) = work, SHAPES[name]
+    overrides = shape | {
+        "data.path": str(folder / "data" / "chars"), "data.dtype": "uint16",
+        "optim.lr": 1e-3, "optim.betas": [0.9, 0.99], "schedule.warmup_steps": n_warm,
+        "run.dtype": "fp32", "train.steps": n_steps, "eval.prompts": [], "log.every_steps": 1,
+    }  # fmt: skip
+    config = config_of(overrides | ({"model.vocab_size": n_chars} if shape is GPT2_CHARS else {}))
+    # As each is started by default: compiled, nanoGPT is in bench_chars.py and plain torch in
+    # bench_step.py.
+    trainers = {"nanoGPT": run_nanogpt, "HF Trainer": run_hf, OURS: run_ours}
+    times: dict[str, list[float]] = {key: [] for key in (OURS, *trainers)}
+    left_out: dict[str, str] = {}
 
-    def one_round() -> None:
-        for rival, call in rivals.items():
-            times[rival].append(call(work))
-        times["fasttrain"].append(run_ours(work, name))
+    def all_rounds() -> None:
+        for _ in rounds_within(6 * budget_s):  # a round takes a minute, most of it to start them
+            for key in [key for key in trainers if key not in left_out]:
+                if len(left_out) == len(trainers) - 1:
+                    pytest.skip("; ".join(left_out.values()))
+                try:
+                    step_ms = trainers[key](folder, config)
+                    assert len(step_ms) >= n_steps - 1  # the Trainer's first has no beginning
+                    times[key].append(statistics.median(step_ms[n_warm:]) / 1e3)
+                except subprocess.TimeoutExpired:
+                    left_out[key] = f"took longer than {LIMIT_S} s"
+                except Exception as error:
+                    if key == OURS:
+                        raise
+                    left_out[key] = str(error).strip().split("\n")[-1]
+        if OURS in left_out:
+            pytest.skip(f"{OURS} {left_out[OURS]}")
 
-    # A round takes a minute, most of it to start three trainers.
-    benchmark.pedantic(one_round, rounds=6 if full else 1, iterations=1)
-    figures = comparison(times)
-    tokens = SHAPES[name].block_size * SHAPES[name].batch_size
+    benchmark.pedantic(all_rounds)
+    figures = comparison({key: values for key, values in times.items() if key not in left_out})
+    tokens = config.data.seq_len * config.train.micro_batch
     rates = {key: tokens / seconds for key, seconds in figures["median_s"].items()}
     benchmark.extra_info.update(figures, tokens_per_s=rates, left_out=left_out)
-    print("", *(f"{key}: {rate:,.0f} tokens/s" for key, rate in rates.items()), sep="\n  ")
-    assert all(ratio > 1.0 for ratio in figures["speedup"].values())

@@ -1,4 +1,5 @@
-"""What became slower: ``python benchmarks/compare.py OLD.json NEW.json`` (or two folders of them).
+"""What became slower: ``python benchmarks/compare.py OLD.json NEW.json`` (or two folders of them);
+and ``python benchmarks/compare.py RESULTS`` whether results keep the bounds that are stated here.
 
 Ours is compared through its rivals where there are any: they ran in the same rounds, so a machine
 that was slower that day cancels out. Per round the logarithm of own time over a rival's is taken;
@@ -7,9 +8,9 @@ as noise is three standard errors of that difference, estimated from the spread 
 5 % by which two processes differ. Still: measure old and new on a machine in the same state. What
 has no rival in common has its own time alone, and the machine's load in it.
 
-Folders may hold those of several devices: suites are compared with themselves on the same device.
+Folders may hold those of several processors: suites are compared with themselves on the same one.
 What is missing, skipped or failed in the new results is named. Exit status 1 where anything became
-slower than noise or failed, 2 where nothing can be compared.
+slower than noise, failed or breaks a bound, 2 where there is nothing to compare.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,47 @@ ALONE = ""  # the rival of what has none
 # Of a median, against a mean's; and of the median absolute deviation, against a deviation.
 MEDIAN_ERROR, MAD_TO_DEVIATION = 1.2533, 1.4826
 VERSIONS = ("torch", "triton", "threads", "python")
+RESULTS = Path(__file__).parent / "results"
 Document = Mapping[str, Any]
+
+
+class Bound(NamedTuple):
+    """What a figure must be, on the kinds of processor for which that is stated."""
+
+    suite: str
+    name: str  # of its benchmarks; * is any text
+    figure: str
+    rival: str = "*"  # where the figure has one for each
+    least: float = 0.0
+    most: float = math.inf
+    isas: tuple[str, ...] = ("AVX2",)
+
+    def values(self, entry: Mapping[str, Any]) -> dict[str, float]:
+        """Return the figure for each rival; where ours stands beside them, relative to it."""
+        found = entry.get(self.figure, {})
+        if not isinstance(found, Mapping):
+            return {self.figure: found}
+        own = found.get("fasttrain", 1.0)
+        return {
+            rival: value / own
+            for rival, value in found.items()
+            if rival != "fasttrain" and fnmatchcase(rival, self.rival)
+        }
+
+
+BOUNDS = (
+    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=4.0),
+    Bound("checkpoint", "stall_of_a_save", "speedup", "plain copy", least=1 / 1.2),
+    Bound("checkpoint", "stall_of_a_save", "slowdown", most=1.1),
+    Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
+    Bound("linear_cross_entropy", "peak_memory", "peak_bytes", "torch", least=8.0),
+    Bound("loop", "loop", "share_of_step", "data wait", most=0.01),
+    Bound("prepare", "prepare*12*", "speedup", "encode_batch", least=2.0),
+    Bound("prepare", "prepare*48*", "speedup", "encode_batch", least=4.0),
+    Bound("prepare", "prepare", "speedup", "encode_batch", least=4.0),  # of before, 48 MB
+    Bound("startup", "first_step", "first_step_s", most=8.0),
+    Bound("trainers", "trainers*", "speedup", least=1.0),
+)
 
 
 class Change(NamedTuple):
@@ -112,22 +154,49 @@ def compare(old: Document, new: Document) -> tuple[list[Change], dict[str, str]]
     return changes, lost
 
 
-def _documents(path: Path) -> dict[tuple[str, str], Document]:
-    """Return a file, or every file below a folder, by suite and device."""
+def held(documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
+    """Yield for each figure that has a bound whether it keeps it, and a line that shows both."""
+    for document in documents:
+        machine = document["machine"]
+        for bound in BOUNDS:
+            if bound.suite != document["suite"] or machine.get("isa") not in bound.isas:
+                continue
+            for entry in document["benchmarks"]:
+                if not fnmatchcase(entry["name"], bound.name):
+                    continue
+                wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
+                where = f"{wanted:8} {machine['device']}, {machine['isa']}"
+                values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
+                for rival, value in values.items():
+                    kept = bound.least <= value <= bound.most
+                    yield kept, f"{value:<8.3g} {where}  {bound.suite} {entry['name']} {rival}"
+
+
+def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
+    """Return a file, or every file below a folder, by suite and processor."""
     paths = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     documents = [json.loads(p.read_text("utf-8")) for p in paths]
-    return {(d["suite"], d["machine"]["device"]): d for d in documents}
+    return {(d["suite"], d["machine"]["device"], d["machine"].get("isa", "")): d for d in documents}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the changes; return 1 where something became slower than noise."""
-    parser = argparse.ArgumentParser(description="What became slower between two results.")
-    parser.add_argument("old", type=Path, help="a JSON file of benchmarks/results, or a folder")
-    parser.add_argument("new", type=Path, help="the same suite or suites, measured later")
+    """Print the changes, or the bounds; return 1 where one is bad."""
+    parser = argparse.ArgumentParser(
+        description="What became slower between two results; of one alone, whether it keeps the "
+        "bounds that are stated for its kind of processor."
+    )
+    parser.add_argument(
+        "old", type=Path, nargs="?", default=RESULTS,
+        help="a JSON file of benchmarks/results, or a folder; by default all that are there",
+    )  # fmt: skip
+    parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")
     arguments = parser.parse_args(argv)
     n_compared, bad = 0, []
     try:
-        old, new = _documents(arguments.old), _documents(arguments.new)
+        old = _documents(arguments.old)
+        if arguments.new is None:
+            return _hold(old.values())
+        new = _documents(arguments.new)
         common = [key for key in old if key in new]
         for text in sorted({text for key in common for text in _versions(old[key], new[key])}):
             print(text)
@@ -146,15 +215,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bad += [f"{key[0]} {name}"] * failed
             n_compared += len(changes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"error: not two results of the benchmarks: {error!r}", file=sys.stderr)
+        print(f"error: not results of the benchmarks: {error!r}", file=sys.stderr)
         return 2
-    if absent := sorted(suite for suite, device in old.keys() - new.keys()):
+    if absent := sorted(key[0] for key in old.keys() - new.keys()):
         print("lost    not measured again:", ", ".join(absent))
     if not n_compared and not bad:
-        print("error: the two have no timed benchmark of one device in common", file=sys.stderr)
+        print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
         return 2
     print(f"{n_compared} compared, {len(bad)} slower than noise or failed", *bad, sep="\n  ")
     return 1 if bad else 0
+
+
+def _hold(documents: Iterable[Document]) -> int:
+    """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
+    found = [*held(documents)]
+    for kept, line in found:
+        print("keeps " if kept else "BREAKS", line)
+    if not found:
+        print("error: no figure in these has a bound for its kind of processor", file=sys.stderr)
+        return 2
+    broken = sum(not kept for kept, _ in found)
+    print(f"{len(found)} figures with a bound, {broken} break it")
+    return 1 if broken else 0
 
 
 def _versions(old: Document, new: Document) -> list[str]:

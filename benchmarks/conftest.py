@@ -1,44 +1,37 @@
-"""Shared by the benchmarks: rivals timed side by side, and where the figures go.
+"""Shared by the benchmarks: rivals timed side by side, the table at the end, figures to files.
 
     def test_norm(compare):
-        result = compare({"fasttrain": ours, "torch": theirs})
-        assert result.speedup["torch"] > 0.9
+        compare({"fasttrain": ours, "torch": theirs})
 
-``pytest benchmarks/ --benchmark-only --results benchmarks/results`` also writes them, a file for
-each suite, after every test. All together take minutes: each benchmark has a budget of seconds and
-shapes that fit it. ``--full`` lifts both.
+A benchmark reports, and fails only where a result is wrong: what a figure should be is stated in
+compare.py. ``--results benchmarks/results`` also writes the figures, a file for each suite, after
+every test. A comparison, a test and the whole have a budget of seconds; what that leaves out is
+named at the end. ``--full`` lifts them, and takes the large forms.
 """
 
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import measure, store
+from benchmarks import measure, report, store
 from fasttrain.device import keep_freed_memory
 
 Entries = dict[str, list[dict[str, Any]]]  # of each suite
 ENTRIES = pytest.StashKey[Entries]()
-# For the rounds of one comparison: a hundred of a small op, three of a large one.
-BUDGET_S, FULL_BUDGET_S = 3.0, 20.0
-LEAST_ROUNDS, MOST_ROUNDS = 3, 100
-
-
-class Comparison(NamedTuple):
-    """What `compare` measured; the first callable is the one the others are compared with."""
-
-    median_s: dict[str, float]  # seconds for one call
-    speedup: dict[str, float]  # how many times as long as the first each of the others takes
-
-
-Compare = Callable[..., Comparison]
+MACHINE = pytest.StashKey[dict[str, Any]]()
+STARTED = pytest.StashKey[float]()
+BUDGET_S, FULL_BUDGET_S = 3.0, 20.0  # for the rounds of one comparison
+SESSION_S, TEST_S = 500, 120  # for the whole, and for one test of it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the benchmarks."""
-    parser.addoption("--results", type=Path, help="write figures to this folder, by device")
+    parser.addoption("--results", type=Path, help="write figures to this folder, by processor")
     parser.addoption("--full", action="store_true", help="more rounds, larger shapes, longer runs")
     parser.addoption(
         "--rehearse", action="store_true", help="call everything, once; the times mean nothing"
@@ -48,10 +41,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start with no figures, and memory in the state of a run."""
     config.stash[ENTRIES] = {}
+    if not config.getoption("--results"):
+        measure.yield_to_others()
+    config.stash[MACHINE] = measure.machine()  # with the load before any of this
+    config.stash[STARTED] = time.monotonic()
     if not torch.cuda.is_available():
         # As in a run. Else what ran before decides whether new memory is mapped anew at each call:
         # torch's RMSNorm of 2048 × 768 took 21 ms or 7.
         keep_freed_memory()
+
+
+def suite_of(item: pytest.Item) -> str:
+    """Return the name of a file's figures."""
+    return item.path.stem.removeprefix("bench_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with ops, which take seconds: a busy machine may not reach the last of whole runs."""
+    items.sort(key=lambda item: -report.rank(suite_of(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Leave out what takes too long: on a busy machine a compilation alone may take minutes."""
+    left_s = SESSION_S - (time.monotonic() - item.config.stash[STARTED])
+
+    def skip(*_: object) -> None:
+        why = f"not finished in {TEST_S} s" if left_s > TEST_S else f"not reached in {SESSION_S} s"
+        pytest.skip(f"{why}: run its file alone, or --full")
+
+    if item.config.getoption("--full"):
+        return (yield)
+    if left_s < 1:
+        skip()
+    signal.signal(signal.SIGALRM, skip)
+    signal.alarm(int(min(left_s, TEST_S)))
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 @pytest.fixture
@@ -61,55 +89,48 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
+def budget_s(request: pytest.FixtureRequest, full: bool) -> float:
+    """The seconds for the rounds of one comparison; none in a rehearsal, which has one round."""
+    if request.config.getoption("--rehearse"):
+        return 0.0
+    return FULL_BUDGET_S if full else BUDGET_S
+
+
+@pytest.fixture
+def compare(
+    benchmark: Any, request: pytest.FixtureRequest, budget_s: float
+) -> Callable[..., dict[str, float]]:
     """A function that times callables against each other and records the result.
 
     Args of the function:
-        callables: name → callable without arguments; the first is ours. At least one.
-        rounds: how often each is timed; None: as often as `BUDGET_S` allows.
-        n_calls: calls in one timing: more than one where a call is too short for the clock.
-        warmup: calls of each before the first timing, for compilation and caches; at least one
-            without ``rounds``, which are chosen by the time that the last takes.
-        flush: on CUDA, overwrite the L2 cache before each call (see `measure.seconds`).
+        callables: name → callable without arguments; the first is ours.
+        left_out: why other rivals do not take part.
+        per_call: of a rate such as ``gb_per_s``, how much of it a call does.
+        options: those of `measure.in_turn`.
 
-    Returns of the function: a `Comparison`. The times of all rounds, medians and speed-ups are
-    stored in the benchmark's ``extra_info``; its own statistics are those of ours, for ``n_calls``
-    calls (on CUDA with the overwriting of the cache, which ``extra_info`` leaves out).
+    Returns of the function: the median seconds of a call. These, the times of all rounds, speed-ups
+    and rates are stored in the benchmark's ``extra_info``; for pytest-benchmark all rounds are one.
     """
 
     def run(
         callables: Mapping[str, Callable[[], object]],
         *,
-        rounds: int | None = None,
-        n_calls: int = 1,
-        warmup: int = 3,
-        flush: bool = True,
-    ) -> Comparison:
+        left_out: Mapping[str, str] | None = None,
+        per_call: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
+        options = {"budget_s": budget_s, "warmup": 2, **options}
         if request.config.getoption("--rehearse"):
-            rounds, n_calls, warmup = 1, 1, 0
-        ours, *rivals = callables
-        times: dict[str, list[float]] = {name: [] for name in callables}
-        orders = measure.turns(rivals) if rivals else iter(lambda: [], None)
-        for _ in range(warmup):
-            last_s = [measure.seconds(call, flush=flush) for call in callables.values()]
-        if rounds is None:
-            budget_s = FULL_BUDGET_S if request.config.getoption("--full") else BUDGET_S
-            fitting = int(budget_s / (n_calls * sum(last_s)))
-            rounds = min(max(fitting, LEAST_ROUNDS), MOST_ROUNDS)
-
-        def time_one(name: str) -> None:
-            times[name].append(measure.seconds(callables[name], n_calls, flush=flush))
-
-        def time_rivals() -> None:
-            for name in next(orders):
-                time_one(name)
-
-        benchmark.pedantic(
-            time_one, args=(ours,), setup=time_rivals, rounds=rounds, iterations=1, warmup_rounds=0
-        )
+            options |= {"n_calls": 1, "warmup": 0}
+        times = benchmark.pedantic(measure.in_turn, args=(callables,), kwargs=options)
         figures = measure.comparison(times)
-        benchmark.extra_info.update(figures, n_calls=n_calls)
-        return Comparison(figures["median_s"], figures["speedup"])
+        median_s: dict[str, float] = figures["median_s"]
+        for rate, amount in (per_call or {}).items():
+            figures[rate] = {name: amount / s for name, s in median_s.items()}
+        benchmark.extra_info.update(
+            figures, n_calls=options.get("n_calls", 1), left_out=dict(left_out or {})
+        )
+        return median_s
 
     return run
 
@@ -119,42 +140,37 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Iterator[pytest.TestReport]:
     """Keep what a test recorded, or why it was skipped."""
-    report = yield
+    outcome = yield
     entry: dict[str, Any] = {"name": item.name.removeprefix("test_")}
-    if report.skipped:
-        assert isinstance(report.longrepr, tuple)
-        entry["skipped"] = report.longrepr[2].removeprefix("Skipped: ")
-    elif report.when == "call" and "benchmark" in getattr(item, "funcargs", {}):
+    if outcome.skipped:
+        assert isinstance(outcome.longrepr, tuple)
+        entry["skipped"] = outcome.longrepr[2].removeprefix("Skipped: ")
+    elif outcome.when == "call" and "benchmark" in getattr(item, "funcargs", {}):
         entry |= item.funcargs["benchmark"].extra_info
-        if report.failed:
+        if outcome.failed:
             entry["failed"] = str(call.excinfo.value if call.excinfo else "").split("\n")[0]
     else:
-        return report
-    suite = item.path.stem.removeprefix("bench_")
+        return outcome
+    suite = suite_of(item)
     entries = item.config.stash[ENTRIES].setdefault(suite, [])
     entries.append(entry)
     folder = item.config.getoption("--results")
     if folder is not None and not item.config.getoption("--rehearse"):
-        machine = measure.machine()
+        machine = item.config.stash[MACHINE]
         path = folder / store.folder_of(machine) / f"{suite}.json"
         store.write(path, store.document(suite, entries, machine, measure.ceilings()))
-    return report
+    return outcome
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the comparisons: ours in time, the others as multiples of it."""
-    rows = [
-        (f"{suite} {entry['name']}", entry)
+    """End with the table: ours, the others, how many times as long they take."""
+    machine = config.stash[MACHINE]
+    ceilings = measure.ceilings() if machine["kind"] == "cuda" else {}
+    documents = [
+        {"suite": suite, "machine": machine, "ceilings": ceilings, "benchmarks": entries}
         for suite, entries in config.stash[ENTRIES].items()
-        for entry in entries
-        if entry.get("median_s")
     ]
-    if not rows:
-        return
-    terminalreporter.section("times, and those of the others as multiples of the first")
-    width = max(len(name) for name, _ in rows)
-    for name, entry in rows:
-        (ours, own), *_ = entry["median_s"].items()
-        others = (f"{rival} ×{ratio:.2f}" for rival, ratio in entry.get("speedup", {}).items())
-        line = ", ".join([f"{ours} {1e3 * own:.3g} ms", *others])
-        terminalreporter.write_line(f"{name:{width}}  {line}")
+    if documents:
+        terminalreporter.section("benchmarks")
+        terminalreporter.write(report.plain_text(documents))

@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         well = run_all(stages, work, budget_s - (time.monotonic() - started), keep)
         if cuda:
             text = report.plain_text(
-                [d for d in read_all(results) if d["machine"]["device"] == machine["device"]]
+                [d for d in read_all(results) if folder_of(d["machine"]) == name]
             )
             with (work / "summary.txt").open("a", encoding="utf-8") as file:
                 file.write(text)

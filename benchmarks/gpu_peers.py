@@ -151,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             loss = step()
         assert torch.isfinite(loss), f"the loss is {loss.item()}"
     compared = measure.comparison(
-        measure.in_turn(steps, rounds=7, n_calls=10 if CUDA else 1, warmup=2, flush=False)
+        measure.in_turn(
+            steps, budget_s=20.0 if CUDA else 0.0, n_calls=10 if CUDA else 1, warmup=2, flush=False
+        )
     )
     tokens = config.train.micro_batch * config.data.seq_len
     rates = {k: tokens / s for k, s in compared["median_s"].items()}

@@ -6,6 +6,7 @@ round, and a speed-up is the median over rounds of the ratio within a round.
 
 import functools
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -20,15 +21,27 @@ PEERS = (
     *("transformers", "accelerate", "litgpt"),
     *("datatrove", "litdata", "mosaicml-streaming"),
 )
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a comparison, as far as its budget goes
 FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host time to run ahead
 
 
+def yield_to_others() -> None:
+    """Use one thread where others keep all cores busy.
+
+    Threads that wait for each other would take minutes for milliseconds there.
+    """
+    if os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 def machine() -> dict[str, Any]:
-    """Return what a measurement depends on: device, threads, versions, installed peers."""
+    """Return what a measurement depends on: device, threads, load, versions, installed peers."""
     info: dict[str, Any] = {
         "device": device_name(),
         "kind": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -36,6 +49,8 @@ def machine() -> dict[str, Any]:
     }
     if info["kind"] == "cuda":
         info["cuda"] = torch.version.cuda
+    else:
+        info["isa"] = isa()
     return info
 
 
@@ -57,6 +72,19 @@ def device_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def isa() -> str:
+    """Return the kind of CPU that torch takes this one for, by which its kernels differ.
+
+    ``ATEN_CPU_CAPABILITY=avx2`` makes AVX2 of a newer one.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        return "ARM"
+    name = torch.backends.cpu.get_cpu_capability()
+    if name != "AVX512":
+        return str(name)
+    return "AVX-512+AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512"
 
 
 @functools.cache
@@ -101,20 +129,41 @@ def turns(names: list[str]) -> Iterator[list[str]]:
         turn = (turn + 1) % len(names)
 
 
+def rounds_within(budget_s: float) -> Iterator[int]:
+    """Count rounds until the budget is spent.
+
+    At least `LEAST_ROUNDS`, but for rounds so long that each alone takes the budget: one of these.
+    """
+    started = time.perf_counter()
+    for turn in range(MOST_ROUNDS):
+        spent_s = time.perf_counter() - started
+        if turn and spent_s > budget_s * (1 if turn >= LEAST_ROUNDS else turn):
+            return
+        yield turn
+
+
 def in_turn(
     callables: Mapping[str, Callable[[], object]],
     *,
-    rounds: int,
+    budget_s: float,
     n_calls: int = 1,
     warmup: int = 1,
     flush: bool = True,
 ) -> dict[str, list[float]]:
-    """Time callables in turns; return the seconds of a call, for each round, by name."""
+    """Time callables in turns; return the seconds of a call, for each round, by name.
+
+    Args:
+        callables: name → callable without arguments.
+        budget_s: for the rounds, see `rounds_within`.
+        n_calls: calls in one timing: more than one where a call is too short for the clock.
+        warmup: calls of each before the first timing, for compilation and caches.
+        flush: see `seconds`.
+    """
     for call in callables.values():
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in callables}
-    for _, order in zip(range(rounds), turns(list(callables)), strict=False):
+    for _, order in zip(rounds_within(budget_s), turns(list(callables)), strict=False):
         for name in order:
             times[name].append(seconds(callables[name], n_calls, flush=flush))
     return times
@@ -148,7 +197,7 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
-    median = comparison(in_turn(calls, rounds=20 if cuda else 5, warmup=3))["median_s"]
+    median = comparison(in_turn(calls, budget_s=0.5, warmup=3))["median_s"]
     return {
         "copy_gb_per_s": 2 * source.nbytes / median["copy"] / 1e9,
         "matmul_tflop_per_s": 2 * n**3 / median["matmul"] / 1e12,

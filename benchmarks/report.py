@@ -1,4 +1,4 @@
-"""The README's figures and its chart, from the files in ``benchmarks/results``: ``make report``.
+"""Figures as tables: the benchmarks' last lines, and the README's part and chart (``make report``).
 
 Nothing in the README's measured part is written by hand: what has no file is "not measured".
 """
@@ -6,10 +6,11 @@ Nothing in the README's measured part is written by hand: what has no file is "n
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.store import RESULTS, ROOT, read_all
+from benchmarks.store import RESULTS, ROOT, processor_of, read_all
 
 README = ROOT / "README.md"
 CHART = RESULTS / "training-step.png"
@@ -24,9 +25,7 @@ SHOWN = {
     "val_loss": "validation loss {:.4f}",
     "val_bpb": "{:.3f} bits per byte",
     "gb_per_s": "{:,.1f} GB/s",
-    "fraction_of_copy": "{:.0%} of a copy",
     "tflop_per_s": "{:,.2f} TFLOP/s",
-    "fraction_of_matmul": "{:.0%} of a matrix product",
     "mfu_of_measured_ceiling": "{:.1%} of the measured ceiling",
     "mfu_of_datasheet": "{:.1%} of the datasheet's peak",
     "launches_per_step": "{:,.0f} launches a step",
@@ -37,18 +36,29 @@ SHOWN = {
     "first_step_s": "{:.1f} s from `python` to its end",
     "peak_memory_gib": "{:.2f} GiB at the most",
 }
-# A CPU's caches and its copies that read what they overwrite make no ceiling of these.
-OF_A_CEILING = ("fraction_of_copy", "fraction_of_matmul")
+# A CPU's caches and its copies that read what they overwrite make no ceilings of these.
+CUDA_CEILINGS = {
+    "gb_per_s": ("copy_gb_per_s", "{:.0%} of a copy"),
+    "tflop_per_s": ("matmul_tflop_per_s", "{:.0%} of a matrix product"),
+}
+
+
+class Rival(NamedTuple):
+    """One of the others in a row."""
+
+    name: str
+    time: str
+    ratio: str  # to ours
 
 
 class Row(NamedTuple):
-    """A line of a table."""
+    """What a table has of one benchmark."""
 
     suite: str
     what: str
-    ours: str
-    others: str
-    date: str
+    processor: str
+    ours: list[str]
+    others: list[Rival]
 
 
 def time_text(seconds: float) -> str:
@@ -67,105 +77,115 @@ def _own(value: Any) -> float:
 
 
 def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
-    """Return the line for an entry; None for one that was skipped, failed or has no figure."""
+    """Return the row for an entry; None for one that was skipped, failed or has no figure."""
     if "skipped" in entry or "failed" in entry:
         return None
     ours: list[str] = []
-    losses = entry.get("val_loss")
+    losses, times = entry.get("val_loss"), entry.get("median_s", {})
     others = [
-        f"{name} {ratio:.2f}" + (f" (loss {_own(losses[name]):.4f})" if losses else "")
+        Rival(
+            name,
+            time_text(times[name]),
+            f"{ratio:.2f}" + (f" (loss {_own(losses[name]):.4f})" if losses else ""),
+        )
         for name, ratio in entry.get("speedup", {}).items()
     ]
-    if entry.get("median_s"):
-        ours.append(time_text(next(iter(entry["median_s"].values()))))
+    if times:
+        ours.append(time_text(next(iter(times.values()))))
     if entry.get("tokens_per_s"):
         ours.append(f"{next(iter(entry['tokens_per_s'].values())):,.0f} tokens/s")
     if entry.get("peak_bytes"):
         (_, own), *rest = entry["peak_bytes"].items()
         ours.append(f"{own / 1e6:,.0f} MB")
-        others = [f"{name} {theirs / own:.1f} times the memory" for name, theirs in rest]
+        others = [
+            Rival(name, f"{theirs / 1e6:,.0f} MB", f"{theirs / own:.1f} times the memory")
+            for name, theirs in rest
+        ]
     ours += [f"{part} {share:.1%}" for part, share in entry.get("share_of_step", {}).items()]
     ours += [f"{module} {time_text(s)}" for module, s in entry.get("import_s", {}).items()]
-    cuda = document["machine"]["kind"] == "cuda"
-    ours += [
-        text.format(_own(entry[key]))
-        for key, text in SHOWN.items()
-        if entry.get(key) is not None and (cuda or key not in OF_A_CEILING)
-    ]
+    for key, text in SHOWN.items():
+        if entry.get(key) is not None:
+            value = _own(entry[key])
+            ours.append(text.format(value))
+            if key in CUDA_CEILINGS and document["machine"]["kind"] == "cuda":
+                ceiling, text = CUDA_CEILINGS[key]
+                ours.append(text.format(value / document["ceilings"][ceiling]))
     if not ours:
         return None
     name, _, arguments = entry["name"].rstrip("]").partition("[")
     what = name.replace("_", " ") + (f", {arguments.replace('-', ' × ')}" if arguments else "")
     if arguments and not arguments.replace("-", "").isdigit():
         what = f"{name.replace('_', ' ')}, {arguments}"
-    return Row(document["suite"], what, ", ".join(ours), ", ".join(others), document["date"][:10])
+    return Row(document["suite"], what, processor_of(document["machine"]), ours, others)
 
 
 def rows_of(documents: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Return the lines of all entries, whole runs and steps first."""
+    """Return the rows of all entries, whole runs and steps first, processors side by side."""
     found = (row_of(document, entry) for document in documents for entry in document["benchmarks"])
     rows = [row for row in found if row is not None]
-    return sorted(rows, key=lambda row: (_rank(row.suite), row.suite))
+    places = {key: n for n, key in reversed([*enumerate((r.suite, r.what) for r in rows)])}
+    return sorted(rows, key=lambda row: (rank(row.suite), places[row.suite, row.what]))
 
 
-def _rank(suite: str) -> int:
+def rank(suite: str) -> int:
+    """Return where a suite stands among all."""
     exact = [i for i, name in enumerate(FIRST) if suite == name or suite.startswith(f"{name}-")]
     return exact[0] if exact else len(FIRST)
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = ["| what | fasttrain | the others take … times as long | date |", "|---|---|---|---|"]
-    lines += [f"| {what} | {ours} | {others} | {date} |" for _, what, ours, others, date in rows]
+    lines = [
+        "| what | processor | fasttrain | the others take … times as long |\n|---|---|---|---|"
+    ]
+    for row in rows:
+        others = ", ".join(f"{rival.name} {rival.ratio}" for rival in row.others)
+        lines.append(f"| {row.what} | {row.processor} | {', '.join(row.ours)} | {others} |")
     return "\n".join(lines) + "\n"
 
 
-def _machine_text(machine: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> str:
-    threads = f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
-    cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
-    peers = {k: v for d in documents for k, v in d["machine"].get("peers", {}).items()}
+def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> str:
+    machines = [document["machine"] for document in documents]
+    cuda = machines[0]["kind"] == "cuda"
+
+    def seen(key: str) -> str:
+        return " and ".join(sorted({str(machine[key]) for machine in machines}))
+
+    threads = "" if cuda else f", {seen('threads')} threads"
+    peers = {k: v for machine in machines for k, v in machine.get("peers", {}).items()}
     listed = "".join(f", {name} {version}" for name, version in sorted(peers.items()))
     copies = sorted(d["ceilings"]["copy_gb_per_s"] for d in documents)
     products = sorted(d["ceilings"]["matmul_tflop_per_s"] for d in documents)
+    dates = sorted(document["date"][:10] for document in documents)
     commits = ", ".join(sorted({d["commit"] for d in documents if d["commit"]}))
-    kind = "bf16" if machine["kind"] == "cuda" else "fp32"
     return (
-        f"**{machine['device']}**{threads}: PyTorch {machine['torch']}{cuda}, "
-        f"Triton {machine['triton']}, Python {machine['python']}{listed}. In the same runs a copy "
-        f"moved {copies[0]:,.0f} to {copies[-1]:,.0f} GB/s, reads and writes counted, and a {kind} "
-        f"matrix product made {products[0]:.3g} to {products[-1]:.3g} TFLOP/s"
+        f"**{processor}**{threads}: PyTorch {seen('torch')}"
+        + (f", CUDA {seen('cuda')}" if cuda else "")
+        + f", Triton {seen('triton')}, Python {seen('python')}{listed}. In the same runs a copy "
+        f"moved {copies[0]:,.0f} to {copies[-1]:,.0f} GB/s, reads and writes counted, and a "
+        f"{'bf16' if cuda else 'fp32'} matrix product made {products[0]:.3g} to "
+        f"{products[-1]:.3g} TFLOP/s; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
         + (f"; commits {commits}.\n" if commits else ".\n")
     )
-
-
-def _groups(
-    documents: Iterable[Mapping[str, Any]],
-) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
-    """Return the documents by machine; one that differs in a version is another machine."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for document in documents:
-        machine = document["machine"]
-        keys = ("kind", "device", "threads", "torch", "triton", "python")
-        groups.setdefault(tuple(machine[k] for k in keys), []).append(document)
-    return [(found[0]["machine"], found) for found in groups.values()]
 
 
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
     """Return the README's measured part."""
     parts: list[str] = []
     for kind, title in KINDS.items():
-        groups = _groups(d for d in documents if d["machine"]["kind"] == kind)
-        if not groups:
+        found = [d for d in documents if d["machine"]["kind"] == kind]
+        if not found:
             parts.append(f"{title}: not measured.\n")
-        for machine, found in groups:
-            rows = rows_of(found)
-            first = [row for row in rows if _rank(row.suite) < len(FIRST)]
-            rest = [row for row in rows if _rank(row.suite) == len(FIRST)]
-            parts.append(f"{title}: {_machine_text(machine, found)}")
-            if first:
-                parts.append(_table(first))
-            if rest:
-                summary = "<details><summary>Ops, loader, checkpoints</summary>"
-                parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
+        for processor in dict.fromkeys(processor_of(d["machine"]) for d in found):
+            own = [d for d in found if processor_of(d["machine"]) == processor]
+            parts.append(f"{title}: {_processor_text(processor, own)}")
+        rows = rows_of(found)
+        first = [row for row in rows if rank(row.suite) < len(FIRST)]
+        rest = [row for row in rows if rank(row.suite) == len(FIRST)]
+        if first:
+            parts.append(_table(first))
+        if rest:
+            summary = "<details><summary>Ops, loader, checkpoints</summary>"
+            parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
     if chart_bars(documents):
         path = CHART.relative_to(ROOT)
         parts.append(f"![How many times as long a training step of the others takes]({path})\n")
@@ -173,12 +193,28 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plain_text(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Return the figures as lines for a terminal."""
-    lines = []
+    """Return the figures of one processor as a table for a terminal, and what has none."""
+    machine = documents[0]["machine"]
+    lines = [("what", "fasttrain", "the others", "", "times as long")]
     for row in rows_of(documents):
-        others = f"; others ×: {row.others}" if row.others else ""
-        lines.append(f"{row.suite:22} {row.what}: {row.ours}{others}")
-    return "\n".join(lines) + "\n"
+        paired = zip_longest(row.ours, row.others, fillvalue=None)
+        for n, (own, rival) in enumerate(paired):
+            lines.append((row.what if n == 0 else "", own or "", *(rival or ("", "", ""))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    load = f", load average {machine['load']:.1f} at the start" if "load" in machine else ""
+    text = [
+        f"{processor_of(machine)}: threads {machine['threads']}, torch {machine['torch']}{load}",
+        *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
+    ]
+    missing: dict[str, dict[str, None]] = {}  # of each reason; names once and in order
+    for document in documents:
+        for entry in document["benchmarks"]:
+            for why in {"skipped", "failed"} & entry.keys():
+                missing.setdefault(f"{why}: {entry[why]}", {})[entry["name"]] = None
+            for rival, reason in entry.get("left_out", {}).items():
+                missing.setdefault(f"left out: {reason}", {})[rival] = None
+    text += [f"{reason}: {', '.join(names)}" for reason, names in missing.items()]
+    return "\n".join(text) + "\n"
 
 
 def chart_bars(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -190,7 +226,7 @@ def chart_bars(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, fl
         for entry in document["benchmarks"]:
             row = row_of(document, entry)
             if row is not None and entry.get("speedup"):
-                label = f"{row.what}\n{document['machine']['device']}"
+                label = f"{row.what}\n{row.processor}"
                 rivals = {
                     k: v for k, v in entry["speedup"].items() if not k.startswith("fasttrain")
                 }

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import ceilings
-
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -84,7 +82,6 @@ def gather(
 
 def elementwise(
     compare: Any,
-    benchmark: Any,
     makers: Mapping[str, Callable[[], Op]],
     reference: Op,
     leaves: list[Tensor],
@@ -101,13 +98,5 @@ def elementwise(
 
     ops, left_out = gather(makers, verify)
     calls = {name: both_ways(op, leaves, dys) for name, op in ops.items()}
-    result = compare(calls, n_calls=5 if CUDA else 1)
-    benchmark.extra_info["left_out"] = left_out
-    record_bandwidth(benchmark, result.median_s[OURS], n_bytes)
-
-
-def record_bandwidth(benchmark: Any, seconds: float, n_bytes: int) -> None:
-    """Store ours in GB/s, and as a fraction of a copy measured in this very run."""
-    rate = n_bytes / seconds / 1e9
-    benchmark.extra_info["gb_per_s"] = rate
-    benchmark.extra_info["fraction_of_copy"] = rate / ceilings()["copy_gb_per_s"]
+    rates = {"gb_per_s": n_bytes / 1e9}
+    compare(calls, n_calls=5 if CUDA else 1, left_out=left_out, per_call=rates)

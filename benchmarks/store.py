@@ -1,4 +1,4 @@
-"""Files of measured figures: ``results/<device>/<suite>.json``.
+"""Files of measured figures: ``results/<processor>/<suite>.json``.
 
 A file holds ``suite``, ``date`` (UTC), ``commit`` (with ``+`` where the checkout had changes),
 ``machine``, ``ceilings`` and ``benchmarks``: for each its ``name`` and either ``skipped``, the
@@ -24,10 +24,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def processor_of(machine: Mapping[str, Any]) -> str:
+    """Return what was measured: ``AMD EPYC, AVX2``, as torch saw it; ``NVIDIA H200``."""
+    device: str = machine["device"]
+    return device if machine["kind"] == "cuda" else f"{device}, {machine['isa']}"
+
+
 def folder_of(machine: Mapping[str, Any]) -> str:
-    """Return the name of a device's folder: ``cpu-amd-epyc``, ``nvidia-h100-80gb-hbm3``."""
-    prefix = "cpu-" if machine["kind"] == "cpu" else ""
-    return prefix + slug(machine["device"])
+    """Return the name of a processor's folder: ``amd-epyc-avx512``, ``nvidia-h100-80gb-hbm3``."""
+    return slug(processor_of(machine).replace("AVX-", "AVX"))
 
 
 def commit() -> str | None:
@@ -87,6 +92,6 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return every file of every device, in the order of their paths."""
+    """Return every file of every processor, in the order of their paths."""
     paths = sorted(folder.glob("*/*.json"))
     return [json.loads(path.read_text("utf-8")) for path in paths]

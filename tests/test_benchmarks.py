@@ -1,8 +1,12 @@
 """What the benchmarks are read by: figures to files, files to the README, old against new."""
 
+import ast
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,8 @@ from benchmarks.compare import change_of
 from benchmarks.compare import main as compare
 
 MACHINE = {
-    "device": "Some CPU", "kind": "cpu", "threads": 2, "python": "3.12.0", "torch": "2.11.0",
-    "triton": "3.6.0", "peers": {},
+    "device": "Some CPU", "kind": "cpu", "isa": "AVX2", "threads": 2, "python": "3.12.0",
+    "torch": "2.11.0", "triton": "3.6.0", "peers": {},
 }  # fmt: skip
 CEILINGS = {"copy_gb_per_s": 20.0, "matmul_tflop_per_s": 0.2}
 
@@ -31,8 +35,8 @@ def entry_of(
     return {"name": "op[8]", **measure.comparison({"fasttrain": ours, "torch": theirs})}
 
 
-def write(path: Path, *entries: dict[str, Any], suite: str = "op", device: str = "CPU") -> str:
-    store.write(path, store.document(suite, entries, MACHINE | {"device": device}, CEILINGS))
+def write(path: Path, *entries: dict[str, Any], suite: str = "op", **machine: str) -> str:
+    store.write(path, store.document(suite, entries, MACHINE | machine, CEILINGS))
     return str(path)
 
 
@@ -82,8 +86,15 @@ def test_what_cannot_be_compared_is_an_error(
     good = write(tmp_path / "good.json", entry_of())
     other = write(tmp_path / "other.json", entry_of() | {"name": "another"})
     elsewhere = write(tmp_path / "elsewhere.json", entry_of(), device="Another CPU")
+    newer = write(tmp_path / "newer.json", entry_of(), isa="AVX-512")
     (tmp_path / "bad.json").write_text("[]", "utf-8")
-    for new in (other, elsewhere, str(tmp_path / "bad.json"), str(tmp_path / "missing.json")):
+    for new in (
+        other,
+        elsewhere,
+        newer,
+        str(tmp_path / "bad.json"),
+        str(tmp_path / "missing.json"),
+    ):
         assert compare([good, new]) == 2
         assert "error: " in capsys.readouterr().err
 
@@ -119,18 +130,139 @@ def test_what_is_no_longer_measured_is_named(
     assert capsys.readouterr().out.startswith(first)
 
 
+# ---- bounds --------------------------------------------------------------------------------------
+
+
+def test_the_committed_results_keep_their_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([]) == 0, capsys.readouterr().out
+
+
+def test_a_bound_holds_for_the_processors_that_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stall = {"name": "stall_of_a_save", "speedup": {"plain copy": 0.82}, "slowdown": 1.05}
+    path = write(tmp_path / "a.json", stall, suite="checkpoint")
+    assert compare([path]) == 1
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        ["BREAKS", "0.82", ">="], ["keeps", "1.05", "<="],
+    ]  # fmt: skip
+    peak = {"name": "peak_memory", "peak_bytes": {"fasttrain": 2e6, "torch": 15e6}}
+    assert compare([write(tmp_path / "a.json", peak, suite="linear_cross_entropy")]) == 1
+    failed = {"name": "loop", "failed": "off by 1"}
+    assert compare([write(tmp_path / "a.json", failed, suite="loop")]) == 1
+    capsys.readouterr()
+    newer = write(tmp_path / "a.json", stall, suite="checkpoint", isa="AVX-512")
+    assert compare([newer]) == 2
+    assert "no figure" in capsys.readouterr().err
+
+
+def test_no_benchmark_fails_for_what_it_timed() -> None:
+    timed = {"speedup", "median_s", "overhead", "share_of_step", "slowdown"}
+    for path in sorted(Path(report.__file__).parent.glob("bench_*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Assert):
+                words = set(ast.unparse(node.test).replace("'", ".").split("."))
+                assert not words & timed, f"{path.name}:{node.lineno}: {ast.unparse(node.test)}"
+
+
+def test_the_benchmarks_end_with_a_table_and_do_not_mind_a_slow_machine(tmp_path: Path) -> None:
+    (tmp_path / "bench_toy.py").write_text(
+        """
+import time
+import pytest
+
+def test_slower(compare, benchmark):
+    compare({"fasttrain": lambda: time.sleep(0.02), "torch": lambda: time.sleep(0.001)}, warmup=0)
+    benchmark.extra_info["left_out"] = {"liger": "needs a CUDA device"}
+
+def test_wrong(compare):
+    compare({"fasttrain": int}, warmup=0)
+    assert 1 == 2, "result 0 is off"
+
+def test_absent(compare):
+    pytest.skip("needs a peer")
+""",
+        "utf-8",
+    )
+    root = Path(report.__file__).parents[1]
+    options = ["-c", str(root / "benchmarks/pytest.ini"), "--rehearse", "--benchmark-only"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "benchmarks.conftest", "bench_toy.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    (start,) = [n for n, line in enumerate(lines) if " benchmarks ==" in line]
+    processor, header, row, *rest, summary = lines[start + 1 :]
+    assert processor.startswith(store.processor_of(measure.machine()))
+    assert processor.endswith(" at the start")
+    assert header.split() == ["what", "fasttrain", "the", "others", "times", "as", "long"]
+    what, _, _, rival, _, _, ratio = row.split()
+    assert (what, rival) == ("slower", "torch")
+    assert float(ratio) >= 0
+    assert rest[:3] == [
+        "left out: needs a CUDA device: liger",
+        "failed: result 0 is off: wrong",
+        "skipped: needs a peer: absent",
+    ]
+    assert "1 failed, 1 passed, 1 skipped" in summary  # the slower one passed
+    assert done.returncode == 1
+
+
+def test_a_processor_is_named_as_torch_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, capability, amx, name in (
+        ("x86_64", "AVX2", True, "AVX2"),  # ATEN_CPU_CAPABILITY=avx2 on a newer one
+        ("x86_64", "AVX512", False, "AVX-512"),
+        ("x86_64", "AVX512", True, "AVX-512+AMX"),
+        ("aarch64", "DEFAULT", False, "ARM"),
+    ):
+        monkeypatch.setattr(measure.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert measure.isa() == name
+
+
+def test_a_busy_machine_is_given_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for load, expected in ((7.9, []), (8.1, [1])):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        measure.yield_to_others()
+        assert chosen == expected
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
 # ---- timing --------------------------------------------------------------------------------------
 
 
 def test_rivals_take_turns_and_speed_ups_are_medians_of_a_round() -> None:
     calls: list[str] = []
     callables = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = measure.in_turn(callables, rounds=3, n_calls=2, warmup=0)
-    assert "".join(calls) == "aabbcc" + "bbccaa" + "ccaabb"
-    assert [len(values) for values in times.values()] == [3, 3, 3]
+    times = measure.in_turn(callables, budget_s=60, n_calls=2, warmup=0)
+    assert "".join(calls[:18]) == "aabbcc" + "bbccaa" + "ccaabb"
+    assert [len(values) for values in times.values()] == [measure.MOST_ROUNDS] * 3
     compared = measure.comparison({"ours": [1.0, 2.0, 10.0], "theirs": [2.0, 6.0, 10.0]})
     assert compared["speedup"] == {"theirs": 2.0}
     assert compared["median_s"] == {"ours": 2.0, "theirs": 6.0}
+
+
+def test_rounds_end_with_their_budget_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+
+    def n_rounds(round_s: float, budget_s: float) -> int:
+        nonlocal now
+        count = 0
+        for _ in measure.rounds_within(budget_s):
+            now, count = now + round_s, count + 1
+        return count
+
+    assert n_rounds(0.001, 3.0) == measure.MOST_ROUNDS
+    assert n_rounds(0.5, 3.0) == 7
+    assert n_rounds(1.4, 3.0) == n_rounds(2.9, 3.0) == measure.LEAST_ROUNDS
+    assert n_rounds(3.1, 3.0) == n_rounds(90.0, 3.0) == n_rounds(0.1, 0.0) == 1
 
 
 def test_a_wrong_or_missing_peer_is_left_out_and_ours_must_be_right() -> None:
@@ -180,8 +312,15 @@ def test_launches_busy_time_and_gaps_of_a_trace() -> None:
 
 
 def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
-    machine = MACHINE | {"device": "AMD EPYC 7B13 (64)"}
-    assert store.folder_of(machine) == "cpu-amd-epyc-7b13-64"
+    names = {
+        isa: store.folder_of(MACHINE | {"device": "AMD EPYC 7B13 (64)", "isa": isa})
+        for isa in ("AVX2", "AVX-512", "AVX-512+AMX")
+    }
+    assert names == {
+        "AVX2": "amd-epyc-7b13-64-avx2",
+        "AVX-512": "amd-epyc-7b13-64-avx512",
+        "AVX-512+AMX": "amd-epyc-7b13-64-avx512-amx",
+    }
     assert store.folder_of({"device": "NVIDIA H200", "kind": "cuda"}) == "nvidia-h200"
     path = tmp_path / "cpu" / "op.json"
     write(path, {"name": "x", "times_s": {"fasttrain": [0.123456789, 1e-9 / 3]}})
@@ -215,18 +354,40 @@ def test_report_shows_what_was_measured_and_nothing_else() -> None:
     ]
     text = report.render(documents)
     date = documents[0]["date"][:10]
-    assert "**Some CPU**, 2 threads: PyTorch 2.11.0, Triton 3.6.0, Python 3.12.0." in text
+    assert "**Some CPU, AVX2**, 2 threads: PyTorch 2.11.0, Triton 3.6.0, Python 3.12.0." in text
+    assert f" 0.2 to 0.2 TFLOP/s; {date}" in text
     ratio = f"torch {step['speedup']['torch']:.2f}"
     time = report.time_text(step["median_s"]["fasttrain"])
-    row = f"| training step, gpt2-chars | {time}, 12,346 tokens/s | {ratio} | {date} |"
+    row = f"| training step, gpt2-chars | Some CPU, AVX2 | {time}, 12,346 tokens/s | {ratio} |"
     assert row in text
     assert f"{time}, validation loss 1.5000 | {ratio} (loss 1.7500) |" in text
-    assert f"| peak memory | 2 MB | torch 15.0 times the memory | {date} |" in text
+    assert "| peak memory | Some CPU, AVX2 | 2 MB | torch 15.0 times the memory |" in text
     assert "muon" not in text
     assert text.index("training step") < text.index("<details>") < text.index("peak memory")
     assert "On a GPU: not measured." in text
     assert "On a CPU: not measured." not in text
-    assert report.chart_bars(documents) == {"training step, gpt2-chars\nSome CPU": step["speedup"]}
+    assert report.chart_bars(documents) == {
+        "training step, gpt2-chars\nSome CPU, AVX2": step["speedup"]
+    }
+
+
+def test_processors_stand_side_by_side_in_one_table() -> None:
+    documents = [
+        store.document(suite, [entry_of() | {"name": suite}], MACHINE | {"isa": isa}, CEILINGS)
+        for isa in ("AVX2", "AVX-512")
+        for suite in ("loop", "step")
+    ]
+    text = report.render(documents)
+    assert text.count("| what |") == 1
+    assert text.count("On a CPU: **Some CPU, AVX") == 2
+    starts = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")]
+    assert starts == [
+        ["| what", "processor"],
+        ["| step", "Some CPU, AVX2"],
+        ["| step", "Some CPU, AVX-512"],
+        ["| loop", "Some CPU, AVX2"],
+        ["| loop", "Some CPU, AVX-512"],
+    ]
 
 
 def test_times_have_three_digits_and_a_unit() -> None:

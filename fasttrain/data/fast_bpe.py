@@ -37,7 +37,7 @@ __all__ = ["BYTE_CHARACTERS", "FastBpe", "NotFastError"]
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = sorted({*range(256)} - _PRINTABLE)
 BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 256 + _OTHERS.index(b)) for b in range(256)]
-_BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+_BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_CHARACTERS)}
 # What ByteLevel with use_regex = true splits by: the words of GPT-2.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _RESERVED = "<|reserved|>"
@@ -64,7 +64,7 @@ class FastBpe:
             raise NotFastError("tiktoken is not installed (pip install tiktoken)") from None
         state = json.loads(tokenizer.to_str())
         pattern = _pattern(state)
-        words, ids = self.ranks(tokenizer)
+        words, ids = self.ranks(state["model"])
         self._ids = np.array(ids, np.uint32)
         self._n_bytes = np.array([len(word) for word in words], np.uint32)
         try:
@@ -96,13 +96,12 @@ class FastBpe:
         return ids
 
     @staticmethod
-    def ranks(tokenizer: Tokenizer) -> tuple[list[bytes], list[int]]:
-        """The tokens in order of rank, as bytes, and their ids.
+    def ranks(model: dict[str, Any]) -> tuple[list[bytes], list[int]]:
+        """The tokens of a tokenizer's model in order of rank, as bytes, and their ids.
 
         Raises:
             NotFastError: The ranks do not mean the merges, by one of the three conditions.
         """
-        model = json.loads(tokenizer.to_str())["model"]
         plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
         if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
             raise NotFastError("its model is not a plain byte-level BPE")
@@ -124,7 +123,7 @@ class FastBpe:
             if len(alone.tokenize(left + right)) != 1:
                 raise NotFastError("some of its tokens never come out of its merges")
         tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
-        words = [bytes(_BYTE_OF[character] for character in token) for token in tokens]
+        words = [token.translate(_BYTE_OF).encode("latin-1") for token in tokens]
         return words, [vocab[token] for token in tokens]
 
 
