@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 
-__all__ = ["build", "fits", "run_blocks_on_cpu"]
+__all__ = ["build", "fits", "run_blocks_on_cpu", "why_unfit"]
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("turns_cpu.h", "attention_cpu.cpp", "block_rows_cpu.h", "block_cpu.cpp")
@@ -118,20 +118,31 @@ class _Blocks(torch.autograd.Function):
 
 def fits(config: TrainConfig) -> bool:
     """Return whether `run_blocks_on_cpu` can train a config's model on the CPU of this machine."""
-    model = config.model
+    return why_unfit(config) is None
+
+
+def why_unfit(config: TrainConfig) -> str | None:
+    """Return why `run_blocks_on_cpu` cannot train a config's model here; None where it can."""
+    model, widest = config.model, torch.backends.cpu.get_cpu_capability()
+    if not is_supported():
+        lacks = "g++ is missing" if widest == "AVX2" else f"this CPU has {widest}"
+        return f"C++ blocks need AVX2 alone and g++; {lacks}"
+    if config.run.dtype not in ("auto", "fp32"):
+        return f"C++ blocks compute in fp32, not {config.run.dtype}"
     widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
     window = model.sliding_window_tokens
-    return (
-        is_supported()
-        and config.run.dtype in ("auto", "fp32")
-        and not any(n % 16 for n in widths)
-        and model.mlp in _KINDS
-        and not model.bias
-        and model.dropout == 0
-        and (window is None or window >= config.data.seq_len)
-        and config.data.attention_across_documents
-        and config.train.activation_checkpointing == "none"
-    )
+    for key, is_done in (
+        ("model widths that are no multiples of 16", not any(n % 16 for n in widths)),
+        (f"model.mlp={model.mlp}", model.mlp in _KINDS),
+        ("model.bias", not model.bias),
+        ("model.dropout", model.dropout == 0),
+        ("model.sliding_window_tokens", window is None or window >= config.data.seq_len),
+        ("data.attention_across_documents=false", config.data.attention_across_documents),
+        ("activation checkpointing", config.train.activation_checkpointing == "none"),
+    ):
+        if not is_done:
+            return f"C++ blocks lack {key}"
+    return None
 
 
 def run_blocks_on_cpu(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import checkpoint
+from fasttrain.block_cpu import why_unfit
 from fasttrain.config_keys import counted
 from fasttrain.loggers import Console, format_count, format_duration
 from fasttrain.redact import redact
@@ -32,6 +33,9 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
+    on_cpu = trainer.device.type == "cpu" and config.run.compile in ("auto", "c++")
+    if on_cpu and (reason := why_unfit(config)):
+        compiled += f" ({reason})"
     if trainer.total_steps is None:
         plan = f"{config.train.hours} h"
     else:

@@ -10,7 +10,7 @@ from fasttrain_kernels import _cpu
 from torch import Tensor
 
 from fasttrain import block_cpu
-from fasttrain.block_cpu import fits, run_blocks_on_cpu
+from fasttrain.block_cpu import fits, run_blocks_on_cpu, why_unfit
 from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
@@ -141,8 +141,19 @@ def test_what_it_cannot_do_is_left_to_others(
     assert fits(config_of())
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
     assert not fits(config_of(**sections))
+    assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
     monkeypatch.setattr(block_cpu, "is_supported", lambda: False)
     assert not fits(config_of())
+
+
+@pytest.mark.parametrize("widest", ["AVX512", "DEFAULT", "AVX2"])
+def test_N5_the_reason_names_what_this_machine_has(
+    monkeypatch: pytest.MonkeyPatch, widest: str
+) -> None:
+    monkeypatch.setattr(block_cpu, "is_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    lacks = "g++ is missing" if widest == "AVX2" else f"this CPU has {widest}"
+    assert why_unfit(config_of()) == f"C++ blocks need AVX2 alone and g++; {lacks}"
 
 
 def train(compile: str, model_options: dict[str, Any]) -> tuple[list[float], list[Tensor]]:
