@@ -53,13 +53,13 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
             adamw["matrices"].append(p)
     decay = config.weight_decay
     head_is_table = head_id in table_ids
+    table_scale = head_scale = 1.0
+    if config.name == "muon":
+        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
     options = {
         "matrices": (decay, 1.0),
-        "head": (
-            0.0 if head_is_table and not config.decay_embeddings else decay,
-            config.head_lr_scale,
-        ),
-        "tables": (decay if config.decay_embeddings else 0.0, config.embedding_lr_scale),
+        "head": (0.0 if head_is_table and not config.decay_embeddings else decay, head_scale),
+        "tables": (decay if config.decay_embeddings else 0.0, table_scale),
         "vectors": (0.0, 1.0),
     }
     groups = [
@@ -73,19 +73,20 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     if hidden:
         group = {"params": hidden, "weight_decay": decay, "lr_scale": 1.0}
         momentum, ns_steps = config.muon_momentum, config.muon_ns_steps
-        optimizers.append(Muon([group], lr=config.lr, momentum=momentum, ns_steps=ns_steps))
+        optimizers.append(Muon([group], lr=config.peak_lr, momentum=momentum, ns_steps=ns_steps))
     return optimizers
 
 
 def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of ``[optim]`` for all but what Muon takes."""
+    lr = config.peak_lr
     if config.name == "sgd":
         # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
         return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+            groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
         )
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
+        return torch.optim.Adafactor(groups, lr=lr, foreach=True)
     if config.name == "adamw8bit":
         try:
             made = importlib.import_module("torchao.optim").AdamW8bit
@@ -94,11 +95,9 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
                 f"optim.name = 'adamw8bit' needs torchao ({error}); install it with pip install "
                 "torchao, or use optim.name=adamw"
             ) from error
-        eight_bit: torch.optim.Optimizer = made(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps
-        )
+        eight_bit: torch.optim.Optimizer = made(groups, lr=lr, betas=config.betas, eps=config.eps)
         return eight_bit
-    return FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return FusedAdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
