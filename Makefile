@@ -14,9 +14,10 @@ test:
 bench:
 	pytest benchmarks/ --benchmark-only
 
-bench-results: # longer, with a whole run of base.toml, kept in benchmarks/results
+bench-results: # longer, with whole runs of base.toml and speedrun.toml, kept in benchmarks/results
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --full --results benchmarks/results
 	$(PYTHON) -m benchmarks.base_run --results benchmarks/results
+	$(PYTHON) -m benchmarks.base_run --config speedrun --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
 report: # README.md's figures and the chart, from benchmarks/results; needs matplotlib

@@ -148,7 +148,6 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
     overrides = [f"data.path={tmp_path}", "data.dtype=uint16", "model.vocab_size=2048"]
     overrides += [f"train.steps={n_steps}", "eval.every_steps=none", "eval.prompts=[]"]
     overrides += ["eval.sample_every_steps=none", "checkpoint.every_steps=none"]
-    overrides += ["schedule.context_tokens=[]"]
     config = load_config(BASE, overrides)
     text_as_tokens(tmp_path, 2048)
     dataset = open_dataset(

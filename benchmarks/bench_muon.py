@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.rivals import CUDA, DEVICE
 
-LAYERS, DIM = (12, 768) if CUDA else (2, 128)  # GPT-2 small; configs/base.toml
+LAYERS, DIM = (12, 768) if CUDA else (4, 128)  # GPT-2 small; configs/base.toml
 
 
 def parameters(dim: int) -> list[nn.Parameter]:

@@ -54,7 +54,7 @@ TINY_RUN = (
     ),
     *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
     *("model.bigram_vocab_size=none", "eval.prompts=[]", "eval.batch_size=512"),
-    *("schedule.context_tokens=[]", "eval.stride_tokens=none"),
+    *("train.tokens_per_step=32",),
 )
 
 

@@ -17,7 +17,7 @@ CHART = RESULTS / "training-step.png"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
-FIRST = ("chars", "run-base", "trainers", "step", "loop", "startup")
+FIRST = ("chars", "run-base", "run-speedrun", "trainers", "step", "loop", "startup")
 # What an entry may hold beside times, and how it reads.
 SHOWN = {
     "wall_s": "{:.0f} s in all",

@@ -56,14 +56,32 @@ __all__ = [
 ]
 
 SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
-# Keys that there were, with their defaults: the configs of older runs name every key.
-_RETIRED = {"optim.muon_lr_scale": 1.0, "schedule.cycle_factor": 1.0}
+# The configs of older runs name every key. Keys that there were, with the values at which they are
+# left out:
+_RETIRED = {
+    "optim.muon_lr_scale": 1.0,
+    "optim.embedding_lr_scale": 1.0,
+    "optim.head_lr_scale": 1.0,
+    "schedule.cycle_factor": 1.0,
+}
+# and tokens that are parts of data.seq_len now.
+_NOW_FRACTIONS = {
+    "schedule.context_tokens": "context_fractions",
+    "eval.stride_tokens": "stride_fraction",
+}
+# Keys of which one alone is set: given on the command line it replaces those of the file.
+_EXCLUSIVE = (
+    ("train.steps", "train.epochs", "train.tokens", "train.hours"),
+    ("data.path", "data.paths"),
+)
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
     "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.tokens_per_step",
     "block_size": "data.seq_len",
+    "schedule.context_tokens": "schedule.context_fractions",
+    "eval.stride_tokens": "eval.stride_fraction",
     "n_embd": "model.dim",
     "hidden_size": "model.dim",
     "max_iters": "train.steps",
@@ -90,13 +108,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = Path(path)
     if str(path) == path.name and not path.is_file():
         path = shipped_configs().get(path.name.removesuffix(".toml"), path)
-    values = _without_retired(_read(path))
+    values = _of_today(_read(path))
     try:
         _check_names(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    for override in overrides:
-        name, value = _parse_override(override)
+    given = dict(map(_parse_override, overrides))
+    for group in _EXCLUSIVE:
+        if any(given.get(name) for name in group):
+            for section, _, k in (name.partition(".") for name in group):
+                values.get(section, {}).pop(k, None)
+    for name, value in given.items():
         section, _, k = name.partition(".")
         values.setdefault(section, {})[k] = value
     return config_from_dict(values)
@@ -110,14 +132,32 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values without keys that are no more, where they say what is done now."""
-    return {
-        section: {k: v for k, v in table.items() if (f"{section}.{k}", v) not in _RETIRED.items()}
-        if isinstance(table, Mapping)
-        else table
-        for section, table in values.items()
-    }
+def _of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with the keys of today for those of older versions."""
+    found = {s: dict(t) if isinstance(t, Mapping) else t for s, t in values.items()}
+    tables = {s: t for s, t in found.items() if isinstance(t, dict)}
+    seq_len = tables.get("data", {}).get("seq_len", DataConfig().seq_len)
+    for name, new in _NOW_FRACTIONS.items():
+        section, _, old = name.partition(".")
+        if old in (table := tables.get(section, {})):
+            tokens = table.pop(old)
+            several = isinstance(tokens, list | tuple)
+            table[new] = [_part(n, seq_len) for n in tokens] if several else _part(tokens, seq_len)
+    optim = tables.get("optim", {})
+    for k in ("embedding_lr_scale", "head_lr_scale"):
+        if k in optim and optim.get("name") == "muon":
+            optim[f"muon_{k}"] = optim.pop(k)
+    for name, value in _RETIRED.items():
+        section, _, k = name.partition(".")
+        if tables.get(section, {}).get(k) == value:
+            del tables[section][k]
+    return found
+
+
+def _part(tokens: Any, seq_len: Any) -> Any:
+    """Return tokens in parts of ``seq_len``; unchanged what is not so many."""
+    known = isinstance(tokens, int) and isinstance(seq_len, int) and seq_len > 0
+    return tokens / seq_len if known else tokens
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -171,7 +211,7 @@ def _unknown_key(section: str, k: str) -> None:
     elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
     within = [full for full in _FIELDS if full.startswith(f"{section}.")]
     near = (
-        ([_ELSEWHERE[k]] if k in _ELSEWHERE else [])
+        [_ELSEWHERE[n] for n in {name, k} if n in _ELSEWHERE]
         or elsewhere
         or difflib.get_close_matches(name, within, n=1)
         or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
@@ -206,7 +246,7 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: a section, key, value or combination is refused.
     """
-    values = _without_retired(values)
+    values = _of_today(values)
     _check_names(values)
     sections: dict[str, Any] = {}
     for section, table in values.items():

@@ -203,16 +203,28 @@ class OptimConfig(Section):
         choices=("adamw", "muon", "sgd", "adafactor", "adamw8bit"),
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
+    muon_lr: float | None = key(
+        None, "peak learning rate with muon, which then does not read lr (None: lr)", gt=0
+    )
     betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
     weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
     decay_embeddings: bool = key(False, "decay the embedding tables too")
-    embedding_lr_scale: float = key(1.0, "learning rate of the embeddings, relative to lr", ge=0)
-    head_lr_scale: float = key(1.0, "learning rate of the head, relative to lr", ge=0)
+    muon_embedding_lr_scale: float = key(
+        1.0, "muon: learning rate of the embeddings, relative to that of the matrices", ge=0
+    )
+    muon_head_lr_scale: float = key(
+        1.0, "muon: learning rate of the head, relative to that of the matrices", ge=0
+    )
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
     nesterov: bool = key(False, "Nesterov's momentum in sgd")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate of the optimizer that is named."""
+        return self.lr if self.name != "muon" or self.muon_lr is None else self.muon_lr
 
     def check(self) -> None:
         if self.nesterov and self.momentum == 0:
@@ -235,23 +247,24 @@ class ScheduleConfig(Section):
     decay_start_step: int | None = key(
         None, "wsd: where decay begins (None: by decay_fraction)", ge=0
     )
-    decay_every_steps: int | None = key(None, "step: steps between decays", ge=1)
+    decay_every_steps: int | None = key(
+        None, "step: steps between decays (None: a third of the run)", ge=1
+    )
     decay_factor: float = key(0.1, "step, plateau: what each decay multiplies by", gt=0, lt=1)
     plateau_evals: int = key(
         3, "plateau: evaluations without a loss lower by eval.min_change that make a decay", ge=1
     )
-    cycle_steps: int | None = key(None, "cosine_restarts: steps of a cycle", ge=1)
-    context_tokens: tuple[int, ...] = key(
-        (),
-        "lengths that sequences are cut into, each for an equal part of the run; the last part has"
-        " data.seq_len, uncut ([]: all of it)",
-        ge=1,
+    cycle_steps: int | None = key(
+        None, "cosine_restarts: steps of a cycle (None: a third of the run)", ge=1
     )
-
-    def check(self) -> None:
-        for name, needed in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):
-            if self.name == name and getattr(self, needed) is None:
-                self.refuse("name", f"needs schedule.{needed}, which is unset; set it")
+    context_fractions: tuple[float, ...] = key(
+        (),
+        "packed and sliding: parts of data.seq_len that sequences are cut into, each for an equal"
+        " part of the run, the last of which has them uncut; a length is the longest divisor within"
+        " its part, if at least half of it, else uncut ([]: all of the run uncut)",
+        gt=0,
+        le=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,12 +281,16 @@ class LoopConfig(Section):
     # Typed as what all readers get: the word is settled before anything is built.
     micro_batch: int = key(
         8,
-        "sequences of one forward, on each device (auto: the largest that fits and pays)",
+        "sequences of one forward, on each device, at most: with tokens_per_step the largest number"
+        " that divides a device's share (auto: the largest that fits and pays)",
         ge=1,
         words=("auto",),
     )
     tokens_per_step: int | None = key(
-        None, "tokens of one optimizer step, over all devices (None: one micro-batch each)", ge=1
+        None,
+        "tokens of one optimizer step, over all devices: the nearest number of whole sequences on"
+        " each (None: one micro-batch each)",
+        ge=1,
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
     max_grad_value: float | None = key(None, "then clip its elements to ± this (None: never)", gt=0)
@@ -315,11 +332,12 @@ class EvalConfig(Section):
     section: ClassVar[str] = "eval"
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
     batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
-    stride_tokens: int | None = key(
+    stride_fraction: float | None = key(
         None,
-        "tokens between the starts of windows, of which only the new ones are predicted: each then"
-        " sees seq_len - stride_tokens or more before it (None: windows side by side)",
-        ge=1,
+        "packed and sliding: distance between the starts of windows as a part of data.seq_len; each"
+        " token is predicted once, after the rest of its window (None: windows side by side)",
+        gt=0,
+        le=1,
     )
     sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
     prompts: tuple[str, ...] | None = key(

@@ -42,14 +42,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_horizon()
         self._check_step()
-        self._check_windows()
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             self._refuse(
                 "schedule.name",
                 "waits for evaluations, of which there is one, at the end; set eval.every_steps",
             )
-        if self.schedule.min_lr > self.optim.lr:
-            self._refuse("schedule.min_lr", f"is above optim.lr = {self.optim.lr}; lower it")
+        if self.schedule.min_lr > self.optim.peak_lr:
+            peak = self.optim.peak_lr
+            self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
         for name in ("on_nonfinite", "on_spike"):
             if getattr(self.train, name) == "rollback" and self.checkpoint.every_steps is None:
                 self._refuse(f"train.{name}", "needs checkpoints; set checkpoint.every_steps")
@@ -94,45 +94,9 @@ class TrainConfig:
             )
 
     def _check_step(self) -> None:
-        loop, seq_len = self.train, self.data.seq_len
-        auto = isinstance(loop.micro_batch, str)
-        if loop.tokens_per_step is None:
-            if auto:
-                self._refuse(
-                    "train.micro_batch",
-                    "leaves open how many tokens make a step, which decides how a run learns; set "
-                    "train.tokens_per_step",
-                )
-            return
-        unit = seq_len * (1 if auto else loop.micro_batch)
-        if loop.tokens_per_step % unit:
-            below = loop.tokens_per_step // unit * unit
-            nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-            unit_is = "data.seq_len" if auto else "train.micro_batch · data.seq_len"
+        if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
             self._refuse(
-                "train.tokens_per_step", f"is not a multiple of {unit_is} = {unit}; use {nearest}"
-            )
-
-    def _check_windows(self) -> None:
-        contexts, data, stride = self.schedule.context_tokens, self.data, self.eval.stride_tokens
-        of_documents = data.batching in ("padded", "bucketed")
-        if contexts and of_documents:
-            self._refuse(
-                "schedule.context_tokens",
-                f"cuts windows, and data.batching = {data.batching!r} makes a row of a document; "
-                "unset it, or use data.batching=packed",
-            )
-        for length in contexts:
-            if data.seq_len % length or length >= data.seq_len:
-                self._refuse(
-                    "schedule.context_tokens",
-                    f"holds {length}, which is no part of data.seq_len = {data.seq_len}; use "
-                    f"divisors of it, such as {data.seq_len // 2 or 1}, or [] for none",
-                )
-        if stride is not None and (stride > data.seq_len or of_documents):
-            self._refuse(
-                "eval.stride_tokens",
-                f"makes no overlapping windows of data.seq_len = {data.seq_len} with data.batching "
-                f"= {data.batching!r}; set eval.stride_tokens=none, or at most data.seq_len with "
-                "data.batching=packed",
+                "train.micro_batch",
+                "leaves open how many tokens make a step, which decides how a run learns; set "
+                "train.tokens_per_step",
             )

@@ -25,12 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fasttrain.config import DistributedConfig, UserError
-from fasttrain.config_keys import counted
 
 __all__ = [
     "SharedError",
     "World",
-    "accumulation_steps",
     "choose_mode",
     "preferred_mode",
     "record_failure",
@@ -274,33 +272,6 @@ def steady(config: DistributedConfig, world: World) -> None:
         patience = timedelta(seconds=1.5 * config.timeout_s + 1)
         dist.distributed_c10d._set_pg_timeout(patience)
         dist.distributed_c10d._set_pg_timeout(patience, world.control)
-
-
-def accumulation_steps(tokens_per_step: int | None, unit_tokens: int, size: int) -> int:
-    """Return the micro-batches of one rank in a step.
-
-    Args:
-        tokens_per_step: of the config, over all ranks; None: one micro-batch on each rank.
-        unit_tokens: tokens of a micro-batch.
-        size: number of ranks.
-
-    Raises:
-        UserError: the ranks cannot share the step evenly.
-    """
-    if tokens_per_step is None:
-        return 1
-    units = tokens_per_step // unit_tokens  # the config has checked that it divides
-    if units % size:
-        fitting = [n for n in range(1, units + 1) if units % n == 0]
-        below = max((n for n in fitting if n < size), default=None)
-        above = min((n for n in fitting if n > size), default=None)
-        near = " or ".join(str(n) for n in (below, above) if n is not None)
-        raise UserError(
-            f"train.tokens_per_step = {tokens_per_step} is {counted(units, 'micro-batch')} of "
-            f"{unit_tokens} tokens, which {size} processes cannot share; start {near} of them, or "
-            "change train.micro_batch or train.tokens_per_step"
-        )
-    return units // size
 
 
 def choose_mode(

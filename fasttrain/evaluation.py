@@ -46,14 +46,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
+    seq_len, fraction = config.data.seq_len, config.eval.stride_fraction
     batches = evaluation_batches(
         dataset,
-        seq_len=config.data.seq_len,
+        seq_len=seq_len,
         batch_size=config.eval.batch_size or config.train.micro_batch,
         device=device,
         batching=config.data.batching,
         separate_documents=not config.data.attention_across_documents,
-        stride_tokens=config.eval.stride_tokens,
+        stride_tokens=None if fraction is None else max(round(fraction * seq_len), 1),
         rank=world.rank,
         world_size=world.size,
     )

@@ -115,8 +115,7 @@ def model_type_of(model: Transformer) -> str:
     if faults:
         raise UserError(
             f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
-            f"{' nor '.join(faults)}; train one with the parts of gpt2-124m.toml or "
-            "llama-350m.toml"
+            f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
         )
     return "gpt2" if gpt2 else "qwen3" if c.qk_norm else "llama"
 

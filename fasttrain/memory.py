@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from fasttrain.config import DistributedConfig, TrainConfig
 from fasttrain.device import Precision
 from fasttrain.distributed import World, choose_mode
+from fasttrain.horizon import step_shape
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.sharding import set_gradient_sync, shard
@@ -242,7 +243,7 @@ def estimate_memory(
             process that has a process group.
     """
     rows, seq_len = micro_batch, config.data.seq_len
-    step_rows = (config.train.tokens_per_step or rows * seq_len * n_ranks) // seq_len // n_ranks
+    step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
     n_micro = 2 if step_rows > rows else 1
     model, live = _trace(config, rows, n_micro, device=device, precision=precision)
     parameters = sum(p.nbytes for p in model.parameters())

@@ -62,13 +62,13 @@ def build_optimizers(
             adamw["matrices"].append(p)
     decay = config.weight_decay
     head_is_table = head_id in table_ids
+    table_scale = head_scale = 1.0
+    if config.name == "muon":
+        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
     options = {
         "matrices": (decay, 1.0),
-        "head": (
-            0.0 if head_is_table and not config.decay_embeddings else decay,
-            config.head_lr_scale,
-        ),
-        "tables": (decay if config.decay_embeddings else 0.0, config.embedding_lr_scale),
+        "head": (0.0 if head_is_table and not config.decay_embeddings else decay, head_scale),
+        "tables": (decay if config.decay_embeddings else 0.0, table_scale),
         "vectors": (0.0, 1.0),
     }
     groups = [
@@ -84,7 +84,7 @@ def build_optimizers(
         optimizers.append(
             Muon(
                 [group],
-                lr=config.lr,
+                lr=config.peak_lr,
                 momentum=config.muon_momentum,
                 ns_steps=config.muon_ns_steps,
                 ns_dtype=torch.bfloat16 if compute is torch.bfloat16 else torch.float32,
@@ -95,13 +95,14 @@ def build_optimizers(
 
 def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of ``[optim]`` for all but what Muon takes."""
+    lr = config.peak_lr
     if config.name == "sgd":
         # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
         return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+            groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
         )
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
+        return torch.optim.Adafactor(groups, lr=lr, foreach=True)
     if config.name == "adamw8bit":
         try:
             made = importlib.import_module("torchao.optim").AdamW8bit
@@ -110,12 +111,10 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
                 f"optim.name = 'adamw8bit' needs torchao ({error}); install it with pip install "
                 "torchao, or use optim.name=adamw"
             ) from error
-        eight_bit: torch.optim.Optimizer = made(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps
-        )
+        eight_bit: torch.optim.Optimizer = made(groups, lr=lr, betas=config.betas, eps=config.eps)
         return eight_bit
     if config.name in ("adamw", "muon"):
-        return FusedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return FusedAdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
     refuse("optim.name", config.name, "is not implemented; add it to fasttrain.optim")
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from fasttrain.config import TrainConfig
 from fasttrain.config_keys import counted
 from fasttrain.data.splitting import FEW_VAL_TOKENS
+from fasttrain.horizon import step_shape
 
 if TYPE_CHECKING:
     import torch
 
     from fasttrain.data.dataset import TokenDataset
 
-__all__ = ["Plan", "plan_run", "warnings_of", "warnings_of_data"]
+__all__ = ["Plan", "plan_run", "warnings_of", "warnings_of_data", "warnings_of_step"]
 
 # Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
 # spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
@@ -58,7 +59,7 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, seq_len = config.train, config.data.seq_len
-    per_step = loop.tokens_per_step or loop.micro_batch * seq_len * n_ranks
+    per_step = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
     steps = loop.steps
     if loop.tokens is not None:
         steps = math.ceil(loop.tokens / per_step)
@@ -75,6 +76,22 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
     )
 
 
+def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
+    """Yield where a step of ``n_ranks`` processes is not the one that the config names."""
+    loop, seq_len = config.train, config.data.seq_len
+    tokens = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
+    if loop.tokens_per_step is None and n_ranks > 1:
+        yield (
+            f"train.tokens_per_step is unset, so that {n_ranks} ranks make a step of {tokens:,} "
+            "tokens, which is not the run of one; set it"
+        )
+    elif loop.tokens_per_step not in (None, tokens):
+        yield (
+            f"train.tokens_per_step = {loop.tokens_per_step} is no whole number of sequences of "
+            f"data.seq_len = {seq_len} on each rank: a step has {tokens:,} tokens"
+        )
+
+
 def warnings_of(
     config: TrainConfig,
     plan: Plan,
@@ -83,6 +100,7 @@ def warnings_of(
     device: "torch.device",
     dtype: str,
     seconds: float | None = None,
+    n_ranks: int = 1,
 ) -> Iterator[str]:
     """Yield what will hurt the run, each with the remedy.
 
@@ -93,7 +111,9 @@ def warnings_of(
         device: where it will run.
         dtype: of the matrix products, as `fasttrain.device.Precision` names it.
         seconds: how long the run will take, where known.
+        n_ranks: the processes of the run.
     """
+    yield from warnings_of_step(config, n_ranks)
     model, seq_len, steps = config.model, config.data.seq_len, plan.steps
     assert model.vocab_size is not None
     if model.vocab_size % 64:

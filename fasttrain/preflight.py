@@ -74,7 +74,8 @@ def preflight(
     from fasttrain.data.files import cache_folder
     from fasttrain.data.format import absent
     from fasttrain.device import keep_compiled, resolve_compile, resolve_device, resolve_precision
-    from fasttrain.distributed import accumulation_steps, preferred_mode, unused_mode
+    from fasttrain.distributed import preferred_mode, unused_mode
+    from fasttrain.horizon import step_shape
     from fasttrain.loggers import format_count, format_duration
     from fasttrain.memory import device_memory, estimate_memory
     from fasttrain.model import Transformer
@@ -95,15 +96,13 @@ def preflight(
     if not missing or vocab_size is None:  # without data nor this there is no model
         config, train, val = open_splits(config, show)
     seq_len, loop = config.data.seq_len, config.train
-    unit = seq_len * (1 if isinstance(loop.micro_batch, str) else loop.micro_batch)
-    n_units = accumulation_steps(loop.tokens_per_step, unit, n_ranks)
-    share = replace(loop, tokens_per_step=loop.tokens_per_step and n_units * unit)
+    samples = step_shape(loop, seq_len, n_ranks).samples
+    share = replace(loop, tokens_per_step=samples * seq_len)
     alone = settle_micro_batch(
         replace(config, train=share), device=device, precision=precision, report=show
     )
-    rows = alone.train.micro_batch
+    rows, n_micro = step_shape(alone.train, seq_len)
     config = replace(config, train=replace(loop, micro_batch=rows))
-    n_micro = n_units * unit // (rows * seq_len)
     plan = plan_run(config, train, n_ranks)
     show(
         f"model        {plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix "
@@ -190,7 +189,7 @@ def preflight(
             seconds = plan.steps * probed.step_s
             show(f"time         {format_duration(seconds)} of steps, without evaluation and saves")
     for line in warnings_of(
-        config, plan, train, device=device, dtype=precision.name, seconds=seconds
+        config, plan, train, device=device, dtype=precision.name, seconds=seconds, n_ranks=n_ranks
     ):
         show(f"warning      {line}")
     for line in warnings_of_data(config, train, val) if train and val else ():
@@ -228,7 +227,7 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
     # The highest rate of the run: a warmup may well begin at almost nothing.
     total = plan.steps or 10**12
     rate = lr_at(
-        min(config.schedule.warmup_steps, total - 1), total, config.schedule, config.optim.lr
+        min(config.schedule.warmup_steps, total - 1), total, config.schedule, config.optim.peak_lr
     )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

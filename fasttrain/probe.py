@@ -13,6 +13,7 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.config_keys import counted, divisors
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
+from fasttrain.horizon import step_shape
 from fasttrain.memory import device_memory, estimate_memory, measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
@@ -50,7 +51,8 @@ def probe_step(
         precision: of the matrix products.
         memory: whether to measure the memory too, which on a CPU takes one more, slower step.
     """
-    rows, seq_len = config.train.micro_batch, config.data.seq_len
+    seq_len = config.data.seq_len
+    rows, n_micro = step_shape(config.train, seq_len)
     assert config.model.vocab_size is not None
     with torch.random.fork_rng():
         model = Transformer(config.model, seq_len=seq_len).to(device)
@@ -65,19 +67,18 @@ def probe_step(
 
     def timed(n: int) -> float:
         started = time.perf_counter()
-        step([batch] * n, config.optim.lr)
+        step([batch] * n, config.optim.peak_lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    n_micro = max((config.train.tokens_per_step or 0) // (rows * seq_len), 1)
     first_s = timed(1)
     one = min(timed(1) for _ in range(2))
     # With accumulation: the update is paid once, each further micro-batch what it adds.
     step_s = one + (n_micro - 1) * max(timed(2) - one, 0.0) if n_micro > 1 else one
     peak = 0
     if memory:
-        rises = measure_peak(lambda: step([batch] * min(n_micro, 2), config.optim.lr), device)
+        rises = measure_peak(lambda: step([batch] * min(n_micro, 2), config.optim.peak_lr), device)
         held = [*model.parameters(), *model.buffers(), batch.tokens, batch.targets]
         for optimizer in optimizers:
             for state in optimizer.state.values():
@@ -105,9 +106,8 @@ def settle_micro_batch(
     loop = config.train
     if not isinstance(loop.micro_batch, str):
         return config
-    assert loop.tokens_per_step is not None
     free = USABLE * device_memory(device)
-    rows = loop.tokens_per_step // (config.data.seq_len * world_size)
+    rows = step_shape(loop, config.data.seq_len, world_size).samples
 
     def tried(size: int) -> TrainConfig:
         run = replace(config.run, compile="off", fp8=False)  # which wants to be compiled

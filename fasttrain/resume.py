@@ -32,7 +32,7 @@ MAY_CHANGE = (
     *("distributed.", "train.activation_checkpointing"),
 )
 # And these, unless evaluations decide the learning rate or the end of the run.
-MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_tokens")
+MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_fraction")
 
 
 class Change(NamedTuple):
@@ -97,7 +97,7 @@ def check_resumable(
     shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
     if before != samples_per_step and not any(change.key in shape for change in changes):
         ranks = (
-            f"unset: a step took {counted(before, 'sample')}, and on this number of ranks it takes "
+            f"a step took {counted(before, 'sample')}, and on this number of ranks it takes "
             f"{samples_per_step}"
         )
         changes.append(Change(shape[0], before, samples_per_step, ranks))

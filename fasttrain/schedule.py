@@ -6,6 +6,7 @@ itself. Standard library only.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from fasttrain.config import ScheduleConfig
 from fasttrain.config_keys import refuse
@@ -26,9 +27,9 @@ def lr_at(
         wsd             lr, then straight from lr at t = S - round(decay_fraction · S) to min_lr
                         at t = S - 1; the decay never starts before t = W, and where
                         decay_start_step is set, it starts there
-        step            lr · decay_factor^k after k times decay_every_steps since the warmup, never
-                        below min_lr
-        cosine_restarts from lr towards min_lr over cycle_steps, again and again
+        step            lr · decay_factor^k after k times decay_every_steps (unset: S / 3) since the
+                        warmup, never below min_lr
+        cosine_restarts from lr towards min_lr over cycle_steps (unset: S / 3), again and again
         plateau         lr · decay_factor^n_plateaus, never below min_lr
 
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
@@ -62,15 +63,15 @@ def lr_at(
         return lr * ((step + 1) / warmup_steps)
     if schedule.name == "constant":
         return lr
+    a_third = -(-total_steps // 3)
     if schedule.name == "step":
-        assert schedule.decay_every_steps is not None
-        n_decays = (step - warmup_steps) // schedule.decay_every_steps
+        n_decays = (step - warmup_steps) // (schedule.decay_every_steps or a_third)
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
     if schedule.name == "plateau":
         return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
     if schedule.name == "cosine_restarts":
-        assert schedule.cycle_steps is not None
-        done = (step - warmup_steps) % schedule.cycle_steps / schedule.cycle_steps
+        cycle_steps = schedule.cycle_steps or a_third
+        done = (step - warmup_steps) % cycle_steps / cycle_steps
         falling = 0.5 * (1.0 - math.cos(math.pi * done))
         return lr * (1.0 - falling) + schedule.min_lr * falling
     if schedule.name not in ("cosine", "linear", "wsd"):
@@ -131,5 +132,17 @@ def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: i
 
     Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
     """
-    lengths = (*schedule.context_tokens, seq_len)
-    return lengths[min(step * len(lengths) // total_steps, len(lengths) - 1)]
+    fractions = (*schedule.context_fractions, 1.0)
+    now = min(step * len(fractions) // total_steps, len(fractions) - 1)
+    return _length(fractions[now], seq_len)
+
+
+@cache
+def _length(fraction: float, seq_len: int) -> int:
+    """Return the longest divisor of ``seq_len`` within that part of it, or ``seq_len``.
+
+    The latter where the divisor is less than half the part: a prime would be cut into tokens.
+    """
+    most = max(round(fraction * seq_len), 1)
+    length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
+    return length if 2 * length >= most else seq_len

@@ -31,7 +31,6 @@ from fasttrain.device import (
 from fasttrain.distributed import (
     SharedError,
     World,
-    accumulation_steps,
     choose_mode,
     start,
     stop,
@@ -39,6 +38,7 @@ from fasttrain.distributed import (
 )
 from fasttrain.ending import train_to_end
 from fasttrain.generate import generate
+from fasttrain.horizon import step_shape
 from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
@@ -217,10 +217,9 @@ def _settled(
     found = 0
     with world.failing_together():
         if world.leads:
-            assert config.train.tokens_per_step is not None
-            share = replace(
-                config.train, tokens_per_step=config.train.tokens_per_step // world.size
-            )
+            seq_len = config.data.seq_len
+            samples = step_shape(config.train, seq_len, world.size).samples
+            share = replace(config.train, tokens_per_step=samples * seq_len)
             device = world.device(resolve_device(config.run.device))
             precision = resolve_precision(config.run.dtype, device)
             alone = replace(config, train=share)
@@ -249,10 +248,9 @@ def _build(
         if config.eval.prompts is None and train.tokenizer_path is not None:
             prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
             config = replace(config, eval=replace(config.eval, prompts=prompts))
-        unit = config.train.micro_batch * config.data.seq_len
-        n_micro_batches = accumulation_steps(config.train.tokens_per_step, unit, world.size)
+        shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
-            samples = config.train.micro_batch * n_micro_batches * world.size
+            samples = shape.samples * world.size
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
             if world.leads and (warning := other_bits(state, resolve_compile(config, device))):
@@ -287,7 +285,7 @@ def _build(
         loader = Loader(
             train,
             seq_len=config.data.seq_len,
-            micro_batch=config.train.micro_batch,
+            micro_batch=shape.rows,
             seed=config.run.seed,
             device=device,
             position=state.get("position", 0),

@@ -24,6 +24,7 @@ from fasttrain.device import Precision, compile_function, resolve_compile
 from fasttrain.distributed import World
 from fasttrain.ema import Ema
 from fasttrain.fp8 import multiply_in_fp8
+from fasttrain.horizon import step_shape
 from fasttrain.model import Transformer
 from fasttrain.optim import set_lr
 from fasttrain.sharding import replicate, set_gradient_sync, time_collectives
@@ -72,11 +73,6 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
         return loss_sum
 
     return criterion
-
-
-def rows_tokens(config: TrainConfig) -> int:
-    """Return the tokens of one micro-batch."""
-    return config.train.micro_batch * config.data.seq_len
 
 
 class StepNumbers(NamedTuple):
@@ -143,7 +139,7 @@ class TrainStep:
         self.criterion = linear_cross_entropy_criterion(config)
         self.compile_mode = resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
-        accumulates = (config.train.tokens_per_step or 0) > rows_tokens(config) * world.size
+        accumulates = step_shape(config.train, config.data.seq_len, world.size).n_micro > 1
         if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
             raise UserError(

@@ -10,6 +10,7 @@ from fasttrain import checkpoint
 from fasttrain.block_cpu import why_unfit
 from fasttrain.config_keys import counted
 from fasttrain.loggers import Console, format_count, format_duration
+from fasttrain.plan import warnings_of_step
 from fasttrain.redact import redact
 from fasttrain.trainer import Trainer
 
@@ -62,13 +63,15 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
             f"{format_count(val.n_tokens)} to validate",
         ),
         ("plan", plan),
-        ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}"),
+        ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
         ("run", str(trainer.run_dir)),
     ]
     if source is not None:
         left = "" if trainer.step_count != trainer.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{source} at step {trainer.step_count:,}{left}"))
     console.header(rows)
+    for warning in warnings_of_step(config, world.size):
+        console.warn(warning)
     if step.compile_mode not in modes:
         console.note("compiling: the first step waits for it")
 

@@ -20,9 +20,9 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import compile_cache_use, resolve_device, resolve_precision
-from fasttrain.distributed import World, accumulation_steps, steady
+from fasttrain.distributed import World, steady
 from fasttrain.evaluation import evaluate
-from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps
+from fasttrain.horizon import HOURS_ESTIMATE_AT, n_steps, step_shape
 from fasttrain.lockstep import Lockstep
 from fasttrain.loggers import Console
 from fasttrain.model import Transformer
@@ -49,7 +49,7 @@ class Trainer:
         optimizers: their parameters are disjoint. Each parameter group may carry ``lr_scale``, a
             factor on the schedule's learning rate.
         config: the resolved configuration.
-        train_loader: micro-batches of ``config.train.micro_batch`` rows.
+        train_loader: micro-batches of as many rows as `step_shape` says.
         val_dataset: the held-out split; None: nothing is evaluated.
         run_dir: where metrics, samples and checkpoints go; None: nothing is written.
         console: where a person looks; None: silence.
@@ -100,10 +100,10 @@ class Trainer:
         self.saver = Saver(self)
         self.writer = self.saver.writer
 
-        rows, seq_len = config.train.micro_batch, config.data.seq_len
-        unit = rows * seq_len
-        self.accumulation = accumulation_steps(config.train.tokens_per_step, unit, world.size)
-        self.samples_per_step = rows * self.accumulation * world.size
+        seq_len = config.data.seq_len
+        shape = step_shape(config.train, seq_len, world.size)
+        self.accumulation = shape.n_micro
+        self.samples_per_step = shape.samples * world.size
         self.tokens_per_step = self.samples_per_step * seq_len
         self.total_steps = n_steps(
             config.train,
@@ -242,7 +242,7 @@ class Trainer:
         self.last_lr = self.lr()
         seq_len = self.config.data.seq_len
         context = context_at(self.step_count, self._horizon(), self.config.schedule, seq_len)
-        if context < seq_len:
+        if context < seq_len and self.config.data.batching in ("packed", "sliding"):
             batches = [batch.cut(context) for batch in batches]
         with self.profiler.step(self.step_count + 1):
             self.train_step(batches, self.last_lr)
@@ -262,7 +262,8 @@ class Trainer:
         """Return the learning rate of the step to come."""
         config, schedule = self.config, self.config.schedule
         k = n_plateaus(self.val_losses, schedule.plateau_evals, config.eval.min_change)
-        return lr_at(self.step_count, self._horizon(), schedule, config.optim.lr, n_plateaus=k)
+        peak = config.optim.peak_lr
+        return lr_at(self.step_count, self._horizon(), schedule, peak, n_plateaus=k)
 
     def _horizon(self) -> int:
         """Return the number of steps; before train.hours has been measured, the end is far away."""

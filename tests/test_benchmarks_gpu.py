@@ -155,6 +155,6 @@ def test_step_stage_runs_up_to_the_device(
 def test_figures_of_a_run_are_those_of_its_last_lines() -> None:
     train = {"kind": "train", "step": 20, "tokens_per_s": 5.0, "step_ms": 1.0, "loss": 2.0}
     rows = [train | {"step": 10}, train, {"kind": "eval", "val_loss": 1.5, "val_bpb": 0.7}]
-    entry = figures(rows, wall_s=12.0)
+    entry = figures(rows, wall_s=12.0, name="base.toml")
     assert (entry["steps"], entry["wall_s"], entry["val_bpb"]) == (20, 12.0, 0.7)
     assert entry["tokens_per_s"] == {"fasttrain": 5.0}

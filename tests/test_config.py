@@ -29,6 +29,7 @@ from fasttrain.config import (
     load_config,
     shipped_configs,
 )
+from fasttrain.schedule import context_at
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"train": {"steps": 100}}
@@ -88,6 +89,15 @@ def test_override(config_file, override, key, value):
     assert type(found) is type(value)
 
 
+def test_N20_an_override_replaces_what_the_file_says_in_another_key(config_file):
+    loop = load_config(config_file, ["train.epochs=1"]).train
+    assert (loop.steps, loop.epochs) == (None, 1.0)
+    data = load_config(config_file, ['data.paths=["a", "b"]']).data
+    assert (data.path, data.paths) == (None, ("a", "b"))
+    with pytest.raises(ConfigError, match=r"data\.path both name the data"):
+        load_config(config_file, ["data.path=a", 'data.paths=["a", "b"]'])
+
+
 def test_the_last_override_wins_and_unsets(config_file):
     config = load_config(config_file, ["train.steps=7", "train.steps=none", "train.hours=2"])
     assert (config.train.steps, config.train.hours) == (None, 2.0)
@@ -142,30 +152,19 @@ REFUSALS = [
     ("tf32 on CPU", "run.device=cpu & run.dtype=tf32", ["run.dtype", "run.dtype=fp32"]),
     ("graphs on CPU", "run.device=cpu & run.compile=cuda-graphs", ["run.compile", "CUDA"]),
     ("no horizon", "train.steps=none", ["train.steps, train.epochs, train.tokens and train.hours"]),
-    ("two horizons", "train.hours=1", ["train.steps = 100", "train.hours = 1", "train.steps=none"]),
+    (
+        "two horizons",
+        "train.steps=100 & train.hours=1",
+        ["train.steps = 100", "train.hours = 1", "train.steps=none"],
+    ),
     ("long warmup", "schedule.warmup_steps=100", ["warmup_steps = 100", "train.steps = 100"]),
-    ("min above lr", "schedule.min_lr=0.1", ["schedule.min_lr = 0.1", "optim.lr = 0.001"]),
-    ("step", "train.tokens_per_step=5000", ["5000", "data.seq_len = 2048", "use 4096 or 6144"]),
-    ("small step", "train.tokens_per_step=100", ["tokens_per_step = 100", "use 2048"]),
+    ("min above lr", "schedule.min_lr=0.1", ["schedule.min_lr = 0.1", "learning rate, 0.001"]),
+    ("a key of before", "eval.stride_tokens=4", ["did you mean eval.stride_fraction?"]),
+    ("another", "schedule.context_tokens=[4]", ["did you mean schedule.context_fractions?"]),
     (
         "vocabulary",
         "data.path=none & model.vocab_size=1000",
         ["model.vocab_size = 1000", "data.corpus_vocab_size = 4096", "leave it unset"],
-    ),
-    (
-        "context",
-        "schedule.context_tokens=[64, 96]",
-        ["schedule.context_tokens = [64, 96]", "holds 96", "data.seq_len = 256"],
-    ),
-    (
-        "stride",
-        "eval.stride_tokens=300",
-        ["eval.stride_tokens = 300", "data.seq_len = 256", "data.batching=packed"],
-    ),
-    (
-        "context of documents",
-        "data.batching=padded & schedule.context_tokens=[512]",
-        ["schedule.context_tokens = [512]", "padded", "data.batching=packed"],
     ),
     (
         "samples of nothing",
@@ -266,6 +265,41 @@ def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
     assert as_checkpoints_do == load_config(path)
     path.write_text(old.format("2.0"))
     with pytest.raises(ConfigError, match=r"optim\.muon_lr_scale is not a config key"):
+        load_config(path)
+
+
+def test_N20_configs_of_before_mean_what_they_did(tmp_path):
+    path = tmp_path / "old.toml"
+    old = """
+        [data]
+        seq_len = {}
+        [optim]
+        name = "{}"
+        lr = 8e-3
+        embedding_lr_scale = {}
+        head_lr_scale = 1
+        [schedule]
+        context_tokens = [50, 75]
+        [train]
+        steps = 1
+        [eval]
+        stride_tokens = 70
+        """
+    path.write_text(old.format(150, "muon", 17.0))
+    config = load_config(path)
+    assert config_from_dict(tomllib.loads(path.read_text())) == config, "as checkpoints do"
+    assert [context_at(step, 3, config.schedule, 150) for step in range(3)] == [50, 75, 150]
+    assert config.eval.stride_fraction * 150 == pytest.approx(70, abs=1e-9)
+    optim = config.optim
+    scales = (optim.muon_embedding_lr_scale, optim.muon_head_lr_scale)
+    assert (optim.peak_lr, *scales) == (8e-3, 17.0, 1.0)
+    path.write_text(old.format(150, "adamw", 1.0))
+    assert load_config(path).optim.peak_lr == 8e-3
+    path.write_text(old.format(150, "adamw", 17.0))
+    with pytest.raises(ConfigError, match=r"optim\.embedding_lr_scale is not.*muon_embedding_lr_s"):
+        load_config(path)
+    path.write_text(old.format('"long"', "muon", 1.0))
+    with pytest.raises(ConfigError, match=r"data\.seq_len = "):
         load_config(path)
 
 

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fasttrain import distributed
-from fasttrain.config import DistributedConfig, UserError, load_config
-from fasttrain.distributed import World, accumulation_steps, choose_mode, start
+from fasttrain.config import DistributedConfig, LoopConfig, UserError, load_config
+from fasttrain.distributed import World, choose_mode, start
+from fasttrain.horizon import step_shape
 from fasttrain.lockstep import Lockstep
+from fasttrain.plan import warnings_of_step
 from fasttrain.run_folder import RunFolder
 from tests.toy import write_config
 
@@ -17,20 +20,37 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("units", "size", "expected"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (None, 4, 1)]
+    ("tokens", "micro_batch", "seq_len", "n_ranks", "shape"),
+    [
+        (2048, 8, 256, 1, (8, 1)),
+        (2048, 8, 256, 2, (4, 1)),
+        (2048, 8, 256, 3, (3, 1)),  # 9 sequences, not 8
+        (2048, 8, 256, 64, (1, 1)),
+        (2048, 8, 64, 1, (8, 4)),
+        (2048, 5, 64, 1, (4, 8)),
+        (2048, 8, 96, 1, (7, 3)),  # 21 sequences, where 2,048 tokens are 21.3
+        (2048, 8, 4096, 1, (1, 1)),
+        (2048, "auto", 64, 2, (16, 1)),
+        (None, 8, 256, 4, (8, 1)),
+    ],
 )
-def test_ranks_share_a_step(units: int | None, size: int, expected: int) -> None:
-    assert accumulation_steps(units and units * 32, 32, size) == expected
-
-
-@pytest.mark.parametrize(
-    ("units", "size", "near"), [(6, 4, "start 3 or 6"), (3, 8, "start 3 of"), (6, 5, "3 or 6")]
-)
-def test_a_step_that_cannot_be_shared_names_the_nearest_sizes(
-    units: int, size: int, near: str
+def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
+    tokens: int | None, micro_batch: Any, seq_len: int, n_ranks: int, shape: tuple[int, int]
 ) -> None:
-    with pytest.raises(UserError, match=near):
-        accumulation_steps(units * 32, 32, size)
+    loop = LoopConfig(steps=1, tokens_per_step=tokens, micro_batch=micro_batch)
+    assert step_shape(loop, seq_len, n_ranks) == shape
+
+
+def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:
+    def warnings(n_ranks: int, *overrides: str) -> list[str]:
+        return list(warnings_of_step(load_config(write_config(tmp_path), overrides), n_ranks))
+
+    assert warnings(1) == warnings(2, "train.tokens_per_step=64") == []
+    (grows,) = warnings(2)
+    assert "tokens_per_step is unset, so that 2 ranks make a step of 128 tokens" in grows
+    (rounded,) = warnings(3, "train.tokens_per_step=64")
+    assert "tokens_per_step = 64 is no whole number" in rounded
+    assert "a step has 48 tokens" in rounded
 
 
 def test_ranks_may_wait_longer_before_the_first_step_than_after_it() -> None:

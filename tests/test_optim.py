@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,7 +69,8 @@ def test_C4_the_runs_precision_is_that_of_muons_products(
 
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     model = Transformer(ModelConfig(**SHAPE), seq_len=8)
-    config = OptimConfig(name="muon", embedding_lr_scale=3.0, head_lr_scale=0.5)
+    scales = {"muon_embedding_lr_scale": 3.0, "muon_head_lr_scale": 0.5}
+    config = OptimConfig(name="muon", **scales)
     found = groups_by_name(model, config)
     for name, (optimizer, _, lr_scale) in found.items():
         inside = name.startswith("blocks.") and "norm" not in name
@@ -77,6 +79,16 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
             assert lr_scale == 1.0
     assert found["embedding.weight"][2] == 3.0
     assert found["head.weight"][2] == 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_N18_what_is_set_for_muon_does_not_reach_another_optimizer(name: str) -> None:
+    muon = {"muon_lr": 0.5, "muon_embedding_lr_scale": 17.0, "muon_head_lr_scale": 3.0}
+    config = OptimConfig(name=name, lr=0.25, **muon)
+    assert config.peak_lr == 0.25
+    assert replace(config, name="muon").peak_lr == 0.5
+    (optimizer,) = build_optimizers(Transformer(ModelConfig(**SHAPE), seq_len=8), config)
+    assert {(g["lr"], g["lr_scale"]) for g in optimizer.param_groups} == {(0.25, 1.0)}
 
 
 def train(model: Transformer, optimizers: list[torch.optim.Optimizer], n_steps: int) -> None:

@@ -413,7 +413,7 @@ def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stoppe
     config = load_config(source / "config.toml")
     data = json.loads((source / "state.json").read_text())["data"]
     assert check_resumable(source, config, data, (), 4)["history"] == []
-    with pytest.raises(UserError, match=r"train.tokens_per_step: unset: a step took 4 samples.* 8"):
+    with pytest.raises(UserError, match=r"train.tokens_per_step: a step took 4 samples.* 8"):
         check_resumable(source, config, data, (), 8)
     allowed = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
     [change] = allowed["history"]

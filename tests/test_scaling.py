@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import memory
-from fasttrain.config import DistributedConfig, TrainConfig, UserError, config_from_dict
+from fasttrain.config import DistributedConfig, TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
 from fasttrain.distributed import choose_mode, start, stop
@@ -19,12 +19,11 @@ from fasttrain.memory import estimate_memory, measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.preflight import main as preflight_main
-from fasttrain.preflight import preflight
 from fasttrain.scaling import Traffic, overhead, scaling_lines, traffic
 from fasttrain.sharding import shard
 from fasttrain.step import TrainStep
 from tests.ranks import once, run_script
-from tests.toy import load_config, write_config
+from tests.toy import write_config
 
 CPU = torch.device("cpu")
 PRECISION = resolve_precision("fp32", CPU)
@@ -205,7 +204,9 @@ def test_preflight_for_several_ranks(
     assert "reduce-scatter" in out
     assert "at 10 Gbit/s of a step of" in out
     assert "tokens/s on all" in out
-    with pytest.raises(UserError, match=r"8 micro-batches .* which 3 processes cannot share"):
-        preflight(load_config(path, overrides), n_ranks=3, show=lambda line: None)
+    assert preflight_main([str(path), *overrides, "--world-size", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "528 tokens: 11 × 1 rows × 16 on each of 3 ranks" in out
+    assert "tokens_per_step = 512 is no whole number of sequences of data.seq_len = 16" in out
     with pytest.raises(SystemExit):
         preflight_main([str(path), "--world-size", "0"])

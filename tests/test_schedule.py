@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain.config import ConfigError, ScheduleConfig
+from fasttrain.config import ScheduleConfig
 from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
 
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
@@ -83,12 +83,12 @@ def test_cosine_restarts_stay_within_bounds(step, cycle):
     assert -1e-12 <= lr_at(step, 10**9, config, 1.0) <= 1.0
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")]
-)
-def test_what_a_schedule_needs_is_named(name, key):
-    with pytest.raises(ConfigError, match=key):
-        ScheduleConfig(name=name)
+def test_N20_decays_and_cycles_are_a_third_of_the_run_where_nothing_else_is_said():
+    for name, key in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):
+        unset, third = ScheduleConfig(name=name), ScheduleConfig(**{"name": name, key: 4})
+        rates = [[lr_at(step, 11, s, 1.0) for step in range(11)] for s in (unset, third)]
+        assert rates[0] == rates[1]
+        assert len(set(rates[0])) > 2
 
 
 def test_wsd_that_decays_throughout_is_linear():
@@ -137,10 +137,19 @@ def test_impossible_steps_are_refused(step, total):
 
 
 def test_contexts_take_equal_parts_of_the_run_and_the_last_is_uncut():
-    config = ScheduleConfig(context_tokens=(16, 32))
+    config = ScheduleConfig(context_fractions=(0.25, 0.5))
     assert [context_at(step, 6, config, 64) for step in range(6)] == [16, 16, 32, 32, 64, 64]
     assert context_at(9, 6, config, 64) == 64  # a horizon in hours is an estimate
     assert {context_at(step, 5, ScheduleConfig(), 64) for step in range(5)} == {64}
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "lengths"),
+    [(96, [24, 48]), (100, [25, 50]), (250, [50, 125]), (97, [97, 97]), (1, [1, 1]), (3, [1, 1])],
+)
+def test_N20_parts_of_any_length_are_divisors_of_it_or_all_of_it(seq_len, lengths):
+    config = ScheduleConfig(context_fractions=(0.25, 0.5))
+    assert [context_at(step, 3, config, seq_len) for step in range(3)] == [*lengths, seq_len]
 
 
 def test_a_wsd_run_that_branched_decays_from_there() -> None:

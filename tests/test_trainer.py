@@ -317,7 +317,7 @@ def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) 
 
 def test_contexts_cut_the_same_windows_into_shorter_rows(toy: Path) -> None:
     overrides = ["train.steps=4", "eval.sample_every_steps=none"]
-    trainer = build(load_config(toy, [*overrides, "schedule.context_tokens=[4]"]))
+    trainer = build(load_config(toy, [*overrides, "schedule.context_fractions=[0.25]"]))
     whole = build(load_config(toy, overrides)).train_loader
     seen = []
 
