@@ -38,7 +38,7 @@ def main(model: Path | None, folder: Path) -> int:
     config = str(run / "config.toml")
     # The shape comes with the config; the parameters from the run; the optimizer starts afresh.
     settings = [f"model.init_from={run}", "run.name=tuned", "run.compile=off", "eval.prompts=[]"]
-    steps = ["train.epochs=none", "train.steps=20", "train.micro_batch=8", "optim.lr=1e-3"]
+    steps = ["train.steps=20", "train.micro_batch=8", "optim.lr=1e-3"]
     if status := train.main([config, *settings, *steps]):
         return status
     tuned = Path(load_config(config).run.out_dir) / "tuned"
