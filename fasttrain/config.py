@@ -73,6 +73,7 @@ _NOW_FRACTIONS = {
 _EXCLUSIVE = (
     ("train.steps", "train.epochs", "train.tokens", "train.hours"),
     ("data.path", "data.paths"),
+    ("optim.lr", "optim.muon_lr"),  # of an optimizer one is read
 )
 # What other trainers call a key, where its spelling does not lead there.
 _ELSEWHERE = {
