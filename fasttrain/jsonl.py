@@ -34,14 +34,17 @@ class JsonlLogger:
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash, for a run that goes on
-        from a checkpoint of that step: each row then stands once.
+        from a checkpoint of that step: each row then stands once. So go rows that an uninterrupted
+        run does not have.
         """
         self._file.close()
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if isinstance(row, dict) and row.get("step", 0) <= step:
+                if not isinstance(row, dict) or row.get("stopped"):
+                    continue
+                if row.get("step", 0) <= step:
                     kept.append(line + "\n")
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")

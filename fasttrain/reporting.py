@@ -53,8 +53,14 @@ class Reporter:
         self.n_tokens += n_tokens
         self._n_fresh += n_tokens
 
-    def train(self, numbers: Numbers) -> None:
-        """Write a line for the step just done."""
+    def train(self, numbers: Numbers, *, stopped: bool) -> None:
+        """Write a line for the step just done.
+
+        Args:
+            numbers: of the steps since the last line.
+            stopped: there is a line only because the run stops here. Its loss is not averaged, and
+                a run that goes on drops it: both are as if it had not stopped.
+        """
         trainer, loss = self.trainer, numbers.steps[-1].loss
         per_step, self._n_fresh = self._n_fresh / max(trainer.account.n_steps, 1), 0
         times = trainer.account.line(trainer.step_count)
@@ -67,7 +73,7 @@ class Reporter:
             "tokens": self.n_tokens,
             "epoch": trainer.position / trainer.train_loader.samples_per_epoch,
             "loss": loss,
-            "loss_ema": self.ema.update(loss),
+            "loss_ema": self.ema.value if stopped else self.ema.update(loss),
             "lr": trainer.last_lr,
             "grad_norm": numbers.steps[-1].norm,
             "tokens_per_s": tokens_per_s,
@@ -80,6 +86,8 @@ class Reporter:
         }
         if trainer.precision.scaled:
             row["grad_scale"] = numbers.grad_scale
+        if stopped:
+            row["stopped"] = True
         if self.first_line:
             row["first_step_s"] = trainer.first_step_s
             self.first_line = False

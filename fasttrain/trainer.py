@@ -218,14 +218,15 @@ class Trainer:
                         )
                 self._decide_together()
                 last = self._finished(until)
-                log = log or last or (self.stop_at is not None and self.step_count >= self.stop_at)
+                log = log or last
+                stopping = self.stop_at is not None and self.step_count >= self.stop_at
                 every = (self.config.checkpoint.every_steps, self.config.eval.every_steps)
-                if log or any(map(self._due, every)):  # nothing bad is saved unseen
+                if log or stopping or any(map(self._due, every)):  # nothing bad is saved unseen
                     numbers = self.recovery.look()
                     if numbers is None:
                         continue
-                    if log:
-                        self.reporter.train(numbers)
+                    if log or stopping:
+                        self.reporter.train(numbers, stopped=not log)
                 self._after_step(last)
             self.saver.save_once()
         finally:

@@ -301,7 +301,7 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, cache: Path) 
         with pytest.raises(UserError, match=match):
             open_dataset(tmp_path / "data", split, cache_dir=cache, **options)  # type: ignore[arg-type]
 
-    refused("does not exist; make it with: python -m fasttrain.prepare")
+    refused("does not exist; make it: python -m fasttrain.prepare")
     (tmp_path / "data").touch()
     refused("is a file, not a dataset folder; .*NEW_FOLDER --input")
     (tmp_path / "data").unlink()

@@ -66,7 +66,7 @@ def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(fp8.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"torchao.*fasttrain\[fp8\]"):
+    with pytest.raises(UserError, match="pip install torchao"):
         multiply_in_fp8(make_model(), CUDA)
 
 

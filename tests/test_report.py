@@ -76,11 +76,11 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
 def test_N14_differences_are_in_words(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     keys = ["train.max_grad_norm=none", "optim.betas=[0.8, 0.9]", "model.bias=true"]
-    keys += ["schedule.context_tokens=[4, 8]", "train.ema_decay=0.5"]
+    keys += ["schedule.context_fractions=[0.25, 0.5]", "train.ema_decay=0.5"]
     assert differences([load_config(path), load_config(path, keys)]) == {
         "model.bias": ["false", "true"],
         "optim.betas": ["0.9, 0.95", "0.8, 0.9"],
-        "schedule.context_tokens": ["none", "4, 8"],
+        "schedule.context_fractions": ["none", "0.25, 0.5"],
         "train.ema_decay": ["unset", "0.5"],
         "train.max_grad_norm": ["1.0", "unset"],
     }
