@@ -1,8 +1,8 @@
 """How a run begins and ends: disks that are full, locks, failures on the way, what is left."""
 
 import contextlib
-import gc
 import errno
+import gc
 import os
 import signal
 import subprocess
