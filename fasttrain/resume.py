@@ -143,8 +143,8 @@ def lr_jump(
         config: the config to go on with.
         total_steps: of the run to go on with, and in ``state`` of the one before; None: not known.
     """
-    old_config, peak = load_config(source / "config.toml"), config.optim.lr
-    named = old_config.schedule != config.schedule or old_config.optim.lr != peak
+    old_config, peak = load_config(source / "config.toml"), config.optim.peak_lr
+    named = old_config.schedule != config.schedule or old_config.optim.peak_lr != peak
     if named or total_steps is None or state["total_steps"] is None:
         return None
     rates = [
@@ -153,12 +153,13 @@ def lr_jump(
     ]
     if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
         return None
+    key = "lr" if config.optim.muon_lr is None else "muon_lr"
     return (
         f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
         f"rate of step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the "
         "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
-        "decay, or a low rate to the end: schedule.name=constant optim.lr=… and --allow-change for "
-        "both"
+        "decay, or a low rate to the end: schedule.name=constant "
+        f"optim.{key}=… and --allow-change for both"
     )
 
 

@@ -219,6 +219,13 @@ def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsy
     assert "--decay-from CHECKPOINT" in shown
     assert "schedule.name=constant" in shown
     assert train_rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
+    muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.muon_lr=0.02"]
+    assert main(muon) == 0
+    capsys.readouterr()
+    assert main([*muon, *longer[2:]]) == 0
+    shown = capsys.readouterr().out
+    assert "the learning rate of step 7 is 0.02, and was to be 0:" in shown
+    assert "schedule.name=constant optim.muon_lr=…" in shown
     # Nothing is told where nothing jumps, nor where the rate itself was named.
     small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
     assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
