@@ -168,13 +168,18 @@ def keep_compiled(folder: Path) -> None:
     """Have torch.compile keep what it makes in ``folder`` from one process to the next.
 
     Torch's own choice is the folder for temporary files, which a restart clears. Where
-    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. One folder serves every config: entries are named
-    by the content of the graph, so that configs which differ in the data or the schedule alone
-    share theirs. First step of base.toml, two Zen 3 cores: 31 to 45 s with an empty folder, 5 s
-    with its own entries, of which 1.5 s import the compiler and 2.5 s trace the model. To keep the
-    trace as well (torch's precompilation) was slower, 10.5 s, and gives guards up.
+    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. Each kind of CPU has a folder of its own: the key
+    of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
+    for AVX2 skips half of the elements (torch 2.13). One folder serves every config: entries are
+    named by the content of the graph, so that configs which differ in the data or the schedule
+    alone share theirs. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
+    empty folder, 5 s with its own entries, of which 1.5 s import the compiler and 2.5 s trace the
+    model. To keep the trace as well (torch's precompilation) was slower, 10.5 s, and gives guards
+    up.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    bf16 = "-bf16" if native_bf16(torch.device("cpu")) else ""
+    kind = torch.backends.cpu.get_cpu_capability() + bf16
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / kind))
 
 
 def compile_cache_use() -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import os
+import tempfile
 from typing import Any
 
 # Of this process and of those that tests start: the cores are shared by several of them.
@@ -13,6 +14,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 # kernels are decorated for the interpreter; the variable is then removed, so that a CPU tensor
 # takes the Triton path only inside `triton_on_cpu()` and child processes see a normal environment.
 import torch
+
+# What was compiled for another kind of CPU computes wrongly here: see `keep_compiled`.
+_kept = f"fasttrain-tests-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _kept))
 
 _interpret = not torch.cuda.is_available()
 if _interpret:
