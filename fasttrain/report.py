@@ -291,7 +291,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "points": {"mode": "lines+markers", "line_dash": "dot"},
     "area": {"line_width": 0, "stackgroup": "time"},
 }
-_TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+_TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 3, 5, 7)]
 _LOG = {"type": "log", "tickvals": _TICKS}
 
 
