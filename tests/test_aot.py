@@ -39,7 +39,6 @@ SPILLS = [
     ("sm_80", "_symmetric_kernel", "fp32"),
     ("sm_100", "cross_entropy_kernel", "fp16 V=50257"),
     ("sm_100", "_rms_norm_bwd_kernel", "D=32768 residual"),  # by Triton 3.8, not by 3.7
-    ("gfx942", "adamw_kernel", "stochastic"),
 ]
 # Operands reached by 32-bit offsets: they have an element a column, a row, a tensor or a program.
 # Everything else is as large as the op's tensors and must be reached by 64-bit offsets.

@@ -122,7 +122,7 @@ class Report:
     target: str
     registers: int
     shared: int
-    spills: int  # instructions that access local memory, or spilled registers (AMD)
+    spills: int  # instructions that access local memory, or spilled vector registers (AMD)
     local: int  # stack and local memory of a thread
     load: int  # widest global access of a thread
     store: int
@@ -235,7 +235,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
             return sum(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)))
 
         registers = entry("vgpr_count")
-        spills = entry("vgpr_spill_count") + entry("sgpr_spill_count")
+        spills = entry("vgpr_spill_count")  # scalar registers spill to vector ones, not to memory
         local = entry("private_segment_fixed_size")
         load, store = _amd_width(text, "load"), _amd_width(text, "store")
     return {
