@@ -5,7 +5,6 @@ import gc
 import importlib
 import os
 import tempfile
-from typing import Any
 
 # Of this process and of those that tests start: the cores are shared by several of them.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -25,18 +24,9 @@ if _interpret:
 import fasttrain_kernels  # noqa: E402
 
 if _interpret:  # what the interpreter imports at its first launch must see the variable too
-    import triton.experimental.gluon
-    import triton.runtime.interpreter as interpreter
+    from fasttrain_kernels._traffic import mend_interpreter
 
-    if triton.__version__ < "3.7":  # its loops give NumPy an array where it takes a number
-        _patch = interpreter._patch_lang_tensor
-
-        def _patch_index(tensor: Any, scope: Any) -> None:
-            _patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-        interpreter._patch_lang_tensor = _patch_index
-
+    mend_interpreter()
     del os.environ["TRITON_INTERPRET"]
 
 from collections.abc import Iterator  # noqa: E402

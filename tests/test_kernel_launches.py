@@ -33,7 +33,7 @@ ONE_OF_EACH = (
 
 
 def operations(call: Callable[[], object]) -> set[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         call()
     return {event.name for event in profiler.events()}
 

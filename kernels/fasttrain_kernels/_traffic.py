@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
 from ._aot_cases import CASES, Case
 from ._dispatch import triton_on_cpu
 
-__all__ = ["LaunchTraffic", "count_launches", "traffic_of"]
+__all__ = ["LaunchTraffic", "count_launches", "mend_interpreter", "traffic_of"]
 
 
 class LaunchTraffic:
@@ -118,6 +119,19 @@ def count_launches(elements: int) -> Iterator[list[LaunchTraffic]]:
         executor.__call__ = call
 
 
+def mend_interpreter() -> None:
+    """Let loops of Triton 3.6's interpreter take a number where it gives them an array of one."""
+    if [*map(int, triton.__version__.split(".")[:2])] >= [3, 7]:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index
+
+
 def traffic_of(case: Case) -> list[LaunchTraffic]:
     """Run a case in the interpreter and return the traffic of its launches."""
     with triton_on_cpu(), count_launches(case.smallest or case.elements) as launches:
@@ -128,6 +142,7 @@ def traffic_of(case: Case) -> list[LaunchTraffic]:
 def main() -> None:
     """Print, for each case, (kernel, bulk, distinct, side) of its launches as JSON."""
     torch.set_num_threads(1)
+    mend_interpreter()
     counts = {
         case.name: [
             (launch.kernel, launch.bulk, launch.distinct, sum(launch.side.values()))
