@@ -68,6 +68,9 @@ BOUNDS = (
     Bound("prepare", "prepare*12*", "speedup", "encode_batch", least=2.0),
     Bound("prepare", "prepare*48*", "speedup", "encode_batch", least=4.0),
     Bound("prepare", "prepare", "speedup", "encode_batch", least=4.0),  # of before, 48 MB
+    Bound("run-base", "base.toml", "wall_s", most=300.0),
+    Bound("run-speedrun", "speedrun.toml", "wall_s", most=240.0),
+    Bound("run-speedrun", "speedrun.toml", "val_bpb", most=1.30),
     Bound("startup", "first_step", "first_step_s", most=8.0),
     Bound("trainers", "trainers*", "speedup", least=1.0),
 )
