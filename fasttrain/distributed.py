@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fasttrain_kernels._torch import set_group_timeout
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -270,8 +271,8 @@ def steady(config: DistributedConfig, world: World) -> None:
     """
     if world.size > 1:
         patience = timedelta(seconds=1.5 * config.timeout_s + 1)
-        dist.distributed_c10d._set_pg_timeout(patience)
-        dist.distributed_c10d._set_pg_timeout(patience, world.control)
+        set_group_timeout(patience)
+        set_group_timeout(patience, world.control)
 
 
 def choose_mode(

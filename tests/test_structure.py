@@ -45,7 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
     "checkpoint_files": (CONFIG, {"torch", "safetensors", "numpy"}),
-    "distributed": (CONFIG, {"torch"}),
+    "distributed": (CONFIG, {"torch", "fasttrain_kernels"}),
     "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch", "fasttrain_kernels"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),
     "metrics": (CONFIG, {"torch"}),
@@ -181,8 +181,9 @@ def test_kernels_can_be_vendored_under_any_name(module):
             assert root in KERNELS_MAY_IMPORT | sys.stdlib_module_names, f"{module}: {name}"
 
 
+# Operators are public, also where their names begin with an underscore.
 PRIVATE_TORCH = re.compile(
-    r"torch(\.\w+)*\._(?!_|foreach_|fused_adamw_|amp_update_scale_)\w+"  # operators are public
+    r"\b(?:torch|dist)(?:\.\w+)*\._(?!_|foreach_|fused_adamw_|amp_update_scale_)\w+"
 )
 
 

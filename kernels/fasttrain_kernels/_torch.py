@@ -6,6 +6,7 @@ an underscore, such as ``torch._foreach_mul_``, are not meant: their schemas are
 
 import inspect
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "is_step_observed",
     "native_bf16",
     "record_memory_history",
+    "set_group_timeout",
     "spare_compiler",
 ]
 
@@ -106,6 +108,11 @@ def fsdp_collectives() -> tuple[Any, Any] | None:
         return known.DefaultAllGather(), known.DefaultReduceScatter()
     except (ImportError, AttributeError):
         return None
+
+
+def set_group_timeout(patience: timedelta, group: Any = None) -> None:
+    """Have collectives of a group (None: of all ranks) fail after ``patience``. Unknown: as set."""
+    _private("distributed.distributed_c10d._set_pg_timeout", lambda *_: None)(patience, group)
 
 
 def record_memory_history(**options: Any) -> None:
