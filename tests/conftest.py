@@ -26,6 +26,7 @@ import fasttrain_kernels  # noqa: E402
 if _interpret:  # what the interpreter imports at its first launch must see the variable too
     from fasttrain_kernels._traffic import mend_interpreter
 
+    importlib.import_module("triton.experimental.gluon")
     mend_interpreter()
     del os.environ["TRITON_INTERPRET"]
 
