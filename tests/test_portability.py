@@ -16,7 +16,7 @@ for name in ("O_DIRECT", "posix_fadvise", "sched_getaffinity"):
         delattr(os, name)
 """
 NOT_ON_WINDOWS = f"""{NOT_ON_MACOS}
-import select, signal
+import asyncio, select, signal  # asyncio's part for Unix asks for sysconf
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in (
     "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fork", "getgid", "getuid", "geteuid",
