@@ -191,6 +191,7 @@ def _rms_norm_bwd_kernel(
                     g *= _load_weight(weight_ptr, at, N_COLS, ZERO_CENTERED)
                 products += g * x_hat
             c = tl.sum(products, axis=1)[:, None] / N_COLS
+            n_summed = tl.where(tile == first, 0, N_COLS)
             for start in range(0, N_COLS, BLOCK_N):
                 at = start + cols
                 mask = row_mask[:, None] & (at < N_COLS)[None, :]
@@ -198,7 +199,7 @@ def _rms_norm_bwd_kernel(
                 g = tl.load(dy_ptr + row + at, mask=mask, other=0.0).to(tl.float32)
                 if NEEDS_DW:
                     dw = tl.sum(g * x_hat, axis=0)
-                    dw += tl.load(partial_ptr + at, mask=(at < N_COLS) & (tile != first), other=0.0)
+                    dw += tl.load(partial_ptr + at, mask=at < n_summed, other=0.0)
                     tl.store(partial_ptr + at, dw, mask=at < N_COLS)
                 if HAS_WEIGHT:
                     g *= _load_weight(weight_ptr, at, N_COLS, ZERO_CENTERED)
