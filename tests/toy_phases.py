@@ -117,8 +117,9 @@ def _slow_save(run_dir: Path, step: int, wait: Callable[[], object]) -> None:
 
 
 def in_a_save(told: Told, run_dir: Path) -> None:
-    _slow_save(run_dir, 4, lambda: until_heard(told))
-    at_step(4, heard.wait)
+    in_step = threading.Event()
+    _slow_save(run_dir, 4, lambda: in_step.wait() and until_heard(told))
+    at_step(4, lambda: (in_step.set(), heard.wait()))
 
 
 def in_a_step_while_saving(told: Told, run_dir: Path) -> None:
