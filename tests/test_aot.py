@@ -35,6 +35,7 @@ NARROWER = [
 # sm_90, for which the configurations are chosen, has none, and may have none.
 SPILLS = [
     ("sm_80", "cross_entropy_kernel", "every option"),
+    ("sm_80", "cross_entropy_kernel", "fp32 V=32000"),  # by Triton 3.9
     ("sm_80", "_rms_norm_bwd_kernel", "D=32768 residual"),
     ("sm_80", "_symmetric_kernel", "fp32"),
     ("sm_100", "cross_entropy_kernel", "fp16 V=50257"),
@@ -115,7 +116,7 @@ def test_the_cases_reach_every_configuration_of_the_cross_entropy(rows: list[Row
             warps, block = re.match(r"warps=(\d+) BLOCK_N=(\d+)", row["configuration"]).groups()
             found.add(("SINGLE_PASS" in row["configuration"], int(block), int(warps)))
     assert found >= {
-        (True, 256, 1), (True, 8192, 16), (True, 16384, 16), (True, 32768, 32),
+        (True, 256, 1), (True, 8192, 16), (True, 16384, 16),
         (False, 4096, 16), (False, 8192, 16), (False, 16384, 32),
     }  # fmt: skip
 

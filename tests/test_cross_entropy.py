@@ -99,7 +99,7 @@ def test_agrees_with_fp64(device, options, n_rows, n_cols, width, weights, ignor
     compare(logits, targets, device, return_lse=True, return_accuracy=True, **options)
 
 
-@pytest.mark.parametrize("n_cols", [32000, 50257, 70000])  # one pass; two with and without edges
+@pytest.mark.parametrize("n_cols", [16000, 50257, 70000])  # one pass; two with and without edges
 def test_vocabularies_of_language_models(device, n_cols):
     torch.manual_seed(0)
     logits, targets = torch.randn(3, n_cols), torch.randint(0, n_cols, (3,))
@@ -108,7 +108,7 @@ def test_vocabularies_of_language_models(device, n_cols):
 
 def test_two_passes_with_every_option(triton_device, monkeypatch):
     """Widths that the interpreter runs quickly take the path of wide rows."""
-    for name in ("SINGLE_PASS_COLS", "SINGLE_PASS_COLS_MIDDLE", "SINGLE_PASS_COLS_LEAST"):
+    for name in ("SINGLE_PASS_COLS", "SINGLE_PASS_COLS_LEAST"):
         monkeypatch.setattr(LAUNCH, name, 0)
     torch.manual_seed(1)
     for n_cols in (1, 131, 5003):

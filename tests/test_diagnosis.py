@@ -1,6 +1,7 @@
 """The checklist: a sound model passes every line, and each planted fault is found by its line."""
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -203,7 +204,7 @@ def test_data_of_the_wrong_shape_or_kind(batch: tuple[Tensor, Tensor]) -> None:
 def test_a_model_that_raises_is_a_line_too(batch: tuple[Tensor, Tensor]) -> None:
     report = diagnose(nn.Sequential(nn.Embedding(V, 4), nn.Linear(5, V)), batch)
     assert faults(report) == {"forward"}
-    assert "RuntimeError: mat1 and mat2" in str(report)
+    assert re.search(r"raises RuntimeError: .*64x4 and 5x64", str(report))
 
 
 def test_an_exploding_initialisation(batch: tuple[Tensor, Tensor]) -> None:

@@ -4,17 +4,15 @@ from torch import Tensor
 
 from ._cross_entropy_cpu import LossTerms
 from ._cross_entropy_kernels import cross_entropy_kernel
-from ._scale import has_packed_fp32, on_device, warp_size
+from ._scale import on_device, warp_size
 from ._triton import triton
 
 __all__ = ["launch_cross_entropy"]
 
-# The widest row that is kept in registers. Compiled for sm_90, the loss without options fits 32
-# logits a thread into the 64 registers that 1024 threads leave; z-loss, edges and other options
-# need more: they are held to 512 threads, and to rows that do not spill there. So is sm_100: its
-# pairs of fp32 take registers in twos (Triton 3.8: 25 spill instructions at 32,000 columns).
-SINGLE_PASS_COLS = 32768
-SINGLE_PASS_COLS_MIDDLE = 16384
+# The widest row that is kept in registers, by 512 threads: 32 logits each. Options need registers
+# too. At 32,768 columns 1024 threads have 64 registers each, which Triton 3.8 (sm_100) and 3.9
+# (sm_90 as well) exceed and spill.
+SINGLE_PASS_COLS = 16384
 SINGLE_PASS_COLS_LEAST = 8192
 # Wider rows go through twice, in blocks of 16 logits a thread, or 8 where that would spill. The
 # second pass finds the row in L2 if the rows in flight fit there: above this size a row is given
@@ -31,14 +29,12 @@ def _configuration(
     # Wavefronts of 64 fill the 1024 threads that a program may have with half as many.
     most_warps = 32 if warp_size(logits) == 32 else 16
     narrow = has_options or (has_edges and size == 4)
-    middle = has_edges or has_z_loss or has_packed_fp32(logits)
-    most_cols = SINGLE_PASS_COLS_MIDDLE if middle else SINGLE_PASS_COLS
-    if n_cols <= (SINGLE_PASS_COLS_LEAST if narrow else most_cols):
+    if n_cols <= (SINGLE_PASS_COLS_LEAST if narrow else SINGLE_PASS_COLS):
         block = max(16, triton.next_power_of_2(n_cols))
-        return True, block, max(1, min(block // 512, 16)) if block < 32768 else most_warps
+        return True, block, max(1, min(block // 512, 16))
     if narrow:
         return False, 4096, most_warps // 2
-    if n_cols * size > WIDE_ROW_BYTES and not middle:
+    if n_cols * size > WIDE_ROW_BYTES and not (has_edges or has_z_loss):
         return False, 512 * most_warps, most_warps
     return False, 8192, 16
 

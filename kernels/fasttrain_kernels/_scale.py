@@ -8,7 +8,7 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._triton import tl, triton
 
-__all__ = ["has_packed_fp32", "on_device", "scale_unless_one_", "warp_size"]
+__all__ = ["on_device", "scale_unless_one_", "warp_size"]
 
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
 
@@ -30,17 +30,6 @@ def warp_size(tensor: Tensor) -> int:
         return int(triton.runtime.driver.active.get_current_target().warp_size)
     except RuntimeError:
         return 32
-
-
-def has_packed_fp32(tensor: Tensor) -> bool:
-    """Return whether that device computes fp32 in pairs (sm_100 on), in two registers each."""
-    if tensor.is_cuda:
-        return not torch.version.hip and torch.cuda.get_device_capability(tensor.device) >= (10, 0)
-    try:
-        target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:
-        return False
-    return bool(target.backend == "cuda" and target.arch >= 100)
 
 
 @triton.jit
