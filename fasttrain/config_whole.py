@@ -61,11 +61,6 @@ class TrainConfig:
                 f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}; leave it unset, "
                 "or lower that",
             )
-        if self.eval.sample_every_steps is not None and self.eval.prompts == ():
-            self._refuse(
-                "eval.sample_every_steps",
-                "asks for samples, and eval.prompts is empty; give a prompt, or unset it",
-            )
 
     def _refuse(self, name: str, problem: str) -> NoReturn:
         section, _, k = name.partition(".")

@@ -190,6 +190,9 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     ):
         kind = "points" if lines is evals else "line"
         curves = [Curve(n, rows, _column(rows, key), kind) for n, rows in enumerate(lines)]
+        known = [y for curve in curves for y in curve.y if math.isfinite(y)] or [0.0]
+        if scale == "log" and max(known) < 3 * min(known):  # there would be a tick or none
+            scale = "normal"
         found.append(Panel(title, curves, scale))
     for n, rows in enumerate(steady):
         if any(row.get("optimizer_ms") for row in rows):

@@ -106,7 +106,7 @@ def check_resumable(
     if refused:
         raise UserError(
             f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
-            "each with --allow-change KEY"
+            "each with --allow-change KEY; of another run: --resume RUN"
         )
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
     state["history"] = state.get("history", []) + [

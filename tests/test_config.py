@@ -166,11 +166,6 @@ REFUSALS = [
         "data.path=none & model.vocab_size=1000",
         ["model.vocab_size = 1000", "data.corpus_vocab_size = 4096", "leave it unset"],
     ),
-    (
-        "samples of nothing",
-        "eval.sample_every_steps=5 & eval.prompts=[]",
-        ["eval.sample_every_steps = 5", "give a prompt"],
-    ),
 ]
 
 

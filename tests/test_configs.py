@@ -157,7 +157,6 @@ REFUSED = {
     "data.weights": "one for each of data.paths",
     "schedule.min_lr": "above the peak",
     "train.steps=none": "a run without end",
-    "eval.prompts=[]": "samples of nothing",
 }
 
 

@@ -113,6 +113,16 @@ def test_N14_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
     assert [row["step"] for row in time.curves[0].rows] == [10, 20]
 
 
+@pytest.mark.parametrize(("last", "scale"), [(340.0, "normal"), (24.5, "log")])
+def test_N14_an_axis_is_logarithmic_where_it_then_has_ticks(
+    tmp_path: Path, last: float, scale: str
+) -> None:
+    run = read_run(make_run(tmp_path / "one"))
+    run.evals = [{**run.evals[0], "val_ppl": 474.0}, {**run.evals[-1], "val_ppl": last}]
+    (panel,) = (panel for panel in panels([run]) if "perplexity" in panel.title)
+    assert panel.scale == scale
+
+
 def test_N4_a_run_of_the_library_can_be_reported(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
     config = TrainConfig(train=LoopConfig(steps=3), log=LogConfig(every_steps=1))
