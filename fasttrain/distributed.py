@@ -7,16 +7,19 @@ A *rank* is one process; *control* is a group on the hosts (gloo) beside the dev
 the training loop decides: it never waits for the device.
 """
 
+import hashlib
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import fasttrain_kernels
 import torch
 import torch.distributed as dist
 from fasttrain_kernels._torch import set_group_timeout
@@ -25,12 +28,14 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from fasttrain.config import DistributedConfig, UserError
+from fasttrain.config import DistributedConfig, TrainConfig, UserError, config_to_dict
+from fasttrain.config_keys import show
 
 __all__ = [
     "SharedError",
     "World",
     "choose_mode",
+    "facts_of_rank",
     "preferred_mode",
     "record_failure",
     "start",
@@ -43,6 +48,14 @@ __all__ = [
 # rest is left to activations and the allocator.
 DDP_BYTES_PER_PARAMETER = 20
 DDP_PART_OF_MEMORY = 0.6
+
+# Keys that may differ between the ranks of a run: where each finds its files and its device, and
+# what rank 0 alone does.
+OF_ONE_RANK = (
+    *("run.name", "run.out_dir", "run.device", "run.threads", "data.path", "data.cache_dir"),
+    *("data.prefetch", "log.csv", "log.tensorboard", "log.wandb", "log.profile_steps"),
+    *("distributed.timeout_s", "distributed.init_timeout_s"),
+)
 
 
 class SharedError(UserError):
@@ -135,6 +148,30 @@ class World:
             json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)
         ]
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on where ranks hold different facts, as `facts_of_rank` returns them. Waits.
+
+        Raises:
+            UserError: on rank 0; names a rank, what differs, and both values.
+            SharedError: on the others.
+        """
+        if len(set(self.gather(_sha256(facts)))) == 1:
+            return
+        first, *others = self.gather(facts)
+        odd = [rank for rank, found in enumerate(others, 1) if found != first]
+        theirs = others[odd[0] - 1]
+        differing = [
+            f"{name} = {_told(theirs.get(name))}, and rank 0 has {_told(first.get(name))}"
+            for name in {**first, **theirs}
+            if first.get(name) != theirs.get(name)
+        ]
+        more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        ranks = f"; so do ranks {', '.join(map(str, odd[1:]))}" if odd[1:] else ""
+        raise (UserError if self.leads else SharedError)(
+            f"rank {odd[0]} differs from rank 0, it has {'; '.join(differing[:3])}{more}{ranks}; "
+            "start all ranks with the same config, data, code and torch"
+        )
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Make a `UserError` of one rank the error of all, so that none waits for the others.
@@ -157,6 +194,37 @@ class World:
             if message:
                 kind = UserError if self.leads else SharedError
                 raise kind(f"rank {rank}: {message}") from error
+
+
+def facts_of_rank(
+    config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what must be alike on all ranks of a run, by name, for `World.agree`.
+
+    Args:
+        config: of this rank; the keys that change no number are left out.
+        data: what identifies each split.
+        options: of the command line.
+    """
+    tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
+    facts = {name: value for name, value in facts.items() if not name.startswith(OF_ONE_RANK)}
+    for package in (Path(__file__).parent, Path(fasttrain_kernels.__file__).parent):
+        for file in sorted(package.rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h"):
+                name = f"code of {package.name}/{file.relative_to(package)}"
+                facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {**facts, "torch": str(torch.__version__), **options}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _told(value: Any) -> str:
+    """Return a value for people, a long one by its hash."""
+    text = show(value)
+    return text if len(text) <= 40 else f"(sha256 {_sha256(value)[:12]})"
 
 
 def start(config: DistributedConfig, device: torch.device) -> World:

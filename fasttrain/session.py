@@ -32,6 +32,7 @@ from fasttrain.distributed import (
     SharedError,
     World,
     choose_mode,
+    facts_of_rank,
     start,
     stop,
     unused_mode,
@@ -129,7 +130,7 @@ def _run(
             elif branch_of is not None:
                 config = origin.decaying_from(config, branch_of)
                 allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
-            trainer = _build(config, world, folder, allow_change, branch_of)
+            trainer = _build(config, world, folder, allow_change, branch_of, stop_at_step)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.step_count:
                     raise UserError(
@@ -234,14 +235,18 @@ def _build(
     folder: RunFolder,
     allow_change: Sequence[str],
     branch_of: Path | None,
+    stop_at_step: int | None,
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
     for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
         with world.failing_together():
             if (world.local_rank == 0) is first_of_node:
                 settled, train, val = open_splits(config, folder.note)
-    config = _settled(settled, source, world, folder.note)
     recorded: dict[str, Any] = {"data": data_facts(train, val), "history": []}
+    if world.size > 1:  # here, before a collective that one of them has other reasons to skip
+        options = {"--stop-at-step": stop_at_step}
+        world.agree(facts_of_rank(settled, recorded["data"], options))
+    config = _settled(settled, source, world, folder.note)
     state: dict[str, Any] = {}
     device = world.device(resolve_device(config.run.device))
     with world.failing_together():

@@ -12,13 +12,24 @@ from fasttrain_kernels._cpu import is_supported
 
 from fasttrain import checkpoint
 from tests import ranks, toy_trainer
-from tests.toy import write_config
+from tests.toy import write_config, write_dataset
 
 STEP = ["train.tokens_per_step=128", "train.micro_batch=2", "eval.sample_every_steps=none"]
 STEP += ["distributed.init_timeout_s=300"]  # where the tests are ended, their processes end too
 MODES = {"one": (1, "auto"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "fsdp4": (4, "fsdp")}
 MODES["hsdp4"] = (4, "hsdp")
 N_STEPS = {"adamw": 50, "muon": 12}
+# What rank 1 is started with, and how rank 0 tells of it.
+ODD = {
+    "optim.lr=0.1": "optim.lr = 0.1, and rank 0 has 0.003",
+    "run.seed=5": "run.seed = 5, and rank 0 has 7",
+    "data.path=other": "data.train.shards = (sha256 ",
+    "train.steps=3": "train.steps = 3, and rank 0 has 12",
+    "train.micro_batch=auto": 'train.micro_batch = "auto", and rank 0 has 2',
+    "checkpoint.every_steps=1": "checkpoint.every_steps = 1, and rank 0 has none",
+    "distributed.mode=fsdp": 'distributed.mode = "fsdp", and rank 0 has "ddp"',
+    "--stop-at-step=3": "--stop-at-step = 3, and rank 0 has none",
+}
 DROPOUT = "model.dropout=0.1"
 
 
@@ -62,6 +73,8 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
     add("back", "fsdp2", *keys, faults=[{"rank": 1, "step": 5, "what": math.nan}])
     add("hours", "ddp2", "train.steps=none", "train.hours=3e-4", "schedule.name=constant")
     add("no folder", "ddp2", f"run.out_dir={config}")
+    for odd in ODD:
+        add(odd, "ddp2", odd=[odd])
     for mode in ("one", "ddp2"):  # 6 sequences: of 4 at most on a rank, 3 and 3 of them on two
         add(f"six-{mode}", mode, "train.tokens_per_step=96", "train.micro_batch=4")
     return runs
@@ -69,9 +82,11 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ranks.once(
-        tmp_path_factory, "ranks", lambda to: ranks.run_all(to, every_run(write_config(to)))
-    )
+    def fill(folder: Path) -> None:
+        write_dataset(folder / "other", n_train=3_000)
+        ranks.run_all(folder, every_run(write_config(folder)))
+
+    return ranks.once(tmp_path_factory, "ranks", fill)
 
 
 def losses(folder: Path, run: str) -> list[float]:
@@ -228,6 +243,17 @@ def test_N13_ranks_share_a_step_that_no_micro_batch_divides(made: Path) -> None:
     alone = losses(made, "six-one")
     assert len(alone) == 12
     assert losses(made, "six-ddp2") == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: str) -> None:
+    assert statuses(made, odd) == [2, 2]
+    found = [ranks.result(made, odd, rank) for rank in range(2)]
+    assert [result["rows"] for result in found] == [[], []]  # no step was made
+    told = output_of(made, odd)
+    assert f"error: rank 1 differs from rank 0, it has {ODD[odd]}" in told
+    assert output_of(made, odd, rank=1) == ""
+    assert not (made / "runs" / odd).exists()
 
 
 def test_R13_what_cannot_start_is_refused_by_all_and_told_once(made: Path) -> None:

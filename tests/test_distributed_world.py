@@ -9,7 +9,7 @@ import torch
 
 from fasttrain import distributed
 from fasttrain.config import DistributedConfig, LoopConfig, UserError, load_config
-from fasttrain.distributed import World, choose_mode, start
+from fasttrain.distributed import SharedError, World, choose_mode, facts_of_rank, start
 from fasttrain.horizon import step_shape
 from fasttrain.lockstep import Lockstep
 from fasttrain.plan import warnings_of_step
@@ -125,3 +125,29 @@ def test_a_restarted_job_finds_its_own_folder(
     assert [folder_of(job, 0) for job in ("a", "b")] == ["toy", "toy-2"]
     assert [folder_of(job, 1) for job in ("a", "b", "a")] == ["toy", "toy-2", "toy"]
     assert folder_of("c", 1) == "toy-3"  # it ended before it had a folder
+
+
+def test_R30_what_differs_between_ranks_is_named() -> None:
+    config = load_config("base")
+    facts = facts_of_rank(config, {"train": {"shards": ["a" * 64]}}, {})
+    moved = replace(config, run=replace(config.run, name="x", out_dir="/else", threads=3))
+    assert facts_of_rank(moved, {"train": {"shards": ["a" * 64]}}, {}) == facts
+    file = "code of fasttrain/step.py"
+    others = [{"torch": "1.0", file: "f" * 64}, {"torch": "1.0", "data.train.shards": ["b" * 64]}]
+
+    class Ranks(World):
+        def gather(self, value: Any) -> list[Any]:
+            told = [facts | changed for changed in others]
+            hashed = isinstance(value, str)
+            return [value, *(distributed._sha256(f) if hashed else f for f in told)]
+
+    with pytest.raises(UserError, match="rank 1 differs from rank 0") as caught:
+        Ranks(size=3).agree(facts)
+    assert f'torch = "1.0", and rank 0 has "{torch.__version__}"' in str(caught.value)
+    assert f"{file} = (sha256 " in str(caught.value)
+    assert "so do ranks 2; start all ranks" in str(caught.value)
+    del others[0]
+    with pytest.raises(SharedError, match=r"data.train.shards = \(sha256 \w+\), and rank 0 has \("):
+        Ranks(rank=1, size=2).agree(facts)
+    others[0] = {}
+    Ranks(size=2).agree(facts)

@@ -119,7 +119,8 @@ def serve(folder: Path, rank: int, port: int) -> None:
                 del os.environ[key]
         print(f"---- {name}", flush=True)
         with Spy(run.get("faults", []), rank) as spy:
-            found: dict[str, Any] = {"status": main(run["argv"]), "rows": spy.rows}
+            argv = run["argv"] + (run.get("odd", []) if rank == 1 else [])
+            found: dict[str, Any] = {"status": main(argv), "rows": spy.rows}
         if spy.trainer is not None:
             model = spy.trainer.model
             parameters = [getattr(p, "_local_tensor", p) for p in model.parameters()]
