@@ -1,6 +1,5 @@
 """``metrics.jsonl``: what was measured, for programs."""
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttrain.log_file import LogFile
+from fasttrain.log_file import LogFile, keep_lines
 
 __all__ = ["JsonlLogger"]
 
@@ -38,19 +37,21 @@ class JsonlLogger:
         run does not have.
         """
         self._file.close()
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if not isinstance(row, dict) or row.get("stopped"):
-                    continue
-                if row.get("step", 0) <= step:
-                    kept.append(line + "\n")
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        keep_lines(self._path, lambda line: _step_of(line) <= step)
         self._file = LogFile(self._path)
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity of what is to go whatever the step."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict) or row.get("stopped"):
+        return math.inf
+    step: float = row.get("step", 0)
+    return step

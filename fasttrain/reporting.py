@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fasttrain import metrics
-from fasttrain.log_file import LogFile
+from fasttrain.log_file import LogFile, keep_lines
 from fasttrain.model import flops_constants
 from fasttrain.redact import redact
 from fasttrain.sharding import gathered
@@ -124,6 +125,21 @@ class Reporter:
             file = LogFile(trainer.run_dir / "samples.txt")
             file.write(redact(f"--- step {trainer.step_count}\n{prompt}{text}\n"))
             file.close()
+
+    def drop_after(self, step: int) -> None:
+        """Forget the rows and samples of steps after ``step``: the run goes on from there."""
+        if self.sinks:
+            self.sinks.drop_after(step)
+            at = 0
+
+            def keep(line: str) -> bool:
+                nonlocal at
+                if head := re.fullmatch(r"--- step (\d+)\n", line):
+                    at = int(head[1])
+                return at <= step
+
+            assert self.trainer.run_dir is not None
+            keep_lines(self.trainer.run_dir / "samples.txt", keep)
 
     def warn(self, text: str) -> None:
         """Tell a person that something is wrong."""

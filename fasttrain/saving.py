@@ -239,8 +239,7 @@ class Saver:
         )
         trainer.best_val_loss, trainer.val_losses = best, losses
         trainer.reporter.ema.value = state["loss_ema"]
-        if trainer.reporter.sinks:
-            trainer.reporter.sinks.drop_after(trainer.step_count)
+        trainer.reporter.drop_after(trainer.step_count)
 
     def close(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed.

@@ -320,8 +320,8 @@ def _build(
         jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
         if world.leads and jump:
             folder.warn(jump)
-    elif trainer.reporter.sinks and not folder.new:  # what a run that was never saved has left
-        trainer.reporter.sinks.drop_after(0)
+    elif not folder.new:  # what a run that was never saved has left
+        trainer.reporter.drop_after(0)
     if branch_of is not None:
         origin.begin_branch(trainer, branch_of)
     if world.leads:

@@ -3,16 +3,16 @@
 import csv
 import importlib.util
 import io
-import math
 import os
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.jsonl import JsonlLogger
-from fasttrain.log_file import LogFile
+from fasttrain.log_file import LogFile, keep_lines
 from fasttrain.redact import redact
 
 __all__ = ["CsvLogger", "Sink", "Sinks", "check_packages"]
@@ -78,14 +78,10 @@ class CsvLogger:
         self.close()
         for kind in ("train", "eval"):
             path = self._folder / f"{kind}.csv"
-            if not path.exists():
-                continue
-            head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-            at = head.rstrip("\n").split(",").index("step")
-            kept = [line for line in lines if _step_of(line, at) <= step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join([head, *kept]), encoding="utf-8")
-            temporary.replace(path)
+            if path.exists():
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    head = file.readline()
+                keep_lines(path, partial(_is_kept, head=head, step=step))
 
     def close(self) -> None:
         """Close the files. May be called twice; a later row opens them again."""
@@ -100,11 +96,13 @@ def _csv_line(values: list[Any]) -> str:
     return text.getvalue()
 
 
-def _step_of(line: str, at: int) -> float:
-    """Return the step of a line, infinity of one that was cut off by a crash."""
-    cells = line.rstrip("\n").split(",")
-    whole = line.endswith("\n") and len(cells) > at and cells[at].isdigit()
-    return int(cells[at]) if whole else math.inf
+def _is_kept(line: str, head: str, step: int) -> bool:
+    """Return whether a line stays; none does that was cut off, or under a head that was."""
+    names, cells = (text.rstrip("\n").split(",") for text in (head, line))
+    if not (line.endswith("\n") and head.endswith("\n") and "step" in names):
+        return False
+    at = cells[names.index("step") :][:1]
+    return line == head or (at != [] and at[0].isdigit() and int(at[0]) <= step)
 
 
 class _TensorBoard:

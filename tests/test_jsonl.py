@@ -1,11 +1,17 @@
 """metrics.jsonl: readable at once, JSON whatever the numbers, each step once."""
 
+import csv
 import json
 import math
+import resource
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+
+from fasttrain.config import LogConfig, LoopConfig, TrainConfig
 from fasttrain.jsonl import JsonlLogger
+from fasttrain.sinks import Sinks
 
 ROW = {"step": 120, "loss": 3.4521, "lr": 1e-3, "mfu": None}
 
@@ -61,3 +67,31 @@ def test_jsonl_is_continued_by_default(tmp_path: Path) -> None:
         logger.write("train", {"step": step})
         logger.close()
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("middle", [False, True])
+def test_R12_F10_rows_are_dropped_on_a_full_disk(tmp_path: Path, middle: bool) -> None:
+    """Whole lines are cut off; a line between others, which no run leaves, may cost the latter."""
+    run_dir = tmp_path
+    config = TrainConfig(train=LoopConfig(steps=9), log=LogConfig(csv=True))
+    sinks = Sinks(config, run_dir)
+    for step in (1, 2, 3, 9 if middle else 4, 5):
+        sinks.write("train", {"step": step, "loss": 0.5})
+        sinks.write("eval", {"val_loss": 0.5, "step": step})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        sinks.drop_after(5 if middle else 2)
+        sinks.write("train", {"step": 4, "loss": 0.5})  # it waits
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sinks.write("train", {"step": 5, "loss": 0.5})
+    sinks.close()
+    kept = [1, 2, 3] if middle else [1, 2]
+    found = rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in found if row["kind"] == "train"] == [*kept, 4, 5]
+    assert [row["step"] for row in found if row["kind"] == "eval"] == kept
+    for kind, steps in (("train", [*kept, 4, 5]), ("eval", kept)):
+        with (run_dir / f"{kind}.csv").open(newline="") as file:
+            assert [int(row["step"]) for row in csv.DictReader(file)] == steps
+    assert sorted(p.name for p in run_dir.iterdir()) == ["eval.csv", "metrics.jsonl", "train.csv"]

@@ -2,12 +2,14 @@
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from fasttrain.checkpoint import load, resolve
 from fasttrain.config import load_config
@@ -106,6 +108,30 @@ def test_R18_a_rollback_goes_on_behind_the_bad_batch(toy: Path, kind: str, log_e
     clean.recovery.policy.passed_over = [4 * 6, 4 * 11 - 4]
     clean.fit()
     assert digest(trainer) == digest(clean)
+
+
+def test_R12_F10_a_rollback_on_a_full_disk_goes_on(toy: Path) -> None:
+    keys = ["train.on_nonfinite=rollback", "log.csv=true", "checkpoint.asynchronous=false"]
+    trainer = build(toy, *EVERY_3, *keys)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def bad_as_the_disk_fills(loss: Tensor) -> Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        return loss * math.nan
+
+    spoil(trainer, [8], bad_as_the_disk_fills)
+    try:
+        assert trainer.fit() == "done"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert trainer.step_count == 14
+    assert trainer.recovery.policy.rollbacks == 1
+    assert trainer.saver.failed_saves == 3  # of steps 9, 12 and 14
+    assert resolve(toy.parent / "run").name == "step-00000006"
+    trainer.reporter.close()  # with what waited for space and found room in the buffer
+    steps = [row["step"] for row in rows(toy.parent / "run")]
+    assert steps == sorted(set(steps))
+    assert steps[:6] == [1, 2, 3, 4, 5, 6]
 
 
 def test_R1_a_run_that_rolled_back_resumes_exactly(toy: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -62,6 +63,29 @@ def test_tensorboard_gets_the_numbers(toy: Path) -> None:
     expected = [(row["step"], row["loss"]) for row in rows(Path("runs/r"))]
     assert found == [(step, pytest.approx(loss)) for step, loss in expected]
     assert "eval/val_loss" in events.Tags()["scalars"]
+
+
+def test_F12_a_run_that_starts_over_in_its_folder_leaves_one_row_a_step(toy: Path) -> None:
+    """As torchrun's restart of one that was killed before its first checkpoint was committed."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = ["run.name=r", "log.tensorboard=true", "log.csv=true", "eval.every_steps=1"]
+    settings += ["eval.sample_every_steps=1", "--resume=auto"]
+    run = Path("runs/r")
+    assert main([str(toy), *settings, "train.steps=5"]) == 0
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main([str(toy), *settings, "train.steps=4"]) == 0
+    for kind in ("train", "eval"):
+        found = [row["step"] for row in rows(run, kind)]
+        assert found == [int(row["step"]) for row in table(run / f"{kind}.csv")] == [1, 2, 3, 4]
+    samples = [line for line in (run / "samples.txt").read_text().split("\n") if "--- step" in line]
+    assert samples == [f"--- step {step}" for step in (1, 2, 3, 4)]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for key in ("train/loss", "eval/val_loss"):
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
