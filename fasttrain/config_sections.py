@@ -414,5 +414,11 @@ class DistributedConfig(Section):
         None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
     )
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
+    check_every_steps: int | None = key(
+        1000,
+        "ddp and hsdp: steps between comparisons of the ranks' copies of the parameters, bit for "
+        "bit, also at the end (None: never)",
+        ge=1,
+    )
     timeout_s: float = key(300.0, "a step that takes longer ends the job", gt=0)
     init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)

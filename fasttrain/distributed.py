@@ -12,7 +12,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +24,7 @@ import fasttrain_kernels
 import torch
 import torch.distributed as dist
 from fasttrain_kernels._torch import set_group_timeout
+from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,6 +36,7 @@ from fasttrain.config_keys import show
 __all__ = [
     "SharedError",
     "World",
+    "checksum",
     "choose_mode",
     "facts_of_rank",
     "preferred_mode",
@@ -172,6 +175,26 @@ class World:
             "start all ranks with the same config, data, code and torch"
         )
 
+    def drifted(self, parameters: Iterable[Tensor]) -> list[int]:
+        """Return the ranks whose copy of the parameters is not, bit for bit, that of most copies.
+
+        One small reduction. Waits, also for the device. Of two copies the first counts as right.
+
+        Args:
+            parameters: of this rank; shards where the mode shards.
+        """
+        if self.n_copies == 1:
+            return []
+        own = checksum(parameters)
+        sums = torch.zeros(self.size, dtype=torch.int64, device=own.device)
+        sums[self.rank] = own
+        copies = self.sum(sums).view(self.n_copies, -1)
+        usual = [
+            Counter(of_shard).most_common(1)[0][0]
+            for of_shard in zip(*copies.tolist(), strict=True)
+        ]
+        return [r for r, found in enumerate(sums.tolist()) if found != usual[r % len(usual)]]
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Make a `UserError` of one rank the error of all, so that none waits for the others.
@@ -215,6 +238,18 @@ def facts_of_rank(
                 name = f"code of {package.name}/{file.relative_to(package)}"
                 facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {**facts, "torch": str(torch.__version__), **options}
+
+
+def checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a sum of the bits of tensors, int64 on their device; a flipped bit changes it.
+
+    Of DTensors the shards of this rank count. Nothing waits, and no tensor is copied.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    local = [local_tensor(tensor.detach()) for tensor in tensors]
+    sums = torch.stack([t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in local])
+    # An odd factor each, so that tensors that changed places do not add up to the same.
+    return (sums * torch.arange(1, 2 * len(local), 2, device=sums.device)).sum()
 
 
 def _sha256(value: Any) -> str:

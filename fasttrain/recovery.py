@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fasttrain.checkpoint_files import history
 from fasttrain.config_keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.faults import Decision, Fault, FaultPolicy, write_report
@@ -31,6 +32,7 @@ class Recovery:
         self.trainer = trainer
         self.policy = FaultPolicy(trainer.config.train, trainer.samples_per_step)
         self._unseen: list[int] = []  # first samples of the steps whose numbers the host lacks
+        self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
     def advance(self) -> None:
         """Move the run's position behind the step just made and behind what is passed over."""
@@ -59,6 +61,7 @@ class Recovery:
             checkpoint = trainer.saver.go_back(before=first)
             if checkpoint is not None:
                 self.policy.rolled_back(decision.offending)
+                self._alike_at = trainer.step_count  # all have read the same files
                 self._move()
                 steps = counted(len(decision.offending), "step")
                 trainer.reporter.warn(
@@ -67,6 +70,34 @@ class Recovery:
                 )
                 return None
         raise FloatingPointError(self.policy.reason(decision, trainer.train_loader))
+
+    def check_copies(self) -> None:
+        """Compare the ranks' copies of the parameters, where there are several.
+
+        Raises:
+            FloatingPointError: they differ; on all ranks alike.
+        """
+        trainer = self.trainer
+        step = trainer.step_count
+        odd = trainer.world.drifted(trainer.train_step.parameters)
+        if not odd:
+            self._alike_at = step
+            return
+        folder = trainer.run_dir / "checkpoints" if trainer.run_dir else None
+        found = history(folder) if folder and folder.is_dir() else []
+        kept = [path for path, manifest in found if manifest and manifest["step"] <= self._alike_at]
+        remedy = (
+            f"the newest checkpoint from before is {kept[0]}, go on with --resume {kept[0]}"
+            if kept
+            else "no checkpoint from before is left; begin anew, with checkpoint.every_steps and "
+            "checkpoint.keep_last such that they reach back over distributed.check_every_steps"
+        )
+        several = "ranks {} hold" if odd[1:] else "rank {} holds"
+        raise FloatingPointError(
+            f"{several.format(', '.join(map(str, odd)))} other parameters than the other ranks' "
+            f"copies at step {step}, and they were alike at step {self._alike_at}: a device or its "
+            f"memory is faulty, there or, of two copies, on either rank; {remedy}"
+        )
 
     def save_unless_bad(self, rng: dict[str, Tensor]) -> None:
         """Save now with these random states, in place of the thread that trains.

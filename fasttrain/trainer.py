@@ -187,6 +187,9 @@ class Trainer:
                 self._after_step(self._finished(until))
                 self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
+            check_every = self.config.distributed.check_every_steps
+            if check_every:
+                self.recovery.check_copies()
             while not self._finished(until):
                 if self.stop_at is not None and self.step_count >= self.stop_at:
                     if self.recovery.look() is None:
@@ -227,6 +230,8 @@ class Trainer:
                         continue
                     if log or stopping:
                         self.reporter.train(numbers, stopped=not log)
+                if check_every and (stopping or last or self._due(check_every)):
+                    self.recovery.check_copies()
                 self._after_step(last)
             self.saver.save_once()
         finally:

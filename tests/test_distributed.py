@@ -15,6 +15,7 @@ from tests import ranks, toy_trainer
 from tests.toy import write_config, write_dataset
 
 STEP = ["train.tokens_per_step=128", "train.micro_batch=2", "eval.sample_every_steps=none"]
+STEP += ["distributed.check_every_steps=2"]
 STEP += ["distributed.init_timeout_s=300"]  # where the tests are ended, their processes end too
 MODES = {"one": (1, "auto"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "fsdp4": (4, "fsdp")}
 MODES["hsdp4"] = (4, "hsdp")
@@ -73,6 +74,15 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
     add("back", "fsdp2", *keys, faults=[{"rank": 1, "step": 5, "what": math.nan}])
     add("hours", "ddp2", "train.steps=none", "train.hours=3e-4", "schedule.name=constant")
     add("no folder", "ddp2", f"run.out_dir={config}")
+    for mode, rank in (("ddp2", 1), ("hsdp4", 2)):
+        faults = [{"rank": rank, "step": 5, "what": "flip"}]
+        add(
+            f"flip-{mode}",
+            mode,
+            "checkpoint.every_steps=1",
+            "checkpoint.keep_last=9",
+            faults=faults,
+        )
     for odd in ODD:
         add(odd, "ddp2", odd=[odd])
     for mode in ("one", "ddp2"):  # 6 sequences: of 4 at most on a rank, 3 and 3 of them on two
@@ -254,6 +264,27 @@ def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: st
     assert f"error: rank 1 differs from rank 0, it has {ODD[odd]}" in told
     assert output_of(made, odd, rank=1) == ""
     assert not (made / "runs" / odd).exists()
+
+
+@pytest.mark.parametrize(("mode", "odd"), [("ddp2", 1), ("hsdp4", 2)])
+def test_R30_a_flipped_bit_in_the_parameters_of_a_rank_is_found(
+    made: Path, mode: str, odd: int
+) -> None:
+    """And in no other of the runs here, which compare as often, is one."""
+    name = f"flip-{mode}"
+    assert set(statuses(made, name)) == {1}
+    found = [ranks.result(made, name, rank) for rank in range(size_of(made, name))]
+    assert {result["step"] for result in found} == {6}  # the first even one after it
+    told = (
+        f"rank {odd} holds other parameters than the other ranks' copies at step 6, and they were "
+        "alike at step 4: "
+    )
+    before = f"runs/{name}/checkpoints/step-00000004"
+    for rank in range(len(found)):
+        output = output_of(made, name, rank)
+        assert told in output
+        assert f"{before}, go on with --resume {before}" in output
+    assert checkpoint.resolve(made / "runs" / name).name == "step-00000005"  # no worse one is left
 
 
 def test_R13_what_cannot_start_is_refused_by_all_and_told_once(made: Path) -> None:

@@ -1,6 +1,7 @@
 """What ranks are told before they meet: how a step is shared, which mode, whose folder."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 
 from fasttrain import distributed
 from fasttrain.config import DistributedConfig, LoopConfig, UserError, load_config
-from fasttrain.distributed import SharedError, World, choose_mode, facts_of_rank, start
+from fasttrain.distributed import (
+    SharedError,
+    World,
+    checksum,
+    choose_mode,
+    facts_of_rank,
+    start,
+)
 from fasttrain.horizon import step_shape
 from fasttrain.lockstep import Lockstep
 from fasttrain.plan import warnings_of_step
@@ -125,6 +133,42 @@ def test_a_restarted_job_finds_its_own_folder(
     assert [folder_of(job, 0) for job in ("a", "b")] == ["toy", "toy-2"]
     assert [folder_of(job, 1) for job in ("a", "b", "a")] == ["toy", "toy-2", "toy"]
     assert folder_of("c", 1) == "toy-3"  # it ended before it had a folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_R30_every_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(3, 5).to(dtype).t(), torch.zeros((), dtype=dtype), torch.ones(0)]
+    sound = int(checksum(tensors))
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for tensor, bit in product(tensors[:2], range(8 * dtype.itemsize)):
+        word = tensor.view(integers)[(1,) * tensor.ndim]
+        flip = torch.tensor(1, dtype=integers) << bit
+        word ^= flip
+        assert int(checksum(tensors)) != sound
+        word ^= flip
+    assert int(checksum(tensors)) == sound != int(checksum(tensors[::-1]))
+
+
+def test_R30_the_ranks_that_drifted_are_those_unlike_most() -> None:
+    class Ranks(World):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            own = int(tensor[self.rank])
+            tensor[:] = own + torch.tensor(others)
+            return tensor
+
+    parameters = [torch.ones(3)]
+    for mode, others, odd in (
+        ("ddp", [0, 0, 7, 0], [2]),
+        ("ddp", [0, 7, 7, 7], [0]),
+        ("ddp", [0, 7, 0, 9], [1, 3]),
+        ("ddp", [0, 0, 0, 0], []),
+        ("fsdp", [0, 1, 2, 3], []),
+        ("hsdp", [0, 5, 0, 5, 0, 5], []),  # two shards of three copies
+        ("hsdp", [0, 5, 0, 6, 1, 5], [3, 4]),
+    ):
+        mesh: Any = torch.zeros(3, 2) if mode == "hsdp" else None
+        world = Ranks(mode=mode, size=len(others), mesh=mesh)
+        assert world.drifted(parameters) == odd
 
 
 def test_R30_what_differs_between_ranks_is_named() -> None:

@@ -3,7 +3,7 @@
 A fault is a dict: in which ``attempt`` of torchrun's (0), on which ``rank`` (None: on all), in the
 last micro-batch of which ``step`` does ``what`` happen: a signal's number, which the rank sends
 itself; ``hang``, for ever; ``impatient``: once another rank had its signal, 3 s are a time-out;
-``raise``; or a factor on the loss, such as nan.
+``flip``: of a bit in its parameters; ``raise``; or a factor on the loss, such as nan.
 """
 
 import hashlib
@@ -76,6 +76,10 @@ class Spy:
                     time.sleep(0.01)
                 spy.trainer.lockstep.watchdog.timeout_s = 3.0
                 spy.trainer.lockstep.watchdog.beat()
+                return value
+            if what == "flip":  # of the first parameter, as memory may flip it
+                parameter = step.parameters[0].data
+                getattr(parameter, "_local_tensor", parameter).view(torch.int32)[1, 0] ^= 1 << 20
                 return value
             if what == "raise":
                 raise ValueError("what a rank fails of")
