@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from fasttrain_kernels.grad_norm import local_tensor
@@ -38,13 +39,19 @@ class Ema:
         self._held: list[Tensor] | None = None  # the parameters, while the average is in use
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: Tensor | None = None) -> None:
         """Take the parameters of the step just done into the average; never waits for the device.
 
-        A step that was skipped left them as they were, and finite.
+        Args:
+            skipped: scalar on the device, 1 where no step was made, and the average stays; else 0.
         """
-        if self.decay is not None:
-            torch._foreach_lerp_(self._local_averages, self._local, 1.0 - self.decay)
+        if self.decay is None:
+            return
+        weight: Any = 1.0 - self.decay
+        if skipped is not None:
+            weight = weight * (1.0 - skipped)
+            weight = [weight.to(average.dtype) for average in self._local_averages]
+        torch._foreach_lerp_(self._local_averages, self._local, weight)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -229,7 +229,7 @@ class TrainStep:
             else:  # as zero_grad does, in a quarter of its 0.1 ms
                 for p in (p for group in optimizer.param_groups for p in group["params"]):
                     p.grad = None
-        self.ema.update()
+        self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict == SPIKE, 0.0, bad)
             torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)

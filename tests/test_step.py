@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
+from fasttrain.ema import Ema
 from fasttrain.model import Transformer, run_block, run_blocks
 from fasttrain.optim import build_optimizers
 from fasttrain.state import collect
@@ -125,7 +126,7 @@ class BadGradient(torch.autograd.Function):
 
 
 def everything(step: TrainStep) -> dict[str, Tensor]:
-    """Return copies of parameters, moments, step counts, scale and spike window."""
+    """Return copies of parameters, their average, moments, step counts, scale, spike window."""
     groups = collect(step.model, step.optimizers, step)
     return {f"{g}/{n}": t.detach().clone() for g in groups for n, t in groups[g].items()}
 
@@ -137,7 +138,8 @@ def everything(step: TrainStep) -> dict[str, Tensor]:
 def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
     optimizer: str, bad: float, where: str, at_first: bool
 ) -> None:
-    step, clean = (make(optimizer=optimizer, on_spike="skip") for _ in range(2))
+    train: dict[str, Any] = {"on_spike": "skip", "ema_decay": 0.5}  # F15
+    step, clean = (make(optimizer=optimizer, **train) for _ in range(2))
     batches = split(uneven_rows(), 4)
     if not at_first:
         for one in (step, clean):
@@ -193,6 +195,22 @@ def test_a_spike_is_no_reason_to_change_the_fp16_scale() -> None:
     assert verdicts(step)[-1] == SPIKE
     assert step.grad_scale.item() == scale
     assert torch.equal(step.parameters[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_of_steps_that_are_not_skipped_has_the_bits_of_a_plain_one(
+    dtype: torch.dtype,
+) -> None:
+    model = torch.nn.Linear(33, 7, dtype=dtype)
+    plain, told = Ema(model, 0.75), Ema(model, 0.75)
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.normal_()
+        plain.update()
+        told.update(skipped=torch.zeros(()))
+        told.update(skipped=torch.ones(()))
+        for ours, theirs in zip(told.averages, plain.averages, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_the_update_is_that_of_torch_adamw_after_clipping() -> None:

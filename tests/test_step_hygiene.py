@@ -27,6 +27,7 @@ _open: list[Trainer] = []
 # Everything that a step may do: two micro-batches, clipping, spikes judged.
 KEYS = ["train.tokens_per_step=128", "train.on_spike=skip", "train.spike_window_steps=8"]
 KEYS += ["train.steps=1000", "log.every_steps=100", "optim.name=muon", "optim.lr=1e-4"]
+KEYS += ["train.ema_decay=0.9"]
 
 
 @pytest.fixture(autouse=True)
