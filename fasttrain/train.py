@@ -4,12 +4,14 @@ Only the config is loaded before it is known to be good; torch comes after.
 """
 
 import argparse
+import contextlib
+import glob
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,6 +88,22 @@ def _held_by(resumed: Path) -> tuple[Path, str]:
     raise UserError(f"--resume {resumed}: not a run or checkpoint folder; name one of those")
 
 
+@contextlib.contextmanager
+def _ending_at_once(status: Callable[[int], int]) -> Iterator[None]:
+    """End the process at a signal, with the status of its number.
+
+    An import written in C may swallow an exception and leave half a module behind.
+    """
+    from fasttrain.signals import SIGNALS
+
+    previous = {n: signal.signal(n, lambda n, _: os._exit(status(n))) for n in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
@@ -104,16 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given is None and arguments.resume in (None, "auto"):
         parser.error("name a config, such as base or configs/base.toml")
 
+    only_looks = arguments.dry_run or arguments.verify_resume is not None
+    was_saved = arguments.resume not in (None, "auto") and not only_looks
+
     def interrupted(number: int) -> int:
-        resuming = arguments.resume is not None and arguments.verify_resume is None
-        what = "resume as before" if resuming else "nothing to resume"
+        what = "resume as before" if was_saved else "nothing to resume"
         print(f"interrupted before the first step; {what}", file=sys.stderr, flush=True)
-        return EXIT_STOPPED if resuming else EXIT_BY_SIGNAL + number
+        return EXIT_STOPPED if was_saved else EXIT_BY_SIGNAL + number
 
     try:
-        path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
-        config = load_config(path, arguments.overrides)
-        check_system()
+        with _ending_at_once(interrupted):
+            path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
+            config = load_config(path, arguments.overrides)
+            check_system()
+            if arguments.resume == "auto" and not only_looks:
+                runs = f"{glob.escape(config.run.name or path.stem)}*"
+                was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))
+            if not only_looks:
+                from fasttrain.session import run
         if arguments.dry_run:
             from fasttrain.preflight import preflight
 
@@ -122,11 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fasttrain.verify_resume import verify_resume
 
             return verify_resume(config, path, arguments.overrides, arguments.verify_resume)
-        # An import written in C may swallow an exception and leave half a module behind.
-        previous = signal.signal(signal.SIGINT, lambda number, _: os._exit(interrupted(number)))
-        from fasttrain.session import run
-
-        signal.signal(signal.SIGINT, previous)
         return run(
             config,
             name=name or path.stem,

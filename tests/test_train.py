@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fasttrain.generate import main as generate_main
+from fasttrain.signals import SIGNALS
 from fasttrain.train import main
 from tests.toy import ENV, ROOT, start, write_config
 
@@ -275,30 +276,68 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
     assert not list((toy.parent / "runs").iterdir())
 
 
-def test_an_interruption_of_an_import_ends_at_once(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
+    number: signal.Signals, toy: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With status 75 where a checkpoint can be resumed, else with that of the signal."""
+
     class Finder:
         @staticmethod
         def find_spec(name: str, *_: object) -> None:
             if name == "fasttrain.session":
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
+
+    def before(*_: object) -> None:
+        signal.raise_signal(number)
 
     def leave(status: int) -> None:
         raise SystemExit(status)
 
     monkeypatch.setattr("os._exit", leave)
-    monkeypatch.delitem(sys.modules, "fasttrain.session", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        for arguments, status in (([], 130), (["--resume", "auto"], 75)):
-            with pytest.raises(SystemExit) as left:
-                main([str(toy), *arguments])
-            assert left.value.code == status
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    handler = signal.getsignal(number)
+
+    def status(*arguments: str) -> object:
+        with pytest.raises(SystemExit) as left:
+            main([str(toy), *arguments])
+        assert signal.getsignal(number) == handler
+        return left.value.code
+
+    def statuses(where: tuple[object, str, object]) -> list[object]:
+        with monkeypatch.context() as patched:
+            patched.delitem(sys.modules, "fasttrain.session", raising=False)
+            patched.setattr(*where)
+            return [status(), status("--resume", "auto"), status("--resume", "runs/toy")]
+
+    importing = (sys, "meta_path", [Finder, *sys.meta_path])
+    (toy.parent / "runs/toy/checkpoints").mkdir(parents=True)
+    by_signal, saved = 128 + number, 75
+    assert statuses(importing) == [by_signal, by_signal, saved]
     assert "nothing to resume\n" in capsys.readouterr().err
+    (toy.parent / "runs/toy/checkpoints/step-00000002").mkdir()
+    assert statuses(importing) == [by_signal, saved, saved]
+    assert "resume as before\n" in capsys.readouterr().err
+    assert statuses((sys.modules["fasttrain.train"], "check_system", before))[-1] == saved
+
+
+def test_R10_F11_a_process_that_is_stopped_while_it_imports(toy: Path) -> None:
+    (toy.parent / "runs/toy/checkpoints/step-00000002").mkdir(parents=True)
+    waits = "import os, time\nopen(f'importing-{os.getpid()}', 'w').close()\ntime.sleep(600)\n"
+    (toy.parent / "rich.py").write_text(waits)
+    started = {
+        number: start("fasttrain.train", toy, "--resume", "auto", cwd=toy.parent)
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    for number, process in started.items():
+        importing = toy.parent / f"importing-{process.pid}"
+        while not importing.exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 75, out + err
+        assert err == "interrupted before the first step; resume as before\n"
+    assert not (toy.parent / "runs/toy/train.log").exists()
 
 
 def test_a_command_line_of_another_kind_is_told_how_it_is_written(
