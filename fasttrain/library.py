@@ -7,12 +7,17 @@ the mean over all target tokens of its batches, however many they are.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import importlib.util
+import inspect
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain import checkpoint
+from fasttrain import library_state as states
+from fasttrain.command import EXIT_STOPPED, tell
 from fasttrain.config import (
     LoopConfig,
     TrainConfig,
@@ -34,11 +41,10 @@ from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.ema import Ema
 from fasttrain.metrics import TrainingMetrics
 from fasttrain.objective import Criterion, Objective
-from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
+from fasttrain.optim import optimizer_tensors
 from fasttrain.redact import redact
 from fasttrain.schedule import n_stale
 from fasttrain.sinks import Kind, Sinks, check_packages
-from fasttrain.state import restore_rng, rng_state
 
 __all__ = ["Callback", "Trainer"]
 
@@ -52,6 +58,14 @@ OBEYED = {
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",
 }
+# Those that a checkpoint is bound to; the last two where evaluations decide something.
+BINDING = [
+    *("run.dtype", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
+    *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
+    *("eval.every_steps", "eval.min_change"),
+]
+# The loader's processes may get a signal too, and hand it on.
+ECHO_S = 3.0
 
 
 class Callback:
@@ -102,6 +116,13 @@ def _warn_of_ignored(config: TrainConfig, met: Mapping[str, bool]) -> None:
         )
 
 
+def _needs_closure(optimizer: Any) -> bool:
+    """Whether an optimizer cannot step by itself, as LBFGS."""
+    step = getattr(type(optimizer), "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if step else None
+    return closure is not None and closure.default is closure.empty
+
+
 class Trainer:
     """Trains a model on batches of ``input_ids`` and what else its ``forward`` takes.
 
@@ -114,8 +135,9 @@ class Trainer:
     Args:
         model: its output, or that output's ``logits`` or first element, is logits (B, T, V).
         optimizer: over its parameters.
-        scheduler: of torch, stepped after each step, `ReduceLROnPlateau` after each evaluation;
-            None: the learning rate stays.
+        scheduler: of torch, stepped after each step that was not skipped, `ReduceLROnPlateau` by
+            ``val_loss`` after each of the evaluations that ``eval.every_steps`` asks for; None: the
+            learning rate stays.
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
@@ -123,15 +145,17 @@ class Trainer:
             epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
             ``[log]``; also as a dict of sections. A warning names other keys that are set. None,
             and a dict without a horizon: one epoch.
-        run_dir: where metrics and checkpoints go; None: nowhere.
+        run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
+            one that does not go on from its checkpoints finds it without any.
         accumulate: batches of a step.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
         callbacks: told of what happens: objects with any of the methods of `Callback`.
 
     Raises:
-        UserError: the config asks for what this trainer does not do, a package is missing, or a
-            callback has no such method.
+        UserError: the config asks for what this trainer does not do, a package is missing, a
+            callback has no such method, another trainer has ``run_dir``, or a checkpoint could not
+            hold the state of the optimizer or scheduler.
     """
 
     def __init__(
@@ -165,6 +189,9 @@ class Trainer:
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
+            (_needs_closure(optimizer),
+             f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
+             "(its step needs a closure); give another optimizer"),
             *((isinstance(c, type) or not any(callable(getattr(c, e, None)) for e in _EVENTS),
                f"callbacks holds {c!r}; give objects with any of {', '.join(_EVENTS)}")
               for c in callbacks),
@@ -186,11 +213,14 @@ class Trainer:
         self.metrics = TrainingMetrics()
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._sinks: Sinks | None = None
-        self._stopping = False
+        self._stopping, self._signal = False, ""
         self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
+        self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
+        self._held = False
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(self.run_dir):
+                pass
             check_packages(config)
             self.writer = checkpoint.CheckpointWriter(
                 self.run_dir / "checkpoints", keep_last=config.checkpoint.keep_last
@@ -198,10 +228,19 @@ class Trainer:
         self.step = self.skipped_steps = self.batch_in_epoch = 0
         self.epoch = 0  # passes that are done
         self.val_losses: list[float] = []
-        self._epoch_rng = rng_state(self.device)  # as it was before the loader shuffled
+        self._loader: Any = None
+        self._loader_facts: dict[str, str] = {}
+        self._own_values: dict[str, Any] = {}
+        self._random = states.random_sources(self.device)
+        self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
+        self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
         self._pending: list[Tensor] = []  # loss, norm and verdict of steps not yet recorded
+        self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._last_result: dict[str, float] = {}
         self._logged_at = (time.perf_counter(), 0)
+        self._facts = self._collect_facts()
+        if self.writer is not None:
+            self._snapshot()  # what cannot be saved is refused now
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -220,38 +259,127 @@ class Trainer:
             All that was recorded.
 
         Raises:
-            UserError: a batch or the model's output has the wrong shape.
+            UserError: a batch or the model's output has the wrong shape; ``run_dir`` holds another
+                run; the loader is not that of the checkpoint.
             FloatingPointError: a loss or gradient was not finite, and ``train.on_nonfinite`` is
                 ``stop``.
+            SystemExit: SIGINT, SIGTERM or SIGUSR1 came: the step under way was ended and saved. The
+                status is 75, as on the command line. A second signal ends the process at once.
         """
-        self._stopping = False
-        while not self._over():
-            before = self.step
-            self._epoch(train_loader, val_loader)
-            if self.step == before and not self.batch_in_epoch:
-                raise UserError(
-                    "Trainer: the training loader gave no batch; give a DataLoader or a list that "
-                    "has some (an iterator is empty after one pass)"
-                )
-        self._record()
-        if val_loader is not None and not self._last_result:
-            self._evaluated(val_loader)
-        if self.writer is not None:
-            self.save_checkpoint()
-        self._close()
+        with self._training(train_loader, val_loader):
+            while not self._over():
+                before, within = self.step, self.batch_in_epoch
+                self._epoch(train_loader, val_loader)
+                if self.step == before and not (within or self._stopping):
+                    raise UserError(
+                        "Trainer: the training loader gave no batch; give a DataLoader or a list "
+                        "that has some (an iterator is empty after one pass)"
+                    )
+            self._record()
+            if self._signal:  # there may be no time to evaluate
+                return self.metrics
+            if val_loader is not None and not self._last_result:
+                self._evaluated(val_loader, extra=True)
+            if self.writer is not None:
+                self.save_checkpoint()
         return self.metrics
 
     def train_epoch(self, loader: Iterable[Any]) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
-        self._stopping, first = False, self.step
-        self._epoch(loader, None, bounded=False)
-        self._record()
-        self._close()
+        first = self.step
+        with self._training(loader, None):
+            self._epoch(loader, None, bounded=False)
+            self._record()
         return self.metrics.mean("loss", since_step=first)
 
     def stop(self) -> None:
         """Make the training end after the step under way, as at its horizon."""
         self._stopping = True
+
+    @contextmanager
+    def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
+        """Hold the run folder, heed signals and know the loaders, for the time of a training."""
+        self._stopping, self._signal = False, ""
+        with self._holding_run_dir(), self._heeding_signals():
+            self._meet(loader, val_loader)
+            try:
+                yield
+                if self._signal:
+                    path = self.save_checkpoint()
+            finally:
+                self._close()
+        if self._signal:
+            tell(
+                f"{self._signal}: stopped after step {self.step}; to go on, have the same script "
+                f"call load_checkpoint() before train(): {path}"
+            )
+            raise SystemExit(EXIT_STOPPED)
+
+    @contextmanager
+    def _holding_run_dir(self) -> Iterator[None]:
+        """Lock the run folder; refuse one that holds another run than this trainer's."""
+        if self.run_dir is None or self._held:
+            yield
+            return
+        rows = self.run_dir / "metrics.jsonl"
+        with _locked(self.run_dir):
+            n_bytes = rows.stat().st_size if rows.exists() else 0
+            if self._left_bytes is None and (n_bytes or _saved(self.run_dir)):
+                remedy = "call load_checkpoint() to go on with it, or give another run_dir"
+                if not _saved(self.run_dir):
+                    remedy = "it was never saved: remove it, or give another run_dir"
+                raise UserError(f"Trainer: {self.run_dir} holds an earlier run; {remedy}")
+            if self._left_bytes not in (None, n_bytes):
+                raise UserError(
+                    f"Trainer: another trainer went on in {self.run_dir}; call load_checkpoint() "
+                    "to go on from there, or give another run_dir"
+                )
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+                self._left_bytes = rows.stat().st_size if rows.exists() else 0
+
+    @contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """Have signals end the training with a checkpoint, where there can be one."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if self.writer is None or not is_main or importlib.util.find_spec("fcntl") is None:
+            yield
+            return
+        from fasttrain.signals import StopSignals  # not on Windows
+
+        def stop(reason: str) -> None:
+            self._signal, self._stopping = reason, True
+
+        with StopSignals(
+            stop=stop,
+            rescue=lambda: None,
+            patience_s=lambda: threading.TIMEOUT_MAX,
+            echo_s=ECHO_S,
+        ):
+            yield
+
+    def _meet(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> None:
+        """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
+        facts = states.facts_of_loader(loader)
+        if self._loaded:
+            states.refuse_difference("the checkpoint", self._loaded["facts"], facts)
+        if self.writer is not None:
+            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+            if plateau and (val_loader is None or self.config.eval.every_steps is None):
+                warnings.warn(
+                    "Trainer: ReduceLROnPlateau changes nothing without evaluations; give train() "
+                    "a val_loader and set eval.every_steps",
+                    stacklevel=5,
+                )
+            for doubt in [*states.doubts(loader), *states.doubts(val_loader or [])]:
+                warnings.warn(f"Trainer: {doubt}", stacklevel=5)
+        self._loader, self._loader_facts = loader, facts
+        self._own_values = states.own_values(loader)
+        self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
+        states.write(self._random, self._loaded.pop("random", {}))
 
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
@@ -269,7 +397,15 @@ class Trainer:
     ) -> None:
         self.model.train()
         batches = self._batches(loader)
-        while group := list(islice(batches, self.accumulate)):
+        while True:
+            try:
+                group = list(islice(batches, self.accumulate))
+            except RuntimeError:
+                if not self._signal:  # Ctrl-C ends the loader's processes too
+                    raise
+                return
+            if not group:
+                break
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result, config = {}, self.config
@@ -293,16 +429,28 @@ class Trainer:
         sampler = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
-        now = rng_state(self.device)
-        if self.batch_in_epoch:
-            restore_rng(self._epoch_rng, self.device)
-        else:
-            self._epoch_rng = now
+        place: Any = loader
+        within, loaded = self.batch_in_epoch > 0, self._loaded
+        self._loaded = {}
+        if states.is_stateful(loader):
+            if within or "loader" in loaded:
+                place.load_state_dict(loaded.get("loader") or place.state_dict())
+            return iter(loader)
+        now = states.read(self._random)
+        if getattr(loader, "persistent_workers", False):  # seeded when the first pass began
+            if loaded and self.epoch:
+                iter(place)
+                states.write(self._random, now)
+            elif within and not self.epoch:
+                place._iterator = None
+        if not within:
+            self._epoch_random = now
+            return iter(loader)
+        states.write(self._random, self._epoch_random)
         batches = iter(loader)
         for _ in islice(batches, self.batch_in_epoch):
             pass
-        if self.batch_in_epoch:
-            restore_rng(now, self.device)
+        states.write(self._random, now)
         return batches
 
     def _step(self, group: Sequence[Any]) -> None:
@@ -314,12 +462,33 @@ class Trainer:
             self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
+        self._follow()
         bad, norm = self._update(loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
+            copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
+            self._verdict = bad.to("cpu", non_blocking=True), copied
+            if copied is not None:
+                copied.record()
+            if copied is None or self.callbacks:
+                self._follow()
         self._pending.append(torch.stack([loss, norm, bad]))
+
+    def _follow(self) -> None:
+        """Step the scheduler after the last update, unless that was skipped.
+
+        On a GPU that is known later: before the next update, when the device is at its gradients,
+        so that it never waits for the host.
+        """
+        if self._verdict is None:
+            return
+        (bad, copied), self._verdict = self._verdict, None
+        if copied is not None:
+            copied.synchronize()
+        if not bad:
+            assert self.scheduler is not None
+            self.scheduler.step()
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and update unless something is not finite; return that verdict and the norm."""
@@ -351,18 +520,23 @@ class Trainer:
         with self.ema.in_use():
             return self.objective.evaluate(loader, self.metric_functions)
 
-    def _evaluated(self, loader: Iterable[Any]) -> None:
+    def _evaluated(self, loader: Iterable[Any], *, extra: bool = False) -> None:
+        """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
         self._record()
+        before = states.read(self._random)
         self._last_result = result = self.evaluate(loader)
-        self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # JSON has no nan
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(result["val_loss"])
+        states.write(self._random, before)
+        if not extra:
+            self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # nan is no loss
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
         self._write("eval", {"step": self.step, **result})
         self._tell("on_evaluate", result)
 
     def _record(self) -> None:
         """Bring the numbers of the last steps to the host, at once."""
+        self._follow()
         if not self._pending:
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -405,63 +579,150 @@ class Trainer:
         """Save all that training needs to go on; return the folder, on disk.
 
         Raises:
-            UserError: there is no ``run_dir``, the disk is full, or the scheduler's state cannot
-                be written as JSON.
+            UserError: there is no ``run_dir``, it holds another run, the disk is full, or the
+                state of the scheduler, optimizer or loader is nothing that can be written.
         """
         if self.writer is None:
             raise UserError("Trainer: there is nowhere to save; give it a run_dir")
         self._record()
-        rng = rng_state(self.device)
-        groups = self.ema.groups(self.model.state_dict()) | {
-            "optimizer": optimizer_tensors(self.model, [self.optimizer]),
-            "trainer": rng | {f"epoch_{key}": value for key, value in self._epoch_rng.items()},
+        with self._holding_run_dir():
+            groups, state = self._snapshot()
+            metric = self._last_result.get("val_loss")
+            text = redact(config_to_toml(self.config))
+            path = self.writer.save(self.step, groups, state, text, metric=metric)
+            self.writer.wait()
+        self._tell("on_checkpoint", path)
+        return path
+
+    def _collect_facts(self) -> dict[str, str]:
+        """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""
+        by_evaluations = self.config.eval.patience or isinstance(self.scheduler, ReduceLROnPlateau)
+        keys = BINDING if by_evaluations else BINDING[:-2]
+        facts = {key: str(attrgetter(key)(self.config)) for key in keys}
+        facts["precision is scaled"] = str(self.precision.scaled)
+        facts["accumulate"] = str(self.accumulate)
+        criterion = self.objective.criterion
+        facts["criterion"] = getattr(criterion, "__qualname__", type(criterion).__name__)
+        facts |= states.facts_of_optimizer(self.optimizer, self.model)
+        return facts | states.facts_of_scheduler(self.scheduler)
+
+    def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return the tensors and the state of a checkpoint."""
+        self._warn_of_own_values()
+        loader = self._loaded.get("loader")
+        if states.is_stateful(self._loader):
+            loader = self._loader.state_dict()
+        rest = {
+            "val_losses": self.val_losses,
+            "scaler": self.scaler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "optimizer": states.optimizer_values(self.optimizer, self.model),
+            "random": states.read(self._random) | self._loaded.get("random", {}),
+            "epoch_random": self._epoch_random,
+            "loader": loader,
         }
+        tensors: dict[str, Tensor] = {}
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
             "skipped_steps": self.skipped_steps,
-            "val_losses": self.val_losses,
-            "scaler": self.scaler.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "lrs": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "library": {
+                "facts": self._facts,
+                "loader_facts": self._loader_facts,
+                **{key: states.encode(value, tensors, key) for key, value in rest.items()},
+            },
         }
-        metric = self.val_losses[-1] if self._last_result else None
-        text = redact(config_to_toml(self.config))
-        path = self.writer.save(self.step, groups, state, text, metric=metric)
-        self.writer.wait()
-        self._tell("on_checkpoint", path)
-        return path
+        groups = self.ema.groups(self.model.state_dict()) | {
+            "optimizer": optimizer_tensors(self.model, [self.optimizer]),
+            "trainer": tensors,
+        }
+        return groups, state
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
+
+        What draws random numbers until ``train`` is called changes nothing. The loader is compared
+        there; what is refused here leaves all as it was.
 
         Args:
             path: a run or checkpoint folder; None: the newest of ``run_dir``.
 
         Raises:
-            UserError: it is damaged, or of another model.
+            UserError: it is damaged, or of another model, optimizer, scheduler or config.
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
         loaded = checkpoint.load(checkpoint.resolve(Path(where)))
-        state, rng = loaded.state, loaded.group("trainer")
-        try:
-            self.model.load_state_dict(loaded.group("model"))
-            load_optimizer_tensors(self.model, [self.optimizer], loaded.group("optimizer"))
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{loaded.path}: is of another model or optimizer: {error}") from error
+        if "library" not in loaded.state:
+            raise UserError(
+                f"{loaded.path}: was not saved by a Trainer of this version; go on with what saved "
+                "it, or take the model alone: fasttrain.load_model"
+            )
+        # First all that is read and compared, then all that changes.
+        state, saved = loaded.state, loaded.state["library"]
+        own = self.ema.groups(self.model.state_dict())
+        theirs = {name: loaded.group(name) for name in own}
+        facts = self._facts | states.shapes(own)
+        states.refuse_difference(str(loaded.path), saved["facts"] | states.shapes(theirs), facts)
+        tensors = loaded.group("trainer")
+        rest = {
+            key: states.decode(value, tensors, self.device)
+            for key, value in saved.items()
+            if "facts" not in key
+        }
+        self.model.load_state_dict(theirs["model"])
         self.ema.load(loaded.group("ema"))
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, state["lrs"], strict=True):
-            group["lr"] = lr
-        self.scaler.load_state_dict(state["scaler"])
-        restore_rng(rng, self.device)
-        self._epoch_rng = {k.removeprefix("epoch_"): v for k, v in rng.items() if "epoch_" in k}
+        states.restore_optimizer(
+            self.optimizer, self.model, loaded.group("optimizer"), rest["optimizer"]
+        )
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(rest["scheduler"])
+        self.scaler.load_state_dict(rest["scaler"])
+        self.val_losses = rest["val_losses"]
+        self._epoch_random, self._loader_facts = rest["epoch_random"], saved["loader_facts"]
+        self._loaded = {"facts": saved["loader_facts"], "random": rest["random"]}
+        if rest["loader"] is not None:
+            self._loaded["loader"] = rest["loader"]
+        states.write(self._random, rest["random"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.batch_in_epoch, self.skipped_steps = state["batch_in_epoch"], state["skipped_steps"]
-        self.val_losses = state["val_losses"]
         self._pending.clear()
+        self._verdict, self._last_result = None, {}
         self._logged_at = (time.perf_counter(), self.step)
         self._rows_end_at = self.step
+        if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
+            rows = self.run_dir / "metrics.jsonl"
+            self._left_bytes = rows.stat().st_size if rows.exists() else 0
+
+    def _warn_of_own_values(self) -> None:
+        """Name what a loader's parts count by themselves; once."""
+        now = states.own_values(self._loader)
+        moved = [
+            f"{key} was {value!r} and is {now[key]!r}"
+            for key, value in self._own_values.items()
+            if key in now and now[key] != value
+        ]
+        if moved:
+            self._own_values = {}
+            warnings.warn(
+                f"Trainer: {', '.join(moved)}: no checkpoint holds it, and a resumed training may "
+                "get other batches; give a loader with state_dict() and load_state_dict()",
+                stacklevel=4,
+            )
+
+
+def _saved(run_dir: Path) -> bool:
+    """Whether a run folder has a checkpoint, damaged or not."""
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
+
+
+def _locked(run_dir: Path) -> Any:
+    """Return the lock of a run folder, which is made; Windows has none."""
+    if importlib.util.find_spec("fcntl") is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return nullcontext()
+    from fasttrain.run_folder import lock_run_dir
+
+    return lock_run_dir(run_dir, new=False)

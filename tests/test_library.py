@@ -271,7 +271,8 @@ def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
     trainer = Trainer(model, optimizer, None, None, settings, run_dir=tmp_path / "run")
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
-    trainer._evaluated(DataLoader(data(4), batch_size=4))
+    with trainer._training([], None):
+        trainer._evaluated(DataLoader(data(4), batch_size=4))
     assert math.isnan(trainer._last_result["val_loss"])
     with torch.no_grad():
         next(model.parameters()).fill_(0.5)
@@ -505,11 +506,10 @@ def test_what_is_wrong_with_model_or_config_is_said(
     with pytest.raises(UserError, match="run_dir"):
         Trainer(model, optimizer, config=config()).save_checkpoint()
     factor = partial(lambda step: 1.0)
-    factor.state = {1, 2}  # type: ignore[attr-defined]  # what LambdaLR keeps is not JSON
+    factor.state = {1, 2}  # type: ignore[attr-defined]  # which LambdaLR keeps
     unsaved = LambdaLR(optimizer, factor)
-    trainer = Trainer(model, optimizer, unsaved, None, config(), run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match="state is not JSON"):
-        trainer.save_checkpoint()
+    with pytest.raises(UserError, match=r"scheduler.lr_lambdas.0.state is a set, which a checkp"):
+        Trainer(model, optimizer, unsaved, None, config(), run_dir=tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="torchrun started 4"):
         Trainer(model, optimizer, config=config())

@@ -1,0 +1,362 @@
+"""What the library's `Trainer` saves beside tensors by name: any state, without pickle.
+
+State of optimizers, schedulers and loaders is whatever their classes make it. `encode` writes it as
+JSON, its tensors apart, so that `decode` returns equal values of the same types. What shapes a
+training without being state is told by facts: a resumed training must have the same.
+"""
+
+import inspect
+import math
+import operator
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from fasttrain.config import UserError
+from fasttrain.optim import load_optimizer_tensors
+
+__all__ = [
+    "decode", "doubts", "encode", "facts_of_loader", "facts_of_optimizer", "facts_of_scheduler",
+    "is_stateful", "optimizer_values", "own_values", "random_sources", "read", "refuse_difference",
+    "restore_optimizer", "shapes", "write",
+]  # fmt: skip
+
+KIND = "!"  # the key that marks what JSON does not know
+MAPPINGS: dict[str, type[dict[Any, Any]]] = {
+    kind.__name__: kind for kind in (dict, Counter, OrderedDict)
+}
+
+
+def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
+    """Return ``value`` as JSON; its tensors and arrays go to ``tensors``, not copied.
+
+    Args:
+        value: of numbers, strings, bytes, lists, tuples, dicts, tensors and NumPy's arrays.
+        tensors: added to, by names that begin with ``at``.
+        at: where the value is; errors name it.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    kind: type = type(value)
+    content: Any = None
+    if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
+        return value
+    if kind in (list, tuple):
+        content = [encode(v, tensors, f"{at}.{n}") for n, v in enumerate(value)]
+        return content if kind is list else {KIND: "tuple", "is": content}
+    if kind is dict and all(type(k) is str for k in value) and KIND not in value:
+        return {k: encode(v, tensors, f"{at}.{k}") for k, v in value.items()}
+    if kind in MAPPINGS.values():
+        content = [
+            [encode(k, tensors, f"{at}.key {n}"), encode(v, tensors, f"{at}.{n}")]
+            for n, (k, v) in enumerate(value.items())
+        ]
+    elif kind is float:
+        content = repr(value)  # inf, -inf or nan
+    elif kind is bytes:
+        content = value.hex()
+    elif kind is torch.dtype:
+        content = str(value).removeprefix("torch.")
+    elif isinstance(value, Tensor):
+        tensors[at], content, kind = value.detach(), [at, value.is_cpu], Tensor
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        array, kind = np.asarray(value), np.ndarray
+        tensors[at] = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
+        content = [at, array.dtype.str, list(array.shape), isinstance(value, np.generic)]
+    else:
+        raise UserError(
+            f"Trainer: {at} is a {kind.__name__}, which a checkpoint cannot hold without pickle; "
+            "have state_dict() leave it out, or return numbers, strings, lists, dicts and tensors"
+        )
+    return {KIND: kind.__name__, "is": content}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Return what `encode` was given, with tensors of its own, on the CPU or on ``device``."""
+    if isinstance(value, list):
+        return [decode(v, tensors, device) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if KIND not in value:
+        return {k: decode(v, tensors, device) for k, v in value.items()}
+    kind, content = value[KIND], value["is"]
+    if kind == "float":
+        return float(content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "dtype" and isinstance(dtype := getattr(torch, content), torch.dtype):
+        return dtype
+    if kind == "Tensor":
+        return tensors[content[0]].to("cpu" if content[1] else device, copy=True)
+    if kind == "ndarray":
+        at, dtype, shape, is_scalar = content
+        array = np.frombuffer(tensors[at].numpy().tobytes(), dtype).reshape(shape).copy()
+        return array[()] if is_scalar else array
+    parts = decode(content, tensors, device)
+    return tuple(parts) if kind == "tuple" else MAPPINGS[kind](dict(parts))
+
+
+# ---- facts ---------------------------------------------------------------------------------------
+
+
+def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on where facts that both know differ.
+
+    Raises:
+        UserError: names them, with both values.
+    """
+    changes = [f"{k}: {saved[k]} → {now[k]}" for k in saved if saved[k] != now.get(k, saved[k])]
+    if changes:
+        more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
+        raise UserError(
+            f"{where} was made with other settings: {'; '.join(changes[:8])}{more}; put them back "
+            "(what is to change on purpose, change after load_checkpoint())"
+        )
+
+
+def shapes(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Return the facts of a model and its average: names, dtypes and shapes."""
+    facts = {}
+    for group, tensors in groups.items():
+        facts[group] = f"{len(tensors)} tensors"
+        for name, t in tensors.items():
+            facts[f"{group} {name}"] = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+    return facts
+
+
+def _shown(value: Any) -> str:
+    plain = isinstance(value, bool | int | float | str | tuple | list | Counter | None)
+    return str(value) if plain else getattr(value, "__qualname__", type(value).__name__)
+
+
+def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, str]:
+    """Return its class and defaults, its groups, and which parameter is in which.
+
+    Raises:
+        UserError: it has a parameter that is not the model's.
+    """
+    # A schedule moves these; of a tensor, so are the defaults, which are the same object.
+    moved = {"params", "param_names", "lr", "momentum", "betas"}
+    facts = {"optimizer": type(optimizer).__name__}
+    facts["optimizer groups"] = str(len(optimizer.param_groups))
+    for key, value in optimizer.defaults.items():
+        if not isinstance(value, Tensor):
+            facts[f"optimizer {key}"] = _shown(value)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for n, group in enumerate(optimizer.param_groups):
+        extra = sorted(group.keys() - optimizer.defaults.keys() - moved)
+        facts[f"group {n}"] = f"{len(group['params'])} parameters with {extra or 'no further keys'}"
+        for key in group.keys() - moved:
+            facts[f"group {n} {key}"] = _shown(group[key])
+        for p in group["params"]:
+            if id(p) not in names:
+                raise UserError(
+                    f"Trainer: group {n} of the optimizer has a parameter of shape "
+                    f"{list(p.shape)} that is not the model's, which no checkpoint would hold; "
+                    "make it one of the model's"
+                )
+            facts[f"group of {names[id(p)]}"] = str(n)
+    return facts
+
+
+def facts_of_scheduler(scheduler: Any, name: str = "scheduler") -> dict[str, str]:
+    """Return its class and arguments, and those of the schedulers within it."""
+    if scheduler is None:
+        return {name: "none"}
+    kind, state = type(scheduler), getattr(scheduler, "__dict__", {})
+    facts = {name: kind.__name__}
+    for key in inspect.signature(kind).parameters.keys() - {"last_epoch", "optimizer"}:
+        value = state.get(key, state.get(f"_{key}"))
+        if value is not None and key != "schedulers":
+            facts[f"{name} {key}"] = _shown(value)
+    for n, part in enumerate(state.get("_schedulers", [])):
+        facts |= facts_of_scheduler(part, f"{name} {n}")
+    return facts
+
+
+def _parts(loader: Any, name: str) -> dict[str, Any]:
+    """Return a loader, its samplers and its data sets, by where they are."""
+    found, places = {name: loader}, [name]
+    for place in places:
+        for key in ("sampler", "batch_sampler", "dataset"):
+            part = getattr(found[place], "__dict__", {}).get(key)
+            if part is not None and not any(part is other for other in found.values()):
+                found[f"{place}.{key}"] = part
+                places.append(f"{place}.{key}")
+    return found
+
+
+def facts_of_loader(loader: Any) -> dict[str, str]:
+    """Return the classes and lengths of a loader and its parts, and how it makes batches."""
+    facts = {"generators": str(sorted(_generators(loader, "loader")))}
+    for place, part in _parts(loader, "loader").items():
+        facts[place] = type(part).__name__
+        facts[f"{place} length"] = str(operator.length_hint(part, -1))
+    for key in (
+        "batch_size", "drop_last", "num_workers", "persistent_workers", "prefetch_factor",
+    ):  # fmt: skip
+        if hasattr(loader, key):
+            facts[f"loader {key}"] = str(getattr(loader, key))
+    return facts
+
+
+# ---- loaders and random numbers ------------------------------------------------------------------
+
+
+def is_stateful(loader: Any) -> bool:
+    """Whether a loader saves its own place in the data, as torchdata's StatefulDataLoader."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def doubts(loader: Any) -> list[str]:
+    """Return what may make the batches after a resume others than without one."""
+    if is_stateful(loader):
+        return []
+    found, kind = [], type(loader).__name__
+    if getattr(loader, "persistent_workers", False):
+        found.append(
+            f"the {kind}'s persistent workers keep their random numbers from epoch to epoch, and "
+            "no checkpoint holds these: a data set that draws some will draw others after a "
+            "resume; unset persistent_workers"
+        )
+    dataset = getattr(loader, "dataset", None)
+    of_a_map = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
+    if not (of_a_map or hasattr(loader, "__getitem__")):
+        kind = kind if dataset is None else type(dataset).__name__
+        found.append(
+            f"a resumed training takes {kind} from its beginning and passes over the batches "
+            "that it was trained on, which are the same only where every pass gives the same; "
+            "otherwise give a loader with state_dict() and load_state_dict()"
+        )
+    return found
+
+
+def own_values(loader: Any) -> dict[str, Any]:
+    """Return the numbers and strings that the user's samplers and data sets hold."""
+    if is_stateful(loader):
+        return {}
+    return {
+        f"{place}.{key}": value
+        for place, part in _parts(loader, "loader").items()
+        if not type(part).__module__.startswith("torch.utils.data.dataloader")
+        for key, value in getattr(part, "__dict__", {}).items()
+        if type(value) in (bool, int, float, str)
+        and not (key == "epoch" and hasattr(part, "set_epoch"))  # the trainer sets it
+    }
+
+
+Source = tuple[Callable[[], Any], Callable[[Any], object]]
+
+
+def _generators(loader: Any, name: str) -> dict[str, Source]:
+    """Return the generators that a loader, its samplers and its data sets hold themselves."""
+    found: dict[str, Source] = {}
+    seen: set[int] = set()
+    for place, part in _parts(loader, name).items():
+        for key, value in getattr(part, "__dict__", {}).items():
+            if id(value) in seen:
+                continue
+            source: Source
+            if isinstance(value, torch.Generator):
+                source = value.get_state, value.set_state
+            elif isinstance(value, random.Random):
+                source = _python(value)
+            elif isinstance(value, np.random.RandomState):
+                source = partial(value.get_state, legacy=False), value.set_state
+            elif isinstance(value, np.random.Generator):
+                bits = value.bit_generator
+                source = partial(getattr, bits, "state"), partial(setattr, bits, "state")
+            else:
+                continue
+            seen.add(id(value))
+            found[f"{place}.{key}"] = source
+    return found
+
+
+def _python(generator: Any) -> Source:
+    """Return how the state of ``random`` or a `random.Random` is read, as an array, and written."""
+
+    def get() -> tuple[int, Any, float | None]:
+        version, words, gauss = generator.getstate()
+        return version, np.array(words, np.uint32), gauss
+
+    def put(state: tuple[int, Any, float | None]) -> None:
+        generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
+
+    return get, put
+
+
+def random_sources(device: torch.device, **loaders: Any) -> dict[str, Source]:
+    """Return how each generator that a training draws from is read and written, by name."""
+    found: dict[str, Source] = {
+        "cpu": (torch.get_rng_state, torch.set_rng_state),
+        "python": _python(random),
+        "numpy": (partial(np.random.get_state, legacy=False), np.random.set_state),
+    }
+    if device.type == "cuda":
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        found["cuda"] = partial(get, device), partial(put, device=device)
+    for name, loader in loaders.items():
+        found |= _generators(loader, name)
+    return found
+
+
+def read(sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Return the state of each generator."""
+    return {name: get() for name, (get, _) in sources.items()}
+
+
+def write(sources: Mapping[str, Source], states: Mapping[str, Any]) -> None:
+    """Put back the states that there are."""
+    for name in sources.keys() & states.keys():
+        sources[name][1](states[name])
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return what `optimizer_tensors` leaves out: all of the groups' values, state of no tensor."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        "groups": [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ],
+        "values": {
+            names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+            for p, state in optimizer.state.items()
+        },
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, Any],
+) -> None:
+    """Put back `optimizer_tensors` and `optimizer_values`, in the very dtypes that they had."""
+    load_optimizer_tensors(model, [optimizer], tensors)
+    parameters = dict(model.named_parameters())
+    for full, tensor in tensors.items():
+        name, _, key = full.partition("/")
+        state = optimizer.state[parameters[name]]
+        # torch makes all floats the parameter's dtype. A quantized tensor lies there in parts.
+        if "/" not in key and state[key].dtype != tensor.dtype:
+            state[key] = tensor.to(state[key].device, copy=True)
+    for name, values in rest["values"].items():
+        optimizer.state[parameters[name]].update(values)
+    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                group[key].copy_(value)  # compiled optimizers know it by its address
+            else:
+                group[key] = value
