@@ -280,7 +280,9 @@ def test_F7_compressed_text_that_is_cut_off_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ending = ".gz" if packed is gzip.compress else ".zst"
-    lines = [json.dumps({"text": random.Random(n).randbytes(30).hex()}) + "\n" for n in range(9000)]
+    lines = [
+        json.dumps({"text": random.Random(n).randbytes(300).hex()}) + "\n" for n in range(1200)
+    ]
     first, second = (packed("".join(half).encode()) for half in (lines[::2], lines[1::2]))
     path = tmp_path / f"in.{kind}{ending}"
     whole = first + second
@@ -408,7 +410,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(5))
     (tmp_path / "out").mkdir()
     run(tmp_path / "out", source, tokenizer="bytes")  # an empty folder is as good as none
-    with pytest.raises(DataError, match="holds a dataset already"):
+    with pytest.raises(DataError, match="exists already and holds a dataset;"):
         run(tmp_path / "out", source, tokenizer="bytes")
     before = sorted(tmp_path.rglob("*"))
     for fraction in (-0.1, 1.0, 2):
@@ -448,7 +450,7 @@ def test_the_command_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert part in shown
     assert shown.count("from token") == 6
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: holds a dataset already")
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists already and holds a")
     for name in ("train_000000.ends", "train_000000.bin", "tokenizer.json"):
         path = tmp_path / "out" / name
         content = path.read_bytes()
