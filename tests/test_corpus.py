@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -119,6 +122,69 @@ def test_a_build_that_fails_leaves_nothing(
         build(tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.undo()
+
+
+IS_KILLED_WHILE_BUILDING = """
+import signal, sys
+from pathlib import Path
+from fasttrain.data import corpus
+corpus._source_files = lambda root: [("a.py", b"x = 1\\n" * 1_000_000)]
+def build(folder, *_):
+    (folder / "half").touch()
+    print(folder, flush=True)
+    signal.pause()
+corpus._build = build
+corpus.build_default_corpus(cache_dir=Path(sys.argv[1]))
+"""
+
+
+def test_F14_leftovers_of_killed_builds_go_with_the_next_and_living_ones_stay(
+    library: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-c", IS_KILLED_WHILE_BUILDING, str(cache)],
+        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        building = Path(process.stdout.readline().strip())
+        (cache / ".building-of-an-earlier-version").mkdir()
+        first = build(tmp_path)
+        assert sorted(cache.iterdir()) == sorted([building, first])
+        assert (building / "half").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    second = build(tmp_path, vocab_size=301)
+    assert sorted(cache.iterdir()) == sorted([first, second])
+    assert sorted(os.listdir(first)) == sorted(os.listdir(second))
+    assert "lock" not in os.listdir(first)
+
+
+@pytest.mark.parametrize("without_locks", [False, True])
+def test_F14_a_build_is_not_lost_to_another_that_begins_beside_it(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_locks: bool
+) -> None:
+    lock, seen = corpus._lock, []
+
+    def late(building: Path) -> int:
+        """Before the first two folders are locked, another build has swept them, or locks them."""
+        seen.append(building)
+        if without_locks:
+            raise OSError(errno.ENOLCK, "No locks available")
+        if len(seen) == 1:
+            shutil.rmtree(building)
+        descriptor = lock(building)
+        if len(seen) == 2:
+            shutil.rmtree(building)
+        return descriptor
+
+    monkeypatch.setattr(corpus, "_lock", late)
+    folder = build(tmp_path)
+    assert os.listdir(tmp_path / "cache") == [folder.name]
+    assert len(seen) == (1 if without_locks else 3)
 
 
 def test_a_faster_process_wins_and_both_get_its_folder(

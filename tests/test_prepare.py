@@ -264,14 +264,37 @@ def test_compressed_input_reads_like_plain(
         (tmp_path / "in" / f"b{number:02d}.txt{ending}").write_bytes(packed(text.encode()))
     run(tmp_path / "out", tmp_path / "in", tokenizer="bytes", val_fraction=0)
     assert documents(tmp_path / "out", "train") == texts
-    content = (tmp_path / "in" / f"a.jsonl{ending}").read_bytes()
-    (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(content[:-40])
-    if ending == ".gz":
-        with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
-            run(tmp_path / "cut", tmp_path / "in", tokenizer="bytes")
     (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(b"not compressed at all")
     with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: cannot be read"):
         run(tmp_path / "bad", tmp_path / "in", tokenizer="bytes")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("packed", [gzip.compress, as_zst], ids=["gz", "zst"])
+def test_F7_compressed_text_that_is_cut_off_is_refused(
+    tmp_path: Path,
+    packed: Callable[[bytes], bytes],
+    kind: str,
+    strict: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ending = ".gz" if packed is gzip.compress else ".zst"
+    lines = [
+        json.dumps({"text": random.Random(n).randbytes(300).hex()}) + "\n" for n in range(1200)
+    ]
+    first, second = (packed("".join(half).encode()) for half in (lines[::2], lines[1::2]))
+    path = tmp_path / f"in.{kind}{ending}"
+    whole = first + second
+    # In the first frame; in the header, the middle, and the last byte of the second; before all.
+    for size in (len(first) // 2, len(first) + 2, len(first) + len(second) // 2, len(whole) - 1, 0):
+        path.write_bytes(whole[:size])
+        arguments = [str(tmp_path / "out"), "--input", str(path), "--tokenizer", "bytes"]
+        assert main([*arguments, *["--strict"] * strict]) == 2, size
+        assert capsys.readouterr().err.startswith(f"error: {path}: cannot be read (it is cut off")
+        assert not (tmp_path / "out").exists()
+    path.write_bytes(whole + bytes(3000))  # padded, as gzip allows
+    assert main(arguments) == 0
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -387,7 +410,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(5))
     (tmp_path / "out").mkdir()
     run(tmp_path / "out", source, tokenizer="bytes")  # an empty folder is as good as none
-    with pytest.raises(DataError, match="holds a dataset already"):
+    with pytest.raises(DataError, match="exists already and holds a dataset;"):
         run(tmp_path / "out", source, tokenizer="bytes")
     before = sorted(tmp_path.rglob("*"))
     for fraction in (-0.1, 1.0, 2):
@@ -427,7 +450,7 @@ def test_the_command_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert part in shown
     assert shown.count("from token") == 6
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: holds a dataset already")
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists already and holds a")
     for name in ("train_000000.ends", "train_000000.bin", "tokenizer.json"):
         path = tmp_path / "out" / name
         content = path.read_bytes()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fasttrain import prepare as prepare_module
 from fasttrain.data import building
 from fasttrain.data.files import DataError
 from fasttrain.data.partial import Partial
+from fasttrain.data.tokenizer import char_tokenizer
 from fasttrain.prepare import main, prepare
 from tests.toy import alive, wait_until
 
@@ -189,7 +191,9 @@ def test_what_was_asked_for_must_be_the_same(
         with pytest.raises(DataError, match=match):
             prepare(out, inputs, **arguments)  # type: ignore[arg-type]
     os.utime(inputs[0], (1, 1))
-    with pytest.raises(DataError, match=r"the input .* is not what the interrupted run read"):
+    with pytest.raises(
+        DataError, match=r"the interrupted run had another .*a\.txt \(its size, time"
+    ):
         prepare(out, inputs, tokenizer="bytes", resume=True)
     progress = tmp_path / ".out.partial/progress.json"
     progress.write_text("{")
@@ -232,11 +236,43 @@ def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
     assert f"{out} is complete already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--val-fraction", "0.3"]) == 2
-    assert "holds a dataset already" in capsys.readouterr().err
+    assert "val_fraction = 'auto', this one has 0.3" in capsys.readouterr().err
     with pytest.raises(DataError, match="exists already and is not empty"):
         prepare(tmp_path / "in", inputs)
     with pytest.raises(DataError, match="--workers must be at least 1"):
         prepare(tmp_path / "x", inputs, workers=0)
+
+
+def test_F8_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "in.txt", tmp_path / "out"
+    more, vocabulary = tmp_path / "in2.txt", tmp_path / "t.json"
+    text.write_text("alpha beta gamma\n" * 200)
+    vocabulary.write_text(char_tokenizer("abcdeghlmopt \n").to_str())
+    command = [str(out), "--resume", "--tokenizer", str(vocabulary), "--input", f"{tmp_path}/in*"]
+
+    def refused(reason: str, *, after: Callable[[], object]) -> None:
+        after()
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {out}: exists already and holds a dataset {reason}"), said
+
+    assert main(command) == main(command) == 0
+    before = text.stat()
+    refused(f"made of something else: it had another {text}",
+            after=lambda: text.write_text("omega beta gamma\n" * 200))  # fmt: skip
+    text.write_text("alpha beta gamma\n" * 200)
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refused(f"made of something else: it had other files: {more} is new",
+            after=lambda: more.write_text("more"))  # fmt: skip
+    more.unlink()
+    assert main(command) == 0
+    refused("made of something else: it had another content of the tokenizer",
+            after=lambda: vocabulary.write_text(char_tokenizer("abc").to_str()))  # fmt: skip
+    record = out / "prepared.json"
+    refused("whose prepared.json is damaged", after=lambda: record.write_text('{"source": 1}'))
+    refused("that has no record of the files", after=record.unlink)
 
 
 def test_the_time_left_is_said_when_it_is_known(

@@ -33,6 +33,7 @@ from fasttrain.data.tokenizer import (
 __all__ = ["build_default_corpus"]
 
 RECIPE = 1  # raise it when anything below changes the tokens
+PREFIX, LOCK = ".building-", "lock"
 VAL_FRACTION = 0.05
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 MIN_BYTES = 1 << 20  # less source than this is a stripped Python, not a text to learn from
@@ -85,12 +86,15 @@ def build_default_corpus(
         f"the source of Python {sys.version.split()[0]}'s standard library ({root})"
     )
     try:
-        building = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
+        _remove_leftovers(parent)
+        building, lock = _new_folder(parent)
         try:
             n_tokens = _build(building, documents, vocab_size, root)
             _move_into_place(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
     except OSError as error:
         raise DataError(
             f"{parent}: the default text cannot be written there ({error.strerror}); free some "
@@ -101,6 +105,45 @@ def build_default_corpus(
         f"{time.perf_counter() - begin:.1f} s, kept in {folder}"
     )
     return folder
+
+
+def _lock(building: Path) -> int:
+    """Locks a folder until the descriptor is closed, or the process ends; OSError: it cannot."""
+    import fcntl  # Windows has none
+
+    lock = os.open(building / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _new_folder(parent: Path) -> tuple[Path, int | None]:
+    """A folder to build in, locked where the file system has locks."""
+    while True:
+        building = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
+        try:
+            lock = _lock(building)
+        except (FileNotFoundError, BlockingIOError):  # another build took it for a leftover
+            continue
+        except OSError:
+            return building, None
+        if (building / LOCK).exists():
+            return building, lock
+        os.close(lock)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Removes what killed builds have left: what no living process has locked."""
+    for building in parent.glob(f"{PREFIX}*"):
+        try:
+            lock = _lock(building)
+        except OSError:  # it is being built, or gone, or nobody can tell
+            continue
+        shutil.rmtree(building, ignore_errors=True)
+        os.close(lock)
 
 
 def _source_files(root: Path) -> list[tuple[str, bytes]]:
@@ -164,6 +207,7 @@ def _move_into_place(building: Path, folder: Path) -> None:
     os.chmod(building, 0o755)
     try:
         os.rename(building, folder)
+        (folder / LOCK).unlink(missing_ok=True)
     except OSError:
         # Another process was faster (its folder is as good as this one), or one without
         # dataset.json is in the way, which nothing here leaves behind.

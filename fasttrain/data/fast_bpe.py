@@ -24,6 +24,7 @@ import json
 import re
 import unicodedata
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ _BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_CHARACTER
 # What ByteLevel with use_regex = true splits by: the words of GPT-2.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _RESERVED = "<|reserved|>"
+# These versions take time quadratic in the longest word: 5 s for one of 128 Ki letters.
+_QUADRATIC = tuple(f"0.{minor}." for minor in range(13))
 
 
 class NotFastError(Exception):
@@ -59,9 +62,11 @@ class FastBpe:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         try:
-            tiktoken = importlib.import_module("tiktoken")
+            tiktoken, now = importlib.import_module("tiktoken"), version("tiktoken")
         except ImportError:
             raise NotFastError("tiktoken is not installed (pip install tiktoken)") from None
+        if now.startswith(_QUADRATIC):
+            raise NotFastError(f"tiktoken {now} is slow (pip install 'tiktoken>=0.13')")
         state = json.loads(tokenizer.to_str())
         pattern = _pattern(state)
         words, ids = self.ranks(state["model"])

@@ -7,7 +7,8 @@ A dataset OUT is built in `.OUT.partial` beside it:
     lock           held by the process at work
 
 `progress.json` is replaced only when everything it speaks of is on disk. To go on, the input is
-read again from its beginning, which takes little, and not encoded up to there.
+read again from its beginning, which takes little, and not encoded up to there. OUT keeps what was
+asked for in `prepared.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fasttrain.data.files import DataError, write_atomically
 from fasttrain.data.format import DATASET_JSON
 
 __all__ = ["Partial"]
+
+PREPARED_JSON = "prepared.json"
 
 
 class Partial:
@@ -51,16 +54,19 @@ class Partial:
         self._progress, self._asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}
         there = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        self.complete = there and resume and self._made_as_asked()
-        if there and not self.complete:
-            if (out / DATASET_JSON).is_file():
+        self.complete = False
+        if there:
+            if not (out / DATASET_JSON).is_file():
                 raise DataError(
-                    f"{out}: holds a dataset already; train on it as it is, remove it, or name a "
-                    "new folder"
+                    f"{out}: exists already and is not empty; name a new folder or remove it"
                 )
-            raise DataError(
-                f"{out}: exists already and is not empty; name a new folder or remove it"
-            )
+            other = self._other_than_made() if resume else ""
+            self.complete = resume and not other
+            if not self.complete:
+                raise DataError(
+                    f"{out}: exists already and holds a dataset{other}; train on it as it is, "
+                    "remove it, or name a new folder"
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         import fcntl  # Windows has none
 
@@ -101,36 +107,48 @@ class Partial:
         for path in self.dataset.glob(".*"):  # files that were being written
             path.unlink()
 
-    def _made_as_asked(self) -> bool:
+    def _other_than_made(self) -> str:
+        """How what is asked for differs from what the finished dataset was made of, if it does."""
         try:
-            source = json.loads((self.out / DATASET_JSON).read_bytes())["source"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
-        asked = self._asked["source"]
-        return isinstance(source, dict) and all(source.get(key) == asked[key] for key in asked)
+            made = json.loads((self.out / PREPARED_JSON).read_bytes())
+            other = self._other_than(made)
+        except FileNotFoundError:  # made by an earlier fasttrain
+            return " that has no record of the files it was made of"
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return f" whose {PREPARED_JSON} is damaged ({error})"
+        return other and f" made of something else: it had {other}"
 
     def _load(self) -> None:
         try:
             left = json.loads(self._progress.read_bytes())
-            before, state = left["asked"], left["state"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            other, state = self._other_than(left["asked"]), left["state"]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{self._progress}: damaged ({error}); start anew without --resume"
             ) from error
+        if other:
+            raise DataError(
+                f"--resume: the interrupted run had {other}; repeat its command, or start anew "
+                "without --resume"
+            )
+        self.state = state
+
+    def _other_than(self, before: dict[str, Any]) -> str:
+        """What was asked for `before` and is not now, in words; empty where it is the same."""
         asked = json.loads(json.dumps(self._asked))  # as it looks after being stored
         old, new = before["source"], asked["source"]
         for key in new:
-            if old.get(key) != new[key]:
-                raise DataError(
-                    f"--resume: the interrupted run had {key} = {old.get(key)!r}, this one has "
-                    f"{new[key]!r}; repeat its command, or start anew without --resume"
-                )
-        if before != asked:
-            raise DataError(
-                "--resume: the input (its files, sizes or times) or the tokenizer is not what the "
-                "interrupted run read, or fasttrain is another; start anew without --resume"
-            )
-        self.state = state
+            if key not in ("n_files", "n_bytes") and old.get(key) != new[key]:
+                return f"{key} = {old.get(key)!r}, this one has {new[key]!r}"
+        was, now = ({name: facts for name, *facts in a["files"]} for a in (before, asked))
+        for name in was | now:
+            if name not in was or name not in now:
+                return f"other files: {name} is {'gone' if name in was else 'new'}"
+            if was[name] != now[name]:
+                return f"another {name} (its size, time of change or content)"
+        if before["tokenizer_sha256"] != asked["tokenizer_sha256"]:
+            return "another content of the tokenizer's file"
+        return "" if before["recipe"] == asked["recipe"] else "another fasttrain or tokenizers"
 
     def save(self, **state: Any) -> None:
         """Records how far the work is; all of that must be on disk already."""
@@ -140,6 +158,7 @@ class Partial:
 
     def publish(self) -> None:
         """Gives the finished dataset its name."""
+        write_atomically(self.dataset / PREPARED_JSON, json.dumps(self._asked).encode())
         os.chmod(self.dataset, 0o755)
         _sync(self.dataset)
         os.rename(self.dataset, self.out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import gzip
 import hashlib
 import importlib
 import io
@@ -23,6 +22,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,6 +33,8 @@ __all__ = ["Document", "Source", "find_files"]
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
+# Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
+PACKED_BYTES = 1 << 10
 TEXT = (".txt", ".text", ".md", ".rst")
 KNOWN = (".jsonl", ".parquet", *TEXT)
 COMPRESSED = (".gz", ".zst")
@@ -176,17 +178,26 @@ class Source:
         for path in self.files:
             self.done_bytes = before
             kind, compression = _endings(path)
-            try:
+            with self._reading(path):
                 if kind == ".parquet":
                     yield from self._rows(path)
                 elif kind == ".jsonl" or (kind not in TEXT and self._looks_like_jsonl(path)):
                     yield from self._lines(path, compression, before)
                 else:
                     yield from self._plain(path, compression, before)
-            except _read_errors(compression) as error:
-                raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
             before += path.stat().st_size
             self.done_bytes = before
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Tells of a file what goes wrong in reading it, also where a document is read later."""
+        errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+        if "zstandard" in sys.modules:
+            errors += (sys.modules["zstandard"].ZstdError,)
+        try:
+            yield
+        except errors as error:
+            raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
 
     def _looks_like_jsonl(self, path: Path) -> bool:
         """Standard input tells its kind by its first line alone."""
@@ -213,7 +224,8 @@ class Source:
                 self.done_bytes = before + position
 
         def pieces() -> Iterator[str]:
-            return _pieces(blocks())
+            with self._reading(path):
+                yield from _pieces(blocks())
 
         if path.stat().st_size <= SMALL_BYTES and not compression:
             kept = list(pieces())
@@ -285,21 +297,49 @@ def _package(name: str, path: Path) -> Any:
         raise DataError(f"{path}: to read it run: pip install {package}") from error
 
 
-def _read_errors(compression: str) -> tuple[type[Exception], ...]:
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if compression == ".zst" and "zstandard" in sys.modules:
-        errors += (sys.modules["zstandard"].ZstdError,)
-    return errors
+class _Unpacked(io.RawIOBase):
+    """What the frames of a compressed file hold; EOFError where the last one is cut off.
+
+    zstandard's own reader takes a frame that is cut off for a whole one.
+
+    Args:
+        raw: The file.
+        new_frame: Makes what unpacks one frame, as `zlib.decompressobj` does.
+    """
+
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:
+        self._blocks, self._rest = self._unpacked(raw, new_frame), memoryview(b"")
+
+    @staticmethod
+    def _unpacked(raw: IO[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
+        frame, within = new_frame(), True  # an empty file lacks its first frame
+        while block := raw.read(PACKED_BYTES):
+            while block := block if within else block.lstrip(b"\0"):  # zeros may follow a frame
+                yield frame.decompress(block)
+                within = not frame.eof
+                block, frame = (b"", frame) if within else (frame.unused_data, new_frame())
+        if within:
+            raise EOFError("it is cut off: its compressed data has no end; get it anew")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest and (block := next(self._blocks, None)) is not None:
+            self._rest = memoryview(block)
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
+        return n
 
 
 def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
+    if not compression:
+        return raw
     if compression == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if compression == ".zst":
-        zstandard = _package("zstandard", path)
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
-    return raw
+        unpacked = _Unpacked(raw, lambda: zlib.decompressobj(wbits=31))
+    else:
+        unpacked = _Unpacked(raw, _package("zstandard", path).ZstdDecompressor().decompressobj)
+    return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
 def _decoded(path: Path, compression: str) -> Iterator[tuple[str, int]]:

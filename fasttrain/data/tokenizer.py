@@ -46,13 +46,16 @@ TEXT_PATTERN = (
 # end and the indentation of the next. With 4,096 tokens 3.74 bytes a token of Python against 3.47
 # of the pattern for text.
 CODE_PATTERN = r" ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+\n* *|\s+"
+# To learn merges takes time quadratic in the longest word: 20 s for one of 128 Ki letters. Longer
+# words than this are learnt from in parts. Ordinary ones are below: sentences of scripts without
+# spaces, rules of dashes, and indentation have hundreds of characters at most.
+MAX_WORD_CHARS = 1024
 
 
-def _byte_level(vocab: dict[str, int] | None = None, *, pattern: str | None) -> Tokenizer:
+def _byte_level(vocab: dict[str, int] | None, *patterns: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, [] if vocab is not None else None))
     steps: list[pre_tokenizers.PreTokenizer] = []
-    if pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +84,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = TEXT_PATT
             f"a byte-level BPE needs at least 257 tokens (256 bytes and {END_OF_TEXT}), got "
             f"{vocab_size}; use the tokenizer `bytes` for no merges at all"
         )
-    tokenizer = _byte_level(pattern=pattern)
+    tokenizer = _byte_level(None, pattern, rf"[\s\S]{{1,{MAX_WORD_CHARS}}}")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -89,14 +92,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = TEXT_PATT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = _byte_level(None, pattern).pre_tokenizer
     return tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 is the end of text."""
-    tokenizer = _byte_level(
-        {shown: byte for byte, shown in enumerate(BYTE_CHARACTERS)}, pattern=None
-    )
+    tokenizer = _byte_level({shown: byte for byte, shown in enumerate(BYTE_CHARACTERS)})
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
