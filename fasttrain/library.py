@@ -465,7 +465,7 @@ class Trainer:
         self._follow()
         bad, norm = self._update(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        self.ema.update(skipped=bad)
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
             self._verdict = bad.to("cpu", non_blocking=True), copied
