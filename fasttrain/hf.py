@@ -32,6 +32,7 @@ from fasttrain.hf_layout import (
     part_rows,
 )
 from fasttrain.model import Transformer
+from fasttrain.redact import redact
 
 __all__ = ["export_model", "import_model", "main"]
 
@@ -216,9 +217,11 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     _load_into(model, hf["model_type"], tensors)
     config = replace(config, run=replace(config.run, name=run.name, out_dir=str(run.parent)))
     run.mkdir(parents=True)
-    text = config_to_toml(config)
+    text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    writer.save(0, {"model": model.state_dict()}, {"step": 0, "imported": str(folder)}, text)
+    writer.save(
+        0, {"model": model.state_dict()}, {"step": 0, "imported": redact(str(folder))}, text
+    )
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():

@@ -588,7 +588,7 @@ class Trainer:
         with self._holding_run_dir():
             groups, state = self._snapshot()
             metric = self._last_result.get("val_loss")
-            text = redact(config_to_toml(self.config))
+            text = config_to_toml(self.config, redact)
             path = self.writer.save(self.step, groups, state, text, metric=metric)
             self.writer.wait()
         self._tell("on_checkpoint", path)
