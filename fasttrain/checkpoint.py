@@ -169,10 +169,7 @@ def _print_files(path: Path, *, intact: bool) -> None:
         size = file.lstat().st_size
         line = f"  {file.name:<24} {size:>15,} bytes"
         if intact and file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                raw = stream.read(8)
-                raw += stream.read(min(int.from_bytes(raw, "little"), disk.JSON_LIMIT))
-            layout = disk.read_layout(file, memoryview(raw), size)
+            layout = disk.read_header(file)
             parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
             line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
         print(line)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain import untrusted
 from fasttrain.config import UserError
 
 Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
@@ -33,7 +34,7 @@ SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slice
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 _WRITE = 16 << 20  # bytes handed to the disk at once
 PAGE = 4096  # what direct writes are aligned to, in memory and in the file
-JSON_LIMIT = 64 << 20  # no JSON of ours comes near; a hostile one may not fill the memory
+JSON_LIMIT = untrusted.MAX_BYTES  # of every file that is not tensors
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Windows lacks some of these flags, and opens files as text without its own.
@@ -156,13 +157,8 @@ def seal(manifest: dict[str, Any]) -> bytes:
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: damaged: not a JSON object")
-    return value
+    remedy = "damaged, or not written by fasttrain"
+    return untrusted.parse_json(text, file, remedy, CheckpointError)
 
 
 def refuse_pickle(path: Path) -> None:
@@ -210,6 +206,17 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
     if entry is not None and digest.hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
     return data if keep else None
+
+
+def read_header(path: Path) -> Layout:
+    """Where each tensor lies in a safetensors file, of which no more than its header is read."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(8)
+            raw += file.read(min(int.from_bytes(raw, "little"), JSON_LIMIT))
+            return read_layout(path, memoryview(raw), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise failure(f"{path}: cannot be read", error) from error
 
 
 def read_layout(path: Path, raw: memoryview, size: int) -> Layout:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from fasttrain import untrusted
 from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
 from fasttrain.data.shards import Shard, ShardScan, dtype_for
@@ -37,7 +38,6 @@ __all__ = [
 
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
-MAX_JSON_BYTES = 64 << 20  # 100,000 shards; more is no dataset.json
 Split = Literal["train", "val"]
 _SPLIT_IN_NAME = {
     "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
@@ -122,7 +122,7 @@ def open_dataset(
                 f"data.path: {folder} is a file, not a dataset folder; if it is text, make one of "
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
-        raise DataError(absent(folder, vocab_size))
+        raise DataError(str(absent(folder, vocab_size)))
     scans_folder = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
         paths = _imported_files(folder, split, vocab_size)
@@ -170,7 +170,7 @@ def open_dataset(
                 f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
                 f"{sha256[:16]}…: damaged or replaced; restore it or prepare the text again"
             )
-    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"])
+    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
     if not shards:
         raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
     dataset = TokenDataset(
@@ -233,7 +233,7 @@ def _check_tokens(
     return scans
 
 
-def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]:
+def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tuple[Path, str]:
     path = inside(folder, entry["file"])
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
@@ -242,6 +242,11 @@ def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]
         raise DataError(
             f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
             f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
+        )
+    if vocab > max(2**17, n_bytes := path.stat().st_size):  # no token is written in a byte
+        raise DataError(
+            f"{folder / DATASET_JSON}: vocab_size is {vocab}, which no tokenizer of {n_bytes} "
+            "bytes has; prepare the text again"
         )
     return path, sha256
 
@@ -265,26 +270,11 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         DataError: Names the file and the field.
     """
     path = folder / DATASET_JSON
-    try:
-        if not path.is_file():  # reading a pipe would never end
-            raise DataError(f"{path}: not a file; prepare the text again")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no dataset needs")
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); prepare the text again") from error
+    remedy = "prepare the text again"
+    meta = untrusted.read_json(path, remedy, DataError)
 
-    def field(of: Any, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-        value = of.get(key) if isinstance(of, dict) else None
-        negative = type(value) is int and value < 0
-        if not isinstance(value, kind) or isinstance(value, bool) or negative:
-            raise DataError(
-                f"{path}: {where}{key} is {str(value)[:80]!r}, which it cannot be; prepare the "
-                "text again"
-            )
-        return value
+    def field(of: Any, key: str, kind: type, where: str = "") -> Any:
+        return untrusted.field(of, key, kind, f"{path}: {where}", remedy, DataError)
 
     if field(meta, "format", str) != FORMAT or field(meta, "version", int) != VERSION:
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
@@ -302,11 +292,8 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         for key in ("tokens", "documents", "bytes"):
             field(split, key, int, f"splits.{name}.")
         for shard in field(split, "shards", list, f"splits.{name}."):
-            for key in ("tokens", "documents"):
-                field(shard, key, int, f"splits.{name}.shards.")
-            for key in ("file", "sha256", "ends_file", "ends_sha256"):
-                field(shard, key, str, f"splits.{name}.shards.")
-    return dict(meta)
+            ShardInfo.of(shard, f"{path}: splits.{name}.shards.", remedy)
+    return meta
 
 
 def write_dataset_json(

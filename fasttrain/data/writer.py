@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.untrusted import field
 
 __all__ = ["ShardInfo", "ShardWriter"]
 
@@ -29,6 +30,19 @@ class ShardInfo:
     documents: int
     ends_file: str
     ends_sha256: str
+
+    @classmethod
+    def of(cls, entry: object, where: str, remedy: str) -> ShardInfo:
+        """The shard that a JSON object describes.
+
+        Raises:
+            DataError: A field is missing or cannot be; names `where` and the field.
+        """
+        kinds = {"tokens": int, "documents": int}
+        names = (f.name for f in fields(cls))
+        return cls(
+            **{k: field(entry, k, kinds.get(k, str), where, remedy, DataError) for k in names}
+        )
 
 
 class ShardWriter:
@@ -93,10 +107,12 @@ class ShardWriter:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.shards = [ShardInfo(**shard) for shard in state["shards"]]
-        self._in_shard = state["in_shard"]
+        where, remedy = f"{self.folder}: progress.{self.split}.", "start anew without --resume"
+        shards = field(state, "shards", list, where, remedy, DataError)
+        self.shards = [ShardInfo.of(shard, f"{where}shards.", remedy) for shard in shards]
+        self._in_shard = field(state, "in_shard", int, where, remedy, DataError)
+        n_ends = field(state, "ends_in_shard", int, where, remedy, DataError)
         self.n_tokens = sum(shard.tokens for shard in self.shards) + self._in_shard
-        n_ends = state["ends_in_shard"]
         self.n_documents = sum(shard.documents for shard in self.shards) + n_ends
         keep = {name for shard in self.shards for name in (shard.file, shard.ends_file)}
         if self._in_shard:
@@ -105,8 +121,9 @@ class ShardWriter:
                 path = self._path(f"{suffix}.partial")
                 if self._path(suffix).exists():  # finished since
                     os.replace(self._path(suffix), path)
-                if not path.exists() or path.stat().st_size < size:
-                    raise DataError(f"{path}: missing or cut short; start anew without --resume")
+                small = not path.is_file() or path.stat().st_size < size
+                if small or self._in_shard >= self.shard_tokens:
+                    raise DataError(f"{path}: missing or cut short; {remedy}")
                 os.truncate(path, size)
                 keep.add(path.name)
             self._file = self._path(".bin.partial").open("r+b", buffering=1 << 20)
