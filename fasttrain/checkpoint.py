@@ -19,7 +19,7 @@ as the files are, so that the background thread hashes and writes them as they l
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,23 @@ import torch
 from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
-from fasttrain.checkpoint_files import CheckpointError, verify
-from fasttrain.checkpoint_ranks import put, read_slices
+from fasttrain.checkpoint_files import CheckpointError
+from fasttrain.checkpoint_parts import Parts, parse, verify
+from fasttrain.checkpoint_ranks import put
 from fasttrain.checkpoint_writer import CheckpointWriter
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog, tell
+from fasttrain.config import TrainConfig, config_to_toml
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "load", "main", "resolve", "verify"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "load",
+    "main",
+    "parse",
+    "resolve",
+    "verify",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +55,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-    config_toml: str
+    config: TrainConfig
 
     def group(self, stem: str) -> dict[str, Tensor]:
         """The tensors of one file, by the names they were saved under."""
@@ -68,30 +79,22 @@ def load(
     Memory: CPU tensors are views into one buffer a file, which lives as long as any of them.
     """
     path = Path(path)
-    manifest = disk.read_manifest(path)
-    slices = read_slices(path, manifest)
+    parts = parse(path)
     tensors: dict[str, Tensor] = {}
-    texts: dict[str, bytes] = {}
-    for name, entry in manifest["files"].items():
-        stem, kind = name.partition(".")[0], name.rpartition(".")[2]
-        wanted = kind != "safetensors" or only is None or stem in only
-        data = disk.read_file(path / name, entry, keep=wanted)
+    for name, entry in parts.files.items():
+        stem = name.partition(".")[0]
+        data = disk.read_file(path / name, entry, keep=only is None or stem in only)
         if data is None:
             continue
-        if kind == "safetensors":
-            parts = slices.get(name, {})
-            found = disk.as_tensors(path / name, data)
-            if lost := parts.keys() - found.keys():
-                raise CheckpointError(f"{path / name}: malformed: {min(lost)} is not in it")
-            for key, tensor in found.items():
-                where = tensor.to(map_location)
-                put(tensors, f"{stem}.{key}", where, parts.get(key), path / name)
-        else:
-            texts[name] = data.numpy().tobytes()
-    state = disk.parse_json(path / "state.json", texts["state.json"])
-    config_toml = texts["config.toml"].decode(errors="replace")
+        slices = parts.slices.get(name, {})
+        for key, tensor in disk.as_tensors(path / name, data).items():
+            put(tensors, f"{stem}.{key}", tensor.to(map_location), slices.get(key), path / name)
     return Checkpoint(
-        path=path, step=manifest["step"], tensors=tensors, state=state, config_toml=config_toml
+        path=path,
+        step=parts.step,
+        tensors=tensors,
+        state=parts.state,
+        config=parts.config,
     )
 
 
@@ -151,39 +154,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in disk.candidates(Path(arguments[0])):
         print(path)
         try:
-            verify(path)
-            _print_files(path, intact=True)
-            print("  verified: every byte is as it was written")
+            parts = verify(path)
+            _print_files(path, parts.layouts)
+            print("  verified: every byte is as it was written; config and state can be resumed")
             if not shown:
-                _print_origin(path)
+                _print_origin(parts)
             shown += 1
         except CheckpointError as error:
             damaged += 1
-            _print_files(path, intact=False)
+            _print_files(path, {})
             print(f"  DAMAGED: {error}")
     return EXIT_FAILED if damaged else EXIT_DONE
 
 
-def _print_files(path: Path, *, intact: bool) -> None:
+def _print_files(path: Path, layouts: Mapping[str, disk.Layout]) -> None:
     for file in sorted(path.iterdir()) if path.is_dir() else []:
-        size = file.lstat().st_size
-        line = f"  {file.name:<24} {size:>15,} bytes"
-        if intact and file.suffix == ".safetensors":
-            layout = disk.read_header(file)
+        line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
+        if (layout := layouts.get(file.name)) is not None:
             parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
             line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
         print(line)
 
 
-def _print_origin(path: Path) -> None:
+def _print_origin(parts: Parts) -> None:
     """Print what was changed on purpose when the run was resumed, and the config."""
-    file = path / "state.json"
-    for change in disk.parse_json(file, file.read_bytes()).get("history", []):
+    for change in parts.state.get("history", []):
         print(
             f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
             f"{change['new']} ({change['when']})"
         )
-    print((path / "config.toml").read_text(encoding="utf-8", errors="replace"))
+    print(config_to_toml(parts.config))
 
 
 if __name__ == "__main__":

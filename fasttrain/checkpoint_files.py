@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fasttrain import untrusted
+from fasttrain.checkpoint_schema import Manifest, misfit
 from fasttrain.config import UserError
 
 Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
@@ -34,7 +35,7 @@ SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slice
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 _WRITE = 16 << 20  # bytes handed to the disk at once
 PAGE = 4096  # what direct writes are aligned to, in memory and in the file
-JSON_LIMIT = untrusted.MAX_BYTES  # of every file that is not tensors
+JSON_LIMIT = 4 << 20  # bytes; 30,000 tensors or shards: a hostile one takes 24 times that, parsed
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Windows lacks some of these flags, and opens files as text without its own.
@@ -64,12 +65,6 @@ class CheckpointError(UserError):
     """A checkpoint was not written, is damaged, or is none; `errno` is the system's, if any."""
 
     errno: int | None = None
-
-
-def verify(path: Path) -> None:
-    """Reads every byte of a checkpoint folder; CheckpointError names the file that is off."""
-    for name, entry in read_manifest(Path(path))["files"].items():
-        read_file(Path(path) / name, entry, keep=False)
 
 
 def candidates(path: Path) -> list[Path]:
@@ -117,10 +112,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, once it is proven intact and the folder holds exactly the files it lists."""
     refuse_foreign(path)
     file = path / MANIFEST
-    raw = read_file(file, None, keep=True)
-    assert raw is not None
-    text = raw.numpy().tobytes()
-    manifest = parse_json(file, text)
+    manifest, text = read_json(file)
     named = STEP.fullmatch(path.name)
     files = manifest.pop("sha256", None) and manifest.get("files")
     if not isinstance(files, dict) or seal(manifest) != text:
@@ -130,16 +122,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: written by another version; use the fasttrain that wrote it"
         )
-    metric, listed = manifest.get("metric"), {"state.json", "config.toml"} <= files.keys()
-    fit = all(type(manifest.get(key)) is int for key in ("step", "commit")) and all(
-        FILE.fullmatch(name)
-        and isinstance(entry, dict)
-        and type(entry.get("bytes")) is int
-        and isinstance(entry.get("sha256"), str)
-        for name, entry in files.items()
-    )
-    if not (listed and fit and (metric is None or type(metric) is float)):
-        raise CheckpointError(f"{file}: malformed; this checkpoint was not written by fasttrain")
+    problem = misfit(Manifest, manifest)
+    if odd := [name for name in files if not FILE.fullmatch(name)]:
+        problem = f"{odd[0]!r} cannot name a file"
+    if lost := sorted({"state.json", "config.toml"} - files.keys()):
+        problem = f"it lists no {lost[0]}"
+    if problem is not None:
+        raise CheckpointError(f"{file}: malformed: {problem}")
     if named and int(named[1]) != manifest["step"]:
         raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
     expected = {MANIFEST, *files}
@@ -154,6 +143,14 @@ def seal(manifest: dict[str, Any]) -> bytes:
     body = json.dumps(manifest, indent=1, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(file: Path) -> tuple[dict[str, Any], bytes]:
+    """A small file, and its bytes; whether they are those that were written is not looked at."""
+    raw = read_file(file, None, keep=True)
+    assert raw is not None
+    text = raw.numpy().tobytes()
+    return parse_json(file, text), text
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
@@ -209,9 +206,9 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
 
 
 def read_header(path: Path) -> Layout:
-    """Where each tensor lies in a safetensors file, of which no more than its header is read."""
+    """The layout of a safetensors file, of which no more than the header is read."""
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, _READING), "rb") as file:
             raw = file.read(8)
             raw += file.read(min(int.from_bytes(raw, "little"), JSON_LIMIT))
             return read_layout(path, memoryview(raw), os.fstat(file.fileno()).st_size)

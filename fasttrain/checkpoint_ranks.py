@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError
+from fasttrain.checkpoint_schema import RankRecord, misfit
 from fasttrain.slices import Slice, locate
 
 __all__ = ["Ranks", "own_slices", "put", "read_slices"]
@@ -126,15 +127,14 @@ def read_slices(path: Path, manifest: Mapping[str, Any]) -> Slices:
 
 def _slices_of(file: Path, record: dict[str, Any], files: Mapping[str, Any]) -> Slices:
     found: Slices = {}
-    fit = isinstance(record.get("slices"), dict)
+    fit = misfit(RankRecord, record) is None
     for name, parts in record["slices"].items() if fit else ():
-        fit = fit and name in files and isinstance(parts, dict)
+        fit = fit and name in files
         # No more is allocated than the files hold, whatever they say.
         room = os.lstat(file.with_name(name)).st_size if fit else 0
         found[name] = {}
         for tensor, numbers in parts.items() if fit else ():
-            fit = fit and isinstance(numbers, list) and 4 <= len(numbers) <= 32
-            fit = fit and all(type(n) is int and 0 <= n < 2**60 for n in numbers)
+            fit = fit and 4 <= len(numbers) <= 32
             if not fit:
                 break
             dim, begin, end, *shape = numbers

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fasttrain import checkpoint_files as disk
-from fasttrain.checkpoint_files import CheckpointError, verify
+from fasttrain.checkpoint_files import CheckpointError
+from fasttrain.checkpoint_parts import parse, verify
 from fasttrain.checkpoint_ranks import Ranks, own_slices
 from fasttrain.checkpoint_snapshot import Snapshot
 from fasttrain.command import tell
@@ -285,6 +286,13 @@ class CheckpointWriter:
                 files |= self._ranks.collect(partial, path)
                 manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
             disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
+            try:
+                parse(partial)
+            except CheckpointError as error:
+                reason = str(error).removeprefix(f"{partial}{os.sep}")
+                raise CheckpointError(
+                    f"{path} was not saved, for no run could go on from it: {reason}"
+                ) from error
             disk.fsync_folder(partial)
             if path.exists():
                 os.rename(path, old)

@@ -7,9 +7,10 @@ imported, so that this happens before torch is loaded.
 
 import difflib
 import json
+import re
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ __all__ = [
     "config_to_dict",
     "config_to_toml",
     "help_text",
+    "is_deep",
     "load_config",
     "shipped_configs",
 ]
@@ -92,6 +94,14 @@ _ELSEWHERE = {
     "log_interval": "log.every_steps",
     "save_steps": "checkpoint.every_steps",
 }
+_MAX_BYTES = 1 << 18  # of a config file: prompts aside, one has a hundred lines
+_MAX_DEPTH = 32  # of lists and tables in each other
+# Comments and strings of TOML, and strings of JSON; one that nothing ends goes to the end.
+_QUOTED = re.compile(
+    r"""#[^\n]*|\"{3}(?:[^\\]|\\.)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)"""
+    r"""|"(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""",
+    re.DOTALL,
+)
 _FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
 
 
@@ -163,7 +173,12 @@ def _part(tokens: Any, seq_len: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        size, text = path.stat().st_size, ""
+        if size <= _MAX_BYTES and is_deep(text := path.read_text(encoding="utf-8")):
+            raise ValueError("it has tables in tables in tables")
+        if size > _MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {_MAX_BYTES:,} are credible")
+        return tomllib.loads(text)
     except FileNotFoundError:
         shipped = shipped_configs()
         beside = {p.stem: p for p in path.parent.glob("*.toml") if p.name != "pyproject.toml"}
@@ -179,6 +194,20 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # also integers too long, nesting too deep
         raise ConfigError(f"{path}: is not valid TOML: {error}; correct that line") from None
+
+
+def is_deep(text: str) -> bool:
+    """Return whether TOML or JSON is nested so deep that no parser should see it.
+
+    Parsers recurse; for a TOML name of n parts, a.b.c…, Python's takes n² of time and memory.
+    """
+    structure = re.sub(r"[^][{}.,=\n]+", "", _QUOTED.sub("", text))
+    depth = 0
+    for c in structure:
+        depth += (c in "[{") - (c in "]}")
+        if depth > _MAX_DEPTH:
+            return True
+    return "...." in structure
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -274,26 +303,33 @@ def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def config_to_toml(config: TrainConfig) -> str:
-    """Return the config as TOML that `load_config` reads back to an equal config."""
+def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> str:
+    """Return the config as TOML that `load_config` reads back to an equal config.
+
+    Args:
+        config: the configuration.
+        shown: what is written of a string, such as `fasttrain.redact.redact` of it. Names of
+            choices, numbers and truth values stay as they are: a run must mean the same without it.
+    """
     lines = []
     for section, table in config_to_dict(config).items():
         lines.append(f"[{section}]")
         for k, value in table.items():
             if value is not None:
-                lines.append(f"{k} = {_toml(value)}")
+                chosen = _FIELDS[f"{section}.{k}"].metadata["choices"]
+                lines.append(f"{k} = {_toml(value, str if chosen else shown)}")
             elif _FIELDS[f"{section}.{k}"].default is not None:
                 lines.append(f'{k} = "none"')
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: Any, shown: Callable[[str], str]) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(_toml(element, shown) for element in value)}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, except that TOML also forbids a bare DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return json.dumps(shown(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
 
 

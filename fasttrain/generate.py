@@ -9,7 +9,6 @@ Legend: B batch, T prompt tokens, V vocabulary.
 
 import argparse
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.command import command, prog
-from fasttrain.config import UserError, config_from_dict
+from fasttrain.config import UserError
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
@@ -193,7 +192,7 @@ def load_model(
 def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
     """Return the model and the checkpoint's folder."""
     loaded, parameters = saved_parameters(path, which)
-    config = config_from_dict(tomllib.loads(loaded.config_toml))
+    config = loaded.config
     # Initial values are about to be overwritten: they must not use up the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)

@@ -36,7 +36,7 @@ from fasttrain.hf_layout import (
     part_rows,
 )
 from fasttrain.model import Transformer, outline
-from fasttrain.untrusted import field, read_json
+from fasttrain.untrusted import misfit, read_json
 
 __all__ = ["export_model", "import_model", "main"]
 
@@ -138,10 +138,13 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    weight_map = field(read_json(index, REMEDY), "weight_map", dict, f"{index}: ", REMEDY)
-    if not all(isinstance(name, str) and FILE.fullmatch(name) for name in weight_map.values()):
-        raise UserError(f"{index}: names what is no file of the folder; {REMEDY}")
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    weight_map: Any = read_json(index, REMEDY).get("weight_map")
+    if problem := misfit(dict[str, str], weight_map, "weight_map"):
+        raise UserError(f"{index}: {problem}; {REMEDY}")
+    names = sorted(set(weight_map.values()))
+    if odd := [name for name in names if not FILE.fullmatch(name)]:
+        raise UserError(f"{index}: {odd[0]!r} is no file of the folder; {REMEDY}")
+    return [folder / name for name in names]
 
 
 def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
@@ -156,7 +159,7 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
                    "transformers and save_pretrained(…, safe_serialization=True)"
                    if pickled else f"; {REMEDY}")
             )  # fmt: skip
-        for name, (dtype, shape, begin, _) in read_header(path).items():
+        for name, (dtype, shape, begin, _) in read_header(path.resolve()).items():
             full = name
             if model_type == "gpt2":  # the original files lack the prefix, and hold masks
                 if name.endswith((".attn.bias", ".attn.masked_bias")):

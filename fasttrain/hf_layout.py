@@ -13,7 +13,7 @@ import torch
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict
 from fasttrain.config_keys import show
 from fasttrain.model import Transformer, hidden_dim
-from fasttrain.untrusted import field
+from fasttrain.untrusted import misfit
 
 __all__ = [
     "REMEDY",
@@ -180,7 +180,10 @@ def our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | No
         raise UserError(
             f"{folder}: model_type is {show(model_type)}; gpt2, llama and qwen3 can be imported"
         )
-    model["vocab_size"] = field(hf, "vocab_size", int, f"{folder}: ", REMEDY)
+    model["vocab_size"] = hf["vocab_size"]
+    for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
+        if problem := misfit(int, value, name):
+            raise UserError(f"{folder}: {problem}; {REMEDY}")
     if seq_len is not None and seq_len > positions:
         raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
     if seq_len is not None and model_type == "gpt2" and seq_len != positions:
@@ -218,7 +221,7 @@ def _from_gpt2(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int
         "bias": True,
         "tied_embeddings": hf.get("tie_word_embeddings", True),
     }
-    return model, field(hf, "n_positions", int, f"{folder}: ", REMEDY)
+    return model, hf["n_positions"]
 
 
 def _from_llama(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
@@ -248,4 +251,4 @@ def _from_llama(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], in
         "qk_norm": hf["model_type"] == "qwen3",
         "tied_embeddings": hf.get("tie_word_embeddings", False),
     }
-    return model, field(hf, "max_position_embeddings", int, f"{folder}: ", REMEDY)
+    return model, hf["max_position_embeddings"]

@@ -427,7 +427,7 @@ class Trainer:
             "lrs": [float(group["lr"]) for group in self.optimizer.param_groups],
         }
         metric = self.val_losses[-1] if self._last_result else None
-        text = redact(config_to_toml(self.config))
+        text = config_to_toml(self.config, redact)
         path = self.writer.save(self.step, groups, state, text, metric=metric)
         self.writer.wait()
         self._tell("on_checkpoint", path)

@@ -1,7 +1,6 @@
 """What a checkpoint was made of, and whether a run may go on from it."""
 
 import difflib
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fasttrain.checkpoint import parse
+from fasttrain.checkpoint_schema import misfit
 from fasttrain.config import (
     TrainConfig,
     UserError,
@@ -78,12 +79,12 @@ def check_resumable(
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "it takes section.key"
             raise UserError(f"--allow-change {key}: there is no such key; {hint}")
-    old_config = load_config(source / "config.toml")
+    parts = parse(source)
+    old_config, state = parts.config, parts.state
     harmless: tuple[str, ...] = MAY_CHANGE
     if config.schedule.name != "plateau" and config.eval.patience is None:
         harmless += MAY_CHANGE_IF_UNUSED
-    state: dict[str, Any] = json.loads((source / "state.json").read_text(encoding="utf-8"))
-    if "data" not in state:
+    if "position" not in state or "data" not in state:
         raise UserError(
             f"{source} holds a model, and no run to go on with; start one with "
             f"model.init_from={source} and without --resume"
@@ -167,9 +168,10 @@ def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]
     changes = []
     for split, facts in new.items():
         for key, value in facts.items():
-            before = old[split][key]
+            before = old.get(split, {}).get(key)
             if before != value:
-                where = _list_difference(before, value) if key == "shards" else ""
+                lists = key == "shards" and misfit(list[str], before) is None
+                where = _list_difference(before or (), value) if lists else ""
                 changes.append(Change(f"data.{split}.{key}", before, value, where))
     return changes
 
@@ -189,4 +191,4 @@ def _short(value: Any) -> str:
         return counted(len(value), "file")
     text = "none" if value is None else str(value)
     is_hash = len(text) == 64 and not set(text) - set("0123456789abcdef")
-    return f"{text[:12]}…" if is_hash else text
+    return f"{text[:12]}…" if is_hash else text[:200]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +141,7 @@ class Saver:
         groups = collect(trainer.model, trainer.optimizers, trainer.train_step, rank)
         groups["trainer"] |= rng_of_rank(rng or {}, rank)
         metric = trainer.last_eval.get("val_loss")
-        toml = redact(config_to_toml(trainer.config))
+        toml = config_to_toml(trainer.config, redact)
         with trainer.account.measure("checkpoint"):
             path = self.writer.save(trainer.step_count, groups, self._state(), toml, metric=metric)
         self.saved_at, self._begun = trainer.step_count, True
@@ -174,7 +173,7 @@ class Saver:
         checkpoint = load(path)
         self._restore(checkpoint)
         trainer.trained_s = checkpoint.state["trained_s"]
-        hours = tomllib.loads(checkpoint.config_toml)["train"].get("hours")
+        hours = checkpoint.config.train.hours
         if trainer.total_steps is None and trainer.config.train.hours == hours:
             trainer.total_steps = checkpoint.state["total_steps"]
         trainer.recovery.policy.load(checkpoint.state["faults"])

@@ -320,7 +320,7 @@ def _build(
     if branch_of is not None:
         origin.begin_branch(trainer, branch_of)
     if world.leads:
-        (run_dir / "config.toml").write_text(redact(config_to_toml(config)), encoding="utf-8")
+        (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
     return trainer
 
 

@@ -153,7 +153,7 @@ class _Wandb:
                 project=self._config.log.wandb_project,
                 name=self._folder.name,
                 dir=str(self._folder),
-                config=tomllib.loads(redact(config_to_toml(self._config))),
+                config=tomllib.loads(config_to_toml(self._config, redact)),
                 mode=mode,
                 id=old,
                 resume="allow",

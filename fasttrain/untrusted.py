@@ -6,18 +6,23 @@ holds a single emoji. Within these bounds a file costs less than 300 MB. Standar
 
 import json
 import os
+import reprlib
 import stat
+import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
-from fasttrain.config_keys import UserError, show
+from fasttrain.config_keys import UserError
 
-__all__ = ["MAX_BYTES", "field", "parse_json", "read_json"]
+__all__ = ["MAX_BYTES", "misfit", "parse_json", "read_json"]
 
 MAX_BYTES = 32 << 20  # 100,000 shards or tensors
 _MAX_VALUES = 2_000_000
 _MAX_DEPTH = 32  # what shows or stores a value recurses
+_NAMES: dict[Any, str] = {int: "count", float: "number", str: "string", bool: "truth value"}
+_NAMES |= {types.NoneType: "null"}
 
 
 def read_json(path: Path, remedy: str, error: type[UserError] = UserError) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def parse_json(
     for _ in range(_MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]
     if level:
-        raise error(f"{where}: nested deeper than {_MAX_DEPTH} levels; {remedy}")
+        raise error(f"{where}: nested too deep, more than {_MAX_DEPTH} levels; {remedy}")
     return value
 
 
@@ -72,17 +77,43 @@ def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def field(
-    of: object, key: str, kind: type, where: str, remedy: str, error: type[UserError] = UserError
-) -> Any:
-    """Return a field of a JSON object, proven to be of a type; an integer lies in [0, 2^63).
+def misfit(kind: Any, value: Any, name: str = "") -> str | None:
+    """Return the first field of a JSON value that is missing or not of its type; None: all fit.
 
-    Raises:
-        UserError: of the type ``error``: it is missing or another; names ``where``, its end the
-            object that holds it, and the field.
+    Args:
+        kind: a `TypedDict`, or what its fields are of. An ``int`` is a count: no bool, from 0 to
+            2**63 - 1; a ``float`` is finite.
+        value: as a parser returned it.
+        name: of the value, for the result.
     """
-    value = of.get(key) if isinstance(of, dict) else None
-    fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not fits or (isinstance(value, int) and not 0 <= value < 2**63):
-        raise error(f"{where}{key} is {show(value)}, which it cannot be; {remedy}")
-    return value
+    origin, kinds = get_origin(kind), get_args(kind)
+    wanted = "object"
+    parts: Iterable[tuple[Any, Any, str]] = ()  # type, value and name of each
+    if kind is Any:
+        fits = True
+    elif is_typeddict(kind):
+        fits, hints = isinstance(value, dict), get_type_hints(kind)
+        if fits and (absent := sorted(kind.__required_keys__ - value.keys())):
+            return f"{name}.{absent[0]} is missing".removeprefix(".")
+        known = sorted(hints.keys() & value.keys()) if fits else ()
+        parts = ((hints[k], value[k], f"{name}.{k}".removeprefix(".")) for k in known)
+    elif origin is types.UnionType:
+        fits = any(misfit(k, value) is None for k in kinds)
+        wanted = " or ".join(_NAMES[k] for k in kinds)
+    elif origin is dict:
+        fits = isinstance(value, dict)
+        parts = ((kinds[1], v, f"{name}.{k}") for k, v in value.items()) if fits else ()
+    elif origin in (list, tuple):
+        fits = isinstance(value, list) and (origin is list or len(value) == len(kinds))
+        wanted = "list" if origin is list else f"list of {len(kinds)}"
+        if fits:
+            parts = ((kinds[i % len(kinds)], v, f"{name}[{i}]") for i, v in enumerate(value))
+    else:
+        fits, wanted = type(value) is kind, _NAMES[kind]
+        if kind is int:
+            fits = fits and 0 <= value < 2**63
+        elif kind is float:
+            fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if not fits:
+        return f"{name or 'it'} is {reprlib.repr(value)}, which is no {wanted}"
+    return next((found for part in parts if (found := misfit(*part)) is not None), None)

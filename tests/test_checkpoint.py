@@ -15,6 +15,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain import checkpoint_writer
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
 from fasttrain.checkpoint_snapshot import Snapshot
+from fasttrain.config import LoopConfig, RunConfig, TrainConfig
 from tests.faults import Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, Groups, groups, reseal, save
 
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert_holds(path, groups(1000))
     loaded = load(path)
     assert (loaded.path, loaded.step, loaded.state) == (path, 1000, {"step": 1000})
-    assert loaded.config_toml == CONFIG
+    assert loaded.config == TrainConfig(run=RunConfig(name="toy"), train=LoopConfig(steps=1))
     assert loaded.group("rng").keys() == {"cpu"}
     assert load(path, only=("model",)).tensors.keys() == {f"model.{n}" for n in groups()["model"]}
 
@@ -72,7 +73,7 @@ def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     values = (torch.arange(6) % 2).to(dtype)
     writer = CheckpointWriter(tmp_path, keep_last=1, asynchronous=False)
     path = writer.save(
-        1, {"model": {"byte": torch.ones(1, dtype=torch.uint8), "x": values}}, {}, ""
+        1, {"model": {"byte": torch.ones(1, dtype=torch.uint8), "x": values}}, {}, CONFIG
     )
     loaded = load(path).tensors["model.x"]
     assert loaded.dtype == dtype

@@ -17,6 +17,7 @@ import torch
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve
 from tests.faults import LOSSES, Crash, Faults
 from tests.toy import ENV, ROOT
+from tests.toy_checkpoints import CONFIG
 
 Groups = dict[str, dict[str, torch.Tensor]]
 
@@ -32,7 +33,7 @@ def groups(step: int, version: int = 0, size: int = 600) -> Groups:
 
 def save(folder: Path, step: int, *, version: int = 0, metric: float | None = None) -> None:
     writer = CheckpointWriter(folder, keep_last=2, asynchronous=False)
-    writer.save(step, groups(step, version), {"version": version}, "[run]\n", metric=metric)
+    writer.save(step, groups(step, version), {"version": version}, CONFIG, metric=metric)
 
 
 def is_intact(path: Path) -> int:
@@ -231,7 +232,7 @@ def test_R12_disk_full_at_every_operation(
         raised = None
         with faults:
             try:
-                writer.save(4, groups(4), {"version": 0}, "[run]\n", metric=0.5)
+                writer.save(4, groups(4), {"version": 0}, CONFIG, metric=0.5)
                 writer.wait()
             except CheckpointError as caught:
                 raised = caught
@@ -259,7 +260,7 @@ def test_R12_disk_full_at_every_operation(
             assert is_intact(folder / "step-00000002") == 2
             assert is_intact(resolve(folder, "best")) == 2
             assert leftovers(folder) == [] or where.startswith(("unlink", "rmdir")), where
-        writer.save(5, groups(5), {"version": 0}, "[run]\n")  # the error was told once
+        writer.save(5, groups(5), {"version": 0}, CONFIG)  # the error was told once
         writer.wait()
         assert is_intact(resolve(folder)) == 5
         assert leftovers(folder) == []
@@ -272,10 +273,10 @@ def test_R12_a_background_error_surfaces_at_the_next_save(tmp_path: Path) -> Non
     save(folder, 1)
     writer = CheckpointWriter(folder, keep_last=1)
     with Faults(folder, fail_at=8):
-        writer.save(2, groups(2), {"version": 0}, "")
+        writer.save(2, groups(2), {"version": 0}, CONFIG)
         with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*free some space"):
-            writer.save(3, groups(3), {"version": 0}, "")
-    writer.save(3, groups(3), {"version": 0}, "")
+            writer.save(3, groups(3), {"version": 0}, CONFIG)
+    writer.save(3, groups(3), {"version": 0}, CONFIG)
     writer.close()
     assert is_intact(resolve(folder)) == 3
 
@@ -288,7 +289,7 @@ def test_R12_limit_on_file_sizes(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        writer.save(2, groups(2, size=1 << 20), {"version": 0}, "")
+        writer.save(2, groups(2, size=1 << 20), {"version": 0}, CONFIG)
         with pytest.raises(CheckpointError, match="ulimit -f") as caught:
             writer.wait()
     finally:
@@ -312,7 +313,7 @@ def test_R12_small_disk(tmp_path: Path) -> None:
         folder = disk / "checkpoints"
         save(folder, 1)
         writer = CheckpointWriter(folder, keep_last=1)
-        writer.save(2, groups(2, size=1 << 20), {"version": 0}, "")
+        writer.save(2, groups(2, size=1 << 20), {"version": 0}, CONFIG)
         with pytest.raises(CheckpointError, match="free some space") as caught:
             writer.wait()
         assert caught.value.errno == errno.ENOSPC

@@ -410,7 +410,6 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
 
 def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:
     source = save(tmp_path, 1)
-    (source / "config.toml").write_text("[train]\nsteps = 1\n")
     with pytest.raises(UserError, match=r"no run to go on with.*model\.init_from="):
         check_resumable(source, load_config(source / "config.toml"), {}, (), 4)
 

@@ -21,11 +21,10 @@ from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve, verify
 from fasttrain.slices import cut
 from tests.faults import Crash, Faults, flip_bit
-from tests.toy_checkpoints import reseal
+from tests.toy_checkpoints import CONFIG, reseal
 
 Groups = dict[str, dict[str, Tensor]]
 ROOT = Path(checkpoint.__file__).parents[1]
-CONFIG = '[run]\nname = "toy"\n'
 SIZES = {1: (1,), 2: (2,), 3: (3,), 4: (2, 2)}  # four ranks: replicated over two, sharded over two
 
 
@@ -293,6 +292,14 @@ def test_R16_one_ranks_state_that_is_not_finite_fails_the_save_of_all(tmp_path: 
     assert not [name for name in os.listdir(tmp_path) if name.startswith("step")]
     assert save(several, 2) == [None, None]
     assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-00000002"]
+
+
+def test_R31_what_rank_0_cannot_parse_back_is_saved_by_none(tmp_path: Path) -> None:
+    several = writers(tmp_path, 2)
+    for rank, writer in enumerate(several):
+        writer.save(1, on_rank(values(1), 2, rank), {"step": 1}, "[train]\nsteps = ***\n")
+    assert ["config.toml: is not valid TOML" in str(error) for error in wait(several)] == [True] * 2
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_a_run_that_ends_waits_for_no_rank(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class Run:
             folder / name, keep_last=1, asynchronous=asynchronous, patience_s=60,
             rank=own, world_size=self.world.size, session=name,
         )
-        path = writer.save(1, self.collect(), {"mode": self.world.mode}, "")
+        path = writer.save(1, self.collect(), {"mode": self.world.mode}, "[train]\\nsteps = 1\\n")
         expected = self.whole()
         if asynchronous:
             self.step(77)  # a later update does not reach the snapshot

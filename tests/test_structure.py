@@ -22,6 +22,7 @@ MAX_FILE_LINES = 800
 # packages beside the standard library. Modules that are not named here are the upper layers: they
 # may import all of these, and, the lists being closed, none of these imports them.
 CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
+CHECKPOINT = {"checkpoint_files", "checkpoint_ranks", "checkpoint_schema"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
     "device": (CONFIG | {"block_cpu"}, {"torch", "fasttrain_kernels"}),
@@ -35,17 +36,21 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "optim": (CONFIG | {"model", "attention", "slices"}, {"torch", "fasttrain_kernels"}),
     "data": (CONFIG | {"data", "untrusted"}, {"torch", "numpy", "tokenizers"}),
     "checkpoint": (
-        CONFIG | {"checkpoint_files", "checkpoint_ranks", "checkpoint_writer", "command"},
+        CONFIG | CHECKPOINT | {"checkpoint_parts", "checkpoint_writer", "command"},
         {"torch", "safetensors", "numpy"},
     ),
     "checkpoint_writer": (
-        CONFIG
-        | {"checkpoint_files", "checkpoint_ranks", "checkpoint_snapshot", "command", "slices"},
+        CONFIG | CHECKPOINT | {"checkpoint_parts", "checkpoint_snapshot", "command", "slices"},
         {"torch"},
     ),
     "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
-    "checkpoint_ranks": (CONFIG | {"checkpoint_files", "slices"}, {"torch"}),
-    "checkpoint_files": (CONFIG | {"untrusted"}, {"torch", "safetensors", "numpy"}),
+    "checkpoint_parts": (CONFIG | CHECKPOINT, set()),
+    "checkpoint_ranks": (CONFIG | {"checkpoint_files", "checkpoint_schema", "slices"}, {"torch"}),
+    "checkpoint_files": (
+        CONFIG | {"checkpoint_schema", "untrusted"},
+        {"torch", "safetensors", "numpy"},
+    ),
+    "checkpoint_schema": ({"untrusted"}, set()),
     "distributed": (CONFIG, {"torch", "fasttrain_kernels"}),
     "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch", "fasttrain_kernels"}),
     "lockstep": (CONFIG | {"distributed"}, {"torch"}),

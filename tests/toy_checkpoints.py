@@ -11,7 +11,7 @@ from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint import CheckpointWriter
 
 Groups = dict[str, dict[str, torch.Tensor]]
-CONFIG = '[run]\nname = "toy"\n'
+CONFIG = '[run]\nname = "toy"\n[train]\nsteps = 1\n'
 
 
 def groups(step: int = 1) -> Groups:

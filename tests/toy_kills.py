@@ -19,6 +19,7 @@ import torch
 
 from fasttrain.checkpoint import CheckpointWriter, resolve
 from tests.test_checkpoint_faults import groups, is_intact, leftovers
+from tests.toy_checkpoints import CONFIG
 
 OPERATIONS = ("mkdir", "write", "fsync", "rename", "replace", "unlink", "rmdir")
 REAL = {name: getattr(os, name) for name in OPERATIONS}
@@ -49,7 +50,7 @@ class Stops:
 
 
 def save(writer: CheckpointWriter, step: int) -> None:
-    writer.save(step, groups(step), {"version": 0}, "", metric=-step)
+    writer.save(step, groups(step), {"version": 0}, CONFIG, metric=-step)
     writer.wait()
 
 

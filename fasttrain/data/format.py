@@ -15,15 +15,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
-from fasttrain import untrusted
 from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
 from fasttrain.data.shards import Shard, ShardScan, dtype_for
 from fasttrain.data.writer import ShardInfo, ShardWriter
+from fasttrain.untrusted import misfit, read_json
 
 __all__ = [
     "DataError",
@@ -49,6 +48,34 @@ _VOCABULARIES = (
     (128256, "Llama 3", "llm.c's dev/data/fineweb.py --model_desc llama-3"),
     (32000, "Llama 2", ""),
 )
+
+
+class TokenizerInfo(TypedDict):
+    """The tokenizer, as `dataset.json` names it."""
+
+    file: str
+    sha256: str
+
+
+class SplitInfo(TypedDict):
+    """A split, as `dataset.json` describes it."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    shards: list[ShardInfo]
+
+
+class DatasetJson(TypedDict):
+    """What is used of `dataset.json`."""
+
+    version: int
+    vocab_size: int
+    dtype: str
+    end_of_text: NotRequired[int | None]
+    tokenizer: TokenizerInfo
+    splits: dict[str, SplitInfo]
+    source: NotRequired[dict[str, Any]]
 
 
 def absent(path: str | Path, vocab_size: int | None) -> str | None:
@@ -271,28 +298,19 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / DATASET_JSON
     remedy = "prepare the text again"
-    meta = untrusted.read_json(path, remedy, DataError)
-
-    def field(of: Any, key: str, kind: type, where: str = "") -> Any:
-        return untrusted.field(of, key, kind, f"{path}: {where}", remedy, DataError)
-
-    if field(meta, "format", str) != FORMAT or field(meta, "version", int) != VERSION:
+    meta = read_json(path, remedy, DataError)
+    made_by = {"format": FORMAT, "version": VERSION}
+    if any(meta.get(key) != value for key, value in made_by.items()):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
-    vocab_size = field(meta, "vocab_size", int)
+    if problem := misfit(DatasetJson, meta):
+        raise DataError(f"{path}: {problem}; {remedy}")
+    vocab_size, dtype, end = meta["vocab_size"], meta["dtype"], meta.setdefault("end_of_text", None)
     if not 0 < vocab_size <= 2**32:
         raise DataError(f"{path}: vocab_size is {vocab_size}, which it cannot be")
-    if field(meta, "dtype", str) != dtype_for(vocab_size).name:
-        raise DataError(f"{path}: dtype {meta['dtype']!r} does not go with {vocab_size} tokens")
-    end = meta.setdefault("end_of_text", None)
-    if end is not None and field(meta, "end_of_text", int) >= vocab_size:
+    if dtype != dtype_for(vocab_size).name:
+        raise DataError(f"{path}: dtype {dtype!r} does not go with {vocab_size} tokens")
+    if end is not None and end >= vocab_size:
         raise DataError(f"{path}: end_of_text {end} is outside the vocabulary of {vocab_size}")
-    for key in ("file", "sha256"):
-        field(field(meta, "tokenizer", dict), key, str, "tokenizer.")
-    for name, split in field(meta, "splits", dict).items():
-        for key in ("tokens", "documents", "bytes"):
-            field(split, key, int, f"splits.{name}.")
-        for shard in field(split, "shards", list, f"splits.{name}."):
-            ShardInfo.of(shard, f"{path}: splits.{name}.shards.", remedy)
     return meta
 
 
@@ -325,10 +343,10 @@ def write_dataset_json(
         },
         "splits": {
             name: {
-                "tokens": sum(shard.tokens for shard in shards),
-                "documents": sum(shard.documents for shard in shards),
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": sum(shard["documents"] for shard in shards),
                 "bytes": n_bytes,
-                "shards": [asdict(shard) for shard in shards],
+                "shards": list(shards),
             }
             for name, (shards, n_bytes) in splits.items()
         },

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
-from fasttrain.untrusted import field
+from fasttrain.untrusted import misfit
 
 __all__ = ["ShardInfo", "ShardWriter"]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
+class ShardInfo(TypedDict):
     """A finished shard, as `dataset.json` lists it."""
 
     file: str
@@ -31,18 +29,13 @@ class ShardInfo:
     ends_file: str
     ends_sha256: str
 
-    @classmethod
-    def of(cls, entry: object, where: str, remedy: str) -> ShardInfo:
-        """The shard that a JSON object describes.
 
-        Raises:
-            DataError: A field is missing or cannot be; names `where` and the field.
-        """
-        kinds = {"tokens": int, "documents": int}
-        names = (f.name for f in fields(cls))
-        return cls(
-            **{k: field(entry, k, kinds.get(k, str), where, remedy, DataError) for k in names}
-        )
+class Progress(TypedDict):
+    """How far a writer is."""
+
+    shards: list[ShardInfo]
+    in_shard: int
+    ends_in_shard: int
 
 
 class ShardWriter:
@@ -101,20 +94,20 @@ class ShardWriter:
             self._ends, n_ends = [ends], ends.size
             write_atomically(self._path(".ends.partial"), ends.tobytes())
         return {
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": self.shards,
             "in_shard": self._in_shard,
             "ends_in_shard": n_ends,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        where, remedy = f"{self.folder}: progress.{self.split}.", "start anew without --resume"
-        shards = field(state, "shards", list, where, remedy, DataError)
-        self.shards = [ShardInfo.of(shard, f"{where}shards.", remedy) for shard in shards]
-        self._in_shard = field(state, "in_shard", int, where, remedy, DataError)
-        n_ends = field(state, "ends_in_shard", int, where, remedy, DataError)
-        self.n_tokens = sum(shard.tokens for shard in self.shards) + self._in_shard
-        self.n_documents = sum(shard.documents for shard in self.shards) + n_ends
-        keep = {name for shard in self.shards for name in (shard.file, shard.ends_file)}
+        remedy = "start anew without --resume"
+        if problem := misfit(Progress, state, self.split):
+            raise DataError(f"{self.folder}: of its progress, {problem}; {remedy}")
+        self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
+        n_ends = state["ends_in_shard"]
+        self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
+        self.n_documents = sum(shard["documents"] for shard in self.shards) + n_ends
+        keep = {name for shard in self.shards for name in (shard["file"], shard["ends_file"])}
         if self._in_shard:
             n_bytes = HEADER_BYTES + self._in_shard * self.dtype.itemsize
             for suffix, size in ((".bin", n_bytes), (".ends", 8 * n_ends)):

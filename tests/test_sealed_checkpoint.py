@@ -1,0 +1,112 @@
+"""What a checkpoint holds is what a run can go on from, or is refused in a line (R31, R25)."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttrain import checkpoint
+from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
+from fasttrain.train import main
+from tests.toy import write_config
+from tests.toy_checkpoints import CONFIG, groups, reseal, save
+
+Capture = pytest.CaptureFixture[str]
+STEP = Path("runs/a/checkpoints/step-00000002")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped at step 2."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = write_config(folder, "model.n_layers=1")
+    command = [str(config), "run.name=a", "model.n_layers=1", f"run.out_dir={folder / 'runs'}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    return folder
+
+
+@pytest.fixture
+def copy(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a copy of that run, in the current folder."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return STEP
+
+
+def resume() -> int:
+    arguments = ["toy.toml", "model.n_layers=1", "run.name=a", "--stop-at-step", "3"]
+    return main([*arguments, f"data.path={Path('data').resolve()}", "--resume", "auto"])
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file of a checkpoint, as an attacker would."""
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(change(value) or value))
+    reseal(file.parent)
+
+
+def refused(status: int, capsys: Capture, *words: str) -> None:
+    """Expect one line that holds these words, and status 2."""
+    err = capsys.readouterr().err
+    assert (status, err.count("\n"), "Traceback" in err) == (2, 1, False), err
+    assert all(word in err for word in words), err
+
+
+# ---- R31: a sealed checkpoint can be resumed -----------------------------------------------------
+
+
+def test_R31_F1_a_variable_named_like_a_secret_changes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENS", "10000000")
+    monkeypatch.setenv("MUON_TOKEN", "adamw8bit-0")
+    command = [str(write_config(tmp_path)), "run.name=a", "train.steps=none"]
+    command += ["train.tokens=10000000", "model.n_layers=1"]
+    assert main([*command, "--stop-at-step", "1"]) == 75
+    assert load(resolve(Path("runs/a"))).config.train.tokens == 10_000_000
+    monkeypatch.delenv("TOKENS")
+    assert main([*command, "--stop-at-step", "2", "--resume", "auto"]) == 75
+
+
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no TOML": ("[train]\nsteps = ***\n", {}, "not valid TOML"),
+    "another key": ("[train]\nstep = 1\n", {}, "train.step is not a config key"),
+    "a value out of range": ("[train]\nsteps = 0\n", {}, "out of range"),
+    "deep TOML": (f"{CONFIG}x = {'[' * 5000}{']' * 5000}\n", {}, "tables in tables"),
+    "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "tables in tables"),
+    "much TOML": (f"{CONFIG}#{' ' * 300_000}\n", {}, "are credible"),
+    "another step": (CONFIG, {"step": 7}, "step is 7"),
+    "a run without its faults": (CONFIG, {"step": 2, "position": 8}, "best_val_loss is missing"),
+    "deep JSON": (CONFIG, {"x": json.loads("[" * 500 + "]" * 500)}, "nested too deep"),
+}
+
+
+@pytest.mark.parametrize(("config", "state", "reason"), UNFIT.values(), ids=UNFIT)
+def test_R31_what_cannot_be_parsed_back_is_not_committed(
+    config: str, state: dict[str, Any], reason: str, tmp_path: Path, capsys: Capture
+) -> None:
+    older = save(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+    writer.save(2, groups(2), state, config)
+    with pytest.raises(CheckpointError, match=rf"step-00000002 was not saved.*{reason}"):
+        writer.wait()
+    assert sorted(os.listdir(tmp_path)) == ["latest", older.name]
+    assert (tmp_path / "latest").read_text() == f"{older.name}\n"
+    # Sealed all the same, by another program: it is found out, and the one before is taken.
+    shutil.copytree(older, newer := tmp_path / "step-00000002")
+    (newer / "config.toml").write_text(config)
+    (newer / "state.json").write_text(json.dumps(state))
+    reseal(newer, step=2, commit=2)
+    with pytest.raises(CheckpointError, match=reason):
+        verify(newer)
+    assert checkpoint.main([str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("verified") == shown.count("DAMAGED") == 1
+    passed_over: list[str] = []
+    assert resolve(tmp_path, report=passed_over.append) == older
+    assert len(passed_over) == 1
