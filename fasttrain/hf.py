@@ -36,6 +36,7 @@ from fasttrain.hf_layout import (
     part_rows,
 )
 from fasttrain.model import Transformer, outline
+from fasttrain.redact import redact
 from fasttrain.untrusted import misfit, read_json
 
 __all__ = ["export_model", "import_model", "main"]
@@ -245,9 +246,11 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
         tensor.copy_(torch.cat([part.read() for part in parts[name]]))
     config = replace(config, run=replace(config.run, name=run.name, out_dir=str(run.parent)))
     run.mkdir(parents=True)
-    text = config_to_toml(config)
+    text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    writer.save(0, {"model": model.state_dict()}, {"step": 0, "imported": str(folder)}, text)
+    writer.save(
+        0, {"model": model.state_dict()}, {"step": 0, "imported": redact(str(folder))}, text
+    )
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():

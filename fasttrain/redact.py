@@ -1,29 +1,91 @@
 """Keeping secrets out of what a run writes and prints. Standard library only."""
 
+import functools
 import os
 import re
 
 __all__ = ["redact"]
 
-_SECRET_NAME = re.compile(r"(?i)(token|secret|passw|api_?key|access_?key|private_?key|credential)")
-# What stands before the @ of a URL (of which a path keeps one slash), and what a URL passes under
-# a telling name.
-_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@\"'\\]+@")
+# A variable's name is split at what is no letter and where the case changes: none of these words is
+# in TOKENIZER_DIR, KEYBOARD or XAUTHORITY.
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_TELLING = re.compile(
+    r"(?i)(?:\w*(?:passwd|password|passphrase|secret|token|credential)|(?:ssh)?pass|pwd|auth"
+    r"|authorization|(?:api|access|private)?key)s?"
+)
+_SHORTEST = 8  # characters of a secret: shorter ones are words that occur anywhere
+_LONGEST_WORD = 11  # of letters in one case: such as interactive, certificate
+_PATH = re.compile(r"(?:~|\.\.?)?/|[A-Za-z]:[\\/]")
+_NUMBER = re.compile(r"[-+]?[\d_,. ]*\d(?:[eE][-+]?\d+)?[kKMGTB%]*")
+# What stands before the last @ of a URL's host (of which a path keeps one slash), and what a URL
+# passes under a telling name.
+_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s\"'\\]+@")
 _PARAMETER = re.compile(
     r"(?i)([?&;#](?:[\w.-]*(?:token|secret|passw|key|credential|signature|auth)[\w.-]*|sig)=)"
     r"[^&;#\s\"'\\]+"  # a backslash escapes the quote that ends a string of TOML or JSON
 )
-_SHORTEST = 8  # characters of a variable's value: shorter ones are words that occur anywhere
 _HIDDEN = "***"
+# How TOML, JSON and Python write some characters behind a backslash.
+_SHORT = {"\n": "n", "\r": "r", "\t": "t", "\b": "b", "\f": "f", '"': '"', "'": "'", "/": "/"}
 
 
 def redact(text: str) -> str:
-    """Return ``text`` without secrets: each is replaced by ``***``.
+    """Return ``text`` without secrets: each is replaced by ``***``, and what is left stays so.
 
     Secrets are the user and password of a URL, its parameters named like a token, key or
-    signature, and the values of environment variables with such names.
+    signature, and the values of environment variables with such names, however TOML, JSON, Python
+    or a URL escapes them, also line by line. A number, a path or a common word is no secret.
     """
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
-            text = text.replace(value, _HIDDEN)
-    return _PARAMETER.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(rf"\1{_HIDDEN}@", text))
+    values = frozenset(v for name, v in os.environ.items() if _is_telling(name) and _is_secret(v))
+    while True:
+        before = text
+        if values:
+            text = _pattern(values).sub(_HIDDEN, text)
+        text = _PARAMETER.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(rf"\1{_HIDDEN}@", text))
+        if text == before:  # else what was put together around a *** may be a secret in turn
+            return text
+
+
+@functools.cache
+def _is_telling(name: str) -> bool:
+    return any(_TELLING.fullmatch(word) for word in _WORD.findall(name))
+
+
+def _is_secret(value: str) -> bool:
+    word = value.replace("-", "").replace("_", "")
+    common = word.isalpha() and (word.islower() or word.isupper() or word.istitle())
+    return (
+        len(value) >= _SHORTEST
+        and not (common and len(value) <= _LONGEST_WORD)
+        and not (_PATH.match(value) or _NUMBER.fullmatch(value) or os.path.exists(value))
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _pattern(values: frozenset[str]) -> re.Pattern[str]:
+    """Return what matches each of the secrets, and each line of one that is long enough."""
+    lines = {line for v in values for line in v.splitlines() if _is_secret(line)}
+    longest_first = sorted(values | lines, key=lambda v: (-len(v), v))
+    return re.compile("|".join("".join(map(_escaped, v)) for v in longest_first))
+
+
+@functools.cache
+def _escaped(c: str) -> str:
+    """Return what matches a character as it is and escaped, also what was escaped twice."""
+    if c.isascii() and (c.isalnum() or c in "_.~-"):
+        return re.escape(c)
+    utf16 = c.encode("utf-16-be", "surrogatepass").hex()
+    forms = [
+        r"\\+" if c == "\\" else re.escape(c),
+        "".join(rf"\\+u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4)),
+        rf"\\+U{ord(c):08x}",
+        rf"\\+x{ord(c):02x}",
+        "".join(f"%{byte:02x}" for byte in c.encode(errors="surrogatepass")),
+    ]
+    if c in _SHORT:
+        forms.insert(0, rf"\\+{re.escape(_SHORT[c])}")
+    if c == "\n":
+        forms.insert(0, r"\r\n|\\+r\\+n")
+    if c == " ":
+        forms.append(r"\+")
+    return f"(?i:{'|'.join(forms)})"
