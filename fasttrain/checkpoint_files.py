@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain import untrusted
 from fasttrain.checkpoint_schema import Manifest, misfit
-from fasttrain.config import UserError, is_deep
+from fasttrain.config import UserError
 
 Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
 
@@ -153,15 +154,8 @@ def read_json(file: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
-    try:
-        if is_deep(decoded := text.decode()):
-            raise ValueError("it is nested too deep")
-        value = json.loads(decoded)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: damaged: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: damaged: not a JSON object")
-    return value
+    remedy = "damaged, or not written by fasttrain"
+    return untrusted.parse_json(text, file, remedy, CheckpointError)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -3,11 +3,9 @@
 A seal keeps out accidents, not people: what these types do not say may be anything.
 """
 
-import reprlib
-import sys
-import types
-from collections.abc import Iterable
-from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict
+
+from fasttrain.untrusted import misfit
 
 __all__ = ["Manifest", "RankRecord", "misfit", "state_type"]
 
@@ -91,54 +89,8 @@ class LibraryState(TypedDict):
     history: NotRequired[list[Change]]
 
 
-_NAMES: dict[Any, str] = {int: "count", float: "number", str: "string", bool: "truth value"}
-_NAMES |= {types.NoneType: "null"}
-
-
 def state_type(state: dict[str, Any]) -> type:
     """Return what a state claims to be."""
     if "position" in state:
         return RunState
     return LibraryState if "epoch" in state else ModelState
-
-
-def misfit(kind: Any, value: Any, name: str = "") -> str | None:
-    """Return the first field of a JSON value that is missing or not of its type; None: all fit.
-
-    Args:
-        kind: a class above, or what its fields are of. An ``int`` is a count: no bool, from 0 to
-            2**63 - 1; a ``float`` is finite.
-        value: as a parser returned it.
-        name: of the value, for the result.
-    """
-    origin, kinds = get_origin(kind), get_args(kind)
-    wanted = "object"
-    parts: Iterable[tuple[Any, Any, str]] = ()  # type, value and name of each
-    if kind is Any:
-        fits = True
-    elif is_typeddict(kind):
-        fits, hints = isinstance(value, dict), get_type_hints(kind)
-        if fits and (absent := sorted(kind.__required_keys__ - value.keys())):
-            return f"{name}.{absent[0]} is missing".removeprefix(".")
-        known = sorted(hints.keys() & value.keys()) if fits else ()
-        parts = ((hints[k], value[k], f"{name}.{k}".removeprefix(".")) for k in known)
-    elif origin is types.UnionType:
-        fits = any(misfit(k, value) is None for k in kinds)
-        wanted = " or ".join(_NAMES[k] for k in kinds)
-    elif origin is dict:
-        fits = isinstance(value, dict)
-        parts = ((kinds[1], v, f"{name}.{k}") for k, v in value.items()) if fits else ()
-    elif origin in (list, tuple):
-        fits = isinstance(value, list) and (origin is list or len(value) == len(kinds))
-        wanted = "list" if origin is list else f"list of {len(kinds)}"
-        if fits:
-            parts = ((kinds[i % len(kinds)], v, f"{name}[{i}]") for i, v in enumerate(value))
-    else:
-        fits, wanted = type(value) is kind, _NAMES[kind]
-        if kind is int:
-            fits = fits and 0 <= value < 2**63
-        elif kind is float:
-            fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if not fits:
-        return f"{name or 'it'} is {reprlib.repr(value)}, which is no {wanted}"
-    return next((found for part in parts if (found := misfit(*part)) is not None), None)

@@ -36,6 +36,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             status = main(*args, **kwargs)
             sys.stdout.flush()

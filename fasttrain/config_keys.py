@@ -23,19 +23,23 @@ __all__ = [
 ]
 
 
+_LONGEST = 4000  # characters of an error: many keys, and not a whole file
 _COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
 
 
 class UserError(Exception):
     """Bad input: the command line prints it as one line and exits with status 2."""
 
+    def __init__(self, message: str) -> None:
+        # One line whatever the input holds, of a length that can be read, and no control characters
+        # on the terminal.
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 class ConfigError(UserError):
     """A config that is refused; names the key, the value, what is allowed and the remedy."""
-
-    def __init__(self, message: str) -> None:
-        # One line whatever the input holds, and no control characters on the terminal.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def key(

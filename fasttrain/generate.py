@@ -8,7 +8,6 @@ Legend: B batch, T prompt tokens, V vocabulary.
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -302,7 +301,10 @@ def _ask() -> str | None:
     """Return the next line of the input, None at its end."""
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the input is not UTF-8 at byte {error.start}; give it in UTF-8") from None
     return line.rstrip("\n") if line else None
 
 
@@ -310,8 +312,6 @@ def _ask() -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 2 on bad input, 130 when interrupted."""
     options = _parser().parse_args(argv)
-    with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         _run(options)
     except KeyboardInterrupt:

@@ -6,24 +6,28 @@ names. `transformers` itself is not needed; weights are read and written as safe
 
 import argparse
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
+from fasttrain.checkpoint_files import FILE, read_header
 from fasttrain.command import command, prog
-from fasttrain.config import UserError, config_to_toml
+from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.hf_layout import (
+    REMEDY,
     hf_config,
     is_transposed,
     model_type_of,
@@ -31,8 +35,9 @@ from fasttrain.hf_layout import (
     parameter_names,
     part_rows,
 )
-from fasttrain.model import Transformer
+from fasttrain.model import Transformer, outline
 from fasttrain.redact import redact
+from fasttrain.untrusted import misfit, read_json
 
 __all__ = ["export_model", "import_model", "main"]
 
@@ -113,30 +118,39 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 # ---- import ----------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the folder of a downloaded model") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not an object")
-    return value
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def read(self) -> Tensor:
+        """Return it as our models hold it."""
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=self.begin)
+        tensor = torch.from_numpy(raw).view(self.dtype).view(self.shape)
+        return tensor.T if self.transposed else tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{index}: names a file outside the folder")
-        return [folder / name for name in names]
-    return [folder / "model.safetensors"]
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    weight_map: Any = read_json(index, REMEDY).get("weight_map")
+    if problem := misfit(dict[str, str], weight_map, "weight_map"):
+        raise UserError(f"{index}: {problem}; {REMEDY}")
+    names = sorted(set(weight_map.values()))
+    if odd := [name for name in names if not FILE.fullmatch(name)]:
+        raise UserError(f"{index}: {odd[0]!r} is no file of the folder; {REMEDY}")
+    return [folder / name for name in names]
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
+    """Return the tensors by their names in ``transformers``; no more than headers is read."""
+    found: dict[str, Stored] = {}
     for path in _weight_files(folder):
         if not path.is_file():
             pickled = any(folder.glob("*.bin"))
@@ -144,48 +158,61 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{path}: no such file"
                 + ("; the .bin files beside it are pickles, which can run code: load them with "
                    "transformers and save_pretrained(…, safe_serialization=True)"
-                   if pickled else "; give the folder of a downloaded model")
+                   if pickled else f"; {REMEDY}")
             )  # fmt: skip
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a safetensors file ({error})") from error
-    return tensors
+        for name, (dtype, shape, begin, _) in read_header(path.resolve()).items():
+            full = name
+            if model_type == "gpt2":  # the original files lack the prefix, and hold masks
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue
+                if not name.startswith(("transformer.", "lm_head.")):
+                    full = f"transformer.{name}"
+            if full in found:
+                raise UserError(f"{path}: {name} is in {found[full].path} too; {REMEDY}")
+            if not dtype.is_floating_point:
+                raise UserError(f"{path}: {name} is {dtype}, which no parameter is; {REMEDY}")
+            transposed = is_transposed(model_type, full)
+            found[full] = Stored(path, begin, dtype, tuple(shape), transposed)
+    return found
 
 
-def _load_into(model: Transformer, model_type: str, found: dict[str, Tensor]) -> None:
-    if model_type == "gpt2":  # the original files lack the prefix, and hold masks as buffers
-        found = {
-            name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t
-            for name, t in found.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))
-        }
-    state: dict[str, Tensor] = {}
-    wanted = model.state_dict()
-    for ours, theirs in parameter_names(model_type, model.config.n_layers).items():
-        parts = [found.pop(name) for name in theirs if name in found]
-        if ours in wanted and len(parts) == len(theirs):
-            whole = [
-                p.T if is_transposed(model_type, n) else p
-                for n, p in zip(theirs, parts, strict=True)
-            ]
-            state[ours] = torch.cat(whole) if len(whole) > 1 else whole[0]
-        elif ours == "head.weight":
-            continue  # tied: some files hold it twice
-        elif parts:
-            raise UserError(f"the model holds {theirs[0]}, of which its config.json says nothing")
-    missing = sorted(set(wanted) - set(state))
+def _parts(
+    config: TrainConfig, model_type: str, found: dict[str, Stored]
+) -> dict[str, list[Stored]]:
+    """Return what each parameter is made of, once all shapes are proven to fit the config.
+
+    Raises:
+        UserError: they do not; nothing was allocated.
+    """
+    misfit = "the model's tensors do not fit its config.json"
+    if config.model.n_layers > len(found):
+        n_layers = config.model.n_layers
+        raise UserError(f"{misfit}: of {n_layers} layers and {len(found)} tensors some are missing")
+    n_stored = sum(math.prod(stored.shape) for stored in found.values())
+    model = outline(config.model, seq_len=config.data.seq_len, n_stored=n_stored)
+    wanted, missing = model.state_dict(), []
+    parts: dict[str, list[Stored]] = {}
+    for ours, theirs in parameter_names(model_type, config.model.n_layers).items():
+        of_block = re.sub(r"^blocks\.\d+", "blocks.0", ours)  # outline has no other
+        there = [found.pop(name) for name in theirs if name in found]
+        if of_block not in wanted:
+            if there and ours != "head.weight":  # tied: some files hold it twice
+                raise UserError(f"{misfit}: it says nothing of {theirs[0]}")
+            continue
+        if len(there) != len(theirs):
+            missing.append(theirs[0])
+            continue
+        parts[ours] = there
+        n_rows, *rest = wanted[of_block].shape
+        rows = part_rows(model, ours) if len(theirs) > 1 else None
+        for name, stored, n in zip(theirs, there, rows or [n_rows], strict=True):
+            shape = (*rest, n) if stored.transposed else (n, *rest)
+            if stored.shape != shape:
+                raise UserError(f"{misfit}: {name} is {stored.shape}, and should be {shape}")
     left = sorted(name for name in found if not name.endswith("rotary_emb.inv_freq"))
     if missing or left:
-        raise UserError(
-            f"the model's tensors do not fit its config.json: missing {missing[:3] or 'none'}, "
-            f"unknown {left[:3] or 'none'}"
-        )
-    try:
-        model.load_state_dict({name: t.float() for name, t in state.items()})
-    except RuntimeError as error:
-        raise UserError(f"the model's tensors do not fit its config.json: {error}") from error
+        raise UserError(f"{misfit}: missing {missing[:3] or 'none'}, unknown {left[:3] or 'none'}")
+    return parts
 
 
 def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = None) -> Path:
@@ -206,15 +233,17 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     folder, run = Path(folder), Path(run)
     if run.exists():
         raise UserError(f"{run} exists already; name a new folder")
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json", REMEDY)
     try:
         config = our_config(hf, folder, run, seq_len)
     except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: {error} is missing") from error
-    tensors = _read_tensors(folder)
+        raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
+    model_type = hf["model_type"]
+    parts = _parts(config, model_type, _stored(folder, model_type))
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
-    _load_into(model, hf["model_type"], tensors)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(torch.cat([part.read() for part in parts[name]]))
     config = replace(config, run=replace(config.run, name=run.name, out_dir=str(run.parent)))
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)

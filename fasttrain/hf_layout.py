@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from fasttrain.config import TrainConfig, UserError, config_from_dict
+from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict
+from fasttrain.config_keys import show
 from fasttrain.model import Transformer, hidden_dim
+from fasttrain.untrusted import misfit
 
 __all__ = [
+    "REMEDY",
     "hf_config",
     "is_transposed",
     "model_type_of",
@@ -22,6 +25,7 @@ __all__ = [
     "part_rows",
 ]
 
+REMEDY = "give the folder of a downloaded model"
 # Settings that Hugging Face's three architectures have no counterpart of.
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
 
@@ -174,26 +178,27 @@ def our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | No
         model, positions = _from_llama(hf, folder)
     else:
         raise UserError(
-            f"{folder}: model_type is {model_type!r}; gpt2, llama and qwen3 can be imported"
+            f"{folder}: model_type is {show(model_type)}; gpt2, llama and qwen3 can be imported"
         )
     model["vocab_size"] = hf["vocab_size"]
+    for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
+        if problem := misfit(int, value, name):
+            raise UserError(f"{folder}: {problem}; {REMEDY}")
     if seq_len is not None and seq_len > positions:
         raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
     if seq_len is not None and model_type == "gpt2" and seq_len != positions:
         raise UserError(f"--seq-len {seq_len}: a GPT-2 has {positions} learned positions; omit it")
-    return config_from_dict(
-        {
-            "model": model,
-            "data": {"seq_len": seq_len or positions, "path": str(run / "data")},
-            "train": {"epochs": 1.0},
-        }
-    )
+    data = {"seq_len": seq_len or positions, "path": str(run / "data")}
+    try:
+        return config_from_dict({"model": model, "data": data, "train": {"epochs": 1.0}})
+    except ConfigError as error:
+        raise UserError(f"{folder}: its config.json cannot be: {error}") from error
 
 
 def _refuse_other(hf: Mapping[str, Any], folder: Path, expected: Mapping[str, Any]) -> None:
     for k, value in expected.items():
         if hf.get(k, value) != value:
-            raise UserError(f"{folder}: {k} = {hf[k]!r} is not supported, only {value!r}")
+            raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {show(value)}")
 
 
 def _from_gpt2(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
@@ -201,14 +206,14 @@ def _from_gpt2(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int
     _refuse_other(hf, folder, expected | {"add_cross_attention": False})
     if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
         raise UserError(
-            f"{folder}: activation_function = {hf['activation_function']!r} is not supported, only "
-            "GELU in its tanh form"
+            f"{folder}: activation_function = {show(hf['activation_function'])} is not supported, "
+            "only GELU in its tanh form"
         )
     model = {
         "dim": hf["n_embd"],
         "n_layers": hf["n_layer"],
         "n_heads": hf["n_head"],
-        "hidden_dim": hf.get("n_inner") or 4 * hf["n_embd"],
+        "hidden_dim": hf.get("n_inner"),
         "mlp": "gelu",
         "norm": "layer",
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
@@ -222,9 +227,11 @@ def _from_gpt2(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int
 def _from_llama(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
     _refuse_other(hf, folder, {"hidden_act": "silu", "use_sliding_window": False})
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{folder}: rotary positions of type {kind!r} are not supported")
+        raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
     bias = hf.get("attention_bias", False)
     if hf["model_type"] == "qwen3":
         _refuse_other(hf, folder, {"attention_bias": False})
@@ -234,8 +241,8 @@ def _from_llama(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], in
         "dim": hf["hidden_size"],
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
-        "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "n_kv_heads": hf.get("num_key_value_heads"),
+        "head_dim": hf.get("head_dim"),
         "hidden_dim": hf["intermediate_size"],
         "mlp": "swiglu",
         "norm_eps": hf.get("rms_norm_eps", 1e-6),

@@ -9,6 +9,7 @@ in full.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ from fasttrain.config_keys import refuse
 from fasttrain.embedding import Embedding
 
 __all__ = ["Block", "FeedForward", "Transformer"]
+
+_SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -339,6 +342,33 @@ class Transformer(nn.Module):
         logits = F.linear(hidden, self.head_weight).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def outline(config: ModelConfig, *, seq_len: int, n_stored: int) -> Transformer:
+    """Return a model of one block without memory, for the shapes of a file's model: all are alike.
+
+    Args:
+        config: as a file says that it is.
+        seq_len: as the file says.
+        n_stored: how many numbers the file holds.
+
+    Raises:
+        ConfigError: no tensor has such sizes, or the positions alone would take more memory than
+            the file's tensors.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(replace(config, n_layers=1), seq_len=seq_len)
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch has all three for its limits
+        raise ConfigError(
+            f"model: no tensor has the sizes that its settings say: {error}"
+        ) from None
+    if seq_len * model.head_dim > max(_SMALL_TABLE, n_stored):
+        raise ConfigError(
+            f"data.seq_len = {seq_len} is not credible of a model of {n_stored:,} parameters; "
+            "lower it in the file's config"
+        )
+    return model
 
 
 def flops_constants(model: Transformer) -> dict[str, int]:

@@ -20,7 +20,7 @@ from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
-from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
+from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_compiled,
     keep_freed_memory,
@@ -348,9 +348,8 @@ def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) ->
 
     def sample(model: Transformer, number: int) -> tuple[str, str]:
         prompt = prompts[number % len(prompts)]
-        encoded = tokenizer.encode(prompt, add_special_tokens=False).ids
         # A prompt of which the tokenizer knows nothing starts like a new document.
-        start = encoded or [end_of_text_id(tokenizer) or 0]
+        start = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
         ids = torch.tensor([start], dtype=torch.int64, device=device)
         generator = torch.Generator(device).manual_seed(config.run.seed + number)
         out = generate(

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.tokenizer import end_of_text_id
+from fasttrain.data.tokenizer import encode, end_of_text_id
 from fasttrain.generate import Sampling, generate, stream
 from fasttrain.model import Transformer
 
@@ -38,9 +38,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt's tokens; an empty one starts a new document.
 
     Raises:
-        UserError: it has no token, and the tokenizer none that starts a document.
+        UserError: it has no token, and the tokenizer none that starts a document; or it is none.
     """
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = encode(tokenizer, prompt)
     end = end_of_text_id(tokenizer)
     if not ids and end is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")

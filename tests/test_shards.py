@@ -26,11 +26,11 @@ def test_document_ends_lie_beside_the_shard_they_end_in(tmp_path: Path) -> None:
         writer.write(np.array([5, 0, 6]), [2, 3])
     ends = [np.fromfile(tmp_path / f"train_00000{i}.ends", "<u8").tolist() for i in range(2)]
     assert ends == [[3], [3, 4]]
-    assert [shard.documents for shard in writer.shards] == [1, 2]
+    assert [shard["documents"] for shard in writer.shards] == [1, 2]
     assert (writer.n_tokens, writer.n_documents) == (8, 3)
     for shard in writer.shards:
-        content = (tmp_path / shard.file).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == shard.sha256
+        content = (tmp_path / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -15,14 +15,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
 from fasttrain.data.shards import Shard, ShardScan, dtype_for
 from fasttrain.data.writer import ShardInfo, ShardWriter
+from fasttrain.untrusted import misfit, read_json
 
 __all__ = [
     "DataError",
@@ -37,7 +37,6 @@ __all__ = [
 
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
-MAX_JSON_BYTES = 64 << 20  # 100,000 shards; more is no dataset.json
 Split = Literal["train", "val"]
 _SPLIT_IN_NAME = {
     "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
@@ -49,6 +48,34 @@ _VOCABULARIES = (
     (128256, "Llama 3", "llm.c's dev/data/fineweb.py --model_desc llama-3"),
     (32000, "Llama 2", ""),
 )
+
+
+class TokenizerInfo(TypedDict):
+    """The tokenizer, as `dataset.json` names it."""
+
+    file: str
+    sha256: str
+
+
+class SplitInfo(TypedDict):
+    """A split, as `dataset.json` describes it."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    shards: list[ShardInfo]
+
+
+class DatasetJson(TypedDict):
+    """What is used of `dataset.json`."""
+
+    version: int
+    vocab_size: int
+    dtype: str
+    end_of_text: NotRequired[int | None]
+    tokenizer: TokenizerInfo
+    splits: dict[str, SplitInfo]
+    source: NotRequired[dict[str, Any]]
 
 
 def absent(path: str | Path, vocab_size: int | None) -> str | None:
@@ -122,7 +149,7 @@ def open_dataset(
                 f"data.path: {folder} is a file, not a dataset folder; if it is text, make one of "
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
-        raise DataError(absent(folder, vocab_size))
+        raise DataError(str(absent(folder, vocab_size)))
     scans_folder = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
         paths = _imported_files(folder, split, vocab_size)
@@ -170,7 +197,7 @@ def open_dataset(
                 f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
                 f"{sha256[:16]}…: damaged or replaced; restore it or prepare the text again"
             )
-    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"])
+    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
     if not shards:
         raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
     dataset = TokenDataset(
@@ -233,7 +260,7 @@ def _check_tokens(
     return scans
 
 
-def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]:
+def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tuple[Path, str]:
     path = inside(folder, entry["file"])
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
@@ -242,6 +269,11 @@ def _check_tokenizer(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, str]
         raise DataError(
             f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
             f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
+        )
+    if vocab > max(2**17, n_bytes := path.stat().st_size):  # no token is written in a byte
+        raise DataError(
+            f"{folder / DATASET_JSON}: vocab_size is {vocab}, which no tokenizer of {n_bytes} "
+            "bytes has; prepare the text again"
         )
     return path, sha256
 
@@ -265,48 +297,21 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         DataError: Names the file and the field.
     """
     path = folder / DATASET_JSON
-    try:
-        if not path.is_file():  # reading a pipe would never end
-            raise DataError(f"{path}: not a file; prepare the text again")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no dataset needs")
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); prepare the text again") from error
-
-    def field(of: Any, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-        value = of.get(key) if isinstance(of, dict) else None
-        negative = type(value) is int and value < 0
-        if not isinstance(value, kind) or isinstance(value, bool) or negative:
-            raise DataError(
-                f"{path}: {where}{key} is {str(value)[:80]!r}, which it cannot be; prepare the "
-                "text again"
-            )
-        return value
-
-    if field(meta, "format", str) != FORMAT or field(meta, "version", int) != VERSION:
+    remedy = "prepare the text again"
+    meta = read_json(path, remedy, DataError)
+    made_by = {"format": FORMAT, "version": VERSION}
+    if any(meta.get(key) != value for key, value in made_by.items()):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
-    vocab_size = field(meta, "vocab_size", int)
+    if problem := misfit(DatasetJson, meta):
+        raise DataError(f"{path}: {problem}; {remedy}")
+    vocab_size, dtype, end = meta["vocab_size"], meta["dtype"], meta.setdefault("end_of_text", None)
     if not 0 < vocab_size <= 2**32:
         raise DataError(f"{path}: vocab_size is {vocab_size}, which it cannot be")
-    if field(meta, "dtype", str) != dtype_for(vocab_size).name:
-        raise DataError(f"{path}: dtype {meta['dtype']!r} does not go with {vocab_size} tokens")
-    end = meta.setdefault("end_of_text", None)
-    if end is not None and field(meta, "end_of_text", int) >= vocab_size:
+    if dtype != dtype_for(vocab_size).name:
+        raise DataError(f"{path}: dtype {dtype!r} does not go with {vocab_size} tokens")
+    if end is not None and end >= vocab_size:
         raise DataError(f"{path}: end_of_text {end} is outside the vocabulary of {vocab_size}")
-    for key in ("file", "sha256"):
-        field(field(meta, "tokenizer", dict), key, str, "tokenizer.")
-    for name, split in field(meta, "splits", dict).items():
-        for key in ("tokens", "documents", "bytes"):
-            field(split, key, int, f"splits.{name}.")
-        for shard in field(split, "shards", list, f"splits.{name}."):
-            for key in ("tokens", "documents"):
-                field(shard, key, int, f"splits.{name}.shards.")
-            for key in ("file", "sha256", "ends_file", "ends_sha256"):
-                field(shard, key, str, f"splits.{name}.shards.")
-    return dict(meta)
+    return meta
 
 
 def write_dataset_json(
@@ -338,10 +343,10 @@ def write_dataset_json(
         },
         "splits": {
             name: {
-                "tokens": sum(shard.tokens for shard in shards),
-                "documents": sum(shard.documents for shard in shards),
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": sum(shard["documents"] for shard in shards),
                 "bytes": n_bytes,
-                "shards": [asdict(shard) for shard in shards],
+                "shards": list(shards),
             }
             for name, (shards, n_bytes) in splits.items()
         },

@@ -7,7 +7,9 @@ text itself says `<|endoftext|>`, it is encoded as ordinary characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fasttrain.config_keys import show
 from fasttrain.data.fast_bpe import BYTE_CHARACTERS, FastBpe, NotFastError
 from fasttrain.data.files import DataError
 from fasttrain.data.losses import Losses
@@ -27,6 +30,7 @@ __all__ = [
     "OtherIdsError",
     "byte_tokenizer",
     "char_tokenizer",
+    "encode",
     "end_of_text_id",
     "load_tokenizer",
     "train_bpe",
@@ -36,6 +40,8 @@ END_OF_TEXT = "<|endoftext|>"
 # Of each call's text, what is encoded both ways: as much costs a tenth of the time that tiktoken
 # takes for a call of 4 million characters.
 SAMPLE_EVERY, SAMPLE_CHARS = 250, 4096
+# Of a tokenizer that is read: Gemma's has 33 MB, and the longest tokens some hundred characters.
+MAX_BYTES, MAX_TOKEN_CHARS = 128 << 20, 10_000
 # Where byte-level BPE may not merge across. For text: words with one leading character, numbers in
 # threes, punctuation with its line end, blank lines and indentation as runs: the scheme of GPT-4's
 # tokenizer (cl100k_base) without its English contractions.
@@ -117,27 +123,83 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`.
+    """A `tokenizer.json`, without the padding and truncation that it may ask for.
 
     Raises:
-        DataError: The file is missing or not a tokenizer.
+        DataError: The file is missing, not a tokenizer, or one that makes much of little text.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise DataError(f"{path}: there is no such tokenizer file; name an existing tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for everything
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path}: larger than {MAX_BYTES} bytes, which no tokenizer is")
+    with _refusing(f"{path}: not a tokenizer in the format of `tokenizers`"):
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    tokenizer.no_padding()  # a text may be filled up to any length
+    tokenizer.no_truncation()
+    steps = [s.__getstate__() for s in (tokenizer.normalizer, tokenizer.decoder) if s is not None]
+    explodes = any(_explodes(list(_replacements(json.loads(step)))) for step in steps)
+    if explodes or max(map(len, tokenizer.get_vocab()), default=0) > MAX_TOKEN_CHARS:
         raise DataError(
-            f"{path}: not a tokenizer in the format of `tokenizers` ({error})"
-        ) from None
+            f"{path}: makes millions of characters of few, or has a token of more than "
+            f"{MAX_TOKEN_CHARS:,}, which is not credible; use the tokenizer of another source"
+        )
+    return tokenizer
+
+
+def _replacements(step: Any) -> Iterator[tuple[str, str]]:
+    """What a normalizer or decoder puts in place of what, in order; "" for an expression."""
+    if isinstance(step, dict) and step.get("type") == "Replace":
+        yield step["pattern"].get("String", ""), step["content"]
+    elif isinstance(step, dict | list):
+        for part in step.values() if isinstance(step, dict) else step:
+            yield from _replacements(part)
+
+
+def _explodes(replacements: list[tuple[str, str]]) -> bool:
+    """Whether replacements, each in what the one before has made, make a text a million times as
+    long: ten of a letter by ten letters do.
+    """
+    text = "".join(old for old, _ in replacements) or " "
+    limit = 1_000_000 + 100 * len(text)
+    for old, new in replacements:
+        # An expression may match between any two characters.
+        if len(text) + len(new) * (text.count(old) if old else len(text) + 1) > limit:
+            return True
+        text = text.replace(old, new)
+    return False
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Names what `tokenizers` refuses: it raises plain Exception, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what} ({error})") from None
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, without special tokens.
+
+    Raises:
+        DataError: The text is not Unicode, or the tokenizer cannot encode it.
+    """
+    if not text.isascii() and text != text.encode(errors="replace").decode():
+        raise DataError(f"the text {show(text)} is not UTF-8; give it in UTF-8")
+    with _refusing(f"the tokenizer cannot encode {show(text)}"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """The id that ends documents, None if the tokenizer has none of the usual names for it."""
     for name in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>"):
-        number = tokenizer.token_to_id(name)
+        number: int | None = tokenizer.token_to_id(name)
         if number is not None:
-            return int(number)
+            return number
     return None
 
 
@@ -204,10 +266,8 @@ class Encoder:
         ]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
-        try:
+        with _refusing("the tokenizer cannot encode this text"):
             encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises plain Exception for everything
-            raise DataError(f"the tokenizer cannot encode this text ({error})") from None
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def _compare(self, texts: Sequence[str]) -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.untrusted import misfit
 
 __all__ = ["ShardInfo", "ShardWriter"]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
+class ShardInfo(TypedDict):
     """A finished shard, as `dataset.json` lists it."""
 
     file: str
@@ -29,6 +28,14 @@ class ShardInfo:
     documents: int
     ends_file: str
     ends_sha256: str
+
+
+class Progress(TypedDict):
+    """How far a writer is."""
+
+    shards: list[ShardInfo]
+    in_shard: int
+    ends_in_shard: int
 
 
 class ShardWriter:
@@ -87,26 +94,29 @@ class ShardWriter:
             self._ends, n_ends = [ends], ends.size
             write_atomically(self._path(".ends.partial"), ends.tobytes())
         return {
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": self.shards,
             "in_shard": self._in_shard,
             "ends_in_shard": n_ends,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.shards = [ShardInfo(**shard) for shard in state["shards"]]
-        self._in_shard = state["in_shard"]
-        self.n_tokens = sum(shard.tokens for shard in self.shards) + self._in_shard
+        remedy = "start anew without --resume"
+        if problem := misfit(Progress, state, self.split):
+            raise DataError(f"{self.folder}: of its progress, {problem}; {remedy}")
+        self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
         n_ends = state["ends_in_shard"]
-        self.n_documents = sum(shard.documents for shard in self.shards) + n_ends
-        keep = {name for shard in self.shards for name in (shard.file, shard.ends_file)}
+        self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
+        self.n_documents = sum(shard["documents"] for shard in self.shards) + n_ends
+        keep = {name for shard in self.shards for name in (shard["file"], shard["ends_file"])}
         if self._in_shard:
             n_bytes = HEADER_BYTES + self._in_shard * self.dtype.itemsize
             for suffix, size in ((".bin", n_bytes), (".ends", 8 * n_ends)):
                 path = self._path(f"{suffix}.partial")
                 if self._path(suffix).exists():  # finished since
                     os.replace(self._path(suffix), path)
-                if not path.exists() or path.stat().st_size < size:
-                    raise DataError(f"{path}: missing or cut short; start anew without --resume")
+                small = not path.is_file() or path.stat().st_size < size
+                if small or self._in_shard >= self.shard_tokens:
+                    raise DataError(f"{path}: missing or cut short; {remedy}")
                 os.truncate(path, size)
                 keep.add(path.name)
             self._file = self._path(".bin.partial").open("r+b", buffering=1 << 20)
