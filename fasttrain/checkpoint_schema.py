@@ -85,7 +85,7 @@ class LibraryState(TypedDict):
     epoch: int
     batch_in_epoch: int
     skipped_steps: int
-    val_losses: list[float]
+    library: dict[str, Any]
     history: NotRequired[list[Change]]
 
 

@@ -666,11 +666,14 @@ class Trainer:
         facts = self._facts | states.shapes(own)
         states.refuse_difference(str(loaded.path), saved["facts"] | states.shapes(theirs), facts)
         tensors = loaded.group("trainer")
-        rest = {
-            key: states.decode(value, tensors, self.device)
-            for key, value in saved.items()
-            if "facts" not in key
-        }
+        try:
+            rest = {
+                key: states.decode(value, tensors, self.device)
+                for key, value in saved.items()
+                if "facts" not in key
+            }
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{loaded.path}: its state is none of a Trainer's: {error!r}") from None
         self.model.load_state_dict(theirs["model"])
         self.ema.load(loaded.group("ema"))
         states.restore_optimizer(

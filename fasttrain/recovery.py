@@ -79,6 +79,8 @@ class Recovery:
         """
         trainer = self.trainer
         step = trainer.step_count
+        if trainer.world.n_copies == 1:
+            return
         odd = trainer.world.drifted(trainer.train_step.parameters)
         if not odd:
             self._alike_at = step

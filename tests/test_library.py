@@ -453,7 +453,7 @@ def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
         checkpoint={"every_steps": 4},
     )  # fmt: skip
     for name in ("_warn_of_ignored", "config_to_toml"):  # these read every key
-        monkeypatch.setattr(f"fasttrain.library.{name}", lambda *_: "")
+        monkeypatch.setattr(f"fasttrain.library.{name}", lambda *_: "[train]\nsteps = 1\n")
     monkeypatch.setattr(Section, "__getattribute__", spy)
     model = toy()
     trainer = Trainer(
