@@ -309,6 +309,12 @@ class LoopConfig(Section):
         "goes back to a checkpoint after 20 in a row",
         choices=("skip", "rollback", "stop"),
     )
+    recheck_every_steps: int | None = key(
+        None,
+        "steps between those whose forward and backward run twice and are compared bit for bit; "
+        "what differs is treated as on_nonfinite says (None: never)",
+        ge=1,
+    )
     on_spike: str = key(
         "off",
         "what a loss or gradient norm far above the last ones does (off: nothing)",

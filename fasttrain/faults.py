@@ -17,7 +17,7 @@ from fasttrain.config_keys import counted
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.metrics import NormWatch
-from fasttrain.step import FINE, OVERFLOW, SPIKE, StepNumbers
+from fasttrain.step import FINE, NONFINITE, OVERFLOW, PERSISTENT, SPIKE, TRANSIENT, StepNumbers
 
 __all__ = ["MAX_SKIPPED_IN_A_ROW", "Decision", "Fault", "FaultPolicy", "write_report"]
 
@@ -25,6 +25,15 @@ __all__ = ["MAX_SKIPPED_IN_A_ROW", "Decision", "Fault", "FaultPolicy", "write_re
 # 1 after 16, and only then is a gradient to blame.
 MAX_SKIPPED_IN_A_ROW = 20
 MAX_REPORTS = 20  # of a run: each holds the text of a whole step
+KINDS = {
+    **{OVERFLOW: "overflow", NONFINITE: "nonfinite", SPIKE: "spike"},
+    **{TRANSIENT: "transient", PERSISTENT: "persistent"},
+}
+# What is told of steps that came out otherwise when they were run again.
+_RECHECKED = {
+    "transient": "transient error: run again it came out otherwise, a third time as one of the two",
+    "persistent": "persistent error: run three times, it came out in three ways",
+}
 
 
 class Fault(NamedTuple):
@@ -33,7 +42,8 @@ class Fault(NamedTuple):
     Attributes:
         step: its number, the first step being 1.
         position: global index of its first sample.
-        kind: ``overflow`` of fp16 gradients, ``nonfinite``, or ``spike``.
+        kind: ``overflow`` of fp16 gradients, ``nonfinite``, ``spike``; or ``transient`` or
+            ``persistent`` where the step was run again and came out otherwise.
         loss: mean loss.
         norm: gradient norm before clipping.
     """
@@ -44,10 +54,14 @@ class Fault(NamedTuple):
     loss: float
     norm: float
 
+    @property
+    def of_machine(self) -> bool:
+        """Whether the machine is to blame, and not the samples."""
+        return self.kind in _RECHECKED
+
     def __str__(self) -> str:
-        return (
-            f"step {self.step}: {self.kind} (loss {self.loss:.4g}, gradient norm {self.norm:.4g})"
-        )
+        what = _RECHECKED.get(self.kind, self.kind)
+        return f"step {self.step}: {what} (loss {self.loss:.4g}, gradient norm {self.norm:.4g})"
 
 
 class Decision(NamedTuple):
@@ -104,17 +118,16 @@ class FaultPolicy:
                         "or set train.on_spike"
                     )
                 continue
-            kind = {OVERFLOW: "overflow", SPIKE: "spike"}.get(step.verdict, "nonfinite")
+            kind = KINDS[step.verdict]
             fault = Fault(number, position, kind, step.loss, step.norm)
             self.skipped_steps += 1
             self.spikes += kind == "spike"
             self.row.append(fault)
             if kind != "overflow":
                 found.append(fault)
-        wishes = {"nonfinite": self.loop.on_nonfinite, "spike": self.loop.on_spike}
-        if fatal := [f for f in found if wishes[f.kind] == "stop"]:
+        if fatal := [f for f in found if self._wish(f)[1] == "stop"]:
             return Decision("stop", fatal, found)
-        if undone := [f for f in found if wishes[f.kind] == "rollback"]:
+        if undone := [f for f in found if self._wish(f)[1] == "rollback"]:
             may = self.rollbacks < self.loop.max_rollbacks
             return Decision("roll back" if may else "stop", undone, found)
         if len(self.row) >= MAX_SKIPPED_IN_A_ROW:
@@ -122,10 +135,16 @@ class FaultPolicy:
             return Decision("roll back" if may else "stop", list(self.row), found)
         return Decision("go on", [], found, warning)
 
+    def _wish(self, fault: Fault) -> tuple[str, str]:
+        """Return the key that decides about a fault, and its value."""
+        name = "on_spike" if fault.kind == "spike" else "on_nonfinite"
+        return name, getattr(self.loop, name)
+
     def rolled_back(self, offending: Sequence[Fault]) -> None:
-        """Count a rollback; the samples of the offending steps are not trained on again."""
+        """Count a rollback; samples that are to blame are not trained on again."""
         self.rollbacks += 1
-        self.passed_over = sorted({*self.passed_over, *(f.position for f in offending)})
+        blamed = (f.position for f in offending if not f.of_machine)
+        self.passed_over = sorted({*self.passed_over, *blamed})
         self.row.clear()
 
     def reason(self, decision: Decision, loader: Loader) -> str:
@@ -141,7 +160,12 @@ class FaultPolicy:
         elif n >= MAX_SKIPPED_IN_A_ROW:
             why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
         else:
-            why = f"train.on_{first.kind} = {getattr(self.loop, 'on_' + first.kind)!r}"
+            why = "train.{} = {!r}".format(*self._wish(first))
+        if first.of_machine:
+            return (
+                f"{first}; {why}. No update was made of it: test this machine's memory and device; "
+                "if an operation of this run is not deterministic, unset train.recheck_every_steps"
+            )
         several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
         return (
             f"{first}{several}; {why}. The first one's batch holds the samples {shown}. No update "

@@ -63,7 +63,7 @@ class Recovery:
                 self.policy.rolled_back(decision.offending)
                 self._alike_at = trainer.step_count  # all have read the same files
                 self._move()
-                steps = counted(len(decision.offending), "step")
+                steps = counted(sum(not f.of_machine for f in decision.offending), "step")
                 trainer.reporter.warn(
                     f"back at step {trainer.step_count}, as {checkpoint.path} holds it; training "
                     f"goes on without the samples of {steps} from step {first} on"
@@ -150,7 +150,7 @@ class Recovery:
 
     def _write_down(self, fault: Fault) -> str:
         trainer = self.trainer
-        if trainer.run_dir is None:
+        if trainer.run_dir is None or fault.of_machine:
             return ""
         try:
             path = write_report(fault, trainer.train_loader, trainer.accumulation, trainer.run_dir)

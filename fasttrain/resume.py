@@ -30,7 +30,7 @@ MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
-    *("distributed.", "train.activation_checkpointing"),
+    *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
 )
 # And these, unless evaluations decide the learning rate or the end of the run.
 MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_fraction")

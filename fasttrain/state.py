@@ -1,9 +1,12 @@
 """The state of a run: what a checkpoint holds of it, as groups of tensors, and who may save it."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +16,9 @@ from fasttrain.config import UserError
 from fasttrain.model import Transformer
 from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.slices import cut
-from fasttrain.step import TrainStep
+
+if TYPE_CHECKING:
+    from fasttrain.step import TrainStep
 
 __all__ = ["StateGuard", "collect", "restore", "restore_rng", "rng_of_rank", "rng_state"]
 

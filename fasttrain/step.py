@@ -21,7 +21,7 @@ from fasttrain.blocks import prepare_blocks
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, compile_function, resolve_compile
-from fasttrain.distributed import World
+from fasttrain.distributed import World, checksum
 from fasttrain.ema import Ema
 from fasttrain.fp8 import multiply_in_fp8
 from fasttrain.horizon import step_shape
@@ -29,6 +29,7 @@ from fasttrain.model import Transformer
 from fasttrain.optim import set_lr
 from fasttrain.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.spikes import SpikeWindow
+from fasttrain.state import restore_rng, rng_state
 from fasttrain.timing import StepClock
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "IGNORE_INDEX",
     "NONFINITE",
     "OVERFLOW",
+    "PERSISTENT",
     "SPIKE",
+    "TRANSIENT",
     "Criterion",
     "Numbers",
     "StepNumbers",
@@ -45,8 +48,9 @@ __all__ = [
 
 IGNORE_INDEX = -100
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
-# smaller scale may still hold.
-FINE, OVERFLOW, NONFINITE, SPIKE = range(4)
+# smaller scale may still hold. Of a step that was run again and came out otherwise, a third time
+# agreed with one before (transient), or with none.
+FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT = range(6)
 
 # model, tokens, targets, doc_starts → summed loss
 Criterion = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
@@ -194,6 +198,38 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], lr: float) -> None:
         """Run one step over its micro-batches with learning rate ``lr``."""
         self.clock.mark(0)
+        loss, grads = self._backward(batches)
+        self.clock.mark(1)
+        self._finish(*self._measure(loss, grads), grads, lr)
+
+    def recheck(self, batches: Sequence[Batch], lr: float) -> None:
+        """As a call, but forward and backward run twice; no update is made where they differ.
+
+        Loss, norm and gradients are compared bit for bit. Where they differ on any rank, a third
+        time tells what happens once from what happens each time. Waits for the device.
+        """
+        self.clock.mark(0)
+        rng, seen = rng_state(self.loss.device), list[list[int]]()
+        for most in (2, 3):
+            while len(seen) < most:
+                if seen:
+                    restore_rng(rng, self.loss.device)
+                    self._drop_gradients()
+                loss, grads = self._backward(batches)
+                measured = self._measure(loss, grads)
+                bits = [checksum([tensor]) for tensor in measured] + [checksum(grads)]
+                seen.append(torch.stack(bits).tolist())
+            found = FINE if seen[0] == seen[1] else PERSISTENT
+            if most == 3:
+                found = TRANSIENT if seen[2] in seen[:2] else PERSISTENT
+            found = max(self.world.gather(found))
+            if found == FINE:
+                break
+        self.clock.mark(1)
+        self._finish(*measured, grads, lr, found)
+
+    def _backward(self, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
+        """Run forward and backward; return this rank's weighted loss, and the gradients."""
         counts = [(b.targets != IGNORE_INDEX).sum() for b in batches]
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
         counting = self.world.begin_sum(n_targets)
@@ -206,13 +242,16 @@ class TrainStep:
             weighted = part.detach() * weight
             loss = weighted if loss is None else loss + weighted
             part.backward(weight)  # type: ignore[no-untyped-call]
-        self.clock.mark(1)
-
         assert loss is not None
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        self.loss, self.norm = self._measure(loss, grads)
+        return loss, [p.grad for p in self.parameters if p.grad is not None]
+
+    def _finish(
+        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float, found: int = FINE
+    ) -> None:
+        """Judge the step and update; ``found`` is what `recheck` has found."""
+        self.loss, self.norm = loss, norm
         self.before_update()
-        verdict = self._judge()
+        verdict = self._judge() if found == FINE else torch.full_like(loss, float(found))
         bad = (verdict != FINE).float()
         clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
@@ -224,19 +263,24 @@ class TrainStep:
         for optimizer in self.optimizers:
             set_lr(optimizer, lr)
             self._update(optimizer, clip, bad)
-            if self.keeps_grads:
-                optimizer.zero_grad(set_to_none=False)
-            else:  # as zero_grad does, in a quarter of its 0.1 ms
-                for p in (p for group in optimizer.param_groups for p in group["params"]):
-                    p.grad = None
+            self._drop_gradients(optimizer)
         self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
-            inf = torch.where(verdict == SPIKE, 0.0, bad)
+            inf = torch.where(verdict >= SPIKE, 0.0, bad)
             torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
         column = min(self.n_unread, self.history.shape[1] - 1)
         self.history[:, column] = torch.stack([self.loss, self.norm, verdict])
         self.n_unread = column + 1
         self.clock.mark(2)
+
+    def _drop_gradients(self, *of: torch.optim.Optimizer) -> None:
+        """Drop, or zero, the gradients of some optimizers, of all where none is named."""
+        for optimizer in of or self.optimizers:
+            if self.keeps_grads:
+                optimizer.zero_grad(set_to_none=False)
+            else:  # as zero_grad does, in a quarter of its 0.1 ms
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    p.grad = None
 
     def _weight(self, n_targets: Tensor, counting: Work | None) -> Tensor:
         """Return what a summed loss is multiplied by; ``counting`` adds targets up over ranks."""

@@ -250,8 +250,10 @@ class Trainer:
         context = context_at(self.step_count, self._horizon(), self.config.schedule, seq_len)
         if context < seq_len and self.config.data.batching in ("packed", "sliding"):
             batches = [batch.cut(context) for batch in batches]
+        every = self.config.train.recheck_every_steps
+        twice = every is not None and (self.step_count + 1) % every == 0
         with self.profiler.step(self.step_count + 1):
-            self.train_step(batches, self.last_lr)
+            (self.train_step.recheck if twice else self.train_step)(batches, self.last_lr)
         self.reporter.count(batches)
         wait_s = self.train_loader.wait_s - waited
         self.step_count += 1

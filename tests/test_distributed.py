@@ -74,6 +74,10 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
     add("back", "fsdp2", *keys, faults=[{"rank": 1, "step": 5, "what": math.nan}])
     add("hours", "ddp2", "train.steps=none", "train.hours=3e-4", "schedule.name=constant")
     add("no folder", "ddp2", f"run.out_dir={config}")
+    keys = [DROPOUT, "train.recheck_every_steps=2", "train.on_nonfinite=rollback"]
+    for mode in ("ddp2", "fsdp2"):  # what rank 1 computes the first time in step 4 is wrong
+        faults = [{"rank": 1, "step": 4, "what": 1.25}]
+        add(f"again-{mode}", mode, *keys, "checkpoint.every_steps=3", faults=faults)
     for mode, rank in (("ddp2", 1), ("hsdp4", 2)):
         faults = [{"rank": rank, "step": 5, "what": "flip"}]
         add(
@@ -264,6 +268,19 @@ def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: st
     assert f"error: rank 1 differs from rank 0, it has {ODD[odd]}" in told
     assert output_of(made, odd, rank=1) == ""
     assert not (made / "runs" / odd).exists()
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_R33_a_step_computed_wrongly_on_one_rank_is_found_by_all(made: Path, mode: str) -> None:
+    """All go back, and end at the bits of the run in which no step was run again."""
+    name = f"again-{mode}"
+    assert statuses(made, name) == [0, 0]
+    told = output_of(made, name)
+    assert "step 4: transient error" in told
+    assert "back at step 3" in told
+    ours, expected = tensors(made, name, 12), tensors(made, f"whole-{mode}", 12)
+    assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
+    assert losses(made, name) == losses(made, f"whole-{mode}")
 
 
 @pytest.mark.parametrize(("mode", "odd"), [("ddp2", 1), ("hsdp4", 2)])

@@ -37,8 +37,9 @@ def test_R29_random_faults_change_nothing(steps: int, n_faults: int, tmp_path: P
     assert all(report["faults"].values()), report["faults"]
     assert report["passed_over"] > 0  # a flipped bit was found, and told of
     assert report["failed_saves"] > 0  # and a disk was full
+    assert report["rollbacks_on_a_full_disk"] > 0
     at, n_files, memory = zip(*report["measured"], strict=True)
-    assert at[-1] == steps
+    assert at[-1] >= steps  # those that were gone back behind count twice
     half = len(at) // 2  # some are open while a checkpoint is written, and there are many of these
     assert max(n_files[half:]) <= max(n_files[:half]) + 3
     assert min(n_files[half:]) <= max(n_files[:half])

@@ -2,12 +2,13 @@
 
 `python -m tests.toy_soak FOLDER STEPS FAULTS` prints what came of both as JSON. Every fault ends or
 hinders one process: kills, signals, full disks, bits that flip in the newest checkpoint. Batches
-whose loss is not finite belong to the data: both runs meet the same ones.
+whose loss is not finite belong to the data: both runs meet the same ones, and go back behind them.
 """
 
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from fasttrain import checkpoint_files as disk
+from fasttrain.saving import Saver
 from fasttrain.step import TrainStep
 from fasttrain.train import main
 from tests.faults import Faults, flip_bit
@@ -70,6 +72,24 @@ def flip_newest(checkpoints: Path, chance: random.Random) -> bool:
     return True
 
 
+def fill_at_rollbacks(counts: Path) -> None:
+    """Let no file grow while a run goes back to a checkpoint; note each time that it did."""
+    real = Saver.go_back
+
+    def go_back(saver: Saver, before: int) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            found = real(saver, before)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with counts.open("a") as file:
+            file.write("x" if found else "")
+        return found
+
+    Saver.go_back = go_back  # type: ignore[method-assign]
+
+
 def skipped(run_dir: Path) -> int:
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return max(int(row["skipped_steps"]) for row in rows if row["kind"] == "train")
@@ -81,6 +101,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
     arguments += ["model.dropout=0.1", "model.n_layers=1", "log.every_steps=10", "eval.prompts=[]"]
     arguments += [f"checkpoint.every_steps={max(steps // 200, 5)}", "checkpoint.keep_last=3"]
     arguments += [f"eval.every_steps={steps // 5}"]
+    arguments += ["train.on_nonfinite=rollback", "train.max_rollbacks=1000000"]
     TrainStep._loss = loss_of_odd_batches  # type: ignore[method-assign, assignment]
     hear()
 
@@ -92,6 +113,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
     assert ended(forked(whole, folder / "whole.log")[0]) == 0
     whole_s = time.perf_counter() - started
     run_dir, faults = folder / "faulty", []
+    (folder / "rollbacks").touch()
     for number in range(10 * n_faults):
         kind = KINDS[number % len(KINDS)] if number < n_faults else "none"
         at = chance.randint(1, 3 * steps // (2 * n_faults))
@@ -104,6 +126,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
             at_step(at, told if kind == "none" else lambda: (told(), heard.wait()))
             if kind == "disk full":
                 Faults(run_dir, fail_at=full_at, persistent=full_at % 2 == 0).__enter__()
+                fill_at_rollbacks(folder / "rollbacks")
             return main([*arguments, "run.name=faulty", *resume])  # noqa: B023
 
         process, pipe = forked(run, folder / "faulty.log")
@@ -135,6 +158,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
         "steps": digest(folder / "whole")["step"],
         "skipped_steps": skipped(folder / "whole"),
         "passed_over": log.count("passing over a damaged checkpoint"),
+        "rollbacks_on_a_full_disk": (folder / "rollbacks").stat().st_size,
         "failed_saves": log.count("(training goes on)"),
         "measured": list(measured),
         "whole_s": whole_s,
