@@ -40,11 +40,12 @@ class JsonlLogger:
         self._file.close()
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if not isinstance(row, dict) or row.get("stopped"):
                     continue
-                if row.get("step", 0) <= step:
+                at = row.get("step", 0)
+                if isinstance(at, int) and at <= step:
                     kept.append(line + "\n")
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
