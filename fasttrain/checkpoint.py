@@ -129,14 +129,14 @@ def resolve(
         try:
             verify(candidate)
         except CheckpointError as error:
-            report(f"WARNING: passing over a damaged checkpoint: {error}")
+            why = f"its only checkpoint does not verify: {error}"
+            if len(found) > 1:
+                report(f"WARNING: passing over a damaged checkpoint: {error}")
+                why = f"none of its {len(found)} checkpoints verifies"
         else:
             return candidate
-    number = f"none of its {len(found)} checkpoints verifies"
-    if len(found) == 1:
-        number = "its only checkpoint does not verify"
     raise CheckpointError(
-        f"{path}: {number}; restore one from a copy, or start a new run under another name"
+        f"{path}: {why}; restore one from a copy, or start a new run under another name"
     )
 
 

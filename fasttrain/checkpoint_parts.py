@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint_files import CheckpointError
 from fasttrain.checkpoint_ranks import Slices, read_slices
@@ -26,14 +29,16 @@ class Parts(NamedTuple):
     layouts: dict[str, disk.Layout]  # by file
     slices: Slices  # by file, of the tensors that are not whole in it
 
-    def shapes(self, *stems: str) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the whole tensors of these groups, by their names in them."""
+    def group(self, stem: str) -> dict[str, Tensor]:
+        """Return the whole tensors of a group on the device ``meta``, where they have no values."""
         return {
-            name: slices[name].shape if name in slices else tuple(shape)
+            name: torch.empty(
+                slices[name].shape if name in slices else shape, dtype=dtype, device="meta"
+            )
             for file, layout in self.layouts.items()
-            if file.partition(".")[0] in stems
+            if file.partition(".")[0] == stem
             for slices in [self.slices.get(file, {})]
-            for name, (_, shape, _, _) in layout.items()
+            for name, (dtype, shape, _, _) in layout.items()
         }
 
 

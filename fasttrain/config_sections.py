@@ -22,6 +22,7 @@ __all__ = [
     "ScheduleConfig",
 ]
 
+_WIDEST = 2**20  # with which no product of sizes leaves 63 bits
 _PATH = (r"[^\0]+", "a path")
 
 
@@ -74,15 +75,21 @@ class ModelConfig(Section):
 
     section: ClassVar[str] = "model"
     vocab_size: int | None = key(
-        None, "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)", ge=2
+        None,
+        "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)",
+        ge=2,
+        le=2**32,
     )
-    dim: int = key(256, "width of the hidden states", ge=1)
-    n_layers: int = key(4, "number of blocks", ge=1)
-    n_heads: int = key(4, "query heads", ge=1)
-    n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1)
-    head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1)
+    dim: int = key(256, "width of the hidden states", ge=1, le=_WIDEST)
+    n_layers: int = key(4, "number of blocks", ge=1, le=1024)
+    n_heads: int = key(4, "query heads", ge=1, le=_WIDEST)
+    n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1, le=_WIDEST)
+    head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1, le=_WIDEST)
     hidden_dim: int | None = key(
-        None, "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)", ge=1
+        None,
+        "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
+        ge=1,
+        le=_WIDEST,
     )
     mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
     norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))
@@ -101,7 +108,10 @@ class ModelConfig(Section):
     zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
     embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
     bigram_vocab_size: int | None = key(
-        None, "rows of a hashed table of token pairs, added to the embedding (None: no table)", ge=2
+        None,
+        "rows of a hashed table of token pairs, added to the embedding (None: no table)",
+        ge=2,
+        le=2**32,
     )
     value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
     init_from: str | None = key(
@@ -136,7 +146,7 @@ class DataConfig(Section):
     path: str | None = key(
         None, "dataset folder (None: the source text of Python's standard library)", pattern=_PATH
     )
-    seq_len: int = key(256, "tokens of a training sequence", ge=1)
+    seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
         (),
         "several dataset folders of one tokenizer, in place of data.path",

@@ -22,7 +22,7 @@ from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.device import resolve_device
 from fasttrain.loggers import clean
 from fasttrain.model import Transformer
-from fasttrain.origin import saved_parameters
+from fasttrain.origin import check_model, saved_parameters
 
 __all__ = ["generate", "load_model", "load_tokenizer", "main", "sample_tokens", "stream"]
 
@@ -115,7 +115,13 @@ def stream(
             cache.length, cache.last_tokens = 0, None
             pending = recent = recent[:, -max(1, limit // 2) :]
         hidden = model(pending, cache)[:, -1]  # (B, D)
-        drawn = sample_tokens(model.logits(hidden), **sampling)
+        logits = model.logits(hidden)
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the model's logits are not finite; use an earlier checkpoint, or train it with "
+                "a lower optim.lr"
+            )
+        drawn = sample_tokens(logits, **sampling)
         yield drawn
         pending = drawn[:, None]
         recent = torch.cat([recent, pending], dim=1)
@@ -148,6 +154,7 @@ def generate(
 
     Raises:
         ValueError: ``tokens`` is not (B, T) with T ≥ 1, or a sampling option is out of range.
+        UserError: the model computes what is not finite.
 
     Numerics: in fp32 a cached step gives the logits of an uncached one to rounding.
     Memory: the cache: two (B, n_kv_heads, min(seq_len, T + max_new_tokens), head_dim) per layer.
@@ -193,13 +200,13 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     """Return the model and the checkpoint's folder."""
     loaded, parameters = saved_parameters(path, which)
     config = loaded.config
+    check_model(config, parameters, loaded.path)
+    if bad := [name for name, t in parameters.items() if not torch.isfinite(t).all()]:
+        raise UserError(f"{loaded.path}: {bad[0]} is not finite; use an earlier checkpoint")
     # Initial values are about to be overwritten: they must not use up the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
-    try:
-        model.load_state_dict(parameters)
-    except RuntimeError as error:
-        raise UserError(f"{loaded.path}: its tensors do not fit its config: {error}") from error
+    model.load_state_dict(parameters)
     return model.to(device).eval(), loaded.path
 
 

@@ -49,9 +49,9 @@ def _step_of(line: str) -> float:
     """Return the step of a line; infinity of what is to go whatever the step."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or row.get("stopped"):
         return math.inf
-    step: float = row.get("step", 0)
-    return step
+    step = row.get("step", 0)
+    return step if isinstance(step, int) else math.inf

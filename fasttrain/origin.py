@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, load_config
+from fasttrain.model import Transformer
 from fasttrain.slices import cut
 
 if TYPE_CHECKING:
@@ -19,12 +22,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BRANCH_MAY_CHANGE",
     "begin_branch",
+    "check_model",
     "decaying_from",
     "saved_parameters",
     "settle_branch",
     "start_from",
 ]
 
+# Rotary tables are in no file; of a model with more parameters they may take as much as these.
+_TABLE_BYTES = 64 << 20
 # Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
 BRANCH_MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
@@ -64,18 +70,58 @@ def start_from(model: nn.Module, path: str | Path) -> None:
     """
     _, found = saved_parameters(Path(path))
     wanted = model.state_dict()
+    if misfits := _misfits(wanted, found):
+        raise UserError(
+            f"model.init_from = {path}: the model there has another shape: {misfits}; set [model] "
+            "and data.seq_len as in its config.toml"
+        )
+    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
+
+
+def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a config whose model is not that of a checkpoint, before any of the model is made.
+
+    Args:
+        config: its vocabulary settled; where it is the checkpoint's own it may say anything.
+        found: the parameters there, on any device.
+        source: the checkpoint's folder.
+
+    Raises:
+        UserError: the parameters have other shapes, or what is made beside them is out of
+            proportion.
+    """
+    problem = f"model.n_layers = {config.model.n_layers}"
+    if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
+        try:
+            with torch.device("meta"):
+                model = Transformer(config.model, seq_len=config.data.seq_len)
+            problem = _misfits(model.state_dict(), found)
+            tables = 4 * config.data.seq_len * model.head_dim if model.rope_cos is not None else 0
+            if tables > max(_TABLE_BYTES, sum(tensor.nbytes for tensor in found.values())):
+                problem = f"data.seq_len = {config.data.seq_len} for so small a model"
+        except (
+            ArithmeticError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # sizes beyond 2**63
+            problem = " ".join(str(error).split())
+    if problem:
+        raise UserError(
+            f"{source}: its tensors do not fit [model] and data.seq_len: {problem}; use the "
+            "config.toml that the run was trained with"
+        )
+
+
+def _misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Return which parameters have other shapes there than here, at most three of them."""
     misfits = [
         f"{name} is {_shape(found.get(name))} there and {_shape(wanted.get(name))} here"
         for name in sorted(wanted.keys() | found.keys())
         if _shape(found.get(name)) != _shape(wanted.get(name))
     ]
-    if misfits:
-        more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise UserError(
-            f"model.init_from = {path}: the model there has another shape: "
-            f"{'; '.join(misfits[:3])}{more}; set [model] and data.seq_len as in its config.toml"
-        )
-    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
+    more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+    return "; ".join(misfits[:3]) + more
 
 
 def _shape(tensor: Tensor | None) -> str:

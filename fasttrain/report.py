@@ -6,22 +6,23 @@ Needs the extra ``report``: plotly for the page, matplotlib for the picture.
 """
 
 import argparse
+import contextlib
 import html
 import importlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from fasttrain.command import command, prog
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config_keys import counted
+from fasttrain.untrusted import misfit, parse_json
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
 
@@ -37,6 +38,14 @@ PARTS = {
     "optimizer": "#2e933c",
     "the rest": "#a0a0a0",
 }
+
+
+_Number = float | None  # of a row; what else is in it is not shown
+
+
+class _Row(TypedDict):
+    step: int
+    time: NotRequired[str]
 
 
 @dataclass(slots=True)
@@ -81,11 +90,13 @@ def read_run(path: Path) -> Run:
     toml = path / "config.toml"
     config = load_config(toml) if toml.is_file() else None
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed, or is being written
-            continue
+    for line in file.read_bytes().splitlines():
+        with contextlib.suppress(UserError):  # of a run that was killed, or is writing it now
+            row = parse_json(line, file, "")
+            row = {k: v for k, v in row.items() if k == "time" or not misfit(_Number, v)}
+            rows += [row] if row.keys() & {"loss", "val_loss"} else []
+    if problem := misfit(list[_Row], rows, "lines"):
+        raise UserError(f"{file}: of its {problem}; remove that line")
     run = Run(path.resolve().name, config, [], [])
     per_token = _flops_per_token(config) if config and config.model.vocab_size else math.nan
     minutes, before = 0.0, 0
@@ -94,9 +105,10 @@ def read_run(path: Path) -> Run:
             # A line's step_ms is the mean over the steps since the line before.
             minutes += (row.get("step_ms") or 0.0) * max(row["step"] - before, 0) / 60_000
             before = row["step"]
-            row |= {"minutes": minutes, "flops": row.get("tokens", math.nan) * per_token}
+            tokens = math.nan if row.get("tokens") is None else row["tokens"]
+            row |= {"minutes": minutes, "flops": tokens * per_token}
             run.train.append(row)
-        elif "val_loss" in row and run.train:
+        elif run.train:
             last = run.train[-1]
             run.evals.append(row | {k: last.get(k) for k in ("tokens", "minutes", "flops")})
     if not run.train:
@@ -218,21 +230,25 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
     last, best = run.train[-1], {}
     if finite := [row for row in run.evals if row["val_loss"] is not None]:
         best = min(finite, key=lambda row: row["val_loss"])
-    dates = [datetime.fromisoformat(r["time"]) for r in (*run.train, *run.evals) if "time" in r]
-    if dates:
-        dates[0] -= timedelta(minutes=run.train[0]["minutes"])  # the first line ends some steps
+    times = [r["time"] for r in (*run.train, *run.evals) if "time" in r]
+    try:
+        dates = [datetime.fromisoformat(time).astimezone() for time in times]
+        if dates:
+            dates[0] -= timedelta(minutes=run.train[0]["minutes"])  # the first line ends some steps
+    except (ValueError, OverflowError):  # no dates, or none that a calendar has
+        dates = []
     shown = [f"{date:%Y-%m-%d %H:%M}" for date in sorted(dates)] or ["n/a"]
-    done = last.get("progress", 1.0)
+    done = last.get("progress") or 1.0
     return {
         "started": shown[0],
         "ended": shown[-1],
         "steps": f"{last['step']:,}" + (f" ({done:.0%} of the run)" if done < 1 else ""),
-        "tokens": _number(last.get("tokens"), ",d"),
+        "tokens": _number(last.get("tokens"), ",.0f"),
         "minutes in steps": _number(last["minutes"], ".1f"),
         "train loss, smoothed": _number(smoothed(run, n_steps)[-1]),
         "train loss, last logged": _number(last["loss"]),
         "best validation loss": _number(best.get("val_loss")),
-        "… at step": _number(best.get("step"), ",d"),
+        "… at step": _number(best.get("step"), ",.0f"),
         "… perplexity": _number(best.get("val_ppl"), ".2f"),
         "… bits per byte": _number(best.get("val_bpb")),
         "… accuracy": _number(best.get("val_accuracy"), ".1%"),

@@ -258,6 +258,7 @@ def _build(
             samples = shape.samples * world.size
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
+            origin.check_model(config, checkpoint.parse(source).group("model"), source)
             if world.leads and (warning := other_bits(state, resolve_compile(config, device))):
                 folder.warn(warning)
     torch.manual_seed(config.run.seed)

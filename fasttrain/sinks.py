@@ -65,7 +65,8 @@ class CsvLogger:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
         if kind not in self._files:
             path = self._folder / f"{kind}.csv"
-            old = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            old = text.partition("\n")[0]
             columns = next(csv.reader([old])) if old else list(row)
             self._files[kind] = (LogFile(path), columns)
             if not old:

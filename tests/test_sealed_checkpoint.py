@@ -2,14 +2,18 @@
 
 import json
 import os
+import resource
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from fasttrain import checkpoint
+from fasttrain import checkpoint, generate, hf
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
 from fasttrain.train import main
 from tests.toy import write_config
@@ -110,3 +114,46 @@ def test_R31_what_cannot_be_parsed_back_is_not_committed(
     passed_over: list[str] = []
     assert resolve(tmp_path, report=passed_over.append) == older
     assert len(passed_over) == 1
+
+
+# ---- R25: what it asks for is held against what it has -------------------------------------------
+
+HUGE = {
+    "hidden_dim": ("n_heads = 2", "n_heads = 2\nhidden_dim = 16000000", "blocks.0.mlp.down.weight"),
+    "n_layers": ("n_layers = 1", "n_layers = 100000000", "model.n_layers = 100000000"),
+    "n_heads": ("n_heads = 2", "n_heads = 2\nn_kv_heads = 1", "blocks.0.attention"),
+    "vocab_size": ("vocab_size = 320", "vocab_size = 4611686018427387904", "fit [model]"),
+    "dim": ("\ndim = 32", f"\ndim = {2**70}", "fit [model]"),
+    "seq_len": ("seq_len = 16", "seq_len = 16000000", "data.seq_len = 16000000"),
+    "seq_len of 2**62": ("seq_len = 16", f"seq_len = {2**62}", "fit [model]"),
+    "no numbers": ("n_layers = 1", "n_layers = *", "config.toml: is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), HUGE.values(), ids=HUGE)
+def test_R25_F6_a_config_that_asks_for_more_than_the_file_has(
+    old: str, new: str, reason: str, copy: Path, capsys: Capture
+) -> None:
+    text = (copy / "config.toml").read_text()
+    assert text.count(old) == 1
+    (copy / "config.toml").write_text(text.replace(old, new))
+    reseal(copy)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, reason)
+    refused(hf.main(["export", "runs/a", "out"]), capsys, reason)
+    refused(main(["--resume", str(copy)]), capsys, reason)
+    assert time.monotonic() - started < 15
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    assert not Path("out").exists()
+
+
+def test_R25_F16_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["norm.weight"][3] = torch.nan
+    save_file(tensors, copy / "model.safetensors")
+    reseal(copy)
+    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "norm.weight is not finite")
+    tensors["norm.weight"][:] = 3e38  # finite, and its logits are not
+    save_file(tensors, copy / "model.safetensors")
+    reseal(copy)
+    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "logits are not finite")

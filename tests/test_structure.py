@@ -44,7 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
-    "checkpoint_parts": (CONFIG | CHECKPOINT, set()),
+    "checkpoint_parts": (CONFIG | CHECKPOINT, {"torch"}),
     "checkpoint_ranks": (CONFIG | {"checkpoint_files", "checkpoint_schema", "slices"}, {"torch"}),
     "checkpoint_files": (
         CONFIG | {"checkpoint_schema", "untrusted"},
