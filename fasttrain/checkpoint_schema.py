@@ -71,8 +71,9 @@ class RunState(TypedDict):
     best_val_loss: float | None
     loss_ema: float | None
     faults: Faults
-    tokens: NotRequired[int]  # this and those below are younger than version 1 of the format
+    tokens: NotRequired[int]  # this and those below are not in all checkpoints of version 1
     samples_per_step: NotRequired[int]
+    regular: NotRequired[bool]
     val_losses: NotRequired[list[float | None]]
     data: NotRequired[dict[str, dict[str, Any]]]
     history: NotRequired[list[Change]]
