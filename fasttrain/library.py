@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -229,6 +229,7 @@ class Trainer:
         self.epoch = 0  # passes that are done
         self.val_losses: list[float] = []
         self._loader: Any = None
+        self._tried = False  # to save within this training
         self._loader_facts: dict[str, str] = {}
         self._own_values: dict[str, Any] = {}
         self._random = states.random_sources(self.device)
@@ -376,7 +377,7 @@ class Trainer:
                 )
             for doubt in [*states.doubts(loader), *states.doubts(val_loader or [])]:
                 warnings.warn(f"Trainer: {doubt}", stacklevel=5)
-        self._loader, self._loader_facts = loader, facts
+        self._loader, self._loader_facts, self._tried = loader, facts, False
         self._own_values = states.own_values(loader)
         self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
@@ -409,6 +410,8 @@ class Trainer:
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result, config = {}, self.config
+            if self.writer is not None and not self._tried:
+                self._tried = bool(self._snapshot())  # what cannot be saved is told now
             if self.step % config.log.every_steps == 0:
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
@@ -721,11 +724,19 @@ def _saved(run_dir: Path) -> bool:
     return folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
 
 
-def _locked(run_dir: Path) -> Any:
-    """Return the lock of a run folder, which is made; Windows has none."""
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Make the run folder and hold its lock; Windows has none."""
     if importlib.util.find_spec("fcntl") is None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        return nullcontext()
+        yield
+        return
+    import fcntl
+
     from fasttrain.run_folder import lock_run_dir
 
-    return lock_run_dir(run_dir, new=False)
+    with lock_run_dir(run_dir, new=False) as lock:
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # the loader's processes have the file open as well

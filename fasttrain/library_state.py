@@ -113,7 +113,7 @@ def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, st
     Raises:
         UserError: names them, with both values.
     """
-    changes = [f"{k}: {saved[k]} → {now[k]}" for k in saved if saved[k] != now.get(k, saved[k])]
+    changes = [f"{k}: {saved[k]} → {v}" for k, v in now.items() if saved.get(k, v) != v]
     if changes:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
         raise UserError(
