@@ -50,7 +50,10 @@ class RunConfig(Section):
     compile: str = key(
         "auto",
         "torch.compile mode (c++: none, but blocks in C++ on a CPU; auto: c++ where it fits)",
-        choices=("auto", "off", "c++", "default", "cuda-graphs", "max-autotune"),
+        choices=(
+            *("auto", "off", "c++", "default", "cuda-graphs"),
+            *("max-autotune", "max-autotune-no-cudagraphs"),
+        ),
     )
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)

@@ -331,6 +331,18 @@ def test_bf16_states_with_fp32_parameters() -> None:
     assert torch.equal(x.state[a[0]]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
+def test_C17_launches_of_equal_size_round_with_noise_of_their_own(path: torch.device) -> None:
+    """An aligned and an unaligned parameter are updated by two launches."""
+    storage = torch.ones(2, 4104, device=path, dtype=torch.bfloat16)
+    params = [nn.Parameter(storage[0, :4096]), nn.Parameter(storage[1, 1:4097])]
+    optimizer = FusedAdamW(params, lr=1e-4, weight_decay=0.0, stochastic_rounding=True, seed=3)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    alike = (params[0] == params[1]).float().mean().item()
+    assert alike < 0.99  # 0.13 · 0.13 + 0.87 · 0.87 = 0.77 of them where the noise is independent
+
+
 def test_stochastic_rounding_is_unbiased_and_reproducible(path: torch.device) -> None:
     def final() -> Tensor:
         p = nn.Parameter(torch.ones(4096, device=path, dtype=torch.bfloat16))
