@@ -334,6 +334,11 @@ class EvalConfig(Section):
 
     section: ClassVar[str] = "eval"
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    tokens: int | None = key(
+        None,
+        "targets of one evaluation, always the same ones, spread over the split (None: all)",
+        ge=1,
+    )
     batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,

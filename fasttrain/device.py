@@ -146,6 +146,15 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     return mode
 
 
+def compiles_evaluation(device: torch.device) -> bool:
+    """Return whether evaluation is compiled where training is.
+
+    On a CPU it takes longer to compile than it saves: with base.toml 30 s, and all of the
+    evaluation takes 15 s as it is (two Zen 4 cores, bf16, torch 2.13).
+    """
+    return device.type == "cuda"
+
+
 def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
     """Return ``fn`` compiled as one graph of static shapes; a graph break is an error.
 
