@@ -28,6 +28,7 @@ from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.memory import release_memory
 from fasttrain.model import flops_constants
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
@@ -138,10 +139,10 @@ def run(
                 if rows == 1:
                     raise
                 subject.loader.close()
-                del subject
-                torch.cuda.empty_cache()
-                torch._dynamo.reset()
-                rows //= 2
+            del subject
+            torch._dynamo.reset()
+            release_memory()
+            rows //= 2
         assert math.isfinite(loss), f"the loss of a step is {loss}"
         entry: dict[str, Any] = {
             "name": name,

@@ -97,6 +97,16 @@ def _flex(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if torch.compiler.is_compiling() else _compiled(function)
 
 
+def _has_flash(x: Tensor) -> bool:
+    """Return whether SDPA takes FlashAttention, its only CUDA kernel that knows grouped queries.
+
+    Without, and with a mask, it would write out all T·T scores.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties(x.device).major >= 8
+
+
 def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the rotary angles, each (n_positions, head_dim // 2) fp32.
 
@@ -207,8 +217,7 @@ class Attention(nn.Module):
             q, k, v = (z.to(qkv.dtype) for z in (q, k, v))  # autocast does not know FlexAttention
             y = _flex(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
         else:
-            if grouped and mask is not None and q.is_cuda:
-                # Of SDPA's CUDA kernels those that take a mask know no grouped queries.
+            if grouped and q.is_cuda and (mask is not None or not _has_flash(qkv)):
                 k, v = (z.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for z in (k, v))
                 grouped = False
             y = F.scaled_dot_product_attention(

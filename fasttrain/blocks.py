@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fasttrain.block_cpu import build, run_blocks_on_cpu
 from fasttrain.config_keys import refuse
-from fasttrain.device import compile_function
+from fasttrain.device import compile_function, compiles_evaluation
 from fasttrain.model import Block, Transformer, run_block, run_blocks
 
 __all__ = ["prepare_blocks"]
@@ -60,7 +60,7 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
 def prepare_blocks(
     model: Transformer, *, activation_checkpointing: str, mode: str, sharded: bool
 ) -> None:
-    """Set how the blocks of ``model`` are run with gradients; without them, they run as they are.
+    """Set how the blocks of ``model`` are run in training; on CUDA in evaluation, if compiled.
 
     Args:
         model: as it will train; sharded already where it is.
@@ -76,18 +76,32 @@ def prepare_blocks(
     if mode == "c++":
         build()
         run_all = run_blocks_on_cpu
+    compiled = mode == "blocks"
     if not sharded:
-        model.blocks_fn = run_all
+        model.blocks_fn = partial(_run, run_all, compiled)
         return
     for block in model.blocks:
-        block.forward = partial(_run_inside, run_all, block)
+        block.forward = partial(_run_inside, run_all, compiled, block)
+
+
+def _is_own(compiled: bool, x: Tensor, cache: object) -> bool:
+    """Return whether blocks run here as in training: with gradients, or compiled to evaluate."""
+    evaluates = compiled and compiles_evaluation(x.device)
+    return cache is None and (evaluates or torch.is_grad_enabled())
+
+
+def _run(
+    run_all: _Runner, compiled: bool, blocks: Any, norm: Any, x: Tensor, rope: Any, mask: Any,
+    caches: Any, *rest: Any,
+) -> Tensor:  # fmt: skip
+    run = run_all if _is_own(compiled, x, caches) else run_blocks
+    return run(blocks, norm, x, rope, mask, caches, *rest)
 
 
 def _run_inside(
-    run_all: _Runner, block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, *rest: Any
-) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _forward(block, x, rope, mask, cache, *rest)
-    start, value = rest
-    values = None if value is None else [value]
-    return run_all([block], None, x, rope, mask, None if cache is None else [cache], start, values)
+    run_all: _Runner, compiled: bool, block: nn.Module, x: Tensor, rope: Any, mask: Any,
+    cache: Any, start: int, value: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if not _is_own(compiled, x, cache):
+        return _forward(block, x, rope, mask, cache, start, value)
+    return run_all([block], None, x, rope, mask, None, start, None if value is None else [value])

@@ -24,6 +24,10 @@ __all__ = [
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 EXIT_NOT_READ = 141  # as shells show an end by SIGPIPE
+_OUT_OF_MEMORY = (
+    "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "
+    'train.micro_batch="auto" choose it, or set train.activation_checkpointing=full'
+)
 P = ParamSpec("P")
 
 
@@ -52,6 +56,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 return EXIT_NOT_READ
             rank = os.environ.get("RANK")
             of_rank = f"rank {rank}: " if rank else ""
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+                tell(f"{of_rank}error: {error}\n{_OUT_OF_MEMORY}")
+                return EXIT_FAILED
             tell(of_rank + traceback.format_exc().rstrip("\n"))
             return EXIT_FAILED
 

@@ -51,7 +51,10 @@ class RunConfig(Section):
     compile: str = key(
         "auto",
         "torch.compile mode (c++: none, but blocks in C++ on a CPU; auto: c++ where it fits)",
-        choices=("auto", "off", "c++", "default", "cuda-graphs", "max-autotune"),
+        choices=(
+            *("auto", "off", "c++", "default", "cuda-graphs"),
+            *("max-autotune", "max-autotune-no-cudagraphs"),
+        ),
     )
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
@@ -347,6 +350,11 @@ class EvalConfig(Section):
 
     section: ClassVar[str] = "eval"
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    tokens: int | None = key(
+        None,
+        "targets of one evaluation, always the same ones, spread over the split (None: all)",
+        ge=1,
+    )
     batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,

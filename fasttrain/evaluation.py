@@ -1,5 +1,6 @@
 """The held-out split: loss, perplexity, bits per byte and next-token accuracy."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,8 +11,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.held_out import evaluation_batches
-from fasttrain.data.loader import Batch
-from fasttrain.device import Precision
+from fasttrain.device import Precision, compile_function, compiles_evaluation
 from fasttrain.distributed import World
 from fasttrain.model import Transformer
 from fasttrain.sharding import gathered
@@ -28,18 +28,21 @@ def evaluate(
     *,
     device: torch.device,
     precision: Precision,
+    compile_mode: str = "off",
     should_stop: Callable[[], bool] | None = None,
     world: World | None = None,
 ) -> dict[str, float | None]:
-    """Run ``model`` over the whole split once; each token but the first is a target once.
+    """Run ``model`` over the split, or ``eval.tokens`` of it; no token is a target twice.
 
     Rows are those of training (see `evaluation_batches`): where they are documents, the first token
-    of each document is no target. The ranks of ``world`` share the batches and all return the same;
+    of each document is no target. On CUDA the model is compiled where ``compile_mode``, that of
+    training, compiles one graph. The ranks of ``world`` share the batches and all return the same;
     ``should_stop`` must agree on them.
 
     Returns:
         ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
-        (None where the dataset does not know its bytes) and ``val_accuracy`` of the next token.
+        (None where the dataset does not know its bytes; of a part of the split, by the mean bytes
+        of a token) and ``val_accuracy`` of the next token.
         Nothing where ``should_stop``, asked before each batch, said yes.
     """
     world = world or World()
@@ -55,39 +58,55 @@ def evaluate(
         batching=config.data.batching,
         separate_documents=not config.data.attention_across_documents,
         stride_tokens=None if fraction is None else max(round(fraction * seq_len), 1),
+        n_tokens=config.eval.tokens,
         rank=world.rank,
         world_size=world.size,
     )
+    one_graph = compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
+    totals_of = _compiled(_totals) if one_graph else _totals
     try:
         with gathered(model, world):
             for batch in batches:
                 if should_stop is not None and should_stop():
                     return {}
-                totals += _totals(model, batch, precision)
+                totals += totals_of(model, batch.tokens, batch.targets, batch.doc_starts, precision)
     finally:
         model.train(was_training)
     loss_sum, n_right, n_targets = world.sum(totals).tolist()
     loss = loss_sum / n_targets
+    n_bytes = dataset.n_bytes
+    if n_bytes and config.eval.tokens is not None:
+        n_bytes = n_bytes * n_targets / dataset.n_tokens
     return {
         "val_loss": loss,
         "val_ppl": math.exp(min(loss, 700.0)),
-        "val_bpb": loss_sum / math.log(2) / dataset.n_bytes if dataset.n_bytes else None,
+        "val_bpb": loss_sum / math.log(2) / n_bytes if n_bytes else None,
         "val_accuracy": n_right / n_targets,
     }
 
 
-def _totals(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
+@functools.cache  # what was compiled for one evaluation serves the next
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return compile_function(function, "default")
+
+
+def _totals(
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    starts: Tensor | None,
+    precision: Precision,
+) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
-    starts = batch.doc_starts
     with precision.autocast():
         loss_sum, n_right = linear_cross_entropy(
-            model(batch.tokens) if starts is None else model(batch.tokens, doc_starts=starts),
+            model(tokens) if starts is None else model(tokens, doc_starts=starts),
             model.head_weight,
-            batch.targets,
+            targets,
             ignore_index=IGNORE_INDEX,
             reduction="sum",
             softcap=model.config.logit_softcap,
             return_accuracy=True,
         )
-    n_targets = (batch.targets != IGNORE_INDEX).sum()
+    n_targets = (targets != IGNORE_INDEX).sum()
     return torch.stack([loss_sum.double(), n_right.double(), n_targets.double()])

@@ -30,11 +30,14 @@ from fasttrain_kernels import (
 from torch import Tensor
 
 from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.memory import device_memory
 
 __all__ = ["CHOICES", "OpReport", "check_kernels", "show_kernels"]
 
 Outputs = Tensor | tuple[Tensor, ...]
 
+# A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
+LOSS_BYTES = 44
 # What the trainer takes and why. Operations dispatch so by themselves: within torch.compile those
 # that only move memory are plain compositions for it to fuse. Figures: this command on two Zen 3
 # cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, milliseconds). On CUDA the same
@@ -77,8 +80,11 @@ def _plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
-    large = device.type == "cuda"
-    n, d, f, v, k = (16384, 1024, 4096, 32768, 64) if large else (2048, 256, 1024, 4096, 64)
+    n, d, f, v, k = 2048, 256, 1024, 4096, 64
+    if device.type == "cuda":
+        d, f, v = 1024, 4096, 32768
+        rows = max(int(0.8 * device_memory(device) / (LOSS_BYTES * v)), 16)
+        n = min(16384, 1 << rows.bit_length() - 1)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -8,7 +8,7 @@ fuses and recomputes, and mostly takes less.
 
     parameters   Σ numel · itemsize
     gradients    alive at the peak: none of this step's at the end of the first forward pass
-    optimizer    AdamW 8 bytes a parameter (Loshchilov and Hutter 2019, arXiv:1711.05101), Muon 4
+    optimizer    what `fasttrain.optim.state_bytes` says: of AdamW 8 bytes a parameter, of Muon 4
     activations  all else that lives at the peak: kept for backward, and temporaries
     logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
     buffers      tables of the model, batches on the device
@@ -21,6 +21,7 @@ tensors and collectives that send nothing.
 Legend: B micro-batch rows, T sequence, V vocabulary.
 """
 
+import gc
 import os
 import sys
 import weakref
@@ -43,11 +44,11 @@ from fasttrain.device import Precision
 from fasttrain.distributed import World, choose_mode
 from fasttrain.horizon import step_shape
 from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
+from fasttrain.optim import build_optimizers, state_bytes
 from fasttrain.sharding import set_gradient_sync, shard
 from fasttrain.step import linear_cross_entropy_criterion
 
-__all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak"]
+__all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak", "release_memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +159,10 @@ def _optimizer_bytes(
     """
     state = scratch = 0
     for optimizer in optimizers:
+        state += state_bytes(optimizer)
+        if not isinstance(optimizer, Muon):
+            continue
         for group in optimizer.param_groups:
-            sizes = [p.nbytes for p in group["params"]]
-            if not isinstance(optimizer, Muon):
-                state += 2 * sum(sizes)
-                continue
-            state += sum(sizes)
             by_shape: dict[tuple[int, ...], int] = {}
             for p in group["params"]:
                 rows, cols = sorted(p.shape)
@@ -339,6 +338,15 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def release_memory() -> None:
+    """Free what only reference cycles hold, as a model and its compiled step do, and torch's cache.
+
+    After an out-of-memory error, outside its handler: the traceback holds the failed step.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def device_memory(device: torch.device) -> int:

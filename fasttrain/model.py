@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         # A tied head is the embedding itself, so that a checkpoint holds the matrix once.
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.blocks_fn: Callable[..., Tensor] = run_blocks  # with gradients
+        self.blocks_fn: Callable[..., Tensor] = run_blocks
         self.rope_cos: Tensor | None
         self.rope_sin: Tensor | None
         self.register_buffer("rope_cos", None, persistent=False)
@@ -313,8 +313,7 @@ class Transformer(nn.Module):
         )
         values = [table(tokens) for table in self.value_embeddings] or None
         caches = cache.layers if cache is not None else None
-        run = self.blocks_fn if torch.is_grad_enabled() else run_blocks
-        hidden = run(self.blocks, self.norm, x, rope, mask, caches, start, values)
+        hidden = self.blocks_fn(self.blocks, self.norm, x, rope, mask, caches, start, values)
         if cache is not None:
             cache.length = start + t
             cache.last_tokens = tokens[:, -1]

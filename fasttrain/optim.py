@@ -13,7 +13,9 @@ from fasttrain.config_keys import refuse
 from fasttrain.model import Transformer
 from fasttrain.slices import cut
 
-__all__ = ["build_optimizers", "load_optimizer_tensors", "optimizer_tensors", "set_lr"]
+__all__ = [
+    "build_optimizers", "load_optimizer_tensors", "optimizer_tensors", "set_lr", "state_bytes",
+]  # fmt: skip
 
 
 def build_optimizers(
@@ -126,6 +128,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(value)
         else:
             group["lr"] = value
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
+    total = 0
+    for p in _parameters(optimizer):
+        if isinstance(optimizer, Muon):
+            total += p.nbytes
+        elif isinstance(optimizer, torch.optim.SGD):
+            total += p.nbytes if optimizer.defaults["momentum"] else 0
+        elif isinstance(optimizer, torch.optim.Adafactor):  # of a matrix its row and column means
+            total += (sum(p.shape) if p.ndim > 1 else p.numel()) * p.element_size()
+        elif isinstance(optimizer, FusedAdamW) or p.numel() < 4096 or p.numel() % 256:
+            total += 2 * p.nbytes
+        else:  # torchao: two moments of a byte, an fp32 scale for each 256 of them and two tables
+            total += 2 * (p.numel() + p.numel() // 64 + 1024)
+    return total
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,14 +1,14 @@
 """The size of a run, from its config and data alone, and what will hurt it."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fasttrain.config import TrainConfig
 from fasttrain.config_keys import counted
+from fasttrain.data.batching import Plan as Samples
 from fasttrain.data.splitting import FEW_VAL_TOKENS
-from fasttrain.horizon import step_shape
+from fasttrain.horizon import n_steps, step_shape
 
 if TYPE_CHECKING:
     import torch
@@ -58,21 +58,30 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
 
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=config.data.seq_len)
-    loop, seq_len = config.train, config.data.seq_len
-    per_step = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
-    steps = loop.steps
-    if loop.tokens is not None:
-        steps = math.ceil(loop.tokens / per_step)
-    elif loop.epochs is not None and train is not None:
-        samples = (train.n_tokens - 1) // seq_len
-        steps = math.ceil(math.ceil(loop.epochs * samples) * seq_len / per_step)
+    loop, data = config.train, config.data
+    samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
+    per_step, per_epoch = samples * data.seq_len, 0
+    if train is not None:
+        per_epoch = Samples(
+            train,
+            batching=data.batching,
+            seq_len=data.seq_len,
+            seed=config.run.seed,
+            stride_tokens=data.stride_tokens,
+            weights=data.weights,
+        ).samples_per_epoch
+    steps = None
+    if per_epoch or loop.epochs is None:
+        steps = n_steps(
+            loop, tokens_per_step=per_step, samples_per_step=samples, samples_per_epoch=per_epoch
+        )
     return Plan(
         parameters=model.num_parameters(),
         matmul_parameters=model.num_matmul_parameters(),
-        flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=seq_len),
+        flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=data.seq_len),
         tokens_per_step=per_step,
         steps=steps,
-        epochs=None if steps is None or train is None else steps * per_step / train.n_tokens,
+        epochs=steps * samples / per_epoch if steps is not None and per_epoch else None,
     )
 
 

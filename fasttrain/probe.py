@@ -14,7 +14,7 @@ from fasttrain.config_keys import counted, divisors
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.horizon import step_shape
-from fasttrain.memory import device_memory, estimate_memory, measure_peak
+from fasttrain.memory import device_memory, estimate_memory, measure_peak, release_memory
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
@@ -129,11 +129,11 @@ def settle_micro_batch(
         for size in reversed([n for n in divisors(rows) if fits(n)]):
             try:
                 probe_step(tried(size), device=device, precision=precision, memory=False)
+                best = size
+                break
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                continue
-            best = size
-            break
+                pass
+            release_memory()  # of the model of the attempt, which the error no longer holds
     else:
         speed = 0.0
         for size in divisors(rows):

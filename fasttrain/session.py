@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from fasttrain_kernels import Muon
 from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint, origin
@@ -42,7 +41,7 @@ from fasttrain.generate import generate
 from fasttrain.horizon import step_shape
 from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
+from fasttrain.optim import build_optimizers, state_bytes
 from fasttrain.plan import warnings_of_data
 from fasttrain.redact import redact
 from fasttrain.resume import check_resumable, data_facts, lr_jump, other_bits
@@ -337,12 +336,9 @@ def _build(
 def _checkpoint_bytes(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], *, averaged: bool
 ) -> int:
-    """Return the size of a checkpoint at the most: the model and two moments, one of Muon's."""
+    """Return the size of a checkpoint: the model, its average and the optimizers' state."""
     size: int = sum(tensor.nbytes for tensor in model.state_dict().values()) * (1 + averaged)
-    for optimizer in optimizers:
-        n_moments = 1 if isinstance(optimizer, Muon) else 2
-        size += n_moments * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
-    return size
+    return size + sum(state_bytes(optimizer) for optimizer in optimizers)
 
 
 def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:

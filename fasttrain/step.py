@@ -146,9 +146,10 @@ class TrainStep:
         accumulates = step_shape(config.train, config.data.seq_len, world.size).n_micro > 1
         if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
+            other = {"cuda-graphs": "default"}.get(self.compile_mode, "max-autotune-no-cudagraphs")
             raise UserError(
                 f"run.compile = {self.compile_mode!r} does not accumulate gradients; raise "
-                "train.micro_batch until one makes the step, or use run.compile=default"
+                f"train.micro_batch until one makes the step, or use run.compile={other}"
             )
         if world.sharded and self.compile_mode not in ("off", "c++"):
             # A graph cannot gather what it needs.

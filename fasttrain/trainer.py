@@ -353,7 +353,7 @@ class Trainer:
     # ---- evaluation and samples ----------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Evaluate on the whole validation split, log it and return it (see `evaluation.evaluate`).
+        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`).
 
         Raises:
             UserError: there is no validation split.
@@ -369,6 +369,7 @@ class Trainer:
                 self.config,
                 device=self.device,
                 precision=self.precision,
+                compile_mode=self.train_step.compile_mode,
                 should_stop=lambda: self._decide_together() and self.guard.is_open,
                 world=self.world,
             )

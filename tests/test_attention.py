@@ -1,10 +1,13 @@
 """What a query may see: one rule, the same as a boolean mask and as FlexAttention's block mask."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from fasttrain import attention as attention_module
 from fasttrain.attention import Attention, attention_mask, rope_tables, visible
 from fasttrain.config import ModelConfig
 
@@ -88,6 +91,48 @@ def test_attention_by_flex_attention_equals_that_by_sdpa(n_kv_heads: int, docume
         torch.testing.assert_close(
             compiled(x, starts, True), attend(x, starts, False), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "flash"),
+    [
+        (torch.bfloat16, 9, True),
+        (torch.float16, 8, True),
+        (torch.float16, 7, False),
+        (torch.float32, 9, False),  # generate; run.dtype = fp32 and tf32
+    ],
+)
+def test_C9_flash_attention_is_expected_where_torch_has_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: int, flash: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(major=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert attention_module._has_flash(torch.empty(1, dtype=dtype)) == flash
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("flash", [False, True])
+def test_C9_grouped_queries_are_left_to_flash_attention_alone(
+    monkeypatch: pytest.MonkeyPatch, flash: bool, masked: bool
+) -> None:
+    """Any other CUDA path of SDPA writes out all T·T scores for them."""
+    seen: list[tuple[int, bool]] = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **_: object) -> Tensor:
+        seen.append((k.shape[1], enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(attention_module, "_has_flash", lambda x: flash)
+    config = ModelConfig(vocab_size=64, dim=64, n_heads=4, n_kv_heads=2)
+
+    class OnCuda(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    mask = torch.ones(T, T, dtype=torch.bool) if masked else None
+    Attention(config)(torch.zeros(2, T, 64).as_subclass(OnCuda), None, mask)
+    assert seen == [(2, True) if flash and not masked else (4, False)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: FlexAttention's kernel")

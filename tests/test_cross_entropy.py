@@ -248,6 +248,16 @@ def test_inplace_writes_over_the_logits_and_refuses_a_second_backward(device):
         cross_entropy(product, targets, inplace=True).backward()
 
 
+def test_C17_logits_and_gradient_are_kept_from_forward_to_backward(device):
+    logits, targets = torch.randn(64, 512, device=device), torch.arange(64, device=device)
+    logits.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = cross_entropy(logits, targets)
+    kept = sum(t.nbytes for t in saved) + loss.grad_fn.grad.nbytes
+    assert 2 * logits.nbytes < kept < 2.1 * logits.nbytes
+
+
 def test_reruns_agree_bit_for_bit(device):
     logits, targets = torch.randn(5, 999, device=device), torch.randint(0, 999, (5,)).to(device)
     first, second = (outputs(cross_entropy, logits, targets, z_loss=0.1) for _ in range(2))

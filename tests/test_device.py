@@ -5,7 +5,7 @@ import torch
 
 from fasttrain import device as device_module
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.device import resolve_compile, resolve_device, resolve_precision
+from fasttrain.device import compile_function, resolve_compile, resolve_device, resolve_precision
 from fasttrain.model import Transformer
 from fasttrain.step import TrainStep
 
@@ -65,10 +65,16 @@ def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_mode(CPU, compile="default")
 
 
-def test_graphs_that_would_overwrite_accumulated_gradients_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [("cuda-graphs", "default"), ("max-autotune", "max-autotune-no-cudagraphs")],
+)
+def test_C13_graphs_that_would_overwrite_accumulated_gradients_are_refused(
+    mode: str, remedy: str
+) -> None:
     config = config_from_dict(
         {
-            "run": {"compile": "cuda-graphs"},
+            "run": {"compile": mode},
             "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
             "data": {"path": "unused", "seq_len": 8},
             "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 32},
@@ -76,5 +82,13 @@ def test_graphs_that_would_overwrite_accumulated_gradients_are_refused() -> None
     )
     model = Transformer(config.model, seq_len=8)
     precision = resolve_precision("fp32", CPU)
-    with pytest.raises(UserError, match="does not accumulate"):
+    with pytest.raises(UserError, match=f"does not accumulate.*run.compile={remedy}$"):
         TrainStep(model, [], config, device=CUDA, precision=precision)
+
+
+def test_C13_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: asked.update(options))
+    compile_function(lambda: None, "max-autotune-no-cudagraphs")
+    assert asked["mode"] == "max-autotune-no-cudagraphs"
+    assert asked["mode"] in torch._inductor.list_mode_options()

@@ -2,20 +2,23 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttrain.config import DataConfig, LoopConfig, ModelConfig, TrainConfig
+from fasttrain.blocks import prepare_blocks
+from fasttrain.config import DataConfig, EvalConfig, LoopConfig, ModelConfig, TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import IGNORE
 from fasttrain.device import resolve_precision
-from fasttrain.evaluation import evaluate
+from fasttrain.evaluation import _compiled, evaluate
 from fasttrain.model import Transformer
 from tests.toy_data import write_tokens
 
@@ -137,3 +140,84 @@ def test_imports_have_no_bits_per_byte(tmp_path: Path, model: Transformer) -> No
     found = evaluate(model, dataset, config_of(2), device=CPU, precision=FP32)
     assert found["val_bpb"] is None
     assert found["val_loss"] > 0
+
+
+@pytest.mark.parametrize("batching", ["packed", "sliding", "padded", "bucketed"])
+@pytest.mark.parametrize("n_tokens", [1, 20, 40, 64, 1000])
+def test_C16_a_part_of_the_split_is_spread_over_it_and_always_the_same(
+    dataset: TokenDataset, batching: str, n_tokens: int
+) -> None:
+    def targets(n_tokens: int | None, world_size: int = 1) -> list[int]:
+        found = []
+        for rank in range(world_size):
+            options = {"seq_len": 4, "batch_size": 2, "batching": batching, "device": CPU}
+            options |= {"stride_tokens": 3} if batching == "sliding" else {}
+            for batch in evaluation_batches(
+                dataset, n_tokens=n_tokens, rank=rank, world_size=world_size, **options
+            ):
+                found += batch.targets[batch.targets != IGNORE].tolist()
+        return sorted(found)
+
+    part, whole = targets(n_tokens), targets(None)
+    assert len(set(part)) == len(part)
+    assert set(part) <= set(whole)
+    assert part == targets(n_tokens) == targets(n_tokens, 2)
+    if n_tokens >= len(whole):
+        assert part == whole
+        return
+    assert n_tokens - 4 <= len(part) <= n_tokens + 4  # to a row
+    gaps = np.diff([0, *part, 66])
+    assert gaps.max() <= 3 * max(len(whole) / n_tokens, 1) + 30  # 30: the longest document
+
+
+def test_C16_bits_per_byte_of_a_part_are_those_of_its_share(
+    model: Transformer, dataset: TokenDataset
+) -> None:
+    config = config_of(2)
+    dataset.n_bytes = 130
+    results = [
+        evaluate(
+            model,
+            dataset,
+            replace(config, eval=EvalConfig(tokens=tokens)),
+            device=CPU,
+            precision=FP32,
+        )
+        for tokens in (None, 64, 16)
+    ]
+    assert results[0]["val_loss"] == results[1]["val_loss"] != results[2]["val_loss"]
+    for result in results:  # two bytes a token
+        loss, bits = result["val_loss"], result["val_bpb"]
+        assert bits == pytest.approx(loss / math.log(2) / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [("default", 1), ("blocks", 1), ("off", 0)])
+def test_C16_evaluation_is_compiled_where_training_is(
+    model: Transformer,
+    dataset: TokenDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    graphs: int,
+) -> None:
+    """One graph for all batches of all evaluations; of blocks one for all blocks."""
+    compiled: list[object] = []
+
+    def compile_eagerly(function: Any, mode: str) -> Any:
+        def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+            compiled.append(graph)
+            return graph.forward
+
+        return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
+
+    for module in ("evaluation", "blocks"):  # as on CUDA
+        monkeypatch.setattr(f"fasttrain.{module}.compile_function", compile_eagerly)
+        monkeypatch.setattr(f"fasttrain.{module}.compiles_evaluation", lambda device: True)
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+    options = {"device": CPU, "precision": FP32}
+    expected = evaluate(model, dataset, config_of(2), **options)
+    prepare_blocks(model, activation_checkpointing="none", mode=mode, sharded=False)
+    for _ in range(2):
+        found = evaluate(model, dataset, config_of(2), compile_mode=mode, **options)
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    assert len(compiled) == graphs

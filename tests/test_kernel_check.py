@@ -1,16 +1,20 @@
 """The check of kernels finds a wrong one, and times every path."""
 
 import math
+from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fasttrain_kernels._torch import fake_tensors
 from torch import Tensor
 
 from fasttrain import kernel_check
 from fasttrain.device import resolve_precision
 from fasttrain.kernel_check import CHOICES, check_kernels
+from fasttrain.memory import measure_peak
 from fasttrain.preflight import main
 
 CPU = torch.device("cpu")
@@ -71,3 +75,25 @@ def test_times_are_medians_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--kernels", "--device", "cuda:99"]) == 2
     assert "cuda:99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("free_gib", "rows"), [(15.5, 8192), (40, 16384), (0.001, 16)])
+def test_C11_the_check_fits_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, rows: int
+) -> None:
+    monkeypatch.setattr(kernel_check, "device_memory", lambda device: free_gib * 2**30)
+    unseeded = SimpleNamespace(manual_seed=lambda seed: None)
+    monkeypatch.setattr(torch, "Generator", lambda device: unseeded)
+    with fake_tensors():
+        *_, op = kernel_check._ops(torch.device("cuda"), torch.bfloat16)
+        assert op.inputs[0].shape == (rows, 1024)
+
+
+def test_C11_the_bytes_of_a_logit_are_those_measured() -> None:
+    n, v = 128, 32768
+    hidden, weight = torch.randn(n, 16), torch.randn(v, 16)
+    ours, plain = kernel_check.linear_cross_entropy, kernel_check.linear_cross_entropy_reference
+    op = kernel_check._Op("loss", ours, plain, (hidden, weight), (torch.randint(v, (n,)),))
+    run = partial(kernel_check._check, op, torch.float32, compiled=False)
+    per_logit = measure_peak(run, CPU) / (n * v)
+    assert 0.7 * kernel_check.LOSS_BYTES < per_logit < kernel_check.LOSS_BYTES

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from typing import Any
 
 import fasttrain_kernels
 import pytest
@@ -13,6 +14,7 @@ from fasttrain_kernels.symmetric import symmetric_matmul, symmetric_matmul_refer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(24, 24), (24, 60), (60, 24), (24, 24), (8, 60)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,6 +68,44 @@ def test_bf16_products_stay_near_the_reference() -> None:
     assert out.dtype == torch.bfloat16
     reference = newton_schulz_reference(g)
     assert (out.double() - reference).norm() < 0.1 * reference.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e5])
+@pytest.mark.parametrize("kind", ["flat", "rank 1", "normal"])
+def test_C3_fp16_products_stay_in_range(kind: str, scale: float) -> None:
+    """Norms far from 1, and spectra for which 1/‖A²‖ leaves the range of fp16."""
+    g = {
+        "flat": torch.eye(512)[None],
+        "rank 1": torch.ones(1, 300, 300),
+        "normal": torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(0)),
+    }[kind]
+    got = newton_schulz(scale * g, dtype=torch.float16)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(
+        got.float(), newton_schulz(g, dtype=torch.float32), rtol=0, atol=0.03
+    )
+
+
+def test_C18_sharded_muon_indexes_by_slices() -> None:
+    """A CUDA tensor indexed by a list of numbers waits until they are uploaded."""
+    from fasttrain_kernels._muon_sharded import ShardedBatch
+
+    class Indexing(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen += "index" in func.__name__
+            return func(*args, **(kwargs or {}))
+
+    directions = list(torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0)))
+    batch = ShardedBatch({"ns_steps": 5, "coefficients": "polar_express"}, 1.0, (8, 12), None, 2)
+    with Indexing() as mode:
+        got = batch.orthogonalise(directions, torch.float32)
+    assert not mode.seen
+    expected = newton_schulz(torch.stack(directions), dtype=torch.float32)
+    torch.testing.assert_close(torch.stack(got), expected, rtol=0, atol=0)
 
 
 def test_batched_equals_single_and_reruns_are_identical() -> None:

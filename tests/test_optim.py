@@ -13,7 +13,12 @@ from torch import nn
 
 from fasttrain.config import ModelConfig, OptimConfig, UserError
 from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from fasttrain.optim import (
+    build_optimizers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    state_bytes,
+)
 from tests.toy import ENV
 
 SHAPE = {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "qk_norm": True}
@@ -160,6 +165,23 @@ def test_optimizers_of_torch_learn_and_their_state_is_restored(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"name": name} for name in ("adamw", "muon", "adafactor", "sgd")),
+        {"name": "sgd", "momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_C21_the_size_of_the_state_is_known_beforehand(options: dict[str, Any]) -> None:
+    model = Transformer(ModelConfig(**SHAPE), seq_len=8)
+    optimizers = build_optimizers(model, OptimConfig(**options))
+    foreseen = sum(map(state_bytes, optimizers))
+    train(model, optimizers, 1)
+    state = optimizer_tensors(model, optimizers)
+    assert foreseen == sum(t.nbytes for name, t in state.items() if not name.endswith("/step"))
+
+
 def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
@@ -173,7 +195,9 @@ EIGHT_BIT = """
 import torch
 from torch import nn
 from fasttrain.config import OptimConfig
-from fasttrain.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from fasttrain.optim import (
+    build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr, state_bytes
+)
 
 def step(model, optimizers, seed):
     inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
@@ -188,6 +212,7 @@ model = nn.Linear(64, 64, bias=False)
 optimizers = build_optimizers(model, config)
 step(model, optimizers, 1)
 saved = {k: v.clone() for k, v in optimizer_tensors(model, optimizers).items()}
+assert sum(t.nbytes for k, t in saved.items() if "/exp" in k) == state_bytes(optimizers[0])
 assert saved["weight/exp_avg/codes"].dtype == torch.uint8, saved.keys()
 copy = nn.Linear(64, 64, bias=False)
 copy.load_state_dict(model.state_dict())

@@ -1,5 +1,7 @@
 """What is told before a run: sizes, memory, warnings; the automatic micro-batch; the commands."""
 
+import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain import metrics
 from fasttrain import probe as probe_module
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
+from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_precision
+from fasttrain.model import Transformer, flops_constants
 from fasttrain.plan import Plan, plan_run, warnings_of, warnings_of_data
 from fasttrain.preflight import diagnose_run, main, preflight
-from fasttrain.probe import Probe, settle_micro_batch
+from fasttrain.probe import Probe, probe_step, settle_micro_batch
+from fasttrain.session import open_splits
+from fasttrain.step import TrainStep
 from fasttrain.train import main as train_main
 from tests.toy import start, write_config
 
@@ -44,15 +51,34 @@ def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
-    from fasttrain import metrics
-    from fasttrain.model import Transformer, flops_constants
-    from fasttrain.session import open_splits
 
     config, train, _ = open_splits(load_config(config_path), print)
     plan = plan_run(config, train)
     model = Transformer(config.model, seq_len=16)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token == metrics.flops_per_token(**flops_constants(model), seq_len=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batching": "sliding"},
+        {"batching": "sliding", "stride_tokens": 2},
+        {"batching": "padded"},
+    ],
+    ids=str,
+)
+def test_C20_epochs_are_counted_as_the_loader_counts_them(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    overrides = ["train.steps=none", "train.epochs=2.5"]
+    overrides += [f"data.{key}={value}" for key, value in options.items()]
+    config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
+    plan = plan_run(config, train)
+    with Loader(train, seq_len=16, micro_batch=4, seed=0, device=CPU, **options) as loader:
+        assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
+        assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
 
 
 def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +310,33 @@ def test_a_gpu_takes_the_largest_that_runs(
     assert settle(auto, CUDA) == 8
     assert tried == [24, 12, 8]
     assert settle(auto, CUDA, world_size=4) == 6  # 6 rows for each of 4 ranks
+
+
+def test_C8_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Transformer]] = []
+    alive: list[int] = []
+
+    def probe(config: TrainConfig, **options: Any) -> Probe:
+        alive.append(sum(model() is not None for model in left))
+        if config.train.micro_batch > 6:
+            monkeypatch.setattr(TrainStep, "_measure", fail)
+        else:
+            monkeypatch.undo()
+        return probe_step(config, **options | {"device": CPU})
+
+    def fail(self: TrainStep, *_: Any) -> None:
+        left.append(weakref.ref(self.model))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(probe_module, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(probe_module, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(probe_module, "probe_step", probe)
+    assert settle(auto, CUDA) == 6
+    assert len(left) == 3
+    assert alive == [0, 0, 0, 0]
 
 
 def test_only_what_is_estimated_to_fit_is_tried(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from fasttrain.generate import main as generate_main
 from fasttrain.signals import SIGNALS
@@ -263,6 +264,19 @@ def test_N18_a_run_is_resumed_with_the_config_that_it_holds(
     assert hashes(whole) == hashes(parts)
     assert main(["--resume", "nowhere"]) == 2
     assert "error: --resume nowhere: not a run or checkpoint folder" in capsys.readouterr().err
+
+
+def test_C12_too_little_memory_is_one_message_with_the_remedy(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, train: Train
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("fasttrain.step.TrainStep.__call__", full)
+    err = train(toy, check=1).err
+    assert "error: CUDA out of memory. Tried to allocate 2.00 GiB.\nlower train.micro_batch" in err
+    assert "train.activation_checkpointing=full" in err
+    assert "Traceback" not in err
 
 
 def test_an_interruption_before_the_first_step_leaves_nothing(

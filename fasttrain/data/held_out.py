@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from fasttrain.config_keys import refuse
 from fasttrain.data.batch import IGNORE, Batch, to_batch
-from fasttrain.data.batching import document_rows, document_starts, row_lengths
+from fasttrain.data.batching import Array, document_rows, document_starts, row_lengths
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
 
@@ -25,10 +26,11 @@ def evaluation_batches(
     batching: str = "packed",
     separate_documents: bool = False,
     stride_tokens: int | None = None,
+    n_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """The whole split once.
+    """The split once, or as many of its rows, evenly spread, as make ``n_tokens`` targets.
 
     Packed and sliding: windows side by side, or overlapping where `stride_tokens` is set, and of
     all but the first only the last `stride_tokens` are targets: they see at least the T −
@@ -46,6 +48,7 @@ def evaluation_batches(
         batching: As in training.
         separate_documents: As in training: say where documents begin.
         stride_tokens: Tokens between the starts of packed or sliding windows. None: T.
+        n_tokens: Targets at the least, where the split has so many; None: all.
         rank: Of this process: it takes every world_size-th batch.
         world_size: Processes that share the split.
 
@@ -60,7 +63,7 @@ def evaluation_batches(
     ends = None
     n_seen = 0  # tokens of a window that were targets of the one before
     if batching in ("padded", "bucketed"):
-        starts, counts = document_rows(dataset, seq_len)
+        starts, counts = _spread(*document_rows(dataset, seq_len), 0, n_tokens)
         if batching == "bucketed":
             by_length = np.argsort(counts, kind="stable")
             starts, counts = starts[by_length], counts[by_length]
@@ -69,6 +72,7 @@ def evaluation_batches(
         end = dataset.n_tokens - 1
         starts = np.arange(0, max(end - n_seen, min(end, 1)), seq_len - n_seen)
         counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
+        starts, counts = _spread(starts, counts, n_seen, n_tokens)
         ends = dataset.document_ends if separate_documents else None
     else:
         refuse("data.batching", batching, "is not implemented; add it to evaluation_batches")
@@ -105,3 +109,13 @@ def evaluation_batches(
 
     stride = batch_size * world_size
     return (batch(first + rank * batch_size) for first in range(0, len(starts), stride))
+
+
+def _spread(starts: Array, counts: Array, n_seen: int, n_tokens: int | None) -> tuple[Array, Array]:
+    """Return every k-th row, k a fraction, so that they have ``n_tokens`` targets."""
+    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
+    if n_tokens is None or n_tokens >= n_targets:
+        return starts, counts
+    n_rows = math.ceil(len(starts) * n_tokens / n_targets)
+    chosen = np.arange(n_rows) * len(starts) // n_rows
+    return starts[chosen], counts[chosen]

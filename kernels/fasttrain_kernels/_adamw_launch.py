@@ -176,14 +176,16 @@ class TritonUpdate:
         ]
         if signature != self._signature:
             self._classify(work, signature)
-        for members, positions in self._classes:
+        for number, (members, positions) in enumerate(self._classes):
             device = members.device
+            # Classes of equal size would round with the same noise (odd: golden ratio · 2³²).
+            own_seed = None if seed is None else (seed + number * 0x9E3779B1) & 0x7FFFFFFF
             members.launch(
                 [work[j] for j in positions],
                 _scalar(clip, device),
                 _scalar(scale, device),
                 _scalar(found_inf, device),
-                seed,
+                own_seed,
             )
         for originals, copies in zip(stored, work, strict=True):
             for position, (original, copy) in enumerate(zip(originals, copies, strict=True)):

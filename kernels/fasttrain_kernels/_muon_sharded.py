@@ -91,20 +91,17 @@ class ShardedBatch:
         world, cols, steps = len(self.bounds) - 1, self.shape[1], self.group["ns_steps"]
         dtype = products_dtype(directions[0].device) if dtype is None else dtype
         stacked = torch.stack(directions).to(dtype)  # (n, local r, c)
-        positions = torch.arange(len(directions))
-        owned = [
-            positions[(positions + self.first_owner) % world == k].tolist() for k in range(world)
-        ]
+        # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
+        owned = [stacked[(k - self.first_owner) % world :: world] for k in range(world)]
         rows = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
         mine = len(owned[self.rank])
-        parts = self._exchange([stacked[i] for i in owned], [mine * r * cols for r in rows])
+        parts = self._exchange(owned, [mine * r * cols for r in rows])
         whole = torch.cat([p.view(mine, r, cols) for p, r in zip(parts, rows, strict=True)], dim=1)
         whole = newton_schulz(whole, steps, self.group["coefficients"], dtype=dtype)
         local = rows[self.rank] * cols
         back = self._exchange(
-            list(torch.split(whole, rows, dim=1)), [len(i) * local for i in owned]
+            list(torch.split(whole, rows, dim=1)), [len(part) * local for part in owned]
         )
-        result = torch.empty_like(stacked)
-        for numbers, part in zip(owned, back, strict=True):
-            result[numbers] = part.view(len(numbers), rows[self.rank], cols)
-        return list(result.unbind())
+        for part, numbers in zip(owned, back, strict=True):
+            part.copy_(numbers.view_as(part))  # into `stacked`, which is this call's own
+        return list(stacked.unbind())

@@ -126,7 +126,7 @@ class FusedAdamW(Optimizer):
         weight_decay: decoupled weight decay, multiplied by the learning rate.
         maximize: ascend instead of descend.
         capturable: accepted for interchange with torch; this optimizer always is.
-        state_dtype: dtype of the moments. None: the parameter's.
+        state_dtype: dtype of the moments. None: the parameter's, and fp32 for fp16 parameters.
         master_weights: keep an fp32 copy of every bf16 and fp16 parameter and update that.
         stochastic_rounding: round bf16 parameters and moments stochastically, so that updates
             smaller than half a unit in the last place survive on average.
@@ -243,6 +243,8 @@ class FusedAdamW(Optimizer):
         dtype = self._state_dtype or param.dtype
         if param.dtype == torch.float64:
             dtype = param.dtype
+        elif dtype == torch.float16:  # squares of gradients below 2e-4 would be zero
+            dtype = torch.float32
         state: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=local_tensor(param).device)
         }

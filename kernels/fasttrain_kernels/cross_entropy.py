@@ -326,8 +326,9 @@ def cross_entropy(
     Numerics: fp32 throughout, gradient rounded once. If no row counts (all ignored, or weights that
         sum to zero) the mean is 0 with a zero gradient, where torch gives NaN. Deterministic.
 
-    Memory: the gradient, as large as the logits, from forward to backward; nothing with
-        ``inplace``; O(N) where no gradient is required.
+    Memory: the logits and a gradient as large, from forward to backward; the gradient comes with
+        backward for fp16 and under `torch.compile`, and takes the logits' place with ``inplace``.
+        O(N) where no gradient is required.
     """
     name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
     check_targets(name, targets, logits.shape[:-1], logits.device)

@@ -160,9 +160,10 @@ def newton_schulz(
     if g.ndim < 2:
         raise ValueError(f"newton_schulz: g must be a matrix or a batch of them, got {g.ndim}-d")
     polynomials = quintics(coefficients, steps)
-    x = g.to(dtype or products_dtype(g.device))
+    dtype = dtype or products_dtype(g.device)
+    x = g if dtype is torch.float16 else g.to(dtype)  # fp16 has no room for what is not scaled yet
     if x.numel() == 0:
-        return x.clone()
+        return x.to(dtype, copy=True)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     batch = x.reshape(-1, *x.shape[-2:])
@@ -170,8 +171,14 @@ def newton_schulz(
     gram_flops = 4 * cols / rows + 8 * steps - 6
     direct_flops = steps * (4 * cols / rows + 2)
     norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    batch = batch * norm.clamp_min(_TINY).reciprocal().to(x.dtype)
-    if x.dtype in (torch.float32, torch.float64) and gram_flops < direct_flops:
+    inverse = norm.clamp_min(_TINY).reciprocal()
+    if dtype is torch.float16:
+        # Halfway between what overflows for rank 1 and what underflows for equal singular values:
+        # those of A² are from 1/r to r.
+        batch = (batch * (inverse * rows**0.25)).to(dtype)
+    else:
+        batch = batch * inverse.to(dtype)
+    if dtype in (torch.float32, torch.float64) and gram_flops < direct_flops:
         out = _iterate_gram(batch, polynomials)
     else:
         out = _iterate_direct(batch, polynomials)
@@ -184,7 +191,12 @@ def _tighten(gram: Tensor, gram2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norm = torch.linalg.vector_norm(gram2, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     inverse = norm.clamp_min(_TINY).pow(-0.25) / _SAFETY
     square = inverse.square()
-    return gram * square.to(gram.dtype), gram2 * square.square().to(gram.dtype), inverse
+    return _scaled(gram, square), _scaled(gram2, square.square()), inverse
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x times fp32 factors, which may lie outside the range of fp16."""
+    return (x * factor).to(x.dtype) if x.dtype is torch.float16 else x * factor.to(x.dtype)
 
 
 def _square(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -202,7 +214,7 @@ def _iterate_direct(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
         gram = _square(x)  # (n, r, r)
         if step == 0:
             gram, gram2, inverse = _tighten(gram, _square(gram))
-            x = x * inverse.to(x.dtype)
+            x = _scaled(x, inverse)
             update = gram.mul_(b).add_(gram2, alpha=c)
         else:
             update = _square(gram, add=gram, alpha=c, beta=b)
