@@ -35,7 +35,9 @@ from fasttrain.ema import Ema
 from fasttrain.metrics import TrainingMetrics
 from fasttrain.objective import Criterion, Objective
 from fasttrain.optim import load_optimizer_tensors, optimizer_tensors
+from fasttrain.provenance import provenance
 from fasttrain.redact import redact
+from fasttrain.resume import made_otherwise
 from fasttrain.schedule import n_stale
 from fasttrain.sinks import Kind, Sinks, check_packages
 from fasttrain.state import restore_rng, rng_state
@@ -176,6 +178,7 @@ class Trainer:
         )
         self.device = resolve_device(run.device)
         self.precision = resolve_precision(run.dtype, self.device)
+        self.made_by = provenance(self.device)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
@@ -383,7 +386,7 @@ class Trainer:
         if self.run_dir is None:
             return
         if self._sinks is None:
-            self._sinks = Sinks(self.config, self.run_dir)
+            self._sinks = Sinks(self.config, self.run_dir, self.made_by)
             if self._rows_end_at is not None:
                 self._sinks.drop_after(self._rows_end_at)
                 self._rows_end_at = None
@@ -422,6 +425,7 @@ class Trainer:
             "batch_in_epoch": self.batch_in_epoch,
             "skipped_steps": self.skipped_steps,
             "val_losses": self.val_losses,
+            "provenance": self.made_by,
             "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "lrs": [float(group["lr"]) for group in self.optimizer.param_groups],
@@ -446,6 +450,9 @@ class Trainer:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
         loaded = checkpoint.load(checkpoint.resolve(Path(where)))
         state, rng = loaded.state, loaded.group("trainer")
+        self.made_by = provenance(self.device, loaded.path)
+        if said := made_otherwise(state, self.made_by):
+            warnings.warn(said, stacklevel=2)
         try:
             self.model.load_state_dict(loaded.group("model"))
             load_optimizer_tensors(self.model, [self.optimizer], loaded.group("optimizer"))
