@@ -77,6 +77,7 @@ class RunState(TypedDict):
     val_losses: NotRequired[list[float | None]]
     data: NotRequired[dict[str, dict[str, Any]]]
     history: NotRequired[list[Change]]
+    provenance: NotRequired[dict[str, str | bool | None]]
 
 
 class LibraryState(TypedDict):
@@ -88,6 +89,7 @@ class LibraryState(TypedDict):
     skipped_steps: int
     library: dict[str, Any]
     history: NotRequired[list[Change]]
+    provenance: NotRequired[dict[str, str | bool | None]]
 
 
 def state_type(state: dict[str, Any]) -> type:

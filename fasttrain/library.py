@@ -42,7 +42,9 @@ from fasttrain.ema import Ema
 from fasttrain.metrics import TrainingMetrics
 from fasttrain.objective import Criterion, Objective
 from fasttrain.optim import optimizer_tensors
+from fasttrain.provenance import provenance
 from fasttrain.redact import redact
+from fasttrain.resume import made_otherwise
 from fasttrain.schedule import n_stale
 from fasttrain.sinks import Kind, Sinks, check_packages
 
@@ -203,6 +205,7 @@ class Trainer:
         )
         self.device = resolve_device(run.device)
         self.precision = resolve_precision(run.dtype, self.device)
+        self.made_by = provenance(self.device)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
@@ -560,7 +563,7 @@ class Trainer:
         if self.run_dir is None:
             return
         if self._sinks is None:
-            self._sinks = Sinks(self.config, self.run_dir)
+            self._sinks = Sinks(self.config, self.run_dir, self.made_by)
             if self._rows_end_at is not None:
                 self._sinks.drop_after(self._rows_end_at)
                 self._rows_end_at = None
@@ -630,6 +633,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
             "skipped_steps": self.skipped_steps,
+            "provenance": self.made_by,
             "library": {
                 "facts": self._facts,
                 "loader_facts": self._loader_facts,
@@ -677,6 +681,9 @@ class Trainer:
             }
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{loaded.path}: its state is none of a Trainer's: {error!r}") from None
+        self.made_by = provenance(self.device, loaded.path)
+        if said := made_otherwise(state, self.made_by):
+            warnings.warn(said, stacklevel=2)
         self.model.load_state_dict(theirs["model"])
         self.ema.load(loaded.group("ema"))
         states.restore_optimizer(

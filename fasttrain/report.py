@@ -38,6 +38,14 @@ PARTS = {
     "optimizer": "#2e933c",
     "the rest": "#a0a0a0",
 }
+# What made a run: title, and the keys of its line that it shows
+MADE_BY = {
+    "code": ("fasttrain", "commit", "uncommitted_changes"),
+    "packages": ("python", "torch", "triton", "numpy", "tokenizers", "safetensors"),
+    "device": ("device", "cuda", "driver"),
+    "command": ("command",),
+    "resumed": ("parent",),
+}
 
 
 _Number = float | None  # of a row; what else is in it is not shown
@@ -56,6 +64,7 @@ class Run:
     config: TrainConfig | None  # None: the library's Trainer writes none
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    made_by: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
 
 
@@ -89,15 +98,17 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: no metrics.jsonl in it; give a run folder, such as runs/base")
     toml = path / "config.toml"
     config = load_config(toml) if toml.is_file() else None
-    rows = []
+    rows, made_by = [], []
     for line in file.read_bytes().splitlines():
         with contextlib.suppress(UserError):  # of a run that was killed, or is writing it now
             row = parse_json(line, file, "")
+            if row.get("kind") == "run":
+                made_by.append({k: v for k, v in row.items() if type(v) in (str, int, bool)})
             row = {k: v for k, v in row.items() if k == "time" or not misfit(_Number, v)}
             rows += [row] if row.keys() & {"loss", "val_loss"} else []
     if problem := misfit(list[_Row], rows, "lines"):
         raise UserError(f"{file}: of its {problem}; remove that line")
-    run = Run(path.resolve().name, config, [], [])
+    run = Run(path.resolve().name, config, [], [], made_by)
     per_token = _flops_per_token(config) if config and config.model.vocab_size else math.nan
     minutes, before = 0.0, 0
     for row in rows:
@@ -258,6 +269,27 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
     }
 
 
+def provenance(run: Run) -> dict[str, str]:
+    """Return what made a run, in words, and from which step on something else did."""
+    found = {title: "" for title in MADE_BY}
+    last: dict[str, str] = {}
+    for row in run.made_by:
+        for title, keys in MADE_BY.items():
+            text = ", ".join(_named(key, row[key]) for key in keys if row.get(key))
+            if text and text != last.get(title):
+                found[title] += f"; from step {row.get('step')} on: " if row.get("step") else ""
+                found[title] += text
+                last[title] = text
+    return {title: text.removeprefix("; ") for title, text in found.items()}
+
+
+def _named(key: str, value: Any) -> str:
+    if key == "uncommitted_changes":
+        return "with uncommitted changes"
+    value = str(value)[:12] if key == "commit" else str(value)
+    return value if key in ("device", "command", "parent") else f"{key} {value}"
+
+
 def _words(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(_words, value)) or "none"
@@ -285,6 +317,7 @@ h1 { font-size: 1.5em; overflow-wrap: anywhere } h2 { font-size: 1.15em; margin-
 .wide { overflow-x: auto; margin-bottom: 1em } table { border-collapse: collapse }
 td { padding: .2em .8em .2em 0; vertical-align: top; min-width: 5em;
      border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+.made td { overflow-wrap: anywhere; font-size: .9em }
 pre { background: #f6f6f4; padding: .8em 1em; white-space: pre-wrap; overflow-wrap: anywhere }
 .swatch { display: inline-block; width: .8em; height: .8em; margin: 0 .4em }
 label { margin-right: 1em; overflow-wrap: anywhere } small { opacity: .75 }
@@ -385,6 +418,12 @@ def page(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{title}</h1>", _table(names, rows), *choices, '<div class="plots">']
     parts += [_plot(panel, runs, number) for number, panel in enumerate(panels(runs))]
     parts.append("</div>")
+    made = [provenance(run) for run in runs]
+    if any(text for cells in made for text in cells.values()):
+        rows = {title: [cells[title] or "n/a" for cells in made] for title in MADE_BY}
+        rows = {title: cells for title, cells in rows.items() if {*cells} != {"n/a"}}
+        table = _table([html.escape(run.name) for run in runs], rows)
+        parts.append(f'<h2>Made by</h2><div class="made">{table}</div>')
     configs = {html.escape(run.name): run.config for run in runs if run.config is not None}
     if len(configs) > 1:
         differing = differences(list(configs.values()))

@@ -37,7 +37,8 @@ class Reporter:
         self.trainer = trainer
         self.sinks: Sinks | None = None
         if trainer.run_dir is not None and trainer.world.leads:
-            self.sinks = Sinks(trainer.config, trainer.run_dir)
+            made_by = trainer.recorded.get("provenance")
+            self.sinks = Sinks(trainer.config, trainer.run_dir, made_by)
         self.ema = metrics.LossTracker()
         constants = flops_constants(trainer.model)
         seq_len = trainer.config.data.seq_len

@@ -1,12 +1,10 @@
 """What a checkpoint was made of, and whether a run may go on from it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from fasttrain.checkpoint import parse
 from fasttrain.checkpoint_schema import misfit
@@ -21,7 +19,7 @@ from fasttrain.config_keys import counted
 from fasttrain.data.format import TokenDataset
 from fasttrain.schedule import lr_at
 
-__all__ = ["Change", "check_resumable", "data_facts", "lr_jump", "other_bits"]
+__all__ = ["Change", "check_resumable", "data_facts", "lr_jump", "made_otherwise"]
 
 LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 
@@ -116,21 +114,23 @@ def check_resumable(
     return state
 
 
-def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
-    """Return a warning where what rounds differently is not what it was for the checkpoint."""
-    now = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "run.compile": compile_mode,  # of auto or c++, what this machine makes of it
-    }
-    changed = [
-        f"{name} {state[name]}, and now {value}"
-        for name, value in now.items()
-        if state.get(name) not in (value, None)  # no threads: of a run on a GPU
-    ]
-    made_with = "; ".join(changed)
-    told = f"the checkpoint was made with {made_with}: the run goes on, but not with the same bits"
-    return told if changed else None
+def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any]) -> str | None:
+    """Return a warning where what goes on is not what made the checkpoint: versions, machine.
+
+    Args:
+        state: of the checkpoint.
+        made_by: provenance of the run that goes on, and what else its bits depend on.
+    """
+    recorded = state.get("provenance")
+    before = {**(recorded if isinstance(recorded, dict) else {}), **state}
+    changed = "; ".join(
+        f"{name} {_short(before[name])} → {_short(value)}"
+        for name, value in made_by.items()
+        # No threads: of a run on a GPU.
+        if name not in ("command", "parent") and before.get(name) not in (value, None)
+    )
+    told = "the run goes on, but perhaps not with the same bits"
+    return f"the checkpoint was made otherwise: {changed}: {told}" if changed else None
 
 
 def lr_jump(
@@ -190,5 +190,5 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return counted(len(value), "file")
     text = "none" if value is None else str(value)
-    is_hash = len(text) == 64 and not set(text) - set("0123456789abcdef")
+    is_hash = len(text) in (40, 64) and not set(text) - set("0123456789abcdef")
     return f"{text[:12]}…" if is_hash else text[:200]

@@ -43,8 +43,9 @@ from fasttrain.lockstep import die_with_parent
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers, state_bytes
 from fasttrain.plan import warnings_of_data
+from fasttrain.provenance import provenance
 from fasttrain.redact import redact
-from fasttrain.resume import check_resumable, data_facts, lr_jump, other_bits
+from fasttrain.resume import check_resumable, data_facts, lr_jump, made_otherwise
 from fasttrain.run_folder import RunFolder, check_disk
 from fasttrain.sharding import make_sharded
 from fasttrain.signals import interruptible
@@ -258,8 +259,12 @@ def _build(
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
             origin.check_model(config, checkpoint.parse(source).group("model"), source)
-            if world.leads and (warning := other_bits(state, resolve_compile(config, device))):
-                folder.warn(warning)
+        if world.leads:
+            recorded["provenance"] = provenance(device, source)
+            mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
+            now = {**recorded["provenance"], "run.compile": mode}
+            if said := made_otherwise(state, now | {"threads": torch.get_num_threads()}):
+                folder.warn(said)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)
     if world.size > 1:

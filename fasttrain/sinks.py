@@ -188,17 +188,20 @@ class Sinks:
     Args:
         config: of the run.
         folder: of the run.
+        made_by: its provenance, for ``metrics.jsonl``.
 
     Raises:
         UserError: a package is missing, or W&B refuses to begin.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, made_by: Mapping[str, Any] | None = None
+    ) -> None:
         check_packages(config)
         self.all: list[Sink] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
-        self.all.append(JsonlLogger(folder / "metrics.jsonl"))
+        self.all.append(JsonlLogger(folder / "metrics.jsonl", made_by))
         if config.log.csv:
             self.all.append(CsvLogger(folder))
         if config.log.tensorboard:

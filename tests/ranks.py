@@ -221,9 +221,9 @@ class Job:
         return time.monotonic() - started
 
     def running(self, run: str, step: int = 3) -> None:
-        """Wait until a run has logged a step."""
+        """Wait until a run has logged a step, behind the line of what made it."""
         log = self.folder / "runs" / run / "metrics.jsonl"
-        self.sees(lambda: log.exists() and len(log.read_text().splitlines()) >= step)
+        self.sees(lambda: log.exists() and len(log.read_text().splitlines()) > step)
 
     def sees(self, condition: Callable[[], Any]) -> None:
         """Wait for a condition, which is to come before any of the processes ends."""

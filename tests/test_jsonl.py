@@ -95,3 +95,36 @@ def test_R12_F10_rows_are_dropped_on_a_full_disk(tmp_path: Path, middle: bool) -
         with (run_dir / f"{kind}.csv").open(newline="") as file:
             assert [int(row["step"]) for row in csv.DictReader(file)] == steps
     assert sorted(p.name for p in run_dir.iterdir()) == ["eval.csv", "metrics.jsonl", "train.csv"]
+
+
+def test_what_made_the_rows_stands_before_the_first_of_each_session(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def session(name: str, begin: int | None, *steps: int) -> JsonlLogger:
+        logger = JsonlLogger(path, {"command": name})
+        if begin is not None:
+            logger.drop_after(begin)
+        for step in steps:
+            logger.write("train", {"step": step})
+        return logger
+
+    def told() -> list[object]:
+        return [row.get("command") or row["step"] for row in rows(path)]
+
+    session("a", None, 10, 20).close()
+    session("b", 20).close()  # ended before its first row
+    session("c", 20, 30).close()
+    session("d", 30, 40).close()
+    assert told() == ["a", 10, 20, "c", 30, "d", 40]
+    assert rows(path)[3] == {"kind": "run", "step": 20, "command": "c"}
+    last = session("e", 20, 30, 40)
+    assert told() == ["a", 10, 20, "e", 30, 40]
+    last.drop_after(30)  # it goes back within its own rows, and before them
+    last.write("train", {"step": 40})
+    assert told() == ["a", 10, 20, "e", 30, 40]
+    last.drop_after(10)
+    last.write("train", {"step": 20})
+    assert told() == ["a", 10, "e", 20]
+    last.drop_after(0)
+    last.close()
+    assert told() == []

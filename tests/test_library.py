@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
 import fasttrain
-from fasttrain import Callback, TrainConfig, Trainer
+from fasttrain import Callback, TrainConfig, Trainer, checkpoint
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
 from fasttrain.config_keys import Section
 from fasttrain.library import OBEYED
@@ -206,8 +206,16 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, stop_at: int)
     for ours, theirs in zip(second.ema.averages, straight.ema.averages, strict=True):
         assert torch.equal(ours, theirs)
     lines = (tmp_path / "resumed/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == list(range(1, 11))
+    rows = list(map(json.loads, lines))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
+    made = [row for row in rows if row["kind"] == "run"]
+    assert [row["step"] for row in made] == [0, stop_at]
+    assert rows[0] == made[0]
+    parent = f"{tmp_path}/resumed/checkpoints/step-{stop_at:08d}"
+    assert [row["parent"] for row in made] == [None, parent]
+    assert checkpoint.load(checkpoint.resolve(tmp_path / "resumed")).state["provenance"] == {
+        key: value for key, value in made[1].items() if key not in ("kind", "time", "step")
+    }
     table = (tmp_path / "resumed/train.csv").read_text().splitlines()
     assert len(table) == 11
     assert straight.metrics.values("lr")[-1] == pytest.approx(1e-2 * 0.5**3)

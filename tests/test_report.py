@@ -19,7 +19,7 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.library import Trainer
-from fasttrain.report import differences, facts, main, page, panels, read_run, smoothed
+from fasttrain.report import differences, facts, main, page, panels, provenance, read_run, smoothed
 from tests.toy import write_config
 
 pytest.importorskip("plotly", reason="needs the extra report")
@@ -71,6 +71,29 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
     assert "optim.lr" in text
     assert "communication" in text
     assert "communication" not in page(runs[:1]), "one process sends nothing: nothing shows it"
+
+
+def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one")
+    assert "Made by" not in page([read_run(folder)]), "a run from before this was noted"
+    log = folder / "metrics.jsonl"
+    first = {"kind": "run", "step": 0, "fasttrain": "0.1.0", "commit": "ab" * 20, "torch": "2.13.0"}
+    first |= {"uncommitted_changes": False, "triton": None, "python": "3.11.7", "parent": None}
+    first |= {"device": "NVIDIA H200", "cuda": "12.8", "driver": "570.86", "command": "train <b>"}
+    second = first | {"step": 10, "commit": "cd" * 20, "uncommitted_changes": True, "parent": "a/b"}
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*map(json.dumps, (first, second)), *lines]))
+    run = read_run(folder)
+    assert [row["step"] for row in run.train] == [1, 10, 20]
+    assert provenance(run) == {
+        "code": "fasttrain 0.1.0, commit abababababab; from step 10 on: fasttrain 0.1.0, commit "
+        "cdcdcdcdcdcd, with uncommitted changes",
+        "packages": "python 3.11.7, torch 2.13.0",
+        "device": "NVIDIA H200, cuda 12.8, driver 570.86",
+        "command": "train <b>",
+        "resumed": "from step 10 on: a/b",
+    }
+    assert "<td>train &lt;b&gt;</td>" in page([run])
 
 
 def test_N14_differences_are_in_words(tmp_path: Path) -> None:

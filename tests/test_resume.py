@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fasttrain import checkpoint, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.data.writer import ShardWriter
-from fasttrain.resume import check_resumable, other_bits
+from fasttrain.resume import check_resumable, made_otherwise
 from fasttrain.run_folder import run_dir_of
 from fasttrain.train import main
 from tests.faults import flip_bit
@@ -397,15 +396,20 @@ def test_verify_resume_is_of_one_process(
 
 
 def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
-    state = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    assert other_bits(state, "c++") is None  # of a checkpoint from before it was noted
-    assert other_bits({**state, "threads": None, "run.compile": "c++"}, "c++") is None
-    told = other_bits({**state, "run.compile": "c++"}, "off")
+    now = {"torch": "2.13", "commit": "b" * 40, "uncommitted_changes": True, "command": "x"}
+    now |= {"run.compile": "off", "threads": 1}
+    state = {"torch": "2.13", "threads": 1}
+    assert made_otherwise(state, now) is None  # of a checkpoint from before the rest was noted
+    assert made_otherwise({**state, "provenance": 3}, now) is None
+    assert made_otherwise({**state, "provenance": {**now, "command": "y"}}, now) is None
+    assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now) is None
+    told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now)
     assert told is not None
-    assert "run.compile c++, and now off:" in told
-    told = other_bits({"torch": "2.0", "threads": 99}, "off")
+    assert "made otherwise: torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1: " in told
+    before = {"provenance": {"commit": "a" * 40, "uncommitted_changes": False}}
+    told = made_otherwise(before, now)
     assert told is not None
-    assert f"torch 2.0, and now {torch.__version__}; threads 99, and now 1:" in told
+    assert f"commit {'a' * 12}… → {'b' * 12}…; uncommitted_changes False → True: " in told
 
 
 def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:

@@ -172,7 +172,11 @@ def digest(run_dir: Path) -> dict[str, Any]:
             n: t.flatten().view(torch.uint8).sum().item() for n, t in loaded.tensors.items()
         },
         "bytes": {n: hash(t.numpy().tobytes()) for n, t in loaded.tensors.items()},
-        "log": [(r["kind"], r["step"], r.get("loss", r.get("val_loss"))) for r in lines],
+        "log": [
+            (r["kind"], r["step"], r.get("loss", r.get("val_loss")))
+            for r in lines
+            if r["kind"] != "run"
+        ],
     }
 
 
