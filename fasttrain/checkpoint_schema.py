@@ -7,9 +7,22 @@ import reprlib
 import sys
 import types
 from collections.abc import Iterable
-from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 __all__ = ["Manifest", "RankRecord", "misfit", "state_type"]
+
+
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
 class Entry(TypedDict):
@@ -46,13 +59,13 @@ class Change(TypedDict):
 
 
 class Faults(TypedDict):
-    """What `fasttrain.faults.FaultPolicy` keeps; a number that is not finite is its name."""
+    """What `fasttrain.faults.FaultPolicy` keeps."""
 
     skipped_steps: int
     spikes: int
     rollbacks: int
     passed_over: list[int]
-    row: list[tuple[int, int, str, float | str, float | str]]
+    row: list[tuple[int, int, Literal["overflow", "nonfinite", "spike"], Number, Number]]
 
 
 class ModelState(TypedDict):
@@ -108,7 +121,7 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
 
     Args:
         kind: a class above, or what its fields are of. An ``int`` is a count: no bool, from 0 to
-            2**63 - 1; a ``float`` is finite.
+            2**53 - 1; a ``float`` is finite.
         value: as a parser returned it.
         name: of the value, for the result.
     """
@@ -123,9 +136,11 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
             return f"{name}.{absent[0]} is missing".removeprefix(".")
         known = sorted(hints.keys() & value.keys()) if fits else ()
         parts = ((hints[k], value[k], f"{name}.{k}".removeprefix(".")) for k in known)
-    elif origin is types.UnionType:
+    elif origin in (types.UnionType, Union):
         fits = any(misfit(k, value) is None for k in kinds)
-        wanted = " or ".join(_NAMES[k] for k in kinds)
+        wanted = " or ".join(_NAMES.get(k, str(get_args(k))) for k in kinds)
+    elif origin is Literal:
+        fits, wanted = value in kinds, " or ".join(kinds)
     elif origin is dict:
         fits = isinstance(value, dict)
         parts = ((kinds[1], v, f"{name}.{k}") for k, v in value.items()) if fits else ()
@@ -137,7 +152,7 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
     else:
         fits, wanted = type(value) is kind, _NAMES[kind]
         if kind is int:
-            fits = fits and 0 <= value < 2**63
+            fits = fits and 0 <= value < 2**53
         elif kind is float:
             fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
     if not fits:
