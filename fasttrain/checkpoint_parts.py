@@ -84,6 +84,8 @@ def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> 
     """
     if state.get("step", step) != step:
         return f"step is {state['step']}, and the manifest is of step {step}"
+    if state.get("total_steps") == 0:
+        return "total_steps is 0, and a run has one"
     known = {"position", "tokens", "samples_per_step"} <= state.keys()
     if not (known and state.get("regular")):
         return None

@@ -3,11 +3,14 @@
 A seal keeps out accidents, not people: what these types do not say may be anything.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.untrusted import misfit
 
 __all__ = ["Manifest", "RankRecord", "misfit", "state_type"]
+
+
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
 class Entry(TypedDict):
@@ -44,13 +47,13 @@ class Change(TypedDict):
 
 
 class Faults(TypedDict):
-    """What `fasttrain.faults.FaultPolicy` keeps; a number that is not finite is its name."""
+    """What `fasttrain.faults.FaultPolicy` keeps."""
 
     skipped_steps: int
     spikes: int
     rollbacks: int
     passed_over: list[int]
-    row: list[tuple[int, int, str, float | str, float | str]]
+    row: list[tuple[int, int, Literal["overflow", "nonfinite", "spike"], Number, Number]]
 
 
 class ModelState(TypedDict):

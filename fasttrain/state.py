@@ -96,7 +96,9 @@ def restore(
     train_step.ema.load(checkpoint.group("ema"))
     rest, device = checkpoint.group("trainer"), train_step.loss.device
     # Of a run on a CPU; and a window of another size begins empty.
-    optional = {"cuda", "spike_count"} - rest.keys() | {"spike_values"}
+    optional = {"cuda", "spike_count"} - rest.keys()
+    if "spike_count" in optional or "spike_values" in rest:
+        optional.add("spike_values")
     for name, mine in (train_step.state() | rng_state(device)).items():
         there, here = (
             "missing" if t is None else f"{tuple(t.shape)} {t.dtype}"

@@ -183,6 +183,14 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no faults": (without("faults"), "faults is missing"),
     "no rollbacks": (without("faults", "rollbacks"), "faults.rollbacks is missing"),
     "odd faults": (lambda s: s["faults"].update(row=[[1, 2]]), "faults.row[0] is [1, 2]"),
+    "a fault of no kind": (
+        lambda s: s["faults"].update(row=[[1, 2, "x", 1.0, 1.0]]),
+        "faults.row[0][2] is 'x', which is no overflow or nonfinite or spike",
+    ),
+    "a loss of text": (
+        lambda s: s["faults"].update(row=[[1, 2, "spike", "abc", 1.0]]),
+        "faults.row[0][3] is 'abc'",
+    ),
     "a list": (lambda s: [s], "not a JSON object"),
     "a negative step": (lambda s: {**s, "step": -2}, "step is -2"),
     "a true step": (lambda s: {**s, "step": True}, "step is True"),
@@ -195,6 +203,8 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another step": (lambda s: {**s, "step": 3}, "step is 3, and the manifest is of step 2"),
     "another position": (lambda s: {**s, "position": 9}, "2 steps of 4 samples"),
     "other tokens": (lambda s: {**s, "tokens": 999}, "8 samples of 16 hold 128"),
+    "far away": (lambda s: {**s, "regular": False, "position": 2**62}, "position is 4611"),
+    "no steps": (lambda s: {**s, "total_steps": 0}, "total_steps"),
     "no tokens": (lambda s: {**s, "tokens": 0}, "tokens is 0"),
 }
 
