@@ -10,6 +10,7 @@ from fasttrain.untrusted import misfit
 __all__ = ["Manifest", "RankRecord", "misfit", "state_type"]
 
 
+Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
@@ -53,7 +54,7 @@ class Faults(TypedDict):
     spikes: int
     rollbacks: int
     passed_over: list[int]
-    row: list[tuple[int, int, Literal["overflow", "nonfinite", "spike"], Number, Number]]
+    row: list[tuple[int, int, Kind, Number, Number]]
 
 
 class ModelState(TypedDict):
