@@ -194,6 +194,8 @@ class Trainer:
             (_needs_closure(optimizer),
              f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
              "(its step needs a closure); give another optimizer"),
+            (any(getattr(module, "sparse", False) is True for module in model.modules()),
+             "the model makes sparse gradients, of which there is no norm here; set sparse=False"),
             *((isinstance(c, type) or not any(callable(getattr(c, e, None)) for e in _EVENTS),
                f"callbacks holds {c!r}; give objects with any of {', '.join(_EVENTS)}")
               for c in callbacks),
@@ -609,8 +611,8 @@ class Trainer:
         facts["accumulate"] = str(self.accumulate)
         criterion = self.objective.criterion
         facts["criterion"] = getattr(criterion, "__qualname__", type(criterion).__name__)
-        facts |= states.facts_of_optimizer(self.optimizer, self.model)
-        return facts | states.facts_of_scheduler(self.scheduler)
+        facts |= states.facts_of_scheduler(self.scheduler)
+        return facts | states.facts_of_optimizer(self.optimizer, self.model)
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
@@ -637,7 +639,7 @@ class Trainer:
             "library": {
                 "facts": self._facts,
                 "loader_facts": self._loader_facts,
-                **{key: states.encode(value, tensors, key) for key, value in rest.items()},
+                "state": {key: states.encode(value, tensors, key) for key, value in rest.items()},
             },
         }
         groups = self.ema.groups(self.model.state_dict()) | {
@@ -668,38 +670,37 @@ class Trainer:
             )
         # First all that is read and compared, then all that changes.
         state, saved = loaded.state, loaded.state["library"]
-        own = self.ema.groups(self.model.state_dict())
-        theirs = {name: loaded.group(name) for name in own}
-        facts = self._facts | states.shapes(own)
-        states.refuse_difference(str(loaded.path), saved["facts"] | states.shapes(theirs), facts)
-        tensors = loaded.group("trainer")
+        own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
+        theirs, facts = {name: loaded.group(name) for name in own}, states.shapes(own)
+        names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
         try:
-            rest = {
-                key: states.decode(value, tensors, self.device)
-                for key, value in saved.items()
-                if "facts" not in key
-            }
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{loaded.path}: its state is none of a Trainer's: {error!r}") from None
+            found = saved["facts"] | dict.fromkeys(facts, "none") | states.shapes(theirs)
+            states.refuse_difference(str(loaded.path), found, self._facts | facts)
+            rest = states.decode(saved["state"], loaded.group("trainer"), self.device)
+            update, schedule, scaler, val_losses, place, drawn = (rest[name] for name in names)
+            epoch_drawn = rest["epoch_random"]
+            numbers = [int(state[k]) for k in ("step", "epoch", "batch_in_epoch", "skipped_steps")]
+            self._loaded = {"facts": dict(saved["loader_facts"]), "random": drawn}
+            self.model.load_state_dict(theirs["model"])
+            self.ema.load(loaded.group("ema"))
+            states.restore_optimizer(self.optimizer, self.model, moments, update)
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(schedule)
+            self.scaler.load_state_dict(scaler)
+            states.write(self._random, drawn)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{loaded.path}: holds no state of such a training: {error!r}; go on from another "
+                "checkpoint"
+            ) from error
         self.made_by = provenance(self.device, loaded.path)
         if said := made_otherwise(state, self.made_by):
             warnings.warn(said, stacklevel=2)
-        self.model.load_state_dict(theirs["model"])
-        self.ema.load(loaded.group("ema"))
-        states.restore_optimizer(
-            self.optimizer, self.model, loaded.group("optimizer"), rest["optimizer"]
-        )
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(rest["scheduler"])
-        self.scaler.load_state_dict(rest["scaler"])
-        self.val_losses = rest["val_losses"]
-        self._epoch_random, self._loader_facts = rest["epoch_random"], saved["loader_facts"]
-        self._loaded = {"facts": saved["loader_facts"], "random": rest["random"]}
-        if rest["loader"] is not None:
-            self._loaded["loader"] = rest["loader"]
-        states.write(self._random, rest["random"])
-        self.step, self.epoch = state["step"], state["epoch"]
-        self.batch_in_epoch, self.skipped_steps = state["batch_in_epoch"], state["skipped_steps"]
+        self.val_losses, self._epoch_random = val_losses, epoch_drawn
+        self._loader_facts = self._loaded["facts"]
+        if place is not None:
+            self._loaded["loader"] = place
+        self.step, self.epoch, self.batch_in_epoch, self.skipped_steps = numbers
         self._pending.clear()
         self._verdict, self._last_result = None, {}
         self._logged_at = (time.perf_counter(), self.step)

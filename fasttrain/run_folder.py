@@ -184,7 +184,8 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
     except OSError as error:
         lock.close()
         raise UserError(
-            f"{run_dir} is in use by another trainer; wait for it or set another run.name"
+            f"{run_dir} is in use by another trainer; wait for it or set another run.name "
+            "(of fasttrain.Trainer: run_dir)"
         ) from error
     lock.truncate(0)
     lock.write(_job() or "")

@@ -206,13 +206,24 @@ def test_R32_every_scheduler_of_torch_goes_on_to_the_bit(
     assert len({loss for _, loss in losses(tmp_path / "straight")}) == 12
 
 
+class Counted(torch.optim.SGD):
+    """Keeps numbers that are no tensors."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["rate"] = 0.9 * state.get("rate", group["lr"])
+                p.data.add_(p.grad, alpha=-state["rate"])
+
+
 # LBFGS evaluates the loss by itself; SparseAdam takes sparse gradients, which nothing here clips.
 NOT_TRAINED_WITH = {"LBFGS", "SparseAdam", "Optimizer"}
 OPTIMIZERS = {
     name: kind
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and name not in NOT_TRAINED_WITH
-} | {"FusedAdamW": FusedAdamW}
+} | {"FusedAdamW": FusedAdamW, "Counted": Counted}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -232,6 +243,8 @@ def test_R32_every_optimizer_of_torch_goes_on_to_the_bit(name: str, tmp_path: Pa
 def test_R32_optimizers_that_no_trainer_can_step_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LBFGS evaluates the loss by itself"):
         made(tmp_path, lambda model: torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(UserError, match="sparse gradients, of which there is no norm here; set sp"):
+        Trainer(sparse := nn.Embedding(V, 3, sparse=True), torch.optim.SparseAdam([sparse.weight]))
     other = nn.Linear(2, 3)
     with pytest.raises(UserError, match=r"parameter of shape \[3, 2\] that is not the model's"):
         made(tmp_path, lambda model: adam(nn.ModuleList([model, other])))
@@ -504,6 +517,33 @@ def test_R24_R32_F5_another_model_or_loader_is_refused(saved: Path, tmp_path: Pa
     other.model.head.weight.data = torch.zeros(V, 7)
     with pytest.raises(UserError, match=r"head\.weight: float32 \[13, 6\] → float32 \[13, 7\]"):
         other.load_checkpoint(saved)
+    other = made(None, scheduler=steps_of(5))
+    other.model.tail = other.model._modules.pop("head")
+    with pytest.raises(UserError, match=r"model tail\.weight: none → float32"):
+        other.load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"facts": 3},
+        {"state": []},
+        {"state": {"random": {"!": "Tensor", "is": ["no such", True]}}},
+        {"state": {"random": {"!": "float", "is": "x"}}},
+        {"state": {"random": {"!": "dtype", "is": "load"}}},
+    ],
+)
+def test_R25_R32_a_malformed_state_is_one_line(wrong: dict[str, Any], tmp_path: Path) -> None:
+    trainer = made(tmp_path)
+    groups, state = trainer._snapshot()
+    state["library"] |= wrong
+    assert trainer.writer
+    trainer.writer.save(0, groups, state, "")
+    trainer.writer.wait()
+    before = all_of(trainer)
+    with pytest.raises(UserError, match="holds no state of such a training"):
+        trainer.load_checkpoint()
+    assert all_of(trainer) == before
 
 
 def files(run_dir: Path) -> dict[Path, bytes]:
@@ -642,7 +682,7 @@ def test_R32_N1_a_plateau_that_never_evaluates_is_warned_of_and_saved(tmp_path: 
 
 def test_R32_evaluations_change_nothing_of_the_training(tmp_path: Path) -> None:
     """Neither do they draw from its random numbers, nor does the one at the end decide anything."""
-    weights = []
+    weights: list[Tensor] = []
     for every in (1, 5, None):
         trainer = made(None, eval={"every_steps": every})
         loader = DataLoader(rows(), 4, shuffle=True)
