@@ -187,7 +187,8 @@ class Trainer:
                 self._after_step(self._finished(until))
                 self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
-            check_every = self.config.distributed.check_every_steps
+            several = self.world.n_copies > 1
+            check_every = self.config.distributed.check_every_steps if several else None
             if check_every:
                 self.recovery.check_copies()
             while not self._finished(until):

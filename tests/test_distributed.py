@@ -92,6 +92,8 @@ def every_run(config: Path) -> dict[str, dict[str, Any]]:
         )
     for odd in ODD:
         add(odd, "ddp2", odd=[odd])
+    keys = ["optim.lr=0.1", "--allow-change=optim.lr"]
+    add("odd resume", "ddp2", DROPOUT, "--resume=auto", run="cut-ddp2", odd=keys)
     for mode in ("one", "ddp2"):  # 6 sequences: of 4 at most on a rank, 3 and 3 of them on two
         add(f"six-{mode}", mode, "train.tokens_per_step=96", "train.micro_batch=4")
     return runs
@@ -285,6 +287,14 @@ def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: st
     assert f"error: rank 1 differs from rank 0, it has {ODD[odd]}" in told
     assert output_of(made, odd, rank=1) == ""
     assert not (made / "runs" / odd).exists()
+
+
+def test_R24_R30_a_rank_that_resumes_with_another_setting_is_refused(made: Path) -> None:
+    """Also where it alone was told to allow the change."""
+    assert statuses(made, "odd resume") == [2, 2]
+    told = "rank 1 differs from rank 0, it has optim.lr = 0.1, and rank 0 has 0.003"
+    assert told in output_of(made, "odd resume")
+    assert checkpoint.resolve(made / "runs/cut-ddp2").name == "step-00000012"  # as it was
 
 
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])

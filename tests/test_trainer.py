@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fasttrain_kernels._cpu import is_supported
 
-from fasttrain.checkpoint import verify
+from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
 from fasttrain.jsonl import JsonlLogger
@@ -251,6 +251,30 @@ def test_R1_resuming_continues_the_very_same_trajectory(
         assert resumed.fit() == "done"
         assert digest(resumed) == digest(whole)
         assert losses(run_dir) == [(s, loss) for s, loss in losses(tmp_path / "whole") if s > at]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adafactor"])
+def test_R1_several_resumes_in_a_row_end_at_the_same_bits(
+    toy: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """With an average of the parameters, a window of spikes and two micro-batches a step."""
+    values = [f"optim.name={optimizer}", "train.ema_decay=0.9", "train.on_spike=skip"]
+    values += ["model.dropout=0.1", "train.tokens_per_step=128", "eval.every_steps=4"]
+    config = load_config(toy, [*values, "train.steps=9"])
+    whole = build(config, tmp_path / "whole")
+    assert whole.fit() == "done"
+    run_dir = tmp_path / "parts"
+    trainer = build(config, run_dir)
+    for stop in (1, 2, 6):
+        trainer.request_stop(at_step=stop)
+        assert trainer.fit() == "stopped"
+        trainer.close()
+        trainer = toy_trainer.resume(config, resolve(run_dir), run_dir)
+        _open.append(trainer)
+        assert trainer.step_count == stop
+    assert trainer.fit() == "done"
+    assert digest(trainer) == digest(whole)
+    assert losses(run_dir) == losses(tmp_path / "whole")
 
 
 def test_best_is_kept_and_follows_the_lowest_validation_loss(toy: Path, tmp_path: Path) -> None:
