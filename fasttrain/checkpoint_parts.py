@@ -15,9 +15,6 @@ from fasttrain.config import ConfigError, TrainConfig, load_config
 
 __all__ = ["Parts", "parse", "verify"]
 
-# Where one of these was changed, steps of several sizes lie behind a run.
-STEP_SHAPE = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
-
 
 class Parts(NamedTuple):
     """Config and state of a checkpoint, and where its tensors lie, none of which was read."""
@@ -82,21 +79,24 @@ def parse(path: Path) -> Parts:
 def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> str | None:
     """Return how the counts of a run contradict each other, if they do.
 
-    Each step takes the same number of samples, and so does a batch that a rollback passed over.
+    Each step of a regular run takes the same number of samples, and so does a batch that a rollback
+    passed over.
     """
     if state.get("step", step) != step:
         return f"step is {state['step']}, and the manifest is of step {step}"
-    samples, changes = state.get("samples_per_step"), state.get("history", [])
-    reshaped = any(change["key"] in STEP_SHAPE for change in changes)
-    if "position" not in state or samples is None or reshaped:
+    if state.get("total_steps") == 0:
+        return "total_steps is 0, and a run has one"
+    known = {"position", "tokens", "samples_per_step"} <= state.keys()
+    if not (known and state.get("regular")):
         return None
-    first, passed = step * samples, len(state["faults"]["passed_over"])
+    samples, passed = state["samples_per_step"], len(state["faults"]["passed_over"])
+    first = step * samples
     if not first <= state["position"] <= first + passed * samples:
         return (
             f"position is {state['position']}, and {step} steps of {samples} samples with {passed} "
             f"passed over end at {first}"
         )
-    tokens, most = state.get("tokens", first), first * config.data.seq_len
+    tokens, most = state["tokens"], first * config.data.seq_len
     if not min(step, 1) <= tokens <= most:
         return f"tokens is {tokens}, and {first} samples of {config.data.seq_len} hold {most}"
     return None

@@ -3,11 +3,14 @@
 A seal keeps out accidents, not people: what these types do not say may be anything.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.untrusted import misfit
 
 __all__ = ["Manifest", "RankRecord", "misfit", "state_type"]
+
+
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
 class Entry(TypedDict):
@@ -44,13 +47,13 @@ class Change(TypedDict):
 
 
 class Faults(TypedDict):
-    """What `fasttrain.faults.FaultPolicy` keeps; a number that is not finite is its name."""
+    """What `fasttrain.faults.FaultPolicy` keeps."""
 
     skipped_steps: int
     spikes: int
     rollbacks: int
     passed_over: list[int]
-    row: list[tuple[int, int, str, float | str, float | str]]
+    row: list[tuple[int, int, Literal["overflow", "nonfinite", "spike"], Number, Number]]
 
 
 class ModelState(TypedDict):
@@ -71,8 +74,9 @@ class RunState(TypedDict):
     best_val_loss: float | None
     loss_ema: float | None
     faults: Faults
-    tokens: NotRequired[int]  # this and those below are younger than version 1 of the format
+    tokens: NotRequired[int]  # this and those below are not in all checkpoints of version 1
     samples_per_step: NotRequired[int]
+    regular: NotRequired[bool]
     val_losses: NotRequired[list[float | None]]
     data: NotRequired[dict[str, dict[str, Any]]]
     history: NotRequired[list[Change]]

@@ -165,7 +165,11 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    *,
+    stepped: bool = False,
 ) -> None:
     """Restore what `optimizer_tensors` returned, into optimizers built the same way.
 
@@ -173,9 +177,11 @@ def load_optimizer_tensors(
         model: whose parameters, sharded or not, the optimizers update.
         optimizers: of those parameters.
         tensors: whole ones; a sharded parameter takes its slices of them.
+        stepped: whether each parameter must have some, for a step was made of all of them.
 
     Raises:
         KeyError: a tensor belongs to no parameter of these optimizers.
+        RuntimeError: one is missing, or has another shape or type than the optimizer gives it.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     of: dict[str, dict[str, Tensor]] = {}
@@ -185,13 +191,49 @@ def load_optimizer_tensors(
     for optimizer in optimizers:
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
-            if mine := of.pop(names[id(p)], None):
+            mine = of.pop(names[id(p)], {})
+            if mine or stepped:
+                _check(optimizer, p, names[id(p)], mine)
+            if mine:
                 slices = {key: cut(tensor, p) for key, tensor in mine.items()}
                 state[index] = _whole(optimizer, p, slices)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     if of:
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
+
+
+def _check(
+    optimizer: torch.optim.Optimizer, p: Tensor, name: str, saved: Mapping[str, Tensor]
+) -> None:
+    """Refuse state of a parameter that is not what a step of the optimizer would have made."""
+    expected = _expected(optimizer, p)
+    if expected is None:  # of an optimizer that makes what it likes, but something
+        expected = dict(saved) or {"state": p}
+    for key in sorted(expected.keys() | saved.keys()):
+        there, here = (
+            f"{tuple(t[key].shape)} {t[key].dtype}" if key in t else "missing"
+            for t in (saved, expected)
+        )
+        if there != here:
+            raise RuntimeError(f"optimizer state {name}/{key} is {there} there and {here} here")
+
+
+def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:
+    """Return the state that a step makes for a parameter, without values; None: not known."""
+    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    step = torch.empty((), device="meta")
+    if isinstance(optimizer, FusedAdamW):
+        return optimizer._new_state(like)
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": like}
+    if type(optimizer) is torch.optim.SGD:
+        return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
+    if type(optimizer) is torch.optim.Adafactor:
+        if p.ndim < 2:
+            return {"step": step, "variance": like}
+        return {"step": step, "row_var": like[..., :1], "col_var": like[..., :1, :]}
+    return None
 
 
 def _whole(
@@ -206,6 +248,9 @@ def _whole(
         if buffer is None or not _parts(buffer):
             raise KeyError(f"quantized optimizer state {key!r}, for which this optimizer has none")
         for part in _parts(buffer):
-            getattr(buffer, part).copy_(saved[f"{key}/{part}"])
+            old, new_part = saved[f"{key}/{part}"], getattr(buffer, part)
+            if (old.shape, old.dtype) != (new_part.shape, new_part.dtype):
+                raise RuntimeError(f"optimizer state {key}/{part} has another shape or type")
+            new_part.copy_(old)
         state[key] = buffer
     return state

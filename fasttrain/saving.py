@@ -41,6 +41,7 @@ class Saver:
 
     Attributes:
         saved_at: the step of the newest checkpoint, None before the first.
+        regular: whether all steps of the run were of as many samples, and these as long.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -48,6 +49,7 @@ class Saver:
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * trainer.config.distributed.timeout_s)
         self.saved_at: int | None = None
+        self.regular = trainer.train_loader.position == 0
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
         self._begun = False  # a save of which it is not known yet whether it was committed
@@ -157,6 +159,7 @@ class Saver:
             "eval_due": trainer.eval_due,
             "trained_s": trainer.trained_s,
             "samples_per_step": trainer.samples_per_step,
+            "regular": self.regular,
             "best_val_loss": _finite(trainer.best_val_loss),
             "loss_ema": trainer.reporter.ema.value,
             "val_losses": [_finite(loss) for loss in trainer.val_losses],
@@ -229,7 +232,11 @@ class Saver:
         restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step, rank)
         trainer.step_count = self.saved_at = state["step"]
         trainer.position = state["position"]
-        all_rows = trainer.position * trainer.config.data.seq_len  # of a save without the count
+        seq_len = trainer.config.data.seq_len
+        now = (True, trainer.samples_per_step, seq_len)
+        then = (state.get("regular"), state.get("samples_per_step"), checkpoint.config.data.seq_len)
+        self.regular = now == then
+        all_rows = trainer.position * seq_len  # of a save without the count
         trainer.reporter.n_tokens = state.get("tokens", all_rows)
         trainer.last_eval, trainer.eval_due = {}, state["eval_due"]
         best, *losses = (

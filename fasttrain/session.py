@@ -312,7 +312,11 @@ def _build(
         world=world,
     )
     if source is not None:
-        trainer.load_checkpoint(source)
+        try:
+            trainer.load_checkpoint(source)
+        except UserError:
+            trainer.close()
+            raise
         jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
         if world.leads and jump:
             folder.warn(jump)

@@ -80,15 +80,35 @@ def restore(
         own = model.state_dict()
         saved = checkpoint.group("model")
         model.load_state_dict({n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
-        load_optimizer_tensors(model, optimizers, checkpoint.group("optimizer"))
+        tensors, state = checkpoint.group("optimizer"), checkpoint.state
+        stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
+        load_optimizer_tensors(model, optimizers, tensors, stepped=stepped)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{checkpoint.path}: the checkpoint is of another model: {reason}"
         ) from error
     train_step.ema.load(checkpoint.group("ema"))
-    rest = checkpoint.group("trainer")
-    _restore_rng_of_rank(rest, train_step.loss.device, rank)
+    rest, device = checkpoint.group("trainer"), train_step.loss.device
+    # Of a run on a CPU; and a window of another size begins empty.
+    optional = {"cuda", "spike_count"} - rest.keys()
+    if "spike_count" in optional or "spike_values" in rest:
+        optional.add("spike_values")
+    for name, mine in (train_step.state() | rng_state(device)).items():
+        there, here = (
+            "missing" if t is None else f"{tuple(t.shape)} {t.dtype}"
+            for t in (rest.get(name), mine)
+        )
+        if there != here and name not in optional:
+            raise UserError(
+                f"{checkpoint.path}: trainer.{name} is {there}, and not {here}; resume from an "
+                "earlier checkpoint"
+            )
+    try:
+        _restore_rng_of_rank(rest, device, rank)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.path}: no state of a random generator: {reason}") from error
     train_step.load(rest)
 
 

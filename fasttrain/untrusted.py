@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from fasttrain.config_keys import UserError
 
@@ -82,7 +82,7 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
 
     Args:
         kind: a `TypedDict`, or what its fields are of. An ``int`` is a count: no bool, from 0 to
-            2**63 - 1; a ``float`` is finite.
+            2**53 - 1; a ``float`` is finite.
         value: as a parser returned it.
         name: of the value, for the result.
     """
@@ -97,9 +97,11 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
             return f"{name}.{absent[0]} is missing".removeprefix(".")
         known = sorted(hints.keys() & value.keys()) if fits else ()
         parts = ((hints[k], value[k], f"{name}.{k}".removeprefix(".")) for k in known)
-    elif origin is types.UnionType:
+    elif origin in (types.UnionType, Union):
         fits = any(misfit(k, value) is None for k in kinds)
-        wanted = " or ".join(_NAMES[k] for k in kinds)
+        wanted = " or ".join(_NAMES.get(k, str(get_args(k))) for k in kinds)
+    elif origin is Literal:
+        fits, wanted = value in kinds, " or ".join(kinds)
     elif origin is dict:
         fits = isinstance(value, dict)
         parts = ((kinds[1], v, f"{name}.{k}") for k, v in value.items()) if fits else ()
@@ -111,7 +113,7 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
     else:
         fits, wanted = type(value) is kind, _NAMES[kind]
         if kind is int:
-            fits = fits and 0 <= value < 2**63
+            fits = fits and 0 <= value < 2**53
         elif kind is float:
             fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
     if not fits:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tomllib
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -406,8 +407,8 @@ def ended(work: Path, recipe: str, status: int) -> str:
     return f"status {status}, {told or 'nothing said'}"
 
 
-def run_case(sound: Path, family: str, number: int) -> str:
-    """Run a case in a fork; return what is wrong with how it ended."""
+def start(sound: Path, family: str, number: int) -> Callable[[], tuple[str, str]]:
+    """Start a case in a fork; return what waits for it and says what was wrong with its end."""
     work = sound / "work" / f"{family}-{number}"
     work.mkdir(parents=True)
     recipe, command = CASES[family](work, sound, random.Random(f"{family} {number}"))
@@ -426,9 +427,13 @@ def run_case(sound: Path, family: str, number: int) -> str:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    problem = ended(work, recipe, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    shutil.rmtree(work)
-    return problem and f"{family} {number}: {recipe}: {problem}"
+
+    def result() -> tuple[str, str]:
+        problem = ended(work, recipe, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        shutil.rmtree(work)
+        return family, problem and f"{family} {number}: {recipe}: {problem}"
+
+    return result
 
 
 def limit() -> None:
@@ -442,9 +447,13 @@ def limit() -> None:
 
 def main(folder: Path) -> None:
     make_sound(folder)
-    for family, n in N_CASES.items():
-        for number in range(n):
-            print(dump([family, run_case(folder, family, number)]).decode(), flush=True)
+    running: deque[Callable[[], tuple[str, str]]] = deque()
+    for family, number in [(name, i) for name, n in N_CASES.items() for i in range(n)]:
+        running.append(start(folder, family, number))
+        if len(running) == 2:
+            print(dump(running.popleft()()).decode(), flush=True)
+    for result in running:
+        print(dump(result()).decode(), flush=True)
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: P
 
 def test_R15_ranks_that_give_up_different_steps_save_nothing_and_do_not_wait(toy: Path) -> None:
     run, store = build(toy), HashStore()
-    run.step_count = 5
+    run.step_count, run.position, run.reporter.n_tokens = 5, 20, 320
     run.world = World(rank=0, size=2, store=store)
     store.set("saves step of 1", "6")
     with pytest.raises(CheckpointError, match="rank 1 is at step 6 and rank 0 at step 5"):

@@ -157,3 +157,147 @@ def test_R25_F16_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None
     save_file(tensors, copy / "model.safetensors")
     reseal(copy)
     refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "logits are not finite")
+
+
+# ---- R24: what was made of another run, or of none, is refused (F16, F17) ------------------------
+
+
+def without(*path: str) -> Callable[[Any], None]:
+    def change(state: Any) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+
+    return change
+
+
+STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **{
+        f"no {key}": (without(key), f"{key} is missing")
+        for key in ("step", "total_steps", "eval_due", "trained_s", "best_val_loss", "loss_ema")
+    },
+    "no position": (without("position"), "holds a model, and no run"),
+    "no data": (without("data"), "holds a model, and no run"),
+    "no facts": (lambda s: {**s, "data": {}}, "data.train.vocab_size: none"),
+    "odd facts": (lambda s: s["data"]["train"].update(shards=[3]), "data.train.shards: [3]"),
+    "no faults": (without("faults"), "faults is missing"),
+    "no rollbacks": (without("faults", "rollbacks"), "faults.rollbacks is missing"),
+    "odd faults": (lambda s: s["faults"].update(row=[[1, 2]]), "faults.row[0] is [1, 2]"),
+    "a fault of no kind": (
+        lambda s: s["faults"].update(row=[[1, 2, "x", 1.0, 1.0]]),
+        "faults.row[0][2] is 'x', which is no overflow or nonfinite or spike",
+    ),
+    "a loss of text": (
+        lambda s: s["faults"].update(row=[[1, 2, "spike", "abc", 1.0]]),
+        "faults.row[0][3] is 'abc'",
+    ),
+    "a list": (lambda s: [s], "not a JSON object"),
+    "a negative step": (lambda s: {**s, "step": -2}, "step is -2"),
+    "a true step": (lambda s: {**s, "step": True}, "step is True"),
+    "a step of text": (lambda s: {**s, "step": "2"}, "step is '2'"),
+    "nan": (lambda s: {**s, "best_val_loss": float("nan")}, "best_val_loss is nan"),
+    "huge": (lambda s: {**s, "trained_s": 10**400}, "trained_s is 1000"),
+    "odd losses": (lambda s: {**s, "val_losses": [1.0, {}]}, "val_losses[1] is {}"),
+    "odd history": (lambda s: {**s, "history": [{"key": "a"}]}, "history[0].new is missing"),
+    "deep": (lambda s: {**s, "x": json.loads("[" * 300 + "]" * 300)}, "nested too deep"),
+    "another step": (lambda s: {**s, "step": 3}, "step is 3, and the manifest is of step 2"),
+    "another position": (lambda s: {**s, "position": 9}, "2 steps of 4 samples"),
+    "other tokens": (lambda s: {**s, "tokens": 999}, "8 samples of 16 hold 128"),
+    "far away": (lambda s: {**s, "regular": False, "position": 2**62}, "position is 4611"),
+    "no steps": (lambda s: {**s, "total_steps": 0}, "total_steps"),
+    "no tokens": (lambda s: {**s, "tokens": 0}, "tokens is 0"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), STATES.values(), ids=STATES)
+def test_R24_F16_a_state_that_is_none(
+    change: Callable[[Any], Any], reason: str, copy: Path, capsys: Capture
+) -> None:
+    edit(copy / "state.json", change)
+    refused(resume(), capsys, reason)
+
+
+def test_R24_a_deep_manifest(copy: Path, capsys: Capture) -> None:
+    for depth in (100, 5_000, 100_000):
+        text = (copy / "manifest.json").read_text().rstrip("}\n ")
+        (copy / "manifest.json").write_text(f'{text}, "x": {"[" * depth}{"]" * depth}}}')
+        refused(resume(), capsys, "manifest.json: damaged")
+
+
+Tensors = dict[str, torch.Tensor]
+OTHERS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
+    "a moment of another shape": (
+        "optimizer",
+        lambda t: t.update({"norm.weight/exp_avg": torch.zeros(31)}),
+        "norm.weight/exp_avg is (31,) torch.float32 there and (32,)",
+    ),
+    "a moment of one element": (
+        "optimizer",
+        lambda t: t.update({"norm.weight/exp_avg_sq": torch.zeros(1)}),
+        "norm.weight/exp_avg_sq is (1,)",
+    ),
+    "a moment of another type": (
+        "optimizer",
+        lambda t: t.update({"norm.weight/exp_avg": torch.zeros(32, dtype=torch.float16)}),
+        "norm.weight/exp_avg is (32,) torch.float16 there",
+    ),
+    "no second moment": (
+        "optimizer",
+        lambda t: t.pop("norm.weight/exp_avg_sq"),
+        "norm.weight/exp_avg_sq is missing there",
+    ),
+    "no state of a parameter": (
+        "optimizer",
+        lambda t: [t.pop(name) for name in list(t) if name.startswith("norm.weight/")],
+        "norm.weight/exp_avg is missing there",
+    ),
+    "no state at all": ("optimizer", lambda t: t.clear(), "/exp_avg is missing there"),
+    "state of nothing": ("optimizer", lambda t: t.update({"x/y": torch.zeros(1)}), "x"),
+    "no random state": ("trainer", lambda t: t.pop("cpu"), "trainer.cpu is missing"),
+    "a short random state": (
+        "trainer",
+        lambda t: t.update(cpu=t["cpu"][:100].clone()),
+        "trainer.cpu is (100,) torch.uint8",
+    ),
+    "an odd random state": ("trainer", lambda t: t["cpu"].fill_(255), "random generator"),
+    "no scale": ("trainer", lambda t: t.pop("grad_scale"), "trainer.grad_scale is missing"),
+    "a parameter of another shape": (
+        "model",
+        lambda t: t.update({"norm.weight": torch.zeros(31)}),
+        "norm.weight is (31,) there and (32,) here",
+    ),
+    "no parameter": ("model", lambda t: t.pop("norm.weight"), "norm.weight is missing there"),
+}
+
+
+@pytest.mark.parametrize(("group", "change", "reason"), OTHERS.values(), ids=OTHERS)
+def test_R24_F17_tensors_of_another_run(
+    group: str, change: Callable[[Tensors], Any], reason: str, copy: Path, capsys: Capture
+) -> None:
+    tensors = load_file(copy / f"{group}.safetensors")
+    change(tensors)
+    save_file(tensors, copy / f"{group}.safetensors")
+    reseal(copy)
+    refused(resume(), capsys, reason)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor", "muon"])
+def test_R24_F17_moments_of_every_optimizer_are_checked(
+    name: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [str(stopped / "toy.toml"), "run.name=a", "model.n_layers=1", f"optim.name={name}"]
+    command += ["optim.muon_lr=1e-3"] if name == "muon" else ["optim.lr=1e-3"]
+    command += ["model.positions=learned", "model.norm=layer", "model.bias=true"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    file = STEP / "optimizer.safetensors"
+    whole = load_file(file)
+    for key in sorted({full.partition("/")[2] for full in whole}):
+        full = next(full for full in sorted(whole) if full.endswith(f"/{key}"))
+        save_file({n: t for n, t in whole.items() if n != full}, file)
+        reseal(STEP)
+        capsys.readouterr()
+        refused(main([*command, "--resume", "auto"]), capsys, f"{full} is missing there")
+    save_file(whole, file)
+    reseal(STEP)
+    assert main([*command, "--resume", "auto", "--stop-at-step", "3"]) == 75
