@@ -92,7 +92,7 @@ class ModelConfig(Section):
         None,
         "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
         ge=1,
-        le=_WIDEST,
+        le=2**24,
     )
     mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
     norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))

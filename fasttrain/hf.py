@@ -7,7 +7,6 @@ names. `transformers` itself is not needed; weights are read and written as safe
 import argparse
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -176,42 +175,37 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
     return found
 
 
-def _parts(
-    config: TrainConfig, model_type: str, found: dict[str, Stored]
-) -> dict[str, list[Stored]]:
+def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list[Stored]]:
     """Return what each parameter is made of, once all shapes are proven to fit the config.
 
     Raises:
         UserError: they do not; nothing was allocated.
     """
-    misfit = "the model's tensors do not fit its config.json"
-    if config.model.n_layers > len(found):
-        n_layers = config.model.n_layers
-        raise UserError(f"{misfit}: of {n_layers} layers and {len(found)} tensors some are missing")
+    found = _stored(folder, model_type)
+    problem = f"{folder}: the model's tensors do not fit its config.json"
     n_stored = sum(math.prod(stored.shape) for stored in found.values())
-    model = outline(config.model, seq_len=config.data.seq_len, n_stored=n_stored)
+    model = outline(config, n_stored, folder)
     wanted, missing = model.state_dict(), []
     parts: dict[str, list[Stored]] = {}
     for ours, theirs in parameter_names(model_type, config.model.n_layers).items():
-        of_block = re.sub(r"^blocks\.\d+", "blocks.0", ours)  # outline has no other
         there = [found.pop(name) for name in theirs if name in found]
-        if of_block not in wanted:
+        if ours not in wanted:
             if there and ours != "head.weight":  # tied: some files hold it twice
-                raise UserError(f"{misfit}: it says nothing of {theirs[0]}")
+                raise UserError(f"{problem}: it says nothing of {theirs[0]}")
             continue
         if len(there) != len(theirs):
             missing.append(theirs[0])
             continue
         parts[ours] = there
-        n_rows, *rest = wanted[of_block].shape
+        n_rows, *rest = wanted[ours].shape
         rows = part_rows(model, ours) if len(theirs) > 1 else None
         for name, stored, n in zip(theirs, there, rows or [n_rows], strict=True):
             shape = (*rest, n) if stored.transposed else (n, *rest)
             if stored.shape != shape:
-                raise UserError(f"{misfit}: {name} is {stored.shape}, and should be {shape}")
+                raise UserError(f"{problem}: {name} is {stored.shape}, and should be {shape}")
     left = sorted(name for name in found if not name.endswith("rotary_emb.inv_freq"))
     if missing or left:
-        raise UserError(f"{misfit}: missing {missing[:3] or 'none'}, unknown {left[:3] or 'none'}")
+        raise UserError(f"{problem}: missing {missing[:3] or 'none'}, unknown {left[:3] or 'none'}")
     return parts
 
 
@@ -239,7 +233,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
     model_type = hf["model_type"]
-    parts = _parts(config, model_type, _stored(folder, model_type))
+    parts = _parts(config, model_type, folder)
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     for name, tensor in model.state_dict().items():

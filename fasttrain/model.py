@@ -9,7 +9,6 @@ in full.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from fasttrain.attention import (
     attention_mask,
     rope_tables,
 )
-from fasttrain.config import ConfigError, ModelConfig
+from fasttrain.config import ConfigError, ModelConfig, TrainConfig
 from fasttrain.config_keys import refuse
 from fasttrain.embedding import Embedding
 
@@ -343,23 +342,24 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def outline(config: ModelConfig, *, seq_len: int, n_stored: int) -> Transformer:
-    """Return a model of one block without memory, for the shapes of a file's model: all are alike.
+def outline(config: TrainConfig, n_stored: int, source: object) -> Transformer:
+    """Return a model without memory, for its shapes, of a config that may say anything.
 
     Args:
         config: as a file says that it is.
-        seq_len: as the file says.
-        n_stored: how many numbers the file holds.
+        n_stored: how many numbers the file of its parameters holds.
+        source: where it is from, for the message.
 
     Raises:
-        ConfigError: the positions alone would take more memory than the file's tensors.
+        ConfigError: the rotary tables, which are in no file, would take more than the parameters.
     """
     with torch.device("meta"):
-        model = Transformer(replace(config, n_layers=1), seq_len=seq_len)
-    if seq_len * model.head_dim > max(_SMALL_TABLE, n_stored):
+        model = Transformer(config.model, seq_len=config.data.seq_len)
+    n_table = 0 if model.rope_cos is None else config.data.seq_len * model.head_dim
+    if n_table > max(_SMALL_TABLE, n_stored):
         raise ConfigError(
-            f"data.seq_len = {seq_len} is not credible of a model of {n_stored:,} parameters; "
-            "lower it in the file's config"
+            f"{source}: data.seq_len = {config.data.seq_len} is not credible of a model of "
+            f"{n_stored:,} parameters; use the config that it was trained with"
         )
     return model
 

@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fasttrain import checkpoint
 from fasttrain.config import TrainConfig, UserError, load_config
-from fasttrain.model import Transformer
+from fasttrain.model import outline
 from fasttrain.slices import cut
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ __all__ = [
     "start_from",
 ]
 
-# Rotary tables are in no file; of a model with more parameters they may take as much as these.
-_TABLE_BYTES = 64 << 20
 # Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
 BRANCH_MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
@@ -92,20 +89,8 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) 
     """
     problem = f"model.n_layers = {config.model.n_layers}"
     if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
-        try:
-            with torch.device("meta"):
-                model = Transformer(config.model, seq_len=config.data.seq_len)
-            problem = _misfits(model.state_dict(), found)
-            tables = 4 * config.data.seq_len * model.head_dim if model.rope_cos is not None else 0
-            if tables > max(_TABLE_BYTES, sum(tensor.nbytes for tensor in found.values())):
-                problem = f"data.seq_len = {config.data.seq_len} for so small a model"
-        except (
-            ArithmeticError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # sizes beyond 2**63
-            problem = " ".join(str(error).split())
+        model = outline(config, sum(tensor.numel() for tensor in found.values()), source)
+        problem = _misfits(model.state_dict(), found)
     if problem:
         raise UserError(
             f"{source}: its tensors do not fit [model] and data.seq_len: {problem}; use the "

@@ -1,5 +1,6 @@
 """fasttrain.generate: sampling rules, the cache against no cache, and the command."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -342,3 +343,14 @@ def test_the_command_in_a_process_that_stops_reading(run_dir: Path) -> None:
         errors = process.stderr.read()
     assert errors == b""
     assert process.returncode == 141
+
+
+def test_F16_a_prompt_that_is_not_utf_8_is_one_line(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([str(run_dir), "--prompt", "a\udcff"]) == 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+    assert main([str(run_dir), "--interactive"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("error: ") and "is not UTF-8" in line for line in said)

@@ -184,3 +184,52 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
     (out / "model.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="malformed safetensors"):
         import_model(out, tmp_path / "again")
+
+
+ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "no heads": ("llama", "config.json", {"num_attention_heads": 0}),
+    "heads of text": ("llama", "config.json", {"num_attention_heads": "4"}),
+    "text for width": ("gpt2", "config.json", {"n_embd": "32"}),
+    "no head_dim": ("llama", "config.json", {"head_dim": 0}),
+    "rope as a list": ("llama", "config.json", {"rope_parameters": [1]}),
+    "positions of text": ("llama", "config.json", {"max_position_embeddings": "24"}),
+    "more positions than parameters": (
+        "llama",
+        "config.json",
+        {"max_position_embeddings": 10**9},
+    ),
+    "huge": ("llama", "config.json", {"hidden_size": 2**40}),
+    "large": ("llama", "config.json", {"vocab_size": 2**32}),
+    "too deep": ("llama", "config.json", {"num_hidden_layers": 10**9}),
+    "no map": ("llama", "model.safetensors.index.json", {}),
+    "a map of lists": ("llama", "model.safetensors.index.json", {"weight_map": {"a": ["b"]}}),
+    "a map that leaves": (
+        "llama",
+        "model.safetensors.index.json",
+        {"weight_map": {"a": "../x.safetensors"}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "file", "change"), ODD.values(), ids=ODD)
+def test_F16_an_odd_folder_is_one_line(
+    name: str, file: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", **MODELS[name])
+    path = export_model(tmp_path / "run", tmp_path / "out") / file
+    value = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(value | change))
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}")
+    assert not (tmp_path / "again").exists()
+
+
+def test_F16_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", **MODELS["llama"])
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    (out / "copy.safetensors").write_bytes((out / "model.safetensors").read_bytes())
+    index = {"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"is in .*copy\.safetensors too"):
+        import_model(out, tmp_path / "again")

@@ -1,4 +1,4 @@
-"""R25: mutated checkpoints, runs, folders of transformers, datasets, tokenizers through all commands.
+"""R25: mutated checkpoints, runs, Hugging Face folders, datasets and tokenizers in all commands.
 
 Each case is a sound folder in which a seeded generator has mutated one file, resealed where a hash
 would refuse it before any parser sees it. A command then does its work or says what is wrong in one
@@ -15,18 +15,23 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
-import time
 import tomllib
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.toy import write_config
+import pytest
+
+from tests.toy import ENV, ROOT, write_config
 from tests.toy_checkpoints import reseal
 
-N_CASES = {"checkpoint": 130, "hf": 90, "data": 90, "tokenizer": 60}
+pytestmark = pytest.mark.xdist_group("hostile files")  # all in one process
+
+N_CASES = {"checkpoint": 110, "hf": 80, "data": 80, "tokenizer": 60, "planted": 3}
 MAX_BYTES, MAX_CPU_S = 300 << 20, 5
 STUCK_S = 60.0  # of a case that waits for ever; a busy machine makes others slow
 
@@ -41,7 +46,8 @@ for _ in range(200):
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**62, 2**64, 10**30, 10**400, 0.5, 1e308, float("nan"),
     float("inf"), "", "x", "7", "x" * 100_000, "\ud800", "a\nb", "../../../etc/passwd",
-    "/etc/passwd", "auto", "none", [], {}, [[]], [0], [1, 2, 3], ["x"], {"a": 1}, {"type": "x"}, DEEP,
+    "/etc/passwd", "auto", "none", [], {}, [[]], [0], [1, 2, 3], ["x"], {"a": 1}, {"type": "x"},
+    DEEP,
 ]  # fmt: skip
 
 
@@ -273,7 +279,8 @@ def checkpoint_case(work: Path, sound: Path, chance: random.Random) -> Mutated:
         "generate": lambda: call("generate", run, "--prompt", "a", "--max-tokens", "2"),
         "export": lambda: call("hf", "export", run, work / "out"),
         "resume": lambda: call(
-            "train", config, *train, "run.name=run", "--resume", "auto", "--allow-change", "train.steps"
+            *("train", config, *train, "run.name=run", "--resume", "auto"),
+            *("--allow-change", "train.steps"),
         ),
         "init": lambda: call("train", config, *train, "run.name=new", f"model.init_from={run}"),
         "decay": lambda: call(
@@ -351,9 +358,38 @@ def tokenizer_case(work: Path, sound: Path, chance: random.Random) -> Mutated:
     return f"{command}: {kind}: {how}", commands[command]()
 
 
+def _fails() -> int:
+    raise ValueError("planted")
+
+
+def _says_nothing() -> int:
+    return 2
+
+
+def _allocates() -> int:
+    return len(bytearray(MAX_BYTES + (100 << 20)))
+
+
+# What the limits and checks must see: what is said of a command, and the command.
+PLANTED: list[tuple[str, Callable[[], int]]] = [
+    ("ValueError: planted", _fails),
+    ("nothing said", _says_nothing),
+    ("MemoryError", _allocates),
+]
+
+
+def planted_case(work: Path, sound: Path, chance: random.Random) -> Mutated:
+    reason, command = PLANTED[int(work.name.rpartition("-")[2])]
+    return reason, command
+
+
 CASES = {
-    "checkpoint": checkpoint_case, "hf": hf_case, "data": data_case, "tokenizer": tokenizer_case
-}  # fmt: skip
+    "checkpoint": checkpoint_case,
+    "hf": hf_case,
+    "data": data_case,
+    "tokenizer": tokenizer_case,
+    "planted": planted_case,
+}
 
 
 # ---- the process that runs them ------------------------------------------------------------------
@@ -371,8 +407,8 @@ def ended(work: Path, recipe: str, status: int) -> str:
     return f"status {status}, {told or 'nothing said'}"
 
 
-def run_case(sound: Path, family: str, number: int) -> str:
-    """Run a case in a fork; return what is wrong with how it ended."""
+def start(sound: Path, family: str, number: int) -> Callable[[], tuple[str, str]]:
+    """Start a case in a fork; return what waits for it and says what was wrong with its end."""
     work = sound / "work" / f"{family}-{number}"
     work.mkdir(parents=True)
     recipe, command = CASES[family](work, sound, random.Random(f"{family} {number}"))
@@ -391,9 +427,13 @@ def run_case(sound: Path, family: str, number: int) -> str:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    problem = ended(work, recipe, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    shutil.rmtree(work)
-    return problem and f"{family} {number}: {recipe}: {problem}"
+
+    def result() -> tuple[str, str]:
+        problem = ended(work, recipe, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        shutil.rmtree(work)
+        return family, problem and f"{family} {number}: {recipe}: {problem}"
+
+    return result
 
 
 def limit() -> None:
@@ -405,18 +445,44 @@ def limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
 
 
-def main(folder: Path, only: list[str]) -> None:
+def main(folder: Path) -> None:
     make_sound(folder)
-    for family, n in N_CASES.items():
-        for number in range(n):
-            if not only or family in only or f"{family}-{number}" in only:
-                begin = time.perf_counter()
-                problem = run_case(folder, family, number)
-                print(
-                    dump([family, number, problem, time.perf_counter() - begin]).decode(),
-                    flush=True,
-                )
+    running: deque[Callable[[], tuple[str, str]]] = deque()
+    for family, number in [(name, i) for name, n in N_CASES.items() for i in range(n)]:
+        running.append(start(folder, family, number))
+        if len(running) == 2:
+            print(dump(running.popleft()()).decode(), flush=True)
+    for result in running:
+        print(dump(result()).decode(), flush=True)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What is wrong with each case of a family, empty where nothing is."""
+    folder = tmp_path_factory.mktemp("hostile")
+    command = [sys.executable, "-m", "tests.test_hostile_files", str(folder)]
+    ran = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, list[str]] = {family: [] for family in N_CASES}
+    for line in ran.stdout.splitlines():
+        if line.startswith("["):
+            family, problem = json.loads(line)
+            found[family].append(problem)
+    return found
+
+
+@pytest.mark.parametrize("family", N_CASES)
+def test_R25_a_hostile_file_is_one_line_and_costs_nothing(
+    family: str, problems: dict[str, list[str]]
+) -> None:
+    assert len(problems[family]) == N_CASES[family]
+    wrong = [problem for problem in problems[family] if problem]
+    if family == "planted":  # each is seen for what it is
+        pairs = zip(wrong, PLANTED, strict=True)
+        assert all(reason in problem for problem, (reason, _) in pairs), wrong
+    else:
+        assert not wrong, "\n\n".join(wrong)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

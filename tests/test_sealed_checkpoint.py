@@ -122,10 +122,10 @@ HUGE = {
     "hidden_dim": ("n_heads = 2", "n_heads = 2\nhidden_dim = 16000000", "blocks.0.mlp.down.weight"),
     "n_layers": ("n_layers = 1", "n_layers = 100000000", "model.n_layers = 100000000"),
     "n_heads": ("n_heads = 2", "n_heads = 2\nn_kv_heads = 1", "blocks.0.attention"),
-    "vocab_size": ("vocab_size = 320", "vocab_size = 4611686018427387904", "fit [model]"),
-    "dim": ("\ndim = 32", f"\ndim = {2**70}", "fit [model]"),
+    "vocab_size": ("vocab_size = 320", f"vocab_size = {2**32}", "fit [model]"),
+    "dim": ("\ndim = 32", f"\ndim = {2**70}", "is out of range"),
     "seq_len": ("seq_len = 16", "seq_len = 16000000", "data.seq_len = 16000000"),
-    "seq_len of 2**62": ("seq_len = 16", f"seq_len = {2**62}", "fit [model]"),
+    "seq_len of 2**62": ("seq_len = 16", f"seq_len = {2**62}", "is out of range"),
     "no numbers": ("n_layers = 1", "n_layers = *", "config.toml: is not valid TOML"),
 }
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,6 +17,8 @@ from fasttrain.data.tokenizer import (
     Encoder,
     byte_tokenizer,
     char_tokenizer,
+    encode,
+    load_tokenizer,
     train_bpe,
 )
 
@@ -79,3 +82,66 @@ def test_F18_the_tokenizer_of_ordinary_text_stays_as_it_was(
     splits = [s for s in json.loads(parts.to_str())["pre_tokenizer"]["pretokenizers"]]
     assert [s["type"] for s in splits] == ["Split", "ByteLevel"]
     assert splits[0]["pattern"] == {"Regex": TEXT_PATTERN}
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps(json.loads(byte_tokenizer().to_str()) | changes))
+    return path
+
+
+def test_F16_padding_and_truncation_of_a_tokenizer_are_left_out(tmp_path: Path) -> None:
+    padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    truncation = {"max_length": 1, "strategy": "LongestFirst", "stride": 5, "direction": "Right"}
+    path = saved(tmp_path / "tokenizer.json", padding=padding, truncation=truncation)
+    assert encode(load_tokenizer(path), "abc") == [97, 98, 99]
+
+
+def replacing(*pairs: tuple[dict[str, str], str]) -> dict[str, Any]:
+    steps = [{"type": "Replace", "pattern": old, "content": new} for old, new in pairs]
+    return {"type": "Sequence", "normalizers": steps}
+
+
+TEN = ({"String": "a"}, 10 * "a")
+HOSTILE: dict[str, dict[str, Any]] = {
+    "ten times ten times ten …": {"normalizer": replacing(*12 * [TEN])},
+    "in twos": {"normalizer": replacing(*2 * [({"Regex": ""}, 10_000 * "b")])},
+    "when it is decoded": {
+        "decoder": {"type": "Sequence", "decoders": replacing(*12 * [TEN])["normalizers"]}
+    },
+    "a panic": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a long token": {"model": {"type": "BPE", "vocab": {100_000 * "a": 0}, "merges": []}},
+    "no field": {"model": {}},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_F16_a_tokenizer_that_is_no_credible_one_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "tokenizer.json", **changes)
+    with pytest.raises(DataError, match=r"tokenizer\.json: (not a tokenizer|makes millions)"):
+        load_tokenizer(path)
+
+
+def test_F16_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
+    usual = [({"String": " "}, "▁"), ({"Regex": r"\s+"}, " "), ({"String": "ä"}, "ae")]
+    pairs = [*usual, *(({"String": c}, 2 * c.lower()) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
+    path = saved(tmp_path / "tokenizer.json", normalizer=replacing(*pairs))
+    assert encode(load_tokenizer(path), "B") == [98, 98]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "reason"),
+    [
+        ({}, "a\udc80", "is not UTF-8"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "a", "chunk size"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}, "b", "WordLevel"),
+    ],
+)
+def test_F16_a_text_that_cannot_be_encoded_is_refused(
+    changes: dict[str, Any], text: str, reason: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path / "tokenizer.json", **changes))
+    with pytest.raises(DataError, match=reason):
+        encode(tokenizer, text)
