@@ -154,8 +154,8 @@ def read_json(file: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
-    remedy = "damaged, or not written by fasttrain"
-    return untrusted.parse_json(text, file, remedy, CheckpointError)
+    remedy = "fasttrain did not write this"
+    return untrusted.parse_json(text, f"{file}: damaged", remedy, CheckpointError)
 
 
 def refuse_pickle(path: Path) -> None:
