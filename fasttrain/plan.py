@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from fasttrain.config import TrainConfig
 from fasttrain.config_keys import counted
-from fasttrain.data.batching import Plan as Samples
 from fasttrain.data.splitting import FEW_VAL_TOKENS
 from fasttrain.horizon import n_steps, step_shape
 
@@ -54,6 +53,7 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
     import torch
 
     from fasttrain import metrics
+    from fasttrain.data.batching import Plan as Samples
     from fasttrain.model import Transformer, flops_constants
 
     with torch.device("meta"):

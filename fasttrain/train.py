@@ -131,10 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED if was_saved else EXIT_BY_SIGNAL + number
 
     try:
+        check_system()
         with _ending_at_once(interrupted):
             path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
             config = load_config(path, arguments.overrides)
-            check_system()
             if arguments.resume == "auto" and not only_looks:
                 runs = f"{glob.escape(config.run.name or path.stem)}*"
                 was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))

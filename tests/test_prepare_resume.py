@@ -272,6 +272,8 @@ def test_F8_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
             after=lambda: vocabulary.write_text(char_tokenizer("abc").to_str()))  # fmt: skip
     record = out / "prepared.json"
     refused("whose prepared.json is damaged", after=lambda: record.write_text('{"source": 1}'))
+    deep = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+    refused("whose prepared.json is damaged", after=lambda: record.write_text(deep))
     refused("that has no record of the files", after=record.unlink)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from fasttrain.data.files import DataError, write_atomically
 from fasttrain.data.format import DATASET_JSON
+from fasttrain.untrusted import read_json
 
 __all__ = ["Partial"]
 
@@ -109,20 +110,20 @@ class Partial:
 
     def _other_than_made(self) -> str:
         """How what is asked for differs from what the finished dataset was made of, if it does."""
-        try:
-            made = json.loads((self.out / PREPARED_JSON).read_bytes())
-            other = self._other_than(made)
-        except FileNotFoundError:  # made by an earlier fasttrain
+        record = self.out / PREPARED_JSON
+        if not record.exists():  # made by an earlier fasttrain
             return " that has no record of the files it was made of"
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        try:
+            other = self._other_than(read_json(record, "prepare it anew", DataError))
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
             return f" whose {PREPARED_JSON} is damaged ({error})"
         return other and f" made of something else: it had {other}"
 
     def _load(self) -> None:
         try:
-            left = json.loads(self._progress.read_bytes())
+            left = read_json(self._progress, "start anew without --resume", DataError)
             other, state = self._other_than(left["asked"]), left["state"]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{self._progress}: damaged ({error}); start anew without --resume"
             ) from error
