@@ -50,7 +50,9 @@ def train(data: Path, folder: Path, config: str, *overrides: str, status: int = 
     assert main([*arguments, *TINY, *overrides]) == status
     (log,) = folder.glob("*/metrics.jsonl")
     rows = map(json.loads, log.read_text().splitlines())
-    return [row.get("loss", row.get("val_loss")) for row in rows if row["kind"] in ("train", "eval")]
+    return [
+        row.get("loss", row.get("val_loss")) for row in rows if row["kind"] in ("train", "eval")
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)
