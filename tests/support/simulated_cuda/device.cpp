@@ -375,7 +375,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
     }
   }
   if (reads) {
-    note(name + (writes ? " between host and device" : ""));
+    note(name + (name == "aten::copy_" ? " between host and device" : ""));
     synchronize(queue);
     now = true;
   }
