@@ -64,6 +64,7 @@ thread_local int current = 0;
 thread_local std::map<int, c10::StreamId> current_stream;
 std::set<int> touched;  // devices on which a context is open
 bool deferred = false;
+int fault = 0;  // planted: 1: no stream waits for an event; 2: nor does the host
 void (*on_wait)(const char*) = nullptr;
 
 void note(const std::string& what) {
@@ -290,6 +291,7 @@ struct Call {
       if (!cuda.is_cuda()) continue;
       auto* storage = cuda.storage().unsafeGetStorageImpl();
       if (storage->data_ptr().get() != host.storage().data_ptr().get()) {
+        if (auto* block = block_of(cuda.storage())) block->recorded = true;  // its memory goes on
         storage->set_data_ptr_noswap(own(host.storage(), cuda.get_device()));
         storage->set_nbytes(host.storage().nbytes());
       }
@@ -358,7 +360,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
     auto& [to, given_to] = call.seen[0];
     auto& [from, given_from] = call.seen[1];
     if (given_to.is_cuda() != given_from.is_cuda()) {
-      const bool pageable = !is_pinned((given_to.is_cuda() ? from : to).storage().data());
+      const bool pageable = !is_pinned((given_to.is_cuda() ? from : to).const_data_ptr());
       if (arguments[2].toBool() && !pageable) {
         auto copy = [to = to, from = from] {
           at::AutoDispatchBelowADInplaceOrView below;
@@ -495,7 +497,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     });
   }
   void block(void* event, const Stream& stream) const override {
-    if (!event) return;
+    if (!event || fault == 1) return;
     push(queue_of(stream), [event = *static_cast<EventPtr*>(event)] {
       while (!event->done && advance(*event->queue)) {
       }
@@ -503,11 +505,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     });
   }
   bool queryEvent(void* event) const override {
-    return !event || ((*static_cast<EventPtr*>(event))->done || (drain(*(*static_cast<EventPtr*>(event))->queue), (*static_cast<EventPtr*>(event))->done));
+    if (!event) return true;
+    auto known = *static_cast<EventPtr*>(event);
+    return known->done || (drain(*known->queue), known->done);
   }
   void synchronizeEvent(void* event) const override {
     touch();
-    if (!event) return;
+    if (!event || fault == 2) return;
     auto known = *static_cast<EventPtr*>(event);
     note("event.synchronize");
     wait_for(*known->queue, [&] { return known->done; });
@@ -573,7 +577,8 @@ int sim_exchange(int device) { return device < 0 ? current : std::exchange(curre
 void sim_on_wait(void (*callback)(const char*)) { on_wait = callback; }
 void sim_defer(bool on) { deferred = on; }
 void sim_capturing(bool on) { capturing = on; }
-bool sim_touched(int device) { return touched.count(device); }
+void sim_fault(int kind) { fault = kind; }
+bool sim_touched(int device) { return device < 0 ? (touched.clear(), false) : touched.count(device); }
 void sim_pin(uintptr_t begin, size_t bytes) { pin(begin, bytes); }
 void sim_unpin(uintptr_t begin) { unpin(begin); }
 size_t sim_peak_pinned(bool reset) { return reset ? peak_pinned = n_pinned : peak_pinned; }

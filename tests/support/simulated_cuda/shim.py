@@ -187,6 +187,16 @@ def launch(work: Any) -> None:
 
 
 @contextlib.contextmanager
+def planted(fault: int) -> Iterator[None]:
+    """Have streams (1), or the host (2), not wait for events."""
+    device.sim_fault(fault)
+    try:
+        yield
+    finally:
+        device.sim_fault(0)
+
+
+@contextlib.contextmanager
 def deferred_copies() -> Iterator[None]:
     """Let asynchronous copies, and what follows them on side streams, happen when waited for."""
     device.sim_defer(True)
@@ -207,6 +217,19 @@ class Stall:
 
     def release(self) -> None:
         self.over = True
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Refuse what a stream that is captured into a CUDA graph does not permit."""
+    global capturing_now
+    capturing_now = True
+    device.sim_capturing(True)
+    try:
+        yield
+    finally:
+        capturing_now = False
+        device.sim_capturing(False)
 
 
 def interpret() -> None:
