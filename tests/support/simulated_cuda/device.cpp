@@ -171,12 +171,17 @@ void free_block(void* context) {
   Lock lock;
   std::unique_ptr<Block> block(static_cast<Block*>(context));
   used[block->device].now -= block->bytes;
-  // Without record_stream what is next on the stream that allocated it may overwrite it.
-  if (block->memory.use_count() == 1 || block->recorded || !deferred) return;
-  push(*block->queue, [memory = block->memory] {
-    memset(memory.mutable_data(), 0x7e, memory.nbytes());
+  if (block->queue->items.empty() && (block->memory.use_count() == 1 || !deferred)) return;
+  // It lives until what is pending has used it: on streams that were recorded, or on its own alone,
+  // where what comes next may overwrite it.
+  const bool recorded = block->recorded;
+  auto over = [memory = block->memory, recorded] {
+    if (!recorded) memset(memory.mutable_data(), 0x7e, memory.nbytes());
     return true;
-  });
+  };
+  if (!recorded) push(*block->queue, over);
+  for (auto& [key, queue] : queues)
+    if (recorded && !queue.items.empty()) push(queue, over);
 }
 
 c10::DataPtr own(const Storage& memory, int device) {

@@ -193,7 +193,11 @@ def test_C15_a_step_that_hangs_on_the_device_is_given_up(
         config = load_config(ROOT / "configs/gpt2-124m.toml", keys)
         return build(config, tmp_path / name, device="cuda")
 
-    hung, sound = started("hung"), started("sound")
+    sound = started("sound")
+    sound.request_stop(3)
+    assert sound.fit() == "stopped"
+    sound.close()
+    hung = started("hung")
     stalls: list[Stall] = []
     loss = hung.train_step.criterion
 
@@ -206,7 +210,6 @@ def test_C15_a_step_that_hangs_on_the_device_is_given_up(
 
     hung.train_step.criterion = hangs
     if saved_before:
-        sound.request_stop(3)
         hung.saver.save()
     thread = threading.Thread(target=hung.fit, daemon=True)
     thread.start()
@@ -215,9 +218,6 @@ def test_C15_a_step_that_hangs_on_the_device_is_given_up(
     rescue.start()
     rescue.join(60)
     assert not rescue.is_alive()
-    sound.request_stop(3)
-    assert sound.fit() == "stopped"
-    sound.close()
     runs = (tmp_path / name / "checkpoints" for name in ("hung", "sound"))
     a, b = (load(history(run)[0][0]) for run in runs)
     assert a.state["step"] == b.state["step"] == 3
