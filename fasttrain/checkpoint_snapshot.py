@@ -1,7 +1,10 @@
 """The tensors of a checkpoint as they were at one moment, in host memory, laid out as a file."""
 
+import contextlib
 import json
+import mmap
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +19,7 @@ __all__ = ["Snapshot"]
 class Snapshot:
     """One group of tensors in a reused host buffer, laid out as its safetensors file."""
 
-    def __init__(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, stem: str, tensors: Mapping[str, Tensor], *, pinned: bool = True) -> None:
         self.signature = self.describe(tensors)
         # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
         self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
@@ -40,14 +43,31 @@ class Snapshot:
         header = len(text).to_bytes(8, "little") + text
         self.cuda = any(t.is_cuda for t in tensors.values())
         size = len(header) + end
-        room = torch.empty(size + disk.PAGE, dtype=torch.uint8, pin_memory=self.cuda)
-        self.content = room[-room.data_ptr() % disk.PAGE :][:size]  # all of the file
+        self.content = self._room(size, pinned=self.cuda and pinned)  # all of the file
         self.content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self.buffer = self.content[len(header) :]
         self.views = [
             self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
             for n, t in ((n, tensors[n]) for n in self.names)
         ]
+
+    def _room(self, size: int, *, pinned: bool) -> Tensor:
+        """Return memory that begins with a page, pinned or not.
+
+        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32: here the pages
+        themselves are registered, for as long as this object lives.
+        """
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room = torch.frombuffer(pages, dtype=torch.uint8)
+        if pinned:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
+                release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
+                release.atexit = False  # the system does it, and CUDA may be gone
+            else:  # copies then make the device wait, and the next launch reports the error again
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device="cuda")
+        return room
 
     @staticmethod
     def describe(tensors: Mapping[str, Tensor]) -> object:

@@ -84,6 +84,7 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
+        self.pinned = True  # buffers for CUDA tensors; else copies to them take longer
         self._warn = warn
         self._n_begun = 0
         self._snapshots: dict[str, Snapshot] = {}
@@ -190,7 +191,7 @@ class CheckpointWriter:
         for stem, tensors in groups.items():
             kept = self._snapshots.get(stem)
             if kept is None or kept.signature != Snapshot.describe(tensors):
-                self._snapshots[stem] = Snapshot(stem, tensors)
+                self._snapshots[stem] = Snapshot(stem, tensors, pinned=self.pinned)
         devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
         with contextlib.ExitStack() as stack:
             for device in devices:
@@ -210,6 +211,8 @@ class CheckpointWriter:
 
     def _write_in_background(self, save: _Save) -> None:
         try:
+            for device in self._streams:  # to wait in another's context would open one there
+                torch.cuda.set_device(device)
             n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.slices)
             if sys.platform == "linux" and n_bytes > _BULKY:  # a thread has its own priority there
                 with contextlib.suppress(OSError):

@@ -54,7 +54,8 @@ def probe_step(
     seq_len = config.data.seq_len
     rows, n_micro = step_shape(config.train, seq_len)
     assert config.model.vocab_size is not None
-    with torch.random.fork_rng():
+    # By default it takes every GPU of the machine, and warns where there are several.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = Transformer(config.model, seq_len=seq_len).to(device)
         optimizers = build_optimizers(model, config.optim, precision.compute)
         step = TrainStep(model, optimizers, config, device=device, precision=precision)

@@ -42,6 +42,12 @@ class Recovery:
         if self.policy.next_position(trainer.position) != trainer.position:
             self._move()
 
+    def forget(self, n_steps: int) -> None:
+        """Take back the last steps: the device has not made them."""
+        trainer = self.trainer
+        trainer.train_step.n_unread -= n_steps
+        del self._unseen[len(self._unseen) - n_steps :]
+
     def look(self) -> Numbers | None:
         """Bring the numbers of the steps since the last look to the host, and face what they show.
 
@@ -125,7 +131,8 @@ class Recovery:
     def _judge(self) -> tuple[Numbers, Decision]:
         """Bring the numbers of the steps since the last time to the host, and decide about them."""
         trainer = self.trainer
-        numbers = trainer.train_step.numbers()
+        with trainer.guard.opened():
+            numbers = trainer.train_step.numbers()
         trainer.account.add("forward_backward", numbers.forward_backward_s)
         trainer.account.add("optimizer", numbers.optimizer_s)
         trainer.account.add("communication", numbers.communication_s)

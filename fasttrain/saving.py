@@ -105,6 +105,7 @@ class Saver:
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
         self.writer.asynchronous = False
+        self.writer.pinned = False  # to pin memory may wait for what hangs on the device
         if problem := differing_step(self.trainer.world, self.trainer.step_count):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:

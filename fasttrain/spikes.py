@@ -58,6 +58,8 @@ class SpikeWindow:
         step = torch.stack([loss, norm])[:, None]
         above = (step > limit) & finite & (2 * self.count >= size)
         enters = torch.where(above, limit, step)
-        self.values = torch.where((self.slots == self.count % size) & finite, enters, self.values)
-        self.count = self.count + finite
+        # In place, as all that a checkpoint holds: what hangs on the device must not have moved it.
+        here = (self.slots == self.count % size) & finite
+        self.values.copy_(torch.where(here, enters, self.values))
+        self.count += finite
         return above.any()

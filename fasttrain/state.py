@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,11 @@ def restore(
     train_step.load(rest)
 
 
+def _made(event: torch.cuda.Event) -> bool:
+    """Return whether the device has come to an event."""
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
 class StateGuard:
     """Keeps the state of a run to the training thread, except while that only computes from it.
 
@@ -132,6 +138,7 @@ class StateGuard:
         self.rng: dict[str, Tensor] = {}
         self.is_open = False
         self._device = device
+        self._begun: deque[tuple[torch.cuda.Event, tuple[int, ...], dict[str, Tensor]]] = deque()
         self._lock = threading.Lock()
         self._training = False
 
@@ -154,6 +161,20 @@ class StateGuard:
             self.is_open = True
             self._lock.release()
 
+    def begin(self, *where: int) -> None:
+        """Begin a step, and note of what state: the device may come to it some steps later.
+
+        Args:
+            where: steps, samples and tokens before it.
+        """
+        self.open()
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._begun.append((event, where, self.rng))
+            while len(self._begun) > 1 and _made(self._begun[1][0]):
+                self._begun.popleft()
+
     def close(self) -> None:
         """Before the state changes."""
         if self.is_open:
@@ -167,12 +188,35 @@ class StateGuard:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Compute within a block."""
+        """Compute, or wait for the device or for other ranks, within a block."""
+        was_open = self.is_open
         self.open()
         try:
             yield
         finally:
-            self.close()
+            if not was_open:
+                self.close()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[tuple[int, ...] | None]:
+        """Let this thread, having taken over, work beside what hangs on the device.
+
+        Yields:
+            What `begin` was told of the last step that the device came to, where later ones, which
+            the host has issued, are held up with it; `rng` is then of that step. Otherwise None.
+        """
+        if self._device.type != "cuda":
+            yield None
+            return
+        torch.cuda.set_device(self._device)
+        now, reached = torch.cuda.Event(), None  # type: ignore[no-untyped-call]
+        now.record(torch.cuda.default_stream(self._device))
+        if not _made(now) and self._begun:
+            while not _made(self._begun[-1][0]):
+                self._begun.pop()
+            _, reached, self.rng = self._begun[-1]
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+            yield reached
 
     def take_over(self) -> bool:
         """Stop the training thread for good, at once where it computes, else when it does so next.

@@ -330,8 +330,9 @@ class TrainStep:
 
     def numbers(self) -> Numbers:
         """Bring the numbers of the steps since the last call to the host: one sync."""
-        n, self.n_unread = self.n_unread, 0
+        n = self.n_unread
         flat = torch.cat([self.history[:, :n].flatten(), self.grad_scale[None]]).tolist()
+        self.n_unread = 0  # not before: while this thread waits, another may ask
         rows = (flat[i * n : (i + 1) * n] for i in range(3))
         steps = [StepNumbers(loss, norm, int(v)) for loss, norm, v in zip(*rows, strict=True)]
         return Numbers(steps, flat[-1], *self.clock.read())

@@ -82,14 +82,14 @@ class StepClock:
         return event
 
     def _add_up(self) -> None:
-        for marks, spans in self._over:
+        while self._over and (not self.on_cuda or self._over[0][0][-1].query()):
+            marks, spans = self._over.pop(0)
             phases = [self._between(*ends) for ends in pairwise(marks)]
             both = [[self._between(marks[0], moment) for moment in span] for span in spans]
             phases.append(covered((begin, end) for begin, end in both))
             self._totals_s = [a + b for a, b in zip(self._totals_s, phases, strict=True)]
             if self.on_cuda:
                 self._spare += [*marks, *(moment for span in spans for moment in span)]
-        self._over.clear()
 
     def _between(self, begin: _Moment, end: _Moment) -> float:
         if not self.on_cuda:

@@ -158,7 +158,8 @@ class Trainer:
 
     def _decide_together(self) -> bool:
         """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
-        self.lockstep(stop=self.stop_reason is not None, time_over=self._left_s() <= 0)
+        with self.guard.opened():
+            self.lockstep(stop=self.stop_reason is not None, time_over=self._left_s() <= 0)
         if self.lockstep.stop:
             self.stop_reason = self.stop_reason or f"rank {self.lockstep.stopped_by} is to stop"
             self.request_stop()
@@ -175,9 +176,8 @@ class Trainer:
     def _train(self, until: int | None) -> Outcome:
         started_s = time.perf_counter()
         self.model.train()
-        # A garbage collection inside a step stalls it for milliseconds, and steps make no cycles
-        # that matter. Evaluation collects; it need not look through torch's modules each time,
-        # which takes 0.2 s.
+        # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
+        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -244,7 +244,7 @@ class Trainer:
     def _step(self) -> bool:
         """Run and time one step; return whether its numbers are to be logged."""
         started, waited = time.perf_counter(), self.train_loader.wait_s
-        self.guard.open()
+        self.guard.begin(self.step_count, self.position, self.reporter.n_tokens)
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
         self.last_lr = self.lr()
         seq_len = self.config.data.seq_len
@@ -324,7 +324,8 @@ class Trainer:
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with self.guard.opened():
+                torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Wait for the checkpoint being written, then end the threads and close the files.
@@ -337,10 +338,10 @@ class Trainer:
                 stack.callback(part.close)
 
     def save_unfinished(self) -> bool:
-        """Save the state before the step under way, from another thread, and stop that step.
+        """Save the state before the step that hangs, from another thread, and stop training.
 
         Returns:
-            Whether there was one; the training thread then never goes on: end the process.
+            Whether it trained; the training thread then never goes on: end the process.
 
         Raises:
             CheckpointError: it could not be saved.
@@ -348,7 +349,11 @@ class Trainer:
         """
         if not self.guard.take_over():
             return False
-        self.recovery.save_unless_bad(self.guard.rng)
+        with self.guard.beside() as reached:
+            if reached:
+                self.recovery.forget(self.step_count - reached[0])
+                self.step_count, self.position, self.reporter.n_tokens = reached
+            self.recovery.save_unless_bad(self.guard.rng)
         return True
 
     # ---- evaluation and samples ----------------------------------------------------------------

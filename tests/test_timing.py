@@ -58,6 +58,9 @@ class _Event:
     def synchronize(self) -> None:
         self.over = True
 
+    def query(self) -> bool:
+        return self.at_s >= 0
+
     def elapsed_time(self, end: "_Event") -> float:
         assert end.over
         return 1000 * (end.at_s - self.at_s)

@@ -10,13 +10,13 @@ from ._adamw_kernels import adamw_kernel, advance_kernel
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
+    DeviceNumbers,
     TensorTable,
     block_warps,
     capturing,
     keep_for_graph,
     launch_grid,
     triton_dtype,
-    upload,
 )
 from ._triton import triton
 from .grad_norm import local_tensor
@@ -54,15 +54,13 @@ class TritonClass:
             rows.append(next(i for i, other in enumerate(self.groups) if other is group))
         n = len(self.groups)
         self.group_of = torch.tensor(rows, dtype=torch.int32).to(device)
-        self.hyper = torch.zeros(n, _HYPER, dtype=torch.float32, device=device)
-        self.lr_pointers = torch.zeros(n, dtype=torch.int64, device=device)
+        self.hyper = DeviceNumbers((n, _HYPER), torch.float32, device)
+        self.lr_pointers = DeviceNumbers((n,), torch.int64, device)
         self.step_pointers = torch.tensor([s.data_ptr() for s in steps]).to(device)
         self.coefs = torch.zeros(len(steps), _COEFS, dtype=torch.float32, device=device)
-        self._hyper: list[float] = []
-        self._lr_pointers: list[int] = [0] * n
 
-    def _refresh(self) -> list[Tensor]:
-        """Upload the hyper-parameters that changed; return tensors that must outlive the launch."""
+    def _refresh(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return hyper-parameters, addresses of learning rates, what must outlive the launch."""
         values: list[float] = []
         pointers: list[int] = []
         held: list[Tensor] = []
@@ -76,13 +74,7 @@ class TritonClass:
             logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
             values += [float(lr), group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2]
             values += [*logs, group["eps"], -1.0 if group["maximize"] else 1.0]
-        if values != self._hyper:
-            upload(self.hyper, values)
-            self._hyper = values
-        if pointers != self._lr_pointers:
-            upload(self.lr_pointers, pointers)
-            self._lr_pointers = pointers
-        return held
+        return self.hyper.on_device(values), self.lr_pointers.on_device(pointers), held
 
     def launch(
         self,
@@ -96,13 +88,13 @@ class TritonClass:
         table = self.table
         pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
         addresses = table.on_device(pointers)
-        held = self._refresh()
+        hyper, lr_pointers, held = self._refresh()
         if capturing(self.device):
             keep_for_graph(self, held)
         with torch.cuda.device_of(self.coefs):  # type: ignore[no-untyped-call]
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
-                self.hyper,
-                self.lr_pointers,
+                hyper,
+                lr_pointers,
                 self.group_of,
                 self.step_pointers,
                 self.coefs,

@@ -20,6 +20,7 @@ from ._triton import tl, triton
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "DeviceNumbers",
     "TensorTable",
     "block_warps",
     "cached_table",
@@ -27,7 +28,6 @@ __all__ = [
     "keep_for_graph",
     "launch_grid",
     "triton_dtype",
-    "upload",
 ]
 
 # 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
@@ -58,14 +58,6 @@ def triton_dtype(dtype: torch.dtype) -> Any:
             f"{dtype}; keep float64 tensors on the CPU"
         )
     return _TRITON_DTYPES[dtype]
-
-
-def upload(target: Tensor, values: Sequence[Any]) -> None:
-    """Copy numbers to a device tensor without waiting for the device."""
-    host = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
-    if capturing(target.device):
-        keep_for_graph(host)
-    target.copy_(host.view_as(target), non_blocking=True)
 
 
 # What a CUDA graph reads must outlive it, and nobody says when it ends: a few hundred KiB each.
@@ -99,6 +91,48 @@ def block_warps(tensor: Tensor) -> int:
     return BLOCK // (8 * warp_size(tensor))
 
 
+class DeviceNumbers:
+    """Numbers on the device, uploaded without waiting when others are asked for."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._pinned = device.type == "cuda"
+        self._uploaded: list[Any] | None = None
+        self._spare: Tensor | None = None  # for the next capture
+
+    def on_device(self, numbers: list[Any]) -> Tensor:
+        """Return the numbers, in order of memory, in a tensor that launches on this stream read.
+
+        Raises:
+            RuntimeError: two graphs are captured without a step between them.
+        """
+        if capturing(self.tensor.device):
+            # A graph replays the copy from this very memory to this very memory: both are its own,
+            # so that neither it nor an ordinary step finds the other's numbers.
+            host, self._spare = self._spare, None
+            if host is None and self._pinned:
+                raise RuntimeError(
+                    "fasttrain_kernels: pinned memory cannot be allocated while a CUDA graph is "
+                    "being captured; make an ordinary step before each capture"
+                )
+            host = self._new_host() if host is None else host
+            host.copy_(torch.tensor(numbers, dtype=host.dtype))
+            copy = torch.empty_like(self.tensor)
+            copy.view(-1).copy_(host, non_blocking=True)
+            keep_for_graph(host, copy)
+            return copy
+        if self._spare is None and self._pinned:
+            self._spare = self._new_host()
+        if numbers != self._uploaded:
+            host = torch.tensor(numbers, dtype=self.tensor.dtype, pin_memory=self._pinned)
+            self.tensor.view(-1).copy_(host, non_blocking=True)
+            self._uploaded = numbers
+        return self.tensor
+
+    def _new_host(self) -> Tensor:
+        return torch.empty(self.tensor.numel(), dtype=self.tensor.dtype, pin_memory=self._pinned)
+
+
 class TensorTable:
     """The tables of one launch over tensors of given sizes."""
 
@@ -112,32 +146,13 @@ class TensorTable:
         self.n_chunks = tensor.numel()
         self.chunks = torch.stack([tensor, index], 1).to(device, torch.int32)  # (n_chunks, 2)
         self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
-        self.pointers = torch.zeros(n_columns, self.n_tensors, dtype=torch.int64, device=device)
-        self._uploaded: list[int] | None = None
-        self._spare: Tensor | None = None  # pinned, for the next capture
+        self._pointers = DeviceNumbers((n_columns, self.n_tensors), torch.int64, device)
 
     def on_device(self, pointers: list[int]) -> Tensor:
         """Return the addresses, column by column, (n_columns, n_tensors) on the device."""
         if capturing(self.device):
-            # A graph replays the copy from this very memory to this very memory: both are its own,
-            # so that neither it nor an ordinary step finds the other's addresses.
-            host, self._spare = self._spare, None
-            host = self._new_host() if host is None else host
-            host.copy_(torch.tensor(pointers, dtype=torch.int64))
-            copy = torch.empty_like(self.pointers)
-            copy.view(-1).copy_(host, non_blocking=True)
-            keep_for_graph(self, host, copy)
-            return copy
-        if self._spare is None and self.device.type == "cuda":
-            self._spare = self._new_host()  # pinned memory may not be allocated during a capture
-        if pointers != self._uploaded:
-            upload(self.pointers, pointers)
-            self._uploaded = pointers
-        return self.pointers
-
-    def _new_host(self) -> Tensor:
-        pinned = self.device.type == "cuda"
-        return torch.empty(self.pointers.numel(), dtype=torch.int64, pin_memory=pinned)
+            keep_for_graph(self)
+        return self._pointers.on_device(pointers)
 
 
 _tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
@@ -148,8 +163,13 @@ def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
     numels = tuple(t.numel() for t in tensors)
     device = tensors[0].device
     pointers = [t.data_ptr() for t in tensors]
-    # Launches prepared side by side are told apart: addresses of one must not replace the other's.
-    key = (device, tensors[0].dtype, pointers[0] % 16 == 0, numels)
+    # Launches prepared side by side, or on two streams, are told apart: the addresses of one must
+    # not replace the other's. A graph has its own in any table, and cannot make one.
+    kind = (device, tensors[0].dtype, pointers[0] % 16 == 0, numels)
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    key = (*kind, stream)
+    if capturing(device):
+        key = next((other for other in _tables if other[:-1] == kind), key)
     table = _tables.get(key)
     if table is None:
         table = _tables[key] = TensorTable(numels, 1, device)
