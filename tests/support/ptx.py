@@ -166,47 +166,58 @@ class Memory:
             raise Fault(f"{outside.sum()} threads touch what belongs to no tensor")
         return addresses - self.starts[span] + self.bases[span]
 
-    def touch(self, at: Array, size: int, warp: Array, epoch: Array, *, store: bool) -> None:
-        """Note an access, and compare it with those before it.
+    def access(
+        self, at: Array, size: int, warp: Array, epoch: Array, stored: Array | None = None
+    ) -> Array:
+        """Load or store, and compare with who touched the same bytes before.
+
+        Warps that give the same bytes of shared memory the same value do not race.
 
         Args:
             at: (m,) positions in `bytes`.
-            size: bytes of each.
+            size: bytes of each, at least two.
             warp: (m,) who, as block * 64 + warp.
             epoch: (m,) barriers that its block has passed.
-            store: whether it stores.
+            stored: (m, size / 2) what it stores, two bytes a number; None for a load.
+
+        Returns:
+            (m, size / 2) what is there now.
         """
         if (at % size).any():
             raise Fault(f"misaligned: an address is not a multiple of {size}")
         n_units = size // UNIT
         unit = (at[:, None] // UNIT + np.arange(n_units)).ravel()
         who, when = np.repeat(warp, n_units), np.repeat(epoch, n_units)
-        block = who // PER_BLOCK
+        block, in_shared = who // PER_BLOCK, unit >= self.shared_base // UNIT
 
         def is_shared_with(by: Array, then: Array) -> Array:
             other = (by // PER_BLOCK != block) | ((by != who) & (then == when))
             return (by != NOBODY) & other
 
-        writer = self.writer[unit]
+        writer, reader = self.writer[unit], self.reader[unit]
+        held = self.bytes.view(np.uint16)
         raced = is_shared_with(writer, self.written[unit])
-        reader = self.reader[unit]
         together = is_shared_with(reader, self.read[unit])
-        if store:
-            raced |= together
+        if stored is not None:
+            new = stored.ravel()
+            raced &= ~in_shared | (held[unit] != new)
+            held[unit] = new
             self.writer[unit], self.written[unit] = who, when
-            raced |= self.writer[unit] != who  # two warps with this one instruction
+            # Two warps with this one instruction.
+            raced |= together | ((self.writer[unit] != who) & (~in_shared | (held[unit] != new)))
         else:
-            if ((writer == NOBODY) & (unit >= self.shared_base // UNIT)).any():
+            if ((writer == NOBODY) & in_shared).any():
                 raise Fault("reads shared memory that nobody wrote")
             several = block * PER_BLOCK + MANY_WARPS
             merged = np.where(reader // PER_BLOCK == block, several, MANY_BLOCKS)
-            new = np.where(together, merged, who)
-            self.reader[unit], self.read[unit] = new, when
-            last = self.reader[unit]  # where several read a unit with this one instruction
-            merged = np.where(last // PER_BLOCK == block, several, MANY_BLOCKS)
-            self.reader[unit[last != new]] = merged[last != new]
+            last = np.where(together, merged, who)
+            self.reader[unit], self.read[unit] = last, when
+            now = self.reader[unit]  # where several read a unit with this one instruction
+            merged = np.where(now // PER_BLOCK == block, several, MANY_BLOCKS)
+            self.reader[unit[now != last]] = merged[now != last]
         if raced.any():
             raise Fault(f"race on {raced.sum() * UNIT} bytes")
+        return held[unit].reshape(at.size, n_units)
 
 
 # Programs.
@@ -276,8 +287,8 @@ class Machine:
         self.shared_at = memory.shared_base + block * memory.shared
         self.on = np.ones(self.n, bool)  # threads of the blocks that are at this instruction
         self.merges = False  # whether blocks that are elsewhere must keep their registers
-        self.copying: list[tuple[Array, Array]] = []  # by cp.async: positions, bytes
-        self.groups: list[list[tuple[Array, Array]]] = []
+        self.copying: list[tuple[Array, Array, Array]] = []  # positions, threads, what is copied
+        self.groups: list[list[tuple[Array, Array, Array]]] = []
 
     def run(self) -> None:
         """Run all blocks to their end."""
@@ -345,7 +356,7 @@ class Machine:
             value = value.astype(f"i{to.itemsize}").view(to)
         elif value.dtype.kind == "f":
             value = value.view(to)
-        elif to != bool or value.dtype != bool:
+        elif value.dtype != to:
             value = value.astype(to)
         if self.merges:
             mask = self.on if mask is None else mask & self.on
@@ -458,28 +469,21 @@ class Machine:
     # Memory.
 
     def _access(
-        self,
-        operand: str,
-        space: str,
-        size: int,
-        threads: Array,
-        *,
-        store: bool,
-        noted: bool = True,
+        self, operand: str, space: str, size: int, threads: Array, stored: Array | None = None
     ) -> Array:
-        """Return the positions of what threads touch at ``[register + offset]``, and note it."""
+        """Load or store at ``[register + offset]``; see `Memory.access`."""
+        at = self._positions(operand, space, size, threads)
+        return self.memory.access(at, size, self.who[threads], self.epoch[threads], stored)
+
+    def _positions(self, operand: str, space: str, size: int, threads: Array) -> Array:
         base, offset = re.findall(r"\[ ?([%\w]+) ?(?:\+ ?(-?\w+) ?)?\]", operand)[0]
         address = np.broadcast_to(self.get(base, "u64"), self.n)[threads].astype(np.int64)
         address = address + int(offset or "0", 0)
         if space == "global":
-            at = self.memory.find(address, size)
-        else:
-            if ((address < 0) | (address + size > self.memory.shared)).any():
-                raise Fault("an address is not in shared memory")
-            at = address + self.shared_at[threads]
-        if noted:
-            self.memory.touch(at, size, self.who[threads], self.epoch[threads], store=store)
-        return at
+            return self.memory.find(address, size)
+        if ((address < 0) | (address + size > self.memory.shared)).any():
+            raise Fault("an address is not in shared memory")
+        return address + self.shared_at[threads]
 
     def _active(self, mask: Mask) -> Array:
         return np.flatnonzero(self.on if mask is None else self.on & mask)
@@ -492,8 +496,7 @@ class Machine:
             value = np.array([self.values[_names(source)[0]]], np.uint64)
             self.put(to, decode(value.astype(dtype), kind), mask)
             return
-        at = self._access(source, opcode[1], dtype.itemsize * len(names), threads, store=False)
-        found = self.memory.bytes.view(dtype)[at[:, None] // dtype.itemsize + np.arange(len(names))]
+        found = self._access(source, opcode[1], dtype.itemsize * len(names), threads).view(dtype)
         for name, column in zip(names, found.T, strict=True):
             value = np.zeros(self.n, dtype)
             value[threads] = column
@@ -503,72 +506,63 @@ class Machine:
         opcode, (to, source, *_) = instruction.opcode, instruction.operands
         kind, names, threads = f"u{opcode[-1][1:]}", _names(source), self._active(mask)
         dtype = dtype_of(kind)
-        at = self._access(to, opcode[1], dtype.itemsize * len(names), threads, store=True)
         values = [np.broadcast_to(self.get(name, kind), self.n)[threads] for name in names]
-        where = at[:, None] // dtype.itemsize + np.arange(len(names))
-        self.memory.bytes.view(dtype)[where] = np.stack(values, 1)
+        stored = np.stack(values, 1).view(np.uint16)
+        self._access(to, opcode[1], dtype.itemsize * len(names), threads, stored)
 
     def _bar(self, instruction: Instruction, mask: Mask) -> None:
         if instruction.opcode[1] == "sync":  # not bar.warp: threads of a warp are in lock step
             self.epoch += self.on
 
     def _cp(self, instruction: Instruction, mask: Mask) -> None:
-        """Copy asynchronously: the destination is taken at once and filled when waited for."""
+        """Copy asynchronously: NaN is there at once, and what was copied when it is waited for."""
         how, operands = instruction.opcode[2], instruction.operands
         if how == "commit_group":
             self.groups.append(self.copying)
             self.copying = []
         elif how == "wait_group":
-            keep = len(self.groups) - int(operands[0], 0)
-            for at, found, threads in itertools.chain(*self.groups[: max(keep, 0)]):
-                self.memory.bytes[at[:, None] + np.arange(found.shape[1])] = found
+            arrived = max(len(self.groups) - int(operands[0], 0), 0)
+            for at, threads, found in itertools.chain(*self.groups[:arrived]):
                 who, epoch = self.who[threads], self.epoch[threads]
-                self.memory.touch(at, found.shape[1], who, epoch, store=True)
-            self.groups = self.groups[max(keep, 0) :]
+                self.memory.access(at, UNIT * found.shape[1], who, epoch, found)
+            self.groups = self.groups[arrived:]
         else:
             size, threads = int(operands[2], 0), self._active(mask)
-            at = self._access(operands[0], "shared", size, threads, store=True)
-            found = np.zeros((threads.size, size), np.uint8)
             wanted = self.get(operands[3], "u32") if operands[3:] else np.array([size])
             reads = np.broadcast_to(wanted, self.n)[threads]
             if not np.isin(reads, (0, size)).all():
                 raise NotImplementedError(f"PTX: {instruction.text}, a part of it")
-            chosen = reads > 0
-            start = self._access(operands[1], "global", size, threads[chosen], store=False)
-            found[chosen] = self.memory.bytes[start[:, None] + np.arange(size)]
-            self.copying.append((at, found, threads))
+            found = np.zeros((threads.size, size // UNIT), np.uint16)
+            found[reads > 0] = self._access(operands[1], "global", size, threads[reads > 0])
+            self._access(operands[0], "shared", size, threads, np.full_like(found, 0x7FFF))
+            at = self._positions(operands[0], "shared", size, threads)
+            self.copying.append((at, threads, found))
 
-    def _matrices(self, instruction: Instruction, address: str, *, store: bool) -> Array:
-        """Return the positions of 8x8 matrices of two bytes, (warps, matrices, 8, 8)."""
-        count = int(instruction.opcode[4][1:])
-        threads = np.flatnonzero(self.on & (self.lane < 8 * count))
-        at = self._access(address, "shared", 16, threads, store=store)
-        return at.reshape(-1, count, 8, 1) // 2 + np.arange(8)
+    def _rows(self, instruction: Instruction) -> Array:
+        """Return the threads that address rows of the 8x8 matrices, (warps * matrices * 8,)."""
+        return np.flatnonzero(self.on & (self.lane < 8 * int(instruction.opcode[4][1:])))
 
     def _ldmatrix(self, instruction: Instruction, mask: Mask) -> None:
         to, source = instruction.operands
-        found = self.memory.bytes.view(np.uint16)[self._matrices(instruction, source, store=False)]
+        names = _names(to)
+        found = self._access(source, "shared", 16, self._rows(instruction))
+        matrices = found.reshape(-1, len(names), 8, 8)
         if "trans" in instruction.opcode:
-            found = found.swapaxes(2, 3)
-        pairs = np.ascontiguousarray(found).view(np.uint32)  # (warps, matrices, 8, 4)
-        for name, value in zip(_names(to), pairs.swapaxes(0, 1), strict=True):
+            matrices = matrices.swapaxes(2, 3)
+        pairs = np.ascontiguousarray(matrices).view(np.uint32)  # (warps, matrices, 8, 4)
+        for name, value in zip(names, pairs.swapaxes(0, 1), strict=True):
             whole = np.zeros(self.n, np.uint32)
             whole[self.on] = value.ravel()
             self.put(name, whole, mask)
 
     def _stmatrix(self, instruction: Instruction, mask: Mask) -> None:
         to, source = instruction.operands
-        values = [
-            np.broadcast_to(self.get(name, "u32"), self.n)[self.on] for name in _names(source)
-        ]
-        halves = np.ascontiguousarray(
-            np.stack(values, 1).reshape(-1, 32, len(values)).swapaxes(1, 2)
-        )
-        matrices = halves.view(np.uint16).reshape(-1, len(values), 8, 8)
+        values = [np.broadcast_to(self.get(n, "u32"), self.n)[self.on] for n in _names(source)]
+        pairs = np.stack(values).reshape(len(values), -1, 8, 4).swapaxes(0, 1)
+        matrices = np.ascontiguousarray(pairs).view(np.uint16)  # (warps, matrices, 8, 8)
         if "trans" in instruction.opcode:
             matrices = matrices.swapaxes(2, 3)
-        at = self._matrices(instruction, to, store=True)
-        self.memory.bytes.view(np.uint16)[at] = matrices
+        self._access(to, "shared", 16, self._rows(instruction), matrices.reshape(-1, 8))
 
 
 # Launches.
