@@ -25,6 +25,8 @@ from torch.nn import Parameter
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tests.support import kernel_ops
+
 Array = np.ndarray
 Mask = Array | None  # of threads, None: all
 MOST_THREADS = 8192  # that run side by side
@@ -351,6 +353,8 @@ class Machine:
     def put(self, name: str, value: Array, mask: Mask) -> None:
         """Set a register where the mask is on; what is narrower is extended as its sign asks."""
         name = name.split("|")[0]
+        if name == "_":
+            return
         to = dtype_of(self._width(name))
         if value.dtype.kind == "i":
             value = value.astype(f"i{to.itemsize}").view(to)
@@ -637,3 +641,32 @@ def emulated(
     finally:
         JITFunction.run = original  # type: ignore[method-assign]
         driver.set_active(before)
+
+
+def run_op(name: str, kernel: str = "", pattern: str = "", to: str = "") -> list[str]:
+    """Run an operation of `kernel_ops` as compiled and compare it with fp64.
+
+    Args:
+        name: of the operation.
+        kernel: whose PTX is changed.
+        pattern: is replaced there, wherever it is found.
+        to: by this.
+
+    Returns:
+        The names of the kernels launched.
+    """
+    found = not kernel
+
+    def edit(ptx: str) -> str:
+        nonlocal found
+        if f".entry {kernel}(" not in ptx:
+            return ptx
+        edited, times = re.subn(pattern, to, ptx)
+        found |= times > 0
+        return edited
+
+    op = kernel_ops.op_named(name)
+    with emulated(op.target, edit) as launched:
+        kernel_ops.compare(op, kernel_ops.results(op.ours, op))
+    assert found, f"{kernel}: {pattern} is not there"
+    return launched
