@@ -13,24 +13,22 @@ from tests.support.ptx import Array, decode, encode, flushed
 
 BUILDER, EXECUTOR = interpreter.InterpreterBuilder, interpreter.GridExecutor
 UNIT = 2  # bytes: who touched what is noted for so many
+PROGRAMS = 1 << 15  # more than a launch has here; with an address it fits 64 bits
 
 
-def _crossings(accesses: dict[str, list[tuple[int, Array]]]) -> tuple[int, int]:
-    """Return how many bytes several programs store, and one stores and another loads."""
-    touched = {}
-    for kind, found in accesses.items():
-        program = np.concatenate([np.full(units.size, index) for index, units in found] or [[]])
-        unit = np.concatenate([units for _, units in found] or [[]])
-        touched[kind] = np.unique(np.stack([unit, program]).astype(np.int64), axis=1)
-    units, stores = np.unique(touched["store"][0], return_counts=True)
-    order = np.argsort(touched["store"][0], kind="stable")
-    stored_by = touched["store"][:, order]
-    unit, program = touched["load"]
-    if not units.size:
-        return 0, 0
-    at = np.minimum(np.searchsorted(stored_by[0], unit), stored_by.shape[1] - 1)
-    crossed = (stored_by[0][at] == unit) & (stored_by[1][at] != program)
-    return UNIT * int((stores > 1).sum()), UNIT * int(crossed.sum())
+def _crossings(loads: list[Array], stores: list[Array]) -> tuple[int, int]:
+    """Return how many bytes several programs store, and one stores and another loads.
+
+    Args:
+        loads: units of memory * PROGRAMS + the number of the program.
+        stores: likewise.
+    """
+    stored, loaded = (np.unique(np.concatenate([[0], *keys])) for keys in (stores, loads))
+    unit = stored // PROGRAMS
+    several = np.count_nonzero(unit[1:] == unit[:-1])
+    by = stored[np.searchsorted(unit, loaded // PROGRAMS).clip(max=unit.size - 1)]
+    crossed = np.count_nonzero((by // PROGRAMS == loaded // PROGRAMS) & (by != loaded))
+    return UNIT * several, UNIT * crossed
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def no_races() -> Iterator[list[str]]:
     Yields:
         The names of the kernels launched.
     """
-    accesses: dict[str, list[tuple[int, Array]]] = {"load": [], "store": []}
+    accesses: dict[str, list[Array]] = {"load": [], "store": []}
     launched: list[str] = []
     load, store = BUILDER.create_masked_load, BUILDER.create_masked_store
     call = EXECUTOR.__call__
@@ -51,7 +49,9 @@ def no_races() -> Iterator[list[str]]:
         addresses = pointers.data[mask.data].astype(np.int64).ravel()
         units = addresses[:, None] // UNIT + np.arange(size // UNIT)
         x, y, z = builder.grid_idx
-        accesses[kind].append((x + (y << 20) + (z << 40), units.ravel()))
+        program = x + builder.grid_dim[0] * (y + builder.grid_dim[1] * z)
+        assert program < PROGRAMS
+        accesses[kind].append(units.ravel() * PROGRAMS + program)
 
     def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         note("load", self, pointers, mask)
@@ -66,7 +66,7 @@ def no_races() -> Iterator[list[str]]:
             found.clear()
         result = call(self, *args, **kwargs)
         launched.append(self.fn.__name__)
-        twice, crossed = _crossings(accesses)
+        twice, crossed = _crossings(accesses["load"], accesses["store"])
         assert not twice, f"{launched[-1]}: {twice} bytes are stored by several programs"
         assert not crossed, f"{launched[-1]}: {crossed} bytes of one program are read by another"
         return result
