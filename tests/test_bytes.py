@@ -2,7 +2,8 @@
 
 The kernels run in Triton's interpreter, which sees every address. The bytes of the op's own tensors
 must equal the floor exactly, each address counted once; what comes on top is listed in REREAD
-(addresses read again, out of the cache) and SIDE (smaller operands), with the reason.
+(addresses read again, out of the cache) and SIDE (smaller operands), with the reason. No program
+touches what another one stores.
 """
 
 import re
@@ -11,6 +12,8 @@ import pytest
 import torch
 from fasttrain_kernels._aot_cases import CASES, Case, floor_bytes
 from fasttrain_kernels._traffic import LaunchTraffic, count_launches, traffic_of
+
+from tests.support.interpreter import no_races
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in Triton's interpreter, which a GPU run leaves out"
@@ -81,7 +84,8 @@ def check_side_operands(launch: LaunchTraffic, case: Case) -> None:
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
 def test_bytes_equal_the_floor(case: Case) -> None:
-    launches = traffic_of(case)
+    with no_races():
+        launches = traffic_of(case)
     assert launches, "the call launches no kernel"
     table = []
     for launch in launches:

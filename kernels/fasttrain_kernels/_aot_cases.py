@@ -34,6 +34,7 @@ class Case(NamedTuple):
         aligned: whether every row of every operand starts on a 16-byte boundary, or the kernel
             promises wide accesses all the same; where not, 16-byte accesses cannot be had.
         smallest: elements of the smallest operand that counts as bulk; 0: ``elements``.
+        columns: of a row, where the kernel does not know it when compiled; 0: it does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     elements: int
     aligned: bool = True
     smallest: int = 0
+    columns: int = 0
 
 
 def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, Any]) -> int | None:
@@ -102,7 +104,8 @@ def _cross_entropy(dtype: str, n_cols: int, what: str, **options: Any) -> Case:
         if "forward" not in what:  # backward launches a shorter variant, compiled for some widths
             _grads(loss[0] if isinstance(loss, tuple) else loss, [logits])
 
-    return Case(f"cross_entropy {dtype} V={n_cols} {what}".strip(), run, n_rows * n_cols)
+    name = f"cross_entropy {dtype} V={n_cols} {what}".strip()
+    return Case(name, run, n_rows * n_cols, columns=n_cols)
 
 
 def _cross_entropy_cases() -> Iterator[Case]:

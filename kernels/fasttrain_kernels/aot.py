@@ -7,7 +7,8 @@ The public functions are called on CPU tensors, with a driver in Triton's place 
 and a hook that takes each launch's specialisation away instead of launching it: what is compiled
 is exactly what the launch would compile, alignment of the arguments included. Registers, stack and
 local memory are those of the finished binary; access widths are read from PTX (NVIDIA) or from the
-assembly (AMD); bytes an element are counted by `_traffic` in a process of its own.
+assembly (AMD); bytes an element are counted by `_traffic` in a process of its own, instructions
+an element by `_issue` in the machine code.
 
 This must run in a process without ``TRITON_INTERPRET``.
 """
@@ -34,6 +35,7 @@ from triton.compiler import ASTSource
 
 from ._aot_cases import CASES, Case, floor_bytes
 from ._dispatch import triton_on_cpu
+from ._issue import DEVICES, issue_of
 
 __all__ = [
     "BEGIN",
@@ -44,20 +46,22 @@ __all__ = [
     "Report",
     "capture",
     "compile_launch",
+    "issue_table",
     "main",
     "reports",
 ]
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{name: GPUTarget("cuda", int(name[3:]), 32) for name in DEVICES},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 # What a program may use, in bytes: CUDA C Programming Guide, technical specifications by compute
 # capability; CDNA3 ISA guide (LDS).
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMITS = {
+    "sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10,
+    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
 
 
 # Between these lines of a Markdown file ``--write`` puts the table.
@@ -92,6 +96,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
     aligned: bool
     elements: int
+    columns: int
     position: int  # of the launch in its case
 
     @property
@@ -132,6 +137,10 @@ class Report:
     aligned: bool
     narrow: tuple[str, ...]  # operands without a 64-bit offset
     doubles: bool  # whether any value is fp64
+    instructions: float | None = None  # of a thread, for an element; None where bytes do not bound
+    programs: int | None = None  # that a multiprocessor holds
+    in_flight: int | None = None  # that they have requested at a time
+    ceiling: float | None = None  # TB/s that issuing instructions allows; see `_issue`
 
 
 @contextmanager
@@ -166,7 +175,8 @@ def capture(target: GPUTarget, cases: Sequence[Case] = CASES) -> list[Launch]:
             function = entry["function"]
             launch = Launch(
                 function.__name__, case.name, function, entry["signature"], entry["constants"],
-                entry["configs"][0], options, case.aligned, case.elements, index,
+                entry["configs"][0], options, case.aligned, case.elements,
+                case.columns, index,
             )  # fmt: skip
             key = (launch.kernel, *map(str, launch[3:7]))
             launches.setdefault(str(key), launch)
@@ -179,8 +189,8 @@ def _tool(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def _cuda_resources(cubin: bytes) -> tuple[int, int, int]:
-    """Return registers, instructions on local memory, and bytes of stack and local memory."""
+def _cuda_resources(cubin: bytes) -> tuple[int, int, int, str]:
+    """Return registers, instructions on local memory, bytes of stack and local memory, and SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -188,10 +198,9 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         assert found is not None, usage
         registers, stack, local = map(int, found.groups())
-        spills = 0
-        if stack + local:
-            spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
-    return registers, spills, stack + local
+        sass = _tool("nvdisasm", "-c", file.name)
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass)) if stack + local else 0
+    return registers, spills, stack + local, sass
 
 
 def _ptx_width(ptx: str, access: str) -> int:
@@ -219,15 +228,26 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     ttir = compiled.asm["ttir"]
-    report = {
+    report: dict[str, Any] = {
         "shared": compiled.metadata.shared,
         "narrow": narrow_offsets(ttir),
         "doubles": re.search(r"\bf64\b|xf64\b", ttir) is not None,
+        "floor": floor_bytes(launch.kernel, launch.signature, launch.flags),
     }
     if target.startswith("sm"):
-        registers, spills, local = _cuda_resources(compiled.asm["cubin"])
+        registers, spills, local, sass = _cuda_resources(compiled.asm["cubin"])
         ptx = compiled.asm["ptx"]
         load, store = _ptx_width(ptx, "ld"), _ptx_width(ptx, "st")
+        if report["floor"]:
+            columns = launch.flags.get("N_COLS") or launch.columns
+            issue = issue_of(
+                sass, launch.flags, launch.options["num_warps"], registers, report["shared"],
+                columns, DEVICES[target],
+            )  # fmt: skip
+            report |= {
+                **issue._asdict(),
+                "ceiling": issue.ceiling(report["floor"], DEVICES[target]),
+            }
     else:
         text = compiled.asm["amdgcn"]
 
@@ -315,12 +335,11 @@ def reports(
         counts = json.loads(output)
     rows = []
     for (launch, target), found in zip(_work, measured, strict=True):
-        every = distinct = floor = None
+        every = distinct = None
         if launch.case in counts:
             kernel, bulk, once, _ = counts[launch.case][launch.position]
             assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
-            floor = floor_bytes(kernel, launch.signature, launch.flags)
-            if floor is not None:
+            if found["floor"] is not None:
                 every, distinct = bulk / launch.elements, once / launch.elements
         rows.append(
             Report(
@@ -330,7 +349,6 @@ def reports(
                 target=target,
                 bytes=every,
                 distinct=distinct,
-                floor=floor,
                 aligned=launch.aligned,
                 **found,
             )
@@ -355,17 +373,42 @@ def _cells(row: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def table(rows: Sequence[Report], *, markdown: bool = False) -> str:
-    """Lay the reports out in columns, or as a Markdown table."""
-    cells = [list(_HEADERS), *map(_cells, rows)]
+_ISSUE_HEADERS = (
+    "kernel", "first seen in", "target", "device", "registers", "instructions an element",
+    "programs an SM", "KiB in flight an SM", "ceiling TB/s", "memory TB/s",
+)  # fmt: skip
+
+
+def _issue_cells(row: Report) -> list[str]:
+    assert row.in_flight is not None
+    device = DEVICES[row.target]
+    return [
+        row.kernel, row.case, row.target, device.name, str(row.registers),
+        f"{row.instructions:.1f}", str(row.programs), f"{row.in_flight / 1024:.0f}",
+        f"{row.ceiling:.2f}", str(device.memory),
+    ]  # fmt: skip
+
+
+def _laid_out(cells: list[list[str]], *, markdown: bool) -> str:
     if markdown:
-        cells.insert(1, ["---"] * len(_HEADERS))
+        cells.insert(1, ["---"] * len(cells[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     )
+
+
+def table(rows: Sequence[Report], *, markdown: bool = False) -> str:
+    """Lay the reports out in columns, or as a Markdown table."""
+    return _laid_out([list(_HEADERS), *map(_cells, rows)], markdown=markdown)
+
+
+def issue_table(rows: Sequence[Report], *, markdown: bool = False) -> str:
+    """Lay out how fast the kernels that memory should bound could issue their instructions."""
+    bound = [_issue_cells(row) for row in rows if row.ceiling is not None]
+    return _laid_out([list(_ISSUE_HEADERS), *bound], markdown=markdown)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -388,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         filled = f"{before}{BEGIN}\n{table(rows, markdown=True)}\n{END}{after}"
         chosen.write.write_text(filled, "utf-8")
     else:
-        print(table(rows, markdown=chosen.markdown))
+        print(table(rows, markdown=chosen.markdown), "", sep="\n")
+        print(issue_table(rows, markdown=chosen.markdown))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""How fast a compiled kernel could be if instructions alone bound it, from its machine code.
+
+A multiprocessor issues four instructions of 32 threads a clock. So a kernel that moves b bytes an
+element with i instructions an element cannot move more than b / i · 128 bytes a clock and
+multiprocessor, however fast memory is. Instructions are those of the loops that load the op's
+tensors, or of the whole program where there are none; what runs once a row is not counted in loops.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["DEVICES", "Device", "Issue", "issue_of"]
+
+
+class Device(NamedTuple):
+    """A GPU of a compute capability: data sheet and CUDA C Programming Guide."""
+
+    name: str
+    multiprocessors: int
+    ghz: float  # boost
+    memory: float  # TB/s
+    threads: int  # resident on a multiprocessor, at most; programs; bytes of shared memory
+    programs: int
+    shared: int
+
+
+DEVICES = {
+    "sm_75": Device("T4", 40, 1.59, 0.32, 1024, 16, 64 << 10),
+    "sm_80": Device("A100", 108, 1.41, 2.04, 2048, 32, 164 << 10),
+    "sm_86": Device("RTX 3090", 82, 1.70, 0.94, 1536, 16, 100 << 10),
+    "sm_89": Device("RTX 4090", 128, 2.52, 1.01, 1536, 24, 100 << 10),
+    "sm_90": Device("H100", 132, 1.755, 3.35, 2048, 32, 228 << 10),
+    "sm_100": Device("B200", 148, 1.965, 8.0, 2048, 32, 228 << 10),
+    "sm_120": Device("RTX 5090", 170, 2.41, 1.79, 1536, 24, 100 << 10),
+}
+
+
+class Issue(NamedTuple):
+    """What bounds a kernel beside memory.
+
+    Attributes:
+        instructions: of a thread, for an element of the op's tensor.
+        programs: that a multiprocessor holds.
+        in_flight: bytes that these have requested from memory at a time, at most.
+    """
+
+    instructions: float
+    programs: int
+    in_flight: int
+
+    def ceiling(self, floor: int, device: Device) -> float:
+        """Return the TB/s at ``floor`` bytes an element that issuing instructions allows."""
+        lanes = 128 * device.multiprocessors * device.ghz * 1e9
+        return floor / self.instructions * lanes / 1e12
+
+
+def _regions(sass: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the instructions of each loop without those of loops in it, and those outside."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    loops = set()
+    for end, instruction in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+        if target and labels[target[1]] < end:  # not the idle loop after the end
+            loops.add((labels[target[1]], end))
+    owner: dict[int, tuple[int, int]] = {}
+    for loop in sorted(loops, key=lambda loop: loop[0] - loop[1]):  # inner ones come last
+        owner.update(dict.fromkeys(range(loop[0], loop[1] + 1), loop))
+    inside = [[code[i] for i in sorted(owner) if owner[i] == loop] for loop in sorted(loops)]
+    return inside, [[text for i, text in enumerate(code) if i not in owner and text != "NOP"]]
+
+
+def _loaded(code: list[str], no_addresses: bool) -> list[int]:
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    names = (re.search(r"\bLDG(\S*)", text) for text in code)
+    widths = [
+        next((sizes[part] for part in name[1].split(".") if part in sizes), 4)
+        for name in names
+        if name
+    ]
+    return [width for width in widths if not (no_addresses and width == 8)]
+
+
+def issue_of(
+    sass: str, flags: Mapping[str, Any], warps: int, registers: int, shared: int, columns: int,
+    device: Device,
+) -> Issue:  # fmt: skip
+    """Read machine code.
+
+    Args:
+        sass: what nvdisasm prints.
+        flags: compile-time arguments by name; a program does BLOCK_* elements at once.
+        warps: of a program.
+        registers: of a thread.
+        shared: bytes of a program.
+        columns: of a row that is walked over in blocks of BLOCK_N; 0: no block is partly empty.
+        device: where it runs.
+    """
+    threads = 32 * warps
+    tile = 2 if "HALF" in flags else 1  # RoPE turns both halves of a row
+    for name, value in flags.items():
+        tile *= value if name.startswith("BLOCK") else 1
+    # Multi-tensor kernels load addresses, of 8 bytes, from their tables.
+    chunk = flags.get("CHUNK", 0)
+    loops, outside = ([(part, _loaded(part, chunk > 0)) for part in p] for p in _regions(sass))
+    widest = max((size for _, loaded in [*loops, *outside] for size in loaded), default=0)
+    bulk = [(part, loaded.count(widest)) for part, loaded in loops if widest in loaded]
+    if not bulk:
+        bulk = [(part, loaded.count(widest)) for part, loaded in outside]
+    if chunk:  # of the loops over whole blocks and over the last one, the former
+        bulk = [min(bulk, key=lambda found: len(found[0]) / found[1])]
+        if "DTYPE" in flags:  # the four blocks of a chunk are unrolled
+            tile = max(
+                tile, bulk[0][1] * widest * threads // (flags["DTYPE"].primitive_bitwidth // 8)
+            )
+    block = flags.get("BLOCK_N", 1)
+    used = columns / (-(-columns // block) * block) if columns else 1.0
+    of_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    of_shared = device.shared // (shared + 1024)
+    programs = min(of_registers, of_shared, device.threads // threads, device.programs)
+    instructions = sum(len(part) for part, _ in bulk) / (tile / threads * used)
+    in_flight = max(count for _, count in bulk) * widest * threads * programs
+    return Issue(instructions, programs, in_flight)
