@@ -27,6 +27,7 @@ LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
+    "run.deterministic",
     *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
     *("distributed.", "train.activation_checkpointing"),
@@ -115,8 +116,14 @@ def check_resumable(
     return state
 
 
-def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
-    """Return a warning where what rounds differently is not what it was for the checkpoint."""
+def other_bits(state: dict[str, Any], compile_mode: str, *, exact: bool) -> str | None:
+    """Return a warning where a run that goes on may round otherwise than one never stopped.
+
+    Args:
+        state: the checkpoint's.
+        compile_mode: of the run to go on with.
+        exact: the same operations give the same bits each time: on a CPU, or deterministic.
+    """
     now = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -128,8 +135,16 @@ def other_bits(state: dict[str, Any], compile_mode: str) -> str | None:
         if state.get(name) not in (value, None)  # no threads: of a run on a GPU
     ]
     made_with = "; ".join(changed)
-    told = f"the checkpoint was made with {made_with}: the run goes on, but not with the same bits"
-    return told if changed else None
+    if changed:
+        return (
+            f"the checkpoint was made with {made_with}: the run goes on, but not with the same bits"
+        )
+    if not exact:
+        return (
+            "on a GPU sums take another order each time: the run goes on, but perhaps not with the "
+            "bits of one that was never stopped; run.deterministic=true makes it exact, and slower"
+        )
+    return None
 
 
 def lr_jump(

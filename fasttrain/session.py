@@ -23,6 +23,7 @@ from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_compiled,
     keep_freed_memory,
+    make_deterministic,
     resolve_compile,
     resolve_device,
     resolve_precision,
@@ -103,6 +104,8 @@ def _run(
     branch_of: Path | None,
 ) -> int:
     started = time.perf_counter()
+    if config.run.deterministic:
+        make_deterministic()
     with interruptible():
         named_device = resolve_device(config.run.device)
         world = start(config.distributed, named_device)
@@ -252,7 +255,9 @@ def _build(
             samples = shape.samples * world.size
             state = check_resumable(source, config, recorded["data"], allow_change, samples)
             recorded["history"] = state["history"]
-            if world.leads and (warning := other_bits(state, resolve_compile(config, device))):
+            exact = device.type == "cpu" or config.run.deterministic
+            warning = other_bits(state, resolve_compile(config, device), exact=exact)
+            if world.leads and warning:
                 folder.warn(warning)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)

@@ -1,6 +1,7 @@
 """Going on from a checkpoint: only from one that fits (R24), past damage (R14), provably."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import checkpoint, verify_resume
+from fasttrain import checkpoint, session, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
@@ -344,9 +345,10 @@ def test_verify_resume_proves_it_and_leaves_nothing(toy: Path, capfd: Capture) -
 
 
 def test_verify_resume_tells_the_first_difference(
-    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, determinism: None
 ) -> None:
     def trained_here(arguments: list[str]) -> tuple[int, str]:
+        assert "run.deterministic=true" in arguments  # C1: else no GPU could pass
         if "--resume" in arguments:
             arguments = [*arguments, "optim.lr=1e-4", "--allow-change", "optim.lr"]
         return main(arguments), ""
@@ -387,6 +389,23 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert not (toy.parent / "runs").exists()
 
 
+def test_C1_a_deterministic_run_says_so_to_torch_before_cuda_starts(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, determinism: None
+) -> None:
+    seen = []
+
+    def resolve_device(name: str) -> torch.device:
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        seen.append((torch.are_deterministic_algorithms_enabled(), workspace))
+        raise UserError("no more of it")
+
+    monkeypatch.setattr(session, "resolve_device", resolve_device)
+    assert main([str(toy)]) == main([str(toy), "run.deterministic=true"]) == 2
+    assert seen == [(False, None), (True, ":4096:8")]
+    with pytest.raises(UserError, match=r"speed of the moment; use run\.compile=auto"):
+        load_config(toy, ["run.deterministic=true", "run.compile=max-autotune"])
+
+
 def test_verify_resume_is_of_one_process(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
@@ -398,12 +417,15 @@ def test_verify_resume_is_of_one_process(
 
 def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     state = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    assert other_bits(state, "c++") is None  # of a checkpoint from before it was noted
-    assert other_bits({**state, "threads": None, "run.compile": "c++"}, "c++") is None
-    told = other_bits({**state, "run.compile": "c++"}, "off")
+    assert other_bits(state, "c++", exact=True) is None  # of a checkpoint from before it was noted
+    assert other_bits({**state, "threads": None, "run.compile": "c++"}, "c++", exact=True) is None
+    told = other_bits(state, "default", exact=False)  # C1: on a GPU
+    assert told is not None
+    assert "run.deterministic=true makes it exact" in told
+    told = other_bits({**state, "run.compile": "c++"}, "off", exact=False)
     assert told is not None
     assert "run.compile c++, and now off:" in told
-    told = other_bits({"torch": "2.0", "threads": 99}, "off")
+    told = other_bits({"torch": "2.0", "threads": 99}, "off", exact=True)
     assert told is not None
     assert f"torch 2.0, and now {torch.__version__}; threads 99, and now 1:" in told
 
