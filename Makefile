@@ -1,8 +1,8 @@
-.PHONY: check test bench bench-results report gpu
+.PHONY: check test bench bench-results report gpu gpu-dry
 
 PYTHON ?= python3
 # Also uninstalled, and with whatever the caller has on the path.
-gpu report bench-results: export PYTHONPATH := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-dry report bench-results: export PYTHONPATH := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 check:
 	ruff check . && ruff format --check .
@@ -25,3 +25,7 @@ report: # README.md's figures and the chart, from benchmarks/results; needs matp
 
 gpu: # tests and benchmarks on a GPU within nine minutes; without one, a rehearsal
 	$(PYTHON) -m benchmarks.gpu
+
+gpu-dry: # what every config launches on an H100 and moves there, compiled without one; kept
+	$(PYTHON) -m benchmarks.gpu_dry --results benchmarks/results
+	$(PYTHON) -m benchmarks.report

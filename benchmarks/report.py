@@ -168,6 +168,34 @@ def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> s
     )
 
 
+def _compiled_text(document: Mapping[str, Any]) -> str:
+    machine = document["machine"]
+    return (
+        "Compiled for an H100 without one: what forward and backward of a micro-batch launch and "
+        f"move. PyTorch {machine['torch']}, Triton {machine['triton']}; {document['date'][:10]}"
+    )
+
+
+def _compiled_table(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Return what `benchmarks.gpu_dry` counted: of a layer, and of what is around the layers."""
+    lines = [
+        "| config | tokens | GB a layer | launches a layer | other kernels a layer "
+        "| GB of the rest | launches of the rest | spills |\n|---|---|---|---|---|---|---|---|"
+    ]
+    for entry in entries:
+        layer, rest = entry["layer"], entry["rest"]
+        names = {name: re.sub(r".*\.|_scaled_dot_product_", "", name) for name in layer["extern"]}
+        calls = ", ".join(f"{n} {names[name]}" for name, n in layer["extern"].items())
+        spilling = [k for k in entry["kernels"] if k["spills"]]
+        spills = ", ".join(f"{k['spills']} in {k['name'].split('_fused_')[-1]}" for k in spilling)
+        lines.append(
+            f"| {entry['name']} | {entry['rows']} × {entry['seq_len']} | {layer['bytes'] / 1e9:.4g}"
+            f" | {layer['launches']} | {calls} | {rest['bytes'] / 1e9:.4g} | {rest['launches']} |"
+            f" {spills or 'none'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
     """Return the README's measured part."""
     parts: list[str] = []
@@ -186,6 +214,11 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
         if rest:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
+    parts += [
+        f"<details><summary>{_compiled_text(d)}</summary>\n\n{_compiled_table(d['benchmarks'])}\n</details>\n"
+        for d in documents
+        if d["machine"]["kind"] == "compiled"
+    ]
     if chart_bars(documents):
         path = CHART.relative_to(ROOT)
         parts.append(f"![How many times as long a training step of the others takes]({path})\n")

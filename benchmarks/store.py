@@ -27,7 +27,7 @@ def slug(text: str) -> str:
 def processor_of(machine: Mapping[str, Any]) -> str:
     """Return what was measured: ``AMD EPYC, AVX2``, as torch saw it; ``NVIDIA H200``."""
     device: str = machine["device"]
-    return device if machine["kind"] == "cuda" else f"{device}, {machine['isa']}"
+    return f"{device}, {machine['isa']}" if machine["kind"] == "cpu" else device
 
 
 def folder_of(machine: Mapping[str, Any]) -> str:

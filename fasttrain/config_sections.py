@@ -56,6 +56,9 @@ class RunConfig(Section):
             *("max-autotune", "max-autotune-no-cudagraphs"),
         ),
     )
+    deterministic: bool = key(
+        False, "the same bits each time on a GPU too, at a cost in speed (a CPU's always are)"
+    )
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
 
@@ -66,6 +69,12 @@ class RunConfig(Section):
             self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
         if self.fp8 and self.compile in ("off", "c++"):
             self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
+        if self.deterministic and self.compile.startswith("max-autotune"):
+            self.refuse(
+                "deterministic",
+                f"does not go with run.compile={self.compile}, which chooses kernels by their speed"
+                " of the moment; use run.compile=auto",
+            )
         if self.device == "cpu" and self.dtype == "tf32":
             self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")
         if self.device == "cpu" and self.compile == "cuda-graphs":

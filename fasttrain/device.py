@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from fasttrain_kernels._torch import compile_cache_counts, native_bf16
+from fasttrain_kernels._torch import (
+    compile_cache_counts,
+    compile_deterministically,
+    native_bf16,
+)
 
 from fasttrain.block_cpu import fits
 from fasttrain.config import TrainConfig, UserError
@@ -22,6 +26,7 @@ __all__ = [
     "compile_function",
     "keep_compiled",
     "keep_freed_memory",
+    "make_deterministic",
     "resolve_compile",
     "resolve_device",
     "resolve_precision",
@@ -53,6 +58,20 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", 0)  # torch.cuda.set_device wants an index
     return device
+
+
+def make_deterministic() -> None:
+    """Have every operation of this process give the same bits each time; before CUDA starts.
+
+    One that cannot raises torch's error. SDPA then leaves cuDNN's kernel out, and the backward of
+    FlashAttention and of the memory-efficient kernel adds in a fixed order, as FlexAttention's
+    always does. What is compiled takes no reduction by how fast it was.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    fill: Any = torch.utils.deterministic  # which torch's stubs know nothing of
+    fill.fill_uninitialized_memory = False  # nothing here reads such
+    compile_deterministically()
 
 
 @dataclass(frozen=True, slots=True)

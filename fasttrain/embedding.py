@@ -1,4 +1,7 @@
-"""A table that tokens are looked up in, whose gradient does not depend on the threads' timing."""
+"""A table that tokens are looked up in, whose gradient does not depend on the threads' timing.
+
+On a GPU only where torch is to be deterministic: the compiler's atomic additions fuse with others.
+"""
 
 from typing import Any
 
@@ -38,12 +41,13 @@ _OPS: Any = torch.library.Library("fasttrain", "FRAGMENT")  # type: ignore[no-un
 _OPS.define("embedding(Tensor index, Tensor table) -> Tensor")
 _OPS.impl("embedding", _LookUp.apply, "CompositeImplicitAutograd")
 _OPS.define("embedding_backward(Tensor dy, Tensor index, int n_rows) -> Tensor")
-_OPS.impl("embedding_backward", _gradient, "CPU")
+for _kind in ("CPU", "CUDA"):
+    _OPS.impl("embedding_backward", _gradient, _kind)
 torch.library.register_fake("fasttrain::embedding_backward", _like_gradient, lib=_OPS)
 
 
 class Embedding(nn.Embedding):
-    """Torch's, compiled for a CPU with a gradient that is the same to the bit each time."""
+    """Torch's, compiled with a gradient of the same bits each time; on a GPU where asked for."""
 
     def __init__(self, n_rows: int, dim: int) -> None:
         super().__init__(n_rows, dim)  # none of torch's options, which compiled code would ignore
@@ -51,7 +55,8 @@ class Embedding(nn.Embedding):
     def forward(self, index: Tensor) -> Tensor:
         """Return the rows (..., D) of the table (V, D) that ``index`` (...), int64, names."""
         plain = type(self.weight) is nn.Parameter  # not of several ranks
-        if plain and index.device.type == "cpu" and torch.compiler.is_compiling():
+        exact = index.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        if plain and exact and torch.compiler.is_compiling():
             y: Tensor = torch.ops.fasttrain.embedding(index, self.weight)
             return y
         return super().forward(index)

@@ -37,7 +37,7 @@ from fasttrain.config import (
     config_from_dict,
     config_to_toml,
 )
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.ema import Ema
 from fasttrain.metrics import TrainingMetrics
 from fasttrain.objective import Criterion, Objective
@@ -53,9 +53,9 @@ __all__ = ["Callback", "Trainer"]
 # The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
 # set. It never saves asynchronously.
 OBEYED = {
-    "nothing": "run.device run.dtype run.compile train.steps train.epochs train.max_grad_norm "
-    "train.max_grad_value train.ema_decay train.on_nonfinite eval.every_steps eval.patience "
-    "eval.min_change log.every_steps",
+    "nothing": "run.device run.dtype run.deterministic run.compile train.steps train.epochs "
+    "train.max_grad_norm train.max_grad_value train.ema_decay train.on_nonfinite eval.every_steps "
+    "eval.patience eval.min_change log.every_steps",
     "run_dir": "checkpoint.every_steps checkpoint.keep_last checkpoint.asynchronous log.csv "
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",
@@ -205,6 +205,8 @@ class Trainer:
         _warn_of_ignored(
             config, {"run_dir": run_dir is not None, "criterion=None": criterion is None}
         )
+        if run.deterministic:
+            make_deterministic()
         self.device = resolve_device(run.device)
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
@@ -694,7 +696,8 @@ class Trainer:
                 "checkpoint"
             ) from error
         self.made_by = provenance(self.device, loaded.path)
-        if said := made_otherwise(state, self.made_by):
+        exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        if said := made_otherwise(state, self.made_by, exact=exact):
             warnings.warn(said, stacklevel=2)
         self.val_losses, self._epoch_random = val_losses, epoch_drawn
         self._loader_facts = self._loaded["facts"]

@@ -26,6 +26,7 @@ LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
+    "run.deterministic",
     *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
     *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
@@ -114,12 +115,13 @@ def check_resumable(
     return state
 
 
-def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any]) -> str | None:
-    """Return a warning where what goes on is not what made the checkpoint: versions, machine.
+def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
+    """Return a warning where a run that goes on may not have the bits of one never stopped.
 
     Args:
         state: of the checkpoint.
         made_by: provenance of the run that goes on, and what else its bits depend on.
+        exact: the same operations give the same bits each time: on a CPU, or deterministic.
     """
     recorded = state.get("provenance")
     before = {**(recorded if isinstance(recorded, dict) else {}), **state}
@@ -129,8 +131,15 @@ def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any]) -> str | N
         # No threads: of a run on a GPU.
         if name not in ("command", "parent") and before.get(name) not in (value, None)
     )
-    told = "the run goes on, but perhaps not with the same bits"
-    return f"the checkpoint was made otherwise: {changed}: {told}" if changed else None
+    if changed:
+        told = "the run goes on, but perhaps not with the same bits"
+        return f"the checkpoint was made otherwise: {changed}: {told}"
+    if not exact:
+        return (
+            "on a GPU sums take another order each time: the run goes on, but perhaps not with the "
+            "bits of one that was never stopped; run.deterministic=true makes it exact, and slower"
+        )
+    return None
 
 
 def lr_jump(

@@ -23,6 +23,7 @@ from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_compiled,
     keep_freed_memory,
+    make_deterministic,
     resolve_compile,
     resolve_device,
     resolve_precision,
@@ -105,6 +106,8 @@ def _run(
     branch_of: Path | None,
 ) -> int:
     started = time.perf_counter()
+    if config.run.deterministic:
+        make_deterministic()
     with interruptible():
         named_device = resolve_device(config.run.device)
         world = start(config.distributed, named_device)
@@ -263,7 +266,9 @@ def _build(
             recorded["provenance"] = provenance(device, source)
             mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
             now = {**recorded["provenance"], "run.compile": mode}
-            if said := made_otherwise(state, now | {"threads": torch.get_num_threads()}):
+            now["threads"] = torch.get_num_threads()
+            exact = source is None or device.type == "cpu" or config.run.deterministic
+            if said := made_otherwise(state, now, exact=exact):
                 folder.warn(said)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)

@@ -75,7 +75,7 @@ def verify_resume(
             f"cannot write to {out_dir}: {error.strerror}; set run.out_dir to a writable folder"
         ) from error
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
-    base += ["log.every_steps=1"]
+    base += ["log.every_steps=1", "run.deterministic=true"]
     if config.run.threads is None:  # the processes may be given other processors, and sum otherwise
         base += [f"run.threads={torch.get_num_threads()}"]
     parts = [

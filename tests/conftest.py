@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import os
+import sys
 import tempfile
 
 # Of this process and of those that tests start: the cores are shared by several of them.
@@ -48,6 +49,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("fasttrain")
+
+
+@pytest.fixture
+def determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what `make_deterministic` does to a process, after the test."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if config := sys.modules.get("torch._inductor.config"):
+        config.deterministic = False
 
 
 _freeze = gc.freeze

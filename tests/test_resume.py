@@ -1,13 +1,14 @@
 """Going on from a checkpoint: only from one that fits (R24), past damage (R14), provably."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fasttrain import checkpoint, verify_resume
+from fasttrain import checkpoint, session, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
@@ -343,9 +344,10 @@ def test_verify_resume_proves_it_and_leaves_nothing(toy: Path, capfd: Capture) -
 
 
 def test_verify_resume_tells_the_first_difference(
-    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, determinism: None
 ) -> None:
     def trained_here(arguments: list[str]) -> tuple[int, str]:
+        assert "run.deterministic=true" in arguments  # C1: else no GPU could pass
         if "--resume" in arguments:
             arguments = [*arguments, "optim.lr=1e-4", "--allow-change", "optim.lr"]
         return main(arguments), ""
@@ -386,6 +388,23 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert not (toy.parent / "runs").exists()
 
 
+def test_C1_a_deterministic_run_says_so_to_torch_before_cuda_starts(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, determinism: None
+) -> None:
+    seen = []
+
+    def resolve_device(name: str) -> torch.device:
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        seen.append((torch.are_deterministic_algorithms_enabled(), workspace))
+        raise UserError("no more of it")
+
+    monkeypatch.setattr(session, "resolve_device", resolve_device)
+    assert main([str(toy)]) == main([str(toy), "run.deterministic=true"]) == 2
+    assert seen == [(False, None), (True, ":4096:8")]
+    with pytest.raises(UserError, match=r"speed of the moment; use run\.compile=auto"):
+        load_config(toy, ["run.deterministic=true", "run.compile=max-autotune"])
+
+
 def test_verify_resume_is_of_one_process(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
@@ -399,15 +418,20 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     now = {"torch": "2.13", "commit": "b" * 40, "uncommitted_changes": True, "command": "x"}
     now |= {"run.compile": "off", "threads": 1}
     state = {"torch": "2.13", "threads": 1}
-    assert made_otherwise(state, now) is None  # of a checkpoint from before the rest was noted
-    assert made_otherwise({**state, "provenance": 3}, now) is None
-    assert made_otherwise({**state, "provenance": {**now, "command": "y"}}, now) is None
-    assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now) is None
-    told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now)
+    assert (
+        made_otherwise(state, now, exact=True) is None
+    )  # of a checkpoint from before the rest was noted
+    assert made_otherwise({**state, "provenance": 3}, now, exact=True) is None
+    assert made_otherwise({**state, "provenance": {**now, "command": "y"}}, now, exact=True) is None
+    assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now, exact=True) is None
+    told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now, exact=False)
     assert told is not None
     assert "made otherwise: torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1: " in told
+    told = made_otherwise(state, now, exact=False)  # C1: on a GPU
+    assert told is not None
+    assert "run.deterministic=true makes it exact" in told
     before = {"provenance": {"commit": "a" * 40, "uncommitted_changes": False}}
-    told = made_otherwise(before, now)
+    told = made_otherwise(before, now, exact=True)
     assert told is not None
     assert f"commit {'a' * 12}… → {'b' * 12}…; uncommitted_changes False → True: " in told
 

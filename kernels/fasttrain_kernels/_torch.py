@@ -5,6 +5,7 @@ an underscore, such as ``torch._foreach_mul_``, are not meant: their schemas are
 """
 
 import inspect
+import os
 import sys
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,7 @@ except ImportError:
 __all__ = [
     "TorchDispatchMode",
     "compile_cache_counts",
+    "compile_deterministically",
     "dump_memory_history",
     "fake_store",
     "fake_tensors",
@@ -136,6 +138,16 @@ def spare_compiler() -> None:
         method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
         if "torch._dynamo" not in sys.modules:
             method.__dynamo_disable = method
+
+
+def compile_deterministically() -> None:
+    """Keep Inductor from choosing between kernels that round differently by their speed.
+
+    It reads the variable when it is imported, which takes a second. Unknown: it goes on choosing.
+    """
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if (config := sys.modules.get("torch._inductor.config")) is not None:
+        config.deterministic = True  # type: ignore[attr-defined]
 
 
 def compile_cache_counts() -> tuple[int, int] | None:

@@ -1,0 +1,276 @@
+"""What a training step launches on an H100 and what its generated kernels move, without a GPU.
+
+    python -m benchmarks.gpu_dry [CASE ...] [--set section.key=value ...] [--results DIR]
+
+Forward and backward of a config are compiled for sm_90 as a run compiles them: `TrainStep`, Dynamo,
+the min-cut partitioner, Inductor. Every generated Triton kernel is shown with its bytes, as
+Inductor counts them (each operand once), its launches, and the registers and spills of the
+configurations that a run would choose from; calls of other kernels (products, attention, our own
+ops) are counted. A layer is the difference of a model with two layers and one with one.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import fake_gpu, measure, store
+from benchmarks.fake_gpu import DEVICE, torch
+from fasttrain.config import TrainConfig, load_config
+from fasttrain.device import make_deterministic, resolve_precision
+from fasttrain.model import Transformer
+from fasttrain.step import TrainStep
+
+# Configs that name none train with the vocabulary of their data. Compiled blocks in C++ are a
+# CPU's; on a GPU, `auto` is what goes with everything.
+_SMALL = ("run.compile=auto", "model.vocab_size=2048")
+CASES: dict[str, tuple[str, ...]] = {
+    "base": _SMALL,
+    "speedrun": _SMALL,
+    "chars": ("run.compile=auto", "model.vocab_size=256"),
+    "gpt2-124m": (),
+    "llama-350m": (),
+    "llama-1b": (),
+    "gpt2-124m, documents": ("data.attention_across_documents=false",),
+    "llama-1b, full": ("train.activation_checkpointing=full",),
+    "llama-1b, selective": ("train.activation_checkpointing=selective",),
+    "llama-1b, fp8": ("run.fp8=true",),
+    "gpt2-124m, deterministic": ("run.deterministic=true",),
+    "gpt2-124m, deterministic, documents": (
+        "run.deterministic=true",
+        "data.attention_across_documents=false",
+    ),
+}
+
+
+class Kernel(NamedTuple):
+    """A generated kernel; those that differ in the number of their name alone are one."""
+
+    graph: str  # forward | backward
+    name: str
+    bytes: int
+
+
+class Program(NamedTuple):
+    """What a model with some number of layers launches in a step, and the kernels' sources."""
+
+    launches: Counter[Kernel]
+    extern: Counter[str]
+    sources: dict[Kernel, str]
+
+    @property
+    def bytes(self) -> int:
+        """Return what all launches of generated kernels move."""
+        return sum(kernel.bytes * n for kernel, n in self.launches.items())
+
+
+_written: list[str] = []  # the programs that Inductor wrote, in turn
+_write = torch._inductor.codecache.PyCodeCache.write.__func__
+
+
+def _write_and_keep(cls: type, code: Any, *args: Any, **kwargs: Any) -> Any:
+    _written.append(getattr(code, "value", code))
+    return _write(cls, code, *args, **kwargs)
+
+
+torch._inductor.codecache.PyCodeCache.write = classmethod(_write_and_keep)
+
+
+def config_of(case: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the config of a case; accumulation, which changes nothing compiled, is left out."""
+    path = store.ROOT / "configs" / f"{case.split(',')[0]}.toml"
+    given = [*CASES[case], "train.tokens_per_step=none", "data.path=none-needed", *overrides]
+    return load_config(path, given)
+
+
+def compile_step(config: TrainConfig) -> Program:
+    """Compile forward and backward of a training step."""
+    torch._dynamo.reset()
+    _written.clear()
+    if config.run.deterministic:
+        make_deterministic()
+    said = io.StringIO()  # the path of each program
+    shape = (config.train.micro_batch, config.data.seq_len)
+    with torch._subclasses.FakeTensorMode():
+        with DEVICE:
+            model = Transformer(config.model, seq_len=config.data.seq_len).train()
+            tokens = torch.empty(shape, dtype=torch.int64)
+            starts = torch.empty(shape, dtype=torch.bool)
+        precision = resolve_precision(config.run.dtype, DEVICE)
+        step = TrainStep(model, [], config, device=DEVICE, precision=precision)
+        documents = None if config.data.attention_across_documents else starts
+        try:
+            with contextlib.redirect_stderr(said):
+                step.loss_fn(tokens, tokens, documents)
+        except fake_gpu.Launched:
+            pass
+        else:
+            raise AssertionError(f"run.compile = {step.compile_mode!r} compiled nothing")
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch._inductor.config.deterministic = False
+    return read(_written)
+
+
+def read(written: Sequence[str]) -> Program:
+    """Count what the programs, forward and backward, launch."""
+    assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"
+    program = Program(Counter(), Counter(), {})
+    for graph, text in zip(("forward", "backward"), written, strict=True):
+        generated = r"async_compile\.(\w+)\('(\w+)', '''(.*?)''', device_str"
+        calls = re.sub(generated, "", text, flags=re.S)
+        for kind, name, source in re.findall(generated, text, re.S):
+            assert kind == "triton", f"{name} is {kind}, not Triton"
+            n_launches = len(re.findall(rf"\b{name}\.run\(", calls))
+            gigabytes = re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)
+            n_bytes = round(1e9 * float(gigabytes[1])) if gigabytes else 0
+            kernel = Kernel(graph, re.sub(r"_\d+$", "", name), n_bytes)
+            program.launches[kernel] += n_launches
+            program.sources.setdefault(kernel, source)
+        extern = r"(extern_kernels\.\w+|torch\.ops\.[\w.]+)\("
+        program.extern.update(
+            re.sub(r"^(extern_kernels|torch\.ops)\.|\.default$", "", name)
+            for name in re.findall(extern, calls)
+        )
+    return program
+
+
+def atomics_of(source: str) -> int:
+    """Count the places where a kernel adds in no fixed order."""
+    return source.count("tl.atomic_add(")
+
+
+def resources(source: str) -> dict[str, int]:
+    """Compile a kernel as a run would; of the configurations it tries, what spills least counts.
+
+    Returns:
+        Registers of a thread, instructions that access local memory, warps, atomic additions.
+    """
+    from fasttrain_kernels.aot import _cuda_resources  # which imports torch
+
+    module = torch._inductor.codecache.PyCodeCache.load(source)
+    (kernel,) = (x for x in vars(module).values() if hasattr(x, "compile_results"))
+    kernel.precompile(warm_cache_only=True)
+    found = []
+    for result in kernel.compile_results:
+        registers, spills, _ = _cuda_resources(result.kernel.asm["cubin"])
+        found.append((spills, registers, result.config.num_warps))
+    spills, registers, warps = min(found)
+    return {
+        "registers": registers,
+        "spills": spills,
+        "warps": warps,
+        "atomics": atomics_of(source),
+    }
+
+
+def measure_layer(case: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Program]:
+    """Return what a layer adds to a step and what the rest of it is, and two layers' program."""
+    one, two = (compile_step(config_of(case, [*overrides, f"model.n_layers={n}"])) for n in (1, 2))
+    layer = {
+        "bytes": two.bytes - one.bytes,
+        "launches": two.launches.total() - one.launches.total(),
+        "extern": dict(two.extern - one.extern),
+    }
+    rest = {
+        "bytes": one.bytes - layer["bytes"],
+        "launches": one.launches.total() - layer["launches"],
+        "extern": dict(one.extern - Counter(layer["extern"])),
+    }
+    kernels = [
+        {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
+        for kernel, n in two.launches.items()
+    ]
+    return {"layer": layer, "rest": rest, "kernels": kernels}, two
+
+
+def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the figures of a case, with the resources of every kernel."""
+    config = config_of(case, overrides)
+    found, program = measure_layer(case, overrides)
+    for row, source in zip(found["kernels"], program.sources.values(), strict=True):
+        row |= resources(source)
+    return {
+        "name": case,
+        "rows": config.train.micro_batch,
+        "seq_len": config.data.seq_len,
+        "layers": config.model.n_layers,
+        **found,
+    }
+
+
+def one_layer(case: str) -> dict[str, Any]:
+    """Return bytes and atomic additions of a model with one layer, or why it does not compile."""
+    try:
+        program = compile_step(config_of(case, ["model.n_layers=1"]))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    atomics = sum(map(atomics_of, program.sources.values()))
+    return {"bytes": program.bytes, "atomics": atomics, "extern": list(program.extern)}
+
+
+def document(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the contents of the results' file."""
+    machine = {
+        "device": "NVIDIA H100, compiled",
+        "kind": "compiled",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": measure.version("triton"),
+    }
+    return store.document("gpu_dry", entries, machine, {})
+
+
+def text_of(entry: Mapping[str, Any]) -> str:
+    """Return an entry as a table for a terminal."""
+    lines = [f"{entry['name']}: {entry['rows']} x {entry['seq_len']} tokens; of two layers"]
+    lines += [" launches  a layer        MB  regs  spills  atomics  kernel"]
+    for row in entry["kernels"]:
+        lines.append(
+            f"{row['launches']:9d}{row['a_layer']:9d}{row['bytes'] / 1e6:10.3f}"
+            f"{row['registers']:6d}{row['spills']:8d}{row['atomics']:9d}  "
+            f"{row['graph']} {row['name']}"
+        )
+    for what in ("layer", "rest"):
+        part = entry[what]
+        extern = ", ".join(f"{n} {name}" for name, n in part["extern"].items())
+        lines.append(
+            f"{what}: {part['bytes'] / 1e9:.3f} GB in {part['launches']} launches; calls: {extern}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile the cases and print their tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(map(repr, CASES)))
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value")
+    parser.add_argument("--results", type=Path, help="folder for the JSON file of all cases")
+    parser.add_argument(
+        "--quick", action="store_true", help="print what `one_layer` returns, as JSON"
+    )
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.cases) - CASES.keys():
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if arguments.quick:
+        print(json.dumps({case: one_layer(case) for case in arguments.cases or CASES}))
+        return 0
+    entries = []
+    for case in arguments.cases or CASES:
+        entries.append(entry_of(case, arguments.set))
+        print(text_of(entries[-1]), flush=True)
+    if arguments.results:
+        found = document(entries)
+        store.write(arguments.results / store.folder_of(found["machine"]) / "gpu_dry.json", found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
