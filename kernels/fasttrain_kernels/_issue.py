@@ -65,9 +65,9 @@ def _regions(sass: str) -> tuple[list[list[str]], list[list[str]]]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1])
     loops = set()
-    for end, instruction in enumerate(code):
-        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
-        if target and labels[target[1]] < end:  # not the idle loop after the end
+    for end, text in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", text)
+        if target is not None and labels[target[1]] < end:  # not the idle loop after the end
             loops.add((labels[target[1]], end))
     owner: dict[int, tuple[int, int]] = {}
     for loop in sorted(loops, key=lambda loop: loop[0] - loop[1]):  # inner ones come last
