@@ -190,7 +190,7 @@ def _trace(
     criterion = linear_cross_entropy_criterion(config)
     with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
-        shard(model, world, config.distributed, compute=precision.compute)
+        shard(model, world, config.distributed)
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
         targets = torch.zeros_like(tokens)
         # On CUDA FlexAttention needs no mask of its own; a CPU takes one of (B, T, T).

@@ -3,7 +3,7 @@
 Bytes are those that one rank sends with ring algorithms over N ranks, which are the fewest
 possible: a reduce-scatter and an all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one
 after the other. DDP all-reduces the fp32 gradients once a step. Sharded over N, a rank gathers what
-it multiplies with, for each micro-batch: all parameters for the forward pass and, with
+it multiplies with in fp32, for each micro-batch: all parameters for the forward pass and, with
 ``distributed.reshard_after_forward``, those of the blocks again for the backward pass; and
 reduce-scatters the fp32 gradients once a step. HSDP all-reduces these shards over the copies. Muon
 gathers its matrices and scatters the updates.
@@ -65,7 +65,7 @@ def traffic(
         n_ranks: N.
         shard_ranks: of ``hsdp``: the ranks that share one copy of the parameters.
         n_micro: micro-batches of one rank in a step.
-        compute: dtype in which parameters are gathered.
+        compute: dtype in which Muon gathers its matrices.
     """
     total = sum(p.numel() for p in model.parameters())
     if mode == "single" or n_ranks == 1:
@@ -80,7 +80,7 @@ def traffic(
     width = torch.finfo(compute).bits // 8
     shards = 2 * _ring(inner) * width * matrices / inner
     return Traffic(
-        all_gather=n_micro * _ring(inner) * width * (total + again),
+        all_gather=n_micro * _ring(inner) * FP32 * (total + again),
         reduce_scatter=_ring(inner) * FP32 * total,
         all_reduce=2 * _ring(n_ranks // inner) * FP32 * total / inner,
         muon=shards if config.optim.name == "muon" else 0.0,

@@ -278,7 +278,7 @@ def _build(
         world = choose_mode(config.distributed, world, n_parameters, device)
     compute = resolve_precision(config.run.dtype, device).compute
     if world.sharded:
-        model = make_sharded(make, world, config.distributed, compute=compute, device=device)
+        model = make_sharded(make, world, config.distributed, device=device)
     else:
         model = make().to(device)
     with world.failing_together():

@@ -50,9 +50,7 @@ def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
     return ddp(objective, gradient_as_bucket_view=True)
 
 
-def shard(
-    model: nn.Module, world: World, config: DistributedConfig, *, compute: torch.dtype
-) -> None:
+def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     """Spread the parameters of a model over the ranks, block by block; they become DTensors.
 
     Optimizers are made after it.
@@ -61,17 +59,16 @@ def shard(
         model: a Transformer; its ``blocks`` are gathered one by one, the next while one computes.
         world: with its mode chosen; nothing is done unless that shards.
         config: the ``[distributed]`` section.
-        compute: dtype of matrix products; parameters are gathered in it, gradients reduced in fp32.
+
+    Numerics: parameters are gathered as they are, in fp32, and autocast rounds them for a product,
+        as on one rank. Gathered in bf16, half the bytes, embeddings and with them the residual
+        stream would be bf16, and the weights of norms.
     """
     if not world.sharded:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if compute is torch.float32 else compute,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
@@ -106,7 +103,6 @@ def make_sharded(
     world: World,
     config: DistributedConfig,
     *,
-    compute: torch.dtype,
     device: torch.device,
 ) -> M:
     """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
@@ -116,14 +112,13 @@ def make_sharded(
             module's ``reset_parameters``, then by its ``init_weights``.
         world: with its mode chosen.
         config: the ``[distributed]`` section.
-        compute: dtype of matrix products.
         device: of this rank.
 
     Memory: this rank's shards, and on the host one whole parameter at a time.
     """
     with torch.device("meta"):
         model = make()
-    shard(model, world, config, compute=compute)
+    shard(model, world, config)
     model.to_empty(device=device)
     with torch.no_grad(), _SlicesOfWhole():  # type: ignore[no-untyped-call]
         for module in model.modules():  # in the order in which they were made

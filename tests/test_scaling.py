@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fasttrain import memory
 from fasttrain.config import DistributedConfig, TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
-from fasttrain.device import resolve_precision
-from fasttrain.distributed import choose_mode, start, stop
+from fasttrain.device import Precision, resolve_precision
+from fasttrain.distributed import World, choose_mode, start, stop
 from fasttrain.memory import estimate_memory, measure_peak
 from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
@@ -55,7 +56,7 @@ def held_at_most(mode: str, n_micro: int) -> int:
     world = start(config.distributed, CPU)
     model = Transformer(config.model, seq_len=SEQ_LEN)
     world = choose_mode(config.distributed, world, 0, CPU)
-    shard(model, world, config.distributed, compute=torch.float32)
+    shard(model, world, config.distributed)
     optimizers = build_optimizers(model, config.optim)
     step = TrainStep(model, optimizers, config, device=CPU, precision=PRECISION, world=world)
     ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
@@ -147,6 +148,42 @@ def test_bytes_sent_are_those_of_the_collectives(reshard: bool) -> None:
     assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen.reduce_scatter, rel=0.01)
 
 
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes that operations on floating-point tensors are given and return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[torch.dtype, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        self.seen.add((str(func), tuple(x.dtype for x in tensors)))
+        return result
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_C5_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
+    """Products in half precision; embeddings, the residual stream and norms in fp32."""
+    config = config_of("fsdp", 1)
+    options = {"norm": norm, "bias": True, "qk_norm": True, "mlp": "gelu"}
+    config = replace(config, model=replace(config.model, **options))
+    precision = Precision("bf16", torch.bfloat16, "cpu")
+
+    def dtypes_of(world: World) -> set[tuple[str, tuple[torch.dtype, ...]]]:
+        with Dtypes() as dtypes:
+            memory._trace(config, ROWS, 1, device=CPU, precision=precision, world=world)
+        return dtypes.seen
+
+    alone = dtypes_of(World())
+    with memory._pretended(config.distributed, 2, "fsdp") as world:
+        sharded = dtypes_of(world)
+    assert alone - sharded == set()
+    # What shards do besides gathers, reduces and copies, in fp32.
+    assert {x for x in sharded - alone if torch.bfloat16 in x[1]} == set()
+
+
 def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph cannot gather what it needs."""
     monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
@@ -154,7 +191,7 @@ def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> 
     config = replace(config, run=replace(config.run, compile="default"))
     with memory._pretended(config.distributed, 2, "fsdp") as world:
         model = Transformer(config.model, seq_len=SEQ_LEN)
-        shard(model, world, config.distributed, compute=torch.float32)
+        shard(model, world, config.distributed)
         step = TrainStep(model, [], config, device=CPU, precision=PRECISION, world=world)
         assert step.compile_mode == "blocks"
 

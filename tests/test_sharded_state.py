@@ -49,7 +49,7 @@ def model_of(world, options):
     if not world.sharded:
         return make()
     return make_sharded(
-        make, world, DistributedConfig(), compute=torch.float32, device=torch.device("cpu")
+        make, world, DistributedConfig(), device=torch.device("cpu")
     )
 
 
