@@ -168,8 +168,8 @@ def test_all_ways_have_the_same_losses_and_samples(made: Path, optimizer: str, m
 def test_C4_in_bf16_ranks_agree_to_the_rounding_of_bf16(
     made: Path, optimizer: str, mode: str
 ) -> None:
-    """DDP's gradients differ in the order of an fp32 sum; FSDP2 also casts embedding and norms."""
-    atol = {"ddp2": 1e-5, "fsdp2": 5e-3}[mode]
+    """Gradients are summed in fp32, in another order; Muon then rounds them to bf16."""
+    atol = {"adamw": 1e-4, "muon": 2e-3}[optimizer]
     expected = losses(made, f"bf16-{optimizer}-one")
     assert losses(made, f"bf16-{optimizer}-{mode}") == pytest.approx(expected, abs=atol)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fasttrain import checkpoint, session, verify_resume
 from fasttrain.config import UserError, load_config
@@ -418,9 +419,8 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     now = {"torch": "2.13", "commit": "b" * 40, "uncommitted_changes": True, "command": "x"}
     now |= {"run.compile": "off", "threads": 1}
     state = {"torch": "2.13", "threads": 1}
-    assert (
-        made_otherwise(state, now, exact=True) is None
-    )  # of a checkpoint from before the rest was noted
+    # Of a checkpoint from before the rest was noted.
+    assert made_otherwise(state, now, exact=True) is None
     assert made_otherwise({**state, "provenance": 3}, now, exact=True) is None
     assert made_otherwise({**state, "provenance": {**now, "command": "y"}}, now, exact=True) is None
     assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now, exact=True) is None

@@ -62,8 +62,8 @@ def _regions(sass: str) -> tuple[list[list[str]], list[list[str]]]:
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found[1])
     loops = set()
     for end, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(\.L_\w+)", text)
