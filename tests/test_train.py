@@ -332,7 +332,7 @@ def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
     (toy.parent / "runs/toy/checkpoints/step-00000002").mkdir()
     assert statuses(importing) == [by_signal, saved, saved]
     assert "resume as before\n" in capsys.readouterr().err
-    assert statuses((sys.modules["fasttrain.train"], "check_system", before))[-1] == saved
+    assert statuses((sys.modules["fasttrain.train"], "load_config", before))[-1] == saved
 
 
 def test_R10_F11_a_process_that_is_stopped_while_it_imports(toy: Path) -> None:
