@@ -1,4 +1,4 @@
-"""Every kernel in every launch configuration, compiled without a GPU, for four and a few for more.
+"""Every kernel in every launch configuration, compiled without a GPU; a few for four targets more.
 
 One run of ``python -m fasttrain_kernels.aot`` in a process of its own, where the kernels are
 decorated for the compiler and not for the interpreter; all tests here read its report.

@@ -48,8 +48,8 @@ def results(fn: Callable[..., Outputs], op: Op, dtype: torch.dtype | None = None
 def compare(op: Op, ours: list[Tensor]) -> float:
     """Assert that our results are right; return the largest error as a share of what it may be.
 
-    Rounding to half precision may have no bias. Truncation, which errors of that size may hide,
-    has one of half a unit in the last place.
+    Rounding to half precision may have little bias. Truncation, which errors of that size may
+    hide, has one of half a unit in the last place.
     """
     exact = results(op.exact, op, torch.float64)
     plain = (
@@ -66,10 +66,12 @@ def compare(op: Op, ours: list[Tensor]) -> float:
         allowed = 2 * allowed + (1e-3 if half else 1e-5)
         assert error <= allowed, f"{op.name}, result {i}: error {error:.3g} exceeds {allowed:.3g}"
         worst = max(worst, error / allowed)
-        if op.rounds_once and mine.dtype.itemsize == 2 and mine.numel() >= 1000:
-            ulp = torch.finfo(mine.dtype).eps / 2 * truth.frexp().exponent.double().exp2()
-            away = ((mine.double() - truth) * truth.sign() / ulp).clamp(-1, 1).mean().abs().item()
-            assert away <= 0.1, f"{op.name}, result {i}: rounded {away:.2g} units away on average"
+        normal = truth.abs() >= torch.finfo(mine.dtype).tiny
+        if op.rounds_once and mine.dtype.itemsize == 2 and normal.sum() >= 1000:
+            rounded, right = mine[normal].double(), truth[normal]
+            ulp = torch.finfo(mine.dtype).eps / 2 * right.frexp().exponent.double().exp2()
+            away = ((rounded - right) * right.sign() / ulp).clamp(-1, 1).mean().abs().item()
+            assert away <= 0.25, f"{op.name}, result {i}: rounded {away:.2g} units away on average"
     return worst
 
 
@@ -135,7 +137,8 @@ def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **optio
     """The second step of AdamW: parameter, master weight and moments after it."""
     lr = 0.1
     values = [_normal(dtype, n + offset)[offset:] for _ in range(2)]
-    moments = [_normal("fp32", n, size=0.1).to(DTYPES[dtype]), torch.rand(n).to(DTYPES[dtype])]
+    state_dtype = options.get("state_dtype") or DTYPES[dtype]
+    moments = [_normal("fp32", n, size=0.1).to(state_dtype), torch.rand(n).to(state_dtype)]
     given = {"clip_coefficient": torch.tensor(0.5), "grad_scale": torch.tensor(2.0)}
     given["found_inf"] = torch.zeros(())
 
