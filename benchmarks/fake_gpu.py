@@ -27,6 +27,8 @@ def _load_device() -> None:
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent
+    if (folder / "lib" / "libtorch_cuda.so").exists():
+        sys.exit("compiling for a GPU without one needs torch's build for CPU, in which no CUDA is")
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     source = Path(__file__).with_suffix(".cpp")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import fake_gpu, measure, store
 from benchmarks.fake_gpu import DEVICE, torch
-from fasttrain.config import TrainConfig, load_config
+from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.model import Transformer
 from fasttrain.step import TrainStep
@@ -262,10 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         print(json.dumps({case: one_layer(case) for case in arguments.cases or CASES}))
         return 0
-    entries = []
+    entries: list[dict[str, Any]] = []
     for case in arguments.cases or CASES:
-        entries.append(entry_of(case, arguments.set))
-        print(text_of(entries[-1]), flush=True)
+        try:
+            entries.append(entry_of(case, arguments.set))
+            print(text_of(entries[-1]), flush=True)
+        except UserError as error:  # fp8 without torchao
+            entries.append({"name": case, "skipped": str(error)})
+            print(f"{case}: skipped: {error}\n", flush=True)
     if arguments.results:
         found = document(entries)
         store.write(arguments.results / store.folder_of(found["machine"]) / "gpu_dry.json", found)

@@ -182,7 +182,7 @@ def _compiled_table(entries: Iterable[Mapping[str, Any]]) -> str:
         "| config | tokens | GB a layer | launches a layer | other kernels a layer "
         "| GB of the rest | launches of the rest | spills |\n|---|---|---|---|---|---|---|---|"
     ]
-    for entry in entries:
+    for entry in (entry for entry in entries if "skipped" not in entry):
         layer, rest = entry["layer"], entry["rest"]
         names = {name: re.sub(r".*\.|_scaled_dot_product_", "", name) for name in layer["extern"]}
         calls = ", ".join(f"{n} {names[name]}" for name, n in layer["extern"].items())
