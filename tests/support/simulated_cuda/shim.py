@@ -108,8 +108,8 @@ def install() -> None:
         "max_memory_allocated": lambda d=None: used(d, 1),
         "reset_peak_memory_stats": lambda d=None: used(d, 2),
         "empty_cache": lambda: None,
-        "get_rng_state": lambda d=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": lambda state, d=None: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
         "cudart": cudart,
     }.items():
         setattr(cuda, name, value)

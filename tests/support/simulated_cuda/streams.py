@@ -176,7 +176,7 @@ def test_C19_a_writer_opens_no_context_on_another_device(tmp_path: Path) -> None
     with torch.cuda.device(1):
         device.sim_touched(-1)
         writer = CheckpointWriter(tmp_path, keep_last=1)
-        writer.save(1, {"model": {"weight": weight}}, {}, "")
+        writer.save(1, {"model": {"weight": weight}}, {}, "[train]\nsteps = 1\n")
         writer.close()
         assert [device.sim_touched(number) for number in (0, 1)] == [False, True]
 

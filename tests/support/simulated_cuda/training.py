@@ -1,6 +1,7 @@
 """Runs on the simulated device compute what they compute on the CPU."""
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -36,7 +37,18 @@ RUNS = {
         *("data.batching=padded", "data.attention_across_documents=false"),
         *("train.activation_checkpointing=full", "train.z_loss=1e-4"),
     ),
+    "odd sizes, deterministic": (
+        *("llama-350m", "model.vocab_size=none", "model.dim=24", "model.n_heads=3"),
+        *("model.n_kv_heads=1", "model.head_dim=8", "model.hidden_dim=40", "data.seq_len=13"),
+        *("train.micro_batch=3", "train.tokens_per_step=78", "run.deterministic=true"),
+    ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
