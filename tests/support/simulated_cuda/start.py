@@ -49,6 +49,7 @@ def run_tests(*arguments: str) -> tuple[int, str]:
     """Run pytest with the device preloaded; return its status and what it printed."""
     command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:xdist"]
     command += ["-o", "addopts=--import-mode=importlib --strict-markers", "-p", "no:cacheprovider"]
+    command += ["-W", "ignore:flex_attention called without torch.compile"]
     done = subprocess.run(
         [*command, "-q", "--durations=8", *arguments],
         cwd=ROOT,

@@ -37,6 +37,10 @@ RUNS = {
         *("data.batching=padded", "data.attention_across_documents=false"),
         *("train.activation_checkpointing=full", "train.z_loss=1e-4"),
     ),
+    "documents, sliding window": (
+        *("llama-1b", "model.vocab_size=none", "model.n_heads=4", "model.n_kv_heads=2"),
+        *("data.attention_across_documents=false", "model.sliding_window_tokens=5"),
+    ),
     "odd sizes, deterministic": (
         *("llama-350m", "model.vocab_size=none", "model.dim=24", "model.n_heads=3"),
         *("model.n_kv_heads=1", "model.head_dim=8", "model.hidden_dim=40", "data.seq_len=13"),

@@ -48,8 +48,10 @@ def test_a_step_waits_for_nothing(data: Path, case: str) -> None:
     with waits() as found:
         trainer._step()
     trainer.close()
-    # Of the loader: the copy before the last, which is over since a step.
-    ours = [wait for wait in found if not ("event.synchronize" in wait and "loader.py" in wait)]
+    # Of the loader: the copy before the last, which is over since a step. FlexAttention, which runs
+    # as it is here, copies in its own code.
+    others = [("event.synchronize", "loader.py"), ("copy_ between", "flex_attention.py")]
+    ours = [wait for wait in found if not any(what in wait and by in wait for what, by in others)]
     readers = {wait.split()[2].partition(":")[0] for wait in ours}
     assert readers == set(READERS.get(case, ())), ours
     assert all("_local_scalar_dense" in wait for wait in ours)
