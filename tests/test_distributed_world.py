@@ -149,6 +149,18 @@ def test_R30_every_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
     assert int(checksum(tensors)) == sound != int(checksum(tensors[::-1]))
 
 
+def test_R30_R33_bits_flipped_in_opposite_directions_do_not_cancel() -> None:
+    tensors = [torch.zeros(3, 4, dtype=torch.int32) for _ in range(2)]
+    sound, words = int(checksum(tensors)), [t.view(-1) for t in tensors]
+    places = list(product(range(2), range(12)))
+    for (a, i), (b, j), bit in product(places, places, (0, 16, 30)):
+        if (a, i) != (b, j):
+            words[a][i] += 1 << bit
+            words[b][j] -= 1 << bit
+            assert int(checksum(tensors)) != sound, (a, i, b, j, bit)
+            words[a][i] = words[b][j] = 0
+
+
 def test_R30_the_ranks_that_drifted_are_those_unlike_most() -> None:
     class Ranks(World):
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
