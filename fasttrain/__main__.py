@@ -38,6 +38,8 @@ def main() -> int:
         print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"fasttrain.{name}")
+    if hasattr(module, "__path__"):  # a package
+        module = importlib.import_module(f"fasttrain.{name}.__main__")
     status: int = module.main(arguments)
     if hasattr(module, "leave"):  # a rank that failed does not wait for the others
         module.leave(status)

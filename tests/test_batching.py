@@ -21,7 +21,7 @@ from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE, Loader
-from fasttrain.data.writer import ShardWriter
+from fasttrain.data.prepare.writer import ShardWriter
 
 SEQ_LEN = 16
 

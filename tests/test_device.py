@@ -5,9 +5,10 @@ import torch
 
 from fasttrain import device as device_module
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.device import compile_function, resolve_compile, resolve_device, resolve_precision
-from fasttrain.model import Transformer
-from fasttrain.step import TrainStep
+from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.engine.step import TrainStep
+from fasttrain.model.runtime import compile_function, resolve_compile
+from fasttrain.model.transformer import Transformer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import metrics
-from fasttrain.metrics import LossTracker, flops_per_token, mfu, peak_flops, peak_memory_gib
+from fasttrain.log import metrics
+from fasttrain.log.metrics import LossTracker, flops_per_token, mfu, peak_flops, peak_memory_gib
 
 
 @pytest.mark.parametrize(

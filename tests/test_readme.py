@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import checkpoint, hf, preflight, prepare, report
+from fasttrain import checkpoint, hf, prepare, report
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import config_reference, load_config
 from fasttrain.generate import main as generate
+from fasttrain.preflight import __main__ as preflight
 from fasttrain.train import main as train
 from tests.toy import ROOT, write_config
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import checkpoint, session, verify_resume
+from fasttrain import checkpoint, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
+from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
-from fasttrain.data.writer import ShardWriter
-from fasttrain.resume import check_resumable, made_otherwise
-from fasttrain.run_folder import run_dir_of
+from fasttrain.run import run as session
+from fasttrain.run.folder import run_dir_of
+from fasttrain.run.resume import check_resumable, made_otherwise
 from fasttrain.train import main
 from tests.faults import flip_bit
 from tests.toy import write_config

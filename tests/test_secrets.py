@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain import report, session
+from fasttrain import report
 from fasttrain.__main__ import COMMANDS
 from fasttrain.command import command, redacted
 from fasttrain.config import (
@@ -25,6 +25,7 @@ from fasttrain.config import (
     config_to_toml,
 )
 from fasttrain.redact import redact
+from fasttrain.run import run as session
 from fasttrain.train import main
 from tests.toy import write_config
 

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve, verify
-from fasttrain.slices import cut
+from fasttrain.distributed.slices import cut
 from tests.faults import Crash, Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, reseal
 

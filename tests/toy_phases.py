@@ -14,15 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fasttrain.evaluation
 import torch
 import torch._dynamo  # the optimizers load it, for a second in each fork that has not got it
 
-import fasttrain.evaluation
-from fasttrain import ending, session
 from fasttrain.checkpoint import load, resolve
-from fasttrain.step import TrainStep
+from fasttrain.engine.step import TrainStep
+from fasttrain.engine.trainer import Trainer
+from fasttrain.run import ending
+from fasttrain.run import run as session
 from fasttrain.train import main
-from fasttrain.trainer import Trainer
 from tests.faults import Faults
 
 STUCK_AT = 6

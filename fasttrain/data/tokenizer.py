@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fasttrain.config_keys import show
+from fasttrain.config.keys import show
 from fasttrain.data.fast_bpe import BYTE_CHARACTERS, FastBpe, NotFastError
 from fasttrain.data.files import DataError
 from fasttrain.data.losses import Losses
