@@ -244,7 +244,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fasttrain import texts  # which needs this module
 
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
@@ -282,9 +281,7 @@ def _run(options: argparse.Namespace) -> None:
     def say(prompt: str) -> None:
         """Print a text while it is drawn; the same seed and prompt, the same text."""
         sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
-        pieces = texts.stream_text(
-            model, tokenizer, prompt, max_new_tokens=n, stop=stop, **sampling
-        )
+        pieces = stream_text(model, tokenizer, prompt, max_new_tokens=n, stop=stop, **sampling)
         for piece in pieces:
             print(shown(piece), end="", flush=True)
         print()
@@ -295,12 +292,12 @@ def _run(options: argparse.Namespace) -> None:
         return
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
-        texts.encode_prompt(tokenizer, prompts[0])  # refused before it is shown
+        encode_prompt(tokenizer, prompts[0])  # refused before it is shown
         print(prompts[0], end="", flush=True)
         say(prompts[0])
         return
     sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
-    done = texts.complete(model, tokenizer, prompts, max_new_tokens=n, stop=stop, **sampling)
+    done = complete(model, tokenizer, prompts, max_new_tokens=n, stop=stop, **sampling)
     for number, (prompt, text) in enumerate(zip(prompts, done, strict=True), start=1):
         print(f"--- sample {number}\n{prompt}{shown(text)}")
 

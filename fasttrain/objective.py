@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
-from fasttrain.model.embedding import Embedding
 from fasttrain.model.runtime import resolve_compile
-from fasttrain.model.transformer import Transformer
+from fasttrain.model.transformer import Embedding, Transformer
 
 __all__ = ["Batch", "Criterion", "Objective", "by_key", "logits_of", "shift"]
 

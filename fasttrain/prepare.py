@@ -31,10 +31,7 @@ from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.prepare.building import BATCH_CHARS, write_splits
-from fasttrain.data.prepare.inspection import inspect
-from fasttrain.data.prepare.partial import Partial
-from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
-from fasttrain.data.prepare.splitting import (
+from fasttrain.data.prepare.encode import (
     FEW_VAL_TOKENS,
     MAX_VAL_FRACTION,
     SMALL_BYTES,
@@ -42,6 +39,9 @@ from fasttrain.data.prepare.splitting import (
     VAL_FRACTION,
     Splitter,
 )
+from fasttrain.data.prepare.inspection import inspect
+from fasttrain.data.prepare.partial import Partial
+from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
 from fasttrain.data.tokenizer import (
     Encoder,
     OtherIdsError,

@@ -14,7 +14,7 @@ import torch
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint import writer as checkpoint_writer
-from fasttrain.checkpoint.snapshot import Snapshot
+from fasttrain.checkpoint.writer import Snapshot
 from fasttrain.config import LoopConfig, RunConfig, TrainConfig
 from tests.faults import Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, Groups, groups, reseal, save

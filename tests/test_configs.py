@@ -21,8 +21,8 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.config.keys import check_value, counted
-from fasttrain.data.batching import Plan
 from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.order import Plan
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.schedule import lr_at
@@ -115,7 +115,7 @@ def test_N16_nor_is_a_way_of_batching_another_one(
 ) -> None:
     dataset = write_tokens(tmp_path / "data", list(range(1, 30)), [29])
     options: dict[str, Any] = {"batching": "new", "seq_len": 4}
-    monkeypatch.setattr("fasttrain.data.batching.BATCHING", ("new",))
+    monkeypatch.setattr("fasttrain.data.order.BATCHING", ("new",))
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):
         Plan(dataset, seed=0, **options)
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):

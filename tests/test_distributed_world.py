@@ -19,8 +19,8 @@ from fasttrain.distributed.world import (
     facts_of_rank,
     start,
 )
-from fasttrain.engine.horizon import step_shape
 from fasttrain.engine.plan import warnings_of_step
+from fasttrain.engine.schedule import step_shape
 from fasttrain.run.folder import RunFolder
 from tests.toy import write_config
 

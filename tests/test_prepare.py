@@ -17,8 +17,8 @@ from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.encode import Splitter
 from fasttrain.data.prepare.sources import Source
-from fasttrain.data.prepare.splitting import Splitter
 from fasttrain.data.tokenizer import char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 

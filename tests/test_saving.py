@@ -15,10 +15,10 @@ from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed.world import World
 from fasttrain.engine import trainer
-from fasttrain.engine.horizon import HOURS_ESTIMATE_AT
+from fasttrain.engine.schedule import HOURS_ESTIMATE_AT
 from fasttrain.engine.state import rng_state
 from fasttrain.engine.trainer import Trainer
-from fasttrain.run.origin import begin_branch
+from fasttrain.run.resume import begin_branch
 from tests import toy_trainer
 from tests.faults import Faults
 from tests.toy import write_config

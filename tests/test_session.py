@@ -113,7 +113,7 @@ def test_R12_full_disk_of_the_logs(
     full.close()
     warned = capfd.readouterr().err
     assert warned.count("warning: /dev/full: No space left on device") == 1
-    monkeypatch.setattr("fasttrain.log.jsonl.LogFile", lambda path: LogFile(Path("/dev/full")))
+    monkeypatch.setattr("fasttrain.log.sinks.LogFile", lambda path: LogFile(Path("/dev/full")))
     assert main([str(toy)]) == 0
     assert checkpoint.resolve(toy.parent / "runs/toy").name == "step-00000012"
 

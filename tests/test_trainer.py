@@ -16,7 +16,7 @@ from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.engine.faults import MAX_SKIPPED_IN_A_ROW
 from fasttrain.engine.trainer import Trainer
-from fasttrain.log.jsonl import JsonlLogger
+from fasttrain.log.sinks import JsonlLogger
 from tests import toy_trainer
 from tests.toy import write_config, write_dataset
 from tests.toy_trainer import digest, rows

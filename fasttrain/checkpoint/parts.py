@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.files import CheckpointError
+from fasttrain.checkpoint.files import CheckpointError, state_type
 from fasttrain.checkpoint.ranks import Slices, read_slices
-from fasttrain.checkpoint.schema import misfit, state_type
 from fasttrain.config import ConfigError, TrainConfig, load_config
+from fasttrain.config.untrusted import misfit
 
 __all__ = ["Parts", "parse", "verify"]
 

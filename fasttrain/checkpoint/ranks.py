@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.schema import RankRecord, misfit
+from fasttrain.checkpoint.files import CheckpointError, RankRecord
+from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import Slice, locate
 
 __all__ = ["Ranks", "own_slices", "put", "read_slices"]

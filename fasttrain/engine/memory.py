@@ -43,8 +43,8 @@ from fasttrain.config import DistributedConfig, TrainConfig
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
-from fasttrain.engine.horizon import step_shape
 from fasttrain.engine.optim import build_optimizers, state_bytes
+from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.step import linear_cross_entropy_criterion
 from fasttrain.model.transformer import Transformer
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
-from fasttrain.data.prepare.splitting import FEW_VAL_TOKENS
-from fasttrain.engine.horizon import n_steps, step_shape
+from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
+from fasttrain.engine.schedule import n_steps, step_shape
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
     """Return the size of a run of ``n_ranks`` processes; ``train`` None: its data are not there."""
     import torch
 
-    from fasttrain.data.batching import Plan as Samples
+    from fasttrain.data.order import Plan as Samples
     from fasttrain.log import metrics
     from fasttrain.model.transformer import Transformer, flops_constants
 

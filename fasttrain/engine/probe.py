@@ -13,9 +13,9 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted, divisors
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
-from fasttrain.engine.horizon import step_shape
 from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak, release_memory
 from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 

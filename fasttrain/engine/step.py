@@ -23,13 +23,17 @@ from fasttrain.device import Precision
 from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import World, checksum
 from fasttrain.engine.ema import Ema
-from fasttrain.engine.horizon import step_shape
 from fasttrain.engine.optim import set_lr
+from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.spikes import SpikeWindow
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.log.timing import StepClock
-from fasttrain.model.fp8 import multiply_in_fp8
-from fasttrain.model.runtime import compile_function, prepare_blocks, resolve_compile
+from fasttrain.model.runtime import (
+    compile_function,
+    multiply_in_fp8,
+    prepare_blocks,
+    resolve_compile,
+)
 from fasttrain.model.transformer import Transformer
 
 __all__ = [

@@ -23,16 +23,22 @@ from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep
 from fasttrain.distributed.world import World, steady
 from fasttrain.engine.evaluation import evaluate
-from fasttrain.engine.horizon import HOURS_ESTIMATE_AT, n_steps, step_shape
-from fasttrain.engine.recovery import Recovery
+from fasttrain.engine.faults import Recovery
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale
+from fasttrain.engine.schedule import (
+    HOURS_ESTIMATE_AT,
+    context_at,
+    lr_at,
+    n_plateaus,
+    n_stale,
+    n_steps,
+    step_shape,
+)
 from fasttrain.engine.state import StateGuard
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.console import Console
-from fasttrain.log.profiling import StepProfiler
-from fasttrain.log.timing import TimeAccount
+from fasttrain.log.timing import StepProfiler, TimeAccount
 from fasttrain.model.runtime import compile_cache_use
 from fasttrain.model.transformer import Transformer
 

@@ -74,9 +74,9 @@ def preflight(
     from fasttrain.data.format import absent
     from fasttrain.device import resolve_device, resolve_precision
     from fasttrain.distributed.world import preferred_mode, unused_mode
-    from fasttrain.engine.horizon import step_shape
     from fasttrain.engine.memory import device_memory, estimate_memory
     from fasttrain.engine.probe import probe_step, settle_micro_batch
+    from fasttrain.engine.schedule import step_shape
     from fasttrain.log import metrics
     from fasttrain.log.console import format_count, format_duration
     from fasttrain.model.runtime import keep_compiled, resolve_compile

@@ -1,13 +1,20 @@
 """What a checkpoint was made of, and whether a run may go on from it."""
 
+from __future__ import annotations
+
 import difflib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+
+from fasttrain import checkpoint
 from fasttrain.checkpoint import parse
-from fasttrain.checkpoint.schema import misfit
+from fasttrain.checkpoint.reading import misfits_of
 from fasttrain.config import (
     TrainConfig,
     UserError,
@@ -16,10 +23,14 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.config.keys import counted
+from fasttrain.config.untrusted import misfit
 from fasttrain.data.format import TokenDataset
+from fasttrain.distributed.slices import cut
 from fasttrain.engine.schedule import lr_at
 
-__all__ = ["Change", "check_resumable", "data_facts", "lr_jump", "made_otherwise"]
+if TYPE_CHECKING:
+    from fasttrain.engine.trainer import Trainer
+
 
 LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 
@@ -201,3 +212,74 @@ def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
     is_hash = len(text) in (40, 64) and not set(text) - set("0123456789abcdef")
     return f"{text[:12]}…" if is_hash else text[:200]
+
+
+# Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
+BRANCH_MAY_CHANGE = (
+    *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
+    *("schedule.min_lr", "schedule.decay_fraction", "schedule.decay_start_step"),
+)
+
+
+def start_from(model: nn.Module, path: str | Path) -> None:
+    """Give ``model`` the parameters of another run, as ``model.init_from`` says.
+
+    Raises:
+        UserError: there is no sound checkpoint, or its model has another shape.
+    """
+    _, found = checkpoint.saved_parameters(Path(path))
+    wanted = model.state_dict()
+    if misfits := misfits_of(wanted, found):
+        raise UserError(
+            f"model.init_from = {path}: the model there has another shape: {misfits}; set [model] "
+            "and data.seq_len as in its config.toml"
+        )
+    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
+
+
+def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
+    """Return the config of a branch that decays from the checkpoint ``source`` to its horizon.
+
+    Raises:
+        UserError: the schedule has no decay to begin, or the checkpoint holds no run.
+    """
+    if config.schedule.name != "wsd":
+        raise UserError(
+            f"--decay-from: schedule.name = {config.schedule.name} has no decay of its own; set "
+            "schedule.name=wsd"
+        )
+    state = checkpoint.load(source, only=()).state
+    if "position" not in state:
+        raise UserError(
+            f"--decay-from {source}: holds parameters but no run; use model.init_from={source}"
+        )
+    step = state["step"]
+    return replace(config, schedule=replace(config.schedule, decay_start_step=step))
+
+
+def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
+    """Return the config of a run resumed at ``source``, its decay begun where it had been begun."""
+    begun = load_config(source / "config.toml").schedule.decay_start_step
+    if begun is None or config.schedule.decay_start_step is not None:
+        return config
+    return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
+
+
+def begin_branch(trainer: Trainer, source: Path) -> None:
+    """Make a trainer that has loaded ``source`` a run of its own: what was best there is not here.
+
+    Raises:
+        UserError: its horizon does not lie after the checkpoint.
+    """
+    if trainer.config.train.hours is not None:
+        trainer.total_steps = None  # to be measured: not what the other run's hours came to
+    step, end = trainer.step_count, trainer.total_steps
+    if end is not None and end <= step:
+        trainer.close()
+        raise UserError(
+            f"--decay-from {source}: it is at step {step}, and this config ends at step {end}; "
+            "set train.steps to where the branch is to end, counted from the run's first step"
+        )
+    trainer.best_val_loss, trainer.val_losses = math.inf, []
+    trainer.eval_due, trainer.saver.saved_at = False, None
+    trainer.trained_s = 0.0

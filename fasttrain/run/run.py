@@ -37,22 +37,21 @@ from fasttrain.distributed.world import (
     stop,
     unused_mode,
 )
-from fasttrain.engine.horizon import step_shape
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.plan import warnings_of_data
+from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.trainer import Sampler, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.redact import redact
-from fasttrain.run import origin
-from fasttrain.run.ending import train_to_end
+from fasttrain.run import resume as origin
+from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder, check_disk
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import check_resumable, data_facts, lr_jump, made_otherwise
 from fasttrain.run.signals import interruptible
-from fasttrain.run.summary import show_start
 
 __all__ = ["run"]
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
-from fasttrain.data.prepare.encoding import Batch, encoded
+from fasttrain.data.prepare.encode import Batch, Piece, Splitter, encoded
 from fasttrain.data.prepare.partial import Partial
-from fasttrain.data.prepare.splitting import Piece, Splitter
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder
 

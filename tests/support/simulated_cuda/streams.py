@@ -13,7 +13,7 @@ from fasttrain_kernels import FusedAdamW, grad_norm
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, load
-from fasttrain.checkpoint import snapshot as checkpoint_snapshot
+from fasttrain.checkpoint import writer as checkpoint_snapshot
 from fasttrain.checkpoint.files import history
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset
