@@ -1,4 +1,4 @@
-"""fasttrain.loggers: numbers for people, the plain console, the log file, metrics.jsonl."""
+"""fasttrain.log.console: numbers for people, the plain console, the log file, metrics.jsonl."""
 
 import io
 import math

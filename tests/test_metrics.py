@@ -1,4 +1,4 @@
-"""fasttrain.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
+"""fasttrain.log.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
 
 import json
 import math

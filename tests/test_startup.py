@@ -26,7 +26,7 @@ def modules_after(code: str) -> list[set[str]]:
 def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler() -> None:
     """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
     code = """
-import fasttrain.session
+import fasttrain.run.run
 from fasttrain.model.runtime import compile_cache_use
 assert compile_cache_use() is None
 print(*sys.modules)

@@ -27,8 +27,8 @@ FLOORS = [
     {"distributed", "report"},
     {"checkpoint"},
     {"engine", "generate"},
-    {"run", "hf", "objective"},
-    {"library", "diagnosis", "verify_resume"},
+    {"run", "hf", "objective", "library_state"},
+    {"library", "loop", "diagnosis", "verify_resume"},
     {"preflight"},
     {"train"},
 ]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fasttrain.evaluation
+import fasttrain.engine.evaluation
 import torch
 import torch._dynamo  # the optimizers load it, for a second in each fork that has not got it
 
@@ -91,17 +91,17 @@ def in_a_step_that_fails(told: Told, run_dir: Path) -> None:
 
 
 def between_batches_of_an_evaluation(told: Told, run_dir: Path) -> None:
-    real = fasttrain.evaluation._totals
+    real = fasttrain.engine.evaluation._totals
 
     def totals(*arguments: Any) -> Any:
         until_heard(told)
         return real(*arguments)
 
-    fasttrain.evaluation._totals = totals
+    fasttrain.engine.evaluation._totals = totals
 
 
 def in_a_batch_of_an_evaluation(told: Told, run_dir: Path) -> None:
-    fasttrain.evaluation._totals = lambda *_: stuck(told)  # type: ignore[assignment, return-value]
+    fasttrain.engine.evaluation._totals = lambda *_: stuck(told)  # type: ignore[assignment, return-value]
 
 
 def in_a_sample(told: Told, run_dir: Path) -> None:

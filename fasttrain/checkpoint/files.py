@@ -427,7 +427,7 @@ class Change(TypedDict):
 
 
 class Faults(TypedDict):
-    """What `fasttrain.faults.FaultPolicy` keeps."""
+    """What `engine.faults.FaultPolicy` keeps."""
 
     skipped_steps: int
     spikes: int

@@ -117,7 +117,7 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
         return eight_bit
     if config.name in ("adamw", "muon"):
         return FusedAdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
-    refuse("optim.name", config.name, "is not implemented; add it to fasttrain.optim")
+    refuse("optim.name", config.name, "is not implemented; add it to engine/optim.py")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -74,7 +74,7 @@ def lr_at(
         falling = 0.5 * (1.0 - math.cos(math.pi * done))
         return lr * (1.0 - falling) + schedule.min_lr * falling
     if schedule.name not in ("cosine", "linear", "wsd"):
-        refuse("schedule.name", schedule.name, "is not implemented; add it to fasttrain.schedule")
+        refuse("schedule.name", schedule.name, "is not implemented; add it to engine/schedule.py")
     start = warmup_steps
     if schedule.name == "wsd":
         begun = schedule.decay_start_step

@@ -363,7 +363,7 @@ def outline(config: TrainConfig, n_stored: int, source: object) -> Transformer:
 
 
 def flops_constants(model: Transformer) -> dict[str, int]:
-    """Return what `fasttrain.metrics.flops_per_token` needs to know of a model."""
+    """Return what `fasttrain.log.metrics.flops_per_token` needs to know of a model."""
     return {
         "n_matmul_parameters": model.num_matmul_parameters(),
         "n_layers": model.config.n_layers,
