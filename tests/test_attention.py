@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from fasttrain.config import ModelConfig
+from fasttrain.model import attention as attention_module
 from fasttrain.model.attention import Attention, attention_mask, rope_tables, visible
-from fasttrain.model.transformer import attention as attention_module
 
 CPU = torch.device("cpu")
 T = 12

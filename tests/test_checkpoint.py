@@ -11,9 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
+from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint import writer as checkpoint_writer
+from fasttrain.checkpoint.__main__ import main
 from fasttrain.checkpoint.writer import Snapshot
 from fasttrain.config import LoopConfig, RunConfig, TrainConfig
 from tests.faults import Faults, flip_bit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fasttrain.device import resolve_precision
 from fasttrain.engine.memory import measure_peak
-from fasttrain.preflight.__main__ import kernels as kernel_check
+from fasttrain.preflight import kernels as kernel_check
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.kernels import CHOICES, check_kernels
 

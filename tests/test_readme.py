@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import checkpoint, hf, prepare, report
+from fasttrain import hf, prepare, report
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import config_reference, load_config
 from fasttrain.generate import main as generate
@@ -25,7 +26,7 @@ COMMANDS = {
     "fasttrain.train": train,
     "fasttrain.prepare": prepare.main,
     "fasttrain.generate": generate,
-    "fasttrain.checkpoint": checkpoint.main,
+    "fasttrain.checkpoint": checkpoint_main,
     "fasttrain.preflight": preflight.main,
     "fasttrain.report": report.main,
     "fasttrain.hf": hf.main,

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fasttrain.engine.evaluation
 import torch
 import torch._dynamo  # the optimizers load it, for a second in each fork that has not got it
 
+import fasttrain.engine.evaluation
 from fasttrain.checkpoint import load, resolve
 from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Trainer

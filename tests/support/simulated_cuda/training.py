@@ -14,7 +14,7 @@ from fasttrain import TrainConfig, Trainer, train_loop
 from fasttrain.config import LogConfig, LoopConfig, RunConfig
 from fasttrain.device import resolve_precision
 from fasttrain.generate import main as generate
-from fasttrain.preflight.__main__ import kernels as kernel_check
+from fasttrain.preflight import kernels as kernel_check
 from fasttrain.preflight.__main__ import main as preflight
 from fasttrain.train import main
 from tests.toy import ROOT, write_dataset
