@@ -8,7 +8,7 @@ fuses and recomputes, and mostly takes less.
 
     parameters   Σ numel · itemsize
     gradients    alive at the peak: none of this step's at the end of the first forward pass
-    optimizer    what `fasttrain.engine.optim.state_bytes` says: of AdamW 8 bytes a parameter, of Muon 4
+    optimizer    what `optim.state_bytes` says: of AdamW 8 bytes a parameter, of Muon 4
     activations  all else that lives at the peak: kept for backward, and temporaries
     logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
     buffers      tables of the model, batches on the device
