@@ -13,10 +13,10 @@ from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.faults import (
     MAX_REPORTS,
     MAX_SKIPPED_IN_A_ROW,
-    Fault,
     FaultPolicy,
     write_report,
 )
+from fasttrain.engine.state import Fault
 from fasttrain.engine.step import FINE, NONFINITE, OVERFLOW, SPIKE, StepNumbers
 from tests.toy import write_dataset
 
@@ -51,7 +51,7 @@ def test_R18_the_config_decides(keys: dict[str, object], verdict: int, action: s
     offending = [] if action == "go on" else [2]
     reported = [] if verdict == OVERFLOW else [2]
     assert judged(bad, FINE, verdict, FINE) == (action, offending, reported)
-    assert (bad.skipped_steps, bad.spikes) == (1, int(verdict == SPIKE))
+    assert (bad.counts.skipped_steps, bad.counts.spikes) == (1, int(verdict == SPIKE))
 
 
 ODD = [*[0.5] * 19, 0.02, *[0.5] * 10]
@@ -79,12 +79,12 @@ def test_R18_a_row_of_bad_steps_rolls_back_once_then_stops() -> None:
     assert judged(bad, *[NONFINITE] * 5)[0] == "go on"
     assert judged(bad, FINE, *[NONFINITE] * (MAX_SKIPPED_IN_A_ROW - 1), first=6)[0] == "go on"
     first = 7
-    bad.load(json.loads(json.dumps(bad.state())))  # a row goes on after a resume
+    bad.counts.load(json.loads(json.dumps(bad.counts.saved())))  # a row goes on after a resume
     action, offending, _ = judged(bad, OVERFLOW, first=26)
     assert (action, offending) == ("roll back", list(range(first, 27)))
-    bad.rolled_back(bad.row.copy())
-    assert bad.rollbacks == 1
-    assert bad.row == []
+    bad.rolled_back(bad.counts.row.copy())
+    assert bad.counts.rollbacks == 1
+    assert bad.counts.row == []
     assert judged(bad, *[NONFINITE] * MAX_SKIPPED_IN_A_ROW)[0] == "stop"
 
 
@@ -94,8 +94,8 @@ def test_R18_rollbacks_are_limited_and_counted_over_resumes() -> None:
         decision = bad.judge(5 * n, [20 * n], [StepNumbers(9.0, 1.0, SPIKE)])
         assert decision.action == "roll back"
         bad.rolled_back(decision.offending)
-        bad.load(json.loads(json.dumps(bad.state())))
-    assert bad.passed_over == [20, 40]
+        bad.counts.load(json.loads(json.dumps(bad.counts.saved())))
+    assert bad.counts.passed_over == [20, 40]
     assert judged(bad, SPIKE)[0] == "stop"
 
 

@@ -14,7 +14,7 @@ from fasttrain.config import config_from_dict, load_config
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
-from fasttrain.engine.state import collect
+from fasttrain.engine.saving import collect
 from fasttrain.engine.step import FINE, PERSISTENT, TRANSIENT, TrainStep
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
@@ -62,7 +62,7 @@ def batches() -> list[Batch]:
 
 def everything(step: TrainStep) -> dict[str, Tensor]:
     """Return copies of all that a run's future depends on, random states too."""
-    groups = collect(step.model, step.optimizers, step)
+    groups = collect(step)
     return {f"{g}/{n}": t.detach().clone() for g in groups for n, t in groups[g].items()}
 
 
@@ -207,7 +207,7 @@ def test_R33_a_run_that_goes_back_ends_at_the_bits_of_a_sound_one(
     trainer, warnings = run(tmp_path, passes, "train.on_nonfinite=rollback")
     assert trainer.fit() == "done"
     assert digest(trainer) == sound
-    assert trainer.recovery.policy.rollbacks == len(warnings) // 2 == len(passes)
+    assert trainer.state.faults.rollbacks == len(warnings) // 2 == len(passes)
     assert not (tmp_path / "run/faults").exists()
     if warnings:
         assert "step 7: transient error: run again it came out otherwise" in warnings[0]
@@ -225,4 +225,4 @@ def test_R33_a_step_that_came_out_otherwise_is_skipped_or_ends_the_run(tmp_path:
     trainer, _ = run(tmp_path / "c", set(range(100)), "train.on_nonfinite=rollback")
     with pytest.raises(FloatingPointError, match=r"step 7: persistent error.*checkpoint 3 times"):
         trainer.fit()
-    assert trainer.step_count == 7
+    assert trainer.state.step == 7

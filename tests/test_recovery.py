@@ -83,7 +83,7 @@ def test_R18_a_bad_batch_is_skipped_counted_and_written_down(toy: Path) -> None:
     assert isinstance(trainer.console, Screen)
     assert len(trainer.console.warnings) == 2
     assert "step 6: nonfinite (loss nan" in trainer.console.warnings[1]
-    assert trainer.last_eval["val_loss"]
+    assert trainer.state.last_eval["val_loss"]
 
 
 @pytest.mark.parametrize("kind", ["nonfinite", "spike"])
@@ -96,16 +96,16 @@ def test_R18_a_rollback_goes_on_behind_the_bad_batch(toy: Path, kind: str, log_e
     trainer = build(toy, *EVERY_3, *keys)
     spoil(trainer, [7, 11], how)
     assert trainer.fit() == "done"
-    assert trainer.step_count == 14
-    assert trainer.position == 4 * 16  # two batches were passed over
-    assert trainer.recovery.policy.rollbacks == 2
+    assert trainer.state.step == 14
+    assert trainer.state.position == 4 * 16  # two batches were passed over
+    assert trainer.state.faults.rollbacks == 2
     assert [row["step"] for row in rows(toy.parent / "run")] == sorted(
         {1, 14} | set(range(log_every, 15, log_every))
     )
     assert rows(toy.parent / "run")[-1]["rollbacks"] == 2
     # The run is the one that had never seen these batches.
     clean = build(toy, *EVERY_3, *keys, name="clean")
-    clean.recovery.policy.passed_over = [4 * 6, 4 * 11 - 4]
+    clean.state.faults.passed_over = [4 * 6, 4 * 11 - 4]
     clean.fit()
     assert digest(trainer) == digest(clean)
 
@@ -124,8 +124,8 @@ def test_R12_F10_a_rollback_on_a_full_disk_goes_on(toy: Path) -> None:
         assert trainer.fit() == "done"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert trainer.step_count == 14
-    assert trainer.recovery.policy.rollbacks == 1
+    assert trainer.state.step == 14
+    assert trainer.state.faults.rollbacks == 1
     assert trainer.saver.failed_saves == 3  # of steps 9, 12 and 14
     assert resolve(toy.parent / "run").name == "step-00000006"
     trainer.reporter.close()  # with what waited for space and found room in the buffer
@@ -158,7 +158,7 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
 
     def stopping(*arguments: Any) -> None:
         type(step).__call__(step, *arguments)
-        if trainer.step_count == 7:  # in the bad step, whose verdict nobody has seen
+        if trainer.state.step == 7:  # in the bad step, whose verdict nobody has seen
             trainer.request_stop()
 
     for name in ("numbers", "state", "load", "ema"):
@@ -166,14 +166,14 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
     trainer.train_step = stopping  # type: ignore[assignment]
     trainer.train_step.loss = step.loss  # type: ignore[misc]
     assert trainer.fit() == "stopped"
-    assert trainer.step_count == 6
+    assert trainer.state.step == 6
     assert trainer.writer is not None
     trainer.writer.wait()
     again = resume(toy, toy.parent / "run/checkpoints/step-00000006", *keys)
     spoil(again, [8])
-    assert again.recovery.policy.passed_over == [28]
+    assert again.state.faults.passed_over == [28]
     again.fit()
-    assert again.recovery.policy.rollbacks == 1
+    assert again.state.faults.rollbacks == 1
 
 
 def test_R18_a_row_of_bad_steps_goes_back_and_on_behind_them(toy: Path) -> None:
@@ -185,8 +185,8 @@ def test_R18_a_row_of_bad_steps_goes_back_and_on_behind_them(toy: Path) -> None:
     trainer = build(toy, *keys, "eval.every_steps=4", name="second")
     spoil(trainer, range(5, 5 + MAX_SKIPPED_IN_A_ROW))
     assert trainer.fit() == "done"
-    assert trainer.position == 4 * (30 + MAX_SKIPPED_IN_A_ROW)
-    assert trainer.recovery.policy.rollbacks == 1
+    assert trainer.state.position == 4 * (30 + MAX_SKIPPED_IN_A_ROW)
+    assert trainer.state.faults.rollbacks == 1
 
 
 def test_R18_a_fault_that_comes_back_stops_the_run(toy: Path) -> None:
@@ -196,8 +196,8 @@ def test_R18_a_fault_that_comes_back_stops_the_run(toy: Path) -> None:
         trainer.fit()
     ids = trainer.train_loader.sample_ids(4 * 10, 4)
     assert f"samples {', '.join(map(str, ids))}." in str(caught.value)
-    assert trainer.step_count == 8
-    assert trainer.recovery.policy.passed_over == [28, 32, 36]
+    assert trainer.state.step == 8
+    assert trainer.state.faults.passed_over == [28, 32, 36]
 
 
 def test_R16_a_damaged_checkpoint_is_no_place_to_go_back_to(toy: Path) -> None:
@@ -214,7 +214,7 @@ def test_R16_a_damaged_checkpoint_is_no_place_to_go_back_to(toy: Path) -> None:
     assert isinstance(trainer.console, Screen)
     assert any("passing over a damaged" in warning for warning in trainer.console.warnings)
     assert any("back at step 3" in warning for warning in trainer.console.warnings)
-    assert trainer.step_count == 14
+    assert trainer.state.step == 14
 
 
 def test_an_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -> None:
@@ -222,8 +222,8 @@ def test_an_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -
     trainer = build(toy, *keys, "checkpoint.every_steps=20", "log.every_steps=10")
     spoil(trainer, [33])
     assert trainer.fit() == "done"
-    assert trainer.total_steps == 63
-    assert trainer.step_count == 62
+    assert trainer.state.total_steps == 63
+    assert trainer.state.step == 62
 
 
 def test_train_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -> None:
@@ -232,8 +232,8 @@ def test_train_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path
     spoil(trainer, [33])
     trainer.train_epoch()
     per_epoch = trainer.train_loader.samples_per_epoch
-    assert 0 <= trainer.position - per_epoch < 4
-    assert trainer.step_count == 62  # and one that was passed over
+    assert 0 <= trainer.state.position - per_epoch < 4
+    assert trainer.state.step == 62  # and one that was passed over
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
@@ -293,7 +293,7 @@ def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:
     whole = build(toy, *keys)
     spoil(whole, [10], lambda loss: loss * 100)
     whole.fit()
-    assert whole.recovery.policy.spikes == 1
+    assert whole.state.faults.spikes == 1
     parts = build(toy, *keys, name="parts")
     parts.request_stop(at_step=7)
     parts.fit()
@@ -302,7 +302,7 @@ def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:
     again = resume(toy, toy.parent / "parts/checkpoints/step-00000007", *keys)
     spoil(again, [10], lambda loss: loss * 100)
     again.fit()
-    assert again.recovery.policy.spikes == 1  # half of the window came with the checkpoint
+    assert again.state.faults.spikes == 1  # half of the window came with the checkpoint
     assert digest(again) == digest(whole)
 
 

@@ -52,15 +52,15 @@ def test_R12_a_validation_loss_that_is_not_finite_hinders_no_save(
     run = build(toy, "eval.every_steps=1", "checkpoint.every_steps=1", "train.steps=3")
     run.reporter.evaluation = lambda result: None  # type: ignore[assignment, method-assign]
     assert run.fit() == "done"
-    assert run.val_losses == pytest.approx([4.0, loss, 3.0], nan_ok=True)
+    assert run.state.val_losses == pytest.approx([4.0, loss, 3.0], nan_ok=True)
     run.close()
     assert run.saver.failed_saves == 0
     path = checkpoint.resolve(toy.parent / "run")
     assert path.name == "step-00000003"
     again = toy_trainer.resume(load_config(toy), path)
     _open.append(again)
-    assert again.val_losses == [4.0, loss if loss == 0 else math.inf, 3.0]
-    assert again.best_val_loss == min(loss if loss == 0 else math.inf, 3.0)
+    assert again.state.val_losses == [4.0, loss if loss == 0 else math.inf, 3.0]
+    assert again.state.best_val_loss == min(loss if loss == 0 else math.inf, 3.0)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -96,11 +96,11 @@ def test_R14_ranks_go_back_to_a_checkpoint_that_all_of_them_can_read(
         return [problem, "its disk failed" if len(asked) == 1 else None]
 
     monkeypatch.setattr(World, "gather", lambda self, value: other_rank_fails_once(value))
-    run.last_eval, run.eval_due = {"val_loss": 1.0}, True  # of step 3
+    run.state.last_eval, run.state.eval_due = {"val_loss": 1.0}, True  # of step 3
     found = run.saver.go_back(before=4)
     assert found is not None
-    assert (found.step, run.step_count) == (2, 2)  # this rank could read that of step 3
-    assert (run.last_eval, run.eval_due) == ({}, False)
+    assert (found.step, run.state.step) == (2, 2)  # this rank could read that of step 3
+    assert (run.state.last_eval, run.state.eval_due) == ({}, False)
     assert asked == [None, None]
 
 
@@ -125,16 +125,16 @@ def test_R8_the_watchdog_outlasts_a_save_that_waits_for_others(toy: Path) -> Non
 def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
     hours = ["train.steps=none", "train.hours=1", "eval.every_steps=none"]
     run = build(toy, *hours)
-    run.total_steps = 300
+    run.state.total_steps = 300
     run.save_checkpoint()
     run.close()
     path = checkpoint.resolve(toy.parent / "run")
     for change, expected in (("train.hours=1", 300), ("train.hours=2", None)):
         _open.append(toy_trainer.resume(load_config(toy, [*hours, change]), path))
-        assert _open[-1].total_steps == expected
+        assert _open[-1].state.total_steps == expected
     _open.append(toy_trainer.resume(load_config(toy, hours), path))
-    begin_branch(_open[-1], path)
-    assert _open[-1].total_steps is None
+    begin_branch(_open[-1].state, _open[-1].config, path)
+    assert _open[-1].state.total_steps is None
 
 
 def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
@@ -147,8 +147,8 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
     run = build(toy, *keys)
     run.request_stop(at_step=2)
     run.fit()
-    run.eval_due = True  # as where a signal cut the evaluation off
-    run.val_losses.clear()
+    run.state.eval_due = True  # as where a signal cut the evaluation off
+    run.state.val_losses.clear()
     run.save_checkpoint()
     run.close()
     folder = toy.parent / "run"
@@ -156,29 +156,29 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
         config = load_config(toy, keys)
         _open.append(toy_trainer.resume(config, checkpoint.resolve(folder), folder))
         again = _open[-1]
-        assert again.eval_due == bool(n_made_up)
+        assert again.state.eval_due == bool(n_made_up)
         monkeypatch.setattr(again, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
             again.fit()
         again.close()
-        assert len(again.val_losses) == 1
+        assert len(again.state.val_losses) == 1
 
 
 def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: Path) -> None:
     run = build(toy, "train.steps=none", "train.hours=1", "eval.every_steps=none")
-    run.step_count, run.trained_s = HOURS_ESTIMATE_AT, 20 * HOURS_ESTIMATE_AT
+    run.state.step, run.state.trained_s = HOURS_ESTIMATE_AT, 20 * HOURS_ESTIMATE_AT
     for number in range(HOURS_ESTIMATE_AT):
         assert not run._finished(None)
-        assert run.total_steps is None
-        run.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
+        assert run.state.total_steps is None
+        run.state.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
     assert not run._finished(None)
-    assert run.total_steps == 3600 // 20
+    assert run.state.total_steps == 3600 // 20
 
 
 def test_R15_ranks_that_give_up_different_steps_save_nothing_and_do_not_wait(toy: Path) -> None:
     run, store = build(toy), HashStore()
-    run.step_count, run.position, run.reporter.n_tokens = 5, 20, 320
-    run.world = World(rank=0, size=2, store=store)
+    run.state.step, run.state.position, run.state.tokens = 5, 20, 320
+    run.saver.world = World(rank=0, size=2, store=store)
     store.set("saves step of 1", "6")
     with pytest.raises(CheckpointError, match="rank 1 is at step 6 and rank 0 at step 5"):
         run.saver.save_now(rng_state(run.device))

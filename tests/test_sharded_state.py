@@ -28,7 +28,7 @@ from fasttrain.engine.memory import measure_peak
 from fasttrain.model.transformer import Transformer
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.distributed.sharding import make_sharded, set_gradient_sync
-from fasttrain.engine.state import collect, restore
+from fasttrain.engine.saving import collect, restore
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -36,7 +36,7 @@ rank, folder = dist.get_rank(), Path(sys.argv[1])
 mesh = init_device_mesh("cpu", (2,))
 # Odd sizes: a table of 33 rows, matrices of 40, and vectors that no two ranks share evenly.
 shape = dict(vocab_size=33, dim=24, n_layers=2, n_heads=3, hidden_dim=40, norm="layer")
-numbers = SimpleNamespace(
+numbers = dict(
     loss=torch.zeros(()), state=lambda: {"grad_scale": torch.ones(())}, load=lambda state: None,
     ema=Ema(torch.nn.Module(), None),
 )
@@ -106,9 +106,12 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
+    def numbers(self):
+        return SimpleNamespace(model=self.model, optimizers=self.optimizers, **numbers)
+
     def collect(self):
         own = 0 if self.world.size == 1 else rank
-        return collect(self.model, self.optimizers, numbers, own)
+        return collect(self.numbers(), own)
 
     def whole(self):
         found = {}
@@ -132,7 +135,7 @@ class Run:
         return path, expected
 
     def restore(self, path):
-        restore(load(path), self.model, self.optimizers, numbers, rank)
+        restore(load(path), self.numbers(), rank)
 
 
 def same(ours, theirs):

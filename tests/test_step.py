@@ -16,7 +16,7 @@ from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
 from fasttrain.engine.ema import Ema
 from fasttrain.engine.optim import build_optimizers
-from fasttrain.engine.state import collect
+from fasttrain.engine.saving import collect
 from fasttrain.engine.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
 from fasttrain.model.transformer import Transformer, run_block, run_blocks
 
@@ -127,7 +127,7 @@ class BadGradient(torch.autograd.Function):
 
 def everything(step: TrainStep) -> dict[str, Tensor]:
     """Return copies of parameters, their average, moments, step counts, scale, spike window."""
-    groups = collect(step.model, step.optimizers, step)
+    groups = collect(step)
     return {f"{g}/{n}": t.detach().clone() for g in groups for n, t in groups[g].items()}
 
 

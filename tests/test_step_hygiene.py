@@ -83,7 +83,7 @@ def test_what_reads_is_found(tmp_path: Path) -> None:
 
     def reading(model: Transformer, *batch: Any) -> Tensor:
         loss = sound(model, *batch)
-        trainer.last_lr = toy_trainer.value_of(loss)
+        trainer.state.lr = toy_trainer.value_of(loss)
         return loss
 
     trainer.train_step.criterion = reading

@@ -56,7 +56,7 @@ def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: 
     assert [row["step"] for row in logged] == [1, 10, 20, 30, 40, 50, 60]
     assert set(logged[0]) >= TRAIN_KEYS
     assert logged[0]["mfu"] is None  # no CPU is in the table of peaks
-    assert logged[0]["first_step_s"] == trainer.first_step_s
+    assert logged[0]["first_step_s"] == trainer.state.first_step_s
     assert "first_step_s" not in logged[1]
     assert logged[0]["goodput"] is None
     for row in logged[1:]:
@@ -103,7 +103,7 @@ def test_each_horizon_ends_at_its_step(toy: Path, horizon: str, n_steps: int) ->
         values.append("train.steps=none")
     trainer = build(load_config(toy, values))
     trainer.fit()
-    assert trainer.step_count == n_steps
+    assert trainer.state.step == n_steps
 
 
 def test_an_epoch_ends_with_a_partial_step_that_counts_every_sample_once(toy: Path) -> None:
@@ -131,9 +131,9 @@ def test_train_epoch_ends_at_the_epoch(toy: Path) -> None:
     trainer = build(load_config(toy, ["train.steps=100", "log.every_steps=1000"]))
     per_epoch = math.ceil(trainer.train_loader.samples_per_epoch / 4)
     assert trainer.train_epoch() == "done"
-    assert trainer.step_count == per_epoch
+    assert trainer.state.step == per_epoch
     trainer.train_epoch()
-    assert trainer.step_count == 100
+    assert trainer.state.step == 100
 
 
 def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
@@ -146,21 +146,21 @@ def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     values = ["train.steps=none", "train.hours=0.0006", "schedule.name='linear'"]
     trainer = build(load_config(toy, values), tmp_path / "run")
     assert trainer.fit() == "done"
-    assert trainer.total_steps is not None
-    assert trainer.step_count == trainer.total_steps == 43
-    assert trainer.trained_s == pytest.approx(0.0006 * 3600, abs=0.05)
-    assert trainer.last_lr < 3e-3  # the schedule knew its end
+    assert trainer.state.total_steps is not None
+    assert trainer.state.step == trainer.state.total_steps == 43
+    assert trainer.state.trained_s == pytest.approx(0.0006 * 3600, abs=0.05)
+    assert trainer.state.lr < 3e-3  # the schedule knew its end
     assert trainer.writer is not None
     trainer.writer.wait()
     folder = tmp_path / "run/checkpoints"
-    checkpoint = folder / f"step-{trainer.step_count:08d}"
+    checkpoint = folder / f"step-{trainer.state.step:08d}"
     verify(checkpoint)
     assert (folder / "latest").read_text().strip() == checkpoint.name
     # The limit holds for the run, not for each of its sessions.
     again = toy_trainer.resume(load_config(toy, values), checkpoint)
     _open.append(again)
     assert again.fit() == "done"
-    assert again.step_count == trainer.step_count
+    assert again.state.step == trainer.state.step
 
 
 def test_a_requested_stop_ends_with_a_checkpoint(toy: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_N21_rows_say_how_far_the_run_is_whatever_its_horizon(
     trainer = build(config, tmp_path / "run")
     assert trainer.fit() == "done"
     logged = rows(tmp_path / "run")
-    assert len(logged) == trainer.step_count
+    assert len(logged) == trainer.state.step
     parts = [row["progress"] for row in logged]
     assert parts == pytest.approx([n / len(logged) for n in range(1, len(logged) + 1)], abs=0.02)
     assert parts[-1] == 1.0
@@ -229,9 +229,9 @@ def test_R1_resuming_continues_the_very_same_trajectory(
     whole = build(config, tmp_path / "whole")
     cpp = key == "run.compile=c++" and is_supported()
     assert whole.train_step.compile_mode == ("c++" if cpp else "off")
-    assert whole.train_loader.samples_per_epoch == 5 * whole.samples_per_step
+    assert whole.train_loader.samples_per_epoch == 5 * whole.state.samples_per_step
     whole.fit()
-    last = whole.step_count
+    last = whole.state.step
     assert last == (12 if horizon == "steps=12" else 9)  # the ninth is a partial step
     values += ["checkpoint.every_steps=1", "checkpoint.keep_last=20"]
     values += [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
@@ -247,7 +247,7 @@ def test_R1_resuming_continues_the_very_same_trajectory(
         resumed = toy_trainer.resume(config, checkpoint)
         resumed.reporter.sinks = JsonlLogger(run_dir / "metrics.jsonl")
         _open.append(resumed)
-        assert resumed.step_count == at
+        assert resumed.state.step == at
         assert resumed.fit() == "done"
         assert digest(resumed) == digest(whole)
         assert losses(run_dir) == [(s, loss) for s, loss in losses(tmp_path / "whole") if s > at]
@@ -271,7 +271,7 @@ def test_R1_several_resumes_in_a_row_end_at_the_same_bits(
         trainer.close()
         trainer = toy_trainer.resume(config, resolve(run_dir), run_dir)
         _open.append(trainer)
-        assert trainer.step_count == stop
+        assert trainer.state.step == stop
     assert trainer.fit() == "done"
     assert digest(trainer) == digest(whole)
     assert losses(run_dir) == losses(tmp_path / "whole")
@@ -300,19 +300,19 @@ def test_R18_nonfinite_steps_in_a_row_end_the_run_with_a_reason(toy: Path) -> No
     trainer.train_step.criterion = lambda model, tokens, *_: model(tokens).sum() * float("nan")
     with pytest.raises(FloatingPointError, match="and 19 more up to step 20; there is no check"):
         trainer.fit()
-    assert trainer.step_count == MAX_SKIPPED_IN_A_ROW
+    assert trainer.state.step == MAX_SKIPPED_IN_A_ROW
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
 
 
 def test_a_best_loss_of_zero_is_a_best_loss(toy: Path, tmp_path: Path) -> None:
     first = build(load_config(toy, ["train.steps=3"]), tmp_path / "run")
-    first.best_val_loss = 0.0
+    first.state.best_val_loss = 0.0
     first.fit()
     assert first.writer is not None
     first.writer.wait()
     again = toy_trainer.resume(load_config(toy), tmp_path / "run/checkpoints/step-00000003")
     _open.append(again)
-    assert again.best_val_loss == 0.0
+    assert again.state.best_val_loss == 0.0
 
 
 def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path) -> None:
@@ -331,15 +331,15 @@ def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) 
     first.fit()
     assert first.writer is not None
     first.writer.wait()
-    position = first.position
+    position = first.state.position
     assert position == 16
     wider = load_config(toy, ["train.tokens_per_step=128"])
     second = build(wider, tmp_path / "run", position=position)
     second.load_checkpoint(tmp_path / "run/checkpoints/step-00000004")
     second.request_stop(at_step=6)
     second.fit()
-    assert second.position == 16 + 2 * 8
-    assert rows(tmp_path / "run")[-1]["tokens"] == second.position * 16
+    assert second.state.position == 16 + 2 * 8
+    assert rows(tmp_path / "run")[-1]["tokens"] == second.state.position * 16
 
 
 def test_contexts_cut_the_same_windows_into_shorter_rows(toy: Path) -> None:

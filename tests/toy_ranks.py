@@ -60,7 +60,7 @@ class Spy:
             spy._left = len(batches)
             if spy.log is not None and spy.trainer is not None:
                 with open(spy.log, "a") as file:
-                    file.write(json.dumps([spy.trainer.step_count, spy.rows[-1]]) + "\n")
+                    file.write(json.dumps([spy.trainer.state.step, spy.rows[-1]]) + "\n")
             real(step, batches, lr)
 
         def loss(step: TrainStep, *batch: Any) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Spy:
             spy._left -= 1
             if spy._left or spy.trainer is None:
                 return value
-            what = spy.faults.pop(spy.trainer.step_count + 1, 1.0)
+            what = spy.faults.pop(spy.trainer.state.step + 1, 1.0)
             if isinstance(what, float):
                 return value * what
             while what == "hang":
@@ -132,7 +132,7 @@ def serve(folder: Path, rank: int, port: int) -> None:
             model = spy.trainer.model
             parameters = [getattr(p, "_local_tensor", p) for p in model.parameters()]
             found["digest"] = digest(torch.cat([p.detach().flatten() for p in parameters]).numpy())
-            found["step"] = spy.trainer.step_count
+            found["step"] = spy.trainer.state.step
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -15,7 +15,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.engine.optim import build_optimizers
-from fasttrain.engine.state import collect
+from fasttrain.engine.saving import collect
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 
@@ -73,20 +73,20 @@ def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 def digest(trainer: Trainer) -> str:
     """Return the SHA-256 of all that a run's future depends on: parameters, moments, RNG, …"""
-    groups = collect(trainer.model, trainer.optimizers, trainer.train_step)
+    groups = collect(trainer.train_step)
     found = hashlib.sha256()
     for group in sorted(groups):
         for name, tensor in sorted(groups[group].items()):
             found.update(f"{group}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    found.update(f"{trainer.step_count} {trainer.position}".encode())
+    found.update(f"{trainer.state.step} {trainer.state.position}".encode())
     return found.hexdigest()
 
 
 def batch_of(trainer: Trainer, step: int) -> Tensor:
     """Return the tokens of the first micro-batch of a step, as the data's order has it."""
     loader = trainer.train_loader
-    with loader.at((step - 1) * trainer.samples_per_step) as other:
+    with loader.at((step - 1) * trainer.state.samples_per_step) as other:
         return next(other).tokens
 
 

@@ -1,98 +1,155 @@
-"""When a run saves, what of it is saved beside its tensors, and how it is restored."""
+"""When a run saves, what its checkpoint holds, and how that is restored."""
 
-from __future__ import annotations
-
-import math
+import hashlib
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
-from fasttrain.config import config_to_toml
-from fasttrain.distributed.lockstep import differing_step
-from fasttrain.engine.state import collect, restore, rng_of_rank
-from fasttrain.log.timing import TimeAccount
+from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.distributed.lockstep import Watchdog, differing_step
+from fasttrain.distributed.slices import cut
+from fasttrain.engine.optim import load_optimizer_tensors, optimizer_tensors
+from fasttrain.engine.reporter import Reporter
+from fasttrain.engine.state import RunState, restore_rng, rng_state
+from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import resolve_compile
 from fasttrain.redact import redact
-
-if TYPE_CHECKING:
-    from fasttrain.engine.trainer import Trainer
-
-__all__ = ["Saver"]
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
-def _finite(number: float) -> float | None:
-    """Return what JSON can hold of a number."""
-    return number if math.isfinite(number) else None
+def _rng_of_rank(rng: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return random states by their names among those of all ranks in a checkpoint."""
+    return {f"{name}@{rank}" if rank else name: state for name, state in rng.items()}
+
+
+def collect(train_step: TrainStep, rank: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Return all tensors that a run needs to continue, by group, not copied."""
+    model = train_step.model
+    rng = _rng_of_rank(rng_state(train_step.loss.device), rank)
+    # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
+    return train_step.ema.groups(model.state_dict()) | {
+        "optimizer": optimizer_tensors(model, train_step.optimizers),
+        "trainer": train_step.state() | rng,
+    }
+
+
+def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> None:
+    """Put back what `collect` returned, on any number of ranks, sharded or not; none waits.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    # Parameters, moments and their average
+    model = train_step.model
+    try:
+        own = model.state_dict()
+        saved = checkpoint.group("model")
+        model.load_state_dict({n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
+        tensors, state = checkpoint.group("optimizer"), checkpoint.state
+        stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
+        load_optimizer_tensors(model, train_step.optimizers, tensors, stepped=stepped)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{checkpoint.path}: the checkpoint is of another model: {reason}"
+        ) from error
+    train_step.ema.load(checkpoint.group("ema"))
+    # Everything else must have the shapes and types that it has here.
+    rest, device = checkpoint.group("trainer"), train_step.loss.device
+    optional = {"cuda", "spike_count"} - rest.keys()  # the run was on a CPU, or watched no spikes
+    if "spike_count" in optional or "spike_values" in rest:
+        optional.add("spike_values")  # a window of another size begins empty
+    for name, mine in (train_step.state() | rng_state(device)).items():
+        there, here = (
+            "missing" if t is None else f"{tuple(t.shape)} {t.dtype}"
+            for t in (rest.get(name), mine)
+        )
+        if there != here and name not in optional:
+            raise UserError(
+                f"{checkpoint.path}: trainer.{name} is {there}, and not {here}; resume from an "
+                "earlier checkpoint"
+            )
+    # A rank without a saved random state derives one from that of rank 0.
+    suffix = f"@{rank}" if rank else ""
+    own_rng = {n: rest[n + suffix] for n in ("cpu", "cuda") if n + suffix in rest}
+    try:
+        if "cpu" in own_rng:
+            restore_rng(own_rng, device)
+        else:
+            words = rest["cpu"].numpy().tobytes() + rank.to_bytes(8, "little")
+            torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.path}: no state of a random generator: {reason}") from error
+    train_step.load(rest)
 
 
 class Saver:
-    """Saves and restores one run.
-
-    Args:
-        trainer: the run; without a ``run_dir`` nothing is written.
+    """Saves and restores one run; without a ``run_dir`` nothing is written.
 
     Attributes:
         saved_at: the step of the newest checkpoint, None before the first.
-        regular: whether all steps of the run were of as many samples, and these as long.
+        failed_saves: in a row.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        state: RunState,
+        train_step: TrainStep,
+        config: TrainConfig,
+        reporter: Reporter,
+        watchdog: Watchdog,
+        run_dir: Path | None,
+        recorded: Mapping[str, Any],
+    ) -> None:
+        self.state, self.train_step, self.config = state, train_step, config
+        self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
+        self.world = world = train_step.world
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
-        self.patience_s = max(600.0, 2 * trainer.config.distributed.timeout_s)
+        self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
         self.saved_at: int | None = None
-        self.regular = trainer.train_loader.position == 0
-        self.failed_saves = 0  # in a row
+        self.failed_saves = 0
         self._failed_at: int | None = None  # the step whose own save failed
         self._begun = False  # a save of which it is not known yet whether it was committed
         self.writer: CheckpointWriter | None = None
-        config = trainer.config.checkpoint
-        world = trainer.world
-        if trainer.run_dir is not None:
+        if run_dir is not None:
             self.writer = CheckpointWriter(
-                trainer.run_dir / "checkpoints",
-                keep_last=config.keep_last,
-                asynchronous=config.asynchronous,
+                run_dir / "checkpoints",
+                keep_last=config.checkpoint.keep_last,
+                asynchronous=config.checkpoint.asynchronous,
                 rank=world.rank,
                 world_size=world.size,
                 session=world.share(secrets.token_hex(8)),
                 patience_s=self.patience_s,
-                warn=trainer.reporter.warn,
+                warn=reporter.warn,
             )
 
     def save_once(self) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
 
-        The error of a save in the background comes out here, at the next one, which is then begun.
+        The error of a save in the background is met here, before the next one begins.
         """
-        step = self.trainer.step_count
-        if step in (self.saved_at, self._failed_at):
+        if self.state.step in (self.saved_at, self._failed_at):
             return
         self._expect_to_wait()
-        counted = False
-        try:
-            self._settle()
-        except CheckpointError as error:
-            self._fail(error)
-            counted = True
+        failed = self._wait()
         try:
             self.save()
         except CheckpointError as error:
-            self._failed_at = step
-            self._fail(error, again=counted)
+            self._failed_at = self.state.step
+            self._fail(error, again=failed)
 
     def _expect_to_wait(self) -> None:
         """Have the watchdog outlast the writer, which says more of what went wrong."""
-        limit_s = self.patience_s + self.trainer.config.distributed.timeout_s
-        self.trainer.lockstep.watchdog.beat(limit_s)
+        self.watchdog.beat(self.patience_s + self.config.distributed.timeout_s)
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
         """Save this step with these random states; return when it is committed.
@@ -106,13 +163,13 @@ class Saver:
         # The step that was given up computes on: a thread that gives way to it would take long.
         self.writer.asynchronous = False
         self.writer.pinned = False  # to pin memory may wait for what hangs on the device
-        if problem := differing_step(self.trainer.world, self.trainer.step_count):
+        if problem := differing_step(self.world, self.state.step):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:
             self._settle()
         except CheckpointError as error:
-            self.trainer.reporter.warn(str(error))
-        if self.saved_at != self.trainer.step_count:
+            self.reporter.warn(str(error))
+        if self.saved_at != self.state.step:
             self.save(rng)
             self._settle()
 
@@ -122,73 +179,58 @@ class Saver:
             return
         begun, self._begun = self._begun, False
         saved_at, self.saved_at = self.saved_at, None
-        with self.trainer.account.measure("checkpoint"):
+        with self.state.account.measure("checkpoint"):
             self.writer.wait()
         self.saved_at = saved_at
         if begun:
             self.failed_saves = 0
 
+    def _wait(self) -> bool:
+        """Wait for the save in flight and return whether it failed."""
+        try:
+            self._settle()
+        except CheckpointError as error:
+            self._fail(error)
+            return True
+        return False
+
     def _fail(self, error: CheckpointError, *, again: bool = False) -> None:
         self.failed_saves += not again
         if self.failed_saves >= MAX_FAILED_SAVES:
             raise error
-        self.trainer.reporter.warn(f"{error} (training goes on)")
+        self.reporter.warn(f"{error} (training goes on)")
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
         """Save now; see `Trainer.save_checkpoint`."""
-        trainer = self.trainer
+        state, rank, device = self.state, self.world.rank, self.train_step.loss.device
         if self.writer is None:
-            self.saved_at = trainer.step_count
+            self.saved_at = state.step
             return None
-        rank = trainer.world.rank
-        groups = collect(trainer.model, trainer.optimizers, trainer.train_step, rank)
-        groups["trainer"] |= rng_of_rank(rng or {}, rank)
-        metric = trainer.last_eval.get("val_loss")
-        toml = config_to_toml(trainer.config, redact)
-        with trainer.account.measure("checkpoint"):
-            path = self.writer.save(trainer.step_count, groups, self._state(), toml, metric=metric)
-        self.saved_at, self._begun = trainer.step_count, True
-        return path
-
-    def _state(self) -> dict[str, Any]:
-        trainer = self.trainer
-        return {
-            "step": trainer.step_count,
-            "position": trainer.position,
-            "tokens": trainer.reporter.n_tokens,
-            "total_steps": trainer.total_steps,
-            "eval_due": trainer.eval_due,
-            "trained_s": trainer.trained_s,
-            "samples_per_step": trainer.samples_per_step,
-            "regular": self.regular,
-            "best_val_loss": _finite(trainer.best_val_loss),
-            "loss_ema": trainer.reporter.ema.value,
-            "val_losses": [_finite(loss) for loss in trainer.val_losses],
-            "faults": trainer.recovery.policy.state(),
+        groups = collect(self.train_step, rank)
+        groups["trainer"] |= _rng_of_rank(rng or {}, rank)
+        facts = {
+            **state.saved(),
             "torch": torch.__version__,
-            "threads": torch.get_num_threads() if trainer.device.type == "cpu" else None,
-            "run.compile": resolve_compile(trainer.config, trainer.device),
-            **trainer.recorded,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "run.compile": resolve_compile(self.config, device),
+            **self.recorded,
         }
+        toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
+        with state.account.measure("checkpoint"):
+            path = self.writer.save(state.step, groups, facts, toml, metric=metric)
+        self.saved_at, self._begun = state.step, True
+        return path
 
     def load(self, path: Path) -> Checkpoint:
         """Restore; see `Trainer.load_checkpoint`."""
-        trainer = self.trainer
         checkpoint = load(path)
         self._restore(checkpoint)
-        trainer.trained_s = checkpoint.state["trained_s"]
-        hours = checkpoint.config.train.hours
-        if trainer.total_steps is None and trainer.config.train.hours == hours:
-            trainer.total_steps = checkpoint.state["total_steps"]
-        trainer.recovery.policy.load(checkpoint.state["faults"])
-        trainer.account = TimeAccount(trainer.step_count)
+        same_hours = self.config.train.hours == checkpoint.config.train.hours
+        self.state.resume(checkpoint.state, same_hours=same_hours)
         return checkpoint
 
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults.
-
-        Args:
-            before: the step that must not be in it.
 
         Returns:
             The checkpoint, or None where there is none.
@@ -197,56 +239,36 @@ class Saver:
             return None
         self._failed_at = None
         self._expect_to_wait()
-        try:
-            self._settle()
-        except CheckpointError as error:
-            self._fail(error)
-        for path in self._shared_history(before):
+        self._wait()
+        # Rank 0's list: while others wait no longer, it may still remove checkpoints.
+        folder = self.writer.folder
+        found = [
+            p.name for p, manifest in history(folder) if manifest and manifest["step"] < before
+        ]
+        for name in self.world.share(found):
             checkpoint, problem = None, None
             try:
-                checkpoint = load(path)
+                checkpoint = load(folder / name)
             except CheckpointError as error:
                 problem = str(error)
             # One rank's disk may fail it: all go back to the same step.
-            problems = [p for p in self.trainer.world.gather(problem) if p is not None]
+            problems = [p for p in self.world.gather(problem) if p is not None]
             if checkpoint is None or problems:
-                self.trainer.reporter.warn(f"passing over a damaged checkpoint: {problems[0]}")
+                self.reporter.warn(f"passing over a damaged checkpoint: {problems[0]}")
                 continue
             self._restore(checkpoint)
             self.saved_at = None  # where the run stops here, its rollback is to be remembered
             return checkpoint
         return None
 
-    def _shared_history(self, before: int) -> list[Path]:
-        """Return rank 0's list: while others wait no longer, it may still remove checkpoints."""
-        assert self.writer is not None
-        found = [
-            path.name
-            for path, manifest in history(self.writer.folder)
-            if manifest is not None and manifest["step"] < before
-        ]
-        return [self.writer.folder / name for name in self.trainer.world.share(found)]
-
     def _restore(self, checkpoint: Checkpoint) -> None:
-        trainer, state = self.trainer, checkpoint.state
-        rank = trainer.world.rank
-        restore(checkpoint, trainer.model, trainer.optimizers, trainer.train_step, rank)
-        trainer.step_count = self.saved_at = state["step"]
-        trainer.position = state["position"]
-        seq_len = trainer.config.data.seq_len
-        now = (True, trainer.samples_per_step, seq_len)
-        then = (state.get("regular"), state.get("samples_per_step"), checkpoint.config.data.seq_len)
-        self.regular = now == then
-        all_rows = trainer.position * seq_len  # of a save without the count
-        trainer.reporter.n_tokens = state.get("tokens", all_rows)
-        trainer.last_eval, trainer.eval_due = {}, state["eval_due"]
-        best, *losses = (
-            math.inf if loss is None else loss
-            for loss in (state["best_val_loss"], *state.get("val_losses", []))
-        )
-        trainer.best_val_loss, trainer.val_losses = best, losses
-        trainer.reporter.ema.value = state["loss_ema"]
-        trainer.reporter.drop_after(trainer.step_count)
+        state, saved, seq_len = self.state, checkpoint.state, self.config.data.seq_len
+        restore(checkpoint, self.train_step, self.world.rank)
+        state.go_back(saved, seq_len)
+        then = (saved.get("regular"), saved.get("samples_per_step"), checkpoint.config.data.seq_len)
+        state.regular = then == (True, state.samples_per_step, seq_len)
+        self.saved_at = state.step
+        self.reporter.drop_after(state.step)
 
     def close(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed.

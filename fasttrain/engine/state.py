@@ -1,27 +1,189 @@
-"""The state of a run: what a checkpoint holds of it, as groups of tensors, and who may save it."""
-
-from __future__ import annotations
+"""The state of a run beside its tensors, and which thread may save it."""
 
 import contextlib
-import hashlib
+import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import Checkpoint
-from fasttrain.config import UserError
-from fasttrain.distributed.slices import cut
-from fasttrain.engine.optim import load_optimizer_tensors, optimizer_tensors
-from fasttrain.model.transformer import Transformer
+from fasttrain.log.metrics import LossTracker
+from fasttrain.log.timing import TimeAccount
 
-if TYPE_CHECKING:
-    from fasttrain.engine.step import TrainStep
+# What is told of steps that came out otherwise when they were run again.
+_RECHECKED = {
+    "transient": "transient error: run again it came out otherwise, a third time as one of the two",
+    "persistent": "persistent error: run three times, it came out in three ways",
+}
 
-__all__ = ["StateGuard", "collect", "restore", "restore_rng", "rng_of_rank", "rng_state"]
+
+class Fault(NamedTuple):
+    """A step of which no update was made.
+
+    Attributes:
+        step: its number, the first step being 1.
+        position: global index of its first sample.
+        kind: ``overflow`` of fp16 gradients, ``nonfinite``, ``spike``; or ``transient`` or
+            ``persistent`` where the step was run again and came out otherwise.
+        loss: mean loss.
+        norm: gradient norm before clipping.
+    """
+
+    step: int
+    position: int
+    kind: str
+    loss: float
+    norm: float
+
+    @property
+    def of_machine(self) -> bool:
+        """Whether the machine is to blame, and not the samples."""
+        return self.kind in _RECHECKED
+
+    def __str__(self) -> str:
+        what = _RECHECKED.get(self.kind, self.kind)
+        return f"step {self.step}: {what} (loss {self.loss:.4g}, gradient norm {self.norm:.4g})"
+
+    def saved(self) -> dict[str, Any]:
+        """Return the attributes as JSON holds them: a number that is not finite is text."""
+        numbers = {name: getattr(self, name) for name in ("loss", "norm")}
+        texts = {name: str(n) for name, n in numbers.items() if not math.isfinite(n)}
+        return self._asdict() | texts
+
+
+@dataclass
+class FaultCounts:
+    """What a run remembers of its bad steps.
+
+    Attributes:
+        skipped_steps: steps without an update; steps that a rollback repeats count again.
+        spikes: of these, the spikes.
+        rollbacks: how often the run went back to a checkpoint.
+        passed_over: where each batch begins that is not trained on again, in global samples.
+        row: the last steps, as far back as all of them were skipped.
+    """
+
+    skipped_steps: int = 0
+    spikes: int = 0
+    rollbacks: int = 0
+    passed_over: list[int] = field(default_factory=list)
+    row: list[Fault] = field(default_factory=list)
+
+    def saved(self) -> dict[str, Any]:
+        """Return this for JSON."""
+        return {**vars(self), "row": [tuple(fault.saved().values()) for fault in self.row]}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `saved` returned."""
+        self.skipped_steps, self.spikes = saved["skipped_steps"], saved["spikes"]
+        self.rollbacks, self.passed_over = saved["rollbacks"], list(saved["passed_over"])
+        self.row = [
+            Fault(step, position, kind, float(loss), float(norm))
+            for step, position, kind, loss, norm in saved["row"]
+        ]
+
+
+@dataclass
+class RunState:
+    """Where a run is; ``state.json`` has the attributes of `SAVED` under the same names.
+
+    Attributes:
+        samples_per_step: of all ranks together.
+        total_steps: the horizon; None until a horizon in hours has been measured.
+        position: global index of the next sample.
+        regular: all steps of the run had as many samples of the same length.
+        tokens: targets that were trained on, padding left out, over all ranks.
+        trained_s: seconds inside steps, over all sessions of the run.
+        eval_due: the evaluation of this step has begun and is not done.
+        val_losses: of all evaluations of the run.
+        loss_ema: moving average of the logged losses.
+        last_eval: the result of this step's evaluation, or empty.
+        limit_s: how long the run may train.
+        lr: of the last step.
+        first_step_s: how long this session's first step took, with compilation.
+        account: the wall clock of this session.
+    """
+
+    samples_per_step: int
+    total_steps: int | None
+    position: int
+    regular: bool
+    step: int = 0
+    tokens: int = 0
+    trained_s: float = 0.0
+    eval_due: bool = False
+    best_val_loss: float = math.inf
+    val_losses: list[float] = field(default_factory=list)
+    loss_ema: LossTracker = field(default_factory=LossTracker)
+    faults: FaultCounts = field(default_factory=FaultCounts)
+    last_eval: dict[str, float | None] = field(default_factory=dict)
+    limit_s: float = math.inf
+    lr: float = 0.0
+    first_step_s: float | None = None
+    account: TimeAccount = field(default_factory=lambda: TimeAccount(0))
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON holds it: a loss that is not finite is null."""
+        best, *losses = (
+            loss if math.isfinite(loss) else None for loss in (self.best_val_loss, *self.val_losses)
+        )
+        return {name: getattr(self, name) for name in SAVED} | {
+            "best_val_loss": best,
+            "val_losses": losses,
+            "loss_ema": self.loss_ema.value,
+            "faults": self.faults.saved(),
+        }
+
+    def go_back(self, saved: Mapping[str, Any], seq_len: int) -> None:
+        """Restore what `saved` returned, but for time, horizon and faults."""
+        self.step, self.position = saved["step"], saved["position"]
+        self.tokens = saved.get("tokens", self.position * seq_len)  # of a save without the count
+        self.best_val_loss, *self.val_losses = (
+            math.inf if loss is None else loss
+            for loss in (saved["best_val_loss"], *saved.get("val_losses", []))
+        )
+        self.loss_ema.value = saved["loss_ema"]
+        self.last_eval, self.eval_due = {}, saved["eval_due"]
+
+    def resume(self, saved: Mapping[str, Any], *, same_hours: bool) -> None:
+        """Restore what `go_back` leaves out; ``same_hours``: the measured horizon still holds."""
+        self.trained_s = saved["trained_s"]
+        if self.total_steps is None and same_hours:
+            self.total_steps = saved["total_steps"]
+        self.faults.load(saved["faults"])
+        self.account = TimeAccount(self.step)
+
+    def due(self, every: int | None) -> bool:
+        """Return whether something that happens every so many steps happens after this one."""
+        return every is not None and self.step % every == 0
+
+    @property
+    def horizon(self) -> int:
+        """The number of steps; before `limit_s` has been measured in steps, the end is far away."""
+        return self.total_steps if self.total_steps is not None else 10**12
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that the run may still train."""
+        return self.limit_s - self.trained_s
+
+    def progress(self) -> tuple[float, float | None]:
+        """Return the part of the run that is done, in [0, 1], and the seconds left, if known."""
+        if self.total_steps is None:
+            left_s = max(self.left_s, 0.0)
+            return self.trained_s / (self.trained_s + left_s), left_s
+        left = self.account.left_s(self.step, self.total_steps)
+        return min(self.step / self.total_steps, 1.0), left
+
+
+SAVED = (
+    *("samples_per_step", "total_steps", "position", "regular", "step", "tokens", "trained_s"),
+    *("eval_due", "best_val_loss", "val_losses", "loss_ema", "faults"),
+)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -39,99 +201,20 @@ def restore_rng(rng: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(rng["cuda"].clone(), device)
 
 
-def rng_of_rank(rng: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return random states by their names among those of all ranks in a checkpoint."""
-    return {f"{name}@{rank}" if rank else name: state for name, state in rng.items()}
-
-
-def _restore_rng_of_rank(saved: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
-    """Put back a rank's random state; where none was saved, seed it by that of rank 0."""
-    names = rng_of_rank({name: saved["cpu"] for name in ("cpu", "cuda")}, rank)
-    own = {name.partition("@")[0]: saved[name] for name in names if name in saved}
-    if "cpu" in own:
-        restore_rng(own, device)
-    else:
-        words = saved["cpu"].numpy().tobytes() + rank.to_bytes(8, "little")
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
-
-
-def collect(
-    model: Transformer,
-    optimizers: Sequence[torch.optim.Optimizer],
-    train_step: TrainStep,
-    rank: int = 0,
-) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors that a run needs to go on, by group, not copied."""
-    rng = rng_of_rank(rng_state(train_step.loss.device), rank)
-    # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
-    return train_step.ema.groups(model.state_dict()) | {
-        "optimizer": optimizer_tensors(model, optimizers),
-        "trainer": train_step.state() | rng,
-    }
-
-
-def restore(
-    checkpoint: Checkpoint,
-    model: Transformer,
-    optimizers: Sequence[torch.optim.Optimizer],
-    train_step: TrainStep,
-    rank: int = 0,
-) -> None:
-    """Put back what `collect` returned, on any number of ranks, sharded or not; none waits.
-
-    Raises:
-        UserError: the checkpoint is of another model.
-    """
-    try:
-        own = model.state_dict()
-        saved = checkpoint.group("model")
-        model.load_state_dict({n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
-        tensors, state = checkpoint.group("optimizer"), checkpoint.state
-        stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
-        load_optimizer_tensors(model, optimizers, tensors, stepped=stepped)
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{checkpoint.path}: the checkpoint is of another model: {reason}"
-        ) from error
-    train_step.ema.load(checkpoint.group("ema"))
-    rest, device = checkpoint.group("trainer"), train_step.loss.device
-    # Of a run on a CPU; and a window of another size begins empty.
-    optional = {"cuda", "spike_count"} - rest.keys()
-    if "spike_count" in optional or "spike_values" in rest:
-        optional.add("spike_values")
-    for name, mine in (train_step.state() | rng_state(device)).items():
-        there, here = (
-            "missing" if t is None else f"{tuple(t.shape)} {t.dtype}"
-            for t in (rest.get(name), mine)
-        )
-        if there != here and name not in optional:
-            raise UserError(
-                f"{checkpoint.path}: trainer.{name} is {there}, and not {here}; resume from an "
-                "earlier checkpoint"
-            )
-    try:
-        _restore_rng_of_rank(rest, device, rank)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{checkpoint.path}: no state of a random generator: {reason}") from error
-    train_step.load(rest)
-
-
 def _made(event: torch.cuda.Event) -> bool:
     """Return whether the device has come to an event."""
     return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 class StateGuard:
-    """Keeps the state of a run to the training thread, except while that only computes from it.
+    """Reserves the state of a run for the training thread, except while that only reads it.
 
     Forward and backward, evaluation and samples may last: a compiler runs, a disk hangs. Parameters
     and moments are then still those of the last whole step, and another thread may take them over.
 
     Attributes:
         rng: the random state at the beginning of what is being computed.
-        is_open: whether the training thread now only computes.
+        is_open: whether the training thread only computes now.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -150,23 +233,19 @@ class StateGuard:
         try:
             yield
         finally:
-            self.close()  # waits for ever for a thread that has taken over: that ends the process
+            self.close()  # waits forever for a thread that has taken over: that ends the process
             self._training = False
             self._lock.release()
 
     def open(self) -> None:
-        """Begin to compute; outside of `training` nobody else may save, and this does nothing."""
+        """Begin to compute. Does nothing outside of `training`, where nobody else may save."""
         if self._training and not self.is_open:
             self.rng = rng_state(self._device)
             self.is_open = True
             self._lock.release()
 
     def begin(self, *where: int) -> None:
-        """Begin a step, and note of what state: the device may come to it some steps later.
-
-        Args:
-            where: steps, samples and tokens before it.
-        """
+        """Begin a step from the state ``where``; the device may come to it some steps later."""
         self.open()
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -176,13 +255,13 @@ class StateGuard:
                 self._begun.popleft()
 
     def close(self) -> None:
-        """Before the state changes."""
+        """End computing: the state is about to change."""
         if self.is_open:
             self._lock.acquire()
             self.is_open = False
 
     def give_up(self) -> None:
-        """Go back to where the computing that failed began."""
+        """Restore the random state from before the computation that failed."""
         self.close()
         restore_rng(self.rng, self._device)
 
@@ -199,11 +278,11 @@ class StateGuard:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[tuple[int, ...] | None]:
-        """Let this thread, having taken over, work beside what hangs on the device.
+        """Let this thread, which has taken over, work beside what hangs on the device.
 
         Yields:
-            What `begin` was told of the last step that the device came to, where later ones, which
-            the host has issued, are held up with it; `rng` is then of that step. Otherwise None.
+            Where the host has issued steps that the device has not come to: ``where`` of the last
+            one that it came to, with `rng` of that step. Otherwise None.
         """
         if self._device.type != "cuda":
             yield None
@@ -219,11 +298,7 @@ class StateGuard:
             yield reached
 
     def take_over(self) -> bool:
-        """Stop the training thread for good, at once where it computes, else when it does so next.
-
-        Returns:
-            False where it has ended its training; the state is then its own again.
-        """
+        """Stop the training thread for good, as soon as it computes; False: it has ended."""
         self._lock.acquire()
         if not self._training:
             self._lock.release()

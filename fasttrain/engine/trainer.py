@@ -21,6 +21,7 @@ from fasttrain.data.format import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep
+from fasttrain.distributed.sharding import gathered
 from fasttrain.distributed.world import World, steady
 from fasttrain.engine.evaluation import evaluate
 from fasttrain.engine.faults import Recovery
@@ -35,14 +36,12 @@ from fasttrain.engine.schedule import (
     n_steps,
     step_shape,
 )
-from fasttrain.engine.state import StateGuard
-from fasttrain.engine.step import TrainStep
+from fasttrain.engine.state import RunState, StateGuard
+from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log.console import Console
-from fasttrain.log.timing import StepProfiler, TimeAccount
+from fasttrain.log.timing import StepProfiler
 from fasttrain.model.runtime import compile_cache_use
 from fasttrain.model.transformer import Transformer
-
-__all__ = ["Outcome", "Trainer"]
 
 Outcome = Literal["done", "stopped"]
 Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number → prompt, text
@@ -79,60 +78,49 @@ class Trainer:
         recorded: dict[str, Any] | None = None,
         world: World | None = None,
     ) -> None:
-        self.config = config
+        # What is trained, on what, and where to
+        self.config, recorded = config, recorded or {}
         self.world = world = world or World()
-        self.device = world.device(resolve_device(config.run.device))
-        self.precision = resolve_precision(config.run.dtype, self.device)
-        self.model = model.to(self.device)
-        self.optimizers = list(optimizers)
-        self.train_loader = train_loader
-        self.val_dataset = val_dataset
+        self.device = device = world.device(resolve_device(config.run.device))
+        self.precision = precision = resolve_precision(config.run.dtype, device)
+        self.model, self.optimizers = model.to(device), list(optimizers)
+        self.train_loader, self.val_dataset = train_loader, val_dataset
         self.run_dir, self.console = run_dir, console
         self.sampler = sampler if world.leads or world.sharded else None
-        self.recorded = recorded or {}
-        self.train_step = TrainStep(
-            self.model,
-            self.optimizers,
-            config,
-            device=self.device,
-            precision=self.precision,
-            world=world,
+        self.train_step = step = TrainStep(
+            self.model, self.optimizers, config, device=device, precision=precision, world=world
         )
-        self.ema = self.train_step.ema
-        self.guard = StateGuard(self.device)
-        self.train_step.before_update = self.guard.close
-        profiled = config.log.profile_steps if world.leads else ()
-        self.profiler = StepProfiler(run_dir, profiled, self.device)
-        self.reporter = Reporter(self)
-        self.saver = Saver(self)
-        self.writer = self.saver.writer
-
-        seq_len = config.data.seq_len
-        shape = step_shape(config.train, seq_len, world.size)
-        self.accumulation = shape.n_micro
-        self.samples_per_step = shape.samples * world.size
-        self.tokens_per_step = self.samples_per_step * seq_len
-        self.total_steps = n_steps(
+        self.ema = step.ema
+        # The size of a step and of the run
+        shape = step_shape(config.train, config.data.seq_len, world.size)
+        self.accumulation, samples = shape.n_micro, shape.samples * world.size
+        per_epoch, position = train_loader.samples_per_epoch, train_loader.position
+        total_steps = n_steps(
             config.train,
-            tokens_per_step=self.tokens_per_step,
-            samples_per_step=self.samples_per_step,
-            samples_per_epoch=train_loader.samples_per_epoch,
+            tokens_per_step=samples * config.data.seq_len,
+            samples_per_step=samples,
+            samples_per_epoch=per_epoch,
         )
-        self.step_count = 0
-        self.position = self.train_loader.position  # global index of the next sample
-        self.trained_s = 0.0  # seconds inside steps, over all sessions of the run
-        self.first_step_s: float | None = None  # compilation included
-        self.best_val_loss = math.inf
-        self.val_losses: list[float] = []  # of all evaluations of the run
-        self.last_eval: dict[str, float | None] = {}  # of this very step, else empty
-        self.eval_due = False  # of this very step: begun, and not yet done
+        self.state = state = RunState(samples, total_steps, position, regular=position == 0)
+        if config.train.hours is not None:
+            state.limit_s = config.train.hours * 3600
+        # What acts on the state
+        self.guard = StateGuard(device)
+        step.before_update = self.guard.close
+        self.lockstep = Lockstep(world, config.distributed.timeout_s)
+        profiled = config.log.profile_steps if world.leads else ()
+        self.profiler = StepProfiler(run_dir, profiled, device)
+        made_by = recorded.get("provenance")
+        self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
+        watchdog = self.lockstep.watchdog
+        self.saver = Saver(state, step, config, self.reporter, watchdog, run_dir, recorded)
+        self.writer = self.saver.writer
+        self.recovery = Recovery(
+            state, step, config.train, self.saver, self.guard, self.accumulation, run_dir
+        )
         self.stop_at: int | None = None
         self.stop_reason: str | None = None
         self.compiling = True  # until the first step of this process is done
-        self.last_lr = 0.0
-        self.recovery = Recovery(self)
-        self.lockstep = Lockstep(world, config.distributed.timeout_s)
-        self.account = TimeAccount(self.step_count)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -146,12 +134,14 @@ class Trainer:
             FloatingPointError: losses or gradients were not finite, or spikes, and the run may
                 neither skip them nor go back.
         """
-        return self._run(until=None)
+        with self.guard.training():
+            return self._train(until=None)
 
     def train_epoch(self) -> Outcome:
         """Train to the end of the current epoch of the data or the horizon, whichever is first."""
         per_epoch = self.train_loader.samples_per_epoch
-        return self._run(until=(self.position // per_epoch + 1) * per_epoch)
+        with self.guard.training():
+            return self._train(until=(self.state.position // per_epoch + 1) * per_epoch)
 
     def request_stop(self, at_step: int | None = None) -> None:
         """Make the loop end with a checkpoint after ``at_step``; None: after the step under way."""
@@ -163,25 +153,20 @@ class Trainer:
         if self.world.size == 1:
             self.request_stop()
 
+    def _stops_here(self) -> bool:
+        return self.stop_at is not None and self.state.step >= self.stop_at
+
     def _decide_together(self) -> bool:
         """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
         with self.guard.opened():
-            self.lockstep(stop=self.stop_reason is not None, time_over=self._left_s() <= 0)
+            self.lockstep(stop=self.stop_reason is not None, time_over=self.state.left_s <= 0)
         if self.lockstep.stop:
             self.stop_reason = self.stop_reason or f"rank {self.lockstep.stopped_by} is to stop"
             self.request_stop()
         return self.lockstep.stop
 
-    def _left_s(self) -> float:
-        hours = self.config.train.hours
-        return math.inf if hours is None else hours * 3600 - self.trained_s
-
-    def _run(self, until: int | None) -> Outcome:
-        with self.guard.training():
-            return self._train(until)
-
     def _train(self, until: int | None) -> Outcome:
-        started_s = time.perf_counter()
+        state, config, started_s = self.state, self.config, time.perf_counter()
         self.model.train()
         # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
         # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
@@ -189,23 +174,25 @@ class Trainer:
         gc.freeze()
         gc.disable()
         try:
-            if self.eval_due:
+            # An evaluation that the end of the last session cut off
+            if state.eval_due:
                 self.saver.saved_at = None
                 self._after_step(self._finished(until))
                 self.saver.save_once()  # or the next session would make up for it once more
-            self.lockstep.watchdog.beat(self.config.distributed.init_timeout_s)
+            self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
             several = self.world.n_copies > 1
-            check_every = self.config.distributed.check_every_steps if several else None
+            check_every = config.distributed.check_every_steps if several else None
             if check_every:
                 self.recovery.check_copies()
             while not self._finished(until):
-                if self.stop_at is not None and self.step_count >= self.stop_at:
-                    if self.recovery.look() is None:
+                if self._stops_here():
+                    if self._look() is None:
                         continue
                     if self.stop_reason and self.console:
                         self.console.note(f"{self.stop_reason}: ending with a checkpoint")
                     self.saver.save_once()
                     return "stopped"
+                # One step
                 try:
                     log = self._step()
                 except Exception as error:
@@ -215,30 +202,22 @@ class Trainer:
                         raise
                     self.guard.give_up()
                     self.request_stop()
-                    if self.console:
-                        self.console.warn(f"the step under way was given up: {error}")
+                    self.reporter.warn(f"the step under way was given up: {error}")
                     continue
                 if self.compiling:
-                    self.compiling = False
-                    self._synchronize()
-                    steady(self.config.distributed, self.world)
-                    self.first_step_s = time.perf_counter() - started_s
-                    if self.console and (cache := compile_cache_use()):
-                        self.console.note(
-                            f"first step after {self.first_step_s:.1f} s (compile cache {cache})"
-                        )
+                    self._after_first_step(started_s)
                 self._decide_together()
+                # Its verdict, before anything is saved; its line of the log
                 last = self._finished(until)
-                log = log or last
-                stopping = self.stop_at is not None and self.step_count >= self.stop_at
-                every = (self.config.checkpoint.every_steps, self.config.eval.every_steps)
-                if log or stopping or any(map(self._due, every)):  # nothing bad is saved unseen
-                    numbers = self.recovery.look()
+                log, stopping = log or last, self._stops_here()
+                saves = state.due(config.checkpoint.every_steps)
+                if log or stopping or saves or state.due(config.eval.every_steps):
+                    numbers = self._look()
                     if numbers is None:
                         continue
                     if log or stopping:
                         self.reporter.train(numbers, stopped=not log)
-                if check_every and (stopping or last or self._due(check_every)):
+                if check_every and (stopping or last or state.due(check_every)):
                     self.recovery.check_copies()
                 self._after_step(last)
             self.saver.save_once()
@@ -246,87 +225,101 @@ class Trainer:
             self.lockstep.watchdog.pause()
             gc.unfreeze()
             gc.enable()
-        return "stopped" if self.eval_due else "done"
+        return "stopped" if state.eval_due else "done"
 
     def _step(self) -> bool:
         """Run and time one step; return whether its numbers are to be logged."""
+        state, config = self.state, self.config
         started, waited = time.perf_counter(), self.train_loader.wait_s
-        self.guard.begin(self.step_count, self.position, self.reporter.n_tokens)
+        self.guard.begin(state.step, state.position, state.tokens)
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
-        self.last_lr = self.lr()
-        seq_len = self.config.data.seq_len
-        context = context_at(self.step_count, self._horizon(), self.config.schedule, seq_len)
-        if context < seq_len and self.config.data.batching in ("packed", "sliding"):
+        state.lr = self.lr()
+        seq_len = config.data.seq_len
+        context = context_at(state.step, state.horizon, config.schedule, seq_len)
+        if context < seq_len and config.data.batching in ("packed", "sliding"):
             batches = [batch.cut(context) for batch in batches]
-        every = self.config.train.recheck_every_steps
-        twice = every is not None and (self.step_count + 1) % every == 0
-        with self.profiler.step(self.step_count + 1):
-            (self.train_step.recheck if twice else self.train_step)(batches, self.last_lr)
+        every = config.train.recheck_every_steps
+        twice = every is not None and (state.step + 1) % every == 0
+        with self.profiler.step(state.step + 1):
+            (self.train_step.recheck if twice else self.train_step)(batches, state.lr)
+        # The step is issued: count it, and skip samples that are not trained on again.
         self.reporter.count(batches)
         wait_s = self.train_loader.wait_s - waited
-        self.step_count += 1
-        self.recovery.advance()
-        log = self._due(self.config.log.every_steps) or self.step_count in (1, HOURS_ESTIMATE_AT)
-        if log or self.account.n_steady == HOURS_ESTIMATE_AT - 2:  # the pace is known after it
+        state.step += 1
+        self.recovery.unseen.append(state.position)
+        state.position += state.samples_per_step
+        if self.recovery.policy.next_position(state.position) != state.position:
+            self._move()
+        log = state.due(config.log.every_steps) or state.step in (1, HOURS_ESTIMATE_AT)
+        if log or state.account.n_steady == HOURS_ESTIMATE_AT - 2:  # the pace is known after it
             self._synchronize()
         elapsed = time.perf_counter() - started
-        self.trained_s += elapsed
-        self.account.add_step(elapsed, wait_s, first=self.compiling)
+        state.trained_s += elapsed
+        state.account.add_step(elapsed, wait_s, first=self.compiling)
         return log
 
     def lr(self) -> float:
         """Return the learning rate of the step to come."""
-        config, schedule = self.config, self.config.schedule
-        k = n_plateaus(self.val_losses, schedule.plateau_evals, config.eval.min_change)
-        peak = config.optim.peak_lr
-        return lr_at(self.step_count, self._horizon(), schedule, peak, n_plateaus=k)
+        state, schedule = self.state, self.config.schedule
+        k = n_plateaus(state.val_losses, schedule.plateau_evals, self.config.eval.min_change)
+        peak = self.config.optim.peak_lr
+        return lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
 
-    def _horizon(self) -> int:
-        """Return the number of steps; before train.hours has been measured, the end is far away."""
-        return self.total_steps if self.total_steps is not None else 10**12
+    def _after_first_step(self, started_s: float) -> None:
+        """Note how long the first step of this process took, which compiled."""
+        self.compiling = False
+        self._synchronize()
+        steady(self.config.distributed, self.world)
+        self.state.first_step_s = first_s = time.perf_counter() - started_s
+        if self.console and (cache := compile_cache_use()):
+            self.console.note(f"first step after {first_s:.1f} s (compile cache {cache})")
 
-    def progress(self) -> tuple[float, float | None]:
-        """Return the part of the run that is done, in [0, 1], and the seconds left, if known."""
-        if self.total_steps is None:  # train.hours, before it is known how many steps it makes
-            left_s = max(self._left_s(), 0.0)
-            return self.trained_s / (self.trained_s + left_s), left_s
-        left = self.account.left_s(self.step_count, self.total_steps)
-        return min(self.step_count / self.total_steps, 1.0), left
+    def _look(self) -> Numbers | None:
+        """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
+        numbers = self.recovery.look(self.train_loader)
+        if numbers is None:
+            self._move()
+        return numbers
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.step_count % every == 0
+    def _move(self) -> None:
+        """Put position and loader at the next sample that is trained on."""
+        self.state.position = self.recovery.policy.next_position(self.state.position)
+        with self.train_loader as loader:
+            self.train_loader = loader.at(self.state.position)
 
     def _finished(self, until: int | None) -> bool:
+        state, pace = self.state, self.state.account
+        # The data end.
         ends = (until, self.train_loader.end)
-        if any(end is not None and self.position >= end for end in ends):
+        if any(end is not None and state.position >= end for end in ends):
             return True
-        pace = self.account
-        if self.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
+        # The time is over; the number of steps that it holds is estimated once.
+        if state.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
             step_s = (pace.steady_s + pace.steady_wait_s) / pace.n_steady
-            total = self.step_count + int(self._left_s() / step_s)
-            self.total_steps = self.world.share(total)
-        if self.lockstep.time_over or (self.world.size == 1 and self._left_s() <= 0):
+            state.total_steps = self.world.share(state.step + int(state.left_s / step_s))
+        if self.lockstep.time_over or (self.world.size == 1 and state.left_s <= 0):
             return True
+        # The validation loss no longer falls, or the last step is done.
         patience, min_change = self.config.eval.patience, self.config.eval.min_change
-        if patience is not None and n_stale(self.val_losses, min_change) >= patience:
+        if patience is not None and n_stale(state.val_losses, min_change) >= patience:
             return True
-        return self.total_steps is not None and self.step_count >= self.total_steps
+        return state.total_steps is not None and state.step >= state.total_steps
 
     def _after_step(self, last: bool) -> None:
-        config = self.config
+        """Evaluate, save and sample where that is due."""
+        state, config = self.state, self.config
         if self.console:
-            n_tokens = self.reporter.n_tokens
-            self.console.progress(self.step_count, self.total_steps, n_tokens, *self.progress())
-        self.last_eval = {}
-        save, before = self._due(config.checkpoint.every_steps) or last, self.best_val_loss
-        if self.val_dataset is not None and (self._due(config.eval.every_steps) or last):
+            progress = state.progress()
+            self.console.progress(state.step, state.total_steps, state.tokens, *progress)
+        state.last_eval, best = {}, state.best_val_loss
+        if self.val_dataset is not None and (state.due(config.eval.every_steps) or last):
             self.evaluate()
-        if save or self.best_val_loss < before:
+        if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
         self.lockstep.watchdog.beat()
-        samples = self._due(config.eval.sample_every_steps) or last
-        if self.sampler and samples and not self.eval_due:
-            self.reporter.sample()
+        samples = state.due(config.eval.sample_every_steps) or last
+        if self.sampler and samples and not state.eval_due:
+            self._sample(self.sampler)
             self.lockstep.watchdog.beat()
 
     def _synchronize(self) -> None:
@@ -348,7 +341,7 @@ class Trainer:
         """Save the state before the step that hangs, from another thread, and stop training.
 
         Returns:
-            Whether it trained; the training thread then never goes on: end the process.
+            Whether it trained; the training thread is then stopped for good: end the process.
 
         Raises:
             CheckpointError: it could not be saved.
@@ -356,11 +349,12 @@ class Trainer:
         """
         if not self.guard.take_over():
             return False
+        state = self.state
         with self.guard.beside() as reached:
             if reached:
-                self.recovery.forget(self.step_count - reached[0])
-                self.step_count, self.position, self.reporter.n_tokens = reached
-            self.recovery.save_unless_bad(self.guard.rng)
+                self.recovery.forget(state.step - reached[0])
+                state.step, state.position, state.tokens = reached
+            self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
         return True
 
     # ---- evaluation and samples ----------------------------------------------------------------
@@ -374,9 +368,10 @@ class Trainer:
         if self.val_dataset is None:
             raise UserError("there is no validation split to evaluate on; give the Trainer one")
         gc.collect()
-        self.eval_due = True
-        with self.ema.in_use(), self.guard.opened(), self.account.measure("eval"):
-            self.last_eval = evaluate(
+        state = self.state
+        state.eval_due = True
+        with self.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
+            state.last_eval = evaluate(
                 self.model,
                 self.val_dataset,
                 self.config,
@@ -386,19 +381,30 @@ class Trainer:
                 should_stop=lambda: self._decide_together() and self.guard.is_open,
                 world=self.world,
             )
-        self.eval_due = not self.last_eval
-        if self.eval_due:  # it was cut off: it is made up for when the run goes on
+        state.eval_due = not state.last_eval
+        if state.eval_due:  # it was cut off: it is made up for when the run is resumed
             return {}
-        self.reporter.evaluation(self.last_eval)
-        loss = self.last_eval["val_loss"]
-        self.val_losses.append(math.inf if loss is None else loss)
-        self.best_val_loss = min(self.best_val_loss, self.val_losses[-1])
-        return self.last_eval
+        self.reporter.evaluation(state.last_eval)
+        loss = state.last_eval["val_loss"]
+        state.val_losses.append(math.inf if loss is None else loss)
+        state.best_val_loss = min(state.best_val_loss, state.val_losses[-1])
+        return state.last_eval
+
+    def _sample(self, sampler: Sampler) -> None:
+        """Let the model continue the next of the prompts."""
+        every = self.config.eval.sample_every_steps
+        number = self.state.step // every if every else 0
+        self.model.eval()
+        opened, measured = self.guard.opened(), self.state.account.measure("sample")
+        with self.ema.in_use(), opened, measured, gathered(self.model, self.world):
+            prompt, text = sampler(self.model, number)
+        self.model.train()
+        self.reporter.sample(prompt, text)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path | None:
-        """Save everything that the run needs to go on as if it had not stopped.
+        """Save everything that the run needs to continue as if it had not stopped.
 
         Returns:
             The checkpoint's folder, complete after ``writer.wait()``; None without a run folder.
@@ -406,7 +412,7 @@ class Trainer:
         return self.saver.save()
 
     def load_checkpoint(self, path: Path) -> Checkpoint:
-        """Restore all that `save_checkpoint` saved at ``path``; training goes on from there.
+        """Restore all that `save_checkpoint` saved at ``path``; training continues from there.
 
         The loader is not moved: build it at ``checkpoint.state["position"]``.
 

@@ -1,20 +1,25 @@
-"""How a run ends: done, stopped by a signal, given up in the middle of a step, or failed."""
+"""What a run says at its start, and how it ends: done, stopped, given up in a step, or failed."""
 
 import contextlib
 import platform
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redacted
-from fasttrain.config import UserError
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
+from fasttrain.data.format import TokenDataset
+from fasttrain.data.loader import Loader
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
 from fasttrain.distributed.world import record_failure
 from fasttrain.engine.plan import warnings_of_step
+from fasttrain.engine.state import RunState
+from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.cpu.blocks import why_unfit
@@ -37,16 +42,16 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         folder: its folder, with the console.
         started: when this process began, by `time.perf_counter`.
     """
-    before = (trainer.step_count, trainer.trained_s, trainer.reporter.n_tokens)
-    several = trainer.world.size > 1
+    state, saver, world = trainer.state, trainer.saver, trainer.world
+    before = replace(state)
 
     def end(outcome: Outcome) -> int:
         if folder.console:
             wall_s = time.perf_counter() - started
-            show_end(trainer, folder.console, outcome, wall_s, *before)
+            show_end(folder.console, trainer.config, folder.path, outcome, wall_s, before, state)
         if outcome == "stopped":
             return EXIT_STOPPED
-        return EXIT_DONE if trainer.saver.saved_at == trainer.step_count else EXIT_FAILED
+        return EXIT_DONE if saver.saved_at == state.step else EXIT_FAILED
 
     def rescue() -> None:
         """Save the state before a step that does not end, and end the process."""
@@ -63,19 +68,16 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
 
     def told_to_stop(reason: str) -> None:
         trainer.stop_for(reason)
-        call_ranks(trainer.world)
-
-    def called(rank: int) -> None:
-        signals.call(f"rank {rank} is to stop")
+        call_ranks(world)
 
     signals = StopSignals(
         stop=told_to_stop,
         rescue=rescue,
         patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
-        echo_s=ECHO_S if several else 0.0,
+        echo_s=ECHO_S if world.size > 1 else 0.0,
     )
     try:
-        with signals, hearing_ranks(trainer.world, called):
+        with signals, hearing_ranks(world, lambda r: signals.call(f"rank {r} is to stop")):
             outcome = trainer.fit()
             try:
                 trainer.close()
@@ -84,7 +86,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
                     raise
                 folder.warn(str(error))  # it can be resumed from an older one, if there is any
             # torchrun ends all ranks when the first ends, by a signal: they end together.
-            statuses = trainer.world.gather(end(outcome)) if several else [end(outcome)]
+            statuses = world.gather(end(outcome))
         return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
     except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
         record_failure(redacted(error))
@@ -95,58 +97,59 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             trainer.close()
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = counted(torch.get_num_threads(), "thread")
-    return f"{platform.processor() or platform.machine()} CPU, {threads}"
-
-
-def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
-    """Show what is about to run; ``source`` is the checkpoint it goes on from."""
-    config, model = trainer.config, trainer.model
-    m, step = config.model, trainer.train_step
-    train, val = trainer.train_loader.dataset, trainer.val_dataset
-    dropped = trainer.train_loader.dropped_tokens  # ends of long documents, or of the split
-    assert val is not None
-    named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
+def show_start(
+    console: Console,
+    config: TrainConfig,
+    step: TrainStep,
+    state: RunState,
+    loader: Loader,
+    val: TokenDataset,
+    run_dir: Path,
+    source: Path | None,
+) -> None:
+    """Show what is about to run; ``source`` is the checkpoint that it continues."""
+    world, m, device = step.world, config.model, step.loss.device
+    # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    on_cpu = trainer.device.type == "cpu" and config.run.compile in ("auto", "c++")
-    if on_cpu and (reason := why_unfit(config)):
+    name = f"{platform.processor() or platform.machine()} CPU, "
+    name += counted(torch.get_num_threads(), "thread")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
         compiled += f" ({reason})"
-    if trainer.total_steps is None:
-        plan = f"{config.train.hours} h"
-    else:
-        tokens = trainer.total_steps * trainer.tokens_per_step
-        plan = f"{counted(trainer.total_steps, 'step')} × {trainer.tokens_per_step:,} tokens"
-        samples = trainer.total_steps * trainer.samples_per_step
-        epochs = samples / trainer.train_loader.samples_per_epoch
-        plan += f" = {format_count(tokens)} tokens, {epochs:.2f} epochs"
-    world = trainer.world
+    # On what, and for how long
+    named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
+    tokens, dropped = format_count(loader.dataset.n_tokens), loader.dropped_tokens
+    outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
+    plan = f"{config.train.hours} h"
+    if state.total_steps is not None:
+        samples = state.total_steps * state.samples_per_step
+        per_step = state.samples_per_step * config.data.seq_len
+        plan = f"{counted(state.total_steps, 'step')} × {per_step:,} tokens"
+        epochs = samples / loader.samples_per_epoch
+        plan += f" = {format_count(state.total_steps * per_step)} tokens, {epochs:.2f} epochs"
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
-        ("device", f"{_device_name(trainer.device)} · {trainer.precision.name} · {compiled}"),
+        ("device", f"{name} · {step.precision.name} · {compiled}"),
         (
             "model",
-            f"{format_count(model.num_parameters())} parameters: {counted(m.n_layers, 'layer')} × "
-            f"{m.dim}, {counted(m.n_heads, 'head')}, vocabulary {m.vocab_size:,}, "
-            f"context {config.data.seq_len}",
+            f"{format_count(step.model.num_parameters())} parameters: "
+            f"{counted(m.n_layers, 'layer')} × {m.dim}, {counted(m.n_heads, 'head')}, "
+            f"vocabulary {m.vocab_size:,}, context {config.data.seq_len}",
         ),
         (
             "data",
-            f"{redact(named)}: "
-            f"{format_count(train.n_tokens)} tokens to train on"
-            f"{f' ({format_count(dropped)} in no sequence)' if dropped else ''}, "
+            f"{redact(named)}: {tokens} tokens to train on{outside}, "
             f"{format_count(val.n_tokens)} to validate",
         ),
         ("plan", plan),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
-        ("run", str(trainer.run_dir)),
+        ("run", str(run_dir)),
     ]
     if source is not None:
-        left = "" if trainer.step_count != trainer.total_steps else ": nothing is left to train"
-        rows.append(("resumed", f"{source} at step {trainer.step_count:,}{left}"))
+        left = "" if state.step != state.total_steps else ": nothing is left to train"
+        rows.append(("resumed", f"{source} at step {state.step:,}{left}"))
     console.header(rows)
     for warning in warnings_of_step(config, world.size):
         console.warn(warning)
@@ -155,56 +158,36 @@ def show_start(trainer: Trainer, console: Console, source: Path | None) -> None:
 
 
 def show_end(
-    trainer: Trainer,
     console: Console,
+    config: TrainConfig,
+    run_dir: Path,
     outcome: str,
     wall_s: float,
-    first_step: int,
-    trained_before_s: float,
-    tokens_before: int,
+    before: RunState,
+    state: RunState,
 ) -> None:
-    """Show how the run ended.
-
-    Args:
-        trainer: the run; its checkpoint is complete.
-        console: where to.
-        outcome: as `Trainer.fit` returns it.
-        wall_s: seconds since this process began the run, or to go on with it.
-        first_step: step at which it began.
-        trained_before_s: seconds that the steps before took.
-        tokens_before: tokens that these were trained on.
-    """
-    assert trainer.run_dir is not None
-    n_steps, trained_s = trainer.step_count - first_step, trainer.trained_s - trained_before_s
+    """Show how a run ended, ``wall_s`` after its process began, from the state ``before``."""
+    n_steps, trained_s = state.step - before.step, state.trained_s - before.trained_s
     time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
-    n_tokens = trainer.reporter.n_tokens - tokens_before
+    n_tokens = state.tokens - before.tokens
     speed = f"{n_tokens / max(trained_s, 1e-9):,.0f} tokens/s over {counted(n_steps, 'step')}"
-    if first_step:
-        time += f" (with what came before: {format_duration(trainer.trained_s)} in steps)"
+    if before.step:
+        time += f" (with what came before: {format_duration(state.trained_s)} in steps)"
     else:
-        speed += f", first step after {trainer.first_step_s or 0.0:.1f} s"
+        speed += f", first step after {state.first_step_s or 0.0:.1f} s"
     rows = [("time", time), ("speed", speed)] if n_steps else [("time", time)]
-    val = trainer.last_eval
-    if val:
-        bpb = val["val_bpb"]
-        rows.append(
-            (
-                "validation",
-                f"loss {val['val_loss']:.4f}, best {trainer.best_val_loss:.4f}"
-                + (f", {bpb:.4f} bits per byte" if bpb is not None else "")
-                + f", accuracy {val['val_accuracy']:.1%}",
-            )
-        )
-    rows.append(("checkpoint", str(checkpoint.resolve(trainer.run_dir, which="latest"))))
+    if val := state.last_eval:
+        bpb = "" if val["val_bpb"] is None else f", {val['val_bpb']:.4f} bits per byte"
+        text = f"loss {val['val_loss']:.4f}, best {state.best_val_loss:.4f}{bpb}"
+        rows.append(("validation", f"{text}, accuracy {val['val_accuracy']:.1%}"))
+    rows.append(("checkpoint", str(checkpoint.resolve(run_dir, which="latest"))))
     if outcome == "done":
-        prompt = next(iter(trainer.config.eval.prompts or ()), "")
+        prompt = next(iter(config.eval.prompts or ()), "")
         # Behind a space it would be taken for an option.
         prompt = ("=" if prompt.startswith("-") else " ") + shlex.quote(prompt)
-        known = (trainer.run_dir / "tokenizer.json").is_file()
-        tokenizer = "" if known else " --tokenizer PATH"
-        run_dir = shlex.quote(str(trainer.run_dir))
-        command = f"python -m fasttrain.generate {run_dir} --prompt{prompt}{tokenizer}"
-        rows.append(("generate", command))
+        tokenizer = "" if (run_dir / "tokenizer.json").is_file() else " --tokenizer PATH"
+        command = f"python -m fasttrain.generate {shlex.quote(str(run_dir))}"
+        rows.append(("generate", f"{command} --prompt{prompt}{tokenizer}"))
     else:
         rows.append(("resume", "the same command with --resume auto"))
     console.summary(rows, title="done" if outcome == "done" else "stopped")

@@ -1,14 +1,12 @@
 """What a checkpoint was made of, and whether a run may go on from it."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,10 +25,7 @@ from fasttrain.config.untrusted import misfit
 from fasttrain.data.format import TokenDataset
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.schedule import lr_at
-
-if TYPE_CHECKING:
-    from fasttrain.engine.trainer import Trainer
-
+from fasttrain.engine.state import RunState
 
 LR_JUMP = 0.1  # of the peak: more than that between two steps is told
 
@@ -265,21 +260,19 @@ def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
     return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
 
 
-def begin_branch(trainer: Trainer, source: Path) -> None:
-    """Make a trainer that has loaded ``source`` a run of its own: what was best there is not here.
+def begin_branch(state: RunState, config: TrainConfig, source: Path) -> None:
+    """Make the state that ``source`` has restored that of a new run: without its time and losses.
 
     Raises:
-        UserError: its horizon does not lie after the checkpoint.
+        UserError: the horizon does not lie after the checkpoint.
     """
-    if trainer.config.train.hours is not None:
-        trainer.total_steps = None  # to be measured: not what the other run's hours came to
-    step, end = trainer.step_count, trainer.total_steps
+    if config.train.hours is not None:
+        state.total_steps = None  # to be measured: not what the other run's hours came to
+    step, end = state.step, state.total_steps
     if end is not None and end <= step:
-        trainer.close()
         raise UserError(
             f"--decay-from {source}: it is at step {step}, and this config ends at step {end}; "
             "set train.steps to where the branch is to end, counted from the run's first step"
         )
-    trainer.best_val_loss, trainer.val_losses = math.inf, []
-    trainer.eval_due, trainer.saver.saved_at = False, None
-    trainer.trained_s = 0.0
+    state.best_val_loss, state.val_losses, state.eval_due = math.inf, [], False
+    state.trained_s = 0.0

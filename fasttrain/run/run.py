@@ -133,17 +133,20 @@ def _run(
                 allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
             trainer = _build(config, world, folder, allow_change, branch_of, stop_at_step)
             if stop_at_step is not None:
-                if stop_at_step <= trainer.step_count:
+                if stop_at_step <= trainer.state.step:
                     raise UserError(
-                        f"--stop-at-step {stop_at_step}: the run is at step {trainer.step_count}; "
+                        f"--stop-at-step {stop_at_step}: the run is at step {trainer.state.step}; "
                         "name a later step"
                     )
                 trainer.request_stop(stop_at_step)
             if folder.console:
-                show_start(trainer, folder.console, folder.source)
-                assert trainer.val_dataset is not None
-                data = (trainer.train_loader.dataset, trainer.val_dataset)
-                for line in warnings_of_data(trainer.config, *data):
+                config, loader, val = trainer.config, trainer.train_loader, trainer.val_dataset
+                assert val is not None
+                step, state = trainer.train_step, trainer.state
+                show_start(
+                    folder.console, config, step, state, loader, val, folder.path, folder.source
+                )
+                for line in warnings_of_data(config, loader.dataset, val):
                     folder.warn(line)
                 if unused := unused_mode(config.distributed, world.size):
                     folder.warn(unused)
@@ -326,16 +329,17 @@ def _build(
     if source is not None:
         try:
             trainer.load_checkpoint(source)
+            if branch_of is not None:
+                origin.begin_branch(trainer.state, config, branch_of)
+                trainer.saver.saved_at = None
         except UserError:
             trainer.close()
             raise
-        jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
+        jump = None if branch_of else lr_jump(source, state, config, trainer.state.total_steps)
         if world.leads and jump:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left
         trainer.reporter.drop_after(0)
-    if branch_of is not None:
-        origin.begin_branch(trainer, branch_of)
     if world.leads:
         (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
     return trainer

@@ -202,9 +202,9 @@ def test_C15_a_step_that_hangs_on_the_device_is_given_up(
     loss = hung.train_step.criterion
 
     def hangs(*inputs: Any) -> Tensor:
-        if hung.step_count == 3 and not stalls:
+        if hung.state.step == 3 and not stalls:
             stalls.append(Stall())
-        elif hung.step_count == 4:
+        elif hung.state.step == 4:
             torch.cuda.synchronize()  # as a launch does once there are 1,024
         return loss(*inputs)
 
@@ -213,7 +213,7 @@ def test_C15_a_step_that_hangs_on_the_device_is_given_up(
         hung.saver.save()
     thread = threading.Thread(target=hung.fit, daemon=True)
     thread.start()
-    wait_until(lambda: stalls and hung.step_count == 4 and hung.guard.is_open)
+    wait_until(lambda: stalls and hung.state.step == 4 and hung.guard.is_open)
     rescue = threading.Thread(target=hung.save_unfinished, daemon=True)
     rescue.start()
     rescue.join(60)
