@@ -209,7 +209,7 @@ def test_R16_a_damaged_checkpoint_is_no_place_to_go_back_to(toy: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    trainer.stop_at = None
+    trainer.stop_at = math.inf
     trainer.fit()
     assert isinstance(trainer.console, Screen)
     assert any("passing over a damaged" in warning for warning in trainer.console.warnings)

@@ -11,18 +11,14 @@ from torch import Tensor, nn
 from fasttrain.config import UserError
 from fasttrain.distributed.slices import cut
 
-__all__ = ["Ema"]
-
 
 class Ema:
     """Averages a model's parameters p over steps: average ← decay · average + (1 - decay) · p.
 
-    Args:
-        model: its trainable parameters are averaged, from their present values on.
-        decay: weight of the past a step, in (0, 1); None: there is no average, and every method
-            does nothing.
+    The average begins at the present values of the trainable parameters. ``decay`` is in (0, 1);
+    None: there is no average, and every method does nothing.
 
-    Memory: one copy of the parameters, and another while they are in use.
+    Memory: one copy of the parameters, and another while the average is in use.
 
     Source: Polyak & Juditsky 1992; with exponential weights, as in Morales-Brotons et al. 2024
     (arXiv:2411.18704).
@@ -42,8 +38,7 @@ class Ema:
     def update(self, skipped: Tensor | None = None) -> None:
         """Take the parameters of the step just done into the average; never waits for the device.
 
-        Args:
-            skipped: scalar on the device, 1 where no step was made, and the average stays; else 0.
+        ``skipped``: a scalar on the device, 1 where no step was made and the average stays, else 0.
         """
         if self.decay is None:
             return
@@ -73,8 +68,7 @@ class Ema:
     def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
 
-        Args:
-            model_state: ``model.state_dict()``; while the average is in use, that is in it.
+        ``model_state`` is ``model.state_dict()``, which holds the average while that is in use.
         """
         model = dict(model_state)
         if self.decay is None:
@@ -84,11 +78,7 @@ class Ema:
         return {"model": model, "ema": dict(zip(self.names, self.averages, strict=True))}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore the average; of a run that had none it begins at the present parameters.
-
-        Raises:
-            UserError: the average is of another model.
-        """
+        """Restore the average; of a run that had none it begins at the present parameters."""
         if self.decay is None:
             return
         if saved and set(saved) != set(self.names):

@@ -18,8 +18,6 @@ from fasttrain.engine.step import IGNORE_INDEX
 from fasttrain.model.runtime import compile_function, compiles_evaluation
 from fasttrain.model.transformer import Transformer
 
-__all__ = ["evaluate"]
-
 
 @torch.no_grad()
 def evaluate(
@@ -40,11 +38,10 @@ def evaluate(
     training, compiles one graph. The ranks of ``world`` share the batches and all return the same;
     ``should_stop`` must agree on them.
 
-    Returns:
-        ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
-        (None where the dataset does not know its bytes; of a part of the split, by the mean bytes
-        of a token) and ``val_accuracy`` of the next token.
-        Nothing where ``should_stop``, asked before each batch, said yes.
+    Returns ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
+    (None where the dataset does not know its bytes; of a part of the split, by the mean bytes of a
+    token) and ``val_accuracy`` of the next token; nothing where ``should_stop``, asked before each
+    batch, said yes.
     """
     world = world or World()
     was_training = model.training

@@ -21,27 +21,14 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.state import Fault, FaultCounts, RunState, StateGuard
-from fasttrain.engine.step import (
-    FINE,
-    NONFINITE,
-    OVERFLOW,
-    PERSISTENT,
-    SPIKE,
-    TRANSIENT,
-    Numbers,
-    StepNumbers,
-    TrainStep,
-)
+from fasttrain.engine.step import FINE, Numbers, StepNumbers, TrainStep
 from fasttrain.log.metrics import NormWatch
 
 # Steps in a row that may be skipped. An fp16 scale halves at each overflow, so that 2^16 is down to
 # 1 after 16, and only then is a gradient to blame.
 MAX_SKIPPED_IN_A_ROW = 20
 MAX_REPORTS = 20  # of a run: each holds the text of a whole step
-KINDS = {
-    **{OVERFLOW: "overflow", NONFINITE: "nonfinite", SPIKE: "spike"},
-    **{TRANSIENT: "transient", PERSISTENT: "persistent"},
-}
+KINDS = ("fine", "overflow", "nonfinite", "spike", "transient", "persistent")  # by verdict
 
 
 class Decision(NamedTuple):
@@ -54,13 +41,7 @@ class Decision(NamedTuple):
 
 
 class FaultPolicy:
-    """Decides what the keys ``on_nonfinite``, ``on_spike`` and ``max_rollbacks`` say, and counts.
-
-    Args:
-        loop: the section with these keys.
-        samples_per_step: samples of one step, over all ranks.
-        counts: where it counts.
-    """
+    """Decides by the keys ``on_nonfinite``, ``on_spike`` and ``max_rollbacks``, and counts."""
 
     def __init__(
         self, loop: LoopConfig, samples_per_step: int, counts: FaultCounts | None = None
@@ -72,13 +53,7 @@ class FaultPolicy:
     def judge(
         self, first_step: int, positions: Sequence[int], steps: Sequence[StepNumbers]
     ) -> Decision:
-        """Decide about the steps that the host has not seen yet, ``first_step`` being the first.
-
-        Args:
-            first_step: its number.
-            positions: global index of the first sample of each.
-            steps: loss, norm and verdict of each.
-        """
+        """Decide about the steps from ``first_step`` on; ``positions``: their first samples."""
         counts, warning = self.counts, ""
         found: list[Fault] = []
         for number, (position, step) in enumerate(zip(positions, steps, strict=True), first_step):
@@ -109,8 +84,7 @@ class FaultPolicy:
             return Decision("roll back" if counts.rollbacks < limit else "stop", undone, found)
         return Decision("go on", [], found, warning)
 
-    def _wish(self, fault: Fault) -> tuple[str, str]:
-        """Return the key that decides about a fault, and its value."""
+    def _wish(self, fault: Fault) -> tuple[str, str]:  # the key that decides, and its value
         name = "on_spike" if fault.kind == "spike" else "on_nonfinite"
         return name, getattr(self.loop, name)
 
@@ -161,14 +135,7 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
 
     Of several ranks each writes its own, those after the first to ``step-N-rank-R.jsonl``. They are
     read again: a step keeps no batch. With a tokenizer in the run folder each line has the text,
-    else the token ids.
-
-    Returns:
-        The file; None where the run has `MAX_REPORTS` already.
-
-    Raises:
-        OSError: the file cannot be written.
-        DataError: the samples cannot be read.
+    else the token ids. None: the run has `MAX_REPORTS` already.
     """
     folder = run_dir / "faults"
     folder.mkdir(exist_ok=True)
@@ -196,11 +163,7 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
 
 
 class Recovery:
-    """Acts on the verdicts on the steps of a run.
-
-    Attributes:
-        unseen: the first sample of each step whose verdict the host has not seen.
-    """
+    """Acts on the verdicts on the steps of a run."""
 
     def __init__(
         self,
@@ -216,7 +179,7 @@ class Recovery:
         self.policy = FaultPolicy(loop, state.samples_per_step, state.faults)
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
         self.n_micro_batches, self.run_dir = n_micro_batches, run_dir
-        self.unseen: list[int] = []
+        self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
     def forget(self, n_steps: int) -> None:
@@ -227,11 +190,7 @@ class Recovery:
     def look(self, loader: Loader) -> Numbers | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
-        Returns:
-            The numbers; None where the run went back to a checkpoint.
-
-        Raises:
-            FloatingPointError: the run has to stop.
+        None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
         """
         numbers, decision = self._judge()
         self._report(decision, loader)
@@ -252,11 +211,7 @@ class Recovery:
         raise FloatingPointError(self.policy.reason(decision, loader))
 
     def check_copies(self) -> None:
-        """Compare the ranks' copies of the parameters, where there are several.
-
-        Raises:
-            FloatingPointError: they differ; on all ranks alike.
-        """
+        """Raise FloatingPointError on all ranks where their copies of the parameters differ."""
         step, world = self.state.step, self.train_step.world
         if world.n_copies == 1:
             return
@@ -284,11 +239,7 @@ class Recovery:
         """Save now with these random states, in place of the thread that trains.
 
         Where the run is to go back, nothing is saved: from the last checkpoint on it meets the bad
-        steps again, and there is time to.
-
-        Raises:
-            CheckpointError: it could not be saved.
-            FloatingPointError: the run has to stop.
+        steps again, and there is time to. Raises FloatingPointError where it has to stop.
         """
         _, decision = self._judge()
         if decision.action == "go on":
@@ -302,7 +253,6 @@ class Recovery:
             self.reporter.warn("the steps since the last checkpoint are not saved")
 
     def _judge(self) -> tuple[Numbers, Decision]:
-        """Bring the numbers of the steps since the last time to the host, and decide about them."""
         with self.guard.opened():
             numbers = self.train_step.numbers()
         for name in ("forward_backward", "optimizer", "communication"):

@@ -51,12 +51,10 @@ class Reporter:
         self._n_fresh += n_tokens
 
     def train(self, numbers: Numbers, *, stopped: bool) -> None:
-        """Write a line for the step just done.
+        """Write a line for the step just done, with the numbers of the steps since the last line.
 
-        Args:
-            numbers: of the steps since the last line.
-            stopped: there is a line only because the run stops here. Its loss is not averaged, and
-                a run that continues drops it: both are as if it had not stopped.
+        ``stopped``: there is a line only because the run stops here. Its loss is not averaged, and
+        a resumed run drops it: both are as if it had not stopped.
         """
         state, loss = self.state, numbers.steps[-1].loss
         per_step, self._n_fresh = self._n_fresh / max(state.account.n_steps, 1), 0

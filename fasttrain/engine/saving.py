@@ -42,11 +42,7 @@ def collect(train_step: TrainStep, rank: int = 0) -> dict[str, dict[str, Tensor]
 
 
 def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> None:
-    """Put back what `collect` returned, on any number of ranks, sharded or not; none waits.
-
-    Raises:
-        UserError: the checkpoint is of another model.
-    """
+    """Put back what `collect` returned, on any number of ranks, sharded or not; none waits."""
     # Parameters, moments and their average
     model = train_step.model
     try:
@@ -57,10 +53,8 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
         stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
         load_optimizer_tensors(model, train_step.optimizers, tensors, stepped=stepped)
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{checkpoint.path}: the checkpoint is of another model: {reason}"
-        ) from error
+        what = f"{checkpoint.path}: the checkpoint is of another model"
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
     train_step.ema.load(checkpoint.group("ema"))
     # Everything else must have the shapes and types that it has here.
     rest, device = checkpoint.group("trainer"), train_step.loss.device
@@ -68,10 +62,8 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
     if "spike_count" in optional or "spike_values" in rest:
         optional.add("spike_values")  # a window of another size begins empty
     for name, mine in (train_step.state() | rng_state(device)).items():
-        there, here = (
-            "missing" if t is None else f"{tuple(t.shape)} {t.dtype}"
-            for t in (rest.get(name), mine)
-        )
+        both = (rest.get(name), mine)
+        there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in both)
         if there != here and name not in optional:
             raise UserError(
                 f"{checkpoint.path}: trainer.{name} is {there}, and not {here}; resume from an "
@@ -87,18 +79,13 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
             words = rest["cpu"].numpy().tobytes() + rank.to_bytes(8, "little")
             torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{checkpoint.path}: no state of a random generator: {reason}") from error
+        what = f"{checkpoint.path}: no state of a random generator"
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
     train_step.load(rest)
 
 
 class Saver:
-    """Saves and restores one run; without a ``run_dir`` nothing is written.
-
-    Attributes:
-        saved_at: the step of the newest checkpoint, None before the first.
-        failed_saves: in a row.
-    """
+    """Saves and restores one run; without a ``run_dir`` nothing is written."""
 
     def __init__(
         self,
@@ -115,8 +102,8 @@ class Saver:
         self.world = world = train_step.world
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
-        self.saved_at: int | None = None
-        self.failed_saves = 0
+        self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
         self._begun = False  # a save of which it is not known yet whether it was committed
         self.writer: CheckpointWriter | None = None
@@ -152,11 +139,7 @@ class Saver:
         self.watchdog.beat(self.patience_s + self.config.distributed.timeout_s)
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
-        """Save this step with these random states; return when it is committed.
-
-        Raises:
-            CheckpointError: it could not be saved.
-        """
+        """Save this step with these random states; return when it is committed."""
         if self.writer is None:
             return
         self._expect_to_wait()
@@ -230,11 +213,7 @@ class Saver:
         return checkpoint
 
     def go_back(self, before: int) -> Checkpoint | None:
-        """Restore the newest intact checkpoint from before a step, but for time and faults.
-
-        Returns:
-            The checkpoint, or None where there is none.
-        """
+        """Restore the newest intact checkpoint from before a step, but for time and faults."""
         if self.writer is None:
             return None
         self._failed_at = None
@@ -271,10 +250,7 @@ class Saver:
         self.reporter.drop_after(state.step)
 
     def close(self) -> None:
-        """Wait for the save in flight; raises CheckpointError if it failed.
-
-        Where an exception is ending the run, other ranks may be gone, and none waits for them.
-        """
+        """Wait for the save in flight; but where an error ends the run, other ranks may be gone."""
         if self.writer:
             if sys.exception() is not None:
                 self.writer.abandon()

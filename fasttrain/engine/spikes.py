@@ -14,40 +14,25 @@ Legend: W steps of the window; row 0 the loss, row 1 the gradient norm.
 import torch
 from torch import Tensor
 
-__all__ = ["SpikeWindow"]
-
 LEAST_DEVIATION = 0.01
 
 
 class SpikeWindow:
-    """The last steps' losses and gradient norms.
+    """The losses and gradient norms of the last W = ``n_steps`` steps; k = ``sigmas``.
 
-    Args:
-        n_steps: W. Nothing is a spike before half of the window is filled.
-        sigmas: k.
-        device: where losses and norms are.
-
-    Attributes:
-        values: fp32 (2, W), a ring; zero where not yet filled.
-        count: int64 scalar, how many steps have entered.
+    Nothing is a spike before half of the window is filled.
     """
 
     def __init__(self, n_steps: int, sigmas: float, device: torch.device) -> None:
         self.sigmas = sigmas
         self.slots = torch.arange(n_steps, device=device)
-        self.values = torch.zeros(2, n_steps, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.values = torch.zeros(2, n_steps, device=device)  # a ring; zero where not yet filled
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # steps that have entered
 
     def judge(self, loss: Tensor, norm: Tensor, finite: Tensor) -> Tensor:
-        """Return whether this step is a spike, and take it into the window.
+        """Return whether this step is a spike, and take it into the window if it is ``finite``.
 
-        Args:
-            loss: fp32 scalar.
-            norm: fp32 scalar.
-            finite: bool scalar, whether both are; if not, it is no spike and stays out.
-
-        Returns:
-            bool scalar on the device.
+        All are scalars on the device.
         """
         size = len(self.slots)
         filled = self.slots < self.count

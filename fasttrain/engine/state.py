@@ -5,7 +5,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +22,13 @@ _RECHECKED = {
 
 
 class Fault(NamedTuple):
-    """A step of which no update was made.
+    """A step of which no update was made."""
 
-    Attributes:
-        step: its number, the first step being 1.
-        position: global index of its first sample.
-        kind: ``overflow`` of fp16 gradients, ``nonfinite``, ``spike``; or ``transient`` or
-            ``persistent`` where the step was run again and came out otherwise.
-        loss: mean loss.
-        norm: gradient norm before clipping.
-    """
-
-    step: int
-    position: int
-    kind: str
+    step: int  # the first is 1
+    position: int  # global index of its first sample
+    kind: str  # overflow (fp16), nonfinite, spike; rechecked: transient, persistent
     loss: float
-    norm: float
+    norm: float  # before clipping
 
     @property
     def of_machine(self) -> bool:
@@ -49,29 +40,20 @@ class Fault(NamedTuple):
         return f"step {self.step}: {what} (loss {self.loss:.4g}, gradient norm {self.norm:.4g})"
 
     def saved(self) -> dict[str, Any]:
-        """Return the attributes as JSON holds them: a number that is not finite is text."""
-        numbers = {name: getattr(self, name) for name in ("loss", "norm")}
-        texts = {name: str(n) for name, n in numbers.items() if not math.isfinite(n)}
-        return self._asdict() | texts
+        """Return the fields for JSON: a number that is not finite is text."""
+        numbers = {"loss": self.loss, "norm": self.norm}
+        return self._asdict() | {k: str(n) for k, n in numbers.items() if not math.isfinite(n)}
 
 
 @dataclass
 class FaultCounts:
-    """What a run remembers of its bad steps.
+    """What a run remembers of its bad steps."""
 
-    Attributes:
-        skipped_steps: steps without an update; steps that a rollback repeats count again.
-        spikes: of these, the spikes.
-        rollbacks: how often the run went back to a checkpoint.
-        passed_over: where each batch begins that is not trained on again, in global samples.
-        row: the last steps, as far back as all of them were skipped.
-    """
-
-    skipped_steps: int = 0
-    spikes: int = 0
+    skipped_steps: int = 0  # without an update; steps that a rollback repeats count again
+    spikes: int = 0  # of these
     rollbacks: int = 0
-    passed_over: list[int] = field(default_factory=list)
-    row: list[Fault] = field(default_factory=list)
+    passed_over: list[int] = field(default_factory=list)  # first samples of skipped batches
+    row: list[Fault] = field(default_factory=list)  # the last steps, while all were skipped
 
     def saved(self) -> dict[str, Any]:
         """Return this for JSON."""
@@ -79,73 +61,48 @@ class FaultCounts:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore what `saved` returned."""
-        self.skipped_steps, self.spikes = saved["skipped_steps"], saved["spikes"]
-        self.rollbacks, self.passed_over = saved["rollbacks"], list(saved["passed_over"])
-        self.row = [
-            Fault(step, position, kind, float(loss), float(norm))
-            for step, position, kind, loss, norm in saved["row"]
-        ]
+        row = [Fault(*what[:3], *map(float, what[3:])) for what in saved["row"]]
+        vars(self).update(saved, row=row)
 
 
 @dataclass
 class RunState:
-    """Where a run is; ``state.json`` has the attributes of `SAVED` under the same names.
+    """Where a run is. All down to ``faults`` is saved, under the same names."""
 
-    Attributes:
-        samples_per_step: of all ranks together.
-        total_steps: the horizon; None until a horizon in hours has been measured.
-        position: global index of the next sample.
-        regular: all steps of the run had as many samples of the same length.
-        tokens: targets that were trained on, padding left out, over all ranks.
-        trained_s: seconds inside steps, over all sessions of the run.
-        eval_due: the evaluation of this step has begun and is not done.
-        val_losses: of all evaluations of the run.
-        loss_ema: moving average of the logged losses.
-        last_eval: the result of this step's evaluation, or empty.
-        limit_s: how long the run may train.
-        lr: of the last step.
-        first_step_s: how long this session's first step took, with compilation.
-        account: the wall clock of this session.
-    """
-
-    samples_per_step: int
-    total_steps: int | None
-    position: int
-    regular: bool
+    samples_per_step: int  # of all ranks together
+    total_steps: int | None  # None until a horizon in hours has been measured
+    position: int  # global index of the next sample
+    regular: bool  # all steps of the run had as many samples of the same length
     step: int = 0
-    tokens: int = 0
-    trained_s: float = 0.0
-    eval_due: bool = False
+    tokens: int = 0  # targets trained on, padding left out, over all ranks
+    trained_s: float = 0.0  # inside steps, over all sessions
+    eval_due: bool = False  # the evaluation of this step has begun and is not done
     best_val_loss: float = math.inf
-    val_losses: list[float] = field(default_factory=list)
+    val_losses: list[float] = field(default_factory=list)  # of all evaluations
     loss_ema: LossTracker = field(default_factory=LossTracker)
     faults: FaultCounts = field(default_factory=FaultCounts)
-    last_eval: dict[str, float | None] = field(default_factory=dict)
-    limit_s: float = math.inf
-    lr: float = 0.0
-    first_step_s: float | None = None
+    # Of this session
+    limit_s: float = math.inf  # how long the run may train
+    last_eval: dict[str, float | None] = field(default_factory=dict)  # of this step, or empty
+    lr: float = 0.0  # of the last step
+    first_step_s: float | None = None  # with compilation
     account: TimeAccount = field(default_factory=lambda: TimeAccount(0))
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON holds it: a loss that is not finite is null."""
-        best, *losses = (
-            loss if math.isfinite(loss) else None for loss in (self.best_val_loss, *self.val_losses)
-        )
-        return {name: getattr(self, name) for name in SAVED} | {
-            "best_val_loss": best,
-            "val_losses": losses,
-            "loss_ema": self.loss_ema.value,
-            "faults": self.faults.saved(),
-        }
+        names = [f.name for f in fields(self)]
+        found = {name: getattr(self, name) for name in names[: names.index("limit_s")]}
+        all_losses = (self.best_val_loss, *self.val_losses)
+        best, *losses = (loss if math.isfinite(loss) else None for loss in all_losses)
+        found |= {"best_val_loss": best, "val_losses": losses}
+        return found | {"loss_ema": self.loss_ema.value, "faults": self.faults.saved()}
 
     def go_back(self, saved: Mapping[str, Any], seq_len: int) -> None:
         """Restore what `saved` returned, but for time, horizon and faults."""
         self.step, self.position = saved["step"], saved["position"]
         self.tokens = saved.get("tokens", self.position * seq_len)  # of a save without the count
-        self.best_val_loss, *self.val_losses = (
-            math.inf if loss is None else loss
-            for loss in (saved["best_val_loss"], *saved.get("val_losses", []))
-        )
+        losses = (saved["best_val_loss"], *saved.get("val_losses", []))
+        self.best_val_loss, *self.val_losses = (math.inf if x is None else x for x in losses)
         self.loss_ema.value = saved["loss_ema"]
         self.last_eval, self.eval_due = {}, saved["eval_due"]
 
@@ -180,12 +137,6 @@ class RunState:
         return min(self.step / self.total_steps, 1.0), left
 
 
-SAVED = (
-    *("samples_per_step", "total_steps", "position", "regular", "step", "tokens", "trained_s"),
-    *("eval_due", "best_val_loss", "val_losses", "loss_ema", "faults"),
-)
-
-
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """Return the states of torch's random generators, by the name in the checkpoint."""
     rng = {"cpu": torch.get_rng_state()}
@@ -211,15 +162,11 @@ class StateGuard:
 
     Forward and backward, evaluation and samples may last: a compiler runs, a disk hangs. Parameters
     and moments are then still those of the last whole step, and another thread may take them over.
-
-    Attributes:
-        rng: the random state at the beginning of what is being computed.
-        is_open: whether the training thread only computes now.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rng: dict[str, Tensor] = {}
-        self.is_open = False
+        self.rng: dict[str, Tensor] = {}  # at the beginning of what is being computed
+        self.is_open = False  # whether the training thread only computes now
         self._device = device
         self._begun: deque[tuple[torch.cuda.Event, tuple[int, ...], dict[str, Tensor]]] = deque()
         self._lock = threading.Lock()

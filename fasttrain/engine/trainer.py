@@ -17,7 +17,7 @@ import torch
 
 from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.data.format import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep
@@ -50,18 +50,8 @@ Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number 
 class Trainer:
     """Trains a model: steps, evaluation, samples, checkpoints and the log.
 
-    Args:
-        model: maps tokens (B, T) to hidden states (B, T, D); ``head_weight`` (V, D) makes logits.
-        optimizers: their parameters are disjoint. Each parameter group may carry ``lr_scale``, a
-            factor on the schedule's learning rate.
-        config: the resolved configuration.
-        train_loader: micro-batches of as many rows as `step_shape` says.
-        val_dataset: the held-out split; None: nothing is evaluated.
-        run_dir: where metrics, samples and checkpoints go; None: nothing is written.
-        console: where a person looks; None: silence.
-        sampler: makes the samples of ``eval.sample_every_steps``.
-        recorded: further facts for the checkpoint's state, such as fingerprints of the data.
-        world: the ranks, their mode chosen and ``model`` sharded where that says so.
+    The loader gives micro-batches of as many rows as `step_shape` says; ``model`` is sharded where
+    the mode of ``world`` says so. ``recorded`` goes into each checkpoint's ``state.json``.
     """
 
     def __init__(
@@ -118,7 +108,7 @@ class Trainer:
         self.recovery = Recovery(
             state, step, config.train, self.saver, self.guard, self.accumulation, run_dir
         )
-        self.stop_at: int | None = None
+        self.stop_at: float = math.inf
         self.stop_reason: str | None = None
         self.compiling = True  # until the first step of this process is done
 
@@ -127,12 +117,8 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the horizon or to a requested stop; evaluate and save at the end.
 
-        Returns:
-            ``done``, or ``stopped`` where `request_stop` ended it with a checkpoint.
-
         Raises:
-            FloatingPointError: losses or gradients were not finite, or spikes, and the run may
-                neither skip them nor go back.
+            FloatingPointError: a step is bad, and the run may neither skip it nor go back.
         """
         with self.guard.training():
             return self._train(until=None)
@@ -143,18 +129,15 @@ class Trainer:
         with self.guard.training():
             return self._train(until=(self.state.position // per_epoch + 1) * per_epoch)
 
-    def request_stop(self, at_step: int | None = None) -> None:
-        """Make the loop end with a checkpoint after ``at_step``; None: after the step under way."""
-        self.stop_at = 0 if at_step is None else at_step
+    def request_stop(self, at_step: int = 0) -> None:
+        """Make the loop end with a checkpoint after ``at_step``, or after the step under way."""
+        self.stop_at = at_step
 
     def stop_for(self, reason: str) -> None:
         """As `request_stop`, from any thread; the loop says why. One rank speaks for all."""
         self.stop_reason = reason
         if self.world.size == 1:
             self.request_stop()
-
-    def _stops_here(self) -> bool:
-        return self.stop_at is not None and self.state.step >= self.stop_at
 
     def _decide_together(self) -> bool:
         """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
@@ -185,7 +168,7 @@ class Trainer:
             if check_every:
                 self.recovery.check_copies()
             while not self._finished(until):
-                if self._stops_here():
+                if state.step >= self.stop_at:
                     if self._look() is None:
                         continue
                     if self.stop_reason and self.console:
@@ -209,7 +192,7 @@ class Trainer:
                 self._decide_together()
                 # Its verdict, before anything is saved; its line of the log
                 last = self._finished(until)
-                log, stopping = log or last, self._stops_here()
+                log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
                     numbers = self._look()
@@ -226,6 +209,11 @@ class Trainer:
             gc.unfreeze()
             gc.enable()
         return "stopped" if state.eval_due else "done"
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            with self.guard.opened():
+                torch.cuda.synchronize(self.device)
 
     def _step(self) -> bool:
         """Run and time one step; return whether its numbers are to be logged."""
@@ -322,17 +310,8 @@ class Trainer:
             self._sample(self.sampler)
             self.lockstep.watchdog.beat()
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            with self.guard.opened():
-                torch.cuda.synchronize(self.device)
-
     def close(self) -> None:
-        """Wait for the checkpoint being written, then end the threads and close the files.
-
-        Raises:
-            CheckpointError: that checkpoint could not be written.
-        """
+        """Wait for the checkpoint being written, which may fail; end the threads, close files."""
         with contextlib.ExitStack() as stack:  # from the last on, whatever fails of them
             for part in (self.saver, self.reporter, self.profiler, self.train_loader):
                 stack.callback(part.close)
@@ -340,12 +319,8 @@ class Trainer:
     def save_unfinished(self) -> bool:
         """Save the state before the step that hangs, from another thread, and stop training.
 
-        Returns:
-            Whether it trained; the training thread is then stopped for good: end the process.
-
-        Raises:
-            CheckpointError: it could not be saved.
-            FloatingPointError: a step before it is bad, and the run has to stop.
+        True: the training thread is stopped for good, end the process; False: it did not train.
+        Raises CheckpointError, or FloatingPointError where an earlier step ends the run.
         """
         if not self.guard.take_over():
             return False
@@ -357,14 +332,10 @@ class Trainer:
             self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
         return True
 
-    # ---- evaluation and samples ----------------------------------------------------------------
+    # ---- evaluation, samples, checkpoints ------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`).
-
-        Raises:
-            UserError: there is no validation split.
-        """
+        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`)."""
         if self.val_dataset is None:
             raise UserError("there is no validation split to evaluate on; give the Trainer one")
         gc.collect()
@@ -401,23 +372,10 @@ class Trainer:
         self.model.train()
         self.reporter.sample(prompt, text)
 
-    # ---- checkpoints ---------------------------------------------------------------------------
-
     def save_checkpoint(self) -> Path | None:
-        """Save everything that the run needs to continue as if it had not stopped.
-
-        Returns:
-            The checkpoint's folder, complete after ``writer.wait()``; None without a run folder.
-        """
+        """Save all that the run needs to continue; complete after ``writer.wait()``."""
         return self.saver.save()
 
     def load_checkpoint(self, path: Path) -> Checkpoint:
-        """Restore all that `save_checkpoint` saved at ``path``; training continues from there.
-
-        The loader is not moved: build it at ``checkpoint.state["position"]``.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged.
-            UserError: it is of another model.
-        """
+        """Restore what was saved at ``path``, but for the loader: build it at that position."""
         return self.saver.load(path)

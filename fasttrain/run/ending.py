@@ -13,11 +13,11 @@ from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redacted
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
-from fasttrain.data.format import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.distributed.world import record_failure
-from fasttrain.engine.plan import warnings_of_step
+from fasttrain.distributed.world import record_failure, unused_mode
+from fasttrain.engine.plan import warnings_of_data, warnings_of_step
 from fasttrain.engine.state import RunState
 from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Outcome, Trainer
@@ -35,13 +35,7 @@ ECHO_S = 3.0
 
 
 def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
-    """Train to the end or to a signal; say how it ended and return the exit status.
-
-    Args:
-        trainer: the run.
-        folder: its folder, with the console.
-        started: when this process began, by `time.perf_counter`.
-    """
+    """Train to the end or to a signal; say how it ended and return the exit status."""
     state, saver, world = trainer.state, trainer.saver, trainer.world
     before = replace(state)
 
@@ -98,26 +92,26 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
 
 
 def show_start(
-    console: Console,
+    folder: RunFolder,
     config: TrainConfig,
     step: TrainStep,
     state: RunState,
     loader: Loader,
     val: TokenDataset,
-    run_dir: Path,
-    source: Path | None,
 ) -> None:
-    """Show what is about to run; ``source`` is the checkpoint that it continues."""
+    """Show what is about to run, and what will hurt it."""
+    assert folder.console is not None
     world, m, device = step.world, config.model, step.loss.device
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    name = f"{platform.processor() or platform.machine()} CPU, "
-    name += counted(torch.get_num_threads(), "thread")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
-        compiled += f" ({reason})"
+    else:
+        threads = counted(torch.get_num_threads(), "thread")
+        name = f"{platform.processor() or platform.machine()} CPU, {threads}"
+        if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
+            compiled += f" ({reason})"
     # On what, and for how long
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
     tokens, dropped = format_count(loader.dataset.n_tokens), loader.dropped_tokens
@@ -145,16 +139,20 @@ def show_start(
         ),
         ("plan", plan),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
-        ("run", str(run_dir)),
+        ("run", str(folder.path)),
     ]
-    if source is not None:
+    if folder.source is not None:
         left = "" if state.step != state.total_steps else ": nothing is left to train"
-        rows.append(("resumed", f"{source} at step {state.step:,}{left}"))
-    console.header(rows)
+        rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
+    folder.console.header(rows)
     for warning in warnings_of_step(config, world.size):
-        console.warn(warning)
+        folder.warn(warning)
     if step.compile_mode not in modes:
-        console.note("compiling: the first step waits for it")
+        folder.note("compiling: the first step waits for it")
+    for warning in warnings_of_data(config, loader.dataset, val):
+        folder.warn(warning)
+    if unused := unused_mode(config.distributed, world.size):
+        folder.warn(unused)
 
 
 def show_end(

@@ -3,8 +3,10 @@
 Of several ranks the first finds and locks it; the others are told.
 """
 
+import contextlib
 import fcntl
 import glob
+import itertools
 import os
 import shutil
 import socket
@@ -17,44 +19,28 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 
-__all__ = ["RunFolder", "check_disk", "lock_run_dir", "new_run_dir", "run_dir_of"]
-
 
 class RunFolder:
     """The folder of this run, until `close`.
 
-    Args:
-        config: the configuration.
-        name: of a new folder where ``run.name`` is unset.
-        resume: ``auto``: the newest checkpoint of this config's run, or a new run where there was
-            none yet; or the path of a run or checkpoint folder; None: a new run.
-        world: the ranks of the run. Where torchrun has restarted them it is ``auto`` for the folder
-            that they had.
-
-    Attributes:
-        path: the folder.
-        source: the verified checkpoint to go on from, or None.
-        new: whether this process made the folder.
-        console: where a person looks; None on all ranks but the first.
-
-    Raises:
-        UserError: there is none to resume, it cannot be written, or another run has it.
+    Where ``resume`` is ``auto``, the newest checkpoint of this config's run is continued, or a new
+    run begins where there is none yet; else ``resume`` is the path of a run or checkpoint folder;
+    None: a new run, in a folder of ``name`` where ``run.name`` is unset. Where torchrun has
+    restarted the ranks, they continue in the folder that they had.
     """
 
     def __init__(self, config: TrainConfig, name: str, resume: str | None, world: World) -> None:
         self.world = world
-        self.console: Console | None = None
+        self.console: Console | None = None  # of the first rank alone
         self._lock: TextIO | None = None
-        self.new = False
-        found: tuple[str, str | None] | None = None
-        try:
+        self.new = False  # whether this process made the folder
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
             with world.failing_together():
-                if world.leads:
-                    found = self._claim(config, name, resume)
-        except BaseException:
-            self.close()
-            raise
+                found = self._claim(config, name, resume) if world.leads else None
+            failed.pop_all()
         path, source = world.share(found)
+        # The folder, and the verified checkpoint that is continued
         self.path, self.source = Path(path), source and Path(source)
 
     def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
@@ -113,17 +99,15 @@ def new_run_dir(config: TrainConfig, name: str) -> Path:
                 f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
             )
         return run_dir
-    n = 1
-    while (run_dir := out_dir / (name if n == 1 else f"{name}-{n}")).exists():
-        n += 1
-    return run_dir
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(path for path in map(out_dir.joinpath, names) if not path.exists())
 
 
 def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
-    """Return the run folder that ``--resume`` means: of a path, or of this config's newest run.
+    """Return the run folder of a path; for ``auto`` that of this config's newest run.
 
-    ``auto`` with no ``run.name``: of ``NAME``, ``NAME-2``, … the last that was saved; where none
-    was, the last that there is, or ``NAME``.
+    With no ``run.name`` that is the last one saved of ``NAME``, ``NAME-2``, …; where none was
+    saved, the last that there is, or ``NAME``.
     """
     if resume != "auto":
         path = Path(resume)
@@ -152,7 +136,7 @@ def _was_saved(run_dir: Path) -> bool:
 def _job() -> str | None:
     """Return what the processes that one torchrun starts and restarts have in common."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without a name of one's own it is "none", and the agent is on one node.
+    # Where the user gives no name it is "none", and the agent is on one node.
     return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
@@ -196,10 +180,7 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
 def check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
     """Refuse a run whose checkpoints cannot fit: the last ``keep_last``, the best and a new one.
 
-    Args:
-        run_dir: the run folder; what its checkpoints take already counts as free.
-        checkpoint_bytes: size of one.
-        keep_last: ``checkpoint.keep_last``.
+    What its checkpoints take already counts as free.
     """
     files = (run_dir / "checkpoints").rglob("*.safetensors")
     free = shutil.disk_usage(run_dir).free + sum(file.stat().st_size for file in files)

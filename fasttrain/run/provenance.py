@@ -17,8 +17,6 @@ import torch
 from fasttrain import __version__
 from fasttrain.redact import redact
 
-__all__ = ["provenance"]
-
 PACKAGES = ("triton", "numpy", "tokenizers", "safetensors")
 _ROOT = Path(__file__).parents[2]  # of the checkout, where the package lies in one
 _DRIVER = r"(\d+\.\d+(\.\d+)?)"
@@ -26,11 +24,9 @@ _GIT_S = 2.0  # on a file system that hangs; then the commit is read, and change
 
 
 def provenance(device: torch.device, parent: Path | None = None) -> dict[str, str | bool | None]:
-    """Return what makes a run, as JSON holds it; None for what is not known, or is not there.
+    """Return what makes a run on ``device``, for JSON; None: not known, or not there.
 
-    Args:
-        device: that it trains on.
-        parent: the checkpoint that it goes on from.
+    ``parent`` is the checkpoint that it continues.
     """
     commit, changed = _checkout(_ROOT)
     on_gpu = device.type == "cuda"
@@ -49,6 +45,11 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
     }
 
 
+def _processor() -> str:
+    name = _first(r"model name\s*: (.+)", "/proc/cpuinfo")
+    return name or platform.processor() or platform.machine()
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -63,11 +64,6 @@ def _first(pattern: str, file: str) -> str | None:
     except OSError:
         return None
     return found[1] if found else None
-
-
-def _processor() -> str:
-    name = _first(r"model name\s*: (.+)", "/proc/cpuinfo")
-    return name or platform.processor() or platform.machine()
 
 
 def _checkout(root: Path) -> tuple[str | None, bool | None]:

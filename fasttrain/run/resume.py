@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fasttrain import checkpoint
-from fasttrain.checkpoint import parse
 from fasttrain.checkpoint.reading import misfits_of
 from fasttrain.config import (
     TrainConfig,
@@ -22,7 +21,6 @@ from fasttrain.config import (
 )
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
-from fasttrain.data.format import TokenDataset
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState
@@ -53,11 +51,6 @@ class Change(NamedTuple):
         return f"{self.key}: {self.where or f'{_short(self.old)} → {_short(self.new)}'}"
 
 
-def data_facts(train: TokenDataset, val: TokenDataset) -> dict[str, dict[str, Any]]:
-    """Return what identifies the data of a run, for the checkpoint's state."""
-    return {"train": train.facts, "val": val.facts}
-
-
 def check_resumable(
     source: Path,
     config: TrainConfig,
@@ -67,15 +60,8 @@ def check_resumable(
 ) -> dict[str, Any]:
     """Return the state of the checkpoint ``source``, allowed changes added to its history.
 
-    Args:
-        source: a checkpoint folder that was verified.
-        config: the config to go on with, its vocabulary settled.
-        data: of the data to go on with, as `data_facts` returns it.
-        allow_change: keys that may differ, beyond those that change no number.
-        samples_per_step: of all ranks together.
-
-    Raises:
-        UserError: a config key or the data differ and that was not allowed; names all of them.
+    Raises UserError where the config, the facts of the ``data`` or the samples of a step are not
+    those of the checkpoint and ``allow_change`` does not name the key; it names all of them.
     """
     known = [f"{section}.{key}" for section, t in config_to_dict(config).items() for key in t]
     known += [f"data.{split}.{key}" for split, facts in data.items() for key in facts]
@@ -84,19 +70,19 @@ def check_resumable(
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "it takes section.key"
             raise UserError(f"--allow-change {key}: there is no such key; {hint}")
-    parts = parse(source)
-    old_config, state = parts.config, parts.state
-    harmless: tuple[str, ...] = MAY_CHANGE
-    if config.schedule.name != "plateau" and config.eval.patience is None:
-        harmless += MAY_CHANGE_IF_UNUSED
+    parts = checkpoint.parse(source)
+    state = parts.state
     if "position" not in state or "data" not in state:
         raise UserError(
             f"{source} holds a model, and no run to go on with; start one with "
             f"model.init_from={source} and without --resume"
         )
+    # What differs in config, batch and data, but for keys that change no number
+    unused = config.schedule.name != "plateau" and config.eval.patience is None
+    harmless = MAY_CHANGE + (MAY_CHANGE_IF_UNUSED if unused else ())
     changes = [
         Change(key, old, new)
-        for key, old, new in config_difference(old_config, config)
+        for key, old, new in config_difference(parts.config, config)
         if not key.startswith(harmless)
     ]
     before = state.get("samples_per_step", samples_per_step)
@@ -122,12 +108,10 @@ def check_resumable(
 
 
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
-    """Return a warning where a run that goes on may not have the bits of one never stopped.
+    """Return a warning where a resumed run may not have the bits of one never stopped.
 
-    Args:
-        state: of the checkpoint.
-        made_by: provenance of the run that goes on, and what else its bits depend on.
-        exact: the same operations give the same bits each time: on a CPU, or deterministic.
+    ``made_by`` is its provenance, and what else its bits depend on; ``exact``: the same operations
+    give the same bits each time, on a CPU or as the run is deterministic.
     """
     recorded = state.get("provenance")
     before = {**(recorded if isinstance(recorded, dict) else {}), **state}
@@ -151,14 +135,7 @@ def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: 
 def lr_jump(
     source: Path, state: dict[str, Any], config: TrainConfig, total_steps: int | None
 ) -> str | None:
-    """Return a warning where another horizon makes the learning rate jump at the next step.
-
-    Args:
-        source: the checkpoint folder that the run goes on from.
-        state: its state.
-        config: the config to go on with.
-        total_steps: of the run to go on with, and in ``state`` of the one before; None: not known.
-    """
+    """Return a warning where another horizon makes the learning rate jump at the next step."""
     old_config, peak = load_config(source / "config.toml"), config.optim.peak_lr
     named = old_config.schedule != config.schedule or old_config.optim.peak_lr != peak
     if named or total_steps is None or state["total_steps"] is None:
@@ -217,11 +194,7 @@ BRANCH_MAY_CHANGE = (
 
 
 def start_from(model: nn.Module, path: str | Path) -> None:
-    """Give ``model`` the parameters of another run, as ``model.init_from`` says.
-
-    Raises:
-        UserError: there is no sound checkpoint, or its model has another shape.
-    """
+    """Give ``model`` the parameters of another run, as ``model.init_from`` says."""
     _, found = checkpoint.saved_parameters(Path(path))
     wanted = model.state_dict()
     if misfits := misfits_of(wanted, found):
@@ -233,11 +206,7 @@ def start_from(model: nn.Module, path: str | Path) -> None:
 
 
 def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
-    """Return the config of a branch that decays from the checkpoint ``source`` to its horizon.
-
-    Raises:
-        UserError: the schedule has no decay to begin, or the checkpoint holds no run.
-    """
+    """Return the config of a branch that decays from the checkpoint ``source`` to its horizon."""
     if config.schedule.name != "wsd":
         raise UserError(
             f"--decay-from: schedule.name = {config.schedule.name} has no decay of its own; set "
@@ -248,12 +217,11 @@ def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
         raise UserError(
             f"--decay-from {source}: holds parameters but no run; use model.init_from={source}"
         )
-    step = state["step"]
-    return replace(config, schedule=replace(config.schedule, decay_start_step=step))
+    return replace(config, schedule=replace(config.schedule, decay_start_step=state["step"]))
 
 
 def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
-    """Return the config of a run resumed at ``source``, its decay begun where it had been begun."""
+    """Return the config of a run resumed at ``source``, its decay begun where it was there."""
     begun = load_config(source / "config.toml").schedule.decay_start_step
     if begun is None or config.schedule.decay_start_step is not None:
         return config
@@ -261,11 +229,7 @@ def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
 
 
 def begin_branch(state: RunState, config: TrainConfig, source: Path) -> None:
-    """Make the state that ``source`` has restored that of a new run: without its time and losses.
-
-    Raises:
-        UserError: the horizon does not lie after the checkpoint.
-    """
+    """Make the state restored from ``source`` that of a new run, without its time and losses."""
     if config.train.hours is not None:
         state.total_steps = None  # to be measured: not what the other run's hours came to
     step, end = state.step, state.total_steps

@@ -35,10 +35,8 @@ from fasttrain.distributed.world import (
     facts_of_rank,
     start,
     stop,
-    unused_mode,
 )
 from fasttrain.engine.optim import build_optimizers, state_bytes
-from fasttrain.engine.plan import warnings_of_data
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.trainer import Sampler, Trainer
 from fasttrain.generate import beginnings, generate
@@ -50,10 +48,7 @@ from fasttrain.run import resume as origin
 from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder, check_disk
 from fasttrain.run.provenance import provenance
-from fasttrain.run.resume import check_resumable, data_facts, lr_jump, made_otherwise
 from fasttrain.run.signals import interruptible
-
-__all__ = ["run"]
 
 
 def run(
@@ -67,65 +62,47 @@ def run(
 ) -> int:
     """Train as ``config`` says and return the exit status.
 
-    Args:
-        config: the configuration as loaded.
-        name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where
-            it exists and ``resume`` is None.
-        resume: ``auto``: this config's newest run, or a new one where there is none; or the path of
-            a run or checkpoint folder; None: a new run.
-        stop_at_step: end there with a checkpoint.
-        allow_change: keys that may differ from the resumed run's, beyond those that change no
-            number.
-        decay_from: a run or checkpoint folder: a new run that goes on from there, decaying.
+    The run folder is ``name`` where ``run.name`` is unset, with ``-2``, ``-3``, … where it exists
+    and ``resume`` is None; for ``resume`` see `RunFolder`. ``allow_change`` names keys that may
+    differ from the resumed run's, beyond those that change no number. ``decay_from`` is a run or
+    checkpoint folder: a new run continues from there, decaying.
 
     Raises:
         UserError: something is missing or does not fit; nothing was overwritten.
         Interrupted: a signal came before the first step; nothing was overwritten.
     """
+    started, branch_of = time.perf_counter(), None
+    folder: RunFolder | None = None
     try:
-        if decay_from is not None and resume not in (None, "auto"):
-            raise UserError(
-                f"--decay-from begins a new run, and --resume {resume} goes on with another; leave "
-                "one out (--resume auto goes on with the new run once it was saved)"
-            )
-        branch_of = checkpoint.resolve(Path(decay_from)) if decay_from is not None else None
-        return _run(config, name, resume, stop_at_step, allow_change, branch_of)
-    except SharedError as error:  # rank 0 raises what the command line prints
-        record(f"error: {error}")
-        return EXIT_BAD_INPUT
-
-
-def _run(
-    config: TrainConfig,
-    name: str,
-    resume: str | None,
-    stop_at_step: int | None,
-    allow_change: Sequence[str],
-    branch_of: Path | None,
-) -> int:
-    started = time.perf_counter()
-    if config.run.deterministic:
-        make_deterministic()
-    with interruptible():
-        named_device = resolve_device(config.run.device)
-        world = start(config.distributed, named_device)
-        device = world.device(named_device)
-        if world.size > 1:
-            die_with_parent()
-        if config.run.threads is not None:
-            torch.set_num_threads(config.run.threads)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        else:
-            keep_freed_memory()
-        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
-        keep_compiled(cache_folder(cache_dir) / "compiled")
-        if resolve_compile(config, device) in ("off", "c++"):
-            spare_compiler()
-        check_packages(config)
-        folder = RunFolder(config, name, resume, world)
-    try:
+        if decay_from is not None:
+            if resume not in (None, "auto"):
+                raise UserError(
+                    f"--decay-from begins a new run, and --resume {resume} goes on with another; "
+                    "leave one out (--resume auto goes on with the new run once it was saved)"
+                )
+            branch_of = checkpoint.resolve(Path(decay_from))
+        if config.run.deterministic:
+            make_deterministic()
         with interruptible():
+            # The process and its ranks
+            named_device = resolve_device(config.run.device)
+            world = start(config.distributed, named_device)
+            device = world.device(named_device)
+            if world.size > 1:
+                die_with_parent()
+            if config.run.threads is not None:
+                torch.set_num_threads(config.run.threads)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            else:
+                keep_freed_memory()
+            cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
+            keep_compiled(cache_folder(cache_dir) / "compiled")
+            if resolve_compile(config, device) in ("off", "c++"):
+                spare_compiler()
+            check_packages(config)
+            # The run folder, and what is continued
+            folder = RunFolder(config, name, resume, world)
             if folder.source is not None:
                 config, branch_of = origin.settle_branch(config, folder.source), None
             elif branch_of is not None:
@@ -139,26 +116,23 @@ def _run(
                         "name a later step"
                     )
                 trainer.request_stop(stop_at_step)
-            if folder.console:
-                config, loader, val = trainer.config, trainer.train_loader, trainer.val_dataset
-                assert val is not None
-                step, state = trainer.train_step, trainer.state
-                show_start(
-                    folder.console, config, step, state, loader, val, folder.path, folder.source
-                )
-                for line in warnings_of_data(config, loader.dataset, val):
-                    folder.warn(line)
-                if unused := unused_mode(config.distributed, world.size):
-                    folder.warn(unused)
+            loader, val = trainer.train_loader, trainer.val_dataset
+            if folder.console and val is not None:
+                show_start(folder, trainer.config, trainer.train_step, trainer.state, loader, val)
         status = train_to_end(trainer, folder, started)
         if status != EXIT_FAILED:
             stop(world)
         return status
-    except (UserError, KeyboardInterrupt):
-        folder.remove_unused()
+    except (UserError, KeyboardInterrupt) as error:
+        if folder is not None:
+            folder.remove_unused()
+        if isinstance(error, SharedError):  # rank 0 raises what the command line prints
+            record(f"error: {error}")
+            return EXIT_BAD_INPUT
         raise
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -172,32 +146,27 @@ def data_paths(config: TrainConfig) -> Sequence[str]:
 def open_splits(
     config: TrainConfig, report: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
-    """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
+    """Open or build the dataset; return the config with its vocabulary, and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
     cache_dir = Path(data.cache_dir) if data.cache_dir else None
-    paths = list(map(Path, data_paths(config)))
-    if not paths:
-        corpus = build_default_corpus(
-            vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report
-        )
-        paths = [corpus]
+    paths = [Path(path) for path in data_paths(config)] or [
+        build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report)
+    ]
+
+    open_one = partial(
+        open_dataset,
+        dtype=data.dtype,
+        vocab_size=vocab_size,
+        end_of_text=data.end_of_text,
+        cache_dir=cache_dir,
+    )
 
     def opened(split: Literal["train", "val"]) -> TokenDataset:
-        found = [
-            open_dataset(
-                path,
-                split,
-                dtype=data.dtype,
-                vocab_size=vocab_size,
-                end_of_text=data.end_of_text,
-                cache_dir=cache_dir,
-            )
-            for path in paths
-        ]
+        found = [open_one(path, split) for path in paths]
         return found[0] if len(found) == 1 else join(found)
 
     train, val = opened("train"), opened("val")
-    if config.model.vocab_size is None:
+    if vocab_size is None:
         if train.vocab_size is None:
             raise UserError(
                 f"{paths[0]} does not say its vocabulary size; set model.vocab_size (GPT-2's is "
@@ -208,8 +177,12 @@ def open_splits(
     return config, train, val
 
 
-def _settled(
-    config: TrainConfig, source: Path | None, world: World, report: Callable[[str], None]
+def _with_micro_batch(
+    config: TrainConfig,
+    source: Path | None,
+    world: World,
+    device: torch.device,
+    report: Callable[[str], None],
 ) -> TrainConfig:
     """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
     if not isinstance(config.train.micro_batch, str):
@@ -224,12 +197,11 @@ def _settled(
         if world.leads:
             seq_len = config.data.seq_len
             samples = step_shape(config.train, seq_len, world.size).samples
-            share = replace(config.train, tokens_per_step=samples * seq_len)
-            device = world.device(resolve_device(config.run.device))
+            alone = replace(config.train, tokens_per_step=samples * seq_len)
             precision = resolve_precision(config.run.dtype, device)
-            alone = replace(config, train=share)
-            settled = settle_micro_batch(alone, device=device, precision=precision, report=report)
-            found = settled.train.micro_batch
+            found = settle_micro_batch(
+                replace(config, train=alone), device=device, precision=precision, report=report
+            ).train.micro_batch
     return replace(config, train=replace(config.train, micro_batch=world.share(found)))
 
 
@@ -242,25 +214,28 @@ def _build(
     stop_at_step: int | None,
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
-    for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
+    device = world.device(resolve_device(config.run.device))
+    # The data; where there are none yet, the first rank of a node builds them.
+    for first_of_node in (True, False):
         with world.failing_together():
             if (world.local_rank == 0) is first_of_node:
                 settled, train, val = open_splits(config, folder.note)
-    recorded: dict[str, Any] = {"data": data_facts(train, val), "history": []}
+    recorded: dict[str, Any] = {"data": {"train": train.facts, "val": val.facts}, "history": []}
     if world.size > 1:  # here, before a collective that one of them has other reasons to skip
         options = {"--stop-at-step": stop_at_step}
         world.agree(facts_of_rank(settled, recorded["data"], options))
-    config = _settled(settled, source, world, folder.note)
+    # What "auto" stands for, and whether the checkpoint may be continued
+    config = _with_micro_batch(settled, source, world, device, folder.note)
     state: dict[str, Any] = {}
-    device = world.device(resolve_device(config.run.device))
     with world.failing_together():
         if config.eval.prompts is None and train.tokenizer_path is not None:
             prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
             config = replace(config, eval=replace(config.eval, prompts=prompts))
         shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
-            samples = shape.samples * world.size
-            state = check_resumable(source, config, recorded["data"], allow_change, samples)
+            state = origin.check_resumable(
+                source, config, recorded["data"], allow_change, shape.samples * world.size
+            )
             recorded["history"] = state["history"]
             checkpoint.check_model(config, checkpoint.parse(source).group("model"), source)
         if world.leads:
@@ -269,15 +244,16 @@ def _build(
             now = {**recorded["provenance"], "run.compile": mode}
             now["threads"] = torch.get_num_threads()
             exact = source is None or device.type == "cpu" or config.run.deterministic
-            if said := made_otherwise(state, now, exact=exact):
+            if said := origin.made_otherwise(state, now, exact=exact):
                 folder.warn(said)
+    # The model, as the ranks hold it, and its optimizers
+    precision = resolve_precision(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)
     if world.size > 1:
         with torch.device("meta"):
             n_parameters = make().num_parameters()
         world = choose_mode(config.distributed, world, n_parameters, device)
-    compute = resolve_precision(config.run.dtype, device).compute
     if world.sharded:
         model = make_sharded(make, world, config.distributed, device=device)
     else:
@@ -285,9 +261,10 @@ def _build(
     with world.failing_together():
         if config.model.init_from is not None and source is None:
             origin.start_from(model, config.model.init_from)
-    optimizers = build_optimizers(model, config.optim, compute)
+    optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # what ranks draw from here on, for dropout, is their own
         torch.manual_seed(config.run.seed + world.rank)
+    # Room for checkpoints, samples, batches
     sampler = None
     with world.failing_together():
         if world.leads:
@@ -335,7 +312,8 @@ def _build(
         except UserError:
             trainer.close()
             raise
-        jump = None if branch_of else lr_jump(source, state, config, trainer.state.total_steps)
+        total = trainer.state.total_steps
+        jump = None if branch_of else origin.lr_jump(source, state, config, total)
         if world.leads and jump:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left

@@ -14,9 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-
-__all__ = ["SIGNALS", "Interrupted", "StopSignals", "end_at_once", "interruptible"]
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_FORCED = 1
@@ -47,16 +45,12 @@ def interruptible() -> Iterator[None]:
 
 
 class StopSignals:
-    """While this context lasts, signals end the run.
+    """While this context lasts, signals end the run; a second one ends the process with status 1.
 
-    Args:
-        stop: called at the first signal with its name; must return at once.
-        rescue: called when the run has not ended `patience_s` after that; does not return where it
-            can end the process.
-        patience_s: called at the first signal for the seconds to wait.
-        echo_s: seconds after the first signal in which others are its echo and count for nothing.
-
-    All are called in a thread of their own. A second signal ends the process with status 1.
+    ``stop`` is called at the first signal with its name, and must return at once. ``rescue`` is
+    called when the run has not ended `patience_s()` after that, and does not return where it can
+    end the process. Both run in other threads. Signals within ``echo_s`` after the first are its
+    echo, and ignored.
     """
 
     def __init__(
@@ -80,12 +74,7 @@ class StopSignals:
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -97,7 +86,7 @@ class StopSignals:
         os.close(self._write_end)
 
     def call(self, reason: str) -> None:
-        """End the run as a first signal does; from any thread, and nothing where one came."""
+        """End the run as a first signal does, from any thread; ignored where one came."""
         self._reason = reason
         with contextlib.suppress(OSError):  # it is over
             os.write(self._write_end, bytes([_CALLED]))
@@ -112,8 +101,7 @@ class StopSignals:
                     continue
                 if first_s is not None:
                     if number != _CALLED and time.monotonic() - first_s >= self._echo_s:
-                        # Checkpoints are committed by rename: those on disk stay whole.
-                        end_at_once(EXIT_FORCED)
+                        end_at_once(EXIT_FORCED)  # checkpoints on disk stay whole
                     continue
                 first_s = time.monotonic()
                 self._stop(self._reason if number == _CALLED else signal.Signals(number).name)
