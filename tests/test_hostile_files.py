@@ -185,7 +185,7 @@ def mutate_file(path: Path, others: list[Path], chance: random.Random) -> str:
 
 
 def call(command: str, *arguments: str | Path) -> Callable[[], int]:
-    import importlib
+    from fasttrain.__main__ import module_of
 
     main = module_of(command).main
     return lambda: int(main(list(map(str, arguments))))
@@ -207,8 +207,7 @@ SMALL = (
 def make_sound(folder: Path) -> None:
     """Make one of everything, with the commands themselves."""
 
-    from fasttrain.__main__ import module_of
-from fasttrain.data.tokenizer import char_tokenizer, train_bpe
+    from fasttrain.data.tokenizer import char_tokenizer, train_bpe
     from tests.test_hf import MODELS, make_run
 
     config = write_config(folder)
