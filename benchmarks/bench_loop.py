@@ -27,19 +27,14 @@ from torch.optim.optimizer import (
 
 from benchmarks.measure import comparison
 from benchmarks.subject import BASE, LR, make_model
-from fasttrain.blocks import prepare_blocks
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Batch, Loader
-from fasttrain.device import (
-    compile_function,
-    resolve_compile,
-    resolve_device,
-    resolve_precision,
-)
-from fasttrain.loggers import Console
-from fasttrain.optim import build_optimizers
-from fasttrain.trainer import Trainer
+from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.trainer import Trainer
+from fasttrain.log.console import Console
+from fasttrain.model.runtime import compile_function, prepare_blocks, resolve_compile
 
 ROUNDS, FULL_ROUNDS, N_STEPS, N_WARM = 12, 40, 2, 4
 

@@ -30,7 +30,7 @@ def process(statement: str) -> Callable[[], object]:
 def test_import(compare: Any, budget_s: float) -> None:
     """A config is read and refused without torch; the rest adds little to it."""
     statements = {
-        "fasttrain": "import fasttrain.session",
+        "fasttrain": "import fasttrain.run.run",
         "fasttrain_kernels": "import fasttrain_kernels",
         "torch": "import torch",
         "fasttrain.config": "import fasttrain.config",

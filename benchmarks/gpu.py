@@ -98,7 +98,7 @@ def fp8_obstacle() -> str:
     """Return why the trainer cannot multiply in fp8 here, or nothing."""
     import torch
 
-    from fasttrain.fp8 import HOPPER
+    from fasttrain.model.runtime import HOPPER
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER:
         return f"needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or newer"

@@ -25,8 +25,8 @@ from benchmarks import fake_gpu, measure, store
 from benchmarks.fake_gpu import DEVICE, torch
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
-from fasttrain.model import Transformer
-from fasttrain.step import TrainStep
+from fasttrain.engine.step import TrainStep
+from fasttrain.model.transformer import Transformer
 
 # Configs that name none train with the vocabulary of their data. Compiled blocks in C++ are a
 # CPU's; on a GPU, `auto` is what goes with everything.

@@ -23,15 +23,15 @@ import torch
 from benchmarks import measure, store
 from benchmarks.subject import LR, make_model
 from benchmarks.trace import profile
-from fasttrain import metrics
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
-from fasttrain.memory import release_memory
-from fasttrain.model import flops_constants
-from fasttrain.optim import build_optimizers
-from fasttrain.step import TrainStep
+from fasttrain.engine.memory import release_memory
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.step import TrainStep
+from fasttrain.log import metrics
+from fasttrain.model.transformer import flops_constants
 
 ROUNDS, N_CALLS, N_PROFILED = 5, 10, 3
 N_TOKENS = 4_000_000

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm
 from torch import Tensor, nn
 
-from fasttrain.attention import Attention
 from fasttrain.config import TrainConfig, config_from_dict, load_config
 from fasttrain.data.loader import Batch
-from fasttrain.device import compile_function, keep_freed_memory, resolve_device, resolve_precision
-from fasttrain.model import Block, Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.step import TrainStep
+from fasttrain.device import keep_freed_memory, resolve_device, resolve_precision
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.step import TrainStep
+from fasttrain.model.attention import Attention
+from fasttrain.model.runtime import compile_function
+from fasttrain.model.transformer import Block, Transformer
 
 ROOT = Path(__file__).parent.parent
 LR = 1e-3
@@ -140,7 +141,7 @@ def torch_loop(
     return step
 
 
-# ---- the model of `fasttrain.model`, from torch's functions alone --------------------------------
+# ---- the Transformer, from torch's functions alone ----------------------------------------------
 
 
 def plain_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:

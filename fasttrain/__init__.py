@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from fasttrain.diagnosis import diagnose
     from fasttrain.generate import load_model
     from fasttrain.library import Callback, Trainer
+    from fasttrain.log.metrics import TrainingMetrics
     from fasttrain.loop import train_loop
-    from fasttrain.metrics import TrainingMetrics
-    from fasttrain.model import Transformer
+    from fasttrain.model.transformer import Transformer
 
 __all__ = [
     "Callback",
@@ -29,8 +29,8 @@ _HOME = {
     "Callback": "library",
     "TrainConfig": "config",
     "Trainer": "library",
-    "TrainingMetrics": "metrics",
-    "Transformer": "model",
+    "TrainingMetrics": "log.metrics",
+    "Transformer": "model.transformer",
     "diagnose": "diagnosis",
     "load_config": "config",
     "load_model": "generate",

@@ -1,6 +1,6 @@
 """A trainer for custom models: any module that returns logits, any batches, any optimizer.
 
-`fasttrain.train` runs the pretraining loop of `fasttrain.trainer`, which knows its model and its
+`fasttrain.train` runs the pretraining loop of `fasttrain.engine`, which knows its model and its
 data and never waits for the device. This one knows neither, and is as exact: each step minimises
 the mean over all target tokens of its batches, however many they are.
 
@@ -38,15 +38,15 @@ from fasttrain.config import (
     config_to_toml,
 )
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
-from fasttrain.ema import Ema
-from fasttrain.metrics import TrainingMetrics
+from fasttrain.engine.ema import Ema
+from fasttrain.engine.optim import optimizer_tensors
+from fasttrain.engine.schedule import n_stale
+from fasttrain.log.metrics import TrainingMetrics
+from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.objective import Criterion, Objective
-from fasttrain.optim import optimizer_tensors
-from fasttrain.provenance import provenance
 from fasttrain.redact import redact
-from fasttrain.resume import made_otherwise
-from fasttrain.schedule import n_stale
-from fasttrain.sinks import Kind, Sinks, check_packages
+from fasttrain.run.provenance import provenance
+from fasttrain.run.resume import made_otherwise
 
 __all__ = ["Callback", "Trainer"]
 
@@ -356,7 +356,7 @@ class Trainer:
         if self.writer is None or not is_main or importlib.util.find_spec("fcntl") is None:
             yield
             return
-        from fasttrain.signals import StopSignals  # not on Windows
+        from fasttrain.run.signals import StopSignals  # not on Windows
 
         def stop(reason: str) -> None:
             self._signal, self._stopping = reason, True
@@ -744,7 +744,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         return
     import fcntl
 
-    from fasttrain.run_folder import lock_run_dir
+    from fasttrain.run.folder import lock_run_dir
 
     with lock_run_dir(run_dir, new=False) as lock:
         try:

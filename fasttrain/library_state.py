@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasttrain.config import UserError
-from fasttrain.optim import load_optimizer_tensors
+from fasttrain.engine.optim import load_optimizer_tensors
 
 __all__ = [
     "decode", "doubts", "encode", "facts_of_loader", "facts_of_optimizer", "facts_of_scheduler",

@@ -15,9 +15,9 @@ from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.device import Precision, resolve_compile
-from fasttrain.embedding import Embedding
-from fasttrain.model import Transformer
+from fasttrain.device import Precision
+from fasttrain.model.runtime import resolve_compile
+from fasttrain.model.transformer import Embedding, Transformer
 
 __all__ = ["Batch", "Criterion", "Objective", "by_key", "logits_of", "shift"]
 

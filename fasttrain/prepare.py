@@ -27,14 +27,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.command import check_system, command, prog
-from fasttrain.config_keys import counted
-from fasttrain.data.building import BATCH_CHARS, write_splits
+from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import write_dataset_json
-from fasttrain.data.inspection import inspect
-from fasttrain.data.partial import Partial
-from fasttrain.data.sources import PIECE_CHARS, Source, find_files
-from fasttrain.data.splitting import (
+from fasttrain.data.prepare.building import BATCH_CHARS, write_splits
+from fasttrain.data.prepare.encode import (
     FEW_VAL_TOKENS,
     MAX_VAL_FRACTION,
     SMALL_BYTES,
@@ -42,6 +39,9 @@ from fasttrain.data.splitting import (
     VAL_FRACTION,
     Splitter,
 )
+from fasttrain.data.prepare.inspection import inspect
+from fasttrain.data.prepare.partial import Partial
+from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
 from fasttrain.data.tokenizer import (
     Encoder,
     OtherIdsError,

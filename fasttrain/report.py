@@ -21,8 +21,8 @@ import numpy as np
 
 from fasttrain.command import command, prog
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
-from fasttrain.config_keys import counted
-from fasttrain.untrusted import misfit, parse_json
+from fasttrain.config.keys import counted
+from fasttrain.config.untrusted import misfit, parse_json
 
 __all__ = ["Run", "main", "page", "picture", "read_run"]
 
@@ -134,8 +134,8 @@ def read_run(path: Path) -> Run:
 def _flops_per_token(config: TrainConfig) -> float:
     import torch
 
-    from fasttrain.metrics import flops_per_token
-    from fasttrain.model import Transformer, flops_constants
+    from fasttrain.log.metrics import flops_per_token
+    from fasttrain.model.transformer import Transformer, flops_constants
 
     with torch.device("meta"):  # shapes alone: nothing is allocated
         model = Transformer(config.model, seq_len=config.data.seq_len)

@@ -94,7 +94,7 @@ def _ending_at_once(status: Callable[[int], int]) -> Iterator[None]:
 
     An import written in C may swallow an exception and leave half a module behind.
     """
-    from fasttrain.signals import SIGNALS
+    from fasttrain.run.signals import SIGNALS
 
     previous = {n: signal.signal(n, lambda n, _: os._exit(status(n))) for n in SIGNALS}
     try:
@@ -139,9 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 runs = f"{glob.escape(config.run.name or path.stem)}*"
                 was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))
             if not only_looks:
-                from fasttrain.session import run
+                from fasttrain.run.run import run
         if arguments.dry_run:
-            from fasttrain.preflight import preflight
+            from fasttrain.preflight.__main__ import preflight
 
             return 0 if preflight(config) else EXIT_FAILED
         if arguments.verify_resume is not None:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise  # `command` says and records it
     except Exception as error:
         if rank := os.environ.get("RANK"):
-            from fasttrain.distributed import record_failure
+            from fasttrain.distributed.world import record_failure
 
             if any(name in str(error) for name in ("gloo", "NCCL")):
                 error.add_note(
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def leave(status: int) -> NoReturn:
     """End the process; a rank that failed ends at once, for to leave its groups is to wait."""
     if status == EXIT_FAILED and "RANK" in os.environ:
-        from fasttrain.signals import end_at_once
+        from fasttrain.run.signals import end_at_once
 
         sys.stdout.flush()
         sys.stderr.flush()

@@ -17,9 +17,9 @@ import torch
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.config_keys import counted
-from fasttrain.loggers import format_duration
-from fasttrain.signals import interruptible
+from fasttrain.config.keys import counted
+from fasttrain.log.console import format_duration
+from fasttrain.run.signals import interruptible
 
 __all__ = ["first_difference", "verify_resume"]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from fasttrain import signals
+from fasttrain.run import signals
 from tests import toy_ranks
 from tests.toy import write_config
 from tests.toy_ranks import environment
@@ -27,7 +27,7 @@ PATIENCE_S = 500.0  # on a machine that does other things as well
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *("fasttrain.session", "torch.distributed.run", "torch.distributed.fsdp"),
+        *("fasttrain.run.run", "torch.distributed.run", "torch.distributed.fsdp"),
         *("torch.distributed.tensor", "torch._dynamo"),  # DDP and DTensor import them when used
     ]
 )

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from fasttrain import attention as attention_module
-from fasttrain.attention import Attention, attention_mask, rope_tables, visible
 from fasttrain.config import ModelConfig
+from fasttrain.model import attention as attention_module
+from fasttrain.model.attention import Attention, attention_mask, rope_tables, visible
 
 CPU = torch.device("cpu")
 T = 12

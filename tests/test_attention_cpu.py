@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttrain import attention_cpu
-from fasttrain.attention import Attention
-from fasttrain.attention_cpu import causal_attention, is_fast_here
 from fasttrain.config import ModelConfig
+from fasttrain.model.attention import Attention
+from fasttrain.model.cpu import attention as attention_cpu
+from fasttrain.model.cpu.attention import causal_attention, is_fast_here
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or "AVX" not in torch.backends.cpu.get_cpu_capability(),

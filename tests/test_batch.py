@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from fasttrain.attention import attention_mask
-from fasttrain.data.batch import IGNORE, Batch, to_batch
+from fasttrain.data.loader import IGNORE, Batch, to_batch
+from fasttrain.model.attention import attention_mask
 
 STORED = np.arange(2 * 13, dtype=np.uint16).reshape(2, 13)
 

@@ -9,7 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain.data.batching import (
+from fasttrain.data.dataset import TokenDataset, join
+from fasttrain.data.files import DataError
+from fasttrain.data.format import open_dataset, write_dataset_json
+from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.order import (
     BATCHING,
     GROUP,
     Plan,
@@ -17,11 +21,7 @@ from fasttrain.data.batching import (
     document_starts,
     row_lengths,
 )
-from fasttrain.data.dataset import TokenDataset, join
-from fasttrain.data.files import DataError
-from fasttrain.data.format import open_dataset, write_dataset_json
-from fasttrain.data.loader import IGNORE, Loader
-from fasttrain.data.writer import ShardWriter
+from fasttrain.data.prepare.writer import ShardWriter
 
 SEQ_LEN = 16
 

@@ -9,15 +9,15 @@ import torch
 from fasttrain_kernels import _cpu
 from torch import Tensor
 
-from fasttrain import block_cpu
-from fasttrain.block_cpu import fits, run_blocks_on_cpu, why_unfit
-from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
-from fasttrain.device import resolve_compile, resolve_precision
-from fasttrain.model import Transformer, run_blocks
-from fasttrain.optim import build_optimizers
-from fasttrain.step import TrainStep
+from fasttrain.device import resolve_precision
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.step import TrainStep
+from fasttrain.model.cpu import blocks as block_cpu
+from fasttrain.model.cpu.blocks import fits, run_blocks_on_cpu, why_unfit
+from fasttrain.model.runtime import prepare_blocks, resolve_compile
+from fasttrain.model.transformer import Transformer, run_blocks
 
 CPU = torch.device("cpu")
 BASE = {"mlp": "relu2", "qk_norm": True, "value_embeddings": True}

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain.blocks import prepare_blocks
 from fasttrain.config import ModelConfig
-from fasttrain.model import Transformer
+from fasttrain.model.runtime import prepare_blocks
+from fasttrain.model.transformer import Transformer
 
 KINDS = ["none", "full", "selective"]
 

@@ -11,10 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from fasttrain import checkpoint_files as disk
-from fasttrain import checkpoint_writer
-from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve
-from fasttrain.checkpoint_snapshot import Snapshot
+from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint import writer as checkpoint_writer
+from fasttrain.checkpoint.__main__ import main
+from fasttrain.checkpoint.writer import Snapshot
 from fasttrain.config import LoopConfig, RunConfig, TrainConfig
 from tests.faults import Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, Groups, groups, reseal, save

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain import checkpoint_files as disk
-from fasttrain.checkpoint import CheckpointError, load, main, resolve, verify
+from fasttrain.checkpoint import CheckpointError, load, resolve, verify
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.__main__ import main
 from tests.faults import flip_bit
 from tests.toy_checkpoints import reseal, save
 

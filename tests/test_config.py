@@ -29,7 +29,7 @@ from fasttrain.config import (
     load_config,
     shipped_configs,
 )
-from fasttrain.schedule import context_at
+from fasttrain.engine.schedule import context_at
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"train": {"steps": 100}}

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import block_cpu, hf
-from fasttrain.blocks import prepare_blocks
+from fasttrain import hf
 from fasttrain.config import (
     SECTIONS,
     ConfigError,
@@ -21,14 +20,16 @@ from fasttrain.config import (
     config_to_dict,
     load_config,
 )
-from fasttrain.config_keys import check_value, counted
-from fasttrain.data.batching import Plan
+from fasttrain.config.keys import check_value, counted
 from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.order import Plan
 from fasttrain.device import resolve_precision
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.schedule import lr_at
 from fasttrain.generate import load_model
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.schedule import lr_at
+from fasttrain.model.cpu import blocks as block_cpu
+from fasttrain.model.runtime import prepare_blocks
+from fasttrain.model.transformer import Transformer
 from fasttrain.train import main as train
 from tests.toy import ROOT, write_dataset
 from tests.toy_data import write_tokens
@@ -114,7 +115,7 @@ def test_N16_nor_is_a_way_of_batching_another_one(
 ) -> None:
     dataset = write_tokens(tmp_path / "data", list(range(1, 30)), [29])
     options: dict[str, Any] = {"batching": "new", "seq_len": 4}
-    monkeypatch.setattr("fasttrain.data.batching.BATCHING", ("new",))
+    monkeypatch.setattr("fasttrain.data.order.BATCHING", ("new",))
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):
         Plan(dataset, seed=0, **options)
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):

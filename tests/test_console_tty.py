@@ -19,7 +19,7 @@ from rich.cells import cell_len
 
 PROGRAM = """
 import time
-from fasttrain.loggers import Console
+from fasttrain.log.console import Console
 console = Console(log_file=None)
 assert console.interactive
 console.header([("device", "cpu, 2 threads"), ("folder", "runs/" + "long-name-" * 12)])

@@ -13,8 +13,8 @@ import pytest
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
-from fasttrain.data.writer import ShardWriter
 from fasttrain.train import main
 from tests.toy import write_config
 

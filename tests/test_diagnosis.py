@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fasttrain.config import ModelConfig, OptimConfig, UserError
 from fasttrain.device import resolve_precision
 from fasttrain.diagnosis import Diagnosis, diagnose
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.model.transformer import Transformer
 
 V, T = 64, 16
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import checkpoint, signals
+from fasttrain import checkpoint
 from fasttrain.data.format import open_dataset
+from fasttrain.run import signals
 from tests import toy_ranks
 from tests.ranks import Job
 from tests.toy import ENV, ROOT, alive, wait_until, write_config

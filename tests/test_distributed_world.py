@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import distributed
 from fasttrain.config import DistributedConfig, LoopConfig, UserError, load_config
-from fasttrain.distributed import (
+from fasttrain.distributed import world as distributed
+from fasttrain.distributed.lockstep import Lockstep
+from fasttrain.distributed.world import (
     SharedError,
     World,
     checksum,
@@ -18,10 +19,9 @@ from fasttrain.distributed import (
     facts_of_rank,
     start,
 )
-from fasttrain.horizon import step_shape
-from fasttrain.lockstep import Lockstep
-from fasttrain.plan import warnings_of_step
-from fasttrain.run_folder import RunFolder
+from fasttrain.engine.plan import warnings_of_step
+from fasttrain.engine.schedule import step_shape
+from fasttrain.run.folder import RunFolder
 from tests.toy import write_config
 
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ def test_R30_what_differs_between_ranks_is_named() -> None:
     facts = facts_of_rank(config, {"train": {"shards": ["a" * 64]}}, {})
     moved = replace(config, run=replace(config.run, name="x", out_dir="/else", threads=3))
     assert facts_of_rank(moved, {"train": {"shards": ["a" * 64]}}, {}) == facts
-    file = "code of fasttrain/step.py"
+    file = "code of fasttrain/engine/step.py"
     others = [{"torch": "1.0", file: "f" * 64}, {"torch": "1.0", "data.train.shards": ["b" * 64]}]
 
     class Ranks(World):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fasttrain.embedding import Embedding
+from fasttrain.model.transformer import Embedding
 
 
 def test_the_gradient_is_torchs_and_its_op_is_registered_as_torch_wants_it() -> None:

@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttrain.blocks import prepare_blocks
 from fasttrain.config import DataConfig, EvalConfig, LoopConfig, ModelConfig, TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import IGNORE
 from fasttrain.device import resolve_precision
-from fasttrain.evaluation import _compiled, evaluate
-from fasttrain.model import Transformer
+from fasttrain.engine.evaluation import _compiled, evaluate
+from fasttrain.model.runtime import prepare_blocks
+from fasttrain.model.transformer import Transformer
 from tests.toy_data import write_tokens
 
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_C16_evaluation_is_compiled_where_training_is(
 
         return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
-    for module in ("evaluation", "blocks"):  # as on CUDA
+    for module in ("engine.evaluation", "model.runtime"):  # as on CUDA
         monkeypatch.setattr(f"fasttrain.{module}.compile_function", compile_eagerly)
         monkeypatch.setattr(f"fasttrain.{module}.compiles_evaluation", lambda device: True)
     _compiled.cache_clear()

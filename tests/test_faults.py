@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.config_sections import LoopConfig
+from fasttrain.config.schema import LoopConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
-from fasttrain.faults import MAX_REPORTS, MAX_SKIPPED_IN_A_ROW, Fault, FaultPolicy, write_report
-from fasttrain.step import FINE, NONFINITE, OVERFLOW, SPIKE, StepNumbers
+from fasttrain.engine.faults import (
+    MAX_REPORTS,
+    MAX_SKIPPED_IN_A_ROW,
+    Fault,
+    FaultPolicy,
+    write_report,
+)
+from fasttrain.engine.step import FINE, NONFINITE, OVERFLOW, SPIKE, StepNumbers
 from tests.toy import write_dataset
 
 

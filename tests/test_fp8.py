@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import fp8
 from fasttrain.config import ConfigError, RunConfig, UserError, config_from_dict
 from fasttrain.device import resolve_precision
-from fasttrain.fp8 import multiply_in_fp8
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.step import TrainStep
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.step import TrainStep
+from fasttrain.model import runtime as fp8
+from fasttrain.model.runtime import multiply_in_fp8
+from fasttrain.model.transformer import Transformer
 from fasttrain.train import main
 from tests.toy import write_config
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fasttrain.data import gather as gather_module
-from fasttrain.data.gather import MAX_PIECES, gather
+from fasttrain.data import shards as gather_module
+from fasttrain.data.shards import MAX_PIECES, gather
 
 
 @pytest.mark.parametrize("n", [0, 1, 70, MAX_PIECES, 2 * MAX_PIECES + 3])

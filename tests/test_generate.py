@@ -17,7 +17,7 @@ from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.config import ModelConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.data.tokenizer import byte_tokenizer
 from fasttrain.generate import generate, main, sample_tokens, stream
-from fasttrain.model import Transformer
+from fasttrain.model.transformer import Transformer
 
 # log of 0.5, 0.3, 0.15, 0.05, shuffled
 LOGITS = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()

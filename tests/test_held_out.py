@@ -9,7 +9,7 @@ import torch
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import IGNORE
-from fasttrain.data.writer import ShardWriter
+from fasttrain.data.prepare.writer import ShardWriter
 
 N_TOKENS = 1000
 

@@ -12,7 +12,7 @@ from fasttrain.config import UserError, config_from_dict, config_to_toml
 from fasttrain.data.tokenizer import train_bpe
 from fasttrain.generate import generate, load_model
 from fasttrain.hf import export_model, import_model, main
-from fasttrain.model import Transformer
+from fasttrain.model.transformer import Transformer
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 320}
 GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu", "tied_embeddings": True}

@@ -3,6 +3,8 @@
 `test_bytes` looks for races in the rest of the catalogue, whose launches it counts.
 """
 
+import re
+
 import fasttrain_kernels
 import numpy as np
 import pytest
@@ -60,9 +62,13 @@ def test_tolerances_hold_with_the_errors_of_a_gpu(triton_device: torch.device, n
     compare(op, ours)
 
 
+# Of one column, the gradient of RMSNorm is a difference of equal terms: all of it is rounding.
+WELL_CONDITIONED = [name for name in LARGE_NAMES if not re.match(r"rms_norm .* dim=1 ", name)]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", LARGE_NAMES)
+@pytest.mark.parametrize("name", WELL_CONDITIONED)
 def test_tolerances_hold_with_the_errors_of_a_gpu_at_every_size(
     triton_device: torch.device, name: str, seed: int
 ) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.config import LogConfig, LoopConfig, TrainConfig
-from fasttrain.jsonl import JsonlLogger
-from fasttrain.sinks import Sinks
+from fasttrain.log.sinks import JsonlLogger, Sinks
 
 ROW = {"step": 120, "loss": 3.4521, "lr": 1e-3, "mfu": None}
 

@@ -11,11 +11,11 @@ import torch
 from fasttrain_kernels._torch import fake_tensors
 from torch import Tensor
 
-from fasttrain import kernel_check
 from fasttrain.device import resolve_precision
-from fasttrain.kernel_check import CHOICES, check_kernels
-from fasttrain.memory import measure_peak
-from fasttrain.preflight import main
+from fasttrain.engine.memory import measure_peak
+from fasttrain.preflight import kernels as kernel_check
+from fasttrain.preflight.__main__ import main
+from fasttrain.preflight.kernels import CHOICES, check_kernels
 
 CPU = torch.device("cpu")
 

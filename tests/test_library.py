@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import fasttrain
 from fasttrain import Callback, TrainConfig, Trainer, checkpoint
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
-from fasttrain.config_keys import Section
+from fasttrain.config.keys import Section
 from fasttrain.library import OBEYED
 
 V, T = 17, 6
@@ -409,7 +409,7 @@ def test_N11_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -
 def test_N11_to_look_at_ids_does_not_compile_a_model_twice(
     by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
     compiled = Mock(side_effect=lambda graph, inputs: graph.forward)
     if by == "trainer":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
@@ -460,7 +460,7 @@ def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
         train={"steps": None, "epochs": 2}, eval={"every_steps": 2, "patience": 9},
         checkpoint={"every_steps": 4},
     )  # fmt: skip
-    for name in ("library._warn_of_ignored", "library.config_to_toml", "checkpoint_writer.parse"):
+    for name in ("library._warn_of_ignored", "library.config_to_toml", "checkpoint.writer.parse"):
         monkeypatch.setattr(f"fasttrain.{name}", lambda *_: "")  # these read every key
     monkeypatch.setattr(Section, "__getattribute__", spy)
     model = toy()
@@ -478,7 +478,7 @@ def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
 def test_a_compiled_model_learns_and_is_saved_like_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
     # The tracing is real, the C++ left out.
     traced = Mock(side_effect=partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch, "compile", traced)

@@ -18,7 +18,7 @@ from fasttrain.data import loader as loader_module
 from fasttrain.data import shards as shards_module
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
 from fasttrain.data.loader import IGNORE, Loader
-from fasttrain.data.writer import ShardWriter
+from fasttrain.data.prepare.writer import ShardWriter
 
 N_TOKENS = 1000
 

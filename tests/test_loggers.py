@@ -1,4 +1,4 @@
-"""fasttrain.loggers: numbers for people, the plain console, the log file, metrics.jsonl."""
+"""fasttrain.log.console: numbers for people, the plain console, the log file, metrics.jsonl."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.loggers import Console, clean, format_count, format_duration
+from fasttrain.log.console import Console, clean, format_count, format_duration
 
 ROW = {
     "step": 120,
@@ -271,7 +271,7 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     now, stream = [0.0], Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("fasttrain.loggers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fasttrain.log.console.time.monotonic", lambda: now[0])
     console = Console(log_file=None, interactive=True)
     for step in range(1000):
         console.progress(step, 2000, 64 * step, step / 2000, 9.0)

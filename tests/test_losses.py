@@ -7,10 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fasttrain import prepare as prepare_module
-from fasttrain.data import building
 from fasttrain.data.files import DataError
-from fasttrain.data.losses import Losses
-from fasttrain.data.tokenizer import Encoder, byte_tokenizer, char_tokenizer, train_bpe
+from fasttrain.data.prepare import building
+from fasttrain.data.tokenizer import Encoder, Losses, byte_tokenizer, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz \n.")}

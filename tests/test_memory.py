@@ -8,9 +8,9 @@ import torch
 
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.device import resolve_precision
-from fasttrain.memory import device_memory, estimate_memory, measure_peak
-from fasttrain.model import Transformer
-from fasttrain.probe import probe_step
+from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak
+from fasttrain.engine.probe import probe_step
+from fasttrain.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 2048, "dim": 64, "n_layers": 3, "n_heads": 4}

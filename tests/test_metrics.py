@@ -1,4 +1,4 @@
-"""fasttrain.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
+"""fasttrain.log.metrics: FLOPs, utilisation, the smoothed loss, peak memory."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import metrics
-from fasttrain.metrics import LossTracker, flops_per_token, mfu, peak_flops, peak_memory_gib
+from fasttrain.log import metrics
+from fasttrain.log.metrics import LossTracker, flops_per_token, mfu, peak_flops, peak_memory_gib
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain.data.mixing import MAX_PERIOD, Interleave
+from fasttrain.data.order import MAX_PERIOD, Interleave
 
 
 @given(

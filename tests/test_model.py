@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fasttrain.config import ConfigError, ModelConfig, load_config
-from fasttrain.model import Transformer, flops_constants, gelu_tanh, hidden_dim
+from fasttrain.model.transformer import Transformer, flops_constants, gelu_tanh, hidden_dim
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 

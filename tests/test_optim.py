@@ -12,13 +12,13 @@ from fasttrain_kernels import FusedAdamW, newton_schulz
 from torch import nn
 
 from fasttrain.config import ModelConfig, OptimConfig, UserError
-from fasttrain.model import Transformer
-from fasttrain.optim import (
+from fasttrain.engine.optim import (
     build_optimizers,
     load_optimizer_tensors,
     optimizer_tensors,
     state_bytes,
 )
+from fasttrain.model.transformer import Transformer
 from tests.toy import ENV
 
 SHAPE = {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "qk_norm": True}
@@ -195,7 +195,7 @@ EIGHT_BIT = """
 import torch
 from torch import nn
 from fasttrain.config import OptimConfig
-from fasttrain.optim import (
+from fasttrain.engine.optim import (
     build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr, state_bytes
 )
 

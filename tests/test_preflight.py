@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import metrics
-from fasttrain import probe as probe_module
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_precision
-from fasttrain.model import Transformer, flops_constants
-from fasttrain.plan import Plan, plan_run, warnings_of, warnings_of_data
-from fasttrain.preflight import diagnose_run, main, preflight
-from fasttrain.probe import Probe, probe_step, settle_micro_batch
-from fasttrain.session import open_splits
-from fasttrain.step import TrainStep
+from fasttrain.engine import probe as probe_module
+from fasttrain.engine.plan import Plan, plan_run, warnings_of, warnings_of_data
+from fasttrain.engine.probe import Probe, probe_step, settle_micro_batch
+from fasttrain.engine.step import TrainStep
+from fasttrain.log import metrics
+from fasttrain.model.transformer import Transformer, flops_constants
+from fasttrain.preflight.__main__ import diagnose_run, main, preflight
+from fasttrain.run.run import open_splits
 from fasttrain.train import main as train_main
 from tests.toy import start, write_config
 
@@ -89,7 +89,7 @@ def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.M
 
 
 def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.memory.device_memory", lambda device: 2**20)
+    monkeypatch.setattr("fasttrain.engine.memory.device_memory", lambda device: 2**20)
     lines: list[str] = []
     assert not preflight(load_config(config_path), show=lines.append)
     assert "does not fit" in lines[-1]
@@ -178,7 +178,7 @@ def test_N7_without_its_data_a_config_is_told_but_for_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fasttrain.memory.device_memory", lambda device: 2**37)
+    monkeypatch.setattr("fasttrain.engine.memory.device_memory", lambda device: 2**37)
     path, whose, where = REMEDIES[name]
     command = [str(CONFIGS / f"{name}.toml"), "run.dtype=fp32"]
     small = ["model.n_layers=1", "data.seq_len=64", "train.micro_batch=1"]  # for speed

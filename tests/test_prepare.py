@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from fasttrain import prepare as prepare_module
-from fasttrain.data import sources
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.sources import Source
-from fasttrain.data.splitting import Splitter
+from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.encode import Splitter
+from fasttrain.data.prepare.sources import Source
 from fasttrain.data.tokenizer import char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fasttrain import prepare as prepare_module
-from fasttrain.data import building
 from fasttrain.data.files import DataError
-from fasttrain.data.partial import Partial
+from fasttrain.data.prepare import building
+from fasttrain.data.prepare.partial import Partial
 from fasttrain.data.tokenizer import char_tokenizer
 from fasttrain.prepare import main, prepare
 from tests.toy import alive, wait_until
@@ -25,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 from fasttrain import prepare as command
 from fasttrain import prepare as prepare_module
-from fasttrain.data import building
+from fasttrain.data.prepare import building
 
 building.BATCH_CHARS, building.CHECKPOINT_S = 2500, 0.0
 folder = Path(sys.argv[1])
@@ -103,8 +103,8 @@ WITH_WORKERS = """
 import os, signal, sys
 from fasttrain import prepare as command
 from fasttrain import prepare as prepare_module
-from fasttrain.data import building
-from fasttrain.data.partial import Partial
+from fasttrain.data.prepare import building
+from fasttrain.data.prepare.partial import Partial
 building.BATCH_CHARS, building.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
 if "STOPS" in os.environ:  # behind its first checkpoint
     save = Partial.save

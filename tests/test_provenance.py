@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import provenance as module
-from fasttrain.provenance import provenance
+from fasttrain.run import provenance as module
+from fasttrain.run.provenance import provenance
 from fasttrain.train import main
 from tests.test_secrets import SECRET
 from tests.toy import write_config

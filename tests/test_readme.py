@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import Callback, checkpoint, hf, preflight, prepare, report
+from fasttrain import Callback, hf, prepare, report
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import config_reference, load_config
 from fasttrain.generate import main as generate
+from fasttrain.preflight import __main__ as preflight
 from fasttrain.train import main as train
 from tests.toy import ROOT, write_config
 
@@ -28,7 +30,7 @@ COMMANDS = {
     "fasttrain.train": train,
     "fasttrain.prepare": prepare.main,
     "fasttrain.generate": generate,
-    "fasttrain.checkpoint": checkpoint.main,
+    "fasttrain.checkpoint": checkpoint_main,
     "fasttrain.preflight": preflight.main,
     "fasttrain.report": report.main,
     "fasttrain.hf": hf.main,

@@ -13,11 +13,11 @@ from torch import Tensor
 from fasttrain.config import config_from_dict, load_config
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.state import collect
-from fasttrain.step import FINE, PERSISTENT, TRANSIENT, TrainStep
-from fasttrain.trainer import Trainer
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.state import collect
+from fasttrain.engine.step import FINE, PERSISTENT, TRANSIENT, TrainStep
+from fasttrain.engine.trainer import Trainer
+from fasttrain.model.transformer import Transformer
 from tests import toy_trainer
 from tests.toy import write_config
 from tests.toy_trainer import digest, rows

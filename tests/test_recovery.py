@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fasttrain.checkpoint import load, resolve
 from fasttrain.config import load_config
-from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
-from fasttrain.metrics import NormWatch
+from fasttrain.engine.faults import MAX_SKIPPED_IN_A_ROW
+from fasttrain.engine.trainer import Trainer
+from fasttrain.log.metrics import NormWatch
 from fasttrain.train import main
-from fasttrain.trainer import Trainer
 from tests import toy_trainer
 from tests.toy import write_config
 from tests.toy_trainer import digest, rows, spoil

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import checkpoint, session, verify_resume
+from fasttrain import checkpoint, verify_resume
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
+from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
-from fasttrain.data.writer import ShardWriter
-from fasttrain.resume import check_resumable, made_otherwise
-from fasttrain.run_folder import run_dir_of
+from fasttrain.run import run as session
+from fasttrain.run.folder import run_dir_of
+from fasttrain.run.resume import check_resumable, made_otherwise
 from fasttrain.train import main
 from tests.faults import flip_bit
 from tests.toy import write_config
@@ -144,7 +146,7 @@ def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture)
         (3, "optim.lr", "0.003", "0.0001"),
     ]
     capsys.readouterr()
-    assert checkpoint.main([str(toy.parent / "runs/toy")]) == 0
+    assert checkpoint_main([str(toy.parent / "runs/toy")]) == 0
     shown = capsys.readouterr().out
     assert "changed at step 2: train.steps: 12 → 14" in shown
     assert "changed at step 3: optim.lr: 0.003 → 0.0001" in shown

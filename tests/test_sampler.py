@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fasttrain.data.sampler import Permutation, sample_ids
+from fasttrain.data.order import Permutation, sample_ids
 
 KEYS = st.integers(-(2**70), 2**140)
 

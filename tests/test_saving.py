@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from fasttrain import checkpoint, trainer
+from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
-from fasttrain.distributed import World
-from fasttrain.horizon import HOURS_ESTIMATE_AT
-from fasttrain.origin import begin_branch
-from fasttrain.state import rng_state
-from fasttrain.trainer import Trainer
+from fasttrain.distributed.world import World
+from fasttrain.engine import trainer
+from fasttrain.engine.schedule import HOURS_ESTIMATE_AT
+from fasttrain.engine.state import rng_state
+from fasttrain.engine.trainer import Trainer
+from fasttrain.run.resume import begin_branch
 from tests import toy_trainer
 from tests.faults import Faults
 from tests.toy import write_config

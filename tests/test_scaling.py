@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fasttrain import memory
 from fasttrain.config import DistributedConfig, TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, resolve_precision
-from fasttrain.distributed import World, choose_mode, start, stop
-from fasttrain.memory import estimate_memory, measure_peak
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.preflight import main as preflight_main
-from fasttrain.scaling import Traffic, overhead, scaling_lines, traffic
-from fasttrain.sharding import shard
-from fasttrain.step import TrainStep
+from fasttrain.distributed.sharding import shard
+from fasttrain.distributed.world import World, choose_mode, start, stop
+from fasttrain.engine import memory
+from fasttrain.engine.memory import estimate_memory, measure_peak
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.step import TrainStep
+from fasttrain.model.transformer import Transformer
+from fasttrain.preflight.__main__ import main as preflight_main
+from fasttrain.preflight.scaling import Traffic, overhead, scaling_lines, traffic
 from tests.ranks import once, run_script
 from tests.toy import write_config
 
@@ -186,7 +186,7 @@ def test_C5_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
 
 def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph cannot gather what it needs."""
-    monkeypatch.setattr("fasttrain.device._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
     config = config_of("fsdp", 1)
     config = replace(config, run=replace(config.run, compile="default"))
     with memory._pretended(config.distributed, 2, "fsdp") as world:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain.config import ScheduleConfig
-from fasttrain.schedule import context_at, lr_at, n_plateaus, n_stale
+from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale
 
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
 TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fasttrain import checkpoint, generate, hf
+from fasttrain import generate, hf
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.train import main
 from tests.toy import write_config
 from tests.toy_checkpoints import CONFIG, groups, reseal, save
@@ -108,7 +109,7 @@ def test_R31_what_cannot_be_parsed_back_is_not_committed(
     reseal(newer, step=2, commit=2)
     with pytest.raises(CheckpointError, match=reason):
         verify(newer)
-    assert checkpoint.main([str(tmp_path)]) == 1
+    assert checkpoint_main([str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert shown.count("verified") == shown.count("DAMAGED") == 1
     passed_over: list[str] = []

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain import checkpoint, session, verify_resume
+from fasttrain import checkpoint, verify_resume
 from fasttrain.config import UserError, load_config
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
-from fasttrain.log_file import LogFile
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.run_folder import check_disk, lock_run_dir
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.log.text import LogFile
+from fasttrain.model.transformer import Transformer
+from fasttrain.run import run as session
+from fasttrain.run.folder import check_disk, lock_run_dir
 from fasttrain.train import main
 from tests.faults import Faults
 from tests.toy import ENV, ROOT, write_config
@@ -112,7 +113,7 @@ def test_R12_full_disk_of_the_logs(
     full.close()
     warned = capfd.readouterr().err
     assert warned.count("warning: /dev/full: No space left on device") == 1
-    monkeypatch.setattr("fasttrain.jsonl.LogFile", lambda path: LogFile(Path("/dev/full")))
+    monkeypatch.setattr("fasttrain.log.sinks.LogFile", lambda path: LogFile(Path("/dev/full")))
     assert main([str(toy)]) == 0
     assert checkpoint.resolve(toy.parent / "runs/toy").name == "step-00000012"
 
@@ -145,7 +146,7 @@ def test_R12_the_disk_is_checked_for_the_size_that_checkpoints_have(
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from fasttrain.run_folder import lock_run_dir
+from fasttrain.run.folder import lock_run_dir
 lock = lock_run_dir(Path(sys.argv[1]), new=False)
 child = subprocess.Popen(["sleep", "600"])
 print(child.pid, flush=True)

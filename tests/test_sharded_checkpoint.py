@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fasttrain import checkpoint
-from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, main, resolve, verify
-from fasttrain.slices import cut
+from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
+from fasttrain.checkpoint.__main__ import main
+from fasttrain.distributed.slices import cut
 from tests.faults import Crash, Faults, flip_bit
 from tests.toy_checkpoints import CONFIG, reseal
 

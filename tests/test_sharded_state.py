@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fasttrain.checkpoint import CheckpointWriter, load
-from fasttrain.ema import Ema
+from fasttrain.engine.ema import Ema
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
-from fasttrain.distributed import World, steady
-from fasttrain.memory import measure_peak
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.sharding import make_sharded, set_gradient_sync
-from fasttrain.state import collect, restore
+from fasttrain.distributed.world import World, steady
+from fasttrain.engine.memory import measure_peak
+from fasttrain.model.transformer import Transformer
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.distributed.sharding import make_sharded, set_gradient_sync
+from fasttrain.engine.state import collect, restore
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -246,7 +246,7 @@ from pathlib import Path
 import torch
 
 from fasttrain.checkpoint import CheckpointWriter, resolve
-from fasttrain.slices import cut
+from fasttrain.distributed.slices import cut
 from tests.test_sharded_checkpoint import CONFIG, is_intact, on_rank, save, values, writers
 from tests.toy_kills import REAL, Stops
 

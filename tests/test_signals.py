@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain import session, signals
 from fasttrain.checkpoint import load, resolve
+from fasttrain.run import run as session
+from fasttrain.run import signals
 from fasttrain.train import main
 from tests.toy import ENV, ROOT, start, wait_until, write_config
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fasttrain.config import UserError, load_config
-from fasttrain.sinks import CsvLogger, Sinks
+from fasttrain.log.sinks import CsvLogger, Sinks
 from fasttrain.train import main
 from tests.toy import write_config
 from tests.toy_trainer import rows

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.data import sources
 from fasttrain.data.files import DataError
-from fasttrain.data.sources import Source, find_files
+from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.sources import Source, find_files
 
 
 def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(tmp_path: Path) -> None:

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain.device import (
-    compile_cache_use,
-    compile_function,
-    keep_compiled,
-)
+from fasttrain.model.runtime import compile_cache_use, compile_function, keep_compiled
 from tests.toy import ENV
 
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
@@ -30,8 +26,8 @@ def modules_after(code: str) -> list[set[str]]:
 def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler() -> None:
     """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
     code = """
-import fasttrain.session
-from fasttrain.device import compile_cache_use
+import fasttrain.run.run
+from fasttrain.model.runtime import compile_cache_use
 assert compile_cache_use() is None
 print(*sys.modules)
 import torch
@@ -48,9 +44,14 @@ for kind in (FusedAdamW, Muon):
 assert p.grad is None and p[0, 0] < 1
 """
     loaded, trained = modules_after(code)
-    assert "fasttrain.trainer" in loaded
+    assert "fasttrain.engine.trainer" in loaded
     unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
-    assert not loaded & {*unwanted, "fasttrain.preflight", "fasttrain.probe", "fasttrain.report"}
+    assert not loaded & {
+        *unwanted,
+        "fasttrain.preflight",
+        "fasttrain.engine.probe",
+        "fasttrain.report",
+    }
     assert not trained & {"torch._dynamo", "torch._inductor"}
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
-from fasttrain.ema import Ema
-from fasttrain.model import Transformer, run_block, run_blocks
-from fasttrain.optim import build_optimizers
-from fasttrain.state import collect
-from fasttrain.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
+from fasttrain.engine.ema import Ema
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.state import collect
+from fasttrain.engine.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
+from fasttrain.model.transformer import Transformer, run_block, run_blocks
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import load_config
-from fasttrain.model import Transformer
-from fasttrain.step import TrainStep
-from fasttrain.trainer import Trainer
+from fasttrain.engine.step import TrainStep
+from fasttrain.engine.trainer import Trainer
+from fasttrain.model.transformer import Transformer
 from tests import toy_trainer
 from tests.toy import write_config
 

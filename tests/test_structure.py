@@ -18,51 +18,23 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 
 MAX_FILE_LINES = 800
 
-# What a module of the lower layers may import: modules of fasttrain by their first name, and
-# packages beside the standard library. Modules that are not named here are the upper layers: they
-# may import all of these, and, the lists being closed, none of these imports them.
-CONFIG = {"config", "config_keys", "config_sections", "config_whole"}
-CHECKPOINT = {"checkpoint_files", "checkpoint_ranks", "checkpoint_schema"}
-RULES: dict[str, tuple[set[str], set[str]]] = {
-    **{name: (CONFIG, set()) for name in (*sorted(CONFIG), "horizon", "schedule")},
-    "device": (CONFIG | {"block_cpu"}, {"torch", "fasttrain_kernels"}),
-    "block_cpu": (CONFIG, {"torch", "fasttrain_kernels"}),
-    "attention_cpu": (set(), {"torch", "fasttrain_kernels"}),
-    "embedding": (set(), {"torch"}),
-    "attention": (CONFIG | {"attention_cpu"}, {"torch", "fasttrain_kernels"}),
-    "model": (CONFIG | {"attention", "embedding"}, {"torch", "fasttrain_kernels"}),
-    "untrusted": (CONFIG, set()),
-    "slices": (set(), {"torch"}),
-    "optim": (CONFIG | {"model", "attention", "slices"}, {"torch", "fasttrain_kernels"}),
-    "data": (CONFIG | {"data", "untrusted"}, {"torch", "numpy", "tokenizers"}),
-    "checkpoint": (
-        CONFIG | CHECKPOINT | {"checkpoint_parts", "checkpoint_writer", "command"},
-        {"torch", "safetensors", "numpy"},
-    ),
-    "checkpoint_writer": (
-        CONFIG | CHECKPOINT | {"checkpoint_parts", "checkpoint_snapshot", "command", "slices"},
-        {"torch"},
-    ),
-    "checkpoint_snapshot": (CONFIG | {"checkpoint_files"}, {"torch"}),
-    "checkpoint_parts": (CONFIG | CHECKPOINT, {"torch"}),
-    "checkpoint_ranks": (CONFIG | {"checkpoint_files", "checkpoint_schema", "slices"}, {"torch"}),
-    "checkpoint_files": (
-        CONFIG | {"checkpoint_schema", "untrusted"},
-        {"torch", "safetensors", "numpy"},
-    ),
-    "checkpoint_schema": ({"untrusted"}, set()),
-    "distributed": (CONFIG, {"torch", "fasttrain_kernels"}),
-    "sharding": (CONFIG | {"distributed", "slices", "timing"}, {"torch", "fasttrain_kernels"}),
-    "lockstep": (CONFIG | {"distributed"}, {"torch"}),
-    "metrics": (CONFIG, {"torch"}),
-    "spikes": (set(), {"torch"}),
-    "timing": (set(), {"torch"}),
-    "log_file": (set(), set()),
-    "redact": (set(), set()),
-    "command": (CONFIG | {"redact"}, set()),
-    "jsonl": ({"log_file"}, set()),
-    "loggers": (CONFIG | {"log_file", "redact"}, {"rich"}),
-}
+# The floors of fasttrain: what stands on one imports from those below alone. The other modules of
+# the top folder are commands, which import what they like.
+FLOORS = [
+    {"config", "redact"},
+    {"data", "device", "command"},
+    {"model", "log", "data.prepare"},
+    {"distributed", "report"},
+    {"checkpoint"},
+    {"engine", "generate"},
+    {"run", "hf", "objective", "library_state"},
+    {"library", "loop", "diagnosis", "verify_resume"},
+    {"preflight"},
+    {"train"},
+]
+HEIGHTS = {package: height for height, floor in enumerate(FLOORS) for package in floor}
+# What of outside the packages may import: config before torch is loaded.
+LIGHT = {"config", "command", "redact"}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 # The distributions whose import name is not their own.
 IMPORT_NAMES = {"liger-kernel": "liger_kernel"}
@@ -116,9 +88,11 @@ IMPORTS = {
 }
 
 
-def layer(module: str) -> str:
-    """Return the first name below ``fasttrain``: ``data`` for ``fasttrain.data.loader``."""
-    return module.split(".")[1] if "." in module else ""
+def package_of(module: str) -> str:
+    """Return a name of `FLOORS`: ``data`` for ``fasttrain.data.loader``; "" for others."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:n]) for n in (2, 1)]
+    return next((name for name in names if name in HEIGHTS), "")
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -141,27 +115,44 @@ def trainer_modules() -> set[str]:
 
 def test_the_entry_point_loads_the_trainer_and_no_more():
     modules = trainer_modules()
-    assert {"fasttrain.trainer", "fasttrain.model", "fasttrain.config"} <= modules
+    assert {
+        "fasttrain.engine.trainer",
+        "fasttrain.model.transformer",
+        "fasttrain.config",
+    } <= modules
     assert not {"fasttrain.prepare"} & modules
 
 
-LOWER = [name for name in MODULES if name.startswith("fasttrain.") and layer(name) in RULES]
+OURS = [name for name in MODULES if name.startswith("fasttrain.") and package_of(name)]
 
 
-@pytest.mark.parametrize("module", LOWER)
-def test_lower_layers_import_only_what_they_may(module):
-    ours, others = RULES[layer(module)]
+@pytest.mark.parametrize("module", OURS)
+def test_imports_lead_down(module):
+    own = package_of(module)
     for name in IMPORTS[module]:
-        root = name.split(".")[0]
-        if root == "fasttrain":
+        other = package_of(name)
+        if name.split(".")[0] == "fasttrain" and other != own:
             # The package itself is the version and lazy names; it loads nothing.
-            assert layer(name) in ours | {""}, f"{module} may not import {name}"
-        elif root not in sys.stdlib_module_names:
-            assert root in others, f"{module} may not import {name}"
+            assert name == "fasttrain" or HEIGHTS.get(other, 99) < HEIGHTS[own], (module, name)
+        elif own in LIGHT and name.split(".")[0] != "fasttrain":
+            assert name.split(".")[0] in sys.stdlib_module_names, (module, name)
 
 
-def test_the_layers_of_the_rules_are_there():
-    assert {layer(name) for name in LOWER} >= set(RULES)
+def test_packages_have_no_circles():
+    """Nor have the modules within a package."""
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " → ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for name in IMPORTS[module] & MODULES.keys():
+                if not MODULES[name].name.startswith("__init__"):
+                    visit(name, (*above, module))
+        done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert {package_of(name) for name in OURS} == set(HEIGHTS)
 
 
 def test_a_bad_config_is_found_before_torch_is_imported():
@@ -169,7 +160,7 @@ def test_a_bad_config_is_found_before_torch_is_imported():
     tree = ast.parse(MODULES["fasttrain.train"].read_text("utf-8"))
     top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
     for name in imports_of(ast.unparse(top), "fasttrain.train"):
-        light = layer(name) in CONFIG | {"command"}
+        light = package_of(name) in LIGHT
         assert light or name.split(".")[0] in sys.stdlib_module_names, name
 
 
@@ -386,10 +377,8 @@ def test_the_checker_allows_safe_look_alikes():
 
 
 def test_imports_are_resolved():
-    source = (
-        "from . import metrics\nfrom .data.loader import Loader\nimport torch.nn.functional as F"
-    )
-    found = imports_of(source, "fasttrain.trainer")
-    assert found == {"fasttrain.metrics", "fasttrain.data.loader", "torch.nn.functional"}
-    assert imports_of("from . import model", "fasttrain", is_package=True) == {"fasttrain.model"}
+    source = "from . import step\nfrom ..data.loader import Loader\nimport torch.nn.functional as F"
+    found = imports_of(source, "fasttrain.engine.trainer")
+    assert found == {"fasttrain.engine.step", "fasttrain.data.loader", "torch.nn.functional"}
+    assert imports_of("from . import device", "fasttrain", is_package=True) == {"fasttrain.device"}
     assert imports_of("from fasttrain import __version__", "fasttrain.x") == {"fasttrain"}

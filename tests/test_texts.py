@@ -9,9 +9,8 @@ import torch
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.config import config_from_dict, config_to_toml
 from fasttrain.data.tokenizer import byte_tokenizer
-from fasttrain.generate import main
-from fasttrain.model import Transformer
-from fasttrain.texts import Decoder, complete, stream_text
+from fasttrain.generate import Decoder, complete, main, stream_text
+from fasttrain.model.transformer import Transformer
 
 PROMPTS = ["ab", "a much longer one", "cd", ""]
 

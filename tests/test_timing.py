@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain.timing import StepClock, TimeAccount, covered
+from fasttrain.log.timing import StepClock, TimeAccount, covered
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ class _Event:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
-    monkeypatch.setattr("fasttrain.timing.time.perf_counter", time)
+    monkeypatch.setattr("fasttrain.log.timing.time.perf_counter", time)
     monkeypatch.setattr(torch.cuda, "Event", time.event)
     return time
 

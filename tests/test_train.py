@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fasttrain.generate import main as generate_main
-from fasttrain.signals import SIGNALS
+from fasttrain.run.signals import SIGNALS
 from fasttrain.train import main
 from tests.toy import ENV, ROOT, start, write_config
 
@@ -272,7 +272,7 @@ def test_C12_too_little_memory_is_one_message_with_the_remedy(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("fasttrain.step.TrainStep.__call__", full)
+    monkeypatch.setattr("fasttrain.engine.step.TrainStep.__call__", full)
     err = train(toy, check=1).err
     assert "error: CUDA out of memory. Tried to allocate 2.00 GiB.\nlower train.micro_batch" in err
     assert "train.activation_checkpointing=full" in err
@@ -285,7 +285,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasttrain.session.open_splits", interrupted)
+    monkeypatch.setattr("fasttrain.run.run.open_splits", interrupted)
     assert "nothing to resume" in train(toy, check=130).err
     assert not list((toy.parent / "runs").iterdir())
 
@@ -300,7 +300,7 @@ def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
     class Finder:
         @staticmethod
         def find_spec(name: str, *_: object) -> None:
-            if name == "fasttrain.session":
+            if name == "fasttrain.run.run":
                 signal.raise_signal(number)
 
     def before(*_: object) -> None:
@@ -320,7 +320,7 @@ def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
 
     def statuses(where: tuple[object, str, object]) -> list[object]:
         with monkeypatch.context() as patched:
-            patched.delitem(sys.modules, "fasttrain.session", raising=False)
+            patched.delitem(sys.modules, "fasttrain.run.run", raising=False)
             patched.setattr(*where)
             return [status(), status("--resume", "auto"), status("--resume", "runs/toy")]
 

@@ -14,9 +14,9 @@ from fasttrain_kernels._cpu import is_supported
 
 from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.faults import MAX_SKIPPED_IN_A_ROW
-from fasttrain.jsonl import JsonlLogger
-from fasttrain.trainer import Trainer
+from fasttrain.engine.faults import MAX_SKIPPED_IN_A_ROW
+from fasttrain.engine.trainer import Trainer
+from fasttrain.log.sinks import JsonlLogger
 from tests import toy_trainer
 from tests.toy import write_config, write_dataset
 from tests.toy_trainer import digest, rows
@@ -142,7 +142,7 @@ def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     """By a clock that goes on by 50 ms at each look: a step lasts 50 ms."""
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
-    monkeypatch.setattr("fasttrain.trainer.time", clock)
+    monkeypatch.setattr("fasttrain.engine.trainer.time", clock)
     values = ["train.steps=none", "train.hours=0.0006", "schedule.name='linear'"]
     trainer = build(load_config(toy, values), tmp_path / "run")
     assert trainer.fit() == "done"
@@ -190,7 +190,7 @@ def test_N21_rows_say_how_far_the_run_is_whatever_its_horizon(
 ) -> None:
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
-    monkeypatch.setattr("fasttrain.trainer.time", clock)  # a step lasts 50 ms
+    monkeypatch.setattr("fasttrain.engine.trainer.time", clock)  # a step lasts 50 ms
     config = load_config(toy, ["train.steps=none", f"train.{horizon}", "log.every_steps=1"])
     trainer = build(config, tmp_path / "run")
     assert trainer.fit() == "done"

@@ -11,8 +11,8 @@ import numpy as np
 
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.format import write_dataset_json
+from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
-from fasttrain.data.writer import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fasttrain import checkpoint_files as disk
 from fasttrain.checkpoint import CheckpointWriter
+from fasttrain.checkpoint import files as disk
 
 Groups = dict[str, dict[str, torch.Tensor]]
 CONFIG = '[run]\nname = "toy"\n[train]\nsteps = 1\n'

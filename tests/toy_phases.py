@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch._dynamo  # the optimizers load it, for a second in each fork that has not got it
 
-import fasttrain.evaluation
-from fasttrain import ending, session
+import fasttrain.engine.evaluation
 from fasttrain.checkpoint import load, resolve
-from fasttrain.step import TrainStep
+from fasttrain.engine.step import TrainStep
+from fasttrain.engine.trainer import Trainer
+from fasttrain.run import ending
+from fasttrain.run import run as session
 from fasttrain.train import main
-from fasttrain.trainer import Trainer
 from tests.faults import Faults
 
 STUCK_AT = 6
@@ -90,17 +91,17 @@ def in_a_step_that_fails(told: Told, run_dir: Path) -> None:
 
 
 def between_batches_of_an_evaluation(told: Told, run_dir: Path) -> None:
-    real = fasttrain.evaluation._totals
+    real = fasttrain.engine.evaluation._totals
 
     def totals(*arguments: Any) -> Any:
         until_heard(told)
         return real(*arguments)
 
-    fasttrain.evaluation._totals = totals
+    fasttrain.engine.evaluation._totals = totals
 
 
 def in_a_batch_of_an_evaluation(told: Told, run_dir: Path) -> None:
-    fasttrain.evaluation._totals = lambda *_: stuck(told)  # type: ignore[assignment, return-value]
+    fasttrain.engine.evaluation._totals = lambda *_: stuck(told)  # type: ignore[assignment, return-value]
 
 
 def in_a_sample(told: Told, run_dir: Path) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasttrain import ending, session
-from fasttrain.step import TrainStep
+from fasttrain.engine.step import TrainStep
+from fasttrain.engine.trainer import Trainer
+from fasttrain.run import ending
+from fasttrain.run import run as session
 from fasttrain.train import leave, main
-from fasttrain.trainer import Trainer
 
 
 def digest(array: Any) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from fasttrain import checkpoint_files as disk
-from fasttrain.saving import Saver
-from fasttrain.step import TrainStep
+from fasttrain.checkpoint import files as disk
+from fasttrain.engine.saving import Saver
+from fasttrain.engine.step import TrainStep
 from fasttrain.train import main
 from tests.faults import Faults, flip_bit
 from tests.toy_phases import Told, at_step, digest, ended, forked, hear, heard

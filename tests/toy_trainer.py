@@ -14,10 +14,10 @@ from torch import Tensor
 from fasttrain.config import TrainConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
-from fasttrain.model import Transformer
-from fasttrain.optim import build_optimizers
-from fasttrain.state import collect
-from fasttrain.trainer import Trainer
+from fasttrain.engine.optim import build_optimizers
+from fasttrain.engine.state import collect
+from fasttrain.engine.trainer import Trainer
+from fasttrain.model.transformer import Transformer
 
 
 def build(

@@ -18,15 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
 from fasttrain.data.shards import Shard, ShardScan, dtype_for
-from fasttrain.data.writer import ShardInfo, ShardWriter
-from fasttrain.untrusted import misfit, read_json
 
 __all__ = [
     "DataError",
-    "ShardWriter",
     "TokenDataset",
     "absent",
     "inside",
@@ -55,6 +53,17 @@ class TokenizerInfo(TypedDict):
 
     file: str
     sha256: str
+
+
+class ShardInfo(TypedDict):
+    """A finished shard, as `dataset.json` lists it."""
+
+    file: str
+    tokens: int
+    sha256: str
+    documents: int
+    ends_file: str
+    ends_sha256: str
 
 
 class SplitInfo(TypedDict):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fasttrain.config_keys import refuse
-from fasttrain.data.batch import IGNORE, Batch, to_batch
-from fasttrain.data.batching import Array, document_rows, document_starts, row_lengths
+from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
+from fasttrain.data.loader import IGNORE, Batch, to_batch
+from fasttrain.data.order import Array, document_rows, document_starts, row_lengths
 
 __all__ = ["evaluation_batches"]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import probe
 from fasttrain.checkpoint import load
-from fasttrain.checkpoint_files import history
+from fasttrain.checkpoint.files import history
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import load_config
 from fasttrain.device import resolve_precision
+from fasttrain.engine import probe
 from fasttrain.train import main
 from tests.support.simulated_cuda.shim import memory_limit, used
 from tests.support.simulated_cuda.training import CUDA, RUNS, TINY

@@ -12,14 +12,14 @@ import torch
 from fasttrain_kernels import FusedAdamW, grad_norm
 from torch import Tensor
 
-from fasttrain import checkpoint_snapshot
 from fasttrain.checkpoint import CheckpointWriter, load
-from fasttrain.checkpoint_files import history
+from fasttrain.checkpoint import writer as checkpoint_snapshot
+from fasttrain.checkpoint.files import history
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.held_out import evaluation_batches
 from fasttrain.data.loader import Loader
-from fasttrain.trainer import Trainer
+from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import (
     Stall,
     capturing,

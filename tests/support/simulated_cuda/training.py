@@ -10,11 +10,12 @@ import torch
 from fasttrain_kernels import FusedAdamW
 from torch import Tensor, nn
 
-from fasttrain import TrainConfig, Trainer, kernel_check, train_loop
+from fasttrain import TrainConfig, Trainer, train_loop
 from fasttrain.config import LogConfig, LoopConfig, RunConfig
 from fasttrain.device import resolve_precision
 from fasttrain.generate import main as generate
-from fasttrain.preflight import main as preflight
+from fasttrain.preflight import kernels as kernel_check
+from fasttrain.preflight.__main__ import main as preflight
 from fasttrain.train import main
 from tests.toy import ROOT, write_dataset
 

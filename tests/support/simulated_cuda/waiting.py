@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fasttrain.config import load_config
-from fasttrain.trainer import Trainer
+from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import waits
 from tests.support.simulated_cuda.training import RUNS, TINY
 from tests.toy import ROOT, write_dataset

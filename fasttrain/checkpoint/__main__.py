@@ -1,0 +1,59 @@
+"""``python -m fasttrain.checkpoint PATH`` lists and verifies a checkpoint, or all of a run."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fasttrain.checkpoint import CheckpointError, verify
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.parts import Parts
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog
+from fasttrain.config import config_to_toml
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List and verify; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(f"usage: {prog('checkpoint')} RUN_OR_CHECKPOINT_FOLDER")
+        return EXIT_DONE if list(arguments) in (["-h"], ["--help"]) else EXIT_BAD_INPUT
+    shown = damaged = 0
+    for path in disk.candidates(Path(arguments[0])):
+        print(path)
+        try:
+            parts = verify(path)
+            _print_files(path, parts.layouts)
+            print("  verified: every byte is as it was written; config and state can be resumed")
+            if not shown:
+                _print_origin(parts)
+            shown += 1
+        except CheckpointError as error:
+            damaged += 1
+            _print_files(path, {})
+            print(f"  DAMAGED: {error}")
+    return EXIT_FAILED if damaged else EXIT_DONE
+
+
+def _print_files(path: Path, layouts: Mapping[str, disk.Layout]) -> None:
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
+        if (layout := layouts.get(file.name)) is not None:
+            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
+            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
+        print(line)
+
+
+def _print_origin(parts: Parts) -> None:
+    """Print what was changed on purpose when the run was resumed, and the config."""
+    for change in parts.state.get("history", []):
+        print(
+            f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
+            f"{change['new']} ({change['when']})"
+        )
+    print(config_to_toml(parts.config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

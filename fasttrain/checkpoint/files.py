@@ -1,0 +1,482 @@
+"""What a checkpoint is made of on disk: safetensors laid out in memory, sealed manifests, durable
+writes and reads that trust nothing.
+
+Every write goes through `os.open`, `os.write`, `os.fsync`, `os.rename`, `os.replace`, `os.unlink`,
+`os.mkdir` and `os.rmdir`, so that a test can crash at each of them. The safetensors files are
+written and read here, not by the safetensors library, so that each byte is hashed where it is
+moved, straight from and into the tensors' memory; the tests compare with the library.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from fasttrain.config import UserError, untrusted
+from fasttrain.config.untrusted import misfit
+
+Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
+
+MANIFEST = "manifest.json"
+FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
+SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slices
+_CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
+_WRITE = 16 << 20  # bytes handed to the disk at once
+PAGE = 4096  # what direct writes are aligned to, in memory and in the file
+JSON_LIMIT = 4 << 20  # bytes; 30,000 tensors or shards: a hostile one takes 24 times that, parsed
+STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+# Windows lacks some of these flags, and opens files as text without its own.
+_READING, _CREATING = (
+    sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY", *names))
+    for names in (("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK"), ("O_WRONLY", "O_CREAT", "O_EXCL"))
+)
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_REMEDIES = {
+    errno.ENOSPC: "free some space on this disk",
+    errno.EDQUOT: "raise the disk quota or free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "remount the file system writable",
+    errno.EACCES: "make the folder writable",
+}
+
+
+class CheckpointError(UserError):
+    """A checkpoint was not written, is damaged, or is none; `errno` is the system's, if any."""
+
+    errno: int | None = None
+
+
+def candidates(path: Path) -> list[Path]:
+    """The checkpoint itself, or those of a run folder, last commit first."""
+    refuse_foreign(path)
+    if (path / MANIFEST).exists() or STEP.fullmatch(path.name):
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if found := history(folder):
+        return [checkpoint for checkpoint, _ in found]
+    for child in sorted(path.iterdir()):
+        refuse_pickle(child)
+    raise CheckpointError(f"{path}: holds no checkpoint; name another folder or start a new run")
+
+
+def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Checkpoint folders, last commit first, with their manifests (None: damaged).
+
+    By commit, not by step: a run that went back to an older step must not fall for its old future.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = {e.name for e in entries if STEP.fullmatch(e.name)}
+    except OSError as error:
+        raise failure(f"cannot read {folder}", error) from error
+    found: list[tuple[int, Path, dict[str, Any] | None]] = []
+    for name in names:
+        if name.startswith(".old-") and name.removeprefix(".old-") in names:
+            continue
+        manifest = None
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(folder / name)
+        found.append((int(name.rpartition("-")[2]), folder / name, manifest))
+    commits = [(step, m["commit"]) for step, _, m in found if m]
+
+    def age(item: tuple[int, Path, dict[str, Any] | None]) -> tuple[float, int]:
+        step, _, m = item
+        before = max((c for s, c in commits if s < step), default=0)
+        return (m["commit"] if m else before + 0.5, step)
+
+    return [(path, m) for _, path, m in sorted(found, key=age, reverse=True)]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, once it is proven intact and the folder holds exactly the files it lists."""
+    refuse_foreign(path)
+    file = path / MANIFEST
+    manifest, text = read_json(file)
+    named = STEP.fullmatch(path.name)
+    files = manifest.pop("sha256", None) and manifest.get("files")
+    if not isinstance(files, dict) or seal(manifest) != text:
+        raise CheckpointError(f"{file}: damaged: it does not match its own SHA-256")
+    made_by = SEVERAL if "ranks" in manifest else FORMAT
+    if any(manifest.get(key) != value for key, value in made_by.items()):
+        raise CheckpointError(
+            f"{file}: written by another version; use the fasttrain that wrote it"
+        )
+    problem = misfit(Manifest, manifest)
+    if odd := [name for name in files if not FILE.fullmatch(name)]:
+        problem = f"{odd[0]!r} cannot name a file"
+    if lost := sorted({"state.json", "config.toml"} - files.keys()):
+        problem = f"it lists no {lost[0]}"
+    if problem is not None:
+        raise CheckpointError(f"{file}: malformed: {problem}")
+    if named and int(named[1]) != manifest["step"]:
+        raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
+    expected = {MANIFEST, *files}
+    if odd := sorted(expected ^ set(os.listdir(path))):
+        problem = "missing" if odd[0] in expected else "does not belong here; remove it"
+        raise CheckpointError(f"{path / odd[0]}: {problem}")
+    return manifest
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The manifest's one valid spelling, its own SHA-256 included: no byte of it can change."""
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(file: Path) -> tuple[dict[str, Any], bytes]:
+    """A small file, and its bytes; whether they are those that were written is not looked at."""
+    raw = read_file(file, None, keep=True)
+    assert raw is not None
+    text = raw.numpy().tobytes()
+    return parse_json(file, text), text
+
+
+def parse_json(file: Path, text: bytes) -> dict[str, Any]:
+    remedy = "fasttrain did not write this"
+    return untrusted.parse_json(text, f"{file}: damaged", remedy, CheckpointError)
+
+
+def refuse_pickle(path: Path) -> None:
+    if path.suffix in _PICKLES and path.is_file():
+        raise CheckpointError(
+            f"{path}: a {path.suffix} file is a pickle, which can run code when it is loaded; if "
+            "you trust it, convert it: safetensors.torch.save_file(torch.load(path, "
+            "weights_only=True), 'model.safetensors')"
+        )
+
+
+def refuse_foreign(path: Path) -> None:
+    if not path.is_dir():
+        refuse_pickle(path)
+        problem = "not a folder" if path.exists() else "there is no such folder"
+        raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
+
+
+def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Tensor | None:
+    """Reads a file once, checking it against its entry; returns its bytes if `keep`."""
+    try:
+        # A link could lead out of the folder, and opening a pipe would block.
+        with open(os.open(path, _READING), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            size = status.st_size
+            if entry is not None and size != entry["bytes"]:
+                raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
+            if not path.name.endswith(".safetensors") and size > JSON_LIMIT:
+                raise CheckpointError(f"{path}: {size} bytes, at most {JSON_LIMIT} are credible")
+            data = torch.empty(size if keep else min(size, _CHUNK), dtype=torch.uint8)
+            view = data.numpy().data
+            digest = hashlib.sha256()
+            done = 0
+            while done < size:
+                at = done if keep else 0
+                n = file.readinto(view[at : at + min(_CHUNK, size - done)])
+                if not n:
+                    raise CheckpointError(f"{path}: damaged: shrank while it was read")
+                digest.update(view[at : at + n])
+                done += n
+    except OSError as error:
+        raise failure(f"{path}: cannot be read", error) from error
+    if entry is not None and digest.hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
+    return data if keep else None
+
+
+def read_header(path: Path) -> Layout:
+    """The layout of a safetensors file, of which no more than the header is read."""
+    try:
+        with open(os.open(path, _READING), "rb") as file:
+            raw = file.read(8)
+            raw += file.read(min(int.from_bytes(raw, "little"), JSON_LIMIT))
+            return read_layout(path, memoryview(raw), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise failure(f"{path}: cannot be read", error) from error
+
+
+def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
+    """Where each tensor lies in a safetensors file, of which `raw` holds at least the header."""
+
+    def check(fine: bool, problem: str) -> None:
+        if not fine:
+            raise CheckpointError(f"{path}: malformed safetensors: {problem}")
+
+    length = int.from_bytes(raw[:8], "little")
+    check(size >= 8 and length <= min(size - 8, JSON_LIMIT), f"header of {length} bytes")
+    header = parse_json(path, bytes(raw[8 : 8 + length]))
+    header.pop("__metadata__", None)
+    layout: Layout = {}
+    start = end = 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
+        check(isinstance(entry, dict), f"{name!r} is not described")
+        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+        fit = isinstance(shape, list) and len(shape) <= 32
+        fit = fit and all(type(n) is int and n >= 0 for n in shape)
+        # Zeros aside: torch overflows on the strides of a (0, 2**62, 2**62) tensor.
+        fit = fit and math.prod(n or 1 for n in shape) < 2**60
+        check(dtype is not None and fit, f"{name!r} has no valid dtype and shape")
+        assert dtype is not None
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        check(_offsets(entry) == (begin - start, end - start), f"{name!r} is out of place")
+        layout[name] = (dtype, shape, begin, end)
+    check(end == size, f"the tensors end at byte {end} of {size}")
+    return layout
+
+
+def _offsets(entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]:
+        return offsets[0], offsets[1]
+    return -1, -1
+
+
+def as_tensors(path: Path, data: Tensor) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes are `data`: views where they are aligned."""
+    tensors = {}
+    layout = read_layout(path, data.numpy().data, data.numel())
+    for name, (dtype, shape, begin, end) in layout.items():
+        part = data[begin:end]
+        if begin % dtype.itemsize:
+            part = part.clone()
+        tensors[name] = part.view(dtype).view(shape)
+    return tensors
+
+
+def write_file(path: Path, content: Any) -> dict[str, Any]:
+    """Writes and fsyncs a new file, hashing it meanwhile; returns its entry in the manifest."""
+    view = memoryview(content)
+    digest = hashlib.sha256()
+    # The GIL is left for all of it; a priority that was lowered is inherited.
+    hashing = threading.Thread(target=digest.update, args=(view,), name="checkpoint hash")
+    descriptor = os.open(path, _CREATING, 0o666)
+    try:
+        if len(view) < _CHUNK:
+            digest.update(view)
+            _write(descriptor, view)
+        else:
+            hashing.start()
+            try:
+                whole_pages = len(view) // PAGE * PAGE
+                if _past_the_cache(descriptor, on=True):
+                    _write(descriptor, view[:whole_pages])
+                    _past_the_cache(descriptor, on=False)
+                    _write(descriptor, view[whole_pages:])
+                else:
+                    _write(descriptor, view)
+            finally:
+                hashing.join()
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": len(view), "sha256": digest.hexdigest()}
+
+
+def _past_the_cache(descriptor: int, *, on: bool) -> bool:
+    """Let what is written leave the page cache alone, which costs the processor more than the disk.
+
+    1 GB took 0.1 s of a core rather than 0.5 to 3.4 s, on a virtual machine whose host had to find
+    the pages; and the data set keeps its place in the cache. Returns whether the file system can.
+    """
+    try:
+        import fcntl
+
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        flags = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    except (OSError, AttributeError, ImportError):  # other systems have no O_DIRECT, or no fcntl
+        return False
+    return True
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        try:
+            view = view[os.write(descriptor, view[:_WRITE]) :]
+        except OSError as error:
+            # A file system that takes larger blocks, or did not take a whole chunk.
+            if error.errno != errno.EINVAL or not _past_the_cache(descriptor, on=False):
+                raise
+            view = view[os.write(descriptor, view[:_WRITE]) :]
+
+
+def fsync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folder
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(pointer: Path, name: str) -> None:
+    partial = pointer.with_name(f".tmp-{pointer.name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial)
+    write_file(partial, f"{name}\n".encode())
+    os.replace(partial, pointer)
+    fsync_folder(pointer.parent)
+
+
+def pointed(pointer: Path) -> str | None:
+    try:
+        name = pointer.read_text(errors="replace").strip()
+    except OSError:
+        return None
+    return name if STEP.fullmatch(name) else None
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        for child in sorted(path.iterdir()):
+            remove(child)
+        os.rmdir(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def signature(path: Path) -> object:
+    """Changes whenever the system has seen a change to a file of the folder."""
+    with os.scandir(path) as entries:
+        stats = sorted((e.name, e.stat(follow_symlinks=False)) for e in entries)
+    return [(name, s.st_size, s.st_ctime_ns, s.st_ino) for name, s in stats]
+
+
+def failure(what: str, error: OSError) -> CheckpointError:
+    remedy = _REMEDIES.get(error.errno or 0, "check the file system")
+    result = CheckpointError(f"{what}: {error}; {remedy}")
+    result.errno = error.errno
+    return result
+
+
+def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
+    """Removes what earlier saves left unfinished; none of it may hinder the next.
+
+    What other ranks may be writing at this moment is spared, by how its name begins.
+    """
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name.startswith((".tmp-", ".old-"))]
+    names = [name for name in names if not name.startswith(spare)]
+    for name in names:
+        target = folder / name.removeprefix(".old-")
+        with contextlib.suppress(OSError):
+            if name.startswith(".old-step-") and not target.exists():
+                os.rename(folder / name, target)
+            else:
+                remove(folder / name)
+
+
+Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
+
+
+class Entry(TypedDict):
+    """A file in the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """``manifest.json``."""
+
+    step: int
+    commit: int
+    metric: float | None
+    files: dict[str, Entry]
+    ranks: NotRequired[int]
+
+
+class RankRecord(TypedDict):
+    """``rank-00000.json``: which slices of tensors lie in the files of a rank."""
+
+    slices: dict[str, dict[str, list[int]]]
+
+
+class Change(TypedDict):
+    """A setting that was changed on purpose when the run was resumed."""
+
+    when: str
+    step: int
+    key: str
+    old: str
+    new: str
+
+
+class Faults(TypedDict):
+    """What `engine.faults.FaultPolicy` keeps."""
+
+    skipped_steps: int
+    spikes: int
+    rollbacks: int
+    passed_over: list[int]
+    row: list[tuple[int, int, Kind, Number, Number]]
+
+
+class ModelState(TypedDict):
+    """``state.json`` of parameters that belong to no run."""
+
+    step: NotRequired[int]
+    history: NotRequired[list[Change]]
+
+
+class RunState(TypedDict):
+    """``state.json`` of `fasttrain.train`."""
+
+    step: int
+    position: int
+    total_steps: int | None
+    eval_due: bool
+    trained_s: float
+    best_val_loss: float | None
+    loss_ema: float | None
+    faults: Faults
+    tokens: NotRequired[int]  # this and those below are not in all checkpoints of version 1
+    samples_per_step: NotRequired[int]
+    regular: NotRequired[bool]
+    val_losses: NotRequired[list[float | None]]
+    data: NotRequired[dict[str, dict[str, Any]]]
+    history: NotRequired[list[Change]]
+    provenance: NotRequired[dict[str, str | bool | None]]
+
+
+class LibraryState(TypedDict):
+    """``state.json`` of `fasttrain.Trainer`, as far as it does not depend on torch's classes."""
+
+    step: int
+    epoch: int
+    batch_in_epoch: int
+    skipped_steps: int
+    library: dict[str, Any]
+    history: NotRequired[list[Change]]
+    provenance: NotRequired[dict[str, str | bool | None]]
+
+
+def state_type(state: dict[str, Any]) -> type:
+    """Return what a state claims to be."""
+    if "position" in state:
+        return RunState
+    return LibraryState if "epoch" in state else ModelState

@@ -1,0 +1,291 @@
+"""One checkpoint from several ranks: each writes what lies on it, rank 0 commits all of it at once.
+
+    step-00001000/  model.rank-00000.safetensors …  slices of tensors, and what else is rank 0's
+                    trainer.safetensors             a file of rank 0 that holds no slices
+                    rank-00000.json …               by rank: bytes and SHA-256 of its files, and
+                                                    where in the whole each of its slices lies
+
+Ranks wait for files alone, in the thread that writes: they share one temporary folder, named by
+what all of them know. Each rank writes and fsyncs its files there and then, by a rename,
+`rank-….json`, which says "done" or why not. Rank 0 waits for those of all ranks, lists them in the
+manifest and commits. Where that fails it leaves `.tmp-failed-…`; the other ranks wait for that, or
+for the manifest of this very save.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.files import CheckpointError, RankRecord
+from fasttrain.config.untrusted import misfit
+from fasttrain.distributed.slices import Slice, locate
+
+__all__ = ["Ranks", "own_slices", "put", "read_slices"]
+
+Slices = dict[str, dict[str, Slice]]  # file or group → tensor → where it lies in the whole
+
+_RECORD = re.compile(r"rank-(\d{5})\.json")
+_POLLS_S = (0.002, 0.2)  # between two looks: at first, at last
+
+
+def own_slices(
+    groups: Mapping[str, Mapping[str, Tensor]], rank: int
+) -> tuple[dict[str, dict[str, Tensor]], Slices]:
+    """Return what this rank writes, as ordinary tensors, and which of them are slices.
+
+    That is its slice of each DTensor, unless another rank holds the same one and comes first; and
+    on rank 0 every other tensor, on another rank those whose name ends in ``@`` and its number.
+    """
+    own: dict[str, dict[str, Tensor]] = {}
+    slices: Slices = {}
+    for group, tensors in groups.items():
+        own[group], slices[group] = {}, {}
+        for name, tensor in tensors.items():
+            located = locate(tensor)
+            if located is None:
+                if rank == 0 or name.endswith(f"@{rank}"):
+                    own[group][name] = tensor
+                continue
+            part, first = located
+            n_elements = tensor.numel()
+            local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+            if tuple(local.shape) != part.local_shape:
+                raise CheckpointError(
+                    f"checkpoint: {group}.{name} of shape {part.shape} holds {tuple(local.shape)} "
+                    f"on rank {rank}, not {part.local_shape}; shard it evenly, as FSDP2 does"
+                )
+            if first and (local.numel() or (rank == 0 and not n_elements)):
+                own[group][name] = local
+                if not part.is_whole and n_elements:
+                    slices[group][name] = part
+    return own, slices
+
+
+def put(
+    whole: dict[str, Tensor], name: str, tensor: Tensor, part: Slice | None, file: Path
+) -> None:
+    """Add a tensor, or a slice of one, to those of a checkpoint.
+
+    Raises:
+        CheckpointError: it is there already, or does not fit the slice that it should be.
+    """
+    if part is None:
+        fits = name not in whole
+        if fits:
+            whole[name] = tensor
+    else:
+        fits = tuple(tensor.shape) == part.local_shape
+        if fits and name not in whole:
+            whole[name] = torch.empty(part.shape, dtype=tensor.dtype, device=tensor.device)
+        fits = fits and whole[name].dtype is tensor.dtype
+        if fits:
+            whole[name].narrow(part.dim, part.begin, part.end - part.begin).copy_(tensor)
+    if not fits:
+        raise CheckpointError(f"{file}: malformed: {name} is not the part that it should be")
+
+
+def read_slices(path: Path, manifest: Mapping[str, Any]) -> Slices:
+    """Return the slices in each file of a checkpoint, once each tensor is proven to be complete.
+
+    Raises:
+        CheckpointError: a record of a rank is damaged, or does not fit the files or the others.
+    """
+    slices: Slices = {}
+    records = sorted(filter(_RECORD.fullmatch, manifest["files"])) if "ranks" in manifest else []
+    if len(records) != manifest.get("ranks", 0):
+        raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
+    for name in records:
+        data = disk.read_file(path / name, manifest["files"][name], keep=True)
+        assert data is not None
+        record = disk.parse_json(path / name, data.numpy().tobytes())
+        slices |= _slices_of(path / name, record, manifest["files"])
+    tensors: dict[str, list[Slice]] = {}
+    for file, parts in slices.items():
+        for name, part in parts.items():
+            tensors.setdefault(f"{file.partition('.')[0]}.{name}", []).append(part)
+    for name, parts_of_one in tensors.items():
+        shape, dim = parts_of_one[0].shape, parts_of_one[0].dim
+        end = 0
+        for part in sorted(parts_of_one, key=lambda p: p.begin):
+            if (part.shape, part.dim, part.begin) != (shape, dim, end):
+                break
+            end = part.end
+        if end != shape[dim]:
+            raise CheckpointError(f"{path}: malformed: the slices of {name} are not all there")
+    return slices
+
+
+def _slices_of(file: Path, record: dict[str, Any], files: Mapping[str, Any]) -> Slices:
+    found: Slices = {}
+    fit = misfit(RankRecord, record) is None
+    for name, parts in record["slices"].items() if fit else ():
+        fit = fit and name in files
+        # No more is allocated than the files hold, whatever they say.
+        room = os.lstat(file.with_name(name)).st_size if fit else 0
+        found[name] = {}
+        for tensor, numbers in parts.items() if fit else ():
+            fit = fit and 4 <= len(numbers) <= 32
+            if not fit:
+                break
+            dim, begin, end, *shape = numbers
+            fit = dim < len(shape) and begin < end <= shape[dim]
+            part = Slice(tuple(shape), dim, begin, end)
+            n_elements = 1
+            for n in part.local_shape if fit else ():
+                n_elements *= n
+            fit = fit and 0 < n_elements <= room
+            found[name][tensor] = part
+    if not fit:
+        raise CheckpointError(f"{file}: malformed; this checkpoint was not written by fasttrain")
+    return found
+
+
+class Ranks:
+    """The ranks that write one checkpoint together, seen from one of them.
+
+    Args:
+        folder: of the checkpoints.
+        rank: of this process.
+        size: how many there are.
+        session: shared by them, and by no earlier ones; anything for one alone.
+        patience_s: how long a rank waits for the others.
+    """
+
+    def __init__(self, folder: Path, rank: int, size: int, session: str, patience_s: float) -> None:
+        if not 0 <= rank < size or (size > 1 and not re.fullmatch(r"[\w-]{1,60}", session)):
+            raise CheckpointError(
+                f"checkpoint: rank {rank} of {size} ranks, session {session!r}: give all of them "
+                "one session, letters and digits that no run before has used"
+            )
+        self.rank, self.size, self.session = rank, size, session
+        self.patience_s = patience_s
+        self.abandoned = threading.Event()
+        self._folder = folder
+
+    def partial(self, path: Path, number: int) -> Path:
+        """Return the temporary folder of a checkpoint, the same on all ranks."""
+        mark = f"{self.session}-{number}" if self.size > 1 else os.getpid()
+        return self._folder / f".tmp-{path.name}-{mark}"
+
+    def spared(self, partial: Path) -> tuple[str, ...]:
+        """Return how the names begin that no sweep may remove: others may be at work there."""
+        return (partial.name, self._failed("").name) if self.size > 1 else ()
+
+    def file(self, stem: str, *, sliced: bool) -> str:
+        """Return the name of this rank's file of a group."""
+        mark = f".rank-{self.rank:05d}" if sliced or self.rank else ""
+        return f"{stem}{mark}.safetensors"
+
+    def enter(self, partial: Path) -> None:
+        """Make the temporary folder, or find it made by another rank."""
+        try:
+            os.mkdir(partial)
+        except FileExistsError:
+            if self.size == 1:
+                raise
+
+    def hand_in(self, partial: Path, **record: Any) -> None:
+        """Tell rank 0 that this rank's files are on the disk, or why they are not."""
+        if self.size > 1:
+            name = f"rank-{self.rank:05d}.json"
+            hidden = partial / f".{name}"
+            disk.remove(hidden)
+            disk.write_file(hidden, disk.seal({"save": partial.name, **record}))
+            os.replace(
+                hidden, partial / name
+            )  # nothing may fail after it; rank 0 fsyncs the folder
+
+    def collect(self, partial: Path, path: Path) -> dict[str, dict[str, Any]]:
+        """On rank 0: wait until all ranks have handed in; return the entries of their files.
+
+        Raises:
+            CheckpointError: a rank failed, or was not done in time.
+        """
+        entries: dict[str, dict[str, Any]] = {}
+        waiting = list(range(self.size if self.size > 1 else 0))
+
+        def done() -> bool:
+            while waiting:
+                file = partial / f"rank-{waiting[0]:05d}.json"
+                if not file.exists():
+                    return False
+                text = file.read_bytes()
+                record = disk.parse_json(file, text)
+                record.pop("sha256", None)
+                if disk.seal(record) != text or record["save"] != partial.name:
+                    raise CheckpointError(f"{file}: damaged: it is not what its rank wrote")
+                if error := record.get("error"):
+                    raise CheckpointError(f"{path} was not saved: rank {waiting[0]}: {error}")
+                entry = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+                entries.update(record["files"], **{file.name: entry})
+                waiting.pop(0)
+            return True
+
+        late = "rank {} did not write its part within {:g} s"
+        self._wait(
+            done, lambda: f"{path} was not saved: {late.format(waiting[0], self.patience_s)}"
+        )
+        return entries
+
+    def give_up(self, partial: Path, error: BaseException) -> None:
+        """On rank 0: tell the others that there is no checkpoint."""
+        if self.size > 1:
+            failed = self._failed(partial.name)
+            disk.remove(failed)
+            disk.write_file(failed, str(error).encode())
+
+    def await_commit(self, partial: Path, path: Path) -> None:
+        """On another rank: wait until rank 0 has committed.
+
+        Raises:
+            CheckpointError: it could not, or did not in time.
+        """
+
+        def done() -> bool:
+            here = partial.exists()  # looked for first: what was told before it went is seen below
+            failed = self._failed(partial.name)
+            if failed.exists():
+                raise CheckpointError(
+                    failed.read_text(errors="replace") or f"{path} was not saved; see rank 0"
+                )
+            return not here and self._committed(partial, path)
+
+        which = f"rank 0 did not commit it within {self.patience_s:g} s"
+        self._wait(done, lambda: f"{path} was not saved: {which}")
+
+    def committed(self) -> None:
+        """On rank 0, after a commit: no rank waits any more for what failed earlier."""
+        if self.size > 1:
+            for failed in self._folder.glob(f"{self._failed('').name}*"):
+                disk.remove(failed)
+
+    def _failed(self, partial_name: str) -> Path:
+        return self._folder / f".tmp-failed-{self.session}{partial_name}"
+
+    def _committed(self, partial: Path, path: Path) -> bool:
+        try:
+            text = (path / disk.MANIFEST).read_text()
+        except OSError:
+            return False
+        saved: object = json.loads(text).get("save")
+        return saved == partial.name
+
+    def _wait(self, done: Callable[[], bool], late: Callable[[], str]) -> None:
+        pause, longest = _POLLS_S
+        end = time.monotonic() + self.patience_s
+        while not done():
+            if self.abandoned.wait(pause):
+                raise CheckpointError(f"{late().partition(':')[0]}: the run ended before it was")
+            if time.monotonic() > end:
+                raise CheckpointError(f"{late()}; see what became of that rank")
+            pause = min(1.5 * pause, longest)

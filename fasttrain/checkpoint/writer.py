@@ -1,0 +1,437 @@
+"""Who writes the checkpoints of a run: snapshot, files, commit, and which are kept.
+
+The protocol is told in `fasttrain.checkpoint`, that of several ranks in `checkpoint_ranks`.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.files import CheckpointError
+from fasttrain.checkpoint.parts import parse, verify
+from fasttrain.checkpoint.ranks import Ranks, own_slices
+from fasttrain.command import tell
+from fasttrain.distributed.slices import Slice
+
+# On a core that training keeps busy, Linux gives a thread of this priority 3.4 % (of 10: 9.7 %),
+# and all that training leaves idle. To hash a GB takes 0.7 s, so that it is written in half a
+# minute at the latest. What takes some milliseconds anyway is better done soon.
+_NICE = 15
+_BULKY = 64 << 20  # bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Save:
+    """What one save writes, beside the snapshots."""
+
+    step: int
+    path: Path
+    partial: Path
+    slices: dict[str, dict[str, Slice]]  # by file stem; these stems are written
+    texts: dict[str, bytes]
+    metric: float | None
+    copied: list[torch.cuda.Event]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run folder and keeps the last few and the best.
+
+    Args:
+        folder: `<run>/checkpoints`; made if missing. One run at a time may write to it.
+        keep_last: how many verified checkpoints to keep beside the best, at least 1.
+        asynchronous: write in a background thread; otherwise `save` returns after the commit.
+        rank: of this process among those that save together, all of them at the same steps.
+        world_size: how many they are.
+        session: shared by the ranks, and by no earlier ones; needed where there are several.
+        patience_s: how long a rank waits for the others to write their parts of a checkpoint.
+        warn: told, in any thread, that a checkpoint is complete but others could not be removed.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
+
+    Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        asynchronous: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        session: str = "",
+        patience_s: float = 600.0,
+        warn: Callable[[str], None] = tell,
+    ) -> None:
+        if keep_last < 1:
+            raise CheckpointError(f"checkpoint.keep_last must be at least 1, got {keep_last}")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
+        self.pinned = True  # buffers for CUDA tensors; else copies to them take longer
+        self._warn = warn
+        self._n_begun = 0
+        self._snapshots: dict[str, Snapshot] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._verdicts: dict[Path, tuple[object, bool]] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            disk.fsync_folder(self.folder.parent)
+        except OSError as error:
+            raise disk.failure(f"cannot make the checkpoint folder {self.folder}", error) from error
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        config_toml: str,
+        *,
+        metric: float | None = None,
+    ) -> Path:
+        """Takes a snapshot now and commits it in the background; later updates do not reach it.
+
+        Of several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
+        0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
+
+        One save is in flight at a time: a second waits for the first.
+
+        Args:
+            step: optimizer updates done so far; the folder is named after it. A step that was
+                saved before is replaced.
+            groups: file stem → tensors, of any device.
+            state: what JSON can hold, finite numbers only.
+            config_toml: the resolved configuration.
+            metric: validation loss; `best` moves to the lowest of the checkpoints that verify.
+
+        Returns:
+            The folder, which exists once `wait` has returned.
+
+        Raises:
+            CheckpointError: the save before this one failed (then this one was not begun: call
+                again), or this one, if it is synchronous or its arguments are unfit.
+        """
+        self.wait()
+        self._n_begun += 1
+        try:
+            state_json = json.dumps(state, indent=1, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint: state is not JSON ({error}); use finite numbers, strings, lists and "
+                "string-keyed dicts, null for what is unknown"
+            ) from error
+        if bad := [s for s in groups if "." in s or not disk.FILE.fullmatch(s)]:
+            raise CheckpointError(f"checkpoint: group {bad[0]!r} cannot name a file")
+        own, slices = own_slices(groups, self._ranks.rank)
+        if self._ranks.rank:
+            own = {stem: tensors for stem, tensors in own.items() if tensors}
+        path = self._path(step)
+        save = _Save(
+            step=step,
+            path=path,
+            partial=self._ranks.partial(path, self._n_begun),
+            slices={stem: slices[stem] for stem in own},
+            texts={"state.json": state_json, "config.toml": config_toml.encode()},
+            metric=float(metric) if metric is not None and math.isfinite(metric) else None,
+            copied=self._snapshot(own),
+        )
+        if self.asynchronous:
+            self._thread = threading.Thread(
+                target=self._write_in_background,
+                args=(save,),
+                name=f"checkpoint of rank {self._ranks.rank}",
+            )
+            self._thread.start()
+        else:
+            self._write(save)
+        return path
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def wait(self) -> None:
+        """Returns when the save in flight is committed; raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def abandon(self) -> None:
+        """The run ends by an error: other ranks may be gone, and none waits for them any more."""
+        self._ranks.abandoned.set()
+
+    def close(self) -> None:
+        """Waits as `wait` does and frees the buffers."""
+        try:
+            self.wait()
+        finally:
+            self._snapshots.clear()
+
+    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
+        for stem, tensors in groups.items():
+            kept = self._snapshots.get(stem)
+            if kept is None or kept.signature != Snapshot.describe(tensors):
+                self._snapshots[stem] = Snapshot(stem, tensors, pinned=self.pinned)
+        devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                if device not in self._streams:
+                    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    self._streams[device] = stream
+                side = self._streams[device]
+                side.wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(side))
+            for stem, tensors in groups.items():
+                self._snapshots[stem].copy_from(tensors)
+        events = [self._streams[device].record_event() for device in devices]
+        for event, device in zip(events, devices, strict=True):
+            # The next update may not overwrite what is still being copied.
+            torch.cuda.current_stream(device).wait_event(event)
+        return events
+
+    def _write_in_background(self, save: _Save) -> None:
+        try:
+            for device in self._streams:  # to wait in another's context would open one there
+                torch.cuda.set_device(device)
+            n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.slices)
+            if sys.platform == "linux" and n_bytes > _BULKY:  # a thread has its own priority there
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            self._write(save)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, save: _Save) -> None:
+        for event in save.copied:
+            event.synchronize()
+        if self._ranks.rank == 0:
+            self._commit(save)
+            return
+        try:
+            self._write_part(save)
+        except FileNotFoundError:
+            pass  # rank 0 has given up, and says why
+        except (OSError, CheckpointError) as error:
+            with contextlib.suppress(OSError):
+                for name in self._file_names(save).values():
+                    disk.remove(save.partial / name)
+            with contextlib.suppress(OSError):
+                self._ranks.enter(save.partial)
+                self._ranks.hand_in(save.partial, error=str(error))
+            if isinstance(error, CheckpointError):
+                raise
+            raise disk.failure(f"{save.path} was not saved", error) from error
+        self._ranks.await_commit(save.partial, save.path)
+
+    def _file_names(self, save: _Save) -> dict[str, str]:
+        return {stem: self._ranks.file(stem, sliced=bool(s)) for stem, s in save.slices.items()}
+
+    def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
+        """Writes this rank's tensors."""
+        for stem in save.slices:
+            if name := self._snapshots[stem].first_nonfinite():
+                raise CheckpointError(
+                    f"checkpoint: {stem}.{name} is not finite at step {save.step}: not saved; "
+                    "resume from the last checkpoint with a lower learning rate or other data"
+                )
+        self._ranks.enter(save.partial)
+        names = self._file_names(save)
+        files = {
+            name: disk.write_file(save.partial / name, self._snapshots[stem].content.numpy())
+            for stem, name in names.items()
+        }
+        slices = {
+            names[stem]: {n: [p.dim, p.begin, p.end, *p.shape] for n, p in parts.items()}
+            for stem, parts in save.slices.items()
+            if parts
+        }
+        self._ranks.hand_in(save.partial, files=files, slices=slices)
+        return files
+
+    def _commit(self, save: _Save) -> None:
+        path, partial = save.path, save.partial
+        old = self.folder / f".old-{path.name}"
+        committed = False
+        try:
+            disk.sweep(self.folder, spare=self._ranks.spared(partial))
+            older = disk.history(self.folder)
+            files = self._write_part(save)
+            for name, text in save.texts.items():
+                files[name] = disk.write_file(partial / name, text)
+            manifest = {
+                **disk.FORMAT,
+                "commit": 1 + max((m["commit"] for _, m in older if m), default=0),
+                "step": save.step,
+                "metric": save.metric,
+                "files": files,
+            }
+            if self._ranks.size > 1:
+                files |= self._ranks.collect(partial, path)
+                manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
+            disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
+            try:
+                parse(partial)
+            except CheckpointError as error:
+                reason = str(error).removeprefix(f"{partial}{os.sep}")
+                raise CheckpointError(
+                    f"{path} was not saved, for no run could go on from it: {reason}"
+                ) from error
+            disk.fsync_folder(partial)
+            if path.exists():
+                os.rename(path, old)
+                disk.fsync_folder(self.folder)
+            os.rename(partial, path)
+            disk.fsync_folder(self.folder)
+            committed = True
+            self._verdicts[path] = (disk.signature(path), True)
+            disk.point(self.folder / "latest", path.name)
+            self._retain(path)
+            disk.remove(old)
+            self._ranks.committed()
+        except (OSError, CheckpointError) as error:
+            told = error
+            if isinstance(error, OSError):
+                done = "is complete, but tidying up failed" if committed else "was not saved"
+                told = disk.failure(f"{path} {done}", error)
+            if committed:  # on the other ranks it is saved as well
+                self._warn(str(told))
+                return
+            with contextlib.suppress(OSError):
+                self._ranks.give_up(partial, told)
+            with contextlib.suppress(OSError):
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+            with contextlib.suppress(OSError):
+                disk.remove(partial)
+            if told is error:
+                raise
+            raise told from error
+
+    def _verified(self, path: Path) -> bool:
+        """Hashes a folder once; again only when the system has seen one of its files change."""
+        now = disk.signature(path)
+        seen, verdict = self._verdicts.get(path, (None, False))
+        if seen != now:
+            verdict = True
+            try:
+                verify(path)
+            except CheckpointError:
+                verdict = False
+            self._verdicts[path] = (now, verdict)
+        return verdict
+
+    def _retain(self, newest: Path) -> None:
+        """Moves `best`, then removes what lies behind the last `keep_last` verified ones."""
+        found = disk.history(self.folder)
+        good = [(path, m) for path, m in found if m and self._verified(path)]
+        rated = [(m["metric"], m["commit"], path) for path, m in good if m["metric"] is not None]
+        best = min(rated)[2] if rated else None
+        if best is not None and disk.pointed(self.folder / "best") != best.name:
+            disk.point(self.folder / "best", best.name)
+        if len(good) < self.keep_last:
+            return
+        kept = {path for path, _ in good[: self.keep_last]} | {newest, best}
+        paths = [path for path, _ in found]
+        for path in paths[paths.index(good[self.keep_last - 1][0]) :]:
+            if path not in kept:
+                # Renamed first: a crash half-way leaves a stale partial folder, not a damaged one.
+                doomed = self.folder / f".tmp-removed-{path.name}"
+                os.rename(path, doomed)
+                disk.remove(doomed)
+
+
+class Snapshot:
+    """One group of tensors in a reused host buffer, laid out as its safetensors file."""
+
+    def __init__(self, stem: str, tensors: Mapping[str, Tensor], *, pinned: bool = True) -> None:
+        self.signature = self.describe(tensors)
+        # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
+        self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+        entries: dict[str, Any] = {}
+        end = 0
+        for name in self.names:
+            tensor, begin = tensors[name], end
+            if tensor.dtype not in disk.DTYPE_NAMES:
+                raise disk.CheckpointError(
+                    f"checkpoint: {stem}.{name} has dtype {tensor.dtype}, which safetensors does "
+                    "not hold; convert it before saving"
+                )
+            end += tensor.numel() * tensor.element_size()
+            entries[name] = {
+                "dtype": disk.DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        header = len(text).to_bytes(8, "little") + text
+        self.cuda = any(t.is_cuda for t in tensors.values())
+        size = len(header) + end
+        self.content = self._room(size, pinned=self.cuda and pinned)  # all of the file
+        self.content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.buffer = self.content[len(header) :]
+        self.views = [
+            self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
+            for n, t in ((n, tensors[n]) for n in self.names)
+        ]
+
+    def _room(self, size: int, *, pinned: bool) -> Tensor:
+        """Return memory that begins with a page, pinned or not.
+
+        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32: here the pages
+        themselves are registered, for as long as this object lives.
+        """
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room = torch.frombuffer(pages, dtype=torch.uint8)
+        if pinned:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
+                release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
+                release.atexit = False  # the system does it, and CUDA may be gone
+            else:  # copies then make the device wait, and the next launch reports the error again
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device="cuda")
+        return room
+
+    @staticmethod
+    def describe(tensors: Mapping[str, Tensor]) -> object:
+        return [(n, t.dtype, t.shape, t.is_cuda) for n, t in sorted(tensors.items())]
+
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, view in zip(self.names, self.views, strict=True):
+            view.copy_(tensors[name].detach(), non_blocking=self.cuda)
+
+    def first_nonfinite(self) -> str | None:
+        """Looks at bits, in two long calls a tensor: the GIL is left, and no thread is started.
+
+        But for the sign, what is not finite has greater bits than the greatest finite number.
+        """
+        for name, view in zip(self.names, self.views, strict=True):
+            if not view.is_floating_point() or not view.numel():
+                continue
+            raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()
+            last = torch.tensor([torch.finfo(view.dtype).max], dtype=torch.float64).to(view.dtype)
+            finite = int.from_bytes(last.view(torch.uint8).tolist(), sys.byteorder)
+            positive, negative = int(raw.view(f"i{size}").max()), int(raw.view(f"u{size}").max())
+            if positive > finite or negative > finite + (1 << 8 * size - 1):
+                return name
+        return None

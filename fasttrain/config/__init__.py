@@ -1,0 +1,57 @@
+"""The configuration: its keys, how they are checked, and how a file of them is read.
+
+Only the standard library is imported, so that a bad config fails before torch is loaded.
+"""
+
+from fasttrain.config.keys import ConfigError, UserError
+from fasttrain.config.load import (
+    SECTIONS,
+    config_difference,
+    config_from_dict,
+    config_reference,
+    config_to_dict,
+    config_to_toml,
+    help_text,
+    is_deep,
+    load_config,
+    shipped_configs,
+)
+from fasttrain.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    LogConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SECTIONS",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "UserError",
+    "config_difference",
+    "config_from_dict",
+    "config_reference",
+    "config_to_dict",
+    "config_to_toml",
+    "help_text",
+    "is_deep",
+    "load_config",
+    "shipped_configs",
+]

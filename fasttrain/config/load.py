@@ -1,0 +1,331 @@
+"""Reading, writing and describing the configuration.
+
+TOML becomes the frozen dataclasses of `schema`, strictly: what is unknown, has the wrong
+type or cannot work is refused with the key, the value and the remedy. Only the standard library is
+imported, so that this happens before torch is loaded.
+"""
+
+import difflib
+import json
+import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fasttrain.config.keys import ConfigError, Section, accepts, allowed, show
+from fasttrain.config.schema import DataConfig, TrainConfig
+
+SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
+# The configs of older runs name every key. Keys that there were, with the values at which they are
+# left out:
+_RETIRED = {
+    "optim.muon_lr_scale": 1.0,
+    "optim.embedding_lr_scale": 1.0,
+    "optim.head_lr_scale": 1.0,
+    "schedule.cycle_factor": 1.0,
+}
+# and tokens that are parts of data.seq_len now.
+_NOW_FRACTIONS = {
+    "schedule.context_tokens": "context_fractions",
+    "eval.stride_tokens": "stride_fraction",
+}
+# Keys of which one alone is set: given on the command line it replaces those of the file.
+_EXCLUSIVE = (
+    ("train.steps", "train.epochs", "train.tokens", "train.hours"),
+    ("data.path", "data.paths"),
+    ("optim.lr", "optim.muon_lr"),  # of an optimizer one is read
+)
+# What other trainers call a key, where its spelling does not lead there.
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step",
+    "block_size": "data.seq_len",
+    "schedule.context_tokens": "schedule.context_fractions",
+    "eval.stride_tokens": "eval.stride_fraction",
+    "n_embd": "model.dim",
+    "hidden_size": "model.dim",
+    "max_iters": "train.steps",
+    "max_steps": "train.steps",
+    "grad_clip": "train.max_grad_norm",
+    "eval_interval": "eval.every_steps",
+    "log_interval": "log.every_steps",
+    "save_steps": "checkpoint.every_steps",
+}
+_MAX_BYTES = 1 << 18  # of a config file: prompts aside, one has a hundred lines
+_MAX_DEPTH = 32  # of lists and tables in each other
+# Comments and strings of TOML, and strings of JSON; one that nothing ends goes to the end.
+_QUOTED = re.compile(
+    r"""#[^\n]*|\"{3}(?:[^\\]|\\.)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)"""
+    r"""|"(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""",
+    re.DOTALL,
+)
+_FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a config file and apply overrides.
+
+    Args:
+        path: a TOML file, or the name of a config that comes with the package, such as ``base``.
+        overrides: ``section.key=value`` each, the value in TOML syntax; a bare word is a string,
+            and ``none`` unsets an optional key. The last one wins.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it or in the overrides is refused.
+    """
+    path = Path(path)
+    if str(path) == path.name and not path.is_file():
+        path = shipped_configs().get(path.name.removesuffix(".toml"), path)
+    values = _of_today(_read(path))
+    try:
+        _check_names(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    given = dict(map(_parse_override, overrides))
+    for group in _EXCLUSIVE:
+        if any(given.get(name) for name in group):
+            for section, _, k in (name.partition(".") for name in group):
+                values.get(section, {}).pop(k, None)
+    for name, value in given.items():
+        section, _, k = name.partition(".")
+        values.setdefault(section, {})[k] = value
+    return config_from_dict(values)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with the keys of today for those of older versions."""
+    found = {s: dict(t) if isinstance(t, Mapping) else t for s, t in values.items()}
+    tables = {s: t for s, t in found.items() if isinstance(t, dict)}
+    seq_len = tables.get("data", {}).get("seq_len", DataConfig().seq_len)
+    for name, new in _NOW_FRACTIONS.items():
+        section, _, old = name.partition(".")
+        if old in (table := tables.get(section, {})):
+            tokens = table.pop(old)
+            several = isinstance(tokens, list | tuple)
+            table[new] = [_part(n, seq_len) for n in tokens] if several else _part(tokens, seq_len)
+    optim = tables.get("optim", {})
+    for k in ("embedding_lr_scale", "head_lr_scale"):
+        if k in optim and optim.get("name") == "muon":
+            optim[f"muon_{k}"] = optim.pop(k)
+    for name, value in _RETIRED.items():
+        section, _, k = name.partition(".")
+        if tables.get(section, {}).get(k) == value:
+            del tables[section][k]
+    return found
+
+
+def _part(tokens: Any, seq_len: Any) -> Any:
+    """Return tokens in parts of ``seq_len``; unchanged what is not so many."""
+    known = isinstance(tokens, int) and isinstance(seq_len, int) and seq_len > 0
+    return tokens / seq_len if known else tokens
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        size, text = path.stat().st_size, ""
+        if size <= _MAX_BYTES and is_deep(text := path.read_text(encoding="utf-8")):
+            raise ValueError("it has tables in tables in tables")
+        if size > _MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {_MAX_BYTES:,} are credible")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        shipped = shipped_configs()
+        beside = {p.stem: p for p in path.parent.glob("*.toml") if p.name != "pyproject.toml"}
+        there = {name: name for name in shipped} | beside
+        near = difflib.get_close_matches(path.stem, there, n=1)
+        hint = f"did you mean {there[near[0]]}?" if near else "give the path of a TOML file."
+        raise ConfigError(
+            f"{path}: there is no such config file; {hint} By name there are {', '.join(shipped)}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # also integers too long, nesting too deep
+        raise ConfigError(f"{path}: is not valid TOML: {error}; correct that line") from None
+
+
+def is_deep(text: str) -> bool:
+    """Return whether TOML or JSON is nested so deep that no parser should see it.
+
+    Parsers recurse; for a TOML name of n parts, a.b.c…, Python's takes n² of time and memory.
+    """
+    structure = re.sub(r"[^][{}.,=\n]+", "", _QUOTED.sub("", text))
+    depth = 0
+    for c in structure:
+        depth += (c in "[{") - (c in "]}")
+        if depth > _MAX_DEPTH:
+            return True
+    return "...." in structure
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, equals, raw = text.partition("=")
+    name, raw = name.strip(), raw.strip()
+    if not equals:
+        raise ConfigError(
+            f"override {show(text)} is not section.key=value; write it like optim.lr=1e-3"
+        )
+    if name not in _FIELDS:
+        section, _, k = name.rpartition(".")
+        _unknown_key(section, k)
+    if raw.lower() in ("none", "null"):
+        return name, None
+    try:
+        value = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return name, raw
+    # More than one key means that a line break smuggled in a second assignment.
+    if set(value) != {"value"}:
+        return name, raw
+    # A string key takes what TOML reads as a number or a date: run.name=2026-01-31 is a name.
+    takes_text = accepts(_FIELDS[name], "") and not accepts(_FIELDS[name], value["value"])
+    scalar = not isinstance(value["value"], dict | list | bool)
+    return name, raw if takes_text and scalar else value["value"]
+
+
+def _unknown_key(section: str, k: str) -> None:
+    """Raise the ConfigError that names the nearest key."""
+    name = f"{section}.{k}" if section else k
+    elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
+    within = [full for full in _FIELDS if full.startswith(f"{section}.")]
+    near = (
+        [_ELSEWHERE[n] for n in {name, k} if n in _ELSEWHERE]
+        or elsewhere
+        or difflib.get_close_matches(name, within, n=1)
+        or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
+    )
+    if near:
+        remedy = f"did you mean {' or '.join(near)}?"
+    elif within:
+        remedy = f"[{section}] takes {', '.join(full.partition('.')[2] for full in within)}"
+    else:
+        remedy = f"keys are section.key; the sections are {', '.join(SECTIONS)}"
+    raise ConfigError(f"{name} is not a config key; {remedy}")
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    for section, table in values.items():
+        if section not in SECTIONS and not isinstance(table, Mapping):
+            _unknown_key("", section)
+        if section not in SECTIONS:
+            near = difflib.get_close_matches(section, list(SECTIONS), n=1, cutoff=0.5)
+            remedy = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(SECTIONS)}"
+            raise ConfigError(f"[{section}] is not a config section; {remedy}")
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{section} = {show(table)} must be a section; write [{section}]")
+        for k in table:
+            if f"{section}.{k}" not in _FIELDS:
+                _unknown_key(section, k)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Return the config of nested dicts, section → key → value; the inverse of `config_to_dict`.
+
+    Raises:
+        ConfigError: a section, key, value or combination is refused.
+    """
+    values = _of_today(values)
+    _check_names(values)
+    sections: dict[str, Any] = {}
+    for section, table in values.items():
+        given = {k: _unset(_FIELDS[f"{section}.{k}"], v) for k, v in table.items()}
+        sections[section] = SECTIONS[section](**given)
+    return TrainConfig(**sections)
+
+
+def _unset(f: Field[Any], value: Any) -> Any:
+    """Return None for ``"none"``: TOML has no null, and an optional number may need to be unset."""
+    is_none = isinstance(value, str) and value.lower() in ("none", "null")
+    return None if is_none and accepts(f, None) and not accepts(f, "") else value
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Return the config as nested dicts of JSON values, with every key."""
+    return {
+        name: {
+            f.name: list(v) if isinstance(v := getattr(section, f.name), tuple) else v
+            for f in fields(section)
+        }
+        for name in SECTIONS
+        for section in [getattr(config, name)]
+    }
+
+
+def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> str:
+    """Return the config as TOML that `load_config` reads back to an equal config.
+
+    Args:
+        config: the configuration.
+        shown: what is written of a string, such as `fasttrain.redact.redact` of it. Names of
+            choices, numbers and truth values stay as they are: a run must mean the same without it.
+    """
+    lines = []
+    for section, table in config_to_dict(config).items():
+        lines.append(f"[{section}]")
+        for k, value in table.items():
+            if value is not None:
+                chosen = _FIELDS[f"{section}.{k}"].metadata["choices"]
+                lines.append(f"{k} = {_toml(value, str if chosen else shown)}")
+            elif _FIELDS[f"{section}.{k}"].default is not None:
+                lines.append(f'{k} = "none"')
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any, shown: Callable[[str], str]) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(element, shown) for element in value)}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, except that TOML also forbids a bare DEL.
+        return json.dumps(shown(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return ``(key, value in a, value in b)`` for every key in which two configs differ."""
+    found = [
+        (name, *(getattr(getattr(config, section), k) for config in (a, b)))
+        for name in _FIELDS
+        for section, _, k in [name.partition(".")]
+    ]
+    return [(name, left, right) for name, left, right in found if left != right]
+
+
+def _rows() -> list[tuple[str, str, str, str]]:
+    takes = {name: allowed(f).removesuffix(", or none to unset it") for name, f in _FIELDS.items()}
+    return [(k, takes[k], show(f.default), f.metadata["meaning"]) for k, f in _FIELDS.items()]
+
+
+def config_reference() -> str:
+    """Return every key with what it takes, its default and its meaning as a Markdown table."""
+    lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{k}` | {takes} | `{default}` | {why} |" for k, takes, default, why in _rows()]
+    return "\n".join(lines) + "\n"
+
+
+def help_text() -> str:
+    """Return the keys section by section for ``--help``: key, default, what it takes, meaning."""
+    wrap = partial(textwrap.wrap, width=100, subsequent_indent=" " * 36, break_on_hyphens=False)
+    lines = ["Config keys, in the file or as section.key=value on the command line:"]
+    for section, cls in SECTIONS.items():
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"[{section}]  {summary}"]
+        for name, takes, default, why in _rows():
+            if name.startswith(f"{section}."):
+                head = f"  {name.partition('.')[2]} = {default} ".ljust(36)
+                lines += wrap(f"{why} [{takes}]", initial_indent=head)
+    return "\n".join(lines) + "\n"

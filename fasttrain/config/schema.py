@@ -1,0 +1,521 @@
+"""The sections of the configuration: every key with its type, default, meaning and range.
+
+This file is the one source of what ``--help``, the reference table and the checks say. ``None``
+means unset. Units are in the names.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NoReturn
+
+from fasttrain.config.keys import Section, divisors, key, refuse
+
+_WIDEST = 2**20  # with which no product of sizes leaves 63 bits
+_PATH = (r"[^\0]+", "a path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Section):
+    """Where and on what the run goes."""
+
+    section: ClassVar[str] = "run"
+    name: str | None = key(
+        None,
+        "run folder's name (None: the config file's stem)",
+        pattern=(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes"),
+    )
+    out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
+    seed: int = key(1337, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)
+    device: str = key(
+        "auto",
+        "device to train on (auto: CUDA if there is one)",
+        pattern=(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N"),
+    )
+    dtype: str = key(
+        "auto",
+        "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
+        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+    )
+    compile: str = key(
+        "auto",
+        "torch.compile mode (c++: none, but blocks in C++ on a CPU; auto: c++ where it fits)",
+        choices=(
+            *("auto", "off", "c++", "default", "cuda-graphs"),
+            *("max-autotune", "max-autotune-no-cudagraphs"),
+        ),
+    )
+    deterministic: bool = key(
+        False, "the same bits each time on a GPU too, at a cost in speed (a CPU's always are)"
+    )
+    fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
+    threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
+
+    def check(self) -> None:
+        if self.fp8 and self.device == "cpu":
+            self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
+        if self.fp8 and self.dtype not in ("auto", "bf16"):
+            self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
+        if self.fp8 and self.compile in ("off", "c++"):
+            self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
+        if self.deterministic and self.compile.startswith("max-autotune"):
+            self.refuse(
+                "deterministic",
+                f"does not go with run.compile={self.compile}, which chooses kernels by their speed"
+                " of the moment; use run.compile=auto",
+            )
+        if self.device == "cpu" and self.dtype == "tf32":
+            self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")
+        if self.device == "cpu" and self.compile == "cuda-graphs":
+            self.refuse("compile", "needs a CUDA device; use run.compile=default or off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Section):
+    """Shape and parts of the Transformer."""
+
+    section: ClassVar[str] = "model"
+    vocab_size: int | None = key(
+        None,
+        "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)",
+        ge=2,
+        le=2**32,
+    )
+    dim: int = key(256, "width of the hidden states", ge=1, le=_WIDEST)
+    n_layers: int = key(4, "number of blocks", ge=1, le=1024)
+    n_heads: int = key(4, "query heads", ge=1, le=_WIDEST)
+    n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1, le=_WIDEST)
+    head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1, le=_WIDEST)
+    hidden_dim: int | None = key(
+        None,
+        "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
+        ge=1,
+        le=2**24,
+    )
+    mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
+    norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))
+    norm_eps: float = key(1e-6, "added to the variance in the norms", gt=0)
+    positions: str = key("rope", "rotary or learned positions", choices=("rope", "learned"))
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    bias: bool = key(False, "biases in linear layers and LayerNorm")
+    qk_norm: bool = key(False, "RMSNorm on queries and keys")
+    tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
+    logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (None: no cap)", gt=0)
+    sliding_window_tokens: int | None = key(
+        None, "tokens a query sees, itself included (None: all before it)", ge=1
+    )
+    dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
+    init_std: float | None = key(None, "deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0)
+    zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
+    embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
+    bigram_vocab_size: int | None = key(
+        None,
+        "rows of a hashed table of token pairs, added to the embedding (None: no table)",
+        ge=2,
+        le=2**32,
+    )
+    value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
+    init_from: str | None = key(
+        None,
+        "run or checkpoint folder whose parameters a new run starts from (None: random ones)",
+        pattern=_PATH,
+    )
+
+    def check(self) -> None:
+        if self.head_dim is None and self.dim % self.n_heads:
+            problem = f"is not a multiple of model.n_heads = {self.n_heads}"
+            self.refuse("dim", f"{problem}; change either, or set model.head_dim")
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            sizes = ", ".join(map(str, divisors(self.n_heads)))
+            self.refuse(
+                "n_kv_heads", f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}"
+            )
+        head_dim = self.head_dim or self.dim // self.n_heads
+        if self.positions == "rope" and head_dim % 2:
+            self.refuse(
+                "head_dim",
+                f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs; set"
+                f" model.head_dim={head_dim + 1} or model.positions=learned",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Section):
+    """What is trained on."""
+
+    section: ClassVar[str] = "data"
+    path: str | None = key(
+        None, "dataset folder (None: the source text of Python's standard library)", pattern=_PATH
+    )
+    seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
+    paths: tuple[str, ...] = key(
+        (),
+        "several dataset folders of one tokenizer, in place of data.path",
+        pattern=(r"[^\0]+", "a list of paths"),
+    )
+    weights: tuple[float, ...] = key(
+        (), "share of each of data.paths, exactly ([]: all their sequences in one order)", gt=0
+    )
+    batching: str = key(
+        "packed",
+        "windows side by side, overlapping windows, or a document a sequence, as it is or beside"
+        " documents of like length; padding counts as tokens in train.tokens and"
+        " train.tokens_per_step, in nothing that is logged",
+        choices=("packed", "sliding", "padded", "bucketed"),
+    )
+    stride_tokens: int | None = key(
+        None, "tokens between the starts of sliding windows (None: half of seq_len)", ge=1
+    )
+    attention_across_documents: bool = key(
+        True, "packed and sliding: a token sees the documents before its own in the sequence"
+    )
+    end_of_text: int | None = key(
+        None, "id between documents, for token files that do not say (GPT-2's is 50256)", ge=0
+    )
+    dtype: str | None = key(
+        None, "type of tokens in files without header", choices=("uint16", "uint32")
+    )
+    prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
+    cache_dir: str | None = key(
+        None, "where built datasets are kept (None: the user's cache folder)", pattern=_PATH
+    )
+    corpus_vocab_size: int = key(
+        4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
+    )
+
+    def check(self) -> None:
+        if self.path is not None and self.paths:
+            self.refuse("paths", "and data.path both name the data; unset one")
+        if len(self.paths) == 1:
+            self.refuse("paths", f"is no mix; write data.path={self.paths[0]}")
+        for name in ("dtype", "end_of_text"):
+            if getattr(self, name) is not None and not (self.path or self.paths):
+                self.refuse(name, "describes data.path, which is unset; set data.path")
+        if self.weights and len(self.weights) != len(self.paths):
+            self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
+        stride = self.stride_tokens
+        if stride is not None and self.batching != "sliding":
+            self.refuse("stride_tokens", "is of sliding windows; set data.batching=sliding")
+        if stride is not None and stride > self.seq_len:
+            self.refuse(
+                "stride_tokens",
+                f"would leave tokens out; use at most data.seq_len = {self.seq_len}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(Section):
+    """The optimizer."""
+
+    section: ClassVar[str] = "optim"
+    name: str = key(
+        "adamw",
+        "muon: for the matrices of the blocks, and adamw for the rest; adamw8bit is torchao's",
+        choices=("adamw", "muon", "sgd", "adafactor", "adamw8bit"),
+    )
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    muon_lr: float | None = key(
+        None, "peak learning rate with muon, which then does not read lr (None: lr)", gt=0
+    )
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
+    eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
+    weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
+    decay_embeddings: bool = key(False, "decay the embedding tables too")
+    muon_embedding_lr_scale: float = key(
+        1.0, "muon: learning rate of the embeddings, relative to that of the matrices", ge=0
+    )
+    muon_head_lr_scale: float = key(
+        1.0, "muon: learning rate of the head, relative to that of the matrices", ge=0
+    )
+    muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
+    muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
+    momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
+    nesterov: bool = key(False, "Nesterov's momentum in sgd")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate of the optimizer that is named."""
+        return self.lr if self.name != "muon" or self.muon_lr is None else self.muon_lr
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            self.refuse("nesterov", "needs momentum; set optim.momentum=0.9, say")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    section: ClassVar[str] = "schedule"
+    name: str = key(
+        "cosine",
+        "shape after the warmup",
+        choices=("cosine", "linear", "constant", "wsd", "step", "cosine_restarts", "plateau"),
+    )
+    warmup_steps: int = key(0, "steps of linear warmup", ge=0)
+    min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
+    decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
+    decay_start_step: int | None = key(
+        None, "wsd: where decay begins (None: by decay_fraction)", ge=0
+    )
+    decay_every_steps: int | None = key(
+        None, "step: steps between decays (None: a third of the run)", ge=1
+    )
+    decay_factor: float = key(0.1, "step, plateau: what each decay multiplies by", gt=0, lt=1)
+    plateau_evals: int = key(
+        3, "plateau: evaluations without a loss lower by eval.min_change that make a decay", ge=1
+    )
+    cycle_steps: int | None = key(
+        None, "cosine_restarts: steps of a cycle (None: a third of the run)", ge=1
+    )
+    context_fractions: tuple[float, ...] = key(
+        (),
+        "packed and sliding: parts of data.seq_len that sequences are cut into, each for an equal"
+        " part of the run, the last of which has them uncut; a length is the longest divisor within"
+        " its part, if at least half of it, else uncut ([]: all of the run uncut)",
+        gt=0,
+        le=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig(Section):
+    """How long, and what a step is; exactly one of steps, epochs, tokens and hours is set."""
+
+    section: ClassVar[str] = "train"
+    steps: int | None = key(None, "horizon in optimizer steps", ge=1)
+    epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
+    tokens: int | None = key(None, "horizon in training tokens", ge=1)
+    hours: float | None = key(
+        None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
+    )
+    # Typed as what all readers get: the word is settled before anything is built.
+    micro_batch: int = key(
+        8,
+        "sequences of one forward, on each device, at most: with tokens_per_step the largest number"
+        " that divides a device's share (auto: the largest that fits and pays)",
+        ge=1,
+        words=("auto",),
+    )
+    tokens_per_step: int | None = key(
+        None,
+        "tokens of one optimizer step, over all devices: the nearest number of whole sequences on"
+        " each (None: one micro-batch each)",
+        ge=1,
+    )
+    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
+    max_grad_value: float | None = key(None, "then clip its elements to ± this (None: never)", gt=0)
+    ema_decay: float | None = key(
+        None,
+        "keep a moving average of the parameters, with this weight of the past a step, and evaluate"
+        " and sample with it (None: none)",
+        gt=0,
+        lt=1,
+    )
+    label_smoothing: float = key(0.0, "target mass spread over the vocabulary", ge=0, lt=1)
+    z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
+    on_nonfinite: str = key(
+        "skip",
+        "what a loss or gradient that is not finite does, beside that no step is made of it; skip "
+        "goes back to a checkpoint after 20 in a row",
+        choices=("skip", "rollback", "stop"),
+    )
+    recheck_every_steps: int | None = key(
+        None,
+        "steps between those whose forward and backward run twice and are compared bit for bit; "
+        "what differs is treated as on_nonfinite says (None: never)",
+        ge=1,
+    )
+    on_spike: str = key(
+        "off",
+        "what a loss or gradient norm far above the last ones does (off: nothing)",
+        choices=("off", "skip", "rollback"),
+    )
+    spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
+    spike_window_steps: int = key(128, "steps that a spike is measured by, at least half", ge=8)
+    max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
+    activation_checkpointing: str = key(
+        "none",
+        "what a block keeps for its backward pass (none: everything; full: its input; selective: "
+        "matrix products and attention); it computes the rest again",
+        choices=("none", "full", "selective"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig(Section):
+    """Evaluation on the validation split, and samples."""
+
+    section: ClassVar[str] = "eval"
+    every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    tokens: int | None = key(
+        None,
+        "targets of one evaluation, always the same ones, spread over the split (None: all)",
+        ge=1,
+    )
+    batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
+    stride_fraction: float | None = key(
+        None,
+        "packed and sliding: distance between the starts of windows as a part of data.seq_len; each"
+        " token is predicted once, after the rest of its window (None: windows side by side)",
+        gt=0,
+        le=1,
+    )
+    sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
+    prompts: tuple[str, ...] | None = key(
+        None,
+        "prompts of the samples, taken in turn; [] for no samples (None: how four documents of the"
+        " validation split begin)",
+    )
+    sample_tokens: int = key(128, "tokens of a sample", ge=1)
+    temperature: float = key(0.8, "temperature of the samples", gt=0)
+    top_k: int | None = key(50, "sample from the k likeliest tokens (None: from all)", ge=1)
+    patience: int | None = key(
+        None, "end the run after this many evaluations without a lower loss (None: never)", ge=1
+    )
+    min_change: float = key(
+        0.0, "nats by which a loss must be lower, for eval.patience and a plateau schedule", ge=0
+    )
+
+    def check(self) -> None:
+        if self.patience is not None and self.every_steps is None:
+            self.refuse(
+                "patience",
+                "counts evaluations, of which there is one, at the end; set eval.every_steps",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Section):
+    """Checkpoints."""
+
+    section: ClassVar[str] = "checkpoint"
+    every_steps: int | None = key(
+        None, "steps between checkpoints (None: at the end and on interruption)", ge=1
+    )
+    keep_last: int = key(2, "newest checkpoints kept, beside the best", ge=1)
+    asynchronous: bool = key(True, "write in a background thread")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig(Section):
+    """What is reported."""
+
+    section: ClassVar[str] = "log"
+    every_steps: int = key(10, "steps between log lines", ge=1)
+    csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
+    tensorboard: bool = key(False, "write TensorBoard's files into the run folder")
+    wandb_project: str | None = key(
+        None,
+        "project of Weights & Biases (None: not used)",
+        pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
+    )
+    wandb_mode: str = key("online", "offline: in the run folder", choices=("online", "offline"))
+    profile_steps: tuple[int, ...] = key(
+        (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
+    )
+
+    def check(self) -> None:
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or steps[0] > steps[1]):
+            self.refuse("profile_steps", "is no first and last step; write [10, 12], say")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig(Section):
+    """How the processes that torchrun starts share the work; without torchrun, unused."""
+
+    section: ClassVar[str] = "distributed"
+    mode: str = key(
+        "auto",
+        "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
+        "auto: ddp where it fits",
+        choices=("auto", "ddp", "fsdp", "hsdp"),
+    )
+    shard_ranks: int | None = key(
+        None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
+    )
+    reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
+    check_every_steps: int | None = key(
+        1000,
+        "ddp and hsdp: steps between comparisons of the ranks' copies of the parameters, bit for "
+        "bit, also at the end (None: never)",
+        ge=1,
+    )
+    timeout_s: float = key(300.0, "a step that takes longer ends the job", gt=0)
+    init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The whole configuration of a run.
+
+    Raises:
+        ConfigError: a combination of values across sections is impossible.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        self._check_horizon()
+        self._check_step()
+        if self.schedule.name == "plateau" and self.eval.every_steps is None:
+            self._refuse(
+                "schedule.name",
+                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
+            )
+        if self.schedule.min_lr > self.optim.peak_lr:
+            peak = self.optim.peak_lr
+            self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
+        for name in ("on_nonfinite", "on_spike"):
+            if getattr(self.train, name) == "rollback" and self.checkpoint.every_steps is None:
+                self._refuse(f"train.{name}", "needs checkpoints; set checkpoint.every_steps")
+        vocab_size = self.model.vocab_size
+        corpus = self.data.path is None and not self.data.paths
+        if corpus and vocab_size and vocab_size < self.data.corpus_vocab_size:
+            self._refuse(
+                "model.vocab_size",
+                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}; leave it unset, "
+                "or lower that",
+            )
+
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        section, _, k = name.partition(".")
+        refuse(name, getattr(getattr(self, section), k), problem)
+
+    def _check_horizon(self) -> None:
+        names = ("steps", "epochs", "tokens", "hours")
+        horizon = [f"train.{k}" for k in names if getattr(self.train, k) is not None]
+        if not horizon:
+            self._refuse(
+                "train.steps",
+                "leaves the length of the run open; set one of train.steps, train.epochs, "
+                "train.tokens and train.hours",
+            )
+        if len(horizon) > 1:
+            others = " and ".join(f"{k} = {getattr(self.train, k[6:])}" for k in horizon[1:])
+            self._refuse(
+                horizon[0],
+                f"and {others} both fix the length of the run; keep one and unset the other, as in "
+                f"{horizon[0]}=none",
+            )
+        if self.train.steps is not None and self.schedule.warmup_steps >= self.train.steps:
+            self._refuse(
+                "schedule.warmup_steps",
+                f"is not below train.steps = {self.train.steps}; lower it, or train for longer",
+            )
+
+    def _check_step(self) -> None:
+        if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
+            self._refuse(
+                "train.micro_batch",
+                "leaves open how many tokens make a step, which decides how a run learns; set "
+                "train.tokens_per_step",
+            )

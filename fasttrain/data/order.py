@@ -1,0 +1,421 @@
+"""The order of samples: a keyed bijection, a pure function of (seed, epoch, index).
+
+A Feistel network on the pair (x, y) = (i mod a, i div a) with a·b ≥ n alternately adds a hash of
+one half to the other, modulo a or b; each round, and so the whole, is a bijection on [0, a·b). As
+a·b < n + a, fewer than a values lie outside [0, n); those walk the permutation on until they are
+inside, which leaves a bijection on [0, n). No table, no state: any index costs the same, at any
+point of a run, on any number of ranks.
+
+Sources: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (unbalanced Feistel, cycle
+walking); Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators" (the mixer).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.config.keys import refuse
+from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.files import DataError
+
+ROUNDS = 8  # even, so that both halves are mixed alike; four already pass the suite's tests
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+
+
+class Permutation:
+    """A bijection on [0, n), chosen by a key.
+
+    Args:
+        n: Size of the domain, 1 to 2**62.
+        key: Any integer; each gives another order.
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        if not 0 < n <= 2**62:
+            raise ValueError(f"Permutation: n must be from 1 to 2**62, got {n}")
+        self.n = n
+        self._a = math.isqrt(n - 1) + 1
+        self._b = -(-n // self._a)
+        digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each of `indices` goes.
+
+        Args:
+            indices: Any shape, values in [0, n).
+
+        Returns:
+            int64 of the same shape, about 0.1 µs each.
+
+        Raises:
+            IndexError: A value is outside [0, n).
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= self.n):
+            raise IndexError(f"Permutation: indices must be in [0, {self.n})")
+        out = self._once(indices.astype(np.uint64).ravel())
+        while (outside := np.flatnonzero(out >= self.n)).size:
+            out[outside] = self._once(out[outside])
+        return out.astype(np.int64).reshape(indices.shape)
+
+    def _once(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        a, b = np.uint64(self._a), np.uint64(self._b)
+        y, x = np.divmod(values, a)
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                y = (y + _mix(x, key) % b) % b
+            else:
+                x = (x + _mix(y, key) % a) % a
+        return x + y * a
+
+
+def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """A hash of each value under a key, uniform on 64 bits."""
+    z = values ^ key  # distinct values stay distinct: every step is a bijection
+    z = (z ^ (z >> _SHIFTS[0])) * _MIX[0]
+    z = (z ^ (z >> _SHIFTS[1])) * _MIX[1]
+    return z ^ (z >> _SHIFTS[2])
+
+
+def sample_ids(first: int, count: int, *, n: int, seed: int) -> NDArray[np.int64]:
+    """Which sample each of a run's global sample indices is.
+
+    Args:
+        first: First global sample index, counted from 0 over the whole run.
+        count: How many.
+        n: Samples in an epoch.
+        seed: Of the run.
+
+    Returns:
+        int64, shape (count,): for index i the sample that the order of epoch i // n puts at
+        i mod n. Every sample comes exactly once an epoch.
+    """
+    if first < 0 or count < 0:
+        raise ValueError(f"sample_ids: first and count must not be negative, got {first}, {count}")
+    out = np.empty(count, np.int64)
+    done = 0
+    while done < count:
+        epoch, at = divmod(first + done, n)
+        part = min(count - done, n - at)
+        # One integer of which (seed, epoch) can be read back: no two share a key.
+        order = Permutation(n, (seed << 64) + epoch)
+        out[done : done + part] = order.take(np.arange(at, at + part))
+        done += part
+    return out
+
+
+# Four decimals are exact. Making the table takes 30 ms for three datasets.
+MAX_PERIOD = 10_000
+
+
+def _whole(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the proportions of `weights`, with a sum of at most `MAX_PERIOD`."""
+    exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
+    common = math.lcm(*(f.denominator for f in exact))
+    numbers = [int(f * common) for f in exact]
+    divisor = math.gcd(*numbers)
+    numbers = [n // divisor for n in numbers]
+    total = sum(numbers)
+    if total <= MAX_PERIOD:
+        return numbers
+    room = MAX_PERIOD - len(numbers)  # each gets at least one turn
+    parts = [divmod(n * room, total) for n in numbers]
+    left = room - sum(whole for whole, _ in parts)
+    by_rest = sorted(range(len(parts)), key=lambda i: -parts[i][1])
+    return [1 + whole + (i in by_rest[:left]) for i, (whole, _) in enumerate(parts)]
+
+
+class Interleave:
+    """Whose turn it is.
+
+    Args:
+        weights: Of each dataset, above 0; only their proportions count. Proportions that need a
+            period of more than `MAX_PERIOD` samples are rounded to it.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if not weights or min(weights) <= 0:
+            raise ValueError(f"Interleave: weights must be above 0, got {list(weights)}")
+        self.turns = np.array(_whole(weights), np.int64)  # of each in one period
+        turns: list[int] = self.turns.tolist()
+        period, n = sum(turns), len(turns)
+        slack = max(2 * n - 2, 1)
+        common = math.lcm(*turns)
+        done = [0] * n
+        source, index = np.empty(period, np.int64), np.empty(period, np.int64)
+        for t in range(period):
+            # What each is owed at the end of this turn, times period·slack; due from `period` on.
+            owed = [(turns[i] * (t + 1) - done[i] * period) * slack for i in range(n)]
+            # The sooner its debt reaches slack − 1, the less its turn may be put off.
+            _, chosen = min(
+                (((slack - 1) * period - owed[i]) * (common // turns[i]), i)
+                for i in range(n)
+                if owed[i] >= period or n == 1
+            )
+            source[t], index[t] = chosen, done[chosen]
+            done[chosen] += 1
+        self._source, self._index = source, index
+
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Dataset, and sample of that dataset, of `count` positions from `first` on.
+
+        Returns:
+            Two int64 arrays, shape (count,): the dataset, and how often it was drawn before.
+        """
+        periods, at = np.divmod(np.arange(first, first + count), len(self._source))
+        source = self._source[at]
+        return source, periods * self.turns[source] + self._index[at]
+
+
+BATCHING = ("packed", "sliding", "padded", "bucketed")
+# Rows of one length in a row. It must not depend on the size of a batch, or resuming with another
+# one would lose and repeat documents. Larger, and many steps have only long or only short rows.
+GROUP = 64
+
+Array = NDArray[np.int64]
+
+
+def row_lengths(batching: str, seq_len: int) -> tuple[int, ...]:
+    """The lengths T that batches may have, ascending."""
+    if batching != "bucketed":
+        return (seq_len,)
+    return tuple(sorted({-(-seq_len // part) for part in (8, 4, 2, 1)}))
+
+
+def document_starts(ends: Array, starts: Array, length: int) -> NDArray[np.bool_]:
+    """Where documents begin in windows of tokens.
+
+    Args:
+        ends: Of all documents, ascending.
+        starts: First token of each window, shape (n,).
+        length: Of the windows.
+
+    Returns:
+        Shape (n, length), true at the first token of a document and of a window.
+    """
+    found = np.zeros((len(starts), length), np.bool_)
+    first = np.searchsorted(ends, starts, side="right")
+    n = np.searchsorted(ends, starts + length, side="left") - first
+    row = np.repeat(np.arange(len(starts)), n)
+    which = np.arange(len(row)) + np.repeat(first - np.cumsum(n) + n, n)
+    found[row, ends[which] - starts[row]] = True
+    found[:, 0] = True
+    return found
+
+
+def document_rows(dataset: TokenDataset, seq_len: int) -> tuple[Array, Array]:
+    """All documents in pieces of at most T targets, so that each token but the first is one.
+
+    Returns:
+        First token of each piece, and its tokens, one more than it has targets.
+    """
+    begins, sizes = _documents(dataset, 0, dataset.n_tokens)
+    n = -(-(sizes - 1) // seq_len)
+    which = np.repeat(np.arange(len(n)), n)
+    skipped = (np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n)) * seq_len
+    return begins[which] + skipped, np.minimum(sizes[which] - skipped, seq_len + 1)
+
+
+def _documents(dataset: TokenDataset, begin: int, end: int) -> tuple[Array, Array]:
+    """First token and number of tokens of the documents in [begin, end); of two tokens at least."""
+    ends = dataset.document_ends
+    ends = ends[np.searchsorted(ends, begin, side="right") :]
+    ends = ends[: np.searchsorted(ends, end, side="right")]
+    begins = np.concatenate([[begin], ends[:-1]])
+    sizes = ends - begins
+    return begins[sizes > 1], sizes[sizes > 1]
+
+
+class _Samples:
+    """The samples of a stretch of a split, as `Plan` has it; `order` says when each comes."""
+
+    def __init__(
+        self, dataset: TokenDataset, begin: int, end: int, batching: str, seq_len: int, stride: int
+    ) -> None:
+        tokens = end - begin
+        if batching in ("packed", "sliding"):
+            if tokens <= seq_len:
+                raise DataError(
+                    f"data.seq_len = {seq_len} is longer than the data: the split has {tokens} "
+                    f"tokens, {seq_len + 1} make one sample; shorten data.seq_len to at most "
+                    f"{max(tokens - 1, 0)} or add text"
+                )
+            self.n = (tokens - 1 - seq_len) // stride + 1
+            self.dropped_tokens = tokens - 1 - seq_len - (self.n - 1) * stride
+            self._begin, self._stride = begin, stride
+            self._counts: Array | None = None
+        elif batching in ("padded", "bucketed"):
+            self._begins, sizes = _documents(dataset, begin, end)
+            self._counts = np.minimum(sizes, seq_len + 1)
+            self.n = len(sizes)
+            self.dropped_tokens = int((sizes - self._counts).sum())
+            if not self.n:
+                raise DataError(
+                    f"data.batching = {batching!r}: no document of "
+                    f"{dataset.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
+                )
+        else:
+            refuse("data.batching", batching, "is not implemented; add it to _Samples")
+        self._buckets = (
+            _Buckets(self._counts - 1, row_lengths(batching, seq_len))
+            if batching == "bucketed" and self._counts is not None
+            else None
+        )
+
+    def order(self, first: int, count: int, seed: int) -> Array:
+        """Which samples come at positions [first, first + count)."""
+        if self._buckets is not None:
+            return self._buckets.order(first, count, seed)
+        return sample_ids(first, count, n=self.n, seed=seed)
+
+    def rows(self, ids: Array) -> tuple[Array, Array | None]:
+        """First token and number of tokens of samples; no numbers: all are T + 1."""
+        if self._counts is None:
+            return self._begin + ids * self._stride, None
+        return self._begins[ids], self._counts[ids]
+
+
+class _Buckets:
+    """The order of samples by length: groups of `GROUP` of one bucket, all buckets mixed.
+
+    A bucket's samples are permuted, then cut into groups, and the groups of all buckets permuted.
+    What fills no group comes at the end of the epoch, bucket after bucket.
+    """
+
+    def __init__(self, lengths: Array, limits: Sequence[int]) -> None:
+        bucket = np.searchsorted(limits, lengths)
+        self._by_bucket = np.argsort(bucket, kind="stable")
+        self._sizes = np.bincount(bucket, minlength=len(limits))
+        self._first = np.cumsum(self._sizes) - self._sizes
+        self._groups = self._sizes // GROUP
+        self._first_group = np.cumsum(self._groups) - self._groups
+        rest = self._sizes - self._groups * GROUP
+        self._first_rest = np.cumsum(rest) - rest
+        self._n, self._n_groups = len(lengths), int(self._groups.sum())
+
+    def order(self, first: int, count: int, seed: int) -> Array:
+        """Which samples come at positions [first, first + count)."""
+        parts = [np.empty(0, np.int64)]
+        while count > 0:
+            epoch, at = divmod(first, self._n)
+            part = min(count, self._n - at)
+            parts.append(self._in_epoch(at, part, (seed << 64) + epoch))
+            first, count = first + part, count - part
+        return np.concatenate(parts)
+
+    def _in_epoch(self, first: int, count: int, key: int) -> Array:
+        at = np.arange(first, first + count)
+        n_grouped = self._n_groups * GROUP
+        group, within = np.divmod(at[at < n_grouped], GROUP)
+        if group.size:
+            group = Permutation(self._n_groups, key).take(group)
+        of_group = np.searchsorted(self._first_group, group, side="right") - 1
+        rank = (group - self._first_group[of_group]) * GROUP + within
+        rest = at[at >= n_grouped] - n_grouped
+        of_rest = np.searchsorted(self._first_rest, rest, side="right") - 1
+        rest = rest - self._first_rest[of_rest] + self._groups[of_rest] * GROUP
+        bucket, rank = np.concatenate([of_group, of_rest]), np.concatenate([rank, rest])
+        found = np.empty(count, np.int64)
+        for number in np.unique(bucket).tolist():
+            here = bucket == number
+            order = Permutation(int(self._sizes[number]), ((number + 1) << 200) + key)
+            found[here] = self._by_bucket[self._first[number] + order.take(rank[here])]
+        return found
+
+
+class Plan:
+    """Which tokens each global sample index of a run stands for.
+
+    Args:
+        dataset: The split.
+        batching: One of `BATCHING`.
+        seq_len: T, the longest row.
+        seed: Of the order.
+        stride_tokens: Between the starts of sliding windows; None: half of T.
+        weights: Shares of the datasets that `dataset` was joined of, each in an order of its own;
+            empty: all its samples in one order.
+
+    Attributes:
+        samples_per_epoch: Samples of the split; of a mix, those of all its datasets.
+        dropped_tokens: Tokens that no row holds: the end of the split, too short for a window, or
+            what documents have beyond T + 1.
+
+    Raises:
+        DataError: There is not one sample, or the documents are not known.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        batching: str,
+        seq_len: int,
+        seed: int,
+        stride_tokens: int | None = None,
+        weights: Sequence[float] = (),
+    ) -> None:
+        if batching not in BATCHING:
+            raise ValueError(f"Plan: batching must be one of {BATCHING}, got {batching!r}")
+        if weights and len(weights) != len(dataset.joined):
+            raise ValueError(
+                f"Plan: {len(weights)} weights for {len(dataset.joined)} joined datasets"
+            )
+        stride = seq_len
+        if batching == "sliding":
+            stride = stride_tokens or max(seq_len // 2, 1)
+        sizes = [part.n_tokens for part in dataset.joined] if weights else [dataset.n_tokens]
+        ends = np.cumsum(sizes).tolist()
+        self._parts = [
+            _Samples(dataset, end - size, end, batching, seq_len, stride)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+        self._first_ids = np.cumsum([0, *(part.n for part in self._parts)])
+        self._interleave = Interleave(weights) if weights else None
+        self._seed, self._lengths = seed, row_lengths(batching, seq_len)
+        self.samples_per_epoch = int(self._first_ids[-1])
+        self.dropped_tokens = sum(part.dropped_tokens for part in self._parts)
+
+    def _located(self, first: int, count: int) -> list[tuple[Array | slice, int, Array]]:
+        """Of each dataset: which of the positions are its, its number, its samples there."""
+        if self._interleave is None:
+            return [(slice(None), 0, self._parts[0].order(first, count, self._seed))]
+        source, index = self._interleave.locate(first, count)
+        found: list[tuple[Array | slice, int, Array]] = []
+        for number in np.unique(source).tolist():
+            at = np.flatnonzero(source == number)
+            # A dataset's own samples come one after the other. The first has the run's seed.
+            seed = (number << 64) + self._seed
+            found.append((at, number, self._parts[number].order(int(index[at[0]]), len(at), seed)))
+        return found
+
+    def ids(self, first: int, count: int) -> Array:
+        """Samples at positions [first, first + count): each sample of the split has a number."""
+        found = np.empty(count, np.int64)
+        for at, number, ids in self._located(first, count):
+            found[at] = self._first_ids[number] + ids
+        return found
+
+    def rows(self, first: int, count: int) -> tuple[Array, Array | None]:
+        """First token and number of tokens at [first, first + count); None: all are T + 1."""
+        starts = np.empty(count, np.int64)
+        counts: Array | None = None
+        for at, number, ids in self._located(first, count):
+            starts[at], n_tokens = self._parts[number].rows(ids)
+            if n_tokens is not None:
+                counts = np.empty(count, np.int64) if counts is None else counts
+                counts[at] = n_tokens
+        return starts, counts
+
+    def length(self, counts: Array | None) -> int:
+        """T of a batch of rows of so many tokens: the shortest of `row_lengths` that holds them."""
+        if counts is None or len(self._lengths) == 1:
+            return self._lengths[-1]
+        return next(length for length in self._lengths if length >= int(counts.max()) - 1)

@@ -1,0 +1,1 @@
+"""Text to a dataset folder: sources, splits, encoding, shards."""

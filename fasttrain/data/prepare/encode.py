@@ -1,0 +1,310 @@
+"""Encoding in several processes, in order, so that their number changes nothing but the time.
+
+A worker is `python -c "…serve()"` with frames of numbers and UTF-8 on its standard input and
+output: it imports no more than the tokenizer needs, does not run the caller's main module again (a
+script that calls `prepare` needs no guard), and ends by itself when this process is gone, however
+it went.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.data.files import DataError
+from fasttrain.data.prepare.sources import Document, Source
+from fasttrain.data.tokenizer import Encoder, OtherIdsError, load_tokenizer
+
+Ids = list[NDArray[np.unsignedinteger[Any]]]
+# The first number of an answer: 0 for ids, or which error.
+_ERRORS: dict[int, type[Exception]] = {1: OtherIdsError, 2: DataError}
+_WORKER = "from fasttrain.data.prepare.encode import serve; serve()"
+
+# Pieces that are encoded together; how many bytes of the input were read by then.
+Batch = tuple[list["Piece"], int]
+
+
+def encoded(
+    batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
+) -> Generator[tuple[Batch, Ids]]:
+    """Each batch with the ids of its pieces, in the order of the batches.
+
+    Args:
+        batches: Read ahead by as many as there are workers, and two.
+        encoder: Used here if `workers` is 1, and its like in each worker.
+        tokenizer_file: Its tokenizer.
+        workers: Processes that encode.
+
+    Raises:
+        OtherIdsError: tiktoken cannot be used on this text.
+        DataError: The tokenizer cannot encode it.
+        ChildProcessError: A worker process was ended from outside.
+    """
+    if workers == 1:
+        for batch in batches:
+            yield batch, encoder.encode([piece.text for piece in batch[0]])
+        return
+    how = "tokenizers" if encoder.not_fast else "tiktoken"
+    processes = [_Worker(tokenizer_file, how) for _ in range(workers)]
+    free = SimpleQueue[_Worker]()
+    for process in processes:
+        free.put(process)
+
+    def encode(pieces: Sequence[Piece]) -> Ids:
+        process = free.get()
+        try:
+            return process.encode([piece.text for piece in pieces])
+        finally:
+            free.put(process)
+
+    threads = ThreadPoolExecutor(workers)
+    ahead: deque[tuple[Batch, Future[Ids]]] = deque()
+    try:
+        for batch in batches:
+            ahead.append((batch, threads.submit(encode, batch[0])))
+            if len(ahead) > workers + 2:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        while ahead:
+            done, future = ahead.popleft()
+            yield done, future.result()
+    finally:
+        for process in processes:
+            process.end()
+        threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A process that encodes what it is sent."""
+
+    def __init__(self, tokenizer_file: Path, how: str) -> None:
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(tokenizer_file), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # The processes are the parallelism; `tokenizers` would add a thread for each core.
+            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._to = cast(IO[bytes], self._process.stdin)
+        self._from = cast(IO[bytes], self._process.stdout)
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        try:
+            _send_texts(self._to, texts)
+            status, n_texts = _numbers(self._from, 2).tolist()
+            sizes = _numbers(self._from, n_texts)
+            if status in _ERRORS:
+                raise _ERRORS[status](_exactly(self._from, int(sizes[0])).decode())
+            ids = np.frombuffer(_exactly(self._from, 4 * int(sizes.sum())), np.uint32)
+        except (EOFError, OSError) as error:
+            raise ChildProcessError(
+                f"a worker process ended (status {self._process.wait()}): out of memory? "
+                "--resume goes on from here, with fewer --workers if need be"
+            ) from error
+        return np.split(ids, np.cumsum(sizes)[:-1])
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._to, self._from):
+            try:
+                pipe.close()
+            except OSError:  # what it was being sent when it was killed
+                continue
+
+
+def serve() -> None:
+    """The life of a worker process: texts in, ids out, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent ends this process
+    tokenizer_file, how = sys.argv[1:]
+    encoder = Encoder(load_tokenizer(Path(tokenizer_file)), use_tiktoken=how == "tiktoken")
+    to, source = sys.stdout.buffer, sys.stdin.buffer
+    while True:
+        try:
+            n_texts = int(_numbers(source, 1)[0])
+            sizes = _numbers(source, n_texts).tolist()
+            content = memoryview(_exactly(source, sum(sizes)))
+        except EOFError:
+            return
+        starts = np.cumsum([0, *sizes]).tolist()
+        try:
+            result = encoder.encode(
+                [str(content[a : a + n], "utf-8") for a, n in zip(starts, sizes, strict=False)]
+            )
+        except tuple(_ERRORS.values()) as error:
+            message = str(error).encode()
+            status = next(n for n, kind in _ERRORS.items() if isinstance(error, kind))
+            to.write(np.array([status, 1, len(message)], np.int64).tobytes() + message)
+        else:
+            to.write(np.array([0, n_texts, *(i.size for i in result)], np.int64).tobytes())
+            for ids in result:
+                to.write(np.ascontiguousarray(ids, np.uint32).data)
+        to.flush()
+
+
+def _send_texts(to: IO[bytes], texts: Sequence[str]) -> None:
+    parts = [text.encode() for text in texts]
+    to.write(np.array([len(parts), *map(len, parts)], np.int64).tobytes())
+    to.write(b"".join(parts))
+    to.flush()
+
+
+def _exactly(source: IO[bytes], n_bytes: int) -> bytes:
+    content = source.read(n_bytes)
+    if len(content) < n_bytes:
+        raise EOFError
+    return content
+
+
+def _numbers(source: IO[bytes], count: int) -> NDArray[np.int64]:
+    return np.frombuffer(_exactly(source, 8 * count), np.int64)
+
+
+FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
+# Held out where nobody says how much: 0.5 %, of a text that this is too little of 100 kB, which are
+# some 25,000 tokens, but never more than a tenth.
+VAL_FRACTION, VAL_BYTES, MAX_VAL_FRACTION = 0.005, 100_000, 0.1
+SMALL_BYTES = 20_000_000  # from here on 0.5 % are 100 kB
+_BINS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document, and what to do with it.
+
+    Attributes:
+        text: At most about half a million characters.
+        split: "train" or "val".
+        last: Of its document, in this split.
+        where: Its document's file, and line or row.
+    """
+
+    text: str
+    split: str
+    last: bool
+    where: str
+
+
+def _share(document: Document) -> float:
+    """The document's place in [0, 1), by its content alone."""
+    return int(document.sha256()[:8], 16) / 2**32
+
+
+def _n_bytes(document: Document) -> int:
+    return sum(len(text.encode()) for text in document.pieces())
+
+
+class Splitter:
+    """Assigns documents to train and val, anew in the same way for each pass.
+
+    Documents go to validation by a hash of their text: one stays where it is when others come, and
+    no text is in both splits. A text of one document is cut by position instead.
+
+    Where no fraction is named and the text is small, the hash decides as well, but so that at least
+    the bytes above are held out and less than twice as many: documents that are themselves larger
+    are left to training. Where the others do not suffice, the large ones are cut by position.
+
+    Args:
+        source: The documents.
+        val_fraction: Of the documents (of what is cut: of its text), in [0, 1). None: as above.
+
+    Attributes:
+        single: There is only one document.
+        val_fraction: As given, or as it was chosen.
+        held_out_smallest: No document fell below the fraction, and the nearest to it is held out.
+
+    Raises:
+        DataError: There is no text.
+    """
+
+    def __init__(self, source: Source, val_fraction: float | None) -> None:
+        self.source = source
+        first_two = len(list(islice(source.documents(), 2)))
+        if not first_two:
+            reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
+            raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
+        self.single = first_two == 1
+        self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        self.threshold, self.held_out_smallest = self.val_fraction, False
+        self._limit = math.inf  # bytes: documents of more are not held out whole
+        self._cuts_large = val_fraction != 0
+        small = val_fraction is None and source.n_bytes < SMALL_BYTES
+        if small and (total := self._total()) < SMALL_BYTES:
+            self._fit(total)
+        elif self.val_fraction and not self.single:
+            # Ends at the first that is below, after 1 / val_fraction documents as a rule.
+            smallest = 1.0
+            for document in source.documents():
+                smallest = min(smallest, _share(document))
+                if smallest < self.val_fraction:
+                    break
+            if smallest >= self.val_fraction:
+                self.threshold, self.held_out_smallest = smallest + 2**-33, True
+
+    def _total(self) -> int:
+        """Bytes of the text, or of the first documents that are not small together."""
+        total = 0
+        for document in self.source.documents():
+            total += _n_bytes(document)
+            if total >= SMALL_BYTES:
+                break
+        return total
+
+    def _fit(self, total: int) -> None:
+        """Chooses what is held out of a small text."""
+        self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
+        self._limit = wanted = self.val_fraction * total
+        by_share = [0] * _BINS
+        for document in self.source.documents():
+            if (size := _n_bytes(document)) <= wanted:
+                by_share[int(_share(document) * _BINS)] += size
+        n_bins = next((n for n, held in enumerate(accumulate(by_share), 1) if held >= wanted), 0)
+        self.threshold, self._cuts_large = n_bins / _BINS, n_bins == 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every document, in order."""
+        for document in self.source.documents():
+            split, text = "", ""
+            for next_split, next_text in self._parts(document):
+                if split:
+                    yield Piece(text, split, split != next_split, document.where)
+                split, text = next_split, next_text
+            if split:
+                yield Piece(text, split, True, document.where)
+
+    def _parts(self, document: Document) -> Iterator[tuple[str, str]]:
+        """Split and text of each piece of a document."""
+        large = self.single or (self._limit < math.inf and _n_bytes(document) > self._limit)
+        if not (large and self._cuts_large):
+            held_out = not large and self.threshold and _share(document) < self.threshold
+            for text in document.pieces():
+                yield "val" if held_out else "train", text
+            return
+        total = sum(len(text) for text in document.pieces())
+        border = total - max(int(total * self.val_fraction), 1)
+        at = 0
+        for text in document.pieces():
+            inside = min(max(border - at, 0), len(text))
+            if 0 < inside < len(text):  # the cut: after a line's end if one is near
+                line = text.rfind("\n", 0, inside) + 1
+                inside = line if inside - line < 1000 and (line or at) else inside
+            at += len(text)
+            if inside:
+                yield "train", text[:inside]
+            if inside < len(text):
+                yield "val", text[inside:]

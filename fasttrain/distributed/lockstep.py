@@ -1,0 +1,183 @@
+"""What keeps ranks together: decisions made at the same step, and an end to waiting in vain."""
+
+import contextlib
+import ctypes
+import faulthandler
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fasttrain.distributed.world import World
+
+__all__ = [
+    "Lockstep",
+    "Watchdog",
+    "call_ranks",
+    "die_with_parent",
+    "differing_step",
+    "hearing_ranks",
+]
+
+LISTEN_EVERY_S = 0.5
+AT_SAME_STEP_S = 60.0  # for the slowest rank to come where it may be saved
+_CALL, _STEP = "stop", "saves step of"
+
+
+def die_with_parent() -> None:
+    """Make the kernel send this process SIGTERM when torchrun's agent dies, however it dies.
+
+    SIGUSR1 to torchrun kills the agent alone: its workers would go on, unsupervised. Linux only.
+    """
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(set_death_signal, signal.SIGTERM)
+
+
+def call_ranks(world: World) -> None:
+    """Tell the other ranks at once that this one is to stop; from any thread.
+
+    They learn it at the end of a step as well, but the first one compiles, and some last long: then
+    all must give it up, and save what was before.
+    """
+    if world.store is not None:
+        with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended
+            world.store.set(_CALL, str(world.rank))
+
+
+def differing_step(world: World, step: int) -> str | None:
+    """Wait until all ranks said at which step they give up; return what hinders a common save.
+
+    From any thread: collectives belong to the thread that trains. Once a process.
+    """
+    store, deadline = world.store, time.monotonic() + AT_SAME_STEP_S
+    if store is None:
+        return None
+    try:
+        store.set(f"{_STEP} {world.rank}", str(step))
+        for rank in range(world.size):
+            while not store.check([f"{_STEP} {rank}"]):
+                if time.monotonic() > deadline:
+                    return f"rank {rank} did not come to an end within {AT_SAME_STEP_S:g} s"
+                time.sleep(0.02)
+            if (other := int(store.get(f"{_STEP} {rank}"))) != step:
+                return f"rank {rank} is at step {other} and rank {world.rank} at step {step}"
+    except RuntimeError:
+        return "the rank that keeps the store has ended"
+    return None
+
+
+@contextlib.contextmanager
+def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
+    """Have ``heard`` called once, in a thread of its own, with the rank that calls meanwhile."""
+    store, over = world.store, threading.Event()
+    if store is None:
+        yield
+        return
+
+    def listen() -> None:
+        with contextlib.suppress(RuntimeError):
+            while not over.wait(LISTEN_EVERY_S):
+                if store.check([_CALL]):
+                    return heard(int(store.get(_CALL)))
+
+    thread = threading.Thread(target=listen, name="fasttrain-calls", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(LISTEN_EVERY_S)
+
+
+class Lockstep:
+    """What the ranks of a run decide together, each time at the same step, without waiting.
+
+    At each call every rank hands in a number, and all learn the greatest of the call before: the
+    reduction runs on the hosts while the step does. One rank learns its own at once.
+
+    Args:
+        world: of the run.
+        timeout_s: how long a step, a batch of evaluation, a sample or a save may take.
+
+    Attributes:
+        stop: whether a rank was told to stop.
+        stopped_by: the rank that was.
+        time_over: whether the time that a rank measured is over.
+        watchdog: waits for the next decision.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.stop = self.time_over = False
+        self.stopped_by = 0
+        self.watchdog = Watchdog(world, timeout_s)
+        self._world = world
+        self._pending: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, *, stop: bool, time_over: bool) -> None:
+        """Say what this rank wishes; learn, on several ranks one call late, what holds for all."""
+        agreed = self._greatest(2 + self._world.rank if stop else int(time_over))
+        self.watchdog.beat()
+        if agreed >= 2:
+            self.stop, self.stopped_by = True, agreed - 2
+        self.time_over |= agreed == 1
+
+    def _greatest(self, number: int) -> int:
+        if self._world.control is None:
+            return number
+        before, mine = self._pending, torch.tensor([number])
+        if before is not None:
+            before[1].wait()
+        group = self._world.control
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=group, async_op=True)
+        assert work is not None
+        self._pending = (mine, work)
+        return 0 if before is None else int(before[0])
+
+
+class Watchdog:
+    """Ends the process, with every thread's stack on standard error, when it makes no progress.
+
+    A rank that another one waits for in vain would hang for ever: one is stopped, its network is
+    gone, a collective does not match. torchrun then ends the other ranks.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self._allowed_s = timeout_s
+        self._deadline = math.inf
+        if world.size > 1:
+            threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
+
+    def beat(self, timeout_s: float | None = None) -> None:
+        """Say that progress was made; the next beat is due in ``timeout_s`` (None: as set)."""
+        self._allowed_s = timeout_s or self.timeout_s
+        self._deadline = time.monotonic() + self._allowed_s
+
+    def pause(self) -> None:
+        """Expect nothing until the next beat."""
+        self._deadline = math.inf
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(self.timeout_s / 10, 1.0))
+            late_s = time.monotonic() - self._deadline
+            if late_s > 0:
+                message = (
+                    f"rank {self.world.rank}: no step has ended for {self._allowed_s:g} s "
+                    "(distributed.timeout_s; before the first step distributed.init_timeout_s): "
+                    "this rank hangs, or one that it waits for is stopped or out of reach. Where "
+                    "each thread is:\n"
+                )
+                sys.stderr.write(message)
+                sys.stderr.flush()
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)

@@ -1,0 +1,230 @@
+"""How a model lies on several ranks: whole on each (DDP), or each block in shards (FSDP2).
+
+DDP and FSDP2 average gradients over the ranks: the loss is to be weighted by their number. Sources:
+Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, PyTorch FSDP
+(arXiv:2304.11277).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from fasttrain_kernels._torch import TorchDispatchMode, fsdp_collectives
+from torch import Tensor, nn
+
+from fasttrain.config import DistributedConfig
+from fasttrain.distributed.slices import cut, locate
+from fasttrain.distributed.world import World
+from fasttrain.log.timing import StepClock
+
+__all__ = [
+    "gathered",
+    "make_sharded",
+    "replicate",
+    "set_gradient_sync",
+    "shard",
+    "time_collectives",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
+    """Return a module, parameters inside and the loss its output, as DDP runs it.
+
+    Args:
+        objective: the module.
+        accumulates: gradients are added up over micro-batches. They then have their place in DDP's
+            buckets from the first on, and are to be zeroed, not dropped: else they lie beside the
+            buckets until the last, and then in them too.
+    """
+    if accumulates:
+        for p in objective.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    ddp = nn.parallel.DistributedDataParallel
+    # Rotary tables are the same everywhere; by default each forward would broadcast them.
+    names = [name for name, _ in objective.named_buffers()]
+    ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
+    return ddp(objective, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
+    """Spread the parameters of a model over the ranks, block by block; they become DTensors.
+
+    Optimizers are made after it.
+
+    Args:
+        model: a Transformer; its ``blocks`` are gathered one by one, the next while one computes.
+        world: with its mode chosen; nothing is done unless that shards.
+        config: the ``[distributed]`` section.
+
+    Numerics: parameters are gathered as they are, in fp32, and autocast rounds them for a product,
+        as on one rank. Gathered in bf16, half the bytes, embeddings and with them the residual
+        stream would be bf16, and the weights of norms.
+    """
+    if not world.sharded:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=world.mesh,
+            reshard_after_forward=config.reshard_after_forward,
+            mp_policy=policy,
+        )
+    # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
+    # there.
+    fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+
+
+class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives each DTensor its slice of the random numbers, or of the tensor, for the whole of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        drawn = func in (aten.normal_.default, aten.uniform_.default)
+        if not (drawn or func is aten.copy_.default) or locate(args[0]) is None:
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(args[0].shape, dtype=args[0].dtype) if drawn else args[1]
+        if drawn:
+            func(whole, *args[1:], **(kwargs or {}))
+        args[0].to_local().copy_(cut(whole, args[0]).to_local())  # type: ignore[attr-defined]
+        return args[0]
+
+
+def make_sharded(
+    make: Callable[[], M],
+    world: World,
+    config: DistributedConfig,
+    *,
+    device: torch.device,
+) -> M:
+    """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
+
+    Args:
+        make: returns the model, its parameters drawn from torch's generator of the host by each
+            module's ``reset_parameters``, then by its ``init_weights``.
+        world: with its mode chosen.
+        config: the ``[distributed]`` section.
+        device: of this rank.
+
+    Memory: this rank's shards, and on the host one whole parameter at a time.
+    """
+    with torch.device("meta"):
+        model = make()
+    shard(model, world, config)
+    model.to_empty(device=device)
+    with torch.no_grad(), _SlicesOfWhole():  # type: ignore[no-untyped-call]
+        for module in model.modules():  # in the order in which they were made
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
+        model.init_weights()  # type: ignore[operator]
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module, world: World) -> Iterator[None]:
+    """Use a model without training it: what its forward left gathered is given up at the end.
+
+    All ranks call it together, and the model within it equally often.
+    """
+    if not world.sharded:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(model, FSDPModule)
+    model.unshard()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
+    """Let the backward pass to come reduce gradients over ranks, or only add them up here.
+
+    Args:
+        network: what `replicate` returned, or the model that was sharded.
+        world: with its mode chosen.
+        sync: whether to reduce them.
+    """
+    if world.mode == "ddp":
+        network.require_backward_grad_sync = sync
+    elif world.sharded:
+        network.set_requires_gradient_sync(sync)
+
+
+class _Timed:
+    """A collective of FSDP2 that tells a clock when it begins and ends."""
+
+    def __init__(self, collective: Any, clock: StepClock) -> None:
+        self.collective, self.clock = collective, clock
+        self.allocate = collective.allocate
+        self.span: list[Any] = []  # of the last call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.span = self.clock.begin()
+        work = self.collective(*args, **kwargs)  # the stream goes on, or a CPU, when it is done
+        self.clock.end(self.span)
+        return work
+
+    def followed(self, reduced: Tensor) -> None:
+        """Note that an all-reduce of what came of it is over as well."""
+        self.clock.end(self.span)
+
+
+def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
+    """Have a clock told of all collectives of parameters and gradients.
+
+    Args:
+        network: what `replicate` returned, or the model that was sharded.
+        world: with its mode chosen.
+        clock: of the steps.
+        accumulates: as `replicate` was told.
+
+    Numerics: not a bit changes.
+    """
+
+    # DDP checks the annotations; torch's stubs do not have this one.
+    def average(
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        # As DDP does where it has no hook: gradients that lie in the bucket are divided, others
+        # multiplied on the way into it.
+        _ = gradients.div_(world.size) if accumulates else gradients.mul_(1 / world.size)
+        span = clock.begin()
+
+        def over(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+            clock.end(span)
+            return done.value()[0]
+
+        sent: torch.futures.Future[list[Tensor]]
+        sent = dist.all_reduce(gradients, async_op=True).get_future()
+        return sent.then(over)
+
+    if world.mode == "ddp":
+        network.register_comm_hook(None, average)
+    elif world.sharded:
+        from torch.distributed.fsdp import FSDPModule
+
+        if (collectives := fsdp_collectives()) is None:
+            return  # communication_ms is then 0
+        timed: Any = [_Timed(collective, clock) for collective in collectives]
+        gather, scatter = timed
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(scatter)
+                if world.mode == "hsdp":
+                    module.set_all_reduce_hook(scatter.followed)

@@ -1,0 +1,472 @@
+"""From one process to many: process groups, how ranks share the work, and what they tell others.
+
+Everything that moves tensors is PyTorch's own: `torch.distributed`, DDP, `fully_shard`, torchrun.
+A run of one process makes no group, and every function here then costs nothing.
+
+A *rank* is one process; *control* is a group on the hosts (gloo) beside the devices' own, for what
+the training loop decides: it never waits for the device.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import fasttrain_kernels
+import torch
+import torch.distributed as dist
+from fasttrain_kernels._torch import set_group_timeout
+from fasttrain_kernels.grad_norm import local_tensor
+from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from fasttrain.config import DistributedConfig, TrainConfig, UserError, config_to_dict
+from fasttrain.config.keys import show
+
+__all__ = [
+    "SharedError",
+    "World",
+    "checksum",
+    "choose_mode",
+    "facts_of_rank",
+    "preferred_mode",
+    "record_failure",
+    "start",
+    "steady",
+    "stop",
+    "unused_mode",
+]
+
+# What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
+# rest is left to activations and the allocator.
+DDP_BYTES_PER_PARAMETER = 20
+DDP_PART_OF_MEMORY = 0.6
+
+# Keys that may differ between the ranks of a run: where each finds its files and its device, and
+# what rank 0 alone does.
+OF_ONE_RANK = (
+    *("run.name", "run.out_dir", "run.device", "run.threads", "data.path", "data.cache_dir"),
+    *("data.prefetch", "log.csv", "log.tensorboard", "log.wandb", "log.profile_steps"),
+    *("distributed.timeout_s", "distributed.init_timeout_s"),
+)
+
+
+class SharedError(UserError):
+    """Raised on the other ranks where one fails: it is told once, by rank 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: of this process, over all nodes.
+        local_rank: of this process on its node; its CUDA device.
+        size: how many processes there are.
+        local_size: how many of them are on this node.
+        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; ``auto`` until `choose_mode`.
+        why: of the mode, in words.
+        mesh: the device mesh of the mode; None for ``single``.
+        control: the hosts' group; None for ``single``.
+        store: names and values that all ranks see; None for ``single``.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    mode: str = "single"
+    why: str = ""
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+    store: Store | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints and writes what exists once."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over ranks."""
+        return self.mode in ("fsdp", "hsdp")
+
+    @property
+    def n_copies(self) -> int:
+        """How many whole copies of the parameters the ranks hold together."""
+        if self.mode == "hsdp":
+            assert self.mesh is not None
+            return self.mesh.size(0)
+        return self.size if self.mode == "ddp" else 1
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return this rank's own device for the one that the config names."""
+        if device.type != "cuda" or self.size == 1:
+            return device
+        n = torch.cuda.device_count()
+        if self.local_rank >= n:
+            raise UserError(
+                f"rank {self.rank} is number {self.local_rank} on its node, which has {n} CUDA "
+                f"devices; start torchrun with --nproc-per-node {n} at most"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place, on its device; one small reduction."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def begin_sum(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to add a tensor up over all ranks, in place; it is done after ``wait``."""
+        return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's JSON value on every rank. Waits."""
+        return self.gather(value)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in order of rank, on every rank. Waits."""
+        if self.control is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([data.numel()]), group=self.control)
+        room = int(max(lengths))
+        padded = torch.zeros(room, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.control)
+        return [
+            json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)
+        ]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on where ranks hold different facts, as `facts_of_rank` returns them. Waits.
+
+        Raises:
+            UserError: on rank 0; names a rank, what differs, and both values.
+            SharedError: on the others.
+        """
+        if len(set(self.gather(_sha256(facts)))) == 1:
+            return
+        first, *others = self.gather(facts)
+        odd = [rank for rank, found in enumerate(others, 1) if found != first]
+        theirs = others[odd[0] - 1]
+        differing = [
+            f"{name} = {_told(theirs.get(name))}, and rank 0 has {_told(first.get(name))}"
+            for name in {**first, **theirs}
+            if first.get(name) != theirs.get(name)
+        ]
+        more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        ranks = f"; so do ranks {', '.join(map(str, odd[1:]))}" if odd[1:] else ""
+        raise (UserError if self.leads else SharedError)(
+            f"rank {odd[0]} differs from rank 0, it has {'; '.join(differing[:3])}{more}{ranks}; "
+            "start all ranks with the same config, data, code and torch"
+        )
+
+    def drifted(self, parameters: Iterable[Tensor]) -> list[int]:
+        """Return the ranks whose copy of the parameters is not, bit for bit, that of most copies.
+
+        One small reduction. Waits, also for the device. Of two copies the first counts as right.
+
+        Args:
+            parameters: of this rank; shards where the mode shards.
+        """
+        if self.n_copies == 1:
+            return []
+        own = checksum(parameters)
+        sums = torch.zeros(self.size, dtype=torch.int64, device=own.device)
+        sums[self.rank] = own
+        copies = self.sum(sums).view(self.n_copies, -1)
+        usual = [
+            Counter(of_shard).most_common(1)[0][0]
+            for of_shard in zip(*copies.tolist(), strict=True)
+        ]
+        return [r for r, found in enumerate(sums.tolist()) if found != usual[r % len(usual)]]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Make a `UserError` of one rank the error of all, so that none waits for the others.
+
+        The block itself must not wait for other ranks.
+
+        Raises:
+            UserError: on rank 0, where any rank failed.
+            SharedError: on the others.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        messages = self.gather(str(error) if error else "")
+        if error is not None and self.leads:
+            raise error
+        for rank, message in enumerate(messages):
+            if message:
+                kind = UserError if self.leads else SharedError
+                raise kind(f"rank {rank}: {message}") from error
+
+
+def facts_of_rank(
+    config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what must be alike on all ranks of a run, by name, for `World.agree`.
+
+    Args:
+        config: of this rank; the keys that change no number are left out.
+        data: what identifies each split.
+        options: of the command line.
+    """
+    tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
+    facts = {name: value for name, value in facts.items() if not name.startswith(OF_ONE_RANK)}
+    for package in (Path(__file__).parents[1], Path(fasttrain_kernels.__file__).parent):
+        for file in sorted(package.rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h"):
+                name = f"code of {package.name}/{file.relative_to(package)}"
+                facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {**facts, "torch": str(torch.__version__), **options}
+
+
+def checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a sum of the bits of tensors, int64 on their device; a flipped bit changes it.
+
+    So do several, but for a chance of 2^-32: each row and each column counts with a factor of its
+    own. Of DTensors the shards of this rank count. Nothing waits, and no large tensor is copied.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums: list[list[Tensor]] = [[], []]
+    for tensor in tensors:
+        local = local_tensor(tensor.detach())
+        bits = local.view(integers[local.element_size()])
+        bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(1, -1)
+        for dim in (0, 1):
+            sums[dim].append(bits.sum(dim, dtype=torch.int64))
+    columns, rows = (_weighted(torch.cat(of_all)) for of_all in sums)
+    return rows + 2 * columns  # a factor that is odd: no flip of one bit comes to 0
+
+
+def _weighted(values: Tensor) -> Tensor:
+    """Return the sum of int64 values (N,), each times an odd number that follows no pattern.
+
+    Source: the finalizer of splitmix64 (Steele et al. 2014), modulo 2^64.
+    """
+    x = torch.arange(1, len(values) + 1, device=values.device) * -0x61C8864680B583EB
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    return (values * ((x ^ (x >> 27)) | 1)).sum()
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _told(value: Any) -> str:
+    """Return a value for people, a long one by its hash."""
+    text = show(value)
+    return text if len(text) <= 40 else f"(sha256 {_sha256(value)[:12]})"
+
+
+def start(config: DistributedConfig, device: torch.device) -> World:
+    """Join the processes that torchrun started; a world of one where it started none.
+
+    Args:
+        config: the ``[distributed]`` section.
+        device: as ``run.device`` names it.
+
+    Raises:
+        UserError: the processes did not find each other in ``distributed.init_timeout_s``.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    try:
+        world = World(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            size=int(os.environ["WORLD_SIZE"]),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            mode="auto",
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE is set but {error} is missing or no number; start several processes with "
+            "torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from error
+    if world.size == 1:
+        return replace(world, mode="single")
+    own = world.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    patience = timedelta(seconds=config.init_timeout_s)
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store = _fresh_store(world, patience)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=patience,
+            device_id=own if own.type == "cuda" else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=patience)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} did not meet the others at {where} within "
+            f"{config.init_timeout_s:g} s ({_first_line(error)}); check that every node runs the "
+            "same command, reaches that host and port, and names its network with "
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
+        ) from error
+    return replace(world, control=control, store=store)
+
+
+def _fresh_store(world: World, patience: timedelta) -> Store:
+    """Return a store that all ranks share and that holds nothing yet.
+
+    Processes that torchrun starts again find in its store what those before them wrote, such as
+    addresses that nobody listens at any more. So rank 0 thinks of a new name, and tells it in
+    answer to what each rank has just thought of.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=patience))
+    word = secrets.token_hex(8)
+    if not world.leads:
+        store.set(f"fasttrain/{world.rank}", word)
+        name = store.get(f"fasttrain/{word}").decode()
+        store.add(f"{name}/met", 1)
+        return PrefixStore(name, store)
+    name = f"fasttrain/{word}"
+    answered: dict[int, bytes] = {}
+    deadline = time.monotonic() + patience.total_seconds()
+    while store.add(f"{name}/met", 0) < world.size - 1:
+        for rank in range(1, world.size):
+            key = f"fasttrain/{rank}"
+            if store.check([key]) and (said := store.get(key)) != answered.get(rank):
+                store.set(f"fasttrain/{said.decode()}", name)
+                answered[rank] = said
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("not all of them came")
+        time.sleep(0.01)
+    return PrefixStore(name, store)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def record_failure(error: BaseException) -> None:
+    """Let torchrun's summary of a failed job say what failed."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        # torchrun may end this rank meanwhile, and itself fails of a file that is half written.
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{file}.part"
+        get_error_handler().record_exception(error)
+        with suppress(OSError):
+            os.replace(f"{file}.part", file)
+
+
+def stop(world: World) -> None:
+    """Leave the process groups."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def steady(config: DistributedConfig, world: World) -> None:
+    """From now on a collective that takes longer than ``distributed.timeout_s`` fails the job.
+
+    Called after the first step, which compiles: ranks reach its collectives minutes apart. The
+    limit lies above that of the watchdog, which tells more.
+    """
+    if world.size > 1:
+        patience = timedelta(seconds=1.5 * config.timeout_s + 1)
+        set_group_timeout(patience)
+        set_group_timeout(patience, world.control)
+
+
+def choose_mode(
+    config: DistributedConfig, world: World, n_parameters: int, device: torch.device
+) -> World:
+    """Settle how the model is spread over the ranks, and make the mesh.
+
+    Args:
+        config: the ``[distributed]`` section.
+        world: as `start` returned it.
+        n_parameters: of the whole model.
+        device: of this rank.
+
+    Returns:
+        The world with its mode, why, and its mesh.
+
+    Raises:
+        UserError: ``hsdp`` cannot divide the ranks.
+    """
+    if world.size == 1:
+        return world
+    mode, reason = preferred_mode(config, world.local_size, n_parameters, device)
+    kind = device.type
+    if mode != "hsdp":
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    else:
+        inner = config.shard_ranks or world.local_size
+        if world.size % inner or inner < 2 or inner == world.size:
+            raise UserError(
+                f"distributed.mode = hsdp shards over {inner} ranks and replicates over the rest, "
+                f"but there are {world.size}; set distributed.shard_ranks to a divisor between, or "
+                "use distributed.mode=fsdp"
+            )
+        shape = (world.size // inner, inner)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    return replace(world, mode=mode, why=reason, mesh=mesh)
+
+
+def unused_mode(config: DistributedConfig, size: int) -> str | None:
+    """Return a warning where one process is to share its work with nobody."""
+    if size > 1 or config.mode == "auto":
+        return None
+    return (
+        f"distributed.mode = {config.mode} has no effect in one process; start several: torchrun "
+        "--nproc-per-node N -m fasttrain.train …"
+    )
+
+
+def preferred_mode(
+    config: DistributedConfig, local_size: int, n_parameters: int, device: torch.device
+) -> tuple[str, str]:
+    """Return ``distributed.mode``, settled where it is ``auto``, and why.
+
+    Args:
+        config: the ``[distributed]`` section.
+        local_size: ranks on a node, which share a CPU's memory.
+        n_parameters: of the whole model.
+        device: of a rank.
+    """
+    if config.mode != "auto":
+        return config.mode, f"distributed.mode = {config.mode}"
+    need = DDP_BYTES_PER_PARAMETER * n_parameters
+    memory = _device_memory(device)
+    if device.type != "cuda":
+        memory //= local_size
+    fits = need <= DDP_PART_OF_MEMORY * memory
+    gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
+    return (
+        "ddp" if fits else "fsdp",
+        f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
+        f"{memory / 2**30:.1f} GiB",
+    )
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,113 @@
+"""The held-out split: loss, perplexity, bits per byte and next-token accuracy."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from fasttrain_kernels import linear_cross_entropy
+from torch import Tensor
+
+from fasttrain.config import TrainConfig
+from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.held_out import evaluation_batches
+from fasttrain.device import Precision
+from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.world import World
+from fasttrain.engine.step import IGNORE_INDEX
+from fasttrain.model.runtime import compile_function, compiles_evaluation
+from fasttrain.model.transformer import Transformer
+
+__all__ = ["evaluate"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    precision: Precision,
+    compile_mode: str = "off",
+    should_stop: Callable[[], bool] | None = None,
+    world: World | None = None,
+) -> dict[str, float | None]:
+    """Run ``model`` over the split, or ``eval.tokens`` of it; no token is a target twice.
+
+    Rows are those of training (see `evaluation_batches`): where they are documents, the first token
+    of each document is no target. On CUDA the model is compiled where ``compile_mode``, that of
+    training, compiles one graph. The ranks of ``world`` share the batches and all return the same;
+    ``should_stop`` must agree on them.
+
+    Returns:
+        ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
+        (None where the dataset does not know its bytes; of a part of the split, by the mean bytes
+        of a token) and ``val_accuracy`` of the next token.
+        Nothing where ``should_stop``, asked before each batch, said yes.
+    """
+    world = world or World()
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    seq_len, fraction = config.data.seq_len, config.eval.stride_fraction
+    batches = evaluation_batches(
+        dataset,
+        seq_len=seq_len,
+        batch_size=config.eval.batch_size or config.train.micro_batch,
+        device=device,
+        batching=config.data.batching,
+        separate_documents=not config.data.attention_across_documents,
+        stride_tokens=None if fraction is None else max(round(fraction * seq_len), 1),
+        n_tokens=config.eval.tokens,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    one_graph = compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
+    totals_of = _compiled(_totals) if one_graph else _totals
+    try:
+        with gathered(model, world):
+            for batch in batches:
+                if should_stop is not None and should_stop():
+                    return {}
+                totals += totals_of(model, batch.tokens, batch.targets, batch.doc_starts, precision)
+    finally:
+        model.train(was_training)
+    loss_sum, n_right, n_targets = world.sum(totals).tolist()
+    loss = loss_sum / n_targets
+    n_bytes = dataset.n_bytes
+    if n_bytes and config.eval.tokens is not None:
+        n_bytes = n_bytes * n_targets / dataset.n_tokens
+    return {
+        "val_loss": loss,
+        "val_ppl": math.exp(min(loss, 700.0)),
+        "val_bpb": loss_sum / math.log(2) / n_bytes if n_bytes else None,
+        "val_accuracy": n_right / n_targets,
+    }
+
+
+@functools.cache  # what was compiled for one evaluation serves the next
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return compile_function(function, "default")
+
+
+def _totals(
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    starts: Tensor | None,
+    precision: Precision,
+) -> Tensor:
+    """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
+    with precision.autocast():
+        loss_sum, n_right = linear_cross_entropy(
+            model(tokens) if starts is None else model(tokens, doc_starts=starts),
+            model.head_weight,
+            targets,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            softcap=model.config.logit_softcap,
+            return_accuracy=True,
+        )
+    n_targets = (targets != IGNORE_INDEX).sum()
+    return torch.stack([loss_sum.double(), n_right.double(), n_targets.double()])

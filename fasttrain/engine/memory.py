@@ -1,0 +1,365 @@
+"""How much memory a training step takes: foreseen without taking any, and measured.
+
+The estimate runs forward and backward on fake tensors, which have shapes and no data, and follows
+every storage from its birth to its death: what autograd keeps is counted as it is, for any option
+of the model. What fake tensors cannot show is added by formula: the optimizer's state and the
+scratch inside the fused loss and inside Muon. It is the memory of eager execution; a compiled step
+fuses and recomputes, and mostly takes less.
+
+    parameters   Σ numel · itemsize
+    gradients    alive at the peak: none of this step's at the end of the first forward pass
+    optimizer    what `optim.state_bytes` says: of AdamW 8 bytes a parameter, of Muon 4
+    activations  all else that lives at the peak: kept for backward, and temporaries
+    logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
+    buffers      tables of the model, batches on the device
+    gathered     of sharded parameters: what is gathered of them, its gradients, and collectives
+
+On several ranks it is the memory of one. DDP keeps all gradients, in its buckets, throughout. What
+FSDP2 gathers and when it lets go is not written down here a second time: torch's own runs, on fake
+tensors and collectives that send nothing.
+
+Legend: B micro-batch rows, T sequence, V vocabulary.
+"""
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fasttrain_kernels import Muon
+from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
+from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
+from fasttrain_kernels.linear_cross_entropy import _is_small
+from torch import Tensor, nn
+
+from fasttrain.config import DistributedConfig, TrainConfig
+from fasttrain.device import Precision
+from fasttrain.distributed.sharding import set_gradient_sync, shard
+from fasttrain.distributed.world import World, choose_mode
+from fasttrain.engine.optim import build_optimizers, state_bytes
+from fasttrain.engine.schedule import step_shape
+from fasttrain.engine.step import linear_cross_entropy_criterion
+from fasttrain.model.transformer import Transformer
+
+__all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak", "release_memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that are held at the moment of a step when most are held."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum over the categories."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations make; keeps what was alive when most was."""
+
+    def __init__(self, model: nn.Module, *, resized: bool = False, plain: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parameters = list(model.parameters())
+        self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
+        self.live = self.peak = self.logits_at_peak = self.gradients_at_peak = 0
+        self.peak_apart = self.logits_at_peak_apart = 0  # of all but gradients
+        # FSDP2 shrinks and grows storages that live on: then they are measured at every operation.
+        self.resized, self.plain = resized, plain
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._follow(_storage(tensor))
+        if self.resized:
+            storages = [reference() for reference in list(self.alive.values())]
+            self.live = sum(storage.nbytes() for storage in storages if storage is not None)
+        scratch = 0
+        if func._schema.name.endswith("::linear_cross_entropy_forward"):
+            scratch = _loss_scratch(args[0], args[1], plain=self.plain)
+        if self.live + scratch > self.peak:
+            self.peak, self.logits_at_peak = self.live + scratch, scratch
+            self.gradients_at_peak = gradient_bytes(self.parameters)
+        if self.live + scratch > self.peak_apart:  # else it cannot be more without them
+            apart = self.live + scratch - gradient_bytes(self.parameters)
+            if apart > self.peak_apart:
+                self.peak_apart, self.logits_at_peak_apart = apart, scratch
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            if self.resized:
+                self.alive[key] = weakref.ref(storage)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive.pop(key, None)
+        self.live -= size
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a DTensor, and any other tensor as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return _local(tensor).untyped_storage()
+
+
+def gradient_bytes(parameters: Iterable[Tensor]) -> int:
+    """Return the bytes of the gradients that are there, of this rank's shards."""
+    return sum(_local(p.grad).nbytes for p in parameters if p.grad is not None)
+
+
+def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
+    """Return what `linear_cross_entropy` holds inside: logits of a chunk, the head in its dtype.
+
+    ``plain``: without z-loss and softcap, with which a small problem is never taken at once.
+    """
+    n_cols = weight.shape[0]
+    if plain and _is_small(hidden, weight, None):
+        # In its backward pass log-softmax and two gradients of it; those of hidden states and head,
+        # which the op that was traced returns, are not there yet.
+        return 3 * hidden.shape[0] * n_cols * hidden.element_size() - weight.nbytes - hidden.nbytes
+    rows = min(chunk_rows(hidden, n_cols, None), hidden.shape[0])
+    narrow = hidden.element_size() < 4
+    # A CPU does the softmax of narrow logits in fp32: their copy and the result.
+    wide = 8 if narrow and hidden.device.type == "cpu" else 0
+    cast = weight.numel() * hidden.element_size() if weight.dtype != hidden.dtype else 0
+    return rows * n_cols * (hidden.element_size() + wide) + cast
+
+
+def _optimizer_bytes(
+    optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1
+) -> tuple[int, int]:
+    """Return the bytes of the state that there will be, and of the scratch of an update.
+
+    The state is the whole one; the scratch is that of one of ``n_ranks`` that hold shards.
+    """
+    state = scratch = 0
+    for optimizer in optimizers:
+        state += state_bytes(optimizer)
+        if not isinstance(optimizer, Muon):
+            continue
+        for group in optimizer.param_groups:
+            by_shape: dict[tuple[int, ...], int] = {}
+            for p in group["params"]:
+                rows, cols = sorted(p.shape)
+                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
+                # and three Gram matrices.
+                held = 3 * (rows * cols + rows * rows) * p.element_size()
+                if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
+                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
+                by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
+            scratch = max(scratch, *by_shape.values())
+    return state, scratch
+
+
+def _trace(
+    config: TrainConfig,
+    rows: int,
+    n_micro: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    world: World | None = None,
+) -> tuple[Transformer, _Live]:
+    """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
+    world, seq_len = world or World(), config.data.seq_len
+    criterion = linear_cross_entropy_criterion(config)
+    with fake_tensors(), device:
+        model = Transformer(config.model, seq_len=seq_len)
+        shard(model, world, config.distributed)
+        tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+        targets = torch.zeros_like(tokens)
+        # On CUDA FlexAttention needs no mask of its own; a CPU takes one of (B, T, T).
+        separate = not config.data.attention_across_documents and device.type == "cpu"
+        doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
+        plain = not (config.train.z_loss or config.model.logit_softcap)
+        live = _Live(model, resized=world.sharded, plain=plain)
+        live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
+        with live:
+            # With gradients accumulated, the second forward pass meets those of the first.
+            for n_left in reversed(range(min(n_micro, 2))):
+                set_gradient_sync(model, world, sync=n_left == 0)
+                with precision.autocast():
+                    loss = criterion(model, tokens, targets, doc_starts)
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+    return model, live
+
+
+@contextmanager
+def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[World]:
+    """Be rank 0 of ``n_ranks`` that are not there: collectives return at once and send nothing."""
+    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=fake_store())
+    try:
+        world = World(size=n_ranks, local_size=n_ranks, mode="auto")
+        yield choose_mode(replace(config, mode=mode), world, 0, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def estimate_memory(
+    config: TrainConfig,
+    micro_batch: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    n_ranks: int = 1,
+    mode: str = "single",
+) -> StepMemory:
+    """Foresee the memory of a training step of eager execution; nothing is allocated.
+
+    Args:
+        config: the configuration with ``model.vocab_size`` settled.
+        micro_batch: B, of a rank.
+        device: where it will run; decides which attention runs and how the loss is cut.
+        precision: of the matrix products.
+        n_ranks: the processes that share ``train.tokens_per_step``.
+        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; the last two must not be asked for in a
+            process that has a process group.
+    """
+    rows, seq_len = micro_batch, config.data.seq_len
+    step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
+    n_micro = 2 if step_rows > rows else 1
+    model, live = _trace(config, rows, n_micro, device=device, precision=precision)
+    parameters = sum(p.nbytes for p in model.parameters())
+    all_gradients = gradient_bytes(model.parameters())
+    state, scratch = _optimizer_bytes(build_optimizers(model, config.optim, precision.compute))
+    # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
+    buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
+    if device.type == "cpu":
+        buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
+    if mode in ("fsdp", "hsdp"):
+        cpu = replace(precision, device_type="cpu")
+        return _of_shards(config, rows, n_micro, n_ranks, mode, live, state, buffers, cpu)
+    gradients, logits = live.gradients_at_peak, live.logits_at_peak
+    activations = live.peak - gradients - logits
+    if mode == "ddp":
+        # The buckets are there from the first on.
+        gradients, logits = all_gradients, live.logits_at_peak_apart
+        activations = live.peak_apart - logits
+    if all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
+        gradients, activations, logits = all_gradients, scratch, 0
+    return StepMemory(parameters, gradients, state, activations, logits, buffers)
+
+
+def _of_shards(
+    config: TrainConfig,
+    rows: int,
+    n_micro: int,
+    n_ranks: int,
+    mode: str,
+    whole: _Live,
+    state: int,
+    buffers: int,
+    precision: Precision,
+) -> StepMemory:
+    """Return the memory of a rank that holds shards; ``whole``: of the same step unsharded."""
+    # On a CPU: what is gathered and when does not depend on the device.
+    cpu = torch.device("cpu")
+    _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
+    with _pretended(config.distributed, n_ranks, mode) as world:
+        model, live = _trace(config, rows, n_micro, device=cpu, precision=precision, world=world)
+        parameters = sum(_local(p).nbytes for p in model.parameters())
+        total = sum(p.nbytes for p in model.parameters())
+        optimizers = build_optimizers(model, config.optim, precision.compute)
+        _, scratch = _optimizer_bytes(optimizers, world.size)
+        all_gradients = gradient_bytes(model.parameters())
+    gradients, logits = live.gradients_at_peak, whole.logits_at_peak_apart
+    activations = whole.peak_apart - logits
+    gathered = max(0, live.peak - gradients - alone.peak_apart)
+    if all_gradients + scratch > gradients + activations + logits + gathered:
+        gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
+    state = state * parameters // total
+    return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
+
+
+def measure_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Return by how many bytes the memory held rises at most while ``run`` runs.
+
+    CUDA: what torch's allocator counts. CPU: every allocation and release of torch's allocator, as
+    the profiler records them, those inside operations too.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        _quiet(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile,
+    ):
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what C++ writes to standard error nowhere: the profiler announces itself there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def release_memory() -> None:
+    """Free what only reference cycles hold, as a model and its compiled step do, and torch's cache.
+
+    After an out-of-memory error, outside its handler: the traceback holds the failed step.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that are free for a run: on the device, or within this process's limits."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+        # A container's limit; the word "max" stands for none.
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            free = min(free, int(text) - int(used.read_text()))
+    return free

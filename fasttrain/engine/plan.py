@@ -1,0 +1,214 @@
+"""The size of a run, from its config and data alone, and what will hurt it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fasttrain.config import TrainConfig
+from fasttrain.config.keys import counted
+from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
+from fasttrain.engine.schedule import n_steps, step_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from fasttrain.data.dataset import TokenDataset
+
+__all__ = ["Plan", "plan_run", "warnings_of", "warnings_of_data", "warnings_of_step"]
+
+# Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
+# spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
+BEST_TOKENS, FEW_TOKENS, MANY_EPOCHS = 20.0, 5.0, 4.0
+LONG_RUN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a run: what follows from config and data alone.
+
+    Attributes:
+        parameters: of the model, tied ones once.
+        matmul_parameters: of these, in matrix products.
+        flops_per_token: forward and backward.
+        tokens_per_step: of one optimizer step.
+        steps: None where ``train.hours`` decides.
+        epochs: passes over the training split, None likewise, and where it is not there.
+    """
+
+    parameters: int
+    matmul_parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+    steps: int | None
+    epochs: float | None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run."""
+        return None if self.steps is None else self.steps * self.tokens_per_step
+
+
+def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1) -> Plan:
+    """Return the size of a run of ``n_ranks`` processes; ``train`` None: its data are not there."""
+    import torch
+
+    from fasttrain.data.order import Plan as Samples
+    from fasttrain.log import metrics
+    from fasttrain.model.transformer import Transformer, flops_constants
+
+    with torch.device("meta"):
+        model = Transformer(config.model, seq_len=config.data.seq_len)
+    loop, data = config.train, config.data
+    samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
+    per_step, per_epoch = samples * data.seq_len, 0
+    if train is not None:
+        per_epoch = Samples(
+            train,
+            batching=data.batching,
+            seq_len=data.seq_len,
+            seed=config.run.seed,
+            stride_tokens=data.stride_tokens,
+            weights=data.weights,
+        ).samples_per_epoch
+    steps = None
+    if per_epoch or loop.epochs is None:
+        steps = n_steps(
+            loop, tokens_per_step=per_step, samples_per_step=samples, samples_per_epoch=per_epoch
+        )
+    return Plan(
+        parameters=model.num_parameters(),
+        matmul_parameters=model.num_matmul_parameters(),
+        flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=data.seq_len),
+        tokens_per_step=per_step,
+        steps=steps,
+        epochs=steps * samples / per_epoch if steps is not None and per_epoch else None,
+    )
+
+
+def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
+    """Yield where a step of ``n_ranks`` processes is not the one that the config names."""
+    loop, seq_len = config.train, config.data.seq_len
+    tokens = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
+    if loop.tokens_per_step is None and n_ranks > 1:
+        yield (
+            f"train.tokens_per_step is unset, so that {n_ranks} ranks make a step of {tokens:,} "
+            "tokens, which is not the run of one; set it"
+        )
+    elif loop.tokens_per_step not in (None, tokens):
+        yield (
+            f"train.tokens_per_step = {loop.tokens_per_step} is no whole number of sequences of "
+            f"data.seq_len = {seq_len} on each rank: a step has {tokens:,} tokens"
+        )
+
+
+def warnings_of(
+    config: TrainConfig,
+    plan: Plan,
+    train: "TokenDataset | None",
+    *,
+    device: "torch.device",
+    dtype: str,
+    seconds: float | None = None,
+    n_ranks: int = 1,
+) -> Iterator[str]:
+    """Yield what will hurt the run, each with the remedy.
+
+    Args:
+        config: the configuration with its vocabulary settled.
+        plan: the size of the run.
+        train: the training split; None: it is not there.
+        device: where it will run.
+        dtype: of the matrix products, as `fasttrain.device.Precision` names it.
+        seconds: how long the run will take, where known.
+        n_ranks: the processes of the run.
+    """
+    yield from warnings_of_step(config, n_ranks)
+    model, seq_len, steps = config.model, config.data.seq_len, plan.steps
+    assert model.vocab_size is not None
+    if model.vocab_size % 64:
+        better = -(-model.vocab_size // 64) * 64
+        yield (
+            f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head "
+            f"on tensor cores; set {better}"
+        )
+    head_dim = model.head_dim or model.dim // model.n_heads
+    if device.type == "cuda" and (model.dim % 64 or head_dim % 8):
+        yield (
+            f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
+            "want multiples of 64 and of 8"
+        )
+    if device.type == "cuda" and dtype == "fp32":
+        yield "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"
+    if plan.tokens is not None and plan.tokens < FEW_TOKENS * plan.matmul_parameters:
+        share = plan.tokens / plan.matmul_parameters
+        yield (
+            f"{share:.2g} tokens for each parameter in matrix products, and about "
+            f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
+            "train for longer"
+        )
+    if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
+        yield (
+            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and "
+            "less; add text, or watch the validation loss"
+        )
+    warmup = config.schedule.warmup_steps
+    if steps is not None and warmup >= steps:
+        yield (
+            f"schedule.warmup_steps = {warmup} is longer than the run of "
+            f"{counted(steps, 'step')}: the peak learning rate is never reached; lower it"
+        )
+    elif steps is not None and warmup > 0.2 * steps:
+        yield (
+            f"schedule.warmup_steps = {warmup} is more than a fifth of the {counted(steps, 'step')}"
+        )
+    if steps is not None:
+        for name in ("eval.every_steps", "checkpoint.every_steps", "log.every_steps"):
+            section, _, key = name.partition(".")
+            every = getattr(getattr(config, section), key)
+            if every is not None and every > steps:
+                run = f"the run of {counted(steps, 'step')}"
+                yield f"{name} = {every} is longer than {run}: only at its end"
+    if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
+        yield (
+            "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
+            "worth of steps"
+        )
+    if train is not None and train.n_documents:
+        mean = train.n_tokens / train.n_documents
+        if mean < seq_len / 2 and config.data.attention_across_documents:
+            yield (
+                f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on "
+                "average: most of what is attended to is another text; shorten it, or set "
+                "data.attention_across_documents=false"
+            )
+    window = model.sliding_window_tokens
+    if window is not None and window >= seq_len:
+        yield f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"
+    if train is not None and train.max_token >= model.vocab_size:
+        yield f"the data hold token {train.max_token}, model.vocab_size is {model.vocab_size}"
+
+
+def warnings_of_data(
+    config: TrainConfig, train: "TokenDataset", val: "TokenDataset"
+) -> Iterator[str]:
+    """Yield what the data do not suffice for, each with the remedy.
+
+    Args:
+        config: the configuration with its vocabulary settled.
+        train: the training split.
+        val: the validation split.
+    """
+    rows, used = config.model.vocab_size, train.max_token + 1
+    assert rows is not None
+    if used < rows / 2 and rows - used > 64:  # which is not from rounding up
+        yield (
+            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
+            f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "
+            "vocabulary that it is of"
+        )
+    if val.n_tokens < FEW_VAL_TOKENS:
+        yield (
+            f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
+            "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
+            "--val-fraction"
+        )

@@ -1,0 +1,191 @@
+"""Learning-rate schedules: pure functions of the step and, for plateaus, of the losses so far.
+
+Nothing is carried from step to step, so a resumed run and a plot made beforehand agree with the run
+itself. Standard library only.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from fasttrain.config import LoopConfig, ScheduleConfig
+from fasttrain.config.keys import refuse
+
+
+def lr_at(
+    step: int, total_steps: int, schedule: ScheduleConfig, lr: float, *, n_plateaus: int = 0
+) -> float:
+    """Return the learning rate of one optimizer step.
+
+    With W warmup steps, S steps in all and t the step::
+
+        t < W           lr · (t + 1) / W                the first step already learns
+        constant        lr
+        cosine, linear  from lr at t = W down to min_lr at t = S - 1
+        wsd             lr, then straight from lr at t = S - round(decay_fraction · S) to min_lr
+                        at t = S - 1; the decay never starts before t = W, and where
+                        decay_start_step is set, it starts there
+        step            lr · decay_factor^k after k times decay_every_steps (unset: S / 3) since the
+                        warmup, never below min_lr
+        cosine_restarts from lr towards min_lr over cycle_steps (unset: S / 3), again and again
+        plateau         lr · decay_factor^n_plateaus, never below min_lr
+
+    cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
+    last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
+    single step, that step takes lr: a run of one step learns.
+
+    Args:
+        step: the step, counted from 0.
+        total_steps: the number of steps of the whole run.
+        schedule: the ``[schedule]`` section.
+        lr: the peak learning rate.
+        n_plateaus: plateaus of the validation loss so far, from `n_plateaus`.
+
+    Returns:
+        The learning rate.
+
+    Raises:
+        ValueError: ``step`` is negative or ``total_steps`` is below 1.
+
+    Source: cosine and its restarts: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al.
+    2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
+    (arXiv:2405.18392).
+    """
+    if step < 0 or total_steps < 1:
+        raise ValueError(
+            f"lr_at: step must be ≥ 0 and total_steps ≥ 1, got {step} and {total_steps};"
+            " count steps from 0"
+        )
+    warmup_steps = schedule.warmup_steps
+    if step < warmup_steps:
+        return lr * ((step + 1) / warmup_steps)
+    if schedule.name == "constant":
+        return lr
+    a_third = -(-total_steps // 3)
+    if schedule.name == "step":
+        n_decays = (step - warmup_steps) // (schedule.decay_every_steps or a_third)
+        return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
+    if schedule.name == "plateau":
+        return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
+    if schedule.name == "cosine_restarts":
+        cycle_steps = schedule.cycle_steps or a_third
+        done = (step - warmup_steps) % cycle_steps / cycle_steps
+        falling = 0.5 * (1.0 - math.cos(math.pi * done))
+        return lr * (1.0 - falling) + schedule.min_lr * falling
+    if schedule.name not in ("cosine", "linear", "wsd"):
+        refuse("schedule.name", schedule.name, "is not implemented; add it to engine/schedule.py")
+    start = warmup_steps
+    if schedule.name == "wsd":
+        begun = schedule.decay_start_step
+        if begun is None:
+            begun = total_steps - round(schedule.decay_fraction * total_steps)
+        start = max(start, begun)
+    if step <= start:
+        return lr
+    progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
+    if schedule.name == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    # Weighting both ends, rather than adding a difference to one, makes both exact.
+    return lr * (1.0 - progress) + schedule.min_lr * progress
+
+
+def _stale(losses: Sequence[float], min_change: float) -> Iterator[int]:
+    """Yield after each loss how many in a row were not below the lowest before them."""
+    best, stale = math.inf, 0
+    for loss in losses:
+        best, stale = (loss, 0) if loss < best - min_change else (best, stale + 1)
+        yield stale
+
+
+def n_stale(losses: Sequence[float], min_change: float) -> int:
+    """Return how many of the last losses were not below the lowest before them by ``min_change``.
+
+    A loss that is nan is no improvement. Early stopping ends a run where this reaches its patience.
+    """
+    return [0, *_stale(losses, min_change)][-1]
+
+
+def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int:
+    """Return how many times ``patience`` losses in a row brought no improvement.
+
+    Args:
+        losses: of all evaluations of the run, in order.
+        patience: how many make a plateau; after one, as many again make the next.
+        min_change: by which a loss must be below the lowest so far.
+    """
+    return sum(n > 0 and n % patience == 0 for n in _stale(losses, min_change))
+
+
+def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:
+    """Return the length into which one step cuts its sequences.
+
+    Args:
+        step: the step, counted from 0.
+        total_steps: the number of steps of the whole run.
+        schedule: the ``[schedule]`` section.
+        seq_len: the length of a sequence, in tokens, which is also that of the last part.
+
+    Returns:
+        The length, in tokens.
+
+    Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
+    """
+    fractions = (*schedule.context_fractions, 1.0)
+    now = min(step * len(fractions) // total_steps, len(fractions) - 1)
+    return _length(fractions[now], seq_len)
+
+
+@cache
+def _length(fraction: float, seq_len: int) -> int:
+    """Return the longest divisor of ``seq_len`` within that part of it, or ``seq_len``.
+
+    The latter where the divisor is less than half the part: a prime would be cut into tokens.
+    """
+    most = max(round(fraction * seq_len), 1)
+    length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
+    return length if 2 * length >= most else seq_len
+
+
+# With train.hours the number of steps is estimated once, from the time that steps took up to here.
+HOURS_ESTIMATE_AT = 20
+
+
+def n_steps(
+    loop: LoopConfig, *, tokens_per_step: int, samples_per_step: int, samples_per_epoch: int
+) -> int | None:
+    """Return the number of steps of a run; None with ``train.hours``, which has to be measured."""
+    if loop.steps is not None:
+        return loop.steps
+    if loop.tokens is not None:
+        return math.ceil(loop.tokens / tokens_per_step)
+    if loop.epochs is not None:
+        return math.ceil(math.ceil(loop.epochs * samples_per_epoch) / samples_per_step)
+    return None
+
+
+class StepShape(NamedTuple):
+    """The sequences of one micro-batch and the micro-batches of one step, on each rank."""
+
+    rows: int
+    n_micro: int
+
+    @property
+    def samples(self) -> int:
+        """The sequences of one step, on each rank."""
+        return self.rows * self.n_micro
+
+
+def step_shape(loop: LoopConfig, seq_len: int, n_ranks: int = 1) -> StepShape:
+    """Return how each of ``n_ranks`` makes a step of ``train.tokens_per_step``.
+
+    A rank takes the nearest number of whole sequences, and as many at a time as divide it, up to
+    ``train.micro_batch``, which may be ``auto``; the loss does not depend on that split.
+    """
+    if loop.tokens_per_step is None:
+        return StepShape(loop.micro_batch, 1)
+    unit = seq_len * n_ranks
+    samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
+    most = samples if isinstance(loop.micro_batch, str) else min(loop.micro_batch, samples)
+    rows = next(n for n in range(most, 0, -1) if samples % n == 0)
+    return StepShape(rows, samples // rows)

@@ -1,0 +1,376 @@
+"""What a person sees: the console with its progress bar, and ``train.log``.
+
+On a terminal the console draws with rich; elsewhere it prints plain lines without control
+characters. Nothing here runs in a thread: the bar is redrawn by `Console.progress` itself, at most
+five times a second, so that a step of some milliseconds loses none of its processor to drawing.
+"""
+
+import math
+import os
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fasttrain.log.text import NO_SPACE, LogFile
+from fasttrain.redact import redact
+
+__all__ = ["Console", "clean", "format_count", "format_duration"]
+
+# A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
+_REFRESH_S = 0.2
+_ROWS_PER_HEADING = 20
+_N_PLAIN_COLUMNS = 9  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
+_PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
+_COUNTERS = ("skipped_steps", "spikes", "rollbacks")  # shown once they are not zero
+
+
+def format_count(n: float) -> str:
+    """Return a count for people: 950, 34.5k, 1.2M, 3.0B, 1.5T, 2.0e+15."""
+    if abs(n) < 999.5:
+        return f"{n:.0f}"
+    for power, suffix in enumerate("kMBT", start=1):
+        if abs(n) < 999.95 * 1000.0**power:
+            return f"{n / 1000.0**power:.1f}{suffix}"
+    return f"{n:.1e}"  # nan and inf come out as such
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration for people: 85 ms, 9.2s, 42s, 2m 13s, 3h 05m, 2d 04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def clean(text: str) -> str:
+    """Return text that is safe to print.
+
+    Line ends become newlines, tabs spaces, and every other control character its escape: a model
+    may well emit a byte that moves the cursor.
+    """
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(
+        c if c == "\n" or c == " " or c.isprintable() else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _number(spec: str) -> Callable[[float], str]:
+    return lambda value: format(value, spec)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 9999.995 else format_count(value)
+
+
+def _fixed(digits: int) -> Callable[[float], str]:
+    """Format with ``digits`` decimals, and shorter where that would not fit a column."""
+
+    def show(value: float) -> str:
+        if abs(value) < 1000.0:
+            return f"{value:.{digits if abs(value) < 100.0 else 2}f}"
+        return format_count(value)
+
+    return show
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}ms" if value < 9.995 else f"{value:.0f}ms"
+
+
+def _percent(part: float) -> str:
+    return f"{math.floor(100.0 * part + 1e-9)}%"  # 100% is the end, not before
+
+
+def _left(seconds: float) -> str:
+    return format_duration(seconds) if seconds >= 1.0 else f"{math.ceil(seconds)}s"
+
+
+class _Column(NamedTuple):
+    key: str
+    heading: str
+    width: int
+    format: Callable[[float], str]
+
+
+# In order of importance: what does not fit the terminal's width is left out from the right.
+_COLUMNS = (
+    _Column("step", "step", 10, _number("d")),
+    _Column("loss", "loss", 9, _fixed(4)),
+    _Column("lr", "lr", 10, _number(".2e")),
+    _Column("grad_norm", "grad", 8, _fixed(3)),
+    _Column("tokens_per_s", "tok/s", 8, format_count),
+    _Column("tokens", "tokens", 8, format_count),
+    _Column("progress", "done", 6, _percent),
+    _Column("left_s", "left", 9, _left),
+    _Column("mfu", "mfu", 7, _number(".1%")),
+    _Column("ppl", "ppl", 9, _perplexity),
+    _Column("step_ms", "step time", 11, _milliseconds),
+    _Column("loss_ema", "avg loss", 10, _fixed(4)),
+    _Column("epoch", "epoch", 8, _number(".2f")),
+    _Column("peak_memory_gib", "GiB", 7, _number(".2f")),
+    _Column("goodput", "goodput", 9, _number(".1%")),
+    _Column("forward_backward_ms", "fwd+bwd", 9, _milliseconds),
+    _Column("optimizer_ms", "optim", 9, _milliseconds),
+    _Column("communication_ms", "comm", 9, _milliseconds),
+)
+_WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
+
+
+def _cell(column: _Column, row: Mapping[str, Any]) -> str:
+    value = row.get(column.key)
+    if value is None and column.key == "ppl" and row.get("loss") is not None:
+        value = _exp(row["loss"])
+    return "n/a" if value is None else column.format(value)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700.0 else loss if math.isnan(loss) else math.inf
+
+
+class Console:
+    """What a person sees of a run, on the terminal and in ``train.log``.
+
+    Args:
+        log_file: file to append every line to, plainly and with the time, or None.
+        interactive: colours, panels and a progress bar (True) or plain lines (False). None: what
+            standard output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
+    """
+
+    def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
+        if interactive is None:
+            plain = ("dumb", "unknown")
+            interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
+        self.interactive = interactive
+        self._rich = RichConsole(force_terminal=True) if interactive else None
+        self._log = LogFile(log_file) if log_file else None
+        self._live: Live | None = None
+        self._drawn_s = 0.0
+        self._rows_since_heading = _ROWS_PER_HEADING
+        self._last_val_loss: float | None = None
+
+    def header(self, rows: list[tuple[str, str]], *, title: str = "fasttrain") -> None:
+        """Show what is about to run: pairs of label and value."""
+        self._panel(rows, title, "cyan")
+
+    def summary(self, rows: list[tuple[str, str]], *, title: str = "done") -> None:
+        """Remove the progress bar and show how the run ended: pairs of label and value."""
+        self.clear_progress()
+        self._panel(rows, title, "green")
+
+    def note(self, text: str) -> None:
+        """Print a remark."""
+        self._emit(clean(text), Text(clean(text), style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Print a warning that stands out."""
+        line = f"warning: {clean(text)}"
+        self._emit(line, Text(line, style="bold yellow"))
+
+    def train(self, row: Mapping[str, Any]) -> None:
+        """Print a training line.
+
+        Args:
+            row: a train row of ``metrics.jsonl``; a missing or null value shows as n/a.
+        """
+        known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
+        cells = [
+            f"{c.heading} {_cell(c, row):>{c.width - 2}}"
+            for c in _COLUMNS[:_N_PLAIN_COLUMNS]
+            if c in known
+        ]
+        remarks = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
+        wait_ms = row.get("data_wait_ms") or 0.0
+        if wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf):
+            remarks.insert(0, f"wait {_milliseconds(wait_ms)}")
+        plain = "  ".join(cells + remarks)
+        if self._rich is None:
+            self._emit(plain, None)
+            return
+        remarked = "".join(f"  {remark}" for remark in remarks)
+        ends, width = list(accumulate(c.width for c in known)), self._rich.width
+        n_fit = bisect_left(ends, width)
+        n_shown = max(2, bisect_left(ends, width - len(remarked)))
+        if self._rows_since_heading >= _ROWS_PER_HEADING:
+            heading = "".join(f"{c.heading:>{c.width}}" for c in known[:n_fit])
+            self._rich.print(Text(heading, style="dim"), no_wrap=True, overflow="crop", crop=True)
+            self._rows_since_heading = 0
+        self._rows_since_heading += 1
+        line = Text(no_wrap=True, overflow="crop")
+        for column in known[:n_shown]:
+            cell = _cell(column, row)
+            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.key, "")
+            if cell in ("nan", "inf", "-inf"):
+                style = "bold red"
+            line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
+        line.append(remarked, style="yellow")
+        self._emit(plain, line)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Print an evaluation line.
+
+        Args:
+            row: an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss so far.
+        """
+        loss = float(row["val_loss"])
+        ppl = _perplexity(row.get("val_ppl") or _exp(loss))
+        rest = []
+        if row.get("val_bpb") is not None:
+            rest.append(f"bpb {row['val_bpb']:.4f}")
+        if row.get("val_accuracy") is not None:
+            rest.append(f"accuracy {row['val_accuracy']:.1%}")
+        if self._last_val_loss is not None:
+            rest.append(f"change {loss - self._last_val_loss:+.3f}")
+        if row.get("best"):
+            rest.append("best")
+        self._last_val_loss = loss
+        plain = "  ".join(
+            [f"eval {row['step']:>8}", f"val_loss {loss:.4f}", f"val_ppl {ppl}", *rest]
+        )
+        label = f"val {row['step']}"
+        step_width, loss_width = (c.width for c in _COLUMNS[:2])
+        line = Text(
+            "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", f"ppl {ppl}", *rest]),
+            style="bold cyan",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        self._emit(plain, line)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show a sample from the model.
+
+        Args:
+            step: the step it was drawn at.
+            prompt: what the model was given.
+            text: what the model wrote after it.
+        """
+        prompt, text = clean(prompt), clean(text)
+        lines = [
+            line[start : start + _PLAIN_SAMPLE_WIDTH]
+            for line in (prompt + text).split("\n")
+            for start in range(0, len(line) or 1, _PLAIN_SAMPLE_WIDTH)
+        ]
+        plain = "\n".join([f"sample, step {step}", *(f"  | {line}" for line in lines)])
+        body = Text.assemble((prompt, "bold"), text.rstrip("\n"), overflow="fold")
+        title = Text(f"sample · step {step}", style="dim")
+        self._emit(
+            plain, Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED)
+        )
+        self._rows_since_heading = _ROWS_PER_HEADING
+
+    def progress(
+        self, step: int, total: int | None, n_tokens: int, done: float, left_s: float | None
+    ) -> None:
+        """Redraw the progress bar, at most five times a second; nothing without a terminal.
+
+        Args:
+            step: steps done.
+            total: steps planned; None: not known yet.
+            n_tokens: tokens trained on so far.
+            done: part of the run, in [0, 1].
+            left_s: seconds to its end; None: not known yet.
+        """
+        if self._rich is None:
+            return
+        now = time.monotonic()
+        if self._live is not None and now - self._drawn_s < _REFRESH_S and done < 1.0:
+            return
+        self._drawn_s = now
+        if self._live is None:
+            self._live = Live(console=self._rich, auto_refresh=False, transient=True)
+            self._live.start()
+        of_total = f"/{total}" if total else ""
+        left = "" if left_s is None else f"  {_left(left_s)} left"
+        tail = f" {_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
+        self._live.update(self._bar(done, tail), refresh=True)
+
+    def _bar(self, done: float, tail: str) -> Text:
+        assert self._rich is not None
+        width = max(0, min(40, self._rich.width - len(tail) - 2))
+        fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
+        n = int(done * width)
+        return Text.assemble(
+            " ", (fill * n, "green"), (rest * (width - n), "bright_black"), tail,
+            no_wrap=True, overflow="crop",
+        )  # fmt: skip
+
+    def clear_progress(self) -> None:
+        """Remove the progress bar; the next `progress` draws it anew."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def close(self) -> None:
+        """Remove the bar, restore the cursor and close the log file. May be called twice."""
+        self.clear_progress()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _panel(self, rows: list[tuple[str, str]], title: str, colour: str) -> None:
+        rows = [(clean(label), clean(value)) for label, value in rows]
+        width = max((len(label) for label, _ in rows), default=0)
+        plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in rows:
+            grid.add_row(Text(label), Text(value))
+        heading = Text(title, style=f"bold {colour}")
+        panel = Panel(
+            grid,
+            title=heading,
+            title_align="left",
+            border_style=colour,
+            box=box.ROUNDED,
+            padding=(0, 1),
+        )
+        self._emit(plain, panel)
+
+    def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
+        """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
+        plain = redact(plain)
+        if self._rich is not None:
+            if isinstance(drawn, Text) and redact(drawn.plain) != drawn.plain:
+                drawn = Text(redact(drawn.plain), style=drawn.style)
+            self._rich.print(drawn)
+        else:
+            # The stream's encoding may lack a character of a sample: escape it, do not fail.
+            encoding = sys.stdout.encoding or "utf-8"
+            try:
+                print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            except BrokenPipeError:  # nobody reads any more, as after `| head`: training goes on
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            except OSError as error:  # the disk of a redirected output is full: training goes on
+                if error.errno not in NO_SPACE:
+                    raise
+        if self._log is not None:
+            now = datetime.now().isoformat(" ", "seconds")
+            self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

@@ -1,0 +1,254 @@
+"""Where the time goes: the phases of steps, and the wall clock of a session."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from fasttrain_kernels._torch import dump_memory_history, record_memory_history
+
+_Moment = Any  # seconds; on CUDA an event
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals, each a beginning and an end."""
+    length, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        length += max(end - max(begin, reached), 0.0)
+        reached = max(end, reached)
+    return length
+
+
+class StepClock:
+    """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
+
+    Beside it the time in which at least one collective was under way: from where its tensors were
+    ready here to its end, and so the wait for slower ranks too. Computation may go on meanwhile:
+    it is no further phase.
+
+    Args:
+        device: where the steps run.
+        n_phases: phases of a step.
+    """
+
+    def __init__(self, device: torch.device, n_phases: int) -> None:
+        self.on_cuda = device.type == "cuda"
+        self._totals_s = [0.0] * (n_phases + 1)  # the last one: of the collectives
+        self._marks: list[_Moment] = []  # of the step under way
+        self._spans: list[list[_Moment]] = []  # its collectives
+        self._over: list[tuple[list[_Moment], list[list[_Moment]]]] = []  # steps to be added up
+        self._spare: list[torch.cuda.Event] = []
+
+    def mark(self, n_done: int) -> None:
+        """Note that ``n_done`` phases of the step are over; 0 begins it."""
+        if n_done == 0:
+            self._marks, self._spans = [], []
+        self._marks.append(self._now())
+        if n_done == len(self._totals_s) - 1:
+            self._over.append((self._marks, self._spans))
+            self._marks = []
+            if not self.on_cuda:
+                self._add_up()
+
+    def begin(self) -> list[_Moment]:
+        """Note that a collective begins on the current stream; only those of a step count."""
+        span = [self._now()]
+        if self._marks:
+            self._spans.append(span)
+        return span
+
+    def end(self, span: list[_Moment]) -> None:
+        """Note that it ends there, or that what follows it does: the last call counts."""
+        if self.on_cuda:
+            self._spare += span[1:]  # recorded anew
+        span[1:] = [self._now()]
+
+    def read(self) -> list[float]:
+        """Return the seconds since the last reading of each phase, and those of collectives."""
+        self._add_up()
+        totals, self._totals_s = self._totals_s, [0.0] * len(self._totals_s)
+        return totals
+
+    def _now(self) -> _Moment:
+        if not self.on_cuda:
+            return time.perf_counter()
+        timed: Any = torch.cuda.Event
+        event = self._spare.pop() if self._spare else timed(enable_timing=True)
+        event.record()
+        return event
+
+    def _add_up(self) -> None:
+        while self._over and (not self.on_cuda or self._over[0][0][-1].query()):
+            marks, spans = self._over.pop(0)
+            phases = [self._between(*ends) for ends in pairwise(marks)]
+            both = [[self._between(marks[0], moment) for moment in span] for span in spans]
+            phases.append(covered((begin, end) for begin, end in both))
+            self._totals_s = [a + b for a, b in zip(self._totals_s, phases, strict=True)]
+            if self.on_cuda:
+                self._spare += [*marks, *(moment for span in spans for moment in span)]
+
+    def _between(self, begin: _Moment, end: _Moment) -> float:
+        if not self.on_cuda:
+            return float(end - begin)
+        end.synchronize()  # a stream that nobody waited for may be behind
+        return float(begin.elapsed_time(end)) / 1000
+
+
+class TimeAccount:
+    """The wall clock of a session: what went into steps, and what beside them.
+
+    Args:
+        step: the step at which the session begins.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.first_step = step
+        self.started_s = time.perf_counter()
+        self.steady_s, self.n_steady = 0.0, 0  # of all steps but the first, which compiles
+        self.steady_wait_s = 0.0  # for data, beside steady_s
+        parts = ("step", "wait", "forward_backward", "optimizer", "communication")
+        self._window = dict.fromkeys((*parts, "eval", "checkpoint", "sample"), 0.0)
+        self.n_steps = 0  # since the last line
+        self._paced_from_s: float | None = None  # the end of the first step
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to what a line reports."""
+        self._window[name] += seconds
+
+    def add_step(self, seconds: float, wait_s: float, *, first: bool) -> None:
+        """Add a step and, of its time, what it waited for data."""
+        self.n_steps += 1
+        self.add("step", seconds)
+        self.add("wait", wait_s)
+        if first:
+            self._paced_from_s = time.perf_counter()
+        else:
+            self.steady_s += seconds - wait_s
+            self.steady_wait_s += wait_s
+            self.n_steady += 1
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of a block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def left_s(self, step: int, total_steps: int) -> float | None:
+        """Return the seconds from ``step`` to the last step; None before a second step is done.
+
+        Judged from all that followed the session's first step: evaluations and saves count, the
+        first step's compilation does not.
+        """
+        n_steps = step - self.first_step - 1
+        if self._paced_from_s is None or n_steps < 1:
+            return None
+        pace_s = (time.perf_counter() - self._paced_from_s) / n_steps
+        return pace_s * max(total_steps - step, 0)
+
+    def line(self, step: int) -> dict[str, float | None]:
+        """Return the account since the last line, and begin the next.
+
+        Args:
+            step: steps done.
+
+        Returns:
+            Means over steps, in ms: ``step_ms`` and of it ``data_wait_ms``,
+            ``forward_backward_ms`` and ``optimizer_ms``. Also ``communication_ms``, for which
+            parameters were being gathered or gradients reduced over ranks: it lies within
+            ``forward_backward_ms``, on a GPU mostly beneath computation, and is not to be added.
+            Sums of single numbers and Muon's exchange of directions are not in it. None where
+            nothing was sent.
+
+            Seconds in all: ``eval_s``, ``checkpoint_s``, ``sample_s``. ``goodput``: of the
+            session's wall clock, the part that its steps need at their steady pace without waiting
+            for data; compilation, waits, evaluation, samples, saves and steps that a rollback undid
+            are the rest. None while there is no steady step.
+        """
+        spent = self._window
+        n = max(self.n_steps, 1)
+        row: dict[str, float | None] = {
+            "step_ms": 1000 * spent["step"] / n,
+            "data_wait_ms": 1000 * spent["wait"] / n,
+            "forward_backward_ms": 1000 * spent["forward_backward"] / n,
+            "optimizer_ms": 1000 * spent["optimizer"] / n,
+            "communication_ms": 1000 * spent["communication"] / n or None,
+            **{f"{name}_s": spent[name] for name in ("eval", "checkpoint", "sample")},
+        }
+        goodput = None
+        if self.n_steady:
+            useful_s = max(step - self.first_step, 0) * self.steady_s / self.n_steady
+            # The first step, counted as another, may have been shorter than one that stalled.
+            goodput = min(useful_s / max(time.perf_counter() - self.started_s, 1e-9), 1.0)
+        row["goodput"] = goodput
+        self._window = dict.fromkeys(spent, 0.0)
+        self.n_steps = 0
+        return row
+
+
+MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
+
+
+class StepProfiler:
+    """Writes ``trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
+
+    Args:
+        run_dir: in its folder ``profile``, made when the steps are over; None: nothing is done.
+        steps: first and last step, counted from 1; empty: nothing is done.
+        device: what is profiled beside the CPU.
+
+    Numerics: none; profiled steps are slower.
+    """
+
+    def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
+        self.device = device
+        self.first, self.last = steps if run_dir is not None and steps else (0, 0)
+        self.folder = run_dir / "profile" if run_dir is not None else None
+        self._profiler: Any = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Profile the step in the block where its number is asked for."""
+        cuda = self.device.type == "cuda"
+        if self.first and number == self.first:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if cuda:
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+                # https://pytorch.org/memory_viz reads it.
+                record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+            self._profiler = torch.profiler.profile(
+                activities=kinds, record_shapes=True, profile_memory=True, acc_events=True
+            )
+            self._profiler.start()
+        if self._profiler is None:
+            yield
+            return
+        try:
+            with torch.profiler.record_function(f"step {number}"):
+                yield
+        finally:
+            if number >= self.last:
+                self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._profiler is None or self.folder is None:
+            return
+        cuda, profiler, self._profiler = self.device.type == "cuda", self._profiler, None
+        try:
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            profiler.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            if cuda:
+                dump_memory_history(str(self.folder / "memory.pickle"))
+        finally:
+            if cuda:
+                record_memory_history(enabled=None)

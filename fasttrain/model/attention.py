@@ -1,0 +1,233 @@
+"""Causal self-attention with its options, and the key-value cache.
+
+Plain causal attention is scaled dot-product attention (SDPA). What a query may see beyond that, a
+window or its document alone, is said once, by `visible`. On CUDA FlexAttention compiles it into
+its kernel and skips what is hidden (Dong et al. 2024, arXiv:2412.05496); elsewhere, and where
+FlexAttention cannot go (dropout, a cache), it is written out as a boolean mask for SDPA.
+
+Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim, S cached length.
+"""
+
+from collections.abc import Callable
+from functools import cache as cached
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fasttrain_kernels import RMSNorm, apply_rope
+from torch import Tensor, nn
+
+from fasttrain.config import ModelConfig
+from fasttrain.model.cpu.attention import causal_attention, is_fast_here
+
+__all__ = ["Attention", "KVCache", "LayerCache", "Mask", "attention_mask", "rope_tables", "visible"]
+
+# FlexAttention is imported where it is used: with torch 2.14 that takes half a second, for sympy.
+Mask = Any  # a Tensor, or FlexAttention's BlockMask; of attention that is more than causal
+
+
+def visible(
+    window: int | None, documents: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the function (row, head, query, key) → may this query look at this key?
+
+    Args:
+        window: tokens that a query sees, itself included; None: all before it.
+        documents: int (B, T), a number for each token's document; None: all tokens are of one.
+    """
+
+    def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents is not None:
+            seen = seen & (documents[row, query] == documents[row, key])
+        return seen
+
+    return may_see
+
+
+def attention_mask(
+    start: int,
+    t: int,
+    device: torch.device,
+    *,
+    window: int | None,
+    doc_starts: Tensor | None,
+    flex: bool,
+) -> Mask | None:
+    """Return what T queries after ``start`` cached tokens may see; None: plain causal attention.
+
+    Args:
+        start: number of tokens before the queries.
+        t: T.
+        device: of the mask.
+        window: tokens that a query sees, itself included; None: all before it.
+        doc_starts: bool (B, T), true at the first token of each document; ``start`` is 0 then.
+        flex: as a block mask, for FlexAttention; it needs ``start`` = 0.
+
+    Returns:
+        A boolean mask, (T, start + T) or with documents (B, 1, T, T), or a block mask.
+    """
+    windowed = window is not None and window < start + t
+    if doc_starts is None and not windowed and (start == 0 or t == 1):
+        return None
+    documents = None if doc_starts is None else doc_starts.cumsum(1, dtype=torch.int32)
+    rule = visible(window if windowed else None, documents)
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows = None if documents is None else len(documents)
+        return _flex(create_block_mask)(rule, rows, None, t, t, device=device)
+    query = torch.arange(start, start + t, device=device)[:, None]
+    key = torch.arange(start + t, device=device)[None, :]
+    if documents is None:
+        return rule(query, query, query, key)
+    row = torch.arange(len(documents), device=device)[:, None, None, None]
+    return rule(row, row, query, key)
+
+
+@cached
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _flex(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of FlexAttention compiled: run as it is, it writes out all T·T scores."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+def _has_flash(x: Tensor) -> bool:
+    """Return whether SDPA takes FlashAttention, its only CUDA kernel that knows grouped queries.
+
+    Without, and with a mask, it would write out all T·T scores.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties(x.device).major >= 8
+
+
+def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each (n_positions, head_dim // 2) fp32.
+
+    Source: Su et al. 2021, RoFormer (arXiv:2104.09864).
+    """
+    # fp64 on the CPU: at position 100k an fp32 angle is off by about 0.01 rad.
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(n_positions, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+class LayerCache:
+    """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, G, T, K) at ``start``; return all so far, (B, G, start + T, K)."""
+        end = start + k.shape[2]
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """The caches of all layers and the number of tokens that they hold."""
+
+    def __init__(self, layers: list[LayerCache], max_tokens: int) -> None:
+        self.layers = layers
+        self.max_tokens = max_tokens
+        self.length = 0
+        self.last_tokens: Tensor | None = None  # (B,), what a table of token pairs continues from
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention: grouped queries, QK-norm, RoPE, sliding window, dropout.
+
+    Sources: Vaswani et al. 2017 (arXiv:1706.03762); grouped queries: Ainslie et al. 2023
+    (arXiv:2305.13245); QK-norm: Henry et al. 2020 (arXiv:2010.04245), here as in Qwen3 before RoPE;
+    sliding window: Beltagy et al. 2020 (arXiv:2004.05150); embeddings mixed into the values: Jordan
+    et al. 2024, modded-nanogpt, after Zhou et al. 2024 (arXiv:2410.17897).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim or config.dim // config.n_heads
+        self.window = config.sliding_window_tokens
+        self.dropout = config.dropout
+        # One product for q, k and v: one read of the input, one larger matrix product.
+        n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.dim, n_rows, bias=config.bias)
+        self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=config.bias)
+        norm = config.qk_norm
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if norm else None
+        self.value_mix = nn.Parameter(torch.empty(2)) if config.value_embeddings else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Mask | None,
+        cache: LayerCache | None = None,
+        start: int = 0,
+        value: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over x (B, T, D) and, with a cache, over the ``start`` tokens before it.
+
+        Args:
+            x: normalised hidden states, (B, T, D).
+            rope: cos and sin of the positions of x, each (T, K/2), or None.
+            mask: what a query may see, from `attention_mask`; None for plain causal.
+            cache: keys and values of earlier tokens; x is appended to it.
+            start: number of tokens that the cache holds.
+            value: embeddings (B, T, G·K) that are mixed into the values, where the config says so.
+
+        Returns:
+            (B, T, D).
+        """
+        b, t, _ = x.shape
+        sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        qkv = self.qkv(x)
+        q, k, v = qkv.split(sizes, dim=-1)
+        q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
+        k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
+        v = v.view(b, t, self.n_kv_heads, self.head_dim)
+        if self.value_mix is not None and value is not None:
+            v = self.value_mix[0] * v + self.value_mix[1] * value.view_as(v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, k, *rope)
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and cache is None and not dropout and is_fast_here(q):
+            y, _ = causal_attention(q, k, v)
+            projected: Tensor = self.out(y.reshape(b, t, self.n_heads * self.head_dim))
+            return projected
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
+        if cache is not None:
+            k, v = cache.extend(k, v, start)
+        grouped = self.n_kv_heads != self.n_heads
+        if mask is not None and not isinstance(mask, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            q, k, v = (z.to(qkv.dtype) for z in (q, k, v))  # autocast does not know FlexAttention
+            y = _flex(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            if grouped and q.is_cuda and (mask is not None or not _has_flash(qkv)):
+                k, v = (z.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for z in (k, v))
+                grouped = False
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and t > 1,
+                enable_gqa=grouped,
+            )  # (B, H, T, K)
+        y = y.transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
+        return F.dropout(self.out(y), dropout)

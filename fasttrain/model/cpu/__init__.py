@@ -1,0 +1,1 @@
+"""Attention and blocks in C++ for a CPU."""

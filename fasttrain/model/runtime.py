@@ -1,0 +1,278 @@
+"""How a model runs while it trains: what is compiled, and what blocks keep for backward.
+
+With activation checkpointing a block keeps its input alone, or with ``selective`` what is dear to
+compute as well, and its backward pass computes the rest again: the same numbers, by the same
+operations. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost
+(arXiv:1604.06174).
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from fasttrain_kernels._torch import compile_cache_counts, native_bf16
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from fasttrain.config import TrainConfig, UserError
+from fasttrain.config.keys import refuse
+from fasttrain.model.cpu.blocks import build, fits, run_blocks_on_cpu
+from fasttrain.model.transformer import Block, Transformer, run_block, run_blocks
+
+# Four layers, from a cold cache: 28 s as one graph against 17 s as one block, but steps 10 %
+# shorter (width 128, two Zen 3 cores that were not idle).
+MAX_LAYERS_OF_ONE_CPU_GRAPH = 6
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_Runner = Callable[..., Tensor]
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c)
+
+
+def resolve_compile(config: TrainConfig, device: torch.device) -> str:
+    """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
+
+    ``c++`` is the block that is written in C++, on a CPU where the config `fits` it, and else
+    ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
+    fits, which is faster and built in seconds; else, with a C++ compiler, one graph up to
+    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
+    all: the time to compile then does not grow with the depth.
+    """
+    mode = config.run.compile
+    in_cpp = device.type == "cpu" and fits(config)
+    if mode == "c++":
+        return mode if in_cpp else "off"
+    if mode == "auto" and device.type == "cpu":
+        if in_cpp:
+            return "c++"
+        shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
+        return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
+    if mode == "auto":
+        return "default"
+    if mode != "off" and device.type == "cpu":
+        if not _has_cpp_compiler():
+            raise UserError(
+                f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
+                "install g++ or use run.compile=off"
+            )
+        if mode != "default":
+            raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
+    return mode
+
+
+def compiles_evaluation(device: torch.device) -> bool:
+    """Return whether evaluation is compiled where training is.
+
+    On a CPU it takes longer to compile than it saves: with base.toml 30 s, and all of the
+    evaluation takes 15 s as it is (two Zen 4 cores, bf16, torch 2.13).
+    """
+    return device.type == "cuda"
+
+
+def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
+    """Return ``fn`` compiled as one graph of static shapes; a graph break is an error.
+
+    Its code trusts operations to return the sizes that they promise, and modules of Python to keep
+    their globals, instead of looking at each call: of a step of 4 layers 0.4 ms (two Zen 3 cores).
+    Arguments, parameters and the attributes of modules are looked at.
+    """
+    if mode != "default":  # a mode of torch.compile goes with no options
+        inductor_mode = "reduce-overhead" if mode == "cuda-graphs" else mode
+        return torch.compile(fn, fullgraph=True, dynamic=False, mode=inductor_mode)
+    options: dict[str, Any] = {
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,
+    }
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have torch.compile keep what it makes in ``folder`` from one process to the next.
+
+    Torch's own choice is the folder for temporary files, which a restart clears. Where
+    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. Each kind of CPU has a folder of its own: the key
+    of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
+    for AVX2 skips half of the elements (torch 2.13). One folder serves every config: entries are
+    named by the content of the graph, so that configs which differ in the data or the schedule
+    alone share theirs. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
+    empty folder, 5 s with its own entries, of which 1.5 s import the compiler and 2.5 s trace the
+    model. To keep the trace as well (torch's precompilation) was slower, 10.5 s, and gives guards
+    up.
+    """
+    bf16 = "-bf16" if native_bf16(torch.device("cpu")) else ""
+    kind = torch.backends.cpu.get_cpu_capability() + bf16
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / kind))
+
+
+def compile_cache_use() -> str | None:
+    """Return whether what this process compiled came from the cache: warm, cold or partly warm.
+
+    None: nothing was compiled.
+    """
+    hits, misses = compile_cache_counts() or (0, 0)
+    if hits and misses:
+        return "partly warm"
+    return "warm" if hits else "cold" if misses else None
+
+
+def _dear() -> list[Any]:
+    """Return the operations whose results ``selective`` keeps: matrix products and attention."""
+    names = (
+        *("mm", "addmm", "bmm"),
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    ours = torch.ops.fasttrain.causal_attention_forward.default
+    return [ours, *(getattr(torch.ops.aten, name).default for name in names)]
+
+
+def _forward(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    return Block.forward(block, x, *rest)  # type: ignore[arg-type]
+
+
+def _checkpointed(kind: str, run: _Runner) -> _Runner:
+    if kind == "none":
+        return run
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind not in ("full", "selective"):
+        refuse("train.activation_checkpointing", kind, "is not implemented; add it here")
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
+
+    def run_checkpointed(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        y: Tensor = checkpoint(run, block, x, *rest, **options)
+        return y
+
+    return run_checkpointed
+
+
+def prepare_blocks(
+    model: Transformer, *, activation_checkpointing: str, mode: str, sharded: bool
+) -> None:
+    """Set how the blocks of ``model`` are run in training; on CUDA in evaluation, if compiled.
+
+    Args:
+        model: as it will train; sharded already where it is.
+        activation_checkpointing: ``train.activation_checkpointing``.
+        mode: ``blocks`` compiles one block for all, ``c++`` has `model.cpu.blocks` run them.
+        sharded: the parameters of a block are gathered when it is called as a module: what is
+            compiled and what is computed again lie inside of that.
+    """
+    run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
+    if mode == "blocks":
+        run = compile_function(run, "default")
+    run_all: _Runner = partial(run_blocks, run=run)
+    if mode == "c++":
+        build()
+        run_all = run_blocks_on_cpu
+    compiled = mode == "blocks"
+    if not sharded:
+        model.blocks_fn = partial(_run, run_all, compiled)
+        return
+    for block in model.blocks:
+        block.forward = partial(_run_inside, run_all, compiled, block)
+
+
+def _is_own(compiled: bool, x: Tensor, cache: object) -> bool:
+    """Return whether blocks run here as in training: with gradients, or compiled to evaluate."""
+    evaluates = compiled and compiles_evaluation(x.device)
+    return cache is None and (evaluates or torch.is_grad_enabled())
+
+
+def _run(
+    run_all: _Runner, compiled: bool, blocks: Any, norm: Any, x: Tensor, rope: Any, mask: Any,
+    caches: Any, *rest: Any,
+) -> Tensor:  # fmt: skip
+    run = run_all if _is_own(compiled, x, caches) else run_blocks
+    return run(blocks, norm, x, rope, mask, caches, *rest)
+
+
+def _run_inside(
+    run_all: _Runner, compiled: bool, block: nn.Module, x: Tensor, rope: Any, mask: Any,
+    cache: Any, start: int, value: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if not _is_own(compiled, x, cache):
+        return _forward(block, x, rope, mask, cache, start, value)
+    return run_all([block], None, x, rope, mask, None, start, None if value is None else [value])
+
+
+HOPPER = (9, 0)
+MULTIPLE = 16  # of both sides of a matrix: what the hardware's fp8 product takes
+
+
+def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool = False) -> None:
+    """Make the linear layers of the blocks multiply in fp8 in ``train`` mode; again: no effect.
+
+    Before parameters are spread over ranks; an optimizer made before keeps them.
+
+    Args:
+        model: changed in place; its parameters and their names stay.
+        device: of the model.
+        emulate: multiply factors rounded to fp8 in a wider type, on any device: for tests.
+
+    Raises:
+        UserError: the device has no fp8, torchao is not installed, or a matrix does not fit.
+    """
+    if not emulate:
+        _require_hopper(device)
+    for name, module in model.blocks.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if type(module) is not nn.Linear:
+            return
+        if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+            raise UserError(
+                f"run.fp8 = true: blocks.{name} is a matrix of {module.out_features} × "
+                f"{module.in_features}, and fp8 products take multiples of {MULTIPLE}; change "
+                "model.dim, model.head_dim or model.hidden_dim, or unset run.fp8"
+            )
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "run.fp8 = true needs torchao, which is not installed; pip install torchao, or "
+            "unset run.fp8"
+        )
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # Padding acts where the tokens of a micro-batch are no multiple of 16.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model.blocks, config=config)
+    layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    # One class for all, so that what is compiled for one block holds for the others.
+    kind = _in_training_alone(type(layers[0]))
+    for layer in layers:
+        layer.__class__ = kind
+
+
+def _require_hopper(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
+        return
+    found = str(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    raise UserError(
+        f"run.fp8 = true needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or "
+        f"newer, got {found}; unset run.fp8"
+    )
+
+
+def _in_training_alone(fp8_linear: type[nn.Linear]) -> type[nn.Linear]:
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        if self.training:
+            y: Tensor = fp8_linear.forward(self, x)
+            return y
+        return F.linear(x, self.weight, self.bias)
+
+    return type(f"Training{fp8_linear.__name__}", (fp8_linear,), {"forward": forward})

@@ -1,0 +1,285 @@
+"""What a checkpoint was made of, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from fasttrain import checkpoint
+from fasttrain.checkpoint import parse
+from fasttrain.checkpoint.reading import misfits_of
+from fasttrain.config import (
+    TrainConfig,
+    UserError,
+    config_difference,
+    config_to_dict,
+    load_config,
+)
+from fasttrain.config.keys import counted
+from fasttrain.config.untrusted import misfit
+from fasttrain.data.format import TokenDataset
+from fasttrain.distributed.slices import cut
+from fasttrain.engine.schedule import lr_at
+
+if TYPE_CHECKING:
+    from fasttrain.engine.trainer import Trainer
+
+
+LR_JUMP = 0.1  # of the peak: more than that between two steps is told
+
+# Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
+MAY_CHANGE = (
+    *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
+    "run.deterministic",
+    *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
+    *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
+    *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
+)
+# And these, unless evaluations decide the learning rate or the end of the run.
+MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_fraction")
+
+
+class Change(NamedTuple):
+    """A setting that is not what the checkpoint was made with."""
+
+    key: str
+    old: Any
+    new: Any
+    where: str = ""  # of two lists: how they differ
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.where or f'{_short(self.old)} → {_short(self.new)}'}"
+
+
+def data_facts(train: TokenDataset, val: TokenDataset) -> dict[str, dict[str, Any]]:
+    """Return what identifies the data of a run, for the checkpoint's state."""
+    return {"train": train.facts, "val": val.facts}
+
+
+def check_resumable(
+    source: Path,
+    config: TrainConfig,
+    data: dict[str, dict[str, Any]],
+    allow_change: Sequence[str],
+    samples_per_step: int,
+) -> dict[str, Any]:
+    """Return the state of the checkpoint ``source``, allowed changes added to its history.
+
+    Args:
+        source: a checkpoint folder that was verified.
+        config: the config to go on with, its vocabulary settled.
+        data: of the data to go on with, as `data_facts` returns it.
+        allow_change: keys that may differ, beyond those that change no number.
+        samples_per_step: of all ranks together.
+
+    Raises:
+        UserError: a config key or the data differ and that was not allowed; names all of them.
+    """
+    known = [f"{section}.{key}" for section, t in config_to_dict(config).items() for key in t]
+    known += [f"data.{split}.{key}" for split, facts in data.items() for key in facts]
+    for key in allow_change:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "it takes section.key"
+            raise UserError(f"--allow-change {key}: there is no such key; {hint}")
+    parts = parse(source)
+    old_config, state = parts.config, parts.state
+    harmless: tuple[str, ...] = MAY_CHANGE
+    if config.schedule.name != "plateau" and config.eval.patience is None:
+        harmless += MAY_CHANGE_IF_UNUSED
+    if "position" not in state or "data" not in state:
+        raise UserError(
+            f"{source} holds a model, and no run to go on with; start one with "
+            f"model.init_from={source} and without --resume"
+        )
+    changes = [
+        Change(key, old, new)
+        for key, old, new in config_difference(old_config, config)
+        if not key.startswith(harmless)
+    ]
+    before = state.get("samples_per_step", samples_per_step)
+    shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
+    if before != samples_per_step and not any(change.key in shape for change in changes):
+        ranks = (
+            f"a step took {counted(before, 'sample')}, and on this number of ranks it takes "
+            f"{samples_per_step}"
+        )
+        changes.append(Change(shape[0], before, samples_per_step, ranks))
+    changes += _data_changes(state["data"], data)
+    refused = [str(change) for change in changes if change.key not in allow_change]
+    if refused:
+        raise UserError(
+            f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
+            "each with --allow-change KEY; of another run: --resume RUN"
+        )
+    when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
+    state["history"] = state.get("history", []) + [
+        {**when, "key": c.key, "old": _short(c.old), "new": _short(c.new)} for c in changes
+    ]
+    return state
+
+
+def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
+    """Return a warning where a run that goes on may not have the bits of one never stopped.
+
+    Args:
+        state: of the checkpoint.
+        made_by: provenance of the run that goes on, and what else its bits depend on.
+        exact: the same operations give the same bits each time: on a CPU, or deterministic.
+    """
+    recorded = state.get("provenance")
+    before = {**(recorded if isinstance(recorded, dict) else {}), **state}
+    changed = "; ".join(
+        f"{name} {_short(before[name])} → {_short(value)}"
+        for name, value in made_by.items()
+        # No threads: of a run on a GPU.
+        if name not in ("command", "parent") and before.get(name) not in (value, None)
+    )
+    if changed:
+        told = "the run goes on, but perhaps not with the same bits"
+        return f"the checkpoint was made otherwise: {changed}: {told}"
+    if not exact:
+        return (
+            "on a GPU sums take another order each time: the run goes on, but perhaps not with the "
+            "bits of one that was never stopped; run.deterministic=true makes it exact, and slower"
+        )
+    return None
+
+
+def lr_jump(
+    source: Path, state: dict[str, Any], config: TrainConfig, total_steps: int | None
+) -> str | None:
+    """Return a warning where another horizon makes the learning rate jump at the next step.
+
+    Args:
+        source: the checkpoint folder that the run goes on from.
+        state: its state.
+        config: the config to go on with.
+        total_steps: of the run to go on with, and in ``state`` of the one before; None: not known.
+    """
+    old_config, peak = load_config(source / "config.toml"), config.optim.peak_lr
+    named = old_config.schedule != config.schedule or old_config.optim.peak_lr != peak
+    if named or total_steps is None or state["total_steps"] is None:
+        return None
+    rates = [
+        lr_at(state["step"], total, config.schedule, peak)
+        for total in (state["total_steps"], total_steps)
+    ]
+    if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
+        return None
+    key = "lr" if config.optim.muon_lr is None else "muon_lr"
+    return (
+        f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
+        f"rate of step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the "
+        "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
+        "decay, or a low rate to the end: schedule.name=constant "
+        f"optim.{key}=… and --allow-change for both"
+    )
+
+
+def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:
+    changes = []
+    for split, facts in new.items():
+        for key, value in facts.items():
+            before = old.get(split, {}).get(key)
+            if before != value:
+                lists = key == "shards" and misfit(list[str], before) is None
+                where = _list_difference(before or (), value) if lists else ""
+                changes.append(Change(f"data.{split}.{key}", before, value, where))
+    return changes
+
+
+def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Say how two lists of hashes differ."""
+    if sorted(old) == sorted(new):
+        return "the same files in another order"
+    if len(old) != len(new):
+        return f"{counted(len(old), 'file')} → {counted(len(new), 'file')}"
+    at = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+    return f"file {at + 1} of {len(old)}: {_short(old[at])} → {_short(new[at])}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return counted(len(value), "file")
+    text = "none" if value is None else str(value)
+    is_hash = len(text) in (40, 64) and not set(text) - set("0123456789abcdef")
+    return f"{text[:12]}…" if is_hash else text[:200]
+
+
+# Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
+BRANCH_MAY_CHANGE = (
+    *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
+    *("schedule.min_lr", "schedule.decay_fraction", "schedule.decay_start_step"),
+)
+
+
+def start_from(model: nn.Module, path: str | Path) -> None:
+    """Give ``model`` the parameters of another run, as ``model.init_from`` says.
+
+    Raises:
+        UserError: there is no sound checkpoint, or its model has another shape.
+    """
+    _, found = checkpoint.saved_parameters(Path(path))
+    wanted = model.state_dict()
+    if misfits := misfits_of(wanted, found):
+        raise UserError(
+            f"model.init_from = {path}: the model there has another shape: {misfits}; set [model] "
+            "and data.seq_len as in its config.toml"
+        )
+    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
+
+
+def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
+    """Return the config of a branch that decays from the checkpoint ``source`` to its horizon.
+
+    Raises:
+        UserError: the schedule has no decay to begin, or the checkpoint holds no run.
+    """
+    if config.schedule.name != "wsd":
+        raise UserError(
+            f"--decay-from: schedule.name = {config.schedule.name} has no decay of its own; set "
+            "schedule.name=wsd"
+        )
+    state = checkpoint.load(source, only=()).state
+    if "position" not in state:
+        raise UserError(
+            f"--decay-from {source}: holds parameters but no run; use model.init_from={source}"
+        )
+    step = state["step"]
+    return replace(config, schedule=replace(config.schedule, decay_start_step=step))
+
+
+def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
+    """Return the config of a run resumed at ``source``, its decay begun where it had been begun."""
+    begun = load_config(source / "config.toml").schedule.decay_start_step
+    if begun is None or config.schedule.decay_start_step is not None:
+        return config
+    return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
+
+
+def begin_branch(trainer: Trainer, source: Path) -> None:
+    """Make a trainer that has loaded ``source`` a run of its own: what was best there is not here.
+
+    Raises:
+        UserError: its horizon does not lie after the checkpoint.
+    """
+    if trainer.config.train.hours is not None:
+        trainer.total_steps = None  # to be measured: not what the other run's hours came to
+    step, end = trainer.step_count, trainer.total_steps
+    if end is not None and end <= step:
+        trainer.close()
+        raise UserError(
+            f"--decay-from {source}: it is at step {step}, and this config ends at step {end}; "
+            "set train.steps to where the branch is to end, counted from the run's first step"
+        )
+    trainer.best_val_loss, trainer.val_losses = math.inf, []
+    trainer.eval_due, trainer.saver.saved_at = False, None
+    trainer.trained_s = 0.0

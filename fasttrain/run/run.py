@@ -1,0 +1,374 @@
+"""One run from a config: dataset, model, optimizers, run folder, resuming, signals, exit status."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from fasttrain_kernels._torch import spare_compiler
+
+from fasttrain import checkpoint
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record
+from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
+from fasttrain.data.dataset import TokenDataset, join
+from fasttrain.data.files import cache_folder
+from fasttrain.data.format import open_dataset
+from fasttrain.data.loader import Loader
+from fasttrain.data.prepare.corpus import build_default_corpus
+from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
+from fasttrain.device import (
+    keep_freed_memory,
+    make_deterministic,
+    resolve_device,
+    resolve_precision,
+)
+from fasttrain.distributed.lockstep import die_with_parent
+from fasttrain.distributed.sharding import make_sharded
+from fasttrain.distributed.world import (
+    SharedError,
+    World,
+    choose_mode,
+    facts_of_rank,
+    start,
+    stop,
+    unused_mode,
+)
+from fasttrain.engine.optim import build_optimizers, state_bytes
+from fasttrain.engine.plan import warnings_of_data
+from fasttrain.engine.schedule import step_shape
+from fasttrain.engine.trainer import Sampler, Trainer
+from fasttrain.generate import beginnings, generate
+from fasttrain.log.sinks import check_packages
+from fasttrain.model.runtime import keep_compiled, resolve_compile
+from fasttrain.model.transformer import Transformer
+from fasttrain.redact import redact
+from fasttrain.run import resume as origin
+from fasttrain.run.ending import show_start, train_to_end
+from fasttrain.run.folder import RunFolder, check_disk
+from fasttrain.run.provenance import provenance
+from fasttrain.run.resume import check_resumable, data_facts, lr_jump, made_otherwise
+from fasttrain.run.signals import interruptible
+
+__all__ = ["run"]
+
+
+def run(
+    config: TrainConfig,
+    *,
+    name: str,
+    resume: str | None = None,
+    stop_at_step: int | None = None,
+    allow_change: Sequence[str] = (),
+    decay_from: str | None = None,
+) -> int:
+    """Train as ``config`` says and return the exit status.
+
+    Args:
+        config: the configuration as loaded.
+        name: the run folder's name where ``run.name`` is unset; taken with ``-2``, ``-3``, … where
+            it exists and ``resume`` is None.
+        resume: ``auto``: this config's newest run, or a new one where there is none; or the path of
+            a run or checkpoint folder; None: a new run.
+        stop_at_step: end there with a checkpoint.
+        allow_change: keys that may differ from the resumed run's, beyond those that change no
+            number.
+        decay_from: a run or checkpoint folder: a new run that goes on from there, decaying.
+
+    Raises:
+        UserError: something is missing or does not fit; nothing was overwritten.
+        Interrupted: a signal came before the first step; nothing was overwritten.
+    """
+    try:
+        if decay_from is not None and resume not in (None, "auto"):
+            raise UserError(
+                f"--decay-from begins a new run, and --resume {resume} goes on with another; leave "
+                "one out (--resume auto goes on with the new run once it was saved)"
+            )
+        branch_of = checkpoint.resolve(Path(decay_from)) if decay_from is not None else None
+        return _run(config, name, resume, stop_at_step, allow_change, branch_of)
+    except SharedError as error:  # rank 0 raises what the command line prints
+        record(f"error: {error}")
+        return EXIT_BAD_INPUT
+
+
+def _run(
+    config: TrainConfig,
+    name: str,
+    resume: str | None,
+    stop_at_step: int | None,
+    allow_change: Sequence[str],
+    branch_of: Path | None,
+) -> int:
+    started = time.perf_counter()
+    if config.run.deterministic:
+        make_deterministic()
+    with interruptible():
+        named_device = resolve_device(config.run.device)
+        world = start(config.distributed, named_device)
+        device = world.device(named_device)
+        if world.size > 1:
+            die_with_parent()
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
+        keep_compiled(cache_folder(cache_dir) / "compiled")
+        if resolve_compile(config, device) in ("off", "c++"):
+            spare_compiler()
+        check_packages(config)
+        folder = RunFolder(config, name, resume, world)
+    try:
+        with interruptible():
+            if folder.source is not None:
+                config, branch_of = origin.settle_branch(config, folder.source), None
+            elif branch_of is not None:
+                config = origin.decaying_from(config, branch_of)
+                allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
+            trainer = _build(config, world, folder, allow_change, branch_of, stop_at_step)
+            if stop_at_step is not None:
+                if stop_at_step <= trainer.step_count:
+                    raise UserError(
+                        f"--stop-at-step {stop_at_step}: the run is at step {trainer.step_count}; "
+                        "name a later step"
+                    )
+                trainer.request_stop(stop_at_step)
+            if folder.console:
+                show_start(trainer, folder.console, folder.source)
+                assert trainer.val_dataset is not None
+                data = (trainer.train_loader.dataset, trainer.val_dataset)
+                for line in warnings_of_data(trainer.config, *data):
+                    folder.warn(line)
+                if unused := unused_mode(config.distributed, world.size):
+                    folder.warn(unused)
+        status = train_to_end(trainer, folder, started)
+        if status != EXIT_FAILED:
+            stop(world)
+        return status
+    except (UserError, KeyboardInterrupt):
+        folder.remove_unused()
+        raise
+    finally:
+        folder.close()
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def data_paths(config: TrainConfig) -> Sequence[str]:
+    """Return the dataset folders that a config names; none: it trains on the default text."""
+    return config.data.paths or ([config.data.path] if config.data.path else [])
+
+
+def open_splits(
+    config: TrainConfig, report: Callable[[str], None]
+) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
+    """Open (or build) the dataset; return the config with its vocabulary settled and the splits."""
+    data, vocab_size = config.data, config.model.vocab_size
+    cache_dir = Path(data.cache_dir) if data.cache_dir else None
+    paths = list(map(Path, data_paths(config)))
+    if not paths:
+        corpus = build_default_corpus(
+            vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report
+        )
+        paths = [corpus]
+
+    def opened(split: Literal["train", "val"]) -> TokenDataset:
+        found = [
+            open_dataset(
+                path,
+                split,
+                dtype=data.dtype,
+                vocab_size=vocab_size,
+                end_of_text=data.end_of_text,
+                cache_dir=cache_dir,
+            )
+            for path in paths
+        ]
+        return found[0] if len(found) == 1 else join(found)
+
+    train, val = opened("train"), opened("val")
+    if config.model.vocab_size is None:
+        if train.vocab_size is None:
+            raise UserError(
+                f"{paths[0]} does not say its vocabulary size; set model.vocab_size (GPT-2's is "
+                "50257)"
+            )
+        rounded = -(-train.vocab_size // 64) * 64
+        config = replace(config, model=replace(config.model, vocab_size=rounded))
+    return config, train, val
+
+
+def _settled(
+    config: TrainConfig, source: Path | None, world: World, report: Callable[[str], None]
+) -> TrainConfig:
+    """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
+    if not isinstance(config.train.micro_batch, str):
+        return config
+    if source is not None:
+        found = load_config(source / "config.toml").train.micro_batch
+        return replace(config, train=replace(config.train, micro_batch=found))
+    from fasttrain.engine.probe import settle_micro_batch  # half a second of imports
+
+    found = 0
+    with world.failing_together():
+        if world.leads:
+            seq_len = config.data.seq_len
+            samples = step_shape(config.train, seq_len, world.size).samples
+            share = replace(config.train, tokens_per_step=samples * seq_len)
+            device = world.device(resolve_device(config.run.device))
+            precision = resolve_precision(config.run.dtype, device)
+            alone = replace(config, train=share)
+            settled = settle_micro_batch(alone, device=device, precision=precision, report=report)
+            found = settled.train.micro_batch
+    return replace(config, train=replace(config.train, micro_batch=world.share(found)))
+
+
+def _build(
+    config: TrainConfig,
+    world: World,
+    folder: RunFolder,
+    allow_change: Sequence[str],
+    branch_of: Path | None,
+    stop_at_step: int | None,
+) -> Trainer:
+    run_dir, source = folder.path, folder.source or branch_of
+    for first_of_node in (True, False):  # where there is no dataset yet, the first builds it
+        with world.failing_together():
+            if (world.local_rank == 0) is first_of_node:
+                settled, train, val = open_splits(config, folder.note)
+    recorded: dict[str, Any] = {"data": data_facts(train, val), "history": []}
+    if world.size > 1:  # here, before a collective that one of them has other reasons to skip
+        options = {"--stop-at-step": stop_at_step}
+        world.agree(facts_of_rank(settled, recorded["data"], options))
+    config = _settled(settled, source, world, folder.note)
+    state: dict[str, Any] = {}
+    device = world.device(resolve_device(config.run.device))
+    with world.failing_together():
+        if config.eval.prompts is None and train.tokenizer_path is not None:
+            prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
+            config = replace(config, eval=replace(config.eval, prompts=prompts))
+        shape = step_shape(config.train, config.data.seq_len, world.size)
+        if source is not None:
+            samples = shape.samples * world.size
+            state = check_resumable(source, config, recorded["data"], allow_change, samples)
+            recorded["history"] = state["history"]
+            checkpoint.check_model(config, checkpoint.parse(source).group("model"), source)
+        if world.leads:
+            recorded["provenance"] = provenance(device, source)
+            mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
+            now = {**recorded["provenance"], "run.compile": mode}
+            now["threads"] = torch.get_num_threads()
+            exact = source is None or device.type == "cpu" or config.run.deterministic
+            if said := made_otherwise(state, now, exact=exact):
+                folder.warn(said)
+    torch.manual_seed(config.run.seed)
+    make = partial(Transformer, config.model, seq_len=config.data.seq_len)
+    if world.size > 1:
+        with torch.device("meta"):
+            n_parameters = make().num_parameters()
+        world = choose_mode(config.distributed, world, n_parameters, device)
+    compute = resolve_precision(config.run.dtype, device).compute
+    if world.sharded:
+        model = make_sharded(make, world, config.distributed, device=device)
+    else:
+        model = make().to(device)
+    with world.failing_together():
+        if config.model.init_from is not None and source is None:
+            origin.start_from(model, config.model.init_from)
+    optimizers = build_optimizers(model, config.optim, compute)
+    if world.rank:  # what ranks draw from here on, for dropout, is their own
+        torch.manual_seed(config.run.seed + world.rank)
+    sampler = None
+    with world.failing_together():
+        if world.leads:
+            averaged = config.train.ema_decay is not None
+            n_bytes = _checkpoint_bytes(model, optimizers, averaged=averaged)
+            check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
+        if train.tokenizer_path is not None:
+            if folder.source is None and world.leads:
+                shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
+            sampler = _sampler(config, train.tokenizer_path, device)
+        loader = Loader(
+            train,
+            seq_len=config.data.seq_len,
+            micro_batch=shape.rows,
+            seed=config.run.seed,
+            device=device,
+            position=state.get("position", 0),
+            epochs=config.train.epochs,
+            rank=world.rank,
+            world_size=world.size,
+            prefetch=config.data.prefetch,
+            batching=config.data.batching,
+            stride_tokens=config.data.stride_tokens,
+            weights=config.data.weights,
+            separate_documents=not config.data.attention_across_documents,
+        )
+    trainer = Trainer(
+        model,
+        optimizers,
+        config,
+        train_loader=loader,
+        val_dataset=val,
+        run_dir=run_dir,
+        console=folder.console,
+        sampler=sampler,
+        recorded=recorded,
+        world=world,
+    )
+    if source is not None:
+        try:
+            trainer.load_checkpoint(source)
+        except UserError:
+            trainer.close()
+            raise
+        jump = None if branch_of else lr_jump(source, state, config, trainer.total_steps)
+        if world.leads and jump:
+            folder.warn(jump)
+    elif not folder.new:  # what a run that was never saved has left
+        trainer.reporter.drop_after(0)
+    if branch_of is not None:
+        origin.begin_branch(trainer, branch_of)
+    if world.leads:
+        (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
+    return trainer
+
+
+def _checkpoint_bytes(
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], *, averaged: bool
+) -> int:
+    """Return the size of a checkpoint: the model, its average and the optimizers' state."""
+    size: int = sum(tensor.nbytes for tensor in model.state_dict().values()) * (1 + averaged)
+    return size + sum(state_bytes(optimizer) for optimizer in optimizers)
+
+
+def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:
+    prompts = config.eval.prompts
+    if not prompts:
+        return None
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    def sample(model: Transformer, number: int) -> tuple[str, str]:
+        prompt = prompts[number % len(prompts)]
+        # A prompt of which the tokenizer knows nothing starts like a new document.
+        start = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+        ids = torch.tensor([start], dtype=torch.int64, device=device)
+        generator = torch.Generator(device).manual_seed(config.run.seed + number)
+        out = generate(
+            model,
+            ids,
+            max_new_tokens=config.eval.sample_tokens,
+            temperature=config.eval.temperature,
+            top_k=config.eval.top_k,
+            generator=generator,
+        )
+        return prompt, tokenizer.decode(out[0, ids.shape[1] :].tolist())
+
+    return sample
