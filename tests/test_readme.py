@@ -84,6 +84,14 @@ def test_architecture_names_every_package() -> None:
         assert f"| `{folder}/` |" in PAGES["docs/architecture.md"], folder
 
 
+def test_recipes_name_files_that_exist() -> None:
+    text = PAGES["docs/contributing.md"]
+    for path in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
+        assert any((top / path).exists() for top in (ROOT, ROOT / "fasttrain")), path
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert any(ROOT.glob(f"tests/**/{name}")), name
+
+
 def test_figures_are_those_of_the_benchmarks() -> None:
     """Every row of the README's table has its numbers from one row of docs/benchmarks.md."""
 
