@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
 from fasttrain.model.runtime import resolve_compile
-from fasttrain.model.transformer import Embedding, Transformer
+from fasttrain.model.transformer import Embedding
 
 __all__ = ["Batch", "Criterion", "Objective", "by_key", "logits_of", "shift"]
 
@@ -144,7 +144,7 @@ class Objective:
 
     def _logits(self, batch: Batch) -> Tensor:
         with _checked_tables(self.model) if batch.is_new else nullcontext():
-            logits = logits_of(self.model, self.run(batch.tokens, **batch.others))
+            logits = logits_of(self.run(batch.tokens, **batch.others))
         if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(
@@ -246,10 +246,8 @@ def by_key(batch: Any) -> dict[str, Any]:
     return given
 
 
-def logits_of(model: nn.Module, out: Any) -> Any:
+def logits_of(out: Any) -> Any:
     """Return what stands for the logits in a model's output; the caller checks that it is some."""
-    if isinstance(model, Transformer):
-        return model.logits(out)
     out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     return out[0] if isinstance(out, list | tuple) and out else out
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, diagnose, train_loop
-from fasttrain.config import UserError
+from fasttrain import Trainer, Transformer, diagnose, train_loop
+from fasttrain.config import ModelConfig, UserError
 
 V, T = 17, 6
 
@@ -170,6 +170,33 @@ def test_N11_models_may_return_more_than_logits(form: str) -> None:
         results[-1]["checks"] = [f.status for f in diagnose(model, data[0]).findings]
     assert results[0] == results[1]
     assert "fail" not in results[0]["checks"]
+
+
+def test_our_own_model_trains_in_every_loop() -> None:
+    ids = torch.randint(V, (12, T + 1), generator=torch.Generator().manual_seed(1))
+    data = [(rows[:, :-1], rows[:, 1:]) for rows in ids.split(4)]
+
+    def make() -> tuple[Transformer, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2), seq_len=T)
+        return model, torch.optim.SGD(model.parameters(), lr=0.5)
+
+    model, optimizer = make()
+    losses = []
+    for tokens, targets in data * 2:  # as nanoGPT's loop, and any other
+        logits = model(tokens)
+        loss = F.cross_entropy(logits.view(-1, V), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    model, optimizer = make()
+    ours = train_loop(model, data, optimizer, 2, log_interval=1, device="cpu")
+    assert ours["losses"] == pytest.approx(losses, rel=1e-5)
+    sections = {"run": {"device": "cpu", "dtype": "fp32"}, "train": {"epochs": 2}}
+    trainer = Trainer(*make(), config=sections)
+    assert trainer.train(data).values("loss") == pytest.approx(losses, rel=1e-5)
 
 
 def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:

@@ -66,7 +66,11 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     """
     if not world.sharded:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     blocks = model.blocks
@@ -81,6 +85,7 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
     # there.
     fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")
 
 
 class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]

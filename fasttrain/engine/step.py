@@ -66,7 +66,7 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
     def criterion(
         model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
     ) -> Tensor:
-        hidden = model(tokens) if doc_starts is None else model(tokens, doc_starts=doc_starts)
+        hidden = model.hidden(tokens, doc_starts=doc_starts)
         loss_sum = linear_cross_entropy(
             hidden,
             model.head_weight,
