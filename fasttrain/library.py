@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -585,24 +585,39 @@ class Trainer:
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> Path:
-        """Save all that training needs to go on; return the folder, on disk.
+    def save_checkpoint(self, path: str | Path | None = None) -> Path:
+        """Save all that a resumed training needs; return the checkpoint's folder, on disk.
+
+        Args:
+            path: a folder for checkpoints, made if missing; `load_checkpoint` and `load_model` take
+                it. Those of other steps in it stay. None: ``checkpoints`` in ``run_dir``.
 
         Raises:
-            UserError: there is no ``run_dir``, it holds another run, the disk is full, or the
-                state of the scheduler, optimizer or loader is nothing that can be written.
+            UserError: there is neither, ``run_dir`` holds another run, ``path`` is a run folder or
+                a checkpoint, the disk is full, or the state of the scheduler, optimizer or loader
+                cannot be written.
         """
-        if self.writer is None:
-            raise UserError("Trainer: there is nowhere to save; give it a run_dir")
+        if path is None and self.writer is None:
+            raise UserError("Trainer: nowhere to save; give save_checkpoint a path, or the trainer "
+                            "a run_dir")  # fmt: skip
         self._record()
-        with self._holding_run_dir():
+        with self._holding_run_dir() if path is None else nullcontext():
+            writer = self.writer if path is None else self._writer_of(Path(path))
+            assert writer is not None
             groups, state = self._snapshot()
             metric = self._last_result.get("val_loss")
             text = config_to_toml(self.config, redact)
-            path = self.writer.save(self.step, groups, state, text, metric=metric)
-            self.writer.wait()
-        self._tell("on_checkpoint", path)
-        return path
+            saved = writer.save(self.step, groups, state, text, metric=metric)
+            writer.wait()
+        self._tell("on_checkpoint", saved)
+        return saved
+
+    def _writer_of(self, folder: Path) -> checkpoint.CheckpointWriter:
+        if (folder / "checkpoints").is_dir() or (folder / "manifest.json").exists():
+            raise UserError(
+                f"save_checkpoint: {folder} is a run folder or a checkpoint; give another folder"
+            )
+        return checkpoint.CheckpointWriter(folder, keep_last=sys.maxsize)
 
     def _collect_facts(self) -> dict[str, str]:
         """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from fasttrain_kernels import clip_grad_norm_
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.config import LoopConfig, TrainConfig, UserError
 from fasttrain.device import Precision, resolve_device
@@ -22,6 +22,7 @@ def train_loop(
     max_grad_norm: float | None = 1.0,
     log_interval: int = 100,
     device: str | torch.device = "cuda",
+    quiet: bool = False,
 ) -> dict[str, list[float] | list[int]]:
     """Train ``model`` for some passes over ``train_dataloader``.
 
@@ -38,6 +39,8 @@ def train_loop(
         log_interval: every so many steps, and after the last, the loss is recorded: the only steps
             that wait for the device.
         device: where to train.
+        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
+            is recorded; epochs count from 0.
 
     Returns:
         ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
@@ -67,6 +70,13 @@ def train_loop(
     losses: list[float] = []
     steps: list[int] = []
     step = 0
+
+    def record(loss: Tensor) -> None:
+        losses.append(loss.item())
+        steps.append(step)
+        if not quiet:
+            print(f"Epoch {epoch}, step {step}, loss {losses[-1]:.4f}", flush=True)
+
     for epoch in range(num_epochs):
         before = step
         for raw in train_dataloader:
@@ -79,14 +89,12 @@ def train_loop(
             optimizer.step()
             step += 1
             if step % log_interval == 0:
-                losses.append(loss.item())
-                steps.append(step)
+                record(loss)
         if step == before:
             raise UserError(
                 f"train_loop: epoch {epoch + 1} had no batch; give a DataLoader or a list that has "
                 "some (an iterator is empty after one pass)"
             )
     if step and steps[-1:] != [step]:
-        losses.append(loss.item())
-        steps.append(step)
+        record(loss)
     return {"losses": losses, "steps": steps}

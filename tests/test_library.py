@@ -291,6 +291,35 @@ def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
     assert trainer.val_losses == [sys.float_info.max]
 
 
+@pytest.mark.parametrize("with_run_dir", [False, True])
+def test_a_checkpoint_is_written_where_it_is_told_to(with_run_dir: bool, tmp_path: Path) -> None:
+    def make() -> Trainer:
+        model = toy(dropout=0.1)
+        run_dir = tmp_path / "run" if with_run_dir else None
+        return Trainer(
+            model, torch.optim.AdamW(model.parameters()), config=config(), run_dir=run_dir
+        )
+
+    trainer, place = make(), tmp_path / "kept"
+    loader = DataLoader(data(), batch_size=4)
+    trainer.train_epoch(loader)
+    path = trainer.save_checkpoint(place)
+    assert path.parent == place
+    trainer.train(loader)
+    trainer.save_checkpoint(str(place))
+    assert {p.name for p in place.glob("step-*")} == {"step-00000006", "step-00000008"}
+    for source in (path, place):
+        again = make()
+        again.load_checkpoint(source)
+        assert again.step == (6 if source == path else 8)
+        if not with_run_dir:  # that is still the first trainer's
+            again.train(loader)
+            assert torch.equal(weights(again.model), weights(trainer.model))
+    for wrong in (path, *([tmp_path / "run"] if with_run_dir else [])):
+        with pytest.raises(UserError, match="is a run folder or a checkpoint; give another"):
+            trainer.save_checkpoint(wrong)
+
+
 def test_max_grad_value_clips_each_element() -> None:
     model = toy()
     before = weights(model)

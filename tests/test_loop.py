@@ -98,11 +98,20 @@ def test_only_logged_steps_read_the_loss(
     assert len(reads) == 3
 
 
-def test_N11_the_last_step_is_recorded() -> None:
+def test_N11_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=100, device="cpu")
     assert result["steps"] == [8]
+    assert capsys.readouterr().out == f"Epoch 0, step 8, loss {result['losses'][0]:.4f}\n"
+    train_loop(model, list(batches()), optimizer, 2, log_interval=1, device="cpu", quiet=True)
+    assert not capsys.readouterr().out
+    train_loop(model, list(batches()), optimizer, 2, log_interval=1, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(", loss ")[0] for line in lines] == [
+        "Epoch 0, step 1",
+        "Epoch 1, step 2",
+    ]
     assert len(result["losses"]) == 1
     exact = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=8, device="cpu")
     assert exact["steps"] == [8]  # once
