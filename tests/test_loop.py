@@ -1,5 +1,6 @@
 """`train_loop` against the same loop written out in plain torch."""
 
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, Transformer, diagnose, train_loop
+from fasttrain import Trainer, Transformer, diagnose, loop, train_loop
 from fasttrain.config import ModelConfig, UserError
+from fasttrain.engine import step
 
 V, T = 17, 6
 
@@ -83,19 +85,25 @@ def test_only_logged_steps_read_the_loss(
     loader: DataLoader[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = list(loader)
-    reads: list[int] = []
-    item = Tensor.item
+    reads: list[str] = []
 
-    def counted(tensor: Tensor) -> float:
-        if tensor.requires_grad:  # the loss; on a CPU the operations read numbers of their own
-            reads.append(1)
-        return item(tensor)  # type: ignore[return-value]
+    def counted(read: str) -> Callable[[Tensor], Any]:
+        real = getattr(Tensor, read)
 
-    monkeypatch.setattr(Tensor, "item", counted)
+        def count(tensor: Tensor) -> Any:
+            # On a CPU the operations, and the look at the ids, read numbers of their own.
+            if sys._getframe(1).f_code.co_filename in (loop.__file__, step.__file__):
+                reads.append(read)
+            return real(tensor)
+
+        return count
+
+    for read in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, read, counted(read))
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_loop(model, made, optimizer, 4, None, log_interval=4, device="cpu")
-    assert len(reads) == 3
+    assert reads == ["tolist"] * 3
 
 
 def test_N11_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
