@@ -249,7 +249,7 @@ class Trainer:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._sinks: Sinks | None = None
         self._stopping, self._signal = False, ""  # as this rank was told
-        self._ends, self._why = False, ""  # as all ranks know it
+        self._why = ""  # the signal, as all ranks know it
         self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._held = False
@@ -306,7 +306,7 @@ class Trainer:
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
                 self._epoch(train_loader, val_loader)
-                if self.step == before and not (within or self._over()):
+                if self.step == before and not (within or self._agree()):
                     raise UserError(
                         "Trainer: the training loader gave no batch; give a DataLoader or a list "
                         "that has some (an iterator is empty after one pass)"
@@ -336,7 +336,7 @@ class Trainer:
     def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
         self._stopping, self._signal = False, ""
-        self._ends, self._why = False, ""
+        self._why = ""
         with self._holding_run_dir(), self._heeding_signals():
             self._meet(loader, val_loader)
             try:
@@ -435,9 +435,8 @@ class Trainer:
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
         told = self.world.gather([self._stopping, self._signal])
-        self._ends = any(stopping for stopping, _ in told)
-        self._why = self._signal or next((signal for _, signal in told if signal), "")
-        return self._ends
+        self._why = self._signal or max(signal for _, signal in told)
+        return any(stopping for stopping, _ in told)
 
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
