@@ -56,7 +56,7 @@ def bare_step(config: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with precision.autocast():
-            loss = linear_cross_entropy(model(tokens), model.head_weight, targets)
+            loss = linear_cross_entropy(model.hidden(tokens), model.head_weight, targets)
         assert isinstance(loss, Tensor)
         return loss
 

@@ -174,7 +174,7 @@ def check_labels(report: Diagnosis, tokens: Tensor, targets: Tensor, ignore_inde
 
 def _logits(model: nn.Module, tokens: Tensor) -> Any:
     torch.clear_autocast_cache()  # it would hold old weights
-    return logits_of(model, model(tokens))
+    return logits_of(model(tokens))
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -115,7 +115,7 @@ def stream(
         if cache.length + pending.shape[1] > limit:
             cache.length, cache.last_tokens = 0, None
             pending = recent = recent[:, -max(1, limit // 2) :]
-        hidden = model(pending, cache)[:, -1]  # (B, D)
+        hidden = model.hidden(pending, cache)[:, -1]  # (B, D)
         logits = model.logits(hidden)
         if not torch.isfinite(logits).all():
             raise UserError(

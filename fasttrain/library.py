@@ -1,8 +1,8 @@
 """A trainer for custom models: any module that returns logits, any batches, any optimizer.
 
 `fasttrain.train` runs the pretraining loop of `fasttrain.engine`, which knows its model and its
-data and never waits for the device. This one knows neither, and is as exact: each step minimises
-the mean over all target tokens of its batches, however many they are.
+data. This one knows neither and takes the same steps: each minimises the mean over all target
+tokens of its batches, however many they are and however many ranks share them.
 
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
@@ -10,19 +10,19 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import importlib.util
 import inspect
 import os
+import secrets
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from fasttrain_kernels import FusedAdamW, Muon, clip_grad_norm_, grad_norm
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -38,12 +38,15 @@ from fasttrain.config import (
     config_to_toml,
 )
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
-from fasttrain.engine.ema import Ema
+from fasttrain.distributed.sharding import place
+from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import optimizer_tensors
 from fasttrain.engine.schedule import n_stale
+from fasttrain.engine.step import TrainStep
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
-from fasttrain.objective import Criterion, Objective
+from fasttrain.model.transformer import Transformer
+from fasttrain.objective import Criterion, Objective, set_epoch, together
 from fasttrain.redact import redact
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
@@ -53,6 +56,9 @@ __all__ = ["Callback", "Trainer"]
 # The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
 # set. It never saves asynchronously.
 OBEYED = {
+    "fasttrain.Transformer": "run.fp8 train.activation_checkpointing",
+    "torchrun": "distributed.mode distributed.shard_ranks distributed.reshard_after_forward "
+    "distributed.init_timeout_s",
     "nothing": "run.device run.dtype run.deterministic run.compile train.steps train.epochs "
     "train.max_grad_norm train.max_grad_value train.ema_decay train.on_nonfinite eval.every_steps "
     "eval.patience eval.min_change log.every_steps",
@@ -62,7 +68,7 @@ OBEYED = {
 }
 # Those that a checkpoint is bound to; the last two where evaluations decide something.
 BINDING = [
-    *("run.dtype", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
+    *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
     *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
     *("eval.every_steps", "eval.min_change"),
 ]
@@ -134,9 +140,14 @@ class Trainer:
     padding out of the loss. Other keys are given to the model. A pair of tensors, as a
     `TensorDataset` gives it, is ``input_ids`` and ``target_ids``; one tensor is ``input_ids``.
 
+    Under torchrun the ranks share each step, as ``distributed.mode`` says: with DDP, or with FSDP2,
+    which gathers the members of the model's lists of modules one by one. Pass the model itself, not
+    wrapped, and an optimizer that has made no step; give each rank its part of the data, by a
+    `DistributedSampler` for instance, and call the same methods on all ranks.
+
     Args:
         model: its output, or that output's ``logits`` or first element, is logits (B, T, V).
-        optimizer: over its parameters.
+        optimizer: over its parameters; where those are sharded it gets the shards.
         scheduler: of torch, stepped after each step that was not skipped, `ReduceLROnPlateau` by
             ``val_loss`` after each of the evaluations that ``eval.every_steps`` asks for; None: the
             learning rate stays.
@@ -145,11 +156,13 @@ class Trainer:
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
         config: ``[run]`` device, dtype and, where it is ``default``, compile; ``[train]`` steps or
             epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
-            ``[log]``; also as a dict of sections. A warning names other keys that are set. None,
-            and a dict without a horizon: one epoch.
+            ``[log]``; of `fasttrain.Transformer` also ``run.fp8`` and
+            ``train.activation_checkpointing``; under torchrun ``[distributed]``. Also as a dict of
+            sections. A warning names other keys that are set. None, and a dict without a horizon:
+            one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
             one that does not go on from its checkpoints finds it without any.
-        accumulate: batches of a step.
+        accumulate: batches of a step, on each rank.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
         callbacks: told of what happens: objects with any of the methods of `Callback`.
@@ -176,18 +189,16 @@ class Trainer:
         self.config = config = _resolve_config({} if config is None else config)
         callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         loop, run = config.train, config.run
-        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
         for wrong, said in (
             (loop.steps is None and (loop.epochs or 0.5) % 1,
              "set train.steps, or train.epochs to a whole number"),
             (loop.on_nonfinite == "rollback" or loop.on_spike != "off",
              "does not go back or look for spikes; unset train.on_spike, and set "
              "train.on_nonfinite=skip or stop"),
-            (run.fp8 or run.compile not in ("off", "auto", "c++", "default"),
-             "knows no run.fp8 and no CUDA graphs; unset it, use run.compile=default"),
-            (n_processes > 1,
-             f"trains in one process, and torchrun started {n_processes}; only fasttrain.train "
-             "shares a run among several"),
+            (run.compile not in ("off", "auto", "c++", "default"),
+             "knows no CUDA graphs; use run.compile=default"),
+            (run.fp8 and not isinstance(model, Transformer),
+             "knows run.fp8 of fasttrain.Transformer alone; unset it"),
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
@@ -203,35 +214,53 @@ class Trainer:
             if wrong:
                 raise UserError(f"Trainer: {said}")
         _warn_of_ignored(
-            config, {"run_dir": run_dir is not None, "criterion=None": criterion is None}
+            config,
+            {
+                "run_dir": run_dir is not None,
+                "criterion=None": criterion is None,
+                "fasttrain.Transformer": isinstance(model, Transformer),
+                "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+            },
         )
         if run.deterministic:
             make_deterministic()
-        self.device = resolve_device(run.device)
+        device = resolve_device(run.device)
+        self.world, self.device = place(model, optimizer, config.distributed, device)
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
-        self.model = model.to(self.device)
+        self.model = model
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.objective = Objective(model, criterion, config, self.device, self.precision)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = Ema(model, loop.ema_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        self.train_step = TrainStep(
+            model,
+            [optimizer],
+            config,
+            device=self.device,
+            precision=self.precision,
+            world=self.world,
+            criterion=self.objective.loss_sum,
+            n_micro=accumulate,
+            ignore_index=self.objective.ignore_index,
+        )
+        self.train_step.before_update = self._follow
+        self.ema = self.train_step.ema
         self.metrics = TrainingMetrics()
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._sinks: Sinks | None = None
-        self._stopping, self._signal = False, ""
+        self._stopping, self._signal = False, ""  # as this rank was told
+        self._why = ""  # the signal, as all ranks know it
         self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._held = False
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
-            with _locked(self.run_dir):
-                pass
-            check_packages(config)
-            self.writer = checkpoint.CheckpointWriter(
-                self.run_dir / "checkpoints", keep_last=config.checkpoint.keep_last
-            )
+            with self.world.failing_together():
+                if self.world.leads:
+                    with _locked(self.run_dir):
+                        pass
+                check_packages(config)
+            self.writer = self._writer_of(self.run_dir / "checkpoints", config.checkpoint.keep_last)
         self.step = self.skipped_steps = self.batch_in_epoch = 0
         self.epoch = 0  # passes that are done
         self.val_losses: list[float] = []
@@ -242,7 +271,6 @@ class Trainer:
         self._random = states.random_sources(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
-        self._pending: list[Tensor] = []  # loss, norm and verdict of steps not yet recorded
         self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._last_result: dict[str, float] = {}
         self._logged_at = (time.perf_counter(), 0)
@@ -278,13 +306,13 @@ class Trainer:
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
                 self._epoch(train_loader, val_loader)
-                if self.step == before and not (within or self._stopping):
+                if self.step == before and not (within or self._agree()):
                     raise UserError(
                         "Trainer: the training loader gave no batch; give a DataLoader or a list "
                         "that has some (an iterator is empty after one pass)"
                     )
             self._record()
-            if self._signal:  # there may be no time to evaluate
+            if self._why:  # there may be no time to evaluate
                 return self.metrics
             if val_loader is not None and not self._last_result:
                 self._evaluated(val_loader, extra=True)
@@ -308,19 +336,22 @@ class Trainer:
     def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
         self._stopping, self._signal = False, ""
+        self._why = ""
         with self._holding_run_dir(), self._heeding_signals():
             self._meet(loader, val_loader)
             try:
                 yield
-                if self._signal:
+                self._agree()
+                if self._why:
                     path = self.save_checkpoint()
             finally:
                 self._close()
-        if self._signal:
-            tell(
-                f"{self._signal}: stopped after step {self.step}; to go on, have the same script "
-                f"call load_checkpoint() before train(): {path}"
-            )
+        if self._why:
+            if self.world.leads:
+                tell(
+                    f"{self._why}: stopped after step {self.step}; to go on, have the same script "
+                    f"call load_checkpoint() before train(): {path}"
+                )
             raise SystemExit(EXIT_STOPPED)
 
     @contextmanager
@@ -330,24 +361,30 @@ class Trainer:
             yield
             return
         rows = self.run_dir / "metrics.jsonl"
-        with _locked(self.run_dir):
-            n_bytes = rows.stat().st_size if rows.exists() else 0
-            if self._left_bytes is None and (n_bytes or _saved(self.run_dir)):
-                remedy = "call load_checkpoint() to go on with it, or give another run_dir"
-                if not _saved(self.run_dir):
-                    remedy = "it was never saved: remove it, or give another run_dir"
-                raise UserError(f"Trainer: {self.run_dir} holds an earlier run; {remedy}")
-            if self._left_bytes not in (None, n_bytes):
-                raise UserError(
-                    f"Trainer: another trainer went on in {self.run_dir}; call load_checkpoint() "
-                    "to go on from there, or give another run_dir"
-                )
+        with ExitStack() as stack:
+            with self.world.failing_together():
+                if self.world.leads:
+                    stack.enter_context(_locked(self.run_dir))
+                    self._refuse_other_run(self.run_dir, rows)
             self._held = True
             try:
                 yield
             finally:
                 self._held = False
                 self._left_bytes = rows.stat().st_size if rows.exists() else 0
+
+    def _refuse_other_run(self, run_dir: Path, rows: Path) -> None:
+        n_bytes = rows.stat().st_size if rows.exists() else 0
+        if self._left_bytes is None and (n_bytes or _saved(run_dir)):
+            remedy = "call load_checkpoint() to go on with it, or give another run_dir"
+            if not _saved(run_dir):
+                remedy = "it was never saved: remove it, or give another run_dir"
+            raise UserError(f"Trainer: {run_dir} holds an earlier run; {remedy}")
+        if self._left_bytes not in (None, n_bytes):
+            raise UserError(
+                f"Trainer: another trainer went on in {run_dir}; call load_checkpoint() to go on "
+                "from there, or give another run_dir"
+            )
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
@@ -374,6 +411,12 @@ class Trainer:
         facts = states.facts_of_loader(loader)
         if self._loaded:
             states.refuse_difference("the checkpoint", self._loaded["facts"], facts)
+        if self.world.size > 1 and states.is_whole(loader):
+            warnings.warn(
+                "Trainer: each rank trains on all of the data; give the DataLoader a "
+                "DistributedSampler",
+                stacklevel=5,
+            )
         if self.writer is not None:
             plateau = isinstance(self.scheduler, ReduceLROnPlateau)
             if plateau and (val_loader is None or self.config.eval.every_steps is None):
@@ -389,12 +432,18 @@ class Trainer:
         self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
 
+    def _agree(self) -> bool:
+        """Learn, on all ranks alike, whether one of them was told to stop."""
+        told = self.world.gather([self._stopping, self._signal])
+        self._why = self._signal or max(signal for _, signal in told)
+        return any(stopping for stopping, _ in told)
+
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
         if patience is not None:
             self._stopping |= n_stale(self.val_losses, self.config.eval.min_change) >= patience
         done = self.step >= loop.steps if loop.steps else self.epoch >= (loop.epochs or 0)
-        return self._stopping or done
+        return self._agree() or done
 
     def _epoch(
         self,
@@ -404,15 +453,16 @@ class Trainer:
         bounded: bool = True,
     ) -> None:
         self.model.train()
-        batches = self._batches(loader)
+        groups = together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
-                group = list(islice(batches, self.accumulate))
+                group = next(groups, None)
             except RuntimeError:
-                if not self._signal:  # Ctrl-C ends the loader's processes too
+                self._agree()
+                if not self._why:  # Ctrl-C ends the loader's processes too
                     raise
                 return
-            if not group:
+            if group is None:
                 break
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
@@ -426,7 +476,7 @@ class Trainer:
             if self._due(config.checkpoint.every_steps) and self.writer is not None:
                 self.save_checkpoint()
             self._tell("on_step_end")
-            if self._stopping or (bounded and self._over()):
+            if self._over() if bounded else self._agree():
                 return
         self.epoch, self.batch_in_epoch = self.epoch + 1, 0
         self._tell("on_epoch_end")
@@ -436,9 +486,7 @@ class Trainer:
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
-        sampler = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
+        set_epoch(loader, self.epoch)
         place: Any = loader
         within, loaded = self.batch_in_epoch > 0, self._loaded
         self._loaded = {}
@@ -464,18 +512,8 @@ class Trainer:
         return batches
 
     def _step(self, group: Sequence[Any]) -> None:
-        batches = [self.objective.prepare(batch) for batch in group]
-        n_targets = torch.stack([b.n_targets for b in batches]).sum().clamp(min=1)
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = self.objective.loss_sum(batch) / n_targets
-            self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
-        self.scaler.unscale_(self.optimizer)
-        self._follow()
-        bad, norm = self._update(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(skipped=bad)
+        self.train_step([self.objective.prepare(batch) for batch in group], None)
+        bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
             self._verdict = bad.to("cpu", non_blocking=True), copied
@@ -483,7 +521,6 @@ class Trainer:
                 copied.record()
             if copied is None or self.callbacks:
                 self._follow()
-        self._pending.append(torch.stack([loss, norm, bad]))
 
     def _follow(self) -> None:
         """Step the scheduler after the last update, unless that was skipped.
@@ -500,25 +537,6 @@ class Trainer:
             assert self.scheduler is not None
             self.scheduler.step()
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and update unless something is not finite; return that verdict and the norm."""
-        loop = self.config.train
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = grad_norm(grads).norm
-        bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        if loop.max_grad_norm is not None:
-            clip_grad_norm_(self.parameters, loop.max_grad_norm)
-        if loop.max_grad_value is not None:
-            nn.utils.clip_grad_value_(self.parameters, loop.max_grad_value)
-        if isinstance(self.optimizer, FusedAdamW | Muon) and not self.precision.scaled:
-            self.optimizer.step(found_inf=bad)  # read on the device
-        elif self.precision.scaled:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif not bad:
-            self.optimizer.step()
-        return bad, norm
-
     # ---- evaluation and records ----------------------------------------------------------------
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
@@ -528,7 +546,7 @@ class Trainer:
         with averaged weights where ``train.ema_decay`` is set.
         """
         with self.ema.in_use():
-            return self.objective.evaluate(loader, self.metric_functions)
+            return self.objective.evaluate(loader, self.metric_functions, self.world)
 
     def _evaluated(self, loader: Iterable[Any], *, extra: bool = False) -> None:
         """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
@@ -547,14 +565,14 @@ class Trainer:
     def _record(self) -> None:
         """Bring the numbers of the last steps to the host, at once."""
         self._follow()
-        if not self._pending:
+        if not self.train_step.n_unread:
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
-        rows, first = torch.stack(self._pending).tolist(), self.step - len(self._pending) + 1
-        self._pending.clear()
+        rows = self.train_step.numbers().steps
+        first = self.step - len(rows) + 1
         for number, (loss, norm, bad) in enumerate(rows, start=first):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
-            self.skipped_steps += int(bad)
+            self.skipped_steps += bool(bad)
             if bad and self.config.train.on_nonfinite == "stop":
                 raise FloatingPointError(f"step {number}: loss {loss}, gradient norm {norm}")
         now, (then, before) = time.perf_counter(), self._logged_at
@@ -564,7 +582,7 @@ class Trainer:
         self._write("train", row)
 
     def _write(self, kind: Kind, row: dict[str, float]) -> None:
-        if self.run_dir is None:
+        if self.run_dir is None or not self.world.leads:
             return
         if self._sinks is None:
             self._sinks = Sinks(self.config, self.run_dir, self.made_by)
@@ -585,24 +603,44 @@ class Trainer:
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> Path:
-        """Save all that training needs to go on; return the folder, on disk.
+    def save_checkpoint(self, path: str | Path | None = None) -> Path:
+        """Save all that a resumed training needs; return the checkpoint's folder, on disk.
+
+        Args:
+            path: a folder for checkpoints, made if missing; `load_checkpoint` and `load_model` take
+                it. Those of other steps in it stay. None: ``checkpoints`` in ``run_dir``.
 
         Raises:
-            UserError: there is no ``run_dir``, it holds another run, the disk is full, or the
-                state of the scheduler, optimizer or loader is nothing that can be written.
+            UserError: there is neither, ``run_dir`` holds another run, ``path`` is a run folder or
+                a checkpoint, the disk is full, or the state of the scheduler, optimizer or loader
+                cannot be written.
         """
-        if self.writer is None:
-            raise UserError("Trainer: there is nowhere to save; give it a run_dir")
+        if path is None and self.writer is None:
+            raise UserError("Trainer: nowhere to save; give save_checkpoint a path, or the trainer "
+                            "a run_dir")  # fmt: skip
         self._record()
-        with self._holding_run_dir():
+        with self._holding_run_dir() if path is None else nullcontext():
+            writer = self.writer
+            if path is not None:
+                _refuse_run_folder(Path(path))
+                writer = self._writer_of(Path(path), sys.maxsize)
+            assert writer is not None
             groups, state = self._snapshot()
             metric = self._last_result.get("val_loss")
             text = config_to_toml(self.config, redact)
-            path = self.writer.save(self.step, groups, state, text, metric=metric)
-            self.writer.wait()
-        self._tell("on_checkpoint", path)
-        return path
+            saved = writer.save(self.step, groups, state, text, metric=metric)
+            writer.wait()
+        self._tell("on_checkpoint", saved)
+        return saved
+
+    def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
+        return checkpoint.CheckpointWriter(
+            folder,
+            keep_last=keep_last,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            session=self.world.share(secrets.token_hex(8)),
+        )
 
     def _collect_facts(self) -> dict[str, str]:
         """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""
@@ -611,6 +649,7 @@ class Trainer:
         facts = {key: str(attrgetter(key)(self.config)) for key in keys}
         facts["precision is scaled"] = str(self.precision.scaled)
         facts["accumulate"] = str(self.accumulate)
+        facts["ranks"] = str(self.world.size)
         criterion = self.objective.criterion
         facts["criterion"] = getattr(criterion, "__qualname__", type(criterion).__name__)
         facts |= states.facts_of_scheduler(self.scheduler)
@@ -624,14 +663,21 @@ class Trainer:
             loader = self._loader.state_dict()
         rest = {
             "val_losses": self.val_losses,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self._scaler_state(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
+        }
+        own = {  # of this rank
             "random": states.read(self._random) | self._loaded.get("random", {}),
             "epoch_random": self._epoch_random,
             "loader": loader,
         }
+        rank = self.world.rank
         tensors: dict[str, Tensor] = {}
+        mine: dict[str, Tensor] = {}
+        shared = {key: states.encode(value, tensors, key) for key, value in rest.items()}
+        ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
+        tensors |= {f"{name}@{rank}" if rank else name: tensor for name, tensor in mine.items()}
         state = {
             "step": self.step,
             "epoch": self.epoch,
@@ -641,7 +687,8 @@ class Trainer:
             "library": {
                 "facts": self._facts,
                 "loader_facts": self._loader_facts,
-                "state": {key: states.encode(value, tensors, key) for key, value in rest.items()},
+                "state": shared | ranks[0],
+                "ranks": ranks[1:],
             },
         }
         groups = self.ema.groups(self.model.state_dict()) | {
@@ -649,6 +696,14 @@ class Trainer:
             "trainer": tensors,
         }
         return groups, state
+
+    def _scaler_state(self) -> dict[str, float | int]:
+        """Return the state of a `torch.amp.GradScaler` with the step's numbers."""
+        if not self.precision.scaled:
+            return {}
+        scale, tracker = self.train_step.grad_scale.item(), self.train_step.growth_tracker.item()
+        factors = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+        return {"scale": scale, **factors, "_growth_tracker": int(tracker)}
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
@@ -678,17 +733,25 @@ class Trainer:
         try:
             found = saved["facts"] | dict.fromkeys(facts, "none") | states.shapes(theirs)
             states.refuse_difference(str(loaded.path), found, self._facts | facts)
-            rest = states.decode(saved["state"], loaded.group("trainer"), self.device)
+            tensors, rank = loaded.group("trainer"), self.world.rank
+            rest = states.decode(saved["state"], tensors, self.device)
+            if rank:
+                mine = {n.removesuffix(f"@{rank}"): t for n, t in tensors.items() if "@" in n}
+                rest |= states.decode(saved["ranks"][rank - 1], mine, self.device)
             update, schedule, scaler, val_losses, place, drawn = (rest[name] for name in names)
             epoch_drawn = rest["epoch_random"]
             numbers = [int(state[k]) for k in ("step", "epoch", "batch_in_epoch", "skipped_steps")]
             self._loaded = {"facts": dict(saved["loader_facts"]), "random": drawn}
-            self.model.load_state_dict(theirs["model"])
+            self.model.load_state_dict(
+                {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
+            )
             self.ema.load(loaded.group("ema"))
             states.restore_optimizer(self.optimizer, self.model, moments, update)
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(schedule)
-            self.scaler.load_state_dict(scaler)
+            if scaler:
+                self.train_step.grad_scale.fill_(scaler["scale"])
+                self.train_step.growth_tracker.fill_(scaler["_growth_tracker"])
             states.write(self._random, drawn)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -704,7 +767,7 @@ class Trainer:
         if place is not None:
             self._loaded["loader"] = place
         self.step, self.epoch, self.batch_in_epoch, self.skipped_steps = numbers
-        self._pending.clear()
+        self.train_step.n_unread = 0
         self._verdict, self._last_result = None, {}
         self._logged_at = (time.perf_counter(), self.step)
         self._rows_end_at = self.step
@@ -727,6 +790,13 @@ class Trainer:
                 "get other batches; give a loader with state_dict() and load_state_dict()",
                 stacklevel=4,
             )
+
+
+def _refuse_run_folder(path: Path) -> None:
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
+        raise UserError(
+            f"save_checkpoint: {path} is a run folder or a checkpoint; give another folder"
+        )
 
 
 def _saved(run_dir: Path) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasttrain.config import UserError
+from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors
 
 __all__ = [
@@ -216,6 +217,13 @@ def is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
+def is_whole(loader: Any) -> bool:
+    """Whether a loader gives each rank all of a data set."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return not (hasattr(loader.sampler, "set_epoch") or hasattr(loader.batch_sampler, "set_epoch"))
+
+
 def doubts(loader: Any) -> list[str]:
     """Return what may make the batches after a resume others than without one."""
     if is_stateful(loader):
@@ -351,7 +359,7 @@ def restore_optimizer(
         state = optimizer.state[parameters[name]]
         # torch makes all floats the parameter's dtype. A quantized tensor lies there in parts.
         if "/" not in key and state[key].dtype != tensor.dtype:
-            state[key] = tensor.to(state[key].device, copy=True)
+            state[key] = cut(tensor.to(state[key].device, copy=True), state[key])
     for name, values in rest["values"].items():
         optimizer.state[parameters[name]].update(values)
     for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from fasttrain_kernels import clip_grad_norm_
 from torch import nn
 
-from fasttrain.config import LoopConfig, TrainConfig, UserError
+from fasttrain.config import LogConfig, LoopConfig, TrainConfig, UserError
 from fasttrain.device import Precision, resolve_device
-from fasttrain.objective import Objective
+from fasttrain.distributed.sharding import place
+from fasttrain.engine.step import TrainStep
+from fasttrain.objective import Objective, set_epoch, together
 
 __all__ = ["train_loop"]
 
@@ -22,15 +23,20 @@ def train_loop(
     max_grad_norm: float | None = 1.0,
     log_interval: int = 100,
     device: str | torch.device = "cuda",
+    quiet: bool = False,
 ) -> dict[str, list[float] | list[int]]:
     """Train ``model`` for some passes over ``train_dataloader``.
+
+    Under torchrun the ranks share each step, with DDP or, where a copy of the model does not fit,
+    FSDP2; a loss is then the mean over the batches of all ranks.
 
     Args:
         model: its output, or that output's ``logits`` or first element, is logits (B, T, V); moved
             to ``device``, left in training mode.
         train_dataloader: batches as `Trainer` takes them: mappings with ``input_ids`` and
             ``target_ids`` or ``labels``, or pairs of input ids and targets, integers (B, T) each; a
-            target of −100 is left out of the loss. Iterated anew each epoch.
+            target of −100 is left out of the loss. Iterated anew each epoch; the ``set_epoch`` of
+            its sampler is called, as a `DistributedSampler` needs it.
         optimizer: over the model's parameters; a schedule may change its learning rate outside,
             for instance from a hook on ``optimizer.step``.
         num_epochs: passes over the data, at least 0.
@@ -38,6 +44,8 @@ def train_loop(
         log_interval: every so many steps, and after the last, the loss is recorded: the only steps
             that wait for the device.
         device: where to train.
+        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
+            is recorded; epochs count from 0.
 
     Returns:
         ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
@@ -61,32 +69,47 @@ def train_loop(
         raise UserError(
             f'train_loop: there is no device="{device}" here; use device="cpu"'
         ) from error
-    model.to(where).train()
-    config = TrainConfig(train=LoopConfig(epochs=1))  # neither smoothing nor compilation
-    objective = Objective(model, None, config, where, Precision("fp32", torch.float32, where.type))
+    # Neither smoothing nor compilation.
+    config = TrainConfig(train=LoopConfig(epochs=1), log=LogConfig(every_steps=log_interval))
+    optimizer.zero_grad(set_to_none=True)
+    world, where = place(model.train(), optimizer, config.distributed, where)
+    precision = Precision("fp32", torch.float32, where.type)
+    objective = Objective(model, None, config, where, precision)
+    update = TrainStep(
+        model,
+        [optimizer],
+        config,
+        device=where,
+        precision=precision,
+        world=world,
+        criterion=objective.loss_sum,
+        n_micro=1,
+        judges=False,
+    )
+    update.max_grad_norm = max_grad_norm
     losses: list[float] = []
     steps: list[int] = []
     step = 0
+
+    def record() -> None:
+        losses.append(update.numbers().steps[-1].loss)
+        steps.append(step)
+        if not quiet and world.leads:
+            print(f"Epoch {epoch}, step {step}, loss {losses[-1]:.4f}", flush=True)
+
     for epoch in range(num_epochs):
         before = step
-        for raw in train_dataloader:
-            batch = objective.prepare(raw)
-            loss = objective.loss_sum(batch) / batch.n_targets.clamp(min=1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if max_grad_norm is not None:
-                clip_grad_norm_(model.parameters(), max_grad_norm)
-            optimizer.step()
+        set_epoch(train_dataloader, epoch)
+        for batches in together(train_dataloader, 1, world):
+            update([objective.prepare(batch) for batch in batches], None)
             step += 1
             if step % log_interval == 0:
-                losses.append(loss.item())
-                steps.append(step)
+                record()
         if step == before:
             raise UserError(
                 f"train_loop: epoch {epoch + 1} had no batch; give a DataLoader or a list that has "
                 "some (an iterator is empty after one pass)"
             )
     if step and steps[-1:] != [step]:
-        losses.append(loss.item())
-        steps.append(step)
+        record()
     return {"losses": losses, "steps": steps}

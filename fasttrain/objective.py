@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,21 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
+from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.world import SharedError, World
 from fasttrain.model.runtime import resolve_compile
-from fasttrain.model.transformer import Embedding, Transformer
+from fasttrain.model.transformer import Embedding
 
-__all__ = ["Batch", "Criterion", "Objective", "by_key", "logits_of", "shift"]
+__all__ = [
+    "Batch",
+    "Criterion",
+    "Objective",
+    "by_key",
+    "logits_of",
+    "set_epoch",
+    "shift",
+    "together",
+]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 
@@ -137,14 +149,13 @@ class Objective:
     def _takes(self, name: str) -> bool:
         return self.takes_all or name in self.takes
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Return the loss summed over the targets that count."""
-        with self.precision.autocast():
-            return self._loss_sum(self._logits(batch), batch)
+    def loss_sum(self, _: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss summed over the targets that count: the criterion of a `TrainStep`."""
+        return self._loss_sum(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
         with _checked_tables(self.model) if batch.is_new else nullcontext():
-            logits = logits_of(self.model, self.run(batch.tokens, **batch.others))
+            logits = logits_of(self.run(batch.tokens, **batch.others))
         if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(
@@ -181,27 +192,32 @@ class Objective:
         return self.criterion(logits, batch.targets) * batch.n_targets
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable[Any], metrics: Mapping[str, Criterion]) -> dict[str, float]:
-        """Return the means over all targets of ``loader``; see `fasttrain.library.Trainer`."""
+    def evaluate(
+        self, loader: Iterable[Any], metrics: Mapping[str, Criterion], world: World
+    ) -> dict[str, float]:
+        """Return the means over all targets of all ranks; see `fasttrain.library.Trainer`."""
         was_training = self.model.training
         self.model.eval()
         totals = torch.zeros(2 + len(metrics), dtype=torch.float64, device=self.device)
         try:
-            for raw in loader:
-                batch = self.prepare(raw)
-                if not batch.n_targets:
-                    continue
-                with self.precision.autocast():
-                    logits = self._logits(batch)
-                    loss = self._loss_sum(logits, batch)
-                keep = batch.targets != self.ignore_index
-                kept = logits[keep], batch.targets[keep]
-                values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
-                numbers = [loss, batch.n_targets, *values]
-                totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
+            with gathered(self.model, world):
+                for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
+                    batch = self.prepare(raw)
+                    if not (batch.n_targets or world.sharded):
+                        continue
+                    with self.precision.autocast():
+                        logits = self._logits(batch)
+                        loss = self._loss_sum(logits, batch)
+                    if not batch.n_targets:  # other ranks had waited for this one's forward
+                        continue
+                    keep = batch.targets != self.ignore_index
+                    kept = logits[keep], batch.targets[keep]
+                    values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
+                    numbers = [loss, batch.n_targets, *values]
+                    totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
         finally:
             self.model.train(was_training)
-        loss_sum, n_targets, *sums = totals.tolist()
+        loss_sum, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")
         loss_mean = loss_sum / n_targets
@@ -209,6 +225,40 @@ class Objective:
         for name, value in zip(metrics, sums, strict=True):
             result[f"val_{name}"] = value / n_targets
         return result
+
+
+def together(batches: Iterable[Any], n: int, world: World) -> Iterator[list[Any]]:
+    """Yield ``n`` batches at a time, fewer at the end, the same number on all ranks.
+
+    Raises:
+        UserError: one rank has more than another, which would wait in vain.
+        RuntimeError: the loader of a rank failed.
+    """
+    batches = iter(batches)
+    while True:
+        group, failed = [], None
+        try:
+            group = list(islice(batches, n))
+        except RuntimeError as error:
+            failed = error
+        sizes = world.gather(None if failed else len(group))
+        if None in sizes:
+            raise failed or RuntimeError("the loader of another rank failed")
+        if any(size != sizes[0] for size in sizes):
+            raise (UserError if world.leads else SharedError)(
+                f"the loaders of ranks 0 to {world.size - 1} gave {sizes} batches for a step; give "
+                "each a DistributedSampler, or the same number of batches"
+            )
+        if not group:
+            return
+        yield group
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader's sampler, as a `DistributedSampler`, which epoch begins."""
+    for name in ("sampler", "batch_sampler"):
+        if hasattr(sampler := getattr(loader, name, None), "set_epoch"):
+            sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def by_key(batch: Any) -> dict[str, Any]:
@@ -246,10 +296,8 @@ def by_key(batch: Any) -> dict[str, Any]:
     return given
 
 
-def logits_of(model: nn.Module, out: Any) -> Any:
+def logits_of(out: Any) -> Any:
     """Return what stands for the logits in a model's output; the caller checks that it is some."""
-    if isinstance(model, Transformer):
-        return model.logits(out)
     out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     return out[0] if isinstance(out, list | tuple) and out else out
 

@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_each_stretch_by_itself(
     tokens = torch.from_numpy(dataset.read(0, 65).astype("int64"))
     with torch.no_grad():
         for first, end in pieces(dataset, batching, across):
-            logits = model.logits(model(tokens[None, first : end - 1]))[0]
+            logits = model(tokens[None, first : end - 1])[0]
             targets = tokens[first + 1 : end]
             loss_sum += F.cross_entropy(logits, targets, reduction="sum").item()
             n_right += int((logits.argmax(-1) == targets).sum())

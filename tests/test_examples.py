@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from tests.toy import ENV, ROOT
 from tests.toy_trainer import rows
 
 
-def run(name: str, cwd: Path, *arguments: str | Path, **variables: str) -> str:
+def run(
+    name: str, cwd: Path, *arguments: str | Path, torchrun: Sequence[str] = (), **variables: str
+) -> str:
     """Run an example and return what it prints."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+        [sys.executable, *torchrun, str(ROOT / "examples" / name), *map(str, arguments)],
         cwd=cwd,
         env={**ENV, **variables},
         capture_output=True,
@@ -33,6 +36,18 @@ def test_own_model(tmp_path: Path) -> None:
         evaluations = list(csv.DictReader(file))
     assert float(evaluations[-1]["val_accuracy"]) > 0.8  # the alphabet is learnt
     assert float(evaluations[-1]["val_loss"]) < 0.5 * float(evaluations[0]["val_loss"])
+
+
+def test_own_model_ddp(tmp_path: Path) -> None:
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    for folder, torchrun in (("one", ()), ("two", two)):
+        out = run("own_model_ddp.py", tmp_path, folder, torchrun=torchrun)
+        assert f"{1 + bool(torchrun)} ranks, 64 steps" in out
+    alone, shared = (rows(tmp_path / folder) for folder in ("one", "two"))
+    assert [row["loss"] for row in shared] == pytest.approx(
+        [row["loss"] for row in alone], abs=1e-5
+    )
+    assert alone[-1]["loss"] < 0.01 * alone[0]["loss"]  # it has learnt to count
 
 
 def test_kernels_in_torch(tmp_path: Path) -> None:

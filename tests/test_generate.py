@@ -114,9 +114,9 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 def test_cached_logits_equal_uncached_ones(style: str, pieces: list[int]) -> None:
     model, tokens = small_model(style), prompts(3, 12)
     with torch.no_grad():
-        expected = model.logits(model(tokens))
+        expected = model(tokens)
         cache = model.new_cache(3, 12)
-        logits = torch.cat([model.logits(model(t, cache)) for t in tokens.split(pieces, 1)], dim=1)
+        logits = torch.cat([model(t, cache) for t in tokens.split(pieces, 1)], dim=1)
     assert cache.length == 12
     # fp32 rounding: logits are of size 10, a few hundred products each.
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=5e-5)
@@ -129,7 +129,7 @@ def uncached(model: Transformer, tokens: Tensor, n: int) -> Tensor:
         if context.shape[1] > model.seq_len:
             context = context[:, -(model.seq_len // 2) :]
         with torch.no_grad():
-            best = model.logits(model(context)[:, -1]).argmax(-1, keepdim=True)
+            best = model(context)[:, -1].argmax(-1, keepdim=True)
         context, tokens = torch.cat([context, best], 1), torch.cat([tokens, best], 1)
     return tokens
 
@@ -148,7 +148,7 @@ def test_a_model_of_one_position_generates() -> None:
     out = generate(model, prompts(2, 3), max_new_tokens=4, greedy=True)
     context = out[:, 2:-1]
     with torch.no_grad():
-        expected = [model.logits(model(c)[:, -1]).argmax(-1) for c in context.split(1, dim=1)]
+        expected = [model(c)[:, -1].argmax(-1) for c in context.split(1, dim=1)]
     assert torch.equal(out[:, 3:], torch.stack(expected, dim=1))
 
 
@@ -175,7 +175,7 @@ def test_the_mode_and_the_gradients_are_left_alone() -> None:
     first = generate(model, prompts(1, 4), max_new_tokens=8, greedy=True)
     assert model.training  # and yet without dropout:
     assert torch.equal(first, generate(model, prompts(1, 4), max_new_tokens=8, greedy=True))
-    model.logits(model(first[:, -8:])).sum().backward()  # tokens can be trained on
+    model(first[:, -8:]).sum().backward()  # tokens can be trained on
     assert model.head_weight.grad is not None
 
 

@@ -55,7 +55,7 @@ def tokens() -> torch.Tensor:
 
 def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model.logits(model(tokens))
+        return model(tokens)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`train_loop` against the same loop written out in plain torch."""
 
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, diagnose, train_loop
-from fasttrain.config import UserError
+from fasttrain import Trainer, Transformer, diagnose, loop, train_loop
+from fasttrain.config import ModelConfig, UserError
+from fasttrain.engine import step
 
 V, T = 17, 6
 
@@ -83,26 +85,41 @@ def test_only_logged_steps_read_the_loss(
     loader: DataLoader[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = list(loader)
-    reads: list[int] = []
-    item = Tensor.item
+    reads: list[str] = []
 
-    def counted(tensor: Tensor) -> float:
-        if tensor.requires_grad:  # the loss; on a CPU the operations read numbers of their own
-            reads.append(1)
-        return item(tensor)  # type: ignore[return-value]
+    def counted(read: str) -> Callable[[Tensor], Any]:
+        real = getattr(Tensor, read)
 
-    monkeypatch.setattr(Tensor, "item", counted)
+        def count(tensor: Tensor) -> Any:
+            # On a CPU the operations, and the look at the ids, read numbers of their own.
+            if sys._getframe(1).f_code.co_filename in (loop.__file__, step.__file__):
+                reads.append(read)
+            return real(tensor)
+
+        return count
+
+    for read in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, read, counted(read))
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_loop(model, made, optimizer, 4, None, log_interval=4, device="cpu")
-    assert len(reads) == 3
+    assert reads == ["tolist"] * 3
 
 
-def test_N11_the_last_step_is_recorded() -> None:
+def test_N11_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=100, device="cpu")
     assert result["steps"] == [8]
+    assert capsys.readouterr().out == f"Epoch 0, step 8, loss {result['losses'][0]:.4f}\n"
+    train_loop(model, list(batches()), optimizer, 2, log_interval=1, device="cpu", quiet=True)
+    assert not capsys.readouterr().out
+    train_loop(model, list(batches()), optimizer, 2, log_interval=1, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(", loss ")[0] for line in lines] == [
+        "Epoch 0, step 1",
+        "Epoch 1, step 2",
+    ]
     assert len(result["losses"]) == 1
     exact = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=8, device="cpu")
     assert exact["steps"] == [8]  # once
@@ -170,6 +187,33 @@ def test_N11_models_may_return_more_than_logits(form: str) -> None:
         results[-1]["checks"] = [f.status for f in diagnose(model, data[0]).findings]
     assert results[0] == results[1]
     assert "fail" not in results[0]["checks"]
+
+
+def test_our_own_model_trains_in_every_loop() -> None:
+    ids = torch.randint(V, (12, T + 1), generator=torch.Generator().manual_seed(1))
+    data = [(rows[:, :-1], rows[:, 1:]) for rows in ids.split(4)]
+
+    def make() -> tuple[Transformer, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2), seq_len=T)
+        return model, torch.optim.SGD(model.parameters(), lr=0.5)
+
+    model, optimizer = make()
+    losses = []
+    for tokens, targets in data * 2:  # as nanoGPT's loop, and any other
+        logits = model(tokens)
+        loss = F.cross_entropy(logits.view(-1, V), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    model, optimizer = make()
+    ours = train_loop(model, data, optimizer, 2, log_interval=1, device="cpu")
+    assert ours["losses"] == pytest.approx(losses, rel=1e-5)
+    sections = {"run": {"device": "cpu", "dtype": "fp32"}, "train": {"epochs": 2}}
+    trainer = Trainer(*make(), config=sections)
+    assert trainer.train(data).values("loss") == pytest.approx(losses, rel=1e-5)
 
 
 def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:

@@ -66,9 +66,10 @@ def style(request: pytest.FixtureRequest) -> ModelConfig:
 def test_hidden_states_and_logits_have_the_promised_shapes(style: ModelConfig) -> None:
     model = build(style)
     tokens = torch.randint(0, 128, (3, 24))
-    hidden = model(tokens)
+    hidden = model.hidden(tokens)
     assert hidden.shape == (3, 24, 32)
-    logits = model.logits(hidden)
+    logits = model(tokens)
+    assert torch.equal(logits, model.logits(hidden))
     assert logits.shape == (3, 24, 128)
     assert logits.dtype == torch.float32
     if style.logit_softcap is not None:
@@ -80,7 +81,7 @@ def test_no_position_sees_a_later_token(style: ModelConfig) -> None:
     tokens = torch.randint(0, 128, (1, 24))
     changed = tokens.clone()
     changed[0, 10:] = (changed[0, 10:] + 1) % 128
-    before, after = model(tokens), model(changed)
+    before, after = model.hidden(tokens), model.hidden(changed)
     assert torch.equal(before[:, :10], after[:, :10])
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
@@ -91,7 +92,7 @@ def test_a_sliding_window_forgets_what_lies_outside_it() -> None:
     tokens = torch.randint(0, 128, (1, 24))
     changed = tokens.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 128
-    differs = (model(tokens) != model(changed)).any(-1)[0]
+    differs = (model.hidden(tokens) != model.hidden(changed)).any(-1)[0]
     assert differs.nonzero().flatten().tolist() == [5, 6, 7, 8]
 
 
@@ -99,9 +100,9 @@ def test_cached_hidden_states_equal_uncached_ones(style: ModelConfig) -> None:
     model = build(style).eval()
     tokens = torch.randint(0, 128, (2, 24))
     with torch.no_grad():
-        whole = model(tokens)
+        whole = model.hidden(tokens)
         cache = model.new_cache(2, 24)
-        pieces = [model(piece, cache) for piece in tokens.split([7, 1, 5, 1, 10], dim=1)]
+        pieces = [model.hidden(piece, cache) for piece in tokens.split([7, 1, 5, 1, 10], dim=1)]
     assert cache.length == 24
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
@@ -119,7 +120,7 @@ def test_grouped_queries_equal_repeated_keys_and_values() -> None:
         state[f"blocks.{i}.attention.qkv.weight"] = torch.cat([q, k, v])
     full.load_state_dict(state)
     tokens = torch.randint(0, 128, (2, 24))
-    torch.testing.assert_close(grouped(tokens), full(tokens), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grouped.hidden(tokens), full.hidden(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_attention_depends_on_distance_alone() -> None:
@@ -143,7 +144,7 @@ def test_zero_initialised_projections_leave_the_residual_stream_alone() -> None:
     config = ModelConfig(vocab_size=128, dim=32, n_layers=2, n_heads=2, zero_init_projections=True)
     model = build(config)
     tokens = torch.randint(0, 128, (1, 24))
-    torch.testing.assert_close(model(tokens), model.norm(model.embedding(tokens)))
+    torch.testing.assert_close(model.hidden(tokens), model.norm(model.embedding(tokens)))
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:
@@ -158,9 +159,9 @@ def test_dropout_acts_in_training_only() -> None:
     config = ModelConfig(vocab_size=128, dim=32, n_layers=1, n_heads=2, dropout=0.5)
     model = build(config)
     tokens = torch.randint(0, 128, (1, 24))
-    assert not torch.equal(model(tokens), model(tokens))
+    assert not torch.equal(model.hidden(tokens), model.hidden(tokens))
     model.eval()
-    assert torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model.hidden(tokens), model.hidden(tokens))
 
 
 def test_too_long_an_input_is_refused_with_the_remedy() -> None:
@@ -223,7 +224,7 @@ def test_the_first_loss_is_near_the_logarithm_of_the_vocabulary(path: Path) -> N
     assert model_config.vocab_size is not None
     tokens = torch.randint(0, model_config.vocab_size, (1, 65))
     with torch.no_grad():
-        logits = model.logits(model(tokens[:, :-1]))
+        logits = model(tokens[:, :-1])
     loss = F.cross_entropy(logits[0], tokens[0, 1:]).item()
     assert loss == pytest.approx(math.log(model_config.vocab_size), abs=0.3)
 
@@ -265,11 +266,11 @@ def test_R27_editing_a_document_leaves_the_others_logits_bit_identical(style: Mo
     model = build(style).eval()
     tokens, doc_starts = packed()
     with torch.no_grad():
-        before = model.logits(model(tokens, doc_starts=doc_starts))
+        before = model(tokens, doc_starts=doc_starts)
         for row, first, end in spans(doc_starts):
             edited = tokens.clone()
             edited[row, first:end] = (tokens[row, first:end] + 50) % 128
-            after = model.logits(model(edited, doc_starts=doc_starts))
+            after = model(edited, doc_starts=doc_starts)
             same = (before == after).all(-1)
             inside = torch.zeros_like(same)
             inside[row, first:end] = True
@@ -280,9 +281,9 @@ def test_R27_a_packed_document_computes_what_it_computes_alone(style: ModelConfi
     model = build(style).eval()
     tokens, doc_starts = packed()
     with torch.no_grad():
-        hidden = model(tokens, doc_starts=doc_starts)
+        hidden = model.hidden(tokens, doc_starts=doc_starts)
         for row, first, end in spans(doc_starts):
-            alone = model(tokens[row : row + 1, first:end])[0]
+            alone = model.hidden(tokens[row : row + 1, first:end])[0]
             torch.testing.assert_close(hidden[row, first:end], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -292,10 +293,10 @@ def test_R27_the_boundarys_loss_is_that_of_the_document_before_it(style: ModelCo
     tokens, doc_starts = packed()
     targets = torch.roll(tokens, -1, dims=1)
     with torch.no_grad():
-        logits = model.logits(model(tokens, doc_starts=doc_starts))
+        logits = model(tokens, doc_starts=doc_starts)
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         for row, first, end in spans(doc_starts):
-            alone = model.logits(model(tokens[row : row + 1, first:end]))[0]
+            alone = model(tokens[row : row + 1, first:end])[0]
             expected = F.cross_entropy(alone, targets[row, first:end], reduction="none")
             torch.testing.assert_close(losses[row, first:end], expected, rtol=1e-4, atol=1e-4)
 
@@ -303,7 +304,7 @@ def test_R27_the_boundarys_loss_is_that_of_the_document_before_it(style: ModelCo
 def test_R27_no_gradient_crosses_a_document() -> None:
     model = build(EXTRAS)
     tokens, doc_starts = packed()
-    hidden = model(tokens, doc_starts=doc_starts)
+    hidden = model.hidden(tokens, doc_starts=doc_starts)
     hidden[0, 8:].square().sum().backward()
     for table in (model.embedding, *model.value_embeddings):
         touched = table.weight.grad.abs().sum(1).nonzero().flatten().tolist()
@@ -317,7 +318,7 @@ def test_one_document_a_row_is_what_no_documents_are(style: ModelConfig) -> None
     doc_starts[:, 1:] = False
     with torch.no_grad():
         torch.testing.assert_close(
-            model(tokens, doc_starts=doc_starts), model(tokens), rtol=1e-4, atol=1e-5
+            model.hidden(tokens, doc_starts=doc_starts), model.hidden(tokens), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(ValueError, match="doc_starts and cache exclude each other"):
         model(tokens, model.new_cache(2, 24), doc_starts)

@@ -100,7 +100,7 @@ def train(model: Transformer, optimizers: list[torch.optim.Optimizer], n_steps: 
     generator = torch.Generator().manual_seed(3)
     for _ in range(n_steps):
         tokens = torch.randint(0, 64, (2, 9), generator=generator)
-        logits = model.logits(model(tokens[:, :-1]))
+        logits = model(tokens[:, :-1])
         nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from fasttrain_kernels._torch import TorchDispatchMode, fsdp_collectives
 from torch import Tensor, nn
 
-from fasttrain.config import DistributedConfig
+from fasttrain.config import DistributedConfig, UserError
 from fasttrain.distributed.slices import cut, locate
-from fasttrain.distributed.world import World
+from fasttrain.distributed.world import World, choose_mode, start
 from fasttrain.log.timing import StepClock
 
 __all__ = [
     "gathered",
     "make_sharded",
+    "place",
     "replicate",
     "set_gradient_sync",
     "shard",
@@ -31,7 +32,7 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 
-def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
+def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = False) -> nn.Module:
     """Return a module, parameters inside and the loss its output, as DDP runs it.
 
     Args:
@@ -39,14 +40,15 @@ def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
         accumulates: gradients are added up over micro-batches. They then have their place in DDP's
             buckets from the first on, and are to be zeroed, not dropped: else they lie beside the
             buckets until the last, and then in them too.
+        sync_buffers: each forward takes rank 0's buffers. Rotary tables are the same everywhere.
     """
     if accumulates:
         for p in objective.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     ddp = nn.parallel.DistributedDataParallel
-    # Rotary tables are the same everywhere; by default each forward would broadcast them.
-    names = [name for name, _ in objective.named_buffers()]
-    ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
+    if not sync_buffers:
+        names = [name for name, _ in objective.named_buffers()]
+        ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
     return ddp(objective, gradient_as_bucket_view=True)
 
 
@@ -56,7 +58,8 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     Optimizers are made after it.
 
     Args:
-        model: a Transformer; its ``blocks`` are gathered one by one, the next while one computes.
+        model: its ``blocks``, of another model the members of each list of modules, are gathered
+            one by one, the next while one computes.
         world: with its mode chosen; nothing is done unless that shards.
         config: the ``[distributed]`` section.
 
@@ -66,12 +69,14 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     """
     if not world.sharded:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    blocks = model.blocks
-    assert isinstance(blocks, nn.ModuleList)
-    for block in blocks:
+    for block in _blocks(model):
         fully_shard(
             block,
             mesh=world.mesh,
@@ -81,6 +86,57 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
     # there.
     fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+    if hasattr(model, "hidden"):
+        register_fsdp_forward_method(model, "hidden")
+
+
+def place(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: DistributedConfig,
+    device: torch.device,
+) -> tuple[World, torch.device]:
+    """Move a custom model to its device, under torchrun to this rank's, and share it as configured.
+
+    All ranks begin with rank 0's parameters. Where they are sharded, ``optimizer`` gets the shards.
+
+    Raises:
+        UserError: the ranks do not find each other, the model is wrapped already, or the optimizer
+            has made steps.
+    """
+    world = start(config, device)
+    device = world.device(device)
+    model.to(device)
+    if world.size == 1:
+        return world, device
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    if wrapped or any(hasattr(p, "placements") for p in model.parameters()):
+        raise UserError(
+            "the model is wrapped in DDP or FSDP already; give the model itself, and set "
+            "distributed.mode to ddp or fsdp"
+        )
+    if optimizer.state:
+        raise UserError("the optimizer has made steps; give a new one, and load_checkpoint()")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, 0)
+    world = choose_mode(config, world, sum(p.numel() for p in model.parameters()), device)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    shard(model, world, config)
+    shards = {id(before[n]): p for n, p in model.named_parameters(remove_duplicate=False)}
+    for group in optimizer.param_groups:
+        group["params"] = [shards.get(id(p), p) for p in group["params"]]
+    return world, device
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is gathered by itself."""
+    blocks = getattr(model, "blocks", None)
+    for module in (blocks,) if isinstance(blocks, nn.ModuleList) else model.children():
+        if isinstance(module, nn.ModuleList):
+            yield from (m for m in module if not isinstance(m, nn.ModuleList | nn.ModuleDict))
+        else:
+            yield from _blocks(module)
 
 
 class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]

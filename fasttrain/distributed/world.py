@@ -308,6 +308,8 @@ def start(config: DistributedConfig, device: torch.device) -> World:
     own = world.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    if dist.is_initialized():  # by a script, or for an earlier trainer of this process
+        return replace(world, control=dist.new_group(backend="gloo"))
     patience = timedelta(seconds=config.init_timeout_s)
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:

@@ -98,7 +98,7 @@ def _totals(
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
     with precision.autocast():
         loss_sum, n_right = linear_cross_entropy(
-            model(tokens) if starts is None else model(tokens, doc_starts=starts),
+            model.hidden(tokens, doc_starts=starts),
             model.head_weight,
             targets,
             ignore_index=IGNORE_INDEX,

@@ -9,7 +9,7 @@ Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
@@ -56,8 +56,8 @@ IGNORE_INDEX = -100
 # agreed with one before (transient), or with none.
 FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT = range(6)
 
-# model, tokens, targets, doc_starts → summed loss
-Criterion = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
+# model, tokens, targets, doc_starts → summed loss; of other batches: model, batch → summed loss
+Criterion = Callable[..., Tensor]
 
 
 def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
@@ -66,7 +66,7 @@ def linear_cross_entropy_criterion(config: TrainConfig) -> Criterion:
     def criterion(
         model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
     ) -> Tensor:
-        hidden = model(tokens) if doc_starts is None else model(tokens, doc_starts=doc_starts)
+        hidden = model.hidden(tokens, doc_starts=doc_starts)
         loss_sum = linear_cross_entropy(
             hidden,
             model.head_weight,
@@ -108,14 +108,28 @@ class _Objective(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
-        return self.loss(tokens, targets, doc_starts)
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.loss(*inputs)
+
+
+def _inputs(batch: Any) -> tuple[Any, ...]:
+    """Return what of a batch the criterion takes."""
+    ours = isinstance(batch, Batch)
+    return (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
 
 
 class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
+    Args:
+        criterion: of a custom model, which is compiled in there if at all; its batches have
+            ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
+        n_micro: micro-batches of a step; None: as the config says.
+        ignore_index: the target that does not count.
+        judges: False: every step is made, whatever its numbers are.
+
     Attributes:
+        verdict: fp32 scalar of the last step.
         loss: fp32 scalar, mean over the target tokens of the last step.
         norm: fp32 scalar, gradient norm of the last step before clipping.
         history: fp32 (3, ``log.every_steps``), loss, norm and verdict of the steps since `numbers`
@@ -127,13 +141,17 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
         *,
         device: torch.device,
         precision: Precision,
         world: World | None = None,
+        criterion: Criterion | None = None,
+        n_micro: int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        judges: bool = True,
     ) -> None:
         self.model = model
         self.world = world = world or World()
@@ -144,10 +162,14 @@ class TrainStep:
         self.max_grad_value = config.train.max_grad_value
         self.ema = Ema(model, config.train.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
-        self.criterion = linear_cross_entropy_criterion(config)
-        self.compile_mode = resolve_compile(config, device)
+        self.ignore_index, self.judges = ignore_index, judges
+        custom = criterion is not None
+        self.criterion = criterion or linear_cross_entropy_criterion(config)
+        self.compile_mode = "off" if custom else resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
-        accumulates = step_shape(config.train, config.data.seq_len, world.size).n_micro > 1
+        if n_micro is None:
+            n_micro = step_shape(config.train, config.data.seq_len, world.size).n_micro
+        accumulates = n_micro > 1
         if accumulates and self.compile_mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
             other = {"cuda-graphs": "default"}.get(self.compile_mode, "max-autotune-no-cudagraphs")
@@ -168,23 +190,25 @@ class TrainStep:
                 f"run.fp8 = true does not go with distributed.mode = {world.mode!r}; use "
                 "distributed.mode=ddp, or run.fp8=false"
             )
-        if config.run.fp8:
-            multiply_in_fp8(model, device)
-        prepare_blocks(
-            model,
-            activation_checkpointing=config.train.activation_checkpointing,
-            mode=self.compile_mode,
-            sharded=world.sharded,
-        )
+        if isinstance(model, Transformer):
+            if config.run.fp8:
+                multiply_in_fp8(model, device)
+            prepare_blocks(
+                model,
+                activation_checkpointing=config.train.activation_checkpointing,
+                mode=self.compile_mode,
+                sharded=world.sharded,
+            )
         if self.compile_mode not in ("off", "c++", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
         self.keeps_grads = world.mode == "ddp" and accumulates
         if world.mode == "ddp":
             objective = _Objective(model, self.loss_fn)
-            self.network = self.loss_fn = replicate(objective, accumulates=accumulates)
+            ddp = replicate(objective, accumulates=accumulates, sync_buffers=custom)
+            self.network = self.loss_fn = ddp
         zero = torch.zeros((), device=device)
-        self.loss, self.norm = zero.clone(), zero.clone()
+        self.loss, self.norm, self.verdict = zero.clone(), zero.clone(), zero.clone()
         self.history = torch.zeros(3, config.log.every_steps, device=device)
         self.n_unread = 0
         self.grad_scale = torch.full_like(zero, 2.0**16 if precision.scaled else 1.0)
@@ -196,18 +220,18 @@ class TrainStep:
         self.clock = StepClock(device, n_phases=2)
         time_collectives(self.network, world, self.clock, accumulates=accumulates)
 
-    def _loss(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None) -> Tensor:
+    def _loss(self, *inputs: Any) -> Tensor:
         with self.precision.autocast():
-            return self.criterion(self.model, tokens, targets, doc_starts)
+            return self.criterion(self.model, *inputs)
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> None:
-        """Run one step over its micro-batches with learning rate ``lr``."""
+    def __call__(self, batches: Sequence[Any], lr: float | None) -> None:
+        """Run one step over its micro-batches with learning rate ``lr``; None: the optimizers'."""
         self.clock.mark(0)
         loss, grads = self._backward(batches)
         self.clock.mark(1)
         self._finish(*self._measure(loss, grads), grads, lr)
 
-    def recheck(self, batches: Sequence[Batch], lr: float) -> None:
+    def recheck(self, batches: Sequence[Any], lr: float | None) -> None:
         """As a call, but forward and backward run twice; no update is made where they differ.
 
         Loss, norm and gradients are compared bit for bit. Where they differ on any rank, a third
@@ -233,15 +257,15 @@ class TrainStep:
         self.clock.mark(1)
         self._finish(*measured, grads, lr, found)
 
-    def _backward(self, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
+    def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         """Run forward and backward; return this rank's weighted loss, and the gradients."""
-        counts = [(b.targets != IGNORE_INDEX).sum() for b in batches]
+        counts = [(b.targets != self.ignore_index).sum() for b in batches]
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
         counting = self.world.begin_sum(n_targets)
         weight = loss = None
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
-            part = self.loss_fn(batch.tokens, batch.targets, batch.doc_starts)
+            part = self.loss_fn(*_inputs(batch))
             if weight is None:
                 weight = self._weight(n_targets, counting)
             weighted = part.detach() * weight
@@ -251,12 +275,13 @@ class TrainStep:
         return loss, [p.grad for p in self.parameters if p.grad is not None]
 
     def _finish(
-        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float, found: int = FINE
+        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float | None, found: int = FINE
     ) -> None:
         """Judge the step and update; ``found`` is what `recheck` has found."""
         self.loss, self.norm = loss, norm
         self.before_update()
         verdict = self._judge() if found == FINE else torch.full_like(loss, float(found))
+        self.verdict = verdict
         bad = (verdict != FINE).float()
         clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
@@ -266,7 +291,8 @@ class TrainStep:
             for grad in grads:
                 local_tensor(grad).clamp_(-limit, limit)
         for optimizer in self.optimizers:
-            set_lr(optimizer, lr)
+            if lr is not None:
+                set_lr(optimizer, lr)
             self._update(optimizer, clip, bad)
             self._drop_gradients(optimizer)
         self.ema.update(skipped=bad)
@@ -314,6 +340,8 @@ class TrainStep:
 
     def _judge(self) -> Tensor:
         """Return the verdict on this step, an fp32 scalar."""
+        if not self.judges:
+            return torch.zeros_like(self.loss)
         finite = torch.isfinite(self.loss + self.norm)
         verdict = torch.where(finite, float(FINE), float(NONFINITE))
         if self.precision.scaled:
@@ -327,9 +355,10 @@ class TrainStep:
     def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
         if isinstance(optimizer, FusedAdamW | Muon):  # these read both on the device
             optimizer.step(clip_coefficient=clip, found_inf=bad)
-        elif not bad:  # any other optimizer costs a host sync here
+        elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            torch._foreach_mul_([g for g in grads if g is not None], clip)
+            if grads := [local_tensor(g) for g in grads if g is not None]:
+                torch._foreach_mul_(grads, clip)
             optimizer.step()
 
     def numbers(self) -> Numbers:

@@ -147,7 +147,9 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
         return run
     options: dict[str, Any] = {"use_reentrant": False}
     if kind not in ("full", "selective"):
-        refuse("train.activation_checkpointing", kind, "is not implemented; add it here")
+        refuse(
+            "train.activation_checkpointing", kind, "is not implemented; add it to model/runtime.py"
+        )
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
 

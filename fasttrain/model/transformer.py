@@ -2,9 +2,9 @@
 
 Legend: B batch, T sequence, D dim, F hidden_dim, V vocabulary, L layers.
 
-The forward pass ends at the normalised hidden states (B, T, D): in training the head and the loss
-are one operation (`fasttrain_kernels.linear_cross_entropy`), so that logits (B, T, V) never exist
-in full.
+``model(tokens)`` returns logits (B, T, V). Training takes `Transformer.hidden`, the normalised
+hidden states (B, T, D): there the head and the loss are one operation
+(`fasttrain_kernels.linear_cross_entropy`), so that logits never exist in full.
 """
 
 import math
@@ -251,6 +251,13 @@ class Transformer(nn.Module):
         return KVCache(layers, max_tokens)
 
     def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, doc_starts: Tensor | None = None
+    ) -> Tensor:
+        """Return fp32 logits (B, T, V) for ``tokens``; arguments and errors are `hidden`'s."""
+        # Not self.hidden: FSDP2 wraps that, and would gather the parameters once more within here.
+        return self.logits(Transformer.hidden(self, tokens, cache, doc_starts))
+
+    def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, doc_starts: Tensor | None = None
     ) -> Tensor:
         """Return the normalised hidden states of ``tokens``.
