@@ -9,10 +9,10 @@ Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
+from fasttrain_kernels import grad_norm, linear_cross_entropy
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 from torch.distributed import Work
@@ -325,12 +325,13 @@ class TrainStep:
         return verdict
 
     def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
-        if isinstance(optimizer, FusedAdamW | Muon):  # these read both on the device
-            optimizer.step(clip_coefficient=clip, found_inf=bad)
+        step: Any = optimizer.step
+        if getattr(optimizer, "reads_clip_on_device", False):
+            step(clip_coefficient=clip, found_inf=bad)
         elif not bad:  # any other optimizer costs a host sync here
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
             torch._foreach_mul_([g for g in grads if g is not None], clip)
-            optimizer.step()
+            step()
 
     def numbers(self) -> Numbers:
         """Bring the numbers of the steps since the last call to the host: one sync."""
