@@ -241,48 +241,30 @@ def estimate_memory(
     buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
-    if mode in ("fsdp", "hsdp"):
-        cpu = replace(precision, device_type="cpu")
-        return _of_shards(config, rows, n_micro, n_ranks, mode, live, state, buffers, cpu)
-    gradients, logits = live.gradients_at_peak, live.logits_at_peak
+    gathered, gradients, logits = 0, live.gradients_at_peak, live.logits_at_peak
     activations = live.peak - gradients - logits
-    if mode == "ddp":
-        # The buckets are there from the first on.
+    if mode != "single":  # DDP's buckets hold all gradients from the first step on
         gradients, logits = all_gradients, live.logits_at_peak_apart
         activations = live.peak_apart - logits
-    if all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
+    if mode in ("fsdp", "hsdp"):
+        # On a CPU: what is gathered and when does not depend on the device.
+        cpu, precision = torch.device("cpu"), replace(precision, device_type="cpu")
+        _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
+        with _pretended(config.distributed, n_ranks, mode) as world:
+            model, live = _trace(
+                config, rows, n_micro, device=cpu, precision=precision, world=world
+            )
+            held = sum(_local(p).nbytes for p in model.parameters())
+            optimizers = build_optimizers(model, config.optim, precision.compute)
+            scratch = _scratch_bytes(optimizers, world.size)
+            all_gradients = gradient_bytes(model.parameters())
+        state, parameters = state * held // parameters, held
+        gradients = live.gradients_at_peak
+        gathered = max(0, live.peak - gradients - alone.peak_apart)
+        if all_gradients + scratch > gradients + activations + logits + gathered:
+            gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
+    elif all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
         gradients, activations, logits = all_gradients, scratch, 0
-    return StepMemory(parameters, gradients, state, activations, logits, buffers)
-
-
-def _of_shards(
-    config: TrainConfig,
-    rows: int,
-    n_micro: int,
-    n_ranks: int,
-    mode: str,
-    whole: _Live,
-    state: int,
-    buffers: int,
-    precision: Precision,
-) -> StepMemory:
-    """Return the memory of a rank that holds shards; ``whole`` is that of the step unsharded."""
-    # On a CPU: what is gathered and when does not depend on the device.
-    cpu = torch.device("cpu")
-    _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
-    with _pretended(config.distributed, n_ranks, mode) as world:
-        model, live = _trace(config, rows, n_micro, device=cpu, precision=precision, world=world)
-        parameters = sum(_local(p).nbytes for p in model.parameters())
-        total = sum(p.nbytes for p in model.parameters())
-        optimizers = build_optimizers(model, config.optim, precision.compute)
-        scratch = _scratch_bytes(optimizers, world.size)
-        all_gradients = gradient_bytes(model.parameters())
-    gradients, logits = live.gradients_at_peak, whole.logits_at_peak_apart
-    activations = whole.peak_apart - logits
-    gathered = max(0, live.peak - gradients - alone.peak_apart)
-    if all_gradients + scratch > gradients + activations + logits + gathered:
-        gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
-    state = state * parameters // total
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
 
 

@@ -31,32 +31,25 @@ def _parser() -> argparse.ArgumentParser:
         prog=prog("preflight"),
         description="Tell what a run takes before it takes it, and what will hurt it.",
     )
-    parser.add_argument("config", type=Path, nargs="?", help="as fasttrain.train takes it")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
-    )
-    parser.add_argument(
-        "--no-probe", action="store_true", help="do not run a step: no time, no measured memory"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("config", type=Path, nargs="?", help="as fasttrain.train takes it")
+    add("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
+    add("--no-probe", action="store_true", help="do not run a step: no time, no measured memory")
+    add(
         "--world-size", type=_count, default=1, metavar="N", help="tell it for a run of N processes"
     )
-    parser.add_argument(
-        "--bandwidth-gbps", type=_rate, metavar="G", help="gigabits a second that a rank sends"
-    )
-    parser.add_argument(
+    add("--bandwidth-gbps", type=_rate, metavar="G", help="gigabits a second that a rank sends")
+    add(
         "--diagnose",
         action="store_true",
         help="run the checklist for a loss that does not fall, on the first batch",
     )
-    parser.add_argument(
+    add(
         "--kernels",
         action="store_true",
         help="check each fused operation on this device and time its paths; takes no config",
     )
-    parser.add_argument(
-        "--device", default="auto", help="device of --kernels: auto, cpu, cuda or cuda:N"
-    )
+    add("--device", default="auto", help="device of --kernels: auto, cpu, cuda or cuda:N")
     return parser
 
 
