@@ -38,7 +38,7 @@ from fasttrain.run.run import data_paths, open_splits
 SLOW_FLOPS = 1e12  # of a micro-batch: some seconds on a CPU
 
 
-def _memory_lines(memory: "StepMemory", free: int, peak: int | None) -> Iterator[str]:
+def _memory_lines(memory: StepMemory, free: int, peak: int | None) -> Iterator[str]:
     for f in fields(memory):
         if f.name == "gathered" and not memory.gathered:  # of one process, or DDP
             continue
@@ -141,8 +141,8 @@ def preflight(
     if runs and plan.flops_per_token * rows * seq_len > SLOW_FLOPS:
         show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None
-    whose = " and rank" if n_ranks > 1 else ""
-    show(f"memory       of an eager step{whose} on {device}, {precision.name}, at its peak:")
+    whose = "step and rank" if ranks else "step"
+    show(f"memory       of an eager {whose} on {device}, {precision.name}, at its peak:")
     for line in _memory_lines(memory, free, probed.peak_bytes if probed and not ranks else None):
         show(line)
 
@@ -207,10 +207,9 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     # The highest rate of the run: a warmup may begin close to zero.
-    total = plan.steps or 10**12
-    rate = lr_at(
-        min(config.schedule.warmup_steps, total - 1), total, config.schedule, config.optim.peak_lr
-    )
+    total, schedule = plan.steps or 10**12, config.schedule
+    step = min(schedule.warmup_steps, total - 1)
+    rate = lr_at(step, total, schedule, config.optim.peak_lr)
     for optimizer in optimizers:
         set_lr(optimizer, rate)
     with Loader(

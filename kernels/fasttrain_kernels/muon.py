@@ -161,7 +161,7 @@ class Muon(Optimizer):
         return {"momentum_buffer": torch.zeros_like(param)}
 
     def scratch_bytes(self, n_ranks: int = 1) -> int:
-        """Return the most that a step holds beside the state, on one of ``n_ranks`` of shards."""
+        """Return the most bytes that a step holds beside the state, on each of ``n_ranks``."""
         most = 0
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], int] = {}
