@@ -150,15 +150,10 @@ class _Checks:
         size, kept = _vocab_size(self.model), targets[targets != self.ignore_index]
         if size is not None:
             for name, ids in (("tokens", tokens), ("targets", kept)):
-                wrong = (ids < 0) | (ids >= size)
-                if wrong.any():
-                    add(
-                        "range",
-                        "fail",
-                        f"{int(wrong.sum())} {name} outside [0, {size}), such as "
-                        f"{int(ids[wrong][0])}",
-                        "use the model's own tokenizer, or raise its vocabulary size",
-                    )
+                if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
+                    found = f"{wrong.numel()} {name} outside [0, {size}), such as {int(wrong[0])}"
+                    remedy = "use the model's own tokenizer, or raise its vocabulary size"
+                    add("range", "fail", found, remedy)
                     return False
             add("range", "pass", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
         if kept.numel() == 0:
@@ -187,10 +182,8 @@ class _Checks:
         elif same > max(share, 0.99):
             status = "fail"
             detail = "each target is the very token it stands at: the model would learn to copy"
-            remedy = (
-                "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model shifts "
-            )
-            remedy += "itself)"
+            remedy = "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model "
+            remedy += "shifts itself)"
         self.report.add("labels", status, detail, remedy)
         return True
 
@@ -282,15 +275,9 @@ class _Checks:
     def training(self) -> None:
         """Train a copy on the batch: gradients everywhere, of a sane size, and a falling loss."""
         add = self.report.add
-        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad]
-        if frozen:
-            detail = f"no gradient for {_named(frozen)}"
-            add(
-                "frozen",
-                "warn",
-                detail,
-                "right where meant, as in fine-tuning; else .requires_grad_(True)",
-            )
+        if frozen := [n for n, p in self.model.named_parameters() if not p.requires_grad]:
+            remedy = "right where meant, as in fine-tuning; else .requires_grad_(True)"
+            add("frozen", "warn", f"no gradient for {_named(frozen)}", remedy)
         probe = copy.deepcopy(self.model).train()
         params = {n: p for n, p in probe.named_parameters() if p.requires_grad}
         if not params:
@@ -311,14 +298,15 @@ class _Checks:
                 return
             adamw.step()
         # Several steps, as behind a matrix that starts at zero the first has no gradient.
-        if lost := [n for n in params if n not in reached]:
-            detail = f"none in {N_STEPS} steps for {_named(lost)}"
-            remedy = (
-                "use the layer in forward; look for detach(), no_grad(), .data or a dead activation"
-            )
-            add("gradients", "fail", detail, remedy)
-        else:
-            add("gradients", "pass", f"all {len(params)} parameters get one")
+        lost = [n for n in params if n not in reached]
+        add(
+            "gradients",
+            "fail" if lost else "pass",
+            f"none in {N_STEPS} steps for {_named(lost)}"
+            if lost
+            else f"all {len(params)} parameters get one",
+            "use the layer in forward; look for detach(), no_grad(), .data or a dead activation",
+        )
         add(
             "learning",
             "pass" if losses[-1] < losses[0] else "warn",

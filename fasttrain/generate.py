@@ -79,10 +79,7 @@ def sample_tokens(
 def stream(
     model: Transformer, tokens: Tensor, *, max_new_tokens: int, **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yield the tokens that follow ``tokens``, one (B,) at a time, as they are drawn.
-
-    Arguments and errors are those of `generate`.
-    """
+    """Yield what `generate` appends to ``tokens``, one (B,) at a time, as it is drawn."""
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; start "

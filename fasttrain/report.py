@@ -405,8 +405,8 @@ def page(runs: Sequence[Run]) -> str:
         f"{html.escape(run.name)}</label>"
         for n, run in enumerate(runs)
     ]
-    told = [facts(run, window_steps(runs)) for run in runs]
-    rows = {key: [cells[key] for cells in told] for key in told[0]}
+    columns = [facts(run, window_steps(runs)) for run in runs]
+    rows = {key: [cells[key] for cells in columns] for key in columns[0]}
     choices = [
         f'<label><input type="radio" name="over" onchange="over(\'{axis}\')"'
         f"{' checked' if axis == 'steps' else ''}> over {axis}</label>"
