@@ -21,10 +21,6 @@ from torch import Tensor, nn
 from fasttrain.config.keys import counted
 from fasttrain.objective import by_key, logits_of, shift
 
-# Norm of the whole gradient: about 1 at initialisation.
-
-NORM_WARN, NORM_FAIL = 1e2, 1e4
-N_STEPS = 8  # on the one batch: with AdamW at 1e-3 any sound model falls visibly by then
 Status = Literal["pass", "warn", "fail"]
 
 # A first loss above ln V means that the model is sure of what it cannot know. Initialised as GPT-2
@@ -32,6 +28,9 @@ Status = Literal["pass", "warn", "fail"]
 LOSS_WARN, LOSS_FAIL = 0.5, 2.0
 # Root mean square of a module's output: at initialisation 1 to 10 in this field.
 RMS_WARN, RMS_FAIL = 1e2, 1e3
+# Norm of the whole gradient: about 1 at initialisation.
+NORM_WARN, NORM_FAIL = 1e2, 1e4
+N_STEPS = 8  # on the one batch: with AdamW at 1e-3 the loss of any sound model falls by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,245 +62,8 @@ class Diagnosis:
         """Append a line; the remedy is for one that does not pass."""
         self.findings.append(Finding(check, status, detail, remedy if status != "pass" else ""))
 
-    def passed(self, check: str, detail: str) -> None:
-        self.add(check, "pass", detail)
-
-    def warn(self, check: str, detail: str, remedy: str) -> None:
-        self.add(check, "warn", detail, remedy)
-
-    def fail(self, check: str, detail: str, remedy: str) -> None:
-        self.add(check, "fail", detail, remedy)
-
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings))
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
-    if hasattr(batch, "targets"):
-        return batch.tokens, batch.targets
-    given = by_key(batch)
-    tokens = given["input_ids"]
-    if "target_ids" in given:
-        return tokens, given["target_ids"]
-    labels = given.get("labels", tokens)
-    alike = tokens.ndim == 2 and labels.shape == tokens.shape
-    if alike and ((labels == tokens) | (labels == ignore_index)).all():
-        report.warn(
-            "labels",
-            "are the tokens themselves, shifted here",
-            "right for fasttrain.Trainer and transformers, which shift them; else shift them",
-        )
-        labels = shift(labels, given.get("attention_mask"), ignore_index)
-    return tokens, labels
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    """Return how many tokens the model knows: what it says, else the rows of its first table."""
-    for owner in (model, getattr(model, "config", None)):
-        size = getattr(owner, "vocab_size", None)
-        if isinstance(size, int):
-            return size
-    return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
-
-
-def check_data(
-    report: Diagnosis, model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int
-) -> bool:
-    """Check shape and range; return whether the model can be run on the batch."""
-    if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
-        report.fail(
-            "shape",
-            f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}",
-            "give both as (B, T) with at least one token",
-        )
-        return False
-    if tokens.is_floating_point() or targets.is_floating_point():
-        report.fail("shape", f"{tokens.dtype} tokens, {targets.dtype} targets", "use .long()")
-        return False
-    report.passed("shape", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
-    size = _vocab_size(model)
-    kept = targets[targets != ignore_index]
-    if size is not None:
-        for name, ids in (("tokens", tokens), ("targets", kept)):
-            wrong = (ids < 0) | (ids >= size)
-            if wrong.any():
-                report.fail(
-                    "range",
-                    f"{int(wrong.sum())} {name} outside [0, {size}), such as {int(ids[wrong][0])}",
-                    "use the model's own tokenizer, or raise its vocabulary size",
-                )
-                return False
-        report.passed("range", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
-    if kept.numel() == 0:
-        report.fail("targets", "all are ignored: no loss", f"keep some other than {ignore_index}")
-        return False
-    if (tokens == tokens[0, 0]).all() and tokens.numel() > 1:
-        report.warn("variety", "all tokens are the same", "look at the data")
-    elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
-        report.warn("variety", "all rows are the same", "look at how batches are drawn")
-    return True
-
-
-def check_labels(report: Diagnosis, tokens: Tensor, targets: Tensor, ignore_index: int) -> None:
-    inner = targets[:, :-1] != ignore_index
-    if not inner.any():
-        return
-    here, there = targets[:, :-1][inner], tokens[:, 1:][inner]
-    share = (here == there).float().mean().item()
-    same = (here == tokens[:, :-1][inner]).float().mean().item()
-    if share == 1.0:
-        report.passed("labels", "each target is the next token")
-    elif same > max(share, 0.99):
-        report.fail(
-            "labels",
-            "each target is the very token it stands at: the model would learn to copy",
-            "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model shifts itself)",
-        )
-    else:
-        report.add(
-            "labels",
-            "warn" if share > 0.5 else "fail",
-            f"{share:.1%} of the targets are the next token",
-            "unless that is meant, take inputs = ids[:, :-1] and targets = ids[:, 1:]",
-        )
-
-
-# ---- forward -------------------------------------------------------------------------------------
-
-
-def _logits(model: nn.Module, tokens: Tensor) -> Any:
-    torch.clear_autocast_cache()  # it would hold old weights
-    return logits_of(model(tokens))
-
-
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    logits = _logits(model, tokens)
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore_index
-    )
-
-
-@contextmanager
-def _outputs(model: nn.Module, seen: list[tuple[str, float]]) -> Iterator[None]:
-    """Collect the name and the output's root mean square of each module, innermost first."""
-
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.is_floating_point():
-                seen.append((name, out.detach().float().square().mean().sqrt().item()))
-
-        return note
-
-    handles = [m.register_forward_hook(hook(n or "the model")) for n, m in model.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_forward(
-    report: Diagnosis, model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int
-) -> bool:
-    """Check parameters, activations, the shape of the logits and the first loss."""
-    broken = [n for n, p in model.named_parameters() if not p.isfinite().all()]
-    seen: list[tuple[str, float]] = []
-    try:
-        with torch.no_grad(), _evaluating(model), _outputs(model, seen):
-            logits = _logits(model, tokens)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        report.fail(
-            "forward",
-            f"the model raises {type(error).__name__}: {error}",
-            "is the batch longer than the model's positions, or on another device?",
-        )
-        return False
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        report.fail(
-            "logits",
-            f"{found} for tokens {tuple(tokens.shape)}",
-            "return one row of logits for each token: (B, T, V)",
-        )
-        return False
-    first = next((name for name, rms in seen if not math.isfinite(rms)), None)
-    if broken or first or not logits.isfinite().all():
-        held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
-        report.fail(
-            "finite",
-            f"NaN or infinity first comes out of {first or 'the head'}{held}",
-            "reload the weights of that layer"
-            if broken
-            else "look for a division, root or logarithm of zero in that layer, or train in bf16",
-        )
-        return False
-    report.passed("finite", "parameters, activations and logits")
-    name, rms = max(seen, key=lambda item: item[1], default=("", 0.0))
-    status: Status = "fail" if rms > RMS_FAIL else "warn" if rms > RMS_WARN else "pass"
-    report.add(
-        "activations",
-        status,
-        f"the largest come out of {name}, root mean square {rms:.3g}",
-        "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
-    )
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore_index
-    ).item()
-    ln_v = math.log(logits.shape[2])
-    detail = f"{loss:.3f}, ln V = {ln_v:.3f}"
-    if loss > ln_v + LOSS_WARN:
-        status = "fail" if loss > ln_v + LOSS_FAIL else "warn"
-        remedy = "initialise the head smaller, such as normal with 0.02; or the labels are wrong"
-        report.add("first loss", status, detail, remedy)
-    elif loss < ln_v - LOSS_WARN:
-        remedy = "right for trained weights; in new ones targets leak or repeat"
-        report.warn("first loss", detail, remedy)
-    else:
-        report.passed("first loss", detail)
-    return True
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def check_causality(report: Diagnosis, model: nn.Module, tokens: Tensor) -> None:
-    """Check that other tokens from the middle on leave the logits before it alone."""
-    middle = tokens.shape[1] // 2
-    if middle == 0:
-        return
-    probe = copy.deepcopy(model).eval()
-    for p in probe.parameters():
-        if not p.any():  # projections and gates that start at zero would hide what attention sees
-            p.normal_(std=p.shape[-1] ** -0.5 if p.ndim else 1.0)
-    size = _vocab_size(model) or int(tokens.max()) + 1
-    changed = tokens.clone()
-    changed[:, middle:] = (changed[:, middle:] + 1) % size
-    a, b = _logits(probe, tokens)[:, :middle], _logits(probe, changed)[:, :middle]
-    largest = (a - b).abs().max().item()
-    # Rounding differs with the values that share a block: some ulps of the narrowest dtype used.
-    narrow = torch.is_autocast_enabled(tokens.device.type) or a.dtype != torch.float32
-    tolerance = (5e-2 if narrow else 1e-4) * max(a.abs().max().item(), 1e-3)
-    if largest > tolerance:
-        moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
-        report.fail(
-            "causality",
-            f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on",
-            "mask attention (is_causal=True) and look for norms or shifts along the sequence",
-        )
-    else:
-        report.passed("causality", "no position depends on a later token")
 
 
 def diagnose(
@@ -330,150 +92,335 @@ def diagnose(
     Memory: two copies of the model, of which one with AdamW's state, and its logits.
     """
     report = Diagnosis()
-    optimizers = (
-        [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
-    )
-    tokens, targets = unpack(report, batch, ignore_index)
+    checks = _Checks(report, model, *_unpack(report, batch, ignore_index), ignore_index)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
-        if not check_data(report, model, tokens, targets, ignore_index):
-            return report
-        check_labels(report, tokens, targets, ignore_index)
-        if not check_forward(report, model, tokens, targets, ignore_index):
-            return report
-        check_causality(report, model, tokens)
-        _check_training(report, model, tokens, targets, ignore_index)
-        _check_optimizers(report, model, optimizers, tokens, targets, ignore_index)
+        if checks.data() and checks.labels() and checks.forward():
+            checks.causality()
+            checks.training()
+            one = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+            checks.optimizers(list(one or ()))
     return report
 
 
-# ---- backward and update -------------------------------------------------------------------------
-
-
-def _check_training(
-    report: Diagnosis, model: nn.Module, tokens: Tensor, targets: Tensor, ignore_index: int
-) -> None:
-    """Train a copy on the one batch: gradients everywhere, of a sane size, and a falling loss."""
-    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
-        report.warn(
-            "frozen",
-            f"no gradient for {counted(len(frozen), 'parameter')}: {', '.join(frozen[:3])}",
-            "right where meant, as in fine-tuning; else .requires_grad_(True)",
+def _unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets; labels that are the tokens themselves are shifted."""
+    if hasattr(batch, "targets"):
+        return batch.tokens, batch.targets
+    given = by_key(batch)
+    tokens = given["input_ids"]
+    if "target_ids" in given:
+        return tokens, given["target_ids"]
+    labels = given.get("labels", tokens)
+    alike = tokens.ndim == 2 and labels.shape == tokens.shape
+    if alike and ((labels == tokens) | (labels == ignore_index)).all():
+        report.add(
+            "labels",
+            "warn",
+            "are the tokens themselves, shifted here",
+            "right for fasttrain.Trainer and transformers, which shift them; else shift them",
         )
-    probe = copy.deepcopy(model).train()
-    params = {n: p for n, p in probe.named_parameters() if p.requires_grad}
-    if not params:
-        report.fail("gradients", "no parameter takes one", "call .requires_grad_(True)")
-        return
-    adamw = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
-    reached: set[str] = set()
-    losses: list[float] = []
-    for _ in range(N_STEPS):
-        loss = loss_of(probe, tokens, targets, ignore_index)
-        losses.append(loss.item())
-        adamw.zero_grad()
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-        grads = {n: p.grad for n, p in params.items() if p.grad is not None}
-        reached |= {n for n, grad in grads.items() if grad.any()}
-        if len(losses) == 1 and grads and not _norm(report, grads):
+        labels = shift(labels, given.get("attention_mask"), ignore_index)
+    return tokens, labels
+
+
+@dataclass
+class _Checks:
+    """The checks of one model on one batch; each that returns False makes the rest meaningless."""
+
+    report: Diagnosis
+    model: nn.Module
+    tokens: Tensor
+    targets: Tensor
+    ignore_index: int
+
+    # ---- data ------------------------------------------------------------------------------------
+
+    def data(self) -> bool:
+        """Check shape and range; return whether the model can be run on the batch."""
+        add, tokens, targets = self.report.add, self.tokens, self.targets
+        if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
+            found = f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
+            add("shape", "fail", found, "give both as (B, T) with at least one token")
+            return False
+        if tokens.is_floating_point() or targets.is_floating_point():
+            add("shape", "fail", f"{tokens.dtype} tokens, {targets.dtype} targets", "use .long()")
+            return False
+        add("shape", "pass", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
+        size, kept = _vocab_size(self.model), targets[targets != self.ignore_index]
+        if size is not None:
+            for name, ids in (("tokens", tokens), ("targets", kept)):
+                if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
+                    found = f"{wrong.numel()} {name} outside [0, {size}), such as {int(wrong[0])}"
+                    remedy = "use the model's own tokenizer, or raise its vocabulary size"
+                    add("range", "fail", found, remedy)
+                    return False
+            add("range", "pass", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
+        if kept.numel() == 0:
+            remedy = f"keep some other than {self.ignore_index}"
+            add("targets", "fail", "all are ignored: no loss", remedy)
+            return False
+        if (tokens == tokens[0, 0]).all() and tokens.numel() > 1:
+            add("variety", "warn", "all tokens are the same", "look at the data")
+        elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
+            add("variety", "warn", "all rows are the same", "look at how batches are drawn")
+        return True
+
+    def labels(self) -> bool:
+        """Check that the targets are the next tokens."""
+        inner = self.targets[:, :-1] != self.ignore_index
+        if not inner.any():
+            return True
+        here, there = self.targets[:, :-1][inner], self.tokens[:, 1:][inner]
+        share = (here == there).float().mean().item()
+        same = (here == self.tokens[:, :-1][inner]).float().mean().item()
+        status: Status = "pass" if share == 1.0 else "warn" if share > 0.5 else "fail"
+        detail = f"{share:.1%} of the targets are the next token"
+        remedy = "unless that is meant, take inputs = ids[:, :-1] and targets = ids[:, 1:]"
+        if status == "pass":
+            detail = "each target is the next token"
+        elif same > max(share, 0.99):
+            status = "fail"
+            detail = "each target is the very token it stands at: the model would learn to copy"
+            remedy = "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model "
+            remedy += "shifts itself)"
+        self.report.add("labels", status, detail, remedy)
+        return True
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def loss(self, logits: Tensor) -> Tensor:
+        flat, targets = logits.float().flatten(0, 1), self.targets.flatten()
+        return F.cross_entropy(flat, targets, ignore_index=self.ignore_index)
+
+    def forward(self) -> bool:
+        """Check parameters, activations, the shape of the logits and the first loss."""
+        add, tokens = self.report.add, self.tokens
+        broken = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        try:
+            with torch.no_grad(), _evaluating(self.model), _outputs(self.model) as seen:
+                logits = _logits(self.model, tokens)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            detail = f"the model raises {type(error).__name__}: {error}"
+            remedy = "is the batch longer than the model's positions, or on another device?"
+            add("forward", "fail", detail, remedy)
+            return False
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            detail = f"{found} for tokens {tuple(tokens.shape)}"
+            add("logits", "fail", detail, "return one row of logits for each token: (B, T, V)")
+            return False
+        first = next((name for name, rms in seen if not math.isfinite(rms)), None)
+        if broken or first or not logits.isfinite().all():
+            held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
+            add(
+                "finite",
+                "fail",
+                f"NaN or infinity first comes out of {first or 'the head'}{held}",
+                "reload the weights of that layer"
+                if broken
+                else "look for a division, root or logarithm of zero in that layer, or train in "
+                "bf16",
+            )
+            return False
+        add("finite", "pass", "parameters, activations and logits")
+        name, rms = max(seen, key=lambda item: item[1], default=("", 0.0))
+        add(
+            "activations",
+            "fail" if rms > RMS_FAIL else "warn" if rms > RMS_WARN else "pass",
+            f"the largest come out of {name}, root mean square {rms:.3g}",
+            "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
+        )
+        loss, ln_v = self.loss(logits).item(), math.log(logits.shape[2])
+        status: Status = "pass"
+        remedy = "initialise the head smaller, such as normal with 0.02; or the labels are wrong"
+        if loss > ln_v + LOSS_WARN:
+            status = "fail" if loss > ln_v + LOSS_FAIL else "warn"
+        elif loss < ln_v - LOSS_WARN:
+            status, remedy = "warn", "right for trained weights; in new ones targets leak or repeat"
+        add("first loss", status, f"{loss:.3f}, ln V = {ln_v:.3f}", remedy)
+        return True
+
+    @torch.no_grad()
+    def causality(self) -> None:
+        """Check that changing the tokens from the middle on leaves the logits before it alone."""
+        tokens, middle = self.tokens, self.tokens.shape[1] // 2
+        if middle == 0:
             return
-        adamw.step()
-    # Several steps, for behind a matrix that starts at zero there is no gradient in the first.
-    lost = [n for n in params if n not in reached]
-    if lost:
-        report.fail(
+        probe = copy.deepcopy(self.model).eval()
+        for p in probe.parameters():
+            if not p.any():  # projections and gates that start at zero would hide the attention
+                p.normal_(std=p.shape[-1] ** -0.5 if p.ndim else 1.0)
+        size = _vocab_size(self.model) or int(tokens.max()) + 1
+        changed = tokens.clone()
+        changed[:, middle:] = (changed[:, middle:] + 1) % size
+        a, b = _logits(probe, tokens)[:, :middle], _logits(probe, changed)[:, :middle]
+        largest = (a - b).abs().max().item()
+        # Rounding differs with the values that share a block: some ulps of the narrowest dtype.
+        narrow = torch.is_autocast_enabled(tokens.device.type) or a.dtype != torch.float32
+        tolerance = (5e-2 if narrow else 1e-4) * max(a.abs().max().item(), 1e-3)
+        if largest <= tolerance:
+            self.report.add("causality", "pass", "no position depends on a later token")
+            return
+        moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
+        self.report.add(
+            "causality",
+            "fail",
+            f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on",
+            "mask attention (is_causal=True) and look for norms or shifts along the sequence",
+        )
+
+    # ---- backward and update ---------------------------------------------------------------------
+
+    def training(self) -> None:
+        """Train a copy on the batch: gradients everywhere, of a sane size, and a falling loss."""
+        add = self.report.add
+        if frozen := [n for n, p in self.model.named_parameters() if not p.requires_grad]:
+            remedy = "right where meant, as in fine-tuning; else .requires_grad_(True)"
+            add("frozen", "warn", f"no gradient for {_named(frozen)}", remedy)
+        probe = copy.deepcopy(self.model).train()
+        params = {n: p for n, p in probe.named_parameters() if p.requires_grad}
+        if not params:
+            add("gradients", "fail", "no parameter takes one", "call .requires_grad_(True)")
+            return
+        adamw = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
+        reached: set[str] = set()
+        losses: list[float] = []
+        for _ in range(N_STEPS):
+            loss = self.loss(_logits(probe, self.tokens))
+            losses.append(loss.item())
+            adamw.zero_grad()
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            grads = {n: p.grad for n, p in params.items() if p.grad is not None}
+            reached |= {n for n, grad in grads.items() if grad.any()}
+            if len(losses) == 1 and grads and not self.norm(grads):
+                return
+            adamw.step()
+        # Several steps, as behind a matrix that starts at zero the first has no gradient.
+        lost = [n for n in params if n not in reached]
+        add(
             "gradients",
-            f"none in {N_STEPS} steps for {counted(len(lost), 'parameter')}: {', '.join(lost[:3])}",
+            "fail" if lost else "pass",
+            f"none in {N_STEPS} steps for {_named(lost)}"
+            if lost
+            else f"all {len(params)} parameters get one",
             "use the layer in forward; look for detach(), no_grad(), .data or a dead activation",
         )
-    else:
-        report.passed("gradients", f"all {len(params)} parameters get one")
-    status: Status = "pass" if losses[-1] < losses[0] else "warn"
-    report.add(
-        "learning",
-        status,
-        f"the batch's loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW steps",
-        "one batch is not learnt: see the lines above, and the loss",
-    )
+        add(
+            "learning",
+            "pass" if losses[-1] < losses[0] else "warn",
+            f"the batch's loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW "
+            "steps",
+            "one batch is not learnt: see the lines above, and the loss",
+        )
 
-
-def _norm(report: Diagnosis, grads: dict[str, Tensor]) -> bool:
-    norms = {n: grad.float().norm().item() for n, grad in grads.items()}
-    total = math.sqrt(sum(v * v for v in norms.values()))
-    if not math.isfinite(total):
-        # Backward runs from the end: the last of these layers was the first to break.
-        last = [n for n, v in norms.items() if not math.isfinite(v)][-1]
-        report.fail(
+    def norm(self, grads: dict[str, Tensor]) -> bool:
+        """Check the norm of the gradient; return whether it is finite."""
+        norms = {n: grad.float().norm().item() for n, grad in grads.items()}
+        total = math.sqrt(sum(v * v for v in norms.values()))
+        if not math.isfinite(total):
+            # Backward runs from the end: the last of these layers was the first to break.
+            last = [n for n, v in norms.items() if not math.isfinite(v)][-1]
+            remedy = "look for a root, norm or division of zero there, or train in bf16"
+            self.report.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
+            return False
+        self.report.add(
             "gradient norm",
-            f"not finite, first in {last}",
-            "look for a root, norm or division of zero there, or train in bf16",
+            "fail" if total > NORM_FAIL else "warn" if total > NORM_WARN else "pass",
+            f"{total:.3g}, most of it in {max(norms, key=lambda n: norms[n])}",
+            "initialise smaller, clip (train.max_grad_norm), warm up",
         )
-        return False
-    status: Status = "fail" if total > NORM_FAIL else "warn" if total > NORM_WARN else "pass"
-    largest = max(norms, key=lambda n: norms[n])
-    report.add(
-        "gradient norm",
-        status,
-        f"{total:.3g}, most of it in {largest}",
-        "initialise smaller, clip (train.max_grad_norm), warm up",
-    )
-    return True
+        return True
 
-
-def _check_optimizers(
-    report: Diagnosis,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    tokens: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-) -> None:
-    """Check learning rates, and that a step changes every parameter that it should."""
-    if not optimizers:
-        return
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    outside = [n for n, p in names.items() if id(p) not in held]
-    if outside:
-        report.fail(
-            "optimizer",
-            f"{counted(len(outside), 'parameter')} in no optimizer: {', '.join(outside[:3])}",
-            "build it from this very model's parameters, after moving or wrapping it",
-        )
-    rates = [float(g["lr"]) for o in optimizers for g in o.param_groups]
-    if not any(rates):
-        report.fail(
+    def optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Check learning rates, and that a step changes every parameter that it should."""
+        if not optimizers:
+            return
+        add, groups = self.report.add, [g for o in optimizers for g in o.param_groups]
+        held = {id(p) for g in groups for p in g["params"]}
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if outside := [n for n, p in trained.items() if id(p) not in held]:
+            remedy = "build it from this very model's parameters, after moving or wrapping it"
+            add("optimizer", "fail", _named(outside, " in no optimizer"), remedy)
+        rates = [float(g["lr"]) for g in groups]
+        if not any(rates):
+            add(
+                "learning rate",
+                "fail",
+                "zero: nothing will change",
+                "raise it, or look at the schedule: a warmup must not start at zero and stay there",
+            )
+            return
+        add(
             "learning rate",
-            "zero: nothing will change",
-            "raise it, or look at the schedule: a warmup must not start at zero and stay there",
+            "warn" if 0.0 in rates or max(rates) > 1.0 else "pass",
+            ", ".join(f"{r:.3g}" for r in rates),
+            "zero leaves its group as it is; above 1 is rarely meant",
         )
-        return
-    status: Status = "warn" if 0.0 in rates or max(rates) > 1.0 else "pass"
-    report.add(
-        "learning rate",
-        status,
-        ", ".join(f"{r:.3g}" for r in rates),
-        "zero leaves its group as it is; above 1 is rarely meant",
-    )
-    probe, steppers = copy.deepcopy((model, optimizers))
-    before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}
-    for _ in range(3):
-        loss = loss_of(probe, tokens, targets, ignore_index)
-        for stepper in steppers:
-            stepper.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for stepper in steppers:
-            stepper.step()
-    same = [n for n, p in probe.named_parameters() if n in before and torch.equal(p, before[n])]
-    same = [n for n in same if n not in outside]
-    if same:
-        report.add(
+        probe, steppers = copy.deepcopy((self.model, optimizers))
+        before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}
+        for _ in range(3):
+            loss = self.loss(_logits(probe, self.tokens))
+            for stepper in steppers:
+                stepper.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for stepper in steppers:
+                stepper.step()
+        after = dict(probe.named_parameters())
+        same = [n for n, p in before.items() if torch.equal(after[n], p) and n not in outside]
+        add(
             "update",
-            "fail" if 0.0 not in rates else "warn",
-            f"3 steps do not change {counted(len(same), 'parameter')}: {', '.join(same[:3])}",
+            "pass" if not same else "fail" if 0.0 not in rates else "warn",
+            f"3 steps do not change {_named(same)}" if same else "a step changes every parameter",
             "see the gradients and learning rates above; a bf16 parameter may round its step away",
         )
-    else:
-        report.passed("update", "a step changes every parameter")
+
+
+def _named(names: list[str], where: str = "") -> str:
+    return f"{counted(len(names), 'parameter')}{where}: {', '.join(names[:3])}"
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """Return how many tokens the model knows: what it says, else the rows of its first table."""
+    for owner in (model, getattr(model, "config", None)):
+        size = getattr(owner, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Any:
+    torch.clear_autocast_cache()  # it would hold old weights
+    return logits_of(model(tokens))
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
+    """Collect the name and the output's root mean square of each module, innermost first."""
+    seen: list[tuple[str, float]] = []
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and out.is_floating_point():
+                seen.append((name, out.detach().float().square().mean().sqrt().item()))
+
+        return note
+
+    handles = [m.register_forward_hook(hook(n or "the model")) for n, m in model.named_modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

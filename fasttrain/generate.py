@@ -1,8 +1,8 @@
-"""Sampling from a trained model: ``generate`` and ``python -m fasttrain.generate RUN --prompt …``.
+"""Text from a trained model: ``generate`` and ``python -m fasttrain.generate RUN --prompt …``.
 
 Keys and values of earlier tokens are cached, so that a token costs a forward pass of one position.
 A text longer than the model's ``seq_len`` slides: when the cache is full, the last half of it is
-encoded anew and the rest forgotten, so each token sees between seq_len/2 and seq_len tokens.
+encoded again and the rest dropped, so each token sees between seq_len/2 and seq_len tokens.
 
 Legend: B batch, T prompt tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +29,7 @@ from fasttrain.model.transformer import Transformer
 
 EXIT_INTERRUPTED = 130
 
-
-class Sampling(TypedDict, total=False):
-    """How a token is drawn: the options of `sample_tokens`, each with its default there."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    greedy: bool
-    generator: torch.Generator | None
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def sample_tokens(
@@ -49,18 +41,11 @@ def sample_tokens(
     greedy: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token for each row of logits.
+    """Draw one token for each row of logits (B, V); return them as int64 (B,).
 
-    Args:
-        logits: (B, V), any float dtype.
-        temperature: divides the logits; 0 means greedy.
-        top_k: keep the k likeliest tokens (more where the k-th ties); more than V keeps all.
-        top_p: of those, keep the fewest that together reach this probability, in (0, 1].
-        greedy: take the likeliest token and ignore the options above.
-        generator: source of randomness, on the device of ``logits``; None: torch's own.
-
-    Returns:
-        Tokens, int64 (B,).
+    ``temperature`` divides the logits; at 0, or with ``greedy``, the likeliest token is taken.
+    ``top_k`` keeps the k likeliest tokens, more where the k-th ties. Of those ``top_p`` keeps the
+    fewest that together reach this probability, in (0, 1].
 
     Raises:
         ValueError: an option is out of range.
@@ -92,23 +77,16 @@ def sample_tokens(
 
 @torch.no_grad()
 def stream(
-    model: Transformer,
-    tokens: Tensor,
-    *,
-    max_new_tokens: int,
-    **sampling: Unpack[Sampling],
+    model: Transformer, tokens: Tensor, *, max_new_tokens: int, **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yield the tokens that go on from ``tokens``, one (B,) at a time, as they are drawn.
-
-    Arguments and errors are those of `generate`.
-    """
+    """Yield what `generate` appends to ``tokens``, one (B,) at a time, as it is drawn."""
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; start "
             "an empty prompt with the end-of-text token"
         )
     limit = model.seq_len
-    recent = tokens[:, -limit:]  # what is not in the cache, or must come again when that is full
+    recent = tokens[:, -limit:]  # not in the cache, or to be encoded again when it is full
     cache = model.new_cache(tokens.shape[0], min(limit, recent.shape[1] + max_new_tokens))
     pending = recent
     for _ in range(max_new_tokens):
@@ -134,24 +112,13 @@ def generate(
     *,
     max_new_tokens: int,
     stop_token: int | None = None,
-    **sampling: Unpack[Sampling],
+    **sampling: Any,
 ) -> Tensor:
-    """Go on from ``tokens`` with tokens drawn from the model.
+    """Return the prompts (B, T) with up to ``max_new_tokens`` drawn tokens appended to each.
 
-    The model computes in evaluation mode (without dropout) and is left in the mode it was in.
-
-    Args:
-        model: the model.
-        tokens: prompts, int64 (B, T) on the model's device, T at least 1; of a prompt longer than
-            ``model.seq_len`` the model sees the last ``seq_len`` tokens.
-        max_new_tokens: how many tokens to draw at most; T and they may pass ``seq_len`` (see the
-            module's docstring).
-        stop_token: a row is finished when this is drawn, and filled up with it.
-        **sampling: ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``generator``, as
-            `sample_tokens` takes them.
-
-    Returns:
-        Prompts and their continuations, int64 (B, T + n), n at most ``max_new_tokens``.
+    The model computes in evaluation mode and is left in the mode it was in. Of a prompt longer than
+    ``model.seq_len`` it sees the last ``seq_len`` tokens. A row that draws ``stop_token`` is
+    finished and filled up with it. ``sampling`` are the options of `sample_tokens`.
 
     Raises:
         ValueError: ``tokens`` is not (B, T) with T ≥ 1, or a sampling option is out of range.
@@ -177,11 +144,129 @@ def generate(
     return torch.cat(columns, dim=1)
 
 
-def load_model(
-    run_or_checkpoint: str | Path,
+# ---- text ----------------------------------------------------------------------------------------
+
+N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
+
+
+def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the first words of some documents, evenly spread over a split, as distinct prompts.
+
+    Raises:
+        DataError: the split does not say where its documents end.
+    """
+    ends = dataset.document_ends
+    found = []
+    for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
+        begin = int(ends[number - 1]) if number else 0
+        ids = dataset.read(begin, min(int(ends[number]) - begin, BEGINNING_TOKENS)).tolist()
+        # The last character may be incomplete.
+        found.append(tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return tuple(dict.fromkeys(found))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return a prompt's tokens; an empty one starts a new document.
+
+    Raises:
+        UserError: it is empty and the tokenizer has no end-of-text token, or it is not UTF-8.
+    """
+    ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
+    if not ids and end is None:
+        raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
+    return ids or [end or 0]
+
+
+class Decoder:
+    """Turns tokens into text as they come; characters that are not yet complete are held back."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        # Decoding starts some tokens back: a decoder may treat the start of a text differently.
+        self._start, self._shown = max(0, len(self._ids) - 8), len(self._ids)
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """Add a token and return the text that it completes."""
+        self._ids.append(token)
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        text: str = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+
+def stream_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
     *,
-    device: str | torch.device = "cpu",
-    which: str = "best",
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    **sampling: Any,
+) -> Iterator[str]:
+    """Yield the text that follows ``prompt`` piece by piece, as it is drawn.
+
+    It ends before the first of ``stop``, of which no part is shown, or at the end of the document.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    decoder, held, end = Decoder(tokenizer, ids), "", end_of_text_id(tokenizer)
+    tokens = torch.tensor([ids], device=model.embedding.weight.device)
+    drawn = stream(model, tokens, max_new_tokens=max_new_tokens, **sampling)
+    for number, token in enumerate(drawn, start=1):
+        if token.item() == end:
+            break
+        held += decoder.push(int(token), last=number == max_new_tokens)
+        if (cut := _first_stop(held, stop)) is not None:
+            yield held[:cut]
+            return
+        # What may be the beginning of a stop string waits for its end.
+        begun = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
+        if ready := len(held) - max(begun, default=0):
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    **sampling: Any,
+) -> list[str]:
+    """Return for each prompt the text that follows it, up to the first of ``stop``.
+
+    Prompts of equal length in tokens are computed together: without padding, each sees itself
+    alone. The numbers drawn depend on all prompts and on the generator.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    end, device = end_of_text_id(tokenizer), model.embedding.weight.device
+    texts = [""] * len(prompts)
+    for length in sorted({len(ids) for ids in encoded}):
+        members = [i for i, ids in enumerate(encoded) if len(ids) == length]
+        tokens = torch.tensor([encoded[i] for i in members], device=device)
+        out = generate(model, tokens, max_new_tokens=max_new_tokens, stop_token=end, **sampling)
+        for i, row in zip(members, out[:, length:].tolist(), strict=True):
+            text = tokenizer.decode(row[: row.index(end)] if end in row else row)
+            texts[i] = text[: _first_stop(text, stop)]
+    return texts
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop string begins in ``text``, or None."""
+    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def load_model(
+    run_or_checkpoint: str | Path, *, device: str | torch.device = "cpu", which: str = "best"
 ) -> Transformer:
     """Return the trained model of a run or checkpoint folder, in evaluation mode.
 
@@ -211,40 +296,37 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     return model.to(device).eval(), loaded.path
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog("generate"), description="Generate text with a trained model."
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
+    add(
         "--prompt",
         action="append",
         metavar="TEXT",
         help="text to go on from (empty: a new document); several are computed as a batch",
     )
-    parser.add_argument(
-        "--interactive", action="store_true", help="go on from each line of the input, in turn"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
-    )
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="… that together have probability P"
-    )
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
-    parser.add_argument("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
+    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
+    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="… that together have probability P")
+    add("--greedy", action="store_true", help="take the likeliest token each time")
+    add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
+    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
     if "" in options.stop:
@@ -253,12 +335,8 @@ def _run(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
-    sampling: Sampling = {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "greedy": options.greedy,
-    }
+    names = ("temperature", "top_k", "top_p", "greedy")
+    sampling: dict[str, Any] = {name: getattr(options, name) for name in names}
     try:
         sample_tokens(torch.zeros(1, 1), **sampling)  # refuse bad options before the model is read
     except ValueError as error:
@@ -276,13 +354,12 @@ def _run(options: argparse.Namespace) -> None:
             "give the tokenizer that its data was made with"
         )
     shown = clean if sys.stdout.isatty() else str
-    n, stop = options.max_tokens, options.stop
+    sampling |= {"max_new_tokens": options.max_tokens, "stop": options.stop}
 
     def say(prompt: str) -> None:
-        """Print a text while it is drawn; the same seed and prompt, the same text."""
-        sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
-        pieces = stream_text(model, tokenizer, prompt, max_new_tokens=n, stop=stop, **sampling)
-        for piece in pieces:
+        """Print a text while it is drawn; the same seed and prompt give the same text."""
+        generator = torch.Generator(device).manual_seed(options.seed)
+        for piece in stream_text(model, tokenizer, prompt, generator=generator, **sampling):
             print(shown(piece), end="", flush=True)
         print()
 
@@ -292,13 +369,13 @@ def _run(options: argparse.Namespace) -> None:
         return
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
-        encode_prompt(tokenizer, prompts[0])  # refused before it is shown
+        encode_prompt(tokenizer, prompts[0])  # raise before it is shown
         print(prompts[0], end="", flush=True)
         say(prompts[0])
         return
-    sampling["generator"] = torch.Generator(device).manual_seed(options.seed)
-    done = complete(model, tokenizer, prompts, max_new_tokens=n, stop=stop, **sampling)
-    for number, (prompt, text) in enumerate(zip(prompts, done, strict=True), start=1):
+    generator = torch.Generator(device).manual_seed(options.seed)
+    texts = complete(model, tokenizer, prompts, generator=generator, **sampling)
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
         print(f"--- sample {number}\n{prompt}{shown(text)}")
 
 
@@ -323,140 +400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
         return EXIT_INTERRUPTED
     return 0
-
-
-N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
-
-
-def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return as prompts how some documents begin, evenly spread over a split; no two are alike.
-
-    Raises:
-        DataError: where its documents end is not known.
-    """
-    ends = dataset.document_ends
-    found = []
-    for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
-        begin = int(ends[number - 1]) if number else 0
-        ids = dataset.read(begin, min(int(ends[number]) - begin, BEGINNING_TOKENS)).tolist()
-        # The last character may be cut in its middle.
-        found.append(tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}"))
-    return tuple(dict.fromkeys(found))
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return a prompt's tokens; an empty one starts a new document.
-
-    Raises:
-        UserError: it has no token, and the tokenizer none that starts a document; or it is none.
-    """
-    ids = encode(tokenizer, prompt)
-    end = end_of_text_id(tokenizer)
-    if not ids and end is None:
-        raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
-    return ids or [end or 0]
-
-
-class Decoder:
-    """Turns tokens into text as they come, holding back characters that are not yet complete."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt)
-        # Decoding starts some tokens back: a decoder may treat the start of a text differently.
-        self._start, self._shown = max(0, len(self._ids) - 8), len(self._ids)
-
-    def push(self, token: int, *, last: bool = False) -> str:
-        """Add a token and return the text that it completes."""
-        self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        text: str = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
-
-
-def stream_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    **sampling: Unpack[Sampling],
-) -> Iterator[str]:
-    """Yield the text that goes on from ``prompt`` piece by piece, as it is drawn.
-
-    It ends before the first of ``stop``, of which no part is shown, or at the end of the document.
-    """
-    ids = encode_prompt(tokenizer, prompt)
-    decoder, held, end = Decoder(tokenizer, ids), "", end_of_text_id(tokenizer)
-    tokens = torch.tensor([ids], device=model.embedding.weight.device)
-    drawn = stream(model, tokens, max_new_tokens=max_new_tokens, **sampling)
-    for number, token in enumerate(drawn, start=1):
-        if token.item() == end:
-            break
-        held += decoder.push(int(token), last=number == max_new_tokens)
-        cut = _first_stop(held, stop)
-        if cut is not None:
-            yield held[:cut]
-            return
-        # What may be the beginning of a stop string waits for its end.
-        ready = len(held) - max((_overlap(held, s) for s in stop), default=0)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    if held:
-        yield held
-
-
-def complete(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    **sampling: Unpack[Sampling],
-) -> list[str]:
-    """Return for each prompt the text that goes on from it.
-
-    Prompts of as many tokens are computed together: without padding, each sees itself alone. The
-    numbers drawn depend on all prompts and on the generator.
-
-    Args:
-        model: the model.
-        tokenizer: of its data.
-        prompts: any number, of any lengths.
-        max_new_tokens: of each.
-        stop: a text ends before the first of these.
-        **sampling: as `fasttrain.generate.sample_tokens` takes it.
-    """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    end, device = end_of_text_id(tokenizer), model.embedding.weight.device
-    texts = [""] * len(prompts)
-    for length in sorted({len(ids) for ids in encoded}):
-        members = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        tokens = torch.tensor([encoded[i] for i in members], device=device)
-        out = generate(
-            model, tokens, max_new_tokens=max_new_tokens, stop_token=end, **sampling
-        )[:, length:]  # fmt: skip
-        for i, row in zip(members, out.tolist(), strict=True):
-            text = tokenizer.decode(row[: row.index(end)] if end in row else row)
-            texts[i] = text[: _first_stop(text, stop)]
-    return texts
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string begins in ``text``, or None."""
-    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of ``text`` may be the beginning of ``stop``."""
-    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,46 +25,218 @@ from fasttrain.command import command, prog
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
+from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim, outline
 from fasttrain.redact import redact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEDY = "give the folder of a downloaded model"
+# Settings that Hugging Face's three architectures lack.
+OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
+
+# ---- names ---------------------------------------------------------------------------------------
 
 
-# ---- export ----------------------------------------------------------------------------------
+class Family(NamedTuple):
+    """How an architecture of Hugging Face names what our model has; ours → theirs."""
+
+    outer: dict[str, str]  # parameters outside the blocks
+    layers: str  # the prefix of the blocks
+    block: dict[str, tuple[str, ...]]  # parts with a weight and perhaps a bias; several are stacked
+    keys: dict[str, str]  # of the config
+    positions: str  # their key for the longest sequence
+    defaults: dict[str, Any]  # of their keys that may be missing
+    settings: dict[str, Any]  # ours, which they have no key for
+
+
+_GPT2 = Family(
+    outer={
+        "embedding.weight": "transformer.wte.weight",
+        "position_embedding.weight": "transformer.wpe.weight",
+        "norm.weight": "transformer.ln_f.weight",
+        "norm.bias": "transformer.ln_f.bias",
+        "head.weight": "lm_head.weight",
+    },
+    layers="transformer.h",
+    block={
+        "attention_norm": ("ln_1",),
+        "attention.qkv": ("attn.c_attn",),
+        "attention.out": ("attn.c_proj",),
+        "mlp_norm": ("ln_2",),
+        "mlp.up": ("mlp.c_fc",),
+        "mlp.down": ("mlp.c_proj",),
+    },
+    keys={
+        "dim": "n_embd",
+        "n_layers": "n_layer",
+        "n_heads": "n_head",
+        "hidden_dim": "n_inner",
+        "norm_eps": "layer_norm_epsilon",
+        "tied_embeddings": "tie_word_embeddings",
+        "vocab_size": "vocab_size",
+    },
+    positions="n_positions",
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    settings={"mlp": "gelu", "norm": "layer", "positions": "learned", "bias": True},
+)
+_LLAMA = Family(
+    outer={
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    layers="model.layers",
+    block={
+        "attention_norm": ("input_layernorm",),
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.q_norm": ("self_attn.q_norm",),
+        "attention.k_norm": ("self_attn.k_norm",),
+        "attention.out": ("self_attn.o_proj",),
+        "mlp_norm": ("post_attention_layernorm",),
+        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down": ("mlp.down_proj",),
+    },
+    keys={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "hidden_dim": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "bias": "attention_bias",
+        "tied_embeddings": "tie_word_embeddings",
+        "vocab_size": "vocab_size",
+    },
+    positions="max_position_embeddings",
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
+    settings={"mlp": "swiglu"},
+)
+_FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _LLAMA}
+_CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def _parameter_names(model_type: str, n_layers: int) -> dict[str, tuple[str, ...]]:
+    """Return our parameter name → theirs, which are stacked by rows in ours."""
+    family = _FAMILIES[model_type]
+    names: dict[str, tuple[str, ...]] = {k: (name,) for k, name in family.outer.items()}
+    for i in range(n_layers):
+        for ours, theirs in family.block.items():
+            for kind in ("weight", "bias"):
+                their_names = tuple(f"{family.layers}.{i}.{name}.{kind}" for name in theirs)
+                names[f"blocks.{i}.{ours}.{kind}"] = their_names
+    return names
+
+
+def _is_transposed(model_type: str, name: str) -> bool:
+    """Whether Hugging Face stores a matrix as (in, out): GPT-2's linear layers."""
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return model_type == "gpt2" and ".h." in name and name.endswith(ends)
+
+
+def _part_rows(model: Transformer, ours: str) -> list[int] | None:
+    """Return how many rows each part of a fused parameter has; None for one that is whole."""
+    config = model.config
+    if ".attention.qkv." in ours:
+        n_kv = config.n_kv_heads or config.n_heads
+        return [n * model.head_dim for n in (config.n_heads, n_kv, n_kv)]
+    if ".mlp.up." in ours and config.mlp == "swiglu":
+        return [hidden_dim(config)] * 2
+    return None
+
+
+# ---- export --------------------------------------------------------------------------------------
+
+
+def _model_type_of(model: Transformer) -> str:
+    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts.
+
+    Raises:
+        UserError: none has them; names the settings that stand in the way.
+    """
+    c = model.config
+    faults = [
+        f"model.{k} = {getattr(c, k)}" for k in OURS_ALONE if getattr(c, k) not in (None, False)
+    ]
+    gpt2 = c.positions == "learned" and c.norm == "layer" and c.mlp == "gelu" and not c.qk_norm
+    gpt2 &= c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
+    llama = c.positions == "rope" and c.norm == "rms" and c.mlp == "swiglu"
+    if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
+        faults.append(f"model.sliding_window_tokens = {c.sliding_window_tokens}")
+    if llama and c.qk_norm and c.bias:
+        faults.append("model.bias = true together with model.qk_norm")
+    if not (gpt2 or llama):
+        parts = [f"model.{k} = {getattr(c, k)}" for k in ("positions", "norm", "mlp", "qk_norm")]
+        faults.append(" with ".join(parts))
+    if faults:
+        raise UserError(
+            f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
+            f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
+        )
+    return "gpt2" if gpt2 else "qwen3" if c.qk_norm else "llama"
+
+
+def _hf_config(
+    model: Transformer, model_type: str, dtype: torch.dtype, eot: int | None
+) -> dict[str, Any]:
+    c, family = model.config, _FAMILIES[model_type]
+    ours = asdict(c) | {"n_kv_heads": c.n_kv_heads or c.n_heads}
+    ours |= {"head_dim": model.head_dim, "hidden_dim": hidden_dim(c)}
+    config = {
+        "model_type": model_type,
+        "architectures": [_CLASSES[model_type]],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        family.positions: model.seq_len,
+        **{theirs: ours[name] for name, theirs in family.keys.items()},
+    }
+    if model_type == "gpt2":
+        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+        return config | {"activation_function": "gelu_new", **dropouts}
+    return config | {
+        "hidden_act": "silu",
+        # Version 5 of transformers reads this, version 4 rope_theta.
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+        "mlp_bias": c.bias,
+        "attention_dropout": c.dropout,
+    }
 
 
 def _hf_tensors(model: Transformer, model_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
     state = model.state_dict()
     tensors: dict[str, Tensor] = {}
-    for ours, theirs in parameter_names(model_type, model.config.n_layers).items():
+    for ours, theirs in _parameter_names(model_type, model.config.n_layers).items():
         tensor = state.pop(ours, None)
         if tensor is None and model_type == "gpt2" and ours.endswith(".bias"):
             weight = model.get_parameter(ours.removesuffix("bias") + "weight")
             tensor = torch.zeros(weight.shape[0])  # GPT-2 has biases everywhere
         if tensor is None:
             continue
-        rows = part_rows(model, ours) if len(theirs) > 1 else None
+        rows = _part_rows(model, ours) if len(theirs) > 1 else None
         parts = tensor.split(rows) if rows else (tensor,)
         for name, part in zip(theirs, parts, strict=True):
-            part = part.T if is_transposed(model_type, name) else part
+            part = part.T if _is_transposed(model_type, name) else part
             tensors[name] = part.to("cpu", dtype).contiguous()
     assert not state, f"parameters without a counterpart: {sorted(state)}"
     return tensors
 
 
 def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Path:
-    """Write a run's model as a folder that ``transformers`` loads: GPT-2, Llama or Qwen3.
+    """Write a run's model as a folder that ``transformers`` loads; return that folder.
 
-    Args:
-        run: a run folder (its best checkpoint) or a checkpoint folder.
-        out: a folder that does not exist yet.
-        dtype: of the weights: ``fp32``, ``bf16`` or ``fp16``.
-
-    Returns:
-        ``out``, with config.json, model.safetensors and, where the run has one, its tokenizer.
+    A run folder stands for its best checkpoint. ``out`` gets config.json, model.safetensors and,
+    where the run has one, its tokenizer.
 
     Raises:
         UserError: the model has parts that the three architectures lack, or ``out`` exists.
@@ -73,29 +245,25 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
     model = load_model(run)
-    model_type = model_type_of(model)
+    model_type = _model_type_of(model)
     folders = (Path(run), Path(run).parent.parent)  # of a run, of a checkpoint
-    files = [f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()]
-    tokenizer_file = files[0] if files else None
-    eot, special = None, None
-    if tokenizer_file is not None:
-        tokenizer = load_tokenizer(tokenizer_file)
-        eot = end_of_text_id(tokenizer)
-        special = END_OF_TEXT if eot is None else tokenizer.id_to_token(eot)
+    tokenizer_files = [path for f in folders if (path := f / "tokenizer.json").is_file()]
+    tokenizer = load_tokenizer(tokenizer_files[0]) if tokenizer_files else None
+    eot = end_of_text_id(tokenizer) if tokenizer is not None else None
     out.mkdir(parents=True)
     tensors = _hf_tensors(model, model_type, DTYPES[dtype])
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", hf_config(model, model_type, DTYPES[dtype], eot))
+    _write_json(out / "config.json", _hf_config(model, model_type, DTYPES[dtype], eot))
     _write_json(out / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
-    if tokenizer_file is not None:
-        shutil.copyfile(tokenizer_file, out / "tokenizer.json")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer_files[0], out / "tokenizer.json")
         described: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.seq_len,
             "clean_up_tokenization_spaces": False,
         }
         if eot is not None:
-            described |= {"bos_token": special, "eos_token": special}
+            described |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(eot))
         _write_json(out / "tokenizer_config.json", described)
     return out
 
@@ -104,7 +272,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- import ----------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
 class Stored(NamedTuple):
@@ -142,13 +310,11 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in _weight_files(folder):
         if not path.is_file():
-            pickled = any(folder.glob("*.bin"))
-            raise UserError(
-                f"{path}: no such file"
-                + ("; the .bin files beside it are pickles, which can run code: load them with "
-                   "transformers and save_pretrained(…, safe_serialization=True)"
-                   if pickled else f"; {REMEDY}")
-            )  # fmt: skip
+            remedy = REMEDY
+            if any(folder.glob("*.bin")):
+                remedy = "the .bin files beside it are pickles, which can run code: load them with "
+                remedy += "transformers and save_pretrained(…, safe_serialization=True)"
+            raise UserError(f"{path}: no such file; {remedy}")
         for name, (dtype, shape, begin, _) in read_header(path.resolve()).items():
             full = name
             if model_type == "gpt2":  # the original files lack the prefix, and hold masks
@@ -160,7 +326,7 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
                 raise UserError(f"{path}: {name} is in {found[full].path} too; {REMEDY}")
             if not dtype.is_floating_point:
                 raise UserError(f"{path}: {name} is {dtype}, which no parameter is; {REMEDY}")
-            transposed = is_transposed(model_type, full)
+            transposed = _is_transposed(model_type, full)
             found[full] = Stored(path, begin, dtype, tuple(shape), transposed)
     return found
 
@@ -177,7 +343,7 @@ def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list
     model = outline(config, n_stored, folder)
     wanted, missing = model.state_dict(), []
     parts: dict[str, list[Stored]] = {}
-    for ours, theirs in parameter_names(model_type, config.model.n_layers).items():
+    for ours, theirs in _parameter_names(model_type, config.model.n_layers).items():
         there = [found.pop(name) for name in theirs if name in found]
         if ours not in wanted:
             if there and ours != "head.weight":  # tied: some files hold it twice
@@ -188,7 +354,7 @@ def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list
             continue
         parts[ours] = there
         n_rows, *rest = wanted[ours].shape
-        rows = part_rows(model, ours) if len(theirs) > 1 else None
+        rows = _part_rows(model, ours) if len(theirs) > 1 else None
         for name, stored, n in zip(theirs, there, rows or [n_rows], strict=True):
             shape = (*rest, n) if stored.transposed else (n, *rest)
             if stored.shape != shape:
@@ -200,16 +366,11 @@ def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list
 
 
 def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = None) -> Path:
-    """Make a run folder of a GPT-2, Llama or Qwen3 in Hugging Face's format.
+    """Make a run folder of a GPT-2, Llama or Qwen3 in Hugging Face's format; return it.
 
-    Args:
-        folder: with config.json and model.safetensors (or shards and their index).
-        run: a folder that does not exist yet.
-        seq_len: the longest sequence, in tokens; None: as long as the model was made for.
-
-    Returns:
-        ``run``: its checkpoint can be sampled from, exported, and trained on with
-        ``model.init_from``; its config expects a dataset of its tokenizer in ``run/data``.
+    Its checkpoint can be sampled from, exported and, with ``model.init_from``, trained on; its
+    config expects a dataset of its tokenizer in ``run/data``. ``seq_len`` is by default the longest
+    that the model was made for.
 
     Raises:
         UserError: the model has parts that ours lacks, its files do not fit, or ``run`` exists.
@@ -219,7 +380,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
         raise UserError(f"{run} exists already; name a new folder")
     hf = read_json(folder / "config.json", REMEDY)
     try:
-        config = our_config(hf, folder, run, seq_len)
+        config = _our_config(hf, folder, run, seq_len)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
     model_type = hf["model_type"]
@@ -242,7 +403,68 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     return run
 
 
-# ---- command line ----------------------------------------------------------------------------
+def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | None) -> TrainConfig:
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise UserError(
+            f"{folder}: model_type is {show(model_type)}; gpt2, llama and qwen3 can be imported"
+        )
+    family = _FAMILIES[model_type]
+    hf = family.defaults | dict(hf)
+    if model_type == "gpt2":
+        _check_gpt2(hf, folder)
+    else:
+        hf["rope_theta"] = _check_llama(hf, folder) or hf["rope_theta"]
+    model = family.settings | {ours: hf[theirs] for ours, theirs in family.keys.items()}
+    model["qk_norm"] = model_type == "qwen3"
+    positions = hf[family.positions]
+    for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
+        if problem := misfit(int, value, name):
+            raise UserError(f"{folder}: {problem}; {REMEDY}")
+    if seq_len is not None and seq_len > positions:
+        raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
+    if seq_len is not None and model_type == "gpt2" and seq_len != positions:
+        raise UserError(f"--seq-len {seq_len}: a GPT-2 has {positions} learned positions; omit it")
+    data = {"seq_len": seq_len or positions, "path": str(run / "data")}
+    try:
+        return config_from_dict({"model": model, "data": data, "train": {"epochs": 1.0}})
+    except ConfigError as error:
+        raise UserError(f"{folder}: its config.json cannot be: {error}") from error
+
+
+def _refuse_other(hf: Mapping[str, Any], folder: Path, expected: Mapping[str, Any]) -> None:
+    for k, value in expected.items():
+        if hf.get(k, value) != value:
+            raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {show(value)}")
+
+
+def _check_gpt2(hf: Mapping[str, Any], folder: Path) -> None:
+    expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    _refuse_other(hf, folder, expected | {"add_cross_attention": False})
+    if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(
+            f"{folder}: activation_function = {show(hf['activation_function'])} is not supported, "
+            "only GELU in its tanh form"
+        )
+
+
+def _check_llama(hf: Mapping[str, Any], folder: Path) -> Any:
+    """Return rope_theta where it is among the parameters of the rotary positions."""
+    _refuse_other(hf, folder, {"hidden_act": "silu", "use_sliding_window": False})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
+    if hf["model_type"] == "qwen3":
+        _refuse_other(hf, folder, {"attention_bias": False})
+    elif hf.get("mlp_bias", False) != hf["attention_bias"]:
+        raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
+    return rope.get("rope_theta")
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 
 @command
@@ -264,242 +486,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{path}: load it with AutoModelForCausalLM.from_pretrained("{path}")')
     else:
         path = import_model(options.folder, options.run, seq_len=options.seq_len)
-        name = f"run.name={path.name}-tuned"
-        print(f"{path}: sample with python -m fasttrain.generate {path}; train on your text with")
         print(
-            f"python -m fasttrain.prepare {path}/data --tokenizer {path}/tokenizer.json --input …"
+            f"{path}: sample with python -m fasttrain.generate {path}; train on your text with\n"
+            f"python -m fasttrain.prepare {path}/data --tokenizer {path}/tokenizer.json --input …\n"
+            f"python -m fasttrain.train {path}/config.toml model.init_from={path} "
+            f"run.name={path.name}-tuned"
         )
-        print(f"python -m fasttrain.train {path}/config.toml model.init_from={path} {name}")
     return 0
-
-
-REMEDY = "give the folder of a downloaded model"
-# Settings that Hugging Face's three architectures have no counterpart of.
-OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
-
-
-# Our parameter → theirs; parts of blocks have a weight and may have a bias, and several of theirs
-# lie one under the other in ours.
-_GPT2 = {
-    "embedding.weight": "transformer.wte.weight",
-    "position_embedding.weight": "transformer.wpe.weight",
-    "norm.weight": "transformer.ln_f.weight",
-    "norm.bias": "transformer.ln_f.bias",
-    "head.weight": "lm_head.weight",
-}
-_GPT2_BLOCK = {
-    "attention_norm": ("ln_1",),
-    "attention.qkv": ("attn.c_attn",),
-    "attention.out": ("attn.c_proj",),
-    "mlp_norm": ("ln_2",),
-    "mlp.up": ("mlp.c_fc",),
-    "mlp.down": ("mlp.c_proj",),
-}
-_LLAMA = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_LLAMA_BLOCK = {
-    "attention_norm": ("input_layernorm",),
-    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.q_norm": ("self_attn.q_norm",),
-    "attention.k_norm": ("self_attn.k_norm",),
-    "attention.out": ("self_attn.o_proj",),
-    "mlp_norm": ("post_attention_layernorm",),
-    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down": ("mlp.down_proj",),
-}
-
-
-def parameter_names(model_type: str, n_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return our parameter name → theirs, which lie one under the other in ours."""
-    gpt2 = model_type == "gpt2"
-    names: dict[str, tuple[str, ...]] = {
-        ours: (theirs,) for ours, theirs in (_GPT2 if gpt2 else _LLAMA).items()
-    }
-    layers = "transformer.h" if gpt2 else "model.layers"
-    for i in range(n_layers):
-        for ours, theirs in (_GPT2_BLOCK if gpt2 else _LLAMA_BLOCK).items():
-            for kind in ("weight", "bias"):
-                their_names = tuple(f"{layers}.{i}.{name}.{kind}" for name in theirs)
-                names[f"blocks.{i}.{ours}.{kind}"] = their_names
-    return names
-
-
-def is_transposed(model_type: str, name: str) -> bool:
-    """Whether Hugging Face stores a matrix as (in, out): GPT-2's linear layers."""
-    return model_type == "gpt2" and ".h." in name and name.endswith(("c_attn.weight",
-        "c_proj.weight", "c_fc.weight"))  # fmt: skip
-
-
-def part_rows(model: Transformer, ours: str) -> list[int] | None:
-    """Return how many rows each part of a fused parameter has; None for one that is whole."""
-    config = model.config
-    if ".attention.qkv." in ours:
-        n_kv = config.n_kv_heads or config.n_heads
-        return [n * model.head_dim for n in (config.n_heads, n_kv, n_kv)]
-    if ".mlp.up." in ours and config.mlp == "swiglu":
-        return [hidden_dim(config)] * 2
-    return None
-
-
-def model_type_of(model: Transformer) -> str:
-    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts.
-
-    Raises:
-        UserError: none has them; names the settings that stand in the way.
-    """
-    c = model.config
-    faults = [
-        f"model.{k} = {getattr(c, k)}" for k in OURS_ALONE if getattr(c, k) not in (None, False)
-    ]
-    gpt2 = c.positions == "learned" and c.norm == "layer" and c.mlp == "gelu" and not c.qk_norm
-    gpt2 &= c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
-    llama = c.positions == "rope" and c.norm == "rms" and c.mlp == "swiglu"
-    if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
-        faults.append(f"model.sliding_window_tokens = {c.sliding_window_tokens}")
-    if llama and c.qk_norm and c.bias:
-        faults.append("model.bias = true together with model.qk_norm")
-    if not (gpt2 or llama):
-        parts = [f"model.{k} = {getattr(c, k)}" for k in ("positions", "norm", "mlp", "qk_norm")]
-        faults.append(" with ".join(parts))
-    if faults:
-        raise UserError(
-            f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
-            f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
-        )
-    return "gpt2" if gpt2 else "qwen3" if c.qk_norm else "llama"
-
-
-def hf_config(
-    model: Transformer, model_type: str, dtype: torch.dtype, eot: int | None
-) -> dict[str, Any]:
-    c = model.config
-    common = {
-        "model_type": model_type,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tied_embeddings,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-    }
-    if model_type == "gpt2":
-        return common | {
-            "architectures": ["GPT2LMHeadModel"],
-            "n_positions": model.seq_len,
-            "n_embd": c.dim,
-            "n_layer": c.n_layers,
-            "n_head": c.n_heads,
-            "n_inner": hidden_dim(c),
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": c.norm_eps,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
-        }
-    name = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model_type]
-    return common | {
-        "architectures": [name],
-        "hidden_size": c.dim,
-        "intermediate_size": hidden_dim(c),
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads or c.n_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.seq_len,
-        "rms_norm_eps": c.norm_eps,
-        # Version 5 of transformers reads the first, version 4 the second.
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
-        "rope_theta": c.rope_theta,
-        "attention_bias": c.bias,
-        "mlp_bias": c.bias,
-        "attention_dropout": c.dropout,
-    }
-
-
-def our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | None) -> TrainConfig:
-    model_type = hf.get("model_type")
-    if model_type == "gpt2":
-        model, positions = _from_gpt2(hf, folder)
-    elif model_type in ("llama", "qwen3"):
-        model, positions = _from_llama(hf, folder)
-    else:
-        raise UserError(
-            f"{folder}: model_type is {show(model_type)}; gpt2, llama and qwen3 can be imported"
-        )
-    model["vocab_size"] = hf["vocab_size"]
-    for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
-        if problem := misfit(int, value, name):
-            raise UserError(f"{folder}: {problem}; {REMEDY}")
-    if seq_len is not None and seq_len > positions:
-        raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
-    if seq_len is not None and model_type == "gpt2" and seq_len != positions:
-        raise UserError(f"--seq-len {seq_len}: a GPT-2 has {positions} learned positions; omit it")
-    data = {"seq_len": seq_len or positions, "path": str(run / "data")}
-    try:
-        return config_from_dict({"model": model, "data": data, "train": {"epochs": 1.0}})
-    except ConfigError as error:
-        raise UserError(f"{folder}: its config.json cannot be: {error}") from error
-
-
-def _refuse_other(hf: Mapping[str, Any], folder: Path, expected: Mapping[str, Any]) -> None:
-    for k, value in expected.items():
-        if hf.get(k, value) != value:
-            raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {show(value)}")
-
-
-def _from_gpt2(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
-    expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    _refuse_other(hf, folder, expected | {"add_cross_attention": False})
-    if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(
-            f"{folder}: activation_function = {show(hf['activation_function'])} is not supported, "
-            "only GELU in its tanh form"
-        )
-    model = {
-        "dim": hf["n_embd"],
-        "n_layers": hf["n_layer"],
-        "n_heads": hf["n_head"],
-        "hidden_dim": hf.get("n_inner"),
-        "mlp": "gelu",
-        "norm": "layer",
-        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        "positions": "learned",
-        "bias": True,
-        "tied_embeddings": hf.get("tie_word_embeddings", True),
-    }
-    return model, hf["n_positions"]
-
-
-def _from_llama(hf: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
-    _refuse_other(hf, folder, {"hidden_act": "silu", "use_sliding_window": False})
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
-    bias = hf.get("attention_bias", False)
-    if hf["model_type"] == "qwen3":
-        _refuse_other(hf, folder, {"attention_bias": False})
-    elif hf.get("mlp_bias", False) != bias:
-        raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
-    model = {
-        "dim": hf["hidden_size"],
-        "n_layers": hf["num_hidden_layers"],
-        "n_heads": hf["num_attention_heads"],
-        "n_kv_heads": hf.get("num_key_value_heads"),
-        "head_dim": hf.get("head_dim"),
-        "hidden_dim": hf["intermediate_size"],
-        "mlp": "swiglu",
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
-        "bias": bias,
-        "qk_norm": hf["model_type"] == "qwen3",
-        "tied_embeddings": hf.get("tie_word_embeddings", False),
-    }
-    return model, hf["max_position_embeddings"]
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ from fasttrain.config import TrainConfig, UserError, config_difference, config_t
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit, parse_json
 
-__all__ = ["Run", "main", "page", "picture", "read_run"]
-
 SAMPLES_SHOWN = 4
 COLOURS = ("#1f6fb4", "#d1495b", "#2e933c", "#8b5fbf", "#e08e0b", "#3b8ea5", "#6b6b6b", "#a2673f")
 # x axis: title, and the key of a row that it shows
@@ -47,8 +45,7 @@ MADE_BY = {
     "resumed": ("parent",),
 }
 
-
-_Number = float | None  # of a row; what else is in it is not shown
+_Number = float | None  # a value of a row; all else in it is not shown
 
 
 class _Row(TypedDict):
@@ -83,7 +80,7 @@ class Panel(NamedTuple):
 
     title: str
     curves: list[Curve]
-    scale: str = "normal"  # of y; or "log", or "tozero": it begins there
+    scale: str = "normal"  # of y; or "log", or "tozero", which begins there
     note: str = ""
 
 
@@ -100,7 +97,7 @@ def read_run(path: Path) -> Run:
     config = load_config(toml) if toml.is_file() else None
     rows, made_by = [], []
     for line in file.read_bytes().splitlines():
-        with contextlib.suppress(UserError):  # of a run that was killed, or is writing it now
+        with contextlib.suppress(UserError):  # the run was killed, or is writing the line now
             row = parse_json(line, file, "")
             if row.get("kind") == "run":
                 made_by.append({k: v for k, v in row.items() if type(v) in (str, int, bool)})
@@ -143,7 +140,7 @@ def _flops_per_token(config: TrainConfig) -> float:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """Return one key of all rows; what is not finite was logged as null and leaves a gap."""
+    """Return one key of all rows; a value that was not finite is null and leaves a gap."""
     return [math.nan if (value := row.get(key)) is None else value for row in rows]
 
 
@@ -187,7 +184,7 @@ def _parts(row: Mapping[str, Any]) -> list[float]:
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Return all that there is something to show of."""
+    """Return the panels for which the runs logged something."""
     n_steps = window_steps(runs)
     note = (
         f"faint: the loss of each logged step; bold: smoothed, the mean over the last {n_steps:,} "
@@ -202,7 +199,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         )
     found = [Panel("loss, nats a token", loss, note=note)]
     train, evals = [run.train for run in runs], [run.evals for run in runs]
-    # The first line of a session has the step that compiles, which would dwarf all others.
+    # The first line of a session has the step that compiles: it would dwarf all others.
     steady = [[row for row in rows if "first_step_s" not in row] for rows in train]
     for title, key, scale, lines in (
         ("validation perplexity", "val_ppl", "log", evals),
@@ -237,18 +234,16 @@ def _number(value: float | None, digits: str = ".4f") -> str:
 
 
 def facts(run: Run, n_steps: int) -> dict[str, str]:
-    """Return what the table says of a run, losses smoothed over ``n_steps`` steps."""
+    """Return a run's column of the table, losses smoothed over ``n_steps`` steps."""
     last, best = run.train[-1], {}
     if finite := [row for row in run.evals if row["val_loss"] is not None]:
         best = min(finite, key=lambda row: row["val_loss"])
     times = [r["time"] for r in (*run.train, *run.evals) if "time" in r]
-    try:
-        dates = [datetime.fromisoformat(time).astimezone() for time in times]
-        if dates:
+    shown = ["n/a"]
+    with contextlib.suppress(ValueError, OverflowError):  # no dates, or none that a calendar has
+        if dates := [datetime.fromisoformat(time).astimezone() for time in times]:
             dates[0] -= timedelta(minutes=run.train[0]["minutes"])  # the first line ends some steps
-    except (ValueError, OverflowError):  # no dates, or none that a calendar has
-        dates = []
-    shown = [f"{date:%Y-%m-%d %H:%M}" for date in sorted(dates)] or ["n/a"]
+            shown = [f"{date:%Y-%m-%d %H:%M}" for date in sorted(dates)]
     done = last.get("progress") or 1.0
     return {
         "started": shown[0],
@@ -271,16 +266,17 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
 
 def provenance(run: Run) -> dict[str, str]:
     """Return what made a run, in words, and from which step on something else did."""
-    found = {title: "" for title in MADE_BY}
-    last: dict[str, str] = {}
-    for row in run.made_by:
-        for title, keys in MADE_BY.items():
+    found: dict[str, str] = {}
+    for title, keys in MADE_BY.items():
+        parts, last = [], ""
+        for row in run.made_by:
             text = ", ".join(_named(key, row[key]) for key in keys if row.get(key))
-            if text and text != last.get(title):
-                found[title] += f"; from step {row.get('step')} on: " if row.get("step") else ""
-                found[title] += text
-                last[title] = text
-    return {title: text.removeprefix("; ") for title, text in found.items()}
+            if text and text != last:
+                step = row.get("step")
+                parts.append(f"from step {step} on: {text}" if step else text)
+                last = text
+        found[title] = "; ".join(parts)
+    return found
 
 
 def _named(key: str, value: Any) -> str:
@@ -359,16 +355,15 @@ def _plot(panel: Panel, runs: Sequence[Run], number: int) -> str:
     grid = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
     figure.update_xaxes(title_text="steps", title_standoff=4, rangemode="tozero", **grid)
     figure.update_yaxes(**grid, **(_LOG if panel.scale == "log" else {"rangemode": panel.scale}))
-    clear = "rgba(0,0,0,0)"  # the page's colour, light or dark
+    clear = dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)")  # as the page is
     figure.update_layout(
         template="plotly_white",
         height=280 if number else 420,
         margin={"t": 10, "l": 45, "r": 10, "b": 40},
         font={"family": "system-ui, sans-serif", "color": "#333"},
-        paper_bgcolor=clear,
-        plot_bgcolor=clear,
         showlegend=False,
         hovermode="x",
+        **clear,
     )
     config = {"displayModeBar": False, "responsive": True}
     drawn = figure.to_html(full_html=False, include_plotlyjs=not number, config=config)
@@ -387,8 +382,12 @@ def _swatch(colour: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """Return a table with a column for each run; ``heads`` are HTML, the rest is text."""
-    lines = [["", *heads], *(map(html.escape, (name, *cells)) for name, cells in rows.items())]
+    """Return a table with a column for each run; ``heads`` are HTML, the rest is text.
+
+    Rows without a value for any run are left out.
+    """
+    known = [(name, *cells) for name, cells in rows.items() if {*cells} != {"n/a"}]
+    lines = [["", *heads], *(map(html.escape, line) for line in known)]
     text = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
     return f'<div class="wide"><table>{text}</table></div>'
 
@@ -406,9 +405,8 @@ def page(runs: Sequence[Run]) -> str:
         f"{html.escape(run.name)}</label>"
         for n, run in enumerate(runs)
     ]
-    told = [facts(run, window_steps(runs)) for run in runs]
-    rows = {key: [cells[key] for cells in told] for key in told[0]}
-    rows = {key: cells for key, cells in rows.items() if {*cells} != {"n/a"}}
+    columns = [facts(run, window_steps(runs)) for run in runs]
+    rows = {key: [cells[key] for cells in columns] for key in columns[0]}
     choices = [
         f'<label><input type="radio" name="over" onchange="over(\'{axis}\')"'
         f"{' checked' if axis == 'steps' else ''}> over {axis}</label>"
@@ -421,7 +419,6 @@ def page(runs: Sequence[Run]) -> str:
     made = [provenance(run) for run in runs]
     if any(text for cells in made for text in cells.values()):
         rows = {title: [cells[title] or "n/a" for cells in made] for title in MADE_BY}
-        rows = {title: cells for title, cells in rows.items() if {*cells} != {"n/a"}}
         table = _table([html.escape(run.name) for run in runs], rows)
         parts.append(f'<h2>Made by</h2><div class="made">{table}</div>')
     configs = {html.escape(run.name): run.config for run in runs if run.config is not None}
@@ -449,12 +446,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
-    """Write the curves as a PNG.
-
-    Args:
-        runs: what `read_run` returned.
-        path: the file.
-        axis: ``steps``, ``tokens``, ``minutes`` or ``FLOPs``.
+    """Write the curves over ``axis``, a key of `AXES`, as a PNG.
 
     Raises:
         UserError: matplotlib is not installed, or a run does not have this axis.
@@ -514,8 +506,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run, path in zip(runs, options.runs, strict=True):
             run.name = str(path)
     names = "-".join(run.name.replace("/", "-").strip("-.") for run in runs)
-    out = options.runs[0] / "report.html" if len(runs) == 1 else Path(f"report-{names}.html")
-    out = options.out or out
+    one = options.runs[0] / "report.html" if len(runs) == 1 else None
+    out = options.out or one or Path(f"report-{names}.html")
     try:
         text = page(runs)
         out.parent.mkdir(parents=True, exist_ok=True)

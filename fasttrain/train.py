@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not only_looks:
                 from fasttrain.run.run import run
         if arguments.dry_run:
-            from fasttrain.preflight.__main__ import preflight
+            from fasttrain.preflight.plan import preflight
 
             return 0 if preflight(config) else EXIT_FAILED
         if arguments.verify_resume is not None:

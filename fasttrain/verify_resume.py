@@ -1,4 +1,4 @@
-"""``--verify-resume N``: N steps in one go, and in two processes, must end at the same bits."""
+"""``--verify-resume N``: N steps in one process, and in two, must end at the same bits."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,13 @@ from typing import Any
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_STOPPED, tell
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.log.console import format_duration
 from fasttrain.run.signals import interruptible
 
-__all__ = ["first_difference", "verify_resume"]
-
-EXIT_VERIFIED, EXIT_DIFFERENT = 0, 1
-_GROUPS = ("step", "model", "optimizer")
-MADE_BY_TRAINING = (EXIT_DONE, EXIT_STOPPED)  # done, or stopped with a checkpoint
+_ORDER = {"step": 0, "model": 1, "optimizer": 2}  # in which tensors are compared; the rest after
 
 
 def verify_resume(
@@ -36,12 +33,6 @@ def verify_resume(
     Compared are the losses of all steps and, at the end, every tensor of the checkpoint by its
     SHA-256: parameters, moments, random states and what else it holds. The runs lie in a temporary
     folder in ``run.out_dir``, which is removed unless they differ or fail.
-
-    Args:
-        config: as loaded, for its checks.
-        config_path: the file it is from.
-        overrides: what the command line adds to it.
-        n_steps: at least 2.
 
     Returns:
         0 where all is equal, 1 where it differs, otherwise the status of the run that failed.
@@ -76,7 +67,7 @@ def verify_resume(
         ) from error
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
     base += ["log.every_steps=1", "run.deterministic=true"]
-    if config.run.threads is None:  # the processes may be given other processors, and sum otherwise
+    if config.run.threads is None:  # with other numbers of processors they would sum differently
         base += [f"run.threads={torch.get_num_threads()}"]
     parts = [
         ("one", n_steps, f"{n_steps} steps in one go"),
@@ -91,10 +82,10 @@ def verify_resume(
             arguments = [*base, f"run.name={name}", "--stop-at-step", str(stop)]
             status, errors = _train([*arguments, "--resume", "auto"] if number == 2 else arguments)
             print(format_duration(time.perf_counter() - started), flush=True)
-            if status not in MADE_BY_TRAINING:
-                keep = status != 2  # bad input left nothing to look at
+            if status not in (EXIT_DONE, EXIT_STOPPED):
+                keep = status != EXIT_BAD_INPUT  # which leaves nothing to look at
                 tell(errors.strip() or f"exit status {status}")
-                return status if status > 0 else EXIT_DIFFERENT
+                return status if status > 0 else EXIT_FAILED
             reached = checkpoint.resolve(folder / name, "latest").name
             if reached != f"step-{stop:08d}":
                 raise UserError(
@@ -105,9 +96,9 @@ def verify_resume(
         keep = difference is not None
         if difference is None:
             print(f"resuming is exact: {compared} are equal bit for bit after {n_steps} steps")
-            return EXIT_VERIFIED
+            return EXIT_DONE
         print(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
-        return EXIT_DIFFERENT
+        return EXIT_FAILED
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,48 +107,37 @@ def verify_resume(
 
 
 def _train(arguments: Sequence[str]) -> tuple[int, str]:
-    """Train in a process of its own; return its exit status and what it wrote to stderr."""
+    """Train in a child process; return its exit status and what it wrote to stderr."""
     command = [sys.executable, "-m", "fasttrain.train", *arguments]
-    with (
-        interruptible(),
-        subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        try:
-            errors = process.communicate()[1]
-            return process.returncode, errors
-        except KeyboardInterrupt:
-            process.kill()
-            raise
+    with interruptible():
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
+    return done.returncode, done.stderr
 
 
 def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
-    """Compare the losses and the last checkpoints of two run folders.
-
-    Returns:
-        The first difference in words (None: there is none), and what was compared.
-    """
+    """Return the first difference of two run folders in words, or None, and what was compared."""
     losses = [_losses(run_dir) for run_dir in (one, two)]
     for step in sorted(losses[0].keys() | losses[1].keys()):
         a, b = (row.get(step, "missing") for row in losses)
         if a != b:
             return f"loss of step {step}: {a} in one go, {b} resumed", ""
     digests = [_digests(run_dir) for run_dir in (one, two)]
-    for name in sorted(digests[0].keys() | digests[1].keys(), key=_order):
+    names = sorted(digests[0].keys() | digests[1].keys())
+    for name in sorted(names, key=lambda name: _ORDER.get(name.partition(".")[0], len(_ORDER))):
         a, b = (found.get(name, "missing") for found in digests)
         if a != b:
             return f"{name}: SHA-256 {a[:16]} in one go, {b[:16]} resumed", ""
-    names = list(digests[0])
-    n_parameters = sum(name.startswith("model.") for name in names)
-    n_moments = sum(name.startswith("optimizer.") for name in names)
-    rest = len(names) - n_parameters - n_moments
+    kinds = Counter(name.partition(".")[0] for name in names)
+    n_parameters, n_moments = kinds["model"], kinds["optimizer"]
     compared = f"{len(losses[0])} losses, {n_parameters} parameters, {n_moments} tensors of the "
+    rest = len(names) - n_parameters - n_moments
     return None, compared + f"optimizers and {rest} others (random states, counters)"
 
 
 def _losses(run_dir: Path) -> dict[int, str]:
-    """Return the loss of each step, in hexadecimal digits, which round nothing."""
+    """Return the loss of each step, in hexadecimal digits, which are exact."""
     found = {}
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row: dict[str, Any] = json.loads(line)
@@ -174,9 +154,3 @@ def _digests(run_dir: Path) -> dict[str, str]:
         data = tensor.contiguous().flatten().view(torch.uint8)
         digests[name] = hashlib.sha256(data.numpy().data).hexdigest()
     return digests
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Sort the parameters first and the moments after them."""
-    group = name.partition(".")[0]
-    return (_GROUPS.index(group) if group in _GROUPS else len(_GROUPS), name)

@@ -1,4 +1,4 @@
-"""fasttrain.generate: sampling rules, the cache against no cache, and the command."""
+"""fasttrain.generate: sampling rules, the cache against no cache, texts and the command."""
 
 import io
 import os
@@ -16,7 +16,15 @@ from fasttrain import load_model
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.config import ModelConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.data.tokenizer import byte_tokenizer
-from fasttrain.generate import generate, main, sample_tokens, stream
+from fasttrain.generate import (
+    Decoder,
+    complete,
+    generate,
+    main,
+    sample_tokens,
+    stream,
+    stream_text,
+)
 from fasttrain.model.transformer import Transformer
 
 # log of 0.5, 0.3, 0.15, 0.05, shuffled
@@ -354,3 +362,89 @@ def test_F16_a_prompt_that_is_not_utf_8_is_one_line(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert all(line.startswith("error: ") and "is not UTF-8" in line for line in said)
+
+
+# ---- texts: whole characters, stop strings, batches of prompts, interactive use ------------------
+
+TEXTS = ["ab", "a much longer one", "cd", ""]
+LETTERS: dict[str, Any] = {"vocab_size": 257, "dim": 32, "n_layers": 1, "n_heads": 2}
+
+
+def letters() -> Transformer:
+    torch.manual_seed(10)
+    made = Transformer(ModelConfig(**LETTERS), seq_len=32).eval()
+    with torch.no_grad():  # only letters, so that texts can be searched; far apart
+        made.head_weight.normal_()
+        made.head_weight[:97] = made.head_weight[123:] = 0.0
+    return made
+
+
+def streamed(prompt: str, *stop: str) -> list[str]:
+    options = {"max_new_tokens": 24, "stop": stop, "greedy": True}
+    return list(stream_text(letters(), byte_tokenizer(), prompt, **options))
+
+
+def test_characters_are_shown_when_they_are_whole() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("é✓ab").ids
+    decoder = Decoder(tokenizer, tokenizer.encode("naï").ids)
+    assert [decoder.push(i) for i in ids] == ["", "é", "", "", "✓", "a", "b"]
+    decoder = Decoder(tokenizer, [])
+    assert [decoder.push(0xE2), decoder.push(0x9C, last=True)] == ["", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_stream_ends_before_a_stop_string_and_shows_no_part_of_it() -> None:
+    whole = "".join(streamed("ab"))
+    assert len(whole) > 12
+    stop = whole[6:9]
+    at = whole.index(stop)
+    assert "".join(streamed("ab", "@never", stop)) == whole[:at]
+    # What only looks like its beginning is shown in the end.
+    assert "".join(streamed("ab", whole[-2:] + "@")) == whole
+    assert "".join(streamed("ab", whole[5:7] + "@")) == whole
+
+
+def test_a_batch_of_prompts_gives_what_each_gives_alone() -> None:
+    model, tokenizer = letters(), byte_tokenizer()
+    texts = complete(model, tokenizer, TEXTS, max_new_tokens=24, greedy=True)
+    assert texts == ["".join(streamed(prompt)) for prompt in TEXTS]
+    stop = texts[0][3:5]
+    stopped = complete(model, tokenizer, TEXTS, max_new_tokens=24, stop=[stop], greedy=True)
+    assert stopped == [text.split(stop)[0] for text in texts]
+    generator = torch.Generator().manual_seed(3)
+    first = complete(model, tokenizer, TEXTS, max_new_tokens=8, generator=generator)
+    generator.manual_seed(3)
+    assert first == complete(model, tokenizer, TEXTS, max_new_tokens=8, generator=generator)
+
+
+@pytest.fixture
+def letters_run(tmp_path: Path) -> Path:
+    config = config_from_dict(
+        {"model": LETTERS, "train": {"steps": 1}, "data": {"path": "x", "seq_len": 32}}
+    )
+    (tmp_path / "run").mkdir()
+    byte_tokenizer().save(str(tmp_path / "run/tokenizer.json"))
+    writer = CheckpointWriter(tmp_path / "run/checkpoints", keep_last=1, asynchronous=False)
+    writer.save(1, {"model": letters().state_dict()}, {"step": 1}, config_to_toml(config))
+    return tmp_path / "run"
+
+
+def test_the_command_takes_several_prompts_stops_and_lines(
+    letters_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(letters_run), "--device", "cpu", "--greedy", "--max-tokens", "24"]
+    assert main([*command, "--prompt", "ab", "--prompt", "cde"]) == 0
+    texts = {prompt: "".join(streamed(prompt)) for prompt in ("ab", "cde")}
+    shown = "".join(
+        f"--- sample {n}\n{prompt}{text}\n" for n, (prompt, text) in enumerate(texts.items(), 1)
+    )
+    assert capsys.readouterr().out == shown
+    stop = texts["ab"][4:7]
+    assert main([*command, "--prompt", "ab", "--stop", stop]) == 0
+    assert capsys.readouterr().out == "ab" + texts["ab"].split(stop)[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncde\n"))
+    assert main([*command, "--interactive"]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts.values())
+    for wrong in (["--interactive", "--prompt", "a"], ["--stop", ""]):
+        assert main([*command, *wrong]) == 2
+        assert "error: --" in capsys.readouterr().err

@@ -8,8 +8,7 @@ import torch
 
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.device import resolve_precision
-from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak
-from fasttrain.engine.probe import probe_step
+from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak, probe_step
 from fasttrain.model.transformer import Transformer
 
 CPU = torch.device("cpu")

@@ -13,13 +13,15 @@ import torch
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_precision
-from fasttrain.engine import probe as probe_module
-from fasttrain.engine.plan import Plan, plan_run, warnings_of, warnings_of_data
-from fasttrain.engine.probe import Probe, probe_step, settle_micro_batch
+from fasttrain.engine import memory
+from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_of, warnings_of_data
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
 from fasttrain.model.transformer import Transformer, flops_constants
-from fasttrain.preflight.__main__ import diagnose_run, main, preflight
+from fasttrain.preflight import plan as preflight_plan
+from fasttrain.preflight.__main__ import main
+from fasttrain.preflight.plan import diagnose_run, preflight
 from fasttrain.run.run import open_splits
 from fasttrain.train import main as train_main
 from tests.toy import start, write_config
@@ -82,14 +84,14 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
 
 
 def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_module, "probe_step", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(preflight_plan, "probe_step", lambda *_, **__: pytest.fail("it ran"))
     lines: list[str] = []
     assert preflight(load_config(config_path), probe=False, show=lines.append)
     assert not any(line.startswith(("speed", "time")) for line in lines)
 
 
 def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.engine.memory.device_memory", lambda device: 2**20)
+    monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**20)
     lines: list[str] = []
     assert not preflight(load_config(config_path), show=lines.append)
     assert "does not fit" in lines[-1]
@@ -100,7 +102,7 @@ def dataset(**facts: Any) -> Any:
     return SimpleNamespace(**({"n_tokens": 10**9, "n_documents": 10**5, "max_token": 99} | facts))
 
 
-PLAN = Plan(
+PLAN = RunPlan(
     parameters=10**6,
     matmul_parameters=10**6,
     flops_per_token=6e6,
@@ -116,7 +118,7 @@ def sound(config_path: Path) -> TrainConfig:
     return replace(config, model=replace(config.model, vocab_size=320))
 
 
-def found(config: TrainConfig, plan: Plan = PLAN, data: Any = None, **options: Any) -> list[str]:
+def found(config: TrainConfig, plan: RunPlan = PLAN, data: Any = None, **options: Any) -> list[str]:
     options = {"device": CPU, "dtype": "fp32"} | options
     return list(warnings_of(config, plan, data or dataset(), **options))
 
@@ -178,7 +180,7 @@ def test_N7_without_its_data_a_config_is_told_but_for_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fasttrain.engine.memory.device_memory", lambda device: 2**37)
+    monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**37)
     path, whose, where = REMEDIES[name]
     command = [str(CONFIGS / f"{name}.toml"), "run.dtype=fp32"]
     small = ["model.n_layers=1", "data.seq_len=64", "train.micro_batch=1"]  # for speed
@@ -288,7 +290,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> lis
             raise torch.OutOfMemoryError
         return Probe(rows / rows_per_s[rows], 0, 0.0)
 
-    monkeypatch.setattr(probe_module, "probe_step", probe)
+    monkeypatch.setattr(memory, "probe_step", probe)
     return tried
 
 
@@ -303,8 +305,8 @@ def test_a_cpu_takes_rows_until_more_do_not_pay(
 def test_a_gpu_takes_the_largest_that_runs(
     auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_module, "device_memory", lambda device: 2**40)
-    monkeypatch.setattr(probe_module, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(memory, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried = speeds(monkeypatch, {8: 1.0, 6: 1.0})
     assert settle(auto, CUDA) == 8
@@ -330,10 +332,10 @@ def test_C8_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
         left.append(weakref.ref(self.model))
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(probe_module, "device_memory", lambda device: 2**40)
-    monkeypatch.setattr(probe_module, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(memory, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(probe_module, "probe_step", probe)
+    monkeypatch.setattr(memory, "probe_step", probe)
     assert settle(auto, CUDA) == 6
     assert len(left) == 3
     assert alive == [0, 0, 0, 0]
@@ -344,13 +346,11 @@ def test_only_what_is_estimated_to_fit_is_tried(
 ) -> None:
     tried = speeds(monkeypatch, dict.fromkeys(range(1, 25), 0.0) | {1: 1.0, 2: 2.0, 4: 4.0})
     fitting = SimpleNamespace(total=100), SimpleNamespace(total=10**9)
-    monkeypatch.setattr(probe_module, "device_memory", lambda device: 10**6)
-    monkeypatch.setattr(
-        probe_module, "estimate_memory", lambda config, rows, **_: fitting[rows > 2]
-    )
+    monkeypatch.setattr(memory, "device_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "estimate_memory", lambda config, rows, **_: fitting[rows > 2])
     assert settle(auto) == 2
     assert tried == [1, 2]
-    monkeypatch.setattr(probe_module, "device_memory", lambda device: 10)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 10)
     with pytest.raises(UserError, match=r"one row of .* needs more"):
         settle(auto)
 

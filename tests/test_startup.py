@@ -49,7 +49,7 @@ assert p.grad is None and p[0, 0] < 1
     assert not loaded & {
         *unwanted,
         "fasttrain.preflight",
-        "fasttrain.engine.probe",
+        "fasttrain.engine.memory",
         "fasttrain.report",
     }
     assert not trained & {"torch._dynamo", "torch._inductor"}

@@ -1,4 +1,4 @@
-"""How much memory a training step takes: foreseen without taking any, and measured.
+"""What a training step takes: memory, estimated without taking any; both memory and time, measured.
 
 The estimate runs forward and backward on fake tensors, which have shapes and no data, and follows
 every storage from its birth to its death: what autograd keeps is counted as it is, for any option
@@ -8,15 +8,17 @@ fuses and recomputes, and mostly takes less.
 
     parameters   Σ numel · itemsize
     gradients    alive at the peak: none of this step's at the end of the first forward pass
-    optimizer    what `optim.state_bytes` says: of AdamW 8 bytes a parameter, of Muon 4
-    activations  all else that lives at the peak: kept for backward, and temporaries
+    optimizer    `optim.state_bytes`: 8 bytes a parameter for AdamW, 4 for Muon
+    activations  all else that is alive at the peak: kept for backward, and temporaries
     logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
     buffers      tables of the model, batches on the device
     gathered     of sharded parameters: what is gathered of them, its gradients, and collectives
 
-On several ranks it is the memory of one. DDP keeps all gradients, in its buckets, throughout. What
-FSDP2 gathers and when it lets go is not written down here a second time: torch's own runs, on fake
-tensors and collectives that send nothing.
+On several ranks it is the memory of one. DDP keeps all gradients in its buckets throughout. What
+FSDP2 gathers and when it frees that is not modelled: torch's own code runs, on fake tensors and
+with collectives that send nothing.
+
+`settle_micro_batch` finds a micro-batch by such estimates and by trying it.
 
 Legend: B micro-batch rows, T sequence, V vocabulary.
 """
@@ -24,6 +26,7 @@ Legend: B micro-batch rows, T sequence, V vocabulary.
 import gc
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,22 +36,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fasttrain_kernels import Muon
 from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
 from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
 from fasttrain_kernels.linear_cross_entropy import _is_small
 from torch import Tensor, nn
 
-from fasttrain.config import DistributedConfig, TrainConfig
+from fasttrain.config import DistributedConfig, TrainConfig, UserError
+from fasttrain.config.keys import counted, divisors
+from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.step import linear_cross_entropy_criterion
+from fasttrain.engine.step import TrainStep, linear_cross_entropy_criterion
 from fasttrain.model.transformer import Transformer
 
-__all__ = ["StepMemory", "device_memory", "estimate_memory", "measure_peak", "release_memory"]
+# Of the memory that is free: the rest is for evaluation, samples, snapshots and fragmentation.
+USABLE = 0.9
+# On a CPU more rows pay until the products are large: below this gain in tokens/s they only cost
+# memory and cache.
+LEAST_GAIN = 1.05
+CPU_ROWS = 64  # no more of them are tried
+MIB = 2**20
+
+# ---- estimated ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +129,12 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
+def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1) -> int:
+    """Return the most that an update holds beside the state; only Muon's holds anything."""
+    found = (getattr(optimizer, "scratch_bytes", lambda _: 0)(n_ranks) for optimizer in optimizers)
+    return max(found, default=0)
+
+
 def _local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a DTensor, and any other tensor as it is."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
@@ -148,32 +166,6 @@ def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
     wide = 8 if narrow and hidden.device.type == "cpu" else 0
     cast = weight.numel() * hidden.element_size() if weight.dtype != hidden.dtype else 0
     return rows * n_cols * (hidden.element_size() + wide) + cast
-
-
-def _optimizer_bytes(
-    optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1
-) -> tuple[int, int]:
-    """Return the bytes of the state that there will be, and of the scratch of an update.
-
-    The state is the whole one; the scratch is that of one of ``n_ranks`` that hold shards.
-    """
-    state = scratch = 0
-    for optimizer in optimizers:
-        state += state_bytes(optimizer)
-        if not isinstance(optimizer, Muon):
-            continue
-        for group in optimizer.param_groups:
-            by_shape: dict[tuple[int, ...], int] = {}
-            for p in group["params"]:
-                rows, cols = sorted(p.shape)
-                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
-                # and three Gram matrices.
-                held = 3 * (rows * cols + rows * rows) * p.element_size()
-                if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
-                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
-                by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
-            scratch = max(scratch, *by_shape.values())
-    return state, scratch
 
 
 def _trace(
@@ -230,16 +222,12 @@ def estimate_memory(
     n_ranks: int = 1,
     mode: str = "single",
 ) -> StepMemory:
-    """Foresee the memory of a training step of eager execution; nothing is allocated.
+    """Estimate the memory of a training step of eager execution; nothing is allocated.
 
-    Args:
-        config: the configuration with ``model.vocab_size`` settled.
-        micro_batch: B, of a rank.
-        device: where it will run; decides which attention runs and how the loss is cut.
-        precision: of the matrix products.
-        n_ranks: the processes that share ``train.tokens_per_step``.
-        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; the last two must not be asked for in a
-            process that has a process group.
+    The step of ``config``, whose vocabulary is set, is shared by ``n_ranks`` in ``mode``: single,
+    ddp, fsdp or hsdp; the last two are refused in a process that has a process group.
+    ``micro_batch`` is B of one rank. ``device`` decides which attention runs and how the loss is
+    split.
     """
     rows, seq_len = micro_batch, config.data.seq_len
     step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
@@ -247,61 +235,47 @@ def estimate_memory(
     model, live = _trace(config, rows, n_micro, device=device, precision=precision)
     parameters = sum(p.nbytes for p in model.parameters())
     all_gradients = gradient_bytes(model.parameters())
-    state, scratch = _optimizer_bytes(build_optimizers(model, config.optim, precision.compute))
+    optimizers = build_optimizers(model, config.optim, precision.compute)
+    state, scratch = sum(map(state_bytes, optimizers)), _scratch_bytes(optimizers)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
-    if mode in ("fsdp", "hsdp"):
-        cpu = replace(precision, device_type="cpu")
-        return _of_shards(config, rows, n_micro, n_ranks, mode, live, state, buffers, cpu)
-    gradients, logits = live.gradients_at_peak, live.logits_at_peak
+    gathered, gradients, logits = 0, live.gradients_at_peak, live.logits_at_peak
     activations = live.peak - gradients - logits
-    if mode == "ddp":
-        # The buckets are there from the first on.
+    if mode != "single":  # DDP's buckets hold all gradients from the first step on
         gradients, logits = all_gradients, live.logits_at_peak_apart
         activations = live.peak_apart - logits
-    if all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
+    if mode in ("fsdp", "hsdp"):
+        # On a CPU: what is gathered and when does not depend on the device.
+        cpu, precision = torch.device("cpu"), replace(precision, device_type="cpu")
+        _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
+        with _pretended(config.distributed, n_ranks, mode) as world:
+            model, live = _trace(
+                config, rows, n_micro, device=cpu, precision=precision, world=world
+            )
+            held = sum(_local(p).nbytes for p in model.parameters())
+            optimizers = build_optimizers(model, config.optim, precision.compute)
+            scratch = _scratch_bytes(optimizers, world.size)
+            all_gradients = gradient_bytes(model.parameters())
+        state, parameters = state * held // parameters, held
+        gradients = live.gradients_at_peak
+        gathered = max(0, live.peak - gradients - alone.peak_apart)
+        if all_gradients + scratch > gradients + activations + logits + gathered:
+            gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
+    elif all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
         gradients, activations, logits = all_gradients, scratch, 0
-    return StepMemory(parameters, gradients, state, activations, logits, buffers)
-
-
-def _of_shards(
-    config: TrainConfig,
-    rows: int,
-    n_micro: int,
-    n_ranks: int,
-    mode: str,
-    whole: _Live,
-    state: int,
-    buffers: int,
-    precision: Precision,
-) -> StepMemory:
-    """Return the memory of a rank that holds shards; ``whole``: of the same step unsharded."""
-    # On a CPU: what is gathered and when does not depend on the device.
-    cpu = torch.device("cpu")
-    _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
-    with _pretended(config.distributed, n_ranks, mode) as world:
-        model, live = _trace(config, rows, n_micro, device=cpu, precision=precision, world=world)
-        parameters = sum(_local(p).nbytes for p in model.parameters())
-        total = sum(p.nbytes for p in model.parameters())
-        optimizers = build_optimizers(model, config.optim, precision.compute)
-        _, scratch = _optimizer_bytes(optimizers, world.size)
-        all_gradients = gradient_bytes(model.parameters())
-    gradients, logits = live.gradients_at_peak, whole.logits_at_peak_apart
-    activations = whole.peak_apart - logits
-    gathered = max(0, live.peak - gradients - alone.peak_apart)
-    if all_gradients + scratch > gradients + activations + logits + gathered:
-        gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
-    state = state * parameters // total
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
+
+
+# ---- measured ----------------------------------------------------------------------------------
 
 
 def measure_peak(run: Callable[[], object], device: torch.device) -> int:
     """Return by how many bytes the memory held rises at most while ``run`` runs.
 
-    CUDA: what torch's allocator counts. CPU: every allocation and release of torch's allocator, as
-    the profiler records them, those inside operations too.
+    On CUDA torch's allocator counts. On a CPU the profiler records all allocations, also those
+    inside operations.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -328,7 +302,7 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what C++ writes to standard error nowhere: the profiler announces itself there."""
+    """Discard what C++ writes to standard error: the profiler announces itself there."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -363,3 +337,122 @@ def device_memory(device: torch.device) -> int:
         if limit.exists() and (text := limit.read_text().strip()) != "max":
             free = min(free, int(text) - int(used.read_text()))
     return free
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a step was measured to take; the first one compiles."""
+
+    step_s: float
+    peak_bytes: int
+    first_s: float
+
+
+def probe_step(
+    config: TrainConfig, *, device: torch.device, precision: Precision, memory: bool = True
+) -> Probe:
+    """Run a few steps on random tokens and measure them; a step of many micro-batches by two.
+
+    ``config`` has its vocabulary and micro-batch set, and says how to compile. Measuring the memory
+    takes one more, slower step on a CPU.
+    """
+    seq_len = config.data.seq_len
+    rows, n_micro = step_shape(config.train, seq_len)
+    assert config.model.vocab_size is not None
+    # By default fork_rng takes every GPU of the machine, and warns where there are several.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model = Transformer(config.model, seq_len=seq_len).to(device)
+        optimizers = build_optimizers(model, config.optim, precision.compute)
+        step = TrainStep(model, optimizers, config, device=device, precision=precision)
+        ids = torch.randint(config.model.vocab_size, (rows, seq_len + 1), device=device)
+    starts = None
+    if not config.data.attention_across_documents:
+        starts = torch.zeros(rows, seq_len, dtype=torch.bool, device=device)
+        starts[:, 0] = True
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), starts, rows)
+
+    def timed(n: int) -> float:
+        started = time.perf_counter()
+        step([batch] * n, config.optim.peak_lr)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    first_s = timed(1)
+    one = min(timed(1) for _ in range(2))
+    # With accumulation: the update is paid once, each further micro-batch what it adds.
+    step_s = one + (n_micro - 1) * max(timed(2) - one, 0.0) if n_micro > 1 else one
+    peak = 0
+    if memory:
+        rises = measure_peak(lambda: step([batch] * min(n_micro, 2), config.optim.peak_lr), device)
+        held = [*model.parameters(), *model.buffers(), batch.tokens, batch.targets]
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                held += [value for value in state.values() if isinstance(value, Tensor)]
+        peak = rises + sum(tensor.nbytes for tensor in held)
+    return Probe(step_s, peak, first_s)
+
+
+def settle_micro_batch(
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    precision: Precision,
+    world_size: int = 1,
+    report: Callable[[str], None] = lambda line: None,
+) -> TrainConfig:
+    """Return ``config`` with a number for ``train.micro_batch = "auto"``.
+
+    On CUDA it is the largest divisor of the step's rows whose estimate fits and whose probe runs;
+    on a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    loop = config.train
+    if not isinstance(loop.micro_batch, str):
+        return config
+    free = USABLE * device_memory(device)
+    rows = step_shape(loop, config.data.seq_len, world_size).samples
+
+    def tried(size: int) -> TrainConfig:
+        run = replace(config.run, compile="off", fp8=False)  # fp8 must be compiled
+        # One micro-batch is enough: in a step of many each takes the same.
+        settled = replace(loop, micro_batch=size, tokens_per_step=size * config.data.seq_len)
+        return replace(config, run=run, train=settled)
+
+    def fits(size: int) -> bool:
+        sized = replace(config, train=replace(loop, micro_batch=size))
+        return estimate_memory(sized, size, device=device, precision=precision).total <= free
+
+    best: int | None = None
+    if device.type == "cuda":
+        for size in reversed([n for n in divisors(rows) if fits(n)]):
+            try:
+                probe_step(tried(size), device=device, precision=precision, memory=False)
+                best = size
+                break
+            except torch.OutOfMemoryError:
+                pass
+            release_memory()  # the error no longer holds the attempt's model
+    else:
+        speed = 0.0
+        for size in divisors(rows):
+            if best is not None and size < 2 * best:
+                continue  # too near for a gain to be told from noise
+            if size > CPU_ROWS or not fits(size):
+                break
+            probed = probe_step(tried(size), device=device, precision=precision, memory=False)
+            now = size / probed.step_s
+            if best is not None and now < LEAST_GAIN * speed:
+                break
+            best, speed = size, now
+    if best is None:
+        raise UserError(
+            f'train.micro_batch = "auto": one row of data.seq_len = {config.data.seq_len} needs '
+            f"more than the {free / MIB:,.0f} MiB that may be used on {device}; shrink the model "
+            "or the sequence, or use a larger device"
+        )
+    found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"
+    report(f'train.micro_batch = "auto": {found}')
+    return replace(config, train=replace(loop, micro_batch=best))

@@ -13,10 +13,6 @@ from fasttrain.config.keys import refuse
 from fasttrain.distributed.slices import cut
 from fasttrain.model.transformer import Transformer
 
-__all__ = [
-    "build_optimizers", "load_optimizer_tensors", "optimizer_tensors", "set_lr", "state_bytes",
-]  # fmt: skip
-
 
 def build_optimizers(
     model: nn.Module, config: OptimConfig, compute: torch.dtype = torch.float32
@@ -26,13 +22,9 @@ def build_optimizers(
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
     not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the
     rest to AdamW; the other names take all of them. Each group carries ``lr_scale``: the trainer
-    sets its learning rate to the schedule's times that.
-
-    Args:
-        model: a model whose parameters are to be trained.
-        config: the ``[optim]`` section.
-        compute: dtype of the run's matrix products. Muon's are in bf16 where it is that, else in
-            fp32: fp16 has too few exponent bits for them.
+    sets its learning rate to the schedule's times that. ``compute`` is the dtype of the run's
+    matrix products: Muon's are in bf16 where it is that, else in fp32, as fp16 has too few exponent
+    bits for them.
 
     Raises:
         UserError: the optimizer's package is not installed.
@@ -40,52 +32,44 @@ def build_optimizers(
     Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
     (Dettmers et al. 2021, arXiv:2110.02861): torchao.
     """
-    table_ids: set[int] = set()  # look-up tables; a tied head is one of them
-    head_id: int | None = None
-    if isinstance(model, Transformer):
-        head_id = id(model.head_weight)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            table_ids.update(id(p) for p in module.parameters())
-    hidden: list[Tensor] = []
-    adamw: dict[str, list[Tensor]] = {"matrices": [], "tables": [], "head": [], "vectors": []}
+    modules, is_muon = list(model.modules()), config.name == "muon"
+    tables = {id(p) for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = id(model.head_weight) if isinstance(model, Transformer) else None  # a table where tied
+    decay, table_scale, head_scale = config.weight_decay, 1.0, 1.0
+    table_decay = decay if config.decay_embeddings else 0.0
+    if is_muon:
+        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
+    options = {  # weight decay and lr_scale
+        "matrices": (decay, 1.0),
+        "tables": (table_decay, table_scale),
+        "head": (table_decay if head in tables else decay, head_scale),
+        "vectors": (0.0, 1.0),
+        "hidden": (decay, 1.0),
+    }
+    members: dict[str, list[Tensor]] = {kind: [] for kind in options}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if id(p) == head_id:
-            adamw["head"].append(p)
-        elif id(p) in table_ids:
-            adamw["tables"].append(p)
+        if id(p) == head:
+            kind = "head"
+        elif id(p) in tables:
+            kind = "tables"
         elif p.ndim < 2:
-            adamw["vectors"].append(p)
-        elif config.name == "muon" and p.ndim == 2 and "blocks." in name:
-            hidden.append(p)
+            kind = "vectors"
         else:
-            adamw["matrices"].append(p)
-    decay = config.weight_decay
-    head_is_table = head_id in table_ids
-    table_scale = head_scale = 1.0
-    if config.name == "muon":
-        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
-    options = {
-        "matrices": (decay, 1.0),
-        "head": (0.0 if head_is_table and not config.decay_embeddings else decay, head_scale),
-        "tables": (decay if config.decay_embeddings else 0.0, table_scale),
-        "vectors": (0.0, 1.0),
+            kind = "hidden" if is_muon and p.ndim == 2 and "blocks." in name else "matrices"
+        members[kind].append(p)
+    groups: dict[str, dict[str, Any]] = {
+        kind: {"params": members[kind], "weight_decay": own_decay, "lr_scale": scale}
+        for kind, (own_decay, scale) in options.items()
+        if members[kind]
     }
-    groups = [
-        {"params": params, "weight_decay": options[k][0], "lr_scale": options[k][1]}
-        for k, params in adamw.items()
-        if params
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        optimizers.append(_optimizer(groups, config))
-    if hidden:
-        group = {"params": hidden, "weight_decay": decay, "lr_scale": 1.0}
+    hidden = groups.pop("hidden", None)
+    optimizers = [_optimizer([*groups.values()], config)] if groups else []
+    if hidden is not None:
         optimizers.append(
             Muon(
-                [group],
+                [hidden],
                 lr=config.peak_lr,
                 momentum=config.muon_momentum,
                 ns_steps=config.muon_ns_steps,
@@ -96,7 +80,7 @@ def build_optimizers(
 
 
 def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of ``[optim]`` for all but what Muon takes."""
+    """Return the optimizer of all parameters that Muon does not take."""
     lr = config.peak_lr
     if config.name == "sgd":
         # SGD adds the decay to the gradient; dampening 0 is torch's default and Nesterov's need.
@@ -134,13 +118,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
     total = 0
     for p in _parameters(optimizer):
-        if isinstance(optimizer, Muon):
-            total += p.nbytes
-        elif isinstance(optimizer, torch.optim.SGD):
-            total += p.nbytes if optimizer.defaults["momentum"] else 0
-        elif isinstance(optimizer, torch.optim.Adafactor):  # of a matrix its row and column means
-            total += (sum(p.shape) if p.ndim > 1 else p.numel()) * p.element_size()
-        elif isinstance(optimizer, FusedAdamW) or p.numel() < 4096 or p.numel() % 256:
+        if (state := _expected(optimizer, p)) is not None:
+            total += sum(tensor.nbytes for key, tensor in state.items() if key != "step")
+        elif p.numel() < 4096 or p.numel() % 256:
             total += 2 * p.nbytes
         else:  # torchao: two moments of a byte, an fp32 scale for each 256 of them and two tables
             total += 2 * (p.numel() + p.numel() // 64 + 1024)
@@ -152,7 +132,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _parts(tensor: Tensor) -> list[str]:
-    """Return the names of the plain tensors that a quantized one is made of; none of another."""
+    """Return the names of the plain tensors that a quantized tensor consists of, else none."""
     if type(tensor).__module__.startswith("torchao."):
         names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
         return names
@@ -164,8 +144,8 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied.
 
-    Of a quantized tensor its parts, as ``<parameter name>/<key>/<part>``. What an optimizer has
-    not made yet (None) is left out.
+    A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``. What an optimizer
+    has not made yet (None) is left out.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}
@@ -192,11 +172,8 @@ def load_optimizer_tensors(
 ) -> None:
     """Restore what `optimizer_tensors` returned, into optimizers built the same way.
 
-    Args:
-        model: whose parameters, sharded or not, the optimizers update.
-        optimizers: of those parameters.
-        tensors: whole ones; a sharded parameter takes its slices of them.
-        stepped: whether each parameter must have some, for a step was made of all of them.
+    The tensors are whole ones, of which a sharded parameter takes its slices. With ``stepped``
+    every parameter must have some, as a step was made with all of them.
 
     Raises:
         KeyError: a tensor belongs to no parameter of these optimizers.
@@ -225,9 +202,9 @@ def load_optimizer_tensors(
 def _check(
     optimizer: torch.optim.Optimizer, p: Tensor, name: str, saved: Mapping[str, Tensor]
 ) -> None:
-    """Refuse state of a parameter that is not what a step of the optimizer would have made."""
+    """Raise where a parameter's state is not what a step of the optimizer would have made."""
     expected = _expected(optimizer, p)
-    if expected is None:  # of an optimizer that makes what it likes, but something
+    if expected is None:  # not known, but it cannot be empty
         expected = dict(saved) or {"state": p}
     for key in sorted(expected.keys() | saved.keys()):
         there, here = (
@@ -239,13 +216,12 @@ def _check(
 
 
 def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:
-    """Return the state that a step makes for a parameter, without values; None: not known."""
+    """Return the state that a step makes for a parameter, on the meta device; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     step = torch.empty((), device="meta")
-    if isinstance(optimizer, FusedAdamW):
-        return optimizer._new_state(like)
-    if isinstance(optimizer, Muon):
-        return {"momentum_buffer": like}
+    if (new_state := getattr(optimizer, "new_state", None)) is not None:
+        state: dict[str, Tensor] = new_state(like)
+        return state
     if type(optimizer) is torch.optim.SGD:
         return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
     if type(optimizer) is torch.optim.Adafactor:
@@ -258,7 +234,7 @@ def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] 
 def _whole(
     optimizer: torch.optim.Optimizer, p: Tensor, saved: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the state of one parameter, quantized tensors put together from their parts."""
+    """Return the state of one parameter, quantized tensors assembled from their parts."""
     state = {key: tensor for key, tensor in saved.items() if "/" not in key}
     for key in sorted({key.partition("/")[0] for key in saved if "/" in key}):
         # torchao's optimizers make their buffers so at the first step; only the first is signed.

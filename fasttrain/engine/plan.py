@@ -1,20 +1,18 @@
-"""The size of a run, from its config and data alone, and what will hurt it."""
+"""The size of a run, from its config and data alone, and warnings about it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
+from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.order import Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
 from fasttrain.engine.schedule import n_steps, step_shape
-
-if TYPE_CHECKING:
-    import torch
-
-    from fasttrain.data.dataset import TokenDataset
-
-__all__ = ["Plan", "plan_run", "warnings_of", "warnings_of_data", "warnings_of_step"]
+from fasttrain.log import metrics
+from fasttrain.model.transformer import Transformer, flops_constants
 
 # Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
 # spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
@@ -23,46 +21,30 @@ LONG_RUN_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The size of a run: what follows from config and data alone.
+class RunPlan:
+    """The size of a run: what follows from config and data alone."""
 
-    Attributes:
-        parameters: of the model, tied ones once.
-        matmul_parameters: of these, in matrix products.
-        flops_per_token: forward and backward.
-        tokens_per_step: of one optimizer step.
-        steps: None where ``train.hours`` decides.
-        epochs: passes over the training split, None likewise, and where it is not there.
-    """
-
-    parameters: int
-    matmul_parameters: int
-    flops_per_token: float
+    parameters: int  # tied ones once
+    matmul_parameters: int  # those in matrix products
+    flops_per_token: float  # forward and backward
     tokens_per_step: int
-    steps: int | None
-    epochs: float | None
+    steps: int | None  # None where ``train.hours`` decides, or ``train.epochs`` of missing data
+    epochs: float | None  # passes over the training split; None: likewise, or it is missing
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the whole run."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
-def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1) -> Plan:
-    """Return the size of a run of ``n_ranks`` processes; ``train`` None: its data are not there."""
-    import torch
-
-    from fasttrain.data.order import Plan as Samples
-    from fasttrain.log import metrics
-    from fasttrain.model.transformer import Transformer, flops_constants
-
+def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) -> RunPlan:
+    """Return the size of a run of ``n_ranks`` processes; ``train`` is None where it is missing."""
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, data = config.train, config.data
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
     per_step, per_epoch = samples * data.seq_len, 0
     if train is not None:
-        per_epoch = Samples(
+        per_epoch = Plan(
             train,
             batching=data.batching,
             seq_len=data.seq_len,
@@ -75,7 +57,7 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
         steps = n_steps(
             loop, tokens_per_step=per_step, samples_per_step=samples, samples_per_epoch=per_epoch
         )
-    return Plan(
+    return RunPlan(
         parameters=model.num_parameters(),
         matmul_parameters=model.num_matmul_parameters(),
         flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=data.seq_len),
@@ -86,7 +68,7 @@ def plan_run(config: TrainConfig, train: "TokenDataset | None", n_ranks: int = 1
 
 
 def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
-    """Yield where a step of ``n_ranks`` processes is not the one that the config names."""
+    """Warn where a step of ``n_ranks`` processes is not the one that the config names."""
     loop, seq_len = config.train, config.data.seq_len
     tokens = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
     if loop.tokens_per_step is None and n_ranks > 1:
@@ -103,24 +85,18 @@ def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
 
 def warnings_of(
     config: TrainConfig,
-    plan: Plan,
-    train: "TokenDataset | None",
+    plan: RunPlan,
+    train: TokenDataset | None,
     *,
-    device: "torch.device",
+    device: torch.device,
     dtype: str,
     seconds: float | None = None,
     n_ranks: int = 1,
 ) -> Iterator[str]:
     """Yield what will hurt the run, each with the remedy.
 
-    Args:
-        config: the configuration with its vocabulary settled.
-        plan: the size of the run.
-        train: the training split; None: it is not there.
-        device: where it will run.
-        dtype: of the matrix products, as `fasttrain.device.Precision` names it.
-        seconds: how long the run will take, where known.
-        n_ranks: the processes of the run.
+    ``config`` has its vocabulary set; ``dtype`` is a name of `fasttrain.device.Precision`;
+    ``seconds`` is how long the run will take, where that is known.
     """
     yield from warnings_of_step(config, n_ranks)
     model, seq_len, steps = config.model, config.data.seq_len, plan.steps
@@ -188,19 +164,11 @@ def warnings_of(
         yield f"the data hold token {train.max_token}, model.vocab_size is {model.vocab_size}"
 
 
-def warnings_of_data(
-    config: TrainConfig, train: "TokenDataset", val: "TokenDataset"
-) -> Iterator[str]:
-    """Yield what the data do not suffice for, each with the remedy.
-
-    Args:
-        config: the configuration with its vocabulary settled.
-        train: the training split.
-        val: the validation split.
-    """
+def warnings_of_data(config: TrainConfig, train: TokenDataset, val: TokenDataset) -> Iterator[str]:
+    """Yield what the data are too small for, each with the remedy."""
     rows, used = config.model.vocab_size, train.max_token + 1
     assert rows is not None
-    if used < rows / 2 and rows - used > 64:  # which is not from rounding up
+    if used < rows / 2 and rows - used > 64:  # more than from rounding up
         yield (
             f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
             f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "

@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions of the step and, for plateaus, of the losses so far.
 
-Nothing is carried from step to step, so a resumed run and a plot made beforehand agree with the run
+No state is kept from step to step, so a resumed run and a plot made beforehand agree with the run
 itself. Standard library only.
 """
 
@@ -16,9 +16,9 @@ from fasttrain.config.keys import refuse
 def lr_at(
     step: int, total_steps: int, schedule: ScheduleConfig, lr: float, *, n_plateaus: int = 0
 ) -> float:
-    """Return the learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step, of which ``lr`` is the peak.
 
-    With W warmup steps, S steps in all and t the step::
+    With W warmup steps, S = total_steps and t the step, counted from 0::
 
         t < W           lr · (t + 1) / W                the first step already learns
         constant        lr
@@ -34,16 +34,6 @@ def lr_at(
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
     last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
     single step, that step takes lr: a run of one step learns.
-
-    Args:
-        step: the step, counted from 0.
-        total_steps: the number of steps of the whole run.
-        schedule: the ``[schedule]`` section.
-        lr: the peak learning rate.
-        n_plateaus: plateaus of the validation loss so far, from `n_plateaus`.
-
-    Returns:
-        The learning rate.
 
     Raises:
         ValueError: ``step`` is negative or ``total_steps`` is below 1.
@@ -107,27 +97,15 @@ def n_stale(losses: Sequence[float], min_change: float) -> int:
 
 
 def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int:
-    """Return how many times ``patience`` losses in a row brought no improvement.
+    """Return how many times ``patience`` losses in a row brought no improvement of ``min_change``.
 
-    Args:
-        losses: of all evaluations of the run, in order.
-        patience: how many make a plateau; after one, as many again make the next.
-        min_change: by which a loss must be below the lowest so far.
+    After a plateau, as many losses again make the next.
     """
     return sum(n > 0 and n % patience == 0 for n in _stale(losses, min_change))
 
 
 def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:
-    """Return the length into which one step cuts its sequences.
-
-    Args:
-        step: the step, counted from 0.
-        total_steps: the number of steps of the whole run.
-        schedule: the ``[schedule]`` section.
-        seq_len: the length of a sequence, in tokens, which is also that of the last part.
-
-    Returns:
-        The length, in tokens.
+    """Return the length, in tokens, into which one step cuts its sequences of ``seq_len``.
 
     Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
     """
@@ -138,9 +116,9 @@ def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: i
 
 @cache
 def _length(fraction: float, seq_len: int) -> int:
-    """Return the longest divisor of ``seq_len`` within that part of it, or ``seq_len``.
+    """Return the longest divisor of ``seq_len`` within that fraction of it.
 
-    The latter where the divisor is less than half the part: a prime would be cut into tokens.
+    Where it is less than half of that, ``seq_len``: a prime would be cut into single tokens.
     """
     most = max(round(fraction * seq_len), 1)
     length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
@@ -154,7 +132,7 @@ HOURS_ESTIMATE_AT = 20
 def n_steps(
     loop: LoopConfig, *, tokens_per_step: int, samples_per_step: int, samples_per_epoch: int
 ) -> int | None:
-    """Return the number of steps of a run; None with ``train.hours``, which has to be measured."""
+    """Return the number of steps of a run; None with ``train.hours``, which must be measured."""
     if loop.steps is not None:
         return loop.steps
     if loop.tokens is not None:

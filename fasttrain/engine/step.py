@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from fasttrain_kernels import FusedAdamW, Muon, grad_norm, linear_cross_entropy
+from fasttrain_kernels import grad_norm, linear_cross_entropy
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 from torch.distributed import Work
@@ -353,13 +353,14 @@ class TrainStep:
         return verdict
 
     def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
-        if isinstance(optimizer, FusedAdamW | Muon):  # these read both on the device
-            optimizer.step(clip_coefficient=clip, found_inf=bad)
+        step: Any = optimizer.step
+        if getattr(optimizer, "reads_clip_on_device", False):
+            step(clip_coefficient=clip, found_inf=bad)
         elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
             if grads := [local_tensor(g) for g in grads if g is not None]:
                 torch._foreach_mul_(grads, clip)
-            optimizer.step()
+            step()
 
     def numbers(self) -> Numbers:
         """Bring the numbers of the steps since the last call to the host: one sync."""

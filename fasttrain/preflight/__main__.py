@@ -1,246 +1,17 @@
 """The command line: ``python -m fasttrain.preflight CONFIG.toml [section.key=value …]``.
 
-What a run will take, before it takes it: parameters, FLOPs, memory by category, tokens, time; and
-what will hurt it. Where the data are not there, it says how to get them and tells the rest, and its
-status is of what can be known. ``--diagnose`` runs the checklist of `fasttrain.diagnosis` on the
-first batch, ``--kernels`` tries each fused operation on this device. Nothing is written but the
-caches.
+``--diagnose`` runs the checklist of `fasttrain.diagnosis` on the first batch, ``--kernels`` tries
+each fused operation on this device. Nothing is written but the caches.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, check_system, command, prog
-from fasttrain.config import TrainConfig, load_config
-from fasttrain.config.keys import counted
-from fasttrain.engine.plan import plan_run, warnings_of, warnings_of_data
-
-if TYPE_CHECKING:
-    from fasttrain.engine.memory import StepMemory
-
-__all__ = ["main", "preflight"]
-
-SLOW_FLOPS = 1e12  # of a micro-batch: some seconds on a CPU
-
-# ---- what a person sees --------------------------------------------------------------------------
-
-
-def _memory_lines(memory: "StepMemory", free: int, peak: int | None) -> Iterator[str]:
-    for f in fields(memory):
-        if f.name == "gathered" and not memory.gathered:  # of one process, or DDP
-            continue
-        size = getattr(memory, f.name)
-        yield f"    {f.name:<12} {_size(size) if size else 'none then':>10}"
-    yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
-    if peak is not None:
-        yield f"    {'measured':<12} {_size(peak):>10}"
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
-
-
-def preflight(
-    config: TrainConfig,
-    *,
-    probe: bool = True,
-    n_ranks: int = 1,
-    bandwidth_gbps: float | None = None,
-    show: Callable[[str], None] = print,
-) -> bool:
-    """Show what a run will take and what will hurt it.
-
-    Args:
-        config: the configuration as loaded.
-        probe: run a few steps to measure time and memory, those of one rank.
-        n_ranks: processes that are to share each step, on devices like this one.
-        bandwidth_gbps: gigabits a second that each of them can send; None: not known.
-        show: takes each line.
-
-    Returns:
-        Whether it fits into the memory that is free, also where the data are not there.
-
-    Raises:
-        UserError: something is missing or does not fit together.
-    """
-    import torch
-
-    from fasttrain.data.files import cache_folder
-    from fasttrain.data.format import absent
-    from fasttrain.device import resolve_device, resolve_precision
-    from fasttrain.distributed.world import preferred_mode, unused_mode
-    from fasttrain.engine.memory import device_memory, estimate_memory
-    from fasttrain.engine.probe import probe_step, settle_micro_batch
-    from fasttrain.engine.schedule import step_shape
-    from fasttrain.log import metrics
-    from fasttrain.log.console import format_count, format_duration
-    from fasttrain.model.runtime import keep_compiled, resolve_compile
-    from fasttrain.model.transformer import Transformer
-    from fasttrain.preflight.scaling import scaling_lines, traffic
-    from fasttrain.run.run import data_paths, open_splits
-
-    device = resolve_device(config.run.device)
-    precision = resolve_precision(config.run.dtype, device)
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    keep_compiled(
-        cache_folder(Path(config.data.cache_dir) if config.data.cache_dir else None) / "compiled"
-    )
-    vocab_size = config.model.vocab_size
-    missing = [line for path in data_paths(config) if (line := absent(path, vocab_size))]
-    train = val = None
-    if not missing or vocab_size is None:  # without data nor this there is no model
-        config, train, val = open_splits(config, show)
-    seq_len, loop = config.data.seq_len, config.train
-    samples = step_shape(loop, seq_len, n_ranks).samples
-    share = replace(loop, tokens_per_step=samples * seq_len)
-    alone = settle_micro_batch(
-        replace(config, train=share), device=device, precision=precision, report=show
-    )
-    rows, n_micro = step_shape(alone.train, seq_len)
-    config = replace(config, train=replace(loop, micro_batch=rows))
-    plan = plan_run(config, train, n_ranks)
-    show(
-        f"model        {plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix "
-        f"products; {format_count(plan.flops_per_token)} FLOPs a token"
-    )
-    vocabulary = f"vocabulary {config.model.vocab_size:,}"
-    for line in missing:
-        show(f"data         {line}")
-    if train and val:
-        own = train.vocab_size
-        if own is not None and -(-own // 64) * 64 != config.model.vocab_size != own:
-            vocabulary += f" of the model, {own:,} of the data"
-        show(
-            f"data         {train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate; "
-            f"{vocabulary}"
-        )
-    ranks = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
-    shape = f"{n_micro} × {counted(rows, 'row')} × {seq_len}"
-    show(f"step         {plan.tokens_per_step:,} tokens: {shape}{ranks}")
-    if plan.tokens is not None:
-        epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
-        show(
-            f"run          {counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens, "
-            f"{epochs}{plan.tokens * plan.flops_per_token:.3g} FLOPs"
-        )
-    elif loop.epochs is not None:
-        show(f"run          {loop.epochs:g} epochs of data that are not there")
-    else:
-        show(f"run          {loop.hours} h")
-
-    local = min(n_ranks, torch.cuda.device_count()) if device.type == "cuda" else n_ranks
-    mode, why = "single", ""
-    if n_ranks > 1:
-        mode, why = preferred_mode(config.distributed, local, plan.parameters, device)
-        show(f"ranks        {n_ranks}, {mode}: {why}")
-        if mode == "hsdp" and config.distributed.shard_ranks is None:
-            config = replace(config, distributed=replace(config.distributed, shard_ranks=local))
-    memory = estimate_memory(
-        config, rows, device=device, precision=precision, n_ranks=n_ranks, mode=mode
-    )
-    free = device_memory(device) // (1 if device.type == "cuda" else local)
-    fits = memory.total <= free
-    compiles = resolve_compile(config, device)
-    runs = probe and fits
-    if runs and mode in ("fsdp", "hsdp"):  # which may fit in shards alone
-        whole = estimate_memory(alone, rows, device=device, precision=precision)
-        runs = whole.total <= free
-    if runs and plan.flops_per_token * rows * seq_len > SLOW_FLOPS:
-        show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
-    probed = probe_step(alone, device=device, precision=precision) if runs else None
-    whose = " and rank" if n_ranks > 1 else ""
-    show(f"memory       of an eager step{whose} on {device}, {precision.name}, at its peak:")
-    for line in _memory_lines(memory, free, probed.peak_bytes if probed and not ranks else None):
-        show(line)
-    if ranks:
-        with torch.device("meta"):
-            model = Transformer(config.model, seq_len=seq_len)
-        sent = traffic(
-            config,
-            model,
-            mode=mode,
-            n_ranks=n_ranks,
-            shard_ranks=config.distributed.shard_ranks if mode == "hsdp" else None,
-            n_micro=n_micro,
-            compute=precision.compute,
-        )
-        step_s = probed.step_s if probed else None
-        for line in scaling_lines(
-            sent, step_s, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps
-        ):
-            show(line)
-    seconds = None
-    if probed:
-        tokens_per_s = plan.tokens_per_step / probed.step_s
-        peak = metrics.peak_flops(device, precision.name)
-        used = metrics.mfu(tokens_per_s / n_ranks, plan.flops_per_token, peak)
-        mfu = "n/a" if used is None else f"{used:.1%}"
-        show(
-            f"speed        {tokens_per_s:,.0f} tokens/s{ranks and ' on all'}, "
-            f"{1000 * probed.step_s:,.0f} ms a step, MFU {mfu} (compile {compiles}, first step "
-            f"{probed.first_s:.1f} s)"
-        )
-        if plan.steps is not None:
-            seconds = plan.steps * probed.step_s
-            show(f"time         {format_duration(seconds)} of steps, without evaluation and saves")
-    for line in warnings_of(
-        config, plan, train, device=device, dtype=precision.name, seconds=seconds, n_ranks=n_ranks
-    ):
-        show(f"warning      {line}")
-    for line in warnings_of_data(config, train, val) if train and val else ():
-        show(f"warning      {line}")
-    if unused := unused_mode(config.distributed, n_ranks):
-        show(f"warning      {unused}")
-    if not fits:
-        show(
-            f"error        it does not fit: {_size(memory.total)} of {_size(free)}; lower "
-            "train.micro_batch (the loss stays the same with train.tokens_per_step set), or "
-            'set it to "auto"'
-        )
-    return fits
-
-
-def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) -> bool:
-    """Run the checklist on the first batch of a run; return whether no line fails."""
-    import torch
-
-    from fasttrain.data.loader import Loader
-    from fasttrain.device import resolve_device, resolve_precision
-    from fasttrain.diagnosis import diagnose
-    from fasttrain.engine.optim import build_optimizers
-    from fasttrain.engine.schedule import lr_at
-    from fasttrain.model.transformer import Transformer
-    from fasttrain.run.run import open_splits
-
-    device = resolve_device(config.run.device)
-    precision = resolve_precision(config.run.dtype, device)
-    config, train, _ = open_splits(config, show)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train)
-    torch.manual_seed(config.run.seed)
-    model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    optimizers = build_optimizers(model, config.optim, precision.compute)
-    # The highest rate of the run: a warmup may well begin at almost nothing.
-    total = plan.steps or 10**12
-    rate = lr_at(
-        min(config.schedule.warmup_steps, total - 1), total, config.schedule, config.optim.peak_lr
-    )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-    with Loader(
-        train, seq_len=config.data.seq_len, micro_batch=2, seed=config.run.seed, device=device
-    ) as loader:
-        batch = next(loader)
-    with precision.autocast():
-        report = diagnose(model, batch, optimizer=optimizers)
-    show(str(report))
-    return not report.failed
+from fasttrain.config import load_config
 
 
 def _count(text: str) -> int:
@@ -260,32 +31,25 @@ def _parser() -> argparse.ArgumentParser:
         prog=prog("preflight"),
         description="Tell what a run takes before it takes it, and what will hurt it.",
     )
-    parser.add_argument("config", type=Path, nargs="?", help="as fasttrain.train takes it")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
-    )
-    parser.add_argument(
-        "--no-probe", action="store_true", help="do not run a step: no time, no measured memory"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("config", type=Path, nargs="?", help="as fasttrain.train takes it")
+    add("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
+    add("--no-probe", action="store_true", help="do not run a step: no time, no measured memory")
+    add(
         "--world-size", type=_count, default=1, metavar="N", help="tell it for a run of N processes"
     )
-    parser.add_argument(
-        "--bandwidth-gbps", type=_rate, metavar="G", help="gigabits a second that a rank sends"
-    )
-    parser.add_argument(
+    add("--bandwidth-gbps", type=_rate, metavar="G", help="gigabits a second that a rank sends")
+    add(
         "--diagnose",
         action="store_true",
         help="run the checklist for a loss that does not fall, on the first batch",
     )
-    parser.add_argument(
+    add(
         "--kernels",
         action="store_true",
         help="check each fused operation on this device and time its paths; takes no config",
     )
-    parser.add_argument(
-        "--device", default="auto", help="device of --kernels: auto, cpu, cuda or cuda:N"
-    )
+    add("--device", default="auto", help="device of --kernels: auto, cpu, cuda or cuda:N")
     return parser
 
 
@@ -302,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give a config file, or --kernels")
     config = load_config(arguments.config, arguments.overrides)
     check_system()
+    from fasttrain.preflight.plan import diagnose_run, preflight  # torch comes after the config
+
     if arguments.diagnose:
         return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
     n_ranks, gbps = arguments.world_size, arguments.bandwidth_gbps

@@ -32,8 +32,6 @@ from torch import Tensor
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.engine.memory import device_memory
 
-__all__ = ["CHOICES", "OpReport", "check_kernels", "show_kernels"]
-
 Outputs = Tensor | tuple[Tensor, ...]
 
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
@@ -183,11 +181,9 @@ def _check_adamw(device: torch.device) -> OpReport:
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
-    """Check and time each operation on ``device``, in the dtype that the trainer would take there.
+    """Check and time each operation on ``device``, in the dtype that the trainer would use there.
 
-    Args:
-        device: where.
-        compiled: whether to time what torch.compile makes, which takes it some seconds each.
+    ``compiled``: also time what torch.compile makes of it, which takes some seconds each.
     """
     dtype = resolve_precision("auto", device).compute
     for op in _ops(device, dtype):

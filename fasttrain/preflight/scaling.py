@@ -1,12 +1,11 @@
-"""What a step sends from rank to rank, how long that takes, and what it costs in utilisation.
+"""What a step sends between ranks, how long that takes, and what it costs in utilisation.
 
-Bytes are those that one rank sends with ring algorithms over N ranks, which are the fewest
-possible: a reduce-scatter and an all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one
-after the other. DDP all-reduces the fp32 gradients once a step. Sharded over N, a rank gathers what
-it multiplies with in fp32, for each micro-batch: all parameters for the forward pass and, with
-``distributed.reshard_after_forward``, those of the blocks again for the backward pass; and
-reduce-scatters the fp32 gradients once a step. HSDP all-reduces these shards over the copies. Muon
-gathers its matrices and scatters the updates.
+Bytes are those that one rank sends with ring algorithms over N ranks, the fewest possible: a
+reduce-scatter and an all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the
+other. DDP all-reduces the fp32 gradients once a step. FSDP gathers the parameters in fp32 for each
+micro-batch: all of them for the forward pass and, with ``distributed.reshard_after_forward``, those
+of the blocks again for the backward pass; it reduce-scatters the fp32 gradients once a step. HSDP
+all-reduces these shards over the copies. Muon gathers its matrices and scatters the updates.
 
 Sources: Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of
 Workstations (J. Parallel Distrib. Comput. 69); Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
@@ -19,8 +18,6 @@ import torch
 from torch import nn
 
 from fasttrain.config import TrainConfig
-
-__all__ = ["Overhead", "Traffic", "overhead", "scaling_lines", "traffic"]
 
 FP32 = 4
 # Of a step without accumulation the backward pass takes two thirds.
@@ -38,7 +35,6 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """The sum over the kinds."""
         return self.all_gather + self.reduce_scatter + self.all_reduce + self.muon
 
 
@@ -56,16 +52,10 @@ def traffic(
     n_micro: int = 1,
     compute: torch.dtype = torch.float32,
 ) -> Traffic:
-    """Return what one rank sends in a step.
+    """Return what one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
 
-    Args:
-        config: for the optimizer and ``distributed.reshard_after_forward``.
-        model: a Transformer, on any device, that of fake and meta tensors too.
-        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``.
-        n_ranks: N.
-        shard_ranks: of ``hsdp``: the ranks that share one copy of the parameters.
-        n_micro: micro-batches of one rank in a step.
-        compute: dtype in which Muon gathers its matrices.
+    ``model`` is a Transformer on any device, also meta; ``mode`` is single, ddp, fsdp or hsdp, and
+    then ``shard_ranks`` share one copy of the parameters. Muon gathers its matrices in ``compute``.
     """
     total = sum(p.numel() for p in model.parameters())
     if mode == "single" or n_ranks == 1:
@@ -89,30 +79,19 @@ def traffic(
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """What sending costs: seconds of it in a step, and shares of the utilisation lost.
-
-    Attributes:
-        sending_s: at the stated bandwidth, latencies left out.
-        loss_hidden: where it goes on beside all computation that it can go on beside.
-        loss_exposed: where nothing is computed meanwhile.
-    """
+    """What sending costs a step: seconds without latencies, and shares of the utilisation lost."""
 
     sending_s: float
-    loss_hidden: float
-    loss_exposed: float
+    loss_hidden: float  # where it overlaps with all computation that it can overlap with
+    loss_exposed: float  # where nothing is computed meanwhile
 
 
 def overhead(
     sent: Traffic, step_s: float, *, mode: str, n_micro: int, bandwidth_gbps: float
 ) -> Overhead:
-    """Return what sending costs a step.
+    """Return what sending costs a step that takes ``step_s`` on a rank that sends nothing.
 
-    Args:
-        sent: by one rank in a step.
-        step_s: of a rank that sends nothing.
-        mode: DDP sends beside the last micro-batch's backward pass, shards beside all computation.
-        n_micro: micro-batches of one rank in a step.
-        bandwidth_gbps: gigabits (10⁹) a second that one rank sends.
+    DDP sends beside the last micro-batch's backward pass, FSDP beside all computation.
     """
     sending = 8 * sent.total / (1e9 * bandwidth_gbps)
     beside = step_s * BACKWARD_SHARE / n_micro if mode == "ddp" else step_s
@@ -123,7 +102,7 @@ def overhead(
 def scaling_lines(
     sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, bandwidth_gbps: float | None
 ) -> Iterator[str]:
-    """Yield what a person sees of it; ``step_s`` and ``bandwidth_gbps``: None where not known."""
+    """Yield lines to show; ``step_s`` and ``bandwidth_gbps`` are None where they are not known."""
     kinds = [
         f"{f.name.replace('_', '-')} {getattr(sent, f.name) / 2**20:,.1f} MiB"
         for f in fields(sent)

@@ -190,7 +190,7 @@ def _with_micro_batch(
     if source is not None:
         found = load_config(source / "config.toml").train.micro_batch
         return replace(config, train=replace(config.train, micro_batch=found))
-    from fasttrain.engine.probe import settle_micro_batch  # half a second of imports
+    from fasttrain.engine.memory import settle_micro_batch  # half a second of imports
 
     found = 0
     with world.failing_together():

@@ -142,6 +142,8 @@ class FusedAdamW(Optimizer):
     Memory: two moments a parameter, and 4 bytes an element with master weights.
     """
 
+    reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -233,13 +235,14 @@ class FusedAdamW(Optimizer):
             if index not in source["state"]:
                 continue
             saved, state = source["state"][index], self.state[param]
-            self.state[param] = fresh = self._new_state(param)
+            self.state[param] = fresh = self.new_state(param)
             fresh["step"].copy_(torch.as_tensor(saved["step"]))
             fresh.update({k: v for k, v in state.items() if k not in (*fresh, "master")})
             for key in (k for k in ("master", *_MOMENTS) if k in fresh and k in saved):
                 fresh[key].copy_(saved[key])
 
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """Return the state that the first step makes for a parameter, which may be on meta."""
         dtype = self._state_dtype or param.dtype
         if param.dtype == torch.float64:
             dtype = param.dtype
@@ -268,7 +271,7 @@ class FusedAdamW(Optimizer):
                     "FusedAdamW: sparse gradients are not supported; use torch.optim.SparseAdam"
                 )
             if not self.state[param]:
-                self.state[param] = self._new_state(param)
+                self.state[param] = self.new_state(param)
             local = local_tensor(param)
             triton = use_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
             sets.setdefault((local.device, triton), []).append(i)

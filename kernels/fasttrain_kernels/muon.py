@@ -107,6 +107,8 @@ class Muon(Optimizer):
     Source: kellerjordan.github.io/posts/muon; arXiv:2502.16982.
     """
 
+    reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -154,6 +156,26 @@ class Muon(Optimizer):
                 group.setdefault(key, value)
             _check_group(group)
 
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """Return the state that the first step makes for a parameter, which may be on meta."""
+        return {"momentum_buffer": torch.zeros_like(param)}
+
+    def scratch_bytes(self, n_ranks: int = 1) -> int:
+        """Return the most bytes that a step holds beside the state, on each of ``n_ranks``."""
+        most = 0
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], int] = {}
+            for p in group["params"]:
+                rows, cols = sorted(p.shape)
+                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
+                # and three Gram matrices.
+                held = 3 * (rows * cols + rows * rows) * p.element_size()
+                if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
+                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
+                by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
+            most = max([most, *by_shape.values()])
+        return most
+
     def _build_plan(
         self, params: list[Tensor], grads: list[Tensor | None], has_grad: list[bool]
     ) -> _Plan:
@@ -175,7 +197,7 @@ class Muon(Optimizer):
                 n_sharded += 1
                 state = self.state[param]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
+                    state |= self.new_state(param)
                 sharded[layout].indices.append(i)
                 sharded[layout].momenta.append(local_tensor(state["momentum_buffer"]))
                 plan.active.append(param)

@@ -11,7 +11,7 @@ from fasttrain.checkpoint.files import history
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import load_config
 from fasttrain.device import resolve_precision
-from fasttrain.engine import probe
+from fasttrain.engine import memory
 from fasttrain.train import main
 from tests.support.simulated_cuda.shim import memory_limit, used
 from tests.support.simulated_cuda.training import CUDA, RUNS, TINY
@@ -44,13 +44,13 @@ def limit(data: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 def test_auto_takes_the_most_rows_that_an_allocator_lets_run(
     data: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "USABLE", 1e9)  # what is estimated always fits
+    monkeypatch.setattr(memory, "USABLE", 1e9)  # what is estimated always fits
     keys = [*KEYS, "train.micro_batch=auto", "model.vocab_size=320", f"data.path={data}"]
     config, precision = load_config(CONFIG, keys), resolve_precision("fp32", CUDA)
     gc.collect()
     before = used(0)
     with memory_limit(limit):
-        settled = probe.settle_micro_batch(config, device=CUDA, precision=precision)
+        settled = memory.settle_micro_batch(config, device=CUDA, precision=precision)
     gc.collect()
     assert settled.train.micro_batch == 2
     assert used(0) == before  # of the attempts nothing is left
