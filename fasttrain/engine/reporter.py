@@ -7,12 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fasttrain.command import redact
 from fasttrain.distributed.sharding import gathered
 from fasttrain.log import metrics
-from fasttrain.log.sinks import Sinks
-from fasttrain.log.text import LogFile, keep_lines
+from fasttrain.log.sinks import LogFile, Sinks, keep_lines
 from fasttrain.model.transformer import flops_constants
-from fasttrain.redact import redact
 
 if TYPE_CHECKING:
     from fasttrain.data.loader import Batch

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
+from fasttrain.command import redact
 from fasttrain.config import config_to_toml
 from fasttrain.distributed.lockstep import differing_step
 from fasttrain.engine.state import collect, restore, rng_of_rank
 from fasttrain.log.timing import TimeAccount
 from fasttrain.model.runtime import resolve_compile
-from fasttrain.redact import redact
 
 if TYPE_CHECKING:
     from fasttrain.engine.trainer import Trainer

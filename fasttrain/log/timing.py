@@ -26,13 +26,9 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 class StepClock:
     """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
 
-    Beside it the time in which at least one collective was under way: from where its tensors were
-    ready here to its end, and so the wait for slower ranks too. Computation may go on meanwhile:
-    it is no further phase.
-
-    Args:
-        device: where the steps run.
-        n_phases: phases of a step.
+    It also adds up the time in which at least one collective was under way: from where its tensors
+    were ready here to its end, and so the wait for slower ranks too. Computation may run meanwhile:
+    this is no further phase.
     """
 
     def __init__(self, device: torch.device, n_phases: int) -> None:
@@ -99,11 +95,7 @@ class StepClock:
 
 
 class TimeAccount:
-    """The wall clock of a session: what went into steps, and what beside them.
-
-    Args:
-        step: the step at which the session begins.
-    """
+    """The wall clock of a session that begins at ``step``: what went into steps, what did not."""
 
     def __init__(self, step: int) -> None:
         self.first_step = step
@@ -116,11 +108,10 @@ class TimeAccount:
         self._paced_from_s: float | None = None  # the end of the first step
 
     def add(self, name: str, seconds: float) -> None:
-        """Add to what a line reports."""
         self._window[name] += seconds
 
     def add_step(self, seconds: float, wait_s: float, *, first: bool) -> None:
-        """Add a step and, of its time, what it waited for data."""
+        """Add a step; ``wait_s`` is the part of it that it waited for data."""
         self.n_steps += 1
         self.add("step", seconds)
         self.add("wait", wait_s)
@@ -133,7 +124,6 @@ class TimeAccount:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time of a block."""
         started = time.perf_counter()
         try:
             yield
@@ -153,23 +143,17 @@ class TimeAccount:
         return pace_s * max(total_steps - step, 0)
 
     def line(self, step: int) -> dict[str, float | None]:
-        """Return the account since the last line, and begin the next.
+        """Return the account since the last line, and begin the next; ``step`` steps are done.
 
-        Args:
-            step: steps done.
+        The ``_ms`` are means over steps, of which ``data_wait_ms``, ``forward_backward_ms`` and
+        ``optimizer_ms`` are parts. ``communication_ms``, for which parameters were being gathered
+        or gradients reduced over ranks, lies within ``forward_backward_ms``, on a GPU mostly
+        beneath computation, and is not to be added. Sums of single numbers and Muon's exchange of
+        directions are not in it. None where nothing was sent. The ``_s`` are sums.
 
-        Returns:
-            Means over steps, in ms: ``step_ms`` and of it ``data_wait_ms``,
-            ``forward_backward_ms`` and ``optimizer_ms``. Also ``communication_ms``, for which
-            parameters were being gathered or gradients reduced over ranks: it lies within
-            ``forward_backward_ms``, on a GPU mostly beneath computation, and is not to be added.
-            Sums of single numbers and Muon's exchange of directions are not in it. None where
-            nothing was sent.
-
-            Seconds in all: ``eval_s``, ``checkpoint_s``, ``sample_s``. ``goodput``: of the
-            session's wall clock, the part that its steps need at their steady pace without waiting
-            for data; compilation, waits, evaluation, samples, saves and steps that a rollback undid
-            are the rest. None while there is no steady step.
+        ``goodput``: of the session's wall clock, the part that its steps need at their steady pace
+        without waiting for data; compilation, waits, evaluation, samples, saves and steps that a
+        rollback undid are the rest. None while there is no steady step.
         """
         spent = self._window
         n = max(self.n_steps, 1)
@@ -196,14 +180,10 @@ MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
 
 
 class StepProfiler:
-    """Writes ``trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
+    """Writes ``profile/trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
 
-    Args:
-        run_dir: in its folder ``profile``, made when the steps are over; None: nothing is done.
-        steps: first and last step, counted from 1; empty: nothing is done.
-        device: what is profiled beside the CPU.
-
-    Numerics: none; profiled steps are slower.
+    ``steps`` are the first and the last, counted from 1. Without them, or without ``run_dir``,
+    nothing is done. Profiled steps are slower; no number changes.
     """
 
     def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redacted
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redact, redacted
 from fasttrain.config import UserError
 from fasttrain.config.keys import counted
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
@@ -18,7 +18,6 @@ from fasttrain.engine.plan import warnings_of_step
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.cpu.blocks import why_unfit
-from fasttrain.redact import redact
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import StopSignals, end_at_once
 

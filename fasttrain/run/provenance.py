@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import __version__
-from fasttrain.redact import redact
+from fasttrain.command import redact
 
 __all__ = ["provenance"]
 
