@@ -19,26 +19,15 @@ from fasttrain.distributed.slices import cut, locate
 from fasttrain.distributed.world import World
 from fasttrain.log.timing import StepClock
 
-__all__ = [
-    "gathered",
-    "make_sharded",
-    "replicate",
-    "set_gradient_sync",
-    "shard",
-    "time_collectives",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 
 def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
     """Return a module, parameters inside and the loss its output, as DDP runs it.
 
-    Args:
-        objective: the module.
-        accumulates: gradients are added up over micro-batches. They then have their place in DDP's
-            buckets from the first on, and are to be zeroed, not dropped: else they lie beside the
-            buckets until the last, and then in them too.
+    If it ``accumulates`` gradients over micro-batches, they have their place in DDP's buckets from
+    the first on, and are to be zeroed, not dropped: else they lie beside the buckets until the
+    last, and then in them too.
     """
     if accumulates:
         for p in objective.parameters():
@@ -53,12 +42,8 @@ def replicate(objective: nn.Module, *, accumulates: bool) -> nn.Module:
 def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     """Spread the parameters of a model over the ranks, block by block; they become DTensors.
 
-    Optimizers are made after it.
-
-    Args:
-        model: a Transformer; its ``blocks`` are gathered one by one, the next while one computes.
-        world: with its mode chosen; nothing is done unless that shards.
-        config: the ``[distributed]`` section.
+    Its ``blocks`` are gathered one by one, the next while one computes. Optimizers are made after
+    it. Nothing is done unless the world's mode shards.
 
     Numerics: parameters are gathered as they are, in fp32, and autocast rounds them for a product,
         as on one rank. Gathered in bf16, half the bytes, embeddings and with them the residual
@@ -68,19 +53,16 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    options: Any = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+    }
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
-        fully_shard(
-            block,
-            mesh=world.mesh,
-            reshard_after_forward=config.reshard_after_forward,
-            mp_policy=policy,
-        )
-    # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
-    # there.
-    fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+    # The root keeps embedding, last norm and head whole after its forward, for the loss.
+    fully_shard(model, reshard_after_forward=False, **options)
 
 
 class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -99,20 +81,12 @@ class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def make_sharded(
-    make: Callable[[], M],
-    world: World,
-    config: DistributedConfig,
-    *,
-    device: torch.device,
+    make: Callable[[], M], world: World, config: DistributedConfig, *, device: torch.device
 ) -> M:
     """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
 
-    Args:
-        make: returns the model, its parameters drawn from torch's generator of the host by each
-            module's ``reset_parameters``, then by its ``init_weights``.
-        world: with its mode chosen.
-        config: the ``[distributed]`` section.
-        device: of this rank.
+    ``make`` returns the model, its parameters drawn from torch's generator of the host by each
+    module's ``reset_parameters``, then by its ``init_weights``.
 
     Memory: this rank's shards, and on the host one whole parameter at a time.
     """
@@ -130,7 +104,7 @@ def make_sharded(
 
 @contextmanager
 def gathered(model: nn.Module, world: World) -> Iterator[None]:
-    """Use a model without training it: what its forward left gathered is given up at the end.
+    """Use a model without training it: what its forward left gathered is freed at the end.
 
     All ranks call it together, and the model within it equally often.
     """
@@ -150,12 +124,9 @@ def gathered(model: nn.Module, world: World) -> Iterator[None]:
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
-    """Let the backward pass to come reduce gradients over ranks, or only add them up here.
+    """Have the next backward pass reduce gradients over ranks, or only add them up here.
 
-    Args:
-        network: what `replicate` returned, or the model that was sharded.
-        world: with its mode chosen.
-        sync: whether to reduce them.
+    ``network``: what `replicate` returned, or the model that was sharded.
     """
     if world.mode == "ddp":
         network.require_backward_grad_sync = sync
@@ -164,7 +135,7 @@ def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
 
 
 class _Timed:
-    """A collective of FSDP2 that tells a clock when it begins and ends."""
+    """A collective of FSDP2 that marks on a clock when it begins and ends."""
 
     def __init__(self, collective: Any, clock: StepClock) -> None:
         self.collective, self.clock = collective, clock
@@ -173,7 +144,7 @@ class _Timed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.span = self.clock.begin()
-        work = self.collective(*args, **kwargs)  # the stream goes on, or a CPU, when it is done
+        work = self.collective(*args, **kwargs)  # the stream, or a CPU, continues when it is done
         self.clock.end(self.span)
         return work
 
@@ -183,15 +154,9 @@ class _Timed:
 
 
 def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
-    """Have a clock told of all collectives of parameters and gradients.
+    """Have a clock measure all collectives of parameters and gradients; not a bit changes.
 
-    Args:
-        network: what `replicate` returned, or the model that was sharded.
-        world: with its mode chosen.
-        clock: of the steps.
-        accumulates: as `replicate` was told.
-
-    Numerics: not a bit changes.
+    ``network`` and ``accumulates`` as for `set_gradient_sync` and `replicate`.
     """
 
     # DDP checks the annotations; torch's stubs do not have this one.
