@@ -18,8 +18,15 @@ as the files are, so that the background thread hashes and writes them as they l
 """
 
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.parts import parse, verify
-from fasttrain.checkpoint.reading import Checkpoint, check_model, load, resolve, saved_parameters
+from fasttrain.checkpoint.reading import (
+    Checkpoint,
+    check_model,
+    load,
+    parse,
+    resolve,
+    saved_parameters,
+    verify,
+)
 from fasttrain.checkpoint.writer import CheckpointWriter
 
 __all__ = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fasttrain.checkpoint import CheckpointError, verify
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.parts import Parts
+from fasttrain.checkpoint.reading import Parts
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog
 from fasttrain.config import config_to_toml
 

@@ -1,6 +1,6 @@
-"""Who writes the checkpoints of a run: snapshot, files, commit, and which are kept.
+"""How the checkpoints of a run are written: snapshot, files, commit, and which are kept.
 
-The protocol is told in `fasttrain.checkpoint`, that of several ranks in `checkpoint_ranks`.
+The protocol is described in `fasttrain.checkpoint`, that of several ranks in `ranks`.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.parts import parse, verify
 from fasttrain.checkpoint.ranks import Ranks, own_slices
+from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
 from fasttrain.distributed.slices import Slice
 
@@ -49,18 +49,10 @@ class _Save:
 class CheckpointWriter:
     """Writes the checkpoints of one run folder and keeps the last few and the best.
 
-    Args:
-        folder: `<run>/checkpoints`; made if missing. One run at a time may write to it.
-        keep_last: how many verified checkpoints to keep beside the best, at least 1.
-        asynchronous: write in a background thread; otherwise `save` returns after the commit.
-        rank: of this process among those that save together, all of them at the same steps.
-        world_size: how many they are.
-        session: shared by the ranks, and by no earlier ones; needed where there are several.
-        patience_s: how long a rank waits for the others to write their parts of a checkpoint.
-        warn: told, in any thread, that a checkpoint is complete but others could not be removed.
-
-    Raises:
-        CheckpointError: the folder cannot be made.
+    `keep_last` verified ones are kept beside the best. Unless `asynchronous`, `save` returns after
+    the commit. Of several ranks each has a writer, all with one `session` that no earlier ones had;
+    they save at the same steps, and a rank waits `patience_s` for the others. `warn` is called, in
+    any thread, if a checkpoint is complete but others could not be removed.
 
     Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
     """
@@ -106,27 +98,17 @@ class CheckpointWriter:
         *,
         metric: float | None = None,
     ) -> Path:
-        """Takes a snapshot now and commits it in the background; later updates do not reach it.
+        """Take a snapshot now and commit it in the background; later updates do not reach it.
 
         Of several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
         0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
 
-        One save is in flight at a time: a second waits for the first.
+        One save is in flight at a time: a second waits for the first. A step that was saved before
+        is replaced. `best` moves to the lowest `metric` of the checkpoints that verify. The folder
+        that is returned exists once `wait` has returned.
 
-        Args:
-            step: optimizer updates done so far; the folder is named after it. A step that was
-                saved before is replaced.
-            groups: file stem → tensors, of any device.
-            state: what JSON can hold, finite numbers only.
-            config_toml: the resolved configuration.
-            metric: validation loss; `best` moves to the lowest of the checkpoints that verify.
-
-        Returns:
-            The folder, which exists once `wait` has returned.
-
-        Raises:
-            CheckpointError: the save before this one failed (then this one was not begun: call
-                again), or this one, if it is synchronous or its arguments are unfit.
+        Raises CheckpointError if the save before this one failed (then this one was not begun: call
+        again), or this one, if it is synchronous or its arguments are unfit.
         """
         self.wait()
         self._n_begun += 1
@@ -142,7 +124,7 @@ class CheckpointWriter:
         own, slices = own_slices(groups, self._ranks.rank)
         if self._ranks.rank:
             own = {stem: tensors for stem, tensors in own.items() if tensors}
-        path = self._path(step)
+        path = self.folder / f"step-{step:08d}"
         save = _Save(
             step=step,
             path=path,
@@ -163,11 +145,8 @@ class CheckpointWriter:
             self._write(save)
         return path
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
-
     def wait(self) -> None:
-        """Returns when the save in flight is committed; raises CheckpointError if it failed."""
+        """Wait until the save in flight is committed; CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -176,11 +155,11 @@ class CheckpointWriter:
             raise error
 
     def abandon(self) -> None:
-        """The run ends by an error: other ranks may be gone, and none waits for them any more."""
+        """Wait for other ranks no more: the run ends by an error, and they may be gone."""
         self._ranks.abandoned.set()
 
     def close(self) -> None:
-        """Waits as `wait` does and frees the buffers."""
+        """Wait as `wait` does, and free the buffers."""
         try:
             self.wait()
         finally:
@@ -193,13 +172,11 @@ class CheckpointWriter:
                 self._snapshots[stem] = Snapshot(stem, tensors, pinned=self.pinned)
         devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
         with contextlib.ExitStack() as stack:
+            for device in devices - self._streams.keys():
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for device in devices:
-                if device not in self._streams:
-                    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                    self._streams[device] = stream
-                side = self._streams[device]
-                side.wait_stream(torch.cuda.current_stream(device))
-                stack.enter_context(torch.cuda.stream(side))
+                self._streams[device].wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
             for stem, tensors in groups.items():
                 self._snapshots[stem].copy_from(tensors)
         events = [self._streams[device].record_event() for device in devices]
@@ -246,7 +223,7 @@ class CheckpointWriter:
         return {stem: self._ranks.file(stem, sliced=bool(s)) for stem, s in save.slices.items()}
 
     def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
-        """Writes this rank's tensors."""
+        """Write this rank's tensors."""
         for stem in save.slices:
             if name := self._snapshots[stem].first_nonfinite():
                 raise CheckpointError(
@@ -327,20 +304,17 @@ class CheckpointWriter:
             raise told from error
 
     def _verified(self, path: Path) -> bool:
-        """Hashes a folder once; again only when the system has seen one of its files change."""
+        """Hash a folder once; again only if the system has seen one of its files change."""
         now = disk.signature(path)
-        seen, verdict = self._verdicts.get(path, (None, False))
-        if seen != now:
-            verdict = True
-            try:
-                verify(path)
-            except CheckpointError:
-                verdict = False
-            self._verdicts[path] = (now, verdict)
-        return verdict
+        if self._verdicts.get(path, (None,))[0] != now:
+            sound = False
+            with contextlib.suppress(CheckpointError):
+                sound = bool(verify(path))
+            self._verdicts[path] = (now, sound)
+        return self._verdicts[path][1]
 
     def _retain(self, newest: Path) -> None:
-        """Moves `best`, then removes what lies behind the last `keep_last` verified ones."""
+        """Move `best`, then remove what is older than the last `keep_last` verified ones."""
         found = disk.history(self.folder)
         good = [(path, m) for path, m in found if m and self._verified(path)]
         rated = [(m["metric"], m["commit"], path) for path, m in good if m["metric"] is not None]
@@ -397,7 +371,7 @@ class Snapshot:
     def _room(self, size: int, *, pinned: bool) -> Tensor:
         """Return memory that begins with a page, pinned or not.
 
-        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32: here the pages
+        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32. Here the pages
         themselves are registered, for as long as this object lives.
         """
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -421,9 +395,9 @@ class Snapshot:
             view.copy_(tensors[name].detach(), non_blocking=self.cuda)
 
     def first_nonfinite(self) -> str | None:
-        """Looks at bits, in two long calls a tensor: the GIL is left, and no thread is started.
+        """Return the name of a tensor that is not finite; releases the GIL, starts no thread.
 
-        But for the sign, what is not finite has greater bits than the greatest finite number.
+        Apart from the sign, what is not finite has greater bits than the greatest finite number.
         """
         for name, view in zip(self.names, self.views, strict=True):
             if not view.is_floating_point() or not view.numel():
