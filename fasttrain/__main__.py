@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from typing import Any
 
 from fasttrain import __version__
 
@@ -17,17 +18,22 @@ COMMANDS = {
 }
 
 
-def _usage() -> str:
-    lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
-    usage = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
-    return "\n".join([usage, "", *lines, "", "fasttrain COMMAND --help says more; --version"])
+USAGE = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
+
+
+def module_of(name: str) -> Any:
+    """Return the module of a command: of a package its ``__main__``."""
+    module = importlib.import_module(f"fasttrain.{name}")
+    is_package = hasattr(module, "__path__")
+    return importlib.import_module(f"fasttrain.{name}.__main__") if is_package else module
 
 
 def main() -> int:
     """Run the command that is named first; its exit status, or 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage())
+        lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
+        print(USAGE, "", *lines, "", "fasttrain COMMAND --help says more; --version", sep="\n")
         return 0
     if name == "--version":
         print(f"fasttrain {__version__}")
@@ -37,9 +43,7 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"fasttrain.{name}")
-    if hasattr(module, "__path__"):  # a package
-        module = importlib.import_module(f"fasttrain.{name}.__main__")
+    module = module_of(name)
     status: int = module.main(arguments)
     if hasattr(module, "leave"):  # a rank that failed does not wait for the others
         module.leave(status)
