@@ -1,9 +1,9 @@
 """Finding, verifying and loading checkpoints; a save is parsed like this before its commit."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,47 +17,27 @@ from fasttrain.config.untrusted import misfit
 from fasttrain.model.transformer import outline
 
 
-class Parts(NamedTuple):
-    """Config and state of a checkpoint, and where its tensors lie, none of which was read."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint, and where on the disk its tensors lie."""
 
+    path: Path
     step: int
-    files: dict[str, Any]  # those of tensors, with their bytes and hashes
-    config: TrainConfig
+    tensors: dict[str, Tensor]  # by `group.name`, as in `model.head.weight`
     state: dict[str, Any]
+    config: TrainConfig
+    files: dict[str, Any]  # those of tensors, with their bytes and hashes
     layouts: dict[str, disk.Layout]  # by file
     slices: Slices  # by file, of the tensors that are not whole in it
 
     def group(self, stem: str) -> dict[str, Tensor]:
-        """Return the whole tensors of a group on the device ``meta``, where they have no values."""
-        return {
-            name: torch.empty(
-                slices[name].shape if name in slices else shape, dtype=dtype, device="meta"
-            )
-            for file, layout in self.layouts.items()
-            if file.partition(".")[0] == stem
-            for slices in [self.slices.get(file, {})]
-            for name, (dtype, shape, _, _) in layout.items()
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """A verified checkpoint. `tensors` are named `group.name`, as in `model.head.weight`."""
-
-    path: Path
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-    config: TrainConfig
-
-    def group(self, stem: str) -> dict[str, Tensor]:
-        """Return the tensors of one file, by the names they were saved under."""
+        """Return the tensors of a group, by the names they were saved under."""
         prefix = f"{stem}."
         return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
 
 
-def parse(path: Path) -> Parts:
-    """Return the parts of a checkpoint folder; of the files of tensors only the headers are read.
+def parse(path: Path) -> Checkpoint:
+    """Read all but the tensors, which are on the device ``meta``, where they have no values.
 
     Raises CheckpointError, which names the file, if one cannot be parsed or contradicts another.
     """
@@ -81,7 +61,16 @@ def parse(path: Path) -> Parts:
     problem = misfit(state_type(state), state) or _contradiction(state, manifest["step"], config)
     if problem is not None:
         raise CheckpointError(f"{file}: malformed: {problem}")
-    return Parts(manifest["step"], files, config, state, layouts, slices)
+    tensors = {}
+    for name, layout in layouts.items():
+        for key, (dtype, shape, _, _) in layout.items():
+            part = slices.get(name, {}).get(key)
+            whole = torch.empty(part.shape if part else shape, dtype=dtype, device="meta")
+            tensors[f"{name.partition('.')[0]}.{key}"] = whole
+    return Checkpoint(
+        path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
+        files=files, layouts=layouts, slices=slices,
+    )  # fmt: skip
 
 
 def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> str | None:
@@ -110,12 +99,9 @@ def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> 
     return None
 
 
-def verify(path: Path) -> Parts:
+def verify(path: Path) -> Checkpoint:
     """Read every byte of a checkpoint folder; CheckpointError names the file that is off."""
-    parts = parse(path)
-    for name, entry in parts.files.items():
-        disk.read_file(Path(path) / name, entry, keep=False)
-    return parts
+    return load(path, only=())
 
 
 def load(
@@ -128,19 +114,16 @@ def load(
 
     Memory: CPU tensors are views into one buffer a file, which lives as long as any of them.
     """
-    path = Path(path)
-    parts = parse(path)
+    found = parse(path)
     tensors: dict[str, Tensor] = {}
-    for name, entry in parts.files.items():
-        stem = name.partition(".")[0]
+    for name, entry in found.files.items():
+        stem, file = name.partition(".")[0], found.path / name
         keep = only is None or stem in only
-        data = disk.read_file(path / name, entry, keep=keep)
-        slices = parts.slices.get(name, {})
-        for key, tensor in disk.as_tensors(path / name, data).items() if keep else ():
-            put(tensors, f"{stem}.{key}", tensor.to(map_location), slices.get(key), path / name)
-    return Checkpoint(
-        path=path, step=parts.step, tensors=tensors, state=parts.state, config=parts.config
-    )
+        data = disk.read_file(file, entry, keep=keep)
+        parts = found.slices.get(name, {})
+        for key, tensor in disk.as_tensors(file, data).items() if keep else ():
+            put(tensors, f"{stem}.{key}", tensor.to(map_location), parts.get(key), file)
+    return replace(found, tensors=tensors)
 
 
 def resolve(
@@ -155,29 +138,21 @@ def resolve(
     if which not in ("auto", "latest", "best"):
         raise CheckpointError(f"checkpoint: which must be auto, latest or best, got {which!r}")
     found = disk.candidates(path)
-    named: Path | None = path
-    if found != [path]:
-        if which == "auto":
-            return _newest(path, found, report)
+    if found != [path] and which != "auto":
         name = disk.pointed(found[0].parent / which)
-        named = next((p for p in found if p.name.removeprefix(".old-") == name), None)
-    if named is None:
-        raise CheckpointError(f"{path}: has no {which!r} checkpoint; use 'auto' for the newest")
-    verify(named)
-    return named
-
-
-def _newest(path: Path, found: list[Path], report: Callable[[str], None]) -> Path:
+        found = [p for p in found if p.name.removeprefix(".old-") == name]
+        if not found:
+            raise CheckpointError(f"{path}: has no {which!r} checkpoint; use 'auto' for the newest")
     for candidate in found:
         try:
-            verify(candidate)
+            return verify(candidate).path
         except CheckpointError as error:
+            if candidate == path or which != "auto":
+                raise
             why = f"its only checkpoint does not verify: {error}"
             if len(found) > 1:
                 report(f"WARNING: passing over a damaged checkpoint: {error}")
                 why = f"none of its {len(found)} checkpoints verifies"
-        else:
-            return candidate
     raise CheckpointError(
         f"{path}: {why}; restore one from a copy, or start a new run under another name"
     )
