@@ -391,16 +391,12 @@ def preferred_mode(
     if config.mode != "auto":
         return config.mode, f"distributed.mode = {config.mode}"
     need = DDP_BYTES_PER_PARAMETER * n_parameters
-    memory = _device_memory(device)
-    if device.type != "cuda":
-        memory //= local_size
-    fits = need <= DDP_PART_OF_MEMORY * memory
+    memory = _device_memory(device) // (1 if device.type == "cuda" else local_size)
+    mode, fits = "ddp", "fit"
+    if need > DDP_PART_OF_MEMORY * memory:
+        mode, fits = "fsdp", "do not fit"
     gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
-    return (
-        "ddp" if fits else "fsdp",
-        f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
-        f"{memory / 2**30:.1f} GiB",
-    )
+    return mode, f"{gib} {fits} beside activations in each rank's {memory / 2**30:.1f} GiB"
 
 
 def _device_memory(device: torch.device) -> int:

@@ -94,6 +94,11 @@ class StepClock:
         return float(begin.elapsed_time(end)) / 1000
 
 
+# What a line reports: the mean of a step in ms, and the sum in s.
+_MEANS = ("step", "data_wait", "forward_backward", "optimizer", "communication")
+_SUMS = ("eval", "checkpoint", "sample")
+
+
 class TimeAccount:
     """The wall clock of a session that begins at ``step``: what went into steps, what did not."""
 
@@ -102,8 +107,7 @@ class TimeAccount:
         self.started_s = time.perf_counter()
         self.steady_s, self.n_steady = 0.0, 0  # of all steps but the first, which compiles
         self.steady_wait_s = 0.0  # for data, beside steady_s
-        parts = ("step", "wait", "forward_backward", "optimizer", "communication")
-        self._window = dict.fromkeys((*parts, "eval", "checkpoint", "sample"), 0.0)
+        self._window = dict.fromkeys((*_MEANS, *_SUMS), 0.0)
         self.n_steps = 0  # since the last line
         self._paced_from_s: float | None = None  # the end of the first step
 
@@ -114,7 +118,7 @@ class TimeAccount:
         """Add a step; ``wait_s`` is the part of it that it waited for data."""
         self.n_steps += 1
         self.add("step", seconds)
-        self.add("wait", wait_s)
+        self.add("data_wait", wait_s)
         if first:
             self._paced_from_s = time.perf_counter()
         else:
@@ -133,8 +137,7 @@ class TimeAccount:
     def left_s(self, step: int, total_steps: int) -> float | None:
         """Return the seconds from ``step`` to the last step; None before a second step is done.
 
-        Judged from all that followed the session's first step: evaluations and saves count, the
-        first step's compilation does not.
+        Evaluations and saves count, the compilation in the session's first step does not.
         """
         n_steps = step - self.first_step - 1
         if self._paced_from_s is None or n_steps < 1:
@@ -157,20 +160,15 @@ class TimeAccount:
         """
         spent = self._window
         n = max(self.n_steps, 1)
-        row: dict[str, float | None] = {
-            "step_ms": 1000 * spent["step"] / n,
-            "data_wait_ms": 1000 * spent["wait"] / n,
-            "forward_backward_ms": 1000 * spent["forward_backward"] / n,
-            "optimizer_ms": 1000 * spent["optimizer"] / n,
-            "communication_ms": 1000 * spent["communication"] / n or None,
-            **{f"{name}_s": spent[name] for name in ("eval", "checkpoint", "sample")},
-        }
-        goodput = None
+        row: dict[str, float | None] = {f"{name}_ms": 1000 * spent[name] / n for name in _MEANS}
+        row["communication_ms"] = row["communication_ms"] or None
+        row |= {f"{name}_s": spent[name] for name in _SUMS}
+        row["goodput"] = None
         if self.n_steady:
             useful_s = max(step - self.first_step, 0) * self.steady_s / self.n_steady
             # The first step, counted as another, may have been shorter than one that stalled.
-            goodput = min(useful_s / max(time.perf_counter() - self.started_s, 1e-9), 1.0)
-        row["goodput"] = goodput
+            spent_s = max(time.perf_counter() - self.started_s, 1e-9)
+            row["goodput"] = min(useful_s / spent_s, 1.0)
         self._window = dict.fromkeys(spent, 0.0)
         self.n_steps = 0
         return row
@@ -218,9 +216,9 @@ class StepProfiler:
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._profiler is None or self.folder is None:
-            return
         cuda, profiler, self._profiler = self.device.type == "cuda", self._profiler, None
+        if profiler is None or self.folder is None:
+            return
         try:
             if cuda:
                 torch.cuda.synchronize(self.device)
