@@ -50,10 +50,10 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), out)
                 return EXIT_NOT_READ
             rank = os.environ.get("RANK")
-            told = traceback.format_exc().rstrip("\n")
+            shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-                told = f"error: {error}\n{_OUT_OF_MEMORY}"
-            tell(f"rank {rank}: {told}" if rank else told)
+                shown = f"error: {error}\n{_OUT_OF_MEMORY}"
+            tell(f"rank {rank}: {shown}" if rank else shown)
             return EXIT_FAILED
 
     return run
@@ -99,8 +99,8 @@ def tell(text: str) -> None:
 
 def redacted(error: BaseException) -> Exception:
     """Return an exception that says the same at the same place, without secrets or causes."""
-    told = RuntimeError(redact(f"{type(error).__name__}: {error}"))
-    return told.with_traceback(error.__traceback__)
+    shown = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+    return shown.with_traceback(error.__traceback__)
 
 
 # A variable's name is split at what is no letter and where the case changes: none of these words is

@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
             f"run.device = {name!r}: no such CUDA device ({found}); use run.device=cpu or auto"
         )
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", 0)  # torch.cuda.set_device wants an index
+        return torch.device("cuda", 0)  # torch.cuda.set_device needs an index
     return device
 
 

@@ -343,20 +343,17 @@ def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
                 remove(folder / name)
 
 
+# What JSON of a checkpoint has to hold.
 Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
-class Entry(TypedDict):
-    """A file in the manifest."""
-
+class Entry(TypedDict):  # a file in the manifest
     bytes: int
     sha256: str
 
 
 class Manifest(TypedDict):
-    """``manifest.json``."""
-
     step: int
     commit: int
     metric: float | None
@@ -364,15 +361,11 @@ class Manifest(TypedDict):
     ranks: NotRequired[int]
 
 
-class RankRecord(TypedDict):
-    """``rank-00000.json``: which slices of tensors lie in the files of a rank."""
-
-    slices: dict[str, dict[str, list[int]]]
+class RankRecord(TypedDict):  # rank-00000.json
+    slices: dict[str, dict[str, list[int]]]  # by file and tensor: dim, begin, end, shape
 
 
-class Change(TypedDict):
-    """A setting that was changed on purpose when the run was resumed."""
-
+class Change(TypedDict):  # of a setting, on purpose, when the run was resumed
     when: str
     step: int
     key: str
@@ -380,9 +373,7 @@ class Change(TypedDict):
     new: str
 
 
-class Faults(TypedDict):
-    """What `engine.faults.FaultPolicy` keeps."""
-
+class Faults(TypedDict):  # what `engine.faults.FaultPolicy` keeps
     skipped_steps: int
     spikes: int
     rollbacks: int
@@ -395,15 +386,11 @@ class _Origin(TypedDict, total=False):
     provenance: dict[str, str | bool | None]
 
 
-class ModelState(_Origin):
-    """``state.json`` of parameters that belong to no run."""
-
+class ModelState(_Origin):  # state.json of parameters that belong to no run
     step: NotRequired[int]
 
 
-class RunState(_Origin):
-    """``state.json`` of `fasttrain.train`."""
-
+class RunState(_Origin):  # state.json of `fasttrain.train`
     step: int
     position: int
     total_steps: int | None
@@ -419,9 +406,7 @@ class RunState(_Origin):
     data: NotRequired[dict[str, dict[str, Any]]]
 
 
-class LibraryState(_Origin):
-    """``state.json`` of `fasttrain.Trainer`, as far as it does not depend on torch's classes."""
-
+class LibraryState(_Origin):  # state.json of `fasttrain.Trainer`, but for torch's classes
     step: int
     epoch: int
     batch_in_epoch: int

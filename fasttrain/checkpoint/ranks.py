@@ -218,7 +218,7 @@ class Ranks:
         """On another rank: wait until rank 0 has committed; CheckpointError if it did not."""
 
         def done() -> bool:
-            here = partial.exists()  # before the next look: what was told before it went is seen
+            here = partial.exists()  # looked at first: a failure written before it went is seen
             failed = self._failed(partial.name)
             if failed.exists():
                 raise CheckpointError(

@@ -135,11 +135,8 @@ class CheckpointWriter:
             copied=self._snapshot(own),
         )
         if self.asynchronous:
-            self._thread = threading.Thread(
-                target=self._write_in_background,
-                args=(save,),
-                name=f"checkpoint of rank {self._ranks.rank}",
-            )
+            run, name = self._write_in_background, f"checkpoint of rank {self._ranks.rank}"
+            self._thread = threading.Thread(target=run, args=(save,), name=name)
             self._thread.start()
         else:
             self._write(save)
@@ -285,23 +282,23 @@ class CheckpointWriter:
             disk.remove(old)
             self._ranks.committed()
         except (OSError, CheckpointError) as error:
-            told = error
+            shown = error
             if isinstance(error, OSError):
                 done = "is complete, but tidying up failed" if committed else "was not saved"
-                told = disk.failure(f"{path} {done}", error)
+                shown = disk.failure(f"{path} {done}", error)
             if committed:  # on the other ranks it is saved as well
-                self._warn(str(told))
+                self._warn(str(shown))
                 return
             with contextlib.suppress(OSError):
-                self._ranks.give_up(partial, told)
+                self._ranks.give_up(partial, shown)
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
                     os.rename(old, path)
             with contextlib.suppress(OSError):
                 disk.remove(partial)
-            if told is error:
+            if shown is error:
                 raise
-            raise told from error
+            raise shown from error
 
     def _verified(self, path: Path) -> bool:
         """Hash a folder once; again only if the system has seen one of its files change."""
@@ -340,7 +337,7 @@ class Snapshot:
         self.signature = self.describe(tensors)
         # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
         self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-        entries: dict[str, Any] = {}
+        header: dict[str, Any] = {}
         end = 0
         for name in self.names:
             tensor, begin = tensors[name], end
@@ -350,22 +347,20 @@ class Snapshot:
                     "not hold; convert it before saving"
                 )
             end += tensor.numel() * tensor.element_size()
-            entries[name] = {
-                "dtype": disk.DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
+            dtype, shape = disk.DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)
-        header = len(text).to_bytes(8, "little") + text
+        text = len(text).to_bytes(8, "little") + text
         self.cuda = any(t.is_cuda for t in tensors.values())
-        size = len(header) + end
-        self.content = self._room(size, pinned=self.cuda and pinned)  # all of the file
-        self.content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self.buffer = self.content[len(header) :]
+        self.content = self._room(len(text) + end, pinned=self.cuda and pinned)  # all of the file
+        self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.buffer = self.content[len(text) :]
         self.views = [
-            self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
-            for n, t in ((n, tensors[n]) for n in self.names)
+            self.buffer[slice(*header[n]["data_offsets"])]
+            .view(tensors[n].dtype)
+            .view_as(tensors[n])
+            for n in self.names
         ]
 
     def _room(self, size: int, *, pinned: bool) -> Tensor:

@@ -318,10 +318,10 @@ class Console:
             encoding = sys.stdout.encoding or "utf-8"
             try:
                 print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-            except BrokenPipeError:  # nobody reads any more, as after `| head`: training goes on
+            except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            except OSError as error:  # the disk of a redirected output is full: training goes on
+            except OSError as error:  # the disk of a redirected output is full: training continues
                 if error.errno not in NO_SPACE:
                     raise
         if self._log is not None:

@@ -99,7 +99,7 @@ class LossTracker:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"LossTracker: decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.value: float | None = None  # the whole state: save it, set it to go on
+        self.value: float | None = None  # the whole state: save it, set it to continue
 
     def update(self, loss: float) -> float | None:
         """Add a loss and return the average, None before the first finite loss."""
