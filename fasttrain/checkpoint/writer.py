@@ -353,7 +353,9 @@ class Snapshot:
         text += b" " * (-(len(text) + 8) % 64)
         text = len(text).to_bytes(8, "little") + text
         self.cuda = any(t.is_cuda for t in tensors.values())
-        self.content = self._room(len(text) + end, pinned=self.cuda and pinned)  # all of the file
+        size = len(text) + end
+        pinned = self.cuda and pinned
+        self.content = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
         self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.buffer = self.content[len(text) :]
         self.views = [
@@ -363,22 +365,21 @@ class Snapshot:
             for n in self.names
         ]
 
-    def _room(self, size: int, *, pinned: bool) -> Tensor:
-        """Return memory that begins with a page, pinned or not.
+    def _pinned(self, size: int) -> Tensor:
+        """Return pinned memory, or ordinary memory if it cannot be pinned.
 
         Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32. Here the pages
         themselves are registered, for as long as this object lives.
         """
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room = torch.frombuffer(pages, dtype=torch.uint8)
-        if pinned:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
-                release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
-                release.atexit = False  # the system does it, and CUDA may be gone
-            else:  # copies then make the device wait, and the next launch reports the error again
-                with contextlib.suppress(RuntimeError):
-                    torch.ones(1, device="cuda")
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
+            release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
+            release.atexit = False  # the system does it, and CUDA may be gone
+        else:  # copies then make the device wait, and the next launch reports the error again
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
         return room
 
     @staticmethod
