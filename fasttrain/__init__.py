@@ -12,16 +12,9 @@ if TYPE_CHECKING:
     from fasttrain.model.transformer import Transformer
 
 __all__ = [
-    "Callback",
-    "TrainConfig",
-    "Trainer",
-    "TrainingMetrics",
-    "Transformer",
-    "diagnose",
-    "load_config",
-    "load_model",
-    "train_loop",
-]
+    "Callback", "TrainConfig", "Trainer", "TrainingMetrics", "Transformer", "diagnose",
+    "load_config", "load_model", "train_loop",
+]  # fmt: skip
 
 __version__ = "0.1.0"
 

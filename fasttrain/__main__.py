@@ -18,27 +18,22 @@ COMMANDS = {
 }
 
 
-def _usage() -> str:
-    lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
-    usage = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
-    return "\n".join([usage, "", *lines, "", "fasttrain COMMAND --help says more; --version"])
+USAGE = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
 
 
 def module_of(name: str) -> Any:
     """Return the module of a command: of a package its ``__main__``."""
     module = importlib.import_module(f"fasttrain.{name}")
-    return (
-        importlib.import_module(f"{module.__name__}.__main__")
-        if hasattr(module, "__path__")
-        else module
-    )
+    is_package = hasattr(module, "__path__")
+    return importlib.import_module(f"fasttrain.{name}.__main__") if is_package else module
 
 
 def main() -> int:
     """Run the command that is named first; its exit status, or 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage())
+        lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
+        print(USAGE, "", *lines, "", "fasttrain COMMAND --help says more; --version", sep="\n")
         return 0
     if name == "--version":
         print(f"fasttrain {__version__}")

@@ -1,10 +1,11 @@
-"""What all commands share: exit statuses, and errors that tell no secrets."""
+"""What all commands share: exit statuses, and output without secrets. Standard library only."""
 
 import contextlib
 import functools
 import importlib.util
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -14,12 +15,6 @@ from pathlib import Path
 from typing import ParamSpec
 
 from fasttrain.config import UserError
-from fasttrain.redact import redact
-
-__all__ = [
-    "EXIT_BAD_INPUT", "EXIT_DONE", "EXIT_FAILED", "EXIT_STOPPED", "check_system", "command", "prog",
-    "record", "redacted", "tell",
-]  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
@@ -34,8 +29,8 @@ P = ParamSpec("P")
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, any other exception a traceback and status 1. Where
-    nobody reads on, as after ``| head``, it ends silently, with the status of other programs.
+    A `UserError` is one line and status 2, any other exception a traceback and status 1. If the
+    reader of its output has gone, as after ``| head``, it ends silently, as other programs do.
     """
 
     @functools.wraps(main)
@@ -51,15 +46,14 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 tell(f"error: {error}")
             return EXIT_BAD_INPUT
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError) and _nobody_reads(out := sys.stdout.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), out)
                 return EXIT_NOT_READ
             rank = os.environ.get("RANK")
-            of_rank = f"rank {rank}: " if rank else ""
+            shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-                tell(f"{of_rank}error: {error}\n{_OUT_OF_MEMORY}")
-                return EXIT_FAILED
-            tell(of_rank + traceback.format_exc().rstrip("\n"))
+                shown = f"error: {error}\n{_OUT_OF_MEMORY}"
+            tell(f"rank {rank}: {shown}" if rank else shown)
             return EXIT_FAILED
 
     return run
@@ -72,20 +66,14 @@ def _nobody_reads(file: int) -> bool:
 
 
 def record(line: str) -> bool:
-    """Have torchrun's summary say this line of this rank, in place of a traceback.
-
-    Returns:
-        Whether it will; False where no torchrun started this process.
-    """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
-        return False
-    with contextlib.suppress(OSError):
-        # torchrun may end this rank meanwhile, and itself fails of a file that is half written.
-        with open(f"{file}.part", "w", encoding="utf-8") as part:
-            json.dump({"message": redact(line), "timestamp": int(time.time())}, part)
-        os.replace(f"{file}.part", file)
-        return True
+    """Have torchrun's summary show this line, not a traceback; return whether it will."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            # torchrun may end this rank meanwhile, and itself fails on a file that is half written.
+            with open(f"{file}.part", "w", encoding="utf-8") as part:
+                json.dump({"message": redact(line), "timestamp": int(time.time())}, part)
+            os.replace(f"{file}.part", file)
+            return True
     return False
 
 
@@ -111,5 +99,90 @@ def tell(text: str) -> None:
 
 def redacted(error: BaseException) -> Exception:
     """Return an exception that says the same at the same place, without secrets or causes."""
-    told = RuntimeError(redact(f"{type(error).__name__}: {error}"))
-    return told.with_traceback(error.__traceback__)
+    shown = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+    return shown.with_traceback(error.__traceback__)
+
+
+# A variable's name is split at what is no letter and where the case changes: none of these words is
+# in TOKENIZER_DIR, KEYBOARD or XAUTHORITY.
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_TELLING = re.compile(
+    r"(?i)(?:\w*(?:passwd|password|passphrase|secret|token|credential)|(?:ssh)?pass|pwd|auth"
+    r"|authorization|(?:api|access|private)?key)s?"
+)
+_SHORTEST = 8  # characters of a secret: shorter ones are words that occur anywhere
+_LONGEST_WORD = 11  # of letters in one case: such as interactive, certificate
+_PATH = re.compile(r"(?:~|\.\.?)?/|[A-Za-z]:[\\/]")
+_NUMBER = re.compile(r"[-+]?[\d_,. ]*\d(?:[eE][-+]?\d+)?[kKMGTB%]*")
+# What stands before the last @ of a URL's host (of which a path keeps one slash), and what a URL
+# passes under a telling name.
+_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s\"'\\]+@")
+_PARAMETER = re.compile(
+    r"(?i)([?&;#](?:[\w.-]*(?:token|secret|passw|key|credential|signature|auth)[\w.-]*|sig)=)"
+    r"[^&;#\s\"'\\]+"  # a backslash escapes the quote that ends a string of TOML or JSON
+)
+_HIDDEN = "***"
+# How TOML, JSON and Python write some characters behind a backslash.
+_SHORT = {"\n": "n", "\r": "r", "\t": "t", "\b": "b", "\f": "f", '"': '"', "'": "'", "/": "/"}
+
+
+def redact(text: str) -> str:
+    """Return ``text`` without secrets: each is replaced by ``***``; done again, nothing changes.
+
+    Secrets are the user and password of a URL, its parameters named like a token, key or
+    signature, and the values of environment variables with such names, however TOML, JSON, Python
+    or a URL escapes them, also line by line. A number, a path or a common word is no secret.
+    """
+    values = frozenset(v for name, v in os.environ.items() if _is_telling(name) and _is_secret(v))
+    while True:
+        before = text
+        if values:
+            text = _pattern(values).sub(_HIDDEN, text)
+        text = _PARAMETER.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(rf"\1{_HIDDEN}@", text))
+        if text == before:  # else what was put together around a *** may be a secret in turn
+            return text
+
+
+@functools.cache
+def _is_telling(name: str) -> bool:
+    return any(_TELLING.fullmatch(word) for word in _WORD.findall(name))
+
+
+def _is_secret(value: str) -> bool:
+    word = value.replace("-", "").replace("_", "")
+    common = word.isalpha() and (word.islower() or word.isupper() or word.istitle())
+    return (
+        len(value) >= _SHORTEST
+        and not (common and len(value) <= _LONGEST_WORD)
+        and not (_PATH.match(value) or _NUMBER.fullmatch(value) or os.path.exists(value))
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _pattern(values: frozenset[str]) -> re.Pattern[str]:
+    """Return what matches each of the secrets, and each line of one that is long enough."""
+    lines = {line for v in values for line in v.splitlines() if _is_secret(line)}
+    longest_first = sorted(values | lines, key=lambda v: (-len(v), v))
+    return re.compile("|".join("".join(map(_escaped, v)) for v in longest_first))
+
+
+@functools.cache
+def _escaped(c: str) -> str:
+    """Return what matches a character as it is and escaped, also what was escaped twice."""
+    if c.isascii() and (c.isalnum() or c in "_.~-"):
+        return re.escape(c)
+    utf16 = c.encode("utf-16-be", "surrogatepass").hex()
+    forms = [
+        r"\\+" if c == "\\" else re.escape(c),
+        "".join(rf"\\+u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4)),
+        rf"\\+U{ord(c):08x}",
+        rf"\\+x{ord(c):02x}",
+        "".join(f"%{byte:02x}" for byte in c.encode(errors="surrogatepass")),
+    ]
+    if c in _SHORT:
+        forms.insert(0, rf"\\+{re.escape(_SHORT[c])}")
+    if c == "\n":
+        forms.insert(0, r"\r\n|\\+r\\+n")
+    if c == " ":
+        forms.append(r"\+")
+    return f"(?i:{'|'.join(forms)})"

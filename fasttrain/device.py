@@ -7,21 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fasttrain_kernels._torch import (
-    compile_deterministically,
-    native_bf16,
-)
+from fasttrain_kernels._torch import compile_deterministically, native_bf16
 
 from fasttrain.config import UserError
 from fasttrain.config.keys import refuse
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that ``run.device`` names; ``auto`` is CUDA where there is one, else CPU.
-
-    Raises:
-        UserError: the device is not there.
-    """
+    """Return the device that ``run.device`` names; ``auto`` is CUDA if there is one, else CPU."""
     n_cuda = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if n_cuda else "cpu"
@@ -32,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
             f"run.device = {name!r}: no such CUDA device ({found}); use run.device=cpu or auto"
         )
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", 0)  # torch.cuda.set_device wants an index
+        return torch.device("cuda", 0)  # torch.cuda.set_device needs an index
     return device
 
 
@@ -45,7 +38,7 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    fill: Any = torch.utils.deterministic  # which torch's stubs know nothing of
+    fill: Any = torch.utils.deterministic  # unknown to torch's stubs
     fill.fill_uninitialized_memory = False  # nothing here reads such
     compile_deterministically()
 
@@ -83,8 +76,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
-    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, **half}
     if name not in dtypes:
         refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
     return Precision(name, dtypes[name], device.type)
@@ -94,7 +87,7 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc keep large freed blocks instead of returning them to the system.
 
     By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
-    pages at every step. No effect where the C library has no ``mallopt``. Two Zen 3 cores, medians
+    pages at every step. No effect if the C library has no ``mallopt``. Two Zen 3 cores, medians
     of interleaved processes: system time falls from 5.0 to 1.3 ms in a step of base.toml of 280 ms
     (wall clock: no difference above the noise of 3 %), and from 82 to 4 ms in a step of 1,150 ms
     with 64 rows, uncompiled.

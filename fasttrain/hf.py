@@ -21,14 +21,13 @@ from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.checkpoint.files import FILE, read_header
-from fasttrain.command import command, prog
+from fasttrain.command import command, prog, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim, outline
-from fasttrain.redact import redact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain import checkpoint
 from fasttrain import library_state as states
-from fasttrain.command import EXIT_STOPPED, tell
+from fasttrain.command import EXIT_STOPPED, redact, tell
 from fasttrain.config import (
     LoopConfig,
     TrainConfig,
@@ -47,7 +47,6 @@ from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, set_epoch, together
-from fasttrain.redact import redact
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 

@@ -1,6 +1,6 @@
 """The command line: ``python -m fasttrain.train CONFIG.toml [section.key=value …]``.
 
-Only the config is loaded before it is known to be good; torch comes after.
+Only the config is loaded until it is known to be good; torch comes after.
 """
 
 import argparse
@@ -17,8 +17,6 @@ from typing import NoReturn
 
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog, redacted
 from fasttrain.config import UserError, help_text, load_config, shipped_configs
-
-__all__ = ["main"]
 
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
@@ -90,10 +88,7 @@ def _held_by(resumed: Path) -> tuple[Path, str]:
 
 @contextlib.contextmanager
 def _ending_at_once(status: Callable[[int], int]) -> Iterator[None]:
-    """End the process at a signal, with the status of its number.
-
-    An import written in C may swallow an exception and leave half a module behind.
-    """
+    """End the process at a signal: an import in C may swallow an exception and stay half done."""
     from fasttrain.run.signals import SIGNALS
 
     previous = {n: signal.signal(n, lambda n, _: os._exit(status(n))) for n in SIGNALS}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fasttrain import report
 from fasttrain.__main__ import COMMANDS, module_of
-from fasttrain.command import command, redacted
+from fasttrain.command import command, redact, redacted
 from fasttrain.config import (
     EvalConfig,
     LoopConfig,
@@ -23,7 +23,6 @@ from fasttrain.config import (
     config_from_dict,
     config_to_toml,
 )
-from fasttrain.redact import redact
 from fasttrain.run import run as session
 from fasttrain.train import main
 from tests.toy import write_config

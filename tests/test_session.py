@@ -17,7 +17,7 @@ from fasttrain.config import UserError, load_config
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.engine.optim import build_optimizers
-from fasttrain.log.text import LogFile
+from fasttrain.log.sinks import LogFile
 from fasttrain.model.transformer import Transformer
 from fasttrain.run import run as session
 from fasttrain.run.folder import check_disk, lock_run_dir

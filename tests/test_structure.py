@@ -21,7 +21,7 @@ MAX_FILE_LINES = 800
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of
 # the top folder are commands, which import what they like.
 FLOORS = [
-    {"config", "redact"},
+    {"config"},
     {"data", "device", "command"},
     {"model", "log", "data.prepare"},
     {"distributed", "report"},
@@ -34,7 +34,7 @@ FLOORS = [
 ]
 HEIGHTS = {package: height for height, floor in enumerate(FLOORS) for package in floor}
 # What of outside the packages may import: config before torch is loaded.
-LIGHT = {"config", "command", "redact"}
+LIGHT = {"config", "command"}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 # The distributions whose import name is not their own.
 IMPORT_NAMES = {"liger-kernel": "liger_kernel"}

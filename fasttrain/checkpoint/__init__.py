@@ -9,7 +9,7 @@ A checkpoint is a folder of safetensors and text files, sealed by `manifest.json
 Commit protocol: every file is written into `.tmp-…` beside its place and fsynced; so is the folder;
 then it is renamed, the parent is fsynced, and only then do the pointers `latest` and `best` (text
 files with a folder's name) move, each by write, fsync, rename, fsync. A step that is saved again
-moves the older folder to `.old-…` for that moment; readers take it where its successor is missing.
+moves the older folder to `.old-…` for that moment; readers take it if its successor is missing.
 
 The training thread is held for one copy of the tensors into reused host buffers that are laid out
 as the files are, so that the background thread hashes and writes them as they lie.
@@ -18,18 +18,18 @@ as the files are, so that the background thread hashes and writes them as they l
 """
 
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.parts import parse, verify
-from fasttrain.checkpoint.reading import Checkpoint, check_model, load, resolve, saved_parameters
+from fasttrain.checkpoint.reading import (
+    Checkpoint,
+    check_model,
+    load,
+    parse,
+    resolve,
+    saved_parameters,
+    verify,
+)
 from fasttrain.checkpoint.writer import CheckpointWriter
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointWriter",
-    "check_model",
-    "load",
-    "parse",
-    "resolve",
-    "saved_parameters",
-    "verify",
-]
+    "Checkpoint", "CheckpointError", "CheckpointWriter", "check_model", "load", "parse", "resolve",
+    "saved_parameters", "verify",
+]  # fmt: skip

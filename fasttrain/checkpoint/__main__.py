@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fasttrain.checkpoint import CheckpointError, verify
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.parts import Parts
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog
 from fasttrain.config import config_to_toml
 
@@ -23,16 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in disk.candidates(Path(arguments[0])):
         print(path)
         try:
-            parts = verify(path)
-            _print_files(path, parts.layouts)
-            print("  verified: every byte is as it was written; config and state can be resumed")
-            if not shown:
-                _print_origin(parts)
-            shown += 1
+            found = verify(path)
         except CheckpointError as error:
             damaged += 1
             _print_files(path, {})
             print(f"  DAMAGED: {error}")
+            continue
+        _print_files(path, found.layouts)
+        print("  verified: every byte is as it was written; config and state can be resumed")
+        if not shown:
+            for change in found.state.get("history", []):
+                print(
+                    f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
+                    f"{change['new']} ({change['when']})"
+                )
+            print(config_to_toml(found.config))
+        shown += 1
     return EXIT_FAILED if damaged else EXIT_DONE
 
 
@@ -43,16 +48,6 @@ def _print_files(path: Path, layouts: Mapping[str, disk.Layout]) -> None:
             parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
             line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
         print(line)
-
-
-def _print_origin(parts: Parts) -> None:
-    """Print what was changed on purpose when the run was resumed, and the config."""
-    for change in parts.state.get("history", []):
-        print(
-            f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
-            f"{change['new']} ({change['when']})"
-        )
-    print(config_to_toml(parts.config))
 
 
 if __name__ == "__main__":

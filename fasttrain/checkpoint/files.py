@@ -16,7 +16,6 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -33,7 +32,6 @@ FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
 SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slices
 _CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 _WRITE = 16 << 20  # bytes handed to the disk at once
-PAGE = 4096  # what direct writes are aligned to, in memory and in the file
 JSON_LIMIT = 4 << 20  # bytes; 30,000 tensors or shards: a hostile one takes 24 times that, parsed
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -80,38 +78,37 @@ def candidates(path: Path) -> list[Path]:
 
 
 def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """Checkpoint folders, last commit first, with their manifests (None: damaged).
+    """Return checkpoint folders, last commit first, with their manifests (None: damaged).
 
-    By commit, not by step: a run that went back to an older step must not fall for its old future.
+    By commit, not by step: a run that went back to an older step must not take up its old future.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = {e.name for e in entries if STEP.fullmatch(e.name)}
+        names = {name for name in os.listdir(folder) if STEP.fullmatch(name)}
     except OSError as error:
         raise failure(f"cannot read {folder}", error) from error
-    found: list[tuple[int, Path, dict[str, Any] | None]] = []
+    manifests: dict[Path, dict[str, Any] | None] = {}
     for name in names:
         if name.startswith(".old-") and name.removeprefix(".old-") in names:
             continue
-        manifest = None
+        manifests[folder / name] = None
         with contextlib.suppress(CheckpointError):
-            manifest = read_manifest(folder / name)
-        found.append((int(name.rpartition("-")[2]), folder / name, manifest))
-    commits = [(step, m["commit"]) for step, _, m in found if m]
+            manifests[folder / name] = read_manifest(folder / name)
+    commits = [(m["step"], m["commit"]) for m in manifests.values() if m]
 
-    def age(item: tuple[int, Path, dict[str, Any] | None]) -> tuple[float, int]:
-        step, _, m = item
+    def age(path: Path) -> tuple[float, int]:
+        manifest, step = manifests[path], int(path.name.rpartition("-")[2])
         before = max((c for s, c in commits if s < step), default=0)
-        return (m["commit"] if m else before + 0.5, step)
+        return (manifest["commit"] if manifest else before + 0.5, step)
 
-    return [(path, m) for _, path, m in sorted(found, key=age, reverse=True)]
+    return [(path, manifests[path]) for path in sorted(manifests, key=age, reverse=True)]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, once it is proven intact and the folder holds exactly the files it lists."""
+    """Return the manifest if it is intact and the folder holds exactly the files it lists."""
     refuse_foreign(path)
     file = path / MANIFEST
-    manifest, text = read_json(file)
+    text = read_bytes(file)
+    manifest = parse_json(file, text)
     named = STEP.fullmatch(path.name)
     files = manifest.pop("sha256", None) and manifest.get("files")
     if not isinstance(files, dict) or seal(manifest) != text:
@@ -138,18 +135,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
-    """The manifest's one valid spelling, its own SHA-256 included: no byte of it can change."""
+    """Return the one valid spelling of a manifest, with its own SHA-256: no byte can change."""
     body = json.dumps(manifest, indent=1, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def read_json(file: Path) -> tuple[dict[str, Any], bytes]:
-    """A small file, and its bytes; whether they are those that were written is not looked at."""
-    raw = read_file(file, None, keep=True)
-    assert raw is not None
-    text = raw.numpy().tobytes()
-    return parse_json(file, text), text
+def read_bytes(file: Path, entry: dict[str, Any] | None = None) -> bytes:
+    """Return the bytes of a small file, verified if it has an entry."""
+    return read_file(file, entry, keep=True).numpy().tobytes()
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
@@ -173,8 +167,8 @@ def refuse_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
 
 
-def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Tensor | None:
-    """Reads a file once, checking it against its entry; returns its bytes if `keep`."""
+def read_file(path: Path, entry: dict[str, Any] | None, *, keep: bool) -> Tensor:
+    """Read a file once and check it against its entry; return its bytes if `keep`."""
     try:
         # A link could lead out of the folder, and opening a pipe would block.
         with open(os.open(path, _READING), "rb", buffering=0) as file:
@@ -201,11 +195,11 @@ def read_file(path: Path, entry: Mapping[str, Any] | None, *, keep: bool) -> Ten
         raise failure(f"{path}: cannot be read", error) from error
     if entry is not None and digest.hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
-    return data if keep else None
+    return data
 
 
 def read_header(path: Path) -> Layout:
-    """The layout of a safetensors file, of which no more than the header is read."""
+    """Return the layout of a safetensors file, of which only the header is read."""
     try:
         with open(os.open(path, _READING), "rb") as file:
             raw = file.read(8)
@@ -216,7 +210,7 @@ def read_header(path: Path) -> Layout:
 
 
 def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
-    """Where each tensor lies in a safetensors file, of which `raw` holds at least the header."""
+    """Return where each tensor lies in a safetensors file; `raw` holds at least the header."""
 
     def check(fine: bool, problem: str) -> None:
         if not fine:
@@ -252,7 +246,7 @@ def _offsets(entry: Any) -> tuple[int, int]:
 
 
 def as_tensors(path: Path, data: Tensor) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose bytes are `data`: views where they are aligned."""
+    """Return the tensors of a safetensors file with the bytes `data`: views where aligned."""
     tensors = {}
     layout = read_layout(path, data.numpy().data, data.numel())
     for name, (dtype, shape, begin, end) in layout.items():
@@ -264,60 +258,21 @@ def as_tensors(path: Path, data: Tensor) -> dict[str, Tensor]:
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Writes and fsyncs a new file, hashing it meanwhile; returns its entry in the manifest."""
-    view = memoryview(content)
+    """Write and fsync a new file, hashing it meanwhile; return its entry in the manifest."""
+    rest = view = memoryview(content)
     digest = hashlib.sha256()
-    # The GIL is left for all of it; a priority that was lowered is inherited.
+    # It releases the GIL for all of it; a priority that was lowered is inherited.
     hashing = threading.Thread(target=digest.update, args=(view,), name="checkpoint hash")
+    hashing.start()
     descriptor = os.open(path, _CREATING, 0o666)
     try:
-        if len(view) < _CHUNK:
-            digest.update(view)
-            _write(descriptor, view)
-        else:
-            hashing.start()
-            try:
-                whole_pages = len(view) // PAGE * PAGE
-                if _past_the_cache(descriptor, on=True):
-                    _write(descriptor, view[:whole_pages])
-                    _past_the_cache(descriptor, on=False)
-                    _write(descriptor, view[whole_pages:])
-                else:
-                    _write(descriptor, view)
-            finally:
-                hashing.join()
+        while len(rest):
+            rest = rest[os.write(descriptor, rest[:_WRITE]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+        hashing.join()
     return {"bytes": len(view), "sha256": digest.hexdigest()}
-
-
-def _past_the_cache(descriptor: int, *, on: bool) -> bool:
-    """Let what is written leave the page cache alone, which costs the processor more than the disk.
-
-    1 GB took 0.1 s of a core rather than 0.5 to 3.4 s, on a virtual machine whose host had to find
-    the pages; and the data set keeps its place in the cache. Returns whether the file system can.
-    """
-    try:
-        import fcntl
-
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        flags = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-    except (OSError, AttributeError, ImportError):  # other systems have no O_DIRECT, or no fcntl
-        return False
-    return True
-
-
-def _write(descriptor: int, view: memoryview) -> None:
-    while len(view):
-        try:
-            view = view[os.write(descriptor, view[:_WRITE]) :]
-        except OSError as error:
-            # A file system that takes larger blocks, or did not take a whole chunk.
-            if error.errno != errno.EINVAL or not _past_the_cache(descriptor, on=False):
-                raise
-            view = view[os.write(descriptor, view[:_WRITE]) :]
 
 
 def fsync_folder(folder: Path) -> None:
@@ -348,7 +303,7 @@ def pointed(pointer: Path) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (not what it leads to) or a folder, if it is there."""
+    """Remove a file, a link (not its target) or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         for child in sorted(path.iterdir()):
             remove(child)
@@ -359,7 +314,7 @@ def remove(path: Path) -> None:
 
 
 def signature(path: Path) -> object:
-    """Changes whenever the system has seen a change to a file of the folder."""
+    """Return a value that changes whenever the system has seen a file of the folder change."""
     with os.scandir(path) as entries:
         stats = sorted((e.name, e.stat(follow_symlinks=False)) for e in entries)
     return [(name, s.st_size, s.st_ctime_ns, s.st_ino) for name, s in stats]
@@ -373,14 +328,13 @@ def failure(what: str, error: OSError) -> CheckpointError:
 
 
 def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
-    """Removes what earlier saves left unfinished; none of it may hinder the next.
+    """Remove what earlier saves left unfinished; no failure here hinders the next save.
 
-    What other ranks may be writing at this moment is spared, by how its name begins.
+    Names that begin with one of `spare` stay: other ranks may be writing there.
     """
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.name.startswith((".tmp-", ".old-"))]
-    names = [name for name in names if not name.startswith(spare)]
-    for name in names:
+    for name in os.listdir(folder):
+        if not name.startswith((".tmp-", ".old-")) or name.startswith(spare):
+            continue
         target = folder / name.removeprefix(".old-")
         with contextlib.suppress(OSError):
             if name.startswith(".old-step-") and not target.exists():
@@ -389,20 +343,17 @@ def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
                 remove(folder / name)
 
 
+# What JSON of a checkpoint has to hold.
 Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
-class Entry(TypedDict):
-    """A file in the manifest."""
-
+class Entry(TypedDict):  # a file in the manifest
     bytes: int
     sha256: str
 
 
 class Manifest(TypedDict):
-    """``manifest.json``."""
-
     step: int
     commit: int
     metric: float | None
@@ -410,15 +361,11 @@ class Manifest(TypedDict):
     ranks: NotRequired[int]
 
 
-class RankRecord(TypedDict):
-    """``rank-00000.json``: which slices of tensors lie in the files of a rank."""
-
-    slices: dict[str, dict[str, list[int]]]
+class RankRecord(TypedDict):  # rank-00000.json
+    slices: dict[str, dict[str, list[int]]]  # by file and tensor: dim, begin, end, shape
 
 
-class Change(TypedDict):
-    """A setting that was changed on purpose when the run was resumed."""
-
+class Change(TypedDict):  # of a setting, on purpose, when the run was resumed
     when: str
     step: int
     key: str
@@ -426,9 +373,7 @@ class Change(TypedDict):
     new: str
 
 
-class Faults(TypedDict):
-    """What `engine.faults.FaultPolicy` keeps."""
-
+class Faults(TypedDict):  # what `engine.faults.FaultPolicy` keeps
     skipped_steps: int
     spikes: int
     rollbacks: int
@@ -436,16 +381,16 @@ class Faults(TypedDict):
     row: list[tuple[int, int, Kind, Number, Number]]
 
 
-class ModelState(TypedDict):
-    """``state.json`` of parameters that belong to no run."""
+class _Origin(TypedDict, total=False):
+    history: list[Change]
+    provenance: dict[str, str | bool | None]
 
+
+class ModelState(_Origin):  # state.json of parameters that belong to no run
     step: NotRequired[int]
-    history: NotRequired[list[Change]]
 
 
-class RunState(TypedDict):
-    """``state.json`` of `fasttrain.train`."""
-
+class RunState(_Origin):  # state.json of `fasttrain.train`
     step: int
     position: int
     total_steps: int | None
@@ -459,20 +404,14 @@ class RunState(TypedDict):
     regular: NotRequired[bool]
     val_losses: NotRequired[list[float | None]]
     data: NotRequired[dict[str, dict[str, Any]]]
-    history: NotRequired[list[Change]]
-    provenance: NotRequired[dict[str, str | bool | None]]
 
 
-class LibraryState(TypedDict):
-    """``state.json`` of `fasttrain.Trainer`, as far as it does not depend on torch's classes."""
-
+class LibraryState(_Origin):  # state.json of `fasttrain.Trainer`, but for torch's classes
     step: int
     epoch: int
     batch_in_epoch: int
     skipped_steps: int
     library: dict[str, Any]
-    history: NotRequired[list[Change]]
-    provenance: NotRequired[dict[str, str | bool | None]]
 
 
 def state_type(state: dict[str, Any]) -> type:

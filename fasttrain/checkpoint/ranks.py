@@ -5,15 +5,17 @@
                     rank-00000.json …               by rank: bytes and SHA-256 of its files, and
                                                     where in the whole each of its slices lies
 
-Ranks wait for files alone, in the thread that writes: they share one temporary folder, named by
-what all of them know. Each rank writes and fsyncs its files there and then, by a rename,
-`rank-….json`, which says "done" or why not. Rank 0 waits for those of all ranks, lists them in the
-manifest and commits. Where that fails it leaves `.tmp-failed-…`; the other ranks wait for that, or
-for the manifest of this very save.
+Ranks wait only for files, in the thread that writes. They share one temporary folder, whose name
+all of them know. Each rank writes and fsyncs its files there and then renames `rank-….json` into
+place, which says "done" or why not. Rank 0 waits for those of all ranks, lists them in the manifest
+and commits. If that fails, it leaves `.tmp-failed-…`; the other ranks wait for that file, or for
+the manifest of this very save.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -29,8 +31,6 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError, RankRecord
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import Slice, locate
-
-__all__ = ["Ranks", "own_slices", "put", "read_slices"]
 
 Slices = dict[str, dict[str, Slice]]  # file or group → tensor → where it lies in the whole
 
@@ -57,16 +57,15 @@ def own_slices(
                     own[group][name] = tensor
                 continue
             part, first = located
-            n_elements = tensor.numel()
             local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
             if tuple(local.shape) != part.local_shape:
                 raise CheckpointError(
                     f"checkpoint: {group}.{name} of shape {part.shape} holds {tuple(local.shape)} "
                     f"on rank {rank}, not {part.local_shape}; shard it evenly, as FSDP2 does"
                 )
-            if first and (local.numel() or (rank == 0 and not n_elements)):
+            if first and (local.numel() or (rank == 0 and not tensor.numel())):
                 own[group][name] = local
-                if not part.is_whole and n_elements:
+                if not part.is_whole and tensor.numel():
                     slices[group][name] = part
     return own, slices
 
@@ -74,41 +73,33 @@ def own_slices(
 def put(
     whole: dict[str, Tensor], name: str, tensor: Tensor, part: Slice | None, file: Path
 ) -> None:
-    """Add a tensor, or a slice of one, to those of a checkpoint.
-
-    Raises:
-        CheckpointError: it is there already, or does not fit the slice that it should be.
-    """
-    if part is None:
-        fits = name not in whole
-        if fits:
-            whole[name] = tensor
-    else:
-        fits = tuple(tensor.shape) == part.local_shape
-        if fits and name not in whole:
+    """Add a tensor, or a slice of one, to those of a checkpoint; CheckpointError if it misfits."""
+    fits = name not in whole if part is None else tuple(tensor.shape) == part.local_shape
+    if fits and part is None:
+        whole[name] = tensor
+    elif fits and part is not None:
+        if name not in whole:
             whole[name] = torch.empty(part.shape, dtype=tensor.dtype, device=tensor.device)
-        fits = fits and whole[name].dtype is tensor.dtype
-        if fits:
+        if fits := whole[name].dtype is tensor.dtype:
             whole[name].narrow(part.dim, part.begin, part.end - part.begin).copy_(tensor)
     if not fits:
         raise CheckpointError(f"{file}: malformed: {name} is not the part that it should be")
 
 
 def read_slices(path: Path, manifest: Mapping[str, Any]) -> Slices:
-    """Return the slices in each file of a checkpoint, once each tensor is proven to be complete.
+    """Return the slices in each file of a checkpoint, each tensor of which proves to be complete.
 
-    Raises:
-        CheckpointError: a record of a rank is damaged, or does not fit the files or the others.
+    Raises CheckpointError if the record of a rank is damaged or contradicts the files or the other
+    records.
     """
     slices: Slices = {}
-    records = sorted(filter(_RECORD.fullmatch, manifest["files"])) if "ranks" in manifest else []
+    files = manifest["files"]
+    records = sorted(filter(_RECORD.fullmatch, files)) if "ranks" in manifest else []
     if len(records) != manifest.get("ranks", 0):
         raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
     for name in records:
-        data = disk.read_file(path / name, manifest["files"][name], keep=True)
-        assert data is not None
-        record = disk.parse_json(path / name, data.numpy().tobytes())
-        slices |= _slices_of(path / name, record, manifest["files"])
+        text = disk.read_bytes(path / name, files[name])
+        slices |= _slices_of(path / name, disk.parse_json(path / name, text), files)
     tensors: dict[str, list[Slice]] = {}
     for file, parts in slices.items():
         for name, part in parts.items():
@@ -127,24 +118,18 @@ def read_slices(path: Path, manifest: Mapping[str, Any]) -> Slices:
 
 def _slices_of(file: Path, record: dict[str, Any], files: Mapping[str, Any]) -> Slices:
     found: Slices = {}
-    fit = misfit(RankRecord, record) is None
+    fit = misfit(RankRecord, record) is None and record["slices"].keys() <= files.keys()
     for name, parts in record["slices"].items() if fit else ():
-        fit = fit and name in files
         # No more is allocated than the files hold, whatever they say.
-        room = os.lstat(file.with_name(name)).st_size if fit else 0
+        room = os.lstat(file.with_name(name)).st_size
         found[name] = {}
-        for tensor, numbers in parts.items() if fit else ():
-            fit = fit and 4 <= len(numbers) <= 32
-            if not fit:
+        for tensor, numbers in parts.items():
+            if not (fit := fit and 4 <= len(numbers) <= 32):
                 break
             dim, begin, end, *shape = numbers
+            part = found[name][tensor] = Slice(tuple(shape), dim, begin, end)
             fit = dim < len(shape) and begin < end <= shape[dim]
-            part = Slice(tuple(shape), dim, begin, end)
-            n_elements = 1
-            for n in part.local_shape if fit else ():
-                n_elements *= n
-            fit = fit and 0 < n_elements <= room
-            found[name][tensor] = part
+            fit = fit and 0 < math.prod(part.local_shape) <= room
     if not fit:
         raise CheckpointError(f"{file}: malformed; this checkpoint was not written by fasttrain")
     return found
@@ -153,12 +138,8 @@ def _slices_of(file: Path, record: dict[str, Any], files: Mapping[str, Any]) -> 
 class Ranks:
     """The ranks that write one checkpoint together, seen from one of them.
 
-    Args:
-        folder: of the checkpoints.
-        rank: of this process.
-        size: how many there are.
-        session: shared by them, and by no earlier ones; anything for one alone.
-        patience_s: how long a rank waits for the others.
+    ``session`` is shared by them and by no earlier ones (anything for one rank alone);
+    ``patience_s`` says how long a rank waits for the others.
     """
 
     def __init__(self, folder: Path, rank: int, size: int, session: str, patience_s: float) -> None:
@@ -178,7 +159,7 @@ class Ranks:
         return self._folder / f".tmp-{path.name}-{mark}"
 
     def spared(self, partial: Path) -> tuple[str, ...]:
-        """Return how the names begin that no sweep may remove: others may be at work there."""
+        """Return the beginnings of names that no sweep may remove: others may be writing there."""
         return (partial.name, self._failed("").name) if self.size > 1 else ()
 
     def file(self, stem: str, *, sliced: bool) -> str:
@@ -187,7 +168,7 @@ class Ranks:
         return f"{stem}{mark}.safetensors"
 
     def enter(self, partial: Path) -> None:
-        """Make the temporary folder, or find it made by another rank."""
+        """Make the temporary folder, unless another rank has made it."""
         try:
             os.mkdir(partial)
         except FileExistsError:
@@ -201,40 +182,29 @@ class Ranks:
             hidden = partial / f".{name}"
             disk.remove(hidden)
             disk.write_file(hidden, disk.seal({"save": partial.name, **record}))
-            os.replace(
-                hidden, partial / name
-            )  # nothing may fail after it; rank 0 fsyncs the folder
+            # Nothing may fail after it; rank 0 fsyncs the folder.
+            os.replace(hidden, partial / name)
 
     def collect(self, partial: Path, path: Path) -> dict[str, dict[str, Any]]:
         """On rank 0: wait until all ranks have handed in; return the entries of their files.
 
-        Raises:
-            CheckpointError: a rank failed, or was not done in time.
+        Raises CheckpointError if a rank failed or was not done in time.
         """
         entries: dict[str, dict[str, Any]] = {}
-        waiting = list(range(self.size if self.size > 1 else 0))
-
-        def done() -> bool:
-            while waiting:
-                file = partial / f"rank-{waiting[0]:05d}.json"
-                if not file.exists():
-                    return False
-                text = file.read_bytes()
-                record = disk.parse_json(file, text)
-                record.pop("sha256", None)
-                if disk.seal(record) != text or record["save"] != partial.name:
-                    raise CheckpointError(f"{file}: damaged: it is not what its rank wrote")
-                if error := record.get("error"):
-                    raise CheckpointError(f"{path} was not saved: rank {waiting[0]}: {error}")
-                entry = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-                entries.update(record["files"], **{file.name: entry})
-                waiting.pop(0)
-            return True
-
-        late = "rank {} did not write its part within {:g} s"
-        self._wait(
-            done, lambda: f"{path} was not saved: {late.format(waiting[0], self.patience_s)}"
-        )
+        end = time.monotonic() + self.patience_s
+        for rank in range(self.size):
+            file = partial / f"rank-{rank:05d}.json"
+            late = f"rank {rank} did not write its part within {self.patience_s:g} s"
+            self._wait(file.exists, path, late, end)
+            text = file.read_bytes()
+            record = disk.parse_json(file, text)
+            record.pop("sha256", None)
+            if disk.seal(record) != text or record["save"] != partial.name:
+                raise CheckpointError(f"{file}: damaged: it is not what its rank wrote")
+            if error := record.get("error"):
+                raise CheckpointError(f"{path} was not saved: rank {rank}: {error}")
+            entry = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+            entries |= {**record["files"], file.name: entry}
         return entries
 
     def give_up(self, partial: Path, error: BaseException) -> None:
@@ -245,23 +215,22 @@ class Ranks:
             disk.write_file(failed, str(error).encode())
 
     def await_commit(self, partial: Path, path: Path) -> None:
-        """On another rank: wait until rank 0 has committed.
-
-        Raises:
-            CheckpointError: it could not, or did not in time.
-        """
+        """On another rank: wait until rank 0 has committed; CheckpointError if it did not."""
 
         def done() -> bool:
-            here = partial.exists()  # looked for first: what was told before it went is seen below
+            here = partial.exists()  # looked at first: a failure written before it went is seen
             failed = self._failed(partial.name)
             if failed.exists():
                 raise CheckpointError(
                     failed.read_text(errors="replace") or f"{path} was not saved; see rank 0"
                 )
-            return not here and self._committed(partial, path)
+            saved = None
+            with contextlib.suppress(OSError):
+                saved = json.loads((path / disk.MANIFEST).read_text()).get("save")
+            return not here and bool(saved == partial.name)
 
-        which = f"rank 0 did not commit it within {self.patience_s:g} s"
-        self._wait(done, lambda: f"{path} was not saved: {which}")
+        late = f"rank 0 did not commit it within {self.patience_s:g} s"
+        self._wait(done, path, late, time.monotonic() + self.patience_s)
 
     def committed(self) -> None:
         """On rank 0, after a commit: no rank waits any more for what failed earlier."""
@@ -272,20 +241,11 @@ class Ranks:
     def _failed(self, partial_name: str) -> Path:
         return self._folder / f".tmp-failed-{self.session}{partial_name}"
 
-    def _committed(self, partial: Path, path: Path) -> bool:
-        try:
-            text = (path / disk.MANIFEST).read_text()
-        except OSError:
-            return False
-        saved: object = json.loads(text).get("save")
-        return saved == partial.name
-
-    def _wait(self, done: Callable[[], bool], late: Callable[[], str]) -> None:
+    def _wait(self, done: Callable[[], bool], path: Path, late: str, end: float) -> None:
         pause, longest = _POLLS_S
-        end = time.monotonic() + self.patience_s
         while not done():
             if self.abandoned.wait(pause):
-                raise CheckpointError(f"{late().partition(':')[0]}: the run ended before it was")
+                raise CheckpointError(f"{path} was not saved: the run ended before it was")
             if time.monotonic() > end:
-                raise CheckpointError(f"{late()}; see what became of that rank")
+                raise CheckpointError(f"{path} was not saved: {late}; see what became of that rank")
             pause = min(1.5 * pause, longest)

@@ -1,7 +1,7 @@
-"""Finding, verifying and loading checkpoints."""
+"""Finding, verifying and loading checkpoints; a save is parsed like this before its commit."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,102 +9,150 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.parts import parse, verify
-from fasttrain.checkpoint.ranks import put
+from fasttrain.checkpoint.files import CheckpointError, state_type
+from fasttrain.checkpoint.ranks import Slices, put, read_slices
 from fasttrain.command import tell
-from fasttrain.config import TrainConfig, UserError
+from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
+from fasttrain.config.untrusted import misfit
 from fasttrain.model.transformer import outline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint. `tensors` are named `group.name`, as in `model.head.weight`."""
+    """A checkpoint, and where on the disk its tensors lie."""
 
     path: Path
     step: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by `group.name`, as in `model.head.weight`
     state: dict[str, Any]
     config: TrainConfig
+    files: dict[str, Any]  # those of tensors, with their bytes and hashes
+    layouts: dict[str, disk.Layout]  # by file
+    slices: Slices  # by file, of the tensors that are not whole in it
 
     def group(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of one file, by the names they were saved under."""
+        """Return the tensors of a group, by the names they were saved under."""
         prefix = f"{stem}."
         return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+
+def parse(path: Path) -> Checkpoint:
+    """Read all but the tensors, which are on the device ``meta``, where they have no values.
+
+    Raises CheckpointError, which names the file, if one cannot be parsed or contradicts another.
+    """
+    path = Path(path)
+    manifest = disk.read_manifest(path)
+    files = {name: e for name, e in manifest["files"].items() if name.endswith(".safetensors")}
+    for name in sorted(manifest["files"].keys() - files.keys()):
+        disk.read_file(path / name, manifest["files"][name], keep=False)
+    layouts = {name: disk.read_header(path / name) for name in files}
+    slices = read_slices(path, manifest)
+    for name, parts in slices.items():
+        if lost := parts.keys() - layouts.get(name, {}).keys():
+            raise CheckpointError(f"{path / name}: malformed: {min(lost)} is not in it")
+    file = path / "config.toml"
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
+    file = path / "state.json"
+    state = disk.parse_json(file, disk.read_bytes(file))
+    problem = misfit(state_type(state), state) or _contradiction(state, manifest["step"], config)
+    if problem is not None:
+        raise CheckpointError(f"{file}: malformed: {problem}")
+    tensors = {}
+    for name, layout in layouts.items():
+        for key, (dtype, shape, _, _) in layout.items():
+            part = slices.get(name, {}).get(key)
+            whole = torch.empty(part.shape if part else shape, dtype=dtype, device="meta")
+            tensors[f"{name.partition('.')[0]}.{key}"] = whole
+    return Checkpoint(
+        path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
+        files=files, layouts=layouts, slices=slices,
+    )  # fmt: skip
+
+
+def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> str | None:
+    """Return how the counts of a run contradict each other, if they do.
+
+    Each step of a regular run takes the same number of samples, and so does a batch that a rollback
+    skipped.
+    """
+    if state.get("step", step) != step:
+        return f"step is {state['step']}, and the manifest is of step {step}"
+    if state.get("total_steps") == 0:
+        return "total_steps is 0, and a run has one"
+    known = {"position", "tokens", "samples_per_step"} <= state.keys()
+    if not (known and state.get("regular")):
+        return None
+    samples, passed = state["samples_per_step"], len(state["faults"]["passed_over"])
+    first = step * samples
+    if not first <= state["position"] <= first + passed * samples:
+        return (
+            f"position is {state['position']}, and {step} steps of {samples} samples with {passed} "
+            f"passed over end at {first}"
+        )
+    tokens, most = state["tokens"], first * config.data.seq_len
+    if not min(step, 1) <= tokens <= most:
+        return f"tokens is {tokens}, and {first} samples of {config.data.seq_len} hold {most}"
+    return None
+
+
+def verify(path: Path) -> Checkpoint:
+    """Read every byte of a checkpoint folder; CheckpointError names the file that is off."""
+    return load(path, only=())
 
 
 def load(
     path: Path, *, map_location: str | torch.device = "cpu", only: Collection[str] | None = None
 ) -> Checkpoint:
-    """Reads a checkpoint folder, verifying every byte as it is read; nothing in it is executed.
+    """Read a checkpoint folder, verifying every byte as it is read; nothing in it is executed.
 
-    Args:
-        path: a checkpoint folder, as `resolve` returns it.
-        map_location: the device of the tensors.
-        only: the groups to keep (all are verified); all of them if None.
-
-    Raises:
-        CheckpointError: anything in the folder is missing, additional, damaged or malformed.
+    Groups that ``only`` does not name are verified and dropped. Raises CheckpointError if anything
+    in the folder is missing, additional, damaged or malformed.
 
     Memory: CPU tensors are views into one buffer a file, which lives as long as any of them.
     """
-    path = Path(path)
-    parts = parse(path)
+    found = parse(path)
     tensors: dict[str, Tensor] = {}
-    for name, entry in parts.files.items():
-        stem = name.partition(".")[0]
-        data = disk.read_file(path / name, entry, keep=only is None or stem in only)
-        if data is None:
-            continue
-        slices = parts.slices.get(name, {})
-        for key, tensor in disk.as_tensors(path / name, data).items():
-            put(tensors, f"{stem}.{key}", tensor.to(map_location), slices.get(key), path / name)
-    return Checkpoint(
-        path=path,
-        step=parts.step,
-        tensors=tensors,
-        state=parts.state,
-        config=parts.config,
-    )
+    for name, entry in found.files.items():
+        stem, file = name.partition(".")[0], found.path / name
+        keep = only is None or stem in only
+        data = disk.read_file(file, entry, keep=keep)
+        parts = found.slices.get(name, {})
+        for key, tensor in disk.as_tensors(file, data).items() if keep else ():
+            put(tensors, f"{stem}.{key}", tensor.to(map_location), parts.get(key), file)
+    return replace(found, tensors=tensors)
 
 
 def resolve(
     run_or_checkpoint: Path, which: str = "auto", *, report: Callable[[str], None] = tell
 ) -> Path:
-    """The verified checkpoint folder that a run folder, its `checkpoints` or a checkpoint names.
+    """Return the verified checkpoint folder that a run folder or a checkpoint names.
 
-    Args:
-        run_or_checkpoint: a checkpoint folder is taken as it is, whatever `which` says.
-        which: `auto`: the newest that verifies; `latest`, `best`: that one or an error.
-        report: called with a line for each checkpoint that `auto` passes over.
-
-    Raises:
-        CheckpointError: there is none, or the one that was named does not verify.
+    A checkpoint folder is taken as it is. Of a run, `auto` is the newest that verifies, after a
+    line to `report` for each that does not; `latest` and `best` are that one or a CheckpointError.
     """
     path = Path(run_or_checkpoint)
     if which not in ("auto", "latest", "best"):
         raise CheckpointError(f"checkpoint: which must be auto, latest or best, got {which!r}")
     found = disk.candidates(path)
-    if found == [path]:
-        verify(path)
-        return path
-    if which != "auto":
+    if found != [path] and which != "auto":
         name = disk.pointed(found[0].parent / which)
-        named = next((p for p in found if p.name.removeprefix(".old-") == name), None)
-        if named is None:
+        found = [p for p in found if p.name.removeprefix(".old-") == name]
+        if not found:
             raise CheckpointError(f"{path}: has no {which!r} checkpoint; use 'auto' for the newest")
-        verify(named)
-        return named
     for candidate in found:
         try:
-            verify(candidate)
+            return verify(candidate).path
         except CheckpointError as error:
+            if candidate == path or which != "auto":
+                raise
             why = f"its only checkpoint does not verify: {error}"
             if len(found) > 1:
                 report(f"WARNING: passing over a damaged checkpoint: {error}")
                 why = f"none of its {len(found)} checkpoints verifies"
-        else:
-            return candidate
     raise CheckpointError(
         f"{path}: {why}; restore one from a copy, or start a new run under another name"
     )
@@ -113,13 +161,8 @@ def resolve(
 def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[str, Tensor]]:
     """Return a checkpoint and the parameters in it that were evaluated: averaged ones, if any.
 
-    Args:
-        path: a run folder, or one checkpoint of it.
-        which: of a run, the ``best`` checkpoint (the newest where none was evaluated) or the
-            ``latest``.
-
-    Raises:
-        UserError: there is no such folder, no checkpoint in it, or it is damaged.
+    Of a run folder, ``which`` is the ``best`` checkpoint (the newest where none was evaluated) or
+    the ``latest``. Raises UserError if there is none, or it is damaged.
     """
     if which not in ("best", "latest"):
         raise UserError(f"which must be 'best' or 'latest', got {which!r}")
@@ -135,14 +178,8 @@ def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[
 def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) -> None:
     """Refuse a config whose model is not that of a checkpoint, before any of the model is made.
 
-    Args:
-        config: its vocabulary settled; where it is the checkpoint's own it may say anything.
-        found: the parameters there, on any device.
-        source: the checkpoint's folder.
-
-    Raises:
-        UserError: the parameters have other shapes, or what is made beside them is out of
-            proportion.
+    The config may say anything, but its vocabulary is known. Raises UserError if the parameters
+    have other shapes, or what is made beside them is out of proportion.
     """
     problem = f"model.n_layers = {config.model.n_layers}"
     if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
@@ -157,14 +194,14 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) 
 
 def misfits_of(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Return which parameters have other shapes there than here, at most three of them."""
+
+    def shape(tensor: Tensor | None) -> str:
+        return "missing" if tensor is None else str(tuple(tensor.shape))
+
     misfits = [
-        f"{name} is {_shape(found.get(name))} there and {_shape(wanted.get(name))} here"
+        f"{name} is {there} there and {here} here"
         for name in sorted(wanted.keys() | found.keys())
-        if _shape(found.get(name)) != _shape(wanted.get(name))
+        if (there := shape(found.get(name))) != (here := shape(wanted.get(name)))
     ]
     more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
     return "; ".join(misfits[:3]) + more
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))

@@ -1,6 +1,6 @@
-"""Who writes the checkpoints of a run: snapshot, files, commit, and which are kept.
+"""How the checkpoints of a run are written: snapshot, files, commit, and which are kept.
 
-The protocol is told in `fasttrain.checkpoint`, that of several ranks in `checkpoint_ranks`.
+The protocol is described in `fasttrain.checkpoint`, that of several ranks in `ranks`.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.parts import parse, verify
 from fasttrain.checkpoint.ranks import Ranks, own_slices
+from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
 from fasttrain.distributed.slices import Slice
 
@@ -49,18 +49,10 @@ class _Save:
 class CheckpointWriter:
     """Writes the checkpoints of one run folder and keeps the last few and the best.
 
-    Args:
-        folder: `<run>/checkpoints`; made if missing. One run at a time may write to it.
-        keep_last: how many verified checkpoints to keep beside the best, at least 1.
-        asynchronous: write in a background thread; otherwise `save` returns after the commit.
-        rank: of this process among those that save together, all of them at the same steps.
-        world_size: how many they are.
-        session: shared by the ranks, and by no earlier ones; needed where there are several.
-        patience_s: how long a rank waits for the others to write their parts of a checkpoint.
-        warn: told, in any thread, that a checkpoint is complete but others could not be removed.
-
-    Raises:
-        CheckpointError: the folder cannot be made.
+    `keep_last` verified ones are kept beside the best. Unless `asynchronous`, `save` returns after
+    the commit. Of several ranks each has a writer, all with one `session` that no earlier ones had;
+    they save at the same steps, and a rank waits `patience_s` for the others. `warn` is called, in
+    any thread, if a checkpoint is complete but others could not be removed.
 
     Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
     """
@@ -106,27 +98,17 @@ class CheckpointWriter:
         *,
         metric: float | None = None,
     ) -> Path:
-        """Takes a snapshot now and commits it in the background; later updates do not reach it.
+        """Take a snapshot now and commit it in the background; later updates do not reach it.
 
         Of several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
         0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
 
-        One save is in flight at a time: a second waits for the first.
+        One save is in flight at a time: a second waits for the first. A step that was saved before
+        is replaced. `best` moves to the lowest `metric` of the checkpoints that verify. The folder
+        that is returned exists once `wait` has returned.
 
-        Args:
-            step: optimizer updates done so far; the folder is named after it. A step that was
-                saved before is replaced.
-            groups: file stem → tensors, of any device.
-            state: what JSON can hold, finite numbers only.
-            config_toml: the resolved configuration.
-            metric: validation loss; `best` moves to the lowest of the checkpoints that verify.
-
-        Returns:
-            The folder, which exists once `wait` has returned.
-
-        Raises:
-            CheckpointError: the save before this one failed (then this one was not begun: call
-                again), or this one, if it is synchronous or its arguments are unfit.
+        Raises CheckpointError if the save before this one failed (then this one was not begun: call
+        again), or this one, if it is synchronous or its arguments are unfit.
         """
         self.wait()
         self._n_begun += 1
@@ -142,7 +124,7 @@ class CheckpointWriter:
         own, slices = own_slices(groups, self._ranks.rank)
         if self._ranks.rank:
             own = {stem: tensors for stem, tensors in own.items() if tensors}
-        path = self._path(step)
+        path = self.folder / f"step-{step:08d}"
         save = _Save(
             step=step,
             path=path,
@@ -153,21 +135,15 @@ class CheckpointWriter:
             copied=self._snapshot(own),
         )
         if self.asynchronous:
-            self._thread = threading.Thread(
-                target=self._write_in_background,
-                args=(save,),
-                name=f"checkpoint of rank {self._ranks.rank}",
-            )
+            run, name = self._write_in_background, f"checkpoint of rank {self._ranks.rank}"
+            self._thread = threading.Thread(target=run, args=(save,), name=name)
             self._thread.start()
         else:
             self._write(save)
         return path
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
-
     def wait(self) -> None:
-        """Returns when the save in flight is committed; raises CheckpointError if it failed."""
+        """Wait until the save in flight is committed; CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -176,11 +152,11 @@ class CheckpointWriter:
             raise error
 
     def abandon(self) -> None:
-        """The run ends by an error: other ranks may be gone, and none waits for them any more."""
+        """Wait for other ranks no more: the run ends by an error, and they may be gone."""
         self._ranks.abandoned.set()
 
     def close(self) -> None:
-        """Waits as `wait` does and frees the buffers."""
+        """Wait as `wait` does, and free the buffers."""
         try:
             self.wait()
         finally:
@@ -193,13 +169,11 @@ class CheckpointWriter:
                 self._snapshots[stem] = Snapshot(stem, tensors, pinned=self.pinned)
         devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
         with contextlib.ExitStack() as stack:
+            for device in devices - self._streams.keys():
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for device in devices:
-                if device not in self._streams:
-                    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                    self._streams[device] = stream
-                side = self._streams[device]
-                side.wait_stream(torch.cuda.current_stream(device))
-                stack.enter_context(torch.cuda.stream(side))
+                self._streams[device].wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
             for stem, tensors in groups.items():
                 self._snapshots[stem].copy_from(tensors)
         events = [self._streams[device].record_event() for device in devices]
@@ -246,7 +220,7 @@ class CheckpointWriter:
         return {stem: self._ranks.file(stem, sliced=bool(s)) for stem, s in save.slices.items()}
 
     def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
-        """Writes this rank's tensors."""
+        """Write this rank's tensors."""
         for stem in save.slices:
             if name := self._snapshots[stem].first_nonfinite():
                 raise CheckpointError(
@@ -308,39 +282,36 @@ class CheckpointWriter:
             disk.remove(old)
             self._ranks.committed()
         except (OSError, CheckpointError) as error:
-            told = error
+            shown = error
             if isinstance(error, OSError):
                 done = "is complete, but tidying up failed" if committed else "was not saved"
-                told = disk.failure(f"{path} {done}", error)
+                shown = disk.failure(f"{path} {done}", error)
             if committed:  # on the other ranks it is saved as well
-                self._warn(str(told))
+                self._warn(str(shown))
                 return
             with contextlib.suppress(OSError):
-                self._ranks.give_up(partial, told)
+                self._ranks.give_up(partial, shown)
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
                     os.rename(old, path)
             with contextlib.suppress(OSError):
                 disk.remove(partial)
-            if told is error:
+            if shown is error:
                 raise
-            raise told from error
+            raise shown from error
 
     def _verified(self, path: Path) -> bool:
-        """Hashes a folder once; again only when the system has seen one of its files change."""
+        """Hash a folder once; again only if the system has seen one of its files change."""
         now = disk.signature(path)
-        seen, verdict = self._verdicts.get(path, (None, False))
-        if seen != now:
-            verdict = True
-            try:
-                verify(path)
-            except CheckpointError:
-                verdict = False
-            self._verdicts[path] = (now, verdict)
-        return verdict
+        if self._verdicts.get(path, (None,))[0] != now:
+            sound = False
+            with contextlib.suppress(CheckpointError):
+                sound = bool(verify(path))
+            self._verdicts[path] = (now, sound)
+        return self._verdicts[path][1]
 
     def _retain(self, newest: Path) -> None:
-        """Moves `best`, then removes what lies behind the last `keep_last` verified ones."""
+        """Move `best`, then remove what is older than the last `keep_last` verified ones."""
         found = disk.history(self.folder)
         good = [(path, m) for path, m in found if m and self._verified(path)]
         rated = [(m["metric"], m["commit"], path) for path, m in good if m["metric"] is not None]
@@ -366,7 +337,7 @@ class Snapshot:
         self.signature = self.describe(tensors)
         # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
         self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-        entries: dict[str, Any] = {}
+        header: dict[str, Any] = {}
         end = 0
         for name in self.names:
             tensor, begin = tensors[name], end
@@ -376,40 +347,39 @@ class Snapshot:
                     "not hold; convert it before saving"
                 )
             end += tensor.numel() * tensor.element_size()
-            entries[name] = {
-                "dtype": disk.DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
+            dtype, shape = disk.DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)
-        header = len(text).to_bytes(8, "little") + text
+        text = len(text).to_bytes(8, "little") + text
         self.cuda = any(t.is_cuda for t in tensors.values())
-        size = len(header) + end
-        self.content = self._room(size, pinned=self.cuda and pinned)  # all of the file
-        self.content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self.buffer = self.content[len(header) :]
+        size = len(text) + end
+        pinned = self.cuda and pinned
+        self.content = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
+        self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.buffer = self.content[len(text) :]
         self.views = [
-            self.buffer[slice(*entries[n]["data_offsets"])].view(t.dtype).view(t.shape)
-            for n, t in ((n, tensors[n]) for n in self.names)
+            self.buffer[slice(*header[n]["data_offsets"])]
+            .view(tensors[n].dtype)
+            .view_as(tensors[n])
+            for n in self.names
         ]
 
-    def _room(self, size: int, *, pinned: bool) -> Tensor:
-        """Return memory that begins with a page, pinned or not.
+    def _pinned(self, size: int) -> Tensor:
+        """Return pinned memory, or ordinary memory if it cannot be pinned.
 
-        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32: here the pages
+        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32. Here the pages
         themselves are registered, for as long as this object lives.
         """
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room = torch.frombuffer(pages, dtype=torch.uint8)
-        if pinned:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
-                release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
-                release.atexit = False  # the system does it, and CUDA may be gone
-            else:  # copies then make the device wait, and the next launch reports the error again
-                with contextlib.suppress(RuntimeError):
-                    torch.ones(1, device="cuda")
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
+            release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
+            release.atexit = False  # the system does it, and CUDA may be gone
+        else:  # copies then make the device wait, and the next launch reports the error again
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
         return room
 
     @staticmethod
@@ -421,9 +391,9 @@ class Snapshot:
             view.copy_(tensors[name].detach(), non_blocking=self.cuda)
 
     def first_nonfinite(self) -> str | None:
-        """Looks at bits, in two long calls a tensor: the GIL is left, and no thread is started.
+        """Return the name of a tensor that is not finite; releases the GIL, starts no thread.
 
-        But for the sign, what is not finite has greater bits than the greatest finite number.
+        Apart from the sign, what is not finite has greater bits than the greatest finite number.
         """
         for name, view in zip(self.names, self.views, strict=True):
             if not view.is_floating_point() or not view.numel():

@@ -270,7 +270,7 @@ def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> st
 
     Args:
         config: the configuration.
-        shown: what is written of a string, such as `fasttrain.redact.redact` of it. Names of
+        shown: what is written of a string, such as `fasttrain.command.redact` of it. Names of
             choices, numbers and truth values stay as they are: a run must mean the same without it.
     """
     lines = []

@@ -1,4 +1,4 @@
-"""What keeps ranks together: decisions made at the same step, and an end to waiting in vain."""
+"""What keeps ranks together: decisions made at the same step, and a watchdog for endless waits."""
 
 import contextlib
 import ctypes
@@ -17,24 +17,15 @@ from torch import Tensor
 
 from fasttrain.distributed.world import World
 
-__all__ = [
-    "Lockstep",
-    "Watchdog",
-    "call_ranks",
-    "die_with_parent",
-    "differing_step",
-    "hearing_ranks",
-]
-
 LISTEN_EVERY_S = 0.5
-AT_SAME_STEP_S = 60.0  # for the slowest rank to come where it may be saved
+AT_SAME_STEP_S = 60.0  # for the slowest rank to reach where it may be saved
 _CALL, _STEP = "stop", "saves step of"
 
 
 def die_with_parent() -> None:
     """Make the kernel send this process SIGTERM when torchrun's agent dies, however it dies.
 
-    SIGUSR1 to torchrun kills the agent alone: its workers would go on, unsupervised. Linux only.
+    SIGUSR1 to torchrun kills the agent alone: its workers would run unsupervised. Linux only.
     """
     set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -46,7 +37,7 @@ def call_ranks(world: World) -> None:
     """Tell the other ranks at once that this one is to stop; from any thread.
 
     They learn it at the end of a step as well, but the first one compiles, and some last long: then
-    all must give it up, and save what was before.
+    all must give it up, and save the state before it.
     """
     if world.store is not None:
         with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended
@@ -54,7 +45,7 @@ def call_ranks(world: World) -> None:
 
 
 def differing_step(world: World, step: int) -> str | None:
-    """Wait until all ranks said at which step they give up; return what hinders a common save.
+    """Wait until all ranks said at which step they give up; return what prevents a common save.
 
     From any thread: collectives belong to the thread that trains. Once a process.
     """
@@ -77,7 +68,7 @@ def differing_step(world: World, step: int) -> str | None:
 
 @contextlib.contextmanager
 def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
-    """Have ``heard`` called once, in a thread of its own, with the rank that calls meanwhile."""
+    """Call ``heard`` once, in another thread, with the number of a rank that calls meanwhile."""
     store, over = world.store, threading.Event()
     if store is None:
         yield
@@ -104,15 +95,8 @@ class Lockstep:
     At each call every rank hands in a number, and all learn the greatest of the call before: the
     reduction runs on the hosts while the step does. One rank learns its own at once.
 
-    Args:
-        world: of the run.
-        timeout_s: how long a step, a batch of evaluation, a sample or a save may take.
-
-    Attributes:
-        stop: whether a rank was told to stop.
-        stopped_by: the rank that was.
-        time_over: whether the time that a rank measured is over.
-        watchdog: waits for the next decision.
+    ``stop``: whether a rank, ``stopped_by``, was told to stop. ``time_over``: whether the time that
+    a rank measured is over. ``watchdog`` waits ``timeout_s`` for the next decision.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -123,7 +107,7 @@ class Lockstep:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def __call__(self, *, stop: bool, time_over: bool) -> None:
-        """Say what this rank wishes; learn, on several ranks one call late, what holds for all."""
+        """Hand in what holds for this rank; learn, on several one call late, what holds for all."""
         agreed = self._greatest(2 + self._world.rank if stop else int(time_over))
         self.watchdog.beat()
         if agreed >= 2:
@@ -146,8 +130,8 @@ class Lockstep:
 class Watchdog:
     """Ends the process, with every thread's stack on standard error, when it makes no progress.
 
-    A rank that another one waits for in vain would hang for ever: one is stopped, its network is
-    gone, a collective does not match. torchrun then ends the other ranks.
+    Without it ranks would wait for ever for one that is stopped or out of reach, or in a collective
+    that does not match. torchrun then ends the other ranks.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -158,7 +142,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
 
     def beat(self, timeout_s: float | None = None) -> None:
-        """Say that progress was made; the next beat is due in ``timeout_s`` (None: as set)."""
+        """Note progress; the next beat is due in ``timeout_s`` (None: as set)."""
         self._allowed_s = timeout_s or self.timeout_s
         self._deadline = time.monotonic() + self._allowed_s
 
@@ -177,7 +161,6 @@ class Watchdog:
                     "this rank hangs, or one that it waits for is stopped or out of reach. Where "
                     "each thread is:\n"
                 )
-                sys.stderr.write(message)
-                sys.stderr.flush()
+                print(message, file=sys.stderr, flush=True, end="")
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(1)

@@ -19,28 +19,16 @@ from fasttrain.distributed.slices import cut, locate
 from fasttrain.distributed.world import World, choose_mode, start
 from fasttrain.log.timing import StepClock
 
-__all__ = [
-    "gathered",
-    "make_sharded",
-    "place",
-    "replicate",
-    "set_gradient_sync",
-    "shard",
-    "time_collectives",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 
 def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = False) -> nn.Module:
     """Return a module, parameters inside and the loss its output, as DDP runs it.
 
-    Args:
-        objective: the module.
-        accumulates: gradients are added up over micro-batches. They then have their place in DDP's
-            buckets from the first on, and are to be zeroed, not dropped: else they lie beside the
-            buckets until the last, and then in them too.
-        sync_buffers: each forward takes rank 0's buffers. Rotary tables are the same everywhere.
+    If it ``accumulates`` gradients over micro-batches, they have their place in DDP's buckets from
+    the first on, and are to be zeroed, not dropped: else they lie beside the buckets until the
+    last, and then in them too. With ``sync_buffers`` each forward takes
+    rank 0's buffers.
     """
     if accumulates:
         for p in objective.parameters():
@@ -55,13 +43,9 @@ def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = F
 def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
     """Spread the parameters of a model over the ranks, block by block; they become DTensors.
 
-    Optimizers are made after it.
-
-    Args:
-        model: its ``blocks``, of another model the members of each list of modules, are gathered
-            one by one, the next while one computes.
-        world: with its mode chosen; nothing is done unless that shards.
-        config: the ``[distributed]`` section.
+    Its ``blocks`` are gathered one by one, the next while one computes; of another model the
+    members of each list of modules. Optimizers are made after it. Nothing is done unless the
+    world's mode shards.
 
     Numerics: parameters are gathered as they are, in fp32, and autocast rounds them for a product,
         as on one rank. Gathered in bf16, half the bytes, embeddings and with them the residual
@@ -155,20 +139,12 @@ class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def make_sharded(
-    make: Callable[[], M],
-    world: World,
-    config: DistributedConfig,
-    *,
-    device: torch.device,
+    make: Callable[[], M], world: World, config: DistributedConfig, *, device: torch.device
 ) -> M:
     """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
 
-    Args:
-        make: returns the model, its parameters drawn from torch's generator of the host by each
-            module's ``reset_parameters``, then by its ``init_weights``.
-        world: with its mode chosen.
-        config: the ``[distributed]`` section.
-        device: of this rank.
+    ``make`` returns the model, its parameters drawn from torch's generator of the host by each
+    module's ``reset_parameters``, then by its ``init_weights``.
 
     Memory: this rank's shards, and on the host one whole parameter at a time.
     """
@@ -186,7 +162,7 @@ def make_sharded(
 
 @contextmanager
 def gathered(model: nn.Module, world: World) -> Iterator[None]:
-    """Use a model without training it: what its forward left gathered is given up at the end.
+    """Use a model without training it: what its forward left gathered is freed at the end.
 
     All ranks call it together, and the model within it equally often.
     """
@@ -206,12 +182,9 @@ def gathered(model: nn.Module, world: World) -> Iterator[None]:
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
-    """Let the backward pass to come reduce gradients over ranks, or only add them up here.
+    """Have the next backward pass reduce gradients over ranks, or only add them up here.
 
-    Args:
-        network: what `replicate` returned, or the model that was sharded.
-        world: with its mode chosen.
-        sync: whether to reduce them.
+    ``network``: what `replicate` returned, or the model that was sharded.
     """
     if world.mode == "ddp":
         network.require_backward_grad_sync = sync
@@ -220,7 +193,7 @@ def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
 
 
 class _Timed:
-    """A collective of FSDP2 that tells a clock when it begins and ends."""
+    """A collective of FSDP2 that marks on a clock when it begins and ends."""
 
     def __init__(self, collective: Any, clock: StepClock) -> None:
         self.collective, self.clock = collective, clock
@@ -229,7 +202,7 @@ class _Timed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.span = self.clock.begin()
-        work = self.collective(*args, **kwargs)  # the stream goes on, or a CPU, when it is done
+        work = self.collective(*args, **kwargs)  # the stream, or a CPU, continues when it is done
         self.clock.end(self.span)
         return work
 
@@ -239,15 +212,9 @@ class _Timed:
 
 
 def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
-    """Have a clock told of all collectives of parameters and gradients.
+    """Have a clock measure all collectives of parameters and gradients; not a bit changes.
 
-    Args:
-        network: what `replicate` returned, or the model that was sharded.
-        world: with its mode chosen.
-        clock: of the steps.
-        accumulates: as `replicate` was told.
-
-    Numerics: not a bit changes.
+    ``network`` and ``accumulates`` as for `set_gradient_sync` and `replicate`.
     """
 
     # DDP checks the annotations; torch's stubs do not have this one.

@@ -1,12 +1,10 @@
-"""Which slice of a whole tensor lies on this rank, without a word to the other ranks."""
+"""Which slice of a whole tensor lies on this rank, found without asking the other ranks."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = ["Slice", "cut", "locate", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +18,19 @@ class Slice:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of the slice itself."""
         length = self.end - self.begin
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     @property
     def is_whole(self) -> bool:
-        """Whether this is all of the tensor."""
         return self.local_shape == self.shape
 
 
 def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
     """Return where the local tensor of a DTensor lies in the whole; None for any other tensor.
 
-    Args:
-        tensor: replicated or sharded by one dimension, as FSDP2 does it, on a mesh of any shape.
-
-    Returns:
-        The slice, and whether this rank is the first of those that hold it.
-
-    Raises:
-        TypeError: it is spread in another way.
+    Also whether this rank is the first of those that hold it. Raises TypeError unless the tensor is
+    replicated or sharded by one dimension, as FSDP2 does it, on a mesh of any shape.
     """
     if type(tensor) is Tensor or not hasattr(tensor, "placements"):
         return None
@@ -69,9 +59,7 @@ def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
 def cut(whole: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor spread as ``like`` is, this rank's slice copied; no rank waits.
 
-    Args:
-        whole: on any device; returned as it is where ``like`` is not a DTensor of its shape.
-        like: what the result is to be like.
+    It is returned as it is if ``like`` is not a DTensor of its shape.
     """
     located = locate(like) if whole.shape == like.shape else None
     if located is None:
@@ -86,12 +74,7 @@ def spread(local: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     other: Any = like
-    result: Tensor = DTensor.from_local(
-        local,
-        other.device_mesh,
-        other.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    where: Any = {"shape": like.shape, "stride": like.stride()}
+    mesh, placements = other.device_mesh, other.placements
+    result: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, **where)
     return result

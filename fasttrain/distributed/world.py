@@ -1,4 +1,4 @@
-"""From one process to many: process groups, how ranks share the work, and what they tell others.
+"""From one process to many: process groups, how ranks share the work, what they tell each other.
 
 Everything that moves tensors is PyTorch's own: `torch.distributed`, DDP, `fully_shard`, torchrun.
 A run of one process makes no group, and every function here then costs nothing.
@@ -33,20 +33,6 @@ from torch.distributed.rendezvous import rendezvous
 from fasttrain.config import DistributedConfig, TrainConfig, UserError, config_to_dict
 from fasttrain.config.keys import show
 
-__all__ = [
-    "SharedError",
-    "World",
-    "checksum",
-    "choose_mode",
-    "facts_of_rank",
-    "preferred_mode",
-    "record_failure",
-    "start",
-    "steady",
-    "stop",
-    "unused_mode",
-]
-
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
 # rest is left to activations and the allocator.
 DDP_BYTES_PER_PARAMETER = 20
@@ -62,34 +48,22 @@ OF_ONE_RANK = (
 
 
 class SharedError(UserError):
-    """Raised on the other ranks where one fails: it is told once, by rank 0."""
+    """Raised on the other ranks if one fails: rank 0 alone reports it."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, seen from one of them."""
 
-    Attributes:
-        rank: of this process, over all nodes.
-        local_rank: of this process on its node; its CUDA device.
-        size: how many processes there are.
-        local_size: how many of them are on this node.
-        mode: ``single``, ``ddp``, ``fsdp`` or ``hsdp``; ``auto`` until `choose_mode`.
-        why: of the mode, in words.
-        mesh: the device mesh of the mode; None for ``single``.
-        control: the hosts' group; None for ``single``.
-        store: names and values that all ranks see; None for ``single``.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
+    rank: int = 0  # over all nodes
+    local_rank: int = 0  # on its node: the number of its CUDA device
     size: int = 1
-    local_size: int = 1
-    mode: str = "single"
-    why: str = ""
-    mesh: DeviceMesh | None = None
-    control: dist.ProcessGroup | None = None
-    store: Store | None = None
+    local_size: int = 1  # on this node
+    mode: str = "single"  # single | ddp | fsdp | hsdp; auto until `choose_mode`
+    why: str = ""  # of the mode, in words
+    mesh: DeviceMesh | None = None  # these three: None for single
+    control: dist.ProcessGroup | None = None  # the group on the hosts
+    store: Store | None = None  # names and values that all ranks see
 
     @property
     def leads(self) -> bool:
@@ -139,24 +113,18 @@ class World:
         """Return every rank's JSON value, in order of rank, on every rank. Waits."""
         if self.control is None:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([data.numel()]), group=self.control)
-        room = int(max(lengths))
-        padded = torch.zeros(room, dtype=torch.uint8)
-        padded[: data.numel()] = data
+        data = json.dumps(value).encode()
+        room = torch.tensor(len(data))
+        dist.all_reduce(room, dist.ReduceOp.MAX, group=self.control)
+        padded = torch.frombuffer(bytearray(data.ljust(int(room))), dtype=torch.uint8)
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.control)
-        return [
-            json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)
-        ]
+        return [json.loads(bytes(part.tolist())) for part in parts]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to go on where ranks hold different facts, as `facts_of_rank` returns them. Waits.
+        """Raise UserError (SharedError but on rank 0) if ranks hold different facts. Waits.
 
-        Raises:
-            UserError: on rank 0; names a rank, what differs, and both values.
-            SharedError: on the others.
+        `facts_of_rank` returns them; the message names a rank, what differs, and both values.
         """
         if len(set(self.gather(_sha256(facts)))) == 1:
             return
@@ -170,7 +138,7 @@ class World:
         ]
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
         ranks = f"; so do ranks {', '.join(map(str, odd[1:]))}" if odd[1:] else ""
-        raise (UserError if self.leads else SharedError)(
+        raise self._error(
             f"rank {odd[0]} differs from rank 0, it has {'; '.join(differing[:3])}{more}{ranks}; "
             "start all ranks with the same config, data, code and torch"
         )
@@ -179,9 +147,6 @@ class World:
         """Return the ranks whose copy of the parameters is not, bit for bit, that of most copies.
 
         One small reduction. Waits, also for the device. Of two copies the first counts as right.
-
-        Args:
-            parameters: of this rank; shards where the mode shards.
         """
         if self.n_copies == 1:
             return []
@@ -189,21 +154,15 @@ class World:
         sums = torch.zeros(self.size, dtype=torch.int64, device=own.device)
         sums[self.rank] = own
         copies = self.sum(sums).view(self.n_copies, -1)
-        usual = [
-            Counter(of_shard).most_common(1)[0][0]
-            for of_shard in zip(*copies.tolist(), strict=True)
-        ]
+        shards = zip(*copies.tolist(), strict=True)
+        usual = [Counter(found).most_common(1)[0][0] for found in shards]
         return [r for r, found in enumerate(sums.tolist()) if found != usual[r % len(usual)]]
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Make a `UserError` of one rank the error of all, so that none waits for the others.
+        """Make a `UserError` of one rank the error of all (SharedError but on rank 0). Waits.
 
         The block itself must not wait for other ranks.
-
-        Raises:
-            UserError: on rank 0, where any rank failed.
-            SharedError: on the others.
         """
         error: UserError | None = None
         try:
@@ -215,19 +174,19 @@ class World:
             raise error
         for rank, message in enumerate(messages):
             if message:
-                kind = UserError if self.leads else SharedError
-                raise kind(f"rank {rank}: {message}") from error
+                raise self._error(f"rank {rank}: {message}") from error
+
+    @property
+    def _error(self) -> type[UserError]:
+        return UserError if self.leads else SharedError
 
 
 def facts_of_rank(
     config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what must be alike on all ranks of a run, by name, for `World.agree`.
+    """Return what must be the same on all ranks of a run, by name, for `World.agree`.
 
-    Args:
-        config: of this rank; the keys that change no number are left out.
-        data: what identifies each split.
-        options: of the command line.
+    ``data`` identifies each split; ``options`` are of the command line.
     """
     tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
     facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
@@ -243,8 +202,8 @@ def facts_of_rank(
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """Return a sum of the bits of tensors, int64 on their device; a flipped bit changes it.
 
-    So do several, but for a chance of 2^-32: each row and each column counts with a factor of its
-    own. Of DTensors the shards of this rank count. Nothing waits, and no large tensor is copied.
+    So do several, but for a chance of 2^-32: each row and each column counts with its own factor.
+    Of DTensors the shards of this rank count. Nothing waits, and no large tensor is copied.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums: list[list[Tensor]] = [[], []]
@@ -279,14 +238,10 @@ def _told(value: Any) -> str:
 
 
 def start(config: DistributedConfig, device: torch.device) -> World:
-    """Join the processes that torchrun started; a world of one where it started none.
+    """Join the processes that torchrun started; return a world of one if it started none.
 
-    Args:
-        config: the ``[distributed]`` section.
-        device: as ``run.device`` names it.
-
-    Raises:
-        UserError: the processes did not find each other in ``distributed.init_timeout_s``.
+    ``device`` is what ``run.device`` names. Raises UserError if the processes did not find each
+    other in ``distributed.init_timeout_s``.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
@@ -324,9 +279,10 @@ def start(config: DistributedConfig, device: torch.device) -> World:
         )
         control = dist.new_group(backend="gloo", timeout=patience)
     except (dist.DistError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"rank {world.rank} of {world.size} did not meet the others at {where} within "
-            f"{config.init_timeout_s:g} s ({_first_line(error)}); check that every node runs the "
+            f"{config.init_timeout_s:g} s ({reason}); check that every node runs the "
             "same command, reaches that host and port, and names its network with "
             "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
         ) from error
@@ -336,9 +292,9 @@ def start(config: DistributedConfig, device: torch.device) -> World:
 def _fresh_store(world: World, patience: timedelta) -> Store:
     """Return a store that all ranks share and that holds nothing yet.
 
-    Processes that torchrun starts again find in its store what those before them wrote, such as
-    addresses that nobody listens at any more. So rank 0 thinks of a new name, and tells it in
-    answer to what each rank has just thought of.
+    Processes that torchrun restarts find in its store what those before them wrote, such as
+    addresses at which nobody listens any more. So rank 0 chooses a new name, and answers with it to
+    the word that each rank has just chosen.
     """
     store, _, _ = next(rendezvous("env://", timeout=patience))
     word = secrets.token_hex(8)
@@ -362,16 +318,12 @@ def _fresh_store(world: World, patience: timedelta) -> Store:
     return PrefixStore(name, store)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def record_failure(error: BaseException) -> None:
-    """Let torchrun's summary of a failed job say what failed."""
+    """Have torchrun's summary of a failed job say what failed."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        # torchrun may end this rank meanwhile, and itself fails of a file that is half written.
+        # torchrun may end this rank meanwhile, and itself fails on a file that is half written.
         os.environ["TORCHELASTIC_ERROR_FILE"] = f"{file}.part"
         get_error_handler().record_exception(error)
         with suppress(OSError):
@@ -385,10 +337,10 @@ def stop(world: World) -> None:
 
 
 def steady(config: DistributedConfig, world: World) -> None:
-    """From now on a collective that takes longer than ``distributed.timeout_s`` fails the job.
+    """Fail the job if a collective takes longer than ``distributed.timeout_s`` from now on.
 
     Called after the first step, which compiles: ranks reach its collectives minutes apart. The
-    limit lies above that of the watchdog, which tells more.
+    limit lies above that of the watchdog, whose message says more.
     """
     if world.size > 1:
         patience = timedelta(seconds=1.5 * config.timeout_s + 1)
@@ -399,27 +351,16 @@ def steady(config: DistributedConfig, world: World) -> None:
 def choose_mode(
     config: DistributedConfig, world: World, n_parameters: int, device: torch.device
 ) -> World:
-    """Settle how the model is spread over the ranks, and make the mesh.
+    """Return the world with the mode, why it is that one, and its mesh.
 
-    Args:
-        config: the ``[distributed]`` section.
-        world: as `start` returned it.
-        n_parameters: of the whole model.
-        device: of this rank.
-
-    Returns:
-        The world with its mode, why, and its mesh.
-
-    Raises:
-        UserError: ``hsdp`` cannot divide the ranks.
+    ``n_parameters`` are of the whole model. Raises UserError if ``hsdp`` cannot divide the ranks.
     """
     if world.size == 1:
         return world
-    mode, reason = preferred_mode(config, world.local_size, n_parameters, device)
-    kind = device.type
-    if mode != "hsdp":
-        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    else:
+    mode, why = preferred_mode(config, world.local_size, n_parameters, device)
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("shard",)
+    if mode == "hsdp":
         inner = config.shard_ranks or world.local_size
         if world.size % inner or inner < 2 or inner == world.size:
             raise UserError(
@@ -427,13 +368,13 @@ def choose_mode(
                 f"but there are {world.size}; set distributed.shard_ranks to a divisor between, or "
                 "use distributed.mode=fsdp"
             )
-        shape = (world.size // inner, inner)
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-    return replace(world, mode=mode, why=reason, mesh=mesh)
+        shape, names = (world.size // inner, inner), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return replace(world, mode=mode, why=why, mesh=mesh)
 
 
 def unused_mode(config: DistributedConfig, size: int) -> str | None:
-    """Return a warning where one process is to share its work with nobody."""
+    """Return a warning if a mode is set but there is one process only."""
     if size > 1 or config.mode == "auto":
         return None
     return (
@@ -445,27 +386,19 @@ def unused_mode(config: DistributedConfig, size: int) -> str | None:
 def preferred_mode(
     config: DistributedConfig, local_size: int, n_parameters: int, device: torch.device
 ) -> tuple[str, str]:
-    """Return ``distributed.mode``, settled where it is ``auto``, and why.
+    """Return the mode, chosen by memory if ``distributed.mode`` is ``auto``, and why.
 
-    Args:
-        config: the ``[distributed]`` section.
-        local_size: ranks on a node, which share a CPU's memory.
-        n_parameters: of the whole model.
-        device: of a rank.
+    The ``local_size`` ranks of a node share a CPU's memory.
     """
     if config.mode != "auto":
         return config.mode, f"distributed.mode = {config.mode}"
     need = DDP_BYTES_PER_PARAMETER * n_parameters
-    memory = _device_memory(device)
-    if device.type != "cuda":
-        memory //= local_size
-    fits = need <= DDP_PART_OF_MEMORY * memory
+    memory = _device_memory(device) // (1 if device.type == "cuda" else local_size)
+    mode, fits = "ddp", "fit"
+    if need > DDP_PART_OF_MEMORY * memory:
+        mode, fits = "fsdp", "do not fit"
     gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
-    return (
-        "ddp" if fits else "fsdp",
-        f"{gib} {'fit' if fits else 'do not fit'} beside activations in each rank's "
-        f"{memory / 2**30:.1f} GiB",
-    )
+    return mode, f"{gib} {fits} beside activations in each rank's {memory / 2**30:.1f} GiB"
 
 
 def _device_memory(device: torch.device) -> int:

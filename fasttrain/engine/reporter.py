@@ -4,18 +4,17 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from fasttrain.command import redact
 from fasttrain.config import TrainConfig
 from fasttrain.data.loader import Batch
 from fasttrain.engine.state import RunState
 from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log import metrics
 from fasttrain.log.console import Console
-from fasttrain.log.sinks import Sinks
-from fasttrain.log.text import LogFile, keep_lines
-from fasttrain.model.transformer import flops_constants
-from fasttrain.redact import redact
+from fasttrain.log.sinks import LogFile, Sinks, keep_lines
+from fasttrain.model.transformer import Transformer, flops_constants
 
 
 class Reporter:
@@ -36,7 +35,7 @@ class Reporter:
         self.device, self.precision = train_step.loss.device, train_step.precision
         self.run_dir = run_dir if train_step.world.leads else None
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
-        constants = flops_constants(train_step.model)
+        constants = flops_constants(cast(Transformer, train_step.model))
         self.flops_per_token = metrics.flops_per_token(**constants, seq_len=config.data.seq_len)
         self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
         if self.peak_flops is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
+from fasttrain.command import redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.distributed.lockstep import Watchdog, differing_step
 from fasttrain.distributed.slices import cut
@@ -20,7 +21,6 @@ from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import RunState, restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import resolve_compile
-from fasttrain.redact import redact
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 

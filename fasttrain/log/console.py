@@ -1,8 +1,8 @@
 """What a person sees: the console with its progress bar, and ``train.log``.
 
 On a terminal the console draws with rich; elsewhere it prints plain lines without control
-characters. Nothing here runs in a thread: the bar is redrawn by `Console.progress` itself, at most
-five times a second, so that a step of some milliseconds loses none of its processor to drawing.
+characters. No thread draws: `Console.progress` itself redraws the bar, at most five times a second,
+so that short steps do not share their processor with it.
 """
 
 import math
@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fasttrain.log.text import NO_SPACE, LogFile
-from fasttrain.redact import redact
-
-__all__ = ["Console", "clean", "format_count", "format_duration"]
+from fasttrain.command import redact
+from fasttrain.log.sinks import NO_SPACE, LogFile
 
 # A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
 _REFRESH_S = 0.2
@@ -60,18 +59,16 @@ def format_duration(seconds: float) -> str:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
+    if (minutes := round(seconds / 60)) < 24 * 60:
         return f"{minutes // 60}h {minutes % 60:02d}m"
     hours = round(seconds / 3600)
     return f"{hours // 24}d {hours % 24:02d}h"
 
 
 def clean(text: str) -> str:
-    """Return text that is safe to print.
+    """Return text that is safe to print: a model may well emit a byte that moves the cursor.
 
-    Line ends become newlines, tabs spaces, and every other control character its escape: a model
-    may well emit a byte that moves the cursor.
+    Line ends become newlines, tabs spaces, and every other control character its escape.
     """
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     return "".join(
@@ -80,23 +77,15 @@ def clean(text: str) -> str:
     )
 
 
-def _number(spec: str) -> Callable[[float], str]:
-    return lambda value: format(value, spec)
-
-
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 9999.995 else format_count(value)
 
 
-def _fixed(digits: int) -> Callable[[float], str]:
-    """Format with ``digits`` decimals, and shorter where that would not fit a column."""
-
-    def show(value: float) -> str:
-        if abs(value) < 1000.0:
-            return f"{value:.{digits if abs(value) < 100.0 else 2}f}"
-        return format_count(value)
-
-    return show
+def _fixed(digits: int, value: float) -> str:
+    """Format with ``digits`` decimals, and shorter if that would not fit a column."""
+    if abs(value) < 1000.0:
+        return f"{value:.{digits if abs(value) < 100.0 else 2}f}"
+    return format_count(value)
 
 
 def _milliseconds(value: float) -> str:
@@ -120,21 +109,21 @@ class _Column(NamedTuple):
 
 # In order of importance: what does not fit the terminal's width is left out from the right.
 _COLUMNS = (
-    _Column("step", "step", 10, _number("d")),
-    _Column("loss", "loss", 9, _fixed(4)),
-    _Column("lr", "lr", 10, _number(".2e")),
-    _Column("grad_norm", "grad", 8, _fixed(3)),
+    _Column("step", "step", 10, "{:d}".format),
+    _Column("loss", "loss", 9, partial(_fixed, 4)),
+    _Column("lr", "lr", 10, "{:.2e}".format),
+    _Column("grad_norm", "grad", 8, partial(_fixed, 3)),
     _Column("tokens_per_s", "tok/s", 8, format_count),
     _Column("tokens", "tokens", 8, format_count),
     _Column("progress", "done", 6, _percent),
     _Column("left_s", "left", 9, _left),
-    _Column("mfu", "mfu", 7, _number(".1%")),
+    _Column("mfu", "mfu", 7, "{:.1%}".format),
     _Column("ppl", "ppl", 9, _perplexity),
     _Column("step_ms", "step time", 11, _milliseconds),
-    _Column("loss_ema", "avg loss", 10, _fixed(4)),
-    _Column("epoch", "epoch", 8, _number(".2f")),
-    _Column("peak_memory_gib", "GiB", 7, _number(".2f")),
-    _Column("goodput", "goodput", 9, _number(".1%")),
+    _Column("loss_ema", "avg loss", 10, partial(_fixed, 4)),
+    _Column("epoch", "epoch", 8, "{:.2f}".format),
+    _Column("peak_memory_gib", "GiB", 7, "{:.2f}".format),
+    _Column("goodput", "goodput", 9, "{:.1%}".format),
     _Column("forward_backward_ms", "fwd+bwd", 9, _milliseconds),
     _Column("optimizer_ms", "optim", 9, _milliseconds),
     _Column("communication_ms", "comm", 9, _milliseconds),
@@ -153,13 +142,15 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else loss if math.isnan(loss) else math.inf
 
 
+def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
+    return Panel(body, title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+
+
 class Console:
     """What a person sees of a run, on the terminal and in ``train.log``.
 
-    Args:
-        log_file: file to append every line to, plainly and with the time, or None.
-        interactive: colours, panels and a progress bar (True) or plain lines (False). None: what
-            standard output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
+    ``interactive``: colours, panels and a progress bar (True) or plain lines (False). None: by what
+    standard output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
     """
 
     def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
@@ -174,9 +165,9 @@ class Console:
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
-    def header(self, rows: list[tuple[str, str]], *, title: str = "fasttrain") -> None:
+    def header(self, rows: list[tuple[str, str]]) -> None:
         """Show what is about to run: pairs of label and value."""
-        self._panel(rows, title, "cyan")
+        self._panel(rows, "fasttrain", "cyan")
 
     def summary(self, rows: list[tuple[str, str]], *, title: str = "done") -> None:
         """Remove the progress bar and show how the run ended: pairs of label and value."""
@@ -193,11 +184,7 @@ class Console:
         self._emit(line, Text(line, style="bold yellow"))
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """Print a training line.
-
-        Args:
-            row: a train row of ``metrics.jsonl``; a missing or null value shows as n/a.
-        """
+        """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
         cells = [
             f"{c.heading} {_cell(c, row):>{c.width - 2}}"
@@ -232,11 +219,7 @@ class Console:
         self._emit(plain, line)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Print an evaluation line.
-
-        Args:
-            row: an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss so far.
-        """
+        """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
         loss = float(row["val_loss"])
         ppl = _perplexity(row.get("val_ppl") or _exp(loss))
         rest = []
@@ -254,22 +237,12 @@ class Console:
         )
         label = f"val {row['step']}"
         step_width, loss_width = (c.width for c in _COLUMNS[:2])
-        line = Text(
-            "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", f"ppl {ppl}", *rest]),
-            style="bold cyan",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+        shown = "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", f"ppl {ppl}", *rest])
+        line = Text(shown, style="bold cyan", no_wrap=True, overflow="ellipsis")
         self._emit(plain, line)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Show a sample from the model.
-
-        Args:
-            step: the step it was drawn at.
-            prompt: what the model was given.
-            text: what the model wrote after it.
-        """
+        """Show a sample from the model: ``text`` is what it wrote after ``prompt``."""
         prompt, text = clean(prompt), clean(text)
         lines = [
             line[start : start + _PLAIN_SAMPLE_WIDTH]
@@ -278,10 +251,7 @@ class Console:
         ]
         plain = "\n".join([f"sample, step {step}", *(f"  | {line}" for line in lines)])
         body = Text.assemble((prompt, "bold"), text.rstrip("\n"), overflow="fold")
-        title = Text(f"sample · step {step}", style="dim")
-        self._emit(
-            plain, Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED)
-        )
+        self._emit(plain, _boxed(body, Text(f"sample · step {step}", style="dim"), "dim"))
         self._rows_since_heading = _ROWS_PER_HEADING
 
     def progress(
@@ -289,12 +259,7 @@ class Console:
     ) -> None:
         """Redraw the progress bar, at most five times a second; nothing without a terminal.
 
-        Args:
-            step: steps done.
-            total: steps planned; None: not known yet.
-            n_tokens: tokens trained on so far.
-            done: part of the run, in [0, 1].
-            left_s: seconds to its end; None: not known yet.
+        ``done`` is a part in [0, 1]; ``total`` steps and ``left_s`` are None until they are known.
         """
         if self._rich is None:
             return
@@ -308,17 +273,14 @@ class Console:
         of_total = f"/{total}" if total else ""
         left = "" if left_s is None else f"  {_left(left_s)} left"
         tail = f" {_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
-        self._live.update(self._bar(done, tail), refresh=True)
-
-    def _bar(self, done: float, tail: str) -> Text:
-        assert self._rich is not None
         width = max(0, min(40, self._rich.width - len(tail) - 2))
         fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
         n = int(done * width)
-        return Text.assemble(
+        bar = Text.assemble(
             " ", (fill * n, "green"), (rest * (width - n), "bright_black"), tail,
             no_wrap=True, overflow="crop",
         )  # fmt: skip
+        self._live.update(bar, refresh=True)
 
     def clear_progress(self) -> None:
         """Remove the progress bar; the next `progress` draws it anew."""
@@ -342,16 +304,7 @@ class Console:
         grid.add_column(overflow="fold")
         for label, value in rows:
             grid.add_row(Text(label), Text(value))
-        heading = Text(title, style=f"bold {colour}")
-        panel = Panel(
-            grid,
-            title=heading,
-            title_align="left",
-            border_style=colour,
-            box=box.ROUNDED,
-            padding=(0, 1),
-        )
-        self._emit(plain, panel)
+        self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
@@ -365,10 +318,10 @@ class Console:
             encoding = sys.stdout.encoding or "utf-8"
             try:
                 print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-            except BrokenPipeError:  # nobody reads any more, as after `| head`: training goes on
+            except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            except OSError as error:  # the disk of a redirected output is full: training goes on
+            except OSError as error:  # the disk of a redirected output is full: training continues
                 if error.errno not in NO_SPACE:
                     raise
         if self._log is not None:

@@ -12,16 +12,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = [
-    "LossTracker",
-    "NormWatch",
-    "TrainingMetrics",
-    "flops_per_token",
-    "mfu",
-    "peak_flops",
-    "peak_memory_gib",
-]
-
 # Dense peaks in TFLOP/s from the maker's datasheets and whitepapers (figures "with sparsity"
 # halved): 16-bit products accumulated in fp32 as torch does, TF32, fp32 outside the tensor cores. A
 # name must match in full, so that a laptop part, a cut-down part or a MIG slice counts as unknown.
@@ -53,23 +43,13 @@ _PEAK_TFLOPS_FP16_ONLY: tuple[tuple[str, float, float], ...] = (
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the dense peak of one device in FLOP/s.
+    """Return the dense peak of one device in FLOP/s, None where it is not known (every CPU).
 
-    Args:
-        device: any torch device.
-        dtype: ``bf16``, ``fp16``, ``tf32`` or ``fp32``: what the matrix products run in.
-
-    Returns:
-        FLOP/s, or None where the peak is not known (every CPU, and GPUs not in the table).
-
-    Raises:
-        ValueError: ``dtype`` is none of the four.
+    ``dtype``: what the matrix products run in, ``bf16``, ``fp16``, ``tf32`` or ``fp32``.
     """
     if dtype not in ("bf16", "fp16", "tf32", "fp32"):
         raise ValueError(f"peak_flops: dtype must be bf16, fp16, tf32 or fp32, got {dtype!r}")
-    if device.type != "cuda":
-        return None
-    return _peak_of(torch.cuda.get_device_name(device), dtype)
+    return _peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def _peak_of(name: str, dtype: str) -> float | None:
@@ -77,9 +57,8 @@ def _peak_of(name: str, dtype: str) -> float | None:
         if re.fullmatch(pattern, name):
             return {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[dtype] * 1e12
     for pattern, half, single in _PEAK_TFLOPS_FP16_ONLY:
-        if re.fullmatch(pattern, name):
-            peak = {"fp16": half, "fp32": single}.get(dtype)
-            return None if peak is None else peak * 1e12
+        if re.fullmatch(pattern, name) and dtype in ("fp16", "fp32"):
+            return {"fp16": half, "fp32": single}[dtype] * 1e12
     return None
 
 
@@ -88,16 +67,12 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs of forward and backward for one trained token: 6·N + 12·L·H·K·T.
 
+    N counts parameters in matrix products: all matrices, the head too (also where it is tied to
+    the embedding), without embedding look-ups, norms and biases. L layers, H query heads of width
+    K, T tokens in a sequence.
+
     The attention term counts all T keys for every query: causality does not halve it, as in the
     source, so figures compare with those of other trainers. Recomputation does not count.
-
-    Args:
-        n_matmul_parameters: parameters in matrix products: all matrices, the head too (also where
-            it is tied to the embedding), without embedding look-ups, norms and biases.
-        n_layers: number of layers L.
-        n_heads: number of query heads H.
-        head_dim: width K of a head.
-        seq_len: sequence length T in tokens.
 
     Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B.
     """
@@ -107,35 +82,24 @@ def flops_per_token(
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
     """Return the model FLOPs utilisation, a fraction of the peak, or None where that is unknown.
 
-    Args:
-        tokens_per_s: trained tokens a second.
-        flops_per_token: from `flops_per_token`.
-        peak_flops: of the devices that share the work, in FLOP/s, from `peak_flops`.
+    ``peak_flops``: of all the devices that share the work.
 
     Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), section 4.1.
     """
-    if peak_flops is None:
-        return None
-    return tokens_per_s * flops_per_token / peak_flops
+    return None if peak_flops is None else tokens_per_s * flops_per_token / peak_flops
 
 
 class LossTracker:
     """Exponential moving average of the logged losses; it starts at the first.
 
     A loss that is not finite is left out: one bad step must not blot out the curve after it.
-
-    Args:
-        decay: weight of the past in each update, in [0, 1).
-
-    Raises:
-        ValueError: ``decay`` is out of range.
     """
 
     def __init__(self, decay: float = 0.9) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"LossTracker: decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.value: float | None = None  # the whole state: save it, set it to go on
+        self.value: float | None = None  # the whole state: save it, set it to continue
 
     def update(self, loss: float) -> float | None:
         """Add a loss and return the average, None before the first finite loss."""
@@ -236,8 +200,7 @@ class TrainingMetrics:
 def peak_memory_gib(device: torch.device) -> float:
     """Return the largest memory use so far in GiB.
 
-    On CUDA: the most that tensors have held. Elsewhere: the most physical memory that this process
-    has held since it started.
+    On CUDA: of tensors. Elsewhere: of physical memory by this process since it started.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

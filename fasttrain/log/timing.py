@@ -26,13 +26,9 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 class StepClock:
     """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
 
-    Beside it the time in which at least one collective was under way: from where its tensors were
-    ready here to its end, and so the wait for slower ranks too. Computation may go on meanwhile:
-    it is no further phase.
-
-    Args:
-        device: where the steps run.
-        n_phases: phases of a step.
+    It also adds up the time in which at least one collective was under way: from where its tensors
+    were ready here to its end, and so the wait for slower ranks too. Computation may run meanwhile:
+    this is no further phase.
     """
 
     def __init__(self, device: torch.device, n_phases: int) -> None:
@@ -98,32 +94,31 @@ class StepClock:
         return float(begin.elapsed_time(end)) / 1000
 
 
-class TimeAccount:
-    """The wall clock of a session: what went into steps, and what beside them.
+# What a line reports: the mean of a step in ms, and the sum in s.
+_MEANS = ("step", "data_wait", "forward_backward", "optimizer", "communication")
+_SUMS = ("eval", "checkpoint", "sample")
 
-    Args:
-        step: the step at which the session begins.
-    """
+
+class TimeAccount:
+    """The wall clock of a session that begins at ``step``: what went into steps, what did not."""
 
     def __init__(self, step: int) -> None:
         self.first_step = step
         self.started_s = time.perf_counter()
         self.steady_s, self.n_steady = 0.0, 0  # of all steps but the first, which compiles
         self.steady_wait_s = 0.0  # for data, beside steady_s
-        parts = ("step", "wait", "forward_backward", "optimizer", "communication")
-        self._window = dict.fromkeys((*parts, "eval", "checkpoint", "sample"), 0.0)
+        self._window = dict.fromkeys((*_MEANS, *_SUMS), 0.0)
         self.n_steps = 0  # since the last line
         self._paced_from_s: float | None = None  # the end of the first step
 
     def add(self, name: str, seconds: float) -> None:
-        """Add to what a line reports."""
         self._window[name] += seconds
 
     def add_step(self, seconds: float, wait_s: float, *, first: bool) -> None:
-        """Add a step and, of its time, what it waited for data."""
+        """Add a step; ``wait_s`` is the part of it that it waited for data."""
         self.n_steps += 1
         self.add("step", seconds)
-        self.add("wait", wait_s)
+        self.add("data_wait", wait_s)
         if first:
             self._paced_from_s = time.perf_counter()
         else:
@@ -133,7 +128,6 @@ class TimeAccount:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time of a block."""
         started = time.perf_counter()
         try:
             yield
@@ -143,8 +137,7 @@ class TimeAccount:
     def left_s(self, step: int, total_steps: int) -> float | None:
         """Return the seconds from ``step`` to the last step; None before a second step is done.
 
-        Judged from all that followed the session's first step: evaluations and saves count, the
-        first step's compilation does not.
+        Evaluations and saves count, the compilation in the session's first step does not.
         """
         n_steps = step - self.first_step - 1
         if self._paced_from_s is None or n_steps < 1:
@@ -153,40 +146,29 @@ class TimeAccount:
         return pace_s * max(total_steps - step, 0)
 
     def line(self, step: int) -> dict[str, float | None]:
-        """Return the account since the last line, and begin the next.
+        """Return the account since the last line, and begin the next; ``step`` steps are done.
 
-        Args:
-            step: steps done.
+        The ``_ms`` are means over steps, of which ``data_wait_ms``, ``forward_backward_ms`` and
+        ``optimizer_ms`` are parts. ``communication_ms``, for which parameters were being gathered
+        or gradients reduced over ranks, lies within ``forward_backward_ms``, on a GPU mostly
+        beneath computation, and is not to be added. Sums of single numbers and Muon's exchange of
+        directions are not in it. None where nothing was sent. The ``_s`` are sums.
 
-        Returns:
-            Means over steps, in ms: ``step_ms`` and of it ``data_wait_ms``,
-            ``forward_backward_ms`` and ``optimizer_ms``. Also ``communication_ms``, for which
-            parameters were being gathered or gradients reduced over ranks: it lies within
-            ``forward_backward_ms``, on a GPU mostly beneath computation, and is not to be added.
-            Sums of single numbers and Muon's exchange of directions are not in it. None where
-            nothing was sent.
-
-            Seconds in all: ``eval_s``, ``checkpoint_s``, ``sample_s``. ``goodput``: of the
-            session's wall clock, the part that its steps need at their steady pace without waiting
-            for data; compilation, waits, evaluation, samples, saves and steps that a rollback undid
-            are the rest. None while there is no steady step.
+        ``goodput``: of the session's wall clock, the part that its steps need at their steady pace
+        without waiting for data; compilation, waits, evaluation, samples, saves and steps that a
+        rollback undid are the rest. None while there is no steady step.
         """
         spent = self._window
         n = max(self.n_steps, 1)
-        row: dict[str, float | None] = {
-            "step_ms": 1000 * spent["step"] / n,
-            "data_wait_ms": 1000 * spent["wait"] / n,
-            "forward_backward_ms": 1000 * spent["forward_backward"] / n,
-            "optimizer_ms": 1000 * spent["optimizer"] / n,
-            "communication_ms": 1000 * spent["communication"] / n or None,
-            **{f"{name}_s": spent[name] for name in ("eval", "checkpoint", "sample")},
-        }
-        goodput = None
+        row: dict[str, float | None] = {f"{name}_ms": 1000 * spent[name] / n for name in _MEANS}
+        row["communication_ms"] = row["communication_ms"] or None
+        row |= {f"{name}_s": spent[name] for name in _SUMS}
+        row["goodput"] = None
         if self.n_steady:
             useful_s = max(step - self.first_step, 0) * self.steady_s / self.n_steady
             # The first step, counted as another, may have been shorter than one that stalled.
-            goodput = min(useful_s / max(time.perf_counter() - self.started_s, 1e-9), 1.0)
-        row["goodput"] = goodput
+            spent_s = max(time.perf_counter() - self.started_s, 1e-9)
+            row["goodput"] = min(useful_s / spent_s, 1.0)
         self._window = dict.fromkeys(spent, 0.0)
         self.n_steps = 0
         return row
@@ -196,14 +178,10 @@ MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
 
 
 class StepProfiler:
-    """Writes ``trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
+    """Writes ``profile/trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
 
-    Args:
-        run_dir: in its folder ``profile``, made when the steps are over; None: nothing is done.
-        steps: first and last step, counted from 1; empty: nothing is done.
-        device: what is profiled beside the CPU.
-
-    Numerics: none; profiled steps are slower.
+    ``steps`` are the first and the last, counted from 1. Without them, or without ``run_dir``,
+    nothing is done. Profiled steps are slower; no number changes.
     """
 
     def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
@@ -238,9 +216,9 @@ class StepProfiler:
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._profiler is None or self.folder is None:
-            return
         cuda, profiler, self._profiler = self.device.type == "cuda", self._profiler, None
+        if profiler is None or self.folder is None:
+            return
         try:
             if cuda:
                 torch.cuda.synchronize(self.device)

@@ -6,11 +6,12 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redacted
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redact, redacted
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
@@ -23,7 +24,7 @@ from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.cpu.blocks import why_unfit
-from fasttrain.redact import redact
+from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import StopSignals, end_at_once
 
@@ -128,7 +129,7 @@ def show_start(
         ("device", f"{name} · {step.precision.name} · {compiled}"),
         (
             "model",
-            f"{format_count(step.model.num_parameters())} parameters: "
+            f"{format_count(cast(Transformer, step.model).num_parameters())} parameters: "
             f"{counted(m.n_layers, 'layer')} × {m.dim}, {counted(m.n_heads, 'head')}, "
             f"vocabulary {m.vocab_size:,}, context {config.data.seq_len}",
         ),

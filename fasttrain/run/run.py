@@ -12,7 +12,7 @@ import torch
 from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
@@ -43,7 +43,6 @@ from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.redact import redact
 from fasttrain.run import resume as origin
 from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder, check_disk
