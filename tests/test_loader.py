@@ -255,26 +255,6 @@ def test_an_error_of_any_kind_in_the_thread_arrives(dataset: TokenDataset) -> No
         next(loader)
 
 
-def test_slow_reads_are_hinted_ahead(
-    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hinted: list[int] = []
-    monkeypatch.setattr(
-        shards_module.Shard, "will_need", lambda self, start, count: hinted.append(start)
-    )
-    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", 1e9)
-    with make(dataset) as loader:
-        for _ in range(20):
-            next(loader)
-    assert len(hinted) == 5 * 4  # before the first batch was read
-    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", -1.0)
-    hinted.clear()
-    with make(dataset) as loader:
-        batches = [next(loader) for _ in range(20)]
-    assert len(hinted) >= 20 * 4
-    assert all(torch.equal(batch.tokens + 1, batch.targets) for batch in batches)
-
-
 def test_close_ends_the_thread_and_the_batches(dataset: TokenDataset) -> None:
     loader = make(dataset)
     next(loader)

@@ -14,8 +14,6 @@ from fasttrain.data.files import DataError
 from fasttrain.data.loader import IGNORE, Batch, to_batch
 from fasttrain.data.order import Array, document_rows, document_starts, row_lengths
 
-__all__ = ["evaluation_batches"]
-
 
 def evaluation_batches(
     dataset: TokenDataset,
@@ -40,24 +38,8 @@ def evaluation_batches(
     Every rank gets the same number of batches; what lies beyond the rows is token 0 with target
     −100.
 
-    Args:
-        dataset: The split.
-        seq_len: T.
-        batch_size: B, rows of one rank's batch.
-        device: Where batches go.
-        batching: As in training.
-        separate_documents: As in training: say where documents begin.
-        stride_tokens: Tokens between the starts of packed or sliding windows. None: T.
-        n_tokens: Targets at the least, where the split has so many; None: all.
-        rank: Of this process: it takes every world_size-th batch.
-        world_size: Processes that share the split.
-
-    Returns:
-        Iterator of batches; `position` counts rows.
-
-    Raises:
-        DataError: There is nothing to predict, or the documents are not known. While iterating: a
-            file was truncated, replaced or cannot be read.
+    `n_tokens` None: all. `batching` and `separate_documents` are as in training; each rank takes
+    every world_size-th batch; `position` counts rows. A file may turn out damaged while iterating.
     """
     device = torch.device(device)
     ends = None

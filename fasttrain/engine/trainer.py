@@ -17,7 +17,7 @@ import torch
 
 from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.data.format import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep

@@ -24,7 +24,7 @@ from fasttrain.config import (
 )
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
-from fasttrain.data.format import TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.schedule import lr_at
 

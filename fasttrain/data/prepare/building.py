@@ -44,24 +44,7 @@ def write_splits(
     workers: int,
     show: Callable[[str, int], None],
 ) -> dict[str, tuple[ShardWriter, int]]:
-    """Encodes what is not yet encoded, and writes it.
-
-    Args:
-        partial: Where to; also what is there already, and where the state is kept.
-        splitter: The text.
-        encoder: Of the tokenizer whose file lies in the folder.
-        shard_tokens: Tokens of a shard.
-        workers: Processes that encode; the output does not depend on it.
-        show: Called with what is being done and the bytes of the input read.
-
-    Returns:
-        For each split its closed writer and the bytes of its text.
-
-    Raises:
-        OtherIdsError: tiktoken cannot be used on this text.
-        ChildProcessError: A worker process was ended from outside.
-        DataError: The source is strict and the tokenizer has no token for something in the text.
-    """
+    """Encodes what is not yet encoded, and writes it."""
     nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
     before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
     n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)

@@ -41,19 +41,7 @@ Batch = tuple[list["Piece"], int]
 def encoded(
     batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Generator[tuple[Batch, Ids]]:
-    """Each batch with the ids of its pieces, in the order of the batches.
-
-    Args:
-        batches: Read ahead by as many as there are workers, and two.
-        encoder: Used here if `workers` is 1, and its like in each worker.
-        tokenizer_file: Its tokenizer.
-        workers: Processes that encode.
-
-    Raises:
-        OtherIdsError: tiktoken cannot be used on this text.
-        DataError: The tokenizer cannot encode it.
-        ChildProcessError: A worker process was ended from outside.
-    """
+    """Each batch with the ids of its pieces, in the order of the batches."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder.encode([piece.text for piece in batch[0]])
@@ -185,14 +173,7 @@ _BINS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a document, and what to do with it.
-
-    Attributes:
-        text: At most about half a million characters.
-        split: "train" or "val".
-        last: Of its document, in this split.
-        where: Its document's file, and line or row.
-    """
+    """A part of a document, and what to do with it."""
 
     text: str
     split: str
@@ -218,18 +199,6 @@ class Splitter:
     Where no fraction is named and the text is small, the hash decides as well, but so that at least
     the bytes above are held out and less than twice as many: documents that are themselves larger
     are left to training. Where the others do not suffice, the large ones are cut by position.
-
-    Args:
-        source: The documents.
-        val_fraction: Of the documents (of what is cut: of its text), in [0, 1). None: as above.
-
-    Attributes:
-        single: There is only one document.
-        val_fraction: As given, or as it was chosen.
-        held_out_smallest: No document fell below the fraction, and the nearest to it is held out.
-
-    Raises:
-        DataError: There is no text.
     """
 
     def __init__(self, source: Source, val_fraction: float | None) -> None:

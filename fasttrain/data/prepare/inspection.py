@@ -24,17 +24,7 @@ SAMPLES, SAMPLE_TOKENS = 3, 40
 
 
 def inspect(folder: Path) -> Iterator[str]:
-    """Describes a prepared dataset.
-
-    Args:
-        folder: With `dataset.json`.
-
-    Returns:
-        Lines to print: counts by split, the most frequent tokens, three decoded samples.
-
-    Raises:
-        DataError: The folder is no prepared dataset, or a file does not have its recorded hash.
-    """
+    """Describes a prepared dataset."""
     if not (folder / DATASET_JSON).is_file():
         raise DataError(
             f"{folder}: no {DATASET_JSON} in it, so there is nothing to verify; only what "

@@ -30,22 +30,7 @@ PREPARED_JSON = "prepared.json"
 
 
 class Partial:
-    """The folder in which a dataset is built, held by this process alone.
-
-    Args:
-        out: What it will be.
-        asked: Everything that shapes the output, input files included; JSON values.
-        resume: Go on with what an interrupted run has left.
-        note: Called with what a user should know.
-
-    Attributes:
-        dataset: The folder that will be `out`.
-        complete: There was nothing left to do: `out` is there, made as asked.
-        state: Of the last `save`, empty before the first.
-
-    Raises:
-        DataError: `out` exists, another process is at work, or what is left is of something else.
-    """
+    """The folder in which a dataset is built, held by this process alone."""
 
     def __init__(
         self, out: Path, asked: dict[str, Any], *, resume: bool, note: Callable[[str], None]

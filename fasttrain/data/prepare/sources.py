@@ -50,13 +50,7 @@ NOT_JSON = "lines that are not a JSON object (left out)"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it came from.
-
-    Attributes:
-        where: File, and line or row.
-        pieces: Gives the text anew at each call, in pieces of about `PIECE_CHARS`, cut between
-            words wherever there is a line's end to cut at.
-    """
+    """A text and where it came from."""
 
     where: str
     pieces: Callable[[], Iterator[str]]
@@ -70,18 +64,7 @@ class Document:
 
 
 def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
-    """The files that the inputs of a command mean.
-
-    Args:
-        inputs: Files, folders (searched to any depth for endings this reads), globs, "-".
-
-    Returns:
-        Files in the order of the inputs, sorted within each, each once, None for standard input;
-        and the files of folders that were passed over because of their endings.
-
-    Raises:
-        DataError: An input matches nothing.
-    """
+    """The files that the inputs of a command mean."""
     found: dict[Path | None, None] = {}
     passed_over = []
     for name in inputs:
@@ -118,18 +101,7 @@ def _endings(path: Path) -> tuple[str, str]:
 
 
 class Source:
-    """The documents of some files, as often as they are asked for.
-
-    Args:
-        files: From `find_files`. Standard input is copied to a temporary file first.
-        field: Of a JSON line or Parquet row, that holds the text.
-        strict: What would be counted as a problem is a DataError instead.
-
-    Attributes:
-        n_bytes: Size of all files as stored.
-        problems: What went wrong in the pass now running or last run, counted by reason.
-        done_bytes: How much of `n_bytes` this pass has read.
-    """
+    """The documents of some files, as often as they are asked for."""
 
     def __init__(
         self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
@@ -167,12 +139,7 @@ class Source:
         self.problems[reason] += 1
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order, empty ones left out.
-
-        Raises:
-            DataError: A file cannot be read or decompressed, needs a package that is not there,
-                or, if strict, holds something that is not a text.
-        """
+        """All documents in order, empty ones left out."""
         self.problems.clear()
         before = 0
         for path in self.files:
@@ -301,10 +268,6 @@ class _Unpacked(io.RawIOBase):
     """What the frames of a compressed file hold; EOFError where the last one is cut off.
 
     zstandard's own reader takes a frame that is cut off for a whole one.
-
-    Args:
-        raw: The file.
-        new_frame: Makes what unpacks one frame, as `zlib.decompressobj` does.
     """
 
     def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:

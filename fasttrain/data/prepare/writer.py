@@ -32,17 +32,6 @@ class ShardWriter:
     A shard becomes visible under its name only when it is complete and on disk. Documents run on
     over the border of two shards; an end lies beside the shard in which its document ends, as
     uint64 offset of the token after the document's last one, in `<split>_000000.ends`.
-
-    Args:
-        folder: Where to; must exist.
-        split: "train" or "val", the first part of each name.
-        vocab_size: Ids must be below it; also settles the dtype.
-        shard_tokens: Tokens of every shard but the last.
-        state: What `state` returned in a process that is gone: writing goes on from there. Whatever
-            of the split is in the folder beyond it is removed.
-
-    Raises:
-        DataError: Bad arguments, or the folder does not hold what the state says.
     """
 
     def __init__(
@@ -69,11 +58,7 @@ class ShardWriter:
             self._restore(state)
 
     def state(self) -> dict[str, Any]:
-        """Puts everything on disk and says how far that is, for a later writer to go on.
-
-        Returns:
-            JSON values.
-        """
+        """Puts everything on disk and says how far that is, for a later writer to go on."""
         n_ends = 0
         if self._file is not None:
             self._file.flush()
@@ -135,16 +120,7 @@ class ShardWriter:
         return self.folder / f"{self.split}_{len(self.shards):06d}{suffix}"
 
     def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
-        """Appends tokens.
-
-        Args:
-            tokens: Ids, any integer dtype, shape (n,).
-            ends: Ascending offsets into `tokens`, each just after a document's last token.
-
-        Raises:
-            DataError: An id is outside the vocabulary; names file and offset. Nothing of the call
-                is written then.
-        """
+        """Appends tokens."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "ui"):
             raise DataError(f"tokens must be integers of shape (n,), got {ids.dtype} {ids.shape}")
@@ -206,11 +182,7 @@ class ShardWriter:
         self._in_shard, self._ends = 0, []
 
     def close(self) -> list[ShardInfo]:
-        """Finishes the last shard.
-
-        Returns:
-            All shards written, in order.
-        """
+        """Finishes the last shard."""
         if self._file is not None:
             self._finish()
         return self.shards
