@@ -1,4 +1,4 @@
-"""Encoding in several processes, in order, so that their number changes nothing but the time.
+"""Splits, and encoding in several processes whose number changes nothing but the time.
 
 A worker is `python -c "…serve()"` with frames of numbers and UTF-8 on its standard input and
 output: it imports no more than the tokenizer needs, does not run the caller's main module again (a
@@ -41,7 +41,7 @@ Batch = tuple[list["Piece"], int]
 def encoded(
     batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Generator[tuple[Batch, Ids]]:
-    """Each batch with the ids of its pieces, in the order of the batches."""
+    """Yield each batch with the ids of its pieces, in the order of the batches."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder.encode([piece.text for piece in batch[0]])
@@ -175,10 +175,10 @@ _BINS = 4096
 class Piece:
     """A part of a document, and what to do with it."""
 
-    text: str
+    text: str  # at most about half a million characters
     split: str
-    last: bool
-    where: str
+    last: bool  # of its document, in this split
+    where: str  # its document's file, and line or row
 
 
 def _share(document: Document) -> float:
@@ -191,7 +191,7 @@ def _n_bytes(document: Document) -> int:
 
 
 class Splitter:
-    """Assigns documents to train and val, anew in the same way for each pass.
+    """Assigns documents to train and val, in the same way in each pass.
 
     Documents go to validation by a hash of their text: one stays where it is when others come, and
     no text is in both splits. A text of one document is cut by position instead.
@@ -209,6 +209,7 @@ class Splitter:
             raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
         self.single = first_two == 1
         self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        # No document fell below the fraction, and the nearest to it is held out.
         self.threshold, self.held_out_smallest = self.val_fraction, False
         self._limit = math.inf  # bytes: documents of more are not held out whole
         self._cuts_large = val_fraction != 0

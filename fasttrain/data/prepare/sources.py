@@ -29,8 +29,6 @@ from typing import IO, Any, cast
 
 from fasttrain.data.files import DataError, sha256_of
 
-__all__ = ["Document", "Source", "find_files"]
-
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
@@ -52,8 +50,8 @@ NOT_JSON = "lines that are not a JSON object (left out)"
 class Document:
     """A text and where it came from."""
 
-    where: str
-    pieces: Callable[[], Iterator[str]]
+    where: str  # file, and line or row
+    pieces: Callable[[], Iterator[str]]  # the text anew, in pieces as `_pieces` cuts it
 
     def sha256(self) -> str:
         """Of the text as UTF-8, as hex."""
@@ -64,7 +62,10 @@ class Document:
 
 
 def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
-    """The files that the inputs of a command mean."""
+    """Return the files that the inputs mean, and those in folders whose endings are unknown.
+
+    In the order of the inputs, sorted within each, each once; None for standard input.
+    """
     found: dict[Path | None, None] = {}
     passed_over = []
     for name in inputs:
@@ -101,7 +102,10 @@ def _endings(path: Path) -> tuple[str, str]:
 
 
 class Source:
-    """The documents of some files, as often as they are asked for."""
+    """The documents of some files, as often as they are asked for.
+
+    If `strict`, what would be counted as a problem is a DataError instead.
+    """
 
     def __init__(
         self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
@@ -110,8 +114,8 @@ class Source:
         self.files = [self._spooled() if file is None else file for file in files]
         self.n_bytes = sum(file.stat().st_size for file in self.files)
         self.field, self.strict = field, strict
-        self.problems: Counter[str] = Counter()
-        self.done_bytes = 0
+        self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
+        self.done_bytes = 0  # of `n_bytes`, read by this pass
 
     def fingerprint(self) -> list[list[str | int]]:
         """What tells these files from others: name, size and time of change, or the content."""
@@ -267,7 +271,8 @@ def _package(name: str, path: Path) -> Any:
 class _Unpacked(io.RawIOBase):
     """What the frames of a compressed file hold; EOFError where the last one is cut off.
 
-    zstandard's own reader takes a frame that is cut off for a whole one.
+    zstandard's own reader takes a frame that is cut off for a whole one. `new_frame` makes what
+    unpacks one frame, as `zlib.decompressobj` does.
     """
 
     def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:
