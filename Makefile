@@ -20,7 +20,7 @@ bench-results: # longer, with whole runs of base.toml and speedrun.toml, kept in
 	$(PYTHON) -m benchmarks.base_run --config speedrun --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
-report: # README.md's figures and the chart, from benchmarks/results; needs matplotlib
+report: # figures and chart of docs/benchmarks.md, from benchmarks/results; needs matplotlib
 	$(PYTHON) -m benchmarks.report
 
 gpu: # tests and benchmarks on a GPU within nine minutes; without one, a rehearsal

@@ -1,6 +1,7 @@
-"""Figures as tables: the benchmarks' last lines, and the README's part and chart (``make report``).
+"""Figures as tables: the benchmarks' last lines, and the part and chart of docs/benchmarks.md
+(``make report``).
 
-Nothing in the README's measured part is written by hand: what has no file is "not measured".
+Nothing in that part is written by hand: what has no file is "not measured".
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.store import RESULTS, ROOT, processor_of, read_all
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/benchmarks.md"
 CHART = RESULTS / "training-step.png"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
@@ -197,7 +198,7 @@ def _compiled_table(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Return the README's measured part."""
+    """Return the measured part of docs/benchmarks.md."""
     parts: list[str] = []
     for kind, title in KINDS.items():
         found = [d for d in documents if d["machine"]["kind"] == kind]
@@ -221,7 +222,7 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
     ]
     if chart_bars(documents):
         path = CHART.relative_to(ROOT)
-        parts.append(f"![How many times as long a training step of the others takes]({path})\n")
+        parts.append(f"![How many times as long a training step of the others takes](../{path})\n")
     return "\n".join(parts)
 
 
@@ -301,19 +302,19 @@ def draw(bars: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def main() -> int:
-    """Rewrite the README's part and the chart."""
+    """Rewrite the part of docs/benchmarks.md and the chart."""
     documents = read_all()
-    text = README.read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     if not PART.search(text):
-        print("error: README.md has no part between <!-- measured --> and <!-- /measured -->")
+        print(f"error: {PAGE.name} has no part between <!-- measured --> and <!-- /measured -->")
         return 2
-    README.write_text(PART.sub(lambda _: render(documents), text), "utf-8")
+    PAGE.write_text(PART.sub(lambda _: render(documents), text), "utf-8")
     bars = chart_bars(documents)
     if bars:
         draw(bars, CHART)
     else:
         CHART.unlink(missing_ok=True)
-    print(f"README.md and {CHART.relative_to(ROOT)} from {len(documents)} files")
+    print(f"{PAGE.relative_to(ROOT)} and {CHART.relative_to(ROOT)} from {len(documents)} files")
     return 0
 
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from typing import Any
 
 from fasttrain import __version__
 
@@ -23,6 +24,16 @@ def _usage() -> str:
     return "\n".join([usage, "", *lines, "", "fasttrain COMMAND --help says more; --version"])
 
 
+def module_of(name: str) -> Any:
+    """Return the module of a command: of a package its ``__main__``."""
+    module = importlib.import_module(f"fasttrain.{name}")
+    return (
+        importlib.import_module(f"{module.__name__}.__main__")
+        if hasattr(module, "__path__")
+        else module
+    )
+
+
 def main() -> int:
     """Run the command that is named first; its exit status, or 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
@@ -37,9 +48,7 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"fasttrain.{name}")
-    if hasattr(module, "__path__"):  # a package
-        module = importlib.import_module(f"fasttrain.{name}.__main__")
+    module = module_of(name)
     status: int = module.main(arguments)
     if hasattr(module, "leave"):  # a rank that failed does not wait for the others
         module.leave(status)

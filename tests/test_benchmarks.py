@@ -1,4 +1,4 @@
-"""What the benchmarks are read by: figures to files, files to the README, old against new."""
+"""What the benchmarks are read by: figures to files, files to tables, old against new."""
 
 import ast
 import json
@@ -310,7 +310,7 @@ def test_launches_busy_time_and_gaps_of_a_trace() -> None:
     assert set(nothing.values()) == {None}
 
 
-# ---- files and the README ------------------------------------------------------------------------
+# ---- files and the page ------------------------------------------------------------------------
 
 
 def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
@@ -334,8 +334,8 @@ def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
     assert json.loads(path.read_text("utf-8")) == document
 
 
-def test_readme_is_what_the_files_say() -> None:
-    found = report.PART.search(report.README.read_text("utf-8"))
+def test_the_page_is_what_the_files_say() -> None:
+    found = report.PART.search(report.PAGE.read_text("utf-8"))
     assert found is not None
     assert found[0] == report.render(store.read_all()), "run make report"
 

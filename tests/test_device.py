@@ -7,6 +7,7 @@ from fasttrain import device as device_module
 from fasttrain.config import UserError, config_from_dict
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.engine.step import TrainStep
+from fasttrain.model import runtime
 from fasttrain.model.runtime import compile_function, resolve_compile
 from fasttrain.model.transformer import Transformer
 
@@ -46,21 +47,21 @@ def compile_mode(device: torch.device, n_layers: int = 4, compile: str = "auto")
 
 
 def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: True)
-    monkeypatch.setattr(device_module, "fits", lambda config: True)
+    monkeypatch.setattr(runtime, "_has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(runtime, "fits", lambda config: True)
     assert compile_mode(CPU) == compile_mode(CPU, 40) == "c++"
     assert compile_mode(CUDA, 40) == "default"
     assert compile_mode(CPU, compile="default") == "default"
     assert compile_mode(CPU, compile="off") == "off"
     assert compile_mode(CPU, compile="c++") == "c++"
     assert compile_mode(CUDA, compile="c++") == "off"
-    monkeypatch.setattr(device_module, "fits", lambda config: False)
+    monkeypatch.setattr(runtime, "fits", lambda config: False)
     assert compile_mode(CPU) == "default"
     assert compile_mode(CPU, compile="c++") == "off"
     assert compile_mode(CPU, 40) == "blocks"
     with pytest.raises(UserError, match="needs a CUDA device"):
         compile_mode(CPU, compile="max-autotune")
-    monkeypatch.setattr(device_module, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(runtime, "_has_cpp_compiler", lambda: False)
     assert compile_mode(CPU) == "off"
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         compile_mode(CPU, compile="default")

@@ -209,7 +209,7 @@ def test_C16_evaluation_is_compiled_where_training_is(
 
         return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
-    for module in ("evaluation", "blocks"):  # as on CUDA
+    for module in ("engine.evaluation", "model.runtime"):  # as on CUDA
         monkeypatch.setattr(f"fasttrain.{module}.compile_function", compile_eagerly)
         monkeypatch.setattr(f"fasttrain.{module}.compiles_evaluation", lambda device: True)
     _compiled.cache_clear()

@@ -13,12 +13,12 @@ from tests.toy import ENV, ROOT
 from tests.toy_trainer import rows
 
 
-def run(name: str, cwd: Path, *arguments: str | Path) -> str:
+def run(name: str, cwd: Path, *arguments: str | Path, **variables: str) -> str:
     """Run an example and return what it prints."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
         cwd=cwd,
-        env=ENV,
+        env={**ENV, **variables},
         capture_output=True,
         text=True,
     )
@@ -61,3 +61,15 @@ def test_finetune(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     exported = json.loads((tmp_path / "finetune/tuned-hf/config.json").read_text())
     assert exported["model_type"] == "llama"
+
+
+def test_quickstart_notebook(tmp_path: Path) -> None:
+    """Its code cells run in order, without jupyter; the loss falls far below that of guessing."""
+    pytest.importorskip("matplotlib", reason="needs the extra report")
+    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert not any(c.get("outputs") for c in notebook["cells"]), "clear the outputs"
+    script = tmp_path / "quickstart.py"
+    check = 'assert metrics.summary()["best_val_loss"] < 1.6, metrics.summary()'
+    script.write_text("\n".join([*cells, check]), "utf-8")
+    assert "    def " in run(str(script), tmp_path, MPLBACKEND="Agg")

@@ -185,9 +185,9 @@ def mutate_file(path: Path, others: list[Path], chance: random.Random) -> str:
 
 
 def call(command: str, *arguments: str | Path) -> Callable[[], int]:
-    import importlib
+    from fasttrain.__main__ import module_of
 
-    main = importlib.import_module(f"fasttrain.{command}").main
+    main = module_of(command).main
     return lambda: int(main(list(map(str, arguments))))
 
 

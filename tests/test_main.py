@@ -1,6 +1,5 @@
 """The command ``fasttrain``: its commands are those of ``python -m fasttrain.NAME``."""
 
-import importlib
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fasttrain
-from fasttrain.__main__ import COMMANDS, main
+from fasttrain.__main__ import COMMANDS, main, module_of
 from tests.toy import ENV, start, wait_until, write_config
 
 SCRIPT = """
@@ -36,7 +35,7 @@ def test_N10_alone_it_lists_commands_that_there_are(
         for name in COMMANDS:
             assert f"\n  {name} " in out
     for name in COMMANDS:
-        assert callable(importlib.import_module(f"fasttrain.{name}").main)
+        assert callable(module_of(name).main)
 
 
 def test_N10_it_tells_its_version(

@@ -1,6 +1,5 @@
 """R26: secrets of the environment, the config and URLs stay out of what a run writes and prints."""
 
-import importlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain import report
-from fasttrain.__main__ import COMMANDS
+from fasttrain.__main__ import COMMANDS, module_of
 from fasttrain.command import command, redacted
 from fasttrain.config import (
     EvalConfig,
@@ -215,7 +214,7 @@ def test_R26_no_command_tells_a_secret_in_its_errors(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert importlib.import_module(f"fasttrain.{name}").main(ARGUMENTS[name]) == 2
+    assert module_of(name).main(ARGUMENTS[name]) == 2
     out, err = capsys.readouterr()
     assert "***@host" in err
     assert "url-secret-42" not in out + err
