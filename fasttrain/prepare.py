@@ -428,30 +428,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     check_system()
+    folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))
     try:
-        if options.inspect is not None:
-            if options.out is not None or options.input:
+        if folder is not None:
+            if out is not None or inputs:
                 parser.error("--inspect looks into a folder and makes nothing: leave the rest out")
-            for line in inspect(options.inspect):
+            for line in inspect(folder):
                 print(line)
             return 0
-        if options.out is None or not options.input:
+        if out is None or not inputs:
             parser.error("name the folder to make and the text: OUT --input PATH...")
-        prepare(
-            options.out,
-            options.input,
-            text_field=options.text_field,
-            tokenizer=options.tokenizer,
-            val_fraction=options.val_fraction,
-            shard_tokens=options.shard_tokens,
-            strict=options.strict,
-            workers=options.workers,
-            resume=options.resume,
-            progress=True,
-        )
-        path = shlex.quote(str(options.out))
+        prepare(out, inputs, **options, progress=True)
+        path = shlex.quote(str(out))
         print(f"Train on it: python -m fasttrain.train base data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
