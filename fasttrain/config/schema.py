@@ -281,7 +281,7 @@ class LoopConfig(Section):
     hours: float | None = key(
         None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
     )
-    # Typed as what all readers get: the word is settled before anything is built.
+    # Typed as what all readers get: the word is replaced before anything is built.
     micro_batch: int = key(
         8,
         "sequences of one forward, on each device, at most: with tokens_per_step the largest number"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,40 +45,35 @@ class EndsFile:
         return ends.astype(np.int64)
 
 
+@dataclass(eq=False, repr=False)
 class TokenDataset:
     """One split of a dataset: its shards as one long array of tokens, read from disk on demand."""
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scans: Sequence[ShardScan],
-        *,
-        vocab_size: int | None,  # every id is below it; None: neither dataset nor caller say
-        n_bytes: int | None = None,  # UTF-8 bytes of the text; None: not recorded
-        n_documents: int | None = None,
-        end_of_text: int | None = None,  # the id that ends each document
-        tokenizer_path: Path | None = None,  # None for imports
-        tokenizer_sha256: str | None = None,
-        ends: Sequence[EndsFile] = (),
-        joined: Sequence[TokenDataset] = (),  # the datasets that this one consists of, in order
-    ) -> None:
-        self.shards, self.scans, self.ends = tuple(shards), tuple(scans), tuple(ends)
-        self.joined = tuple(joined)
+    shards: Sequence[Shard]
+    scans: Sequence[ShardScan]
+    _: KW_ONLY
+    vocab_size: int | None  # every id is below it; None: neither dataset nor caller say
+    n_bytes: int | None = None  # UTF-8 bytes of the text; None: not recorded
+    n_documents: int | None = None
+    end_of_text: int | None = None  # the id that ends each document
+    tokenizer_path: Path | None = None  # None for imports
+    tokenizer_sha256: str | None = None
+    ends: Sequence[EndsFile] = ()
+    joined: Sequence[TokenDataset] = ()  # the datasets that this one consists of, in order
+
+    def __post_init__(self) -> None:
         self.dtype: np.dtype[Any] = self.shards[0].dtype
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
         self.n_tokens = int(self._starts[-1])
-        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
-        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.max_token = max(scan.max_token for scan in scans)
+        self.max_token = max(scan.max_token for scan in self.scans)
         self.reading: Path | None = None  # the file that is being read at this moment
         # What identifies it.
         self.facts: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "end_of_text": end_of_text,
+            "vocab_size": self.vocab_size,
+            "end_of_text": self.end_of_text,
             "dtype": self.dtype.str,
-            "tokenizer": tokenizer_sha256,
-            "shards": [scan.sha256 for scan in scans],
+            "tokenizer": self.tokenizer_sha256,
+            "shards": [scan.sha256 for scan in self.scans],
         }
 
     def read(self, start: int, count: int) -> NDArray[Any]:

@@ -131,8 +131,8 @@ def open_dataset(
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
         scans = _check_tokens(shards, scans_folder, vocab_size, 'set by "model.vocab_size"')
-        imported = TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
-        return _not_empty(imported, folder, split)
+        _refuse_empty(shards, folder, split)
+        return TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
 
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
@@ -152,7 +152,7 @@ def open_dataset(
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards, expected, ends = [], [], []
+    shards, ends = [], []
     for entry in listed["shards"]:
         shard = Shard(inside(folder, entry["file"]))
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
@@ -161,20 +161,19 @@ def open_dataset(
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
         shards.append(shard)
-        expected.append(entry["sha256"])
         ends_path = inside(folder, entry["ends_file"])
         ends.append(EndsFile(ends_path, entry["ends_sha256"], entry["documents"]))
     scans = _check_tokens(shards, scans_folder, vocab, f"of {folder / DATASET_JSON}")
-    for shard, scan, sha256 in zip(shards, scans, expected, strict=True):
-        if scan.sha256 != sha256:
+    for shard, scan, entry in zip(shards, scans, listed["shards"], strict=True):
+        if scan.sha256 != entry["sha256"]:
             raise DataError(
                 f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
-                f"{sha256[:16]}…: damaged or replaced; restore it or prepare the text again"
+                f"{entry['sha256'][:16]}…: damaged or replaced; restore it or prepare the text "
+                "again"
             )
     tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
-    if not shards:
-        raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
-    dataset = TokenDataset(
+    _refuse_empty(shards, folder, split)
+    return TokenDataset(
         shards,
         scans,
         vocab_size=vocab,
@@ -185,13 +184,11 @@ def open_dataset(
         tokenizer_sha256=tokenizer_sha256,
         ends=ends,
     )
-    return _not_empty(dataset, folder, split)
 
 
-def _not_empty(dataset: TokenDataset, folder: Path, split: str) -> TokenDataset:
-    if dataset.n_tokens == 0:
+def _refuse_empty(shards: Sequence[Shard], folder: Path, split: str) -> None:
+    if not any(shard.n_tokens for shard in shards):
         raise DataError(f"{folder}: split {split!r} has no tokens; prepare it from more text")
-    return dataset
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
@@ -202,14 +199,12 @@ def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[
             f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; if it holds "
             f"text, make a dataset of it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
         )
-    other = _SPLIT_IN_NAME["val" if split == "train" else "train"]
-    both = [f.name for f in files if all(p.search(f.stem.lower()) for p in _SPLIT_IN_NAME.values())]
-    if both:
-        raise DataError(f"{folder / both[0]}: named both train and val; rename it to one of them")
-    found = [f for f in files if _SPLIT_IN_NAME[split].search(f.stem.lower())]
-    if not found:
-        rest = [f.name for f in files if other.search(f.stem.lower())]
-        has = f"; it has {len(rest)} of the other split" if rest else ""
+    named = {s: [f for f in files if p.search(f.stem.lower())] for s, p in _SPLIT_IN_NAME.items()}
+    if both := [f for f in named["train"] if f in named["val"]]:
+        raise DataError(f"{both[0]}: named both train and val; rename it to one of them")
+    if not (found := named[split]):
+        n_others = sum(map(len, named.values()))
+        has = f"; it has {n_others} of the other split" if n_others else ""
         raise DataError(
             f"{folder}: no .bin file with {split} in its name{has}; rename its shards to say which "
             "split they are"

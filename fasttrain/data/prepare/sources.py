@@ -51,7 +51,7 @@ class Document:
     """A text and where it came from."""
 
     where: str  # file, and line or row
-    pieces: Callable[[], Iterator[str]]  # the text anew, in pieces as `_pieces` cuts it
+    pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
     def sha256(self) -> str:
         """Of the text as UTF-8, as hex."""
@@ -118,7 +118,7 @@ class Source:
         self.done_bytes = 0  # of `n_bytes`, read by this pass
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What tells these files from others: name, size and time of change, or the content."""
+        """Return what identifies the files: name, size and time of change, or the content."""
         stats = [(file, file.stat()) for file in self.files]
         return [
             [self._name(file), stat.st_size, sha256_of(file)]
@@ -161,7 +161,7 @@ class Source:
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
-        """Tells of a file what goes wrong in reading it, also where a document is read later."""
+        """Name the file in errors of reading it, also where a document is read later."""
         errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         if "zstandard" in sys.modules:
             errors += (sys.modules["zstandard"].ZstdError,)
@@ -171,7 +171,7 @@ class Source:
             raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
 
     def _looks_like_jsonl(self, path: Path) -> bool:
-        """Standard input tells its kind by its first line alone."""
+        """Return whether standard input holds JSON lines, by its first line."""
         if self._name(path) != "standard input":
             return False
         with path.open("rb") as file:
