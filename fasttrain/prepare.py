@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +125,9 @@ def prepare(
     note: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
-    """Make a dataset folder from text, as the command does; see there.
+    """Make the dataset folder `out` from text; the arguments are the options of the command.
 
-    Args:
-        out: The folder to make; must not exist or be empty.
-        inputs: Files, folders, globs, "-" for standard input.
-        text_field: Of JSON lines and Parquet, that holds the text.
-        tokenizer: "bpe:N", "bytes", "chars", or the path of a `tokenizer.json`.
-        val_fraction: Part of the documents (of one document: of its text) held out, in [0, 1).
-            None: 0.005; of less than 20 MB as much as makes 100 kB, but at most a tenth.
-        shard_tokens: Tokens of a shard.
-        strict: Raise on problems in the text instead of counting them.
-        workers: Processes that encode, at most; the output does not depend on it.
-        resume: Continue what an interrupted run of the same arguments has left.
-        note: Called with each line that a user should see.
-        progress: Show progress on standard error: a bar in a terminal, else lines.
-
-    Raises:
-        DataError: Bad arguments, unreadable input, no text, or `out` cannot be written.
+    `note` is called with each line that a user should see; `progress` is shown on standard error.
 
     Memory: independent of the size of the input, about 0.5 GiB at most and 0.2 GiB for each worker,
     plus the longest single record of JSON or Parquet and, while a BPE is trained, its table of
@@ -179,11 +165,10 @@ def prepare(
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     try:
-        partial = Partial(out, asked, resume=resume, note=note)
-        if partial.complete:
-            note(f"{out} is complete already")
-            return out
-        try:
+        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
+            if partial.complete:
+                note(f"{out} is complete already")
+                return out
             with _Bar(source.n_bytes, progress, note) as bar:
                 splitter = Splitter(source, val_fraction)
                 encoder = _encoder(partial, tokenizer, splitter, bar)
@@ -212,8 +197,6 @@ def prepare(
                 source=asked["source"] | {"problems": dict(source.problems)},
             )
             partial.publish()
-        finally:
-            partial.close()
     except ChildProcessError as error:
         raise DataError(str(error)) from error
     except OSError as error:

@@ -31,8 +31,6 @@ from fasttrain.data.tokenizer import (
     train_bpe,
 )
 
-__all__ = ["build_default_corpus"]
-
 RECIPE = 1  # raise it when anything below changes the tokens
 PREFIX, LOCK = ".building-", "lock"
 VAL_FRACTION = 0.05
