@@ -188,7 +188,8 @@ def open_dataset(
 
 def _refuse_empty(shards: Sequence[Shard], folder: Path, split: str) -> None:
     if not any(shard.n_tokens for shard in shards):
-        raise DataError(f"{folder}: split {split!r} has no tokens; prepare it from more text")
+        what = "has no tokens" if shards else "is empty"
+        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
