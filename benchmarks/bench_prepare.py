@@ -20,8 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.data.fast_bpe import FastBpe
-from fasttrain.data.tokenizer import TEXT_PATTERN, train_bpe
+from fasttrain.data.tokenizer import TEXT_PATTERN, FastBpe, train_bpe
 from fasttrain.prepare import prepare
 
 VOCAB_SIZE, BLOCK = 32_768, 500

@@ -19,18 +19,27 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.command import check_system, command, prog
 from fasttrain.config.keys import counted
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError, sha256_of, write_atomically
-from fasttrain.data.format import write_dataset_json
-from fasttrain.data.prepare.building import BATCH_CHARS, write_splits
+from fasttrain.data.format import (
+    DATASET_JSON,
+    Split,
+    open_dataset,
+    read_dataset_json,
+    write_dataset_json,
+)
 from fasttrain.data.prepare.encode import (
     FEW_VAL_TOKENS,
     MAX_VAL_FRACTION,
@@ -39,9 +48,8 @@ from fasttrain.data.prepare.encode import (
     VAL_FRACTION,
     Splitter,
 )
-from fasttrain.data.prepare.inspection import inspect
-from fasttrain.data.prepare.partial import Partial
 from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
+from fasttrain.data.prepare.writer import BATCH_CHARS, Partial, write_splits
 from fasttrain.data.tokenizer import (
     Encoder,
     OtherIdsError,
@@ -51,11 +59,11 @@ from fasttrain.data.tokenizer import (
     train_bpe,
 )
 
-__all__ = ["main", "prepare"]
-
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
+BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
+MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
 RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
 
 
@@ -117,27 +125,9 @@ def prepare(
     note: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
-    """Makes a dataset folder from text.
+    """Make the dataset folder `out` from text; the arguments are the options of the command.
 
-    Args:
-        out: The folder to make; must not exist or be empty.
-        inputs: Files, folders, globs, "-" for standard input.
-        text_field: Of JSON lines and Parquet, that holds the text.
-        tokenizer: "bpe:N", "bytes", "chars", or the path of a `tokenizer.json`.
-        val_fraction: Part of the documents (of one document: of its text) held out, in [0, 1).
-            None: 0.005; of less than 20 MB as much as makes 100 kB, but at most a tenth.
-        shard_tokens: Tokens of a shard.
-        strict: Problems in the text end the command instead of being counted.
-        workers: Processes that encode, at most; the output does not depend on it.
-        resume: Go on with what an interrupted run of the same arguments has left.
-        note: Called with each line that a user should see.
-        progress: Show how far it is on standard error: a bar in a terminal, else lines.
-
-    Returns:
-        `out`.
-
-    Raises:
-        DataError: Bad arguments, unreadable input, no text, or `out` cannot be written.
+    `note` is called with each line that a user should see; `progress` is shown on standard error.
 
     Memory: independent of the size of the input, about 0.5 GiB at most and 0.2 GiB for each worker,
     plus the longest single record of JSON or Parquet and, while a BPE is trained, its table of
@@ -175,11 +165,10 @@ def prepare(
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     try:
-        partial = Partial(out, asked, resume=resume, note=note)
-        if partial.complete:
-            note(f"{out} is complete already")
-            return out
-        try:
+        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
+            if partial.complete:
+                note(f"{out} is complete already")
+                return out
             with _Bar(source.n_bytes, progress, note) as bar:
                 splitter = Splitter(source, val_fraction)
                 encoder = _encoder(partial, tokenizer, splitter, bar)
@@ -208,8 +197,6 @@ def prepare(
                 source=asked["source"] | {"problems": dict(source.problems)},
             )
             partial.publish()
-        finally:
-            partial.close()
     except ChildProcessError as error:
         raise DataError(str(error)) from error
     except OSError as error:
@@ -321,6 +308,62 @@ class _Bar:
         return f"{left:.0f} s" if left < 120 else f"{left / 60:,.0f} min"
 
 
+def inspect(folder: Path) -> Iterator[str]:
+    """Yield what is in a prepared dataset, in lines to print, with every hash verified."""
+    if not (folder / DATASET_JSON).is_file():
+        raise DataError(
+            f"{folder}: no {DATASET_JSON} in it, so there is nothing to verify; only what "
+            "fasttrain.prepare wrote can be inspected"
+        )
+    meta = read_dataset_json(folder)
+    datasets: dict[str, TokenDataset] = {}
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        if split in meta["splits"]:
+            datasets[split] = open_dataset(folder, split)
+    for name, dataset in datasets.items():
+        for shard, listed in zip(dataset.shards, meta["splits"][name]["shards"], strict=True):
+            if shard.scan(None).sha256 != listed["sha256"]:  # of the file itself, not of a cache
+                raise DataError(f"{shard.path}: not the file that {DATASET_JSON} records: damaged")
+        _ = dataset.document_ends
+    n_files = 1 + sum(2 * len(dataset.shards) for dataset in datasets.values())
+    yield f"{folder}: {meta['vocab_size']:,} tokens in the vocabulary, stored as {meta['dtype']}"
+    for key, value in sorted(meta.get("source", {}).items()):
+        yield f"  {key}: {value}"
+    tokenizer = load_tokenizer(folder / meta["tokenizer"]["file"])
+    for name, dataset in datasets.items():
+        listed = meta["splits"][name]
+        yield (
+            f"{name}: {dataset.n_tokens:,} tokens in {counted(len(dataset.shards), 'shard')}, "
+            f"{counted(listed['documents'], 'document')}, {listed['bytes']:,} bytes, "
+            f"{listed['bytes'] / dataset.n_tokens:.2f} bytes a token"
+        )
+        counts = _counts(dataset, meta["vocab_size"])
+        unused = int((counts == 0).sum())
+        yield f"  {unused:,} of the {meta['vocab_size']:,} tokens do not occur; most frequent:"
+        for token in np.argsort(-counts, kind="stable")[:MOST_FREQUENT].tolist():
+            if counts[token]:
+                share = 100 * counts[token] / dataset.n_tokens
+                yield f"  {token:8d} {share:6.2f} %  {_shown(tokenizer, [token])}"
+        for number in range(SAMPLES):
+            start = max(dataset.n_tokens - SAMPLE_TOKENS, 0) * number // (SAMPLES - 1)
+            tokens = dataset.read(start, min(SAMPLE_TOKENS, dataset.n_tokens - start))
+            yield f"  from token {start:,}: {_shown(tokenizer, tokens.tolist())}"
+    yield f"All {n_files} files have the SHA-256 that {DATASET_JSON} records."
+
+
+def _shown(tokenizer: tokenizers.Tokenizer, tokens: list[int]) -> str:
+    return repr(tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def _counts(dataset: TokenDataset, vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, dataset.n_tokens, BLOCK_TOKENS):
+        block = dataset.read(start, min(BLOCK_TOKENS, dataset.n_tokens - start))
+        counts += np.bincount(block, minlength=vocab_size)
+    return counts
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog("prepare"),
@@ -368,30 +411,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     check_system()
+    folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))
     try:
-        if options.inspect is not None:
-            if options.out is not None or options.input:
+        if folder is not None:
+            if out is not None or inputs:
                 parser.error("--inspect looks into a folder and makes nothing: leave the rest out")
-            for line in inspect(options.inspect):
+            for line in inspect(folder):
                 print(line)
             return 0
-        if options.out is None or not options.input:
+        if out is None or not inputs:
             parser.error("name the folder to make and the text: OUT --input PATH...")
-        prepare(
-            options.out,
-            options.input,
-            text_field=options.text_field,
-            tokenizer=options.tokenizer,
-            val_fraction=options.val_fraction,
-            shard_tokens=options.shard_tokens,
-            strict=options.strict,
-            workers=options.workers,
-            resume=options.resume,
-            progress=True,
-        )
-        path = shlex.quote(str(options.out))
+        prepare(out, inputs, **options, progress=True)
+        path = shlex.quote(str(out))
         print(f"Train on it: python -m fasttrain.train base data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)

@@ -21,7 +21,7 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.config.keys import check_value, counted
-from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.loader import evaluation_batches
 from fasttrain.data.order import Plan
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from fasttrain.config import DataConfig, EvalConfig, LoopConfig, ModelConfig, TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
-from fasttrain.data.held_out import evaluation_batches
-from fasttrain.data.loader import IGNORE
+from fasttrain.data.loader import IGNORE, evaluation_batches
 from fasttrain.device import resolve_precision
 from fasttrain.engine.evaluation import _compiled, evaluate
 from fasttrain.model.runtime import prepare_blocks

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from fasttrain.data import tokenizer as tokenizer_module
-from fasttrain.data.fast_bpe import BYTE_CHARACTERS, FastBpe, NotFastError
 from fasttrain.data.tokenizer import (
+    BYTE_CHARACTERS,
     CODE_PATTERN,
     TEXT_PATTERN,
     Encoder,
+    FastBpe,
+    NotFastError,
     OtherIdsError,
     byte_tokenizer,
     char_tokenizer,
@@ -180,7 +182,7 @@ def test_without_tiktoken_the_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr("fasttrain.data.fast_bpe.importlib.import_module", missing)
+    monkeypatch.setattr("fasttrain.data.tokenizer.importlib.import_module", missing)
     encoder = Encoder(TOKENIZERS["text"])
     assert "pip install tiktoken" in encoder.not_fast
     assert encoder.encode([TEXT])[0].tolist() == expected
@@ -188,19 +190,21 @@ def test_without_tiktoken_the_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 def test_F18_a_tiktoken_of_quadratic_time_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for old, used in (("0.12.0", False), ("0.13.0", True), ("0.130.1", True), ("1.0", True)):
-        monkeypatch.setattr("fasttrain.data.fast_bpe.version", lambda name, old=old: old)
+        monkeypatch.setattr("fasttrain.data.tokenizer.version", lambda name, old=old: old)
         why = Encoder(TOKENIZERS["text"]).not_fast
         assert why == ("" if used else f"tiktoken {old} is slow (pip install 'tiktoken>=0.13')")
 
 
 def test_other_ids_are_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if the regular expression meant something else to tiktoken.
-    monkeypatch.setattr("fasttrain.data.fast_bpe._pattern", lambda state: r"\s+|\S+")
+    monkeypatch.setattr("fasttrain.data.tokenizer._pattern", lambda state: r"\s+|\S+")
     encoder = Encoder(TOKENIZERS["text"])
     assert not encoder.not_fast
     with pytest.raises(OtherIdsError, match=r"by tiktoken \[.*by the tokenizer itself"):
         encoder.encode([TEXT])
-    monkeypatch.setattr("fasttrain.data.fast_bpe._pattern", lambda state: r"\S+")  # leaves some out
+    monkeypatch.setattr(
+        "fasttrain.data.tokenizer._pattern", lambda state: r"\S+"
+    )  # leaves some out
     assert FastBpe(TOKENIZERS["text"]).encode("a b") is None
 
 

@@ -1,4 +1,7 @@
-"""Batches: the right windows in the right order, whoever asks, and errors that arrive."""
+"""Batches: the right windows in the right order, whoever asks, and errors that arrive.
+
+Those of the held-out split too: every target once, in order, after its context.
+"""
 
 import itertools
 import subprocess
@@ -17,8 +20,9 @@ from hypothesis import strategies as st
 from fasttrain.data import loader as loader_module
 from fasttrain.data import shards as shards_module
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
-from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.loader import IGNORE, Batch, Loader, evaluation_batches, to_batch
 from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.model.attention import attention_mask
 
 N_TOKENS = 1000
 
@@ -255,26 +259,6 @@ def test_an_error_of_any_kind_in_the_thread_arrives(dataset: TokenDataset) -> No
         next(loader)
 
 
-def test_slow_reads_are_hinted_ahead(
-    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hinted: list[int] = []
-    monkeypatch.setattr(
-        shards_module.Shard, "will_need", lambda self, start, count: hinted.append(start)
-    )
-    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", 1e9)
-    with make(dataset) as loader:
-        for _ in range(20):
-            next(loader)
-    assert len(hinted) == 5 * 4  # before the first batch was read
-    monkeypatch.setattr(loader_module, "SLOW_WINDOW_S", -1.0)
-    hinted.clear()
-    with make(dataset) as loader:
-        batches = [next(loader) for _ in range(20)]
-    assert len(hinted) >= 20 * 4
-    assert all(torch.equal(batch.tokens + 1, batch.targets) for batch in batches)
-
-
 def test_close_ends_the_thread_and_the_batches(dataset: TokenDataset) -> None:
     loader = make(dataset)
     next(loader)
@@ -350,3 +334,101 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(
             assert (batch.position, batch.n_tokens) == (expected.position, expected.n_tokens)
             assert torch.equal(batch.tokens.cpu(), expected.tokens)
             assert torch.equal(batch.targets.cpu(), expected.targets)
+
+
+@pytest.mark.parametrize("seq_len", [1, 10, 27, 37, 999, 1000, 5000])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_covers_every_target_once_in_order(
+    dataset: TokenDataset, seq_len: int, world_size: int
+) -> None:
+    batch_size = 100 if seq_len == 1 else 4
+    per_rank = [
+        list(
+            evaluation_batches(
+                dataset,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                device="cpu",
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in per_rank}) == 1
+    targets = []
+    for batches in zip(*per_rank, strict=True):
+        for batch in batches:
+            assert batch.tokens.shape == batch.targets.shape == (batch_size, seq_len)
+            valid = batch.targets != IGNORE
+            assert torch.equal(batch.tokens[valid] + 1, batch.targets[valid])
+            assert not batch.tokens[~valid].any()
+            targets += batch.targets[valid].tolist()
+    assert targets == list(range(1, N_TOKENS))
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(10, 10), (10, 3), (64, 16), (1000, 1), (5000, 7)])
+def test_overlapping_windows_have_every_target_once_after_its_context(
+    dataset: TokenDataset, seq_len: int, stride: int
+) -> None:
+    batches = evaluation_batches(
+        dataset, seq_len=seq_len, batch_size=4, device="cpu", stride_tokens=stride
+    )
+    targets = []
+    for tokens, row in ((t, r) for b in batches for t, r in zip(b.tokens, b.targets, strict=True)):
+        valid = row != IGNORE
+        assert torch.equal(tokens[valid] + 1, row[valid])
+        if valid.any() and targets:
+            n_before = int(valid.nonzero()[0])
+            assert n_before == seq_len - stride
+            assert torch.equal(tokens[: n_before + 1].diff(), torch.ones(n_before).long())
+        targets += row[valid].tolist()
+    assert targets == list(range(1, N_TOKENS))
+
+
+def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "val", vocab_size=5) as writer:
+        writer.write(np.array([1]))
+    single = open_dataset(tmp_path, "val", vocab_size=5, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="1 tokens has nothing to predict"):
+        evaluation_batches(single, seq_len=4, batch_size=2, device="cpu")
+
+
+STORED = np.arange(2 * 13, dtype=np.uint16).reshape(2, 13)
+
+
+def of_twelve(starts_at: tuple[int, ...]) -> Batch:
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[0, list(starts_at)] = True
+    return to_batch(STORED, torch.tensor([12, 5]), starts, 7)
+
+
+def test_a_cut_batch_has_the_same_targets_in_shorter_rows() -> None:
+    whole = of_twelve((3, 9))
+    cut = whole.cut(4)
+    assert cut.tokens.shape == cut.targets.shape == (6, 4)
+    assert cut.position == 7
+    assert torch.equal(cut.tokens[:3].flatten(), torch.arange(12))
+    assert torch.equal(cut.targets[:3], cut.tokens[:3] + 1)
+    assert cut.targets[3:].flatten().tolist() == [*range(14, 19), *7 * [IGNORE]]
+    assert cut.tokens.data_ptr() == whole.tokens.data_ptr()
+    assert cut.doc_starts is not None
+    assert cut.doc_starts.nonzero().tolist() == [[0, 0], [0, 3], [2, 1], [3, 0]]
+    assert Batch(whole.tokens, whole.targets, None, 7).cut(6).doc_starts is None
+
+
+def test_attention_in_a_piece_without_a_start_is_that_of_one_document() -> None:
+    """A piece that begins inside a document has no mark there, and needs none."""
+    starts = of_twelve((3, 9)).cut(4).doc_starts
+    assert starts is not None
+    marked = starts.clone()
+    marked[:, 0] = True
+    cpu = torch.device("cpu")
+    mask, expected = (
+        attention_mask(0, 4, cpu, window=None, doc_starts=s, flex=False) for s in (starts, marked)
+    )
+    assert isinstance(mask, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    assert torch.equal(mask, expected)
+    assert not torch.equal(mask[0], mask[1])

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
-from fasttrain.data.prepare import building
+from fasttrain.data.prepare import writer
 from fasttrain.data.tokenizer import Encoder, Losses, byte_tokenizer, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
@@ -65,9 +65,9 @@ def test_strict_ends_at_the_first_of_it_with_file_and_place(
 
 
 def test_an_interrupted_run_counts_no_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "BATCH_CHARS", 1)
-    monkeypatch.setattr(building, "CHECKPOINT_S", 0.0)
-    write, n_written = building.ShardWriter.write, 0
+    monkeypatch.setattr(writer, "BATCH_CHARS", 1)
+    monkeypatch.setattr(writer, "CHECKPOINT_S", 0.0)
+    write, n_written = writer.ShardWriter.write, 0
 
     def interrupted(*arguments: object) -> None:
         nonlocal n_written
@@ -76,7 +76,7 @@ def test_an_interrupted_run_counts_no_less(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(building.ShardWriter, "write", interrupted)
+    monkeypatch.setattr(writer.ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, letters(), TEXTS)
     notes: list[str] = []

@@ -12,8 +12,8 @@ import pytest
 
 from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
-from fasttrain.data.prepare import building
-from fasttrain.data.prepare.partial import Partial
+from fasttrain.data.prepare import writer
+from fasttrain.data.prepare.writer import Partial
 from fasttrain.data.tokenizer import char_tokenizer
 from fasttrain.prepare import main, prepare
 from tests.toy import alive, wait_until
@@ -25,9 +25,9 @@ import os, signal, sys
 from pathlib import Path
 from fasttrain import prepare as command
 from fasttrain import prepare as prepare_module
-from fasttrain.data.prepare import building
+from fasttrain.data.prepare import writer
 
-building.BATCH_CHARS, building.CHECKPOINT_S = 2500, 0.0
+writer.BATCH_CHARS, writer.CHECKPOINT_S = 2500, 0.0
 folder = Path(sys.argv[1])
 inputs = [str(path) for path in sorted((folder / "in").iterdir())]
 
@@ -103,9 +103,9 @@ WITH_WORKERS = """
 import os, signal, sys
 from fasttrain import prepare as command
 from fasttrain import prepare as prepare_module
-from fasttrain.data.prepare import building
-from fasttrain.data.prepare.partial import Partial
-building.BATCH_CHARS, building.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
+from fasttrain.data.prepare import writer
+from fasttrain.data.prepare.writer import Partial
+writer.BATCH_CHARS, writer.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
 if "STOPS" in os.environ:  # behind its first checkpoint
     save = Partial.save
     def saved(self, **state):
@@ -169,8 +169,8 @@ def interrupted(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(building, "BATCH_CHARS", 1500)
-        patched.setattr(building, "CHECKPOINT_S", 0.0)
+        patched.setattr(writer, "BATCH_CHARS", 1500)
+        patched.setattr(writer, "CHECKPOINT_S", 0.0)
         patched.setattr(Partial, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "out", inputs, tokenizer="bytes", note=print)
@@ -208,7 +208,7 @@ def test_a_shard_that_is_cut_short_is_not_gone_on_with(
     out, inputs = interrupted(tmp_path, monkeypatch)
     (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin.partial")
     os.truncate(shard, 1100)
-    monkeypatch.setattr(building, "BATCH_CHARS", 1500)
+    monkeypatch.setattr(writer, "BATCH_CHARS", 1500)
     with pytest.raises(DataError, match="missing or cut short"):
         prepare(out, inputs, tokenizer="bytes", resume=True, note=print)
 

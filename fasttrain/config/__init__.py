@@ -5,7 +5,6 @@ Only the standard library is imported, so that a bad config fails before torch i
 
 from fasttrain.config.keys import ConfigError, UserError
 from fasttrain.config.load import (
-    SECTIONS,
     config_difference,
     config_from_dict,
     config_reference,
@@ -17,6 +16,7 @@ from fasttrain.config.load import (
     shipped_configs,
 )
 from fasttrain.config.schema import (
+    SECTIONS,
     CheckpointConfig,
     DataConfig,
     DistributedConfig,

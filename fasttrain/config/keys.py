@@ -1,5 +1,6 @@
 """How a config key is declared, checked and described. Standard library only."""
 
+import contextlib
 import difflib
 import operator
 import re
@@ -8,20 +9,6 @@ import types
 import typing
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, NoReturn
-
-__all__ = [
-    "ConfigError",
-    "Section",
-    "UserError",
-    "accepts",
-    "allowed",
-    "check_value",
-    "counted",
-    "divisors",
-    "key",
-    "refuse",
-]
-
 
 _LONGEST = 4000  # characters of an error: many keys, and not a whole file
 _COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
@@ -54,18 +41,11 @@ def key(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """Declare a config key; returns the dataclass field.
+    """Return the dataclass field of a config key.
 
-    Args:
-        default: the value when the key is not given.
-        meaning: one line for ``--help`` and the reference table.
-        choices: the strings allowed; all when empty.
-        words: strings that stand for a value of the key's type until it is found out.
-        pattern: a regular expression that the whole string must match, and how to say it.
-        ge: least value; of each element where the key is a tuple, as are the next three.
-        gt: exclusive lower bound.
-        le: greatest value.
-        lt: exclusive upper bound.
+    ``meaning`` is its line in ``--help`` and the reference table. ``words`` are strings that stand
+    for a value of the key's type until it is known; ``pattern`` is a regular expression that the
+    whole string must match, and how to say it. In a tuple, bounds are of each element.
     """
     signs = zip(_COMPARE, (ge, gt, le, lt), strict=True)
     bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
@@ -159,15 +139,9 @@ def allowed(f: Field[Any]) -> str:
 
 
 def check_value(name: str, value: Any, f: Field[Any]) -> Any:
-    """Return ``value`` in the field's type: ints as floats and lists as tuples where it has these.
+    """Return ``value`` in the field's type, or refuse it; ``name`` is the key's, for the message.
 
-    Args:
-        name: the key as ``section.key``, for the message.
-        value: what was given.
-        f: the field that the value is for.
-
-    Raises:
-        ConfigError: the type, the choice or the range is wrong.
+    An int becomes a float, and a list a tuple, where the field has these.
     """
     if not accepts(f, value):
         takes = f"it takes {allowed(f)}{_type_remedy(f, value)}"
@@ -176,27 +150,23 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
         return value
     kind = _kind(f)[0]
     elements = value if isinstance(value, list | tuple) else [value]
+    choices, pattern = f.metadata["choices"], f.metadata["pattern"]
     for element in elements:
-        _check_element(name, value, element, f)
+        if isinstance(element, str):
+            if choices and element not in choices:
+                near = difflib.get_close_matches(element.lower(), choices, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                refuse(name, value, f"is not known; it takes {allowed(f)}{hint}")
+            if pattern and not re.fullmatch(pattern[0], element):
+                refuse(name, value, f"is not valid; it takes {allowed(f)}")
+            if not element.isascii() and element != element.encode(errors="replace").decode():
+                refuse(name, value, "is not valid Unicode; rename it in UTF-8")
+        if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
+            refuse(name, value, f"is out of range; it takes {allowed(f)}")
     if typing.get_origin(kind) is tuple:
         convert = typing.get_args(kind)[0]
         return tuple(convert(v) for v in value)
     return kind(value)
-
-
-def _check_element(name: str, value: Any, element: Any, f: Field[Any]) -> None:
-    choices, pattern = f.metadata["choices"], f.metadata["pattern"]
-    if isinstance(element, str):
-        if choices and element not in choices:
-            near = difflib.get_close_matches(element.lower(), choices, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            refuse(name, value, f"is not known; it takes {allowed(f)}{hint}")
-        if pattern and not re.fullmatch(pattern[0], element):
-            refuse(name, value, f"is not valid; it takes {allowed(f)}")
-        if not element.isascii() and element != element.encode(errors="replace").decode():
-            refuse(name, value, "is not valid Unicode; rename it in UTF-8")
-    if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
-        refuse(name, value, f"is out of range; it takes {allowed(f)}")
 
 
 def _type_remedy(f: Field[Any], value: Any) -> str:
@@ -209,19 +179,11 @@ def _type_remedy(f: Field[Any], value: Any) -> str:
         return f'; write "{show(value)}"'
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return f"; write {value.lower()}"
-    number = _number(value) if isinstance(value, str) else None
-    if number is not None and accepts(f, number):
-        return "; write it without quotes"
+    for number in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            if accepts(f, number(value)):
+                return "; write it without quotes"
     return ""
-
-
-def _number(text: str) -> float | int | None:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
 
 
 def divisors(n: int) -> list[int]:
@@ -231,13 +193,9 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One TOML table; every value is checked when the section is made.
+    """One TOML table; every value is checked when the section is made."""
 
-    Raises:
-        ConfigError: a value, or a combination of values within the section, is refused.
-    """
-
-    section: ClassVar[str] = ""
+    section: ClassVar[str]  # its name: that of the field of `TrainConfig`
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -1,8 +1,7 @@
 """Reading, writing and describing the configuration.
 
-TOML becomes the frozen dataclasses of `schema`, strictly: what is unknown, has the wrong
-type or cannot work is refused with the key, the value and the remedy. Only the standard library is
-imported, so that this happens before torch is loaded.
+TOML becomes the frozen dataclasses of `schema`, strictly: what is unknown, has the wrong type or
+cannot work is refused with the key, the value and the remedy.
 """
 
 import difflib
@@ -16,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fasttrain.config.keys import ConfigError, Section, accepts, allowed, show
-from fasttrain.config.schema import DataConfig, TrainConfig
+from fasttrain.config.keys import ConfigError, accepts, allowed, show
+from fasttrain.config.schema import SECTIONS, DataConfig, TrainConfig
 
-SECTIONS: dict[str, type[Section]] = {f.name: f.type for f in fields(TrainConfig)}  # type: ignore[misc]
 # The configs of older runs name every key. Keys that there were, with the values at which they are
 # left out:
 _RETIRED = {
@@ -233,11 +231,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the config of nested dicts, section → key → value; the inverse of `config_to_dict`.
-
-    Raises:
-        ConfigError: a section, key, value or combination is refused.
-    """
+    """Return the config of nested dicts, section → key → value; the inverse of `config_to_dict`."""
     values = _of_today(values)
     _check_names(values)
     sections: dict[str, Any] = {}
@@ -268,10 +262,8 @@ def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
 def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> str:
     """Return the config as TOML that `load_config` reads back to an equal config.
 
-    Args:
-        config: the configuration.
-        shown: what is written of a string, such as `fasttrain.command.redact` of it. Names of
-            choices, numbers and truth values stay as they are: a run must mean the same without it.
+    ``shown`` returns what to write for a string, as `fasttrain.command.redact` does. Names of
+    choices, numbers and truth values stay as they are: a run must mean the same without it.
     """
     lines = []
     for section, table in config_to_dict(config).items():

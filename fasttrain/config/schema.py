@@ -4,8 +4,8 @@ This file is the one source of what ``--help``, the reference table and the chec
 means unset. Units are in the names.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 from fasttrain.config.keys import Section, divisors, key, refuse
 
@@ -17,7 +17,6 @@ _PATH = (r"[^\0]+", "a path")
 class RunConfig(Section):
     """Where and on what the run goes."""
 
-    section: ClassVar[str] = "run"
     name: str | None = key(
         None,
         "run folder's name (None: the config file's stem)",
@@ -72,7 +71,6 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """Shape and parts of the Transformer."""
 
-    section: ClassVar[str] = "model"
     vocab_size: int | None = key(
         None,
         "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)",
@@ -141,7 +139,6 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is trained on."""
 
-    section: ClassVar[str] = "data"
     path: str | None = key(
         None, "dataset folder (None: the source text of Python's standard library)", pattern=_PATH
     )
@@ -205,7 +202,6 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """The optimizer."""
 
-    section: ClassVar[str] = "optim"
     name: str = key(
         "adamw",
         "muon: for the matrices of the blocks, and adamw for the rest; adamw8bit is torchao's",
@@ -244,7 +240,6 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate over the run."""
 
-    section: ClassVar[str] = "schedule"
     name: str = key(
         "cosine",
         "shape after the warmup",
@@ -280,14 +275,13 @@ class ScheduleConfig(Section):
 class LoopConfig(Section):
     """How long, and what a step is; exactly one of steps, epochs, tokens and hours is set."""
 
-    section: ClassVar[str] = "train"
     steps: int | None = key(None, "horizon in optimizer steps", ge=1)
     epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
     tokens: int | None = key(None, "horizon in training tokens", ge=1)
     hours: float | None = key(
         None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
     )
-    # Typed as what all readers get: the word is settled before anything is built.
+    # Typed as what all readers get: the word is replaced before anything is built.
     micro_batch: int = key(
         8,
         "sequences of one forward, on each device, at most: with tokens_per_step the largest number"
@@ -344,7 +338,6 @@ class LoopConfig(Section):
 class EvalConfig(Section):
     """Evaluation on the validation split, and samples."""
 
-    section: ClassVar[str] = "eval"
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
     tokens: int | None = key(
         None,
@@ -387,7 +380,6 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints."""
 
-    section: ClassVar[str] = "checkpoint"
     every_steps: int | None = key(
         None, "steps between checkpoints (None: at the end and on interruption)", ge=1
     )
@@ -399,7 +391,6 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is reported."""
 
-    section: ClassVar[str] = "log"
     every_steps: int = key(10, "steps between log lines", ge=1)
     csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
     tensorboard: bool = key(False, "write TensorBoard's files into the run folder")
@@ -423,7 +414,6 @@ class LogConfig(Section):
 class DistributedConfig(Section):
     """How the processes that torchrun starts share the work; without torchrun, unused."""
 
-    section: ClassVar[str] = "distributed"
     mode: str = key(
         "auto",
         "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
@@ -519,3 +509,8 @@ class TrainConfig:
                 "leaves open how many tokens make a step, which decides how a run learns; set "
                 "train.tokens_per_step",
             )
+
+
+SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(TrainConfig)}
+for _name, _cls in SECTIONS.items():
+    _cls.section = _name

@@ -16,8 +16,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 from fasttrain.config.keys import UserError
 
-__all__ = ["MAX_BYTES", "misfit", "parse_json", "read_json"]
-
 MAX_BYTES = 32 << 20  # 100,000 shards or tensors
 _MAX_VALUES = 2_000_000
 _MAX_DEPTH = 32  # what shows or stores a value recurses
@@ -26,16 +24,9 @@ _NAMES |= {types.NoneType: "null"}
 
 
 def read_json(path: Path, remedy: str, error: type[UserError] = UserError) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object that a JSON file holds, or raise ``error`` and say the ``remedy``.
 
-    Args:
-        path: the file; a link is followed, a pipe is refused.
-        remedy: ends the message.
-        error: what is raised.
-
-    Raises:
-        UserError: of the type ``error``: the file cannot be read, is no JSON object, or is larger
-            or nested deeper than any that is needed.
+    Refused are pipes, what is no JSON object, and what is larger or deeper than any that is needed.
     """
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -56,7 +47,7 @@ def read_json(path: Path, remedy: str, error: type[UserError] = UserError) -> di
 def parse_json(
     text: bytes, where: object, remedy: str, error: type[UserError] = UserError
 ) -> dict[str, Any]:
-    """Return the object that JSON text holds; for arguments and errors see `read_json`."""
+    """Return the object that JSON text holds, as `read_json` does; ``where`` is for messages."""
     if sum(map(text.count, b",[{")) > _MAX_VALUES:
         raise error(f"{where}: holds more than {_MAX_VALUES:,} values, which is not credible")
     try:
@@ -80,11 +71,8 @@ def _children(value: Any) -> Iterable[Any]:
 def misfit(kind: Any, value: Any, name: str = "") -> str | None:
     """Return the first field of a JSON value that is missing or not of its type; None: all fit.
 
-    Args:
-        kind: a `TypedDict`, or what its fields are of. An ``int`` is a count: no bool, from 0 to
-            2**53 - 1; a ``float`` is finite.
-        value: as a parser returned it.
-        name: of the value, for the result.
+    ``kind`` is a `TypedDict`, or what its fields are of. An ``int`` is a count: no bool, from 0 to
+    2**53 - 1; a ``float`` is finite. ``name`` is that of the value, for the result.
     """
     origin, kinds = get_origin(kind), get_args(kind)
     wanted = "object"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fasttrain.data.files import DataError
 from fasttrain.data.shards import Shard, ShardScan
 
-__all__ = ["EndsFile", "TokenDataset", "join"]
+SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,7 @@ class EndsFile:
     documents: int
 
     def read(self, n_tokens: int) -> NDArray[np.int64]:
-        """The ends, ascending offsets into the shard's `n_tokens` tokens.
-
-        Raises:
-            DataError: The file cannot be read or is not the one that was recorded.
-        """
+        """Return the ends, ascending offsets into the shard's `n_tokens` tokens."""
         try:
             found = self.path.stat()
             fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * self.documents
@@ -49,67 +45,39 @@ class EndsFile:
         return ends.astype(np.int64)
 
 
-SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
-
-
+@dataclass(eq=False, repr=False)
 class TokenDataset:
-    """One split of a dataset: its shards as one long array of tokens, read from disk on demand.
+    """One split of a dataset: its shards as one long array of tokens, read from disk on demand."""
 
-    Attributes:
-        n_tokens: Tokens of all shards.
-        vocab_size: Every id is below it; None where neither dataset nor caller named one.
-        max_token: The largest id there is.
-        n_bytes: UTF-8 bytes of the text of the split, None where not recorded.
-        n_documents: Documents, None where not recorded.
-        end_of_text: The id that ends each document, None where not recorded.
-        facts: What identifies it: hashes of shards (in order) and tokenizer, vocabulary, dtype.
-        tokenizer_path: The verified `tokenizer.json`, None for imports.
-        tokenizer_sha256: Its hash.
-        joined: The datasets that this one is made of, one behind the other, where there are any.
-        reading: The file that is being read at this moment, None between reads.
-    """
+    shards: Sequence[Shard]
+    scans: Sequence[ShardScan]
+    _: KW_ONLY
+    vocab_size: int | None  # every id is below it; None: neither dataset nor caller say
+    n_bytes: int | None = None  # UTF-8 bytes of the text; None: not recorded
+    n_documents: int | None = None
+    end_of_text: int | None = None  # the id that ends each document
+    tokenizer_path: Path | None = None  # None for imports
+    tokenizer_sha256: str | None = None
+    ends: Sequence[EndsFile] = ()
+    joined: Sequence[TokenDataset] = ()  # the datasets that this one consists of, in order
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scans: Sequence[ShardScan],
-        *,
-        vocab_size: int | None,
-        n_bytes: int | None = None,
-        n_documents: int | None = None,
-        end_of_text: int | None = None,
-        tokenizer_path: Path | None = None,
-        tokenizer_sha256: str | None = None,
-        ends: Sequence[EndsFile] = (),
-        joined: Sequence[TokenDataset] = (),
-    ) -> None:
-        self.shards, self.scans, self.ends = tuple(shards), tuple(scans), tuple(ends)
-        self.joined = tuple(joined)
+    def __post_init__(self) -> None:
         self.dtype: np.dtype[Any] = self.shards[0].dtype
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
         self.n_tokens = int(self._starts[-1])
-        self.vocab_size, self.n_bytes, self.n_documents = vocab_size, n_bytes, n_documents
-        self.end_of_text, self.tokenizer_path = end_of_text, tokenizer_path
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.max_token = max(scan.max_token for scan in scans)
-        self.reading: Path | None = None
+        self.max_token = max(scan.max_token for scan in self.scans)
+        self.reading: Path | None = None  # the file that is being read at this moment
+        # What identifies it.
         self.facts: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "end_of_text": end_of_text,
+            "vocab_size": self.vocab_size,
+            "end_of_text": self.end_of_text,
             "dtype": self.dtype.str,
-            "tokenizer": tokenizer_sha256,
-            "shards": [scan.sha256 for scan in scans],
+            "tokenizer": self.tokenizer_sha256,
+            "shards": [scan.sha256 for scan in self.scans],
         }
 
     def read(self, start: int, count: int) -> NDArray[Any]:
-        """Tokens [start, start + count), across shards.
-
-        Returns:
-            A fresh array, shape (count,), uint16 or uint32 as stored.
-
-        Raises:
-            DataError: The range is not within the split, or a file changed or cannot be read.
-        """
+        """Return tokens [start, start + count), across shards, in a new array."""
         out = np.empty(count, self.dtype)
         self.read_windows([start], out.reshape(1, count))
         return out
@@ -121,9 +89,6 @@ class TokenDataset:
         From the files beside the shards, which are checked; without these by the end-of-text token,
         for which the split is read once. A split that begins with that token, as those of llm.c and
         modded-nanogpt do, has it in front of each document, others behind.
-
-        Raises:
-            DataError: There are no such files and the token is not known, or a file is damaged.
         """
         if self.joined:
             bases = np.cumsum([0, *(part.n_tokens for part in self.joined)])
@@ -155,16 +120,10 @@ class TokenDataset:
         out: NDArray[Any],
         counts: NDArray[np.int64] | None = None,
     ) -> None:
-        """Reads one window per row.
+        """Read one window per row of `out`, (rows, length), C-contiguous, of `self.dtype`.
 
-        Args:
-            starts: First token of each window, as many as `out` has rows.
-            out: Filled; shape (rows, length), C-contiguous, of `self.dtype`.
-            counts: Tokens of each window, at most `length`; what is right of them in a row is left
-                as it is. None: all are `length` long.
-
-        Raises:
-            DataError: As for `read`.
+        A window has `counts` tokens, at most `length` (None: all of them); what is right of these
+        in a row is left as it is.
         """
         rows, length = out.shape
         assert out.dtype == self.dtype
@@ -205,19 +164,9 @@ class TokenDataset:
                 )
         self.reading = None
 
-    def will_need(self, start: int, count: int) -> None:
-        """Asks the system to read a window ahead; a hint, within the split or ignored."""
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
-        if 0 <= index < len(self.shards):
-            self.shards[index].will_need(start - int(self._starts[index]), count)
-
 
 def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
-    """Several datasets, one behind the other, as one.
-
-    Raises:
-        DataError: They are not of one tokenizer, vocabulary and token type.
-    """
+    """Return several datasets, one behind the other, as one."""
     first, *others = datasets
     for other in others:
         for what in ("tokenizer_sha256", "vocab_size", "end_of_text", "dtype"):

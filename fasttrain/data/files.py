@@ -9,25 +9,16 @@ from pathlib import Path
 
 from fasttrain.config import UserError
 
-__all__ = ["DataError", "cache_folder", "sha256_of", "write_atomically"]
-
 
 class DataError(UserError):
     """A dataset, or a text to make one of, that cannot be used as asked."""
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
-    """The folder for what can be made again: `cache_dir`, else the user's, else a temporary one.
+    """Return the folder for what can be made again; it exists and can be written.
 
-    Args:
-        cache_dir: A folder named by the user; then only that one will do.
-
-    Returns:
-        An existing, writable folder: $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain, and where
-        neither can be written fasttrain-<uid> in the folder for temporary files.
-
-    Raises:
-        DataError: No such folder can be written.
+    `cache_dir` if it is named, else $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain, else
+    fasttrain-<uid> in the folder for temporary files.
     """
     if cache_dir is not None:
         choices = [Path(cache_dir).expanduser()]
@@ -50,7 +41,7 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that a reader sees whole or not at all."""
+    """Write a file that a reader sees whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

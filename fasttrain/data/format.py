@@ -23,16 +23,6 @@ from fasttrain.data.dataset import EndsFile, TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
 from fasttrain.data.shards import Shard, ShardScan, dtype_for
 
-__all__ = [
-    "DataError",
-    "TokenDataset",
-    "absent",
-    "inside",
-    "open_dataset",
-    "read_dataset_json",
-    "write_dataset_json",
-]
-
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
 Split = Literal["train", "val"]
@@ -49,15 +39,11 @@ _VOCABULARIES = (
 
 
 class TokenizerInfo(TypedDict):
-    """The tokenizer, as `dataset.json` names it."""
-
     file: str
     sha256: str
 
 
 class ShardInfo(TypedDict):
-    """A finished shard, as `dataset.json` lists it."""
-
     file: str
     tokens: int
     sha256: str
@@ -67,8 +53,6 @@ class ShardInfo(TypedDict):
 
 
 class SplitInfo(TypedDict):
-    """A split, as `dataset.json` describes it."""
-
     tokens: int
     documents: int
     bytes: int
@@ -88,11 +72,9 @@ class DatasetJson(TypedDict):
 
 
 def absent(path: str | Path, vocab_size: int | None) -> str | None:
-    """Says that a dataset folder is not there and how to get it; None where it is.
+    """Return how to get a dataset folder that is not there; None: it is there.
 
-    Args:
-        path: The folder.
-        vocab_size: The model's vocabulary, if settled: the dataset must be in it.
+    `vocab_size` is the model's vocabulary where it is known: the dataset must be in it.
     """
     folder = Path(path).expanduser()
     if folder.exists():
@@ -103,7 +85,7 @@ def absent(path: str | Path, vocab_size: int | None) -> str | None:
 
 
 def _how_to_make(folder: Path | str, text: Path | str, vocab_size: int | None) -> str:
-    """The command that makes a dataset of text, in the model's vocabulary where that is settled."""
+    """Return the command that makes a dataset of text, in the model's vocabulary if it is known."""
     command = f"python -m fasttrain.prepare {folder} --input {text}"
     if vocab_size is None:
         return command
@@ -126,28 +108,11 @@ def open_dataset(
     end_of_text: int | None = None,
     cache_dir: Path | None = None,
 ) -> TokenDataset:
-    """Opens one split of a dataset folder and proves it sound.
+    """Open one split of a dataset folder and check that it is sound.
 
     The first opening reads every shard once, for its hash and its largest token; the result is
-    cached and holds until the file changes.
-
-    Args:
-        path: The folder: `dataset.json` and what it names, or `.bin` files of llm.c,
-            modded-nanogpt or nanoGPT.
-        split: "train" or "val".
-        dtype: "uint16" or "uint32", for files without header.
-        vocab_size: The model's vocabulary, if settled. Required in effect for folders without
-            `dataset.json`, whose vocabulary nobody else knows.
-        end_of_text: The id that separates documents, for folders without `dataset.json`.
-        cache_dir: Where the scans are cached; see `cache_folder`.
-
-    Returns:
-        The split.
-
-    Raises:
-        DataError: The folder or the split is missing or empty, a file is damaged, does not have
-            the recorded hash or lies outside the folder, the tokenizer is not the recorded one, or
-            a token is outside the vocabulary. Says what to do.
+    cached and holds until the file changes. `vocab_size` is the model's, where it is known; `dtype`
+    is for files without header, `end_of_text` for folders without `dataset.json`.
     """
     folder = Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
@@ -166,8 +131,8 @@ def open_dataset(
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
         scans = _check_tokens(shards, scans_folder, vocab_size, 'set by "model.vocab_size"')
-        imported = TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
-        return _not_empty(imported, folder, split)
+        _refuse_empty(shards, folder, split)
+        return TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
 
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
@@ -187,7 +152,7 @@ def open_dataset(
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards, expected, ends = [], [], []
+    shards, ends = [], []
     for entry in listed["shards"]:
         shard = Shard(inside(folder, entry["file"]))
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
@@ -196,20 +161,19 @@ def open_dataset(
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
         shards.append(shard)
-        expected.append(entry["sha256"])
         ends_path = inside(folder, entry["ends_file"])
         ends.append(EndsFile(ends_path, entry["ends_sha256"], entry["documents"]))
     scans = _check_tokens(shards, scans_folder, vocab, f"of {folder / DATASET_JSON}")
-    for shard, scan, sha256 in zip(shards, scans, expected, strict=True):
-        if scan.sha256 != sha256:
+    for shard, scan, entry in zip(shards, scans, listed["shards"], strict=True):
+        if scan.sha256 != entry["sha256"]:
             raise DataError(
                 f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
-                f"{sha256[:16]}…: damaged or replaced; restore it or prepare the text again"
+                f"{entry['sha256'][:16]}…: damaged or replaced; restore it or prepare the text "
+                "again"
             )
     tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
-    if not shards:
-        raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
-    dataset = TokenDataset(
+    _refuse_empty(shards, folder, split)
+    return TokenDataset(
         shards,
         scans,
         vocab_size=vocab,
@@ -220,31 +184,28 @@ def open_dataset(
         tokenizer_sha256=tokenizer_sha256,
         ends=ends,
     )
-    return _not_empty(dataset, folder, split)
 
 
-def _not_empty(dataset: TokenDataset, folder: Path, split: str) -> TokenDataset:
-    if dataset.n_tokens == 0:
-        raise DataError(f"{folder}: split {split!r} has no tokens; prepare it from more text")
-    return dataset
+def _refuse_empty(shards: Sequence[Shard], folder: Path, split: str) -> None:
+    if not any(shard.n_tokens for shard in shards):
+        what = "has no tokens" if shards else "is empty"
+        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
-    """The `.bin` files whose names say that they are of the split, in order of name."""
+    """Return the `.bin` files whose names say that they are of the split, in order of name."""
     files = sorted(folder.glob("*.bin"))
     if not files:
         raise DataError(
             f"data.path: {folder} holds neither {DATASET_JSON} nor .bin shards; if it holds "
             f"text, make a dataset of it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
         )
-    other = _SPLIT_IN_NAME["val" if split == "train" else "train"]
-    both = [f.name for f in files if all(p.search(f.stem.lower()) for p in _SPLIT_IN_NAME.values())]
-    if both:
-        raise DataError(f"{folder / both[0]}: named both train and val; rename it to one of them")
-    found = [f for f in files if _SPLIT_IN_NAME[split].search(f.stem.lower())]
-    if not found:
-        rest = [f.name for f in files if other.search(f.stem.lower())]
-        has = f"; it has {len(rest)} of the other split" if rest else ""
+    named = {s: [f for f in files if p.search(f.stem.lower())] for s, p in _SPLIT_IN_NAME.items()}
+    if both := [f for f in named["train"] if f in named["val"]]:
+        raise DataError(f"{both[0]}: named both train and val; rename it to one of them")
+    if not (found := named[split]):
+        n_others = sum(map(len, named.values()))
+        has = f"; it has {n_others} of the other split" if n_others else ""
         raise DataError(
             f"{folder}: no .bin file with {split} in its name{has}; rename its shards to say which "
             "split they are"
@@ -288,7 +249,7 @@ def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tupl
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`; refuses every name that leads elsewhere, also by a link."""
+    """Return the file `name` of `folder`; refuse a name that leads elsewhere, also by a link."""
     path = folder / name
     plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
     if not plain or path.resolve().parent != folder.resolve():
@@ -300,11 +261,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder, every field that is used checked for type and range.
-
-    Raises:
-        DataError: Names the file and the field.
-    """
+    """Return `dataset.json` of a folder, every field that is used checked for type and range."""
     path = folder / DATASET_JSON
     remedy = "prepare the text again"
     meta = read_json(path, remedy, DataError)
@@ -331,14 +288,10 @@ def write_dataset_json(
     splits: Mapping[str, tuple[Sequence[ShardInfo], int]],
     source: Mapping[str, Any],
 ) -> None:
-    """Writes `dataset.json`, which makes a folder of shards and a tokenizer a dataset.
+    """Write `dataset.json`, which makes a folder of shards and `tokenizer.json` a dataset.
 
-    Args:
-        folder: Holds shards and `tokenizer.json` already.
-        vocab_size: Of the tokenizer, special tokens included.
-        end_of_text: The id that ends each document.
-        splits: By name, the shards and the UTF-8 bytes of their text.
-        source: What the dataset was made from and how, for people; JSON values.
+    `splits` has, by name, the shards and the UTF-8 bytes of their text; `source` says to people
+    what the dataset was made from and how.
     """
     meta = {
         "format": FORMAT,
@@ -346,10 +299,7 @@ def write_dataset_json(
         "vocab_size": vocab_size,
         "dtype": dtype_for(vocab_size).name,
         "end_of_text": end_of_text,
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": sha256_of(folder / "tokenizer.json"),
-        },
+        "tokenizer": {"file": "tokenizer.json", "sha256": sha256_of(folder / "tokenizer.json")},
         "splits": {
             name: {
                 "tokens": sum(shard["tokens"] for shard in shards),

@@ -21,10 +21,8 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -33,22 +31,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
-from fasttrain.data.order import Plan, document_starts
+from fasttrain.data.order import Array, Plan, document_rows, document_starts, row_lengths
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
-HINT_AHEAD = 4  # batches of which the system is told ahead when reading is slow
 SLOW_WINDOW_S = 50e-6  # a window from page cache takes 1 to 2 µs, one from a fast SSD 80
 
-_Array = NDArray[np.int64]
+IGNORE = -100  # the target of a position that the loss leaves out
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one micro-batch trains on."""
+
+    tokens: Tensor  # int64 (B, T), contiguous, on the loader's device
+    targets: Tensor  # int64 (B, T), contiguous: the next token of each, or IGNORE
+    doc_starts: Tensor | None  # bool (B, T), true at a document's first token; None: not marked
+    position: int  # global sample index after this batch; a loader built with it continues here
+    n_tokens: int = 0  # targets in it and in the same micro-batch of other ranks; 0: not counted
+
+    def cut(self, length: int) -> Batch:
+        """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
+        starts = self.doc_starts
+        return replace(
+            self,
+            tokens=self.tokens.view(-1, length),
+            targets=self.targets.view(-1, length),
+            doc_starts=None if starts is None else starts.view(-1, length),
+        )
+
+
+def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
+    """Make padding, token 0 without target, of what follows the `n_targets` (B,) of each row."""
+    beyond = torch.arange(targets.shape[1], device=targets.device) >= n_targets[:, None]
+    targets.masked_fill_(beyond, IGNORE)
+    tokens.masked_fill_(beyond, 0)
+
+
+def to_batch(
+    stored: NDArray[Any],
+    n_targets: Tensor | None,
+    doc_starts: Tensor | None,
+    position: int,
+    n_tokens: int = 0,
+) -> Batch:
+    """A batch on the CPU, in fresh tensors, of ids (B, T + 1) as stored; no `n_targets`: T each."""
+    rows, length = stored.shape
+    tokens = torch.empty(rows, length - 1, dtype=torch.int64)
+    targets = torch.empty_like(tokens)
+    tokens.numpy()[:] = stored[:, :-1]
+    targets.numpy()[:] = stored[:, 1:]
+    if n_targets is not None:
+        pad(tokens, targets, n_targets)
+    return Batch(tokens, targets, doc_starts, position, n_tokens)
 
 
 class _Rows(NamedTuple):
     """This rank's rows of a micro-batch."""
 
-    starts: _Array  # first token of each
-    counts: _Array | None  # tokens of each; None: T + 1
+    starts: Array  # first token of each
+    counts: Array | None  # tokens of each; None: T + 1
     n_rows: int  # before the end of the run; those behind it get no targets
     length: int  # T
     n_tokens: int  # as in Batch
@@ -72,108 +116,59 @@ class _Slot:
     copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
 
 
+@dataclass(eq=False, repr=False)
 class Loader:
     """Iterator over the training batches of one rank.
 
     Row b of the m-th micro-batch from `position` on has the global sample index
     position + m·B·world_size + rank·B + b, which alone, with the seed, decides what it holds (see
-    batching.py). All batches have T = `seq_len`, but bucketed ones, which may be shorter.
-
-    Args:
-        dataset: The split.
-        seq_len: T.
-        micro_batch: B.
-        seed: Of the run's order.
-        device: Where batches go.
-        position: Global sample index to start from: the whole state of a loader.
-        end: Global sample index to stop before; rows from it on have no targets. None: never.
-        epochs: The same as passes over the split, in place of `end`.
-        rank: Of this process.
-        world_size: Processes that share the order.
-        prefetch: Batches to hold ready, at least 1; half of them are read at a time.
-        deadline_s: Batches that take longer to read end the run, naming the file.
-        batching: How documents become rows, one of `BATCHING`.
-        stride_tokens: Between the starts of sliding windows; None: half of T.
-        weights: Shares of the datasets that `dataset` was joined of; empty: it is taken as one.
-        separate_documents: Say in `doc_starts` where documents begin. A padded row is one anyway.
-
-    Attributes:
-        samples_per_epoch: Samples of the split.
-        dropped_tokens: Tokens that no row holds (see `Plan`).
-        position: Global sample index after the batch returned last.
-        wait_s: Seconds that `next()` has waited for the thread, in total.
+    order.py). All batches have T = `seq_len`, but bucketed ones, which may be shorter.
 
     Raises:
         DataError: The split has no sample, or its documents are not known. From `next()`: a file
             was truncated, replaced or cannot be read, or reading it takes longer than the deadline.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        *,
-        seq_len: int,
-        micro_batch: int,
-        seed: int,
-        device: torch.device | str,
-        position: int = 0,
-        end: int | None = None,
-        epochs: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 16,
-        deadline_s: float = 300.0,
-        batching: str = "packed",
-        stride_tokens: int | None = None,
-        weights: Sequence[float] = (),
-        separate_documents: bool = False,
-    ) -> None:
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("micro_batch", micro_batch, 1),
-            ("prefetch", prefetch, 1),
-            ("position", position, 0),
-        ):
-            if value < least:
+    dataset: TokenDataset
+    _: KW_ONLY
+    seq_len: int  # T
+    micro_batch: int  # B
+    seed: int
+    device: torch.device
+    position: int = 0  # global sample index after the batch returned last: all of the state
+    end: int | None = None  # sample index to stop before; rows from it on have no targets
+    epochs: float | None = None  # the same as passes over the split
+    rank: int = 0
+    world_size: int = 1
+    prefetch: int = 16  # batches held ready; half of them are read at a time
+    deadline_s: float = 300.0  # batches that take longer to read end the run, naming the file
+    batching: str = "packed"
+    stride_tokens: int | None = None  # between the starts of sliding windows; None: half of T
+    weights: Sequence[float] = ()  # of the datasets joined in `dataset`; empty: taken as one
+    separate_documents: bool = False  # mark in `doc_starts` where documents begin in a window
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 1), ("micro_batch", 1), ("prefetch", 1), ("position", 0)):
+            if (value := getattr(self, name)) < least:
                 raise ValueError(f"Loader: {name} must be at least {least}, got {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"Loader: rank must be in [0, {world_size}), got {rank}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"Loader: rank must be in [0, {self.world_size}), got {self.rank}")
         self.plan = Plan(
-            dataset,
-            batching=batching,
-            seq_len=seq_len,
-            seed=seed,
-            stride_tokens=stride_tokens,
-            weights=weights,
+            self.dataset,
+            batching=self.batching,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            stride_tokens=self.stride_tokens,
+            weights=self.weights,
         )
         self.samples_per_epoch = self.plan.samples_per_epoch
         self.dropped_tokens = self.plan.dropped_tokens
-        self.dataset, self.seq_len, self.micro_batch = dataset, seq_len, micro_batch
-        marked = separate_documents and batching in ("packed", "sliding")
-        self._ends = dataset.document_ends if marked else None
-        self.device = torch.device(device)
-        if epochs is not None:
-            end = math.ceil(epochs * self.samples_per_epoch)
-        self._again = partial(
-            Loader,
-            dataset,
-            seq_len=seq_len,
-            micro_batch=micro_batch,
-            seed=seed,
-            device=device,
-            end=end,
-            rank=rank,
-            world_size=world_size,
-            prefetch=prefetch,
-            deadline_s=deadline_s,
-            batching=batching,
-            stride_tokens=stride_tokens,
-            weights=weights,
-            separate_documents=separate_documents,
-        )
-        self.position, self.end, self.rank, self.world_size = position, end, rank, world_size
-        self.wait_s = 0.0
-        self.deadline_s = deadline_s
+        marked = self.separate_documents and self.batching in ("packed", "sliding")
+        self._ends = self.dataset.document_ends if marked else None
+        self.device = torch.device(self.device)
+        if self.epochs is not None:
+            self.end = math.ceil(self.epochs * self.samples_per_epoch)
+        self.wait_s = 0.0  # that next() has waited for the thread, in total
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
         self._ready: queue.SimpleQueue[_Slot | BaseException | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
@@ -186,22 +181,22 @@ class Loader:
         cuda = self.device.type == "cuda"
         if cuda:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        kind: torch.dtype = getattr(torch, dataset.dtype.name)
-        self._per_slot = max(prefetch // 2, 1)
-        shape = (self._per_slot, micro_batch)
+        kind: torch.dtype = getattr(torch, self.dataset.dtype.name)
+        self._per_slot = max(self.prefetch // 2, 1)
+        shape = (self._per_slot, self.micro_batch)
         # One more is being filled, and on CUDA one copied.
-        for _ in range(-(-prefetch // self._per_slot) + 1 + cuda):
-            ids = torch.empty(*shape, seq_len + 1, dtype=kind, pin_memory=cuda)
+        for _ in range(-(-self.prefetch // self._per_slot) + 1 + cuda):
+            ids = torch.empty(*shape, self.seq_len + 1, dtype=kind, pin_memory=cuda)
             n_targets = torch.empty(shape, dtype=torch.int64, pin_memory=cuda)
             starts = None
             if marked:
-                starts = torch.empty(*shape, seq_len, dtype=torch.bool, pin_memory=cuda)
+                starts = torch.empty(*shape, self.seq_len, dtype=torch.bool, pin_memory=cuda)
             self._free.put(_Slot(ids, n_targets, starts))
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
         self._thread = threading.Thread(
-            target=self._fill, args=(position,), name="fasttrain-loader", daemon=True
+            target=self._fill, args=(self.position,), name="fasttrain-loader", daemon=True
         )
         self._thread.start()
 
@@ -210,10 +205,8 @@ class Loader:
         return self.plan.ids(first, count)
 
     def at(self, position: int) -> Loader:
-        """Another loader of the same samples in the same order, that starts at `position`."""
-        return self._again(position=position)
-
-    # The background thread ------------------------------------------------------------------
+        """Another loader of the same samples in the same order, starting at `position`."""
+        return replace(self, position=position)
 
     def _rows(self, position: int) -> Iterator[_Rows]:
         """This rank's rows, micro-batch by micro-batch, to the end of the run."""
@@ -234,20 +227,8 @@ class Loader:
                     mine, n_tokens = counts[here], int(counts[first : first + n].sum()) - n
                 yield _Rows(starts[here], mine, n_rows, self.plan.length(mine), n_tokens, position)
 
-    def _hinted(self, batches: Iterator[_Rows]) -> Iterator[_Rows]:
-        """The batches, a few later, of which the system is told at once where it reads slowly."""
-        pending: deque[_Rows] = deque()
-        for batch in batches:
-            if self._slow:  # a hint costs as much as reading from page cache does
-                for start in batch.starts.tolist():
-                    self.dataset.will_need(start, self.seq_len + 1)
-            pending.append(batch)
-            if len(pending) > HINT_AHEAD:
-                yield pending.popleft()
-        yield from pending
-
     def _fill(self, position: int) -> None:
-        rows = self._hinted(self._rows(position))
+        rows = self._rows(position)
         try:
             while not self._stop.is_set():
                 batches = list(islice(rows, 1 if self._slow else self._per_slot))
@@ -277,8 +258,6 @@ class Loader:
         if self._ends is not None and slot.doc_starts is not None:
             marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
             marks[:] = document_starts(self._ends, starts, self.seq_len)
-
-    # The consumer ---------------------------------------------------------------------------
 
     def __iter__(self) -> Self:
         return self
@@ -379,68 +358,89 @@ class Loader:
         self.close()
 
 
-IGNORE = -100  # the target of a position that the loss leaves out
+def evaluation_batches(
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    device: torch.device | str,
+    batching: str = "packed",
+    separate_documents: bool = False,
+    stride_tokens: int | None = None,
+    n_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """The split once, or as many of its rows, evenly spread, as make ``n_tokens`` targets.
 
+    Packed and sliding: windows side by side, or overlapping where `stride_tokens` is set, and of
+    all but the first only the last `stride_tokens` are targets: they see at least the T −
+    `stride_tokens` tokens before them. Either way every token but the first is a target once.
+    Padded and bucketed: documents, the long ones in pieces of T, so that every token but the first
+    of each document is a target once; bucketed in order of their length, others as they lie.
+    Every rank gets the same number of batches; what lies beyond the rows is token 0 with target
+    −100.
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one micro-batch trains on.
-
-    Attributes:
-        tokens: int64 ids, shape (B, T), contiguous, on the loader's device.
-        targets: int64, shape (B, T), contiguous: the next token of each, or −100: left out.
-        doc_starts: bool, shape (B, T), true at the first token of a document; None: rows are taken
-            as one document.
-        position: Global sample index after this batch; a loader built with it goes on from here.
-        n_tokens: Targets in it and in what the other ranks have of the same micro-batch, known
-            without asking the device; 0: not counted.
+    `n_tokens` None: all. `batching` and `separate_documents` are as in training; each rank takes
+    every world_size-th batch; `position` counts rows. A file may turn out damaged while iterating.
     """
-
-    tokens: Tensor
-    targets: Tensor
-    doc_starts: Tensor | None
-    position: int
-    n_tokens: int = 0
-
-    def cut(self, length: int) -> Batch:
-        """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
-        starts = self.doc_starts
-        return replace(
-            self,
-            tokens=self.tokens.view(-1, length),
-            targets=self.targets.view(-1, length),
-            doc_starts=None if starts is None else starts.view(-1, length),
+    device = torch.device(device)
+    ends = None
+    n_seen = 0  # tokens of a window that were targets of the one before
+    if batching in ("padded", "bucketed"):
+        starts, counts = _spread(*document_rows(dataset, seq_len), 0, n_tokens)
+        if batching == "bucketed":
+            by_length = np.argsort(counts, kind="stable")
+            starts, counts = starts[by_length], counts[by_length]
+    elif batching in ("packed", "sliding"):
+        n_seen = seq_len - (stride_tokens or seq_len)
+        end = dataset.n_tokens - 1
+        starts = np.arange(0, max(end - n_seen, min(end, 1)), seq_len - n_seen)
+        counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
+        starts, counts = _spread(starts, counts, n_seen, n_tokens)
+        ends = dataset.document_ends if separate_documents else None
+    else:
+        refuse("data.batching", batching, "is not implemented; add it to evaluation_batches")
+    if not len(starts):
+        raise DataError(
+            f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "
+            "with a larger --val-fraction"
         )
+    lengths = row_lengths(batching, seq_len)
+
+    def batch(first: int) -> Batch:
+        here = slice(first, first + batch_size)
+        n_rows = len(starts[here])
+        start, count = np.zeros((2, batch_size), np.int64)  # what is beyond has no tokens
+        start[:n_rows], count[:n_rows] = starts[here], counts[here]
+        length = next(n for n in lengths if n >= count.max() - 1)
+        stored = np.zeros((batch_size, length + 1), dataset.dtype)
+        if n_rows:
+            dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
+        marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
+        found = to_batch(
+            stored, torch.from_numpy(np.maximum(count - 1, 0)), marks, first + batch_size
+        )
+        found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
+        if device.type != "cuda":
+            return found
+        tokens, targets, doc_starts = (
+            None if t is None else t.pin_memory().to(device, non_blocking=True)
+            for t in (found.tokens, found.targets, found.doc_starts)
+        )
+        assert tokens is not None
+        assert targets is not None
+        return Batch(tokens, targets, doc_starts, found.position)
+
+    stride = batch_size * world_size
+    return (batch(first + rank * batch_size) for first in range(0, len(starts), stride))
 
 
-def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
-    """Makes padding, token 0 without target, of what follows the `n_targets` (B,) of each row."""
-    beyond = torch.arange(targets.shape[1], device=targets.device) >= n_targets[:, None]
-    targets.masked_fill_(beyond, IGNORE)
-    tokens.masked_fill_(beyond, 0)
-
-
-def to_batch(
-    stored: NDArray[Any],
-    n_targets: Tensor | None,
-    doc_starts: Tensor | None,
-    position: int,
-    n_tokens: int = 0,
-) -> Batch:
-    """A batch on the CPU, in fresh tensors.
-
-    Args:
-        stored: Ids as stored, shape (B, T + 1).
-        n_targets: int64 (B,), of each row; what is right of them becomes padding. None: T.
-        doc_starts: As in `Batch`.
-        position: As in `Batch`.
-        n_tokens: As in `Batch`.
-    """
-    rows, length = stored.shape
-    tokens = torch.empty(rows, length - 1, dtype=torch.int64)
-    targets = torch.empty_like(tokens)
-    tokens.numpy()[:] = stored[:, :-1]
-    targets.numpy()[:] = stored[:, 1:]
-    if n_targets is not None:
-        pad(tokens, targets, n_targets)
-    return Batch(tokens, targets, doc_starts, position, n_tokens)
+def _spread(starts: Array, counts: Array, n_seen: int, n_tokens: int | None) -> tuple[Array, Array]:
+    """Return every k-th row, k a fraction, so that they have ``n_tokens`` targets."""
+    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
+    if n_tokens is None or n_tokens >= n_targets:
+        return starts, counts
+    n_rows = math.ceil(len(starts) * n_tokens / n_targets)
+    chosen = np.arange(n_rows) * len(starts) // n_rows
+    return starts[chosen], counts[chosen]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -24,18 +24,15 @@ from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
 
+Array = NDArray[np.int64]
+
 ROUNDS = 8  # even, so that both halves are mixed alike; four already pass the suite's tests
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 class Permutation:
-    """A bijection on [0, n), chosen by a key.
-
-    Args:
-        n: Size of the domain, 1 to 2**62.
-        key: Any integer; each gives another order.
-    """
+    """A bijection on [0, n), 0 < n ≤ 2**62, chosen by a key, any integer."""
 
     def __init__(self, n: int, key: int) -> None:
         if not 0 < n <= 2**62:
@@ -46,18 +43,8 @@ class Permutation:
         digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
-    def take(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where each of `indices` goes.
-
-        Args:
-            indices: Any shape, values in [0, n).
-
-        Returns:
-            int64 of the same shape, about 0.1 µs each.
-
-        Raises:
-            IndexError: A value is outside [0, n).
-        """
+    def take(self, indices: Array) -> Array:
+        """Return where each of `indices` goes, int64 of the same shape, about 0.1 µs each."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= self.n):
             raise IndexError(f"Permutation: indices must be in [0, {self.n})")
@@ -85,31 +72,33 @@ def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     return z ^ (z >> _SHIFTS[2])
 
 
-def sample_ids(first: int, count: int, *, n: int, seed: int) -> NDArray[np.int64]:
-    """Which sample each of a run's global sample indices is.
+def sample_ids(first: int, count: int, *, n: int, seed: int) -> Array:
+    """Return which sample each of `count` global sample indices from `first` on is.
 
-    Args:
-        first: First global sample index, counted from 0 over the whole run.
-        count: How many.
-        n: Samples in an epoch.
-        seed: Of the run.
-
-    Returns:
-        int64, shape (count,): for index i the sample that the order of epoch i // n puts at
-        i mod n. Every sample comes exactly once an epoch.
+    The indices count from 0 over the whole run, of epochs of `n` samples: for index i it is the
+    sample that the order of epoch i // n puts at i mod n.
     """
     if first < 0 or count < 0:
         raise ValueError(f"sample_ids: first and count must not be negative, got {first}, {count}")
-    out = np.empty(count, np.int64)
-    done = 0
-    while done < count:
-        epoch, at = divmod(first + done, n)
-        part = min(count - done, n - at)
+
+    def in_epoch(at: int, part: int, key: int) -> Array:
+        return Permutation(n, key).take(np.arange(at, at + part))
+
+    return _by_epoch(first, count, n, seed, in_epoch)
+
+
+def _by_epoch(
+    first: int, count: int, n: int, seed: int, in_epoch: Callable[[int, int, int], Array]
+) -> Array:
+    """Join what `in_epoch(first, count, key)` returns for each epoch in [first, first + count)."""
+    parts = [np.empty(0, np.int64)]
+    while count > 0:
+        epoch, at = divmod(first, n)
+        part = min(count, n - at)
         # One integer of which (seed, epoch) can be read back: no two share a key.
-        order = Permutation(n, (seed << 64) + epoch)
-        out[done : done + part] = order.take(np.arange(at, at + part))
-        done += part
-    return out
+        parts.append(in_epoch(at, part, (seed << 64) + epoch))
+        first, count = first + part, count - part
+    return np.concatenate(parts)
 
 
 # Four decimals are exact. Making the table takes 30 ms for three datasets.
@@ -134,11 +123,9 @@ def _whole(weights: Sequence[float]) -> list[int]:
 
 
 class Interleave:
-    """Whose turn it is.
+    """Whose turn it is, of datasets with `weights` above 0; only their proportions count.
 
-    Args:
-        weights: Of each dataset, above 0; only their proportions count. Proportions that need a
-            period of more than `MAX_PERIOD` samples are rounded to it.
+    Proportions that need a period of more than `MAX_PERIOD` samples are rounded to it.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -164,12 +151,8 @@ class Interleave:
             done[chosen] += 1
         self._source, self._index = source, index
 
-    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Dataset, and sample of that dataset, of `count` positions from `first` on.
-
-        Returns:
-            Two int64 arrays, shape (count,): the dataset, and how often it was drawn before.
-        """
+    def locate(self, first: int, count: int) -> tuple[Array, Array]:
+        """Return the dataset of each position from `first` on, and its earlier turns."""
         periods, at = np.divmod(np.arange(first, first + count), len(self._source))
         source = self._source[at]
         return source, periods * self.turns[source] + self._index[at]
@@ -180,8 +163,6 @@ BATCHING = ("packed", "sliding", "padded", "bucketed")
 # one would lose and repeat documents. Larger, and many steps have only long or only short rows.
 GROUP = 64
 
-Array = NDArray[np.int64]
-
 
 def row_lengths(batching: str, seq_len: int) -> tuple[int, ...]:
     """The lengths T that batches may have, ascending."""
@@ -191,15 +172,9 @@ def row_lengths(batching: str, seq_len: int) -> tuple[int, ...]:
 
 
 def document_starts(ends: Array, starts: Array, length: int) -> NDArray[np.bool_]:
-    """Where documents begin in windows of tokens.
+    """Return where documents begin in windows that start at `starts` (n,): bool (n, length).
 
-    Args:
-        ends: Of all documents, ascending.
-        starts: First token of each window, shape (n,).
-        length: Of the windows.
-
-    Returns:
-        Shape (n, length), true at the first token of a document and of a window.
+    True at the first token of a document and of a window; `ends` are of all documents, ascending.
     """
     found = np.zeros((len(starts), length), np.bool_)
     first = np.searchsorted(ends, starts, side="right")
@@ -212,10 +187,9 @@ def document_starts(ends: Array, starts: Array, length: int) -> NDArray[np.bool_
 
 
 def document_rows(dataset: TokenDataset, seq_len: int) -> tuple[Array, Array]:
-    """All documents in pieces of at most T targets, so that each token but the first is one.
+    """Return all documents in pieces of at most T targets: each token but the first is one.
 
-    Returns:
-        First token of each piece, and its tokens, one more than it has targets.
+    First token of each piece, and its tokens, one more than it has targets.
     """
     begins, sizes = _documents(dataset, 0, dataset.n_tokens)
     n = -(-(sizes - 1) // seq_len)
@@ -302,14 +276,7 @@ class _Buckets:
         self._n, self._n_groups = len(lengths), int(self._groups.sum())
 
     def order(self, first: int, count: int, seed: int) -> Array:
-        """Which samples come at positions [first, first + count)."""
-        parts = [np.empty(0, np.int64)]
-        while count > 0:
-            epoch, at = divmod(first, self._n)
-            part = min(count, self._n - at)
-            parts.append(self._in_epoch(at, part, (seed << 64) + epoch))
-            first, count = first + part, count - part
-        return np.concatenate(parts)
+        return _by_epoch(first, count, self._n, seed, self._in_epoch)
 
     def _in_epoch(self, first: int, count: int, key: int) -> Array:
         at = np.arange(first, first + count)
@@ -334,22 +301,7 @@ class _Buckets:
 class Plan:
     """Which tokens each global sample index of a run stands for.
 
-    Args:
-        dataset: The split.
-        batching: One of `BATCHING`.
-        seq_len: T, the longest row.
-        seed: Of the order.
-        stride_tokens: Between the starts of sliding windows; None: half of T.
-        weights: Shares of the datasets that `dataset` was joined of, each in an order of its own;
-            empty: all its samples in one order.
-
-    Attributes:
-        samples_per_epoch: Samples of the split; of a mix, those of all its datasets.
-        dropped_tokens: Tokens that no row holds: the end of the split, too short for a window, or
-            what documents have beyond T + 1.
-
-    Raises:
-        DataError: There is not one sample, or the documents are not known.
+    With `weights`, each of the datasets joined in `dataset` has a share and an order of its own.
     """
 
     def __init__(
@@ -381,6 +333,8 @@ class Plan:
         self._interleave = Interleave(weights) if weights else None
         self._seed, self._lengths = seed, row_lengths(batching, seq_len)
         self.samples_per_epoch = int(self._first_ids[-1])
+        # Tokens that no row holds: the end of the split, too short for a window, or what documents
+        # have beyond T + 1.
         self.dropped_tokens = sum(part.dropped_tokens for part in self._parts)
 
     def _located(self, first: int, count: int) -> list[tuple[Array | slice, int, Array]]:

@@ -44,29 +44,14 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class ShardScan:
-    """What one pass over a whole shard found.
+    """What one pass over a whole shard found."""
 
-    Attributes:
-        sha256: Of the file, header included, as hex.
-        max_token: The largest id in it, −1 without tokens.
-    """
-
-    sha256: str
-    max_token: int
+    sha256: str  # of the file, header included, as hex
+    max_token: int  # −1 without tokens
 
 
 class Shard:
-    """An open shard file, read only.
-
-    Args:
-        path: The file.
-        dtype: "uint16" or "uint32" for a file without header; checked against a header if there
-            is one. None: a header is required.
-
-    Raises:
-        DataError: The file is missing, its header is not one this reads, or its size is not what
-            the header says. Names the file.
-    """
+    """An open shard file, read only; `dtype` is for files without header."""
 
     def __init__(self, path: Path, *, dtype: str | None = None) -> None:
         if dtype not in (None, "uint16", "uint32"):
@@ -132,7 +117,7 @@ class Shard:
         return kind, HEADER_BYTES, count
 
     def check_unchanged(self) -> None:
-        """Raises DataError if the file was truncated, written to or replaced since it was opened.
+        """Refuse a file that was truncated, written to or replaced since it was opened.
 
         One `stat`, cheap enough for every batch; what was range-checked stays what is read.
         """
@@ -152,18 +137,10 @@ class Shard:
         addresses: NDArray[np.int64] | int,
         counts: NDArray[np.int64] | int,
     ) -> bool:
-        """Copies tokens to memory in one call, or says that this is to be left to `read_rows`.
+        """Copy the tokens of windows to `addresses`; False: use `read_rows` instead (see `gather`).
 
-        To be followed by `check_unchanged`: where a file was cut off, the rest of its last page
+        Call `check_unchanged` afterwards: where a file was cut off, the rest of its last page
         reads as zeros.
-
-        Args:
-            starts: First token of each window, shape (n,).
-            addresses: Where each goes, or where all go side by side: writable memory for them.
-            counts: Tokens of each window, or of all, every one of them within the shard.
-
-        Returns:
-            Whether everything was copied; if not, what lies at the addresses is undefined.
         """
         if self._mapped is None:
             try:
@@ -176,11 +153,7 @@ class Shard:
         return gather(base + starts * size, addresses, counts * size)
 
     def read_rows(self, rows: Sequence[memoryview], starts: Sequence[int]) -> None:
-        """Fills each of `rows`, writable buffers of bytes, with the tokens from its start on.
-
-        Raises:
-            DataError: The file ends early or cannot be read.
-        """
+        """Fill each of `rows`, writable buffers of bytes, with the tokens from its start on."""
         fd, base, size, preadv = self._fd, self.offset_bytes, self.dtype.itemsize, os.preadv
         try:
             for row, start in zip(rows, starts, strict=True):
@@ -197,15 +170,8 @@ class Shard:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
 
-    def will_need(self, start: int, count: int) -> None:
-        """Asks the system to read `count` tokens from `start` on ahead."""
-        if hasattr(os, "posix_fadvise"):
-            size = self.dtype.itemsize
-            offset = self.offset_bytes + start * size
-            os.posix_fadvise(self._fd, offset, count * size, os.POSIX_FADV_WILLNEED)
-
     def first_token_from(self, limit: int) -> tuple[int, int] | None:
-        """(index, id) of the first token that is `limit` or larger, None if there is none."""
+        """Return (index, id) of the first token that is `limit` or larger, if there is one."""
         step = BLOCK_BYTES // self.dtype.itemsize
         for start in range(0, self.n_tokens, step):
             block = np.empty(min(step, self.n_tokens - start), self.dtype)
@@ -216,11 +182,9 @@ class Shard:
         return None
 
     def scan(self, cache: Path | None) -> ShardScan:
-        """Hash and largest token of the whole file, from `cache` if the file is unchanged.
+        """Return hash and largest token of the whole file, from `cache` if the file is unchanged.
 
-        Args:
-            cache: A folder; the result is kept there under the file's path, with its device,
-                inode, size and times of change, any of which voids it. None: nothing is kept.
+        An entry is void once the file's device, inode, size or one of its times has changed.
         """
         identity = [*self._identity, os.fstat(self._fd).st_ctime_ns]
         name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
@@ -262,7 +226,7 @@ MAX_PIECES = 1024  # IOV_MAX of Linux
 
 @cache
 def _process_vm_readv() -> Callable[..., int] | None:
-    """The C library's function, None where it has none (it is Linux's own)."""
+    """Return the C library's function, which only Linux has."""
     function = getattr(ctypes.CDLL(None), "process_vm_readv", None)
     if function is None:
         return None
@@ -276,16 +240,11 @@ def _process_vm_readv() -> Callable[..., int] | None:
 def gather(
     sources: NDArray[np.int64], addresses: NDArray[np.int64] | int, sizes: NDArray[np.int64] | int
 ) -> bool:
-    """Copies n pieces of this process's memory.
+    """Copy pieces of this process's memory, which may be of mappings that have lost their file.
 
-    Args:
-        sources: Address of each piece, shape (n,); parts of mappings may have lost their file.
-        addresses: Where each goes, or where all go side by side: writable memory of their sizes.
-        sizes: Bytes of each, or of all of them.
-
-    Returns:
-        Whether all was copied. False too where the system does not have, or does not allow, the
-        call; what lies at the addresses is then undefined.
+    `addresses` says where each goes, or where all go side by side; `sizes` are bytes of each, or of
+    all. False: the system lacks or forbids the call, or not all was copied; what lies at the
+    addresses is then undefined.
     """
     function = _process_vm_readv()
     if function is None:

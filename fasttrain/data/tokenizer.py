@@ -7,9 +7,15 @@ text itself says `<|endoftext|>`, it is encoded as ordinary characters.
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,6 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fasttrain.config.keys import show
-from fasttrain.data.fast_bpe import BYTE_CHARACTERS, FastBpe, NotFastError
 from fasttrain.data.files import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,16 +61,8 @@ def _byte_level(vocab: dict[str, int] | None, *patterns: str) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = TEXT_PATTERN) -> Tokenizer:
     """Byte-level BPE, so that any text can be encoded and decoded without loss.
 
-    Args:
-        texts: What to train on.
-        vocab_size: Tokens wanted, special one and 256 bytes included.
-        pattern: What a merge may not cross: the regular expression whose matches are words.
-
-    Returns:
-        The tokenizer; fewer tokens where the text has not enough different pairs.
-
-    Raises:
-        DataError: `vocab_size` is below 257.
+    No merge crosses a match of `pattern`. There are fewer than `vocab_size` tokens (special one and
+    256 bytes included) where the text has not enough different pairs.
 
     Source:
         Sennrich, Haddow & Birch 2016 (BPE); Radford et al. 2019, GPT-2 (on bytes).
@@ -95,11 +92,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
-    """One id for each character, in order of code point; the end of text comes last.
-
-    Args:
-        characters: Those of the text; others cannot be encoded.
-    """
+    """One id for each character, in order of code point; the end of text comes last."""
     vocab = {character: number for number, character in enumerate(sorted(set(characters)))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.decoder = decoders.Fuse()
@@ -108,11 +101,7 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`, without the padding and truncation that it may ask for.
-
-    Raises:
-        DataError: The file is missing, not a tokenizer, or one that makes much of little text.
-    """
+    """A `tokenizer.json`, without the padding and truncation that it may ask for."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such tokenizer file; name an existing tokenizer.json")
@@ -167,11 +156,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens.
-
-    Raises:
-        DataError: The text is not Unicode, or the tokenizer cannot encode it.
-    """
+    """The ids of a text, without special tokens."""
     if not text.isascii() and text != text.encode(errors="replace").decode():
         raise DataError(f"the text {show(text)} is not UTF-8; give it in UTF-8")
     with _refusing(f"the tokenizer cannot encode {show(text)}"):
@@ -188,6 +173,142 @@ def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     return None
 
 
+# The ByteLevel step writes byte b as one printable character: itself where it is printable Latin-1,
+# and U+0100, U+0101 … for the others in order.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = sorted({*range(256)} - _PRINTABLE)
+BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 256 + _OTHERS.index(b)) for b in range(256)]
+_BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_CHARACTERS)}
+# What ByteLevel with use_regex = true splits by: the words of GPT-2.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_RESERVED = "<|reserved|>"
+# These versions take time quadratic in the longest word: 5 s for one of 128 Ki letters.
+_QUADRATIC = tuple(f"0.{minor}." for minor in range(13))
+
+
+class NotFastError(Exception):
+    """Why a tokenizer cannot go through tiktoken, in words that complete "because …"."""
+
+
+class FastBpe:
+    """Byte-level BPE through tiktoken: the ids that `tokenizers` gives, several times as fast.
+
+    `tokenizers` lists merges, each of one pair; tiktoken merges any two neighbours whose
+    concatenation it knows, in order of its rank. With rank = 256 + place in the list of merges they
+    agree on every word if
+
+    1. each merge's parts are single bytes or products of merges before it,
+    2. no two merges have the same product, and
+    3. every product, given alone as a word, comes out as that one token.
+
+    For suppose tiktoken joins the neighbours x and y to s, of rank r, where the list has another
+    pair (u, v) for s. What stands between two borders when all merges below r are done depends on
+    nothing beyond the borders, so s given alone would be [x, y] then, never [u, v], and by 2 never
+    s: against 3. All three are verified here; what remains is the regular expression that finds the
+    words, which two libraries execute, each with the Unicode tables of its time. Text with
+    characters that are newer than this Python's table is therefore left to `tokenizers`, and
+    `Encoder` compares the ids on a sample of what it encodes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        try:
+            tiktoken, now = importlib.import_module("tiktoken"), version("tiktoken")
+        except ImportError:
+            raise NotFastError("tiktoken is not installed (pip install tiktoken)") from None
+        if now.startswith(_QUADRATIC):
+            raise NotFastError(f"tiktoken {now} is slow (pip install 'tiktoken>=0.13')")
+        state = json.loads(tokenizer.to_str())
+        pattern = _pattern(state)
+        words, ids = self.ranks(state["model"])
+        self._ids = np.array(ids, np.uint32)
+        self._n_bytes = np.array([len(word) for word in words], np.uint32)
+        try:
+            # Without any special token its search for them stops at every character.
+            self._tiktoken = tiktoken.Encoding(
+                "fasttrain",
+                pat_str=pattern,
+                mergeable_ranks={word: rank for rank, word in enumerate(words)},
+                special_tokens={_RESERVED: len(words)},
+            )
+        except Exception as error:  # a ValueError of its own or of the regular expression's
+            raise NotFastError(f"tiktoken does not take it ({error})") from None
+
+    def encode(self, text: str) -> NDArray[np.uint32] | None:
+        """The ids of a text, or None where they would be uncertain."""
+        # Of each character once: the expression takes 90 ns for a character, the set 15.
+        if not text.isascii() and _new_characters().search("".join(set(text))):
+            return None
+        try:
+            ranks = self._tiktoken.encode_to_numpy(
+                text, allowed_special=set(), disallowed_special=()
+            )
+        except ValueError:  # the regular expression was given up
+            return None
+        # A pattern that does not match everything: tiktoken leaves the rest out.
+        if int(self._n_bytes[ranks].sum()) != len(text.encode()):
+            return None
+        ids: NDArray[np.uint32] = self._ids[ranks]
+        return ids
+
+    @staticmethod
+    def ranks(model: dict[str, Any]) -> tuple[list[bytes], list[int]]:
+        """The tokens of a tokenizer's model in order of rank, as bytes, and their ids."""
+        plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
+            raise NotFastError("its model is not a plain byte-level BPE")
+        vocab: dict[str, int] = model["vocab"]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        products = {left + right for left, right in merges}
+        known = set(BYTE_CHARACTERS)
+        if not known <= vocab.keys():
+            raise NotFastError("its vocabulary lacks some bytes")
+        if len(products) < len(merges) or products & known:
+            raise NotFastError("two of its merges have the same product")
+        if model.get("ignore_merges") and vocab.keys() - products - known:
+            raise NotFastError("it has whole words that no merge makes")
+        alone = models.BPE(vocab, merges)
+        for left, right in merges:
+            if left not in known or right not in known:
+                raise NotFastError("its merges are out of order")
+            known.add(left + right)
+            if len(alone.tokenize(left + right)) != 1:
+                raise NotFastError("some of its tokens never come out of its merges")
+        tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
+        words = [token.translate(_BYTE_OF).encode("latin-1") for token in tokens]
+        return words, [vocab[token] for token in tokens]
+
+
+@cache
+def _new_characters() -> re.Pattern[str]:
+    """Finds a character that this Python's Unicode does not know yet."""
+    end = 0x323B0  # beyond the last ideographs little is assigned, and nothing that words are of
+    runs = groupby(range(end), lambda point: unicodedata.category(chr(point)) == "Cn")
+    points = (list(run) for unknown, run in runs if unknown)
+    ranges = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in points)
+    return re.compile(f"[{ranges}{chr(end)}-\U0010ffff]")
+
+
+def _pattern(state: dict[str, Any]) -> str:
+    """The regular expression of a tokenizer's words, if its words are all that shapes the ids."""
+    if state["normalizer"] is not None:
+        raise NotFastError("it normalizes the text")
+    if state["truncation"] is not None:
+        raise NotFastError("it truncates the text")
+    if any(not token["special"] for token in state["added_tokens"]):
+        raise NotFastError("it has added tokens that are not special")
+    step = state["pre_tokenizer"] or {"type": "none"}
+    steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _GPT2_PATTERN
+        case [
+            {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return str(regex)
+    raise NotFastError("it splits the text in a way of its own")
+
+
 class OtherIdsError(Exception):
     """tiktoken gave other ids than the tokenizer itself; the message shows where."""
 
@@ -195,18 +316,8 @@ class OtherIdsError(Exception):
 class Encoder:
     """Turns texts into ids, as the tokenizer's JSON does, and faster where that can be proven.
 
-    Args:
-        tokenizer: Special tokens written out in a text are encoded as ordinary text.
-        kind: "bytes" or "chars" if the tokenizer is one that `byte_tokenizer` or `char_tokenizer`
-            made, else anything.
-        use_tiktoken: Encode a byte-level BPE with tiktoken, compared with the tokenizer itself on
-            a sample of each call's text.
-
-    Attributes:
-        vocab_size: One more than the largest id.
-        end_of_text: The id that ends documents, or None.
-        not_fast: Why a BPE is encoded by `tokenizers`; empty if it is not.
-        losses: What of a text has no token.
+    Special tokens written out in a text are encoded as ordinary text. `kind` is "bytes" or "chars"
+    for a tokenizer that `byte_tokenizer` or `char_tokenizer` made, else anything.
     """
 
     def __init__(
@@ -220,7 +331,7 @@ class Encoder:
         self.vocab_size = 1 + max(vocab.values())
         self.end_of_text = end_of_text_id(tokenizer)
         self._fast: FastBpe | None = None
-        self.not_fast = ""
+        self.not_fast = ""  # why a BPE is encoded by `tokenizers`
         self.losses = Losses(tokenizer)
         if kind == "chars":
             points = [ord(token) for token in vocab if len(token) == 1]
@@ -232,12 +343,7 @@ class Encoder:
                 self.not_fast = str(reason)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
-        """The ids of each text, without any end of text.
-
-        Raises:
-            OtherIdsError: The sample shows that tiktoken cannot be used on this text.
-            DataError: A character that the tokenizer neither knows nor has another token for.
-        """
+        """The ids of each text, without any end of text."""
         if self.kind == "bytes":
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         if self.kind == "chars":
@@ -296,12 +402,6 @@ class Losses:
 
     What normalizer and pre-tokenizer remove, as accents or spaces, is the tokenizer's intention and
     not counted: only what its model has no token for.
-
-    Args:
-        tokenizer: Byte-level ones and those that fall back to bytes lose nothing.
-
-    Attributes:
-        what: What is lost and what becomes of it, in words; empty where nothing can be.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -309,6 +409,7 @@ class Losses:
         state = json.loads(tokenizer.to_str())
         model: dict[str, Any] = state["model"]
         vocab: Any = model["vocab"]
+        # What is lost and what becomes of it, in words; empty where nothing can be lost.
         self.what, self._unknown_id = "", model.get("unk_id")
         unknown = model.get("unk_token")
         if unknown is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.held_out import evaluation_batches
+from fasttrain.data.loader import evaluation_batches
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import gathered
 from fasttrain.distributed.world import World

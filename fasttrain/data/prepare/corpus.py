@@ -31,8 +31,6 @@ from fasttrain.data.tokenizer import (
     train_bpe,
 )
 
-__all__ = ["build_default_corpus"]
-
 RECIPE = 1  # raise it when anything below changes the tokens
 PREFIX, LOCK = ".building-", "lock"
 VAL_FRACTION = 0.05
@@ -51,17 +49,6 @@ def build_default_corpus(
     A file is a document. It belongs to validation if the first 32 bits of the SHA-256 of its bytes,
     as a fraction of 2**32, are below 0.05. The tokenizer, a byte-level BPE, is trained on the
     training part only.
-
-    Args:
-        vocab_size: Tokens of the BPE.
-        cache_dir: Where to keep it; see `cache_folder`.
-        report: Called with a line of text when something takes time.
-
-    Returns:
-        The folder, complete: it is renamed into place when everything is on disk.
-
-    Raises:
-        DataError: This Python has no source to read, or nothing can be written.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = _source_files(root)

@@ -1,4 +1,4 @@
-"""Encoding in several processes, in order, so that their number changes nothing but the time.
+"""Splits, and encoding in several processes whose number changes nothing but the time.
 
 A worker is `python -c "…serve()"` with frames of numbers and UTF-8 on its standard input and
 output: it imports no more than the tokenizer needs, does not run the caller's main module again (a
@@ -41,19 +41,7 @@ Batch = tuple[list["Piece"], int]
 def encoded(
     batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Generator[tuple[Batch, Ids]]:
-    """Each batch with the ids of its pieces, in the order of the batches.
-
-    Args:
-        batches: Read ahead by as many as there are workers, and two.
-        encoder: Used here if `workers` is 1, and its like in each worker.
-        tokenizer_file: Its tokenizer.
-        workers: Processes that encode.
-
-    Raises:
-        OtherIdsError: tiktoken cannot be used on this text.
-        DataError: The tokenizer cannot encode it.
-        ChildProcessError: A worker process was ended from outside.
-    """
+    """Yield each batch with the ids of its pieces, in the order of the batches."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder.encode([piece.text for piece in batch[0]])
@@ -185,19 +173,12 @@ _BINS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a document, and what to do with it.
+    """A part of a document, and what to do with it."""
 
-    Attributes:
-        text: At most about half a million characters.
-        split: "train" or "val".
-        last: Of its document, in this split.
-        where: Its document's file, and line or row.
-    """
-
-    text: str
+    text: str  # at most about half a million characters
     split: str
-    last: bool
-    where: str
+    last: bool  # of its document, in this split
+    where: str  # its document's file, and line or row
 
 
 def _share(document: Document) -> float:
@@ -210,7 +191,7 @@ def _n_bytes(document: Document) -> int:
 
 
 class Splitter:
-    """Assigns documents to train and val, anew in the same way for each pass.
+    """Assigns documents to train and val, in the same way in each pass.
 
     Documents go to validation by a hash of their text: one stays where it is when others come, and
     no text is in both splits. A text of one document is cut by position instead.
@@ -218,18 +199,6 @@ class Splitter:
     Where no fraction is named and the text is small, the hash decides as well, but so that at least
     the bytes above are held out and less than twice as many: documents that are themselves larger
     are left to training. Where the others do not suffice, the large ones are cut by position.
-
-    Args:
-        source: The documents.
-        val_fraction: Of the documents (of what is cut: of its text), in [0, 1). None: as above.
-
-    Attributes:
-        single: There is only one document.
-        val_fraction: As given, or as it was chosen.
-        held_out_smallest: No document fell below the fraction, and the nearest to it is held out.
-
-    Raises:
-        DataError: There is no text.
     """
 
     def __init__(self, source: Source, val_fraction: float | None) -> None:
@@ -240,6 +209,7 @@ class Splitter:
             raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
         self.single = first_two == 1
         self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        # No document fell below the fraction, and the nearest to it is held out.
         self.threshold, self.held_out_smallest = self.val_fraction, False
         self._limit = math.inf  # bytes: documents of more are not held out whole
         self._cuts_large = val_fraction != 0

@@ -29,8 +29,6 @@ from typing import IO, Any, cast
 
 from fasttrain.data.files import DataError, sha256_of
 
-__all__ = ["Document", "Source", "find_files"]
-
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
@@ -50,16 +48,10 @@ NOT_JSON = "lines that are not a JSON object (left out)"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it came from.
+    """A text and where it came from."""
 
-    Attributes:
-        where: File, and line or row.
-        pieces: Gives the text anew at each call, in pieces of about `PIECE_CHARS`, cut between
-            words wherever there is a line's end to cut at.
-    """
-
-    where: str
-    pieces: Callable[[], Iterator[str]]
+    where: str  # file, and line or row
+    pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
     def sha256(self) -> str:
         """Of the text as UTF-8, as hex."""
@@ -70,17 +62,9 @@ class Document:
 
 
 def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
-    """The files that the inputs of a command mean.
+    """Return the files that the inputs mean, and those in folders whose endings are unknown.
 
-    Args:
-        inputs: Files, folders (searched to any depth for endings this reads), globs, "-".
-
-    Returns:
-        Files in the order of the inputs, sorted within each, each once, None for standard input;
-        and the files of folders that were passed over because of their endings.
-
-    Raises:
-        DataError: An input matches nothing.
+    In the order of the inputs, sorted within each, each once; None for standard input.
     """
     found: dict[Path | None, None] = {}
     passed_over = []
@@ -120,15 +104,7 @@ def _endings(path: Path) -> tuple[str, str]:
 class Source:
     """The documents of some files, as often as they are asked for.
 
-    Args:
-        files: From `find_files`. Standard input is copied to a temporary file first.
-        field: Of a JSON line or Parquet row, that holds the text.
-        strict: What would be counted as a problem is a DataError instead.
-
-    Attributes:
-        n_bytes: Size of all files as stored.
-        problems: What went wrong in the pass now running or last run, counted by reason.
-        done_bytes: How much of `n_bytes` this pass has read.
+    If `strict`, what would be counted as a problem is a DataError instead.
     """
 
     def __init__(
@@ -138,11 +114,11 @@ class Source:
         self.files = [self._spooled() if file is None else file for file in files]
         self.n_bytes = sum(file.stat().st_size for file in self.files)
         self.field, self.strict = field, strict
-        self.problems: Counter[str] = Counter()
-        self.done_bytes = 0
+        self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
+        self.done_bytes = 0  # of `n_bytes`, read by this pass
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What tells these files from others: name, size and time of change, or the content."""
+        """Return what identifies the files: name, size and time of change, or the content."""
         stats = [(file, file.stat()) for file in self.files]
         return [
             [self._name(file), stat.st_size, sha256_of(file)]
@@ -167,12 +143,7 @@ class Source:
         self.problems[reason] += 1
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order, empty ones left out.
-
-        Raises:
-            DataError: A file cannot be read or decompressed, needs a package that is not there,
-                or, if strict, holds something that is not a text.
-        """
+        """All documents in order, empty ones left out."""
         self.problems.clear()
         before = 0
         for path in self.files:
@@ -190,7 +161,7 @@ class Source:
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
-        """Tells of a file what goes wrong in reading it, also where a document is read later."""
+        """Name the file in errors of reading it, also where a document is read later."""
         errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         if "zstandard" in sys.modules:
             errors += (sys.modules["zstandard"].ZstdError,)
@@ -200,7 +171,7 @@ class Source:
             raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
 
     def _looks_like_jsonl(self, path: Path) -> bool:
-        """Standard input tells its kind by its first line alone."""
+        """Return whether standard input holds JSON lines, by its first line."""
         if self._name(path) != "standard input":
             return False
         with path.open("rb") as file:
@@ -300,11 +271,8 @@ def _package(name: str, path: Path) -> Any:
 class _Unpacked(io.RawIOBase):
     """What the frames of a compressed file hold; EOFError where the last one is cut off.
 
-    zstandard's own reader takes a frame that is cut off for a whole one.
-
-    Args:
-        raw: The file.
-        new_frame: Makes what unpacks one frame, as `zlib.decompressobj` does.
+    zstandard's own reader takes a frame that is cut off for a whole one. `new_frame` makes what
+    unpacks one frame, as `zlib.decompressobj` does.
     """
 
     def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:

@@ -1,25 +1,48 @@
-"""Writing shards: the counterpart of shards.py."""
+"""From a splitter's pieces to a dataset on disk, with a place to resume from every few seconds.
+
+A dataset OUT is built in `.OUT.partial` beside it:
+
+    dataset/       what will be OUT: finished shards, tokenizer.json, and the shard being written
+    progress.json  what was asked for, and how far everything in dataset/ can be trusted
+    lock           held by the process at work
+
+`progress.json` is replaced only when everything that it names is on disk. To resume, the input is
+read again from its beginning, which takes little, and not encoded up to there. OUT keeps what was
+asked for in `prepared.json`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config.untrusted import misfit
+from fasttrain.config.keys import counted
+from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.files import DataError, sha256_of, write_atomically
-from fasttrain.data.format import ShardInfo
+from fasttrain.data.format import DATASET_JSON, ShardInfo
+from fasttrain.data.prepare.encode import Batch, Piece, Splitter, encoded
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.data.tokenizer import Encoder
+
+BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
+CHECKPOINT_S = 5.0  # work that an interruption can cost
+SPLITS = ("train", "val")
+PREPARED_JSON = "prepared.json"
 
 
 class Progress(TypedDict):
-    """How far a writer is."""
+    """How far a `ShardWriter` is."""
 
     shards: list[ShardInfo]
     in_shard: int
@@ -33,16 +56,8 @@ class ShardWriter:
     over the border of two shards; an end lies beside the shard in which its document ends, as
     uint64 offset of the token after the document's last one, in `<split>_000000.ends`.
 
-    Args:
-        folder: Where to; must exist.
-        split: "train" or "val", the first part of each name.
-        vocab_size: Ids must be below it; also settles the dtype.
-        shard_tokens: Tokens of every shard but the last.
-        state: What `state` returned in a process that is gone: writing goes on from there. Whatever
-            of the split is in the folder beyond it is removed.
-
-    Raises:
-        DataError: Bad arguments, or the folder does not hold what the state says.
+    With the `state` of a writer that is gone, it continues from there; whatever of the split is in
+    the folder beyond that is removed.
     """
 
     def __init__(
@@ -69,11 +84,7 @@ class ShardWriter:
             self._restore(state)
 
     def state(self) -> dict[str, Any]:
-        """Puts everything on disk and says how far that is, for a later writer to go on.
-
-        Returns:
-            JSON values.
-        """
+        """Put everything on disk and return how far that is, for a later writer."""
         n_ends = 0
         if self._file is not None:
             self._file.flush()
@@ -81,11 +92,7 @@ class ShardWriter:
             ends = np.concatenate(self._ends)
             self._ends, n_ends = [ends], ends.size
             write_atomically(self._path(".ends.partial"), ends.tobytes())
-        return {
-            "shards": self.shards,
-            "in_shard": self._in_shard,
-            "ends_in_shard": n_ends,
-        }
+        return {"shards": self.shards, "in_shard": self._in_shard, "ends_in_shard": n_ends}
 
     def _restore(self, state: dict[str, Any]) -> None:
         remedy = "start anew without --resume"
@@ -111,53 +118,34 @@ class ShardWriter:
             self._file.seek(n_bytes)
             self._ends = [np.fromfile(self._path(".ends.partial"), "<u8")]
         for path in self.folder.iterdir():
-            if (
-                path.name.startswith((f"{self.split}_", f".{self.split}_"))
-                and path.name not in keep
-            ):
+            of_split = path.name.startswith((f"{self.split}_", f".{self.split}_"))
+            if of_split and path.name not in keep:
                 path.unlink()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.close()
         elif self._file is not None:
             self._file.close()
 
-    def _path(self, suffix: str) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards):06d}{suffix}"
+    def _path(self, suffix: str, later: int = 0) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
 
     def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
-        """Appends tokens.
-
-        Args:
-            tokens: Ids, any integer dtype, shape (n,).
-            ends: Ascending offsets into `tokens`, each just after a document's last token.
-
-        Raises:
-            DataError: An id is outside the vocabulary; names file and offset. Nothing of the call
-                is written then.
-        """
+        """Append tokens, with the ends of documents as offsets into them; all or nothing."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "ui"):
             raise DataError(f"tokens must be integers of shape (n,), got {ids.dtype} {ids.shape}")
         if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
-            at = self._in_shard + first
-            shard = self.folder / (
-                f"{self.split}_{len(self.shards) + at // self.shard_tokens:06d}.bin"
-            )
+            later, offset = divmod(self._in_shard + first, self.shard_tokens)
             raise DataError(
-                f"{shard}: token {int(ids[first])} at offset {at % self.shard_tokens} is outside "
-                f"the vocabulary of {self.vocab_size}; use the tokenizer that the vocabulary "
-                "belongs to"
+                f"{self._path('.bin', later)}: token {int(ids[first])} at offset {offset} is "
+                f"outside the vocabulary of {self.vocab_size}; use the tokenizer that the "
+                "vocabulary belongs to"
             )
         stops = np.asarray(ends, dtype=np.int64)
         if stops.size and (np.any(np.diff(stops) < 0) or stops[0] < 0 or stops[-1] > ids.size):
@@ -206,11 +194,239 @@ class ShardWriter:
         self._in_shard, self._ends = 0, []
 
     def close(self) -> list[ShardInfo]:
-        """Finishes the last shard.
-
-        Returns:
-            All shards written, in order.
-        """
+        """Finish the last shard; return all that were written, in order."""
         if self._file is not None:
             self._finish()
         return self.shards
+
+
+class Partial:
+    """The folder in which a dataset is built, held by this process alone.
+
+    `asked` is everything that shapes the output, input files included, as JSON values.
+    """
+
+    def __init__(
+        self, out: Path, asked: dict[str, Any], *, resume: bool, note: Callable[[str], None]
+    ) -> None:
+        self.out, self.folder = out, out.parent / f".{out.name}.partial"
+        self.dataset = self.folder / "dataset"  # what will be `out`
+        self._progress, self._asked = self.folder / "progress.json", asked
+        self.state: dict[str, Any] = {}  # of the last `save`
+        there = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        self.complete = False  # whether `out` is there already, made as asked
+        if there:
+            if not (out / DATASET_JSON).is_file():
+                raise DataError(
+                    f"{out}: exists already and is not empty; name a new folder or remove it"
+                )
+            other = self._other_than_made() if resume else ""
+            self.complete = resume and not other
+            if not self.complete:
+                raise DataError(
+                    f"{out}: exists already and holds a dataset{other}; train on it as it is, "
+                    "remove it, or name a new folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        import fcntl  # Windows has none
+
+        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise DataError(f"{out}: another process is preparing it now; wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        if self.complete:
+            self.close()
+            return
+        try:
+            self._take_up(resume, note)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take_up(self, resume: bool, note: Callable[[str], None]) -> None:
+        """Read what is left, or make room."""
+        if self._progress.exists():
+            if resume:
+                self._load()
+                note(f"Going on with what an interrupted run left in {self.folder}")
+            else:
+                note(
+                    f"Starting anew: {self.folder} of an interrupted run is replaced (--resume "
+                    "would have gone on with it)"
+                )
+        elif resume:
+            note(f"Nothing to resume: no interrupted run left {self.folder}; starting")
+        if not self.state:
+            shutil.rmtree(self.dataset, ignore_errors=True)
+            self._progress.unlink(missing_ok=True)
+        self.dataset.mkdir(exist_ok=True)
+        for path in self.dataset.glob(".*"):  # files that were being written
+            path.unlink()
+
+    def _other_than_made(self) -> str:
+        """Return how what is asked for differs from what the finished dataset was made of."""
+        record = self.out / PREPARED_JSON
+        if not record.exists():  # made by an earlier fasttrain
+            return " that has no record of the files it was made of"
+        try:
+            other = self._other_than(read_json(record, "prepare it anew", DataError))
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return f" whose {PREPARED_JSON} is damaged ({error})"
+        return other and f" made of something else: it had {other}"
+
+    def _load(self) -> None:
+        try:
+            left = read_json(self._progress, "start anew without --resume", DataError)
+            other, state = self._other_than(left["asked"]), left["state"]
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{self._progress}: damaged ({error}); start anew without --resume"
+            ) from error
+        if other:
+            raise DataError(
+                f"--resume: the interrupted run had {other}; repeat its command, or start anew "
+                "without --resume"
+            )
+        self.state = state
+
+    def _other_than(self, before: dict[str, Any]) -> str:
+        """Return what was asked for `before` and is not now, in words; empty if all is the same."""
+        asked = json.loads(json.dumps(self._asked))  # as it looks after being stored
+        old, new = before["source"], asked["source"]
+        for key in new:
+            if key not in ("n_files", "n_bytes") and old.get(key) != new[key]:
+                return f"{key} = {old.get(key)!r}, this one has {new[key]!r}"
+        was, now = ({name: facts for name, *facts in a["files"]} for a in (before, asked))
+        for name in was | now:
+            if name not in was or name not in now:
+                return f"other files: {name} is {'gone' if name in was else 'new'}"
+            if was[name] != now[name]:
+                return f"another {name} (its size, time of change or content)"
+        if before["tokenizer_sha256"] != asked["tokenizer_sha256"]:
+            return "another content of the tokenizer's file"
+        return "" if before["recipe"] == asked["recipe"] else "another fasttrain or tokenizers"
+
+    def save(self, **state: Any) -> None:
+        """Record how far the work is; all of that must be on disk already."""
+        self.state |= state
+        content = json.dumps({"asked": self._asked, "state": self.state})
+        write_atomically(self._progress, content.encode())
+
+    def publish(self) -> None:
+        """Give the finished dataset its name."""
+        write_atomically(self.dataset / PREPARED_JSON, json.dumps(self._asked).encode())
+        os.chmod(self.dataset, 0o755)
+        _sync(self.dataset)
+        os.rename(self.dataset, self.out)
+        _sync(self.out.parent)
+        self.state = {}
+
+    def close(self) -> None:
+        """Release the lock; remove the folder unless it can be resumed from."""
+        if self._lock < 0:
+            return
+        if not self.state:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _batches(splitter: Splitter) -> Iterator[Batch]:
+    pieces: list[Piece] = []
+    n_chars = 0
+    for piece in splitter.pieces():
+        pieces.append(piece)
+        n_chars += len(piece.text)
+        if n_chars >= BATCH_CHARS:
+            yield pieces, splitter.source.done_bytes
+            pieces, n_chars = [], 0
+    if pieces:
+        yield pieces, splitter.source.done_bytes
+
+
+def write_splits(
+    partial: Partial,
+    splitter: Splitter,
+    encoder: Encoder,
+    shard_tokens: int,
+    workers: int,
+    show: Callable[[str, int], None],
+) -> dict[str, tuple[ShardWriter, int]]:
+    """Encode what is not yet encoded, and write it; call `show` with each state and bytes read.
+
+    Return for each split its closed writer and the bytes of its text. `OtherIdsError` says that
+    tiktoken cannot be used on this text, `ChildProcessError` that a worker was killed.
+    """
+    nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
+    before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
+    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
+    n_bytes = {split: before[split][1] for split in SPLITS}
+    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
+    batches = _batches(splitter)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    partial.dataset,
+                    split,
+                    vocab_size=encoder.vocab_size,
+                    shard_tokens=shard_tokens,
+                    state=before[split][0],
+                )
+            )
+            for split in SPLITS
+        }
+        for _, done_bytes in islice(batches, n_batches):
+            show("finding the place", done_bytes)
+        results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
+        saved = time.monotonic()
+        for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
+            for split, writer in writers.items():
+                parts, ends, at = [np.empty(0, np.uint32)], [], 0
+                for piece, tokens in zip(pieces, ids, strict=True):
+                    if piece.split != split:
+                        continue
+                    n_bytes[split] += len(piece.text.encode())
+                    if lost := encoder.losses.count(piece.text, tokens):
+                        if splitter.source.strict:
+                            raise _strictly(encoder, piece)
+                        n_lost += lost
+                    parts += [tokens, tail] if piece.last else [tokens]
+                    at += tokens.size + (tail.size if piece.last else 0)
+                    if piece.last:
+                        ends.append(at)
+                writer.write(np.concatenate(parts), ends)
+            n_batches += 1
+            if time.monotonic() - saved >= CHECKPOINT_S:
+                states = {split: (writers[split].state(), n_bytes[split]) for split in SPLITS}
+                partial.save(batches=n_batches, splits=states, lost=n_lost)
+                saved = time.monotonic()
+            n_tokens = sum(writer.n_tokens for writer in writers.values())
+            n_documents = sum(writer.n_documents for writer in writers.values())
+            done = f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}"
+            show(done, done_bytes)
+    if n_lost:
+        splitter.source.problems[encoder.losses.what] = n_lost
+    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
+
+
+def _strictly(encoder: Encoder, piece: Piece) -> DataError:
+    """Return the error that names the first thing that the tokenizer has no token for."""
+    begin, end = encoder.losses.first(piece.text)
+    return DataError(
+        f"{piece.where}: the tokenizer has no token for {piece.text[begin:end]!r} after "
+        f"{piece.text[max(0, begin - 30) : begin]!r}, and --strict was asked for"
+    )

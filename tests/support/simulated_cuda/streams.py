@@ -17,8 +17,7 @@ from fasttrain.checkpoint import writer as checkpoint_snapshot
 from fasttrain.checkpoint.files import history
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset
-from fasttrain.data.held_out import evaluation_batches
-from fasttrain.data.loader import Loader
+from fasttrain.data.loader import Loader, evaluation_batches
 from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import (
     Stall,
