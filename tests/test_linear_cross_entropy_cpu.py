@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels import _cpu
-from fasttrain_kernels import _linear_cross_entropy_cpu as in_cpp
-from fasttrain_kernels._cross_entropy_cpu import LossTerms
+from fasttrain_kernels import cpu as _cpu
+from fasttrain_kernels.cpu import linear_cross_entropy as in_cpp
+from fasttrain_kernels.cpu.cross_entropy import LossTerms
 from fasttrain_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms, cross_entropy_rows
+from .cpu.cross_entropy import LossTerms, cross_entropy_rows
 from ._cross_entropy_launch import launch_cross_entropy
 from ._cross_entropy_options import accumulation_dtype
 from ._dispatch import use_triton

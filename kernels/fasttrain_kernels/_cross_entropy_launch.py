@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms
+from .cpu.cross_entropy import LossTerms
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._scale import on_device, warp_size
 from ._triton import triton

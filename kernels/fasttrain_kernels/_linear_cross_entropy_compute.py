@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms, cross_entropy_rows
+from .cpu.cross_entropy import LossTerms, cross_entropy_rows
 from ._cross_entropy_launch import launch_cross_entropy
 from ._cross_entropy_options import accumulation_dtype
 from ._dispatch import use_triton
-from ._linear_cross_entropy_cpu import fits, run_in_cpp
+from .cpu.linear_cross_entropy import fits, run_in_cpp
 
 __all__ = ["Gradients", "chunk_rows", "compute_linear_cross_entropy", "weight_grad_dtype"]
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._cross_entropy_compute import compute_cross_entropy, empty_grad
-from ._cross_entropy_cpu import LossTerms
+from .cpu.cross_entropy import LossTerms
 from ._cross_entropy_options import (
     accumulation_dtype,
     check_options,

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._cpu import is_supported, load_or_warn
+from .cpu import is_supported, load_or_warn
 from ._dispatch import has_memory, is_traced, use_triton
 from ._multi_tensor import (
     BLOCK,
@@ -93,7 +93,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return load_or_warn("grad_norm", Path(__file__).parent / "_grad_norm_cpu.cpp")
+    return load_or_warn("grad_norm", Path(__file__).parent / "cpu/grad_norm.cpp")
 
 
 def _fits_cpp(tensors: Sequence[Tensor]) -> bool:

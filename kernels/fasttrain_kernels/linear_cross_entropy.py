@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms
+from .cpu.cross_entropy import LossTerms
 from ._cross_entropy_options import (
     accumulation_dtype,
     check_options,
@@ -42,7 +42,7 @@ from ._linear_cross_entropy_compute import (
     compute_linear_cross_entropy,
     weight_grad_dtype,
 )
-from ._linear_cross_entropy_cpu import fits
+from .cpu.linear_cross_entropy import fits
 from ._scale import scale_unless_one_
 from .cross_entropy import cross_entropy_reference
 

@@ -1,7 +1,7 @@
 """Loss and gradients of a linear layer and cross-entropy in C++: fp32 on a CPU with AVX2.
 
 Logits, softmax statistics and gradients of a block of columns, or where these are few of sixteen
-rows, are made while they are in the cache; the products are those of _cpu_product.h. Legend: N
+rows, are made while they are in the cache; the products are those of product.h. Legend: N
 rows, D dim, V vocabulary.
 """
 
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._cpu import PRODUCT, is_supported, load_or_warn
-from ._cross_entropy_cpu import LossTerms
-from ._dispatch import has_memory
+from . import PRODUCT, is_supported, load_or_warn
+from .cross_entropy import LossTerms
+from .._dispatch import has_memory
 
 __all__ = ["fits", "run_in_cpp"]
 
@@ -53,7 +53,7 @@ class _Shape(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    source = Path(__file__).parent / "_linear_cross_entropy_cpu.cpp"
+    source = Path(__file__).parent / "linear_cross_entropy.cpp"
     library = load_or_warn("linear_cross_entropy", PRODUCT, source)
     if library is not None:
         library.linear_cross_entropy_space.restype = ctypes.c_long

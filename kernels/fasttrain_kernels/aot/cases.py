@@ -1,6 +1,6 @@
 """Calls of the public functions that reach every launch configuration, and what each must move.
 
-`aot` compiles the launches that these calls make; `_traffic` counts the bytes of the same launches
+`aot` compiles the launches that these calls make; `traffic` counts the bytes of the same launches
 in Triton's interpreter. Rows are few: neither registers nor bytes an element depend on them.
 """
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adamw import FusedAdamW
-from .cross_entropy import cross_entropy
-from .grad_norm import grad_norm
-from .linear_cross_entropy import linear_cross_entropy
-from .rms_norm import rms_norm
-from .rope import apply_rope
-from .swiglu import relu_squared, swiglu
-from .symmetric import symmetric_matmul
+from ..adamw import FusedAdamW
+from ..cross_entropy import cross_entropy
+from ..grad_norm import grad_norm
+from ..linear_cross_entropy import linear_cross_entropy
+from ..rms_norm import rms_norm
+from ..rope import apply_rope
+from ..swiglu import relu_squared, swiglu
+from ..symmetric import symmetric_matmul
 
 __all__ = ["CASES", "Case", "floor_bytes"]
 

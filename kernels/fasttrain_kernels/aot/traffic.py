@@ -5,7 +5,7 @@ the op's tensor moves (and what multi-tensor kernels reach through their tables 
 *side* the rest: weights, per-row results, tables. *Distinct* counts an address once: a second pass
 over a row finds it in L2, so the distinct bytes are what memory moves.
 
-``TRITON_INTERPRET=1 python -m fasttrain_kernels._traffic [CASE ...]`` prints the counts of all
+``TRITON_INTERPRET=1 python -m fasttrain_kernels.aot.traffic [CASE ...]`` prints the counts of all
 cases, or of those named, as JSON.
 """
 
@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ._aot_cases import CASES, Case
-from ._dispatch import triton_on_cpu
+from .cases import CASES, Case
+from .._dispatch import triton_on_cpu
 
 __all__ = ["LaunchTraffic", "count_launches", "mend_interpreter", "traffic_of"]
 

@@ -19,7 +19,7 @@ import torch
 __all__ = ["PRODUCT", "is_supported", "load", "load_or_warn"]
 
 # Matrix products: what other sources begin with.
-PRODUCT = Path(__file__).parent / "_cpu_product.h"
+PRODUCT = Path(__file__).parent / "product.h"
 
 _FLAGS = ("-O3", "-mavx2", "-mfma", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
