@@ -15,7 +15,8 @@ import torch
 from ._torch import is_being_transformed, is_dispatch_observed
 from ._triton import HAS_TRITON
 
-__all__ = ["has_memory", "is_traced", "once", "triton_on_cpu", "use_triton"]
+# The ops' namespace is the package's name: a vendored copy does not clash with the original.
+NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 
 _forced_depth = 0
 

@@ -8,13 +8,12 @@ tables stay on the device; only what changed is uploaded, from pinned memory, wi
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._scale import warp_size
+from ._launch import n_multiprocessors, warp_size
 from ._triton import tl, triton
 
 __all__ = [
@@ -74,16 +73,11 @@ def keep_for_graph(*owners: Any) -> None:
     _kept_for_graphs.extend(owners)
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def launch_grid(n_chunks: int, device: torch.device) -> int:
     """Return how many programs share the chunks."""
     if device.type != "cuda":
         return max(1, min(n_chunks, _CPU_PROGRAMS))
-    return max(1, min(n_chunks, PROGRAMS_PER_SM * _multiprocessors(device)))
+    return max(1, min(n_chunks, PROGRAMS_PER_SM * n_multiprocessors(device)))
 
 
 def block_warps(tensor: Tensor) -> int:

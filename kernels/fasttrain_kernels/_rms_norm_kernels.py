@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._layout import as_rows, n_multiprocessors
+from ._launch import as_rows, n_multiprocessors
 from ._triton import tl, triton
 
 __all__ = ["launch_bwd", "launch_fwd"]

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cpu import is_supported, load_or_warn
 from ._dispatch import has_memory, is_traced, use_triton
 from ._multi_tensor import (
     BLOCK,
@@ -37,6 +36,7 @@ from ._multi_tensor import (
     triton_dtype,
 )
 from ._triton import tl, triton
+from .cpu import is_supported, load_or_warn
 
 __all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
 

@@ -25,13 +25,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ._dispatch import use_triton
-from ._layout import TRITON_DTYPES
+from ._dispatch import NAMESPACE, use_triton
+from ._launch import TRITON_DTYPES
 from ._rms_norm_kernels import launch_bwd, launch_fwd
 
 __all__ = ["RMSNorm", "rms_norm", "rms_norm_reference"]
-
-_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
 
 
 def rms_norm_reference(
@@ -53,7 +51,7 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::rms_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def _rms_norm_op(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +72,7 @@ def _allocate(
     return y, h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(
     dy: Tensor,
     dh: Tensor | None,

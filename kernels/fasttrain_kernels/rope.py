@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
-from ._layout import TRITON_DTYPES
+from ._dispatch import NAMESPACE, use_triton
+from ._launch import TRITON_DTYPES
 from ._triton import tl, triton
 
 __all__ = ["apply_rope", "apply_rope_reference"]
 
-_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
 _TILE_PAIRS, _NUM_WARPS = 2048, 4  # four 16-byte accesses a thread for 16-bit tensors
 
 
@@ -154,7 +153,7 @@ def _rope_kernel(
         )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::rope", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rope", mutates_args=())
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:

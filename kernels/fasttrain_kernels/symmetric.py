@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._scale import warp_size
+from ._launch import warp_size
 from ._triton import tl, triton
 
 __all__ = ["symmetric_matmul", "symmetric_matmul_reference", "symmetric_product"]

@@ -32,8 +32,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .cases import CASES, Case, floor_bytes
 from .._dispatch import triton_on_cpu
+from .cases import CASES, Case, floor_bytes
 from .issue import DEVICES, issue_of
 
 TARGETS = {

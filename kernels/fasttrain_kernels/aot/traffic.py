@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from .cases import CASES, Case
 from .._dispatch import triton_on_cpu
+from .cases import CASES, Case
 
 __all__ = ["LaunchTraffic", "count_launches", "mend_interpreter", "traffic_of"]
 
