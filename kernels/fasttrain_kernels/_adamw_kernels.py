@@ -8,8 +8,6 @@ and turns the groups' hyper-parameters into nine numbers a tensor. Rounding: onc
 from ._multi_tensor import load_pointer
 from ._triton import tl, triton
 
-__all__ = ["adamw_kernel", "advance_kernel"]
-
 
 @triton.jit
 def _one_minus_power(log_base, exponent):

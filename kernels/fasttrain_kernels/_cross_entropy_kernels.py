@@ -14,8 +14,6 @@ All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row 
 
 from ._triton import tl, triton
 
-__all__ = ["cross_entropy_kernel"]
-
 
 @triton.jit
 def _load_logits(ptr, cols, mask, softcap, HAS_SOFTCAP: tl.constexpr, EVICT: tl.constexpr):

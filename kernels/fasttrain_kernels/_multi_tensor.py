@@ -16,19 +16,6 @@ from torch import Tensor
 from ._launch import n_multiprocessors, warp_size
 from ._triton import tl, triton
 
-__all__ = [
-    "BLOCK",
-    "CHUNK",
-    "DeviceNumbers",
-    "TensorTable",
-    "block_warps",
-    "cached_table",
-    "capturing",
-    "keep_for_graph",
-    "launch_grid",
-    "triton_dtype",
-]
-
 # 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
 # last round costs at most 4 %; 28 B an element make the 8 B table entry vanish.
 CHUNK = 8192

@@ -13,8 +13,6 @@ from torch import Tensor
 from ._launch import as_rows, n_multiprocessors
 from ._triton import tl, triton
 
-__all__ = ["launch_bwd", "launch_fwd"]
-
 # Sixteen elements a thread and operand: the most that keeps the backward, which holds four operands
 # (x, dy, weight, weight gradient), within the registers of sm_90 without a spill.
 _TILE = 2048

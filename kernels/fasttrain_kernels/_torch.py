@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 try:
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 except ImportError:
 
     class TorchDispatchMode:  # type: ignore[no-redef]
@@ -24,23 +24,6 @@ except ImportError:
         def __init__(self) -> None:
             raise RuntimeError(f"TorchDispatchMode {_MISSING}")
 
-
-__all__ = [
-    "TorchDispatchMode",
-    "compile_cache_counts",
-    "compile_deterministically",
-    "dump_memory_history",
-    "fake_store",
-    "fake_tensors",
-    "fsdp_collectives",
-    "is_being_transformed",
-    "is_dispatch_observed",
-    "is_step_observed",
-    "native_bf16",
-    "record_memory_history",
-    "set_group_timeout",
-    "spare_compiler",
-]
 
 _MISSING = f"is not in torch {torch.__version__}; use the version named in constraints.txt"
 

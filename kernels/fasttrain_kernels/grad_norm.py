@@ -38,8 +38,6 @@ from ._multi_tensor import (
 from ._triton import tl, triton
 from .cpu import is_supported, load_or_warn
 
-__all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
-
 # torch.dot sums a whole vector in fp32 lanes: over 4e7 random elements three digits are wrong
 # (relative error 2e-3), in chunks none (1e-7), at the same speed; 4e6 equal elements are summed
 # with an error of 4e-5 in chunks of 2**18 and 2e-5 in chunks of 2**16 (EPYC 7003, torch 2.13).

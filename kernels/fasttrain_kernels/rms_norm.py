@@ -29,8 +29,6 @@ from ._dispatch import NAMESPACE, use_triton
 from ._launch import TRITON_DTYPES
 from ._rms_norm_kernels import launch_bwd, launch_fwd
 
-__all__ = ["RMSNorm", "rms_norm", "rms_norm_reference"]
-
 
 def rms_norm_reference(
     x: Tensor,

@@ -29,8 +29,6 @@ from ._dispatch import NAMESPACE, use_triton
 from ._launch import TRITON_DTYPES
 from ._triton import tl, triton
 
-__all__ = ["apply_rope", "apply_rope_reference"]
-
 _TILE_PAIRS, _NUM_WARPS = 2048, 4  # four 16-byte accesses a thread for 16-bit tensors
 
 

@@ -28,8 +28,6 @@ from ._dispatch import NAMESPACE, use_triton
 from ._launch import TRITON_DTYPES, as_rows
 from ._triton import tl, triton
 
-__all__ = ["relu_squared", "relu_squared_reference", "swiglu", "swiglu_reference"]
-
 _BLOCK, _NUM_WARPS = 2048, 4  # two 16-byte accesses a thread and operand for 16-bit tensors
 
 

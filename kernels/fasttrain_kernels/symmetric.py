@@ -17,8 +17,6 @@ from ._dispatch import use_triton
 from ._launch import warp_size
 from ._triton import tl, triton
 
-__all__ = ["symmetric_matmul", "symmetric_matmul_reference", "symmetric_product"]
-
 # On one core of an EPYC 7003 four strips of 64 rows take 0.90 (r = c) to 0.77 (c = 3 r) of a full
 # product at r = 256, and 0.73 to 0.69 at r = 768; at r = 128 strips do not pay for square products.
 _MIN_STRIP_ROWS = 256

@@ -19,8 +19,6 @@ from ..rope import apply_rope
 from ..swiglu import relu_squared, swiglu
 from ..symmetric import symmetric_matmul
 
-__all__ = ["CASES", "Case", "floor_bytes"]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["DEVICES", "Device", "Issue", "issue_of"]
-
 
 class Device(NamedTuple):
     """A GPU of a compute capability: data sheet and CUDA C Programming Guide."""

@@ -23,8 +23,6 @@ from triton.runtime import interpreter
 from .._dispatch import triton_on_cpu
 from .cases import CASES, Case
 
-__all__ = ["LaunchTraffic", "count_launches", "mend_interpreter", "traffic_of"]
-
 
 class LaunchTraffic:
     """The traffic of one launch.

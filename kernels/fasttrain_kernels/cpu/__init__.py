@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PRODUCT", "is_supported", "load", "load_or_warn"]
-
 # Matrix products: what other sources begin with.
 PRODUCT = Path(__file__).parent / "product.h"
 
