@@ -54,25 +54,11 @@ def _load_h(x_ptr, residual_ptr, h_ptr, offsets_x, offsets, mask, HAS_RESIDUAL: 
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    h_ptr,
-    rstd_ptr,
-    n_inner,
-    stride_x_outer,
-    stride_x_inner,
-    n_rows,
-    eps,
-    ALIGN: tl.constexpr,
-    N_COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
+    n_inner, stride_x_outer, stride_x_inner, n_rows, eps,
+    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
     row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
@@ -112,26 +98,12 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    dy_ptr,
-    dh_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    partial_ptr,
-    n_inner,
-    stride_x_outer,
-    stride_x_inner,
-    n_rows,
-    ALIGN: tl.constexpr,
-    N_COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_DH: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    n_inner, stride_x_outer, stride_x_inner, n_rows,
+    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_DH: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0)
     n_programs = tl.num_programs(0)
     n_tiles = tl.cdiv(n_rows, BLOCK_R)
@@ -255,26 +227,12 @@ def launch_fwd(
     block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
     with torch.cuda.device_of(x):
         _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
-            x,
-            residual,
-            weight,
-            y,
-            h,
-            rstd,
-            n_inner,
-            stride_outer // align,
-            stride_inner // align,
-            n_rows,
-            float(eps),
-            ALIGN=align,
-            N_COLS=n_cols,
-            BLOCK_R=block_r,
-            BLOCK_N=block_n,
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            ZERO_CENTERED=zero_centered,
-            num_warps=num_warps,
-        )
+            x, residual, weight, y, h, rstd, n_inner, stride_outer // align,
+            stride_inner // align, n_rows, float(eps),
+            ALIGN=align, N_COLS=n_cols, BLOCK_R=block_r, BLOCK_N=block_n,
+            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+            ZERO_CENTERED=zero_centered, num_warps=num_warps,
+        )  # fmt: skip
 
 
 def launch_bwd(
@@ -303,27 +261,12 @@ def launch_bwd(
         partial = torch.empty(n_programs, n_cols, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _rms_norm_bwd_kernel[(n_programs,)](
-            dy,
-            dh,
-            x,
-            weight,
-            rstd,
-            dx,
-            partial,
-            n_inner,
-            stride_outer // align,
-            stride_inner // align,
-            n_rows,
-            ALIGN=align,
-            N_COLS=n_cols,
-            BLOCK_R=block_r,
-            BLOCK_N=block_n,
-            HAS_DH=dh is not None,
-            HAS_WEIGHT=weight is not None,
-            NEEDS_DW=dw is not None,
-            ZERO_CENTERED=zero_centered,
+            dy, dh, x, weight, rstd, dx, partial, n_inner, stride_outer // align,
+            stride_inner // align, n_rows,
+            ALIGN=align, N_COLS=n_cols, BLOCK_R=block_r, BLOCK_N=block_n, HAS_DH=dh is not None,
+            HAS_WEIGHT=weight is not None, NEEDS_DW=dw is not None, ZERO_CENTERED=zero_centered,
             num_warps=num_warps,
-        )
+        )  # fmt: skip
         if dw is not None:
             _sum_partials_kernel[(triton.cdiv(n_cols, 32),)](
                 partial, dw, n_programs, N_COLS=n_cols, BLOCK_R=64, BLOCK_N=32, num_warps=4

@@ -138,47 +138,25 @@ class TritonClass:
             keep_for_graph(self, held)
         with torch.cuda.device_of(self.coefs):  # type: ignore[no-untyped-call]
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
-                hyper,
-                lr_pointers,
-                self.group_of,
-                self.step_pointers,
-                self.coefs,
-                self.coefs if clip is None else clip,
-                self.coefs if scale is None else scale,
-                self.coefs if found_inf is None else found_inf,
-                table.n_tensors,
-                HYPER=_HYPER,
-                COEFS=_COEFS,
-                HAS_CLIP=clip is not None,
-                HAS_SCALE=scale is not None,
-                HAS_FOUND_INF=found_inf is not None,
-                BLOCK=1024,
+                hyper, lr_pointers, self.group_of, self.step_pointers, self.coefs,
+                self.coefs if clip is None else clip, self.coefs if scale is None else scale,
+                self.coefs if found_inf is None else found_inf, table.n_tensors,
+                HYPER=_HYPER, COEFS=_COEFS, HAS_CLIP=clip is not None,
+                HAS_SCALE=scale is not None, HAS_FOUND_INF=found_inf is not None, BLOCK=1024,
                 num_warps=4,
-            )
+            )  # fmt: skip
             if table.n_chunks > 0:
                 p, g, m, v = self.dtypes
                 adamw_kernel[(launch_grid(table.n_chunks, self.device),)](
-                    addresses,
-                    table.lengths,
-                    table.chunks,
-                    self.coefs,
-                    self.coefs if found_inf is None else found_inf,
-                    table.n_tensors,
-                    table.n_chunks,
-                    0 if seed is None else seed,
-                    P=p,
-                    G=g,
-                    M=m,
-                    V=v,
-                    COEFS=_COEFS,
-                    HAS_MASTER=self.has_master,
+                    addresses, table.lengths, table.chunks, self.coefs,
+                    self.coefs if found_inf is None else found_inf, table.n_tensors,
+                    table.n_chunks, 0 if seed is None else seed,
+                    P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
                     HAS_FOUND_INF=found_inf is not None,
                     ALIGNED=not any(pointer % 16 for pointer in pointers),
-                    ROUND=seed is not None,
-                    CHUNK=CHUNK,
-                    BLOCK=BLOCK,
+                    ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
                     num_warps=block_warps(self.coefs),
-                )
+                )  # fmt: skip
         del held
 
 

@@ -186,23 +186,14 @@ def launch_cross_entropy(
     def launch() -> None:
         cross_entropy_kernel[(n_rows,)](
             *arguments,
-            BLOCK_N=block,
-            ALIGN=align,
-            SINGLE_PASS=single,
-            HAS_EDGES=has_edges,
-            COMPUTE_LOSS=losses is not None,
-            WRITE_GRAD=grad is not None,
-            SKIP_UNIT=skip_unit,
-            HAS_UPSTREAM=upstream is not None,
-            HAS_SCALE=scale is not None,
+            BLOCK_N=block, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
+            COMPUTE_LOSS=losses is not None, WRITE_GRAD=grad is not None, SKIP_UNIT=skip_unit,
+            HAS_UPSTREAM=upstream is not None, HAS_SCALE=scale is not None,
             HAS_CLASS_WEIGHT=class_weight is not None,
-            HAS_TOKEN_WEIGHT=token_weight is not None,
-            HAS_SMOOTHING=label_smoothing != 0.0,
-            HAS_Z_LOSS=z_loss != 0.0,
-            HAS_SOFTCAP=softcap != 0.0,
-            HAS_CORRECT=correct is not None,
-            num_warps=num_warps,
-        )
+            HAS_TOKEN_WEIGHT=token_weight is not None, HAS_SMOOTHING=label_smoothing != 0.0,
+            HAS_Z_LOSS=z_loss != 0.0, HAS_SOFTCAP=softcap != 0.0,
+            HAS_CORRECT=correct is not None, num_warps=num_warps,
+        )  # fmt: skip
 
     on_device(logits, launch)
 

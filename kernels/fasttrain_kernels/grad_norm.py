@@ -149,16 +149,10 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
 
 @triton.jit
 def _sum_squares_kernel(
-    pointers_ptr,
-    lengths_ptr,
-    chunks_ptr,
-    partial_ptr,
+    pointers_ptr, lengths_ptr, chunks_ptr, partial_ptr,
     n_chunks,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum the squares of every n-th chunk, in the same order whatever runs beside it."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     lanes = tl.arange(0, BLOCK)
@@ -213,17 +207,10 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         for table, pointers, dtype, aligned, offset, programs in launches:
             _sum_squares_kernel[(programs,)](
-                pointers,
-                table.lengths,
-                table.chunks,
-                partial[offset:],
-                table.n_chunks,
-                DTYPE=dtype,
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
+                pointers, table.lengths, table.chunks, partial[offset:], table.n_chunks,
+                DTYPE=dtype, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=block_warps(out),
-            )
+            )  # fmt: skip
         _finish_kernel[(1,)](partial, out, n_partials, max_norm, BLOCK=1024, num_warps=4)
     return GradNorm(*out.unbind())
 

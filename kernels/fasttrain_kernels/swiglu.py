@@ -68,17 +68,10 @@ def _swiglu_fwd_kernel(
 
 @triton.jit
 def _swiglu_bwd_kernel(
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    stride_dy,
-    stride_gate,
-    stride_up,
-    n_cols,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
+    stride_dy, stride_gate, stride_up, n_cols,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row, cols = _row_and_cols(n_cols, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)

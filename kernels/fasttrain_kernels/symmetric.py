@@ -34,19 +34,11 @@ def symmetric_matmul_reference(
 
 @triton.jit
 def _symmetric_kernel(
-    x_ptr,
-    add_ptr,
-    out_ptr,
-    n_rows,
-    n_cols,
-    n_tiles,
-    alpha,
-    beta,
-    HAS_ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x_ptr, add_ptr, out_ptr,
+    n_rows, n_cols, n_tiles, alpha, beta,
+    HAS_ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Compute tile (i, j ≤ i) of one matrix and store it at (i, j) and, transposed, at (j, i)."""
     matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
     tile = tl.program_id(0) % n_tiles
