@@ -83,7 +83,7 @@ def once(grads: tuple[torch.Tensor | None, ...], name: str) -> tuple[torch.Tenso
     if not torch.is_grad_enabled():
         return grads
     given = [g if g is None else g.detach().requires_grad_() for g in grads]
-    refused: tuple[torch.Tensor | None, ...] = _Last.apply(name, *given)  # type: ignore[no-untyped-call]
+    refused: tuple[torch.Tensor | None, ...] = _Last.apply(name, *given)
     return refused
 
 

@@ -136,7 +136,7 @@ class TritonClass:
         hyper, lr_pointers, held = self._refresh()
         if capturing(self.device):
             keep_for_graph(self, held)
-        with torch.cuda.device_of(self.coefs):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(self.coefs):
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
                 hyper, lr_pointers, self.group_of, self.step_pointers, self.coefs,
                 self.coefs if clip is None else clip, self.coefs if scale is None else scale,

@@ -487,9 +487,7 @@ def cross_entropy(
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
     if inplace and needs_grad and not compiling and logits.is_contiguous():
-        results = _InPlace.apply(  # type: ignore[no-untyped-call]
-            x, flat_targets, options, reduce, return_accuracy
-        )
+        results = _InPlace.apply(x, flat_targets, options, reduce, return_accuracy)
     else:
         if n_cols > 1 and x.stride(1) != 1:
             x = x.contiguous()

@@ -204,7 +204,7 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
         n_partials += programs
     partial = torch.empty(n_partials, dtype=torch.float32, device=device)
     out = torch.empty(3, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(out):
         for table, pointers, dtype, aligned, offset, programs in launches:
             _sum_squares_kernel[(programs,)](
                 pointers, table.lengths, table.chunks, partial[offset:], table.n_chunks,

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Rotary position embedding of queries and keys together, in one launch each way.
 
 The pairs are (i, i + K/2), the convention of Llama and of Hugging Face's `rotate_half`. With angle

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Gated and squared activations in one pass each way: SwiGLU and ReLU².
 
     swiglu:        y = silu(g)·u, silu(g) = g·σ(g)

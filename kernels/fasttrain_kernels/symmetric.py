@@ -85,7 +85,7 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     block_r, block_c, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
     side = triton.cdiv(rows, block_r)
     tiles = side * (side + 1) // 2
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):
         _symmetric_kernel[(n * tiles,)](
             x,
             out if add is None else add,
@@ -106,15 +106,9 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
 
 
 def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply batches of matrices whose products are symmetric, with plain torch.
+    """Multiply (n, r, c) by (n, c, r) whose product is symmetric in exact arithmetic.
 
-    Args:
-        a: (n, r, c).
-        b: (n, c, r), such that a @ b is symmetric in exact arithmetic: aᵀ, or a polynomial of the
-            same symmetric matrix as a.
-
-    Returns:
-        (n, r, r).
+    b is aᵀ, or a polynomial of the same symmetric matrix as a. Plain torch.
     """
     rows = a.shape[1]
     if rows < _MIN_STRIP_ROWS or a.device.type != "cpu":

@@ -250,11 +250,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
 
 
 def narrow_offsets(ttir: str) -> tuple[str, ...]:
-    """Return the pointer arguments that a load or store reaches by 32-bit offsets alone.
-
-    Args:
-        ttir: a compiled kernel's TTIR.
-    """
+    """Return the pointer arguments that a load or store reaches by 32-bit offsets alone."""
     parent: dict[str, str] = {}
     wide: set[str] = set()
     narrow: set[str] = set()
@@ -296,16 +292,10 @@ def reports(
     *,
     count: bool = True,
 ) -> list[Report]:
-    """Compile everything for the targets and count the bytes of every launch.
+    """Compile all launches of the cases for the targets, in ``jobs`` processes.
 
-    Args:
-        targets: names from `TARGETS`.
-        jobs: processes that compile.
-        cases: calls whose launches are compiled.
-        count: whether to count bytes, which takes another process.
-
-    Returns:
-        One `Report` a distinct specialisation and target.
+    Another process counts their bytes. There is a `Report` for each distinct specialisation and
+    target.
     """
     torch.set_num_threads(1)  # the workers are forked, which threads would not survive
     counting = _start_counting(cases) if count else None
@@ -326,18 +316,8 @@ def reports(
             assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
             if found["floor"] is not None:
                 every, distinct = bulk / launch.elements, once / launch.elements
-        rows.append(
-            Report(
-                kernel=launch.kernel,
-                case=launch.case,
-                configuration=launch.configuration,
-                target=target,
-                bytes=every,
-                distinct=distinct,
-                aligned=launch.aligned,
-                **found,
-            )
-        )
+        fields = {"bytes": every, "distinct": distinct, "aligned": launch.aligned, **found}
+        rows.append(Report(launch.kernel, launch.case, launch.configuration, target, **fields))
     return rows
 
 

@@ -27,13 +27,9 @@ from .cases import CASES, Case
 class LaunchTraffic:
     """The traffic of one launch.
 
-    Attributes:
-        kernel: its name.
-        arguments: its arguments by name.
-        bulk: bytes loaded and stored, every access counted.
-        distinct: bulk bytes, each address counted once for loads and once for stores; what the
-            launch itself wrote and reads back is in the cache and not counted.
-        side: bytes by operand, of the operands that are smaller than the op's tensor.
+    In ``bulk`` every access counts; in ``distinct`` an address counts once for loads and once for
+    stores, and what the launch itself wrote and reads back is in the cache and does not count.
+    ``side`` has the bytes of each operand that is smaller than the op's tensor.
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any], elements: int) -> None:
@@ -79,11 +75,7 @@ class LaunchTraffic:
 
 @contextmanager
 def count_launches(elements: int) -> Iterator[list[LaunchTraffic]]:
-    """Yield the list to which each launch inside the block is added, in order.
-
-    Args:
-        elements: operands with fewer elements are side operands.
-    """
+    """Yield the list to which each launch is added; fewer ``elements`` make a side operand."""
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     launches: list[LaunchTraffic] = []
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
