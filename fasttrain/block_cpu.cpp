@@ -1,5 +1,5 @@
-// Blocks of the Transformer on a CPU, both ways. Built behind _cpu_product.h, turns_cpu.h, the
-// attention and block_rows_cpu.h.
+// Blocks of the Transformer on a CPU, both ways. Built behind cpu/product.h of the kernels,
+// turns_cpu.h, the attention and block_rows_cpu.h.
 //
 // A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
