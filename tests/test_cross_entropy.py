@@ -21,12 +21,6 @@ if not torch.cuda.is_available():
         importlib.import_module("triton.experimental.gluon")
 
 
-@pytest.fixture(params=["torch", "triton"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device on which each of the two paths runs."""
-    return CPU if request.param == "torch" else request.getfixturevalue("triton_device")
-
-
 def half(device: torch.device) -> torch.dtype:
     """The interpreter truncates bf16 where a GPU rounds: there fp16 stands for it."""
     return torch.bfloat16 if device.type == "cuda" else torch.float16

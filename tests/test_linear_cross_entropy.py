@@ -21,12 +21,6 @@ CPU = torch.device("cpu")
 SMALL_CHUNK = 0.002  # MiB: a handful of rows, so that there are many chunks
 
 
-@pytest.fixture(params=["torch", "triton"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device on which each of the two paths runs."""
-    return CPU if request.param == "torch" else request.getfixturevalue("triton_device")
-
-
 def half(device: torch.device) -> torch.dtype:
     """The interpreter truncates bf16 where a GPU rounds: there fp16 stands for it."""
     return torch.bfloat16 if device.type == "cuda" else torch.float16
