@@ -62,7 +62,7 @@ def cross_entropy_kernel(
     upstream = 1.0
     if HAS_UPSTREAM:
         upstream = tl.load(upstream_ptr + row * stride_upstream).to(tl.float32)
-        if SKIP_UNIT:  # noqa: SIM102 - one branch is settled by the compiler
+        if SKIP_UNIT:  # noqa: SIM102 - one branch is resolved by the compiler
             if upstream == 1.0:
                 return
     target = tl.load(targets_ptr + row).to(tl.int64)

@@ -46,7 +46,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return _TRITON_DTYPES[dtype]
 
 
-# What a CUDA graph reads must outlive it, and nobody says when it ends: a few hundred KiB each.
+# What a CUDA graph reads must outlive it, and its end cannot be observed: a few hundred KiB each.
 _kept_for_graphs: list[Any] = []
 
 
@@ -144,8 +144,8 @@ def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
     numels = tuple(t.numel() for t in tensors)
     device = tensors[0].device
     pointers = [t.data_ptr() for t in tensors]
-    # Launches prepared side by side, or on two streams, are told apart: the addresses of one must
-    # not replace the other's. A graph has its own in any table, and cannot make one.
+    # Launches prepared in parallel, or on two streams, have separate tables: the addresses of one
+    # must not replace the other's. A graph cannot make a table; its addresses are its own in any.
     kind = (device, tensors[0].dtype, pointers[0] % 16 == 0, numels)
     stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
     key = (*kind, stream)
@@ -162,7 +162,7 @@ def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
 
 @triton.jit
 def load_pointer(pointers_ptr, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load an address and say what it points to, and that it is a multiple of 16."""
+    """Load an address as a pointer to DTYPE, with a promise that it is a multiple of 16."""
     pointer = tl.load(pointers_ptr + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)

@@ -50,7 +50,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def is_being_transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is under way. Unknown: True."""
+    """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
     peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
     return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
@@ -126,7 +126,7 @@ def spare_compiler() -> None:
 def compile_deterministically() -> None:
     """Keep Inductor from choosing between kernels that round differently by their speed.
 
-    It reads the variable when it is imported, which takes a second. Unknown: it goes on choosing.
+    It reads the variable when it is imported, which takes a second. Unknown: no effect.
     """
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if (config := sys.modules.get("torch._inductor.config")) is not None:

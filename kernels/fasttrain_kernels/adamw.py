@@ -17,7 +17,7 @@ Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.0
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from operator import is_
 from typing import Any
@@ -43,7 +43,7 @@ from ._torch import is_step_observed
 from ._triton import triton
 from .grad_norm import local_tensor
 
-_PROBE = torch.empty(0)  # tells whether CPU tensors take the Triton path at the moment
+_PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Columns of the table of group hyper-parameters, and of the table of a tensor's coefficients.
@@ -124,12 +124,17 @@ class TritonClass:
     def launch(
         self,
         operands: list[list[Tensor]],
-        clip: Tensor | None,
-        scale: Tensor | None,
-        found_inf: Tensor | None,
+        scalars: Sequence[Tensor | None],
         seed: int | None,
     ) -> None:
-        """Count the step and update the parameters; a seed asks for stochastic rounding."""
+        """Count the step and update the parameters; a seed asks for stochastic rounding.
+
+        The scalars are clip coefficient, loss scale and found_inf, each None for none.
+        """
+        clip, scale, found_inf = (
+            None if x is None else x.to(self.device, torch.float32, non_blocking=True)
+            for x in scalars
+        )
         table = self.table
         pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
         addresses = table.on_device(pointers)
@@ -173,9 +178,7 @@ class TritonUpdate:
         self,
         params: list[Tensor],
         grads: list[Any],
-        clip: Tensor | None,
-        scale: Tensor | None,
-        found_inf: Tensor | None,
+        scalars: Sequence[Tensor | None],
         seed: int | None,
     ) -> None:
         """Update the parameters in place; the gradients are only read."""
@@ -186,22 +189,17 @@ class TritonUpdate:
                 operands.append(state["master"])
             stored.append([local_tensor(t.detach()) for t in operands])
         work = [_one_order(operands) for operands in stored]
+        aligned = [not any(t.data_ptr() % 16 for t in operands) for operands in work]
         signature = [
-            (o[0].device, tuple(t.dtype for t in o), o[0].numel(), _aligned(o)) for o in work
+            (o[0].device, tuple(t.dtype for t in o), o[0].numel(), a)
+            for o, a in zip(work, aligned, strict=True)
         ]
         if signature != self._signature:
             self._classify(work, signature)
         for number, (members, positions) in enumerate(self._classes):
-            device = members.device
             # Classes of equal size would round with the same noise (odd: golden ratio · 2³²).
             own_seed = None if seed is None else (seed + number * 0x9E3779B1) & 0x7FFFFFFF
-            members.launch(
-                [work[j] for j in positions],
-                _scalar(clip, device),
-                _scalar(scale, device),
-                _scalar(found_inf, device),
-                own_seed,
-            )
+            members.launch([work[j] for j in positions], scalars, own_seed)
         for originals, copies in zip(stored, work, strict=True):
             for position, (original, copy) in enumerate(zip(originals, copies, strict=True)):
                 if original is not copy and position != 1:
@@ -221,10 +219,6 @@ class TritonUpdate:
         self._signature = signature
 
 
-def _aligned(operands: list[Tensor]) -> bool:
-    return not any(t.data_ptr() % 16 for t in operands)
-
-
 def _one_order(operands: list[Tensor]) -> list[Tensor]:
     """Return the operands with their elements at equal offsets, copied where they are not."""
     if all(t.is_contiguous() for t in operands):
@@ -239,10 +233,6 @@ def _one_order(operands: list[Tensor]) -> list[Tensor]:
         else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
         for t in operands
     ]
-
-
-def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, torch.float32, non_blocking=True)
 
 
 class Batch:
@@ -626,7 +616,7 @@ class FusedAdamW(Optimizer):
         if plan.triton is not None:
             scalars = (clip_coefficient, grad_scale, found_inf)
             seed = self._seed if self._rounding else None
-            plan.triton.launch(params, grads, *scalars, seed)
+            plan.triton.launch(params, grads, scalars, seed)
         if not plan.counters or (found_inf is not None and found_inf.item() != 0):
             return loss
         scale = 1.0 if clip_coefficient is None else clip_coefficient.item()

@@ -399,7 +399,7 @@ class _InPlace(torch.autograd.Function):
             logits, targets, grad, options, want_correct=want_correct
         )
         if ctx.in_forward:
-            # Whoever else saved these logits for backward must hear that they are gone.
+            # Autograd then refuses other backwards that saved these logits.
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, correct)

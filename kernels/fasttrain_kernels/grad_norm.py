@@ -45,9 +45,8 @@ CPU_CHUNK = 1 << 16
 # Of a large tensor all threads sum rows, each row one thread: 4.2e6 elements in 0.3 ms, not in 0.8,
 # on two. vector_norm has fewer lanes: rows of 2**14 are as exact as torch.dot's chunks of 2**16.
 CPU_ROW, CPU_LARGE = 1 << 14, 1 << 18
-# Elements of all tensors from which they go through C++: for fewer, that nobody need wait for g++,
-# 0.6 s once. Of 8e5 in 27 tensors, in a training step, it takes 0.37 ms, not 0.65 (two Zen 3 cores,
-# torch 2.13).
+# Total elements from which C++ is used: fewer are not worth g++'s 0.6 s, once. In a training step
+# C++ takes 0.37 ms for 8e5 elements in 27 tensors, torch 0.65 (two Zen 3 cores, torch 2.13).
 CPU_MANY = 1 << 18
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ uses the same
 
@@ -153,7 +152,7 @@ def _sum_squares_kernel(
     n_chunks,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the squares of every n-th chunk, in the same order whatever runs beside it."""
+    """Sum the squares of every n-th chunk, in an order that does not depend on timing."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     lanes = tl.arange(0, BLOCK)
     for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
@@ -260,13 +259,11 @@ def grad_norm(
     else:
         run = _grad_norm_cpp if _fits_cpp(local) else _grad_norm_torch
     result = run(local, max_norm)
-    return result if group is None else _finish(_reduce(result.norm, group), max_norm)
-
-
-def _reduce(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
-    square = norm.square()
+    if group is None:
+        return result
+    square = result.norm.square()
     dist.all_reduce(square, group=group)
-    return square.sqrt()
+    return _finish(square.sqrt(), max_norm)
 
 
 @torch.no_grad()

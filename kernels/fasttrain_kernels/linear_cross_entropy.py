@@ -35,8 +35,8 @@ from .cpu.cross_entropy import cross_entropy_rows
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 
-# On a CPU so few logits, 4 MiB in fp32, are computed at once: what chunks take beside the products,
-# 0.3 ms, is a third of everything at N=768, D=128, V=96. Beyond, chunks are the faster way.
+# Up to so many logits (4 MiB in fp32) a CPU computes all at once: the overhead of chunks, 0.3 ms, is
+# a third of the total at N=768, D=128, V=96. With more logits chunks are faster.
 _AT_ONCE = 2**20
 # Rows of a chunk. On a CPU products gain little above 512 rows (N=4096, D=256, V=4096, two Milan
 # cores: 64 rows 277 ms, 256 208 ms, 512 183 ms, 1024 179 ms); on a GPU small chunks are bound by
@@ -452,7 +452,7 @@ _forward.register_autograd(_backward_formula, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The same op for tensors that nobody traces."""
+    """The same op for tensors that are not traced."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

@@ -135,7 +135,7 @@ def _captured(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
 
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         taken.append({"function": fn.jit_function, **compile})
-        return True  # which tells Triton neither to compile nor to launch
+        return True  # Triton then neither compiles nor launches
 
     driver, before = triton.runtime.driver, triton.runtime.driver._active
     driver.set_active(_Driver(target))

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     run: Callable[[], None]
     elements: int  # of the tensor that the floor is counted for; 0 where bytes do not bound
     # Whether every row of every operand starts on a 16-byte boundary, or the kernel promises wide
-    # accesses all the same; where not, 16-byte accesses cannot be had.
+    # accesses anyway. Otherwise 16-byte accesses are impossible.
     aligned: bool = True
     smallest: int = 0  # elements of the smallest operand that counts as bulk; 0: ``elements``
     columns: int = 0  # of a row, where the kernel does not know it when compiled; 0: it does

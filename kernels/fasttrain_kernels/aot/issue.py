@@ -35,7 +35,7 @@ DEVICES = {
 
 
 class Issue(NamedTuple):
-    """What bounds a kernel beside memory."""
+    """What bounds a kernel, apart from memory."""
 
     instructions: float  # of a thread, for an element of the op's tensor
     programs: int  # that a multiprocessor holds
