@@ -35,8 +35,8 @@ from .cpu.cross_entropy import cross_entropy_rows
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 
-# Up to so many logits (4 MiB in fp32) a CPU computes all at once: the overhead of chunks, 0.3 ms, is
-# a third of the total at N=768, D=128, V=96. With more logits chunks are faster.
+# A CPU computes up to so many logits (4 MiB in fp32) at once: the overhead of chunks, 0.3 ms, is a
+# third of the total at N=768, D=128, V=96. With more logits chunks are faster.
 _AT_ONCE = 2**20
 # Rows of a chunk. On a CPU products gain little above 512 rows (N=4096, D=256, V=4096, two Milan
 # cores: 64 rows 277 ms, 256 208 ms, 512 183 ms, 1024 179 ms); on a GPU small chunks are bound by

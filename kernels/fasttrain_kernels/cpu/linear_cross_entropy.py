@@ -27,10 +27,10 @@ _PARTS = 16
 _ROWS = 512
 # Fewer logits are not worth the time that g++ takes.
 _LEAST = 2**20
-# Up to so many columns the layout for few columns is used. It is faster above so many logits, for
-# weights up to so many elements, which each thread packs for itself: N=768, D=128, V=65 takes 1.2 ms either way, N=2048,
-# D=128, V=256 4.3 instead of 5.3, N=2048, D=768, V=1024 79 instead of 118 (two Zen 3 cores, torch
-# 2.13). V=2048 gains nothing.
+# The layout for few columns: up to how many, above how many logits, and up to how many elements of
+# the weight, which each thread packs for itself. N=768, D=128, V=65 takes 1.2 ms either way,
+# N=2048, D=128, V=256 4.3 instead of 5.3, N=2048, D=768, V=1024 79 instead of 118 (two Zen 3 cores,
+# torch 2.13). V=2048 gains nothing.
 _FEW, _LEAST_OF_FEW, _LARGEST_OF_FEW = 1024, 2**18, 2**20
 
 
