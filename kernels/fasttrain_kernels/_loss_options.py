@@ -45,19 +45,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check(
+def resolve(
     name: str,
     rows: Tensor,
     n_cols: int,
     targets: Tensor,
     reduction: str,
+    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     class_weight: Tensor | None,
     token_weight: Tensor | None,
-) -> None:
-    """Raise unless targets and options fit logits of shape (``rows.shape[:-1]``, n_cols)."""
+) -> tuple[Tensor, LossOptions]:
+    """Return the targets of N rows and the options, or raise where they do not fit.
+
+    The logits have the dtype and device of ``rows``, and shape ``(*rows.shape[:-1], n_cols)``.
+    """
     shape, device = rows.shape[:-1], rows.device
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
@@ -102,25 +106,13 @@ def check(
                 f"{name}: {label} requires grad, but no gradient is computed for it; pass "
                 f"{label}.detach()."
             )
-
-
-def resolve(
-    targets: Tensor,
-    dtype: torch.dtype,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-) -> tuple[Tensor, LossOptions]:
-    """Return the targets of N rows, and the options of the loss of logits of ``dtype``."""
     targets = targets.reshape(-1).contiguous()
     weight = None if token_weight is None else token_weight.reshape(-1)
     scale = None
     if reduction == "mean":
-        scale = mean_scale(targets, ignore_index, class_weight, weight, accumulation_dtype(dtype))
+        scale = mean_scale(
+            targets, ignore_index, class_weight, weight, accumulation_dtype(rows.dtype)
+        )
     return targets, LossOptions(
         class_weight, weight, scale, ignore_index, label_smoothing, z_loss, softcap or 0.0
     )

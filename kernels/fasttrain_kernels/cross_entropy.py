@@ -35,7 +35,6 @@ from ._loss_options import (
     SCHEMA,
     LossOptions,
     accumulation_dtype,
-    check,
     finish,
     mean_scale,
     resolve,
@@ -478,11 +477,12 @@ def cross_entropy(
         O(N) where no gradient is required.
     """
     name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
-    terms = (label_smoothing, z_loss, softcap, class_weight, token_weight)
-    check(name, logits, n_cols, targets, reduction, *terms)
+    flat_targets, options = resolve(
+        name, logits, n_cols, targets, reduction, ignore_index, label_smoothing, z_loss, softcap,
+        class_weight, token_weight,
+    )  # fmt: skip
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")
-    flat_targets, options = resolve(targets, logits.dtype, reduction, ignore_index, *terms)
     x = logits.reshape(-1, n_cols)
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ._dispatch import NAMESPACE, is_traced, once, use_triton
 from ._launch import scale_unless_one_
-from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, check, finish, resolve
+from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
 from .cpu.cross_entropy import cross_entropy_rows
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
@@ -563,15 +563,16 @@ def linear_cross_entropy(
         to 2²⁰ logits in fp32 or fp64 are kept for backward, unless ``max_chunk_mib`` is given.
     """
     name = "linear_cross_entropy"
-    terms = (label_smoothing, z_loss, softcap, class_weight, token_weight)
     _check_shapes(hidden, weight, bias)
-    check(name, hidden, weight.shape[0], targets, reduction, *terms)
+    flat_targets, options = resolve(
+        name, hidden, weight.shape[0], targets, reduction, ignore_index, label_smoothing, z_loss,
+        softcap, class_weight, token_weight,
+    )  # fmt: skip
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    flat_targets, options = resolve(targets, hidden.dtype, reduction, ignore_index, *terms)
     x = hidden.reshape(-1, hidden.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
