@@ -25,7 +25,7 @@ if _interpret:
 import fasttrain_kernels  # noqa: E402
 
 if _interpret:  # what the interpreter imports at its first launch must see the variable too
-    from fasttrain_kernels._traffic import mend_interpreter
+    from fasttrain_kernels.aot.traffic import mend_interpreter
 
     importlib.import_module("triton.experimental.gluon")
     mend_interpreter()
@@ -96,3 +96,10 @@ def triton_device() -> Iterator[torch.device]:
         return
     with fasttrain_kernels.triton_on_cpu():
         yield torch.device("cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device on which each of the two paths of an op runs."""
+    triton = request.param == "triton"
+    return request.getfixturevalue("triton_device") if triton else torch.device("cpu")

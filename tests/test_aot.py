@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from fasttrain_kernels import aot
-from fasttrain_kernels._issue import DEVICES, issue_of
+from fasttrain_kernels.aot.issue import DEVICES, issue_of
 
 ROOT = Path(__file__).parents[1]
 # The first test of a run waits for all to be compiled: a minute, with -m soak ten.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels import _cpu
+from fasttrain_kernels import cpu as _cpu
 from torch import Tensor
 
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict

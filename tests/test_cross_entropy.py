@@ -13,19 +13,12 @@ from torch.library import opcheck
 
 # The package exports the function under the module's name.
 MODULE = importlib.import_module("fasttrain_kernels.cross_entropy")
-LAUNCH = importlib.import_module("fasttrain_kernels._cross_entropy_launch")
 CPU = torch.device("cpu")
 if not torch.cuda.is_available():
     # Triton imports this at the first launch, and then it must be told to interpret.
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.experimental.gluon")
-
-
-@pytest.fixture(params=["torch", "triton"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device on which each of the two paths runs."""
-    return CPU if request.param == "torch" else request.getfixturevalue("triton_device")
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -109,7 +102,7 @@ def test_vocabularies_of_language_models(device, n_cols):
 def test_two_passes_with_every_option(triton_device, monkeypatch):
     """Widths that the interpreter runs quickly take the path of wide rows."""
     for name in ("SINGLE_PASS_COLS", "SINGLE_PASS_COLS_LEAST"):
-        monkeypatch.setattr(LAUNCH, name, 0)
+        monkeypatch.setattr(MODULE, name, 0)
     torch.manual_seed(1)
     for n_cols in (1, 131, 5003):
         logits, targets = torch.randn(5, n_cols), torch.randint(0, n_cols, (5,))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels._cpu import is_supported
+from fasttrain_kernels.cpu import is_supported
 
 from fasttrain import checkpoint
 from tests import ranks, toy_trainer

@@ -103,7 +103,7 @@ shapes = [(8, 8), (8, 8), (6, 20), (20, 6), (1, 5), (3, 7), (3, 7)]
 placements = [[Shard(0)]] * 6 + [[Replicate()]]
 values = [torch.randn(s) for s in shapes]
 grads = [[torch.randn(s) for s in shapes] for _ in range(4)]
-module = importlib.import_module("fasttrain_kernels._muon_sharded")
+module = importlib.import_module("fasttrain_kernels.muon")
 real, seen = module.newton_schulz, [0]
 def counted(g, *args, **kwargs):
     seen[0] += len(g)

@@ -6,7 +6,7 @@ import math
 import fasttrain_kernels
 import pytest
 import torch
-from fasttrain_kernels._cpu import is_supported
+from fasttrain_kernels.cpu import is_supported
 from fasttrain_kernels.grad_norm import clip_grad_norm_, grad_norm, grad_norm_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fasttrain_kernels._aot_cases import CASES, Case
+from fasttrain_kernels.aot.cases import CASES, Case
 
 from tests.support.interpreter import gpu_semantics, no_races
 from tests.support.kernel_ops import LARGE_NAMES, SMALL_NAMES, compare, op_named, results

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from fasttrain_kernels import FusedAdamW, grad_norm
-from fasttrain_kernels._aot_cases import CASES
-from fasttrain_kernels._scale import on_device
+from fasttrain_kernels._launch import on_device
+from fasttrain_kernels.aot.cases import CASES
 from torch.profiler import ProfilerActivity, profile
 
 PACKAGE = Path(__file__).parents[1] / "kernels/fasttrain_kernels"

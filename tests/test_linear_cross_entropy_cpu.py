@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels import _cpu
-from fasttrain_kernels import _linear_cross_entropy_cpu as in_cpp
-from fasttrain_kernels._cross_entropy_cpu import LossTerms
+from fasttrain_kernels import cpu as _cpu
+from fasttrain_kernels._loss_options import LossOptions
+from fasttrain_kernels.cpu import linear_cross_entropy as in_cpp
 from fasttrain_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
 from torch import Tensor
 
-COMPUTE = importlib.import_module("fasttrain_kernels._linear_cross_entropy_compute")
-PLAIN = LossTerms(-100, 0.0, 0.0, 0.0, None)
+MODULE = importlib.import_module("fasttrain_kernels.linear_cross_entropy")
+PLAIN = LossOptions()
 pytestmark = pytest.mark.skipif(not _cpu.is_supported(), reason="needs AVX2, no AVX-512, and g++")
 
 
@@ -31,7 +31,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(in_cpp, "_LEAST", 0)
     monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 0)
     monkeypatch.setattr(in_cpp, "_FEW", 700)
-    monkeypatch.setattr(COMPUTE, "run_in_cpp", lambda h, *a: rows.append(h.shape[0]) or real(h, *a))
+    monkeypatch.setattr(MODULE, "run_in_cpp", lambda h, *a: rows.append(h.shape[0]) or real(h, *a))
     yield rows
     torch.set_num_threads(before)
 
@@ -181,14 +181,14 @@ def test_it_takes_the_memory_of_a_chunk_of_logits(shape: tuple[int, int, int], r
         ({"weight": torch.empty(16, 800).t()}, False),
         ({"hidden": torch.empty(8, 16, dtype=torch.bfloat16)}, False),
         ({"bias": torch.empty(800)}, False),
-        ({"terms": PLAIN._replace(class_weight=torch.empty(800))}, False),
+        ({"options": PLAIN._replace(class_weight=torch.empty(800))}, False),
     ],
 )
 def test_it_is_used_where_it_fits(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], yes: bool
 ) -> None:
     arguments = {"hidden": torch.empty(8, 16), "weight": torch.empty(800, 16), "bias": None}
-    arguments |= {"terms": PLAIN} | change
+    arguments |= {"options": PLAIN} | change
     assert in_cpp.fits(**arguments) is yes
     monkeypatch.setattr(in_cpp, "_LEAST", 2**20)
     monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 2**18)

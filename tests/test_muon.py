@@ -88,7 +88,7 @@ def test_C3_fp16_products_stay_in_range(kind: str, scale: float) -> None:
 
 def test_C18_sharded_muon_indexes_by_slices() -> None:
     """A CUDA tensor indexed by a list of numbers waits until they are uploaded."""
-    from fasttrain_kernels._muon_sharded import ShardedBatch
+    from fasttrain_kernels.muon import ShardedBatch
 
     class Indexing(TorchDispatchMode):
         seen = 0

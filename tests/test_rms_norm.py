@@ -1,6 +1,7 @@
 """rms_norm: kernels (in the interpreter where there is no GPU), eager CPU and compiled paths."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,53 +88,38 @@ CASES = {
 }
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(**CASES)
-@example(
-    (2,), 16500, True, True, True, 1e-6, torch.float32, True
-)  # in column chunks, two tiles a program
-@example((3, 70), 64, True, False, False, 1e-6, torch.float32, True)  # several tiles a program
-def test_kernels_match_fp64(
-    triton_device: torch.device,
+def compare(
+    device: torch.device,
     lead: tuple[int, ...],
     dim: int,
     weight: bool,
     residual: bool,
-    zero_centered: bool,
-    eps: float,
     x_dtype: torch.dtype,
     same_dtype: bool,
+    **options: Any,
 ) -> None:
     other = x_dtype if same_dtype else torch.float32
-    assert_as_good_as_torch(
-        make_inputs((*lead, dim), weight, residual),
-        {"x": x_dtype, "weight": other, "residual": other},
-        triton_device,
-        eps=eps,
-        zero_centered=zero_centered,
-    )
+    inputs = make_inputs((*lead, dim), weight, residual)
+    dtypes = {"x": x_dtype, "weight": other, "residual": other}
+    assert_as_good_as_torch(inputs, dtypes, device, **options)
+
+
+PLAIN = {"weight": True, "eps": 1e-6, "x_dtype": torch.float32, "same_dtype": True}
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**CASES)
+# in column chunks, two tiles a program; several tiles a program
+@example(lead=(2,), dim=16500, residual=True, zero_centered=True, **PLAIN)
+@example(lead=(3, 70), dim=64, residual=False, zero_centered=False, **PLAIN)
+def test_kernels_match_fp64(triton_device: torch.device, **case: Any) -> None:
+    compare(triton_device, **case)
 
 
 @settings(max_examples=25)
 @given(**{**CASES, "x_dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16])})
-def test_eager_cpu_path_matches_fp64(
-    lead: tuple[int, ...],
-    dim: int,
-    weight: bool,
-    residual: bool,
-    zero_centered: bool,
-    eps: float,
-    x_dtype: torch.dtype,
-    same_dtype: bool,
-) -> None:
-    other = x_dtype if same_dtype else torch.float32
-    assert_as_good_as_torch(
-        make_inputs((*lead, dim), weight, residual),
-        {"x": x_dtype, "weight": other, "residual": other},
-        "cpu",
-        eps=eps,
-        zero_centered=zero_centered,
-    )
+def test_eager_cpu_path_matches_fp64(**case: Any) -> None:
+    compare(torch.device("cpu"), **case)
 
 
 def layouts() -> dict[str, Tensor]:
@@ -191,9 +177,7 @@ def test_large_and_tiny_magnitudes_do_not_overflow_half(triton_device: torch.dev
         torch.testing.assert_close(rms_norm(x, eps=1e-12).double(), wanted, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_two_runs_agree_bit_for_bit(path: str, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_two_runs_agree_bit_for_bit(device: torch.device) -> None:
     inputs = make_inputs((150, 64), weight=True, residual=True)
     dtypes = dict.fromkeys(inputs, torch.float32)
     first = results(rms_norm, inputs, dtypes, device)
@@ -201,18 +185,14 @@ def test_two_runs_agree_bit_for_bit(path: str, request: pytest.FixtureRequest) -
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_no_rows(path: str, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_no_rows(device: torch.device) -> None:
     inputs = {"x": torch.empty(0, 3, 8), "weight": torch.ones(8), "residual": None}
     y, dx, dw = results(rms_norm, inputs, dict.fromkeys(inputs, torch.float32), device)
     assert y.shape == dx.shape == (0, 3, 8)
     assert torch.equal(dw, torch.zeros(8).double())
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_each_output_and_each_input_alone(path: str, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_each_output_and_each_input_alone(device: torch.device) -> None:
     for used in (0, 1):
         grads = []
         for fn in (rms_norm, rms_norm_reference):
@@ -290,9 +270,7 @@ def test_compiles_to_one_graph(path: str, request: pytest.FixtureRequest) -> Non
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_autocast_leaves_it_alone(path: str, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_autocast_leaves_it_alone(device: torch.device) -> None:
     inputs = make_inputs((7, 24), weight=True, residual=True)
     dtypes = {"x": torch.float16, "weight": torch.float32, "residual": torch.float32}
     plain = results(rms_norm, inputs, dtypes, device)
@@ -315,10 +293,8 @@ def test_eager_saves_the_input_and_one_number_a_row() -> None:
 
 # Samples with a negative eps: the interpreter computes its padding rows, 0 + eps, as well.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt:RuntimeWarning")
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_torch_samples(path: str, request: pytest.FixtureRequest) -> None:
+def test_torch_samples(device: torch.device) -> None:
     op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
     (info,) = [op for op in op_db if op.name == "nn.functional.rms_norm"]
     checked = 0
     for sample in info.sample_inputs(str(device), torch.float32):

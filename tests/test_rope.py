@@ -1,6 +1,7 @@
 """apply_rope: kernel, eager CPU path, compiled path."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,48 +84,27 @@ SHAPES = {
 }
 
 
+def inputs_of(
+    b: int, t: int, h_kv: int, groups: int, dim: int, order: str, batched: bool, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    q, k = make(b, t, h_kv * groups, h_kv, dim, order, dtype)
+    return q, k, *tables(t, dim, b if batched else None)
+
+
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**SHAPES, dtype=st.sampled_from([torch.float32, *HALF_DTYPES]))
-def test_kernel_matches_fp64(
-    triton_device: torch.device,
-    b: int,
-    t: int,
-    h_kv: int,
-    groups: int,
-    dim: int,
-    order: str,
-    batched: bool,
-    dtype: torch.dtype,
-) -> None:
-    q, k = make(b, t, h_kv * groups, h_kv, dim, order, dtype)
-    assert_as_good_as_torch(
-        apply_rope, (q, k, *tables(t, dim, b if batched else None)), triton_device
-    )
+def test_kernel_matches_fp64(triton_device: torch.device, **case: Any) -> None:
+    assert_as_good_as_torch(apply_rope, inputs_of(**case), triton_device)
 
 
 @settings(max_examples=25)
 @given(**SHAPES, dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_eager_cpu_path_and_reference_match_fp64(
-    b: int,
-    t: int,
-    h_kv: int,
-    groups: int,
-    dim: int,
-    order: str,
-    batched: bool,
-    dtype: torch.dtype,
-) -> None:
-    q, k = make(b, t, h_kv * groups, h_kv, dim, order, dtype)
-    inputs = (q, k, *tables(t, dim, b if batched else None))
-    assert_as_good_as_torch(apply_rope, inputs, "cpu")
-    assert_as_good_as_torch(apply_rope_reference, inputs, "cpu")
+def test_eager_cpu_path_and_reference_match_fp64(**case: Any) -> None:
+    for fn in (apply_rope, apply_rope_reference):
+        assert_as_good_as_torch(fn, inputs_of(**case), "cpu")
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_scores_depend_on_distance_alone_and_lengths_stay(
-    path: str, request: pytest.FixtureRequest
-) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_scores_depend_on_distance_alone_and_lengths_stay(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 32, generator=generator).to(device) for _ in range(2))
     cos, sin = (t.float().to(device) for t in tables(12, 32))
@@ -180,11 +160,7 @@ def test_compiles_to_one_graph_and_matches(batched: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_two_runs_agree_bit_for_bit_also_under_autocast(
-    path: str, request: pytest.FixtureRequest
-) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_two_runs_agree_bit_for_bit_also_under_autocast(device: torch.device) -> None:
     inputs = (*make(2, 5, 4, 2, 16, "fused", torch.float32), *tables(5, 16))
     first = results(apply_rope, inputs, device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -192,9 +168,7 @@ def test_two_runs_agree_bit_for_bit_also_under_autocast(
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("path", ["kernels", "eager"])
-def test_only_queries_used_and_only_tables_saved(path: str, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if path == "kernels" else "cpu"
+def test_only_queries_used_and_only_tables_saved(device: torch.device) -> None:
     q, k = (t.to(device).requires_grad_() for t in make(2, 5, 4, 2, 16, "", torch.float32))
     cos, sin = (t.float().to(device) for t in tables(5, 16))
     saved: list[Tensor] = []

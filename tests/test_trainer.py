@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fasttrain_kernels._cpu import is_supported
+from fasttrain_kernels.cpu import is_supported
 
 from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import TrainConfig, load_config

@@ -36,9 +36,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fasttrain_kernels._linear_cross_entropy_compute import chunk_rows
 from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
-from fasttrain_kernels.linear_cross_entropy import _is_small
+from fasttrain_kernels.linear_cross_entropy import _is_small, chunk_rows
 from torch import Tensor, nn
 
 from fasttrain.config import DistributedConfig, TrainConfig, UserError

@@ -8,8 +8,6 @@ and turns the groups' hyper-parameters into nine numbers a tensor. Rounding: onc
 from ._multi_tensor import load_pointer
 from ._triton import tl, triton
 
-__all__ = ["adamw_kernel", "advance_kernel"]
-
 
 @triton.jit
 def _one_minus_power(log_base, exponent):
@@ -21,22 +19,12 @@ def _one_minus_power(log_base, exponent):
 
 @triton.jit
 def advance_kernel(
-    hyper_ptr,
-    lr_pointers_ptr,
-    group_ptr,
-    step_pointers_ptr,
-    coefs_ptr,
-    clip_ptr,
-    scale_ptr,
+    hyper_ptr, lr_pointers_ptr, group_ptr, step_pointers_ptr, coefs_ptr, clip_ptr, scale_ptr,
     found_inf_ptr,
     n_tensors,
-    HYPER: tl.constexpr,
-    COEFS: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    HYPER: tl.constexpr, COEFS: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Count the step of each tensor and write its coefficients; with found_inf, do nothing."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if HAS_FOUND_INF:
@@ -94,20 +82,10 @@ def _store(ptr, value, mask, seed, position, MASKED: tl.constexpr, ROUND: tl.con
 
 @triton.jit
 def _update(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    master_ptr,
-    coefs_ptr,
-    seed,
-    start,
-    offsets,
-    mask,
-    MASKED: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    ROUND: tl.constexpr,
-):
+    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs_ptr,
+    seed, start, offsets, mask,
+    MASKED: tl.constexpr, HAS_MASTER: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
     """Update one block of one tensor."""
     g = _load(g_ptr + offsets, mask, MASKED) * tl.load(coefs_ptr + 8)
     m = _load(m_ptr + offsets, mask, MASKED)
@@ -130,26 +108,12 @@ def _update(
 
 @triton.jit
 def adamw_kernel(
-    pointers_ptr,
-    lengths_ptr,
-    chunks_ptr,
-    coefs_ptr,
-    found_inf_ptr,
-    n_tensors,
-    n_chunks,
-    seed,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    COEFS: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROUND: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    pointers_ptr, lengths_ptr, chunks_ptr, coefs_ptr, found_inf_ptr,
+    n_tensors, n_chunks, seed,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, COEFS: tl.constexpr,
+    HAS_MASTER: tl.constexpr, HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
+    ROUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Update every n-th chunk."""
     if HAS_FOUND_INF:  # a loop over no chunks writes nothing
         n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)

@@ -14,8 +14,6 @@ All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row 
 
 from ._triton import tl, triton
 
-__all__ = ["cross_entropy_kernel"]
-
 
 @triton.jit
 def _load_logits(ptr, cols, mask, softcap, HAS_SOFTCAP: tl.constexpr, EVICT: tl.constexpr):
@@ -30,22 +28,9 @@ def _load_logits(ptr, cols, mask, softcap, HAS_SOFTCAP: tl.constexpr, EVICT: tl.
 
 @triton.jit
 def _store_grad(
-    ptr,
-    x,
-    cols,
-    mask,
-    target,
-    lse,
-    coefficient,
-    uniform,
-    hit,
-    softcap,
-    class_weight_ptr,
-    col0,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr,
-):
+    ptr, x, cols, mask, target, lse, coefficient, uniform, hit, softcap, class_weight_ptr, col0,
+    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+):  # fmt: skip
     """Store p·coefficient − uniform·w − hit·onehot(target), through the cap's derivative."""
     grad = tl.exp(x - lse) * coefficient
     if HAS_SMOOTHING:
@@ -63,47 +48,21 @@ def _store_grad(
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,
-    grad_ptr,
-    targets_ptr,
-    loss_ptr,
-    lse_ptr,
-    correct_ptr,
-    class_weight_ptr,
-    class_weight_sum_ptr,
-    token_weight_ptr,
-    scale_ptr,
-    upstream_ptr,
-    n_cols,
-    ignore_index,
-    stride_logits_row,
-    stride_grad_row,
-    stride_token_weight,
-    stride_upstream,
-    label_smoothing,
-    z_loss,
-    softcap,
-    BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
-    HAS_EDGES: tl.constexpr,
-    COMPUTE_LOSS: tl.constexpr,
-    WRITE_GRAD: tl.constexpr,
-    SKIP_UNIT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_TOKEN_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_CORRECT: tl.constexpr,
-):
+    logits_ptr, grad_ptr, targets_ptr, loss_ptr, lse_ptr, correct_ptr, class_weight_ptr,
+    class_weight_sum_ptr, token_weight_ptr, scale_ptr, upstream_ptr,
+    n_cols, ignore_index, stride_logits_row, stride_grad_row, stride_token_weight,
+    stride_upstream, label_smoothing, z_loss, softcap,
+    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, SINGLE_PASS: tl.constexpr,
+    HAS_EDGES: tl.constexpr, COMPUTE_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    SKIP_UNIT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, HAS_TOKEN_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CORRECT: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     upstream = 1.0
     if HAS_UPSTREAM:
         upstream = tl.load(upstream_ptr + row * stride_upstream).to(tl.float32)
-        if SKIP_UNIT:  # noqa: SIM102 - one branch is settled by the compiler
+        if SKIP_UNIT:  # noqa: SIM102 - one branch is resolved by the compiler
             if upstream == 1.0:
                 return
     target = tl.load(targets_ptr + row).to(tl.int64)
@@ -251,59 +210,20 @@ def cross_entropy_kernel(
         column = tl.where(in_range, target, -1).to(tl.int32)
         if SINGLE_PASS:
             _store_grad(
-                g_ptr,
-                x,
-                offsets,
-                offsets < n_interior,
-                column,
-                lse,
-                coefficient,
-                uniform,
-                hit,
-                softcap,
-                class_weight_ptr,
-                head,
-                HAS_SOFTCAP,
-                HAS_SMOOTHING,
-                HAS_CLASS_WEIGHT,
-            )
+                g_ptr, x, offsets, offsets < n_interior, column, lse, coefficient, uniform, hit,
+                softcap, class_weight_ptr, head, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
+            )  # fmt: skip
         else:
             for block in range(0, n_interior, BLOCK_N):
                 cols = block + offsets
                 mask = cols < n_interior
                 x = _load_logits(x_ptr, cols, mask, softcap, HAS_SOFTCAP, "evict_first")
                 _store_grad(
-                    g_ptr,
-                    x,
-                    cols,
-                    mask,
-                    column,
-                    lse,
-                    coefficient,
-                    uniform,
-                    hit,
-                    softcap,
-                    class_weight_ptr,
-                    head,
-                    HAS_SOFTCAP,
-                    HAS_SMOOTHING,
-                    HAS_CLASS_WEIGHT,
-                )
+                    g_ptr, x, cols, mask, column, lse, coefficient, uniform, hit, softcap,
+                    class_weight_ptr, head, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
+                )  # fmt: skip
         if HAS_EDGES:
             _store_grad(
-                g_ptr,
-                x_edge,
-                edge_cols,
-                edge_mask,
-                column,
-                lse,
-                coefficient,
-                uniform,
-                hit,
-                softcap,
-                class_weight_ptr,
-                head,
-                HAS_SOFTCAP,
-                HAS_SMOOTHING,
-                HAS_CLASS_WEIGHT,
-            )
+                g_ptr, x_edge, edge_cols, edge_mask, column, lse, coefficient, uniform, hit,
+                softcap, class_weight_ptr, head, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
+            )  # fmt: skip

@@ -8,27 +8,13 @@ tables stay on the device; only what changed is uploaded, from pinned memory, wi
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._scale import warp_size
+from ._launch import n_multiprocessors, warp_size
 from ._triton import tl, triton
-
-__all__ = [
-    "BLOCK",
-    "CHUNK",
-    "DeviceNumbers",
-    "TensorTable",
-    "block_warps",
-    "cached_table",
-    "capturing",
-    "keep_for_graph",
-    "launch_grid",
-    "triton_dtype",
-]
 
 # 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
 # last round costs at most 4 %; 28 B an element make the 8 B table entry vanish.
@@ -60,7 +46,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return _TRITON_DTYPES[dtype]
 
 
-# What a CUDA graph reads must outlive it, and nobody says when it ends: a few hundred KiB each.
+# What a CUDA graph reads must outlive it, and its end cannot be observed: a few hundred KiB each.
 _kept_for_graphs: list[Any] = []
 
 
@@ -74,16 +60,11 @@ def keep_for_graph(*owners: Any) -> None:
     _kept_for_graphs.extend(owners)
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def launch_grid(n_chunks: int, device: torch.device) -> int:
     """Return how many programs share the chunks."""
     if device.type != "cuda":
         return max(1, min(n_chunks, _CPU_PROGRAMS))
-    return max(1, min(n_chunks, PROGRAMS_PER_SM * _multiprocessors(device)))
+    return max(1, min(n_chunks, PROGRAMS_PER_SM * n_multiprocessors(device)))
 
 
 def block_warps(tensor: Tensor) -> int:
@@ -163,8 +144,8 @@ def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
     numels = tuple(t.numel() for t in tensors)
     device = tensors[0].device
     pointers = [t.data_ptr() for t in tensors]
-    # Launches prepared side by side, or on two streams, are told apart: the addresses of one must
-    # not replace the other's. A graph has its own in any table, and cannot make one.
+    # Launches prepared in parallel, or on two streams, have separate tables: the addresses of one
+    # must not replace the other's. A graph cannot make a table; its addresses are its own in any.
     kind = (device, tensors[0].dtype, pointers[0] % 16 == 0, numels)
     stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
     key = (*kind, stream)
@@ -181,7 +162,7 @@ def cached_table(tensors: Sequence[Tensor]) -> tuple[TensorTable, Tensor]:
 
 @triton.jit
 def load_pointer(pointers_ptr, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load an address and say what it points to, and that it is a multiple of 16."""
+    """Load an address as a pointer to DTYPE, with a promise that it is a multiple of 16."""
     pointer = tl.load(pointers_ptr + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)

@@ -1,29 +1,10 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The Triton kernels of `rms_norm` and their launchers; formulas and promises are in rms_norm.py.
+"""The Triton kernels of `rms_norm`; formulas and promises are in rms_norm.py.
 
 Legend: R rows, D columns. A row's offset is int64. dy, dh, residual and every output are
 contiguous; x is reached by the two row strides of `as_rows`.
 """
 
-import math
-
-import torch
-from torch import Tensor
-
-from ._layout import as_rows, n_multiprocessors
 from ._triton import tl, triton
-
-__all__ = ["launch_bwd", "launch_fwd"]
-
-# Sixteen elements a thread and operand: the most that keeps the backward, which holds four operands
-# (x, dy, weight, weight gradient), within the registers of sm_90 without a spill.
-_TILE = 2048
-# Longer rows are walked over in chunks of _TILE columns, twice.
-MAX_FWD_COLS = 16384
-MAX_BWD_COLS = 8192
-# What a multiprocessor of sm_90 holds of the backward kernel, which takes up to 128 registers a
-# thread with its next tile in flight: 4, 2 or 1 programs of 4, 8 or 16 warps.
-_WARPS_PER_SM = 16
 
 
 @triton.jit
@@ -56,25 +37,11 @@ def _load_h(x_ptr, residual_ptr, h_ptr, offsets_x, offsets, mask, HAS_RESIDUAL: 
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    h_ptr,
-    rstd_ptr,
-    n_inner,
-    stride_x_outer,
-    stride_x_inner,
-    n_rows,
-    eps,
-    ALIGN: tl.constexpr,
-    N_COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
+    n_inner, stride_x_outer, stride_x_inner, n_rows, eps,
+    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
     row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
@@ -114,26 +81,12 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    dy_ptr,
-    dh_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    partial_ptr,
-    n_inner,
-    stride_x_outer,
-    stride_x_inner,
-    n_rows,
-    ALIGN: tl.constexpr,
-    N_COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_DH: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    n_inner, stride_x_outer, stride_x_inner, n_rows,
+    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_DH: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0)
     n_programs = tl.num_programs(0)
     n_tiles = tl.cdiv(n_rows, BLOCK_R)
@@ -229,104 +182,3 @@ def _sum_partials_kernel(
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     dw = tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty)
     tl.store(dw_ptr + cols, dw, mask=cols < N_COLS)
-
-
-def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
-    """Return (rows a tile, columns a tile, warps): sixteen elements a thread where it can be."""
-    block_n = triton.next_power_of_2(n_cols) if n_cols <= max_cols else _TILE
-    block_r = max(1, _TILE // block_n) if n_cols <= max_cols else 2
-    return block_r, block_n, min(16, block_r * block_n // 512)
-
-
-def launch_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    h: Tensor,
-    rstd: Tensor,
-    eps: float,
-    zero_centered: bool,
-) -> None:
-    """Fill y and rstd, and h when there is a residual."""
-    n_cols, n_rows = x.shape[-1], rstd.numel()
-    if n_rows == 0:
-        return
-    x, n_inner, stride_outer, stride_inner = as_rows(x)
-    align = math.gcd(16, stride_outer, stride_inner)
-    block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
-    with torch.cuda.device_of(x):
-        _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
-            x,
-            residual,
-            weight,
-            y,
-            h,
-            rstd,
-            n_inner,
-            stride_outer // align,
-            stride_inner // align,
-            n_rows,
-            float(eps),
-            ALIGN=align,
-            N_COLS=n_cols,
-            BLOCK_R=block_r,
-            BLOCK_N=block_n,
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            ZERO_CENTERED=zero_centered,
-            num_warps=num_warps,
-        )
-
-
-def launch_bwd(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    dx: Tensor,
-    dw: Tensor | None,
-    zero_centered: bool,
-) -> None:
-    """Fill dx, and dw when it is wanted."""
-    n_cols, n_rows = x.shape[-1], rstd.numel()
-    if n_rows == 0:
-        if dw is not None:
-            dw.zero_()
-        return
-    x, n_inner, stride_outer, stride_inner = as_rows(x)
-    align = math.gcd(16, stride_outer, stride_inner)
-    block_r, block_n, num_warps = _tile(n_cols, MAX_BWD_COLS)
-    resident = n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
-    n_programs = min(triton.cdiv(n_rows, block_r), resident)
-    partial = None
-    if dw is not None:
-        partial = torch.empty(n_programs, n_cols, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _rms_norm_bwd_kernel[(n_programs,)](
-            dy,
-            dh,
-            x,
-            weight,
-            rstd,
-            dx,
-            partial,
-            n_inner,
-            stride_outer // align,
-            stride_inner // align,
-            n_rows,
-            ALIGN=align,
-            N_COLS=n_cols,
-            BLOCK_R=block_r,
-            BLOCK_N=block_n,
-            HAS_DH=dh is not None,
-            HAS_WEIGHT=weight is not None,
-            NEEDS_DW=dw is not None,
-            ZERO_CENTERED=zero_centered,
-            num_warps=num_warps,
-        )
-        if dw is not None:
-            _sum_partials_kernel[(triton.cdiv(n_cols, 32),)](
-                partial, dw, n_programs, N_COLS=n_cols, BLOCK_R=64, BLOCK_N=32, num_warps=4
-            )

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 try:
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 except ImportError:
 
     class TorchDispatchMode:  # type: ignore[no-redef]
@@ -24,23 +24,6 @@ except ImportError:
         def __init__(self) -> None:
             raise RuntimeError(f"TorchDispatchMode {_MISSING}")
 
-
-__all__ = [
-    "TorchDispatchMode",
-    "compile_cache_counts",
-    "compile_deterministically",
-    "dump_memory_history",
-    "fake_store",
-    "fake_tensors",
-    "fsdp_collectives",
-    "is_being_transformed",
-    "is_dispatch_observed",
-    "is_step_observed",
-    "native_bf16",
-    "record_memory_history",
-    "set_group_timeout",
-    "spare_compiler",
-]
 
 _MISSING = f"is not in torch {torch.__version__}; use the version named in constraints.txt"
 
@@ -67,7 +50,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def is_being_transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is under way. Unknown: True."""
+    """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
     peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
     return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
@@ -143,7 +126,7 @@ def spare_compiler() -> None:
 def compile_deterministically() -> None:
     """Keep Inductor from choosing between kernels that round differently by their speed.
 
-    It reads the variable when it is imported, which takes a second. Unknown: it goes on choosing.
+    It reads the variable when it is imported, which takes a second. Unknown: no effect.
     """
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if (config := sys.modules.get("torch._inductor.config")) is not None:

@@ -16,7 +16,8 @@ views of one vector, so that counting is one operation.
 Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from operator import is_
 from typing import Any
@@ -25,17 +26,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._adamw_launch import TritonUpdate
-from ._adamw_torch import Batch, update_native, update_staged
+from ._adamw_kernels import adamw_kernel, advance_kernel
 from ._dispatch import use_triton
+from ._multi_tensor import (
+    BLOCK,
+    CHUNK,
+    DeviceNumbers,
+    TensorTable,
+    block_warps,
+    capturing,
+    keep_for_graph,
+    launch_grid,
+    triton_dtype,
+)
 from ._torch import is_step_observed
+from ._triton import triton
 from .grad_norm import local_tensor
 
-__all__ = ["FusedAdamW", "adamw_reference"]
-
-_PROBE = torch.empty(0)  # tells whether CPU tensors take the Triton path at the moment
+_PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Columns of the table of group hyper-parameters, and of the table of a tensor's coefficients.
+_HYPER = 10
+_COEFS = 10
 
 
 @torch.no_grad()
@@ -61,6 +74,252 @@ def adamw_reference(
     denominator = (v / (1 - beta2**step)).sqrt() + eps
     decayed = (1 - lr * weight_decay) * param.double()
     return decayed - lr / (1 - beta1**step) * m / denominator, m, v
+
+
+class TritonClass:
+    """Parameters of one device whose operands have the same dtypes and alignment.
+
+    The operands of a parameter are (param, grad, exp_avg, exp_avg_sq[, master]), dense, all of one
+    memory order; its step count is 0-dim fp32 on the device.
+    """
+
+    def __init__(
+        self, operands: list[list[Tensor]], steps: list[Tensor], groups: list[dict[str, Any]]
+    ) -> None:
+        first = operands[0]
+        device = self.device = first[0].device
+        self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
+        self.has_master = len(first) == 5
+        self.table = TensorTable([o[0].numel() for o in operands], len(first), device)
+        self.groups: list[dict[str, Any]] = []
+        rows = []
+        for group in groups:
+            if not any(group is other for other in self.groups):
+                self.groups.append(group)
+            rows.append(next(i for i, other in enumerate(self.groups) if other is group))
+        n = len(self.groups)
+        self.group_of = torch.tensor(rows, dtype=torch.int32).to(device)
+        self.hyper = DeviceNumbers((n, _HYPER), torch.float32, device)
+        self.lr_pointers = DeviceNumbers((n,), torch.int64, device)
+        self.step_pointers = torch.tensor([s.data_ptr() for s in steps]).to(device)
+        self.coefs = torch.zeros(len(steps), _COEFS, dtype=torch.float32, device=device)
+
+    def _refresh(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return hyper-parameters, addresses of learning rates, what must outlive the launch."""
+        values: list[float] = []
+        pointers: list[int] = []
+        held: list[Tensor] = []
+        for group in self.groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            pointers.append(0)
+            if isinstance(lr, Tensor) and lr.device == self.device:
+                held.append(lr.detach().to(torch.float32))
+                pointers[-1] = held[-1].data_ptr()
+                lr = 0.0
+            logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+            values += [float(lr), group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2]
+            values += [*logs, group["eps"], -1.0 if group["maximize"] else 1.0]
+        return self.hyper.on_device(values), self.lr_pointers.on_device(pointers), held
+
+    def launch(
+        self,
+        operands: list[list[Tensor]],
+        scalars: Sequence[Tensor | None],
+        seed: int | None,
+    ) -> None:
+        """Count the step and update the parameters; a seed asks for stochastic rounding.
+
+        The scalars are clip coefficient, loss scale and found_inf, each None for none.
+        """
+        clip, scale, found_inf = (
+            None if x is None else x.to(self.device, torch.float32, non_blocking=True)
+            for x in scalars
+        )
+        table = self.table
+        pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
+        addresses = table.on_device(pointers)
+        hyper, lr_pointers, held = self._refresh()
+        if capturing(self.device):
+            keep_for_graph(self, held)
+        with torch.cuda.device_of(self.coefs):
+            advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
+                hyper, lr_pointers, self.group_of, self.step_pointers, self.coefs,
+                self.coefs if clip is None else clip, self.coefs if scale is None else scale,
+                self.coefs if found_inf is None else found_inf, table.n_tensors,
+                HYPER=_HYPER, COEFS=_COEFS, HAS_CLIP=clip is not None,
+                HAS_SCALE=scale is not None, HAS_FOUND_INF=found_inf is not None, BLOCK=1024,
+                num_warps=4,
+            )  # fmt: skip
+            if table.n_chunks > 0:
+                p, g, m, v = self.dtypes
+                adamw_kernel[(launch_grid(table.n_chunks, self.device),)](
+                    addresses, table.lengths, table.chunks, self.coefs,
+                    self.coefs if found_inf is None else found_inf, table.n_tensors,
+                    table.n_chunks, 0 if seed is None else seed,
+                    P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
+                    HAS_FOUND_INF=found_inf is not None,
+                    ALIGNED=not any(pointer % 16 for pointer in pointers),
+                    ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
+                    num_warps=block_warps(self.coefs),
+                )  # fmt: skip
+        del held
+
+
+class TritonUpdate:
+    """The update of a set of parameters, split into the fewest launches."""
+
+    def __init__(self, entries: list[tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
+        """Take (index of the parameter, its state, its group) of each parameter."""
+        self.entries = entries
+        self._signature: list[Any] = []
+        self._classes: list[tuple[TritonClass, list[int]]] = []
+
+    def launch(
+        self,
+        params: list[Tensor],
+        grads: list[Any],
+        scalars: Sequence[Tensor | None],
+        seed: int | None,
+    ) -> None:
+        """Update the parameters in place; the gradients are only read."""
+        stored = []
+        for i, state, _ in self.entries:
+            operands = [params[i], grads[i], state["exp_avg"], state["exp_avg_sq"]]
+            if "master" in state:
+                operands.append(state["master"])
+            stored.append([local_tensor(t.detach()) for t in operands])
+        work = [_one_order(operands) for operands in stored]
+        aligned = [not any(t.data_ptr() % 16 for t in operands) for operands in work]
+        signature = [
+            (o[0].device, tuple(t.dtype for t in o), o[0].numel(), a)
+            for o, a in zip(work, aligned, strict=True)
+        ]
+        if signature != self._signature:
+            self._classify(work, signature)
+        for number, (members, positions) in enumerate(self._classes):
+            # Classes of equal size would round with the same noise (odd: golden ratio · 2³²).
+            own_seed = None if seed is None else (seed + number * 0x9E3779B1) & 0x7FFFFFFF
+            members.launch([work[j] for j in positions], scalars, own_seed)
+        for originals, copies in zip(stored, work, strict=True):
+            for position, (original, copy) in enumerate(zip(originals, copies, strict=True)):
+                if original is not copy and position != 1:
+                    original.copy_(copy)
+
+    def _classify(self, work: list[list[Tensor]], signature: list[Any]) -> None:
+        classes: dict[Any, list[int]] = {}
+        for j, (device, dtypes, _, aligned) in enumerate(signature):
+            classes.setdefault((device, dtypes, aligned), []).append(j)
+        self._classes = []
+        for positions in classes.values():
+            entries = [self.entries[j] for j in positions]
+            steps = [state["step"] for _, state, _ in entries]
+            groups = [group for _, _, group in entries]
+            members = TritonClass([work[j] for j in positions], steps, groups)
+            self._classes.append((members, positions))
+        self._signature = signature
+
+
+def _one_order(operands: list[Tensor]) -> list[Tensor]:
+    """Return the operands with their elements at equal offsets, copied where they are not."""
+    if all(t.is_contiguous() for t in operands):
+        return operands
+    param = operands[0]
+    strides = torch.empty(param.shape, device="meta").stride()
+    if torch.ops.aten.is_non_overlapping_and_dense.default(param):
+        strides = param.stride()
+    return [
+        t
+        if t.stride() == strides
+        else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+        for t in operands
+    ]
+
+
+class Batch:
+    """The parameters that one call of torch's fused kernel updates: same group, same dtype."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+        self.indices: list[int] = []
+        self.states: list[dict[str, Any]] = []
+        self.steps: list[Tensor] = []
+
+
+def update_native(batch: Batch, params: list[Tensor], grads: list[Any], scale: float) -> None:
+    """Update parameters that torch's fused kernel takes as they are."""
+    torch._fused_adamw_(
+        [params[i] for i in batch.indices],
+        [grads[i] for i in batch.indices],
+        [state["exp_avg"] for state in batch.states],
+        [state["exp_avg_sq"] for state in batch.states],
+        [],
+        batch.steps,
+        **_arguments(batch.group, scale),
+    )
+
+
+def update_staged(
+    group: dict[str, Any],
+    param: Tensor,
+    grad: Any,
+    state: dict[str, Any],
+    scale: float,
+    seed: int | None,
+) -> None:
+    """Update one parameter through contiguous copies in the arithmetic's dtype.
+
+    torch's kernel walks memory from the first element and takes one dtype for all operands, so
+    strided tensors, DTensors and mixed dtypes come here. Its step is counted already. A seed asks
+    for stochastic rounding of bf16 results.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    stored = [local_tensor(state.get("master", param).detach())]
+    stored += [local_tensor(state[key]) for key in ("exp_avg", "exp_avg_sq")]
+    work = [t.to(dtype).contiguous() for t in stored]
+    gradient = local_tensor(grad).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    weight, first, second = ([t] for t in work)
+    arguments = _arguments(group, scale)
+    torch._fused_adamw_(weight, [gradient], first, second, [], [state["step"]], **arguments)
+    if "master" in state:
+        stored.append(local_tensor(param.detach()))
+        work.append(work[0])
+    for slot, (target, value) in enumerate(zip(stored, work, strict=True)):
+        if seed is not None and target.dtype == torch.bfloat16:
+            round_stochastic_(target, value, seed=seed + slot)
+        elif target is not value:
+            target.copy_(value)
+
+
+def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Keyword arguments of torch's fused kernel."""
+    arguments = {
+        "lr": float(group["lr"]),
+        "beta1": group["betas"][0],
+        "beta2": group["betas"][1],
+        "weight_decay": group["weight_decay"],
+        "eps": group["eps"],
+        "amsgrad": False,
+        "maximize": group["maximize"],
+    }
+    if scale != 1.0:
+        arguments["grad_scale"] = torch.tensor(1.0 / scale if scale else math.inf)
+    return arguments
+
+
+def round_stochastic_(target: Tensor, value: Tensor, *, seed: int) -> None:
+    """Store fp32 ``value`` in bf16 ``target``, rounded stochastically; inf and NaN as they are.
+
+    A bf16 is the upper half of an fp32. Adding 16 random bits to the lower half and cutting it off
+    rounds up with a probability equal to the part cut off: the expected value of the result is the
+    fp32 value. Equal seeds and shapes give equal noise.
+    """
+    generator = torch.Generator(value.device).manual_seed(seed & (2**63 - 1))
+    noise = torch.randint(
+        1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator
+    )
+    bits = value.contiguous().view(torch.int32)
+    rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
+    target.copy_(torch.where(value.isfinite(), rounded, value))
 
 
 class _Plan:
@@ -360,7 +619,7 @@ class FusedAdamW(Optimizer):
         if plan.triton is not None:
             scalars = (clip_coefficient, grad_scale, found_inf)
             seed = self._seed if self._rounding else None
-            plan.triton.launch(params, grads, *scalars, seed)
+            plan.triton.launch(params, grads, scalars, seed)
         if not plan.counters or (found_inf is not None and found_inf.item() != 0):
             return loss
         scale = 1.0 if clip_coefficient is None else clip_coefficient.item()

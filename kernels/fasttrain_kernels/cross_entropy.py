@@ -28,21 +28,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cross_entropy_compute import compute_cross_entropy, empty_grad
-from ._cross_entropy_cpu import LossTerms
-from ._cross_entropy_options import (
+from ._cross_entropy_kernels import cross_entropy_kernel
+from ._dispatch import NAMESPACE, use_triton
+from ._launch import on_device, scale_unless_one_, warp_size
+from ._loss_options import (
+    SCHEMA,
+    LossOptions,
     accumulation_dtype,
-    check_options,
-    check_targets,
     finish,
     mean_scale,
+    resolve,
 )
-from ._scale import scale_unless_one_
+from ._triton import triton
+from .cpu.cross_entropy import cross_entropy_rows
 
-__all__ = ["cross_entropy", "cross_entropy_reference"]
-
-# The ops' namespace is the package's name: a vendored copy does not clash with the original.
-_NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
+# The widest row that is kept in registers, by 512 threads: 32 logits each. Options need registers
+# too. At 32,768 columns 1024 threads have 64 registers each, which Triton 3.8 (sm_100) and 3.9
+# (sm_90 as well) exceed and spill.
+SINGLE_PASS_COLS = 16384
+SINGLE_PASS_COLS_LEAST = 8192
+# Wider rows go through twice, in blocks of 16 logits a thread, or 8 where that would spill. The
+# second pass finds the row in L2 if the rows in flight fit there: above this size a row is given
+# 1024 threads, one program an SM (132 rows of 256 KiB are 34 MB of an H200's 60 MB), else 512, two
+# an SM.
+WIDE_ROW_BYTES = 128 * 1024
+# Logits of a block of rows on a CPU, small enough to be in cache still when the passes after the
+# softmax come.
+_CPU_BLOCK_BYTES = 2**20
 
 
 def cross_entropy_reference(
@@ -91,37 +103,199 @@ def cross_entropy_reference(
     if reduction == "mean":
         weight = None if token_weight is None else token_weight.reshape(-1).to(x.dtype)
         loss = loss * mean_scale(flat, ignore_index, class_weight, weight, x.dtype)
-    return finish(
-        loss,
-        torch.where(valid, lse, torch.zeros_like(lse)).detach(),
-        ((x.argmax(dim=1) == flat) & valid).to(x.dtype),
-        targets,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        return_lse=return_lse,
-        return_accuracy=return_accuracy,
-    )
+    lse = torch.where(valid, lse, torch.zeros_like(lse)).detach()
+    correct = ((x.argmax(dim=1) == flat) & valid).to(x.dtype)
+    results = loss, lse, correct
+    return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cross_entropy_forward", mutates_args=())
-def _forward(
+def empty_grad(logits: Tensor) -> Tensor:
+    """Allocate a gradient whose rows are misaligned by as many bytes as the rows of ``logits``."""
+    n_rows, n_cols = logits.shape
+    align = 16 // logits.element_size()
+    stride = n_cols + (logits.stride(0) - n_cols) % align
+    return logits.new_empty((n_rows, stride))[:, :n_cols]
+
+
+def _configuration(
+    logits: Tensor, has_edges: bool, has_z_loss: bool, has_options: bool
+) -> tuple[bool, int, int]:
+    """Return whether one pass is enough, the logits of a block, and the warps of a program."""
+    n_cols, size = logits.shape[1], logits.element_size()
+    # Wavefronts of 64 fill the 1024 threads that a program may have with half as many.
+    most_warps = 32 if warp_size(logits) == 32 else 16
+    narrow = has_options or (has_edges and size == 4)
+    if n_cols <= (SINGLE_PASS_COLS_LEAST if narrow else SINGLE_PASS_COLS):
+        block = max(16, triton.next_power_of_2(n_cols))
+        return True, block, max(1, min(block // 512, 16))
+    if narrow:
+        return False, 4096, most_warps // 2
+    if n_cols * size > WIDE_ROW_BYTES and not (has_edges or has_z_loss):
+        return False, 512 * most_warps, most_warps
+    return False, 8192, 16
+
+
+def launch_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduce: bool,
-    want_grad: bool,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
+    grad: Tensor | None,
+    lse: Tensor,
+    options: LossOptions,
+    *,
+    losses: Tensor | None = None,
+    correct: Tensor | None = None,
+    class_weight_sum: Tensor | None = None,
+    upstream: Tensor | None = None,
+    skip_unit: bool = False,
+) -> None:
+    """Launch one program for each row of ``logits``, (N, V), whose rows are contiguous.
+
+    ``losses``, ``correct`` and ``grad`` are written where they are given; ``lse`` is written
+    together with ``losses``, else read. ``grad`` may be ``logits``; its row stride and theirs must
+    leave the same remainder modulo 16 bytes. ``upstream``, (N,) or () with any stride, multiplies
+    the gradient; with ``skip_unit`` rows where it is 1 are left alone: theirs is there already.
+    Class weights need their sum.
+    """
+    class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss, softcap = options
+    n_rows, n_cols = logits.shape
+    if n_rows == 0:
+        return
+    align = 16 // logits.element_size()
+    has_edges = n_cols % align != 0 or logits.stride(0) % align != 0
+    has_options = (
+        class_weight is not None or correct is not None or label_smoothing != 0.0 or softcap != 0.0
+    )
+    single, block, num_warps = _configuration(logits, has_edges, z_loss != 0.0, has_options)
+    out = logits if grad is None else grad
+    per_row = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+    arguments = (
+        logits, out, targets, lse if losses is None else losses, lse,
+        lse if correct is None else correct,
+        lse if class_weight is None else class_weight,
+        lse if class_weight_sum is None else class_weight_sum,
+        lse if token_weight is None else token_weight,
+        lse if scale is None else scale,
+        lse if upstream is None else upstream,
+        n_cols, ignore_index,
+        logits.stride(0), out.stride(0),
+        0 if token_weight is None else token_weight.stride(0), per_row,
+        label_smoothing, z_loss, softcap,
+    )  # fmt: skip
+
+    def launch() -> None:
+        cross_entropy_kernel[(n_rows,)](
+            *arguments,
+            BLOCK_N=block, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
+            COMPUTE_LOSS=losses is not None, WRITE_GRAD=grad is not None, SKIP_UNIT=skip_unit,
+            HAS_UPSTREAM=upstream is not None, HAS_SCALE=scale is not None,
+            HAS_CLASS_WEIGHT=class_weight is not None,
+            HAS_TOKEN_WEIGHT=token_weight is not None, HAS_SMOOTHING=label_smoothing != 0.0,
+            HAS_Z_LOSS=z_loss != 0.0, HAS_SOFTCAP=softcap != 0.0,
+            HAS_CORRECT=correct is not None, num_warps=num_warps,
+        )  # fmt: skip
+
+    on_device(logits, launch)
+
+
+def compute_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    grad: Tensor | None,
+    options: LossOptions,
+    *,
+    lse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    skip_unit: bool = False,
+    want_correct: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
+    dtype = accumulation_dtype(logits.dtype)
+    n_rows, n_cols = logits.shape
+    losses, correct = logits.new_empty(0, dtype=dtype), logits.new_empty(0, dtype=dtype)
+    want_losses = lse is None
+    if lse is None:
+        lse, losses = (logits.new_empty(n_rows, dtype=dtype) for _ in range(2))
+    if want_correct:
+        correct = logits.new_empty(n_rows, dtype=dtype)
+    if use_triton(logits) and logits.dtype != torch.float64:
+        class_weight = options.class_weight
+        launch_cross_entropy(
+            logits,
+            targets,
+            grad,
+            lse,
+            options,
+            losses=losses if want_losses else None,
+            correct=correct if want_correct else None,
+            class_weight_sum=None if class_weight is None else class_weight.float().sum(),
+            upstream=upstream,
+            skip_unit=skip_unit,
+        )
+        return losses, lse, correct
+
+    if skip_unit and grad is not None and upstream is not None:
+        if bool((upstream == 1).all()):
+            return losses, lse, correct
+        if grad.dtype == dtype:
+            grad.mul_(upstream)
+            return losses, lse, correct
+    options, scale = options.to(dtype), options.scale
+    block = max(1, min(n_rows, _CPU_BLOCK_BYTES // (n_cols * dtype.itemsize)))
+    direct = grad is not None and grad.dtype == dtype
+    scratch = None if direct else logits.new_empty((block, n_cols), dtype=dtype)
+    for start in range(0, n_rows, block):
+        rows = slice(start, min(start + block, n_rows))
+        x = logits[rows]
+        if direct:
+            assert grad is not None
+            out = grad[rows]
+            # An in-place gradient would leave nothing to compute an underflowing row from.
+            source = x.clone() if out.data_ptr() == x.data_ptr() else x
+        else:
+            assert scratch is not None
+            out, source = scratch[: x.shape[0]], x
+        result = cross_entropy_rows(
+            source,
+            targets[rows],
+            out,
+            options.of(rows),
+            want_grad=grad is not None,
+            want_correct=want_correct,
+            logits_of=source.__getitem__,
+        )
+        if want_losses:
+            losses[rows], lse[rows] = result.losses, result.lse
+        if want_correct:
+            correct[rows] = result.correct
+        if grad is None:
+            continue
+        factor = result.factor
+        if upstream is not None:
+            part = upstream if upstream.dim() == 0 else upstream[rows]
+            factor = part if factor is None else factor * part
+        if scale is not None:
+            factor = scale if factor is None else factor * scale
+        if factor is not None:
+            out.mul_(factor.unsqueeze(1) if factor.dim() else factor)
+        if not direct:
+            grad[rows] = out
+    if want_losses and scale is not None:
+        losses.mul_(scale)
+    return losses, lse, correct
+
+
+# In an op's arguments the options are flat.
+@torch.library.custom_op(
+    f"{NAMESPACE}::cross_entropy_forward",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor targets, {SCHEMA}, bool reduce, bool want_grad, "
+    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(logits: Tensor, targets: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    *options, reduce, want_grad, want_correct = flat
     grad = empty_grad(logits) if want_grad else None
     losses, lse, correct = compute_cross_entropy(
-        logits, targets, grad, terms, token_weight, scale, want_correct=want_correct
+        logits, targets, grad, LossOptions(*options), want_correct=want_correct
     )
     return losses.sum() if reduce else losses, lse, correct, _or_empty(grad, logits)
 
@@ -142,25 +316,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cross_entropy_backward", mutates_args=())
-def _backward(
-    upstream: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
+@torch.library.custom_op(
+    f"{NAMESPACE}::cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor logits, Tensor targets, Tensor lse, {SCHEMA}) -> Tensor",
+)
+def _backward(upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any) -> Tensor:
     grad = empty_grad(logits)
-    compute_cross_entropy(
-        logits, targets, grad, terms, token_weight, scale, lse=lse, upstream=upstream
-    )
+    compute_cross_entropy(logits, targets, grad, LossOptions(*flat), lse=lse, upstream=upstream)
     return grad
 
 
@@ -169,61 +332,49 @@ def _(*args: Any) -> Tensor:
     return empty_grad(args[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, class_weight, token_weight, scale, *options = inputs
-    _, lse, correct, grad = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, correct, grad)
-    ctx.save_for_backward(logits, targets, lse, class_weight, token_weight, scale)
-    ctx.options = options[:4]
-    # Kept outside the saved tensors: backward hands it out, and may write to it, once.
-    ctx.grad = grad if options[5] else None
-
-
-def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 11
-    if upstream is None:
-        return (None, *unused)
-    logits, targets, lse, class_weight, token_weight, scale = ctx.saved_tensors
-    grad, ctx.grad = ctx.grad, None
-    # Computed here where it was not in forward, where it was handed out before (a retained graph),
-    # and where a graph is traced, which must not write to buffers of another op.
-    if grad is None or type(upstream) is not Tensor:
-        grad = _backward(
-            upstream, logits, targets, lse, class_weight, token_weight, scale, *ctx.options
-        )
-    else:
-        _rescale_(grad, upstream, logits, targets, lse, class_weight, token_weight, scale,
-                  *ctx.options)  # fmt: skip
-    return (grad, *unused)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::cross_entropy_rescale_", mutates_args=("grad",))
+@torch.library.custom_op(
+    f"{NAMESPACE}::cross_entropy_rescale_",
+    mutates_args=("grad",),
+    schema="(Tensor(a0!) grad, Tensor upstream, Tensor logits, Tensor targets, Tensor lse, "
+    f"{SCHEMA}) -> ()",
+)
 def _rescale_(
-    grad: Tensor,
-    upstream: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    grad: Tensor, upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any
 ) -> None:
     """Make ``grad``, computed for an incoming gradient of 1, that for ``upstream``."""
-    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
     compute_cross_entropy(
-        logits, targets, grad, terms, token_weight, scale,
-        lse=lse, upstream=upstream, skip_unit=True,
-    )  # fmt: skip
+        logits, targets, grad, LossOptions(*flat), lse=lse, upstream=upstream, skip_unit=True
+    )
 
 
 @_rescale_.register_fake
 def _(*_args: Any) -> None:
     return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, options, want_grad = *inputs[:2], LossOptions(*inputs[2:9]), inputs[10]
+    _, lse, correct, grad = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, correct, grad)
+    ctx.save_for_backward(logits, targets, lse, *options[:3])
+    ctx.numbers = options[3:]
+    # Kept outside the saved tensors: backward hands it out, and may write to it, once.
+    ctx.grad = grad if want_grad else None
+
+
+def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 12
+    grad, ctx.grad = ctx.grad, None
+    arguments = (upstream, *ctx.saved_tensors, *ctx.numbers)
+    # Computed here where it was not in forward, where it was handed out before (a retained graph),
+    # and where a graph is traced, which must not write to buffers of another op.
+    if grad is None or type(upstream) is not Tensor:
+        grad = _backward(*arguments)
+    else:
+        _rescale_(grad, *arguments)
+    return (grad, *(None,) * 11)
 
 
 _forward.register_autograd(_backward_formula, setup_context=_setup_context)
@@ -237,44 +388,39 @@ class _InPlace(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
-        terms: LossTerms,
-        token_weight: Tensor | None,
-        scale: Tensor | None,
+        options: LossOptions,
         reduce: bool,
         want_correct: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.in_forward = reduce and logits.dtype != torch.float16
+        grad = logits.detach() if ctx.in_forward else None
         losses, lse, correct = compute_cross_entropy(
-            logits, targets, logits.detach() if ctx.in_forward else None, terms, token_weight,
-            scale, want_correct=want_correct,
-        )  # fmt: skip
+            logits, targets, grad, options, want_correct=want_correct
+        )
         if ctx.in_forward:
-            # Whoever else saved these logits for backward must hear that they are gone.
+            # Autograd then refuses other backwards that saved these logits.
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, correct)
-        ctx.tensors = (logits.detach(), targets, lse, token_weight, scale)
-        ctx.terms = terms
+        ctx.kept = (logits.detach(), targets, lse, options)
         return losses.sum() if reduce else losses, lse, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream is None:
-            return (None,) * 7
-        if ctx.tensors is None:
+            return (None,) * 5
+        if ctx.kept is None:
             raise RuntimeError(
                 "cross_entropy: inplace=True keeps one gradient, in the memory of the logits, and "
                 "it was handed out already; use inplace=False to run backward more than once."
             )
-        (grad, targets, lse, token_weight, scale), ctx.tensors = ctx.tensors, None
+        (grad, targets, lse, options), ctx.kept = ctx.kept, None
         if ctx.in_forward:
             scale_unless_one_(grad, upstream)
         else:
-            compute_cross_entropy(
-                grad, targets, grad, ctx.terms, token_weight, scale, lse=lse, upstream=upstream
-            )
-        return (grad, *(None,) * 6)
+            compute_cross_entropy(grad, targets, grad, options, lse=lse, upstream=upstream)
+        return (grad, *(None,) * 4)
 
 
 def cross_entropy(
@@ -331,38 +477,20 @@ def cross_entropy(
         O(N) where no gradient is required.
     """
     name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
-    check_targets(name, targets, logits.shape[:-1], logits.device)
-    check_options(
-        name, reduction, label_smoothing, z_loss, softcap, class_weight, token_weight, n_cols,
-        targets.shape,
+    flat_targets, options = resolve(
+        name, logits, n_cols, targets, reduction, ignore_index, label_smoothing, z_loss, softcap,
+        class_weight, token_weight,
     )  # fmt: skip
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")
-    flat_targets = targets.reshape(-1).contiguous()
-    flat_weight = None if token_weight is None else token_weight.reshape(-1)
-    scale = None
-    if reduction == "mean":
-        dtype = accumulation_dtype(logits.dtype)
-        scale = mean_scale(flat_targets, ignore_index, class_weight, flat_weight, dtype)
     x = logits.reshape(-1, n_cols)
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
-    cap = 0.0 if softcap is None else softcap
     if inplace and needs_grad and not compiling and logits.is_contiguous():
-        terms = LossTerms(ignore_index, label_smoothing, z_loss, cap, class_weight)
-        loss, lse, correct = _InPlace.apply(  # type: ignore[no-untyped-call]
-            x, flat_targets, terms, flat_weight, scale, reduce, return_accuracy
-        )
+        results = _InPlace.apply(x, flat_targets, options, reduce, return_accuracy)
     else:
         if n_cols > 1 and x.stride(1) != 1:
             x = x.contiguous()
         want_grad = needs_grad and reduce and not compiling and x.dtype != torch.float16
-        loss, lse, correct, _ = _forward(
-            x, flat_targets, class_weight, flat_weight, scale, ignore_index, label_smoothing,
-            z_loss, cap, reduce, want_grad, return_accuracy,
-        )  # fmt: skip
-    return finish(
-        loss, lse, correct, targets,
-        reduction=reduction, ignore_index=ignore_index,
-        return_lse=return_lse, return_accuracy=return_accuracy,
-    )  # fmt: skip
+        results = _forward(x, flat_targets, *options, reduce, want_grad, return_accuracy)[:3]
+    return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)

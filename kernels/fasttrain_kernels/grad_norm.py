@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._cpu import is_supported, load_or_warn
 from ._dispatch import has_memory, is_traced, use_triton
 from ._multi_tensor import (
     BLOCK,
@@ -37,8 +36,7 @@ from ._multi_tensor import (
     triton_dtype,
 )
 from ._triton import tl, triton
-
-__all__ = ["GradNorm", "clip_grad_norm_", "grad_norm", "grad_norm_reference"]
+from .cpu import is_supported, load_or_warn
 
 # torch.dot sums a whole vector in fp32 lanes: over 4e7 random elements three digits are wrong
 # (relative error 2e-3), in chunks none (1e-7), at the same speed; 4e6 equal elements are summed
@@ -47,9 +45,8 @@ CPU_CHUNK = 1 << 16
 # Of a large tensor all threads sum rows, each row one thread: 4.2e6 elements in 0.3 ms, not in 0.8,
 # on two. vector_norm has fewer lanes: rows of 2**14 are as exact as torch.dot's chunks of 2**16.
 CPU_ROW, CPU_LARGE = 1 << 14, 1 << 18
-# Elements of all tensors from which they go through C++: for fewer, that nobody need wait for g++,
-# 0.6 s once. Of 8e5 in 27 tensors, in a training step, it takes 0.37 ms, not 0.65 (two Zen 3 cores,
-# torch 2.13).
+# Total elements from which C++ is used: fewer are not worth g++'s 0.6 s, once. In a training step
+# C++ takes 0.37 ms for 8e5 elements in 27 tensors, torch 0.65 (two Zen 3 cores, torch 2.13).
 CPU_MANY = 1 << 18
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ uses the same
 
@@ -93,7 +90,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return load_or_warn("grad_norm", Path(__file__).parent / "_grad_norm_cpu.cpp")
+    return load_or_warn("grad_norm", Path(__file__).parent / "cpu/grad_norm.cpp")
 
 
 def _fits_cpp(tensors: Sequence[Tensor]) -> bool:
@@ -151,17 +148,11 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
 
 @triton.jit
 def _sum_squares_kernel(
-    pointers_ptr,
-    lengths_ptr,
-    chunks_ptr,
-    partial_ptr,
+    pointers_ptr, lengths_ptr, chunks_ptr, partial_ptr,
     n_chunks,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum the squares of every n-th chunk, in the same order whatever runs beside it."""
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the squares of every n-th chunk, in an order that does not depend on timing."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     lanes = tl.arange(0, BLOCK)
     for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
@@ -212,20 +203,13 @@ def _grad_norm_triton(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
         n_partials += programs
     partial = torch.empty(n_partials, dtype=torch.float32, device=device)
     out = torch.empty(3, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(out):
         for table, pointers, dtype, aligned, offset, programs in launches:
             _sum_squares_kernel[(programs,)](
-                pointers,
-                table.lengths,
-                table.chunks,
-                partial[offset:],
-                table.n_chunks,
-                DTYPE=dtype,
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
+                pointers, table.lengths, table.chunks, partial[offset:], table.n_chunks,
+                DTYPE=dtype, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=block_warps(out),
-            )
+            )  # fmt: skip
         _finish_kernel[(1,)](partial, out, n_partials, max_norm, BLOCK=1024, num_warps=4)
     return GradNorm(*out.unbind())
 
@@ -275,13 +259,11 @@ def grad_norm(
     else:
         run = _grad_norm_cpp if _fits_cpp(local) else _grad_norm_torch
     result = run(local, max_norm)
-    return result if group is None else _finish(_reduce(result.norm, group), max_norm)
-
-
-def _reduce(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
-    square = norm.square()
+    if group is None:
+        return result
+    square = result.norm.square()
     dist.all_reduce(square, group=group)
-    return square.sqrt()
+    return _finish(square.sqrt(), max_norm)
 
 
 @torch.no_grad()

@@ -21,37 +21,33 @@ Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._cross_entropy_cpu import LossTerms
-from ._cross_entropy_options import (
-    accumulation_dtype,
-    check_options,
-    check_targets,
-    finish,
-    mean_scale,
-)
-from ._dispatch import is_traced, once, use_triton
-from ._linear_cross_entropy_compute import (
-    Gradients,
-    chunk_rows,
-    compute_linear_cross_entropy,
-    weight_grad_dtype,
-)
-from ._linear_cross_entropy_cpu import fits
-from ._scale import scale_unless_one_
-from .cross_entropy import cross_entropy_reference
+from ._dispatch import NAMESPACE, is_traced, once, use_triton
+from ._launch import scale_unless_one_
+from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
+from .cpu.cross_entropy import cross_entropy_rows
+from .cpu.linear_cross_entropy import fits, run_in_cpp
+from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
-
-_NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
-# On a CPU so few logits, 4 MiB in fp32, are computed at once: what chunks take beside the products,
-# 0.3 ms, is a third of everything at N=768, D=128, V=96. Beyond, chunks are the faster way.
+# A CPU computes up to so many logits (4 MiB in fp32) at once: the overhead of chunks, 0.3 ms, is a
+# third of the total at N=768, D=128, V=96. With more logits chunks are faster.
 _AT_ONCE = 2**20
+# Rows of a chunk. On a CPU products gain little above 512 rows (N=4096, D=256, V=4096, two Milan
+# cores: 64 rows 277 ms, 256 208 ms, 512 183 ms, 1024 179 ms); on a GPU small chunks are bound by
+# launches, so a chunk is as large as the budget allows.
+_MAX_ROWS = {"cpu": 1024, "cuda": 8192}
+# Default budget for the logits of one chunk. CPU: 512 rows and more at V=50304 in fp32. GPU: one
+# chunk of 4096 rows at V=128256 in bf16.
+_DEFAULT_MIB = {"cpu": 112, "cuda": 1024}
+# The CPU's product with a transposed weight is 4 to 7 % faster in strips of so many columns, 6 MiB
+# of weight at D=768 (V=50304, 256 to 1024 rows, two Milan cores: 163 against 156 GFLOP/s).
+_STRIP_COLS = 2048
 
 
 def linear_cross_entropy_reference(
@@ -69,46 +65,284 @@ def linear_cross_entropy_reference(
     return cross_entropy_reference(logits, targets, **options)
 
 
+class Gradients(NamedTuple):
+    """Gradients of the three inputs, each None where it is not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def chunk_rows(hidden: Tensor, n_cols: int, max_chunk_mib: float | None) -> int:
+    """Return into how many rows a chunk is cut: even chunks, as few as the budget allows."""
+    n_rows, device = hidden.shape[0], hidden.device.type
+    budget = _DEFAULT_MIB.get(device, 1024) if max_chunk_mib is None else max_chunk_mib
+    # A CPU holds a chunk in the dtype of the softmax, a GPU in that of the product.
+    dtype = accumulation_dtype(hidden.dtype) if device == "cpu" else hidden.dtype
+    most = int(budget * 2**20 / (n_cols * dtype.itemsize))
+    most = max(1, min(most, _MAX_ROWS.get(device, 8192)))
+    n_chunks = max(1, -(-n_rows // most))
+    even = -(-n_rows // n_chunks)
+    return max(1, min(most, -(-even // 16) * 16))
+
+
+def weight_grad_dtype(hidden: Tensor, weight: Tensor, rows: int) -> torch.dtype:
+    """Return the dtype in which forward leaves the weight gradient.
+
+    It is accumulated in fp32, and rounded to a narrower weight's dtype by the multiplication in
+    backward; only a single bf16 chunk needs no accumulator.
+    """
+    if hidden.dtype == weight.dtype == torch.bfloat16 and hidden.shape[0] <= rows:
+        return torch.bfloat16
+    return accumulation_dtype(hidden.dtype)
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write hidden·weightᵀ + bias to ``out``."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _accumulate(
+    acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool, alpha: float = 1.0
+) -> None:
+    """Add α dlogitsᵀ·hidden to ``acc``, whose content is undefined the first time."""
+    left = dlogits.t()
+    if acc.dtype == hidden.dtype:
+        acc.addmm_(left, hidden, beta=0 if first else 1, alpha=alpha)
+    elif acc.is_cuda:
+        if first:
+            torch.mm(left, hidden, out_dtype=acc.dtype, out=acc)
+        else:
+            torch.addmm(acc, left, hidden, out_dtype=acc.dtype, out=acc)
+    elif first:
+        acc.copy_(left @ hidden)
+    else:
+        acc.add_(left @ hidden)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def compute_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    want: tuple[bool, bool, bool],
+    *,
+    lse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    want_correct: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Return losses, lse, hits (each (N,)) and the gradients that ``want`` names.
+
+    A chunk has ``rows`` rows. With ``lse``, from an earlier forward, only gradients are computed;
+    ``upstream``, (N,) or (), multiplies them.
+    """
+    device = hidden.device.type
+    # Autocast would cast the operands of the products below once more, to a dtype of its own.
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        weight_in = weight.to(hidden.dtype)
+        bias_in = None if bias is None else bias.to(hidden.dtype)
+        kernels = use_triton(hidden) and hidden.dtype != torch.float64
+        n_rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+        grads = Gradients(
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if want[0] else None,
+            weight.new_empty(weight.shape, dtype=weight_grad_dtype(hidden, weight, rows))
+            if want[1]
+            else None,
+            weight.new_zeros(weight.shape[0], dtype=dtype) if want[2] else None,
+        )
+        if n_rows == 0 and grads.weight is not None:
+            grads.weight.zero_()
+        if not use_triton(hidden) and fits(hidden, weight_in, bias, options):
+            results = run_in_cpp(
+                hidden, weight_in, targets, options, rows, *grads[:2], upstream, want_correct
+            )
+        else:
+            run = _on_kernels if kernels else _on_torch
+            results = run(
+                hidden, weight_in, bias_in, targets, options, rows, grads, lse, upstream,
+                want_correct,
+            )  # fmt: skip
+        return *results, grads
+
+
+def _on_kernels(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    grads: Gradients,
+    lse: Tensor | None,
+    upstream: Tensor | None,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_cols = hidden.shape[0], weight.shape[0]
+    new = hidden.new_empty
+    want_losses = lse is None
+    losses = new(n_rows if want_losses else 0, dtype=torch.float32)
+    lse_out = new(n_rows, dtype=torch.float32) if lse is None else lse
+    correct = new(n_rows if want_correct else 0, dtype=torch.float32)
+    weight_sum = None if options.class_weight is None else options.class_weight.float().sum()
+    # Rows start on 16-byte boundaries whatever V is, so that the kernel has no narrow accesses.
+    align = 16 // hidden.element_size()
+    buffer = new((min(rows, n_rows), -(-n_cols // align) * align))[:, :n_cols]
+    any_grad = any(grad is not None for grad in grads)
+    for start in range(0, n_rows, rows):
+        part = slice(start, min(start + rows, n_rows))
+        h = hidden[part]
+        x = buffer[: h.shape[0]]
+        _multiply(h, weight, bias, x)
+        launch_cross_entropy(
+            x,
+            targets[part],
+            x if any_grad else None,
+            lse_out[part],
+            options.of(part),
+            losses=losses[part] if want_losses else None,
+            correct=correct[part] if want_correct else None,
+            class_weight_sum=weight_sum,
+            upstream=upstream if upstream is None or upstream.dim() == 0 else upstream[part],
+        )
+        if grads.hidden is not None:
+            torch.mm(x, weight, out=grads.hidden[part])
+        if grads.weight is not None:
+            _accumulate(grads.weight, x, h, start == 0)
+        if grads.bias is not None:
+            grads.bias.add_(x.sum(dim=0, dtype=grads.bias.dtype))
+    return losses, lse_out, correct
+
+
+def _on_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    grads: Gradients,
+    lse: Tensor | None,
+    upstream: Tensor | None,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
+    options, scale = options.to(dtype), options.scale
+    # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
+    ignored = targets == options.ignore_index
+    everything = not bool(ignored.any())
+    kept = None if everything else (~ignored).nonzero().squeeze(1)
+    n_kept = n_rows if kept is None else kept.shape[0]
+    new = hidden.new_empty if everything else hidden.new_zeros
+    losses, lse_out = new(n_rows, dtype=dtype), new(n_rows, dtype=dtype)
+    correct = new(n_rows if want_correct else 0, dtype=dtype)
+    if not everything and grads.hidden is not None:
+        grads.hidden.zero_()
+    if n_kept == 0 and grads.weight is not None:
+        grads.weight.zero_()
+    if upstream is not None and upstream.dim() == 0:
+        scale, upstream = upstream if scale is None else scale * upstream, None
+    narrow = hidden.dtype != dtype
+    shape = (min(rows, n_kept), n_cols)
+    buffer = hidden.new_empty(shape, dtype=dtype)
+    narrow_buffer = hidden.new_empty(shape) if narrow else buffer
+    any_grad = any(grad is not None for grad in grads)
+    strip = n_cols if narrow else _STRIP_COLS
+    for start in range(0, n_kept, rows):
+        chunk = slice(start, min(start + rows, n_kept))
+        index = chunk if kept is None else kept[chunk]
+        h, t = hidden[index], targets[index]
+        x, out = narrow_buffer[: h.shape[0]], buffer[: h.shape[0]]
+        for col in range(0, n_cols, strip):
+            cols = slice(col, col + strip)
+            _multiply(h, weight[cols], None if bias is None else bias[cols], x[:, cols])
+
+        def logits_of(chosen: Tensor, h: Tensor = h) -> Tensor:
+            return torch.nn.functional.linear(h[chosen], weight, bias)
+
+        result = cross_entropy_rows(
+            x,
+            t,
+            out,
+            options.of(index),
+            want_grad=any_grad,
+            want_correct=want_correct,
+            logits_of=logits_of,
+        )
+        losses[index], lse_out[index] = result.losses, result.lse
+        if want_correct:
+            correct[index] = result.correct
+        if not any_grad:
+            continue
+        factor = result.factor if upstream is None else _product(result.factor, upstream[index])
+        column = None if factor is None else factor.to(dtype).unsqueeze(1)
+        if narrow:
+            # Scaled in fp32, so that the gradient is rounded once.
+            if column is not None:
+                out.mul_(column)
+            x.copy_(out if scale is None else out.mul_(scale))
+            column = None
+        # A factor of the rows is applied to the D columns of hidden, not to the V of the logits,
+        # and one of all rows by the products themselves.
+        alpha = 1.0 if scale is None or narrow else scale.item()
+        if grads.hidden is not None:
+            dh = grads.hidden[chunk] if everything else torch.empty_like(h)
+            dh.addmm_(x, weight, beta=0, alpha=alpha)
+            if column is not None:
+                dh.mul_(column)
+            if not everything:
+                grads.hidden[index] = dh
+        if grads.weight is not None:
+            _accumulate(grads.weight, x, h if column is None else h * column, start == 0, alpha)
+        if grads.bias is not None:
+            if column is None:
+                grads.bias.add_(out.sum(dim=0), alpha=alpha)
+            else:
+                grads.bias.addmv_(out.t(), column.squeeze(1), alpha=alpha)
+    if scale is not None and lse is None:
+        losses.mul_(scale)
+    return losses, lse_out, correct
+
+
 def _pack(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dh, dw, db = (like.new_empty(0) if grad is None else grad for grad in grads)
     return dh, dw, db
 
 
 def _compute(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    max_chunk_mib: float | None,
-    reduce: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    options, (max_chunk_mib, reduce, *want, want_correct) = LossOptions(*flat[:7]), flat[7:]
     # Gradients divided by N leave the range of fp16: there the scale is applied in backward.
     late = hidden.dtype == torch.float16
     losses, lse, correct, grads = compute_linear_cross_entropy(
-        hidden, weight, bias, targets, terms, token_weight, None if late else scale,
-        chunk_rows(hidden, weight.shape[0], max_chunk_mib),
-        (want_hidden, want_weight, want_bias), want_correct=want_correct,
+        hidden, weight, bias, targets, options._replace(scale=None) if late else options,
+        chunk_rows(hidden, weight.shape[0], max_chunk_mib), tuple(want), want_correct=want_correct,
     )  # fmt: skip
     loss = losses.sum() if reduce else losses
-    if late and scale is not None:
-        loss = loss * scale
+    if late and options.scale is not None:
+        loss = loss * options.scale
     return loss, lse, correct, *_pack(grads, hidden)
 
 
 _forward = torch.library.custom_op(
-    f"{_NAMESPACE}::linear_cross_entropy_forward", _compute, mutates_args=()
+    f"{NAMESPACE}::linear_cross_entropy_forward",
+    _compute,
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
+    "float? max_chunk_mib, bool reduce, bool want_hidden, bool want_weight, bool want_bias, "
+    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -132,7 +366,13 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
+    "bool want_bias) -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
     upstream: Tensor,
     hidden: Tensor,
@@ -140,25 +380,14 @@ def _backward(
     bias: Tensor | None,
     targets: Tensor,
     lse: Tensor,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    max_chunk_mib: float | None,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients from the inputs, for any incoming gradient, (N,) or ()."""
-    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, class_weight)
-    grads = compute_linear_cross_entropy(
-        hidden, weight, bias, targets, terms, token_weight, scale,
-        chunk_rows(hidden, weight.shape[0], max_chunk_mib),
-        (want_hidden, want_weight, want_bias), lse=lse, upstream=upstream,
-    )[3]  # fmt: skip
+    rows = chunk_rows(hidden, weight.shape[0], flat[7])
+    *_, grads = compute_linear_cross_entropy(
+        hidden, weight, bias, targets, LossOptions(*flat[:7]), rows, flat[8:],
+        lse=lse, upstream=upstream,
+    )  # fmt: skip
     if grads.weight is not None:
         grads = grads._replace(weight=grads.weight.to(weight.dtype))
     if grads.bias is not None and bias is not None:
@@ -179,12 +408,12 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ignore_index, smoothing, z_loss, softcap, chunk, reduce = inputs[:13]
+    *tensors, reduce = *inputs[:7], inputs[12]
     _, lse, correct, *grads = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, *grads)
-    ctx.options = (ignore_index, smoothing, z_loss, softcap, chunk)
-    ctx.save_for_backward(*tensors, lse)
+    ctx.numbers = inputs[7:12]  # the rest of the options, max_chunk_mib
+    ctx.save_for_backward(*tensors[:4], lse, *tensors[4:])
     # Kept outside the saved tensors: backward hands them out, and may write to them, once.
     ctx.grads = tuple(grads) if reduce and any(inputs[13:16]) else None
 
@@ -204,14 +433,11 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
     unused = (None,) * 14
     if upstream is None:
         return (None, None, None, *unused)
-    hidden, weight, bias, targets, class_weight, token_weight, scale, lse = ctx.saved_tensors
+    hidden, weight, bias, *_, scale = ctx.saved_tensors
     want = ctx.needs_input_grad[:3]
     grads, ctx.grads = ctx.grads, None
     if grads is None:  # reduction "none", or handed out before (a retained graph)
-        grads = _backward(
-            upstream, hidden, weight, bias, targets, lse, class_weight, token_weight, scale,
-            *ctx.options, *want,
-        )  # fmt: skip
+        grads = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, *want)
     else:
         late = hidden.dtype == torch.float16 and scale is not None
         factor = upstream * scale if late else upstream
@@ -226,7 +452,7 @@ _forward.register_autograd(_backward_formula, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The same op for tensors that nobody traces."""
+    """The same op for tensors that are not traced."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -338,22 +564,15 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _check_shapes(hidden, weight, bias)
-    check_targets(name, targets, hidden.shape[:-1], hidden.device)
-    check_options(
-        name, reduction, label_smoothing, z_loss, softcap, class_weight, token_weight,
-        weight.shape[0], targets.shape,
+    flat_targets, options = resolve(
+        name, hidden, weight.shape[0], targets, reduction, ignore_index, label_smoothing, z_loss,
+        softcap, class_weight, token_weight,
     )  # fmt: skip
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    flat_targets = targets.reshape(-1).contiguous()
-    flat_weight = None if token_weight is None else token_weight.reshape(-1)
-    scale = None
-    if reduction == "mean":
-        dtype = accumulation_dtype(hidden.dtype)
-        scale = mean_scale(flat_targets, ignore_index, class_weight, flat_weight, dtype)
     x = hidden.reshape(-1, hidden.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -367,8 +586,7 @@ def linear_cross_entropy(
                 return_accuracy=return_accuracy,
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
-        terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap or 0.0, class_weight)
-        ours = ours or is_traced(x) or fits(x, weight, bias, terms)
+        ours = ours or is_traced(x) or fits(x, weight, bias, options)
         if not ours and _all_in_range(flat_targets, weight.shape[0]):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
@@ -378,20 +596,14 @@ def linear_cross_entropy(
                 reduction="sum" if reduce else "none",
                 label_smoothing=label_smoothing,
             )
-            loss = loss if scale is None else loss * scale
+            loss = loss if options.scale is None else loss * options.scale
             return loss if reduce else loss.reshape(targets.shape)
     now = torch.is_grad_enabled() and reduce
+    want = (now and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    chunk = None if max_chunk_mib is None else float(max_chunk_mib)
     op: Callable[..., tuple[Tensor, ...]] = _forward if is_traced(x) else _Eager.apply
     loss, lse, correct, *_ = op(
-        x, weight, bias, flat_targets, class_weight, flat_weight, scale, ignore_index,
-        label_smoothing, z_loss, 0.0 if softcap is None else softcap,
-        None if max_chunk_mib is None else float(max_chunk_mib), reduce,
-        now and hidden.requires_grad, now and weight.requires_grad,
-        now and bias is not None and bias.requires_grad,
-        return_accuracy,
-    )  # fmt: skip
-    return finish(
-        loss, lse, correct, targets,
-        reduction=reduction, ignore_index=ignore_index,
-        return_lse=return_lse, return_accuracy=return_accuracy,
-    )  # fmt: skip
+        x, weight, bias, flat_targets, *options, chunk, reduce, *want, return_accuracy
+    )
+    results = loss, lse, correct
+    return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)

@@ -27,8 +27,6 @@ from ._dispatch import use_triton
 from ._torch import native_bf16
 from .symmetric import symmetric_matmul, symmetric_product
 
-__all__ = ["NS_COEFFICIENTS", "newton_schulz", "newton_schulz_reference"]
-
 Quintic = tuple[float, float, float]
 
 # Jordan's coefficients: slope at zero as steep as it gets, singular values end in [0.7, 1.2].

@@ -20,18 +20,30 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", https://arxiv.
 Legend: R rows (all leading dimensions), D dim. A row's offset is int64.
 """
 
+import math
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._dispatch import use_triton
-from ._layout import TRITON_DTYPES
-from ._rms_norm_kernels import launch_bwd, launch_fwd
+from ._dispatch import NAMESPACE, use_triton
+from ._launch import TRITON_DTYPES, as_rows, n_multiprocessors
+from ._rms_norm_kernels import (
+    _rms_norm_bwd_kernel,
+    _rms_norm_fwd_kernel,
+    _sum_partials_kernel,
+)
+from ._triton import triton
 
-__all__ = ["RMSNorm", "rms_norm", "rms_norm_reference"]
-
-_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
+# Sixteen elements a thread and operand: the most that keeps the backward, which holds four operands
+# (x, dy, weight, weight gradient), within the registers of sm_90 without a spill.
+_TILE = 2048
+# Longer rows are walked over in chunks of _TILE columns, twice.
+MAX_FWD_COLS = 16384
+MAX_BWD_COLS = 8192
+# What a multiprocessor of sm_90 holds of the backward kernel, which takes up to 128 registers a
+# thread with its next tile in flight: 4, 2 or 1 programs of 4, 8 or 16 warps.
+_WARPS_PER_SM = 16
 
 
 def rms_norm_reference(
@@ -53,14 +65,34 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::rms_norm", mutates_args=())
+def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
+    """Return (rows a tile, columns a tile, warps): sixteen elements a thread where it can be."""
+    block_n = triton.next_power_of_2(n_cols) if n_cols <= max_cols else _TILE
+    block_r = max(1, _TILE // block_n) if n_cols <= max_cols else 2
+    return block_r, block_n, min(16, block_r * block_n // 512)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def _rms_norm_op(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h, rstd = _allocate(x, weight, residual, eps, zero_centered)
     weight = None if weight is None else weight.contiguous()
     residual = None if residual is None else residual.contiguous()
-    launch_fwd(x, weight, residual, y, h, rstd, eps, zero_centered)
+    n_cols, n_rows = x.shape[-1], rstd.numel()
+    if n_rows == 0:
+        return y, h, rstd
+    x, n_inner, stride_outer, stride_inner = as_rows(x)
+    align = math.gcd(16, stride_outer, stride_inner)
+    block_r, block_n, num_warps = _tile(n_cols, MAX_FWD_COLS)
+    with torch.cuda.device_of(x):
+        _rms_norm_fwd_kernel[(triton.cdiv(n_rows, block_r),)](
+            x, residual, weight, y, h, rstd, n_inner, stride_outer // align,
+            stride_inner // align, n_rows, float(eps),
+            ALIGN=align, N_COLS=n_cols, BLOCK_R=block_r, BLOCK_N=block_n,
+            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+            ZERO_CENTERED=zero_centered, num_warps=num_warps,
+        )  # fmt: skip
     return y, h, rstd
 
 
@@ -74,7 +106,7 @@ def _allocate(
     return y, h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(
     dy: Tensor,
     dh: Tensor | None,
@@ -87,8 +119,29 @@ def _rms_norm_backward_op(
     dx, dw = _allocate_backward(dy, dh, x, weight, rstd, zero_centered, needs_dw)
     dh = None if dh is None else dh.contiguous()
     weight = None if weight is None else weight.contiguous()
-    dw_out = dw if needs_dw else None
-    launch_bwd(dy.contiguous(), dh, x, weight, rstd, dx, dw_out, zero_centered)
+    n_cols, n_rows = x.shape[-1], rstd.numel()
+    if n_rows == 0:
+        return dx, dw.zero_()
+    x, n_inner, stride_outer, stride_inner = as_rows(x)
+    align = math.gcd(16, stride_outer, stride_inner)
+    block_r, block_n, num_warps = _tile(n_cols, MAX_BWD_COLS)
+    resident = n_multiprocessors(x.device) * (_WARPS_PER_SM // num_warps)
+    n_programs = min(triton.cdiv(n_rows, block_r), resident)
+    partial = None
+    if needs_dw:
+        partial = torch.empty(n_programs, n_cols, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _rms_norm_bwd_kernel[(n_programs,)](
+            dy.contiguous(), dh, x, weight, rstd, dx, partial, n_inner, stride_outer // align,
+            stride_inner // align, n_rows,
+            ALIGN=align, N_COLS=n_cols, BLOCK_R=block_r, BLOCK_N=block_n, HAS_DH=dh is not None,
+            HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw, ZERO_CENTERED=zero_centered,
+            num_warps=num_warps,
+        )  # fmt: skip
+        if needs_dw:
+            _sum_partials_kernel[(triton.cdiv(n_cols, 32),)](
+                partial, dw, n_programs, N_COLS=n_cols, BLOCK_R=64, BLOCK_N=32, num_warps=4
+            )
     return dx, dw
 
 
@@ -275,7 +328,7 @@ def rms_norm(
             x, weight, eps=eps, residual=residual, zero_centered=zero_centered
         )
     h = x if residual is None else x + residual
-    y = _EagerRMSNorm.apply(h, weight, eps, zero_centered)  # type: ignore[no-untyped-call]
+    y = _EagerRMSNorm.apply(h, weight, eps, zero_centered)
     return y if residual is None else (y, h)
 
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Gated and squared activations in one pass each way: SwiGLU and ReLU².
 
     swiglu:        y = silu(g)·u, silu(g) = g·σ(g)
@@ -24,13 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import use_triton
-from ._layout import TRITON_DTYPES, as_rows
+from ._dispatch import NAMESPACE, use_triton
+from ._launch import TRITON_DTYPES, as_rows
 from ._triton import tl, triton
 
-__all__ = ["relu_squared", "relu_squared_reference", "swiglu", "swiglu_reference"]
-
-_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # differs in a vendored copy
 _BLOCK, _NUM_WARPS = 2048, 4  # two 16-byte accesses a thread and operand for 16-bit tensors
 
 
@@ -71,17 +67,10 @@ def _swiglu_fwd_kernel(
 
 @triton.jit
 def _swiglu_bwd_kernel(
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    stride_dy,
-    stride_gate,
-    stride_up,
-    n_cols,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
+    stride_dy, stride_gate, stride_up, n_cols,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row, cols = _row_and_cols(n_cols, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
@@ -138,7 +127,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
         kernel[grid](*inputs, *outputs, *strides, n_cols, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::swiglu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
 def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     y: Tensor = _allocate_swiglu(gate, up)
     _launch(_swiglu_fwd_kernel, (gate, up), (y,))
@@ -151,7 +140,7 @@ def _allocate_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=dtype, device=gate.device)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::swiglu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
 def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = _allocate_swiglu_backward(dy, gate, up)
     _launch(_swiglu_bwd_kernel, (dy, gate, up), (dgate, dup))
@@ -163,14 +152,14 @@ def _allocate_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::relu_squared", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::relu_squared", mutates_args=())
 def _relu_squared_op(x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     _launch(_relu_squared_fwd_kernel, (x,), (y,))
     return y
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::relu_squared_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::relu_squared_backward", mutates_args=())
 def _relu_squared_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     _launch(_relu_squared_bwd_kernel, (dy, x), (dx,))

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._scale import warp_size
+from ._launch import warp_size
 from ._triton import tl, triton
-
-__all__ = ["symmetric_matmul", "symmetric_matmul_reference", "symmetric_product"]
 
 # On one core of an EPYC 7003 four strips of 64 rows take 0.90 (r = c) to 0.77 (c = 3 r) of a full
 # product at r = 256, and 0.73 to 0.69 at r = 768; at r = 128 strips do not pay for square products.
@@ -36,19 +34,11 @@ def symmetric_matmul_reference(
 
 @triton.jit
 def _symmetric_kernel(
-    x_ptr,
-    add_ptr,
-    out_ptr,
-    n_rows,
-    n_cols,
-    n_tiles,
-    alpha,
-    beta,
-    HAS_ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x_ptr, add_ptr, out_ptr,
+    n_rows, n_cols, n_tiles, alpha, beta,
+    HAS_ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Compute tile (i, j ≤ i) of one matrix and store it at (i, j) and, transposed, at (j, i)."""
     matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
     tile = tl.program_id(0) % n_tiles
@@ -95,7 +85,7 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     block_r, block_c, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
     side = triton.cdiv(rows, block_r)
     tiles = side * (side + 1) // 2
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):
         _symmetric_kernel[(n * tiles,)](
             x,
             out if add is None else add,
@@ -116,15 +106,9 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
 
 
 def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply batches of matrices whose products are symmetric, with plain torch.
+    """Multiply (n, r, c) by (n, c, r) whose product is symmetric in exact arithmetic.
 
-    Args:
-        a: (n, r, c).
-        b: (n, c, r), such that a @ b is symmetric in exact arithmetic: aᵀ, or a polynomial of the
-            same symmetric matrix as a.
-
-    Returns:
-        (n, r, r).
+    b is aᵀ, or a polynomial of the same symmetric matrix as a. Plain torch.
     """
     rows = a.shape[1]
     if rows < _MIN_STRIP_ROWS or a.device.type != "cpu":

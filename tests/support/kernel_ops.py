@@ -1,6 +1,6 @@
 """Every operation with a kernel on random data, against fp64 and plain torch in the same dtype.
 
-The catalogue of `fasttrain_kernels._aot_cases` says which launches there are; what they compute is
+The catalogue of `fasttrain_kernels.aot.cases` says which launches there are; what they compute is
 checked here, by the rule of the other tests: the error is at most twice that of plain torch in the
 same dtype, plus 1e-5 (1e-3 in half precision), relative to the largest value. Optimizers, whose
 results are rounded once, are held to twice that rounding.

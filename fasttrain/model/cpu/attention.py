@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fasttrain_kernels._cpu import is_supported, load
+from fasttrain_kernels.cpu import is_supported, load
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -1,5 +1,5 @@
-// Blocks of the Transformer on a CPU, both ways. Built behind _cpu_product.h, turns.h, the
-// attention and rows.h.
+// Blocks of the Transformer on a CPU, both ways. Built behind cpu/product.h of the kernels,
+// turns.h, the attention and rows.h.
 //
 // A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms

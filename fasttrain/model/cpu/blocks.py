@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fasttrain_kernels._cpu import PRODUCT, is_supported, load
+from fasttrain_kernels.cpu import PRODUCT, is_supported, load
 from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError

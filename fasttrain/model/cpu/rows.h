@@ -1,5 +1,5 @@
 // What blocks of the Transformer on a CPU are made of: norms, RoPE and activations row by row, and
-// gradients of weights. Built behind _cpu_product.h, in front of blocks.cpp.
+// gradients of weights. Built behind cpu/product.h of the kernels, in front of blocks.cpp.
 
 static const int ROWS = 24;
 

@@ -5,7 +5,7 @@ the op's tensor moves (and what multi-tensor kernels reach through their tables 
 *side* the rest: weights, per-row results, tables. *Distinct* counts an address once: a second pass
 over a row finds it in L2, so the distinct bytes are what memory moves.
 
-``TRITON_INTERPRET=1 python -m fasttrain_kernels._traffic [CASE ...]`` prints the counts of all
+``TRITON_INTERPRET=1 python -m fasttrain_kernels.aot.traffic [CASE ...]`` prints the counts of all
 cases, or of those named, as JSON.
 """
 
@@ -20,22 +20,16 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ._aot_cases import CASES, Case
-from ._dispatch import triton_on_cpu
-
-__all__ = ["LaunchTraffic", "count_launches", "mend_interpreter", "traffic_of"]
+from .._dispatch import triton_on_cpu
+from .cases import CASES, Case
 
 
 class LaunchTraffic:
     """The traffic of one launch.
 
-    Attributes:
-        kernel: its name.
-        arguments: its arguments by name.
-        bulk: bytes loaded and stored, every access counted.
-        distinct: bulk bytes, each address counted once for loads and once for stores; what the
-            launch itself wrote and reads back is in the cache and not counted.
-        side: bytes by operand, of the operands that are smaller than the op's tensor.
+    In ``bulk`` every access counts; in ``distinct`` an address counts once for loads and once for
+    stores, and what the launch itself wrote and reads back is in the cache and does not count.
+    ``side`` has the bytes of each operand that is smaller than the op's tensor.
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any], elements: int) -> None:
@@ -81,11 +75,7 @@ class LaunchTraffic:
 
 @contextmanager
 def count_launches(elements: int) -> Iterator[list[LaunchTraffic]]:
-    """Yield the list to which each launch inside the block is added, in order.
-
-    Args:
-        elements: operands with fewer elements are side operands.
-    """
+    """Yield the list to which each launch is added; fewer ``elements`` make a side operand."""
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     launches: list[LaunchTraffic] = []
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__

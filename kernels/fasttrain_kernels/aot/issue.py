@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["DEVICES", "Device", "Issue", "issue_of"]
-
 
 class Device(NamedTuple):
     """A GPU of a compute capability: data sheet and CUDA C Programming Guide."""
@@ -37,17 +35,11 @@ DEVICES = {
 
 
 class Issue(NamedTuple):
-    """What bounds a kernel beside memory.
+    """What bounds a kernel, apart from memory."""
 
-    Attributes:
-        instructions: of a thread, for an element of the op's tensor.
-        programs: that a multiprocessor holds.
-        in_flight: bytes that these have requested from memory at a time, at most.
-    """
-
-    instructions: float
-    programs: int
-    in_flight: int
+    instructions: float  # of a thread, for an element of the op's tensor
+    programs: int  # that a multiprocessor holds
+    in_flight: int  # bytes that these have requested from memory at a time, at most
 
     def ceiling(self, floor: int, device: Device) -> float:
         """Return the TB/s at ``floor`` bytes an element that issuing instructions allows."""
@@ -91,16 +83,10 @@ def issue_of(
     sass: str, flags: Mapping[str, Any], warps: int, registers: int, shared: int, columns: int,
     device: Device,
 ) -> Issue:  # fmt: skip
-    """Read machine code.
+    """Read machine code as nvdisasm prints it.
 
-    Args:
-        sass: what nvdisasm prints.
-        flags: compile-time arguments by name; a program does BLOCK_* elements at once.
-        warps: of a program.
-        registers: of a thread.
-        shared: bytes of a program.
-        columns: of a row that is walked over in blocks of BLOCK_N; 0: no block is partly empty.
-        device: where it runs.
+    ``flags`` are the compile-time arguments: a program processes BLOCK_* elements at once.
+    ``columns`` are those of a row that is read in blocks of BLOCK_N; 0: no block is partly empty.
     """
     threads = 32 * warps
     tile = 2 if "HALF" in flags else 1  # RoPE turns both halves of a row

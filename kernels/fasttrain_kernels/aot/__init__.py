@@ -7,13 +7,12 @@ The public functions are called on CPU tensors, with a driver in Triton's place 
 and a hook that takes each launch's specialisation away instead of launching it: what is compiled
 is exactly what the launch would compile, alignment of the arguments included. Registers, stack and
 local memory are those of the finished binary; access widths are read from PTX (NVIDIA) or from the
-assembly (AMD); bytes an element are counted by `_traffic` in a process of its own, instructions
-an element by `_issue` in the machine code.
+assembly (AMD); bytes an element are counted by `traffic` in a process of its own, instructions
+an element by `issue` in the machine code.
 
 This must run in a process without ``TRITON_INTERPRET``.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,23 +32,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._aot_cases import CASES, Case, floor_bytes
-from ._dispatch import triton_on_cpu
-from ._issue import DEVICES, issue_of
-
-__all__ = [
-    "BEGIN",
-    "END",
-    "SHARED_LIMITS",
-    "TARGETS",
-    "Launch",
-    "Report",
-    "capture",
-    "compile_launch",
-    "issue_table",
-    "main",
-    "reports",
-]
+from .._dispatch import triton_on_cpu
+from .cases import CASES, Case, floor_bytes
+from .issue import DEVICES, issue_of
 
 TARGETS = {
     **{name: GPUTarget("cuda", int(name[3:]), 32) for name in DEVICES},
@@ -140,7 +125,7 @@ class Report:
     instructions: float | None = None  # of a thread, for an element; None where bytes do not bound
     programs: int | None = None  # that a multiprocessor holds
     in_flight: int | None = None  # that they have requested at a time
-    ceiling: float | None = None  # TB/s that issuing instructions allows; see `_issue`
+    ceiling: float | None = None  # TB/s that issuing instructions allows; see `issue`
 
 
 @contextmanager
@@ -150,7 +135,7 @@ def _captured(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
 
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         taken.append({"function": fn.jit_function, **compile})
-        return True  # which tells Triton neither to compile nor to launch
+        return True  # Triton then neither compiles nor launches
 
     driver, before = triton.runtime.driver, triton.runtime.driver._active
     driver.set_active(_Driver(target))
@@ -265,11 +250,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
 
 
 def narrow_offsets(ttir: str) -> tuple[str, ...]:
-    """Return the pointer arguments that a load or store reaches by 32-bit offsets alone.
-
-    Args:
-        ttir: a compiled kernel's TTIR.
-    """
+    """Return the pointer arguments that a load or store reaches by 32-bit offsets alone."""
     parent: dict[str, str] = {}
     wide: set[str] = set()
     narrow: set[str] = set()
@@ -293,7 +274,7 @@ def narrow_offsets(ttir: str) -> tuple[str, ...]:
 
 def _start_counting(cases: Sequence[Case]) -> subprocess.Popen[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", f"{__package__}._traffic", *(case.name for case in cases)]
+    command = [sys.executable, "-m", f"{__package__}.traffic", *(case.name for case in cases)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -311,16 +292,10 @@ def reports(
     *,
     count: bool = True,
 ) -> list[Report]:
-    """Compile everything for the targets and count the bytes of every launch.
+    """Compile all launches of the cases for the targets, in ``jobs`` processes.
 
-    Args:
-        targets: names from `TARGETS`.
-        jobs: processes that compile.
-        cases: calls whose launches are compiled.
-        count: whether to count bytes, which takes another process.
-
-    Returns:
-        One `Report` a distinct specialisation and target.
+    Another process counts their bytes. There is a `Report` for each distinct specialisation and
+    target.
     """
     torch.set_num_threads(1)  # the workers are forked, which threads would not survive
     counting = _start_counting(cases) if count else None
@@ -341,18 +316,8 @@ def reports(
             assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
             if found["floor"] is not None:
                 every, distinct = bulk / launch.elements, once / launch.elements
-        rows.append(
-            Report(
-                kernel=launch.kernel,
-                case=launch.case,
-                configuration=launch.configuration,
-                target=target,
-                bytes=every,
-                distinct=distinct,
-                aligned=launch.aligned,
-                **found,
-            )
-        )
+        fields = {"bytes": every, "distinct": distinct, "aligned": launch.aligned, **found}
+        rows.append(Report(launch.kernel, launch.case, launch.configuration, target, **fields))
     return rows
 
 
@@ -409,31 +374,3 @@ def issue_table(rows: Sequence[Report], *, markdown: bool = False) -> str:
     """Lay out how fast the kernels that memory should bound could issue their instructions."""
     bound = [_issue_cells(row) for row in rows if row.ceiling is not None]
     return _laid_out([list(_ISSUE_HEADERS), *bound], markdown=markdown)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, or what the options ask for."""
-    parser = argparse.ArgumentParser(prog="aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--no-bytes", action="store_true", help="do not count bytes")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    form.add_argument("--json", action="store_true", help="print one object a row")
-    form.add_argument("--write", type=Path, metavar="FILE", help=f"replace what follows {BEGIN!r}")
-    chosen = parser.parse_args(arguments)
-    rows = reports(chosen.target, chosen.jobs, count=not chosen.no_bytes)
-    if chosen.json:
-        json.dump([asdict(row) for row in rows], sys.stdout)
-    elif chosen.write is not None:
-        text = chosen.write.read_text("utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        filled = f"{before}{BEGIN}\n{table(rows, markdown=True)}\n{END}{after}"
-        chosen.write.write_text(filled, "utf-8")
-    else:
-        print(table(rows, markdown=chosen.markdown), "", sep="\n")
-        print(issue_table(rows, markdown=chosen.markdown))
-
-
-if __name__ == "__main__":
-    main()

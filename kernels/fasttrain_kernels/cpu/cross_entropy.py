@@ -14,17 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LossTerms", "RowResult", "cross_entropy_rows"]
-
-
-class LossTerms(NamedTuple):
-    """What the loss consists of, apart from the tensors of one block."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float  # 0 means none
-    class_weight: Tensor | None  # (V,), in the dtype of the computation
+from .._loss_options import LossOptions
 
 
 class RowResult(NamedTuple):
@@ -60,8 +50,7 @@ def cross_entropy_rows(
     logits: Tensor,
     targets: Tensor,
     out: Tensor,
-    terms: LossTerms,
-    token_weight: Tensor | None,
+    options: LossOptions,
     *,
     want_grad: bool,
     want_correct: bool,
@@ -69,24 +58,17 @@ def cross_entropy_rows(
 ) -> RowResult:
     """Compute the losses of R rows and leave the gradient of their logits in ``out``.
 
-    Args:
-        logits: (R, V), fp16, bf16, fp32 or fp64.
-        targets: (R,), integers.
-        out: (R, V) in fp32 or fp64, overwritten; may be ``logits`` itself.
-        terms: the options of the loss.
-        token_weight: (R,) in ``out``'s dtype, or None.
-        want_grad: whether ``out`` must hold the gradient afterwards (else it is scratch).
-        want_correct: whether to compare the target with the first largest logit.
-        logits_of: returns the logits (n, V) of rows given by their indices; asked after ``out``
-            was overwritten.
+    Losses and gradient are not multiplied by ``options.scale``. ``out`` is (R, V) in fp32 or fp64,
+    as are the weights, and may be ``logits`` itself; without ``want_grad`` it is scratch.
+    ``logits_of`` is called after ``out`` was overwritten: it returns the logits of chosen rows.
     """
     n_cols = logits.shape[1]
-    smoothing, z_loss, softcap = terms.label_smoothing, terms.z_loss, terms.softcap
+    class_weight, token_weight, _, ignore_index, smoothing, z_loss, softcap = options
     index = targets.long().unsqueeze(1)
     some_ignored = some_invalid = False
     low, high = (end.item() for end in targets.aminmax())
-    if low < 0 or high >= n_cols or 0 <= terms.ignore_index < n_cols:
-        ignored = targets == terms.ignore_index
+    if low < 0 or high >= n_cols or 0 <= ignore_index < n_cols:
+        ignored = targets == ignore_index
         invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
         some_ignored, some_invalid = bool(ignored.any()), bool(invalid.any())
         index = index.masked_fill((ignored | invalid).unsqueeze(1), 0)
@@ -99,7 +81,6 @@ def cross_entropy_rows(
     correct = out.new_empty(0)
     if want_correct:
         correct = (logits.argmax(dim=1) == targets).to(out.dtype)
-    class_weight = terms.class_weight
     weighted_sum = None
     if smoothing:
         x = logits.to(out.dtype)

@@ -1,7 +1,6 @@
-"""Builds the C++ that operations on a CPU are made of, and keeps what was built.
+"""Builds the C++ of operations on a CPU, and caches the result.
 
-It is written for AVX2 and g++, whose OpenMP is the one that torch runs on: threads are shared, and
-no others spin beside them.
+It is written for AVX2 and g++, whose OpenMP torch uses as well: both share one pool of threads.
 """
 
 import ctypes
@@ -16,19 +15,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PRODUCT", "is_supported", "load", "load_or_warn"]
-
-# Matrix products: what other sources begin with.
-PRODUCT = Path(__file__).parent / "_cpu_product.h"
+# Matrix products, which other sources are compiled behind.
+PRODUCT = Path(__file__).parent / "product.h"
 
 _FLAGS = ("-O3", "-mavx2", "-mfma", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
 
 @cache
 def is_supported() -> bool:
-    """Return whether this machine has AVX2, nothing wider, and g++; and is not Windows.
+    """Return whether this machine has AVX2, no wider vectors, and g++, and is not Windows.
 
-    With wider vectors torch's own operations have not been beaten (not measured).
+    With wider vectors this C++ has not been measured against torch's own operations.
     """
     return (
         hasattr(os, "getuid")
@@ -42,7 +39,7 @@ def load(*sources: Path) -> ctypes.CDLL:
     """Return the library of C++ files, compiled one behind the other as one.
 
     It is kept by content in the folder where torch.compile keeps its own
-    (``TORCHINDUCTOR_CACHE_DIR``), else beside other temporary files; compiling takes 2 to 4 s.
+    (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s.
 
     Raises:
         RuntimeError: g++ is missing or refuses the code; the message is its own. Or nothing can be

@@ -1,4 +1,4 @@
-// Matrix products in fp32 with AVX2, from which operations on a CPU are made: see _cpu.py.
+// Matrix products in fp32 with AVX2, from which operations on a CPU are made: see __init__.py.
 //
 // Six rows and sixteen columns of C are summed up in twelve registers. B comes in panels: sixteen
 // of its columns, one row after the other, so that a panel of 256 rows stays in the first cache

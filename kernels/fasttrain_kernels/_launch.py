@@ -1,5 +1,6 @@
-"""Multiply a gradient by the incoming one, unless that is 1, as seen by the device."""
+"""What launches share: how kernels see a tensor and a device, and a scaling by a scalar on it."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._triton import tl, triton
 
-__all__ = ["on_device", "scale_unless_one_", "warp_size"]
-
+# The kernels accumulate in fp32; other dtypes (float64) take the plain torch path on every device.
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
 
 
@@ -30,6 +31,34 @@ def warp_size(tensor: Tensor) -> int:
         return int(triton.runtime.driver.active.get_current_target().warp_size)
     except RuntimeError:
         return 32
+
+
+@functools.lru_cache
+def n_multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors the device has."""
+    if device.type != "cuda":
+        return 1  # the interpreter: few programs, so that each walks over several tiles
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return x and (n_inner, stride_outer, stride_inner): row r starts at element
+    (r // n_inner)·stride_outer + (r % n_inner)·stride_inner. Copies what has no such form.
+
+    The two levels are for queries and keys taken out of one fused projection.
+    """
+    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    merged: list[tuple[int, int]] = []
+    for n, s in dims:
+        if merged and merged[-1][1] == n * s:
+            merged[-1] = (merged[-1][0] * n, s)
+        else:
+            merged.append((n, s))
+    if len(merged) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return x.contiguous(), 1, x.shape[-1], 0
+    if len(merged) == 2:
+        return x, merged[1][0], merged[0][1], merged[1][1]
+    return x, 1, merged[0][1] if merged else x.shape[-1], 0
 
 
 @triton.jit

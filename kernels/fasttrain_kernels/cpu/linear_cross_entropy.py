@@ -1,7 +1,7 @@
 """Loss and gradients of a linear layer and cross-entropy in C++: fp32 on a CPU with AVX2.
 
 Logits, softmax statistics and gradients of a block of columns, or where these are few of sixteen
-rows, are made while they are in the cache; the products are those of _cpu_product.h. Legend: N
+rows, are made while they are in the cache; the products are those of product.h. Legend: N
 rows, D dim, V vocabulary.
 """
 
@@ -13,11 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._cpu import PRODUCT, is_supported, load_or_warn
-from ._cross_entropy_cpu import LossTerms
-from ._dispatch import has_memory
-
-__all__ = ["fits", "run_in_cpp"]
+from .._dispatch import has_memory
+from .._loss_options import LossOptions
+from . import PRODUCT, is_supported, load_or_warn
 
 # Columns of a block: its logits of 256 rows and a part of the weight share the second cache.
 _WIDTH = 192
@@ -27,12 +25,12 @@ _PARTS = 16
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
 _ROWS = 512
-# Logits above which it is used: for fewer, that nobody need wait for g++.
+# Fewer logits are not worth the time that g++ takes.
 _LEAST = 2**20
-# Columns up to which they are few, logits above which it then is the faster way, and the largest
-# weight, which each thread lays out for itself: N=768, D=128, V=65 takes 1.2 ms either way, N=2048,
-# D=128, V=256 4.3 instead of 5.3, N=2048, D=768, V=1024 79 instead of 118 (two Zen 3 cores, torch
-# 2.13). V=2048 gains nothing.
+# The layout for few columns: up to how many, above how many logits, and up to how many elements of
+# the weight, which each thread packs for itself. N=768, D=128, V=65 takes 1.2 ms either way,
+# N=2048, D=128, V=256 4.3 instead of 5.3, N=2048, D=768, V=1024 79 instead of 118 (two Zen 3 cores,
+# torch 2.13). V=2048 gains nothing.
 _FEW, _LEAST_OF_FEW, _LARGEST_OF_FEW = 1024, 2**18, 2**20
 
 
@@ -53,14 +51,14 @@ class _Shape(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    source = Path(__file__).parent / "_linear_cross_entropy_cpu.cpp"
+    source = Path(__file__).parent / "linear_cross_entropy.cpp"
     library = load_or_warn("linear_cross_entropy", PRODUCT, source)
     if library is not None:
         library.linear_cross_entropy_space.restype = ctypes.c_long
     return library
 
 
-def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: LossTerms) -> bool:
+def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> bool:
     """Return whether `run_in_cpp` computes this, and is the faster way."""
     (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
     few = n_cols <= _FEW
@@ -68,7 +66,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: LossTerms) 
         hidden.dtype == weight.dtype == torch.float32
         and hidden.device.type == "cpu"
         and bias is None
-        and terms.class_weight is None
+        and options.class_weight is None
         and dim % 16 == 0 < dim
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
         and n_rows * n_cols > (_LEAST_OF_FEW if few else _LEAST)
@@ -102,44 +100,31 @@ def run_in_cpp(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    terms: LossTerms,
-    token_weight: Tensor | None,
-    scale: Tensor | None,
+    options: LossOptions,
     rows: int,
     hidden_grad: Tensor | None,
     weight_grad: Tensor | None,
     upstream: Tensor | None,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses, lse and hits, each (N,), and write the gradients that are given.
+    """Return losses, lse and hits, each (N,), and write the gradients that are given, contiguous.
 
-    Args:
-        hidden: (N, D) that `fits`, and so does ``weight``, (V, D).
-        weight: see ``hidden``.
-        targets: (N,) contiguous integers.
-        terms: the options of the loss.
-        token_weight: (N,) or None.
-        scale: () multiplies losses and gradients, or None.
-        rows: no more memory is taken than ``rows`` rows of logits have, but for few rows.
-        hidden_grad: (N, D), contiguous, or None.
-        weight_grad: (V, D), contiguous, or None.
-        upstream: (N,) or (), multiplies the gradients, or None.
-        want_correct: whether to count the rows whose first largest logit is the target.
-
-    Numerics: reruns agree bit for bit, on any number of threads.
+    Hidden states and weight must `fit`. The space is that of ``rows`` rows of logits at most, but
+    for few rows. Reruns agree bit for bit, on any number of threads.
     """
     (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
     losses, lse = hidden.new_empty(n_rows), hidden.new_empty(n_rows)
     correct = hidden.new_empty(n_rows if want_correct else 0)
     per_row = [
         None if x is None else x.float().expand(n_rows).contiguous()
-        for x in (token_weight, upstream)
+        for x in (options.token_weight, upstream)
     ]
     shape = _Shape(
-        *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), terms.ignore_index),
+        *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), options.ignore_index),
         *_layout(n_rows, dim, n_cols, rows),
         torch.get_num_threads(),
-        *(terms.label_smoothing, terms.z_loss, terms.softcap, 1 if scale is None else scale.item()),
+        *options[-3:],
+        1 if options.scale is None else options.scale.item(),
     )
     tensors = [
         *(hidden, weight, targets.long(), *per_row, losses, lse),

@@ -1,6 +1,6 @@
 """Calls of the public functions that reach every launch configuration, and what each must move.
 
-`aot` compiles the launches that these calls make; `_traffic` counts the bytes of the same launches
+`aot` compiles the launches that these calls make; `traffic` counts the bytes of the same launches
 in Triton's interpreter. Rows are few: neither registers nor bytes an element depend on them.
 """
 
@@ -10,48 +10,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adamw import FusedAdamW
-from .cross_entropy import cross_entropy
-from .grad_norm import grad_norm
-from .linear_cross_entropy import linear_cross_entropy
-from .rms_norm import rms_norm
-from .rope import apply_rope
-from .swiglu import relu_squared, swiglu
-from .symmetric import symmetric_matmul
-
-__all__ = ["CASES", "Case", "floor_bytes"]
+from ..adamw import FusedAdamW
+from ..cross_entropy import cross_entropy
+from ..grad_norm import grad_norm
+from ..linear_cross_entropy import linear_cross_entropy
+from ..rms_norm import rms_norm
+from ..rope import apply_rope
+from ..swiglu import relu_squared, swiglu
+from ..symmetric import symmetric_matmul
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Case(NamedTuple):
-    """One call of a public function, with its backward.
+    """One call of a public function, with its backward."""
 
-    Attributes:
-        name: operation, dtype and shape.
-        run: makes the call.
-        elements: elements of the tensor that the floor is counted for; 0 where bytes do not bound.
-        aligned: whether every row of every operand starts on a 16-byte boundary, or the kernel
-            promises wide accesses all the same; where not, 16-byte accesses cannot be had.
-        smallest: elements of the smallest operand that counts as bulk; 0: ``elements``.
-        columns: of a row, where the kernel does not know it when compiled; 0: it does.
-    """
-
-    name: str
+    name: str  # operation, dtype and shape
     run: Callable[[], None]
-    elements: int
+    elements: int  # of the tensor that the floor is counted for; 0 where bytes do not bound
+    # Whether every row of every operand starts on a 16-byte boundary, or the kernel promises wide
+    # accesses anyway. Otherwise 16-byte accesses are impossible.
     aligned: bool = True
-    smallest: int = 0
-    columns: int = 0
+    smallest: int = 0  # elements of the smallest operand that counts as bulk; 0: ``elements``
+    columns: int = 0  # of a row, where the kernel does not know it when compiled; 0: it does
 
 
 def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, Any]) -> int | None:
     """Return the fewest bytes an element that a launch can move, or None where bytes do not bound.
 
-    Args:
-        kernel: name of the kernel.
-        signature: of its arguments: "*bf16" for a pointer.
-        flags: its compile-time arguments by name.
+    ``signature`` has the types of its arguments ("*bf16" for a pointer), ``flags`` the compile-time
+    arguments by name.
     """
     sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 

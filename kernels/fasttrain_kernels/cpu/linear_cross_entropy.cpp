@@ -1,4 +1,4 @@
-// A linear layer and its cross-entropy, gradients included. Built behind _cpu_product.h.
+// A linear layer and its cross-entropy, gradients included. Built behind product.h.
 //
 // Logits lie in blocks of WIDTH columns, each (chunk, width), which one thread makes from a part of
 // the weight that it packs for itself, with maximum and sum of exponentials of each row. When those

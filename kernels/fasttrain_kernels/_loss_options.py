@@ -1,13 +1,43 @@
-"""What `cross_entropy` and `linear_cross_entropy` share: validation, denominators, outputs."""
+"""The options of `cross_entropy` and `linear_cross_entropy`: checked once, carried as one value."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "check_options", "check_targets", "finish", "mean_scale"]
-
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossOptions(NamedTuple):
+    """What the loss of N rows consists of, apart from their V logits and their targets.
+
+    Ops have flat arguments: their schemas contain `SCHEMA`, their callers pass ``*options``.
+    """
+
+    class_weight: Tensor | None = None  # (V,)
+    token_weight: Tensor | None = None  # (N,), any stride
+    scale: Tensor | None = None  # (), multiplies losses and gradients
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0 means none
+
+    def to(self, dtype: torch.dtype) -> "LossOptions":
+        """Return them with the weights in a dtype."""
+        of_classes, of_tokens = (None if w is None else w.to(dtype) for w in self[:2])
+        return self._replace(class_weight=of_classes, token_weight=of_tokens)
+
+    def of(self, rows: slice | Tensor) -> "LossOptions":
+        """Return those of some of the rows."""
+        weight = self.token_weight
+        return self._replace(token_weight=None if weight is None else weight[rows])
+
+
+SCHEMA = (
+    "Tensor? class_weight, Tensor? token_weight, Tensor? scale, SymInt ignore_index, "
+    "float label_smoothing, float z_loss, float softcap"
+)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,8 +45,24 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_targets(name: str, targets: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless ``targets`` are integers of ``shape`` on ``device``."""
+def resolve(
+    name: str,
+    rows: Tensor,
+    n_cols: int,
+    targets: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+) -> tuple[Tensor, LossOptions]:
+    """Return the targets of N rows and the options, or raise where they do not fit.
+
+    The logits have the dtype and device of ``rows``, and shape ``(*rows.shape[:-1], n_cols)``.
+    """
+    shape, device = rows.shape[:-1], rows.device
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"{name}: targets must be class indices in int64 or int32, got {targets.dtype}; "
@@ -32,20 +78,6 @@ def check_targets(name: str, targets: Tensor, shape: torch.Size, device: torch.d
             f"{name}: targets are on {targets.device} but the logits are on {device}; move them "
             "to one device."
         )
-
-
-def check_options(
-    name: str,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    n_cols: int,
-    shape: torch.Size,
-) -> None:
-    """Raise where an option has a value that has no meaning."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {_REDUCTIONS}, got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -74,6 +106,16 @@ def check_options(
                 f"{name}: {label} requires grad, but no gradient is computed for it; pass "
                 f"{label}.detach()."
             )
+    targets = targets.reshape(-1).contiguous()
+    weight = None if token_weight is None else token_weight.reshape(-1)
+    scale = None
+    if reduction == "mean":
+        scale = mean_scale(
+            targets, ignore_index, class_weight, weight, accumulation_dtype(rows.dtype)
+        )
+    return targets, LossOptions(
+        class_weight, weight, scale, ignore_index, label_smoothing, z_loss, softcap or 0.0
+    )
 
 
 def mean_scale(
@@ -99,17 +141,15 @@ def mean_scale(
 
 
 def finish(
-    loss: Tensor,
-    lse: Tensor,
-    correct: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     targets: Tensor,
-    *,
     reduction: str,
     ignore_index: int,
     return_lse: bool,
     return_accuracy: bool,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Give the outputs of an op the shapes that its public function promises."""
+    """Give loss, lse and hits of an op the shapes that its public function promises."""
+    loss, lse, correct = results
     outputs = [loss.reshape(targets.shape) if reduction == "none" else loss]
     if return_lse:
         outputs.append(lse.reshape(targets.shape))
