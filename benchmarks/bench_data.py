@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import OURS, gather
-from fasttrain.data.format import open_dataset
+from benchmarks.steps import dataset_of
 from fasttrain.data.loader import Loader
 
 N_TOKENS, VOCAB_SIZE = 100_000_000, 50_257
@@ -166,10 +166,7 @@ def mosaicml_streaming(tokens: Tokens, folder: Path) -> Way:
 def test_random_windows(tmp_path: Path, compare: Any) -> None:
     file = tmp_path / "train.bin"
     random = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
-    random.tofile(file)
-    dataset = open_dataset(
-        tmp_path, "train", dtype="uint16", vocab_size=VOCAB_SIZE, cache_dir=tmp_path / "cache"
-    )
+    dataset = dataset_of(tmp_path, random, VOCAB_SIZE)
     tokens = np.memmap(file, np.uint16, "r")
     makers = {
         "raw slicing": partial(raw_slicing, tokens),

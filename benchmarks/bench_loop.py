@@ -22,10 +22,9 @@ from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
 from benchmarks.harness import CUDA, OURS, comparison
-from benchmarks.steps import BASE, LR, Step, loop, parts_of
+from benchmarks.steps import BASE, LR, Step, dataset_of, loop, parts_of
 from fasttrain.blocks import prepare_blocks
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Batch, Loader
 from fasttrain.device import compile_function, resolve_compile
 from fasttrain.loggers import Console
@@ -97,10 +96,7 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
     # Bytes of the standard library: real text, and no tokenizer to train.
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:100]
     ids = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8).astype(np.uint16)
-    for split in ("train", "val"):
-        ids.tofile(tmp_path / f"{split}.bin")
-    cache = tmp_path / "cache"
-    dataset = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=2048, cache_dir=cache)
+    dataset = dataset_of(tmp_path, ids, 2048)
     model, optimizers, device, _ = parts_of(config)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
     with Loader(dataset, **sizes, seed=0, device=device) as loader:

@@ -51,16 +51,16 @@ def rivals(ours: Call, theirs: Call, **peers: Callable[[], Call]) -> dict[str, C
     return {OURS: lambda: ours} | torchs | peers
 
 
+def absent(why: str) -> Call:
+    raise ImportError(why)
+
+
 def peer(place: str, adapt: Callable[[Call], Call] = lambda op: op) -> Callable[[], Call]:
     """Return a maker of a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
-
-    def make() -> Call:
-        if not CUDA:
-            raise ImportError("needs a CUDA device")
-        module, _, name = place.partition(":")
-        return adapt(operator.attrgetter(name)(importlib.import_module(module)))
-
-    return make
+    module, _, name = place.partition(":")
+    if not CUDA:
+        return partial(absent, "needs a CUDA device")
+    return lambda: adapt(operator.attrgetter(name)(importlib.import_module(module)))
 
 
 def both_ways(op: Call, leaves: Tensors, rest: Tensors, dys: Any) -> list[Tensor]:
@@ -177,23 +177,18 @@ def linear_loss_of_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
-def torch_compiled() -> Call:
-    if not CUDA:
-        raise ImportError("on a CPU the products dominate: a compiler changes nothing")
-    return compiled(linear_loss_of_torch)
-
-
 def torch_chunked() -> Call:
     if not hasattr(nn, "LinearCrossEntropyOptions"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        absent(f"torch {torch.__version__} has no F.linear_cross_entropy")
     # Its default options are slower and take as much memory.
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
     return partial(F.linear_cross_entropy, options=options)
 
 
 def linear_loss(n_rows: int, dim: int, vocab: int) -> Subject:
+    why = "on a CPU the products dominate: a compiler changes nothing"
     makers = rivals(kernels.linear_cross_entropy, linear_loss_of_torch) | {
-        "torch.compile": torch_compiled,
+        "torch.compile": partial(compiled, linear_loss_of_torch) if CUDA else partial(absent, why),
         "torch chunked": torch_chunked,
         "liger": peer("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"),
         "quack": peer("quack.linear_cross_entropy:chunked_linear_cross_entropy"),

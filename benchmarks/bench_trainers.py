@@ -40,6 +40,7 @@ from benchmarks.store import ENV, ROOT
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
 
+NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
 LIMIT_S = 100  # of a process of some steps, which takes a fifth of it on two idle cores
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
@@ -60,20 +61,22 @@ def run(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
     return process.stdout
 
 
-def run_nanogpt(folder: Path, vocab_size: int, arguments: dict[str, Any], limit_s: float) -> str:
-    """Train nanoGPT on ``data/chars``; return what it printed."""
-    if not (path := os.environ.get("NANOGPT_DIR")):
+def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **more: Any) -> str:
+    """Train nanoGPT at the shape of ``config`` on ``data/chars``; return what it printed."""
+    if not NANOGPT_DIR:
         raise ImportError("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
-    peer = Path(path).resolve()
+    peer, model, steps = Path(NANOGPT_DIR).resolve(), config.model, config.train.steps
     for name in ("configurator.py", "config"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(peer / name)
     # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
-    (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
-    arguments = {
+    (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
+    arguments = more | {
         "dataset": "chars", "device": "cpu", "log_interval": 1, "dropout": 0.0,
-        "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
-    } | arguments  # fmt: skip
+        "max_iters": steps, "lr_decay_iters": steps,
+        "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
+        "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
+    }  # fmt: skip
     command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
     return run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder, limit_s)
 
@@ -89,23 +92,16 @@ def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
 
 def nanogpt_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of nanoGPT's steps."""
-    model, steps = config.model, config.train.steps
-    arguments = {
-        "compile": False, "eval_iters": 1, "eval_interval": 10**9,
-        "max_iters": steps, "lr_decay_iters": steps,
-        "warmup_iters": 0,  # as many as lr_decay_iters, it divides by zero
-        "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
-        "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
-    }  # fmt: skip
-    assert model.vocab_size is not None
-    out = run_nanogpt(folder, model.vocab_size, arguments, LIMIT_S)
+    # With as many warmup_iters as lr_decay_iters, it divides by zero.
+    options = {"compile": False, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
+    out = run_nanogpt(folder, config, **options)
     return [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
 
 
 def our_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of our steps."""
     name = f"r{len(list((folder / 'runs').glob('*')))}"
-    (folder / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+    (folder / "config.toml").write_text(config_to_toml(config), "utf-8")
     run(["-m", "fasttrain.train", "config.toml", f"run.name={name}"], folder)
     return [row["step_ms"] for row in rows_of(folder, name, "train")]
 
@@ -115,18 +111,22 @@ def hf_ms(folder: Path, config: TrainConfig) -> list[float]:
     if not all(importlib.util.find_spec(module) for module in ("transformers", "accelerate")):
         raise ImportError("transformers and accelerate are not both installed")
     model, seq_len = config.model, config.data.seq_len
-    sizes: dict[str, Any] = {"vocab_size": model.vocab_size}
+    # Both kinds of config know these names.
+    sizes: dict[str, Any] = {
+        "vocab_size": model.vocab_size, "hidden_size": model.dim, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": seq_len,
+    }  # fmt: skip
     if model.norm == "rms":
-        sizes |= {"model_type": "llama", "hidden_size": model.dim, "num_hidden_layers": 4}
-        sizes |= {"num_attention_heads": 4, "intermediate_size": 704}
-        sizes |= {"max_position_embeddings": seq_len}
+        sizes |= {"model_type": "llama", "intermediate_size": 704}
     else:
-        sizes |= {"model_type": "gpt2", "n_embd": model.dim, "n_layer": 4, "n_head": 4}
-        sizes |= {"n_positions": seq_len}
-        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    given = {"model": sizes, "seq_len": seq_len, "rows": config.train.micro_batch}
-    given |= {"steps": config.train.steps}
-    command = ["-m", "benchmarks.hf_trainer", "data/chars/train.bin", json.dumps(given)]
+        sizes |= {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"model": sizes, "rows": config.train.micro_batch, "steps": config.train.steps}
+    command = [
+        "-m",
+        "benchmarks.hf_trainer",
+        "data/chars/train.bin",
+        json.dumps(sizes | {"seq_len": seq_len}),
+    ]
     times: list[float] = json.loads(run(command, folder).splitlines()[-1])
     return times
 
@@ -228,9 +228,10 @@ def test_time_to_the_loss_of_nanogpt(
 ) -> None:
     if not full:
         pytest.skip("takes five minutes for each text: --full")
-    if not (nanogpt := os.environ.get("NANOGPT_DIR")):
+    if not NANOGPT_DIR:
         pytest.skip("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
-    vocab_size = prepare_text(tmp_path, text)
+    vocab = {"model.vocab_size": prepare_text(tmp_path, text), "train.steps": 2000}
+    config = config_of(GPT2_CHARS | vocab)
     losses: dict[str, list[float]] = {OURS: [], "nanogpt": [], "nanogpt compiled": []}
     times: dict[str, list[float]] = {name: [] for name in losses}
 
@@ -243,14 +244,13 @@ def test_time_to_the_loss_of_nanogpt(
         losses[OURS].append(rows_of(tmp_path, f"seed-{seed}", "eval")[-1]["val_loss"])
 
     def theirs(name: str, *, compiled: bool) -> None:
-        arguments = {"compile": compiled, "eval_iters": 20, "max_iters": 2000}
         # The checkpoint is written also where its own estimate of the loss did not improve.
-        arguments |= {"lr_decay_iters": 2000, "always_save_checkpoint": True}
+        options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
         started = time.perf_counter()
-        printed = run_nanogpt(tmp_path, vocab_size, arguments, 900)
+        printed = run_nanogpt(tmp_path, config, 900, **options)
         times[name].append(time.perf_counter() - started)
         assert "number of parameters: 0.80M" in printed
-        printed = run(["-c", EVALUATE, str(Path(nanogpt).resolve())], tmp_path, 900)
+        printed = run(["-c", EVALUATE, str(Path(NANOGPT_DIR).resolve())], tmp_path, 900)
         losses[name].append(float(printed.strip().splitlines()[-1]))
 
     def all_in_turn() -> None:

@@ -76,7 +76,6 @@ BOUNDS = (
 class Change(NamedTuple):
     """How ours moved in one benchmark; both numbers are fractions of its time."""
 
-    name: str
     change: float  # positive: slower
     noise: float
     rivals: int  # through how many it was compared
@@ -111,7 +110,7 @@ def _series(entry: Document) -> dict[str, list[float]]:
     }
 
 
-def change_of(name: str, old: Document, new: Document) -> Change | None:
+def change_of(old: Document, new: Document) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
     before, after = _series(old), _series(new)
     changes, errors = [], []
@@ -126,26 +125,7 @@ def change_of(name: str, old: Document, new: Document) -> Change | None:
     # The rivals share our times, so that their errors do not average out.
     noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
     change = math.expm1(statistics.median(changes))
-    return Change(name, change, noise, len(common - {ALONE}))
-
-
-def compare(old: Document, new: Document) -> tuple[list[Change], dict[str, str]]:
-    """Return the changes of what both documents timed; and what only the old one did: why."""
-    after = {entry["name"]: entry for entry in new["benchmarks"]}
-    changes, lost = [], {}
-    for before in old["benchmarks"]:
-        name = before["name"]
-        if not before.get("times_s"):
-            continue
-        now = after.get(name, {"skipped": "not in the new results"})
-        if now.get("failed") or not now.get("times_s"):
-            reasons = (f"{key}: {now[key]}" for key in ("failed", "skipped") if now.get(key))
-            lost[name] = next(reasons, "has no times")
-        elif (change := change_of(name, before, now)) is None:
-            lost[name] = "has no rival in common"
-        else:
-            changes.append(change)
-    return changes, lost
+    return Change(change, noise, len(common - {ALONE}))
 
 
 def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
@@ -184,25 +164,33 @@ def print_bounds(documents: Iterable[Document]) -> int:
 
 def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> int:
     """Print what moved between two results; return 1 where it is bad, 2 where nothing is common."""
-    n_compared, bad = 0, []
     common = [key for key in old if key in new]
     machines = [(old[key]["machine"], new[key]["machine"]) for key in common]
     moved = {(v, a.get(v), b.get(v)) for v in VERSIONS for a, b in machines if a.get(v) != b.get(v)}
     for text in sorted(f"{version} was {was}, is {now}" for version, was, now in moved):
         print(text)
+    n_compared, bad = 0, []
     for key in common:
-        changes, lost = compare(old[key], new[key])
-        n_compared += len(changes)
-        for change in changes:
-            label = f"{key[0]} {change.name}"
-            alone = "" if change.rivals else ", no rival: the machine's load is in it"
-            noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
-            print(f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})  {label}{alone}")
-            bad += [label] * (change.verdict == "SLOWER")
-        for name, reason in lost.items():
+        after = {entry["name"]: entry for entry in new[key]["benchmarks"]}
+        lost = {}
+        for before in [entry for entry in old[key]["benchmarks"] if entry.get("times_s")]:
+            name, label = before["name"], f"{key[0]} {before['name']}"
+            now = after.get(name, {"skipped": "not in the new results"})
+            if now.get("failed") or not now.get("times_s"):
+                reasons = (f"{why}: {now[why]}" for why in ("failed", "skipped") if now.get(why))
+                lost[label] = next(reasons, "has no times")
+            elif (change := change_of(before, now)) is None:
+                lost[label] = "has no rival in common"
+            else:
+                n_compared += 1
+                alone = "" if change.rivals else ", no rival: the machine's load is in it"
+                noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
+                print(f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})  {label}{alone}")
+                bad += [label] * (change.verdict == "SLOWER")
+        for label, reason in lost.items():
             failed = reason.startswith("failed")
-            print(f"{'FAILED' if failed else 'lost':7} {key[0]} {name}: {reason}")
-            bad += [f"{key[0]} {name}"] * failed
+            print(f"{'FAILED' if failed else 'lost':7} {label}: {reason}")
+            bad += [label] * failed
     if absent := sorted(key[0] for key in old.keys() - new.keys()):
         print("lost    not measured again:", ", ".join(absent))
     if not n_compared and not bad:

@@ -11,7 +11,7 @@ seconds; what that leaves out is named at the end. ``--full`` lifts them, and ta
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,37 +105,25 @@ def budget_s(rehearse: bool, full: bool) -> float:
 
 @pytest.fixture
 def compare(benchmark: Any, rehearse: bool, budget_s: float) -> Callable[..., dict[str, float]]:
-    """A function that times callables against each other and records the result.
+    """A function that times callables, ours first, against each other and records the result.
 
-    Args of the function:
-        calls: name → callable without arguments; the first is ours.
-        left_out: why other rivals do not take part.
-        per_call: of a rate such as ``gb_per_s``, how much of it a call does.
-        options: those of `harness.in_turn`.
-
-    Returns of the function: the median seconds of a call. These, the times of all rounds, speed-ups
-    and rates are stored in the benchmark's ``extra_info``; for pytest-benchmark all rounds are one.
+    ``left_out`` says why other rivals do not take part, and ``per_call`` of a rate such as
+    ``gb_per_s`` how much of it a call does; the options are those of `harness.in_turn`. Median
+    seconds of a call (which it returns), the times of all rounds, speed-ups and rates are stored in
+    the benchmark's ``extra_info``; for pytest-benchmark all rounds are one.
     """
 
-    def run(
-        calls: Mapping[str, Callable[[], object]],
-        *,
-        left_out: Mapping[str, str] | None = None,
-        per_call: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> dict[str, float]:
-        options = {"budget_s": budget_s, **options}
+    def run(calls: Any, *, left_out: Any = (), per_call: Any = (), **options: Any) -> Any:
+        options = {"budget_s": budget_s, "n_calls": 1, **options}
         if rehearse:
             options |= {"budget_s": 0.0, "n_calls": 1, "warmup": 0}
         times = benchmark.pedantic(harness.in_turn, args=(calls,), kwargs=options)
         figures = harness.comparison(times)
-        median_s: dict[str, float] = figures["median_s"]
-        for rate, amount in (per_call or {}).items():
-            figures[rate] = {name: amount / s for name, s in median_s.items()}
-        benchmark.extra_info.update(
-            figures, n_calls=options.get("n_calls", 1), left_out=dict(left_out or {})
-        )
-        return median_s
+        for rate, amount in dict(per_call).items():
+            figures[rate] = {name: amount / s for name, s in figures["median_s"].items()}
+        figures |= {"n_calls": options["n_calls"], "left_out": dict(left_out)}
+        benchmark.extra_info.update(figures)
+        return figures["median_s"]
 
     return run
 

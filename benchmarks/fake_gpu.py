@@ -47,11 +47,11 @@ import torch._inductor.config as inductor  # noqa: E402
 import torch._inductor.fx_passes.joint_graph as joint_graph  # noqa: E402
 import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -134,7 +134,7 @@ _answer(
     _driver, get_current_target=GPUTarget("cuda", 90, 32), get_current_device=0,
     get_current_stream=0, get_active_torch_device=DEVICE,
 )  # fmt: skip
-driver.set_active(_driver)
+triton.runtime.driver.set_active(_driver)
 F.scaled_dot_product_attention = _flash
 FakeTensorMode.avoid_device_init = property(lambda _: True)
 inductor.compile_threads = 1  # where the threads are processes they know nothing of this

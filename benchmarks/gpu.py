@@ -26,16 +26,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.store import ENV, RESULTS, ROOT, folder_of, read_all
 
 BUDGET_S = 540.0
 UNHURRIED = 3  # times as long for a rehearsal: on a busy CPU an import alone may take a minute
 GRACE_S = 5.0  # between asking a stage to end and ending it
-KERNEL_SUITES = (
-    *("linear_cross_entropy", "cross_entropy", "rms_norm", "adamw"),
-    *("swiglu", "rope", "muon"),
-)
+# Of each suite of ops the seconds that are kept for it.
+KERNELS = {"linear_cross_entropy": 25, "cross_entropy": 25}
+KERNELS |= dict.fromkeys(("rms_norm", "adamw", "swiglu", "rope", "muon"), 15)
 # What configures pytest for the tests, and what their conftest imports.
 TEST_PACKAGES = ("pytest", "xdist", "pytest_timeout", "hypothesis")
 BENCH_PACKAGES = ("pytest", "pytest_benchmark")
@@ -99,22 +99,17 @@ def fp8_obstacle() -> str:
 
 
 def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
-    """Return the stages.
+    """Return the stages; without a device everything is small.
 
-    Args:
-        results: folder of all devices.
-        work: for logs and traces.
-        environment: as `os.environ`.
-        cuda: whether there is a device; else everything is small.
+    ``results`` is the folder of all devices, and ``work`` that for logs and traces.
     """
     python = (sys.executable, "-m")
     pytest = (*python, "pytest", "-q", "-p", "no:cacheprovider")
     out = ("--results", str(results))
     stages: list[Stage] = []
 
-    def add(name: str, *command: str, limit_s: float, least_s: float, skipped: str = "") -> None:
-        given = {"limit_s": limit_s, "least_s": least_s, "skipped": skipped}
-        stages.append(Stage(name=name, command=command, **given))
+    def add(name: str, *command: str, **limits: Any) -> None:
+        stages.append(Stage(name=name, command=command, **limits))
 
     def bench(
         name: str, file: str, suite: str, *more: str, skipped: str = "", **limits: float
@@ -130,8 +125,7 @@ def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: boo
     tests = ("-n", workers, "--timeout=90", "--maxfail=25") if cuda else ("-n0", "--collect-only")
     add("tests", *pytest, *tests, *device_tests(), limit_s=100, least_s=60,
         skipped=missing(*TEST_PACKAGES))  # fmt: skip
-    for suite in KERNEL_SUITES:
-        least_s = 25 if "entropy" in suite else 15
+    for suite, least_s in KERNELS.items():
         bench(f"kernel {suite}", "ops", suite, "-k", TINY_KERNELS, limit_s=60, least_s=least_s)
     for config, dtype, override, least_s, obstacle in (
         ("gpt2-124m", "bf16", "run.dtype=bf16", 60, ""),
@@ -192,11 +186,7 @@ def run_all(
 ) -> bool:
     """Run the stages in order, a line for each; return whether all that ran went well.
 
-    Args:
-        stages: from `plan`.
-        work: for the logs, and ``summary.txt``, which grows as stages end.
-        budget_s: seconds for all of them together.
-        after: called without arguments after each stage.
+    ``work`` is for the logs, and ``summary.txt``, which grows as stages end.
     """
     started = time.monotonic()
     well = True

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import fake_gpu, harness, store
-from benchmarks.fake_gpu import DEVICE, torch
+from benchmarks import fake_gpu, store
+from benchmarks.fake_gpu import DEVICE, torch, triton
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.model import Transformer
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kind": "compiled",
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": harness.version("triton"),
+            "triton": triton.__version__,
         }
         store.save(arguments.results, store.document("gpu_dry", entries, machine, {}))
     return 0

@@ -23,10 +23,9 @@ import torch
 
 from benchmarks import harness, store
 from benchmarks.harness import OURS
-from benchmarks.steps import LR, TINY, parts_of
+from benchmarks.steps import LR, TINY, dataset_of, parts_of
 from fasttrain import metrics
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device
 from fasttrain.memory import release_memory
@@ -63,15 +62,9 @@ def device_facts() -> Figures:
 def summarize(events: Iterable[Mapping[str, Any]], n_steps: int) -> Figures:
     """Return figures for each step of a chrome trace that covers ``n_steps`` of them.
 
-    Args:
-        events: the ``traceEvents``; those on the device count, times in microseconds.
-        n_steps: the steps that were profiled.
-
-    Returns:
-        ``launches_per_step``; ``busy_ms`` in which at least one kernel or copy ran and
-        ``span_ms``, from the first to the last, both for a step; ``gap_fraction``, the idle part
-        of the span; ``longest_gap_us``; ``top_kernels``: name, milliseconds and launches a step.
-        None for each where nothing ran on a device.
+    ``busy_ms`` is the time of a step in which at least one kernel or copy ran, ``span_ms`` that
+    from the first to the last, and ``gap_fraction`` the idle part of the span. All are None where
+    nothing ran on a device.
     """
     spans: list[tuple[float, float]] = []
     by_name: dict[str, list[float]] = defaultdict(list)
@@ -125,10 +118,9 @@ def loader_of(config: TrainConfig, folder: Path) -> Loader:
     """Return the loader of ``config`` over random tokens in ``folder``."""
     vocab, device = config.model.vocab_size, resolve_device(config.run.device)
     assert vocab is not None
-    dtype = "uint16" if vocab <= 2**16 else "uint32"
-    np.random.default_rng(0).integers(0, vocab, N_TOKENS, dtype).tofile(folder / "train.bin")
-    cache = folder / "cache"
-    dataset = open_dataset(folder, "train", dtype=dtype, vocab_size=vocab, cache_dir=cache)
+    dtype = np.uint16 if vocab <= 2**16 else np.uint32
+    ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
+    dataset = dataset_of(folder, ids, vocab)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
     return Loader(dataset, **sizes, seed=0, device=device)
 

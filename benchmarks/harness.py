@@ -10,15 +10,15 @@ import functools
 import importlib.metadata
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fasttrain.provenance import provenance
 
 PEERS = (
     *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
@@ -35,9 +35,6 @@ FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host tim
 Call = Callable[..., Any]
 
 
-# ---- the machine ---------------------------------------------------------------------------------
-
-
 def yield_to_others() -> None:
     """Use one thread where others keep all cores busy.
 
@@ -51,36 +48,17 @@ def yield_to_others() -> None:
 def machine() -> dict[str, Any]:
     """Return what a measurement depends on: device, threads, load, versions, installed peers."""
     cuda = torch.cuda.is_available()
+    made = provenance(torch.device("cuda" if cuda else "cpu"))
+    found = importlib.metadata.distributions()
+    installed = {(d.name or "").lower().replace("_", "-"): d.version for d in found}
     return {
-        "device": device_name(),
+        "device": made["device"],
         "kind": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "peers": {name: found for name in PEERS if (found := version(name))},
-    } | ({"cuda": torch.version.cuda} if cuda else {"isa": isa()})
-
-
-def version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def device_name() -> str:
-    """Return the name of the CUDA device, or of the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:(.*)", text, re.M)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        **{key: made[key] for key in ("python", "torch", "triton")},
+        "peers": {name: installed[name] for name in PEERS if name in installed},
+    } | ({"cuda": made["cuda"]} if cuda else {"isa": isa()})
 
 
 def isa() -> str:
@@ -171,12 +149,8 @@ def in_turn(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Time callables in turns; return the seconds of a call, for each round, by name.
 
-    Args:
-        calls: name → callable without arguments.
-        budget_s: for the rounds, see `rounds_within`.
-        n_calls: calls in one timing: more than one where a call is too short for the clock.
-        warmup: calls of each before the first timing, for compilation and caches.
-        flush: see `seconds`.
+    ``n_calls`` are made in one timing: more than one where a call is too short for the clock.
+    ``warmup`` is made of each before the first timing, for compilation and caches.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -221,9 +195,7 @@ def gather(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Make and verify the rivals; return those that take part, and why the others do not.
 
-    Args:
-        makers: name → function that imports and returns the op; ours is called ``fasttrain``.
-        verify: raises where the op of that name does not compute what the reference does.
+    ``verify`` raises where the op of that name does not compute what the reference does.
     """
     ops: dict[str, Call] = {}
     left_out: dict[str, str] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm
@@ -22,6 +23,7 @@ from benchmarks.harness import CUDA
 from benchmarks.store import ROOT
 from fasttrain.attention import Attention
 from fasttrain.config import TrainConfig, config_from_dict, load_config
+from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Batch
 from fasttrain.device import compile_function, keep_freed_memory, resolve_device, resolve_precision
 from fasttrain.model import Block, Transformer
@@ -71,6 +73,13 @@ def config_of(overrides: Mapping[str, object], file: Path | None = None) -> Trai
 
 def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def dataset_of(folder: Path, ids: np.ndarray, vocab_size: int) -> Any:
+    """Return the dataset of ids in a file without a header, as nanoGPT has them."""
+    ids.tofile(folder / "train.bin")
+    options = {"vocab_size": vocab_size, "cache_dir": folder / "cache"}
+    return open_dataset(folder, "train", dtype=ids.dtype.name, **options)
 
 
 def make_model(config: TrainConfig) -> Transformer:

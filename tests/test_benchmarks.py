@@ -66,7 +66,7 @@ def test_noise_grows_with_the_spread_of_the_rounds() -> None:
         rng = random.Random(0)
         times = [math.exp(rng.gauss(0, spread)) for _ in range(15)]
         entry = {"times_s": {"fasttrain": times}}
-        change = change_of("op", entry, entry)
+        change = change_of(entry, entry)
         assert change is not None
         assert change.change == 0
         return change.noise
@@ -75,7 +75,7 @@ def test_noise_grows_with_the_spread_of_the_rounds() -> None:
     assert noise(0.1) > 0.05
     assert noise(0.4) == pytest.approx(4 * noise(0.1), rel=0.2)
     once = {"times_s": {"fasttrain": [1.0]}}
-    alone = change_of("op", once, {"times_s": {"fasttrain": [9.0]}})
+    alone = change_of(once, {"times_s": {"fasttrain": [9.0]}})
     assert alone is not None
     assert alone.verdict == "same"  # one round tells nothing of the noise
 
