@@ -104,10 +104,10 @@ def data_loader(tokens: Tokens, workers: int) -> Way:
     return lambda: split(next(windows))
 
 
-def apart(error: ImportError, package: str, wants: str) -> ImportError:
+def apart(error: ImportError, package: str, requires: str) -> ImportError:
     return ImportError(
-        f"{error}; fasttrain[peers] leaves {package} out, because it wants {wants}: pip install "
-        f"--no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
+        f"{error}; fasttrain[peers] leaves {package} out, because it requires {requires}: pip "
+        f"install --no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
     )
 
 

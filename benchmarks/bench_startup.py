@@ -39,7 +39,6 @@ def first_step(folder: Path) -> None:
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
-        assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
             if line.split()[:2] == ["step", "1"]:

@@ -85,16 +85,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         signal.alarm(0)
 
 
-@pytest.fixture
-def full(request: pytest.FixtureRequest) -> bool:
-    """Whether a benchmark may take long."""
-    return bool(request.config.getoption("--full"))
+def _given(name: str) -> Any:
+    """Return the fixture that says whether an option is given."""
+    return pytest.fixture(name=name)(lambda request: request.config.getoption(f"--{name}"))
 
 
-@pytest.fixture
-def rehearse(request: pytest.FixtureRequest) -> bool:
-    """Whether the times mean nothing."""
-    return bool(request.config.getoption("--rehearse"))
+full, rehearse = _given("full"), _given("rehearse")
 
 
 @pytest.fixture
@@ -137,7 +133,6 @@ def pytest_runtest_makereport(
     suite, name = figures_of(item)
     entry: dict[str, Any] = {"name": name}
     if outcome.skipped:
-        assert isinstance(outcome.longrepr, tuple)
         entry["skipped"] = outcome.longrepr[2].removeprefix("Skipped: ")
     elif outcome.when == "call" and "benchmark" in getattr(item, "funcargs", {}):
         entry |= item.funcargs["benchmark"].extra_info

@@ -23,10 +23,7 @@ def _load_device() -> None:
     if shutil.which("g++") is None:
         sys.exit("compiling for a GPU without one needs g++; install it")
     assert "torch" not in sys.modules, "import benchmarks.fake_gpu before torch"
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
+    folder = Path(importlib.util.find_spec("torch").origin).parent
     if (folder / "lib" / "libtorch_cuda.so").exists():
         sys.exit("compiling for a GPU without one needs torch's build for CPU, in which no CUDA is")
     for name in ("libc10.so", "libtorch_cpu.so"):

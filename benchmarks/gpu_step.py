@@ -44,7 +44,7 @@ SMALL = (
 
 
 def device_facts() -> Figures:
-    """Return the device's properties that a reader of the figures wants."""
+    """Return the device's properties that a reader of the figures needs."""
     if not harness.CUDA:
         return {}
     found = torch.cuda.get_device_properties(0)
@@ -117,7 +117,6 @@ def profile(step: Callable[[], object], n_steps: int, path: Path) -> Figures:
 def loader_of(config: TrainConfig, folder: Path) -> Loader:
     """Return the loader of ``config`` over random tokens in ``folder``."""
     vocab, device = config.model.vocab_size, resolve_device(config.run.device)
-    assert vocab is not None
     dtype = np.uint16 if vocab <= 2**16 else np.uint32
     ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
     dataset = dataset_of(folder, ids, vocab)

@@ -26,7 +26,7 @@ from fasttrain.config import TrainConfig, config_from_dict, load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Batch
 from fasttrain.device import compile_function, keep_freed_memory, resolve_device, resolve_precision
-from fasttrain.model import Block, Transformer
+from fasttrain.model import Transformer
 from fasttrain.optim import build_optimizers
 from fasttrain.step import TrainStep
 
@@ -62,17 +62,13 @@ TINY = shape(64, 2, 2, 512, 32, 2) | {"run.compile": "off", "run.dtype": "fp32"}
 def config_of(overrides: Mapping[str, object], file: Path | None = None) -> TrainConfig:
     """Return the config of ``file`` (None: the defaults, 1,000 steps) with ``overrides``."""
     if file is not None:
-        return load_config(file, [f"{key}={_toml(value)}" for key, value in overrides.items()])
+        return load_config(file, [f"{key}={value}" for key, value in overrides.items()])
     # Data is made up here; a path keeps the vocabulary from having to be the default text's.
     values: dict[str, dict[str, object]] = {"train": {"steps": 1000}, "data": {"path": "none"}}
     for name, value in overrides.items():
         section, _, key = name.partition(".")
         values.setdefault(section, {})[key] = value
     return config_from_dict(values)
-
-
-def _toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def dataset_of(folder: Path, ids: np.ndarray, vocab_size: int) -> Any:
@@ -95,7 +91,6 @@ def make_model(config: TrainConfig) -> Transformer:
 
 def make_batch(config: TrainConfig) -> Batch:
     """Return a batch of random tokens, the same at every call."""
-    assert config.model.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
     size = (config.train.micro_batch, config.data.seq_len + 1)
     ids = torch.randint(config.model.vocab_size, size, generator=generator)
@@ -293,7 +288,6 @@ def _hidden(model: Transformer, tokens: Tensor) -> Tensor:
     if config.embedding_norm:
         x = F.rms_norm(x, x.shape[-1:], eps=config.norm_eps)
     for i, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
         value = model.value_embeddings[i](tokens) if len(model.value_embeddings) else None
         x = x + _attend(block.attention, _norm(block.attention_norm, x), model, value)
         h = block.mlp.up(_norm(block.mlp_norm, x))
