@@ -82,7 +82,7 @@ class Turns(Console):
         if step > N_WARM:
             self.times[OURS].append((ended - self.resumed) / N_STEPS)
             self.times["bare model"].append((resumed - ended) / N_STEPS)
-        self.paused, self.resumed = False, resumed
+        self.paused, self.resumed = step < N_WARM, resumed
 
 
 @pytest.mark.skipif(CUDA, reason="clocks around calls time the host alone")
