@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, store
+from benchmarks import harness, store
 from benchmarks.store import ROOT
 
 SHOWN = ("tokens_per_s", "step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
@@ -18,9 +18,8 @@ SHOWN = ("tokens_per_s", "step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "l
 
 def figures(rows: Sequence[dict[str, Any]], wall_s: float, name: str) -> dict[str, Any]:
     """Return what the rows of a ``metrics.jsonl`` say of the run's end."""
-    train = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval"]
-    last, end = train[-1], evals[-1] if evals else {}
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    end = ([row for row in rows if row["kind"] == "eval"] or [{}])[-1]
     entry: dict[str, Any] = {"name": name, "wall_s": wall_s, "steps": last["step"]}
     entry |= {key: last.get(key) for key in SHOWN}
     entry["tokens_per_s"] = {"fasttrain": last["tokens_per_s"]}
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--results", type=Path, required=True, help="folder of all devices")
     arguments = parser.parse_intermixed_args(argv)
-    name = f"{arguments.config}.toml"
+    name, suite = f"{arguments.config}.toml", f"run-{arguments.config}"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fasttrain.train", str(ROOT / "configs" / name)]
         command += [f"run.out_dir={folder}", "run.name=run", *arguments.overrides]
@@ -45,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     entry = figures([json.loads(line) for line in lines], wall_s, name)
-    machine = measure.machine()
-    suite = f"run-{arguments.config}"
-    document = store.document(suite, [entry], machine, measure.ceilings())
-    store.write(arguments.results / store.folder_of(machine) / f"{suite}.json", document)
+    machine, ceilings = harness.machine(), harness.ceilings()
+    store.save(arguments.results, store.document(suite, [entry], machine, ceilings))
     print(json.dumps(entry, indent=1))
     return 0
 

@@ -18,82 +18,66 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from benchmarks import measure
+from benchmarks import harness
+from benchmarks.harness import CUDA, DEVICE
+from benchmarks.steps import config_of
 from fasttrain.checkpoint import CheckpointWriter
+from fasttrain.config import config_to_toml
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CUDA = DEVICE.type == "cuda"
 N_PARAMETERS, FULL_N_PARAMETERS = 24_000_000, 120_000_000
 N_STEPS = 20  # a few of them take a second
-Groups = dict[str, dict[str, Tensor]]
-
-
-def make_groups(n_parameters: int) -> Groups:
-    """Tensors shaped as those of a GPT-2-like model: matrices of 4·dim × dim and small vectors."""
-    dim = 64 * max(1, round(math.sqrt(n_parameters / 48) / 64))
-    shapes = [(4 * dim, dim)] * round(n_parameters / (4 * dim * dim)) + [(dim,)] * 48
-    model = {f"w{i}": torch.randn(shape, device=DEVICE) for i, shape in enumerate(shapes)}
-    moments = {f"{n}.{m}": t.square() for n, t in model.items() for m in ("exp_avg", "exp_avg_sq")}
-    return {"model": model, "optimizer": moments}
-
-
-def stager() -> DefaultStager:
-    """The options of which none needs a GPU, or all."""
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=CUDA,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=CUDA,
-        )
-    )
 
 
 class Ways:
     """The ways to save, each a call that returns when training may go on."""
 
-    def __init__(self, groups: Groups, folder: Path) -> None:
-        self.groups, self.folder = groups, folder
-        tensors = [tensor for group in groups.values() for tensor in group.values()]
+    def __init__(self, n_parameters: int, folder: Path) -> None:
+        # Shaped as a GPT-2-like model: matrices of 4·dim × dim and small vectors.
+        dim = 64 * max(1, round(math.sqrt(n_parameters / 48) / 64))
+        shapes = [(4 * dim, dim)] * round(n_parameters / (4 * dim * dim)) + [(dim,)] * 48
+        model = {f"w{i}": torch.randn(shape, device=DEVICE) for i, shape in enumerate(shapes)}
+        moments = {
+            f"{n}.{m}": t.square() for n, t in model.items() for m in ("exp_avg", "exp_avg_sq")
+        }
+        groups = {"model": model, "optimizer": moments}
+        tensors = [*model.values(), *moments.values()]
         self.gigabytes = sum(tensor.nbytes for tensor in tensors) / 1e9
         copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=CUDA) for t in tensors]
-        self.pairs = list(zip(copies, tensors, strict=True))
+        self.folder = folder
         self.writer = CheckpointWriter(folder / "checkpoints", keep_last=1)
-        self.stager = stager()
         self.pending: Any = None
+        config = config_to_toml(config_of({}))
+        kept, save_dcp = self.stager(), {"checkpoint_id": folder / "dcp", "no_dist": True}
 
-    def ours(self) -> None:
-        self.writer.save(1, self.groups, {}, "")
+        def plain_copy() -> None:
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
 
-    def plain_copy(self) -> None:
-        for mine, tensor in self.pairs:
-            mine.copy_(tensor, non_blocking=True)
+        def async_save(stager: Callable[[], DefaultStager]) -> None:
+            self.pending = dcp.async_save(groups, async_stager=stager(), **save_dcp)
 
-    def torch_save(self) -> None:
-        torch.save(self.groups, self.folder / "torch.pt")
+        self.calls: dict[str, Callable[[], object]] = {
+            "save": partial(self.writer.save, 1, groups, {}, config),
+            "plain copy": plain_copy,
+            "torch.save": partial(torch.save, groups, folder / "torch.pt"),
+            "dcp.save": partial(dcp.save, groups, **save_dcp),
+            "dcp.async_save": partial(async_save, self.stager),
+            "dcp.async_save, stager kept": partial(async_save, lambda: kept),
+        }
 
-    def dcp_save(self) -> None:
-        dcp.save(self.groups, checkpoint_id=self.folder / "dcp", no_dist=True)
-
-    def dcp_async_save(self, async_stager: DefaultStager | None = None) -> None:
-        self.pending = dcp.async_save(
-            self.groups,
-            checkpoint_id=self.folder / "dcp",
-            async_stager=async_stager or stager(),
-            no_dist=True,
-        )
-
-    def dcp_async_save_again(self) -> None:
-        self.dcp_async_save(self.stager)
+    def stager(self) -> DefaultStager:
+        """The options of which none needs a GPU, or all."""
+        names = ("use_pinned_memory", "use_non_blocking_copy")
+        off = {"use_shared_memory": False, "use_async_staging": False}
+        return DefaultStager(StagingOptions(**dict.fromkeys(names, CUDA), **off))
 
     def finish(self) -> None:
         """Wait until all is written, and forget it."""
@@ -105,27 +89,15 @@ class Ways:
         shutil.rmtree(self.folder / "dcp", ignore_errors=True)
 
 
-def timed(call: Callable[[], object]) -> float:
-    return measure.seconds(call, flush=False)
-
-
 def test_stall_of_a_save(
-    benchmark: Any, request: pytest.FixtureRequest, full: bool, budget_s: float, tmp_path: Path
+    benchmark: Any, rehearse: bool, full: bool, budget_s: float, tmp_path: Path
 ) -> None:
-    rehearse = request.config.getoption("--rehearse")
     n_parameters = FULL_N_PARAMETERS if full else N_PARAMETERS
-    ways = Ways(make_groups(1_000_000 if rehearse else n_parameters), tmp_path)
-    calls = {
-        "save": ways.ours,
-        "plain copy": ways.plain_copy,
-        "torch.save": ways.torch_save,
-        "dcp.save": ways.dcp_save,
-        "dcp.async_save": ways.dcp_async_save,
-        "dcp.async_save, stager kept": ways.dcp_async_save_again,
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    commits: dict[str, list[float]] = {name: [] for name in calls}
+    ways = Ways(1_000_000 if rehearse else n_parameters, tmp_path)
+    times: dict[str, list[float]] = {name: [] for name in ways.calls}
+    commits: dict[str, list[float]] = {name: [] for name in ways.calls}
     slowdowns: list[float] = []
+    timed = partial(harness.seconds, flush=False)
     a = torch.randn(1024, 1024, device=DEVICE)
     product = torch.empty_like(a)
 
@@ -135,7 +107,7 @@ def test_stall_of_a_save(
 
     def save(name: str) -> None:
         started = time.perf_counter()
-        times[name].append(timed(calls[name]))
+        times[name].append(timed(ways.calls[name]))
         ways.finish()
         commits[name].append(time.perf_counter() - started)
 
@@ -143,9 +115,8 @@ def test_stall_of_a_save(
         """Add a round's slowdown; return the time until all was written."""
         alone = [timed(step) for _ in range(N_STEPS)]
         started = time.perf_counter()
-        ways.ours()
+        ways.calls["save"]()
         thread, during = ways.writer._thread, []
-        assert thread is not None
         while len(during) < at_most and thread.is_alive():
             during.append(timed(step))
         ways.finish()
@@ -154,21 +125,20 @@ def test_stall_of_a_save(
         slowdowns.append(statistics.median(during or alone) / statistics.median(alone))
         return committed_s
 
-    def others() -> None:
-        for name in list(calls)[2:]:
+    def one_round() -> None:
+        for name in list(times)[2:]:
             save(name)
         steps_while_writing(2 * N_STEPS)
-        save("plain copy")  # last, so that it meets the memory and the disk as our save does
+        save("plain copy")  # so late that it meets the memory and the disk as our save does
+        save("save")
 
     def all_rounds() -> None:
-        for _ in measure.rounds_within(2 * budget_s):
-            others()
-            save("save")
+        for _ in harness.rounds_within(2 * budget_s):
+            one_round()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # dcp: no process group
-        others()  # allocates the buffers
-        save("save")
+        one_round()  # allocates the buffers
         if full and not rehearse:
             benchmark.extra_info["committed_while_training_s"] = steps_while_writing(math.inf)
         for values in (*times.values(), *commits.values(), slowdowns):
@@ -176,7 +146,7 @@ def test_stall_of_a_save(
         benchmark.pedantic(all_rounds)
 
     benchmark.extra_info.update(
-        measure.comparison(times),
+        harness.comparison(times),
         gigabytes=ways.gigabytes,
         committed_s={name: statistics.median(values) for name, values in commits.items()},
         slowdown=statistics.median(slowdowns),

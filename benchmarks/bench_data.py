@@ -19,19 +19,19 @@ nothing.
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from benchmarks.rivals import OURS, gather
-from fasttrain.data.format import open_dataset
+from benchmarks.harness import OURS, gather
+from benchmarks.steps import dataset_of
 from fasttrain.data.loader import Loader
 
 N_TOKENS, VOCAB_SIZE = 100_000_000, 50_257
@@ -40,9 +40,25 @@ N_CALLS = 256  # in a timing: what was prefetched before it is 6 % of them
 N_SAMPLES = 20_000  # of MosaicML streaming
 Tokens = np.memmap[Any, np.dtype[np.uint16]]
 Pair = tuple[Tensor, Tensor]
+Way = Callable[[], Pair]
 
 
-class Windows(Dataset[Tensor]):
+def at_random(n: int) -> Iterator[list[int]]:
+    order = np.random.default_rng(1).permutation(n)
+    return cycle(order[: n // BATCH * BATCH].reshape(-1, BATCH).tolist())
+
+
+def split(ids: Tensor) -> Pair:
+    return ids[:, :-1], ids[:, 1:]
+
+
+def stacked(windows: Sequence[Any]) -> Pair:
+    return split(torch.from_numpy(np.stack(windows).astype(np.int64)))
+
+
+class Windows:
+    """A dataset for DataLoader."""
+
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
 
@@ -54,32 +70,7 @@ class Windows(Dataset[Tensor]):
         return torch.from_numpy(window.astype(np.int64))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
-    tokens.tofile(tmp_path / "train.bin")
-    return tmp_path
-
-
-def at_random(n: int) -> Iterator[list[int]]:
-    order = np.random.default_rng(1).permutation(n)
-    return cycle(order[: n // BATCH * BATCH].reshape(-1, BATCH).tolist())
-
-
-def again(items: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        yield from items
-
-
-def split(ids: Tensor) -> Pair:
-    return ids[:, :-1], ids[:, 1:]
-
-
-def stacked(windows: list[Any]) -> Pair:
-    return split(torch.from_numpy(np.stack(windows).astype(np.int64)))
-
-
-def raw_slicing(tokens: Tokens) -> Callable[[], Pair]:
+def raw_slicing(tokens: Tokens) -> Way:
     batches = at_random((N_TOKENS - 1) // LENGTH)
     windows = np.empty((BATCH, LENGTH + 1), np.uint16)
 
@@ -91,7 +82,7 @@ def raw_slicing(tokens: Tokens) -> Callable[[], Pair]:
     return batch
 
 
-def get_batch(path: Path) -> Callable[[], Pair]:
+def get_batch(path: Path) -> Way:
     batches = at_random((N_TOKENS - 1) // LENGTH)
 
     def rows(tokens: Tokens, starts: list[int]) -> Tensor:
@@ -106,20 +97,21 @@ def get_batch(path: Path) -> Callable[[], Pair]:
     return batch
 
 
-def data_loader(tokens: Tokens, workers: int) -> Callable[[], Pair]:
-    loader = DataLoader(Windows(tokens), BATCH, shuffle=True, drop_last=True, num_workers=workers)
-    windows = again(loader)
+def data_loader(tokens: Tokens, workers: int) -> Way:
+    dataset: Any = Windows(tokens)
+    loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+    windows = chain.from_iterable(repeat(loader))
     return lambda: split(next(windows))
 
 
-def apart(error: ImportError, package: str, wants: str) -> ImportError:
+def apart(error: ImportError, package: str, requires: str) -> ImportError:
     return ImportError(
-        f"{error}; fasttrain[peers] leaves {package} out, because it wants {wants}: pip install "
-        f"--no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
+        f"{error}; fasttrain[peers] leaves {package} out, because it requires {requires}: pip "
+        f"install --no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
     )
 
 
-def datatrove(path: Path, *, in_order: bool) -> Callable[[], Pair]:
+def datatrove(path: Path, *, in_order: bool) -> Way:
     try:
         from datatrove.utils.dataset import DatatroveFileDataset
     except ImportError as error:
@@ -131,7 +123,7 @@ def datatrove(path: Path, *, in_order: bool) -> Callable[[], Pair]:
     return lambda: split(torch.stack([dataset[index]["input_ids"] for index in next(batches)]))
 
 
-def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Callable[[], Pair]:
+def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Way:
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the network
     try:
         from litdata import StreamingDataset, TokensLoader, optimize
@@ -143,25 +135,20 @@ def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Callable[[], Pai
 
     if not folder.exists():
         optimize(
-            fn=all_tokens,
-            inputs=[0],
-            output_dir=str(folder),
-            chunk_size=2 * N_TOKENS,
-            item_loader=TokensLoader(),
-            num_workers=1,
+            fn=all_tokens, inputs=[0], output_dir=str(folder),
+            chunk_size=2 * N_TOKENS, item_loader=TokensLoader(), num_workers=1,
             start_method="fork",
-        )
-    dataset = StreamingDataset(
-        str(folder), item_loader=TokensLoader(LENGTH + 1), shuffle=True, drop_last=True
-    )
+        )  # fmt: skip
+    loader = TokensLoader(LENGTH + 1)
+    dataset = StreamingDataset(str(folder), item_loader=loader, shuffle=True, drop_last=True)
     if iterated:
-        windows = again(dataset)
+        windows = chain.from_iterable(repeat(dataset))
         return lambda: stacked(list(islice(windows, BATCH)))
     batches = at_random(len(dataset))
     return lambda: stacked([dataset[index] for index in next(batches)])
 
 
-def mosaicml_streaming(tokens: Tokens, folder: Path) -> Callable[[], Pair]:
+def mosaicml_streaming(tokens: Tokens, folder: Path) -> Way:
     try:
         from streaming import MDSWriter, StreamingDataset
     except ImportError as error:
@@ -172,18 +159,32 @@ def mosaicml_streaming(tokens: Tokens, folder: Path) -> Callable[[], Pair]:
             writer.write({"tokens": tokens[start : start + LENGTH + 1].tobytes()})
     dataset = StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True)
     batches = at_random(len(dataset))
-    return lambda: stacked(
-        [np.frombuffer(dataset[index]["tokens"], np.uint16) for index in next(batches)]
-    )
+    read = partial(np.frombuffer, dtype=np.uint16)
+    return lambda: stacked([read(dataset[index]["tokens"]) for index in next(batches)])
 
 
-def verify(tokens: Tokens) -> Callable[[str, Callable[[], Pair]], None]:
-    """A check that a batch holds windows of the file and their next tokens, as int64."""
+def test_random_windows(tmp_path: Path, compare: Any) -> None:
+    file = tmp_path / "train.bin"
+    random = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
+    dataset = dataset_of(tmp_path, random, VOCAB_SIZE)
+    tokens = np.memmap(file, np.uint16, "r")
+    makers = {
+        "raw slicing": partial(raw_slicing, tokens),
+        "get_batch": partial(get_batch, file),
+        "DataLoader": partial(data_loader, tokens, 0),
+        "DataLoader, 2 workers": partial(data_loader, tokens, 2),
+        "datatrove": partial(datatrove, file, in_order=False),
+        "datatrove, in order": partial(datatrove, file, in_order=True),
+        "litdata": partial(litdata, tokens, tmp_path / "litdata", iterated=False),
+        "litdata, shuffled": partial(litdata, tokens, tmp_path / "litdata", iterated=True),
+        "MosaicML streaming": partial(mosaicml_streaming, tokens, tmp_path / "mds"),
+    }
     starts = np.arange(N_TOKENS // LENGTH - 1)[:, None] * [LENGTH, LENGTH + 1]
     starts = starts[starts < N_TOKENS - LENGTH]
     first = tokens[starts]
 
-    def check(name: str, batch: Callable[[], Pair]) -> None:
+    def check(name: str, batch: Way) -> None:
+        """Hold that a batch has windows of the file and their next tokens, as int64."""
         inputs, targets = batch()
         assert (inputs.shape, inputs.dtype) == ((BATCH, LENGTH), torch.int64), name
         assert torch.equal(inputs[:, 1:], targets[:, :-1]), name
@@ -191,32 +192,11 @@ def verify(tokens: Tokens) -> Callable[[str, Callable[[], Pair]], None]:
             found = starts[first == row[0]]
             assert any((tokens[s : s + LENGTH + 1] == row).all() for s in found), name
 
-    return check
-
-
-def test_random_windows(folder: Path, compare: Any) -> None:
-    file = folder / "train.bin"
-    dataset = open_dataset(
-        folder, "train", dtype="uint16", vocab_size=VOCAB_SIZE, cache_dir=folder / "cache"
-    )
-    tokens = np.memmap(file, np.uint16, "r")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each way converts on one core
-    makers = {
-        "raw slicing": lambda: raw_slicing(tokens),
-        "get_batch": lambda: get_batch(file),
-        "DataLoader": lambda: data_loader(tokens, 0),
-        "DataLoader, 2 workers": lambda: data_loader(tokens, 2),
-        "datatrove": lambda: datatrove(file, in_order=False),
-        "datatrove, in order": lambda: datatrove(file, in_order=True),
-        "litdata": lambda: litdata(tokens, folder / "litdata", iterated=False),
-        "litdata, shuffled": lambda: litdata(tokens, folder / "litdata", iterated=True),
-        "MosaicML streaming": lambda: mosaicml_streaming(tokens, folder / "mds"),
-    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the peers' own
-            check = verify(tokens)
             rivals, left_out = gather(makers, check)
             with Loader(dataset, seq_len=LENGTH, micro_batch=BATCH, seed=0, device="cpu") as loader:
                 check(OURS, lambda: ((batch := next(loader)).tokens, batch.targets))

@@ -2,36 +2,46 @@
 
 nanoGPT is not part of this project: name a checkout of it in the environment variable
 ``NANOGPT_DIR``. The Trainer takes part where transformers and accelerate are installed. All run as
-processes of their own on the same token file, in turn, A B C A B C …, and the times of a step are
-those that each reports: nanoGPT's ``time``; our ``step_ms``, in which the writing of its log line
-is not, 0.6 ms of 40, once in ten steps by default; the Trainer's by a callback. Two shapes, in
-fp32: that of nanoGPT's README command for a CPU, and a small Llama's, where nanoGPT has the same
-width, and its own parts.
+processes of their own on the same token file, in turn.
+
+Steps: the times are those that each reports: nanoGPT's ``time``; our ``step_ms``, in which the
+writing of its log line is not, 0.6 ms of 40, once in ten steps by default; the Trainer's by a
+callback. Two shapes, in fp32: that of nanoGPT's README command for a CPU, and a small Llama's,
+where nanoGPT has the same width, and its own parts.
+
+Time to a loss: that command of nanoGPT's, 2,000 steps, and ours, configs/chars.toml, from the same
+tokens to the end of either recipe, and the loss of each on its whole validation split. The text is
+the documentation that comes with Python; ``CHARS_TEXTS`` names other text files instead (separated
+as in ``PATH``). The recipe was tuned on neither. A text takes five minutes, so that this is done
+with ``--full`` alone.
 """
 
 import importlib.util
 import json
 import os
 import pickle
+import pydoc_data.topics
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.measure import comparison, rounds_within
-from benchmarks.rivals import OURS
-from benchmarks.subject import GPT2_CHARS, LLAMA_LIKE, ROOT, config_of
+from benchmarks.harness import OURS, comparison, rounds_within
+from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of
+from benchmarks.store import ENV, ROOT
 from fasttrain.config import TrainConfig, config_to_toml
+from fasttrain.data.format import open_dataset
 
-PATHS = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
-LIMIT_S = 100  # of one process, which takes a fifth of it on two idle cores
+NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
+LIMIT_S = 100  # of a process of some steps, which takes a fifth of it on two idle cores
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
     "gpt2-chars": (GPT2_CHARS, 100, 20),
@@ -40,95 +50,108 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A folder with characters of the standard library, as nanoGPT's .bin; how many there are."""
-    folder = tmp_path_factory.mktemp("trainers")
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
-    text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sources)
-    text = "".join(c for c in text if ord(c) < 128)
-    chars = sorted(set(text))
-    table = np.zeros(128, dtype=np.uint16)
-    table[[ord(c) for c in chars]] = np.arange(len(chars))
-    tokens = table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
-    data = folder / "data" / "chars"
-    data.mkdir(parents=True)
-    tokens[: int(0.99 * len(tokens))].tofile(data / "train.bin")
-    tokens[int(0.99 * len(tokens)) :].tofile(data / "val.bin")
-    return folder, len(chars)
-
-
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
+    """Run Python to its end; return what it printed."""
     process = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder, env=ENV, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        [sys.executable, *command], cwd=folder, env=os.environ | ENV,
+        capture_output=True, text=True, timeout=limit_s, check=False,
     )  # fmt: skip
     if process.returncode:
         raise RuntimeError(process.stdout + process.stderr)
     return process.stdout
 
 
-def run_nanogpt(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the milliseconds of nanoGPT's steps."""
-    if not (path := os.environ.get("NANOGPT_DIR")):
-        raise ImportError("NANOGPT_DIR does not name a checkout")
-    peer, model = Path(path).resolve(), config.model
+def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **more: Any) -> str:
+    """Train nanoGPT at the shape of ``config`` on ``data/chars``; return what it printed."""
+    if not NANOGPT_DIR:
+        raise ImportError("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
+    peer, model, steps = Path(NANOGPT_DIR).resolve(), config.model, config.train.steps
     for name in ("configurator.py", "config"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(peer / name)
     # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
-    meta = pickle.dumps({"vocab_size": model.vocab_size})
-    (folder / "data" / "chars" / "meta.pkl").write_bytes(meta)
-    arguments = {
-        "dataset": "chars", "device": "cpu", "compile": False, "log_interval": 1,
-        "eval_iters": 1, "eval_interval": 10**9,
-        "max_iters": config.train.steps, "lr_decay_iters": config.train.steps,
-        "warmup_iters": 0,  # as many as lr_decay_iters, it divides by zero
-        "dropout": 0.0, "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
+    (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
+    arguments = more | {
+        "dataset": "chars", "device": "cpu", "log_interval": 1, "dropout": 0.0,
+        "max_iters": steps, "lr_decay_iters": steps,
+        "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
     }  # fmt: skip
-    command = [str(peer / "train.py"), "config/train_shakespeare_char.py"]
-    out = run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder)
+    command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
+    return run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder, limit_s)
+
+
+def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    """Return the rows of a kind that our run of that name has logged."""
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def nanogpt_ms(folder: Path, config: TrainConfig) -> list[float]:
+    """Return the milliseconds of nanoGPT's steps."""
+    # With as many warmup_iters as lr_decay_iters, it divides by zero.
+    options = {"compile": False, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
+    out = run_nanogpt(folder, config, **options)
     return [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
 
 
-def run_ours(folder: Path, config: TrainConfig) -> list[float]:
+def our_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of our steps."""
-    runs = folder / "runs"
-    name = f"r{len(list(runs.glob('*')))}"
-    (folder / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+    name = f"r{len(list((folder / 'runs').glob('*')))}"
+    (folder / "config.toml").write_text(config_to_toml(config), "utf-8")
     run(["-m", "fasttrain.train", "config.toml", f"run.name={name}"], folder)
-    rows = map(json.loads, (runs / name / "metrics.jsonl").read_text("utf-8").splitlines())
-    return [row["step_ms"] for row in rows if row["kind"] == "train"]
+    return [row["step_ms"] for row in rows_of(folder, name, "train")]
 
 
-def run_hf(folder: Path, config: TrainConfig) -> list[float]:
+def hf_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of the Trainer's steps."""
     if not all(importlib.util.find_spec(module) for module in ("transformers", "accelerate")):
         raise ImportError("transformers and accelerate are not both installed")
-    sizes = {
-        "dim": config.model.dim, "length": config.data.seq_len, "vocab": config.model.vocab_size,
-        "rows": config.train.micro_batch, "steps": config.train.steps,
+    model, seq_len = config.model, config.data.seq_len
+    # Both kinds of config know these names.
+    sizes: dict[str, Any] = {
+        "vocab_size": model.vocab_size, "hidden_size": model.dim, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": seq_len,
     }  # fmt: skip
-    command = ["-m", "benchmarks.hf_trainer", str(folder / "data/chars/train.bin")]
-    command += [f"--{key}={value}" for key, value in sizes.items()]
-    command += ["--llama"] if config.model.norm == "rms" else []
+    if model.norm == "rms":
+        sizes |= {"model_type": "llama", "intermediate_size": 704}
+    else:
+        sizes |= {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"model": sizes, "rows": config.train.micro_batch, "steps": config.train.steps}
+    command = [
+        "-m",
+        "benchmarks.hf_trainer",
+        "data/chars/train.bin",
+        json.dumps(sizes | {"seq_len": seq_len}),
+    ]
     times: list[float] = json.loads(run(command, folder).splitlines()[-1])
     return times
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_trainers(benchmark: Any, work: tuple[Path, int], budget_s: float, name: str) -> None:
-    (folder, n_chars), (shape, n_steps, n_warm) = work, SHAPES[name]
+def test_trainers(benchmark: Any, tmp_path: Path, budget_s: float, name: str) -> None:
+    shape, n_steps, n_warm = SHAPES[name]
+    # Characters of the standard library, as nanoGPT's .bin.
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    text = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8)
+    chars, tokens = np.unique(text[text < 128], return_inverse=True)
+    data = tmp_path / "data" / "chars"
+    data.mkdir(parents=True)
+    train, val = np.split(tokens.astype(np.uint16), [int(0.99 * len(tokens))])
+    train.tofile(data / "train.bin")
+    val.tofile(data / "val.bin")
     overrides = shape | {
-        "data.path": str(folder / "data" / "chars"), "data.dtype": "uint16",
+        "data.path": str(data), "data.dtype": "uint16",
         "optim.lr": 1e-3, "optim.betas": [0.9, 0.99], "schedule.warmup_steps": n_warm,
         "run.dtype": "fp32", "train.steps": n_steps, "eval.prompts": [], "log.every_steps": 1,
     }  # fmt: skip
-    config = config_of(overrides | ({"model.vocab_size": n_chars} if shape is GPT2_CHARS else {}))
-    # As each is started by default: compiled, nanoGPT is in bench_chars.py and plain torch in
-    # bench_step.py.
-    trainers = {"nanoGPT": run_nanogpt, "HF Trainer": run_hf, OURS: run_ours}
+    vocab = {"model.vocab_size": len(chars)} if shape is GPT2_CHARS else {}
+    config = config_of(overrides | vocab)
+    # As each is started by default: compiled, nanoGPT is below and plain torch in bench_step.py.
+    trainers = {"nanoGPT": nanogpt_ms, "HF Trainer": hf_ms, OURS: our_ms}
     times: dict[str, list[float]] = {key: [] for key in (OURS, *trainers)}
     left_out: dict[str, str] = {}
 
@@ -138,7 +161,7 @@ def test_trainers(benchmark: Any, work: tuple[Path, int], budget_s: float, name:
                 if len(left_out) == len(trainers) - 1:
                     pytest.skip("; ".join(left_out.values()))
                 try:
-                    step_ms = trainers[key](folder, config)
+                    step_ms = trainers[key](tmp_path, config)
                     assert len(step_ms) >= n_steps - 1  # the Trainer's first has no beginning
                     times[key].append(statistics.median(step_ms[n_warm:]) / 1e3)
                 except subprocess.TimeoutExpired:
@@ -152,6 +175,94 @@ def test_trainers(benchmark: Any, work: tuple[Path, int], budget_s: float, name:
 
     benchmark.pedantic(all_rounds)
     figures = comparison({key: values for key, values in times.items() if key not in left_out})
-    tokens = config.data.seq_len * config.train.micro_batch
-    rates = {key: tokens / seconds for key, seconds in figures["median_s"].items()}
+    n_tokens = config.data.seq_len * config.train.micro_batch
+    rates = {key: n_tokens / seconds for key, seconds in figures["median_s"].items()}
     benchmark.extra_info.update(figures, tokens_per_s=rates, left_out=left_out)
+
+
+# ---- time to a loss ------------------------------------------------------------------------------
+
+SEEDS = (1, 2, 3)
+TEXTS = [Path(name) for name in os.environ.get("CHARS_TEXTS", "").split(os.pathsep) if name]
+# Mean loss of nanoGPT's checkpoint over its validation file, each token but the first once.
+EVALUATE = """
+import sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from model import GPT, GPTConfig
+saved = torch.load("out/ckpt.pt", weights_only=True)
+assert saved["iter_num"] == 2000, saved["iter_num"]
+model = GPT(GPTConfig(**saved["model_args"])).eval()
+model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()})
+tokens = torch.from_numpy(np.fromfile("data/chars/val.bin", dtype=np.uint16).astype(np.int64))
+total, length = 0.0, saved["model_args"]["block_size"]
+with torch.no_grad():
+    for start in range(0, len(tokens) - 1, length):
+        window = tokens[start : start + length + 1][None]
+        loss = model(window[:, :-1], window[:, 1:])[1].item()
+        total += loss * (window.shape[1] - 1)
+print(total / (len(tokens) - 1))
+"""
+
+
+def prepare_text(folder: Path, text: Path | None) -> int:
+    """Write a text as our dataset and as nanoGPT's; return the size of its vocabulary."""
+    if text is None:
+        topics = pydoc_data.topics.topics
+        (folder / "text.txt").write_text("\n".join(topics[k] for k in sorted(topics)), "utf-8")
+    else:
+        shutil.copyfile(text, folder / "text.txt")
+    arguments = ["data/ours", "--input", "text.txt", "--tokenizer", "chars", "--val-fraction=0.1"]
+    run(["-m", "fasttrain.prepare", *arguments], folder)
+    (folder / "data" / "chars").mkdir()
+    for split in ("train", "val"):
+        dataset = open_dataset(folder / "data" / "ours", split, cache_dir=folder / "cache")
+        dataset.read(0, dataset.n_tokens).tofile(folder / "data" / "chars" / f"{split}.bin")
+    return dataset.vocab_size
+
+
+@pytest.mark.figures("chars")
+@pytest.mark.parametrize("text", TEXTS or [None], ids=lambda text: text.stem if text else "")
+def test_time_to_the_loss_of_nanogpt(
+    benchmark: Any, full: bool, tmp_path: Path, text: Path | None
+) -> None:
+    if not full:
+        pytest.skip("takes five minutes for each text: --full")
+    if not NANOGPT_DIR:
+        pytest.skip("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
+    vocab = {"model.vocab_size": prepare_text(tmp_path, text), "train.steps": 2000}
+    config = config_of(GPT2_CHARS | vocab)
+    losses: dict[str, list[float]] = {OURS: [], "nanogpt": [], "nanogpt compiled": []}
+    times: dict[str, list[float]] = {name: [] for name in losses}
+
+    def ours(seed: int) -> None:
+        command = ["-m", "fasttrain.train", str(ROOT / "configs" / "chars.toml")]
+        overrides = ["data.path=data/ours", f"run.seed={seed}", f"run.name=seed-{seed}"]
+        started = time.perf_counter()
+        run([*command, *overrides], tmp_path, 900)
+        times[OURS].append(time.perf_counter() - started)
+        losses[OURS].append(rows_of(tmp_path, f"seed-{seed}", "eval")[-1]["val_loss"])
+
+    def theirs(name: str, *, compiled: bool) -> None:
+        # The checkpoint is written also where its own estimate of the loss did not improve.
+        options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
+        started = time.perf_counter()
+        printed = run_nanogpt(tmp_path, config, 900, **options)
+        times[name].append(time.perf_counter() - started)
+        assert "number of parameters: 0.80M" in printed
+        printed = run(["-c", EVALUATE, str(Path(NANOGPT_DIR).resolve())], tmp_path, 900)
+        losses[name].append(float(printed.strip().splitlines()[-1]))
+
+    def all_in_turn() -> None:
+        # nanoGPT's seed is fixed: each form of it runs once, between the runs of ours.
+        ours(SEEDS[0])
+        theirs("nanogpt", compiled=False)
+        ours(SEEDS[1])
+        theirs("nanogpt compiled", compiled=True)
+        ours(SEEDS[2])
+
+    benchmark.pedantic(all_in_turn, rounds=1, iterations=1)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    speedup = {name: s / median[OURS] for name, s in median.items() if name != OURS}
+    benchmark.extra_info.update(times_s=times, median_s=median, speedup=speedup, val_loss=losses)
+    assert max(losses[OURS]) <= min(losses["nanogpt"] + losses["nanogpt compiled"])

@@ -18,7 +18,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,11 +51,8 @@ class Bound(NamedTuple):
         if not isinstance(found, Mapping):
             return {self.figure: found}
         own = found.get("fasttrain", 1.0)
-        return {
-            rival: value / own
-            for rival, value in found.items()
-            if rival != "fasttrain" and fnmatchcase(rival, self.rival)
-        }
+        rivals = (key for key in found if key != "fasttrain" and fnmatchcase(key, self.rival))
+        return {rival: found[rival] / own for rival in rivals}
 
 
 BOUNDS = (
@@ -79,7 +76,6 @@ BOUNDS = (
 class Change(NamedTuple):
     """How ours moved in one benchmark; both numbers are fractions of its time."""
 
-    name: str
     change: float  # positive: slower
     noise: float
     rivals: int  # through how many it was compared
@@ -101,33 +97,27 @@ def _median_and_error(values: Sequence[float]) -> tuple[float, float]:
     return median, MEDIAN_ERROR * deviation / math.sqrt(len(values))
 
 
-def _series(entry: Mapping[str, Any]) -> dict[str, list[float]]:
+def _series(entry: Document) -> dict[str, list[float]]:
     """Return for each rival the log of own time over its time, by round; alone: of own time."""
-    ours, *others = entry["times_s"]
-    own = entry["times_s"][ours]
+    (ours, own), *others = entry["times_s"].items()
     # Not ours in another form, and what ran in every round.
-    rivals = [
-        name
-        for name in others
-        if not name.startswith(ours) and len(entry["times_s"][name]) == len(own)
-    ]
+    rivals = {k: v for k, v in others if not k.startswith(ours) and len(v) == len(own)}
     if not rivals:
         return {ALONE: [math.log(t) for t in own]}
     return {
-        name: [math.log(t / u) for t, u in zip(own, entry["times_s"][name], strict=True)]
-        for name in rivals
+        name: [math.log(t / u) for t, u in zip(own, theirs, strict=True)]
+        for name, theirs in rivals.items()
     }
 
 
-def change_of(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
+def change_of(old: Document, new: Document) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
     before, after = _series(old), _series(new)
     changes, errors = [], []
     common = before.keys() & after.keys()
     for rival in common:
-        (old_median, old_error), (new_median, new_error) = (
-            _median_and_error(series[rival]) for series in (before, after)
-        )
+        old_median, old_error = _median_and_error(before[rival])
+        new_median, new_error = _median_and_error(after[rival])
         changes.append(new_median - old_median)
         errors.append(math.hypot(old_error, new_error))
     if not changes:
@@ -135,44 +125,7 @@ def change_of(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Chan
     # The rivals share our times, so that their errors do not average out.
     noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
     change = math.expm1(statistics.median(changes))
-    return Change(name, change, noise, len(common - {ALONE}))
-
-
-def compare(old: Document, new: Document) -> tuple[list[Change], dict[str, str]]:
-    """Return the changes of what both documents timed; and what only the old one did: why."""
-    after = {entry["name"]: entry for entry in new["benchmarks"]}
-    changes, lost = [], {}
-    for before in old["benchmarks"]:
-        name = before["name"]
-        if not before.get("times_s"):
-            continue
-        now = after.get(name, {"skipped": "not in the new results"})
-        if now.get("failed") or not now.get("times_s"):
-            reasons = (f"{key}: {now[key]}" for key in ("failed", "skipped") if now.get(key))
-            lost[name] = next(reasons, "has no times")
-        elif (change := change_of(name, before, now)) is None:
-            lost[name] = "has no rival in common"
-        else:
-            changes.append(change)
-    return changes, lost
-
-
-def held(documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
-    """Yield for each figure that has a bound whether it keeps it, and a line that shows both."""
-    for document in documents:
-        machine = document["machine"]
-        for bound in BOUNDS:
-            if bound.suite != document["suite"] or machine.get("isa") not in bound.isas:
-                continue
-            for entry in document["benchmarks"]:
-                if not fnmatchcase(entry["name"], bound.name):
-                    continue
-                wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
-                where = f"{wanted:8} {machine['device']}, {machine['isa']}"
-                values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
-                for rival, value in values.items():
-                    kept = bound.least <= value <= bound.most
-                    yield kept, f"{value:<8.3g} {where}  {bound.suite} {entry['name']} {rival}"
+    return Change(change, noise, len(common - {ALONE}))
 
 
 def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
@@ -180,6 +133,71 @@ def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
     paths = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     documents = [json.loads(p.read_text("utf-8")) for p in paths]
     return {(d["suite"], d["machine"]["device"], d["machine"].get("isa", "")): d for d in documents}
+
+
+def print_bounds(documents: Iterable[Document]) -> int:
+    """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
+    found = [
+        (bound, document["machine"], entry, rival, value)
+        for document in documents
+        for bound in BOUNDS
+        if bound.suite == document["suite"] and document["machine"].get("isa") in bound.isas
+        for entry in document["benchmarks"]
+        if fnmatchcase(entry["name"], bound.name)
+        for rival, value in (
+            {"failed": math.nan} if "failed" in entry else bound.values(entry)
+        ).items()
+    ]
+    broken = 0
+    for bound, machine, entry, rival, value in found:
+        kept = bound.least <= value <= bound.most
+        broken += not kept
+        wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
+        where = f"{wanted:8} {machine['device']}, {machine['isa']}  {bound.suite}"
+        print(f"{'keeps ' if kept else 'BREAKS'} {value:<8.3g} {where} {entry['name']} {rival}")
+    if not found:
+        print("error: no figure in these has a bound for its kind of processor", file=sys.stderr)
+        return 2
+    print(f"{len(found)} figures with a bound, {broken} break it")
+    return 1 if broken else 0
+
+
+def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> int:
+    """Print what moved between two results; return 1 where it is bad, 2 where nothing is common."""
+    common = [key for key in old if key in new]
+    machines = [(old[key]["machine"], new[key]["machine"]) for key in common]
+    moved = {(v, a.get(v), b.get(v)) for v in VERSIONS for a, b in machines if a.get(v) != b.get(v)}
+    for text in sorted(f"{version} was {was}, is {now}" for version, was, now in moved):
+        print(text)
+    n_compared, bad = 0, []
+    for key in common:
+        after = {entry["name"]: entry for entry in new[key]["benchmarks"]}
+        lost = {}
+        for before in [entry for entry in old[key]["benchmarks"] if entry.get("times_s")]:
+            name, label = before["name"], f"{key[0]} {before['name']}"
+            now = after.get(name, {"skipped": "not in the new results"})
+            if now.get("failed") or not now.get("times_s"):
+                reasons = (f"{why}: {now[why]}" for why in ("failed", "skipped") if now.get(why))
+                lost[label] = next(reasons, "has no times")
+            elif (change := change_of(before, now)) is None:
+                lost[label] = "has no rival in common"
+            else:
+                n_compared += 1
+                alone = "" if change.rivals else ", no rival: the machine's load is in it"
+                noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
+                print(f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})  {label}{alone}")
+                bad += [label] * (change.verdict == "SLOWER")
+        for label, reason in lost.items():
+            failed = reason.startswith("failed")
+            print(f"{'FAILED' if failed else 'lost':7} {label}: {reason}")
+            bad += [label] * failed
+    if absent := sorted(key[0] for key in old.keys() - new.keys()):
+        print("lost    not measured again:", ", ".join(absent))
+    if not n_compared and not bad:
+        print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
+        return 2
+    print(f"{n_compared} compared, {len(bad)} slower than noise or failed", *bad, sep="\n  ")
+    return 1 if bad else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,60 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")
     arguments = parser.parse_args(argv)
-    n_compared, bad = 0, []
     try:
         old = _documents(arguments.old)
         if arguments.new is None:
-            return _hold(old.values())
-        new = _documents(arguments.new)
-        common = [key for key in old if key in new]
-        for text in sorted({text for key in common for text in _versions(old[key], new[key])}):
-            print(text)
-        for key in common:
-            changes, lost = compare(old[key], new[key])
-            for change in changes:
-                label = f"{key[0]} {change.name}"
-                alone = "" if change.rivals else ", no rival: the machine's load is in it"
-                noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
-                figures = f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})"
-                print(f"{figures}  {label}{alone}")
-                bad += [label] * (change.verdict == "SLOWER")
-            for name, reason in lost.items():
-                failed = reason.startswith("failed")
-                print(f"{'FAILED' if failed else 'lost':7} {key[0]} {name}: {reason}")
-                bad += [f"{key[0]} {name}"] * failed
-            n_compared += len(changes)
+            return print_bounds(old.values())
+        return print_changes(old, _documents(arguments.new))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"error: not results of the benchmarks: {error!r}", file=sys.stderr)
         return 2
-    if absent := sorted(key[0] for key in old.keys() - new.keys()):
-        print("lost    not measured again:", ", ".join(absent))
-    if not n_compared and not bad:
-        print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
-        return 2
-    print(f"{n_compared} compared, {len(bad)} slower than noise or failed", *bad, sep="\n  ")
-    return 1 if bad else 0
-
-
-def _hold(documents: Iterable[Document]) -> int:
-    """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
-    found = [*held(documents)]
-    for kept, line in found:
-        print("keeps " if kept else "BREAKS", line)
-    if not found:
-        print("error: no figure in these has a bound for its kind of processor", file=sys.stderr)
-        return 2
-    broken = sum(not kept for kept, _ in found)
-    print(f"{len(found)} figures with a bound, {broken} break it")
-    return 1 if broken else 0
-
-
-def _versions(old: Document, new: Document) -> list[str]:
-    return [
-        f"{key} was {was}, is {now}"
-        for key in VERSIONS
-        if (was := old["machine"].get(key)) != (now := new["machine"].get(key))
-    ]
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-__all__ = ["CAPABILITY", "DEVICE", "NAME", "Launched", "torch"]
 
 NAME, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
 
@@ -23,20 +23,16 @@ def _load_device() -> None:
     if shutil.which("g++") is None:
         sys.exit("compiling for a GPU without one needs g++; install it")
     assert "torch" not in sys.modules, "import benchmarks.fake_gpu before torch"
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
+    folder = Path(importlib.util.find_spec("torch").origin).parent
     if (folder / "lib" / "libtorch_cuda.so").exists():
         sys.exit("compiling for a GPU without one needs torch's build for CPU, in which no CUDA is")
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
-    source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as made:
-        library = Path(made) / "fake_gpu.so"
+        library, source = f"{made}/fake_gpu.so", Path(__file__).with_suffix(".cpp")
         options = ["-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}"]
-        subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
-        ctypes.CDLL(str(library))
+        subprocess.run(["g++", *options, str(source), "-o", library], check=True)
+        ctypes.CDLL(library)
 
 
 _load_device()
@@ -48,11 +44,11 @@ import torch._inductor.config as inductor  # noqa: E402
 import torch._inductor.fx_passes.joint_graph as joint_graph  # noqa: E402
 import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -67,23 +63,6 @@ class _Properties:
     max_threads_per_multi_processor, regs_per_multiprocessor = 2048, 65536
     shared_memory_per_block, shared_memory_per_block_optin = 48 << 10, 227 << 10
     total_memory, L2_cache_size, is_integrated = 80 << 30, 50 << 20, False
-
-
-class _Driver:
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return DEVICE
-
-    def get_device_interface(self) -> Any:
-        return torch.cuda
 
 
 class _Generator(torch.Generator):
@@ -103,30 +82,15 @@ class _OnCpu(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Guard:
-    def __init__(self, *_: object) -> None: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
 def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
     assert attn_mask is None
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    aten: Any = torch.ops.aten
-    y: Tensor = aten._scaled_dot_product_flash_attention(
-        q, k, v, dropout_p, is_causal, scale=scale
-    )[0]
-    return y
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    return attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
 
 
 def _launch(*_: object, **__: object) -> None:
@@ -149,7 +113,7 @@ _answer(
     get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8),
 )  # fmt: skip
 torch.cuda.default_generators = (_Generator(),)
-torch.cuda.device = torch.cuda._DeviceGuard = _Guard  # type: ignore[assignment,misc]
+torch.cuda.device = torch.cuda._DeviceGuard = nullcontext  # type: ignore[assignment,misc]
 _interface: Any = torch._dynamo.device_interface.CudaInterface
 _answer(
     _interface, **_known, get_compute_capability=90, get_raw_stream=0, exchange_device=0,
@@ -162,13 +126,17 @@ _answer(torch._C._dynamo.guards, _empty_strided_cuda=_launch)
 torch._functorch.config.force_non_lazy_backward_lowering = True
 _answer(torch._inductor.async_compile.AsyncCompile, triton=None)  # its sources are read instead
 _answer(triton_helpers, set_driver_to_gpu=None)
-driver.set_active(_Driver())
+_driver = SimpleNamespace(get_device_interface=lambda: torch.cuda)
+_answer(
+    _driver, get_current_target=GPUTarget("cuda", 90, 32), get_current_device=0,
+    get_current_stream=0, get_active_torch_device=DEVICE,
+)  # fmt: skip
+triton.runtime.driver.set_active(_driver)
 F.scaled_dot_product_attention = _flash
 FakeTensorMode.avoid_device_init = property(lambda _: True)
 inductor.compile_threads = 1  # where the threads are processes they know nothing of this
-inductor.fx_graph_cache = torch._functorch.config.enable_autograd_cache = (
-    False  # found: not written
-)
+# What a cache has is not written, and so not read.
+inductor.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
 inductor.use_static_triton_launcher = False  # whose kernels do not show their code
 inductor.benchmark_kernel = True  # which writes the bytes of a kernel into its source
 

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command of at most nine minutes: ``make gpu``.
+"""Everything that needs a GPU, in one command of at most nine minutes: ``make gpu``.
 
 In order: the tests that need a device; the kernels beside every installed peer; the training step
 of gpt2-124m and llama-1b, profiled; nanoGPT's and nanochat's shapes beside ours where
@@ -26,18 +26,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.store import RESULTS, ROOT, folder_of, read_all
+from benchmarks.store import ENV, RESULTS, ROOT, folder_of, read_all
 
 BUDGET_S = 540.0
 UNHURRIED = 3  # times as long for a rehearsal: on a busy CPU an import alone may take a minute
 GRACE_S = 5.0  # between asking a stage to end and ending it
-KERNEL_SUITES = (
-    *("linear_cross_entropy", "cross_entropy", "rms_norm", "adamw"),
-    *("swiglu", "rope", "muon"),
-)
+# Of each suite of ops the seconds that are kept for it.
+KERNELS = {"linear_cross_entropy": 25, "cross_entropy": 25}
+KERNELS |= dict.fromkeys(("rms_norm", "adamw", "swiglu", "rope", "muon"), 15)
 # What configures pytest for the tests, and what their conftest imports.
 TEST_PACKAGES = ("pytest", "xdist", "pytest_timeout", "hypothesis")
+BENCH_PACKAGES = ("pytest", "pytest_benchmark")
 TRAINER_PACKAGES = ("numpy", "tokenizers", "safetensors", "rich")
 # Tests that choose a device; those of the interpreter and the compiler alone do not need one here.
 NEEDS_DEVICE = re.compile(r"triton_device|is_available\(\)")
@@ -45,16 +46,10 @@ NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)")
 BASE_RUN = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
 TINY_KERNELS = "not 50304 and not 50257 and not 124M and not muon_step and not memory"
 TINY_RUN = (
-    *(
-        "run.compile=off",
-        "train.steps=2",
-        "eval.every_steps=none",
-        "eval.sample_every_steps=none",
-        "schedule.warmup_steps=0",
-    ),
+    *("run.compile=off", "train.steps=2", "eval.every_steps=none", "eval.prompts=[]"),
+    *("eval.sample_every_steps=none", "schedule.warmup_steps=0", "eval.batch_size=512"),
     *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
-    *("model.bigram_vocab_size=none", "eval.prompts=[]", "eval.batch_size=512"),
-    *("train.tokens_per_step=32",),
+    *("model.bigram_vocab_size=none", "train.tokens_per_step=32"),
 )
 
 
@@ -76,16 +71,14 @@ def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
 
 
 def device_tests() -> list[str]:
-    """Return the test files whose result depends on the device."""
+    """Return the test files whose result depends on the device, but for those of this command."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    chosen = []
-    for path in files:
-        text = path.read_text("utf-8")
-        if path.name.startswith("test_benchmarks"):
-            continue  # of this very command
-        if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text):
-            chosen.append(f"tests/{path.name}")
-    return chosen
+    texts = {f.name: f.read_text("utf-8") for f in files if "test_benchmarks" not in f.name}
+    return [
+        f"tests/{name}"
+        for name, text in texts.items()
+        if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text)
+    ]
 
 
 def missing(*modules: str) -> str:
@@ -106,86 +99,56 @@ def fp8_obstacle() -> str:
 
 
 def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
-    """Return the stages.
+    """Return the stages; without a device everything is small.
 
-    Args:
-        results: folder of all devices.
-        work: for logs and traces.
-        environment: as `os.environ`.
-        cuda: whether there is a device; else everything is small.
+    ``results`` is the folder of all devices, and ``work`` that for logs and traces.
     """
-    python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    python = (sys.executable, "-m")
+    pytest = (*python, "pytest", "-q", "-p", "no:cacheprovider")
     out = ("--results", str(results))
+    stages: list[Stage] = []
+
+    def add(name: str, *command: str, **limits: Any) -> None:
+        stages.append(Stage(name=name, command=command, **limits))
+
+    def bench(
+        name: str, file: str, suite: str, *more: str, skipped: str = "", **limits: float
+    ) -> None:
+        options = ("--benchmark-only", *out, "--suite", suite)
+        options = options if cuda else (*options, "--rehearse", *more)
+        skipped = skipped or missing(*BENCH_PACKAGES)
+        add(name, *pytest, f"benchmarks/bench_{file}.py", *options, skipped=skipped, **limits)
+
+    step = (*python, "benchmarks.gpu_step")
+    add("ceilings", *step, "device", *out, limit_s=40, least_s=20)
     workers = str(min(8, os.cpu_count() or 1))
-    tests: tuple[str, ...] = (
-        *pytest,
-        "-n",
-        workers,
-        "--timeout=90",
-        "--maxfail=25",
-        *device_tests(),
-    )
-    if not cuda:
-        tests = (*pytest, "-n", "0", "--collect-only", *device_tests())
-    stages = [
-        Stage(name="ceilings", command=(python, "-m", "benchmarks.gpu_device", *out),
-              limit_s=40, least_s=20),
-        Stage(name="tests", command=tests, limit_s=100, least_s=60,
-              skipped=missing(*TEST_PACKAGES)),
-    ]  # fmt: skip
-    for suite in KERNEL_SUITES:
-        options = ("--benchmark-only", *out)
-        options = options if cuda else (*options, "--rehearse", "-k", TINY_KERNELS)
-        bench = (*pytest, f"benchmarks/bench_{suite}.py", *options)
-        large = "entropy" in suite
-        stages.append(
-            Stage(name=f"kernel {suite}", command=bench, limit_s=60, least_s=25 if large else 15,
-                  skipped=missing("pytest", "pytest_benchmark"))
-        )  # fmt: skip
-    steps = [
-        ("gpt2-124m", "gpt2-124m bf16", "run.dtype=bf16", ""),
-        ("llama-1b", "llama-1b bf16", "run.dtype=bf16", ""),
-        ("llama-1b", "llama-1b fp8", "run.fp8=true", fp8_obstacle()),
-    ]
-    for config, name, override, obstacle in steps:
-        stages.append(
-            Stage(
-                name=f"step {name}",
-                command=(
-                    *(python, "-m", "benchmarks.gpu_step", f"configs/{config}.toml", override),
-                    *("--name", name, *out, "--traces", str(work)),
-                ),
-                limit_s=110,
-                least_s=60 if "bf16" in name else 40,
-                skipped=obstacle,
-            )
-        )
+    tests = ("-n", workers, "--timeout=90", "--maxfail=25") if cuda else ("-n0", "--collect-only")
+    add("tests", *pytest, *tests, *device_tests(), limit_s=100, least_s=60,
+        skipped=missing(*TEST_PACKAGES))  # fmt: skip
+    for suite, least_s in KERNELS.items():
+        bench(f"kernel {suite}", "ops", suite, "-k", TINY_KERNELS, limit_s=60, least_s=least_s)
+    for config, dtype, override, least_s, obstacle in (
+        ("gpt2-124m", "bf16", "run.dtype=bf16", 60, ""),
+        ("llama-1b", "bf16", "run.dtype=bf16", 60, ""),
+        ("llama-1b", "fp8", "run.fp8=true", 40, fp8_obstacle()),
+    ):
+        command = (*step, f"configs/{config}.toml", override, "--name", f"{config} {dtype}")
+        add(f"step {config} {dtype}", *command, *out, "--traces", str(work),
+            limit_s=110, least_s=least_s, skipped=obstacle)  # fmt: skip
     for peer, variable in (("nanogpt", "NANOGPT_DIR"), ("nanochat", "NANOCHAT_DIR")):
-        path = environment.get(variable)
-        if not path:
-            stages.append(Stage(name=f"peer {peer}", skipped=f"{variable} names no checkout"))
-            continue
-        command = (python, "-m", "benchmarks.gpu_peers", peer, path, *out)
-        stages.append(Stage(name=f"peer {peer}", command=command, limit_s=90, least_s=35))
+        why = "" if environment.get(variable) else f"{variable} names no checkout"
+        bench(f"peer {peer}", "step", f"step-{peer}", skipped=why, limit_s=90, least_s=35)
     overrides = BASE_RUN if cuda else TINY_RUN
-    run = (python, "-m", "benchmarks.base_run", *overrides, *out)
-    stages.append(
-        Stage(name="run base.toml", command=run, limit_s=150, least_s=45,
-              skipped=missing(*TRAINER_PACKAGES))
-    )  # fmt: skip
+    add("run base.toml", *python, "benchmarks.base_run", *overrides, *out,
+        limit_s=150, least_s=45, skipped=missing(*TRAINER_PACKAGES))  # fmt: skip
     return stages
 
 
 def run_stage(stage: Stage, limit_s: float, log: Path) -> str:
     """Run a stage with its output in ``log``; return ``ok`` or what went wrong."""
-    python_path = os.pathsep.join(
-        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            stage.command, cwd=ROOT, env=os.environ | ENV, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -199,20 +162,14 @@ def run_stage(stage: Stage, limit_s: float, log: Path) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a stage with all its children: asked first, so that pytest can say what it has done."""
-    for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, GRACE_S)):
+    for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
+            process.wait(GRACE_S)
         except (ProcessLookupError, PermissionError):
             return
-        try:
-            process.wait(wait_s)
         except subprocess.TimeoutExpired:
             continue
-
-
-def _tail(log: Path, n_lines: int) -> list[str]:
-    lines = log.read_text("utf-8", errors="replace").splitlines()
-    return [line for line in lines if line.strip()][-n_lines:]
 
 
 def _bundle(name: str, out: Path, folders: Mapping[str, Path]) -> None:
@@ -225,15 +182,11 @@ def _bundle(name: str, out: Path, folders: Mapping[str, Path]) -> None:
 
 
 def run_all(
-    stages: Sequence[Stage], work: Path, budget_s: float, after: Callable[[], None] | None = None
+    stages: Sequence[Stage], work: Path, budget_s: float, after: Callable[[], None]
 ) -> bool:
     """Run the stages in order, a line for each; return whether all that ran went well.
 
-    Args:
-        stages: from `plan`.
-        work: for the logs, and ``summary.txt``, which grows as stages end.
-        budget_s: seconds for all of them together.
-        after: called without arguments after each stage, or None.
+    ``work`` is for the logs, and ``summary.txt``, which grows as stages end.
     """
     started = time.monotonic()
     well = True
@@ -241,23 +194,22 @@ def run_all(
     summary.write_text("", "utf-8")
     for i, stage in enumerate(stages):
         begun = time.monotonic()
+        log = work / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.log"
+        limit_s = allowance(stages, i, budget_s - (begun - started) - 2 * GRACE_S)
         if stage.skipped:
             outcome = f"left out: {stage.skipped}"
         else:
-            limit_s = allowance(stages, i, budget_s - (begun - started) - 2 * GRACE_S)
-            log = work / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.log"
             outcome = run_stage(stage, limit_s, log) if limit_s > 1 else "no time left"
-        line = f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}"
-        print(line, flush=True)
+        lines = [f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}"]
         if not stage.skipped and outcome != "ok":
             well = False
-            tail = _tail(log, 12) if limit_s > 1 else []
-            line = "\n".join([line, *(f"    {text[:200]}" for text in tail)])
-            print("\n".join(f"    {text[:200]}" for text in tail), flush=True)
+            text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+            last = [line for line in text.splitlines() if line.strip()][-12:]
+            lines += [f"    {line[:200]}" for line in last]
+        print(*lines, sep="\n", flush=True)
         with summary.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        if after is not None:
-            after()
+            file.write("\n".join([*lines, ""]))
+        after()
     return well
 
 
@@ -265,12 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; return 0 where no stage failed."""
     parser = argparse.ArgumentParser(description="Tests and benchmarks on a GPU, in nine minutes.")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all stages")
-    parser.add_argument("--only", help="run the stages whose name has this in it")
+    parser.add_argument("--only", default="", help="run the stages whose name has this in it")
     arguments = parser.parse_args(argv)
-    from benchmarks import measure, report  # torch: seconds that --help need not take
+    from benchmarks import harness, report  # torch: seconds that --help need not take
 
     started = time.monotonic()
-    machine = measure.machine()
+    machine = harness.machine()
     cuda, name = machine["kind"] == "cuda", folder_of(machine)
     out = os.environ.get("OUT")
     with tempfile.TemporaryDirectory(prefix="fasttrain-gpu-") as temporary:
@@ -285,25 +237,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
             # Threads that wait for each other on a busy machine take minutes for milliseconds.
             os.environ["OMP_NUM_THREADS"] = "1"
-        stages = plan(results, work, os.environ, cuda=cuda)
-        if not cuda:
-            stages = [replace(stage, limit_s=UNHURRIED * stage.limit_s) for stage in stages]
-        if arguments.only:
-            stages = [stage for stage in stages if arguments.only in stage.name]
-        for stage in stages:
-            assert not stage.command or shutil.which(stage.command[0])
+        hurry = 1 if cuda else UNHURRIED
+        stages = [
+            replace(stage, limit_s=hurry * stage.limit_s)
+            for stage in plan(results, work, os.environ, cuda=cuda)
+            if arguments.only in stage.name
+        ]
 
         def keep() -> None:
             if out and cuda:
                 _bundle(name, Path(out), {"results": folder, "logs": work})
                 shutil.copyfile(work / "summary.txt", Path(out) / "summary.txt")
 
-        budget_s = arguments.budget_s * (1 if cuda else UNHURRIED)
+        budget_s = arguments.budget_s * hurry
         well = run_all(stages, work, budget_s - (time.monotonic() - started), keep)
         if cuda:
-            text = report.plain_text(
-                [d for d in read_all(results) if folder_of(d["machine"]) == name]
-            )
+            documents = [d for d in read_all(results) if folder_of(d["machine"]) == name]
+            text = report.plain_text(documents)
             with (work / "summary.txt").open("a", encoding="utf-8") as file:
                 file.write(text)
             print(text)

@@ -17,12 +17,12 @@ import platform
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import fake_gpu, measure, store
-from benchmarks.fake_gpu import DEVICE, torch
+from benchmarks import fake_gpu, store
+from benchmarks.fake_gpu import DEVICE, torch, triton
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.engine.step import TrainStep
@@ -31,6 +31,7 @@ from fasttrain.model.transformer import Transformer
 # Configs that name none train with the vocabulary of their data. Compiled blocks in C++ are a
 # CPU's; on a GPU, `auto` is what goes with everything.
 _SMALL = ("run.compile=auto", "model.vocab_size=2048")
+_EXACT, _DOCUMENTS = "run.deterministic=true", "data.attention_across_documents=false"
 CASES: dict[str, tuple[str, ...]] = {
     "base": _SMALL,
     "speedrun": _SMALL,
@@ -38,15 +39,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt2-124m": (),
     "llama-350m": (),
     "llama-1b": (),
-    "gpt2-124m, documents": ("data.attention_across_documents=false",),
+    "gpt2-124m, documents": (_DOCUMENTS,),
     "llama-1b, full": ("train.activation_checkpointing=full",),
     "llama-1b, selective": ("train.activation_checkpointing=selective",),
     "llama-1b, fp8": ("run.fp8=true",),
-    "gpt2-124m, deterministic": ("run.deterministic=true",),
-    "gpt2-124m, deterministic, documents": (
-        "run.deterministic=true",
-        "data.attention_across_documents=false",
-    ),
+    "gpt2-124m, deterministic": (_EXACT,),
+    "gpt2-124m, deterministic, documents": (_EXACT, _DOCUMENTS),
 }
 
 
@@ -65,10 +63,10 @@ class Program(NamedTuple):
     extern: Counter[str]
     sources: dict[Kernel, str]
 
-    @property
-    def bytes(self) -> int:
-        """Return what all launches of generated kernels move."""
-        return sum(kernel.bytes * n for kernel, n in self.launches.items())
+    def counts(self) -> Counter[str]:
+        """Return what all launches of generated kernels move, and how many they are."""
+        moved = sum(kernel.bytes * n for kernel, n in self.launches.items())
+        return Counter(bytes=moved, launches=self.launches.total())
 
 
 _written: list[str] = []  # the programs that Inductor wrote, in turn
@@ -128,17 +126,13 @@ def read(written: Sequence[str]) -> Program:
         calls = re.sub(generated, "", text, flags=re.S)
         for kind, name, source in re.findall(generated, text, re.S):
             assert kind == "triton", f"{name} is {kind}, not Triton"
-            n_launches = len(re.findall(rf"\b{name}\.run\(", calls))
             gigabytes = re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)
             n_bytes = round(1e9 * float(gigabytes[1])) if gigabytes else 0
             kernel = Kernel(graph, re.sub(r"_\d+$", "", name), n_bytes)
-            program.launches[kernel] += n_launches
+            program.launches[kernel] += len(re.findall(rf"\b{name}\.run\(", calls))
             program.sources.setdefault(kernel, source)
-        extern = r"(extern_kernels\.\w+|torch\.ops\.[\w.]+)\("
-        program.extern.update(
-            re.sub(r"^(extern_kernels|torch\.ops)\.|\.default$", "", name)
-            for name in re.findall(extern, calls)
-        )
+        extern = re.findall(r"(?:extern_kernels\.|torch\.ops\.)([\w.]+)\(", calls)
+        program.extern.update(name.removesuffix(".default") for name in extern)
     return program
 
 
@@ -150,8 +144,7 @@ def atomics_of(source: str) -> int:
 def resources(source: str) -> dict[str, int]:
     """Compile a kernel as a run would; of the configurations it tries, what spills least counts.
 
-    Returns:
-        Registers of a thread, instructions that access local memory, warps, atomic additions.
+    Returns registers of a thread, instructions that access local memory, warps, atomic additions.
     """
     from fasttrain_kernels.aot import _cuda_resources  # which imports torch
 
@@ -160,49 +153,35 @@ def resources(source: str) -> dict[str, int]:
     kernel.precompile(warm_cache_only=True)
     found = []
     for result in kernel.compile_results:
-        registers, spills, _ = _cuda_resources(result.kernel.asm["cubin"])
+        registers, spills, *_ = _cuda_resources(result.kernel.asm["cubin"])
         found.append((spills, registers, result.config.num_warps))
     spills, registers, warps = min(found)
-    return {
-        "registers": registers,
-        "spills": spills,
-        "warps": warps,
-        "atomics": atomics_of(source),
-    }
-
-
-def measure_layer(case: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Program]:
-    """Return what a layer adds to a step and what the rest of it is, and two layers' program."""
-    one, two = (compile_step(config_of(case, [*overrides, f"model.n_layers={n}"])) for n in (1, 2))
-    layer = {
-        "bytes": two.bytes - one.bytes,
-        "launches": two.launches.total() - one.launches.total(),
-        "extern": dict(two.extern - one.extern),
-    }
-    rest = {
-        "bytes": one.bytes - layer["bytes"],
-        "launches": one.launches.total() - layer["launches"],
-        "extern": dict(one.extern - Counter(layer["extern"])),
-    }
-    kernels = [
-        {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
-        for kernel, n in two.launches.items()
-    ]
-    return {"layer": layer, "rest": rest, "kernels": kernels}, two
+    counts = {"registers": registers, "spills": spills, "warps": warps}
+    return counts | {"atomics": atomics_of(source)}
 
 
 def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the figures of a case, with the resources of every kernel."""
+    """Return what a layer of a case adds to a step, the rest of it, and every kernel."""
+    one, two = (compile_step(config_of(case, [*overrides, f"model.n_layers={n}"])) for n in (1, 2))
+    layer = two.counts()
+    layer.subtract(one.counts())
+    rest = one.counts()
+    rest.subtract(layer)
+    in_layer = two.extern - one.extern
+    kernels = [
+        {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
+        | resources(two.sources[kernel])
+        for kernel, n in two.launches.items()
+    ]
     config = config_of(case, overrides)
-    found, program = measure_layer(case, overrides)
-    for row, source in zip(found["kernels"], program.sources.values(), strict=True):
-        row |= resources(source)
     return {
         "name": case,
         "rows": config.train.micro_batch,
         "seq_len": config.data.seq_len,
         "layers": config.model.n_layers,
-        **found,
+        "layer": {**layer, "extern": dict(in_layer)},
+        "rest": {**rest, "extern": dict(one.extern - in_layer)},
+        "kernels": kernels,
     }
 
 
@@ -213,22 +192,11 @@ def one_layer(case: str) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     atomics = sum(map(atomics_of, program.sources.values()))
-    return {"bytes": program.bytes, "atomics": atomics, "extern": list(program.extern)}
+    n_bytes = program.counts()["bytes"]
+    return {"bytes": n_bytes, "atomics": atomics, "extern": list(program.extern)}
 
 
-def document(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the contents of the results' file."""
-    machine = {
-        "device": "NVIDIA H100, compiled",
-        "kind": "compiled",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": measure.version("triton"),
-    }
-    return store.document("gpu_dry", entries, machine, {})
-
-
-def text_of(entry: Mapping[str, Any]) -> str:
+def text_of(entry: dict[str, Any]) -> str:
     """Return an entry as a table for a terminal."""
     lines = [f"{entry['name']}: {entry['rows']} x {entry['seq_len']} tokens; of two layers"]
     lines += [" launches  a layer        MB  regs  spills  atomics  kernel"]
@@ -271,8 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             entries.append({"name": case, "skipped": str(error)})
             print(f"{case}: skipped: {error}\n", flush=True)
     if arguments.results:
-        found = document(entries)
-        store.write(arguments.results / store.folder_of(found["machine"]) / "gpu_dry.json", found)
+        machine = {
+            "device": "NVIDIA H100, compiled",
+            "kind": "compiled",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        store.save(arguments.results, store.document("gpu_dry", entries, machine, {}))
     return 0
 
 

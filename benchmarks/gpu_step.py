@@ -4,7 +4,7 @@
 
 Random tokens come from a file through the trainer's loader. With fp8 too, MFU is of the peak
 of bf16. The figures are written after each part: a run that is cut off keeps what it had. A batch
-too large for the memory is halved.
+too large for the memory is halved. With ``device`` as config: what the device is, and its ceilings.
 """
 
 import argparse
@@ -13,191 +13,208 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import measure, store
-from benchmarks.subject import LR, make_model
-from benchmarks.trace import profile
+from benchmarks import harness, store
+from benchmarks.harness import OURS
+from benchmarks.steps import LR, TINY, dataset_of, parts_of
 from fasttrain.config import TrainConfig, load_config
-from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device
 from fasttrain.engine.memory import release_memory
-from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
 from fasttrain.model.transformer import flops_constants
 
-ROUNDS, N_CALLS, N_PROFILED = 5, 10, 3
+ROUNDS, N_CALLS, N_PROFILED, N_TOP = 5, 10, 3, 12
 N_TOKENS = 4_000_000
-# What stands in for a model too large for a CPU, so that every line runs there.
-TINY = (
-    *("model.vocab_size=512", "model.dim=64", "model.n_layers=2", "model.n_heads=4"),
-    *("model.n_kv_heads=none", "model.hidden_dim=128", "data.seq_len=32", "train.micro_batch=2"),
+Figures = dict[str, Any]
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+# What stands in for a model too large for a CPU.
+SMALL = (
+    *(f"{key}={value}" for key, value in TINY.items()),
+    *("model.n_kv_heads=none", "model.hidden_dim=128", "run.fp8=false"),
 )
 
 
-def random_tokens(folder: Path, config: TrainConfig) -> None:
-    """Write splits of random tokens, without a header, as nanoGPT has them."""
-    vocabulary = config.model.vocab_size
-    assert vocabulary is not None
-    dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
-    ids = np.random.default_rng(0).integers(0, vocabulary, N_TOKENS, dtype=dtype)
-    for split in ("train", "val"):
-        ids.tofile(folder / f"{split}.bin")
+def device_facts() -> Figures:
+    """Return the device's properties that a reader of the figures needs."""
+    if not harness.CUDA:
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": found.total_memory / 2**30,
+        "l2_mib": found.L2_cache_size / 2**20,
+    }
 
 
-class Subject:
-    """The trainer's step of ``config``, with its loader over the tokens in ``folder``."""
-
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        device = resolve_device(config.run.device)
-        precision = resolve_precision(config.run.dtype, device)
-        vocabulary = config.model.vocab_size
-        assert vocabulary is not None
-        dataset = open_dataset(
-            folder,
-            "train",
-            dtype="uint16" if vocabulary <= 2**16 else "uint32",
-            vocab_size=vocabulary,
-            cache_dir=folder / "cache",
-        )
-        self.config, self.precision = config, precision
-        self.loader = Loader(
-            dataset,
-            seq_len=config.data.seq_len,
-            micro_batch=config.train.micro_batch,
-            seed=0,
-            device=device,
-        )
-        self.model = make_model(config)
-        optimizers = build_optimizers(self.model, config.optim, precision.compute)
-        self.train_step = TrainStep(
-            self.model, optimizers, config, device=device, precision=precision
-        )
-        self.tokens = config.train.micro_batch * config.data.seq_len
-
-    def step(self) -> None:
-        """Run one step."""
-        self.train_step([next(self.loader)], LR)
-
-    def figures(self, times_s: Sequence[float]) -> dict[str, Any]:
-        """Return throughput and utilisation for the times of a step, one for each round."""
-        compared = measure.comparison({"fasttrain": list(times_s)})
-        rate = self.tokens / compared["median_s"]["fasttrain"]
-        flops = metrics.flops_per_token(
-            **flops_constants(self.model), seq_len=self.config.data.seq_len
-        )
-        device = resolve_device(self.config.run.device)
-        ceiling = measure.ceilings()["matmul_tflop_per_s"] * 1e12
-        return compared | {
-            "tokens_per_s": {"fasttrain": rate},
-            "mfu_of_measured_ceiling": rate * flops / ceiling,
-            "mfu_of_datasheet": metrics.mfu(
-                rate, flops, metrics.peak_flops(device, self.precision.name)
-            ),
-            "peak_memory_gib": metrics.peak_memory_gib(device),
-        }
+# ---- a profiler's trace --------------------------------------------------------------------------
 
 
-def load(path: Path, overrides: Sequence[str], rows: int | None) -> TrainConfig:
-    """Return the config for a bench: one micro-batch a step, at most ``rows`` of it."""
-    fixed = ["train.tokens_per_step=none", "data.path=none-here", "checkpoint.every_steps=none"]
-    config = load_config(path, [*fixed, *overrides])
-    if rows is not None:
-        config = load_config(path, [*fixed, *overrides, f"train.micro_batch={rows}"])
-    return config
+def summarize(events: Iterable[Mapping[str, Any]], n_steps: int) -> Figures:
+    """Return figures for each step of a chrome trace that covers ``n_steps`` of them.
+
+    ``busy_ms`` is the time of a step in which at least one kernel or copy ran, ``span_ms`` that
+    from the first to the last, and ``gap_fraction`` the idle part of the span. All are None where
+    nothing ran on a device.
+    """
+    spans: list[tuple[float, float]] = []
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
+            started, lasted = float(event["ts"]), float(event["dur"])
+            spans.append((started, started + lasted))
+            by_name[str(event["name"])].append(lasted)
+    if not spans:
+        keys = ("launches_per_step", "busy_ms", "span_ms", "gap_fraction", "longest_gap_us")
+        return dict.fromkeys((*keys, "top_kernels"))
+    spans.sort()
+    busy, longest, first = 0.0, 0.0, spans[0][0]
+    reached = first
+    for start, end in spans:  # streams overlap: the union counts
+        longest = max(longest, start - reached)
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    span = reached - first
+    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:N_TOP]
+    return {
+        "launches_per_step": len(spans) / n_steps,
+        "busy_ms": busy / n_steps / 1e3,
+        "span_ms": span / n_steps / 1e3,
+        "gap_fraction": 1 - busy / span if span else 0.0,
+        "longest_gap_us": longest,
+        "top_kernels": [
+            {"name": name[:120], "ms": sum(ms) / n_steps / 1e3, "launches": len(ms) / n_steps}
+            for name, ms in top
+        ],
+    }
 
 
-def run(
-    path: Path,
-    overrides: Sequence[str],
-    save: Callable[[dict[str, Any]], None],
-    trace_path: Path,
-    name: str,
-) -> dict[str, Any]:
+def profile(step: Callable[[], object], n_steps: int, path: Path) -> Figures:
+    """Profile ``n_steps`` steps, write the chrome trace to ``path`` and return its summary."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if harness.CUDA else [kinds.CPU]
+    harness.synchronize()
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(n_steps):
+            step()
+        harness.synchronize()
+    profiler.export_chrome_trace(str(path))
+    return summarize(json.loads(path.read_text("utf-8"))["traceEvents"], n_steps)
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def loader_of(config: TrainConfig, folder: Path) -> Loader:
+    """Return the loader of ``config`` over random tokens in ``folder``."""
+    vocab, device = config.model.vocab_size, resolve_device(config.run.device)
+    dtype = np.uint16 if vocab <= 2**16 else np.uint32
+    ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
+    dataset = dataset_of(folder, ids, vocab)
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
+    return Loader(dataset, **sizes, seed=0, device=device)
+
+
+def run(load: Callable[..., TrainConfig], save: Callable[[Figures], None], trace: Path) -> Figures:
     """Measure, calling ``save`` with all figures so far after each part; return them."""
-    config = load(path, overrides, None)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        random_tokens(folder, config)
-        rows = config.train.micro_batch
+    config = load()
+    rows, seq_len = config.train.micro_batch, config.data.seq_len
+    with tempfile.TemporaryDirectory() as folder:
         while True:
-            subject = Subject(load(path, overrides, rows), folder)
+            config = load(f"train.micro_batch={rows}")
+            loader = loader_of(config, Path(folder))
+            model, optimizers, device, precision = parts_of(config)
+            train_step = TrainStep(model, optimizers, config, device=device, precision=precision)
             started = time.perf_counter()
             try:
                 for _ in range(3):  # compilation, and the optimizer's state
-                    subject.step()
-                loss = subject.train_step.loss.item()
+                    train_step([next(loader)], LR)
+                loss = train_step.loss.item()
                 break
             except torch.cuda.OutOfMemoryError:
                 if rows == 1:
                     raise
-                subject.loader.close()
-            del subject
+                loader.close()
+            del model, optimizers, train_step
             torch._dynamo.reset()
             release_memory()
             rows //= 2
         assert math.isfinite(loss), f"the loss of a step is {loss}"
-        entry: dict[str, Any] = {
-            "name": name,
-            "parameters": subject.model.num_parameters(),
+        entry: Figures = {
+            "parameters": model.num_parameters(),
             "rows": rows,
-            "seq_len": config.data.seq_len,
-            "precision": "fp8" if subject.config.run.fp8 else subject.precision.name,
-            "compile": subject.train_step.compile_mode,
+            "seq_len": seq_len,
+            "precision": "fp8" if config.run.fp8 else precision.name,
+            "compile": train_step.compile_mode,
             "first_three_steps_s": time.perf_counter() - started,
             "loss": loss,
         }
         save(entry)
-        waited, n_steps, times = subject.loader.wait_s, 0, []
-        for _ in range(ROUNDS):
-            times.append(measure.seconds(subject.step, N_CALLS, flush=False))
-            n_steps += N_CALLS
-            entry |= subject.figures(times)
-            entry["data_wait_ms"] = 1e3 * (subject.loader.wait_s - waited) / n_steps
+
+        def step() -> None:
+            train_step([next(loader)], LR)
+
+        waited, times = loader.wait_s, []
+        flops = metrics.flops_per_token(**flops_constants(model), seq_len=seq_len)
+        ceiling = harness.ceilings()["matmul_tflop_per_s"] * 1e12
+        peak = metrics.peak_flops(device, precision.name)
+        for turn in range(ROUNDS):
+            times.append(harness.seconds(step, N_CALLS, flush=False))
+            entry |= harness.comparison({OURS: times})
+            rate = rows * seq_len / entry["median_s"][OURS]
+            entry |= {
+                "tokens_per_s": {OURS: rate},
+                "mfu_of_measured_ceiling": rate * flops / ceiling,
+                "mfu_of_datasheet": metrics.mfu(rate, flops, peak),
+                "peak_memory_gib": metrics.peak_memory_gib(device),
+                "data_wait_ms": 1e3 * (loader.wait_s - waited) / N_CALLS / (turn + 1),
+            }
             save(entry)
-        entry |= profile(subject.step, N_PROFILED, trace_path)
+        entry |= profile(step, N_PROFILED, trace)
         if entry["busy_ms"] is not None:
             # The profiler slows the host down: the gaps that count are those without it.
-            entry["idle_fraction"] = max(
-                0.0, 1 - entry["busy_ms"] / 1e3 / entry["median_s"]["fasttrain"]
-            )
+            entry["idle_fraction"] = max(0.0, 1 - entry["busy_ms"] / 1e3 / entry["median_s"][OURS])
         save(entry)
-        subject.loader.close()
+        loader.close()
     return entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure one config and print the figures."""
     parser = argparse.ArgumentParser(description="Time and profile a training step.")
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, help="a file, or `device`")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--name", required=True, help="of the figures, and of their file")
+    parser.add_argument("--name", default="device", help="of the figures, and of their file")
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSON file")
-    parser.add_argument("--traces", type=Path, required=True, help="folder of the trace")
+    parser.add_argument("--traces", type=Path, default=Path("."), help="folder of the trace")
     arguments = parser.parse_intermixed_args(argv)
-    overrides = list(arguments.overrides)
-    if not torch.cuda.is_available():
-        overrides += [*TINY, "run.compile=off", "run.dtype=fp32", "run.fp8=false"]
-    suite = "step-" + store.slug(arguments.name)
-    machine, ceilings = measure.machine(), measure.ceilings()
+    machine, ceilings = harness.machine(), harness.ceilings()
+    suite = "device" if arguments.name == "device" else f"step-{store.slug(arguments.name)}"
 
-    def save(entry: dict[str, Any]) -> None:
-        document = store.document(suite, [entry], machine, ceilings)
-        store.write(
-            arguments.results / store.folder_of(document["machine"]) / f"{suite}.json", document
-        )
+    def save(entry: Figures) -> None:
+        entry = {"name": arguments.name} | entry
+        store.save(arguments.results, store.document(suite, [entry], machine, ceilings))
 
+    if str(arguments.config) == "device":
+        save(device_facts())
+        print(machine, ceilings, device_facts(), sep="\n")
+        return 0
+    # One micro-batch a step.
+    fixed = ["train.tokens_per_step=none", "data.path=none-here", "checkpoint.every_steps=none"]
+    fixed += [*arguments.overrides, *(() if harness.CUDA else SMALL)]
     arguments.traces.mkdir(parents=True, exist_ok=True)
-    trace_path = arguments.traces / f"{suite}.trace.json"
-    entry = run(arguments.config, overrides, save, trace_path, arguments.name)
-    print(json.dumps({k: v for k, v in entry.items() if k != "times_s"}, indent=1))
+    trace = arguments.traces / f"{suite}.trace.json"
+    entry = run(lambda *more: load_config(arguments.config, [*fixed, *more]), save, trace)
+    print(arguments.name, json.dumps(entry | {"times_s": None}, indent=1))
     return 0
 
 

@@ -3,59 +3,22 @@
 Prints the milliseconds of each step, from the end of the one before it, as a JSON list.
 """
 
-import argparse
 import itertools
 import json
+import sys
 import tempfile
 import time
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import transformers
 
 
-class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of a headerless uint16 file."""
-
-    def __init__(self, path: str, length: int) -> None:
-        self.tokens = torch.from_numpy(np.fromfile(path, np.uint16).astype(np.int64))
-        self.length = length
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.tokens[index * self.length : (index + 1) * self.length]
-        return {"input_ids": ids, "labels": ids}
-
-
-def main() -> None:
-    """Train on a file of tokens and print the times."""
-    import transformers
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tokens")
-    parser.add_argument("--llama", action="store_true", help="Llama; else GPT-2")
-    for name in ("dim", "length", "rows", "vocab", "steps"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    given = parser.parse_args()
-    if given.llama:
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=given.vocab, hidden_size=given.dim, num_hidden_layers=4,
-                num_attention_heads=4, intermediate_size=704,
-                max_position_embeddings=given.length,
-            )
-        )  # fmt: skip
-    else:
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=given.vocab, n_embd=given.dim, n_layer=4, n_head=4,
-                n_positions=given.length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            )
-        )  # fmt: skip
-    model.config.use_cache = False
+def main(tokens: str, *, model: dict[str, object], seq_len: int, rows: int, steps: int) -> None:
+    """Train a model of those options on a headerless uint16 file and print the times."""
+    config = transformers.AutoConfig.for_model(use_cache=False, **model)
+    ids = torch.from_numpy(np.fromfile(tokens, np.uint16).astype(np.int64))
+    windows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     ends: list[float] = []
 
     class Clock(transformers.TrainerCallback):
@@ -64,20 +27,19 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         options = transformers.TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=given.rows, max_steps=given.steps,
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps,
             learning_rate=1e-3, optim="adamw_torch_fused", max_grad_norm=1.0,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
             use_cpu=True,
         )  # fmt: skip
-        trainer = transformers.Trainer(
-            model=model,
+        transformers.Trainer(
+            model=transformers.AutoModelForCausalLM.from_config(config),
             args=options,
-            train_dataset=Windows(given.tokens, given.length),
+            train_dataset=[{"input_ids": window, "labels": window} for window in windows],
             callbacks=[Clock()],
-        )
-        trainer.train()
+        ).train()
     print(json.dumps([1e3 * (b - a) for a, b in itertools.pairwise(ends)]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], **json.loads(sys.argv[2]))

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.store import RESULTS, ROOT, processor_of, read_all
+from benchmarks.store import RESULTS, ROOT, Document, processor_of, read_all
 
 PAGE = ROOT / "docs/benchmarks.md"
 CHART = RESULTS / "training-step.png"
@@ -44,14 +44,6 @@ CUDA_CEILINGS = {
 }
 
 
-class Rival(NamedTuple):
-    """One of the others in a row."""
-
-    name: str
-    time: str
-    ratio: str  # to ours
-
-
 class Row(NamedTuple):
     """What a table has of one benchmark."""
 
@@ -59,7 +51,7 @@ class Row(NamedTuple):
     what: str
     processor: str
     ours: list[str]
-    others: list[Rival]
+    others: list[tuple[str, str, str]]  # name, time and its ratio to ours
 
 
 def time_text(seconds: float) -> str:
@@ -77,31 +69,24 @@ def _own(value: Any) -> float:
     return float(max(value) if isinstance(value, list) else value)
 
 
-def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
+def row_of(document: Document, entry: Document) -> Row | None:
     """Return the row for an entry; None for one that was skipped, failed or has no figure."""
     if "skipped" in entry or "failed" in entry:
         return None
     ours: list[str] = []
     losses, times = entry.get("val_loss"), entry.get("median_s", {})
-    others = [
-        Rival(
-            name,
-            time_text(times[name]),
-            f"{ratio:.2f}" + (f" (loss {_own(losses[name]):.4f})" if losses else ""),
-        )
-        for name, ratio in entry.get("speedup", {}).items()
-    ]
+    others = []
+    for name, ratio in entry.get("speedup", {}).items():
+        loss = f" (loss {_own(losses[name]):.4f})" if losses else ""
+        others.append((name, time_text(times[name]), f"{ratio:.2f}{loss}"))
     if times:
-        ours.append(time_text(next(iter(times.values()))))
+        ours.append(time_text(_own(times)))
     if entry.get("tokens_per_s"):
-        ours.append(f"{next(iter(entry['tokens_per_s'].values())):,.0f} tokens/s")
+        ours.append(f"{_own(entry['tokens_per_s']):,.0f} tokens/s")
     if entry.get("peak_bytes"):
         (_, own), *rest = entry["peak_bytes"].items()
         ours.append(f"{own / 1e6:,.0f} MB")
-        others = [
-            Rival(name, f"{theirs / 1e6:,.0f} MB", f"{theirs / own:.1f} times the memory")
-            for name, theirs in rest
-        ]
+        others = [(k, f"{n / 1e6:,.0f} MB", f"{n / own:.1f} times the memory") for k, n in rest]
     ours += [f"{part} {share:.1%}" for part, share in entry.get("share_of_step", {}).items()]
     ours += [f"{module} {time_text(s)}" for module, s in entry.get("import_s", {}).items()]
     for key, text in SHOWN.items():
@@ -114,13 +99,14 @@ def row_of(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Row | None:
     if not ours:
         return None
     name, _, arguments = entry["name"].rstrip("]").partition("[")
-    what = name.replace("_", " ") + (f", {arguments.replace('-', ' × ')}" if arguments else "")
-    if arguments and not arguments.replace("-", "").isdigit():
-        what = f"{name.replace('_', ' ')}, {arguments}"
+    what = name.replace("_", " ")
+    if arguments:
+        sizes = arguments.replace("-", "").isdigit()
+        what += f", {arguments.replace('-', ' × ') if sizes else arguments}"
     return Row(document["suite"], what, processor_of(document["machine"]), ours, others)
 
 
-def rows_of(documents: Iterable[Mapping[str, Any]]) -> list[Row]:
+def rows_of(documents: Iterable[Document]) -> list[Row]:
     """Return the rows of all entries, whole runs and steps first, processors side by side."""
     found = (row_of(document, entry) for document in documents for entry in document["benchmarks"])
     rows = [row for row in found if row is not None]
@@ -130,21 +116,22 @@ def rows_of(documents: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 def rank(suite: str) -> int:
     """Return where a suite stands among all."""
-    exact = [i for i, name in enumerate(FIRST) if suite == name or suite.startswith(f"{name}-")]
-    return exact[0] if exact else len(FIRST)
+    exact = (i for i, name in enumerate(FIRST) if suite == name or suite.startswith(f"{name}-"))
+    return next(exact, len(FIRST))
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| what | processor | fasttrain | the others take … times as long |\n|---|---|---|---|"
+        "| what | processor | fasttrain | the others take … times as long |",
+        "|---|---|---|---|",
     ]
     for row in rows:
-        others = ", ".join(f"{rival.name} {rival.ratio}" for rival in row.others)
+        others = ", ".join(f"{name} {ratio}" for name, _, ratio in row.others)
         lines.append(f"| {row.what} | {row.processor} | {', '.join(row.ours)} | {others} |")
     return "\n".join(lines) + "\n"
 
 
-def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> str:
+def _processor_text(processor: str, documents: Sequence[Document]) -> str:
     machines = [document["machine"] for document in documents]
     cuda = machines[0]["kind"] == "cuda"
 
@@ -152,6 +139,7 @@ def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> s
         return " and ".join(sorted({str(machine[key]) for machine in machines}))
 
     threads = "" if cuda else f", {seen('threads')} threads"
+    toolkit = f", CUDA {seen('cuda')}" if cuda else ""
     peers = {k: v for machine in machines for k, v in machine.get("peers", {}).items()}
     listed = "".join(f", {name} {version}" for name, version in sorted(peers.items()))
     copies = sorted(d["ceilings"]["copy_gb_per_s"] for d in documents)
@@ -159,9 +147,8 @@ def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> s
     dates = sorted(document["date"][:10] for document in documents)
     commits = ", ".join(sorted({d["commit"] for d in documents if d["commit"]}))
     return (
-        f"**{processor}**{threads}: PyTorch {seen('torch')}"
-        + (f", CUDA {seen('cuda')}" if cuda else "")
-        + f", Triton {seen('triton')}, Python {seen('python')}{listed}. In the same runs a copy "
+        f"**{processor}**{threads}: PyTorch {seen('torch')}{toolkit}, Triton {seen('triton')}, "
+        f"Python {seen('python')}{listed}. In the same runs a copy "
         f"moved {copies[0]:,.0f} to {copies[-1]:,.0f} GB/s, reads and writes counted, and a "
         f"{'bf16' if cuda else 'fp32'} matrix product made {products[0]:.3g} to "
         f"{products[-1]:.3g} TFLOP/s; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
@@ -169,21 +156,18 @@ def _processor_text(processor: str, documents: Sequence[Mapping[str, Any]]) -> s
     )
 
 
-def _compiled_text(document: Mapping[str, Any]) -> str:
-    machine = document["machine"]
-    return (
-        "Compiled for an H100 without one: what forward and backward of a micro-batch launch and "
-        f"move. PyTorch {machine['torch']}, Triton {machine['triton']}; {document['date'][:10]}"
-    )
-
-
-def _compiled_table(entries: Iterable[Mapping[str, Any]]) -> str:
+def _compiled(document: Document) -> str:
     """Return what `benchmarks.gpu_dry` counted: of a layer, and of what is around the layers."""
+    machine = document["machine"]
     lines = [
+        "<details><summary>Compiled for an H100 without one: what forward and backward of a "
+        f"micro-batch launch and move. PyTorch {machine['torch']}, Triton {machine['triton']}; "
+        f"{document['date'][:10]}</summary>\n",
         "| config | tokens | GB a layer | launches a layer | other kernels a layer "
-        "| GB of the rest | launches of the rest | spills |\n|---|---|---|---|---|---|---|---|"
+        "| GB of the rest | launches of the rest | spills |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for entry in (entry for entry in entries if "skipped" not in entry):
+    for entry in (entry for entry in document["benchmarks"] if "skipped" not in entry):
         layer, rest = entry["layer"], entry["rest"]
         names = {name: re.sub(r".*\.|_scaled_dot_product_", "", name) for name in layer["extern"]}
         calls = ", ".join(f"{n} {names[name]}" for name, n in layer["extern"].items())
@@ -194,7 +178,7 @@ def _compiled_table(entries: Iterable[Mapping[str, Any]]) -> str:
             f" | {layer['launches']} | {calls} | {rest['bytes'] / 1e9:.4g} | {rest['launches']} |"
             f" {spills or 'none'} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "\n</details>\n"])
 
 
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -208,31 +192,24 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
             own = [d for d in found if processor_of(d["machine"]) == processor]
             parts.append(f"{title}: {_processor_text(processor, own)}")
         rows = rows_of(found)
-        first = [row for row in rows if rank(row.suite) < len(FIRST)]
-        rest = [row for row in rows if rank(row.suite) == len(FIRST)]
-        if first:
+        if first := [row for row in rows if rank(row.suite) < len(FIRST)]:
             parts.append(_table(first))
-        if rest:
+        if rest := rows[len(first) :]:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
-    parts += [
-        f"<details><summary>{_compiled_text(d)}</summary>\n\n{_compiled_table(d['benchmarks'])}\n</details>\n"
-        for d in documents
-        if d["machine"]["kind"] == "compiled"
-    ]
+    parts += [_compiled(d) for d in documents if d["machine"]["kind"] == "compiled"]
     if chart_bars(documents):
         path = CHART.relative_to(ROOT)
         parts.append(f"![How many times as long a training step of the others takes](../{path})\n")
     return "\n".join(parts)
 
 
-def plain_text(documents: Sequence[Mapping[str, Any]]) -> str:
+def plain_text(documents: Sequence[Document]) -> str:
     """Return the figures of one processor as a table for a terminal, and what has none."""
     machine = documents[0]["machine"]
     lines = [("what", "fasttrain", "the others", "", "times as long")]
     for row in rows_of(documents):
-        paired = zip_longest(row.ours, row.others, fillvalue=None)
-        for n, (own, rival) in enumerate(paired):
+        for n, (own, rival) in enumerate(zip_longest(row.ours, row.others)):
             lines.append((row.what if n == 0 else "", own or "", *(rival or ("", "", ""))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     load = f", load average {machine['load']:.1f} at the start" if "load" in machine else ""
@@ -241,39 +218,30 @@ def plain_text(documents: Sequence[Mapping[str, Any]]) -> str:
         *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
     ]
     missing: dict[str, dict[str, None]] = {}  # of each reason; names once and in order
-    for document in documents:
-        for entry in document["benchmarks"]:
-            for why in {"skipped", "failed"} & entry.keys():
-                missing.setdefault(f"{why}: {entry[why]}", {})[entry["name"]] = None
-            for rival, reason in entry.get("left_out", {}).items():
-                missing.setdefault(f"left out: {reason}", {})[rival] = None
+    for entry in (entry for document in documents for entry in document["benchmarks"]):
+        for why in {"skipped", "failed"} & entry.keys():
+            missing.setdefault(f"{why}: {entry[why]}", {})[entry["name"]] = None
+        for rival, reason in entry.get("left_out", {}).items():
+            missing.setdefault(f"left out: {reason}", {})[rival] = None
     text += [f"{reason}: {', '.join(names)}" for reason, names in missing.items()]
     return "\n".join(text) + "\n"
 
 
-def chart_bars(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def chart_bars(documents: Iterable[Document]) -> dict[str, dict[str, float]]:
     """Return what the chart shows: of each training step, the others' time over ours."""
     bars: dict[str, dict[str, float]] = {}
     for document in documents:
-        if not document["suite"].startswith(("step", "trainers")):
-            continue
         for entry in document["benchmarks"]:
             row = row_of(document, entry)
-            if row is not None and entry.get("speedup"):
-                label = f"{row.what}\n{row.processor}"
-                rivals = {
-                    k: v for k, v in entry["speedup"].items() if not k.startswith("fasttrain")
-                }
-                bars.setdefault(label, {}).update(rivals)
+            if row and row.suite.startswith(("step", "trainers")) and entry.get("speedup"):
+                ratios = entry["speedup"].items()
+                rivals = {k: v for k, v in ratios if not k.startswith("fasttrain")}
+                bars.setdefault(f"{row.what}\n{row.processor}", {}).update(rivals)
     return bars
 
 
 def draw(bars: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Draw the bars and write them as a PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw the bars and write them as a PNG; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

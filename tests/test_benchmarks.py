@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, report, rivals, store, trace
+from benchmarks import gpu_step, harness, report, store
 from benchmarks.compare import change_of
 from benchmarks.compare import main as compare
 
@@ -32,7 +32,7 @@ def entry_of(
     load = [machine * math.exp(rng.gauss(0, 0.2)) for _ in range(n)]  # what the rivals share
     ours = [1e-3 * scale * x * math.exp(rng.gauss(0, 0.01)) for x in load]
     theirs = [2e-3 * x * math.exp(rng.gauss(0, 0.01)) for x in load]
-    return {"name": "op[8]", **measure.comparison({"fasttrain": ours, "torch": theirs})}
+    return {"name": "op[8]", **harness.comparison({"fasttrain": ours, "torch": theirs})}
 
 
 def write(path: Path, *entries: dict[str, Any], suite: str = "op", **machine: str) -> str:
@@ -66,7 +66,7 @@ def test_noise_grows_with_the_spread_of_the_rounds() -> None:
         rng = random.Random(0)
         times = [math.exp(rng.gauss(0, spread)) for _ in range(15)]
         entry = {"times_s": {"fasttrain": times}}
-        change = change_of("op", entry, entry)
+        change = change_of(entry, entry)
         assert change is not None
         assert change.change == 0
         return change.noise
@@ -75,7 +75,7 @@ def test_noise_grows_with_the_spread_of_the_rounds() -> None:
     assert noise(0.1) > 0.05
     assert noise(0.4) == pytest.approx(4 * noise(0.1), rel=0.2)
     once = {"times_s": {"fasttrain": [1.0]}}
-    alone = change_of("op", once, {"times_s": {"fasttrain": [9.0]}})
+    alone = change_of(once, {"times_s": {"fasttrain": [9.0]}})
     assert alone is not None
     assert alone.verdict == "same"  # one round tells nothing of the noise
 
@@ -196,7 +196,7 @@ def test_absent(compare):
     lines = done.stdout.splitlines()
     (start,) = [n for n, line in enumerate(lines) if " benchmarks ==" in line]
     processor, header, row, *rest, summary = lines[start + 1 :]
-    assert processor.startswith(store.processor_of(measure.machine()))
+    assert processor.startswith(store.processor_of(harness.machine()))
     assert processor.endswith(" at the start")
     assert header.split() == ["what", "fasttrain", "the", "others", "times", "as", "long"]
     what, _, _, rival, _, _, ratio = row.split()
@@ -218,10 +218,10 @@ def test_a_processor_is_named_as_torch_takes_it(monkeypatch: pytest.MonkeyPatch)
         ("x86_64", "AVX512", True, "AVX-512+AMX"),
         ("aarch64", "DEFAULT", False, "ARM"),
     ):
-        monkeypatch.setattr(measure.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(harness.platform, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert measure.isa() == name
+        assert harness.isa() == name
 
 
 def test_a_busy_machine_is_given_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_a_busy_machine_is_given_one_thread(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for load, expected in ((7.9, []), (8.1, [1])):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        measure.yield_to_others()
+        harness.yield_to_others()
         assert chosen == expected
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
@@ -242,28 +242,28 @@ def test_a_busy_machine_is_given_one_thread(monkeypatch: pytest.MonkeyPatch) -> 
 def test_rivals_take_turns_and_speed_ups_are_medians_of_a_round() -> None:
     calls: list[str] = []
     callables = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = measure.in_turn(callables, budget_s=60, n_calls=2, warmup=0)
+    times = harness.in_turn(callables, budget_s=60, n_calls=2, warmup=0)
     assert "".join(calls[:18]) == "aabbcc" + "bbccaa" + "ccaabb"
-    assert [len(values) for values in times.values()] == [measure.MOST_ROUNDS] * 3
-    compared = measure.comparison({"ours": [1.0, 2.0, 10.0], "theirs": [2.0, 6.0, 10.0]})
+    assert [len(values) for values in times.values()] == [harness.MOST_ROUNDS] * 3
+    compared = harness.comparison({"ours": [1.0, 2.0, 10.0], "theirs": [2.0, 6.0, 10.0]})
     assert compared["speedup"] == {"theirs": 2.0}
     assert compared["median_s"] == {"ours": 2.0, "theirs": 6.0}
 
 
 def test_rounds_end_with_their_budget_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
 
     def n_rounds(round_s: float, budget_s: float) -> int:
         nonlocal now
         count = 0
-        for _ in measure.rounds_within(budget_s):
+        for _ in harness.rounds_within(budget_s):
             now, count = now + round_s, count + 1
         return count
 
-    assert n_rounds(0.001, 3.0) == measure.MOST_ROUNDS
+    assert n_rounds(0.001, 3.0) == harness.MOST_ROUNDS
     assert n_rounds(0.5, 3.0) == 7
-    assert n_rounds(1.4, 3.0) == n_rounds(2.9, 3.0) == measure.LEAST_ROUNDS
+    assert n_rounds(1.4, 3.0) == n_rounds(2.9, 3.0) == harness.LEAST_ROUNDS
     assert n_rounds(3.1, 3.0) == n_rounds(90.0, 3.0) == n_rounds(0.1, 0.0) == 1
 
 
@@ -271,21 +271,21 @@ def test_a_wrong_or_missing_peer_is_left_out_and_ours_must_be_right() -> None:
     exact = [torch.arange(4.0)]
 
     def verify(name: str, op: Any) -> None:
-        rivals.check(name, [op(exact[0])], exact, 1e-3)
+        harness.check(name, [op(exact[0])], exact, 1e-3)
 
     def missing() -> Any:
         raise ImportError("not installed")
 
     makers = {"fasttrain": lambda: torch.clone, "off": lambda: lambda x: x * 1.01, "none": missing}
-    ops, left_out = rivals.gather(makers, verify)
+    ops, left_out = harness.gather(makers, verify)
     assert list(ops) == ["fasttrain"]
     assert "off by 1.0e-02" in left_out["off"]
     assert left_out["none"] == "not installed"
     with pytest.raises(AssertionError, match="off by"):
-        rivals.gather({"fasttrain": lambda: lambda x: x * 1.01}, verify)
+        harness.gather({"fasttrain": lambda: lambda x: x * 1.01}, verify)
     nan = [torch.full((4,), math.nan)]
     with pytest.raises(AssertionError):
-        rivals.check("nan", nan, exact, 1e-3)
+        harness.check("nan", nan, exact, 1e-3)
 
 
 def test_launches_busy_time_and_gaps_of_a_trace() -> None:
@@ -299,14 +299,14 @@ def test_launches_busy_time_and_gaps_of_a_trace() -> None:
         event("kernel", "gemm", 1600, 400),
         {"ph": "i", "cat": "kernel", "name": "mark", "ts": 9000},
     ]
-    found = trace.summarize(events, n_steps=2)
+    found = gpu_step.summarize(events, n_steps=2)
     assert found["launches_per_step"] == 1.5
     assert found["busy_ms"] == pytest.approx(0.9 / 2)
     assert found["span_ms"] == pytest.approx(1.0 / 2)
     assert found["gap_fraction"] == pytest.approx(0.1)
     assert found["longest_gap_us"] == 100
     assert found["top_kernels"][0] == {"name": "gemm", "ms": 0.4, "launches": 1.0}
-    nothing = trace.summarize(events[1:2], n_steps=1)
+    nothing = gpu_step.summarize(events[1:2], n_steps=1)
     assert set(nothing.values()) == {None}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_step, measure
+from benchmarks import gpu, gpu_step, harness
 from benchmarks.base_run import figures
 from benchmarks.gpu import BUDGET_S, Stage, allowance, plan, run_all, run_stage
 from fasttrain.config import load_config
@@ -134,7 +134,7 @@ def test_step_stage_runs_up_to_the_device(
     monkeypatch.setattr(gpu_step, "ROUNDS", 2)
     monkeypatch.setattr(gpu_step, "N_TOKENS", 10_000)
     ceilings = {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 0.1}
-    monkeypatch.setattr(measure, "ceilings", lambda: ceilings)
+    monkeypatch.setattr(harness, "ceilings", lambda: ceilings)
     command = ["configs/gpt2-124m.toml", "--name", "gpt2-124m bf16"]
     root = Path(gpu.__file__).parent.parent
     command[0] = str(root / command[0])

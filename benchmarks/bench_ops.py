@@ -1,0 +1,395 @@
+"""Every op, forward and backward, beside plain torch, the compiler and the installed peers.
+
+`TABLE` names the ops with their sizes. A function for each makes the inputs and names the rivals,
+the reference that all are checked against, and the bytes or FLOPs of a call. Sizes on a CPU are
+what a small trainer meets; on a GPU those of the targets, well past the L2 cache.
+"""
+
+import importlib
+import math
+import operator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fasttrain_kernels as kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather
+from benchmarks.steps import rotate_half
+from benchmarks.store import ENV
+
+compiled = partial(torch.compile, dynamic=False)
+randn = partial(torch.randn, device=DEVICE, dtype=DTYPE)
+Makers = Mapping[str, Callable[[], Any]]
+Tensors = Sequence[Tensor]
+
+
+class Subject(NamedTuple):
+    """One op at one size."""
+
+    makers: Makers  # the rivals, ours first, see `harness.gather`
+    verify: Callable[[str, Any], None]  # that a rival computes what the reference does
+    call_of: Callable[[str, Any], Call]  # what is timed of a rival
+    options: Mapping[str, Any]  # those of the fixture `compare`
+
+
+# ---- ops with a backward pass --------------------------------------------------------------------
+
+
+def rivals(ours: Call, theirs: Call, **peers: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
+    """Return the makers of ours, of torch's and of that compiled, and of peers."""
+    torchs = {"torch": lambda: theirs, "torch.compile": partial(compiled, theirs)}
+    return {OURS: lambda: ours} | torchs | peers
+
+
+def absent(why: str) -> Call:
+    raise ImportError(why)
+
+
+def peer(place: str, adapt: Callable[[Call], Call] = lambda op: op) -> Callable[[], Call]:
+    """Return a maker of a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
+    module, _, name = place.partition(":")
+    if not CUDA:
+        return partial(absent, "needs a CUDA device")
+    return lambda: adapt(operator.attrgetter(name)(importlib.import_module(module)))
+
+
+def both_ways(op: Call, leaves: Tensors, rest: Tensors, dys: Any) -> list[Tensor]:
+    """Run forward and backward; return outputs and gradients."""
+    out = op(*leaves, *rest)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    return [*outs, *torch.autograd.grad(outs, leaves, dys)]
+
+
+def differentiable(
+    makers: Makers, reference: Call, leaves: Tensors, rest: Tensors = (), dys: Any = None,
+    *, few: Any = None, more: Any = (), **options: Any,
+) -> Subject:  # fmt: skip
+    """Return the subject of ``op(*leaves, *rest)``, with gradients of ``leaves`` for ``dys``.
+
+    ``few`` stands for leaves and rest where they are too many for the reference in fp32, and
+    ``more`` are others to take in turn with them.
+    """
+    small, others = few or (leaves, rest)
+    wide = [leaf.detach().float().requires_grad_() for leaf in small]
+    exact = both_ways(reference, wide, others, dys and [dy.float() for dy in dys])
+
+    def verify(name: str, op: Call) -> None:
+        own = [leaf.clone().requires_grad_() for leaf in small]
+        check(name, both_ways(op, own, others, dys), exact, TOLERANCE[DTYPE])
+
+    def call_of(name: str, op: Call) -> Call:
+        # Liger writes a loss's gradient over the logits, which the others must not find there.
+        own = (lambda x: x.clone()) if name == "liger" else (lambda x: x.detach())
+        inputs = [([own(x).requires_grad_() for x in xs], ys) for xs, ys in ((leaves, rest), *more)]
+        turns = cycle(inputs)
+        return lambda: both_ways(op, *next(turns), dys)
+
+    return Subject(makers, verify, call_of, options)
+
+
+def elementwise(makers: Makers, theirs: Call, leaves: Tensors, dys: Any, n_bytes: int) -> Subject:
+    options = {"per_call": {"gb_per_s": n_bytes / 1e9}, "n_calls": 5 if CUDA else 1}
+    return differentiable(makers, theirs, leaves, (), dys, **options)
+
+
+def norm(n_rows: int, dim: int) -> Subject:
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return F.rms_norm(x, w.shape, w, 1e-6)
+
+    place = "liger_kernel.ops.rms_norm:LigerRMSNormFunction.apply"
+    makers = rivals(
+        kernels.rms_norm, theirs, liger=peer(place, lambda op: lambda x, w: op(x, w, 1e-6)),
+        quack=peer("quack.rmsnorm:rmsnorm", lambda op: partial(op, eps=1e-6)),
+    ) | {"fasttrain compiled": partial(compiled, kernels.rms_norm)}  # fmt: skip
+    x, dy = randn(n_rows, dim), randn(n_rows, dim)
+    weight = torch.rand(dim, device=DEVICE).add(0.5).to(DTYPE)
+    return elementwise(makers, theirs, [x, weight], [dy], 5 * x.nbytes)  # x, y; dy, x, dx
+
+
+def rope() -> Subject:
+    b, t, h, h_kv, dim = (8, 8192, 32, 8, 128) if CUDA else (2, 512, 12, 12, 64)
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
+    angles = torch.arange(t, device=DEVICE)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    wide = [torch.cat((table, table), -1)[None].to(DTYPE) for table in (cos, sin)]
+
+    def theirs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+
+    def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.apply_rope(q, k, cos, sin)
+
+    def heads_first(op: Call) -> Call:  # and it rotates in place: it is given copies
+        return lambda *qk: tuple(
+            x.transpose(1, 2) for x in op(*(x.transpose(1, 2).clone() for x in qk), *wide)
+        )
+
+    makers = rivals(ours, theirs) | {
+        "fasttrain compiled": partial(compiled, ours),
+        "liger (with a copy)": peer("liger_kernel.ops.rope:LigerRopeFunction.apply", heads_first),
+    }
+    q, dq, k, dk = (randn(b, t, n, dim) for n in (h, h, h_kv, h_kv))
+    return elementwise(makers, theirs, [q, k], [dq, dk], 4 * (q.nbytes + k.nbytes))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def activation(name: str) -> Subject:
+    dy, *leaves = (randn((32768, 8192) if CUDA else (1024, 1536)) for _ in range(3))
+    if name == "relu2":
+        makers = rivals(kernels.relu_squared, relu_squared)
+        return elementwise(makers, relu_squared, leaves[:1], [dy], 5 * dy.nbytes)
+    liger = peer("liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply")
+    makers = rivals(kernels.swiglu, swiglu, liger=liger)
+    return elementwise(makers, swiglu, leaves, [dy], 8 * dy.nbytes)
+
+
+def loss_of_logits(n_rows: int, vocab: int) -> Subject:
+    makers = rivals(
+        kernels.cross_entropy, F.cross_entropy,
+        liger=peer("liger_kernel.transformers.functional:liger_cross_entropy"),
+        quack=peer("quack.cross_entropy:cross_entropy", lambda op: partial(op, reduction="mean")),
+    )  # fmt: skip
+    targets = torch.randint(0, vocab, (2, n_rows), device=DEVICE)
+    (x, t), again = (([randn(n_rows, vocab)], [t]) for t in targets)
+    few, rates = ([x[0][:1024]], [t[0][:1024]]), {"gb_per_s": 2 * x[0].nbytes / 1e9}
+    reference = kernels.cross_entropy_reference
+    return differentiable(makers, reference, x, t, few=few, more=[again], per_call=rates)
+
+
+def linear_loss_of_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def torch_chunked() -> Call:
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        absent(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    # Its default options are slower and take as much memory.
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
+    return partial(F.linear_cross_entropy, options=options)
+
+
+def linear_loss(n_rows: int, dim: int, vocab: int) -> Subject:
+    why = "on a CPU the products dominate: a compiler changes nothing"
+    makers = rivals(kernels.linear_cross_entropy, linear_loss_of_torch) | {
+        "torch.compile": partial(compiled, linear_loss_of_torch) if CUDA else partial(absent, why),
+        "torch chunked": torch_chunked,
+        "liger": peer("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"),
+        "quack": peer("quack.linear_cross_entropy:chunked_linear_cross_entropy"),
+        "cut_cross_entropy": peer("cut_cross_entropy:linear_cross_entropy"),
+    }
+    hidden, targets = randn(n_rows, dim), torch.randint(0, vocab, (n_rows,), device=DEVICE)
+    weight = (torch.randn(vocab, dim, device=DEVICE) / dim**0.5).to(DTYPE)
+    n = 128 if vocab == 50304 and not CUDA else n_rows
+    few = ([hidden[:n], weight], [targets[:n]])
+    rates = {"tflop_per_s": 6 * n_rows * dim * vocab / 1e12}
+    return differentiable(
+        makers, linear_loss_of_torch, [hidden, weight], [targets], few=few, per_call=rates, warmup=1
+    )
+
+
+# ---- optimizers and products ---------------------------------------------------------------------
+
+Params = list[nn.Parameter]
+
+
+def optimizers(
+    make: Callable[[], Params], ways: Mapping[str, Callable[[Params], Call]],
+    close: Callable[[Tensor, Tensor], Any], **options: Any,
+) -> Subject:  # fmt: skip
+    """Return the subject of a step; each way has parameters of its own, the same at the start.
+
+    After one step they are close to those of the second way, which is torch's.
+    """
+    exact = make()
+    list(ways.values())[1](exact)()
+    for p in exact:
+        p.grad = None
+
+    def maker(way: Callable[[Params], Call]) -> tuple[Params, Call]:
+        params = make()
+        return params, way(params)
+
+    def verify(name: str, made: tuple[Params, Call]) -> None:
+        params, step = made
+        step()
+        for p, q in zip(params, exact, strict=True):
+            assert close(p, q) is not False, f"{name} does not step as torch does"
+
+    makers = {name: partial(maker, way) for name, way in ways.items()}
+    return Subject(makers, verify, lambda _, made: made[1], {"warmup": 1} | options)
+
+
+def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, scale: float) -> Params:
+    """Return parameters with gradients, the same at every call."""
+    normal = partial(torch.randn, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    params = [nn.Parameter((scale * normal(shape)).to(dtype)) for shape in shapes]
+    for p in params:
+        p.grad = (1e-3 * normal(p.shape)).to(dtype)
+    return params
+
+
+# (layers, dim, vocabulary) of a GPT with tied embeddings: bound by overhead; GPT-2 small; large.
+MODELS = {"0.8M": (4, 128, 256), "124M": (12, 768, 50304), "1B": (24, 1792, 50304)}
+
+
+def clipped_step(model: str, precision: str) -> Subject:
+    """A clipped AdamW step: grad_norm and FusedAdamW against torch's clipping and its AdamWs."""
+    small, bf16 = model == "0.8M", precision == "bf16"
+    if not CUDA and bf16 and not small:
+        pytest.skip("large bf16 states are a GPU's case")
+
+    def ours(params: Params) -> Call:
+        optimizer = kernels.FusedAdamW(params, lr=1e-5)
+
+        def step() -> None:
+            norm = kernels.grad_norm([p.grad for p in params if p.grad is not None], 1.0)
+            optimizer.step(clip_coefficient=norm.clip_coefficient, found_inf=norm.found_inf)
+
+        return step
+
+    def torchs(params: Params, **options: bool) -> Call:
+        optimizer = torch.optim.AdamW(params, lr=1e-5, **options)
+        return lambda: (nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
+
+    ways = {OURS: ours, "torch fused": partial(torchs, fused=True)}
+    ways["torch foreach"] = partial(torchs, foreach=True)
+    if small:  # a loop over tensors: minutes of the large models' time
+        ways["torch default"] = partial(torchs, foreach=False)
+    layers, dim, vocab = MODELS[model]
+    block = [(dim,), (3 * dim, dim), (dim, dim), (dim,), (4 * dim, dim), (dim, 4 * dim)]
+    shapes = [(vocab, dim), (1024, dim), *(block * layers), (dim,)]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    n_bytes = sum(map(math.prod, shapes)) * dtype.itemsize * 8  # norm 1, step 7
+    close = partial(torch.testing.assert_close, rtol=2e-2 if bf16 else 1e-5, atol=1e-6)
+    make, rates = partial(parameters, shapes, dtype, 0.02), {"gb_per_s": n_bytes / 1e9}
+    return optimizers(make, ways, close, per_call=rates, n_calls=20 if small else 1)
+
+
+def muon_step(coefficients: str, dim: int) -> Subject:
+    """A Muon step against torch.optim.Muon, which multiplies in bf16: a CPU may emulate that."""
+    block = [(dim, dim)] * 4 + [(dim, 3 * dim)] * 2 + [(3 * dim, dim)]
+    make = partial(parameters, block * (12 if CUDA else 4), torch.float32, 0.0)
+    ours = partial(kernels.Muon, lr=1e-3, weight_decay=0.1, coefficients=coefficients)
+    theirs = partial(torch.optim.Muon, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+    def close(p: Tensor, q: Tensor) -> bool:  # singular values differ, directions do not
+        return torch.cosine_similarity(p.flatten(), q.flatten(), dim=0).item() > 0.9
+
+    ways = {OURS: lambda params: ours(params).step, "torch": lambda params: theirs(params).step}
+    return optimizers(make, ways, close)
+
+
+def symmetric(n_rows: int) -> Subject:
+    """The symmetric product against a full one."""
+    x = randn(1 if CUDA else 4, n_rows, n_rows)
+    makers = {OURS: lambda: kernels.symmetric_matmul, "torch": lambda: lambda x: torch.bmm(x, x.mT)}
+    exact = torch.bmm(x, x.mT)
+    atol = (1e-2 if CUDA else 1e-5) * exact.float().abs().max().item()
+
+    def verify(name: str, op: Call) -> None:
+        torch.testing.assert_close(op(x), exact, rtol=0, atol=atol)
+
+    rates = {"tflop_per_s_of_a_full_product": 2 * len(x) * n_rows**3 / 1e12}
+    options = {"per_call": rates, "n_calls": 5 if CUDA else 1}
+    return Subject(makers, verify, lambda _, op: partial(op, x), options)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+ADAMW = [(model, dtype) for model in MODELS for dtype in ("fp32", "bf16")]
+COEFFICIENTS = ("polar_express", "quintic")
+# Of each op the file and the name of its figures, what makes it, its sizes on a CPU and on a GPU.
+TABLE: Any = (
+    ("adamw", "clipped_step", clipped_step, ADAMW[:4], ADAMW),
+    # (rows, vocabulary)
+    ("cross_entropy", "cross_entropy", loss_of_logits,
+     [(2048, 4096), (128, 50304), (128, 50257)],
+     [(8192, 128256), (8192, 50304), (8192, 50257), (8192, 32000)]),
+    # (rows, dim, vocabulary)
+    ("linear_cross_entropy", "linear_cross_entropy", linear_loss,
+     [(4096, 256, 1024), (2048, 256, 4096), (768, 128, 65), (512, 768, 50304), (4096, 768, 50304)],
+     [(4096, 4096, 128256), (32768, 768, 50304)]),
+    # configs/base.toml; GPT-2 small
+    ("muon", "muon_step", muon_step,
+     [(c, 128) for c in COEFFICIENTS], [(c, 768) for c in COEFFICIENTS]),
+    ("muon", "symmetric_matmul", symmetric,
+     [(256,), (768,)], [(1024,), (2048,), (4096,), (8192,)]),
+    # (rows, dim): those of a model, and of QK-norm
+    ("rms_norm", "rms_norm", norm, [(2048, 768), (12288, 64)],
+     [(65536, 2048), (32768, 4096), (16384, 8192), (1048576, 128)]),
+    ("rope", "rope", rope, [()], [()]),
+    ("swiglu", "activation", activation, [("swiglu",), ("relu2",)], [("swiglu",), ("relu2",)]),
+)  # fmt: skip
+SLOW = {"linear_cross_entropy[4096-768-50304]"}
+
+
+def cases() -> Any:
+    for suite, op, make, cpu, gpu in TABLE:
+        for size in gpu if CUDA else cpu:
+            name = f"{op}[{'-'.join(map(str, size))}]" if size else op
+            marks = pytest.mark.figures(suite, name=name)
+            yield pytest.param(name, partial(make, *size), id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "make"), cases())
+def test_op(compare: Any, full: bool, name: str, make: Callable[[], Subject]) -> None:
+    if name in SLOW and not full:
+        pytest.skip("takes two minutes: --full")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    subject = make()
+    ops, left_out = gather(subject.makers, subject.verify)
+    calls = {rival: subject.call_of(rival, op) for rival, op in ops.items()}
+    compare(calls, left_out=left_out, **subject.options)
+
+
+PEAK = """
+import torch
+from fasttrain_kernels import linear_cross_entropy
+from benchmarks.bench_ops import CUDA, DEVICE, linear_loss_of_torch, randn
+rows, dim = (32768, 768) if CUDA else (2048, 64)
+h, w = randn(rows, dim, requires_grad=True), randn(50304, dim, requires_grad=True)
+t = torch.randint(0, 50304, (rows,), device=DEVICE)
+def peak():  # not ru_maxrss, which a child process inherits
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+{loss}(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
+before = torch.cuda.memory_allocated() if CUDA else peak()
+{loss}(h, w, t).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.figures("linear_cross_entropy")
+def test_peak_memory(benchmark: Any) -> None:
+    """By how much a process grows for one forward and backward of ours and of eager at V=50304."""
+    if not CUDA and not Path("/proc/self/status").exists():
+        pytest.skip("the peak memory of a process is read from Linux's /proc")
+
+    def peak(loss: str) -> int:
+        command = [sys.executable, "-c", PEAK.replace("{loss}", loss)]
+        env = os.environ | ENV
+        return int(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
+
+    ours = benchmark.pedantic(peak, args=("linear_cross_entropy",))
+    theirs = peak("linear_loss_of_torch")
+    benchmark.extra_info["peak_bytes"] = {OURS: ours, "torch": theirs}
