@@ -14,7 +14,7 @@ from torch import Tensor
 from fasttrain.log.metrics import LossTracker
 from fasttrain.log.timing import TimeAccount
 
-# What is told of steps that came out otherwise when they were run again.
+# How a fault is described whose step had other results when it was run again.
 _RECHECKED = {
     "transient": "transient error: run again it came out otherwise, a third time as one of the two",
     "persistent": "persistent error: run three times, it came out in three ways",

@@ -1,4 +1,4 @@
-"""What a checkpoint was made of, and whether a run may go on from it."""
+"""What a checkpoint was made of, and whether a run may continue from it."""
 
 import difflib
 import math
@@ -25,7 +25,7 @@ from fasttrain.distributed.slices import cut
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState
 
-LR_JUMP = 0.1  # of the peak: more than that between two steps is told
+LR_JUMP = 0.1  # of the peak; a larger jump between two steps is warned of
 
 # Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
 MAY_CHANGE = (
