@@ -36,20 +36,6 @@ from fasttrain.model.runtime import (
 )
 from fasttrain.model.transformer import Transformer
 
-__all__ = [
-    "FINE",
-    "IGNORE_INDEX",
-    "NONFINITE",
-    "OVERFLOW",
-    "PERSISTENT",
-    "SPIKE",
-    "TRANSIENT",
-    "Criterion",
-    "Numbers",
-    "StepNumbers",
-    "TrainStep",
-]
-
 IGNORE_INDEX = -100
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
 # smaller scale may still hold. Of a step that was run again and came out otherwise, a third time
