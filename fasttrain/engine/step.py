@@ -171,6 +171,11 @@ class TrainStep:
                     f"distributed.mode = {world.mode!r}; use run.compile=auto"
                 )
             self.compile_mode = "blocks"
+        if custom and world.sharded and config.run.compile == "default":
+            raise UserError(
+                f"run.compile = 'default' does not go with distributed.mode = {world.mode!r} here; "
+                "use distributed.mode=ddp, or run.compile=off"
+            )
         if config.run.fp8 and world.sharded:
             raise UserError(
                 f"run.fp8 = true does not go with distributed.mode = {world.mode!r}; use "
