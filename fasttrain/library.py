@@ -212,19 +212,15 @@ class Trainer:
         ):  # fmt: skip
             if wrong:
                 raise UserError(f"Trainer: {said}")
-        _warn_of_ignored(
-            config,
-            {
-                "run_dir": run_dir is not None,
-                "criterion=None": criterion is None,
-                "fasttrain.Transformer": isinstance(model, Transformer),
-                "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            },
-        )
+        met = {"run_dir": run_dir is not None, "criterion=None": criterion is None}
+        met["fasttrain.Transformer"] = isinstance(model, Transformer)
+        met["torchrun"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        _warn_of_ignored(config, met)
         if run.deterministic:
             make_deterministic()
-        device = resolve_device(run.device)
-        self.world, self.device = place(model, optimizer, config.distributed, device)
+        self.world, self.device = place(
+            model, optimizer, config.distributed, resolve_device(run.device)
+        )
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
         self.model = model
@@ -280,9 +276,7 @@ class Trainer:
     # ---- training ------------------------------------------------------------------------------
 
     def train(
-        self,
-        train_loader: Iterable[Any],
-        val_loader: Iterable[Any] | None = None,
+        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None
     ) -> TrainingMetrics:
         """Train to the config's horizon; evaluate, log and save as it says, and at the end.
 
@@ -334,8 +328,7 @@ class Trainer:
     @contextmanager
     def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
-        self._stopping, self._signal = False, ""
-        self._why = ""
+        self._stopping, self._signal, self._why = False, "", ""
         with self._holding_run_dir(), self._heeding_signals():
             self._meet(loader, val_loader)
             try:
@@ -359,24 +352,24 @@ class Trainer:
         if self.run_dir is None or self._held:
             yield
             return
-        rows = self.run_dir / "metrics.jsonl"
         with ExitStack() as stack:
             with self.world.failing_together():
                 if self.world.leads:
                     stack.enter_context(_locked(self.run_dir))
-                    self._refuse_other_run(self.run_dir, rows)
+                    self._refuse_other_run(self.run_dir)
             self._held = True
             try:
                 yield
             finally:
                 self._held = False
-                self._left_bytes = rows.stat().st_size if rows.exists() else 0
+                self._left_bytes = _n_bytes(self.run_dir)
 
-    def _refuse_other_run(self, run_dir: Path, rows: Path) -> None:
-        n_bytes = rows.stat().st_size if rows.exists() else 0
-        if self._left_bytes is None and (n_bytes or _saved(run_dir)):
+    def _refuse_other_run(self, run_dir: Path) -> None:
+        n_bytes, folder = _n_bytes(run_dir), run_dir / "checkpoints"
+        saved = folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
+        if self._left_bytes is None and (n_bytes or saved):
             remedy = "call load_checkpoint() to go on with it, or give another run_dir"
-            if not _saved(run_dir):
+            if not saved:
                 remedy = "it was never saved: remove it, or give another run_dir"
             raise UserError(f"Trainer: {run_dir} holds an earlier run; {remedy}")
         if self._left_bytes not in (None, n_bytes):
@@ -398,10 +391,7 @@ class Trainer:
             self._signal, self._stopping = reason, True
 
         with StopSignals(
-            stop=stop,
-            rescue=lambda: None,
-            patience_s=lambda: threading.TIMEOUT_MAX,
-            echo_s=ECHO_S,
+            stop=stop, rescue=lambda: None, patience_s=lambda: threading.TIMEOUT_MAX, echo_s=ECHO_S
         ):
             yield
 
@@ -434,7 +424,7 @@ class Trainer:
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
         told = self.world.gather([self._stopping, self._signal])
-        self._why = self._signal or max(signal for _, signal in told)
+        self._why = told[self.world.rank][1] or max(signal for _, signal in told)
         return any(stopping for stopping, _ in told)
 
     def _over(self) -> bool:
@@ -445,11 +435,7 @@ class Trainer:
         return self._agree() or done
 
     def _epoch(
-        self,
-        loader: Iterable[Any],
-        val_loader: Iterable[Any] | None,
-        *,
-        bounded: bool = True,
+        self, loader: Iterable[Any], val_loader: Iterable[Any] | None, *, bounded: bool = True
     ) -> None:
         self.model.train()
         groups = together(self._batches(loader), self.accumulate, self.world)
@@ -615,14 +601,16 @@ class Trainer:
                 cannot be written.
         """
         if path is None and self.writer is None:
-            raise UserError("Trainer: nowhere to save; give save_checkpoint a path, or the trainer "
-                            "a run_dir")  # fmt: skip
+            raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
         with self._holding_run_dir() if path is None else nullcontext():
             writer = self.writer
             if path is not None:
-                _refuse_run_folder(Path(path))
-                writer = self._writer_of(Path(path), sys.maxsize)
+                path = Path(path)
+                if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
+                    said = "is a run folder or a checkpoint; give another folder"
+                    raise UserError(f"save_checkpoint: {path} {said}")
+                writer = self._writer_of(path, sys.maxsize)
             assert writer is not None
             groups, state = self._snapshot()
             metric = self._last_result.get("val_loss")
@@ -662,7 +650,7 @@ class Trainer:
             loader = self._loader.state_dict()
         rest = {
             "val_losses": self.val_losses,
-            "scaler": self._scaler_state(),
+            "scaler": self._scale() if self.precision.scaled else {},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
@@ -696,13 +684,10 @@ class Trainer:
         }
         return groups, state
 
-    def _scaler_state(self) -> dict[str, float | int]:
-        """Return the state of a `torch.amp.GradScaler` with the step's numbers."""
-        if not self.precision.scaled:
-            return {}
-        scale, tracker = self.train_step.grad_scale.item(), self.train_step.growth_tracker.item()
-        factors = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-        return {"scale": scale, **factors, "_growth_tracker": int(tracker)}
+    def _scale(self) -> dict[str, float]:
+        """Return what fp16 needs, by the names that a `torch.amp.GradScaler` gives it."""
+        step = self.train_step
+        return {"scale": step.grad_scale.item(), "_growth_tracker": step.growth_tracker.item()}
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
@@ -771,8 +756,7 @@ class Trainer:
         self._logged_at = (time.perf_counter(), self.step)
         self._rows_end_at = self.step
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
-            rows = self.run_dir / "metrics.jsonl"
-            self._left_bytes = rows.stat().st_size if rows.exists() else 0
+            self._left_bytes = _n_bytes(self.run_dir)
 
     def _warn_of_own_values(self) -> None:
         """Name what a loader's parts count by themselves; once."""
@@ -791,17 +775,10 @@ class Trainer:
             )
 
 
-def _refuse_run_folder(path: Path) -> None:
-    if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
-        raise UserError(
-            f"save_checkpoint: {path} is a run folder or a checkpoint; give another folder"
-        )
-
-
-def _saved(run_dir: Path) -> bool:
-    """Whether a run folder has a checkpoint, damaged or not."""
-    folder = run_dir / "checkpoints"
-    return folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
+def _n_bytes(run_dir: Path) -> int:
+    """Return how much a run has logged."""
+    rows = run_dir / "metrics.jsonl"
+    return rows.stat().st_size if rows.exists() else 0
 
 
 @contextmanager

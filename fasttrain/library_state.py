@@ -23,12 +23,6 @@ from fasttrain.config import UserError
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors
 
-__all__ = [
-    "decode", "doubts", "encode", "facts_of_loader", "facts_of_optimizer", "facts_of_scheduler",
-    "is_stateful", "optimizer_values", "own_values", "random_sources", "read", "refuse_difference",
-    "restore_optimizer", "shapes", "write",
-]  # fmt: skip
-
 KIND = "!"  # the key that marks what JSON does not know
 MAPPINGS: dict[str, type[dict[Any, Any]]] = {
     kind.__name__: kind for kind in (dict, Counter, OrderedDict)

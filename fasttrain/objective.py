@@ -22,17 +22,6 @@ from fasttrain.distributed.world import SharedError, World
 from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
 
-__all__ = [
-    "Batch",
-    "Criterion",
-    "Objective",
-    "by_key",
-    "logits_of",
-    "set_epoch",
-    "shift",
-    "together",
-]
-
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 
 

@@ -36,20 +36,6 @@ from fasttrain.model.runtime import (
 )
 from fasttrain.model.transformer import Transformer
 
-__all__ = [
-    "FINE",
-    "IGNORE_INDEX",
-    "NONFINITE",
-    "OVERFLOW",
-    "PERSISTENT",
-    "SPIKE",
-    "TRANSIENT",
-    "Criterion",
-    "Numbers",
-    "StepNumbers",
-    "TrainStep",
-]
-
 IGNORE_INDEX = -100
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
 # smaller scale may still hold. Of a step that was run again and came out otherwise, a third time
@@ -185,6 +171,11 @@ class TrainStep:
                     f"distributed.mode = {world.mode!r}; use run.compile=auto"
                 )
             self.compile_mode = "blocks"
+        if custom and world.sharded and config.run.compile == "default":
+            raise UserError(
+                f"run.compile = 'default' does not go with distributed.mode = {world.mode!r} here; "
+                "use distributed.mode=ddp, or run.compile=off"
+            )
         if config.run.fp8 and world.sharded:
             raise UserError(
                 f"run.fp8 = true does not go with distributed.mode = {world.mode!r}; use "

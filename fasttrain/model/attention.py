@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from fasttrain.config import ModelConfig
 from fasttrain.model.cpu.attention import causal_attention, is_fast_here
 
-__all__ = ["Attention", "KVCache", "LayerCache", "Mask", "attention_mask", "rope_tables", "visible"]
-
 # FlexAttention is imported where it is used: with torch 2.14 that takes half a second, for sympy.
 Mask = Any  # a Tensor, or FlexAttention's BlockMask; of attention that is more than causal
 
@@ -31,9 +29,8 @@ def visible(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the function (row, head, query, key) → may this query look at this key?
 
-    Args:
-        window: tokens that a query sees, itself included; None: all before it.
-        documents: int (B, T), a number for each token's document; None: all tokens are of one.
+    A query sees ``window`` tokens, itself included, of its own document: ``documents`` (B, T)
+    numbers them.
     """
 
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -56,18 +53,11 @@ def attention_mask(
     doc_starts: Tensor | None,
     flex: bool,
 ) -> Mask | None:
-    """Return what T queries after ``start`` cached tokens may see; None: plain causal attention.
+    """Return what ``t`` queries after ``start`` cached tokens may see; None: plain causal.
 
-    Args:
-        start: number of tokens before the queries.
-        t: T.
-        device: of the mask.
-        window: tokens that a query sees, itself included; None: all before it.
-        doc_starts: bool (B, T), true at the first token of each document; ``start`` is 0 then.
-        flex: as a block mask, for FlexAttention; it needs ``start`` = 0.
-
-    Returns:
-        A boolean mask, (T, start + T) or with documents (B, 1, T, T), or a block mask.
+    A boolean mask, (T, start + T) or with documents (B, 1, T, T); or with ``flex`` a block mask for
+    FlexAttention. ``doc_starts`` (B, T) is true at the first token of each document. Documents and
+    ``flex`` need ``start`` = 0.
     """
     windowed = window is not None and window < start + t
     if doc_starts is None and not windowed and (start == 0 or t == 1):
@@ -176,18 +166,10 @@ class Attention(nn.Module):
         start: int = 0,
         value: Tensor | None = None,
     ) -> Tensor:
-        """Attend over x (B, T, D) and, with a cache, over the ``start`` tokens before it.
+        """Map x (B, T, D) to (B, T, D); with a cache, x also sees the ``start`` tokens in it.
 
-        Args:
-            x: normalised hidden states, (B, T, D).
-            rope: cos and sin of the positions of x, each (T, K/2), or None.
-            mask: what a query may see, from `attention_mask`; None for plain causal.
-            cache: keys and values of earlier tokens; x is appended to it.
-            start: number of tokens that the cache holds.
-            value: embeddings (B, T, G·K) that are mixed into the values, where the config says so.
-
-        Returns:
-            (B, T, D).
+        ``rope`` is cos and sin of x's positions, each (T, K/2); ``value`` (B, T, G·K) is mixed into
+        the values.
         """
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
@@ -220,14 +202,9 @@ class Attention(nn.Module):
             if grouped and q.is_cuda and (mask is not None or not _has_flash(qkv)):
                 k, v = (z.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for z in (k, v))
                 grouped = False
+            causal = mask is None and t > 1
             y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None and t > 1,
-                enable_gqa=grouped,
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
             )  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
         return F.dropout(self.out(y), dropout)

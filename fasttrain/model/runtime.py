@@ -147,9 +147,8 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
         return run
     options: dict[str, Any] = {"use_reentrant": False}
     if kind not in ("full", "selective"):
-        refuse(
-            "train.activation_checkpointing", kind, "is not implemented; add it to model/runtime.py"
-        )
+        said = "is not implemented; add it to model/runtime.py"
+        refuse("train.activation_checkpointing", kind, said)
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
 
@@ -165,12 +164,9 @@ def prepare_blocks(
 ) -> None:
     """Set how the blocks of ``model`` are run in training; on CUDA in evaluation, if compiled.
 
-    Args:
-        model: as it will train; sharded already where it is.
-        activation_checkpointing: ``train.activation_checkpointing``.
-        mode: ``blocks`` compiles one block for all, ``c++`` has `model.cpu.blocks` run them.
-        sharded: the parameters of a block are gathered when it is called as a module: what is
-            compiled and what is computed again lie inside of that.
+    ``mode`` ``blocks`` compiles one block for all; ``c++`` has `model.cpu.blocks` run them. Of a
+    model that is sharded, a block's parameters are gathered when it is called as a module: what is
+    compiled, and what is computed again, lies inside of that.
     """
     run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
     if mode == "blocks":
@@ -217,12 +213,8 @@ MULTIPLE = 16  # of both sides of a matrix: what the hardware's fp8 product take
 def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool = False) -> None:
     """Make the linear layers of the blocks multiply in fp8 in ``train`` mode; again: no effect.
 
-    Before parameters are spread over ranks; an optimizer made before keeps them.
-
-    Args:
-        model: changed in place; its parameters and their names stay.
-        device: of the model.
-        emulate: multiply factors rounded to fp8 in a wider type, on any device: for tests.
+    Parameters and their names stay. With ``emulate`` factors are rounded to fp8 and multiplied in
+    a wider type, on any device: for tests.
 
     Raises:
         UserError: the device has no fp8, torchao is not installed, or a matrix does not fit.

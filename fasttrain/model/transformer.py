@@ -350,13 +350,8 @@ class Transformer(nn.Module):
 def outline(config: TrainConfig, n_stored: int, source: object) -> Transformer:
     """Return a model without memory, for its shapes, of a config that may say anything.
 
-    Args:
-        config: as a file says that it is.
-        n_stored: how many numbers the file of its parameters holds.
-        source: where it is from, for the message.
-
-    Raises:
-        ConfigError: the rotary tables, which are in no file, would take more than the parameters.
+    Refuse rotary tables, which are in no file, that would be larger than the ``n_stored`` numbers
+    of its parameters.
     """
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=config.data.seq_len)

@@ -27,8 +27,6 @@ from fasttrain_kernels.cpu import is_supported, load
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["causal_attention", "is_fast_here"]
-
 _IS_SUPPORTED = is_supported()
 
 

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 
-__all__ = ["build", "fits", "run_blocks_on_cpu", "why_unfit"]
-
 _FOLDER = Path(__file__).parent
 _SOURCES = ("turns.h", "attention.cpp", "rows.h", "blocks.cpp")
 _KINDS = ("gelu", "relu2", "swiglu")
