@@ -23,11 +23,12 @@ def children(pid: int) -> list[int]:
 
 
 def compilers(pid: int) -> list[int]:
-    """Return the compilers and Inductor's workers of a run, without the git that it asks first."""
+    """Return the compilers and Inductor's workers of a run, without git and uname, which it asks first."""
     return [
         child
         for child in children(pid)
-        if (comm := Path(f"/proc/{child}/comm")).exists() and comm.read_text() != "git\n"
+        if (comm := Path(f"/proc/{child}/comm")).exists()
+        and comm.read_text().strip() not in ("git", "uname")
     ]
 
 

@@ -43,7 +43,7 @@ from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.run import resume as origin
+from fasttrain.run import resume as resuming
 from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder, check_disk
 from fasttrain.run.provenance import provenance
@@ -103,10 +103,10 @@ def run(
             # The run folder, and what is continued
             folder = RunFolder(config, name, resume, world)
             if folder.source is not None:
-                config, branch_of = origin.settle_branch(config, folder.source), None
+                config, branch_of = resuming.settle_branch(config, folder.source), None
             elif branch_of is not None:
-                config = origin.decaying_from(config, branch_of)
-                allow_change = (*allow_change, *origin.BRANCH_MAY_CHANGE)
+                config = resuming.decaying_from(config, branch_of)
+                allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
             trainer = _build(config, world, folder, allow_change, branch_of, stop_at_step)
             if stop_at_step is not None:
                 if stop_at_step <= trainer.state.step:
@@ -232,7 +232,7 @@ def _build(
             config = replace(config, eval=replace(config.eval, prompts=prompts))
         shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
-            state = origin.check_resumable(
+            state = resuming.check_resumable(
                 source, config, recorded["data"], allow_change, shape.samples * world.size
             )
             recorded["history"] = state["history"]
@@ -243,7 +243,7 @@ def _build(
             now = {**recorded["provenance"], "run.compile": mode}
             now["threads"] = torch.get_num_threads()
             exact = source is None or device.type == "cpu" or config.run.deterministic
-            if said := origin.made_otherwise(state, now, exact=exact):
+            if said := resuming.made_otherwise(state, now, exact=exact):
                 folder.warn(said)
     # The model, as the ranks hold it, and its optimizers
     precision = resolve_precision(config.run.dtype, device)
@@ -259,7 +259,7 @@ def _build(
         model = make().to(device)
     with world.failing_together():
         if config.model.init_from is not None and source is None:
-            origin.start_from(model, config.model.init_from)
+            resuming.start_from(model, config.model.init_from)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # what ranks draw from here on, for dropout, is their own
         torch.manual_seed(config.run.seed + world.rank)
@@ -306,13 +306,13 @@ def _build(
         try:
             trainer.load_checkpoint(source)
             if branch_of is not None:
-                origin.begin_branch(trainer.state, config, branch_of)
+                resuming.begin_branch(trainer.state, config, branch_of)
                 trainer.saver.saved_at = None
         except UserError:
             trainer.close()
             raise
         total = trainer.state.total_steps
-        jump = None if branch_of else origin.lr_jump(source, state, config, total)
+        jump = None if branch_of else resuming.lr_jump(source, state, config, total)
         if world.leads and jump:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left
