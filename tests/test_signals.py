@@ -1,5 +1,6 @@
 """Signals and limits end a run whole, in whatever phase they come (R10)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,13 +24,14 @@ def children(pid: int) -> list[int]:
 
 
 def compilers(pid: int) -> list[int]:
-    """Return the compilers and Inductor's workers of a run, without git and uname, which it asks first."""
-    return [
-        child
-        for child in children(pid)
-        if (comm := Path(f"/proc/{child}/comm")).exists()
-        and comm.read_text().strip() not in ("git", "uname")
-    ]
+    """Return the compilers and Inductor's workers of a run, without the programs it asks first."""
+
+    def name(child: int) -> str:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{child}/comm").read_text().strip()
+        return ""
+
+    return [child for child in children(pid) if name(child) not in ("", "git", "uname")]
 
 
 STOPPED_AT = {
