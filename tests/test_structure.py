@@ -17,6 +17,22 @@ PACKAGES = {
 NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 
 MAX_FILE_LINES = 800
+# Lines of Python and C++ that a folder may have, without those of the folders named below it.
+BUDGETS = {
+    "benchmarks": 3_690,
+    "fasttrain": 4_620,
+    "fasttrain/checkpoint": 1_380,
+    "fasttrain/config": 1_220,
+    "fasttrain/data": 2_150,
+    "fasttrain/data/prepare": 1_270,
+    "fasttrain/distributed": 910,
+    "fasttrain/engine": 3_000,
+    "fasttrain/log": 1_100,
+    "fasttrain/model": 2_050,
+    "fasttrain/preflight": 640,
+    "fasttrain/run": 1_240,
+    "kernels": 7_030,
+}
 
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of
 # the top folder are commands, which import what they like.
@@ -99,6 +115,18 @@ def package_of(module: str) -> str:
 def test_no_file_is_too_long(path):
     n_lines = len(path.read_text("utf-8").splitlines())
     assert n_lines <= MAX_FILE_LINES, f"{relative(path)} has {n_lines} lines; split it"
+
+
+def test_no_package_outgrows_its_budget():
+    lines = dict.fromkeys(BUDGETS, 0)
+    for top in ("fasttrain", "kernels", "benchmarks"):
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h") and not NOT_OURS & set(path.parts):
+                names = [path.parent, *path.parent.parents]
+                package = next(n for n in map(relative, names) if n in BUDGETS)
+                lines[package] += len(path.read_text("utf-8").splitlines())
+    over = {name: n for name, n in lines.items() if n > BUDGETS[name]}
+    assert not over, f"{over}: shorten what is there, or say why the budget is to grow"
 
 
 def trainer_modules() -> set[str]:
