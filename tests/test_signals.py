@@ -19,10 +19,6 @@ from tests.toy import ENV, ROOT, start, wait_until, write_config
 LIMIT_S = 300.0  # on a machine that does other things as well
 
 
-def children(pid: int) -> list[int]:
-    return signals._descendants(pid)
-
-
 def compilers(pid: int) -> list[int]:
     """Return the compilers and Inductor's workers of a run, without the programs it asks first."""
 
@@ -31,7 +27,7 @@ def compilers(pid: int) -> list[int]:
             return Path(f"/proc/{child}/comm").read_text().strip()
         return ""
 
-    return [child for child in children(pid) if name(child) not in ("", "git", "uname")]
+    return [child for child in signals._descendants(pid) if name(child) not in ("", "git", "uname")]
 
 
 STOPPED_AT = {
