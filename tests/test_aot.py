@@ -4,7 +4,6 @@ With ``-m soak`` all for all. They are compiled in a process of their own, where
 decorated for the compiler and not for the interpreter; all tests here read its report.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -109,12 +108,9 @@ SMALL_OPERANDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", params=["few", pytest.param("all", marks=pytest.mark.soak)])
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.soak)])
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """What is compiled costs; one run for all processes."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    report = shared / f"aot-{request.param}.json"
+    """What is compiled costs."""
     others = FEW if request.param == "few" else [case.name for case in aot.CASES]
     code = f"""
 import json
@@ -125,11 +121,7 @@ rows = aot.reports(["sm_90"], count=False)
 rows += aot.reports([name for name in aot.TARGETS if name != "sm_90"], 2, few, count=False)
 print(json.dumps([asdict(row) for row in rows]))
 """
-    with (shared / "aot.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not report.exists():
-            report.write_text(run_aot("-c", code, folder=base), "utf-8")
-    rows: list[Row] = json.loads(report.read_text("utf-8"))
+    rows: list[Row] = json.loads(run_aot("-c", code, folder=tmp_path_factory.mktemp("aot")))
     return rows
 
 

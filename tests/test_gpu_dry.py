@@ -19,11 +19,9 @@ TABLE: dict[str, Any] = json.loads(
     (ROOT / "benchmarks/results/nvidia-h100-compiled/gpu_dry.json").read_text("utf-8")
 )
 ENTRIES: dict[str, Any] = {e["name"]: e for e in TABLE["benchmarks"] if "skipped" not in e}
-# All tests in one worker, which compiles for all of them.
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which builds the device"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="needs torch's build for CPU"),
-    pytest.mark.xdist_group("gpu_dry"),
 ]
 
 

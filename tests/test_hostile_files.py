@@ -29,8 +29,6 @@ import pytest
 from tests.toy import ENV, ROOT, write_config
 from tests.toy_checkpoints import reseal
 
-pytestmark = pytest.mark.xdist_group("hostile files")  # all in one process
-
 N_CASES = {"checkpoint": 110, "hf": 80, "data": 80, "tokenizer": 60, "planted": 3}
 MAX_BYTES, MAX_CPU_S = 300 << 20, 5
 STUCK_S = 60.0  # of a case that waits for ever; a busy machine makes others slow

@@ -26,9 +26,6 @@ FIRST_LINE = "pip install -e . -c constraints.txt && python -m fasttrain.train c
 SECOND_LINE = 'pip install -e ".[test]" -c constraints.txt && pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-# One worker builds them for all tests of this file.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def project_files() -> set[str]:
     """What the project is made of: by git, or by the list in an unpacked sdist."""
