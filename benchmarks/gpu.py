@@ -72,10 +72,10 @@ def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
 
 def device_tests() -> list[str]:
     """Return the test files whose result depends on the device, but for those of this command."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    texts = {f.name: f.read_text("utf-8") for f in files if "test_benchmarks" not in f.name}
+    files = (f for f in (ROOT / "tests").rglob("test_*.py") if "test_benchmarks" not in f.name)
+    texts = {f.relative_to(ROOT).as_posix(): f.read_text("utf-8") for f in sorted(files)}
     return [
-        f"tests/{name}"
+        name
         for name, text in texts.items()
         if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text)
     ]

@@ -36,7 +36,7 @@ from collections.abc import Iterator  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from tests.toy import end_started  # noqa: E402
+from tests.support.toy import end_started  # noqa: E402
 
 with contextlib.suppress(ImportError):  # it needs expecttest, which a GPU machine may lack
     import torch.testing._internal.common_utils  # loads a hypothesis profile of its own

@@ -1,7 +1,8 @@
 """What is known of torch's private names, each with what happens where a version lacks it.
 
-No other file of this project reads one (tests/test_structure.py). Operators whose names begin with
-an underscore, such as ``torch._foreach_mul_``, are not meant: their schemas are kept compatible.
+No other file of this project reads one (tests/repo/test_structure.py). Operators whose names begin
+with an underscore, such as ``torch._foreach_mul_``, are not meant: their schemas are kept
+compatible.
 """
 
 import inspect

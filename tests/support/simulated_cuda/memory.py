@@ -15,7 +15,7 @@ from fasttrain.engine import memory
 from fasttrain.train import main
 from tests.support.simulated_cuda.shim import memory_limit, used
 from tests.support.simulated_cuda.training import CUDA, RUNS, TINY
-from tests.toy import ROOT, write_dataset
+from tests.support.toy import ROOT, write_dataset
 
 KEYS = [*TINY, *RUNS["gpt2"][1:], "run.device=cuda", "eval.batch_size=1"]
 KEYS += ["data.seq_len=64", "train.tokens_per_step=256"]

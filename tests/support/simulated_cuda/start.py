@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.toy import ENV, ROOT
+from tests.support.toy import ENV, ROOT
 
 __all__ = ["missing", "run_tests"]
 

@@ -28,9 +28,9 @@ from tests.support.simulated_cuda.shim import (
     waits,
 )
 from tests.support.simulated_cuda.training import RUNS, TINY
-from tests.toy import ROOT, wait_until, write_dataset
-from tests.toy_data import write_tokens
-from tests.toy_trainer import build
+from tests.support.toy import ROOT, wait_until, write_dataset
+from tests.support.toy_data import write_tokens
+from tests.support.toy_trainer import build
 
 MIB = 1 << 20
 

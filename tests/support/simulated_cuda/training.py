@@ -17,7 +17,7 @@ from fasttrain.generate import main as generate
 from fasttrain.preflight import kernels as kernel_check
 from fasttrain.preflight.__main__ import main as preflight
 from fasttrain.train import main
-from tests.toy import ROOT, write_dataset
+from tests.support.toy import ROOT, write_dataset
 
 CUDA = torch.device("cuda", 0)
 TINY = (

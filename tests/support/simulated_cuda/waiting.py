@@ -15,8 +15,8 @@ from fasttrain.config import load_config
 from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import waits
 from tests.support.simulated_cuda.training import RUNS, TINY
-from tests.toy import ROOT, write_dataset
-from tests.toy_trainer import build
+from tests.support.toy import ROOT, write_dataset
+from tests.support.toy_trainer import build
 
 # Where a value is read: of optimizers that are not ours the verdict on the step, on the host.
 READERS = {

@@ -1,0 +1,105 @@
+"""kernels/README.md: its example runs, its signatures are the real ones, its tests exist.
+
+That its table lists what is compiled is checked in test_aot.py, beside the compilation.
+"""
+
+import ast
+import copy
+import inspect
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import fasttrain_kernels
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "kernels/README.md").read_text("utf-8")
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def load(folder: Path) -> dict[str, Any]:
+    path = folder / "example.py"
+    path.write_text(EXAMPLE, "utf-8")
+    return runpy.run_path(str(path))
+
+
+def test_the_example_is_short_and_uses_four_ops() -> None:
+    lines = [line for line in EXAMPLE.splitlines() if line.strip()]
+    assert len(lines) <= 30
+    used = re.search(r"from fasttrain_kernels import (.*)", EXAMPLE)[1].split(", ")
+    assert len(used) >= 4
+    assert all(len(re.findall(rf"\b{name}\(", EXAMPLE)) >= 1 for name in used)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_the_example_trains_and_agrees_with_plain_torch(
+    path: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    namespace = load(tmp_path)
+    device = request.getfixturevalue("triton_device") if path == "triton" else "cpu"
+    torch.manual_seed(0)
+    plain = namespace["Model"](dim=16).to(device)
+    patched = copy.deepcopy(plain)
+    namespace["patch"](patched)
+    patched.to(device)
+    tokens, targets = torch.randint(131, (2, 2, 8)).to(device).unbind()
+    torch.testing.assert_close(patched(tokens, targets), plain(tokens, targets))
+    optimizer = fasttrain_kernels.FusedAdamW(patched.parameters(), lr=1e-2)
+    losses = [namespace["step"](patched, optimizer, tokens, targets) for _ in range(3)]
+    assert losses[-1] < losses[0] - 0.05
+    plain.load_state_dict(patched.state_dict())
+    torch.testing.assert_close(patched(tokens, targets), plain(tokens, targets))
+
+
+def test_N11_the_example_trains_with_a_frozen_parameter(tmp_path: Path) -> None:
+    namespace = load(tmp_path)
+    torch.manual_seed(0)
+    model = namespace["Model"](dim=16)
+    namespace["patch"](model)
+    model.embed.requires_grad_(False)  # its gradient is None
+    tokens, targets = torch.randint(131, (2, 2, 8)).unbind()
+    optimizer = fasttrain_kernels.FusedAdamW(model.parameters(), lr=1e-2)
+    losses = [namespace["step"](model, optimizer, tokens, targets) for _ in range(3)]
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_the_signatures_are_those_of_the_package() -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(\(.*\))` \|$", README, re.MULTILINE))
+    public = {n for n in fasttrain_kernels.__all__ if not n.endswith("_reference")}
+    assert set(listed) == public - {"GradNorm", "triton_on_cpu"}
+    for name, text in listed.items():
+        signature = inspect.signature(getattr(fasttrain_kernels, name))
+        empty = inspect.Parameter.empty
+        parameters = [p.replace(annotation=empty) for p in signature.parameters.values()]
+        bare = signature.replace(parameters=parameters, return_annotation=empty)
+        assert str(bare) == text, name
+
+
+def test_every_op_has_a_reference() -> None:
+    for name in ("cross_entropy", "linear_cross_entropy", "rms_norm", "swiglu", "relu_squared"):
+        assert callable(getattr(fasttrain_kernels, f"{name}_reference"))
+    for name in ("adamw", "grad_norm", "apply_rope", "newton_schulz", "symmetric_matmul"):
+        assert callable(getattr(fasttrain_kernels, f"{name}_reference"))
+
+
+def test_each_trap_names_tests_that_exist() -> None:
+    section = README.split("## What broke others")[1]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 25
+    defined: dict[str, set[str]] = {}
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", row)
+        assert named, f"no test guards: {row}"
+        for file, test in named:
+            if file not in defined:
+                tree = ast.parse(next(ROOT.glob(f"tests/*/{file}")).read_text("utf-8"))
+                defined[file] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+            assert test in defined[file], f"{file}::{test}"
+
+
+def test_nothing_is_claimed_that_was_not_measured() -> None:
+    assert "Speed on a GPU: not measured." in README
+    assert not re.search(r"TB/s|TFLOP|H100|H200", README)

@@ -1,0 +1,117 @@
+"""Compiled code, executed: the PTX of every kernel runs in an emulator, against fp64.
+
+A process beside this one holds the kernels, decorated for the compiler. Kernels with matrix
+products are those of sm_80, all others those of sm_90.
+"""
+
+import itertools
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.kernel_ops import LARGE_NAMES, SMALL_NAMES
+from tests.support.ptx import Fault, decode, encode, run_op
+
+KERNELS = {
+    "cross_entropy": ["cross_entropy_kernel"],
+    "linear_cross_entropy": ["cross_entropy_kernel", "_scale_kernel"],
+    "rms_norm": ["_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_sum_partials_kernel"],
+    "swiglu": ["_swiglu_fwd_kernel", "_swiglu_bwd_kernel"],
+    "relu_squared": ["_relu_squared_fwd_kernel", "_relu_squared_bwd_kernel"],
+    "apply_rope": ["_rope_kernel"],
+    "adamw": ["advance_kernel", "adamw_kernel"],
+    "grad_norm": ["_sum_squares_kernel", "_finish_kernel"],
+    "symmetric_matmul": ["_symmetric_kernel"],
+}
+NO_BARRIER = {"_scale_kernel", "_rope_kernel", "adamw_kernel"}
+NO_BARRIER |= {*KERNELS["swiglu"], *KERNELS["relu_squared"]}
+FIRST = list({name.split()[0]: name for name in reversed(SMALL_NAMES)}.values())
+# Of every kernel the first operation that launches it.
+PLANTED = {kernel: name for name in FIRST for kernel in KERNELS[name.split()[0]]}
+
+Run = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        yield lambda *arguments: pool.submit(run_op, *arguments).result()
+
+
+def test_every_kernel_is_among_them() -> None:
+    package = Path(__file__).parents[2] / "kernels/fasttrain_kernels"
+    source = "\n".join(path.read_text("utf-8") for path in package.glob("*.py"))
+    defined = set(re.findall(r"@triton\.jit\s+def (\w+_kernel)\(", source))
+    assert set(PLANTED) == defined
+
+
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_compiled_kernels_agree_with_fp64(run: Run, name: str) -> None:
+    assert set(run(name)) == set(KERNELS[name.split()[0]])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LARGE_NAMES)
+def test_compiled_kernels_agree_with_fp64_at_every_size(run: Run, name: str) -> None:
+    assert set(run(name)) <= set(KERNELS[name.split()[0]])
+
+
+@pytest.mark.parametrize("kernel", sorted(PLANTED.keys() - NO_BARRIER))
+def test_removed_barriers_are_found(run: Run, kernel: str) -> None:
+    with pytest.raises(Fault, match=f"{kernel}: race"):
+        run(PLANTED[kernel], kernel, r"bar\.sync\s+0;")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kernel", sorted(PLANTED.keys() - NO_BARRIER))
+def test_any_removed_barrier_is_found(run: Run, kernel: str) -> None:
+    for nth in itertools.count():
+        # Atomic groups: where there are no more, no other way to count them is tried.
+        pattern = rf"(?s)\A((?>.*?bar\.sync\s+0;){{{nth}}}(?>.*?(?=bar\.sync)))bar\.sync\s+0;"
+        try:
+            run(PLANTED[kernel], kernel, pattern, r"\1")
+        except Fault:
+            continue
+        except AssertionError as error:
+            if "is not there" not in str(error):
+                raise
+            break
+        pytest.fail(f"barrier {nth} of {kernel} may be missing")
+    assert nth > 0
+
+
+@pytest.mark.parametrize("access", ["ld", "st"])
+@pytest.mark.parametrize("kernel", sorted(PLANTED))
+def test_removed_masks_are_found(run: Run, kernel: str, access: str) -> None:
+    with pytest.raises(Fault, match=kernel):
+        run(PLANTED[kernel], kernel, rf"@!?%p\d+ ({access}\.global)", r"\1")
+
+
+def test_an_asynchronous_copy_that_is_not_waited_for_is_found(run: Run) -> None:
+    kernel = "_symmetric_kernel"
+    with pytest.raises((Fault, AssertionError), match="symmetric"):
+        run(PLANTED[kernel], kernel, r"cp\.async\.wait_group\s+\d+;")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_the_emulator_rounds_as_torch_does(kind: str) -> None:
+    """Ties, subnormal numbers, infinities and NaN included."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    bits = np.arange(0, 1 << 16, dtype=np.uint32)
+    halves = decode(bits.astype(np.uint16), kind)
+    assert np.array_equal(
+        halves, torch.from_numpy(bits.astype(np.int16)).view(dtype).float().numpy(), equal_nan=True
+    )
+    between = np.concatenate([bits << 16 | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    values = between.view(np.float32)
+    with np.errstate(over="ignore"):
+        ours = decode(encode(values, kind), kind)
+    wanted = torch.from_numpy(values).to(dtype).float().numpy()
+    assert np.array_equal(ours, wanted, equal_nan=True)

@@ -1,0 +1,412 @@
+"""The rules of the code base that no single test of behaviour can hold: sizes, imports, safety."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    "fasttrain": ROOT / "fasttrain",
+    "fasttrain_kernels": ROOT / "kernels/fasttrain_kernels",
+}
+NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
+
+MAX_FILE_LINES = 800
+# Lines of Python and C++ that a folder may have, without those of the folders named below it.
+BUDGETS = {
+    "benchmarks": 3_690,
+    "fasttrain": 4_620,
+    "fasttrain/checkpoint": 1_380,
+    "fasttrain/config": 1_220,
+    "fasttrain/data": 2_150,
+    "fasttrain/data/prepare": 1_270,
+    "fasttrain/distributed": 910,
+    "fasttrain/engine": 3_000,
+    "fasttrain/log": 1_100,
+    "fasttrain/model": 2_050,
+    "fasttrain/preflight": 640,
+    "fasttrain/run": 1_240,
+    "kernels": 7_030,
+}
+
+# The floors of fasttrain: what stands on one imports from those below alone. The other modules of
+# the top folder are commands, which import what they like.
+FLOORS = [
+    {"config"},
+    {"data", "device", "command"},
+    {"model", "log", "data.prepare"},
+    {"distributed", "report"},
+    {"checkpoint"},
+    {"engine", "generate"},
+    {"run", "hf", "objective", "library_state"},
+    {"library", "loop", "diagnosis", "verify_resume"},
+    {"preflight"},
+    {"train"},
+]
+HEIGHTS = {package: height for height, floor in enumerate(FLOORS) for package in floor}
+# What of outside the packages may import: config before torch is loaded.
+LIGHT = {"config", "command"}
+KERNELS_MAY_IMPORT = {"torch", "triton"}
+# The distributions whose import name is not their own.
+IMPORT_NAMES = {"liger-kernel": "liger_kernel"}
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    """Yield our own Python files under ``folder``: no virtual environments, caches or outputs."""
+    if (folder / "pyvenv.cfg").exists():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(".") and path.name not in NOT_OURS:
+            yield from python_files(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+FILES = list(python_files(ROOT))
+MODULES = {
+    ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for package, folder in PACKAGES.items()
+    for path in python_files(folder)
+}
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Return the full names that a module imports, wherever in it: ``a.b`` for a submodule b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                above = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
+    return found
+
+
+IMPORTS = {
+    name: imports_of(path.read_text("utf-8"), name, is_package=path.name == "__init__.py")
+    for name, path in MODULES.items()
+}
+
+
+def package_of(module: str) -> str:
+    """Return a name of `FLOORS`: ``data`` for ``fasttrain.data.loader``; "" for others."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:n]) for n in (2, 1)]
+    return next((name for name in names if name in HEIGHTS), "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_file_is_too_long(path):
+    n_lines = len(path.read_text("utf-8").splitlines())
+    assert n_lines <= MAX_FILE_LINES, f"{relative(path)} has {n_lines} lines; split it"
+
+
+def test_no_package_outgrows_its_budget():
+    lines = dict.fromkeys(BUDGETS, 0)
+    for top in ("fasttrain", "kernels", "benchmarks"):
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h") and not NOT_OURS & set(path.parts):
+                names = [path.parent, *path.parent.parents]
+                package = next(n for n in map(relative, names) if n in BUDGETS)
+                lines[package] += len(path.read_text("utf-8").splitlines())
+    over = {name: n for name, n in lines.items() if n > BUDGETS[name]}
+    assert not over, f"{over}: shorten what is there, or say why the budget is to grow"
+
+
+def trainer_modules() -> set[str]:
+    """Return what ``python -m fasttrain.train`` loads of fasttrain, by following the imports."""
+    reached, open_ends = {"fasttrain"}, ["fasttrain.train"]
+    while open_ends:
+        module = open_ends.pop()
+        if module in reached or module.split(".")[0] != "fasttrain":
+            continue
+        reached.add(module)
+        open_ends += IMPORTS[module] | {module.rpartition(".")[0]}
+    return reached
+
+
+def test_the_entry_point_loads_the_trainer_and_no_more():
+    modules = trainer_modules()
+    assert {
+        "fasttrain.engine.trainer",
+        "fasttrain.model.transformer",
+        "fasttrain.config",
+    } <= modules
+    assert not {"fasttrain.prepare"} & modules
+
+
+OURS = [name for name in MODULES if name.startswith("fasttrain.") and package_of(name)]
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_imports_lead_down(module):
+    own = package_of(module)
+    for name in IMPORTS[module]:
+        other = package_of(name)
+        if name.split(".")[0] == "fasttrain" and other != own:
+            # The package itself is the version and lazy names; it loads nothing.
+            assert name == "fasttrain" or HEIGHTS.get(other, 99) < HEIGHTS[own], (module, name)
+        elif own in LIGHT and name.split(".")[0] != "fasttrain":
+            assert name.split(".")[0] in sys.stdlib_module_names, (module, name)
+
+
+def test_packages_have_no_circles():
+    """Nor have the modules within a package."""
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " → ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for name in IMPORTS[module] & MODULES.keys():
+                if not MODULES[name].name.startswith("__init__"):
+                    visit(name, (*above, module))
+        done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert {package_of(name) for name in OURS} == set(HEIGHTS)
+
+
+def test_a_bad_config_is_found_before_torch_is_imported():
+    """The command line imports at module level nothing but the config and the standard library."""
+    tree = ast.parse(MODULES["fasttrain.train"].read_text("utf-8"))
+    top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    for name in imports_of(ast.unparse(top), "fasttrain.train"):
+        light = package_of(name) in LIGHT
+        assert light or name.split(".")[0] in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("fasttrain_kernels")])
+def test_kernels_can_be_vendored_under_any_name(module):
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    for node in ast.walk(tree):
+        absolute = []
+        if isinstance(node, ast.Import):
+            absolute = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            absolute = [node.module or ""]
+        for name in absolute:
+            root = name.split(".")[0]
+            assert root in KERNELS_MAY_IMPORT | sys.stdlib_module_names, f"{module}: {name}"
+
+
+# Operators are public, also where their names begin with an underscore.
+PRIVATE_TORCH = re.compile(
+    r"\b(?:torch|dist)(?:\.\w+)*\._(?!_|foreach_|fused_adamw_|amp_update_scale_)\w+"
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_known_of_torchs_private_names_lives_in_one_file(module):
+    if module != "fasttrain_kernels._torch":
+        source = ast.unparse(ast.parse(MODULES[module].read_text("utf-8")))
+        names = [*re.finditer(PRIVATE_TORCH, source)]
+        assert [n[0] for n in names if not n[0].endswith("._dynamo")] == []
+
+
+def test_nothing_imports_the_entry_point():
+    for module, names in IMPORTS.items():
+        assert "fasttrain.train" not in names, module
+        assert not any(name.startswith("fasttrain.train.") for name in names), module
+
+
+def test_every_package_imported_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *(r for n in extras if n != "test" for r in extras[n])]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | set(PACKAGES)
+    for module, imported in IMPORTS.items():
+        foreign = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+        assert foreign <= known, f"{module} imports {foreign - known}: declare it in pyproject.toml"
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
+    open_ends: list[ast.AST] = [tree]
+    while open_ends:
+        node = open_ends.pop()
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            arguments = node.args
+            open_ends += [*arguments.defaults, *(d for d in arguments.kw_defaults if d)]
+            if not isinstance(node, ast.Lambda):
+                open_ends += node.decorator_list
+        else:
+            open_ends += ast.iter_child_nodes(node)
+
+
+SIDE_EFFECTS = re.compile(
+    r"os\.(environ|getenv|putenv)\b"
+    r"|torch\.(cuda|accelerator|distributed)\.\w+\("
+    r"|torch\.(set_|use_deterministic|manual_seed|compile\b)"
+    r"|triton\.runtime\.driver"
+    r"|logging\.(basicConfig|getLogger\(\)|disable)"
+    r"|warnings\.(filterwarnings|simplefilter)"
+    r"|signal\.signal\("
+)
+
+
+def import_time_faults(source: str) -> list[str]:
+    """Return what a module does on import beyond defining things."""
+    tree = ast.parse(source)
+    modules = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    faults = []
+    for node in run_at_import(tree):
+        if isinstance(node, ast.Call | ast.Attribute) and SIDE_EFFECTS.match(ast.unparse(node)):
+            faults.append(ast.unparse(node))
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            # An assignment to an attribute of an imported module is a monkey-patch.
+            base = ast.unparse(target).split(".")[0].split("[")[0]
+            if isinstance(target, ast.Attribute | ast.Subscript) and base in modules:
+                faults.append(ast.unparse(node))
+    return faults
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_has_no_side_effects(module):
+    assert import_time_faults(MODULES[module].read_text("utf-8")) == []
+
+
+UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+UNSAFE_CALLS = {"eval", "exec", "os.system"}
+PICKLING_CALLS = {"torch.load", "torch.save", "torch.jit.load"}
+UNSAFE_OPTIONS = {"weights_only": "False", "allow_pickle": "True", "shell": "True"}
+
+
+def unsafe_uses(source: str, *, shipped: bool = True) -> list[str]:
+    """Return what could execute code held in a file that is read.
+
+    Args:
+        source: the text of a module.
+        shipped: whether it is part of a package. What is not may pickle its own objects, to compare
+            with it or to see that others can, and load tensors with ``weights_only=True``.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        unsafe = False
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = getattr(node, "module", None) or ""
+            names = {alias.name for alias in node.names}
+            roots = {name.split(".")[0] for name in {*names, base}}
+            unsafe = shipped and bool(roots & UNSAFE_IMPORTS)
+            unsafe |= bool({f"{base}.{name}" for name in names} & (UNSAFE_CALLS | PICKLING_CALLS))
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            unsafe = name in UNSAFE_CALLS or (shipped and name in PICKLING_CALLS)
+            unsafe |= name == "torch.load" and options.get("weights_only") != "True"
+            unsafe |= any(options.get(k) == value for k, value in UNSAFE_OPTIONS.items())
+        if unsafe:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nothing_read_is_ever_executed(path):
+    shipped = path in MODULES.values()
+    assert unsafe_uses(path.read_text("utf-8"), shipped=shipped) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nDEBUG = os.environ.get('DEBUG')",
+        "import os\nclass A:\n    debug = os.getenv('DEBUG')",
+        "import torch\nHAS_GPU = torch.cuda.is_available()",
+        "import torch\ndef f(device=torch.cuda.current_device()): ...",
+        "import torch\ntorch.set_float32_matmul_precision('high')",
+        "import torch\nif True:\n    torch.backends.cuda.matmul.allow_tf32 = True",
+        "import torch\n@torch.compile\ndef f(): ...",
+        "import logging\nlogging.basicConfig()",
+    ],
+)
+def test_the_checker_sees_import_time_faults(source):
+    assert import_time_faults(source)
+
+
+def test_the_checker_allows_definitions():
+    source = """
+import os, torch
+LIMIT = 3
+kinds = {torch.float32: 4}
+class A:
+    width = 3
+    def f(self):
+        self.x = os.environ["X"]
+        return torch.cuda.is_available()
+handler = lambda: torch.cuda.synchronize()
+if __name__ == "__main__":
+    os.environ["X"] = "1"
+"""
+    assert import_time_faults(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import load",
+        "import torch\ndef f(p):\n    return torch.load(p)",
+        "from torch import load",
+        "f(weights_only=False)",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "exec(text)",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+    ],
+)
+def test_the_checker_sees_unsafe_uses(source):
+    assert unsafe_uses(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "n_faults"),
+    [
+        ("import pickle\npickle.loads(pickle.dumps(x))", 0),
+        ("import torch\ntorch.save(x, b)\ntorch.load(b, weights_only=True)", 0),
+        ("import torch\ntorch.load(b)", 1),
+        ("import torch\ntorch.load(b, weights_only=False)", 1),
+        ("np.load(b, allow_pickle=True)\nexec(text)", 2),
+    ],
+)
+def test_tests_and_benchmarks_may_pickle_only_their_own(source, n_faults):
+    assert len(unsafe_uses(source, shipped=False)) == n_faults
+
+
+def test_the_checker_allows_safe_look_alikes():
+    source = (
+        "import torch\nmodel.eval()\ntorch.compile(f)\nsafetensors.torch.load(b)\nre.compile('x')"
+    )
+    assert unsafe_uses(source) == []
+
+
+def test_imports_are_resolved():
+    source = "from . import step\nfrom ..data.loader import Loader\nimport torch.nn.functional as F"
+    found = imports_of(source, "fasttrain.engine.trainer")
+    assert found == {"fasttrain.engine.step", "fasttrain.data.loader", "torch.nn.functional"}
+    assert imports_of("from . import device", "fasttrain", is_package=True) == {"fasttrain.device"}
+    assert imports_of("from fasttrain import __version__", "fasttrain.x") == {"fasttrain"}

@@ -1,0 +1,103 @@
+"""The command ``fasttrain``: its commands are those of ``python -m fasttrain.NAME``."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fasttrain
+from fasttrain.__main__ import COMMANDS, main, module_of
+from tests.support.toy import ENV, start, wait_until, write_config
+
+SCRIPT = """
+import sys
+from fasttrain.__main__ import main
+sys.argv[0] = "/usr/bin/fasttrain"
+sys.exit(main())
+"""
+WAYS = {
+    "module": ["-m", "fasttrain.train"],
+    "package": ["-m", "fasttrain", "train"],
+    "script": ["-c", SCRIPT, "train"],
+}
+
+
+def test_N10_alone_it_lists_commands_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        monkeypatch.setattr(sys, "argv", ["fasttrain", *arguments])
+        assert main() == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        for name in COMMANDS:
+            assert f"\n  {name} " in out
+    for name in COMMANDS:
+        assert callable(module_of(name).main)
+
+
+def test_N10_it_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"fasttrain {fasttrain.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("trian", "did you mean train?"), ("zzz", f"there are {', '.join(COMMANDS)}")],
+)
+def test_N10_an_unknown_command_is_refused_with_the_nearest(
+    name: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fasttrain", name])
+    assert main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: fasttrain {name}: there is no such command; {hint}\n"
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_N10_every_way_in_refuses_alike_and_shows_how_it_was_called(
+    way: list[str], tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-X", "importtime", *way, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+
+    refused = run("base", "optim.lr=x")
+    assert refused.returncode == 2
+    assert "error: optim.lr = " in refused.stderr
+    shown = run("--help")
+    assert shown.returncode == 0
+    name = "fasttrain train" if way[0] == "-c" else "python -m fasttrain.train"
+    assert shown.stdout.startswith(f"usage: {name} [-h] ")
+    for process in (refused, shown):
+        imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+        assert "tomllib" in imported
+        assert not imported & {"torch", "numpy", "rich"}
+
+
+def test_N10_a_signal_ends_a_run_of_the_package_with_a_checkpoint(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    process = start("fasttrain", "train", config, "train.steps=1000000", cwd=tmp_path)
+    log = tmp_path / "runs/toy/metrics.jsonl"
+    wait_until(lambda: process.poll() is not None or (log.exists() and log.stat().st_size))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 75, out + err
+    assert (tmp_path / "runs/toy/checkpoints/latest").exists()
+
+
+def test_N10_a_rank_that_failed_leaves_as_that_of_the_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "train", "base"])
+    monkeypatch.setattr("fasttrain.train.main", lambda arguments: len(arguments))
+    monkeypatch.setattr("fasttrain.train.leave", left.append)
+    assert main() == 1
+    assert left == [1]

@@ -1,0 +1,456 @@
+"""Going on from a checkpoint: only from one that fits (R24), past damage (R14), provably."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fasttrain import checkpoint, verify_resume
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
+from fasttrain.config import UserError, load_config
+from fasttrain.data.format import write_dataset_json
+from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.run import run as session
+from fasttrain.run.folder import run_dir_of
+from fasttrain.run.resume import check_resumable, made_otherwise
+from fasttrain.train import main
+from tests.support.faults import flip_bit
+from tests.support.toy import write_config
+from tests.support.toy_checkpoints import save
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped at step 2; tests that go on from it copy it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = write_config(folder)
+    command = [str(config), "run.name=a", f"run.out_dir={folder / 'runs'}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    return folder
+
+
+REFUSED = {
+    "length": (["data.seq_len=8"], "data.seq_len: 16 → 8"),
+    "horizon": (["train.steps=13"], "train.steps: 12 → 13"),
+    "seed": (["run.seed=8"], "run.seed: 7 → 8"),
+    "model": (["model.n_layers=1"], "model.n_layers: 2 → 1"),
+    "optimizer": (["optim.name=muon"], "optim.name: adamw → muon"),
+    "learning rate": (["optim.lr=1e-4"], "optim.lr: 0.003 → 0.0001"),
+    "schedule": (["schedule.name=linear"], "schedule.name: cosine → linear"),
+    "batch": (["train.micro_batch=2"], "train.micro_batch: 4 → 2"),
+    "accumulation": (["train.tokens_per_step=128"], "train.tokens_per_step: none → 128"),
+    "precision": (["run.dtype=bf16"], "run.dtype: fp32 → bf16"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED.values(), ids=REFUSED)
+def test_R24_a_changed_setting_is_refused_and_named(
+    changes: list[str], expected: str, stopped: Path, capsys: Capture
+) -> None:
+    before = sorted(stopped.rglob("*"))
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    assert main([*command, *changes, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "--allow-change" in error
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_R24_every_difference_is_named_at_once(stopped: Path, capsys: Capture) -> None:
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    changes = ["optim.lr=1e-4", "model.dim=64", "run.seed=1"]
+    assert main([*command, *changes, "--resume", "auto", "--allow-change", "run.seed"]) == 2
+    error = capsys.readouterr().err
+    assert "optim.lr: 0.003 → 0.0001; " in error or "; optim.lr: 0.003 → 0.0001" in error
+    assert "model.dim: 32 → 64" in error
+    assert "run.seed" not in error
+
+
+def write_two_shards(folder: Path, texts: tuple[bytes, bytes], n_special: int = 0) -> None:
+    """Write a dataset whose training split is two files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([f"<{n}>" for n in range(n_special)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = end_of_text_id(tokenizer)
+    splits = {}
+    for split, parts in (("train", texts), ("val", (b"alpha beta " * 9,))):
+        writer = ShardWriter(
+            folder, split, vocab_size=tokenizer.get_vocab_size(), shard_tokens=len(texts[0]) + 1
+        )
+        for part in parts:
+            ids = np.array([*tokenizer.encode(part.decode()).ids, end])
+            writer.write(ids, [len(ids)])
+        splits[split] = (writer.close(), sum(map(len, parts)))
+    write_dataset_json(
+        folder,
+        vocab_size=tokenizer.get_vocab_size(),
+        end_of_text=end,
+        splits=splits,
+        source={"made by": "tests"},
+    )
+
+
+A, B, C = b"alpha beta " * 40, b"gamma delta" * 40, b"gamma Delta" * 40
+
+
+@pytest.mark.parametrize(
+    ("texts", "n_special", "expected"),
+    [
+        ((B, A), 0, "data.train.shards: the same files in another order"),
+        ((A, C), 0, "data.train.shards: file 2 of 2: "),
+        ((A, B + B), 0, "data.train.shards: 2 files → 3 files"),
+        ((A, B), 1, "data.train.tokenizer: "),
+    ],
+    ids=["order", "contents", "number", "tokenizer"],
+)
+def test_R24_changed_data_are_refused_and_named(
+    texts: tuple[bytes, bytes], n_special: int, expected: str, toy: Path, capsys: Capture
+) -> None:
+    data = toy.parent / "data"
+    command = [str(toy), "run.name=a", "model.vocab_size=384", "train.steps=3"]
+    write_two_shards(data, (A, B))
+    assert main([*command, "--stop-at-step", "1"]) == 75
+    write_two_shards(data, texts, n_special)
+    assert main([*command, "--resume", "auto"]) == 2
+    assert expected in capsys.readouterr().err
+    write_two_shards(data, (A, B))
+    moved = data.rename(toy.parent / "elsewhere")  # the same data at another place are the same
+    assert main([*command, f"data.path={moved}", "--resume", "auto"]) == 0
+
+
+def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    allowed = ["--resume", "auto", "--allow-change", "train.steps"]
+    assert main([str(toy), "train.steps=14", "--stop-at-step", "3", *allowed]) == 75
+    lower = ["optim.lr=1e-4", "train.steps=14", "--resume", "auto", "--allow-change", "optim.lr"]
+    assert main([str(toy), *lower]) == 0
+    path = checkpoint.resolve(toy.parent / "runs/toy", "latest")
+    history = json.loads((path / "state.json").read_text())["history"]
+    assert [(c["step"], c["key"], c["old"], c["new"]) for c in history] == [
+        (2, "train.steps", "12", "14"),
+        (3, "optim.lr", "0.003", "0.0001"),
+    ]
+    capsys.readouterr()
+    assert checkpoint_main([str(toy.parent / "runs/toy")]) == 0
+    shown = capsys.readouterr().out
+    assert "changed at step 2: train.steps: 12 → 14" in shown
+    assert "changed at step 3: optim.lr: 0.003 → 0.0001" in shown
+
+
+@pytest.mark.parametrize(
+    ("deciding", "changed"),
+    [
+        (["eval.patience=50"], "eval.every_steps=2"),
+        (["schedule.name=plateau"], "eval.batch_size=2"),
+        (["eval.patience=50"], "eval.patience=51"),
+    ],
+)
+def test_R24_evaluations_that_decide_may_not_change(
+    toy: Path, deciding: list[str], changed: str, capsys: Capture
+) -> None:
+    command = [str(toy), "eval.every_steps=1", *deciding]
+    assert main([*command, "run.name=a", "--stop-at-step", "1"]) == 75
+    assert main([*command, "run.name=a", changed, "--resume", "auto"]) == 2
+    assert changed.partition("=")[0] in capsys.readouterr().err
+    plain = [str(toy), "eval.every_steps=1", "run.name=b"]
+    assert main([*plain, "--stop-at-step", "1"]) == 75
+    assert main([*plain, "eval.every_steps=2", "--stop-at-step", "2", "--resume", "auto"]) == 75
+
+
+def test_R24_a_key_that_is_none_is_refused(stopped: Path, capsys: Capture) -> None:
+    command = [str(stopped / "toy.toml"), "run.name=a", f"run.out_dir={stopped / 'runs'}"]
+    assert main([*command, "--resume", "auto", "--allow-change", "optim.learning"]) == 2
+    assert "--allow-change optim.learning" in capsys.readouterr().err
+
+
+def test_R14_resuming_passes_over_damage_loudly_and_a_named_checkpoint_errors(
+    toy: Path, capsys: Capture
+) -> None:
+    whole = [str(toy), "checkpoint.every_steps=2", "train.steps=8", "checkpoint.keep_last=4"]
+    assert main([*whole, "run.name=whole"]) == 0
+    assert main([*whole, "run.name=a", "--stop-at-step", "6"]) == 75
+    checkpoints = toy.parent / "runs/a/checkpoints"
+    flip_bit(checkpoints / "step-00000006/optimizer.safetensors", 9999)
+    (checkpoints / "step-00000004/state.json").unlink()
+    named = str(checkpoints / "step-00000006")
+    capsys.readouterr()
+    assert main([*whole, "run.name=a", "--resume", named]) == 2
+    assert "optimizer.safetensors: damaged" in capsys.readouterr().err
+    assert main([*whole, "run.name=a", "--resume", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("passing over a damaged checkpoint") == 2
+    assert "step-00000006/optimizer.safetensors" in shown
+    assert "step-00000004/state.json" in shown
+    assert "at step 2" in shown
+    pair = (toy.parent / "runs" / name for name in ("whole", "a"))
+    assert verify_resume.first_difference(*pair)[0] is None
+
+
+def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    manifest = toy.parent / "runs/toy/checkpoints/step-00000002/manifest.json"
+    manifest.write_text("")
+    capsys.readouterr()
+    assert main([str(toy), "--resume", "auto"]) == 2
+    assert "its only checkpoint does not verify" in capsys.readouterr().err
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
+    wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
+    assert main(wsd) == 0
+    capsys.readouterr()
+    longer = [*wsd[:2], "train.steps=12", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*longer, "--stop-at-step", "7"]) == 75
+    shown = capsys.readouterr().out
+    assert "the learning rate of step 7 is 0.003, and was to be 0:" in shown
+    assert "--decay-from CHECKPOINT" in shown
+    assert "schedule.name=constant" in shown
+    assert train_rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
+    muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.muon_lr=0.02"]
+    assert main(muon) == 0
+    capsys.readouterr()
+    assert main([*muon, *longer[2:]]) == 0
+    shown = capsys.readouterr().out
+    assert "the learning rate of step 7 is 0.02, and was to be 0:" in shown
+    assert "schedule.name=constant optim.muon_lr=…" in shown
+    # Nothing is told where nothing jumps, nor where the rate itself was named.
+    small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
+    assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
+    constant = ["schedule.name=constant", "optim.lr=1e-4", "--allow-change", "schedule.name"]
+    assert main([str(toy), *small, *constant, "--allow-change", "optim.lr"]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+
+
+# ---- N19: --resume auto in a job script ----------------------------------------------------------
+
+
+def killed_before_its_first_checkpoint(run_dir: Path) -> None:
+    """Leave what such a run leaves."""
+    (run_dir / "checkpoints/.tmp-step-00000004-77").mkdir(parents=True)
+    (run_dir / "config.toml").write_text("[train]\nsteps = 99\n")
+    rows = '{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "train", "step": 2, "loss": 8.0}\n'
+    (run_dir / "metrics.jsonl").write_text(rows)
+    (run_dir / "train.csv").write_text("step,loss\n1,9.0\n2,8.0\n")
+
+
+def test_N19_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_it(
+    toy: Path, capsys: Capture
+) -> None:
+    command = [str(toy), "run.name=a", "--resume", "auto"]
+    assert main([*command, "data.path=nowhere"]) == 2
+    assert not list((toy.parent / "runs").iterdir())  # a run that never began leaves nothing
+    assert main([*command, "--stop-at-step", "4"]) == 75
+    shown = capsys.readouterr().out
+    assert "nothing to resume, runs/a holds no checkpoint yet: starting a new run" in shown
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "nothing to resume" not in shown
+    assert "step-00000004 at step 4" in shown
+    assert [row["step"] for row in train_rows(toy.parent / "runs/a")] == list(range(1, 13))
+
+
+def train_rows(run_dir: Path) -> list[dict[str, object]]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
+    toy: Path, capsys: Capture
+) -> None:
+    run_dir = toy.parent / "runs/toy"
+    killed_before_its_first_checkpoint(run_dir)
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(toy), "--resume", "auto", "data.path=nowhere"]) == 2
+    assert [p for p in sorted(run_dir.rglob("*")) if p.name not in (".lock", "train.log")] == before
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert main([str(toy), "log.csv=true", "train.steps=3", "--resume", "auto"]) == 0
+    told = "nothing to resume, runs/toy holds no checkpoint yet: starting over in this folder"
+    assert told in capsys.readouterr().out
+    assert [row["step"] for row in train_rows(run_dir)] == [1, 2, 3]
+    table = (run_dir / "train.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in table] == ["step", "1", "2", "3"]
+    assert "steps = 3" in (run_dir / "config.toml").read_text()
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize("lost", ["manifests", "checkpoints", "folder"])
+def test_N19_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
+    toy: Path, capsys: Capture, lost: str
+) -> None:
+    assert main([str(toy), "--stop-at-step", "2"]) == 75
+    checkpoints = toy.parent / "runs/toy/checkpoints"
+    if lost == "manifests":
+        (checkpoints / "step-00000002/manifest.json").write_text("")
+    else:
+        shutil.rmtree(checkpoints / "step-00000002" if lost == "checkpoints" else checkpoints)
+    log = (toy.parent / "runs/toy/metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main([str(toy), "--resume", "auto"]) == 2
+    told = "its only checkpoint does not verify" if lost == "manifests" else "holds no checkpoint"
+    assert told in capsys.readouterr().err
+    assert (toy.parent / "runs/toy/metrics.jsonl").read_text() == log
+    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
+
+
+def test_N19_of_several_folders_the_last_that_was_saved_is_meant(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = toy.parent / "runs"
+
+    def meant(name: str | None = None) -> str:
+        overrides = [] if name is None else [f"run.name={name}"]
+        return run_dir_of(load_config(toy, overrides), "toy", "auto").name
+
+    assert (meant(), meant("b")) == ("toy", "b")
+    for name in ("toy", "toy-2", "toy-3"):
+        killed_before_its_first_checkpoint(runs / name)
+    assert meant() == "toy-3"
+    (runs / "toy/checkpoints/step-00000004").mkdir()
+    assert meant() == "toy"
+    (runs / "toy-2/checkpoints/latest").write_text("step-00000004")
+    assert (meant(), meant("toy-3")) == ("toy-2", "toy-3")
+
+
+def test_the_summary_of_a_resumed_run_counts_its_own_steps(toy: Path, capsys: Capture) -> None:
+    assert main([str(toy), "--stop-at-step", "4"]) == 75
+    assert "over 4 steps" in capsys.readouterr().out
+    assert main([str(toy), "--resume", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "over 8 steps" in shown
+    assert "with what came before" in shown
+
+
+# ---- --verify-resume -----------------------------------------------------------------------------
+
+
+def test_verify_resume_proves_it_and_leaves_nothing(toy: Path, capfd: Capture) -> None:
+    assert main([str(toy), "model.dropout=0.1", "--verify-resume", "5"]) == 0
+    shown = capfd.readouterr().out
+    assert "resuming is exact: 5 losses" in shown
+    assert not (toy.parent / "runs").exists()
+
+
+def test_verify_resume_tells_the_first_difference(
+    toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, determinism: None
+) -> None:
+    def trained_here(arguments: list[str]) -> tuple[int, str]:
+        assert "run.deterministic=true" in arguments  # C1: else no GPU could pass
+        if "--resume" in arguments:
+            arguments = [*arguments, "optim.lr=1e-4", "--allow-change", "optim.lr"]
+        return main(arguments), ""
+
+    monkeypatch.setattr(verify_resume, "_train", trained_here)
+    short = [str(toy), "train.steps=none", "train.tokens=192", "--verify-resume", "8"]
+    assert main(short) == 2
+    assert "the run's own end comes first" in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
+    assert main([str(toy), "--verify-resume", "4"]) == 1
+    shown = capfd.readouterr().out
+    assert "RESUMING IS NOT EXACT: first difference: loss of step 4: 0x1." in shown
+    (kept,) = (toy.parent / "runs").iterdir()
+    assert str(kept.relative_to(toy.parent)) in shown
+    one, two = kept / "one", kept / "two"
+    for run_dir in (one, two):
+        log = (run_dir / "metrics.jsonl").read_text()
+        (run_dir / "metrics.jsonl").write_text("".join(log.splitlines(keepends=True)[:3]))
+    difference = verify_resume.first_difference(one, two)[0]
+    assert difference is not None
+    assert difference.startswith("model.")
+    assert "SHA-256" in difference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--verify-resume", "1"], "at least 2"),
+        (["--verify-resume", "13"], "the run has 12 steps"),
+        (["train.steps=none", "train.hours=1", "--verify-resume", "4"], "train.hours"),
+    ],
+)
+def test_verify_resume_refuses_what_it_cannot_do(
+    toy: Path, arguments: list[str], expected: str, capfd: Capture
+) -> None:
+    assert main([str(toy), *arguments]) == 2
+    assert expected in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
+
+
+def test_C1_a_deterministic_run_says_so_to_torch_before_cuda_starts(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, determinism: None
+) -> None:
+    seen = []
+
+    def resolve_device(name: str) -> torch.device:
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        seen.append((torch.are_deterministic_algorithms_enabled(), workspace))
+        raise UserError("no more of it")
+
+    monkeypatch.setattr(session, "resolve_device", resolve_device)
+    assert main([str(toy)]) == main([str(toy), "run.deterministic=true"]) == 2
+    assert seen == [(False, None), (True, ":4096:8")]
+    with pytest.raises(UserError, match=r"speed of the moment; use run\.compile=auto"):
+        load_config(toy, ["run.deterministic=true", "run.compile=max-autotune"])
+
+
+def test_verify_resume_is_of_one_process(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(toy), "--verify-resume", "4"]) == 2
+    assert "one of 2 processes; start it without torchrun" in capfd.readouterr().err
+    assert not (toy.parent / "runs").exists()
+
+
+def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
+    now = {"torch": "2.13", "commit": "b" * 40, "uncommitted_changes": True, "command": "x"}
+    now |= {"run.compile": "off", "threads": 1}
+    state = {"torch": "2.13", "threads": 1}
+    # Of a checkpoint from before the rest was noted.
+    assert made_otherwise(state, now, exact=True) is None
+    assert made_otherwise({**state, "provenance": 3}, now, exact=True) is None
+    assert made_otherwise({**state, "provenance": {**now, "command": "y"}}, now, exact=True) is None
+    assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now, exact=True) is None
+    told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now, exact=False)
+    assert told is not None
+    assert "made otherwise: torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1: " in told
+    told = made_otherwise(state, now, exact=False)  # C1: on a GPU
+    assert told is not None
+    assert "run.deterministic=true makes it exact" in told
+    before = {"provenance": {"commit": "a" * 40, "uncommitted_changes": False}}
+    told = made_otherwise(before, now, exact=True)
+    assert told is not None
+    assert f"commit {'a' * 12}… → {'b' * 12}…; uncommitted_changes False → True: " in told
+
+
+def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:
+    source = save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"no run to go on with.*model\.init_from="):
+        check_resumable(source, load_config(source / "config.toml"), {}, (), 4)
+
+
+def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stopped: Path) -> None:
+    source = checkpoint.resolve(stopped / "runs/a")
+    config = load_config(source / "config.toml")
+    data = json.loads((source / "state.json").read_text())["data"]
+    assert check_resumable(source, config, data, (), 4)["history"] == []
+    with pytest.raises(UserError, match=r"train.tokens_per_step: a step took 4 samples.* 8"):
+        check_resumable(source, config, data, (), 8)
+    allowed = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
+    [change] = allowed["history"]
+    assert (change["key"], change["old"], change["new"]) == ("train.tokens_per_step", "4", "8")

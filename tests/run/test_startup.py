@@ -1,0 +1,109 @@
+"""What start-up costs: which modules are loaded when, and that compiled code is found again."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.model.runtime import compile_cache_use, compile_function, keep_compiled
+from tests.support.toy import ENV
+
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
+
+
+def modules_after(code: str) -> list[set[str]]:
+    """Return what a fresh process has loaded after ``code``, and before where that prints it."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    shown = subprocess.check_output([sys.executable, "-c", script], env=ENV, text=True)
+    return [set(line.split()) for line in shown.splitlines()]
+
+
+def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler() -> None:
+    """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
+    code = """
+import fasttrain.run.run
+from fasttrain.model.runtime import compile_cache_use
+assert compile_cache_use() is None
+print(*sys.modules)
+import torch
+from fasttrain_kernels import FusedAdamW, Muon
+from fasttrain_kernels._torch import spare_compiler
+spare_compiler()
+p = torch.ones(3, 3, requires_grad=True)
+for kind in (FusedAdamW, Muon):
+    optimizer = kind([p], lr=0.1)
+    p.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert p.grad is None and p[0, 0] < 1
+"""
+    loaded, trained = modules_after(code)
+    assert "fasttrain.engine.trainer" in loaded
+    unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
+    assert not loaded & {
+        *unwanted,
+        "fasttrain.preflight",
+        "fasttrain.engine.memory",
+        "fasttrain.report",
+    }
+    assert not trained & {"torch._dynamo", "torch._inductor"}
+
+
+def test_a_config_is_read_without_torch() -> None:
+    (loaded,) = modules_after("import fasttrain.train, fasttrain.preflight, fasttrain.config")
+    assert not loaded & {"torch", "numpy", "rich", "tokenizers"}
+
+
+def test_N10_the_command_lists_its_commands_without_the_config() -> None:
+    (loaded,) = modules_after("import fasttrain.__main__")
+    assert not loaded & {"torch", "argparse", "fasttrain.config"}
+
+
+def test_compiled_code_is_kept_where_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    for capability in ("AVX2", "AVX512"):  # of one, code found by the other computes wrongly
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        keep_compiled(tmp_path)
+        kept.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+        assert kept[-1].parent == tmp_path
+    assert kept[0] != kept[1]
+    keep_compiled(tmp_path / "other")  # what is set stands
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept[1])
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_the_second_compilation_comes_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert compile_cache_use() is None
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return (x.sin() * 3).sum()
+
+    x = torch.linspace(0, 1, 100)
+    first = compile_function(f, "default")(x)
+    assert compile_cache_use() == "cold"
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(compile_function(f, "default")(x), first)
+    assert compile_cache_use() == "warm"
+    assert any(tmp_path.rglob("*.so"))

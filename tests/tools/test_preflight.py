@@ -1,0 +1,404 @@
+"""What is told before a run: sizes, memory, warnings; the automatic micro-batch; the commands."""
+
+import math
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
+from fasttrain.data.loader import Loader
+from fasttrain.device import resolve_precision
+from fasttrain.engine import memory
+from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_of, warnings_of_data
+from fasttrain.engine.step import TrainStep
+from fasttrain.log import metrics
+from fasttrain.model.transformer import Transformer, flops_constants
+from fasttrain.preflight import plan as preflight_plan
+from fasttrain.preflight.__main__ import main
+from fasttrain.preflight.plan import diagnose_run, preflight
+from fasttrain.run.run import open_splits
+from fasttrain.train import main as train_main
+from tests.support.toy import start, write_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    return write_config(tmp_path)
+
+
+def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
+    lines: list[str] = []
+    assert preflight(load_config(config_path), show=lines.append)
+    text = "\n".join(lines)
+    told = {line.split()[0]: line for line in lines}
+    # 2 layers of 12·32² in matrices (SwiGLU: 3·32·128 of 4·32²), the head and the table of 320·32.
+    assert "matrix products" in told["model"]
+    assert "4,001 tokens to train on, 501 to validate; vocabulary 320" in told["data"]
+    assert "64 tokens: 1 × 4 rows × 16" in told["step"]
+    assert "12 steps, 768 tokens, 0.19 epochs" in told["run"]
+    for category in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers"):
+        assert f"    {category}" in text
+    assert "measured" in told
+    assert "MFU n/a (compile off" in told["speed"]
+    assert "of steps, without evaluation and saves" in told["time"]
+
+
+def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
+
+    config, train, _ = open_splits(load_config(config_path), print)
+    plan = plan_run(config, train)
+    model = Transformer(config.model, seq_len=16)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.flops_per_token == metrics.flops_per_token(**flops_constants(model), seq_len=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batching": "sliding"},
+        {"batching": "sliding", "stride_tokens": 2},
+        {"batching": "padded"},
+    ],
+    ids=str,
+)
+def test_C20_epochs_are_counted_as_the_loader_counts_them(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    overrides = ["train.steps=none", "train.epochs=2.5"]
+    overrides += [f"data.{key}={value}" for key, value in options.items()]
+    config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
+    plan = plan_run(config, train)
+    with Loader(train, seq_len=16, micro_batch=4, seed=0, device=CPU, **options) as loader:
+        assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
+        assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
+
+
+def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_plan, "probe_step", lambda *_, **__: pytest.fail("it ran"))
+    lines: list[str] = []
+    assert preflight(load_config(config_path), probe=False, show=lines.append)
+    assert not any(line.startswith(("speed", "time")) for line in lines)
+
+
+def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**20)
+    lines: list[str] = []
+    assert not preflight(load_config(config_path), show=lines.append)
+    assert "does not fit" in lines[-1]
+    assert "lower train.micro_batch" in lines[-1]
+
+
+def dataset(**facts: Any) -> Any:
+    return SimpleNamespace(**({"n_tokens": 10**9, "n_documents": 10**5, "max_token": 99} | facts))
+
+
+PLAN = RunPlan(
+    parameters=10**6,
+    matmul_parameters=10**6,
+    flops_per_token=6e6,
+    tokens_per_step=10**5,
+    steps=1000,
+    epochs=0.1,
+)
+
+
+@pytest.fixture
+def sound(config_path: Path) -> TrainConfig:
+    config = load_config(config_path)
+    return replace(config, model=replace(config.model, vocab_size=320))
+
+
+def found(config: TrainConfig, plan: RunPlan = PLAN, data: Any = None, **options: Any) -> list[str]:
+    options = {"device": CPU, "dtype": "fp32"} | options
+    return list(warnings_of(config, plan, data or dataset(), **options))
+
+
+def test_a_sound_run_has_no_warning(sound: TrainConfig) -> None:
+    assert found(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "expected"),
+    [
+        ("model", {"vocab_size": 50257}, "set 50304"),
+        ("model", {"sliding_window_tokens": 16}, "no effect"),
+        ("schedule", {"warmup_steps": 300}, "more than a fifth"),
+        ("schedule", {"warmup_steps": 5000}, "longer than the run"),
+        ("eval", {"every_steps": 1001}, "eval.every_steps = 1001 is longer"),
+        ("checkpoint", {"every_steps": 1001}, "checkpoint.every_steps = 1001 is longer"),
+    ],
+)
+def test_settings_that_hurt(
+    sound: TrainConfig, section: str, change: dict[str, Any], expected: str
+) -> None:
+    config = replace(sound, train=replace(sound.train, steps=10_000))
+    config = replace(config, **{section: replace(getattr(config, section), **change)})
+    assert len(lines := found(config)) == 1
+    assert expected in lines[0]
+
+
+def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
+    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=49))[0]
+    assert found(sound, replace(PLAN, steps=51)) == []
+    assert "7.0 epochs" in found(sound, replace(PLAN, epochs=7.0))[0]
+    assert (
+        "longer than the documents, 7 tokens"
+        in found(sound, data=dataset(n_documents=10**9 // 7))[0]
+    )
+    assert "token 320" in found(sound, data=dataset(max_token=320))[0]
+    assert "a crash loses the whole run" in found(sound, seconds=4000.0)[0]
+    assert found(sound, seconds=3000.0) == []
+    on_cuda = found(sound, device=CUDA, dtype="fp32")
+    assert any("tensor cores idle" in line for line in on_cuda)
+    assert any("multiples of 64" in line for line in on_cuda)
+
+
+# ---- N7: data that are not there, or of another vocabulary ---------------------------------------
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LLM_C = "llm.c's dev/data/fineweb.py"
+REMEDIES = {
+    "gpt2-124m": ("data/fineweb10B", "GPT-2's", f"{LLM_C} or modded-nanogpt's data/cached_finew"),
+    "llama-350m": ("data/fineweb-llama2", "Llama 2's", "--tokenizer PATH"),
+    "llama-1b": ("data/fineweb-llama3", "Llama 3's", f"{LLM_C} --model_desc llama-3"),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_N7_without_its_data_a_config_is_told_but_for_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**37)
+    path, whose, where = REMEDIES[name]
+    command = [str(CONFIGS / f"{name}.toml"), "run.dtype=fp32"]
+    small = ["model.n_layers=1", "data.seq_len=64", "train.micro_batch=1"]  # for speed
+    assert main([*command, *small, "--no-probe"]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "FLOPs a token" in told["model"]
+    assert "× 1 row × " in told["step"]
+    assert told["run"].endswith("FLOPs")
+    assert {"parameters", "activations", "total"} <= told.keys()
+    assert "does not exist" in told["data"]
+    for line in (told["data"], refused(command, capsys)):
+        assert all(part in line for part in (path, whose, where))
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def refused(command: list[str], capsys: Any) -> str:
+    assert train_main(command) == 2
+    line: str = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_N7_what_cannot_be_told_without_data_is_an_error_or_left_open(
+    config_path: Path, capsys: Any
+) -> None:
+    nowhere = [str(config_path), "--no-probe", "data.path=nowhere"]
+    assert main(nowhere) == 2  # nor is there a vocabulary
+    assert "python -m fasttrain.prepare nowhere --input TEXT\n" in capsys.readouterr().err
+    epochs = ["train.steps=none", "train.epochs=2", "model.vocab_size=500"]
+    assert main([*nowhere, *epochs]) == 0
+    shown = capsys.readouterr().out
+    assert "2 epochs of data that are not there" in shown
+    assert "prepare nowhere --input TEXT --tokenizer bpe:500\n" in shown
+    assert main([str(config_path), "data.path=nowhere", "model.vocab_size=500", "--diagnose"]) == 2
+
+
+def test_N7_both_vocabularies_are_shown_where_they_differ(config_path: Path) -> None:
+    lines: list[str] = []
+    config = load_config(config_path, ["model.vocab_size=50304"])
+    assert preflight(config, probe=False, show=lines.append)
+    (data,) = (line for line in lines if line.startswith("data "))
+    assert "vocabulary 50,304 of the model, 257 of the data" in data
+    told = "50,047 of the 50,304 rows of the embedding are never used, as no token is above 256"
+    assert sum(told in line for line in lines) == 1
+
+
+def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "only 501 tokens to validate on: the loss of so few"
+    assert main([str(config_path), "--no-probe"]) == 0
+    assert told in capsys.readouterr().out
+    assert train_main([str(config_path), "train.steps=3"]) == 0
+    assert told in capsys.readouterr().out
+    enough = SimpleNamespace(n_tokens=5_000)
+    settled = load_config(config_path, ["model.vocab_size=320"])
+    assert list(warnings_of_data(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
+
+
+def test_N18_several_processes_where_there_is_one_are_told(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [str(config_path), "distributed.mode=fsdp", "train.steps=3"]
+    told = "warning: distributed.mode = fsdp has no effect in one process; start several: torchrun"
+    assert train_main(command) == 0
+    assert told in capsys.readouterr().out
+    told = told.replace("warning:", "warning     ")
+    assert main([*command, "--no-probe"]) == 0
+    assert told in capsys.readouterr().out
+    assert main([*command, "--no-probe", "--world-size", "2"]) == 0
+    assert "no effect" not in capsys.readouterr().out
+
+
+def test_N18_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(config_path: Path) -> None:
+    lines: list[str] = []
+    overrides = ["model.vocab_size=100000", "model.n_layers=1", "train.micro_batch=64"]
+    preflight(load_config(config_path, overrides), probe=False, show=lines.append)
+    assert "    gradients     none then" in lines
+    assert not any(" 0.0 MiB" in line for line in lines)
+
+
+# ---- the automatic micro-batch -------------------------------------------------------------------
+
+
+@pytest.fixture
+def auto(config_path: Path) -> TrainConfig:
+    overrides = ["train.micro_batch=auto", "train.tokens_per_step=384", "model.vocab_size=320"]
+    return load_config(config_path, overrides)  # 24 rows of 16
+
+
+def settle(config: TrainConfig, device: torch.device = CPU, **options: Any) -> int:
+    precision = resolve_precision("fp32", CPU)
+    settled = settle_micro_batch(config, device=device, precision=precision, **options)
+    return settled.train.micro_batch
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:
+    """Replace the probe by one of these speeds; return the list of the sizes that it is asked."""
+    tried = []
+
+    def probe(config: TrainConfig, **_: Any) -> Probe:
+        rows = config.train.micro_batch
+        tried.append(rows)
+        if rows not in rows_per_s:
+            raise torch.OutOfMemoryError
+        return Probe(rows / rows_per_s[rows], 0, 0.0)
+
+    monkeypatch.setattr(memory, "probe_step", probe)
+    return tried
+
+
+def test_a_cpu_takes_rows_until_more_do_not_pay(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = speeds(monkeypatch, {1: 10, 2: 18, 4: 25, 8: 26, 24: 40})
+    assert settle(auto) == 4
+    assert tried == [1, 2, 4, 8]  # 3 is too near 2, 24 is never reached
+
+
+def test_a_gpu_takes_the_largest_that_runs(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    tried = speeds(monkeypatch, {8: 1.0, 6: 1.0})
+    assert settle(auto, CUDA) == 8
+    assert tried == [24, 12, 8]
+    assert settle(auto, CUDA, world_size=4) == 6  # 6 rows for each of 4 ranks
+
+
+def test_C8_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Transformer]] = []
+    alive: list[int] = []
+
+    def probe(config: TrainConfig, **options: Any) -> Probe:
+        alive.append(sum(model() is not None for model in left))
+        if config.train.micro_batch > 6:
+            monkeypatch.setattr(TrainStep, "_measure", fail)
+        else:
+            monkeypatch.undo()
+        return probe_step(config, **options | {"device": CPU})
+
+    def fail(self: TrainStep, *_: Any) -> None:
+        left.append(weakref.ref(self.model))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(memory, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_, **__: SimpleNamespace(total=1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(memory, "probe_step", probe)
+    assert settle(auto, CUDA) == 6
+    assert len(left) == 3
+    assert alive == [0, 0, 0, 0]
+
+
+def test_only_what_is_estimated_to_fit_is_tried(
+    auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = speeds(monkeypatch, dict.fromkeys(range(1, 25), 0.0) | {1: 1.0, 2: 2.0, 4: 4.0})
+    fitting = SimpleNamespace(total=100), SimpleNamespace(total=10**9)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "estimate_memory", lambda config, rows, **_: fitting[rows > 2])
+    assert settle(auto) == 2
+    assert tried == [1, 2]
+    monkeypatch.setattr(memory, "device_memory", lambda device: 10)
+    with pytest.raises(UserError, match=r"one row of .* needs more"):
+        settle(auto)
+
+
+def test_it_needs_a_step_of_known_size(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set train\.tokens_per_step"):
+        load_config(config_path, ["train.micro_batch=auto"])
+
+
+def test_a_run_settles_it_once_and_keeps_it_when_resumed(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    speeds(monkeypatch, {1: 10, 2: 18, 4: 25, 8: 26})
+    arguments = [str(config_path), "train.micro_batch=auto", "train.tokens_per_step=128"]
+    assert train_main([*arguments, "--stop-at-step", "2"]) == 75
+    written = load_config(tmp_path / "runs/toy/config.toml")
+    assert (written.train.micro_batch, written.train.tokens_per_step) == (4, 128)
+    speeds(monkeypatch, {})  # not asked again
+    assert train_main([*arguments, "--resume", "auto"]) == 0
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def test_the_checklist_passes_on_a_sound_run(config_path: Path) -> None:
+    lines: list[str] = []
+    assert diagnose_run(load_config(config_path, ["schedule.warmup_steps=10"]), show=lines.append)
+    assert "pass  causality" in lines[-1]
+    assert "pass  learning rate: 0.003" in lines[-1]
+
+
+def test_the_commands_and_their_exit_status(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(config_path), "--no-probe"]) == 0
+    assert train_main([str(config_path), "--dry-run", "optim.lr=1e-3"]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert main([str(config_path), "data.seq_len=9"]) == 0
+    assert main([str(tmp_path / "missing.toml")]) == 2
+    assert "no such config file" in capsys.readouterr().err
+    assert main([str(config_path), "--diagnose", "optim.lr=1e-30"]) == 1  # changes nothing
+
+
+def test_as_a_process(config_path: Path, tmp_path: Path) -> None:
+    process = start("fasttrain.preflight", config_path, "--no-probe", cwd=tmp_path)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "memory" in out
+    assert err == ""
