@@ -36,14 +36,15 @@ class RunConfig(Section):
     )
     compile: str = key(
         "auto",
-        "torch.compile mode (c++: none, but blocks in C++ on a CPU; auto: c++ where it fits)",
+        "torch.compile mode (c++: no compilation, blocks in C++ on a CPU; auto: c++ if it can "
+        "run the model)",
         choices=(
             *("auto", "off", "c++", "default", "cuda-graphs"),
             *("max-autotune", "max-autotune-no-cudagraphs"),
         ),
     )
     deterministic: bool = key(
-        False, "the same bits each time on a GPU too, at a cost in speed (a CPU's always are)"
+        False, "same bits in every run on a GPU too, at some cost in speed (a CPU always does this)"
     )
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
@@ -98,11 +99,15 @@ class ModelConfig(Section):
     tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
     logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (None: no cap)", gt=0)
     sliding_window_tokens: int | None = key(
-        None, "tokens a query sees, itself included (None: all before it)", ge=1
+        None, "tokens that a query attends to, itself included (None: all before it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(None, "deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0)
-    zero_init_projections: bool = key(False, "start the matrices that write to the residual at 0")
+    init_std: float | None = key(
+        None, "standard deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0
+    )
+    zero_init_projections: bool = key(
+        False, "initialize the matrices that write to the residual stream to 0"
+    )
     embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
     bigram_vocab_size: int | None = key(
         None,
@@ -145,27 +150,27 @@ class DataConfig(Section):
     seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
         (),
-        "several dataset folders of one tokenizer, in place of data.path",
+        "several dataset folders that share a tokenizer, in place of data.path",
         pattern=(r"[^\0]+", "a list of paths"),
     )
     weights: tuple[float, ...] = key(
-        (), "share of each of data.paths, exactly ([]: all their sequences in one order)", gt=0
+        (), "exact share of each of data.paths ([]: all of their sequences, in one order)", gt=0
     )
     batching: str = key(
         "packed",
-        "windows side by side, overlapping windows, or a document a sequence, as it is or beside"
-        " documents of like length; padding counts as tokens in train.tokens and"
-        " train.tokens_per_step, in nothing that is logged",
+        "windows side by side, overlapping windows, or one document per sequence, in any "
+        "order or grouped by length; padding counts in train.tokens and "
+        "train.tokens_per_step, but not in logged numbers",
         choices=("packed", "sliding", "padded", "bucketed"),
     )
     stride_tokens: int | None = key(
         None, "tokens between the starts of sliding windows (None: half of seq_len)", ge=1
     )
     attention_across_documents: bool = key(
-        True, "packed and sliding: a token sees the documents before its own in the sequence"
+        True, "packed and sliding: tokens attend to earlier documents in the sequence"
     )
     end_of_text: int | None = key(
-        None, "id between documents, for token files that do not say (GPT-2's is 50256)", ge=0
+        None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
     )
     dtype: str | None = key(
         None, "type of tokens in files without header", choices=("uint16", "uint32")
@@ -204,12 +209,12 @@ class OptimConfig(Section):
 
     name: str = key(
         "adamw",
-        "muon: for the matrices of the blocks, and adamw for the rest; adamw8bit is torchao's",
+        "muon updates the matrices of the blocks, and adamw the rest; adamw8bit is torchao's",
         choices=("adamw", "muon", "sgd", "adafactor", "adamw8bit"),
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
     muon_lr: float | None = key(
-        None, "peak learning rate with muon, which then does not read lr (None: lr)", gt=0
+        None, "peak learning rate with muon, in place of lr (None: lr)", gt=0
     )
     betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
@@ -247,25 +252,26 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
-    decay_fraction: float = key(0.2, "wsd: the part of the run that decays, at its end", gt=0, le=1)
+    decay_fraction: float = key(0.2, "wsd: last fraction of the run, which decays", gt=0, le=1)
     decay_start_step: int | None = key(
-        None, "wsd: where decay begins (None: by decay_fraction)", ge=0
+        None, "wsd: first step of the decay (None: from decay_fraction)", ge=0
     )
     decay_every_steps: int | None = key(
         None, "step: steps between decays (None: a third of the run)", ge=1
     )
-    decay_factor: float = key(0.1, "step, plateau: what each decay multiplies by", gt=0, lt=1)
+    decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
     plateau_evals: int = key(
-        3, "plateau: evaluations without a loss lower by eval.min_change that make a decay", ge=1
+        3, "plateau: evaluations without an improvement by eval.min_change before each decay", ge=1
     )
     cycle_steps: int | None = key(
         None, "cosine_restarts: steps of a cycle (None: a third of the run)", ge=1
     )
     context_fractions: tuple[float, ...] = key(
         (),
-        "packed and sliding: parts of data.seq_len that sequences are cut into, each for an equal"
-        " part of the run, the last of which has them uncut; a length is the longest divisor within"
-        " its part, if at least half of it, else uncut ([]: all of the run uncut)",
+        "packed and sliding: lengths that sequences are cut into, as fractions of "
+        "data.seq_len, each for an equal part of the run, followed by one uncut; a length is "
+        "rounded down to a divisor of data.seq_len, and ignored if that more than halves it "
+        "([]: never cut)",
         gt=0,
         le=1,
     )
@@ -284,52 +290,56 @@ class LoopConfig(Section):
     # Typed as what all readers get: the word is replaced before anything is built.
     micro_batch: int = key(
         8,
-        "sequences of one forward, on each device, at most: with tokens_per_step the largest number"
-        " that divides a device's share (auto: the largest that fits and pays)",
+        "most sequences in one forward on each device: with tokens_per_step, the largest "
+        "number that divides a device's share (auto: the largest that fits and is faster)",
         ge=1,
         words=("auto",),
     )
     tokens_per_step: int | None = key(
         None,
-        "tokens of one optimizer step, over all devices: the nearest number of whole sequences on"
-        " each (None: one micro-batch each)",
+        "tokens of one optimizer step over all devices, rounded to whole sequences on each "
+        "(None: one micro-batch each)",
         ge=1,
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
     max_grad_value: float | None = key(None, "then clip its elements to ± this (None: never)", gt=0)
     ema_decay: float | None = key(
         None,
-        "keep a moving average of the parameters, with this weight of the past a step, and evaluate"
-        " and sample with it (None: none)",
+        "keep a moving average of the parameters with this decay per step, and evaluate and "
+        "sample with it (None: off)",
         gt=0,
         lt=1,
     )
-    label_smoothing: float = key(0.0, "target mass spread over the vocabulary", ge=0, lt=1)
+    label_smoothing: float = key(0.0, "target probability spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
     on_nonfinite: str = key(
         "skip",
-        "what a loss or gradient that is not finite does, beside that no step is made of it; skip "
-        "goes back to a checkpoint after 20 in a row",
+        "what follows a loss or gradient that is not finite, besides making no update; skip "
+        "returns to a checkpoint after 20 in a row",
         choices=("skip", "rollback", "stop"),
     )
     recheck_every_steps: int | None = key(
         None,
-        "steps between those whose forward and backward run twice and are compared bit for bit; "
-        "what differs is treated as on_nonfinite says (None: never)",
+        "steps between rechecks, which run forward and backward twice and compare them bit "
+        "for bit; on_nonfinite says what follows a difference (None: never)",
         ge=1,
     )
     on_spike: str = key(
         "off",
-        "what a loss or gradient norm far above the last ones does (off: nothing)",
+        "what follows a loss or gradient norm far above the previous ones (off: nothing)",
         choices=("off", "skip", "rollback"),
     )
-    spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
-    spike_window_steps: int = key(128, "steps that a spike is measured by, at least half", ge=8)
+    spike_sigmas: float = key(
+        10.0, "standard deviations above the mean that count as a spike", gt=0
+    )
+    spike_window_steps: int = key(
+        128, "previous steps that a spike is compared with; half of them are enough", ge=8
+    )
     max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
     activation_checkpointing: str = key(
         "none",
-        "what a block keeps for its backward pass (none: everything; full: its input; selective: "
-        "matrix products and attention); it computes the rest again",
+        "what a block keeps for its backward pass (none: everything; full: its input; "
+        "selective: also results of matrix products and attention); it recomputes the rest",
         choices=("none", "full", "selective"),
     )
 
@@ -341,31 +351,32 @@ class EvalConfig(Section):
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
     tokens: int | None = key(
         None,
-        "targets of one evaluation, always the same ones, spread over the split (None: all)",
+        "targets in one evaluation, always the same ones, spread over the split (None: all)",
         ge=1,
     )
-    batch_size: int | None = key(None, "sequences of one forward (None: train.micro_batch)", ge=1)
+    batch_size: int | None = key(None, "sequences in one forward (None: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,
-        "packed and sliding: distance between the starts of windows as a part of data.seq_len; each"
-        " token is predicted once, after the rest of its window (None: windows side by side)",
+        "packed and sliding: distance between the starts of windows, as a fraction of "
+        "data.seq_len; each token is predicted once, with the tokens before it in its window "
+        "as context (None: windows side by side)",
         gt=0,
         le=1,
     )
     sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
     prompts: tuple[str, ...] | None = key(
         None,
-        "prompts of the samples, taken in turn; [] for no samples (None: how four documents of the"
-        " validation split begin)",
+        "prompts of the samples, in turn; [] for no samples (None: the openings of four "
+        "validation documents)",
     )
     sample_tokens: int = key(128, "tokens of a sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
-    top_k: int | None = key(50, "sample from the k likeliest tokens (None: from all)", ge=1)
+    top_k: int | None = key(50, "sample from the k most likely tokens (None: from all)", ge=1)
     patience: int | None = key(
-        None, "end the run after this many evaluations without a lower loss (None: never)", ge=1
+        None, "end the run after this many evaluations without an improvement (None: never)", ge=1
     )
     min_change: float = key(
-        0.0, "nats by which a loss must be lower, for eval.patience and a plateau schedule", ge=0
+        0.0, "nats by which a loss must improve, for eval.patience and the plateau schedule", ge=0
     )
 
     def check(self) -> None:
@@ -383,7 +394,7 @@ class CheckpointConfig(Section):
     every_steps: int | None = key(
         None, "steps between checkpoints (None: at the end and on interruption)", ge=1
     )
-    keep_last: int = key(2, "newest checkpoints kept, beside the best", ge=1)
+    keep_last: int = key(2, "number of newest checkpoints kept, besides the best", ge=1)
     asynchronous: bool = key(True, "write in a background thread")
 
 
@@ -426,12 +437,14 @@ class DistributedConfig(Section):
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     check_every_steps: int | None = key(
         1000,
-        "ddp and hsdp: steps between comparisons of the ranks' copies of the parameters, bit for "
-        "bit, also at the end (None: never)",
+        "ddp and hsdp: steps between bitwise comparisons of the ranks' parameters, also done "
+        "at the end (None: never)",
         ge=1,
     )
-    timeout_s: float = key(300.0, "a step that takes longer ends the job", gt=0)
-    init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)
+    timeout_s: float = key(300.0, "a step that takes longer than this ends the job", gt=0)
+    init_timeout_s: float = key(
+        900.0, "how long ranks wait for each other before the first step", gt=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
