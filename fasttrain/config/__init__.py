@@ -11,7 +11,6 @@ from fasttrain.config.load import (
     config_to_dict,
     config_to_toml,
     help_text,
-    is_deep,
     load_config,
     shipped_configs,
 )
@@ -31,27 +30,9 @@ from fasttrain.config.schema import (
 )
 
 __all__ = [
-    "SECTIONS",
-    "CheckpointConfig",
-    "ConfigError",
-    "DataConfig",
-    "DistributedConfig",
-    "EvalConfig",
-    "LogConfig",
-    "LoopConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "TrainConfig",
-    "UserError",
-    "config_difference",
-    "config_from_dict",
-    "config_reference",
-    "config_to_dict",
-    "config_to_toml",
-    "help_text",
-    "is_deep",
-    "load_config",
+    "SECTIONS", "CheckpointConfig", "ConfigError", "DataConfig", "DistributedConfig",
+    "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
+    "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
+    "config_reference", "config_to_dict", "config_to_toml", "help_text", "load_config",
     "shipped_configs",
-]
+]  # fmt: skip

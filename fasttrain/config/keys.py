@@ -5,6 +5,7 @@ import difflib
 import operator
 import re
 import sys
+import tomllib
 import types
 import typing
 from dataclasses import Field, dataclass, field, fields
@@ -33,7 +34,7 @@ def key(
     default: Any,
     meaning: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: str = "",
     words: tuple[str, ...] = (),
     pattern: tuple[str, str] | None = None,
     ge: float | None = None,
@@ -43,14 +44,15 @@ def key(
 ) -> Any:
     """Return the dataclass field of a config key.
 
-    ``meaning`` is its line in ``--help`` and the reference table. ``words`` are strings that stand
-    for a value of the key's type until it is known; ``pattern`` is a regular expression that the
-    whole string must match, and how to say it. In a tuple, bounds are of each element.
+    ``meaning`` is its line in ``--help`` and the reference table. ``choices`` are words, separated
+    by spaces. ``words`` stand for a value of the key's type until it is known. ``pattern`` is a
+    regular expression that the whole string must match, and how to say it. In a tuple, bounds are
+    of each element.
     """
     signs = zip(_COMPARE, (ge, gt, le, lt), strict=True)
     bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
-    metadata = {"meaning": meaning, "choices": choices, "words": words, "pattern": pattern}
-    return field(default=default, metadata=metadata | {"bounds": bounds})
+    metadata = {"meaning": meaning, "choices": tuple(choices.split()), "words": words}
+    return field(default=default, metadata=metadata | {"pattern": pattern, "bounds": bounds})
 
 
 def refuse(name: str, value: Any, problem: str) -> NoReturn:
@@ -77,30 +79,29 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _kind(f: Field[Any]) -> tuple[Any, bool]:
-    """Return the type of a field without None, and whether None is allowed."""
-    assert not isinstance(f.type, str), "config sections must not postpone annotations"
-    if isinstance(f.type, types.UnionType):
-        kind, none = typing.get_args(f.type)
-        assert none is types.NoneType
-        return kind, True
-    return f.type, False
+def _kind(f: Field[Any]) -> tuple[Any, bool, int | None]:
+    """Return a key's type or its elements', whether None is allowed, and its number of elements.
+
+    The number is 0 where any is allowed, and None where the key takes no list.
+    """
+    kinds = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+    optional, elements = len(kinds) > 1, typing.get_args(kinds[0])
+    if not elements:
+        return kinds[0], optional, None
+    return elements[0], optional, 0 if Ellipsis in elements else len(elements)
 
 
 def accepts(f: Field[Any], value: Any) -> bool:
     """Return whether ``value`` has the field's type; an int is a float, a bool is no number."""
-    kind, optional = _kind(f)
+    kind, optional, length = _kind(f)
     if value is None:
         return optional
     if isinstance(value, str) and value in f.metadata["words"]:
         return True
-    if typing.get_origin(kind) is tuple:
-        element, second = typing.get_args(kind)
-        if not isinstance(value, list | tuple):
-            return False
-        length_fits = second is Ellipsis or len(value) == len(typing.get_args(kind))
-        return length_fits and all(_is(element, v) for v in value)
-    return _is(kind, value)
+    if length is None:
+        return _is(kind, value)
+    is_list = isinstance(value, list | tuple) and length in (0, len(value))
+    return is_list and all(_is(kind, v) for v in value)
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -112,28 +113,21 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-_NAMES = {bool: ("true or false", ""), int: ("an integer", "integers")}
-_NAMES |= {float: ("a number", "numbers"), str: ("a string", "strings")}
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def allowed(f: Field[Any]) -> str:
     """Return in words what a key takes, as in ``an integer ≥ 1, or none to unset it``."""
-    kind, optional = _kind(f)
-    choices, pattern = f.metadata["choices"], f.metadata["pattern"]
-    if choices:
-        text = f"one of {', '.join(choices)}"
-    elif pattern:
-        text = pattern[1]
-    elif typing.get_origin(kind) is tuple:
-        element, second = typing.get_args(kind)
-        number = "" if second is Ellipsis else f"{len(typing.get_args(kind))} "
-        text = f"a list of {number}{_NAMES[element][1]}"
+    kind, optional, length = _kind(f)
+    if f.metadata["choices"]:
+        text = f"one of {', '.join(f.metadata['choices'])}"
+    elif f.metadata["pattern"]:
+        text = f.metadata["pattern"][1]
+    elif length is None:
+        text = _NAMES[kind]
     else:
-        text = _NAMES[kind][0]
-    text += "".join(
-        f"{' and' if i else ''} {sign} {bound}"
-        for i, (sign, bound) in enumerate(f.metadata["bounds"])
-    )
+        text = f"a list of {length or ''} {_NAMES[kind].split()[1]}s".replace("  ", " ")
+    text += " and".join(f" {sign} {bound}" for sign, bound in f.metadata["bounds"])
     text += "".join(f', or "{word}"' for word in f.metadata["words"])
     return f"{text}, or none to unset it" if optional else text
 
@@ -143,46 +137,35 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
 
     An int becomes a float, and a list a tuple, where the field has these.
     """
+    takes = f"it takes {allowed(f)}"
     if not accepts(f, value):
-        takes = f"it takes {allowed(f)}{_type_remedy(f, value)}"
-        refuse(name, value, f"has the wrong type; {takes}")
+        refuse(name, value, f"has the wrong type; {takes}{_type_remedy(f, value)}")
     if value is None or (isinstance(value, str) and value in f.metadata["words"]):
         return value
-    kind = _kind(f)[0]
-    elements = value if isinstance(value, list | tuple) else [value]
+    kind, _, length = _kind(f)
     choices, pattern = f.metadata["choices"], f.metadata["pattern"]
-    for element in elements:
+    for element in [value] if length is None else value:
         if isinstance(element, str):
             if choices and element not in choices:
                 near = difflib.get_close_matches(element.lower(), choices, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                refuse(name, value, f"is not known; it takes {allowed(f)}{hint}")
+                refuse(name, value, f"is not known; {takes}{hint}")
             if pattern and not re.fullmatch(pattern[0], element):
-                refuse(name, value, f"is not valid; it takes {allowed(f)}")
+                refuse(name, value, f"is not valid; {takes}")
             if not element.isascii() and element != element.encode(errors="replace").decode():
                 refuse(name, value, "is not valid Unicode; rename it in UTF-8")
         if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
-            refuse(name, value, f"is out of range; it takes {allowed(f)}")
-    if typing.get_origin(kind) is tuple:
-        convert = typing.get_args(kind)[0]
-        return tuple(convert(v) for v in value)
-    return kind(value)
+            refuse(name, value, f"is out of range; {takes}")
+    return kind(value) if length is None else tuple(map(kind, value))
 
 
 def _type_remedy(f: Field[Any], value: Any) -> str:
-    kind, _ = _kind(f)
-    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        return f"; write {int(value)}"
-    if typing.get_origin(kind) is tuple and accepts(f, [value]) and "[" not in str(value):
-        return f"; write [{show(value)}]"
-    if kind is str and isinstance(value, bool | int | float):
-        return f'; write "{show(value)}"'
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return f"; write {value.lower()}"
-    for number in (int, float) if isinstance(value, str) else ():
+    """Return how to write the value that was probably meant; "" where none fits."""
+    shown = show(value)
+    for other in (f"[{shown}]", f'"{shown}"', shown.removesuffix(".0"), str(value).lower()):
         with contextlib.suppress(ValueError):
-            if accepts(f, number(value)):
-                return "; write it without quotes"
+            if accepts(f, tomllib.loads(f"x = {other}")["x"]):
+                return f"; write {'it without quotes' if other == value else other}"
     return ""
 
 

@@ -4,32 +4,33 @@ TOML becomes the frozen dataclasses of `schema`, strictly: what is unknown, has 
 cannot work is refused with the key, the value and the remedy.
 """
 
+import contextlib
 import difflib
 import json
 import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import fields
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fasttrain.config.keys import ConfigError, accepts, allowed, show
 from fasttrain.config.schema import SECTIONS, DataConfig, TrainConfig
 
-# The configs of older runs name every key. Keys that there were, with the values at which they are
-# left out:
+# The configs of older runs name every key. Removed keys, with the values at which they are ignored:
 _RETIRED = {
     "optim.muon_lr_scale": 1.0,
     "optim.embedding_lr_scale": 1.0,
     "optim.head_lr_scale": 1.0,
     "schedule.cycle_factor": 1.0,
 }
-# and tokens that are parts of data.seq_len now.
+# Numbers of tokens that are fractions of data.seq_len now:
 _NOW_FRACTIONS = {
-    "schedule.context_tokens": "context_fractions",
-    "eval.stride_tokens": "stride_fraction",
+    "schedule.context_tokens": "schedule.context_fractions",
+    "eval.stride_tokens": "eval.stride_fraction",
 }
 # Keys of which one alone is set: given on the command line it replaces those of the file.
 _EXCLUSIVE = (
@@ -37,14 +38,13 @@ _EXCLUSIVE = (
     ("data.path", "data.paths"),
     ("optim.lr", "optim.muon_lr"),  # of an optimizer one is read
 )
-# What other trainers call a key, where its spelling does not lead there.
+# What other trainers and older versions call a key, where its spelling does not lead there.
 _ELSEWHERE = {
+    **_NOW_FRACTIONS,
     "learning_rate": "optim.lr",
     "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.tokens_per_step",
     "block_size": "data.seq_len",
-    "schedule.context_tokens": "schedule.context_fractions",
-    "eval.stride_tokens": "eval.stride_fraction",
     "n_embd": "model.dim",
     "hidden_size": "model.dim",
     "max_iters": "train.steps",
@@ -55,13 +55,13 @@ _ELSEWHERE = {
     "save_steps": "checkpoint.every_steps",
 }
 _MAX_BYTES = 1 << 18  # of a config file: prompts aside, one has a hundred lines
-_MAX_DEPTH = 32  # of lists and tables in each other
-# Comments and strings of TOML, and strings of JSON; one that nothing ends goes to the end.
+# Comments and strings of TOML; one that nothing ends goes to the end.
 _QUOTED = re.compile(
     r"""#[^\n]*|\"{3}(?:[^\\]|\\.)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)"""
     r"""|"(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""",
     re.DOTALL,
 )
+_LONG_NAME = re.compile(r"\.(?:[^][}{.,=\n]*\.){3}")  # of more than four parts
 _FIELDS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
 
 
@@ -79,20 +79,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = Path(path)
     if str(path) == path.name and not path.is_file():
         path = shipped_configs().get(path.name.removesuffix(".toml"), path)
-    values = _of_today(_read(path))
+    tables = _read(path)
     try:
-        _check_names(values)
+        values = _flat(tables)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     given = dict(map(_parse_override, overrides))
     for group in _EXCLUSIVE:
         if any(given.get(name) for name in group):
-            for section, _, k in (name.partition(".") for name in group):
-                values.get(section, {}).pop(k, None)
-    for name, value in given.items():
-        section, _, k = name.partition(".")
-        values.setdefault(section, {})[k] = value
-    return config_from_dict(values)
+            values = {name: value for name, value in values.items() if name not in group}
+    return _config_of(values | given)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -103,41 +99,45 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _of_today(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with the keys of today for those of older versions."""
-    found = {s: dict(t) if isinstance(t, Mapping) else t for s, t in values.items()}
-    tables = {s: t for s, t in found.items() if isinstance(t, dict)}
-    seq_len = tables.get("data", {}).get("seq_len", DataConfig().seq_len)
-    for name, new in _NOW_FRACTIONS.items():
-        section, _, old = name.partition(".")
-        if old in (table := tables.get(section, {})):
-            tokens = table.pop(old)
-            several = isinstance(tokens, list | tuple)
-            table[new] = [_part(n, seq_len) for n in tokens] if several else _part(tokens, seq_len)
-    optim = tables.get("optim", {})
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all sections as ``section.key``, older keys replaced by today's."""
+    flat: dict[str, Any] = {}
+    for section, table in values.items():
+        if section in SECTIONS and isinstance(table, Mapping):
+            flat |= {f"{section}.{k}": value for k, value in table.items()}
+        elif section in SECTIONS:
+            raise ConfigError(f"{section} = {show(table)} must be a section; write [{section}]")
+        elif isinstance(table, Mapping):
+            near = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.5)
+            remedy = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(SECTIONS)}"
+            raise ConfigError(f"[{section}] is not a config section; {remedy}")
+        else:
+            _unknown_key(section)
+    seq_len = flat.get("data.seq_len", DataConfig().seq_len)
+    for old, new in _NOW_FRACTIONS.items():
+        if old in flat:
+            tokens = flat[new] = flat.pop(old)
+            with contextlib.suppress(TypeError, ZeroDivisionError):  # what is no number is refused
+                several = isinstance(tokens, list | tuple)
+                flat[new] = [n / seq_len for n in tokens] if several else tokens / seq_len
     for k in ("embedding_lr_scale", "head_lr_scale"):
-        if k in optim and optim.get("name") == "muon":
-            optim[f"muon_{k}"] = optim.pop(k)
-    for name, value in _RETIRED.items():
-        section, _, k = name.partition(".")
-        if tables.get(section, {}).get(k) == value:
-            del tables[section][k]
-    return found
-
-
-def _part(tokens: Any, seq_len: Any) -> Any:
-    """Return tokens in parts of ``seq_len``; unchanged what is not so many."""
-    known = isinstance(tokens, int) and isinstance(seq_len, int) and seq_len > 0
-    return tokens / seq_len if known else tokens
+        if f"optim.{k}" in flat and flat.get("optim.name") == "muon":
+            flat[f"optim.muon_{k}"] = flat.pop(f"optim.{k}")
+    flat = {name: v for name, v in flat.items() if name not in _RETIRED or v != _RETIRED[name]}
+    for name in flat:
+        if name not in _FIELDS:
+            _unknown_key(name)
+    return flat
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        size, text = path.stat().st_size, ""
-        if size <= _MAX_BYTES and is_deep(text := path.read_text(encoding="utf-8")):
-            raise ValueError("it has tables in tables in tables")
-        if size > _MAX_BYTES:
+        if (size := path.stat().st_size) > _MAX_BYTES:
             raise ValueError(f"{size:,} bytes, at most {_MAX_BYTES:,} are credible")
+        text = path.read_text(encoding="utf-8")
+        # For a name of n parts, a.b.c…, the parser takes n² of time and memory.
+        if _LONG_NAME.search(_QUOTED.sub("", text)):
+            raise ValueError("it has tables in tables in tables")
         return tomllib.loads(text)
     except FileNotFoundError:
         shipped = shipped_configs()
@@ -156,20 +156,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not valid TOML: {error}; correct that line") from None
 
 
-def is_deep(text: str) -> bool:
-    """Return whether TOML or JSON is nested so deep that no parser should see it.
-
-    Parsers recurse; for a TOML name of n parts, a.b.c…, Python's takes n² of time and memory.
-    """
-    structure = re.sub(r"[^][{}.,=\n]+", "", _QUOTED.sub("", text))
-    depth = 0
-    for c in structure:
-        depth += (c in "[{") - (c in "]}")
-        if depth > _MAX_DEPTH:
-            return True
-    return "...." in structure
-
-
 def _parse_override(text: str) -> tuple[str, Any]:
     name, equals, raw = text.partition("=")
     name, raw = name.strip(), raw.strip()
@@ -178,8 +164,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
             f"override {show(text)} is not section.key=value; write it like optim.lr=1e-3"
         )
     if name not in _FIELDS:
-        section, _, k = name.rpartition(".")
-        _unknown_key(section, k)
+        _unknown_key(name)
     if raw.lower() in ("none", "null"):
         return name, None
     try:
@@ -195,9 +180,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return name, raw if takes_text and scalar else value["value"]
 
 
-def _unknown_key(section: str, k: str) -> None:
+def _unknown_key(name: str) -> NoReturn:
     """Raise the ConfigError that names the nearest key."""
-    name = f"{section}.{k}" if section else k
+    section, _, k = name.rpartition(".")
     elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
     within = [full for full in _FIELDS if full.startswith(f"{section}.")]
     near = (
@@ -215,36 +200,20 @@ def _unknown_key(section: str, k: str) -> None:
     raise ConfigError(f"{name} is not a config key; {remedy}")
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
-    for section, table in values.items():
-        if section not in SECTIONS and not isinstance(table, Mapping):
-            _unknown_key("", section)
-        if section not in SECTIONS:
-            near = difflib.get_close_matches(section, list(SECTIONS), n=1, cutoff=0.5)
-            remedy = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(SECTIONS)}"
-            raise ConfigError(f"[{section}] is not a config section; {remedy}")
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"{section} = {show(table)} must be a section; write [{section}]")
-        for k in table:
-            if f"{section}.{k}" not in _FIELDS:
-                _unknown_key(section, k)
-
-
 def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
     """Return the config of nested dicts, section → key → value; the inverse of `config_to_dict`."""
-    values = _of_today(values)
-    _check_names(values)
-    sections: dict[str, Any] = {}
-    for section, table in values.items():
-        given = {k: _unset(_FIELDS[f"{section}.{k}"], v) for k, v in table.items()}
-        sections[section] = SECTIONS[section](**given)
-    return TrainConfig(**sections)
+    return _config_of(_flat(values))
 
 
-def _unset(f: Field[Any], value: Any) -> Any:
-    """Return None for ``"none"``: TOML has no null, and an optional number may need to be unset."""
-    is_none = isinstance(value, str) and value.lower() in ("none", "null")
-    return None if is_none and accepts(f, None) and not accepts(f, "") else value
+def _config_of(flat: Mapping[str, Any]) -> TrainConfig:
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        section, _, k = name.partition(".")
+        # TOML has no null, and an optional number may need to be unset.
+        f, is_none = _FIELDS[name], isinstance(value, str) and value.lower() in ("none", "null")
+        unset = is_none and accepts(f, None) and not accepts(f, "")
+        tables.setdefault(section, {})[k] = None if unset else value
+    return TrainConfig(**{section: SECTIONS[section](**table) for section, table in tables.items()})
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -289,12 +258,8 @@ def _toml(value: Any, shown: Callable[[str], str]) -> str:
 
 def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Return ``(key, value in a, value in b)`` for every key in which two configs differ."""
-    found = [
-        (name, *(getattr(getattr(config, section), k) for config in (a, b)))
-        for name in _FIELDS
-        for section, _, k in [name.partition(".")]
-    ]
-    return [(name, left, right) for name, left, right in found if left != right]
+    values = ((name, *(attrgetter(name)(config) for config in (a, b))) for name in _FIELDS)
+    return [(name, left, right) for name, left, right in values if left != right]
 
 
 def _rows() -> list[tuple[str, str, str, str]]:

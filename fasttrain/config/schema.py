@@ -5,6 +5,7 @@ means unset. Units are in the names.
 """
 
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, NoReturn
 
 from fasttrain.config.keys import Section, divisors, key, refuse
@@ -32,16 +33,13 @@ class RunConfig(Section):
     dtype: str = key(
         "auto",
         "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
-        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+        choices="auto fp32 tf32 bf16 fp16",
     )
     compile: str = key(
         "auto",
         "torch.compile mode (c++: no compilation, blocks in C++ on a CPU; auto: c++ if it can "
         "run the model)",
-        choices=(
-            *("auto", "off", "c++", "default", "cuda-graphs"),
-            *("max-autotune", "max-autotune-no-cudagraphs"),
-        ),
+        choices="auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
     )
     deterministic: bool = key(
         False, "same bits in every run on a GPU too, at some cost in speed (a CPU always does this)"
@@ -73,10 +71,7 @@ class ModelConfig(Section):
     """Shape and parts of the Transformer."""
 
     vocab_size: int | None = key(
-        None,
-        "rows of the embedding (None: the dataset's, rounded up to a multiple of 64)",
-        ge=2,
-        le=2**32,
+        None, "embedding rows (None: the dataset's, rounded up to a multiple of 64)", ge=2, le=2**32
     )
     dim: int = key(256, "width of the hidden states", ge=1, le=_WIDEST)
     n_layers: int = key(4, "number of blocks", ge=1, le=1024)
@@ -89,10 +84,10 @@ class ModelConfig(Section):
         ge=1,
         le=2**24,
     )
-    mlp: str = key("swiglu", "MLP activation", choices=("swiglu", "gelu", "relu2"))
-    norm: str = key("rms", "RMSNorm or LayerNorm", choices=("rms", "layer"))
+    mlp: str = key("swiglu", "MLP activation", choices="swiglu gelu relu2")
+    norm: str = key("rms", "RMSNorm or LayerNorm", choices="rms layer")
     norm_eps: float = key(1e-6, "added to the variance in the norms", gt=0)
-    positions: str = key("rope", "rotary or learned positions", choices=("rope", "learned"))
+    positions: str = key("rope", "rotary or learned positions", choices="rope learned")
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
     bias: bool = key(False, "biases in linear layers and LayerNorm")
     qk_norm: bool = key(False, "RMSNorm on queries and keys")
@@ -102,18 +97,11 @@ class ModelConfig(Section):
         None, "tokens that a query attends to, itself included (None: all before it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(
-        None, "standard deviation of initial matrices (None: 1/sqrt(fan-in))", gt=0
-    )
-    zero_init_projections: bool = key(
-        False, "initialize the matrices that write to the residual stream to 0"
-    )
+    init_std: float | None = key(None, "std of initial matrices (None: 1/sqrt(fan-in))", gt=0)
+    zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
     embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
     bigram_vocab_size: int | None = key(
-        None,
-        "rows of a hashed table of token pairs, added to the embedding (None: no table)",
-        ge=2,
-        le=2**32,
+        None, "rows of a hashed token-pair table, added to embeddings (None: none)", ge=2, le=2**32
     )
     value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
     init_from: str | None = key(
@@ -161,7 +149,7 @@ class DataConfig(Section):
         "windows side by side, overlapping windows, or one document per sequence, in any "
         "order or grouped by length; padding counts in train.tokens and "
         "train.tokens_per_step, but not in logged numbers",
-        choices=("packed", "sliding", "padded", "bucketed"),
+        choices="packed sliding padded bucketed",
     )
     stride_tokens: int | None = key(
         None, "tokens between the starts of sliding windows (None: half of seq_len)", ge=1
@@ -172,9 +160,7 @@ class DataConfig(Section):
     end_of_text: int | None = key(
         None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
     )
-    dtype: str | None = key(
-        None, "type of tokens in files without header", choices=("uint16", "uint32")
-    )
+    dtype: str | None = key(None, "type of tokens in files without header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
     cache_dir: str | None = key(
         None, "where built datasets are kept (None: the user's cache folder)", pattern=_PATH
@@ -210,12 +196,10 @@ class OptimConfig(Section):
     name: str = key(
         "adamw",
         "muon updates the matrices of the blocks, and adamw the rest; adamw8bit is torchao's",
-        choices=("adamw", "muon", "sgd", "adafactor", "adamw8bit"),
+        choices="adamw muon sgd adafactor adamw8bit",
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
-    muon_lr: float | None = key(
-        None, "peak learning rate with muon, in place of lr (None: lr)", gt=0
-    )
+    muon_lr: float | None = key(None, "peak learning rate with muon (None: lr)", gt=0)
     betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
     weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
@@ -248,7 +232,7 @@ class ScheduleConfig(Section):
     name: str = key(
         "cosine",
         "shape after the warmup",
-        choices=("cosine", "linear", "constant", "wsd", "step", "cosine_restarts", "plateau"),
+        choices="cosine linear constant wsd step cosine_restarts plateau",
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
@@ -316,7 +300,7 @@ class LoopConfig(Section):
         "skip",
         "what follows a loss or gradient that is not finite, besides making no update; skip "
         "returns to a checkpoint after 20 in a row",
-        choices=("skip", "rollback", "stop"),
+        choices="skip rollback stop",
     )
     recheck_every_steps: int | None = key(
         None,
@@ -327,11 +311,9 @@ class LoopConfig(Section):
     on_spike: str = key(
         "off",
         "what follows a loss or gradient norm far above the previous ones (off: nothing)",
-        choices=("off", "skip", "rollback"),
+        choices="off skip rollback",
     )
-    spike_sigmas: float = key(
-        10.0, "standard deviations above the mean that count as a spike", gt=0
-    )
+    spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
     spike_window_steps: int = key(
         128, "previous steps that a spike is compared with; half of them are enough", ge=8
     )
@@ -340,7 +322,7 @@ class LoopConfig(Section):
         "none",
         "what a block keeps for its backward pass (none: everything; full: its input; "
         "selective: also results of matrix products and attention); it recomputes the rest",
-        choices=("none", "full", "selective"),
+        choices="none full selective",
     )
 
 
@@ -350,9 +332,7 @@ class EvalConfig(Section):
 
     every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
     tokens: int | None = key(
-        None,
-        "targets in one evaluation, always the same ones, spread over the split (None: all)",
-        ge=1,
+        None, "targets of an evaluation, always the same, spread over the split (None: all)", ge=1
     )
     batch_size: int | None = key(None, "sequences in one forward (None: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
@@ -410,7 +390,7 @@ class LogConfig(Section):
         "project of Weights & Biases (None: not used)",
         pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
     )
-    wandb_mode: str = key("online", "offline: in the run folder", choices=("online", "offline"))
+    wandb_mode: str = key("online", "offline: in the run folder", choices="online offline")
     profile_steps: tuple[int, ...] = key(
         (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
     )
@@ -429,7 +409,7 @@ class DistributedConfig(Section):
         "auto",
         "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
         "auto: ddp where it fits",
-        choices=("auto", "ddp", "fsdp", "hsdp"),
+        choices="auto ddp fsdp hsdp",
     )
     shard_ranks: int | None = key(
         None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
@@ -442,9 +422,7 @@ class DistributedConfig(Section):
         ge=1,
     )
     timeout_s: float = key(300.0, "a step that takes longer than this ends the job", gt=0)
-    init_timeout_s: float = key(
-        900.0, "how long ranks wait for each other before the first step", gt=0
-    )
+    init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -467,35 +445,8 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        self._check_horizon()
-        self._check_step()
-        if self.schedule.name == "plateau" and self.eval.every_steps is None:
-            self._refuse(
-                "schedule.name",
-                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
-            )
-        if self.schedule.min_lr > self.optim.peak_lr:
-            peak = self.optim.peak_lr
-            self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
-        for name in ("on_nonfinite", "on_spike"):
-            if getattr(self.train, name) == "rollback" and self.checkpoint.every_steps is None:
-                self._refuse(f"train.{name}", "needs checkpoints; set checkpoint.every_steps")
-        vocab_size = self.model.vocab_size
-        corpus = self.data.path is None and not self.data.paths
-        if corpus and vocab_size and vocab_size < self.data.corpus_vocab_size:
-            self._refuse(
-                "model.vocab_size",
-                f"is below data.corpus_vocab_size = {self.data.corpus_vocab_size}; leave it unset, "
-                "or lower that",
-            )
-
-    def _refuse(self, name: str, problem: str) -> NoReturn:
-        section, _, k = name.partition(".")
-        refuse(name, getattr(getattr(self, section), k), problem)
-
-    def _check_horizon(self) -> None:
-        names = ("steps", "epochs", "tokens", "hours")
-        horizon = [f"train.{k}" for k in names if getattr(self.train, k) is not None]
+        names = ("train.steps", "train.epochs", "train.tokens", "train.hours")
+        horizon = [f"{k} = {v}" for k in names if (v := attrgetter(k)(self)) is not None]
         if not horizon:
             self._refuse(
                 "train.steps",
@@ -503,25 +454,39 @@ class TrainConfig:
                 "train.tokens and train.hours",
             )
         if len(horizon) > 1:
-            others = " and ".join(f"{k} = {getattr(self.train, k[6:])}" for k in horizon[1:])
+            first = horizon[0].split()[0]
             self._refuse(
-                horizon[0],
-                f"and {others} both fix the length of the run; keep one and unset the other, as in "
-                f"{horizon[0]}=none",
+                first,
+                f"and {' and '.join(horizon[1:])} both fix the length of the run; keep one and "
+                f"unset the other, as in {first}=none",
             )
-        if self.train.steps is not None and self.schedule.warmup_steps >= self.train.steps:
-            self._refuse(
-                "schedule.warmup_steps",
-                f"is not below train.steps = {self.train.steps}; lower it, or train for longer",
-            )
-
-    def _check_step(self) -> None:
+        steps, peak = self.train.steps, self.optim.peak_lr
+        if steps is not None and self.schedule.warmup_steps >= steps:
+            problem = f"is not below train.steps = {steps}; lower it, or train for longer"
+            self._refuse("schedule.warmup_steps", problem)
         if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
             self._refuse(
                 "train.micro_batch",
                 "leaves open how many tokens make a step, which decides how a run learns; set "
                 "train.tokens_per_step",
             )
+        if self.schedule.name == "plateau" and self.eval.every_steps is None:
+            self._refuse(
+                "schedule.name",
+                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
+            )
+        if self.schedule.min_lr > peak:
+            self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
+        for name in ("train.on_nonfinite", "train.on_spike"):
+            if attrgetter(name)(self) == "rollback" and self.checkpoint.every_steps is None:
+                self._refuse(name, "needs checkpoints; set checkpoint.every_steps")
+        least = 0 if self.data.path or self.data.paths else self.data.corpus_vocab_size
+        if self.model.vocab_size and self.model.vocab_size < least:
+            problem = f"is below data.corpus_vocab_size = {least}; leave it unset, or lower that"
+            self._refuse("model.vocab_size", problem)
+
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        refuse(name, attrgetter(name)(self), problem)
 
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(TrainConfig)}

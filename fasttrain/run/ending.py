@@ -1,4 +1,4 @@
-"""What a run says at its start, and how it ends: done, stopped, given up in a step, or failed."""
+"""What a run shows at its start, and how it ends: done, stopped, given up in a step, or failed."""
 
 import contextlib
 import platform
@@ -12,15 +12,12 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redact, redacted
-from fasttrain.config import TrainConfig, UserError
+from fasttrain.config import UserError
 from fasttrain.config.keys import counted
-from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.loader import Loader
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
 from fasttrain.distributed.world import record_failure, unused_mode
 from fasttrain.engine.plan import warnings_of_data, warnings_of_step
 from fasttrain.engine.state import RunState
-from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.cpu.blocks import why_unfit
@@ -37,19 +34,19 @@ ECHO_S = 3.0
 
 def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
     """Train to the end or to a signal; say how it ended and return the exit status."""
-    state, saver, world = trainer.state, trainer.saver, trainer.world
+    state, world = trainer.state, trainer.world
     before = replace(state)
 
     def end(outcome: Outcome) -> int:
         if folder.console:
             wall_s = time.perf_counter() - started
-            show_end(folder.console, trainer.config, folder.path, outcome, wall_s, before, state)
+            show_end(folder.console, trainer, folder.path, outcome, wall_s, before)
         if outcome == "stopped":
             return EXIT_STOPPED
-        return EXIT_DONE if saver.saved_at == state.step else EXIT_FAILED
+        return EXIT_DONE if trainer.saver.saved_at == state.step else EXIT_FAILED
 
     def rescue() -> None:
-        """Save the state before a step that does not end, and end the process."""
+        """Save the state from before a step that does not end, and end the process."""
         status = EXIT_FAILED
         try:
             if not trainer.save_unfinished():
@@ -61,12 +58,12 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             folder.warn(str(error))
         end_at_once(status)
 
-    def told_to_stop(reason: str) -> None:
+    def stop(reason: str) -> None:
         trainer.stop_for(reason)
         call_ranks(world)
 
     signals = StopSignals(
-        stop=told_to_stop,
+        stop=stop,
         rescue=rescue,
         patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
         echo_s=ECHO_S if world.size > 1 else 0.0,
@@ -79,35 +76,32 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             except checkpoint.CheckpointError as error:
                 if outcome == "done":
                     raise
-                folder.warn(str(error))  # it can be resumed from an older one, if there is any
+                folder.warn(str(error))  # an older checkpoint, if there is one, can be resumed
             # torchrun ends all ranks when the first ends, by a signal: they end together.
             statuses = world.gather(end(outcome))
         return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
-    except (UserError, FloatingPointError, OSError) as error:  # of a run that had begun: no input
+    except (UserError, FloatingPointError, OSError) as error:  # not bad input: the run had begun
         record_failure(redacted(error))
         folder.warn(str(error))
         return EXIT_FAILED
     finally:
-        with contextlib.suppress(Exception):  # of an end that failed: what it failed of was said
+        with contextlib.suppress(Exception):  # the error that is being raised has the reason
             trainer.close()
 
 
-def show_start(
-    folder: RunFolder,
-    config: TrainConfig,
-    step: TrainStep,
-    state: RunState,
-    loader: Loader,
-    val: TokenDataset,
-) -> None:
-    """Show what is about to run, and what will hurt it."""
-    assert folder.console is not None
-    world, m, device = step.world, config.model, step.loss.device
+def show_start(folder: RunFolder, trainer: Trainer) -> None:
+    """Show what is about to run, and warn of what will hurt it."""
+    console, val, state = folder.console, trainer.val_dataset, trainer.state
+    assert console is not None
+    assert val is not None
+    config, world = trainer.config, trainer.world
+    step, loader = trainer.train_step, trainer.train_loader
+    m, seq_len = config.model, config.data.seq_len
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if trainer.device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.device)
     else:
         threads = counted(torch.get_num_threads(), "thread")
         name = f"{platform.processor() or platform.machine()} CPU, {threads}"
@@ -117,21 +111,22 @@ def show_start(
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
     tokens, dropped = format_count(loader.dataset.n_tokens), loader.dropped_tokens
     outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
+    n_parameters = format_count(cast(Transformer, step.model).num_parameters())
     plan = f"{config.train.hours} h"
-    if state.total_steps is not None:
-        samples = state.total_steps * state.samples_per_step
-        per_step = state.samples_per_step * config.data.seq_len
-        plan = f"{counted(state.total_steps, 'step')} × {per_step:,} tokens"
-        epochs = samples / loader.samples_per_epoch
-        plan += f" = {format_count(state.total_steps * per_step)} tokens, {epochs:.2f} epochs"
+    if (steps := state.total_steps) is not None:
+        per_step = state.samples_per_step * seq_len
+        epochs = steps * state.samples_per_step / loader.samples_per_epoch
+        plan = (
+            f"{counted(steps, 'step')} × {per_step:,} tokens = {format_count(steps * per_step)} "
+            f"tokens, {epochs:.2f} epochs"
+        )
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
         (
             "model",
-            f"{format_count(cast(Transformer, step.model).num_parameters())} parameters: "
-            f"{counted(m.n_layers, 'layer')} × {m.dim}, {counted(m.n_heads, 'head')}, "
-            f"vocabulary {m.vocab_size:,}, context {config.data.seq_len}",
+            f"{n_parameters} parameters: {counted(m.n_layers, 'layer')} × {m.dim}, "
+            f"{counted(m.n_heads, 'head')}, vocabulary {m.vocab_size:,}, context {seq_len}",
         ),
         (
             "data",
@@ -143,33 +138,28 @@ def show_start(
         ("run", str(folder.path)),
     ]
     if folder.source is not None:
-        left = "" if state.step != state.total_steps else ": nothing is left to train"
+        left = "" if state.step != steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
-    folder.console.header(rows)
+    console.header(rows)
     for warning in warnings_of_step(config, world.size):
-        folder.warn(warning)
+        console.warn(warning)
     if step.compile_mode not in modes:
-        folder.note("compiling: the first step waits for it")
+        console.note("compiling: the first step waits for it")
     for warning in warnings_of_data(config, loader.dataset, val):
-        folder.warn(warning)
+        console.warn(warning)
     if unused := unused_mode(config.distributed, world.size):
-        folder.warn(unused)
+        console.warn(unused)
 
 
 def show_end(
-    console: Console,
-    config: TrainConfig,
-    run_dir: Path,
-    outcome: str,
-    wall_s: float,
-    before: RunState,
-    state: RunState,
+    console: Console, trainer: Trainer, run_dir: Path, outcome: str, wall_s: float, before: RunState
 ) -> None:
     """Show how a run ended, ``wall_s`` after its process began, from the state ``before``."""
+    state = trainer.state
     n_steps, trained_s = state.step - before.step, state.trained_s - before.trained_s
     time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
-    n_tokens = state.tokens - before.tokens
-    speed = f"{n_tokens / max(trained_s, 1e-9):,.0f} tokens/s over {counted(n_steps, 'step')}"
+    tokens_s = (state.tokens - before.tokens) / max(trained_s, 1e-9)
+    speed = f"{tokens_s:,.0f} tokens/s over {counted(n_steps, 'step')}"
     if before.step:
         time += f" (with what came before: {format_duration(state.trained_s)} in steps)"
     else:
@@ -181,12 +171,12 @@ def show_end(
         rows.append(("validation", f"{text}, accuracy {val['val_accuracy']:.1%}"))
     rows.append(("checkpoint", str(checkpoint.resolve(run_dir, which="latest"))))
     if outcome == "done":
-        prompt = next(iter(config.eval.prompts or ()), "")
-        # Behind a space it would be taken for an option.
+        prompt = next(iter(trainer.config.eval.prompts or ()), "")
+        # After a space, one that begins with a dash would be taken for an option.
         prompt = ("=" if prompt.startswith("-") else " ") + shlex.quote(prompt)
         tokenizer = "" if (run_dir / "tokenizer.json").is_file() else " --tokenizer PATH"
         command = f"python -m fasttrain.generate {shlex.quote(str(run_dir))}"
         rows.append(("generate", f"{command} --prompt{prompt}{tokenizer}"))
     else:
         rows.append(("resume", "the same command with --resume auto"))
-    console.summary(rows, title="done" if outcome == "done" else "stopped")
+    console.summary(rows, title=outcome)

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -23,10 +24,9 @@ from fasttrain.log.console import Console
 class RunFolder:
     """The folder of this run, until `close`.
 
-    Where ``resume`` is ``auto``, the newest checkpoint of this config's run is continued, or a new
-    run begins where there is none yet; else ``resume`` is the path of a run or checkpoint folder;
-    None: a new run, in a folder of ``name`` where ``run.name`` is unset. Where torchrun has
-    restarted the ranks, they continue in the folder that they had.
+    ``resume`` is ``auto``: continue the newest checkpoint of this config's run, or begin a new run
+    if there is none yet; the path of a run or checkpoint folder; or None: begin a new run, in a
+    folder called ``name`` if ``run.name`` is unset. Ranks that torchrun restarts keep their folder.
     """
 
     def __init__(self, config: TrainConfig, name: str, resume: str | None, world: World) -> None:
@@ -44,9 +44,8 @@ class RunFolder:
         self.path, self.source = Path(path), source and Path(source)
 
     def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
-        path = _restarted_run_dir(config, name)
-        if path is not None:
-            resume = "auto"
+        if restarted := _restarted_run_dir(config, name):
+            path, resume = restarted, "auto"
         elif resume is None:
             path = new_run_dir(config, name)
         else:
@@ -54,14 +53,14 @@ class RunFolder:
         self.new = not path.exists()
         self._lock = lock_run_dir(path, new=self.new)
         self.console = Console(log_file=path / "train.log")
-        if resume is None:
-            return str(path), None
-        if resume != "auto" or _was_saved(path):
+        source = None
+        if resume == "auto" and not _was_saved(path):
+            how = "starting a new run" if self.new else "starting over in this folder"
+            self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
+        elif resume is not None:
             target = path if resume == "auto" else Path(resume)
-            return str(path), str(checkpoint.resolve(target, report=self.warn))
-        how = "starting a new run" if self.new else "starting over in this folder"
-        self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
-        return str(path), None
+            source = str(checkpoint.resolve(target, report=self.warn))
+        return str(path), source
 
     def note(self, text: str) -> None:
         """Print a remark, once for all ranks."""
@@ -77,8 +76,7 @@ class RunFolder:
 
     def remove_unused(self) -> None:
         """Remove the folder of a new run that never began."""
-        log = self.path / "metrics.jsonl"
-        if self.new and not (log.exists() and log.stat().st_size):
+        if self.new and not _has_rows(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
@@ -89,39 +87,40 @@ class RunFolder:
             self._lock.close()
 
 
-def new_run_dir(config: TrainConfig, name: str) -> Path:
-    """Return a folder that does not exist yet; an explicit ``run.name`` is never altered."""
-    out_dir = Path(config.run.out_dir)
-    if config.run.name is not None:
-        run_dir = out_dir / config.run.name
-        if run_dir.exists():
-            raise UserError(
-                f"{run_dir} exists already; continue it with --resume auto, or set another run.name"
-            )
-        return run_dir
+def _run_dirs(config: TrainConfig, name: str) -> Iterator[Path]:
+    """Yield ``run.name``, which is never altered, or else ``name``, ``name-2``, …"""
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(path for path in map(out_dir.joinpath, names) if not path.exists())
+    given = config.run.name
+    return map(Path(config.run.out_dir).joinpath, names if given is None else [given])
+
+
+def new_run_dir(config: TrainConfig, name: str) -> Path:
+    """Return a folder that does not exist yet."""
+    for path in _run_dirs(config, name):
+        if not path.exists():
+            return path
+    raise UserError(
+        f"{path} exists already; continue it with --resume auto, or set another run.name"
+    )
 
 
 def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
     """Return the run folder of a path; for ``auto`` that of this config's newest run.
 
-    With no ``run.name`` that is the last one saved of ``NAME``, ``NAME-2``, …; where none was
-    saved, the last that there is, or ``NAME``.
+    With no ``run.name`` that is the last of ``NAME``, ``NAME-2``, … with a checkpoint; if none has
+    one, the last that exists, or ``NAME``.
     """
-    if resume != "auto":
-        path = Path(resume)
-        if not path.exists():
-            raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
-        for run_dir in (path, path.parent, path.parent.parent):
-            if (run_dir / "checkpoints").is_dir():
-                return run_dir
-        raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
-    out_dir = Path(config.run.out_dir)
-    found = [out_dir / (config.run.name or name)]
-    while config.run.name is None and (path := out_dir / f"{name}-{len(found) + 1}").exists():
-        found.append(path)
-    return next(filter(_was_saved, reversed(found)), found[-1])
+    if resume == "auto":
+        paths = _run_dirs(config, name)
+        found = [next(paths), *itertools.takewhile(Path.exists, paths)]
+        return next(filter(_was_saved, reversed(found)), found[-1])
+    path = Path(resume)
+    if not path.exists():
+        raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
+    for run_dir in (path, path.parent, path.parent.parent):
+        if (run_dir / "checkpoints").is_dir():
+            return run_dir
+    raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
 
 
 def _was_saved(run_dir: Path) -> bool:
@@ -129,29 +128,32 @@ def _was_saved(run_dir: Path) -> bool:
     folder = run_dir / "checkpoints"
     if folder.is_dir():
         return any(not path.name.startswith(".tmp-") for path in folder.iterdir())
-    log = run_dir / "metrics.jsonl"  # the folder is made before the first row: it was removed
+    return _has_rows(run_dir)  # the folder is made before the first row: it was removed
+
+
+def _has_rows(run_dir: Path) -> bool:
+    log = run_dir / "metrics.jsonl"
     return log.is_file() and log.stat().st_size > 0
 
 
-def _job() -> str | None:
+def _job() -> str:
     """Return what the processes that one torchrun starts and restarts have in common."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Where the user gives no name it is "none", and the agent is on one node.
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # If the user gives no name it is "none", and the agent is on one node.
     return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
-    """Return the run folder of this very job where torchrun restarts it, else None."""
+    """Return the run folder of this job if torchrun has restarted it, else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
-    name = config.run.name or name
-    locks = list(Path(config.run.out_dir).glob(f"{glob.escape(name)}*/.lock"))
-    locks.sort(key=lambda lock: lock.stat().st_mtime, reverse=True)
-    return next((x.parent for x in locks if x.read_text(encoding="utf-8") == _job()), None)
+    locks = Path(config.run.out_dir).glob(f"{glob.escape(config.run.name or name)}*/.lock")
+    ours = [lock for lock in locks if lock.read_text(encoding="utf-8") == _job()]
+    return max(ours, key=lambda lock: lock.stat().st_mtime).parent if ours else None
 
 
 def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
-    """Make the run folder this process's own until it ends, however it ends."""
+    """Make the run folder and lock it until this process ends, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=not new)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
@@ -172,7 +174,7 @@ def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
             "(of fasttrain.Trainer: run_dir)"
         ) from error
     lock.truncate(0)
-    lock.write(_job() or "")
+    lock.write(_job())
     lock.flush()
     return lock
 

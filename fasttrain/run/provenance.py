@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from fasttrain.command import redact
 PACKAGES = ("triton", "numpy", "tokenizers", "safetensors")
 _ROOT = Path(__file__).parents[2]  # of the checkout, where the package lies in one
 _DRIVER = r"(\d+\.\d+(\.\d+)?)"
-_GIT_S = 2.0  # on a file system that hangs; then the commit is read, and changes are not known
+_GIT_S = 2.0  # on a file system that hangs
 
 
 def provenance(device: torch.device, parent: Path | None = None) -> dict[str, str | bool | None]:
@@ -30,6 +31,7 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
     """
     commit, changed = _checkout(_ROOT)
     on_gpu = device.type == "cuda"
+    processor = _first(r"model name\s*: (.+)", "/proc/cpuinfo") or platform.processor()
     return {
         "fasttrain": __version__,
         "commit": commit,
@@ -37,17 +39,12 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         **{package: _version(package) for package in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor or platform.machine(),
         "cuda": (torch.version.cuda or torch.version.hip) if on_gpu else None,
         "driver": _first(_DRIVER, "/proc/driver/nvidia/version") if on_gpu else None,
         "command": redact(shlex.join(sys.orig_argv)),
         "parent": redact(str(parent)) if parent else None,
     }
-
-
-def _processor() -> str:
-    name = _first(r"model name\s*: (.+)", "/proc/cpuinfo")
-    return name or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -70,45 +67,17 @@ def _checkout(root: Path) -> tuple[str | None, bool | None]:
     """Return the commit of a checkout, and whether the code has changed since; None: not known."""
     if not (root / ".git").exists():
         return None, None
-    # What a hook of git's sets would lead to another repository; the index is left as it is.
+    # Variables that a git hook sets would lead to another repository; the index is not refreshed.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    command = ["git", "-C", str(root), "-c", "core.fsmonitor=false", "status", "--porcelain=v2"]
-    command += ["--branch", "--no-ahead-behind", "--", "fasttrain", "kernels"]
+    # A checkout of another user, as in a container, is read too: its code runs here anyway.
+    command = ["git", "-C", str(root), "-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
+    command += ["--no-optional-locks", "status", "--porcelain=v2", "--branch", "--no-ahead-behind"]
+    command += ["--", "fasttrain", "kernels"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
     try:
-        told = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_GIT_S,
-            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout
-    except (OSError, subprocess.SubprocessError):  # no git, or it does not trust the folder's owner
-        return _head(root), None
-    head, *changes = (x for x in told.splitlines() if x[0] != "#" or "branch.oid" in x)
-    return _hash(head.split()[-1]), bool(changes)
-
-
-def _hash(text: str) -> str | None:
-    return text if re.fullmatch("[0-9a-f]{40,64}", text) else None
-
-
-def _head(root: Path) -> str | None:
-    """Return the commit that a checkout is at, without git."""
-    try:
-        folder = root / ".git"
-        if folder.is_file():  # a worktree
-            folder = root / folder.read_text("utf-8").removeprefix("gitdir:").strip()
-        common = folder / "commondir"
-        common = folder / common.read_text("utf-8").strip() if common.exists() else folder
-        head = (folder / "HEAD").read_text("utf-8").strip()
-        if head.startswith("ref: "):
-            name = head.removeprefix("ref: ")
-            if (common / name).is_file():
-                head = (common / name).read_text("utf-8").strip()
-            else:
-                packed = (common / "packed-refs").read_text("utf-8").splitlines()
-                head = next((x.split()[0] for x in packed if x.endswith(f" {name}")), "")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return _hash(head)
+        shown = subprocess.run(command, timeout=_GIT_S, env=environment, **options).stdout
+    except (OSError, subprocess.SubprocessError):  # no git, say
+        return None, None
+    head, *changes = (x for x in shown.splitlines() if x[0] != "#" or "branch.oid" in x)
+    commit = head.split()[-1]
+    return None if commit == "(initial)" else commit, bool(changes)

@@ -12,13 +12,7 @@ from torch import nn
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint.reading import misfits_of
-from fasttrain.config import (
-    TrainConfig,
-    UserError,
-    config_difference,
-    config_to_dict,
-    load_config,
-)
+from fasttrain.config import TrainConfig, UserError, config_difference, config_to_dict, load_config
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import cut
@@ -45,10 +39,10 @@ class Change(NamedTuple):
     key: str
     old: Any
     new: Any
-    where: str = ""  # of two lists: how they differ
+    how: str = ""  # they differ; else both values say it
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.where or f'{_short(self.old)} → {_short(self.new)}'}"
+        return f"{self.key}: {self.how or f'{_short(self.old)} → {_short(self.new)}'}"
 
 
 def check_resumable(
@@ -61,10 +55,11 @@ def check_resumable(
     """Return the state of the checkpoint ``source``, allowed changes added to its history.
 
     Raises UserError where the config, the facts of the ``data`` or the samples of a step are not
-    those of the checkpoint and ``allow_change`` does not name the key; it names all of them.
+    those of the checkpoint and ``allow_change`` does not name the key (it names all of them), or
+    where the checkpoint holds another model than the config describes.
     """
-    known = [f"{section}.{key}" for section, t in config_to_dict(config).items() for key in t]
-    known += [f"data.{split}.{key}" for split, facts in data.items() for key in facts]
+    tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    known = [f"{table}.{key}" for table, keys in tables.items() for key in keys]
     for key in allow_change:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -86,20 +81,27 @@ def check_resumable(
         if not key.startswith(harmless)
     ]
     before = state.get("samples_per_step", samples_per_step)
-    shape = ("train.tokens_per_step", "train.micro_batch", "data.seq_len")
-    if before != samples_per_step and not any(change.key in shape for change in changes):
+    shape = {"train.tokens_per_step", "train.micro_batch", "data.seq_len"}
+    if before != samples_per_step and not shape & {change.key for change in changes}:
         ranks = (
             f"a step took {counted(before, 'sample')}, and on this number of ranks it takes "
             f"{samples_per_step}"
         )
-        changes.append(Change(shape[0], before, samples_per_step, ranks))
-    changes += _data_changes(state["data"], data)
+        changes.append(Change("train.tokens_per_step", before, samples_per_step, ranks))
+    for split, facts in data.items():
+        for key, new in facts.items():
+            old = state["data"].get(split, {}).get(key)
+            if old != new:
+                lists = key == "shards" and misfit(list[str], old) is None
+                how = _list_difference(old, new) if lists else ""
+                changes.append(Change(f"data.{split}.{key}", old, new, how))
     refused = [str(change) for change in changes if change.key not in allow_change]
     if refused:
         raise UserError(
             f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
             "each with --allow-change KEY; of another run: --resume RUN"
         )
+    checkpoint.check_model(config, parts.group("model"), source)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
     state["history"] = state.get("history", []) + [
         {**when, "key": c.key, "old": _short(c.old), "new": _short(c.new)} for c in changes
@@ -114,16 +116,16 @@ def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: 
     give the same bits each time, on a CPU or as the run is deterministic.
     """
     recorded = state.get("provenance")
-    before = {**(recorded if isinstance(recorded, dict) else {}), **state}
+    before = state if not isinstance(recorded, dict) else recorded | state
     changed = "; ".join(
         f"{name} {_short(before[name])} → {_short(value)}"
         for name, value in made_by.items()
-        # No threads: of a run on a GPU.
+        # None: threads of a run on a GPU.
         if name not in ("command", "parent") and before.get(name) not in (value, None)
     )
     if changed:
-        told = "the run goes on, but perhaps not with the same bits"
-        return f"the checkpoint was made otherwise: {changed}: {told}"
+        but = "the run goes on, but perhaps not with the same bits"
+        return f"the checkpoint was made otherwise: {changed}: {but}"
     if not exact:
         return (
             "on a GPU sums take another order each time: the run goes on, but perhaps not with the "
@@ -140,32 +142,18 @@ def lr_jump(
     named = old_config.schedule != config.schedule or old_config.optim.peak_lr != peak
     if named or total_steps is None or state["total_steps"] is None:
         return None
-    rates = [
-        lr_at(state["step"], total, config.schedule, peak)
-        for total in (state["total_steps"], total_steps)
-    ]
-    if abs(rates[1] - rates[0]) <= LR_JUMP * peak:
+    totals = (state["total_steps"], total_steps)
+    old, new = (lr_at(state["step"], total, config.schedule, peak) for total in totals)
+    if abs(new - old) <= LR_JUMP * peak:
         return None
     key = "lr" if config.optim.muon_lr is None else "muon_lr"
     return (
         f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
-        f"rate of step {state['step'] + 1:,} is {rates[1]:.3g}, and was to be {rates[0]:.3g}: the "
+        f"rate of step {state['step'] + 1:,} is {new:.3g}, and was to be {old:.3g}: the "
         "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
         "decay, or a low rate to the end: schedule.name=constant "
         f"optim.{key}=… and --allow-change for both"
     )
-
-
-def _data_changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[Change]:
-    changes = []
-    for split, facts in new.items():
-        for key, value in facts.items():
-            before = old.get(split, {}).get(key)
-            if before != value:
-                lists = key == "shards" and misfit(list[str], before) is None
-                where = _list_difference(before or (), value) if lists else ""
-                changes.append(Change(f"data.{split}.{key}", before, value, where))
-    return changes
 
 
 def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:

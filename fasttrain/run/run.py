@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from fasttrain_kernels._torch import spare_compiler
@@ -16,7 +16,7 @@ from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
-from fasttrain.data.format import open_dataset
+from fasttrain.data.format import Split, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.prepare.corpus import build_default_corpus
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
@@ -28,14 +28,7 @@ from fasttrain.device import (
 )
 from fasttrain.distributed.lockstep import die_with_parent
 from fasttrain.distributed.sharding import make_sharded
-from fasttrain.distributed.world import (
-    SharedError,
-    World,
-    choose_mode,
-    facts_of_rank,
-    start,
-    stop,
-)
+from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.trainer import Sampler, Trainer
@@ -61,10 +54,9 @@ def run(
 ) -> int:
     """Train as ``config`` says and return the exit status.
 
-    The run folder is ``name`` where ``run.name`` is unset, with ``-2``, ``-3``, … where it exists
-    and ``resume`` is None; for ``resume`` see `RunFolder`. ``allow_change`` names keys that may
-    differ from the resumed run's, beyond those that change no number. ``decay_from`` is a run or
-    checkpoint folder: a new run continues from there, decaying.
+    For ``name`` and ``resume`` see `RunFolder`. ``allow_change`` names keys that may differ from
+    the resumed run's, beyond those that change no number. ``decay_from`` is a run or checkpoint
+    folder: a new run continues from there, decaying.
 
     Raises:
         UserError: something is missing or does not fit; nothing was overwritten.
@@ -107,17 +99,17 @@ def run(
             elif branch_of is not None:
                 config = resuming.decaying_from(config, branch_of)
                 allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
-            trainer = _build(config, world, folder, allow_change, branch_of, stop_at_step)
+            options = {"--stop-at-step": stop_at_step}
+            trainer = _build(config, world, device, folder, allow_change, branch_of, options)
             if stop_at_step is not None:
-                if stop_at_step <= trainer.state.step:
+                if stop_at_step <= (step := trainer.state.step):
                     raise UserError(
-                        f"--stop-at-step {stop_at_step}: the run is at step {trainer.state.step}; "
-                        "name a later step"
+                        f"--stop-at-step {stop_at_step}: the run is at step {step}; name a later "
+                        "step"
                     )
                 trainer.request_stop(stop_at_step)
-            loader, val = trainer.train_loader, trainer.val_dataset
-            if folder.console and val is not None:
-                show_start(folder, trainer.config, trainer.train_step, trainer.state, loader, val)
+            if folder.console:
+                show_start(folder, trainer)
         status = train_to_end(trainer, folder, started)
         if status != EXIT_FAILED:
             stop(world)
@@ -151,20 +143,11 @@ def open_splits(
     paths = [Path(path) for path in data_paths(config)] or [
         build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report)
     ]
-
-    open_one = partial(
-        open_dataset,
-        dtype=data.dtype,
-        vocab_size=vocab_size,
-        end_of_text=data.end_of_text,
-        cache_dir=cache_dir,
-    )
-
-    def opened(split: Literal["train", "val"]) -> TokenDataset:
-        found = [open_one(path, split) for path in paths]
-        return found[0] if len(found) == 1 else join(found)
-
-    train, val = opened("train"), opened("val")
+    options: dict[str, Any] = {"dtype": data.dtype, "end_of_text": data.end_of_text}
+    options |= {"vocab_size": vocab_size, "cache_dir": cache_dir}
+    splits: tuple[Split, ...] = ("train", "val")
+    opened = [[open_dataset(path, split, **options) for path in paths] for split in splits]
+    train, val = (found[0] if len(found) == 1 else join(found) for found in opened)
     if vocab_size is None:
         if train.vocab_size is None:
             raise UserError(
@@ -184,44 +167,45 @@ def _with_micro_batch(
     report: Callable[[str], None],
 ) -> TrainConfig:
     """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
-    if not isinstance(config.train.micro_batch, str):
+    loop, found = config.train, config.train.micro_batch
+    if not isinstance(found, str):
         return config
     if source is not None:
         found = load_config(source / "config.toml").train.micro_batch
-        return replace(config, train=replace(config.train, micro_batch=found))
-    from fasttrain.engine.memory import settle_micro_batch  # half a second of imports
+    else:
+        from fasttrain.engine.memory import settle_micro_batch  # half a second of imports
 
-    found = 0
-    with world.failing_together():
-        if world.leads:
-            seq_len = config.data.seq_len
-            samples = step_shape(config.train, seq_len, world.size).samples
-            alone = replace(config.train, tokens_per_step=samples * seq_len)
-            precision = resolve_precision(config.run.dtype, device)
-            found = settle_micro_batch(
-                replace(config, train=alone), device=device, precision=precision, report=report
-            ).train.micro_batch
-    return replace(config, train=replace(config.train, micro_batch=world.share(found)))
+        with world.failing_together():
+            if world.leads:
+                seq_len = config.data.seq_len
+                share = step_shape(loop, seq_len, world.size).samples * seq_len
+                alone = replace(config, train=replace(loop, tokens_per_step=share))
+                precision = resolve_precision(config.run.dtype, device)
+                settled = settle_micro_batch(
+                    alone, device=device, precision=precision, report=report
+                )
+                found = settled.train.micro_batch
+        found = world.share(found)
+    return replace(config, train=replace(loop, micro_batch=found))
 
 
 def _build(
     config: TrainConfig,
     world: World,
+    device: torch.device,
     folder: RunFolder,
     allow_change: Sequence[str],
     branch_of: Path | None,
-    stop_at_step: int | None,
+    options: dict[str, int | None],
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
-    device = world.device(resolve_device(config.run.device))
     # The data; where there are none yet, the first rank of a node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
             if (world.local_rank == 0) is first_of_node:
                 settled, train, val = open_splits(config, folder.note)
     recorded: dict[str, Any] = {"data": {"train": train.facts, "val": val.facts}, "history": []}
-    if world.size > 1:  # here, before a collective that one of them has other reasons to skip
-        options = {"--stop-at-step": stop_at_step}
+    if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(settled, recorded["data"], options))
     # What "auto" stands for, and whether the checkpoint may be continued
     config = _with_micro_batch(settled, source, world, device, folder.note)
@@ -236,14 +220,12 @@ def _build(
                 source, config, recorded["data"], allow_change, shape.samples * world.size
             )
             recorded["history"] = state["history"]
-            checkpoint.check_model(config, checkpoint.parse(source).group("model"), source)
         if world.leads:
             recorded["provenance"] = provenance(device, source)
             mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
-            now = {**recorded["provenance"], "run.compile": mode}
-            now["threads"] = torch.get_num_threads()
+            other = {"run.compile": mode, "threads": torch.get_num_threads()}
             exact = source is None or device.type == "cpu" or config.run.deterministic
-            if said := resuming.made_otherwise(state, now, exact=exact):
+            if said := resuming.made_otherwise(state, recorded["provenance"] | other, exact=exact):
                 folder.warn(said)
     # The model, as the ranks hold it, and its optimizers
     precision = resolve_precision(config.run.dtype, device)
@@ -261,14 +243,13 @@ def _build(
         if config.model.init_from is not None and source is None:
             resuming.start_from(model, config.model.init_from)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    if world.rank:  # what ranks draw from here on, for dropout, is their own
+    if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
     sampler = None
     with world.failing_together():
         if world.leads:
-            averaged = config.train.ema_decay is not None
-            n_bytes = _checkpoint_bytes(model, optimizers, averaged=averaged)
+            n_bytes = _checkpoint_bytes(model, optimizers, config)
             check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
         if train.tokenizer_path is not None:
             if folder.source is None and world.leads:
@@ -323,11 +304,12 @@ def _build(
 
 
 def _checkpoint_bytes(
-    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], *, averaged: bool
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig
 ) -> int:
     """Return the size of a checkpoint: the model, its average and the optimizers' state."""
-    size: int = sum(tensor.nbytes for tensor in model.state_dict().values()) * (1 + averaged)
-    return size + sum(state_bytes(optimizer) for optimizer in optimizers)
+    copies = 1 if config.train.ema_decay is None else 2
+    size: int = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
+    return size + sum(map(state_bytes, optimizers))
 
 
 def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:
@@ -339,17 +321,15 @@ def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) ->
     def sample(model: Transformer, number: int) -> tuple[str, str]:
         prompt = prompts[number % len(prompts)]
         # A prompt of which the tokenizer knows nothing starts like a new document.
-        start = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
-        ids = torch.tensor([start], dtype=torch.int64, device=device)
-        generator = torch.Generator(device).manual_seed(config.run.seed + number)
+        ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
         out = generate(
             model,
-            ids,
+            torch.tensor([ids], device=device),
             max_new_tokens=config.eval.sample_tokens,
             temperature=config.eval.temperature,
             top_k=config.eval.top_k,
-            generator=generator,
+            generator=torch.Generator(device).manual_seed(config.run.seed + number),
         )
-        return prompt, tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
 
     return sample

@@ -1,9 +1,9 @@
 """Signals: before training they interrupt; during it the first ends the run, a second at once.
 
-Python runs a signal's handler in the main thread between two of its bytecodes: in the middle of
-whatever that was printing or locking, and not at all while it compiles, waits for a disk or
-computes for long. So while a run trains the handler does nothing. The system writes the number of
-each signal to a pipe, and a thread that reads this pipe asks the run to stop.
+Python runs a signal's handler in the main thread between two bytecodes: in the middle of whatever
+that prints or locks, and not at all during a long call into C, as when it compiles or waits for a
+disk. So while a run trains the handler does nothing. The system writes the number of each signal to
+a pipe, and a thread that reads this pipe asks the run to stop.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -44,6 +45,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass(kw_only=True)
 class StopSignals:
     """While this context lasts, signals end the run; a second one ends the process with status 1.
 
@@ -53,22 +55,16 @@ class StopSignals:
     echo, and ignored.
     """
 
-    def __init__(
-        self,
-        *,
-        stop: Callable[[str], None],
-        rescue: Callable[[], None],
-        patience_s: Callable[[], float],
-        echo_s: float = 0.0,
-    ) -> None:
-        self._stop, self._rescue, self._patience_s = stop, rescue, patience_s
-        self._echo_s = echo_s
-        self._over = threading.Event()
-        self._reason = ""
+    stop: Callable[[str], None]
+    rescue: Callable[[], None]
+    patience_s: Callable[[], float]
+    echo_s: float = 0.0
+    _over: threading.Event = field(default_factory=threading.Event, init=False)
+    _reason: str = field(default="", init=False)
 
     def __enter__(self) -> None:
         self._read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)
+        os.set_blocking(self._write_end, False)  # as `signal.set_wakeup_fd` demands
         self._threads = [threading.Thread(target=self._watch, name="signals", daemon=True)]
         self._threads[0].start()
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -100,18 +96,18 @@ class StopSignals:
                 if number not in (*SIGNALS, _CALLED):
                     continue
                 if first_s is not None:
-                    if number != _CALLED and time.monotonic() - first_s >= self._echo_s:
+                    if number != _CALLED and time.monotonic() - first_s >= self.echo_s:
                         end_at_once(EXIT_FORCED)  # checkpoints on disk stay whole
                     continue
                 first_s = time.monotonic()
-                self._stop(self._reason if number == _CALLED else signal.Signals(number).name)
+                self.stop(self._reason if number == _CALLED else signal.Signals(number).name)
                 late = threading.Thread(target=self._wait, name="rescue", daemon=True)
                 self._threads.append(late)
                 late.start()
 
     def _wait(self) -> None:
-        if not self._over.wait(self._patience_s()):
-            self._rescue()
+        if not self._over.wait(self.patience_s()):
+            self.rescue()
 
 
 def end_at_once(status: int) -> None:

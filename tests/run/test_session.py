@@ -128,9 +128,7 @@ def test_R12_the_disk_is_checked_for_the_size_that_checkpoints_have(
     files = [path / f"{stem}.safetensors" for stem in ("model", "optimizer")]
     config = load_config(path / "config.toml")
     model = Transformer(config.model, seq_len=config.data.seq_len)
-    foreseen = session._checkpoint_bytes(
-        model, build_optimizers(model, config.optim), averaged=False
-    )
+    foreseen = session._checkpoint_bytes(model, build_optimizers(model, config.optim), config)
     written = sum(file.stat().st_size for file in files)
     assert foreseen == pytest.approx(written, rel=0.03)  # JSON headers and step counts aside
     run_dir = path.parents[1]
