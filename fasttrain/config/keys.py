@@ -161,11 +161,14 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
 
 def _type_remedy(f: Field[Any], value: Any) -> str:
     """Return how to write the value that was probably meant; "" where none fits."""
-    shown = show(value)
-    for other in (f"[{shown}]", f'"{shown}"', shown.removesuffix(".0"), str(value).lower()):
+    shown, others = show(value), [str(value).lower()]
+    if isinstance(value, bool | int | float):
+        others = [f'"{shown}"', shown.removesuffix(".0")]
+    for other in (f"[{shown}]", *others):
         with contextlib.suppress(ValueError):
-            if accepts(f, tomllib.loads(f"x = {other}")["x"]):
-                return f"; write {'it without quotes' if other == value else other}"
+            if accepts(f, meant := tomllib.loads(f"x = {other}")["x"]):
+                is_quoted = other == value and not isinstance(meant, bool)
+                return f"; write {'it without quotes' if is_quoted else other}"
     return ""
 
 
