@@ -41,9 +41,7 @@ class RunConfig(Section):
         "run the model)",
         choices="auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
     )
-    deterministic: bool = key(
-        False, "same bits in every run on a GPU too, at some cost in speed (a CPU always does this)"
-    )
+    deterministic: bool = key(False, "same bits in every run on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
 
@@ -79,10 +77,7 @@ class ModelConfig(Section):
     n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1, le=_WIDEST)
     head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1, le=_WIDEST)
     hidden_dim: int | None = key(
-        None,
-        "MLP width (None: swiglu 8/3·dim rounded up to a multiple of 64, else 4·dim)",
-        ge=1,
-        le=2**24,
+        None, "MLP width (None: 4·dim; swiglu: 8/3·dim up to a multiple of 64)", ge=1, le=2**24
     )
     mlp: str = key("swiglu", "MLP activation", choices="swiglu gelu relu2")
     norm: str = key("rms", "RMSNorm or LayerNorm", choices="rms layer")
@@ -105,9 +100,7 @@ class ModelConfig(Section):
     )
     value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
     init_from: str | None = key(
-        None,
-        "run or checkpoint folder whose parameters a new run starts from (None: random ones)",
-        pattern=_PATH,
+        None, "run or checkpoint folder to take the parameters from (None: random)", pattern=_PATH
     )
 
     def check(self) -> None:
@@ -204,12 +197,8 @@ class OptimConfig(Section):
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
     weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
     decay_embeddings: bool = key(False, "decay the embedding tables too")
-    muon_embedding_lr_scale: float = key(
-        1.0, "muon: learning rate of the embeddings, relative to that of the matrices", ge=0
-    )
-    muon_head_lr_scale: float = key(
-        1.0, "muon: learning rate of the head, relative to that of the matrices", ge=0
-    )
+    muon_embedding_lr_scale: float = key(1.0, "muon: embedding lr, relative to the matrices'", ge=0)
+    muon_head_lr_scale: float = key(1.0, "muon: head lr, relative to the matrices'", ge=0)
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
@@ -240,16 +229,10 @@ class ScheduleConfig(Section):
     decay_start_step: int | None = key(
         None, "wsd: first step of the decay (None: from decay_fraction)", ge=0
     )
-    decay_every_steps: int | None = key(
-        None, "step: steps between decays (None: a third of the run)", ge=1
-    )
+    decay_every_steps: int | None = key(None, "step: steps between decays (None: run / 3)", ge=1)
     decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
-    plateau_evals: int = key(
-        3, "plateau: evaluations without an improvement by eval.min_change before each decay", ge=1
-    )
-    cycle_steps: int | None = key(
-        None, "cosine_restarts: steps of a cycle (None: a third of the run)", ge=1
-    )
+    plateau_evals: int = key(3, "plateau: evaluations without improvement before each decay", ge=1)
+    cycle_steps: int | None = key(None, "cosine_restarts: steps of a cycle (None: run / 3)", ge=1)
     context_fractions: tuple[float, ...] = key(
         (),
         "packed and sliding: lengths that sequences are cut into, as fractions of "
@@ -268,9 +251,7 @@ class LoopConfig(Section):
     steps: int | None = key(None, "horizon in optimizer steps", ge=1)
     epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
     tokens: int | None = key(None, "horizon in training tokens", ge=1)
-    hours: float | None = key(
-        None, "horizon in hours of training steps, evaluation and saves not counted", gt=0
-    )
+    hours: float | None = key(None, "horizon in hours of steps (not evaluation and saves)", gt=0)
     # Typed as what all readers get: the word is replaced before anything is built.
     micro_batch: int = key(
         8,
@@ -314,9 +295,7 @@ class LoopConfig(Section):
         choices="off skip rollback",
     )
     spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
-    spike_window_steps: int = key(
-        128, "previous steps that a spike is compared with; half of them are enough", ge=8
-    )
+    spike_window_steps: int = key(128, "previous steps to compare with; half are enough", ge=8)
     max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
     activation_checkpointing: str = key(
         "none",
@@ -345,9 +324,7 @@ class EvalConfig(Section):
     )
     sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
     prompts: tuple[str, ...] | None = key(
-        None,
-        "prompts of the samples, in turn; [] for no samples (None: the openings of four "
-        "validation documents)",
+        None, "prompts, in turn; []: no samples (None: openings of four validation documents)"
     )
     sample_tokens: int = key(128, "tokens of a sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
@@ -411,9 +388,7 @@ class DistributedConfig(Section):
         "auto: ddp where it fits",
         choices="auto ddp fsdp hsdp",
     )
-    shard_ranks: int | None = key(
-        None, "hsdp: ranks that share one copy of the model (None: those of a node)", ge=2
-    )
+    shard_ranks: int | None = key(None, "hsdp: ranks that share a model (None: a node's)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     check_every_steps: int | None = key(
         1000,
