@@ -117,8 +117,8 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a s
 
 
 def allowed(f: Field[Any]) -> str:
-    """Return in words what a key takes, as in ``an integer ≥ 1, or none to unset it``."""
-    kind, optional, length = _kind(f)
+    """Return in words what a key takes besides none, as in ``an integer ≥ 1``."""
+    kind, _, length = _kind(f)
     if f.metadata["choices"]:
         text = f"one of {', '.join(f.metadata['choices'])}"
     elif f.metadata["pattern"]:
@@ -128,8 +128,7 @@ def allowed(f: Field[Any]) -> str:
     else:
         text = f"a list of {length or ''} {_NAMES[kind].split()[1]}s".replace("  ", " ")
     text += " and".join(f" {sign} {bound}" for sign, bound in f.metadata["bounds"])
-    text += "".join(f', or "{word}"' for word in f.metadata["words"])
-    return f"{text}, or none to unset it" if optional else text
+    return text + "".join(f', or "{word}"' for word in f.metadata["words"])
 
 
 def check_value(name: str, value: Any, f: Field[Any]) -> Any:
@@ -137,12 +136,12 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
 
     An int becomes a float, and a list a tuple, where the field has these.
     """
-    takes = f"it takes {allowed(f)}"
+    kind, optional, length = _kind(f)
+    takes = f"it takes {allowed(f)}{', or none to unset it' if optional else ''}"
     if not accepts(f, value):
         refuse(name, value, f"has the wrong type; {takes}{_type_remedy(f, value)}")
     if value is None or (isinstance(value, str) and value in f.metadata["words"]):
         return value
-    kind, _, length = _kind(f)
     choices, pattern = f.metadata["choices"], f.metadata["pattern"]
     for element in [value] if length is None else value:
         if isinstance(element, str):

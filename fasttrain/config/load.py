@@ -262,15 +262,12 @@ def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, An
     return [(name, left, right) for name, left, right in values if left != right]
 
 
-def _rows() -> list[tuple[str, str, str, str]]:
-    takes = {name: allowed(f).removesuffix(", or none to unset it") for name, f in _FIELDS.items()}
-    return [(k, takes[k], show(f.default), f.metadata["meaning"]) for k, f in _FIELDS.items()]
-
-
 def config_reference() -> str:
     """Return every key with what it takes, its default and its meaning as a Markdown table."""
     lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{k}` | {takes} | `{default}` | {why} |" for k, takes, default, why in _rows()]
+    for name, f in _FIELDS.items():
+        meaning = f.metadata["meaning"]
+        lines.append(f"| `{name}` | {allowed(f)} | `{show(f.default)}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -279,10 +276,8 @@ def help_text() -> str:
     wrap = partial(textwrap.wrap, width=100, subsequent_indent=" " * 36, break_on_hyphens=False)
     lines = ["Config keys, in the file or as section.key=value on the command line:"]
     for section, cls in SECTIONS.items():
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        lines += ["", f"[{section}]  {summary}"]
-        for name, takes, default, why in _rows():
-            if name.startswith(f"{section}."):
-                head = f"  {name.partition('.')[2]} = {default} ".ljust(36)
-                lines += wrap(f"{why} [{takes}]", initial_indent=head)
+        lines += ["", f"[{section}]  {cls.__doc__.splitlines()[0]}"]
+        for f in fields(cls):
+            head = f"  {f.name} = {show(f.default)} ".ljust(36)
+            lines += wrap(f"{f.metadata['meaning']} [{allowed(f)}]", initial_indent=head)
     return "\n".join(lines) + "\n"

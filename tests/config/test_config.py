@@ -338,11 +338,6 @@ def test_help_and_reference_have_every_key_once():
     assert max(map(len, help_text().splitlines())) <= 100
 
 
-def test_sections_match_the_config():
-    assert list(SECTIONS) == [f.name for f in dataclasses.fields(TrainConfig)]
-    assert dict(SECTIONS) == {f.name: f.type for f in dataclasses.fields(TrainConfig)}
-
-
 def test_difference(config_file):
     a = load_config(config_file)
     b = load_config(config_file, ["optim.betas=[0.8, 0.9]", "train.max_grad_norm=none"])

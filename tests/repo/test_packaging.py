@@ -145,13 +145,6 @@ def test_readme_and_ci_run_the_same_two_lines():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
-def test_readme_names_every_required_package():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for requirement in PROJECT["dependencies"]:
-        name = re.match(r"[\w-]+", requirement)[0]
-        assert re.search(rf"\b{name}\b", readme), f"the README says why {name} is needed"
-
-
 def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))

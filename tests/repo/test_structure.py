@@ -129,28 +129,6 @@ def test_no_package_outgrows_its_budget():
     assert not over, f"{over}: shorten what is there, or say why the budget is to grow"
 
 
-def trainer_modules() -> set[str]:
-    """Return what ``python -m fasttrain.train`` loads of fasttrain, by following the imports."""
-    reached, open_ends = {"fasttrain"}, ["fasttrain.train"]
-    while open_ends:
-        module = open_ends.pop()
-        if module in reached or module.split(".")[0] != "fasttrain":
-            continue
-        reached.add(module)
-        open_ends += IMPORTS[module] | {module.rpartition(".")[0]}
-    return reached
-
-
-def test_the_entry_point_loads_the_trainer_and_no_more():
-    modules = trainer_modules()
-    assert {
-        "fasttrain.engine.trainer",
-        "fasttrain.model.transformer",
-        "fasttrain.config",
-    } <= modules
-    assert not {"fasttrain.prepare"} & modules
-
-
 OURS = [name for name in MODULES if name.startswith("fasttrain.") and package_of(name)]
 
 
@@ -183,15 +161,6 @@ def test_packages_have_no_circles():
     assert {package_of(name) for name in OURS} == set(HEIGHTS)
 
 
-def test_a_bad_config_is_found_before_torch_is_imported():
-    """The command line imports at module level nothing but the config and the standard library."""
-    tree = ast.parse(MODULES["fasttrain.train"].read_text("utf-8"))
-    top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
-    for name in imports_of(ast.unparse(top), "fasttrain.train"):
-        light = package_of(name) in LIGHT
-        assert light or name.split(".")[0] in sys.stdlib_module_names, name
-
-
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("fasttrain_kernels")])
 def test_kernels_can_be_vendored_under_any_name(module):
     tree = ast.parse(MODULES[module].read_text("utf-8"))
@@ -218,12 +187,6 @@ def test_what_is_known_of_torchs_private_names_lives_in_one_file(module):
         source = ast.unparse(ast.parse(MODULES[module].read_text("utf-8")))
         names = [*re.finditer(PRIVATE_TORCH, source)]
         assert [n[0] for n in names if not n[0].endswith("._dynamo")] == []
-
-
-def test_nothing_imports_the_entry_point():
-    for module, names in IMPORTS.items():
-        assert "fasttrain.train" not in names, module
-        assert not any(name.startswith("fasttrain.train.") for name in names), module
 
 
 def test_every_package_imported_is_a_declared_dependency():
@@ -299,12 +262,10 @@ UNSAFE_OPTIONS = {"weights_only": "False", "allow_pickle": "True", "shell": "Tru
 
 
 def unsafe_uses(source: str, *, shipped: bool = True) -> list[str]:
-    """Return what could execute code held in a file that is read.
+    """Return what could execute code that is held in a file that is read.
 
-    Args:
-        source: the text of a module.
-        shipped: whether it is part of a package. What is not may pickle its own objects, to compare
-            with it or to see that others can, and load tensors with ``weights_only=True``.
+    Code that is not ``shipped`` in a package may pickle its own objects, to compare with it or to
+    see that others can, and load tensors with ``weights_only=True``.
     """
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -332,25 +293,7 @@ def test_nothing_read_is_ever_executed(path):
     assert unsafe_uses(path.read_text("utf-8"), shipped=shipped) == []
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import os\nDEBUG = os.environ.get('DEBUG')",
-        "import os\nclass A:\n    debug = os.getenv('DEBUG')",
-        "import torch\nHAS_GPU = torch.cuda.is_available()",
-        "import torch\ndef f(device=torch.cuda.current_device()): ...",
-        "import torch\ntorch.set_float32_matmul_precision('high')",
-        "import torch\nif True:\n    torch.backends.cuda.matmul.allow_tf32 = True",
-        "import torch\n@torch.compile\ndef f(): ...",
-        "import logging\nlogging.basicConfig()",
-    ],
-)
-def test_the_checker_sees_import_time_faults(source):
-    assert import_time_faults(source)
-
-
-def test_the_checker_allows_definitions():
-    source = """
+DEFINITIONS = """
 import os, torch
 LIMIT = 3
 kinds = {torch.float32: 4}
@@ -363,45 +306,44 @@ handler = lambda: torch.cuda.synchronize()
 if __name__ == "__main__":
     os.environ["X"] = "1"
 """
-    assert import_time_faults(source) == []
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "is_fault"),
     [
-        "import pickle",
-        "from pickle import load",
-        "import torch\ndef f(p):\n    return torch.load(p)",
-        "from torch import load",
-        "f(weights_only=False)",
-        "import numpy as np\nnp.load('x', allow_pickle=True)",
-        "exec(text)",
-        "import subprocess\nsubprocess.run('ls', shell=True)",
+        ("import os\nDEBUG = os.environ.get('DEBUG')", True),
+        ("import os\nclass A:\n    debug = os.getenv('DEBUG')", True),
+        ("import torch\nHAS_GPU = torch.cuda.is_available()", True),
+        ("import torch\ndef f(device=torch.cuda.current_device()): ...", True),
+        ("import torch\ntorch.set_float32_matmul_precision('high')", True),
+        ("import torch\nif True:\n    torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("import torch\n@torch.compile\ndef f(): ...", True),
+        ("import logging\nlogging.basicConfig()", True),
+        (DEFINITIONS, False),
     ],
 )
-def test_the_checker_sees_unsafe_uses(source):
-    assert unsafe_uses(source)
+def test_the_checker_sees_import_time_faults(source, is_fault):
+    assert bool(import_time_faults(source)) == is_fault
 
 
 @pytest.mark.parametrize(
-    ("source", "n_faults"),
+    ("source", "n_shipped", "n_others"),
     [
-        ("import pickle\npickle.loads(pickle.dumps(x))", 0),
-        ("import torch\ntorch.save(x, b)\ntorch.load(b, weights_only=True)", 0),
-        ("import torch\ntorch.load(b)", 1),
-        ("import torch\ntorch.load(b, weights_only=False)", 1),
-        ("np.load(b, allow_pickle=True)\nexec(text)", 2),
+        ("import pickle\npickle.loads(pickle.dumps(x))", 1, 0),
+        ("from pickle import load", 1, 0),
+        ("import torch\ntorch.save(x, b)\ntorch.load(b, weights_only=True)", 2, 0),
+        ("import torch\ntorch.load(b)", 1, 1),
+        ("import torch\ntorch.load(b, weights_only=False)", 1, 1),
+        ("from torch import load", 1, 1),
+        ("f(weights_only=False)", 1, 1),
+        ("np.load(b, allow_pickle=True)\nexec(text)", 2, 2),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", 1, 1),
+        ("model.eval()\ntorch.compile(f)\nsafetensors.torch.load(b)\nre.compile('x')", 0, 0),
     ],
 )
-def test_tests_and_benchmarks_may_pickle_only_their_own(source, n_faults):
-    assert len(unsafe_uses(source, shipped=False)) == n_faults
-
-
-def test_the_checker_allows_safe_look_alikes():
-    source = (
-        "import torch\nmodel.eval()\ntorch.compile(f)\nsafetensors.torch.load(b)\nre.compile('x')"
-    )
-    assert unsafe_uses(source) == []
+def test_the_checker_sees_unsafe_uses(source, n_shipped, n_others):
+    assert len(unsafe_uses(source)) == n_shipped
+    assert len(unsafe_uses(source, shipped=False)) == n_others
 
 
 def test_imports_are_resolved():

@@ -12,16 +12,9 @@ from fasttrain import checkpoint
 from fasttrain.config import load_config
 from fasttrain.generate import load_model
 from fasttrain.train import main
-from tests.support.toy import write_config
 from tests.support.toy_trainer import rows
 
 WSD = ["schedule.name=wsd", "schedule.warmup_steps=1", "checkpoint.every_steps=4"]
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 def train(toy: Path, name: str, *arguments: str, check: int = 0) -> Path:

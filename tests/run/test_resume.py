@@ -22,14 +22,9 @@ from fasttrain.train import main
 from tests.support.faults import flip_bit
 from tests.support.toy import write_config
 from tests.support.toy_checkpoints import save
+from tests.support.toy_trainer import rows
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -201,16 +196,6 @@ def test_R14_resuming_passes_over_damage_loudly_and_a_named_checkpoint_errors(
     assert verify_resume.first_difference(*pair)[0] is None
 
 
-def test_R15_resuming_where_nothing_verifies_never_starts_anew(toy: Path, capsys: Capture) -> None:
-    assert main([str(toy), "--stop-at-step", "2"]) == 75
-    manifest = toy.parent / "runs/toy/checkpoints/step-00000002/manifest.json"
-    manifest.write_text("")
-    capsys.readouterr()
-    assert main([str(toy), "--resume", "auto"]) == 2
-    assert "its only checkpoint does not verify" in capsys.readouterr().err
-    assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
-
-
 def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
     wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
     assert main(wsd) == 0
@@ -221,7 +206,7 @@ def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsy
     assert "the learning rate of step 7 is 0.003, and was to be 0:" in shown
     assert "--decay-from CHECKPOINT" in shown
     assert "schedule.name=constant" in shown
-    assert train_rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
+    assert rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
     muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.muon_lr=0.02"]
     assert main(muon) == 0
     capsys.readouterr()
@@ -244,8 +229,8 @@ def killed_before_its_first_checkpoint(run_dir: Path) -> None:
     """Leave what such a run leaves."""
     (run_dir / "checkpoints/.tmp-step-00000004-77").mkdir(parents=True)
     (run_dir / "config.toml").write_text("[train]\nsteps = 99\n")
-    rows = '{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "train", "step": 2, "loss": 8.0}\n'
-    (run_dir / "metrics.jsonl").write_text(rows)
+    lines = '{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "train", "step": 2, "loss": 8.0}\n'
+    (run_dir / "metrics.jsonl").write_text(lines)
     (run_dir / "train.csv").write_text("step,loss\n1,9.0\n2,8.0\n")
 
 
@@ -262,12 +247,7 @@ def test_N19_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_
     shown = capsys.readouterr().out
     assert "nothing to resume" not in shown
     assert "step-00000004 at step 4" in shown
-    assert [row["step"] for row in train_rows(toy.parent / "runs/a")] == list(range(1, 13))
-
-
-def train_rows(run_dir: Path) -> list[dict[str, object]]:
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in rows(toy.parent / "runs/a")] == list(range(1, 13))
 
 
 def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
@@ -282,7 +262,7 @@ def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
     assert main([str(toy), "log.csv=true", "train.steps=3", "--resume", "auto"]) == 0
     told = "nothing to resume, runs/toy holds no checkpoint yet: starting over in this folder"
     assert told in capsys.readouterr().out
-    assert [row["step"] for row in train_rows(run_dir)] == [1, 2, 3]
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
     table = (run_dir / "train.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in table] == ["step", "1", "2", "3"]
     assert "steps = 3" in (run_dir / "config.toml").read_text()
@@ -290,7 +270,7 @@ def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
 
 
 @pytest.mark.parametrize("lost", ["manifests", "checkpoints", "folder"])
-def test_N19_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
+def test_R15_N19_where_there_were_checkpoints_and_none_is_sound_it_refuses(
     toy: Path, capsys: Capture, lost: str
 ) -> None:
     assert main([str(toy), "--stop-at-step", "2"]) == 75

@@ -23,16 +23,10 @@ from fasttrain.run import run as session
 from fasttrain.run.folder import check_disk, lock_run_dir
 from fasttrain.train import main
 from tests.support.faults import Faults
-from tests.support.toy import ENV, ROOT, write_config
+from tests.support.toy import ENV, ROOT
 from tests.support.toy_trainer import rows
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 def full_disk(operation: str, *names: str) -> None:

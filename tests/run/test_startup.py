@@ -45,13 +45,9 @@ assert p.grad is None and p[0, 0] < 1
 """
     loaded, trained = modules_after(code)
     assert "fasttrain.engine.trainer" in loaded
-    unwanted = (*COMPILER, "tensorboard", "wandb", "pyarrow", "transformers", "plotly")
-    assert not loaded & {
-        *unwanted,
-        "fasttrain.preflight",
-        "fasttrain.engine.memory",
-        "fasttrain.report",
-    }
+    others = {"tensorboard", "wandb", "pyarrow", "transformers", "plotly"}
+    ours = {f"fasttrain.{name}" for name in ("preflight", "prepare", "engine.memory", "report")}
+    assert not loaded & (others | ours | set(COMPILER))
     assert not trained & {"torch._dynamo", "torch._inductor"}
 
 
