@@ -117,7 +117,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for old, new in _NOW_FRACTIONS.items():
         if old in flat:
             tokens = flat[new] = flat.pop(old)
-            with contextlib.suppress(TypeError, ZeroDivisionError):  # what is no number is refused
+            with contextlib.suppress(TypeError, ArithmeticError):  # it is refused below
                 several = isinstance(tokens, list | tuple)
                 flat[new] = [n / seq_len for n in tokens] if several else tokens / seq_len
     for k in ("embedding_lr_scale", "head_lr_scale"):

@@ -176,10 +176,8 @@ class DataConfig(Section):
         if stride is not None and self.batching != "sliding":
             self.refuse("stride_tokens", "is of sliding windows; set data.batching=sliding")
         if stride is not None and stride > self.seq_len:
-            self.refuse(
-                "stride_tokens",
-                f"would leave tokens out; use at most data.seq_len = {self.seq_len}",
-            )
+            problem = f"would leave tokens out; use at most data.seq_len = {self.seq_len}"
+            self.refuse("stride_tokens", problem)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,10 +336,8 @@ class EvalConfig(Section):
 
     def check(self) -> None:
         if self.patience is not None and self.every_steps is None:
-            self.refuse(
-                "patience",
-                "counts evaluations, of which there is one, at the end; set eval.every_steps",
-            )
+            problem = "counts evaluations, of which there is one, at the end; set eval.every_steps"
+            self.refuse("patience", problem)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
