@@ -1,6 +1,6 @@
 """The folder of a run: a new one that overwrites nothing, the one to resume, its lock, its disk.
 
-Of several ranks the first finds and locks it; the others are told.
+With several ranks the first one finds and locks it, and shares its path.
 """
 
 import contextlib

@@ -21,7 +21,8 @@ from fasttrain.engine.state import RunState
 
 LR_JUMP = 0.1  # of the peak; a larger jump between two steps is warned of
 
-# Keys that may differ when a run is resumed: where it goes, what it shows, never what it computes.
+# Keys that may differ when a run is resumed: they change where it runs, writes and what it shows,
+# never what it computes.
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     "run.deterministic",
@@ -29,7 +30,7 @@ MAY_CHANGE = (
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
     *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
 )
-# And these, unless evaluations decide the learning rate or the end of the run.
+# These too, unless evaluations decide the learning rate or the end of the run.
 MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_fraction")
 
 
@@ -174,7 +175,7 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if is_hash else text[:200]
 
 
-# Keys in which a branch may differ from the run that it leaves: how long it is and how it decays.
+# Keys in which a branch may differ from its source: how long it is and how it decays.
 BRANCH_MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
     *("schedule.min_lr", "schedule.decay_fraction", "schedule.decay_start_step"),
@@ -209,7 +210,7 @@ def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
 
 
 def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
-    """Return the config of a run resumed at ``source``, its decay begun where it was there."""
+    """Return the config for resuming at ``source``: its decay begins at the step that it had."""
     begun = load_config(source / "config.toml").schedule.decay_start_step
     if begun is None or config.schedule.decay_start_step is not None:
         return config

@@ -181,10 +181,10 @@ def _with_micro_batch(
                 share = step_shape(loop, seq_len, world.size).samples * seq_len
                 alone = replace(config, train=replace(loop, tokens_per_step=share))
                 precision = resolve_precision(config.run.dtype, device)
-                settled = settle_micro_batch(
+                chosen = settle_micro_batch(
                     alone, device=device, precision=precision, report=report
                 )
-                found = settled.train.micro_batch
+                found = chosen.train.micro_batch
         found = world.share(found)
     return replace(config, train=replace(loop, micro_batch=found))
 
@@ -199,16 +199,16 @@ def _build(
     options: dict[str, int | None],
 ) -> Trainer:
     run_dir, source = folder.path, folder.source or branch_of
-    # The data; where there are none yet, the first rank of a node builds them.
+    # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
             if (world.local_rank == 0) is first_of_node:
-                settled, train, val = open_splits(config, folder.note)
+                config, train, val = open_splits(config, folder.note)
     recorded: dict[str, Any] = {"data": {"train": train.facts, "val": val.facts}, "history": []}
     if world.size > 1:  # before any collective that one of them may have reason to skip
-        world.agree(facts_of_rank(settled, recorded["data"], options))
+        world.agree(facts_of_rank(config, recorded["data"], options))
     # What "auto" stands for, and whether the checkpoint may be continued
-    config = _with_micro_batch(settled, source, world, device, folder.note)
+    config = _with_micro_batch(config, source, world, device, folder.note)
     state: dict[str, Any] = {}
     with world.failing_together():
         if config.eval.prompts is None and train.tokenizer_path is not None:

@@ -50,9 +50,8 @@ class StopSignals:
     """While this context lasts, signals end the run; a second one ends the process with status 1.
 
     ``stop`` is called at the first signal with its name, and must return at once. ``rescue`` is
-    called when the run has not ended `patience_s()` after that, and does not return where it can
-    end the process. Both run in other threads. Signals within ``echo_s`` after the first are its
-    echo, and ignored.
+    called if the run has not ended `patience_s()` after that; it ends the process if it can. Both
+    run in other threads. Signals within ``echo_s`` of the first are its echo, and ignored.
     """
 
     stop: Callable[[str], None]
@@ -82,7 +81,7 @@ class StopSignals:
         os.close(self._write_end)
 
     def call(self, reason: str) -> None:
-        """End the run as a first signal does, from any thread; ignored where one came."""
+        """End the run as a first signal does, from any thread; ignored after one."""
         self._reason = reason
         with contextlib.suppress(OSError):  # it is over
             os.write(self._write_end, bytes([_CALLED]))

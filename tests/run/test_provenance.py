@@ -1,4 +1,4 @@
-"""What made a run is in its log and in each checkpoint; going on by another is told."""
+"""What made a run is in its log and in each checkpoint; continuing with other versions warns."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_a_run_and_its_checkpoints_say_what_made_them(
 
     for step, line in ((5, first), (12, second)):
         assert recorded(step).items() <= line.items()
-    # A run from before any of this was written is gone on with.
+    # A run without such rows, of an older version, can be continued.
     old = [json.dumps(line) + "\n" for line in lines if line["kind"] != "run"]
     (run / "metrics.jsonl").write_text("".join(old))
     longer = ["train.steps=14", "--allow-change", "train.steps"]

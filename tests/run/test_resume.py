@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: only from one that fits (R24), past damage (R14), provably."""
+"""Resuming: only from a checkpoint that fits (R24), past damaged ones (R14), provably exact."""
 
 import json
 import os
@@ -214,7 +214,7 @@ def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsy
     shown = capsys.readouterr().out
     assert "the learning rate of step 7 is 0.02, and was to be 0:" in shown
     assert "schedule.name=constant optim.muon_lr=…" in shown
-    # Nothing is told where nothing jumps, nor where the rate itself was named.
+    # There is no warning if nothing jumps, or if the rate itself was changed by name.
     small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
     assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
     constant = ["schedule.name=constant", "optim.lr=1e-4", "--allow-change", "schedule.name"]

@@ -35,7 +35,7 @@ def test_R29_random_faults_change_nothing(steps: int, n_faults: int, tmp_path: P
     assert report["skipped_steps"] > steps / 200  # the data had batches without a finite loss
     assert sum(report["faults"].values()) >= n_faults / 2, report["faults"]
     assert all(report["faults"].values()), report["faults"]
-    assert report["passed_over"] > 0  # a flipped bit was found, and told of
+    assert report["passed_over"] > 0  # a flipped bit was found and reported
     assert report["failed_saves"] > 0  # and a disk was full
     assert report["rollbacks_on_a_full_disk"] > 0
     at, n_files, memory = zip(*report["measured"], strict=True)
