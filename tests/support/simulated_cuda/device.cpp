@@ -537,7 +537,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     note("device.synchronize");
     synchronize_device();
   }
-  bool isStreamCapturing(const Stream&) const override { return capturing; }
+  // No "override": torch 2.11 does not declare it.
+  bool isStreamCapturing(const Stream&) const { return capturing; }
   void recordDataPtrOnStream(const c10::DataPtr& data, const Stream&) const override {
     if (data.get_deleter() == &free_block) static_cast<Block*>(data.get_context())->recorded = true;
   }
