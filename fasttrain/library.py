@@ -1,14 +1,13 @@
-"""A trainer for custom models: any module that returns logits, any batches, any optimizer.
+"""`Trainer` and `train_loop` for custom models: any module that returns logits, any batches.
 
 `fasttrain.train` runs the pretraining loop of `fasttrain.engine`, which knows its model and its
-data. This one knows neither and takes the same steps: each minimises the mean over all target
-tokens of its batches, however many they are and however many ranks share them.
+data. These know neither and take the same steps: each minimises the mean over all target tokens of
+its batches, however many they are and however many ranks share them.
 
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
 import importlib.util
-import inspect
 import os
 import secrets
 import sys
@@ -40,7 +39,7 @@ from fasttrain.config import (
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.sharding import place
 from fasttrain.distributed.slices import cut
-from fasttrain.engine.optim import optimizer_tensors
+from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.metrics import TrainingMetrics
@@ -50,7 +49,7 @@ from fasttrain.objective import Criterion, Objective, set_epoch, together
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
-__all__ = ["Callback", "Trainer"]
+__all__ = ["Callback", "Trainer", "train_loop"]
 
 # The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
 # set. It never saves asynchronously.
@@ -71,8 +70,9 @@ BINDING = [
     *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
     *("eval.every_steps", "eval.min_change"),
 ]
-# The loader's processes may get a signal too, and hand it on.
-ECHO_S = 3.0
+COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
+ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
+HAS_FCNTL = importlib.util.find_spec("fcntl") is not None  # Windows has neither locks nor signals
 
 
 class Callback:
@@ -121,13 +121,6 @@ def _warn_of_ignored(config: TrainConfig, met: Mapping[str, bool]) -> None:
             "are used as you pass them",
             stacklevel=3,
         )
-
-
-def _needs_closure(optimizer: Any) -> bool:
-    """Whether an optimizer cannot step by itself, as LBFGS."""
-    step = getattr(type(optimizer), "step", None)
-    closure = inspect.signature(step).parameters.get("closure") if step else None
-    return closure is not None and closure.default is closure.empty
 
 
 class Trainer:
@@ -201,7 +194,7 @@ class Trainer:
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
-            (_needs_closure(optimizer),
+            (isinstance(optimizer, torch.optim.LBFGS),
              f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
              "(its step needs a closure); give another optimizer"),
             (any(getattr(module, "sparse", False) is True for module in model.modules()),
@@ -223,7 +216,7 @@ class Trainer:
         )
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
-        self.model = model
+        self.model, self.metrics = model, TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.objective = Objective(model, criterion, config, self.device, self.precision)
@@ -240,14 +233,7 @@ class Trainer:
         )
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
-        self.metrics = TrainingMetrics()
         self.run_dir = Path(run_dir) if run_dir is not None else None
-        self._sinks: Sinks | None = None
-        self._stopping, self._signal = False, ""  # as this rank was told
-        self._why = ""  # the signal, as all ranks know it
-        self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
-        self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
-        self._held = False
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
             with self.world.failing_together():
@@ -259,16 +245,22 @@ class Trainer:
         self.step = self.skipped_steps = self.batch_in_epoch = 0
         self.epoch = 0  # passes that are done
         self.val_losses: list[float] = []
+        self._last_result: dict[str, float] = {}  # of an evaluation after this step
+        self._logged_at = (time.perf_counter(), 0)
+        self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
+        # A training that is under way
+        self._stopping, self._signal = False, ""  # as this rank was told
+        self._why = ""  # the signal, as all ranks know it
+        self._sinks: Sinks | None = None
+        self._held = False  # whether the run folder is locked
+        self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
+        self._tried = False  # to save
         self._loader: Any = None
-        self._tried = False  # to save within this training
         self._loader_facts: dict[str, str] = {}
         self._own_values: dict[str, Any] = {}
         self._random = states.random_sources(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
-        self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self._last_result: dict[str, float] = {}
-        self._logged_at = (time.perf_counter(), 0)
         self._facts = self._collect_facts()
         if self.writer is not None:
             self._snapshot()  # what cannot be saved is refused now
@@ -301,7 +293,7 @@ class Trainer:
                 self._epoch(train_loader, val_loader)
                 if self.step == before and not (within or self._agree()):
                     raise UserError(
-                        "Trainer: the training loader gave no batch; give a DataLoader or a list "
+                        f"Trainer: epoch {self.epoch} had no batch; give a DataLoader or a list "
                         "that has some (an iterator is empty after one pass)"
                     )
             self._record()
@@ -332,12 +324,17 @@ class Trainer:
         with self._holding_run_dir(), self._heeding_signals():
             self._meet(loader, val_loader)
             try:
+                if self.run_dir is not None and self.world.leads:
+                    self._sinks = Sinks(self.config, self.run_dir, self.made_by)
+                    self._sinks.drop_after(self.step)
                 yield
                 self._agree()
                 if self._why:
                     path = self.save_checkpoint()
             finally:
-                self._close()
+                if self._sinks is not None:
+                    self._sinks.close()
+                    self._sinks = None
         if self._why:
             if self.world.leads:
                 tell(
@@ -361,61 +358,56 @@ class Trainer:
             try:
                 yield
             finally:
-                self._held = False
-                self._left_bytes = _n_bytes(self.run_dir)
+                self._held, self._left_bytes = False, _n_bytes(self.run_dir)
 
     def _refuse_other_run(self, run_dir: Path) -> None:
-        n_bytes, folder = _n_bytes(run_dir), run_dir / "checkpoints"
-        saved = folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
+        n_bytes, saved = _n_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
+        remedy = "call load_checkpoint() to go on with it" if saved else "remove it: it has no save"
         if self._left_bytes is None and (n_bytes or saved):
-            remedy = "call load_checkpoint() to go on with it, or give another run_dir"
-            if not saved:
-                remedy = "it was never saved: remove it, or give another run_dir"
-            raise UserError(f"Trainer: {run_dir} holds an earlier run; {remedy}")
-        if self._left_bytes not in (None, n_bytes):
-            raise UserError(
-                f"Trainer: another trainer went on in {run_dir}; call load_checkpoint() to go on "
-                "from there, or give another run_dir"
-            )
+            found = f"{run_dir} holds an earlier run"
+        elif self._left_bytes not in (None, n_bytes):
+            found = f"another trainer went on in {run_dir}"
+        else:
+            return
+        raise UserError(f"Trainer: {found}; {remedy}, or give another run_dir")
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
         """Have signals end the training with a checkpoint, where there can be one."""
         is_main = threading.current_thread() is threading.main_thread()
-        if self.writer is None or not is_main or importlib.util.find_spec("fcntl") is None:
+        if self.writer is None or not is_main or not HAS_FCNTL:
             yield
             return
-        from fasttrain.run.signals import StopSignals  # not on Windows
+        from fasttrain.run.signals import StopSignals
 
         def stop(reason: str) -> None:
             self._signal, self._stopping = reason, True
 
-        with StopSignals(
-            stop=stop, rescue=lambda: None, patience_s=lambda: threading.TIMEOUT_MAX, echo_s=ECHO_S
-        ):
+        def wait() -> float:
+            return threading.TIMEOUT_MAX
+
+        with StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S):
             yield
 
     def _meet(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
-        facts = states.facts_of_loader(loader)
+        facts, doubts = states.facts_of_loader(loader), []
         if self._loaded:
-            states.refuse_difference("the checkpoint", self._loaded["facts"], facts)
+            states.refuse_difference("the checkpoint", self._loader_facts, facts)
         if self.world.size > 1 and states.is_whole(loader):
-            warnings.warn(
-                "Trainer: each rank trains on all of the data; give the DataLoader a "
-                "DistributedSampler",
-                stacklevel=5,
+            doubts.append(
+                "each rank trains on all of the data; give the DataLoader a DistributedSampler"
             )
         if self.writer is not None:
-            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-            if plateau and (val_loader is None or self.config.eval.every_steps is None):
-                warnings.warn(
-                    "Trainer: ReduceLROnPlateau changes nothing without evaluations; give train() "
-                    "a val_loader and set eval.every_steps",
-                    stacklevel=5,
+            evaluates = val_loader is not None and self.config.eval.every_steps is not None
+            if isinstance(self.scheduler, ReduceLROnPlateau) and not evaluates:
+                doubts.append(
+                    "ReduceLROnPlateau changes nothing without evaluations; give train() a "
+                    "val_loader and set eval.every_steps"
                 )
-            for doubt in [*states.doubts(loader), *states.doubts(val_loader or [])]:
-                warnings.warn(f"Trainer: {doubt}", stacklevel=5)
+            doubts += [*states.doubts(loader), *states.doubts(val_loader or [])]
+        for doubt in doubts:
+            warnings.warn(f"Trainer: {doubt}", stacklevel=5)
         self._loader, self._loader_facts, self._tried = loader, facts, False
         self._own_values = states.own_values(loader)
         self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
@@ -476,7 +468,7 @@ class Trainer:
         within, loaded = self.batch_in_epoch > 0, self._loaded
         self._loaded = {}
         if states.is_stateful(loader):
-            if within or "loader" in loaded:
+            if within or loaded.get("loader") is not None:
                 place.load_state_dict(loaded.get("loader") or place.state_dict())
             return iter(loader)
         now = states.read(self._random)
@@ -567,19 +559,8 @@ class Trainer:
         self._write("train", row)
 
     def _write(self, kind: Kind, row: dict[str, float]) -> None:
-        if self.run_dir is None or not self.world.leads:
-            return
-        if self._sinks is None:
-            self._sinks = Sinks(self.config, self.run_dir, self.made_by)
-            if self._rows_end_at is not None:
-                self._sinks.drop_after(self._rows_end_at)
-                self._rows_end_at = None
-        self._sinks.write(kind, row)
-
-    def _close(self) -> None:
         if self._sinks is not None:
-            self._sinks.close()
-            self._sinks = None
+            self._sinks.write(kind, row)
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -648,9 +629,15 @@ class Trainer:
         loader = self._loaded.get("loader")
         if states.is_stateful(self._loader):
             loader = self._loader.state_dict()
+        step = self.train_step
         rest = {
             "val_losses": self.val_losses,
-            "scaler": self._scale() if self.precision.scaled else {},
+            "scaler": {  # as a torch.amp.GradScaler names them
+                "scale": step.grad_scale.item(),
+                "_growth_tracker": step.growth_tracker.item(),
+            }
+            if self.precision.scaled
+            else {},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
@@ -665,29 +652,15 @@ class Trainer:
         shared = {key: states.encode(value, tensors, key) for key, value in rest.items()}
         ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
         tensors |= {f"{name}@{rank}" if rank else name: tensor for name, tensor in mine.items()}
-        state = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch_in_epoch": self.batch_in_epoch,
-            "skipped_steps": self.skipped_steps,
-            "provenance": self.made_by,
-            "library": {
-                "facts": self._facts,
-                "loader_facts": self._loader_facts,
-                "state": shared | ranks[0],
-                "ranks": ranks[1:],
-            },
+        library = {
+            "facts": self._facts,
+            "loader_facts": self._loader_facts,
+            "state": shared | ranks[0],
+            "ranks": ranks[1:],
         }
-        groups = self.ema.groups(self.model.state_dict()) | {
-            "optimizer": optimizer_tensors(self.model, [self.optimizer]),
-            "trainer": tensors,
-        }
-        return groups, state
-
-    def _scale(self) -> dict[str, float]:
-        """Return what fp16 needs, by the names that a `torch.amp.GradScaler` gives it."""
-        step = self.train_step
-        return {"scale": step.grad_scale.item(), "_growth_tracker": step.growth_tracker.item()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        state = {**counters, "provenance": self.made_by, "library": library}
+        return collect(step) | {"trainer": tensors}, state
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
@@ -710,22 +683,22 @@ class Trainer:
                 "it, or take the model alone: fasttrain.load_model"
             )
         # First all that is read and compared, then all that changes.
-        state, saved = loaded.state, loaded.state["library"]
+        state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
         own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
         theirs, facts = {name: loaded.group(name) for name in own}, states.shapes(own)
-        names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
         try:
             found = saved["facts"] | dict.fromkeys(facts, "none") | states.shapes(theirs)
             states.refuse_difference(str(loaded.path), found, self._facts | facts)
-            tensors, rank = loaded.group("trainer"), self.world.rank
+            tensors = loaded.group("trainer")
             rest = states.decode(saved["state"], tensors, self.device)
             if rank:
                 mine = {n.removesuffix(f"@{rank}"): t for n, t in tensors.items() if "@" in n}
                 rest |= states.decode(saved["ranks"][rank - 1], mine, self.device)
+            names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
             update, schedule, scaler, val_losses, place, drawn = (rest[name] for name in names)
-            epoch_drawn = rest["epoch_random"]
-            numbers = [int(state[k]) for k in ("step", "epoch", "batch_in_epoch", "skipped_steps")]
-            self._loaded = {"facts": dict(saved["loader_facts"]), "random": drawn}
+            epoch_random, loader_facts = rest["epoch_random"], dict(saved["loader_facts"])
+            counters = {name: int(state[name]) for name in COUNTERS}
+            self._loaded = {"random": drawn, "loader": place}
             self.model.load_state_dict(
                 {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
             )
@@ -746,15 +719,11 @@ class Trainer:
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if said := made_otherwise(state, self.made_by, exact=exact):
             warnings.warn(said, stacklevel=2)
-        self.val_losses, self._epoch_random = val_losses, epoch_drawn
-        self._loader_facts = self._loaded["facts"]
-        if place is not None:
-            self._loaded["loader"] = place
-        self.step, self.epoch, self.batch_in_epoch, self.skipped_steps = numbers
+        vars(self).update(counters, val_losses=val_losses)
+        self._loader_facts, self._epoch_random = loader_facts, epoch_random
         self.train_step.n_unread = 0
         self._verdict, self._last_result = None, {}
         self._logged_at = (time.perf_counter(), self.step)
-        self._rows_end_at = self.step
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
             self._left_bytes = _n_bytes(self.run_dir)
 
@@ -783,8 +752,8 @@ def _n_bytes(run_dir: Path) -> int:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Make the run folder and hold its lock; Windows has none."""
-    if importlib.util.find_spec("fcntl") is None:
+    """Make the run folder and hold its lock, where there are locks."""
+    if not HAS_FCNTL:
         run_dir.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -797,3 +766,89 @@ def _locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # the loader's processes have the file open as well
+
+
+def train_loop(
+    model: nn.Module,
+    train_dataloader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    num_epochs: int,
+    max_grad_norm: float | None = 1.0,
+    log_interval: int = 100,
+    device: str | torch.device = "cuda",
+    quiet: bool = False,
+) -> dict[str, list[float] | list[int]]:
+    """Train ``model`` for some passes over ``train_dataloader``: the shortest way to do so.
+
+    Under torchrun the ranks share each step, with DDP or, where a copy of the model does not fit,
+    FSDP2; a loss is then the mean over the batches of all ranks.
+
+    Args:
+        model: its output, or that output's ``logits`` or first element, is logits (B, T, V); moved
+            to ``device``, left in training mode.
+        train_dataloader: batches as `Trainer` takes them: mappings with ``input_ids`` and
+            ``target_ids`` or ``labels``, or pairs of input ids and targets, integers (B, T) each; a
+            target of −100 is left out of the loss. Iterated anew each epoch; the ``set_epoch`` of
+            its sampler is called, as a `DistributedSampler` needs it.
+        optimizer: over the model's parameters; a schedule may change its learning rate outside,
+            for instance from a hook on ``optimizer.step``.
+        num_epochs: passes over the data, at least 0.
+        max_grad_norm: the gradient is clipped to this norm before the update; None: never.
+        log_interval: every so many steps, and after the last, the loss is recorded: the only steps
+            that wait for the device.
+        device: where to train.
+        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
+            is recorded; epochs count from 0.
+
+    Returns:
+        ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
+        counted from 1 over all epochs; of equal length.
+
+    Raises:
+        UserError: a batch lacks a key or has the wrong shape, an epoch has no batch, or the device
+            is not there.
+
+    Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
+    clipped as by `torch.nn.utils.clip_grad_norm_`.
+    """
+    if num_epochs < 0 or log_interval < 1:
+        raise UserError(
+            f"train_loop: num_epochs = {num_epochs} and log_interval = {log_interval} must be at "
+            "least 0 and 1"
+        )
+    try:
+        where = resolve_device(str(device))
+    except (RuntimeError, UserError) as error:
+        raise UserError(
+            f'train_loop: there is no device="{device}" here; use device="cpu"'
+        ) from error
+    losses: list[float] = []
+    steps: list[int] = []
+
+    class Recorder(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.step % log_interval == 0:
+                self.record(trainer, trainer.epoch)
+
+        def record(self, trainer: Trainer, epoch: int) -> None:
+            losses.append(trainer.metrics.rows[-1]["loss"])
+            steps.append(trainer.step)
+            if not quiet and trainer.world.leads:
+                print(f"Epoch {epoch}, step {trainer.step}, loss {losses[-1]:.4f}", flush=True)
+
+    optimizer.zero_grad(set_to_none=True)
+    sections = {
+        "run": {"device": str(where), "dtype": "fp32"},
+        "train": {"epochs": max(1, num_epochs)},
+        "log": {"every_steps": log_interval},
+    }
+    tf32, recorder = torch.get_float32_matmul_precision(), Recorder()
+    trainer = Trainer(model.train(), optimizer, config=sections, callbacks=[recorder])
+    torch.set_float32_matmul_precision(tf32)  # as the caller has it
+    # An optimizer that cannot be judged on the device would wait for it at each step.
+    trainer.train_step.judges, trainer.train_step.max_grad_norm = False, max_grad_norm
+    if num_epochs:
+        trainer.train(train_dataloader)
+        if trainer.step % log_interval:
+            recorder.record(trainer, num_epochs - 1)
+    return {"losses": losses, "steps": steps}

@@ -287,7 +287,6 @@ def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
     trainer.save_checkpoint()
     trainer.val_losses.clear()
     trainer.load_checkpoint()
-    trainer._close()
     assert trainer.val_losses == [sys.float_info.max]
 
 

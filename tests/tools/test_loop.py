@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, Transformer, diagnose, loop, train_loop
+from fasttrain import Trainer, Transformer, diagnose, library, train_loop
 from fasttrain.config import ModelConfig, UserError
 from fasttrain.engine import step
 
@@ -92,7 +92,7 @@ def test_only_logged_steps_read_the_loss(
 
         def count(tensor: Tensor) -> Any:
             # On a CPU the operations, and the look at the ids, read numbers of their own.
-            if sys._getframe(1).f_code.co_filename in (loop.__file__, step.__file__):
+            if sys._getframe(1).f_code.co_filename in (library.__file__, step.__file__):
                 reads.append(read)
             return real(tensor)
 
