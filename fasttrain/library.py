@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from operator import attrgetter
@@ -72,6 +72,7 @@ BINDING = [
 ]
 COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
 ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
+Batches = Iterable[Any]
 HAS_FCNTL = importlib.util.find_spec("fcntl") is not None  # Windows has neither locks nor signals
 
 
@@ -247,9 +248,9 @@ class Trainer:
         self.val_losses: list[float] = []
         self._last_result: dict[str, float] = {}  # of an evaluation after this step
         self._logged_at = (time.perf_counter(), 0)
-        self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._verdict: tuple[LRScheduler, Tensor, torch.cuda.Event | None] | None = None
         # A training that is under way
-        self._stopping, self._signal = False, ""  # as this rank was told
+        self._told = ""  # to stop, on this rank: "stop", or a signal's name
         self._why = ""  # the signal, as all ranks know it
         self._sinks: Sinks | None = None
         self._held = False  # whether the run folder is locked
@@ -267,9 +268,7 @@ class Trainer:
 
     # ---- training ------------------------------------------------------------------------------
 
-    def train(
-        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None
-    ) -> TrainingMetrics:
+    def train(self, train_loader: Batches, val_loader: Batches | None = None) -> TrainingMetrics:
         """Train to the config's horizon; evaluate, log and save as it says, and at the end.
 
         Args:
@@ -290,7 +289,7 @@ class Trainer:
         with self._training(train_loader, val_loader):
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
-                self._epoch(train_loader, val_loader)
+                self._epoch(train_loader, val_loader, self._over)
                 if self.step == before and not (within or self._agree()):
                     raise UserError(
                         f"Trainer: epoch {self.epoch} had no batch; give a DataLoader or a list "
@@ -305,22 +304,22 @@ class Trainer:
                 self.save_checkpoint()
         return self.metrics
 
-    def train_epoch(self, loader: Iterable[Any]) -> float:
+    def train_epoch(self, loader: Batches) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
         first = self.step
         with self._training(loader, None):
-            self._epoch(loader, None, bounded=False)
+            self._epoch(loader, None, self._agree)
             self._record()
         return self.metrics.mean("loss", since_step=first)
 
     def stop(self) -> None:
         """Make the training end after the step under way, as at its horizon."""
-        self._stopping = True
+        self._told = self._told or "stop"
 
     @contextmanager
-    def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
+    def _training(self, loader: Batches, val_loader: Batches | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
-        self._stopping, self._signal, self._why = False, "", ""
+        self._told = self._why = ""
         with self._holding_run_dir(), self._heeding_signals():
             self._meet(loader, val_loader)
             try:
@@ -381,7 +380,7 @@ class Trainer:
         from fasttrain.run.signals import StopSignals
 
         def stop(reason: str) -> None:
-            self._signal, self._stopping = reason, True
+            self._told = reason
 
         def wait() -> float:
             return threading.TIMEOUT_MAX
@@ -389,7 +388,7 @@ class Trainer:
         with StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S):
             yield
 
-    def _meet(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> None:
+    def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
         facts, doubts = states.facts_of_loader(loader), []
         if self._loaded:
@@ -415,22 +414,22 @@ class Trainer:
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
-        told = self.world.gather([self._stopping, self._signal])
-        self._why = told[self.world.rank][1] or max(signal for _, signal in told)
-        return any(stopping for stopping, _ in told)
+        told = self.world.gather(self._told)
+        signals = [reason for reason in (told[self.world.rank], *told) if reason.startswith("SIG")]
+        self._why = signals[0] if signals else ""
+        return any(told)
 
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
-        if patience is not None:
-            self._stopping |= n_stale(self.val_losses, self.config.eval.min_change) >= patience
+        if patience and n_stale(self.val_losses, self.config.eval.min_change) >= patience:
+            self.stop()
         done = self.step >= loop.steps if loop.steps else self.epoch >= (loop.epochs or 0)
         return self._agree() or done
 
-    def _epoch(
-        self, loader: Iterable[Any], val_loader: Iterable[Any] | None, *, bounded: bool = True
-    ) -> None:
+    def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
+        """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
         self.model.train()
-        groups = together(self._batches(loader), self.accumulate, self.world)
+        config, groups = self.config, together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
                 group = next(groups, None)
@@ -443,17 +442,17 @@ class Trainer:
                 break
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
-            self._last_result, config = {}, self.config
+            self._last_result = {}
             if self.writer is not None and not self._tried:
                 self._tried = bool(self._snapshot())  # what cannot be saved is told now
-            if self.step % config.log.every_steps == 0:
+            if self._due(config.log.every_steps):
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
                 self._evaluated(val_loader)
             if self._due(config.checkpoint.every_steps) and self.writer is not None:
                 self.save_checkpoint()
             self._tell("on_step_end")
-            if self._over() if bounded else self._agree():
+            if over():
                 return
         self.epoch, self.batch_in_epoch = self.epoch + 1, 0
         self._tell("on_epoch_end")
@@ -461,7 +460,7 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def _batches(self, loader: Batches) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
         set_epoch(loader, self.epoch)
         place: Any = loader
@@ -493,7 +492,7 @@ class Trainer:
         bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
-            self._verdict = bad.to("cpu", non_blocking=True), copied
+            self._verdict = self.scheduler, bad.to("cpu", non_blocking=True), copied
             if copied is not None:
                 copied.record()
             if copied is None or self.callbacks:
@@ -505,18 +504,16 @@ class Trainer:
         On a GPU that is known later: before the next update, when the device is at its gradients,
         so that it never waits for the host.
         """
-        if self._verdict is None:
-            return
-        (bad, copied), self._verdict = self._verdict, None
-        if copied is not None:
-            copied.synchronize()
-        if not bad:
-            assert self.scheduler is not None
-            self.scheduler.step()
+        if self._verdict is not None:
+            (scheduler, bad, copied), self._verdict = self._verdict, None
+            if copied is not None:
+                copied.synchronize()
+            if not bad:
+                scheduler.step()
 
     # ---- evaluation and records ----------------------------------------------------------------
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, loader: Batches) -> dict[str, float]:
         """Return ``val_loss``, ``val_ppl`` and the further metrics over all of ``loader``.
 
         Each is a mean over target tokens, whatever batch they are in; computed without dropout,
@@ -525,7 +522,7 @@ class Trainer:
         with self.ema.in_use():
             return self.objective.evaluate(loader, self.metric_functions, self.world)
 
-    def _evaluated(self, loader: Iterable[Any], *, extra: bool = False) -> None:
+    def _evaluated(self, loader: Batches, *, extra: bool = False) -> None:
         """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
         self._record()
         before = states.read(self._random)
@@ -587,11 +584,10 @@ class Trainer:
         with self._holding_run_dir() if path is None else nullcontext():
             writer = self.writer
             if path is not None:
-                path = Path(path)
-                if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
+                if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
                     said = "is a run folder or a checkpoint; give another folder"
                     raise UserError(f"save_checkpoint: {path} {said}")
-                writer = self._writer_of(path, sys.maxsize)
+                writer = self._writer_of(Path(path), sys.maxsize)
             assert writer is not None
             groups, state = self._snapshot()
             metric = self._last_result.get("val_loss")
@@ -614,14 +610,16 @@ class Trainer:
         """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""
         by_evaluations = self.config.eval.patience or isinstance(self.scheduler, ReduceLROnPlateau)
         keys = BINDING if by_evaluations else BINDING[:-2]
-        facts = {key: str(attrgetter(key)(self.config)) for key in keys}
-        facts["precision is scaled"] = str(self.precision.scaled)
-        facts["accumulate"] = str(self.accumulate)
-        facts["ranks"] = str(self.world.size)
         criterion = self.objective.criterion
-        facts["criterion"] = getattr(criterion, "__qualname__", type(criterion).__name__)
-        facts |= states.facts_of_scheduler(self.scheduler)
-        return facts | states.facts_of_optimizer(self.optimizer, self.model)
+        return {
+            **{key: str(attrgetter(key)(self.config)) for key in keys},
+            "precision is scaled": str(self.precision.scaled),
+            "accumulate": str(self.accumulate),
+            "ranks": str(self.world.size),
+            "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
+            **states.facts_of_scheduler(self.scheduler),
+            **states.facts_of_optimizer(self.optimizer, self.model),
+        }
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
@@ -629,15 +627,15 @@ class Trainer:
         loader = self._loaded.get("loader")
         if states.is_stateful(self._loader):
             loader = self._loader.state_dict()
-        step = self.train_step
-        rest = {
-            "val_losses": self.val_losses,
-            "scaler": {  # as a torch.amp.GradScaler names them
+        step, scaler = self.train_step, {}
+        if self.precision.scaled:  # as a torch.amp.GradScaler names them
+            scaler = {
                 "scale": step.grad_scale.item(),
                 "_growth_tracker": step.growth_tracker.item(),
             }
-            if self.precision.scaled
-            else {},
+        rest = {
+            "val_losses": self.val_losses,
+            "scaler": scaler,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
@@ -733,7 +731,7 @@ class Trainer:
         moved = [
             f"{key} was {value!r} and is {now[key]!r}"
             for key, value in self._own_values.items()
-            if key in now and now[key] != value
+            if now.get(key, value) != value
         ]
         if moved:
             self._own_values = {}

@@ -597,7 +597,7 @@ class Signal:
             for process in multiprocessing.active_children():
                 os.kill(process.pid or 0, self.number)
             os.kill(os.getpid(), self.number)
-            while not trainer._stopping:
+            while not trainer._told:
                 time.sleep(0.001)
 
 
