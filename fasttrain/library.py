@@ -15,9 +15,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,6 @@ OBEYED = {
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",
 }
-# Those that a checkpoint is bound to; the last two where evaluations decide something.
-BINDING = [
-    *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
-    *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
-    *("eval.every_steps", "eval.min_change"),
-]
 COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
 ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
 Batches = Iterable[Any]
@@ -206,15 +200,17 @@ class Trainer:
         ):  # fmt: skip
             if wrong:
                 raise UserError(f"Trainer: {said}")
-        met = {"run_dir": run_dir is not None, "criterion=None": criterion is None}
-        met["fasttrain.Transformer"] = isinstance(model, Transformer)
-        met["torchrun"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        met = {
+            "fasttrain.Transformer": isinstance(model, Transformer),
+            "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+            "run_dir": run_dir is not None,
+            "criterion=None": criterion is None,
+        }
         _warn_of_ignored(config, met)
         if run.deterministic:
             make_deterministic()
-        self.world, self.device = place(
-            model, optimizer, config.distributed, resolve_device(run.device)
-        )
+        device = resolve_device(run.device)
+        self.world, self.device = place(model, optimizer, config.distributed, device)
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
         self.model, self.metrics = model, TrainingMetrics()
@@ -222,16 +218,10 @@ class Trainer:
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.objective = Objective(model, criterion, config, self.device, self.precision)
         self.train_step = TrainStep(
-            model,
-            [optimizer],
-            config,
-            device=self.device,
-            precision=self.precision,
-            world=self.world,
-            criterion=self.objective.loss_sum,
-            n_micro=accumulate,
+            model, [optimizer], config, device=self.device, precision=self.precision,
+            world=self.world, criterion=self.objective.loss_sum, n_micro=accumulate,
             ignore_index=self.objective.ignore_index,
-        )
+        )  # fmt: skip
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
         self.run_dir = Path(run_dir) if run_dir is not None else None
@@ -262,7 +252,15 @@ class Trainer:
         self._random = states.random_sources(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
-        self._facts = self._collect_facts()
+        self._facts = {  # what a checkpoint is bound to, beside the loader
+            **states.facts_of_config(config, scheduler),
+            "precision is scaled": str(self.precision.scaled),
+            "accumulate": str(accumulate),
+            "ranks": str(self.world.size),
+            "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
+            **states.facts_of_scheduler(scheduler),
+            **states.facts_of_optimizer(optimizer, model),
+        }
         if self.writer is not None:
             self._snapshot()  # what cannot be saved is refused now
 
@@ -320,26 +318,29 @@ class Trainer:
     def _training(self, loader: Batches, val_loader: Batches | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
         self._told = self._why = ""
-        with self._holding_run_dir(), self._heeding_signals():
+        in_main = threading.current_thread() is threading.main_thread()
+        with ExitStack() as stack:
+            stack.enter_context(self._holding_run_dir())
+            if self.writer is not None and in_main and HAS_FCNTL:
+                from fasttrain.run.signals import StopSignals
+
+                stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
+                stack.enter_context(
+                    StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
+                )
             self._meet(loader, val_loader)
-            try:
-                if self.run_dir is not None and self.world.leads:
-                    self._sinks = Sinks(self.config, self.run_dir, self.made_by)
-                    self._sinks.drop_after(self.step)
-                yield
-                self._agree()
-                if self._why:
-                    path = self.save_checkpoint()
-            finally:
-                if self._sinks is not None:
-                    self._sinks.close()
-                    self._sinks = None
+            if self.run_dir is not None and self.world.leads:
+                sinks = Sinks(self.config, self.run_dir, self.made_by)
+                self._sinks = stack.enter_context(closing(sinks))
+                sinks.drop_after(self.step)
+            yield
+            self._agree()
+            if self._why:
+                path = self.save_checkpoint()
         if self._why:
             if self.world.leads:
-                tell(
-                    f"{self._why}: stopped after step {self.step}; to go on, have the same script "
-                    f"call load_checkpoint() before train(): {path}"
-                )
+                remedy = "to go on, have the same script call load_checkpoint() before train()"
+                tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
             raise SystemExit(EXIT_STOPPED)
 
     @contextmanager
@@ -361,32 +362,13 @@ class Trainer:
 
     def _refuse_other_run(self, run_dir: Path) -> None:
         n_bytes, saved = _n_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
-        remedy = "call load_checkpoint() to go on with it" if saved else "remove it: it has no save"
-        if self._left_bytes is None and (n_bytes or saved):
-            found = f"{run_dir} holds an earlier run"
-        elif self._left_bytes not in (None, n_bytes):
-            found = f"another trainer went on in {run_dir}"
-        else:
-            return
-        raise UserError(f"Trainer: {found}; {remedy}, or give another run_dir")
-
-    @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """Have signals end the training with a checkpoint, where there can be one."""
-        is_main = threading.current_thread() is threading.main_thread()
-        if self.writer is None or not is_main or not HAS_FCNTL:
-            yield
-            return
-        from fasttrain.run.signals import StopSignals
-
-        def stop(reason: str) -> None:
-            self._told = reason
-
-        def wait() -> float:
-            return threading.TIMEOUT_MAX
-
-        with StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S):
-            yield
+        other = self._left_bytes not in (None, n_bytes)
+        if other or (self._left_bytes is None and (n_bytes or saved)):
+            found = "another trainer went on in {}" if other else "{} holds an earlier run"
+            how = (
+                "call load_checkpoint() to go on with it" if saved else "remove it: it has no save"
+            )
+            raise UserError(f"Trainer: {found.format(run_dir)}; {how}, or give another run_dir")
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
@@ -460,28 +442,26 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _batches(self, loader: Batches) -> Iterator[Any]:
+    def _batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
         set_epoch(loader, self.epoch)
-        place: Any = loader
-        within, loaded = self.batch_in_epoch > 0, self._loaded
-        self._loaded = {}
+        within, loaded, self._loaded = self.batch_in_epoch > 0, self._loaded, {}
         if states.is_stateful(loader):
             if within or loaded.get("loader") is not None:
-                place.load_state_dict(loaded.get("loader") or place.state_dict())
+                loader.load_state_dict(loaded.get("loader") or loader.state_dict())
             return iter(loader)
         now = states.read(self._random)
         if getattr(loader, "persistent_workers", False):  # seeded when the first pass began
             if loaded and self.epoch:
-                iter(place)
+                iter(loader)
                 states.write(self._random, now)
             elif within and not self.epoch:
-                place._iterator = None
+                loader._iterator = None
         if not within:
             self._epoch_random = now
             return iter(loader)
         states.write(self._random, self._epoch_random)
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         for _ in islice(batches, self.batch_in_epoch):
             pass
         states.write(self._random, now)
@@ -556,7 +536,7 @@ class Trainer:
         self._write("train", row)
 
     def _write(self, kind: Kind, row: dict[str, float]) -> None:
-        if self._sinks is not None:
+        if self._sinks is not None and self._held:
             self._sinks.write(kind, row)
 
     def _tell(self, event: str, *what: object) -> None:
@@ -590,36 +570,17 @@ class Trainer:
                 writer = self._writer_of(Path(path), sys.maxsize)
             assert writer is not None
             groups, state = self._snapshot()
-            metric = self._last_result.get("val_loss")
-            text = config_to_toml(self.config, redact)
+            text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
             saved = writer.save(self.step, groups, state, text, metric=metric)
             writer.wait()
         self._tell("on_checkpoint", saved)
         return saved
 
     def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
+        rank, size, word = self.world.rank, self.world.size, self.world.share(secrets.token_hex(8))
         return checkpoint.CheckpointWriter(
-            folder,
-            keep_last=keep_last,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            session=self.world.share(secrets.token_hex(8)),
+            folder, keep_last=keep_last, rank=rank, world_size=size, session=word
         )
-
-    def _collect_facts(self) -> dict[str, str]:
-        """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""
-        by_evaluations = self.config.eval.patience or isinstance(self.scheduler, ReduceLROnPlateau)
-        keys = BINDING if by_evaluations else BINDING[:-2]
-        criterion = self.objective.criterion
-        return {
-            **{key: str(attrgetter(key)(self.config)) for key in keys},
-            "precision is scaled": str(self.precision.scaled),
-            "accumulate": str(self.accumulate),
-            "ranks": str(self.world.size),
-            "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
-            **states.facts_of_scheduler(self.scheduler),
-            **states.facts_of_optimizer(self.optimizer, self.model),
-        }
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
@@ -639,23 +600,19 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
-        own = {  # of this rank
-            "random": states.read(self._random) | self._loaded.get("random", {}),
+        drawn = states.read(self._random) | self._loaded.get("random", {})
+        own = {
+            "random": drawn,
             "epoch_random": self._epoch_random,
             "loader": loader,
-        }
+        }  # of this rank
         rank = self.world.rank
-        tensors: dict[str, Tensor] = {}
-        mine: dict[str, Tensor] = {}
+        tensors, mine = dict[str, Tensor](), dict[str, Tensor]()
         shared = {key: states.encode(value, tensors, key) for key, value in rest.items()}
         ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
         tensors |= {f"{name}@{rank}" if rank else name: tensor for name, tensor in mine.items()}
-        library = {
-            "facts": self._facts,
-            "loader_facts": self._loader_facts,
-            "state": shared | ranks[0],
-            "ranks": ranks[1:],
-        }
+        saved = {"state": shared | ranks[0], "ranks": ranks[1:]}
+        library = {"facts": self._facts, "loader_facts": self._loader_facts, **saved}
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {**counters, "provenance": self.made_by, "library": library}
         return collect(step) | {"trainer": tensors}, state
@@ -676,10 +633,8 @@ class Trainer:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
         loaded = checkpoint.load(checkpoint.resolve(Path(where)))
         if "library" not in loaded.state:
-            raise UserError(
-                f"{loaded.path}: was not saved by a Trainer of this version; go on with what saved "
-                "it, or take the model alone: fasttrain.load_model"
-            )
+            remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
+            raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
         # First all that is read and compared, then all that changes.
         state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
         own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
@@ -709,10 +664,8 @@ class Trainer:
                 self.train_step.growth_tracker.fill_(scaler["_growth_tracker"])
             states.write(self._random, drawn)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{loaded.path}: holds no state of such a training: {error!r}; go on from another "
-                "checkpoint"
-            ) from error
+            what = f"{loaded.path}: holds no state of such a training"
+            raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
         self.made_by = provenance(self.device, loaded.path)
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if said := made_otherwise(state, self.made_by, exact=exact):
@@ -810,43 +763,37 @@ def train_loop(
     clipped as by `torch.nn.utils.clip_grad_norm_`.
     """
     if num_epochs < 0 or log_interval < 1:
-        raise UserError(
-            f"train_loop: num_epochs = {num_epochs} and log_interval = {log_interval} must be at "
-            "least 0 and 1"
-        )
+        given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
+        raise UserError(f"train_loop: {given} must be at least 0 and 1")
     try:
         where = resolve_device(str(device))
     except (RuntimeError, UserError) as error:
-        raise UserError(
-            f'train_loop: there is no device="{device}" here; use device="cpu"'
-        ) from error
-    losses: list[float] = []
-    steps: list[int] = []
+        said = f'train_loop: there is no device="{device}" here; use device="cpu"'
+        raise UserError(said) from error
+    losses, steps = list[float](), list[int]()
+
+    def record(epoch: int) -> None:
+        losses.append(trainer.metrics.rows[-1]["loss"])
+        steps.append(trainer.step)
+        if not quiet and trainer.world.leads:
+            print(f"Epoch {epoch}, step {trainer.step}, loss {losses[-1]:.4f}", flush=True)
 
     class Recorder(Callback):
         def on_step_end(self, trainer: Trainer) -> None:
             if trainer.step % log_interval == 0:
-                self.record(trainer, trainer.epoch)
-
-        def record(self, trainer: Trainer, epoch: int) -> None:
-            losses.append(trainer.metrics.rows[-1]["loss"])
-            steps.append(trainer.step)
-            if not quiet and trainer.world.leads:
-                print(f"Epoch {epoch}, step {trainer.step}, loss {losses[-1]:.4f}", flush=True)
+                record(trainer.epoch)
 
     optimizer.zero_grad(set_to_none=True)
-    sections = {
-        "run": {"device": str(where), "dtype": "fp32"},
-        "train": {"epochs": max(1, num_epochs)},
-        "log": {"every_steps": log_interval},
-    }
-    tf32, recorder = torch.get_float32_matmul_precision(), Recorder()
-    trainer = Trainer(model.train(), optimizer, config=sections, callbacks=[recorder])
-    torch.set_float32_matmul_precision(tf32)  # as the caller has it
+    run = {"device": str(where), "dtype": "fp32"}
+    loop = {"epochs": max(1, num_epochs)}
+    sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
+    tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
+    trainer = Trainer(model.train(), optimizer, config=sections, callbacks=[Recorder()])
+    torch.set_float32_matmul_precision(tf32)
     # An optimizer that cannot be judged on the device would wait for it at each step.
     trainer.train_step.judges, trainer.train_step.max_grad_norm = False, max_grad_norm
     if num_epochs:
         trainer.train(train_dataloader)
         if trainer.step % log_interval:
-            recorder.record(trainer, num_epochs - 1)
+            record(num_epochs - 1)
     return {"losses": losses, "steps": steps}

@@ -95,17 +95,9 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Mask | None,
-        cache: LayerCache | None,
-        start: int,
-        value: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start, value)
+        x = x + self.attention(self.attention_norm(x), *rest)
         y: Tensor = self.mlp(self.mlp_norm(x))
         return x + y
 
@@ -374,15 +366,6 @@ def flops_constants(model: Transformer) -> dict[str, int]:
     }
 
 
-def _gradient(dy: Tensor, index: Tensor, n_rows: int) -> Tensor:
-    gradient: Tensor = torch.ops.aten.embedding_dense_backward(dy, index, n_rows, -1, False)
-    return gradient
-
-
-def _like_gradient(dy: Tensor, index: Tensor, n_rows: int) -> Tensor:
-    return dy.new_empty(n_rows, dy.shape[-1])
-
-
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
@@ -404,8 +387,16 @@ _OPS.define("embedding(Tensor index, Tensor table) -> Tensor")
 _OPS.impl("embedding", _LookUp.apply, "CompositeImplicitAutograd")
 _OPS.define("embedding_backward(Tensor dy, Tensor index, int n_rows) -> Tensor")
 for _kind in ("CPU", "CUDA"):
-    _OPS.impl("embedding_backward", _gradient, _kind)
-torch.library.register_fake("fasttrain::embedding_backward", _like_gradient, lib=_OPS)
+    _OPS.impl(
+        "embedding_backward",
+        lambda dy, index, n: torch.ops.aten.embedding_dense_backward(dy, index, n, -1, False),
+        _kind,
+    )
+torch.library.register_fake(
+    "fasttrain::embedding_backward",
+    lambda dy, index, n_rows: dy.new_empty(n_rows, dy.shape[-1]),
+    lib=_OPS,
+)
 
 
 class Embedding(nn.Embedding):
