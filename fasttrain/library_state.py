@@ -324,15 +324,12 @@ def write(sources: Mapping[str, Source], states: Mapping[str, Any]) -> None:
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return what `optimizer_tensors` leaves out: all of the groups' values, state of no tensor."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        "groups": [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-        ],
-        "values": {
-            names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-            for p, state in optimizer.state.items()
-        },
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    values = {
+        names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        for p, state in optimizer.state.items()
     }
+    return {"groups": groups, "values": values}
 
 
 def restore_optimizer(

@@ -72,9 +72,9 @@ def attention_mask(
         return _flex(create_block_mask)(rule, rows, None, t, t, device=device)
     query = torch.arange(start, start + t, device=device)[:, None]
     key = torch.arange(start + t, device=device)[None, :]
-    if documents is None:
-        return rule(query, query, query, key)
-    row = torch.arange(len(documents), device=device)[:, None, None, None]
+    row = query
+    if documents is not None:
+        row = torch.arange(len(documents), device=device)[:, None, None, None]
     return rule(row, row, query, key)
 
 

@@ -47,18 +47,14 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
     all: the time to compile then does not grow with the depth.
     """
-    mode = config.run.compile
-    in_cpp = device.type == "cpu" and fits(config)
-    if mode == "c++":
-        return mode if in_cpp else "off"
-    if mode == "auto" and device.type == "cpu":
-        if in_cpp:
-            return "c++"
+    mode, on_cpu = config.run.compile, device.type == "cpu"
+    in_cpp = on_cpu and fits(config)
+    if mode == "c++" or (mode == "auto" and in_cpp):
+        return "c++" if in_cpp else "off"
+    if mode == "auto" and on_cpu:
         shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
-    if mode == "auto":
-        return "default"
-    if mode != "off" and device.type == "cpu":
+    if on_cpu and mode != "off":
         if not _has_cpp_compiler():
             raise UserError(
                 f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
@@ -66,7 +62,7 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
             )
         if mode != "default":
             raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
-    return mode
+    return "default" if mode == "auto" else mode
 
 
 def compiles_evaluation(device: torch.device) -> bool:
@@ -120,9 +116,9 @@ def compile_cache_use() -> str | None:
     None: nothing was compiled.
     """
     hits, misses = compile_cache_counts() or (0, 0)
-    if hits and misses:
-        return "partly warm"
-    return "warm" if hits else "cold" if misses else None
+    if not misses:
+        return "warm" if hits else None
+    return "partly warm" if hits else "cold"
 
 
 def _costly() -> list[Any]:
