@@ -332,7 +332,8 @@ class Trainer:
             if self.run_dir is not None and self.world.leads:
                 sinks = Sinks(self.config, self.run_dir, self.made_by)
                 self._sinks = stack.enter_context(closing(sinks))
-                sinks.drop_after(self.step)
+                if self._loaded:
+                    sinks.drop_after(self.step)
             yield
             self._agree()
             if self._why:
@@ -365,10 +366,10 @@ class Trainer:
         other = self._left_bytes not in (None, n_bytes)
         if other or (self._left_bytes is None and (n_bytes or saved)):
             found = "another trainer went on in {}" if other else "{} holds an earlier run"
-            how = (
-                "call load_checkpoint() to go on with it" if saved else "remove it: it has no save"
-            )
-            raise UserError(f"Trainer: {found.format(run_dir)}; {how}, or give another run_dir")
+            remedy = "it was never saved: remove it"
+            if saved:
+                remedy = "call load_checkpoint() to go on with it"
+            raise UserError(f"Trainer: {found.format(run_dir)}; {remedy}, or give another run_dir")
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
