@@ -6,9 +6,8 @@ if TYPE_CHECKING:
     from fasttrain.config import TrainConfig, load_config
     from fasttrain.diagnosis import diagnose
     from fasttrain.generate import load_model
-    from fasttrain.library import Callback, Trainer
+    from fasttrain.library import Callback, Trainer, train_loop
     from fasttrain.log.metrics import TrainingMetrics
-    from fasttrain.loop import train_loop
     from fasttrain.model.transformer import Transformer
 
 __all__ = [
@@ -27,7 +26,7 @@ _HOME = {
     "diagnose": "diagnosis",
     "load_config": "config",
     "load_model": "generate",
-    "train_loop": "loop",
+    "train_loop": "library",
 }
 
 

@@ -1,24 +1,23 @@
-"""A trainer for custom models: any module that returns logits, any batches, any optimizer.
+"""`Trainer` and `train_loop` for custom models: any module that returns logits, any batches.
 
 `fasttrain.train` runs the pretraining loop of `fasttrain.engine`, which knows its model and its
-data. This one knows neither and takes the same steps: each minimises the mean over all target
-tokens of its batches, however many they are and however many ranks share them.
+data. These know neither and take the same steps: each minimises the mean over all target tokens of
+its batches, however many they are and however many ranks share them.
 
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
 import importlib.util
-import inspect
 import os
 import secrets
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from fasttrain.config import (
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.sharding import place
 from fasttrain.distributed.slices import cut
-from fasttrain.engine.optim import optimizer_tensors
+from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.metrics import TrainingMetrics
@@ -50,7 +49,7 @@ from fasttrain.objective import Criterion, Objective, set_epoch, together
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
-__all__ = ["Callback", "Trainer"]
+__all__ = ["Callback", "Trainer", "train_loop"]
 
 # The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
 # set. It never saves asynchronously.
@@ -65,14 +64,10 @@ OBEYED = {
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",
 }
-# Those that a checkpoint is bound to; the last two where evaluations decide something.
-BINDING = [
-    *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
-    *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
-    *("eval.every_steps", "eval.min_change"),
-]
-# The loader's processes may get a signal too, and hand it on.
-ECHO_S = 3.0
+COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
+ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
+Batches = Iterable[Any]
+HAS_FCNTL = importlib.util.find_spec("fcntl") is not None  # Windows has neither locks nor signals
 
 
 class Callback:
@@ -121,13 +116,6 @@ def _warn_of_ignored(config: TrainConfig, met: Mapping[str, bool]) -> None:
             "are used as you pass them",
             stacklevel=3,
         )
-
-
-def _needs_closure(optimizer: Any) -> bool:
-    """Whether an optimizer cannot step by itself, as LBFGS."""
-    step = getattr(type(optimizer), "step", None)
-    closure = inspect.signature(step).parameters.get("closure") if step else None
-    return closure is not None and closure.default is closure.empty
 
 
 class Trainer:
@@ -201,7 +189,7 @@ class Trainer:
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
-            (_needs_closure(optimizer),
+            (isinstance(optimizer, torch.optim.LBFGS),
              f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
              "(its step needs a closure); give another optimizer"),
             (any(getattr(module, "sparse", False) is True for module in model.modules()),
@@ -212,42 +200,31 @@ class Trainer:
         ):  # fmt: skip
             if wrong:
                 raise UserError(f"Trainer: {said}")
-        met = {"run_dir": run_dir is not None, "criterion=None": criterion is None}
-        met["fasttrain.Transformer"] = isinstance(model, Transformer)
-        met["torchrun"] = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        met = {
+            "fasttrain.Transformer": isinstance(model, Transformer),
+            "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+            "run_dir": run_dir is not None,
+            "criterion=None": criterion is None,
+        }
         _warn_of_ignored(config, met)
         if run.deterministic:
             make_deterministic()
-        self.world, self.device = place(
-            model, optimizer, config.distributed, resolve_device(run.device)
-        )
+        device = resolve_device(run.device)
+        self.world, self.device = place(model, optimizer, config.distributed, device)
         self.precision = resolve_precision(run.dtype, self.device)
         self.made_by = provenance(self.device)
-        self.model = model
+        self.model, self.metrics = model, TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.objective = Objective(model, criterion, config, self.device, self.precision)
         self.train_step = TrainStep(
-            model,
-            [optimizer],
-            config,
-            device=self.device,
-            precision=self.precision,
-            world=self.world,
-            criterion=self.objective.loss_sum,
-            n_micro=accumulate,
+            model, [optimizer], config, device=self.device, precision=self.precision,
+            world=self.world, criterion=self.objective.loss_sum, n_micro=accumulate,
             ignore_index=self.objective.ignore_index,
-        )
+        )  # fmt: skip
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
-        self.metrics = TrainingMetrics()
         self.run_dir = Path(run_dir) if run_dir is not None else None
-        self._sinks: Sinks | None = None
-        self._stopping, self._signal = False, ""  # as this rank was told
-        self._why = ""  # the signal, as all ranks know it
-        self._rows_end_at: int | None = None  # of the run gone on from, where none is written yet
-        self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
-        self._held = False
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
             with self.world.failing_together():
@@ -259,25 +236,37 @@ class Trainer:
         self.step = self.skipped_steps = self.batch_in_epoch = 0
         self.epoch = 0  # passes that are done
         self.val_losses: list[float] = []
+        self._last_result: dict[str, float] = {}  # of an evaluation after this step
+        self._logged_at = (time.perf_counter(), 0)
+        self._verdict: tuple[LRScheduler, Tensor, torch.cuda.Event | None] | None = None
+        # A training that is under way
+        self._told = ""  # to stop, on this rank: "stop", or a signal's name
+        self._why = ""  # the signal, as all ranks know it
+        self._sinks: Sinks | None = None
+        self._held = False  # whether the run folder is locked
+        self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
+        self._tried = False  # to save
         self._loader: Any = None
-        self._tried = False  # to save within this training
         self._loader_facts: dict[str, str] = {}
         self._own_values: dict[str, Any] = {}
         self._random = states.random_sources(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
-        self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self._last_result: dict[str, float] = {}
-        self._logged_at = (time.perf_counter(), 0)
-        self._facts = self._collect_facts()
+        self._facts = {  # what a checkpoint is bound to, beside the loader
+            **states.facts_of_config(config, scheduler),
+            "precision is scaled": str(self.precision.scaled),
+            "accumulate": str(accumulate),
+            "ranks": str(self.world.size),
+            "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
+            **states.facts_of_scheduler(scheduler),
+            **states.facts_of_optimizer(optimizer, model),
+        }
         if self.writer is not None:
             self._snapshot()  # what cannot be saved is refused now
 
     # ---- training ------------------------------------------------------------------------------
 
-    def train(
-        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None
-    ) -> TrainingMetrics:
+    def train(self, train_loader: Batches, val_loader: Batches | None = None) -> TrainingMetrics:
         """Train to the config's horizon; evaluate, log and save as it says, and at the end.
 
         Args:
@@ -298,10 +287,10 @@ class Trainer:
         with self._training(train_loader, val_loader):
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
-                self._epoch(train_loader, val_loader)
+                self._epoch(train_loader, val_loader, self._over)
                 if self.step == before and not (within or self._agree()):
                     raise UserError(
-                        "Trainer: the training loader gave no batch; give a DataLoader or a list "
+                        f"Trainer: epoch {self.epoch} had no batch; give a DataLoader or a list "
                         "that has some (an iterator is empty after one pass)"
                     )
             self._record()
@@ -313,37 +302,46 @@ class Trainer:
                 self.save_checkpoint()
         return self.metrics
 
-    def train_epoch(self, loader: Iterable[Any]) -> float:
+    def train_epoch(self, loader: Batches) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
         first = self.step
         with self._training(loader, None):
-            self._epoch(loader, None, bounded=False)
+            self._epoch(loader, None, self._agree)
             self._record()
         return self.metrics.mean("loss", since_step=first)
 
     def stop(self) -> None:
         """Make the training end after the step under way, as at its horizon."""
-        self._stopping = True
+        self._told = self._told or "stop"
 
     @contextmanager
-    def _training(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Iterator[None]:
+    def _training(self, loader: Batches, val_loader: Batches | None) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training."""
-        self._stopping, self._signal, self._why = False, "", ""
-        with self._holding_run_dir(), self._heeding_signals():
+        self._told = self._why = ""
+        in_main = threading.current_thread() is threading.main_thread()
+        with ExitStack() as stack:
+            stack.enter_context(self._holding_run_dir())
+            if self.writer is not None and in_main and HAS_FCNTL:
+                from fasttrain.run.signals import StopSignals
+
+                stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
+                stack.enter_context(
+                    StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
+                )
             self._meet(loader, val_loader)
-            try:
-                yield
-                self._agree()
-                if self._why:
-                    path = self.save_checkpoint()
-            finally:
-                self._close()
+            if self.run_dir is not None and self.world.leads:
+                sinks = Sinks(self.config, self.run_dir, self.made_by)
+                self._sinks = stack.enter_context(closing(sinks))
+                if self._loaded:
+                    sinks.drop_after(self.step)
+            yield
+            self._agree()
+            if self._why:
+                path = self.save_checkpoint()
         if self._why:
             if self.world.leads:
-                tell(
-                    f"{self._why}: stopped after step {self.step}; to go on, have the same script "
-                    f"call load_checkpoint() before train(): {path}"
-                )
+                remedy = "to go on, have the same script call load_checkpoint() before train()"
+                tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
             raise SystemExit(EXIT_STOPPED)
 
     @contextmanager
@@ -361,61 +359,37 @@ class Trainer:
             try:
                 yield
             finally:
-                self._held = False
-                self._left_bytes = _n_bytes(self.run_dir)
+                self._held, self._left_bytes = False, _n_bytes(self.run_dir)
 
     def _refuse_other_run(self, run_dir: Path) -> None:
-        n_bytes, folder = _n_bytes(run_dir), run_dir / "checkpoints"
-        saved = folder.is_dir() and any("step-" in path.name for path in folder.iterdir())
-        if self._left_bytes is None and (n_bytes or saved):
-            remedy = "call load_checkpoint() to go on with it, or give another run_dir"
-            if not saved:
-                remedy = "it was never saved: remove it, or give another run_dir"
-            raise UserError(f"Trainer: {run_dir} holds an earlier run; {remedy}")
-        if self._left_bytes not in (None, n_bytes):
-            raise UserError(
-                f"Trainer: another trainer went on in {run_dir}; call load_checkpoint() to go on "
-                "from there, or give another run_dir"
-            )
+        n_bytes, saved = _n_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
+        other = self._left_bytes not in (None, n_bytes)
+        if other or (self._left_bytes is None and (n_bytes or saved)):
+            found = "another trainer went on in {}" if other else "{} holds an earlier run"
+            remedy = "it was never saved: remove it"
+            if saved:
+                remedy = "call load_checkpoint() to go on with it"
+            raise UserError(f"Trainer: {found.format(run_dir)}; {remedy}, or give another run_dir")
 
-    @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """Have signals end the training with a checkpoint, where there can be one."""
-        is_main = threading.current_thread() is threading.main_thread()
-        if self.writer is None or not is_main or importlib.util.find_spec("fcntl") is None:
-            yield
-            return
-        from fasttrain.run.signals import StopSignals  # not on Windows
-
-        def stop(reason: str) -> None:
-            self._signal, self._stopping = reason, True
-
-        with StopSignals(
-            stop=stop, rescue=lambda: None, patience_s=lambda: threading.TIMEOUT_MAX, echo_s=ECHO_S
-        ):
-            yield
-
-    def _meet(self, loader: Iterable[Any], val_loader: Iterable[Any] | None) -> None:
+    def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
-        facts = states.facts_of_loader(loader)
+        facts, doubts = states.facts_of_loader(loader), []
         if self._loaded:
-            states.refuse_difference("the checkpoint", self._loaded["facts"], facts)
+            states.refuse_difference("the checkpoint", self._loader_facts, facts)
         if self.world.size > 1 and states.is_whole(loader):
-            warnings.warn(
-                "Trainer: each rank trains on all of the data; give the DataLoader a "
-                "DistributedSampler",
-                stacklevel=5,
+            doubts.append(
+                "each rank trains on all of the data; give the DataLoader a DistributedSampler"
             )
         if self.writer is not None:
-            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-            if plateau and (val_loader is None or self.config.eval.every_steps is None):
-                warnings.warn(
-                    "Trainer: ReduceLROnPlateau changes nothing without evaluations; give train() "
-                    "a val_loader and set eval.every_steps",
-                    stacklevel=5,
+            evaluates = val_loader is not None and self.config.eval.every_steps is not None
+            if isinstance(self.scheduler, ReduceLROnPlateau) and not evaluates:
+                doubts.append(
+                    "ReduceLROnPlateau changes nothing without evaluations; give train() a "
+                    "val_loader and set eval.every_steps"
                 )
-            for doubt in [*states.doubts(loader), *states.doubts(val_loader or [])]:
-                warnings.warn(f"Trainer: {doubt}", stacklevel=5)
+            doubts += [*states.doubts(loader), *states.doubts(val_loader or [])]
+        for doubt in doubts:
+            warnings.warn(f"Trainer: {doubt}", stacklevel=5)
         self._loader, self._loader_facts, self._tried = loader, facts, False
         self._own_values = states.own_values(loader)
         self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
@@ -423,22 +397,22 @@ class Trainer:
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
-        told = self.world.gather([self._stopping, self._signal])
-        self._why = told[self.world.rank][1] or max(signal for _, signal in told)
-        return any(stopping for stopping, _ in told)
+        told = self.world.gather(self._told)
+        signals = [reason for reason in (told[self.world.rank], *told) if reason.startswith("SIG")]
+        self._why = signals[0] if signals else ""
+        return any(told)
 
     def _over(self) -> bool:
         loop, patience = self.config.train, self.config.eval.patience
-        if patience is not None:
-            self._stopping |= n_stale(self.val_losses, self.config.eval.min_change) >= patience
+        if patience and n_stale(self.val_losses, self.config.eval.min_change) >= patience:
+            self.stop()
         done = self.step >= loop.steps if loop.steps else self.epoch >= (loop.epochs or 0)
         return self._agree() or done
 
-    def _epoch(
-        self, loader: Iterable[Any], val_loader: Iterable[Any] | None, *, bounded: bool = True
-    ) -> None:
+    def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
+        """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
         self.model.train()
-        groups = together(self._batches(loader), self.accumulate, self.world)
+        config, groups = self.config, together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
                 group = next(groups, None)
@@ -451,17 +425,17 @@ class Trainer:
                 break
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
-            self._last_result, config = {}, self.config
+            self._last_result = {}
             if self.writer is not None and not self._tried:
                 self._tried = bool(self._snapshot())  # what cannot be saved is told now
-            if self.step % config.log.every_steps == 0:
+            if self._due(config.log.every_steps):
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
                 self._evaluated(val_loader)
             if self._due(config.checkpoint.every_steps) and self.writer is not None:
                 self.save_checkpoint()
             self._tell("on_step_end")
-            if self._over() if bounded else self._agree():
+            if over():
                 return
         self.epoch, self.batch_in_epoch = self.epoch + 1, 0
         self._tell("on_epoch_end")
@@ -469,28 +443,26 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def _batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
         set_epoch(loader, self.epoch)
-        place: Any = loader
-        within, loaded = self.batch_in_epoch > 0, self._loaded
-        self._loaded = {}
+        within, loaded, self._loaded = self.batch_in_epoch > 0, self._loaded, {}
         if states.is_stateful(loader):
-            if within or "loader" in loaded:
-                place.load_state_dict(loaded.get("loader") or place.state_dict())
+            if within or loaded.get("loader") is not None:
+                loader.load_state_dict(loaded.get("loader") or loader.state_dict())
             return iter(loader)
         now = states.read(self._random)
         if getattr(loader, "persistent_workers", False):  # seeded when the first pass began
             if loaded and self.epoch:
-                iter(place)
+                iter(loader)
                 states.write(self._random, now)
             elif within and not self.epoch:
-                place._iterator = None
+                loader._iterator = None
         if not within:
             self._epoch_random = now
             return iter(loader)
         states.write(self._random, self._epoch_random)
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         for _ in islice(batches, self.batch_in_epoch):
             pass
         states.write(self._random, now)
@@ -501,7 +473,7 @@ class Trainer:
         bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
-            self._verdict = bad.to("cpu", non_blocking=True), copied
+            self._verdict = self.scheduler, bad.to("cpu", non_blocking=True), copied
             if copied is not None:
                 copied.record()
             if copied is None or self.callbacks:
@@ -513,18 +485,16 @@ class Trainer:
         On a GPU that is known later: before the next update, when the device is at its gradients,
         so that it never waits for the host.
         """
-        if self._verdict is None:
-            return
-        (bad, copied), self._verdict = self._verdict, None
-        if copied is not None:
-            copied.synchronize()
-        if not bad:
-            assert self.scheduler is not None
-            self.scheduler.step()
+        if self._verdict is not None:
+            (scheduler, bad, copied), self._verdict = self._verdict, None
+            if copied is not None:
+                copied.synchronize()
+            if not bad:
+                scheduler.step()
 
     # ---- evaluation and records ----------------------------------------------------------------
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, loader: Batches) -> dict[str, float]:
         """Return ``val_loss``, ``val_ppl`` and the further metrics over all of ``loader``.
 
         Each is a mean over target tokens, whatever batch they are in; computed without dropout,
@@ -533,7 +503,7 @@ class Trainer:
         with self.ema.in_use():
             return self.objective.evaluate(loader, self.metric_functions, self.world)
 
-    def _evaluated(self, loader: Iterable[Any], *, extra: bool = False) -> None:
+    def _evaluated(self, loader: Batches, *, extra: bool = False) -> None:
         """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
         self._record()
         before = states.read(self._random)
@@ -567,19 +537,8 @@ class Trainer:
         self._write("train", row)
 
     def _write(self, kind: Kind, row: dict[str, float]) -> None:
-        if self.run_dir is None or not self.world.leads:
-            return
-        if self._sinks is None:
-            self._sinks = Sinks(self.config, self.run_dir, self.made_by)
-            if self._rows_end_at is not None:
-                self._sinks.drop_after(self._rows_end_at)
-                self._rows_end_at = None
-        self._sinks.write(kind, row)
-
-    def _close(self) -> None:
-        if self._sinks is not None:
-            self._sinks.close()
-            self._sinks = None
+        if self._sinks is not None and self._held:
+            self._sinks.write(kind, row)
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -606,41 +565,23 @@ class Trainer:
         with self._holding_run_dir() if path is None else nullcontext():
             writer = self.writer
             if path is not None:
-                path = Path(path)
-                if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
+                if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
                     said = "is a run folder or a checkpoint; give another folder"
                     raise UserError(f"save_checkpoint: {path} {said}")
-                writer = self._writer_of(path, sys.maxsize)
+                writer = self._writer_of(Path(path), sys.maxsize)
             assert writer is not None
             groups, state = self._snapshot()
-            metric = self._last_result.get("val_loss")
-            text = config_to_toml(self.config, redact)
+            text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
             saved = writer.save(self.step, groups, state, text, metric=metric)
             writer.wait()
         self._tell("on_checkpoint", saved)
         return saved
 
     def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
+        rank, size, word = self.world.rank, self.world.size, self.world.share(secrets.token_hex(8))
         return checkpoint.CheckpointWriter(
-            folder,
-            keep_last=keep_last,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            session=self.world.share(secrets.token_hex(8)),
+            folder, keep_last=keep_last, rank=rank, world_size=size, session=word
         )
-
-    def _collect_facts(self) -> dict[str, str]:
-        """Return what a checkpoint is bound to, beside the loader: compared when one is loaded."""
-        by_evaluations = self.config.eval.patience or isinstance(self.scheduler, ReduceLROnPlateau)
-        keys = BINDING if by_evaluations else BINDING[:-2]
-        facts = {key: str(attrgetter(key)(self.config)) for key in keys}
-        facts["precision is scaled"] = str(self.precision.scaled)
-        facts["accumulate"] = str(self.accumulate)
-        facts["ranks"] = str(self.world.size)
-        criterion = self.objective.criterion
-        facts["criterion"] = getattr(criterion, "__qualname__", type(criterion).__name__)
-        facts |= states.facts_of_scheduler(self.scheduler)
-        return facts | states.facts_of_optimizer(self.optimizer, self.model)
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
@@ -648,46 +589,34 @@ class Trainer:
         loader = self._loaded.get("loader")
         if states.is_stateful(self._loader):
             loader = self._loader.state_dict()
+        step, scaler = self.train_step, {}
+        if self.precision.scaled:  # as a torch.amp.GradScaler names them
+            scaler = {
+                "scale": step.grad_scale.item(),
+                "_growth_tracker": step.growth_tracker.item(),
+            }
         rest = {
             "val_losses": self.val_losses,
-            "scaler": self._scale() if self.precision.scaled else {},
+            "scaler": scaler,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
-        own = {  # of this rank
-            "random": states.read(self._random) | self._loaded.get("random", {}),
+        drawn = states.read(self._random) | self._loaded.get("random", {})
+        own = {
+            "random": drawn,
             "epoch_random": self._epoch_random,
             "loader": loader,
-        }
+        }  # of this rank
         rank = self.world.rank
-        tensors: dict[str, Tensor] = {}
-        mine: dict[str, Tensor] = {}
+        tensors, mine = dict[str, Tensor](), dict[str, Tensor]()
         shared = {key: states.encode(value, tensors, key) for key, value in rest.items()}
         ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
         tensors |= {f"{name}@{rank}" if rank else name: tensor for name, tensor in mine.items()}
-        state = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch_in_epoch": self.batch_in_epoch,
-            "skipped_steps": self.skipped_steps,
-            "provenance": self.made_by,
-            "library": {
-                "facts": self._facts,
-                "loader_facts": self._loader_facts,
-                "state": shared | ranks[0],
-                "ranks": ranks[1:],
-            },
-        }
-        groups = self.ema.groups(self.model.state_dict()) | {
-            "optimizer": optimizer_tensors(self.model, [self.optimizer]),
-            "trainer": tensors,
-        }
-        return groups, state
-
-    def _scale(self) -> dict[str, float]:
-        """Return what fp16 needs, by the names that a `torch.amp.GradScaler` gives it."""
-        step = self.train_step
-        return {"scale": step.grad_scale.item(), "_growth_tracker": step.growth_tracker.item()}
+        saved = {"state": shared | ranks[0], "ranks": ranks[1:]}
+        library = {"facts": self._facts, "loader_facts": self._loader_facts, **saved}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        state = {**counters, "provenance": self.made_by, "library": library}
+        return collect(step) | {"trainer": tensors}, state
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
@@ -705,27 +634,25 @@ class Trainer:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
         loaded = checkpoint.load(checkpoint.resolve(Path(where)))
         if "library" not in loaded.state:
-            raise UserError(
-                f"{loaded.path}: was not saved by a Trainer of this version; go on with what saved "
-                "it, or take the model alone: fasttrain.load_model"
-            )
+            remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
+            raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
         # First all that is read and compared, then all that changes.
-        state, saved = loaded.state, loaded.state["library"]
+        state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
         own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
         theirs, facts = {name: loaded.group(name) for name in own}, states.shapes(own)
-        names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
         try:
             found = saved["facts"] | dict.fromkeys(facts, "none") | states.shapes(theirs)
             states.refuse_difference(str(loaded.path), found, self._facts | facts)
-            tensors, rank = loaded.group("trainer"), self.world.rank
+            tensors = loaded.group("trainer")
             rest = states.decode(saved["state"], tensors, self.device)
             if rank:
                 mine = {n.removesuffix(f"@{rank}"): t for n, t in tensors.items() if "@" in n}
                 rest |= states.decode(saved["ranks"][rank - 1], mine, self.device)
+            names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
             update, schedule, scaler, val_losses, place, drawn = (rest[name] for name in names)
-            epoch_drawn = rest["epoch_random"]
-            numbers = [int(state[k]) for k in ("step", "epoch", "batch_in_epoch", "skipped_steps")]
-            self._loaded = {"facts": dict(saved["loader_facts"]), "random": drawn}
+            epoch_random, loader_facts = rest["epoch_random"], dict(saved["loader_facts"])
+            counters = {name: int(state[name]) for name in COUNTERS}
+            self._loaded = {"random": drawn, "loader": place}
             self.model.load_state_dict(
                 {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
             )
@@ -738,23 +665,17 @@ class Trainer:
                 self.train_step.growth_tracker.fill_(scaler["_growth_tracker"])
             states.write(self._random, drawn)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{loaded.path}: holds no state of such a training: {error!r}; go on from another "
-                "checkpoint"
-            ) from error
+            what = f"{loaded.path}: holds no state of such a training"
+            raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
         self.made_by = provenance(self.device, loaded.path)
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if said := made_otherwise(state, self.made_by, exact=exact):
             warnings.warn(said, stacklevel=2)
-        self.val_losses, self._epoch_random = val_losses, epoch_drawn
-        self._loader_facts = self._loaded["facts"]
-        if place is not None:
-            self._loaded["loader"] = place
-        self.step, self.epoch, self.batch_in_epoch, self.skipped_steps = numbers
+        vars(self).update(counters, val_losses=val_losses)
+        self._loader_facts, self._epoch_random = loader_facts, epoch_random
         self.train_step.n_unread = 0
         self._verdict, self._last_result = None, {}
         self._logged_at = (time.perf_counter(), self.step)
-        self._rows_end_at = self.step
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
             self._left_bytes = _n_bytes(self.run_dir)
 
@@ -764,7 +685,7 @@ class Trainer:
         moved = [
             f"{key} was {value!r} and is {now[key]!r}"
             for key, value in self._own_values.items()
-            if key in now and now[key] != value
+            if now.get(key, value) != value
         ]
         if moved:
             self._own_values = {}
@@ -783,8 +704,8 @@ def _n_bytes(run_dir: Path) -> int:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Make the run folder and hold its lock; Windows has none."""
-    if importlib.util.find_spec("fcntl") is None:
+    """Make the run folder and hold its lock, where there are locks."""
+    if not HAS_FCNTL:
         run_dir.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -797,3 +718,83 @@ def _locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # the loader's processes have the file open as well
+
+
+def train_loop(
+    model: nn.Module,
+    train_dataloader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    num_epochs: int,
+    max_grad_norm: float | None = 1.0,
+    log_interval: int = 100,
+    device: str | torch.device = "cuda",
+    quiet: bool = False,
+) -> dict[str, list[float] | list[int]]:
+    """Train ``model`` for some passes over ``train_dataloader``: the shortest way to do so.
+
+    Under torchrun the ranks share each step, with DDP or, where a copy of the model does not fit,
+    FSDP2; a loss is then the mean over the batches of all ranks.
+
+    Args:
+        model: its output, or that output's ``logits`` or first element, is logits (B, T, V); moved
+            to ``device``, left in training mode.
+        train_dataloader: batches as `Trainer` takes them: mappings with ``input_ids`` and
+            ``target_ids`` or ``labels``, or pairs of input ids and targets, integers (B, T) each; a
+            target of −100 is left out of the loss. Iterated anew each epoch; the ``set_epoch`` of
+            its sampler is called, as a `DistributedSampler` needs it.
+        optimizer: over the model's parameters; a schedule may change its learning rate outside,
+            for instance from a hook on ``optimizer.step``.
+        num_epochs: passes over the data, at least 0.
+        max_grad_norm: the gradient is clipped to this norm before the update; None: never.
+        log_interval: every so many steps, and after the last, the loss is recorded: the only steps
+            that wait for the device.
+        device: where to train.
+        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
+            is recorded; epochs count from 0.
+
+    Returns:
+        ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
+        counted from 1 over all epochs; of equal length.
+
+    Raises:
+        UserError: a batch lacks a key or has the wrong shape, an epoch has no batch, or the device
+            is not there.
+
+    Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
+    clipped as by `torch.nn.utils.clip_grad_norm_`.
+    """
+    if num_epochs < 0 or log_interval < 1:
+        given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
+        raise UserError(f"train_loop: {given} must be at least 0 and 1")
+    try:
+        where = resolve_device(str(device))
+    except (RuntimeError, UserError) as error:
+        said = f'train_loop: there is no device="{device}" here; use device="cpu"'
+        raise UserError(said) from error
+    losses, steps = list[float](), list[int]()
+
+    def record(epoch: int) -> None:
+        losses.append(trainer.metrics.rows[-1]["loss"])
+        steps.append(trainer.step)
+        if not quiet and trainer.world.leads:
+            print(f"Epoch {epoch}, step {trainer.step}, loss {losses[-1]:.4f}", flush=True)
+
+    class Recorder(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.step % log_interval == 0:
+                record(trainer.epoch)
+
+    optimizer.zero_grad(set_to_none=True)
+    run = {"device": str(where), "dtype": "fp32"}
+    loop = {"epochs": max(1, num_epochs)}
+    sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
+    tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
+    trainer = Trainer(model.train(), optimizer, config=sections, callbacks=[Recorder()])
+    torch.set_float32_matmul_precision(tf32)
+    # An optimizer that cannot be judged on the device would wait for it at each step.
+    trainer.train_step.judges, trainer.train_step.max_grad_norm = False, max_grad_norm
+    if num_epochs:
+        trainer.train(train_dataloader)
+        if trainer.step % log_interval:
+            record(num_epochs - 1)
+    return {"losses": losses, "steps": steps}

@@ -17,12 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
-from fasttrain.config import UserError
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors
 
+BINDING = (
+    *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
+    *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
+    *("eval.every_steps", "eval.min_change"),
+)
 KIND = "!"  # the key that marks what JSON does not know
 MAPPINGS: dict[str, type[dict[Any, Any]]] = {
     kind.__name__: kind for kind in (dict, Counter, OrderedDict)
@@ -32,13 +38,7 @@ MAPPINGS: dict[str, type[dict[Any, Any]]] = {
 def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     """Return ``value`` as JSON; its tensors and arrays go to ``tensors``, not copied.
 
-    Args:
-        value: of numbers, strings, bytes, lists, tuples, dicts, tensors and NumPy's arrays.
-        tensors: added to, by names that begin with ``at``.
-        at: where the value is; errors name it.
-
-    Raises:
-        UserError: it holds something else.
+    ``at`` says where the value is: the names of its tensors begin with it, errors name it.
     """
     kind: type = type(value)
     content: Any = None
@@ -103,11 +103,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
 
 
 def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on where facts that both know differ.
-
-    Raises:
-        UserError: names them, with both values.
-    """
+    """Refuse to go on where facts that both know differ."""
     changes = [f"{k}: {saved[k]} → {v}" for k, v in now.items() if saved.get(k, v) != v]
     if changes:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
@@ -115,6 +111,13 @@ def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, st
             f"{where} was made with other settings: {'; '.join(changes[:8])}{more}; put them back "
             "(what is to change on purpose, change after load_checkpoint())"
         )
+
+
+def facts_of_config(config: TrainConfig, scheduler: Any) -> dict[str, str]:
+    """Return the keys that a checkpoint is bound to; two where evaluations decide something."""
+    by_evaluations = config.eval.patience or isinstance(scheduler, ReduceLROnPlateau)
+    keys = BINDING if by_evaluations else BINDING[:-2]
+    return {key: str(operator.attrgetter(key)(config)) for key in keys}
 
 
 def shapes(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
@@ -133,11 +136,7 @@ def _shown(value: Any) -> str:
 
 
 def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, str]:
-    """Return its class and defaults, its groups, and which parameter is in which.
-
-    Raises:
-        UserError: it has a parameter that is not the model's.
-    """
+    """Return its class and defaults, its groups, and which parameter is in which."""
     # A schedule moves these; of a tensor, so are the defaults, which are the same object.
     moved = {"params", "param_names", "lr", "momentum", "betas"}
     facts = {"optimizer": type(optimizer).__name__}
@@ -195,9 +194,7 @@ def facts_of_loader(loader: Any) -> dict[str, str]:
     for place, part in _parts(loader, "loader").items():
         facts[place] = type(part).__name__
         facts[f"{place} length"] = str(operator.length_hint(part, -1))
-    for key in (
-        "batch_size", "drop_last", "num_workers", "persistent_workers", "prefetch_factor",
-    ):  # fmt: skip
+    for key in ["batch_size", "drop_last", "num_workers", "persistent_workers", "prefetch_factor"]:
         if hasattr(loader, key):
             facts[f"loader {key}"] = str(getattr(loader, key))
     return facts
@@ -258,28 +255,27 @@ def own_values(loader: Any) -> dict[str, Any]:
 Source = tuple[Callable[[], Any], Callable[[Any], object]]
 
 
+def _source(value: Any) -> Source | None:
+    """Return how the state of a generator is read, for `encode`, and written."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, np.random.RandomState):
+        return partial(value.get_state, legacy=False), value.set_state
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    return _python(value) if isinstance(value, random.Random) else None
+
+
 def _generators(loader: Any, name: str) -> dict[str, Source]:
     """Return the generators that a loader, its samplers and its data sets hold themselves."""
     found: dict[str, Source] = {}
     seen: set[int] = set()
     for place, part in _parts(loader, name).items():
         for key, value in getattr(part, "__dict__", {}).items():
-            if id(value) in seen:
-                continue
-            source: Source
-            if isinstance(value, torch.Generator):
-                source = value.get_state, value.set_state
-            elif isinstance(value, random.Random):
-                source = _python(value)
-            elif isinstance(value, np.random.RandomState):
-                source = partial(value.get_state, legacy=False), value.set_state
-            elif isinstance(value, np.random.Generator):
-                bits = value.bit_generator
-                source = partial(getattr, bits, "state"), partial(setattr, bits, "state")
-            else:
-                continue
-            seen.add(id(value))
-            found[f"{place}.{key}"] = source
+            if id(value) not in seen and (source := _source(value)) is not None:
+                seen.add(id(value))
+                found[f"{place}.{key}"] = source
     return found
 
 
@@ -328,15 +324,12 @@ def write(sources: Mapping[str, Source], states: Mapping[str, Any]) -> None:
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return what `optimizer_tensors` leaves out: all of the groups' values, state of no tensor."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        "groups": [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-        ],
-        "values": {
-            names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-            for p, state in optimizer.state.items()
-        },
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    values = {
+        names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        for p, state in optimizer.state.items()
     }
+    return {"groups": groups, "values": values}
 
 
 def restore_optimizer(

@@ -37,15 +37,7 @@ class Batch(NamedTuple):
 
 
 class Objective:
-    """Makes batches ready, runs the model, sums the loss.
-
-    Args:
-        model: called with tokens and what else of a batch its ``forward`` takes.
-        criterion: as `fasttrain.library.Trainer` takes it.
-        config: label smoothing and z-loss where ``criterion`` is None; whether to compile.
-        device: where batches go.
-        precision: of the forward passes.
-    """
+    """Prepares batches, runs the model, sums the loss; the arguments are `Trainer`'s."""
 
     def __init__(
         self,
@@ -63,9 +55,7 @@ class Objective:
             self.run = torch.compile(model)
         self.device, self.precision = device, precision
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)
-        parameters = inspect.signature(model.forward).parameters
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self.takes = set(parameters)
+        self.takes = inspect.signature(model.forward).parameters
         self._seen = (0, -1)  # longest row, highest id
         # Hooks that come and go would have a model compiled twice: there, no look at its tables.
         self._looks = self.run is model and not any(
@@ -74,12 +64,7 @@ class Objective:
         )
 
     def prepare(self, batch: Any) -> Batch:
-        """Check a batch, move it to the device and find its targets.
-
-        Raises:
-            UserError: it is nothing that `by_key` takes, a shape or dtype is wrong, or it has a key
-                that the model's ``forward`` does not take.
-        """
+        """Check a batch, move it to the device and find its targets."""
         rest = by_key(batch)
         tokens = rest.pop("input_ids")
         if tokens.ndim != 2 or tokens.numel() == 0:
@@ -89,14 +74,14 @@ class Objective:
             )
         shifted, labels = rest.pop("target_ids", None), rest.pop("labels", None)
         mask = rest.get("attention_mask")
-        for name, tensor in (("target_ids", shifted), ("labels", labels), ("attention_mask", mask)):
+        ids = {"input_ids": tokens, "target_ids": shifted, "labels": labels}
+        for name, tensor in {**ids, "attention_mask": mask}.items():
             if tensor is not None and tensor.shape != tokens.shape:
                 raise UserError(
                     f"batch: {name} has shape {tuple(tensor.shape)}, and input_ids "
                     f"{tuple(tokens.shape)}; each token needs one"
                 )
-        for name, tensor in (("input_ids", tokens), ("target_ids", shifted), ("labels", labels)):
-            if tensor is not None and tensor.is_floating_point():
+            if name in ids and tensor is not None and tensor.is_floating_point():
                 raise UserError(f"batch: {name} is {tensor.dtype}; token ids are integers: .long()")
         if mask is not None and not self._takes("attention_mask"):
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
@@ -117,7 +102,7 @@ class Objective:
         kept = shifted.masked_fill(shifted == self.ignore_index, 0)
         target_range, is_new = _range(kept) if kept.is_cpu else (0, 0), self._is_new(tokens)
         targets = shifted.to(self.device, non_blocking=True).flatten()
-        others: dict[str, Any] = {
+        others = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in rest.items()
         }
@@ -136,7 +121,7 @@ class Objective:
         return low < 0 or self._seen != before
 
     def _takes(self, name: str) -> bool:
-        return self.takes_all or name in self.takes
+        return name in self.takes or any(p.kind is p.VAR_KEYWORD for p in self.takes.values())
 
     def loss_sum(self, _: nn.Module, batch: Batch) -> Tensor:
         """Return the loss summed over the targets that count: the criterion of a `TrainStep`."""
@@ -209,20 +194,15 @@ class Objective:
         loss_sum, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")
-        loss_mean = loss_sum / n_targets
-        result = {"val_loss": loss_mean, "val_ppl": math.exp(min(loss_mean, 700.0))}
-        for name, value in zip(metrics, sums, strict=True):
-            result[f"val_{name}"] = value / n_targets
-        return result
+        mean = loss_sum / n_targets
+        result = {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}
+        return result | {
+            f"val_{name}": value / n_targets for name, value in zip(metrics, sums, strict=True)
+        }
 
 
 def together(batches: Iterable[Any], n: int, world: World) -> Iterator[list[Any]]:
-    """Yield ``n`` batches at a time, fewer at the end, the same number on all ranks.
-
-    Raises:
-        UserError: one rank has more than another, which would wait in vain.
-        RuntimeError: the loader of a rank failed.
-    """
+    """Yield ``n`` batches at a time, fewer at the end, the same number on all ranks."""
     batches = iter(batches)
     while True:
         group, failed = [], None
@@ -254,9 +234,6 @@ def by_key(batch: Any) -> dict[str, Any]:
     """Return a batch by key: a tensor is ``input_ids``, a pair ``input_ids`` and ``target_ids``.
 
     Ids of any integer dtype become int64.
-
-    Raises:
-        UserError: it is neither a tensor, a pair nor a mapping, or lacks ``input_ids``.
     """
     parts: Any = [batch] if isinstance(batch, Tensor) else batch
     if isinstance(parts, list | tuple) and len(parts) in (1, 2):
@@ -274,13 +251,11 @@ def by_key(batch: Any) -> dict[str, Any]:
             "targets labels (to be shifted) or target_ids (shifted already)"
         )
     for name in ("input_ids", "target_ids", "labels", "attention_mask"):
-        if (value := given.get(name)) is None:
-            continue
-        if not isinstance(value, Tensor):
+        if not isinstance(value := given.get(name), Tensor | None):
             raise UserError(
                 f"batch: {name} is of type {type(value).__name__}; give a tensor of shape (B, T)"
             )
-        if name != "attention_mask" and not value.is_floating_point():
+        if value is not None and name != "attention_mask" and not value.is_floating_point():
             given[name] = value.long()
     return given
 
@@ -292,8 +267,8 @@ def logits_of(out: Any) -> Any:
 
 
 def _range(ids: Tensor) -> tuple[int, int]:
-    low, high = ids.aminmax()
-    return int(low), int(high)
+    low, high = (int(end) for end in ids.aminmax())
+    return low, high
 
 
 @contextmanager

@@ -9,8 +9,9 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,9 @@ def attention_mask(
         return _flex(create_block_mask)(rule, rows, None, t, t, device=device)
     query = torch.arange(start, start + t, device=device)[:, None]
     key = torch.arange(start + t, device=device)[None, :]
-    if documents is None:
-        return rule(query, query, query, key)
-    row = torch.arange(len(documents), device=device)[:, None, None, None]
+    row = query
+    if documents is not None:
+        row = torch.arange(len(documents), device=device)[:, None, None, None]
     return rule(row, row, query, key)
 
 
@@ -108,11 +109,11 @@ def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, 
     return angle.cos().float(), angle.sin().float()
 
 
-class LayerCache:
+class LayerCache(NamedTuple):
     """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    keys: Tensor
+    values: Tensor
 
     def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Append k and v (B, G, T, K) at ``start``; return all so far, (B, G, start + T, K)."""
@@ -122,14 +123,14 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+@dataclass
 class KVCache:
     """The caches of all layers and the number of tokens that they hold."""
 
-    def __init__(self, layers: list[LayerCache], max_tokens: int) -> None:
-        self.layers = layers
-        self.max_tokens = max_tokens
-        self.length = 0
-        self.last_tokens: Tensor | None = None  # (B,), what a table of token pairs continues from
+    layers: list[LayerCache]
+    max_tokens: int
+    length: int = 0
+    last_tokens: Tensor | None = None  # (B,), what a table of token pairs continues from
 
 
 class Attention(nn.Module):

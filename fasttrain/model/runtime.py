@@ -1,6 +1,6 @@
 """How a model runs while it trains: what is compiled, and what blocks keep for backward.
 
-With activation checkpointing a block keeps its input alone, or with ``selective`` what is dear to
+With activation checkpointing a block keeps only its input, or with ``selective`` what is costly to
 compute as well, and its backward pass computes the rest again: the same numbers, by the same
 operations. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost
 (arXiv:1604.06174).
@@ -47,18 +47,14 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
     all: the time to compile then does not grow with the depth.
     """
-    mode = config.run.compile
-    in_cpp = device.type == "cpu" and fits(config)
-    if mode == "c++":
-        return mode if in_cpp else "off"
-    if mode == "auto" and device.type == "cpu":
-        if in_cpp:
-            return "c++"
+    mode, on_cpu = config.run.compile, device.type == "cpu"
+    in_cpp = on_cpu and fits(config)
+    if mode == "c++" or (mode == "auto" and in_cpp):
+        return "c++" if in_cpp else "off"
+    if mode == "auto" and on_cpu:
         shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
-    if mode == "auto":
-        return "default"
-    if mode != "off" and device.type == "cpu":
+    if on_cpu and mode != "off":
         if not _has_cpp_compiler():
             raise UserError(
                 f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
@@ -66,7 +62,7 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
             )
         if mode != "default":
             raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
-    return mode
+    return "default" if mode == "auto" else mode
 
 
 def compiles_evaluation(device: torch.device) -> bool:
@@ -120,12 +116,12 @@ def compile_cache_use() -> str | None:
     None: nothing was compiled.
     """
     hits, misses = compile_cache_counts() or (0, 0)
-    if hits and misses:
-        return "partly warm"
-    return "warm" if hits else "cold" if misses else None
+    if not misses:
+        return "warm" if hits else None
+    return "partly warm" if hits else "cold"
 
 
-def _dear() -> list[Any]:
+def _costly() -> list[Any]:
     """Return the operations whose results ``selective`` keeps: matrix products and attention."""
     names = (
         *("mm", "addmm", "bmm"),
@@ -146,15 +142,14 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
     if kind == "none":
         return run
     options: dict[str, Any] = {"use_reentrant": False}
-    if kind not in ("full", "selective"):
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly())
+    elif kind != "full":
         said = "is not implemented; add it to model/runtime.py"
         refuse("train.activation_checkpointing", kind, said)
-    if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
 
-    def run_checkpointed(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        y: Tensor = checkpoint(run, block, x, *rest, **options)
-        return y
+    def run_checkpointed(*args: Any) -> Any:
+        return checkpoint(run, *args, **options)
 
     return run_checkpointed
 
@@ -168,42 +163,35 @@ def prepare_blocks(
     model that is sharded, a block's parameters are gathered when it is called as a module: what is
     compiled, and what is computed again, lies inside of that.
     """
-    run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
+    plain = _forward if sharded else run_block
+    run = _checkpointed(activation_checkpointing, plain)
     if mode == "blocks":
         run = compile_function(run, "default")
-    run_all: _Runner = partial(run_blocks, run=run)
+    run_plain, run_all = partial(run_blocks, run=plain), partial(run_blocks, run=run)
     if mode == "c++":
         build()
-        run_all = run_blocks_on_cpu
-    compiled = mode == "blocks"
+        run_all = partial(run_blocks_on_cpu)
+
+    def run_here(
+        blocks: Any, norm: Any, x: Tensor, rope: Any, mask: Any, caches: Any, *rest: Any
+    ) -> Tensor:
+        compiled = mode == "blocks" and compiles_evaluation(x.device)
+        trains = caches is None and (compiled or torch.is_grad_enabled())
+        return (run_all if trains else run_plain)(blocks, norm, x, rope, mask, caches, *rest)
+
     if not sharded:
-        model.blocks_fn = partial(_run, run_all, compiled)
+        model.blocks_fn = run_here
         return
     for block in model.blocks:
-        block.forward = partial(_run_inside, run_all, compiled, block)
+        block.forward = partial(_run_alone, run_here, block)
 
 
-def _is_own(compiled: bool, x: Tensor, cache: object) -> bool:
-    """Return whether blocks run here as in training: with gradients, or compiled to evaluate."""
-    evaluates = compiled and compiles_evaluation(x.device)
-    return cache is None and (evaluates or torch.is_grad_enabled())
-
-
-def _run(
-    run_all: _Runner, compiled: bool, blocks: Any, norm: Any, x: Tensor, rope: Any, mask: Any,
-    caches: Any, *rest: Any,
+def _run_alone(
+    run_all: _Runner, block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, start: int,
+    value: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    run = run_all if _is_own(compiled, x, caches) else run_blocks
-    return run(blocks, norm, x, rope, mask, caches, *rest)
-
-
-def _run_inside(
-    run_all: _Runner, compiled: bool, block: nn.Module, x: Tensor, rope: Any, mask: Any,
-    cache: Any, start: int, value: Tensor | None,
-) -> Tensor:  # fmt: skip
-    if not _is_own(compiled, x, cache):
-        return _forward(block, x, rope, mask, cache, start, value)
-    return run_all([block], None, x, rope, mask, None, start, None if value is None else [value])
+    caches, values = (None if one is None else [one] for one in (cache, value))
+    return run_all([block], None, x, rope, mask, caches, start, values)
 
 
 HOPPER = (9, 0)
@@ -215,12 +203,17 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
 
     Parameters and their names stay. With ``emulate`` factors are rounded to fp8 and multiplied in
     a wider type, on any device: for tests.
-
-    Raises:
-        UserError: the device has no fp8, torchao is not installed, or a matrix does not fit.
     """
-    if not emulate:
-        _require_hopper(device)
+    on_cuda, found = device.type == "cuda", str(device)
+    capability = torch.cuda.get_device_capability(device) if on_cuda and not emulate else (0, 0)
+    if not emulate and capability < HOPPER:
+        if on_cuda:
+            major, minor = capability
+            found = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        raise UserError(
+            f"run.fp8 = true needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or "
+            f"newer, got {found}; unset run.fp8"
+        )
     for name, module in model.blocks.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -247,19 +240,6 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
     kind = _in_training_alone(type(layers[0]))
     for layer in layers:
         layer.__class__ = kind
-
-
-def _require_hopper(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
-        return
-    found = str(device)
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        found = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
-    raise UserError(
-        f"run.fp8 = true needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or "
-        f"newer, got {found}; unset run.fp8"
-    )
 
 
 def _in_training_alone(fp8_linear: type[nn.Linear]) -> type[nn.Linear]:

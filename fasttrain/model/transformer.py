@@ -95,17 +95,9 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Mask | None,
-        cache: LayerCache | None,
-        start: int,
-        value: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, start, value)
+        x = x + self.attention(self.attention_norm(x), *rest)
         y: Tensor = self.mlp(self.mlp_norm(x))
         return x + y
 
@@ -180,8 +172,8 @@ class Transformer(nn.Module):
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.blocks_fn: Callable[..., Tensor] = run_blocks
-        self.rope_cos: Tensor | None
-        self.rope_sin: Tensor | None
+        self.rope_cos: Any  # Tensor; None with learned positions
+        self.rope_sin: Any
         self.register_buffer("rope_cos", None, persistent=False)
         self.register_buffer("rope_sin", None, persistent=False)
         self.init_weights()
@@ -224,9 +216,8 @@ class Transformer(nn.Module):
             nn.init.normal_(self.position_embedding.weight, std=head_std, generator=generator)
         if self.bigram_embedding is not None:
             nn.init.zeros_(self.bigram_embedding.weight)
-        for table in self.value_embeddings:
-            assert isinstance(table, nn.Embedding)
-            nn.init.normal_(table.weight, std=0.02, generator=generator)
+        for table in self.value_embeddings.parameters():
+            nn.init.normal_(table, std=0.02, generator=generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -283,8 +274,9 @@ class Transformer(nn.Module):
                 "Transformer: doc_starts and cache exclude each other; a cache is of one document"
             )
         t = tokens.shape[1]
-        start = cache.length if cache is not None else 0
-        room = self.seq_len if cache is None else min(self.seq_len, cache.max_tokens)
+        start, room = 0, self.seq_len
+        if cache is not None:
+            start, room = cache.length, min(room, cache.max_tokens)
         if start + t > room:
             raise ValueError(
                 f"Transformer: {start} cached + {t} new tokens exceed the room for {room}; shorten "
@@ -292,15 +284,12 @@ class Transformer(nn.Module):
             )
         x = self.embedding(tokens)  # (B, T, D)
         rope = None
-        if self.position_embedding is not None:
-            if doc_starts is None:
-                x = x + self.position_embedding.weight[start : start + t]
-            else:
-                x = x + self.position_embedding(_restarted(doc_starts))
-        else:
-            assert self.rope_cos is not None
-            assert self.rope_sin is not None
+        if self.position_embedding is None:
             rope = (self.rope_cos[start : start + t], self.rope_sin[start : start + t])
+        elif doc_starts is None:
+            x = x + self.position_embedding.weight[start : start + t]
+        else:
+            x = x + self.position_embedding(_restarted(doc_starts))
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._pairs(tokens, cache, doc_starts))
         if self.config.embedding_norm:
@@ -374,13 +363,8 @@ def flops_constants(model: Transformer) -> dict[str, int]:
     }
 
 
-def _gradient(dy: Tensor, index: Tensor, n_rows: int) -> Tensor:
-    gradient: Tensor = torch.ops.aten.embedding_dense_backward(dy, index, n_rows, -1, False)
-    return gradient
-
-
-def _like_gradient(dy: Tensor, index: Tensor, n_rows: int) -> Tensor:
-    return dy.new_empty(n_rows, dy.shape[-1])
+def _gradient(dy: Tensor, index: Tensor, n_rows: int) -> Any:
+    return torch.ops.aten.embedding_dense_backward(dy, index, n_rows, -1, False)
 
 
 class _LookUp(torch.autograd.Function):
@@ -405,7 +389,9 @@ _OPS.impl("embedding", _LookUp.apply, "CompositeImplicitAutograd")
 _OPS.define("embedding_backward(Tensor dy, Tensor index, int n_rows) -> Tensor")
 for _kind in ("CPU", "CUDA"):
     _OPS.impl("embedding_backward", _gradient, _kind)
-torch.library.register_fake("fasttrain::embedding_backward", _like_gradient, lib=_OPS)
+torch.library.register_fake(
+    "fasttrain::embedding_backward", lambda dy, _, n: dy.new_empty(n, dy.shape[-1]), lib=_OPS
+)
 
 
 class Embedding(nn.Embedding):

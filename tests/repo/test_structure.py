@@ -44,7 +44,7 @@ FLOORS = [
     {"checkpoint"},
     {"engine", "generate"},
     {"run", "hf", "objective", "library_state"},
-    {"library", "loop", "diagnosis", "verify_resume"},
+    {"library", "diagnosis", "verify_resume"},
     {"preflight"},
     {"train"},
 ]

@@ -1,4 +1,4 @@
-"""The Trainer for models of one's own: exact losses, padding, resume, callbacks, transformers."""
+"""The Trainer for custom models: exact losses, padding, resume, callbacks, transformers."""
 
 import json
 import math
@@ -90,25 +90,6 @@ def test_a_step_is_the_mean_over_all_target_tokens_however_they_are_batched() ->
         results.append((trainer.metrics.values("loss")[0], weights(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
-
-
-def test_targets_shifted_already_and_labels_to_be_shifted_are_the_same() -> None:
-    ids = torch.stack([row["input_ids"] for row in data(4)])
-    shifted = torch.cat([ids[:, 1:], torch.full((4, 1), -100)], 1)
-    batches = [
-        {"input_ids": ids},
-        {"input_ids": ids, "labels": ids},
-        {"input_ids": ids, "target_ids": shifted},
-    ]
-    losses = []
-    for batch in batches:
-        model = toy()
-        trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
-        losses.append(trainer.evaluate([batch])["val_loss"])
-    reference = nn.functional.cross_entropy(
-        toy()(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    ).item()
-    assert losses == pytest.approx([reference] * 3, rel=1e-6)
 
 
 def test_criterion_with_an_ignore_index_of_its_own_and_metrics() -> None:
@@ -287,7 +268,6 @@ def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
     trainer.save_checkpoint()
     trainer.val_losses.clear()
     trainer.load_checkpoint()
-    trainer._close()
     assert trainer.val_losses == [sys.float_info.max]
 
 
@@ -331,27 +311,6 @@ def test_max_grad_value_clips_each_element() -> None:
     trainer.train(DataLoader(data(8), batch_size=8))
     change = (weights(model) - before).abs().max().item()
     assert change == pytest.approx(1e-4, rel=1e-2)
-
-
-def left_padded() -> dict[str, Tensor]:
-    ids = torch.ones(1, T, dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": (torch.arange(T) > 2).long()[None]}
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ({"tokens": torch.ones(2, T)}, "no input_ids; name the tokens input_ids"),
-        ({"input_ids": torch.ones(2, T).long(), "labels": torch.ones(2, T + 1)}, "labels has"),
-        (left_padded(), "padded on the left"),
-        ({"input_ids": torch.ones(2, T).long(), "pixels": torch.ones(2)}, "'pixels'"),
-    ],
-)
-def test_what_is_wrong_with_a_batch_is_said(batch: dict[str, Tensor], message: str) -> None:
-    model = toy()
-    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
-    with pytest.raises(UserError, match=message):
-        trainer.train([batch])
 
 
 def test_N11_a_config_may_be_a_dict() -> None:

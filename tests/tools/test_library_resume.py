@@ -33,7 +33,7 @@ Make = Callable[[Path | None], tuple[Trainer, Any]]
 
 
 class Toy(nn.Module):
-    """Matrices alone, as torch.optim.Muon wants them, and dropout."""
+    """Only matrices, as torch.optim.Muon takes, and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_R32_what_state_may_hold_comes_back_as_it_was() -> None:
 
 
 class Noisy(Dataset[Tensor]):
-    """Draws from four generators and one of its own, and tells which samples were taken."""
+    """Draws from four generators and its own, and records which samples were taken."""
 
     def __init__(self) -> None:
         self.rows, self.own, self.taken = rows(), np.random.default_rng(5), []
@@ -308,7 +308,7 @@ class Noisy(Dataset[Tensor]):
 
 
 class Shuffled(Sampler[int]):
-    """A sampler of one's own, with a generator of its own."""
+    """A custom sampler with its own generator."""
 
     def __init__(self) -> None:
         self.order = random.Random(3)
@@ -597,7 +597,7 @@ class Signal:
             for process in multiprocessing.active_children():
                 os.kill(process.pid or 0, self.number)
             os.kill(os.getpid(), self.number)
-            while not trainer._stopping:
+            while not trainer._told:
                 time.sleep(0.001)
 
 
