@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
 from fasttrain.config import TrainConfig
@@ -14,7 +13,7 @@ from fasttrain.data.loader import evaluation_batches
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import gathered
 from fasttrain.distributed.world import World
-from fasttrain.engine.step import IGNORE_INDEX
+from fasttrain.engine.step import IGNORE_INDEX, summed_loss
 from fasttrain.model.runtime import compile_function, compiles_evaluation
 from fasttrain.model.transformer import Transformer
 
@@ -97,14 +96,6 @@ def _totals(
 ) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
     with precision.autocast():
-        loss_sum, n_right = linear_cross_entropy(
-            model.hidden(tokens, doc_starts=starts),
-            model.head_weight,
-            targets,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            softcap=model.config.logit_softcap,
-            return_accuracy=True,
-        )
+        loss_sum, n_right = summed_loss(model, tokens, targets, starts, return_accuracy=True)
     n_targets = (targets != IGNORE_INDEX).sum()
     return torch.stack([loss_sum.double(), n_right.double(), n_targets.double()])

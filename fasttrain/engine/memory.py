@@ -48,7 +48,7 @@ from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.step import TrainStep, linear_cross_entropy_criterion
+from fasttrain.engine.step import TrainStep, default_criterion
 from fasttrain.model.transformer import Transformer
 
 # Of the memory that is free: the rest is for evaluation, samples, snapshots and fragmentation.
@@ -178,7 +178,7 @@ def _trace(
 ) -> tuple[Transformer, _Live]:
     """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
     world, seq_len = world or World(), config.data.seq_len
-    criterion = linear_cross_entropy_criterion(config)
+    criterion = default_criterion(config)
     with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
         shard(model, world, config.distributed)

@@ -42,7 +42,7 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
         model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, data = config.train, config.data
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
-    per_step, per_epoch = samples * data.seq_len, 0
+    per_epoch = 0
     if train is not None:
         per_epoch = Plan(
             train,
@@ -54,14 +54,12 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
         ).samples_per_epoch
     steps = None
     if per_epoch or loop.epochs is None:
-        steps = n_steps(
-            loop, tokens_per_step=per_step, samples_per_step=samples, samples_per_epoch=per_epoch
-        )
+        steps = n_steps(loop, seq_len=data.seq_len, samples=samples, per_epoch=per_epoch)
     return RunPlan(
         parameters=model.num_parameters(),
         matmul_parameters=model.num_matmul_parameters(),
         flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=data.seq_len),
-        tokens_per_step=per_step,
+        tokens_per_step=samples * data.seq_len,
         steps=steps,
         epochs=steps * samples / per_epoch if steps is not None and per_epoch else None,
     )

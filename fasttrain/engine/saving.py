@@ -184,7 +184,7 @@ class Saver:
         self.reporter.warn(f"{error} (training goes on)")
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
-        """Save now; see `Trainer.save_checkpoint`."""
+        """Save all that the run needs to continue; complete after ``writer.wait()``."""
         state, rank, device = self.state, self.world.rank, self.train_step.loss.device
         if self.writer is None:
             self.saved_at = state.step
@@ -205,7 +205,7 @@ class Saver:
         return path
 
     def load(self, path: Path) -> Checkpoint:
-        """Restore; see `Trainer.load_checkpoint`."""
+        """Restore what was saved, but for the loader: build it at that position."""
         checkpoint = load(path)
         self._restore(checkpoint)
         same_hours = self.config.train.hours == checkpoint.config.train.hours

@@ -129,16 +129,17 @@ def _length(fraction: float, seq_len: int) -> int:
 HOURS_ESTIMATE_AT = 20
 
 
-def n_steps(
-    loop: LoopConfig, *, tokens_per_step: int, samples_per_step: int, samples_per_epoch: int
-) -> int | None:
-    """Return the number of steps of a run; None with ``train.hours``, which must be measured."""
+def n_steps(loop: LoopConfig, *, seq_len: int, samples: int, per_epoch: int) -> int | None:
+    """Return the steps of a run, each of so many ``samples``, of which an epoch has ``per_epoch``.
+
+    None with ``train.hours``, which must be measured.
+    """
     if loop.steps is not None:
         return loop.steps
     if loop.tokens is not None:
-        return math.ceil(loop.tokens / tokens_per_step)
+        return math.ceil(loop.tokens / (samples * seq_len))
     if loop.epochs is not None:
-        return math.ceil(math.ceil(loop.epochs * samples_per_epoch) / samples_per_step)
+        return math.ceil(math.ceil(loop.epochs * per_epoch) / samples)
     return None
 
 

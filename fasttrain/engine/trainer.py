@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 
-from fasttrain.checkpoint import Checkpoint
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
@@ -86,10 +85,7 @@ class Trainer:
         self.accumulation, samples = shape.n_micro, shape.samples * world.size
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position
         total_steps = n_steps(
-            config.train,
-            tokens_per_step=samples * config.data.seq_len,
-            samples_per_step=samples,
-            samples_per_epoch=per_epoch,
+            config.train, seq_len=config.data.seq_len, samples=samples, per_epoch=per_epoch
         )
         self.state = state = RunState(samples, total_steps, position, regular=position == 0)
         if config.train.hours is not None:
@@ -110,7 +106,7 @@ class Trainer:
         )
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
-        self.compiling = True  # until the first step of this process is done
+        self.compiling = True
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -121,13 +117,7 @@ class Trainer:
             FloatingPointError: a step is bad, and the run may neither skip it nor go back.
         """
         with self.guard.training():
-            return self._train(until=None)
-
-    def train_epoch(self) -> Outcome:
-        """Train to the end of the current epoch of the data or the horizon, whichever is first."""
-        per_epoch = self.train_loader.samples_per_epoch
-        with self.guard.training():
-            return self._train(until=(self.state.position // per_epoch + 1) * per_epoch)
+            return self._train()
 
     def request_stop(self, at_step: int = 0) -> None:
         """Make the loop end with a checkpoint after ``at_step``, or after the step under way."""
@@ -148,7 +138,7 @@ class Trainer:
             self.request_stop()
         return self.lockstep.stop
 
-    def _train(self, until: int | None) -> Outcome:
+    def _train(self) -> Outcome:
         state, config, started_s = self.state, self.config, time.perf_counter()
         self.model.train()
         # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
@@ -160,14 +150,14 @@ class Trainer:
             # An evaluation that the end of the last session cut off
             if state.eval_due:
                 self.saver.saved_at = None
-                self._after_step(self._finished(until))
+                self._after_step(self._finished())
                 self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
             several = self.world.n_copies > 1
             check_every = config.distributed.check_every_steps if several else None
             if check_every:
                 self.recovery.check_copies()
-            while not self._finished(until):
+            while not self._finished():
                 if state.step >= self.stop_at:
                     if self._look() is None:
                         continue
@@ -187,11 +177,17 @@ class Trainer:
                     self.request_stop()
                     self.reporter.warn(f"the step under way was given up: {error}")
                     continue
-                if self.compiling:
-                    self._after_first_step(started_s)
+                if self.compiling:  # the first step of this process is done
+                    self.compiling = False
+                    self._synchronize()
+                    steady(config.distributed, self.world)
+                    state.first_step_s = time.perf_counter() - started_s
+                    if self.console and (cache := compile_cache_use()):
+                        took = f"first step after {state.first_step_s:.1f} s"
+                        self.console.note(f"{took} (compile cache {cache})")
                 self._decide_together()
                 # Its verdict, before anything is saved; its line of the log
-                last = self._finished(until)
+                last = self._finished()
                 log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
@@ -221,9 +217,10 @@ class Trainer:
         started, waited = time.perf_counter(), self.train_loader.wait_s
         self.guard.begin(state.step, state.position, state.tokens)
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
-        state.lr = self.lr()
-        seq_len = config.data.seq_len
-        context = context_at(state.step, state.horizon, config.schedule, seq_len)
+        schedule, seq_len, peak = config.schedule, config.data.seq_len, config.optim.peak_lr
+        k = n_plateaus(state.val_losses, schedule.plateau_evals, config.eval.min_change)
+        state.lr = lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
+        context = context_at(state.step, state.horizon, schedule, seq_len)
         if context < seq_len and config.data.batching in ("packed", "sliding"):
             batches = [batch.cut(context) for batch in batches]
         every = config.train.recheck_every_steps
@@ -246,22 +243,6 @@ class Trainer:
         state.account.add_step(elapsed, wait_s, first=self.compiling)
         return log
 
-    def lr(self) -> float:
-        """Return the learning rate of the step to come."""
-        state, schedule = self.state, self.config.schedule
-        k = n_plateaus(state.val_losses, schedule.plateau_evals, self.config.eval.min_change)
-        peak = self.config.optim.peak_lr
-        return lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
-
-    def _after_first_step(self, started_s: float) -> None:
-        """Note how long the first step of this process took, which compiled."""
-        self.compiling = False
-        self._synchronize()
-        steady(self.config.distributed, self.world)
-        self.state.first_step_s = first_s = time.perf_counter() - started_s
-        if self.console and (cache := compile_cache_use()):
-            self.console.note(f"first step after {first_s:.1f} s (compile cache {cache})")
-
     def _look(self) -> Numbers | None:
         """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
         numbers = self.recovery.look(self.train_loader)
@@ -275,11 +256,10 @@ class Trainer:
         with self.train_loader as loader:
             self.train_loader = loader.at(self.state.position)
 
-    def _finished(self, until: int | None) -> bool:
+    def _finished(self) -> bool:
         state, pace = self.state, self.state.account
         # The data end.
-        ends = (until, self.train_loader.end)
-        if any(end is not None and state.position >= end for end in ends):
+        if self.train_loader.end is not None and state.position >= self.train_loader.end:
             return True
         # The time is over; the number of steps that it holds is estimated once.
         if state.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
@@ -332,7 +312,7 @@ class Trainer:
             self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
         return True
 
-    # ---- evaluation, samples, checkpoints ------------------------------------------------------
+    # ---- evaluation, samples -------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
         """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`)."""
@@ -371,11 +351,3 @@ class Trainer:
             prompt, text = sampler(self.model, number)
         self.model.train()
         self.reporter.sample(prompt, text)
-
-    def save_checkpoint(self) -> Path | None:
-        """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        return self.saver.save()
-
-    def load_checkpoint(self, path: Path) -> Checkpoint:
-        """Restore what was saved at ``path``, but for the loader: build it at that position."""
-        return self.saver.load(path)

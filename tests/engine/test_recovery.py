@@ -226,16 +226,6 @@ def test_an_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -
     assert trainer.state.step == 62
 
 
-def test_train_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -> None:
-    trainer = build(toy, "train.steps=1000", "train.on_nonfinite=rollback", "log.every_steps=10",
-                    "checkpoint.every_steps=20")  # fmt: skip
-    spoil(trainer, [33])
-    trainer.train_epoch()
-    per_epoch = trainer.train_loader.samples_per_epoch
-    assert 0 <= trainer.state.position - per_epoch < 4
-    assert trainer.state.step == 62  # and one that was passed over
-
-
 @pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
 def test_R18_a_run_that_is_given_up_in_a_step_faces_the_verdicts_before(
     toy: Path, action: str
@@ -272,7 +262,7 @@ def test_what_fails_to_close_leaves_nothing_else_open(
     with trainer.guard.training():
         trainer._step()
         trainer._step()
-    trainer.save_checkpoint()
+    trainer.saver.save()
     with pytest.raises(OSError, match="for the log"):
         trainer.close()
     assert load(resolve(toy.parent / "run")).step == 2  # the save in flight was waited for

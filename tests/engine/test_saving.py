@@ -126,7 +126,7 @@ def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
     hours = ["train.steps=none", "train.hours=1", "eval.every_steps=none"]
     run = build(toy, *hours)
     run.state.total_steps = 300
-    run.save_checkpoint()
+    run.saver.save()
     run.close()
     path = checkpoint.resolve(toy.parent / "run")
     for change, expected in (("train.hours=1", 300), ("train.hours=2", None)):
@@ -149,7 +149,7 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
     run.fit()
     run.state.eval_due = True  # as where a signal cut the evaluation off
     run.state.val_losses.clear()
-    run.save_checkpoint()
+    run.saver.save()
     run.close()
     folder = toy.parent / "run"
     for n_made_up in (1, 0):

@@ -127,15 +127,6 @@ def test_an_epoch_ends_with_a_partial_step_that_counts_every_sample_once(toy: Pa
     assert seen == n_samples * 16
 
 
-def test_train_epoch_ends_at_the_epoch(toy: Path) -> None:
-    trainer = build(load_config(toy, ["train.steps=100", "log.every_steps=1000"]))
-    per_epoch = math.ceil(trainer.train_loader.samples_per_epoch / 4)
-    assert trainer.train_epoch() == "done"
-    assert trainer.state.step == per_epoch
-    trainer.train_epoch()
-    assert trainer.state.step == 100
-
-
 def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +313,7 @@ def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path) -> 
     first.writer.wait()
     other = build(load_config(toy, ["model.dim=64"]))
     with pytest.raises(Exception, match="another model"):
-        other.load_checkpoint(tmp_path / "run/checkpoints/step-00000003")
+        other.saver.load(tmp_path / "run/checkpoints/step-00000003")
 
 
 def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) -> None:
@@ -335,7 +326,7 @@ def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) 
     assert position == 16
     wider = load_config(toy, ["train.tokens_per_step=128"])
     second = build(wider, tmp_path / "run", position=position)
-    second.load_checkpoint(tmp_path / "run/checkpoints/step-00000004")
+    second.saver.load(tmp_path / "run/checkpoints/step-00000004")
     second.request_stop(at_step=6)
     second.fit()
     assert second.state.position == 16 + 2 * 8

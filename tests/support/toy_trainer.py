@@ -61,7 +61,7 @@ def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -
     state = json.loads((checkpoint / "state.json").read_text())
     trainer = build(config, run_dir, position=state["position"])
     torch.manual_seed(999)
-    trainer.load_checkpoint(checkpoint)
+    trainer.saver.load(checkpoint)
     return trainer
 
 
