@@ -39,17 +39,17 @@ def build_optimizers(
     table_decay = decay if config.decay_embeddings else 0.0
     if is_muon:
         table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
-    options = {  # weight decay and lr_scale
-        "matrices": (decay, 1.0),
-        "tables": (table_decay, table_scale),
-        "head": (table_decay if head in tables else decay, head_scale),
-        "vectors": (0.0, 1.0),
-        "hidden": (decay, 1.0),
+    groups: dict[str, dict[str, Any]] = {
+        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale}
+        for kind, own_decay, scale in (
+            ("matrices", decay, 1.0),
+            ("tables", table_decay, table_scale),
+            ("head", table_decay if head in tables else decay, head_scale),
+            ("vectors", 0.0, 1.0),
+            ("hidden", decay, 1.0),
+        )
     }
-    members: dict[str, list[Tensor]] = {kind: [] for kind in options}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         if id(p) == head:
             kind = "head"
         elif id(p) in tables:
@@ -58,12 +58,9 @@ def build_optimizers(
             kind = "vectors"
         else:
             kind = "hidden" if is_muon and p.ndim == 2 and "blocks." in name else "matrices"
-        members[kind].append(p)
-    groups: dict[str, dict[str, Any]] = {
-        kind: {"params": members[kind], "weight_decay": own_decay, "lr_scale": scale}
-        for kind, (own_decay, scale) in options.items()
-        if members[kind]
-    }
+        if p.requires_grad:
+            groups[kind]["params"].append(p)
+    groups = {kind: group for kind, group in groups.items() if group["params"]}
     hidden = groups.pop("hidden", None)
     optimizers = [_optimizer([*groups.values()], config)] if groups else []
     if hidden is not None:
@@ -207,10 +204,8 @@ def _check(
     if expected is None:  # not known, but it cannot be empty
         expected = dict(saved) or {"state": p}
     for key in sorted(expected.keys() | saved.keys()):
-        there, here = (
-            f"{tuple(t[key].shape)} {t[key].dtype}" if key in t else "missing"
-            for t in (saved, expected)
-        )
+        found = (saved.get(key), expected.get(key))
+        there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
             raise RuntimeError(f"optimizer state {name}/{key} is {there} there and {here} here")
 
@@ -219,9 +214,8 @@ def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] 
     """Return the state that a step makes for a parameter, on the meta device; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     step = torch.empty((), device="meta")
-    if (new_state := getattr(optimizer, "new_state", None)) is not None:
-        state: dict[str, Tensor] = new_state(like)
-        return state
+    if isinstance(optimizer, FusedAdamW | Muon):
+        return optimizer.new_state(like)
     if type(optimizer) is torch.optim.SGD:
         return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
     if type(optimizer) is torch.optim.Adafactor:

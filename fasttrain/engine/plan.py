@@ -126,22 +126,20 @@ def warnings_of(
             "less; add text, or watch the validation loss"
         )
     warmup = config.schedule.warmup_steps
-    if steps is not None and warmup >= steps:
-        yield (
-            f"schedule.warmup_steps = {warmup} is longer than the run of "
-            f"{counted(steps, 'step')}: the peak learning rate is never reached; lower it"
-        )
-    elif steps is not None and warmup > 0.2 * steps:
-        yield (
-            f"schedule.warmup_steps = {warmup} is more than a fifth of the {counted(steps, 'step')}"
-        )
     if steps is not None:
-        for name in ("eval.every_steps", "checkpoint.every_steps", "log.every_steps"):
-            section, _, key = name.partition(".")
-            every = getattr(getattr(config, section), key)
+        run = counted(steps, "step")
+        if warmup >= steps:
+            yield (
+                f"schedule.warmup_steps = {warmup} is longer than the run of {run}: the peak "
+                "learning rate is never reached; lower it"
+            )
+        elif warmup > 0.2 * steps:
+            yield f"schedule.warmup_steps = {warmup} is more than a fifth of the {run}"
+        for section in ("eval", "checkpoint", "log"):
+            every = getattr(config, section).every_steps
             if every is not None and every > steps:
-                run = f"the run of {counted(steps, 'step')}"
-                yield f"{name} = {every} is longer than {run}: only at its end"
+                longer = f"{section}.every_steps = {every} is longer than the run of {run}"
+                yield f"{longer}: only at its end"
     if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
         yield (
             "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "

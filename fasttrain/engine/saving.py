@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,9 @@ class Saver:
         if self.state.step in (self.saved_at, self._failed_at):
             return
         self._expect_to_wait()
-        failed = self._wait()
-        try:
-            self.save()
-        except CheckpointError as error:
+        failed = self._fails(self._settle)
+        if self._fails(self.save, again=failed):
             self._failed_at = self.state.step
-            self._fail(error, again=failed)
 
     def _expect_to_wait(self) -> None:
         """Have the watchdog outlast the writer, which says more of what went wrong."""
@@ -168,20 +165,20 @@ class Saver:
         if begun:
             self.failed_saves = 0
 
-    def _wait(self) -> bool:
-        """Wait for the save in flight and return whether it failed."""
-        try:
-            self._settle()
-        except CheckpointError as error:
-            self._fail(error)
-            return True
-        return False
+    def _fails(self, save: Callable[[], object], *, again: bool = False) -> bool:
+        """Save, or wait for a save, and return whether that failed; too many failures are raised.
 
-    def _fail(self, error: CheckpointError, *, again: bool = False) -> None:
-        self.failed_saves += not again
-        if self.failed_saves >= MAX_FAILED_SAVES:
-            raise error
-        self.reporter.warn(f"{error} (training goes on)")
+        ``again``: another failure of this step was counted.
+        """
+        try:
+            save()
+            return False
+        except CheckpointError as error:
+            self.failed_saves += not again
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.reporter.warn(f"{error} (training goes on)")
+            return True
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
@@ -191,13 +188,10 @@ class Saver:
             return None
         groups = collect(self.train_step, rank)
         groups["trainer"] |= _rng_of_rank(rng or {}, rank)
-        facts = {
-            **state.saved(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "run.compile": resolve_compile(self.config, device),
-            **self.recorded,
-        }
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        made_by = {"torch": torch.__version__, "threads": threads}
+        made_by["run.compile"] = resolve_compile(self.config, device)
+        facts = {**state.saved(), **made_by, **self.recorded}
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
             path = self.writer.save(state.step, groups, facts, toml, metric=metric)
@@ -218,7 +212,7 @@ class Saver:
             return None
         self._failed_at = None
         self._expect_to_wait()
-        self._wait()
+        self._fails(self._settle)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
         folder = self.writer.folder
         found = [
