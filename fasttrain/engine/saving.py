@@ -13,12 +13,12 @@ from torch import Tensor
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
-from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Watchdog, differing_step
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
-from fasttrain.engine.state import RunState, restore_rng, rng_state
+from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import resolve_compile
 
@@ -89,17 +89,15 @@ class Saver:
 
     def __init__(
         self,
-        state: RunState,
-        train_step: TrainStep,
-        config: TrainConfig,
         reporter: Reporter,
         watchdog: Watchdog,
         run_dir: Path | None,
         recorded: Mapping[str, Any],
     ) -> None:
-        self.state, self.train_step, self.config = state, train_step, config
+        self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
-        self.world = world = train_step.world
+        self.config = config = reporter.config
+        self.world = world = reporter.train_step.world
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
         self.saved_at: int | None = None  # the step of the newest checkpoint

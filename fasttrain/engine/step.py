@@ -8,7 +8,8 @@ reduction: what they judge a step by is the same, and so is the verdict.
 Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
+from fasttrain.distributed.slices import cut
 from fasttrain.distributed.world import World, checksum
-from fasttrain.engine.ema import Ema
 from fasttrain.engine.optim import set_lr
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.state import restore_rng, rng_state
@@ -104,6 +105,81 @@ class SpikeWindow:
         self.values.copy_(torch.where(here, enters, self.values))
         self.count += finite
         return above.any()
+
+
+class Ema:
+    """Averages a model's parameters p over steps: average ← decay · average + (1 - decay) · p.
+
+    It begins at the trainable parameters' present values, and is evaluated in their place.
+    ``decay`` is in (0, 1); None: there is no average, and every method does nothing.
+
+    Memory: one copy of the parameters, and another while the average is in use. Source: Polyak &
+    Juditsky 1992; with exponential weights, as in Morales-Brotons et al. 2024 (arXiv:2411.18704).
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and decay]
+        self.names = [name for name, _ in named]
+        self._sources = [p.detach() for _, p in named]
+        self.averages = [p.clone() for p in self._sources]  # spread over ranks as they are
+        self._local = [local_tensor(p) for p in self._sources]
+        self._local_averages = [local_tensor(p) for p in self.averages]
+        self._held: list[Tensor] | None = None  # the parameters, while the average is in use
+
+    @torch.no_grad()
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Take the parameters of the step just done into the average; never waits for the device.
+
+        ``skipped``: a scalar on the device, 1 where no step was made and the average stays, else 0.
+        """
+        if self.decay is None:
+            return
+        weight: Any = 1.0 - self.decay
+        if skipped is not None:
+            weight = weight * (1.0 - skipped)
+            weight = [weight.to(average.dtype) for average in self._local_averages]
+        torch._foreach_lerp_(self._local_averages, self._local, weight)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the model compute with the average; afterwards it has its parameters back.
+
+        They are copied in place: compiled graphs know them by their addresses.
+        """
+        if self.decay is None or self._held is not None:
+            yield
+            return
+        self._held = [p.clone() for p in self._sources]
+        torch._foreach_copy_(self._local, self._local_averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._local, [local_tensor(p) for p in self._held])
+            self._held = None
+
+    def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
+
+        ``model_state`` is ``model.state_dict()``, which holds the average while that is in use.
+        """
+        model = dict(model_state)
+        if self.decay is None:
+            return {"model": model}
+        if self._held is not None:
+            model |= dict(zip(self.names, self._held, strict=True))
+        return {"model": model, "ema": dict(zip(self.names, self.averages, strict=True))}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Restore the average; of a run that had none it begins at the present parameters."""
+        if self.decay is None:
+            return
+        if saved and set(saved) != set(self.names):
+            raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
+        sources = [saved[name] for name in self.names] if saved else self._sources
+        with torch.no_grad():
+            for average, source in zip(self.averages, sources, strict=True):
+                average.copy_(cut(source, average))
 
 
 class StepNumbers(NamedTuple):

@@ -98,12 +98,9 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
-        watchdog = self.lockstep.watchdog
-        self.saver = Saver(state, step, config, self.reporter, watchdog, run_dir, recorded)
+        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
         self.writer = self.saver.writer
-        self.recovery = Recovery(
-            state, step, config.train, self.saver, self.guard, self.accumulation, run_dir
-        )
+        self.recovery = Recovery(self.saver, self.guard, self.accumulation, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
         self.compiling = True
