@@ -34,13 +34,12 @@ def evaluate(
 
     Rows are those of training (see `evaluation_batches`): where they are documents, the first token
     of each document is no target. On CUDA the model is compiled where ``compile_mode``, that of
-    training, compiles one graph. The ranks of ``world`` share the batches and all return the same;
-    ``should_stop`` must agree on them.
+    training, compiles one graph. The ranks of ``world`` share the batches and all return the same.
 
     Returns ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
     (None where the dataset does not know its bytes; of a part of the split, by the mean bytes of a
     token) and ``val_accuracy`` of the next token; nothing where ``should_stop``, asked before each
-    batch, said yes.
+    batch, on which ranks agree, said yes.
     """
     world = world or World()
     was_training = model.training
@@ -88,11 +87,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _totals(
-    model: Transformer,
-    tokens: Tensor,
-    targets: Tensor,
-    starts: Tensor | None,
-    precision: Precision,
+    model: Transformer, tokens: Tensor, targets: Tensor, starts: Tensor | None, precision: Precision
 ) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
     with precision.autocast():

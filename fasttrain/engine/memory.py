@@ -365,22 +365,18 @@ def settle_micro_batch(
     *,
     device: torch.device,
     precision: Precision,
-    world_size: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> TrainConfig:
-    """Return ``config`` with a number for ``train.micro_batch = "auto"``.
+    """Return ``config`` with a number for ``train.micro_batch = "auto"``; UserError if none fits.
 
     On CUDA it is the largest divisor of the step's rows whose estimate fits and whose probe runs;
     on a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
-
-    Raises:
-        UserError: not even one row fits.
     """
     loop = config.train
     if not isinstance(loop.micro_batch, str):
         return config
     free = USABLE * device_memory(device)
-    rows = step_shape(loop, config.data.seq_len, world_size).samples
+    rows = step_shape(loop, config.data.seq_len).samples
 
     def rows_per_s(size: int) -> float:
         run = replace(config.run, compile="off", fp8=False)  # fp8 must be compiled

@@ -125,7 +125,7 @@ class Saver:
         if self.state.step in (self.saved_at, self._failed_at):
             return
         self._expect_to_wait()
-        failed = self._fails(self._settle)
+        failed = self._fails(self.wait)
         if self._fails(self.save, again=failed):
             self._failed_at = self.state.step
 
@@ -144,14 +144,14 @@ class Saver:
         if problem := differing_step(self.world, self.state.step):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:
-            self._settle()
+            self.wait()
         except CheckpointError as error:
             self.reporter.warn(str(error))
         if self.saved_at != self.state.step:
             self.save(rng)
-            self._settle()
+            self.wait()
 
-    def _settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""
         if self.writer is None:
             return
@@ -187,7 +187,7 @@ class Saver:
         groups = collect(self.train_step, rank)
         groups["trainer"] |= _rng_of_rank(rng or {}, rank)
         threads = torch.get_num_threads() if device.type == "cpu" else None
-        made_by = {"torch": torch.__version__, "threads": threads}
+        made_by: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
         made_by["run.compile"] = resolve_compile(self.config, device)
         facts = {**state.saved(), **made_by, **self.recorded}
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
@@ -210,7 +210,7 @@ class Saver:
             return None
         self._failed_at = None
         self._expect_to_wait()
-        self._fails(self._settle)
+        self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
         folder = self.writer.folder
         found = [

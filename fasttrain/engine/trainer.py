@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from fasttrain.config import TrainConfig, UserError
+from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
@@ -99,7 +99,6 @@ class Trainer:
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
         self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
-        self.writer = self.saver.writer
         self.recovery = Recovery(self.saver, self.guard, self.accumulation, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
@@ -110,8 +109,7 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the horizon or to a requested stop; evaluate and save at the end.
 
-        Raises:
-            FloatingPointError: a step is bad, and the run may neither skip it nor go back.
+        Raises FloatingPointError if a step is bad, and the run may neither skip it nor go back.
         """
         with self.guard.training():
             return self._train()
@@ -313,8 +311,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`)."""
-        if self.val_dataset is None:
-            raise UserError("there is no validation split to evaluate on; give the Trainer one")
+        assert self.val_dataset is not None
         gc.collect()
         state = self.state
         state.eval_due = True

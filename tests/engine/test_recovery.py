@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from fasttrain.engine.trainer import Trainer
 from fasttrain.log.metrics import NormWatch
 from fasttrain.train import main
 from tests.support import toy_trainer
-from tests.support.toy import write_config
 from tests.support.toy_trainer import digest, rows, spoil
 
-_open: list[Trainer] = []
 EVERY_3 = ["checkpoint.every_steps=3", "checkpoint.keep_last=10", "train.steps=14"]
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
 
 
 class Screen:
@@ -45,24 +35,15 @@ class Screen:
         return lambda *_, **__: None
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
-
-
 def build(toy: Path, *overrides: str, name: str | None = "run") -> Trainer:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
     run_dir = toy.parent / name if name else None
-    trainer = toy_trainer.build(config, run_dir, console=Screen())
-    _open.append(trainer)
-    return trainer
+    return toy_trainer.build(config, run_dir, console=Screen())
 
 
 def resume(toy: Path, checkpoint: Path, *overrides: str) -> Trainer:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
-    trainer = toy_trainer.resume(config, checkpoint, checkpoint.parents[1])
-    _open.append(trainer)
-    return trainer
+    return toy_trainer.resume(config, checkpoint, checkpoint.parents[1])
 
 
 def losses(run_dir: Path) -> list[tuple[int, str]]:
@@ -167,8 +148,7 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
     trainer.train_step.loss = step.loss  # type: ignore[misc]
     assert trainer.fit() == "stopped"
     assert trainer.state.step == 6
-    assert trainer.writer is not None
-    trainer.writer.wait()
+    trainer.saver.wait()
     again = resume(toy, toy.parent / "run/checkpoints/step-00000006", *keys)
     spoil(again, [8])
     assert again.state.faults.passed_over == [28]
@@ -287,8 +267,7 @@ def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:
     parts = build(toy, *keys, name="parts")
     parts.request_stop(at_step=7)
     parts.fit()
-    assert parts.writer is not None
-    parts.writer.wait()
+    parts.saver.wait()
     again = resume(toy, toy.parent / "parts/checkpoints/step-00000007", *keys)
     spoil(again, [10], lambda loss: loss * 100)
     again.fit()

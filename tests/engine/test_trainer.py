@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,34 +12,12 @@ import torch.nn.functional as F
 from fasttrain_kernels.cpu import is_supported
 
 from fasttrain.checkpoint import resolve, verify
-from fasttrain.config import TrainConfig, load_config
+from fasttrain.config import load_config
 from fasttrain.engine.faults import MAX_SKIPPED_IN_A_ROW
-from fasttrain.engine.trainer import Trainer
 from fasttrain.log.sinks import JsonlLogger
 from tests.support import toy_trainer
 from tests.support.toy import write_config, write_dataset
-from tests.support.toy_trainer import digest, rows
-
-_open: list[Trainer] = []
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
-
-
-def build(config: TrainConfig, run_dir: Path | None = None, position: int = 0) -> Trainer:
-    trainer = toy_trainer.build(config, run_dir, position)
-    _open.append(trainer)
-    return trainer
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
-
+from tests.support.toy_trainer import build, digest, rows
 
 TRAIN_KEYS = {"step", "tokens", "epoch", "loss", "loss_ema", "lr", "grad_norm", "tokens_per_s"}
 TRAIN_KEYS |= {"step_ms", "data_wait_ms", "forward_backward_ms", "optimizer_ms", "mfu"}
@@ -141,15 +118,13 @@ def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     assert trainer.state.step == trainer.state.total_steps == 43
     assert trainer.state.trained_s == pytest.approx(0.0006 * 3600, abs=0.05)
     assert trainer.state.lr < 3e-3  # the schedule knew its end
-    assert trainer.writer is not None
-    trainer.writer.wait()
+    trainer.saver.wait()
     folder = tmp_path / "run/checkpoints"
     checkpoint = folder / f"step-{trainer.state.step:08d}"
     verify(checkpoint)
     assert (folder / "latest").read_text().strip() == checkpoint.name
     # The limit holds for the run, not for each of its sessions.
     again = toy_trainer.resume(load_config(toy, values), checkpoint)
-    _open.append(again)
     assert again.fit() == "done"
     assert again.state.step == trainer.state.step
 
@@ -158,8 +133,7 @@ def test_a_requested_stop_ends_with_a_checkpoint(toy: Path, tmp_path: Path) -> N
     trainer = build(load_config(toy), tmp_path / "run")
     trainer.request_stop(at_step=5)
     assert trainer.fit() == "stopped"
-    assert trainer.writer is not None
-    trainer.writer.wait()
+    trainer.saver.wait()
     assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").exists()
 
 
@@ -229,15 +203,13 @@ def test_R1_resuming_continues_the_very_same_trajectory(
     saved = build(load_config(toml, values), tmp_path / "saved")
     saved.fit()
     assert digest(saved) == digest(whole)  # saving changes nothing
-    assert saved.writer is not None
-    saved.writer.wait()
+    saved.saver.wait()
     for at in (4, 5, 6, last):  # about the end of an epoch, in the middle of one, at the end
         run_dir = tmp_path / f"resumed-{at}"
         run_dir.mkdir()
         checkpoint = tmp_path / f"saved/checkpoints/step-{at:08d}"
         resumed = toy_trainer.resume(config, checkpoint)
         resumed.reporter.sinks = JsonlLogger(run_dir / "metrics.jsonl")
-        _open.append(resumed)
         assert resumed.state.step == at
         assert resumed.fit() == "done"
         assert digest(resumed) == digest(whole)
@@ -261,7 +233,6 @@ def test_R1_several_resumes_in_a_row_end_at_the_same_bits(
         assert trainer.fit() == "stopped"
         trainer.close()
         trainer = toy_trainer.resume(config, resolve(run_dir), run_dir)
-        _open.append(trainer)
         assert trainer.state.step == stop
     assert trainer.fit() == "done"
     assert digest(trainer) == digest(whole)
@@ -274,8 +245,7 @@ def test_best_is_kept_and_follows_the_lowest_validation_loss(toy: Path, tmp_path
     )
     trainer = build(config, tmp_path / "run")
     trainer.fit()
-    assert trainer.writer is not None
-    trainer.writer.wait()
+    trainer.saver.wait()
     evaluated = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run", "eval")}
     assert sorted(evaluated) == [3, 6, 9, 12]
     best = min(evaluated, key=lambda step: evaluated[step])
@@ -299,18 +269,15 @@ def test_a_best_loss_of_zero_is_a_best_loss(toy: Path, tmp_path: Path) -> None:
     first = build(load_config(toy, ["train.steps=3"]), tmp_path / "run")
     first.state.best_val_loss = 0.0
     first.fit()
-    assert first.writer is not None
-    first.writer.wait()
+    first.saver.wait()
     again = toy_trainer.resume(load_config(toy), tmp_path / "run/checkpoints/step-00000003")
-    _open.append(again)
     assert again.state.best_val_loss == 0.0
 
 
 def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path) -> None:
     first = build(load_config(toy, ["train.steps=3"]), tmp_path / "run")
     first.fit()
-    assert first.writer is not None
-    first.writer.wait()
+    first.saver.wait()
     other = build(load_config(toy, ["model.dim=64"]))
     with pytest.raises(Exception, match="another model"):
         other.saver.load(tmp_path / "run/checkpoints/step-00000003")
@@ -320,8 +287,7 @@ def test_the_position_survives_a_change_of_the_batch(toy: Path, tmp_path: Path) 
     first = build(load_config(toy), tmp_path / "run")
     first.request_stop(at_step=4)
     first.fit()
-    assert first.writer is not None
-    first.writer.wait()
+    first.saver.wait()
     position = first.state.position
     assert position == 16
     wider = load_config(toy, ["train.tokens_per_step=128"])
