@@ -22,12 +22,12 @@ import gc
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -79,49 +79,31 @@ class StepMemory:
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make; keeps what was alive when most was."""
 
-    def __init__(self, model: nn.Module, *, resized: bool = False, plain: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, plain: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters = list(model.parameters())
+        self.parameters, self.plain = list(model.parameters()), plain
         self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
-        self.live = 0
+        self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         # When most is held, and when most is held besides gradients: bytes of all but gradients, of
         # gradients, and of what the loss holds inside, which the first counts too
         self.peak = self.peak_apart = (0, 0, 0)
-        # FSDP2 shrinks and grows storages that live on: then they are measured at every operation.
-        self.resized, self.plain = resized, plain
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self._follow(_storage(tensor))
-        if self.resized:
-            storages = [reference() for reference in list(self.alive.values())]
-            self.live = sum(storage.nbytes() for storage in storages if storage is not None)
+            if isinstance(tensor, Tensor) and id(storage := _storage(tensor)) not in self.known:
+                self.alive[id(storage)] = storage
+        # Measured anew each time, as FSDP2 shrinks and grows storages that live on.
+        held = sum(storage.nbytes() for storage in self.alive.values())
         scratch = 0
         if func._schema.name.endswith("::linear_cross_entropy_forward"):
             scratch = _loss_scratch(args[0], args[1], plain=self.plain)
-        if self.live + scratch > self.peak_apart[0]:  # else it is neither
+        if held + scratch > self.peak_apart[0]:  # else it is neither
             gradients = gradient_bytes(self.parameters)
-            now = (self.live + scratch - gradients, gradients, scratch)
-            self.peak = max(self.peak, now, key=lambda held: held[0] + held[1])
-            self.peak_apart = max(self.peak_apart, now, key=lambda held: held[0])
+            now = (held + scratch - gradients, gradients, scratch)
+            self.peak = max(self.peak, now, key=lambda moment: moment[0] + moment[1])
+            self.peak_apart = max(self.peak_apart, now, key=lambda moment: moment[0])
         return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            if self.resized:
-                self.alive[key] = weakref.ref(storage)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.alive.pop(key, None)
-        self.live -= size
 
 
 def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1) -> int:
@@ -178,7 +160,7 @@ def _trace(
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
         plain = not (config.train.z_loss or config.model.logit_softcap)
-        live = _Live(model, resized=world.sharded, plain=plain)
+        live = _Live(model, plain=plain)
         live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
         with live:
             # With gradients accumulated, the second forward pass meets those of the first.
