@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fasttrain.checkpoint.files import history
 from fasttrain.config import LoopConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
@@ -214,9 +213,7 @@ class Recovery:
         if not odd:
             self._alike_at = step
             return
-        folder = self.run_dir / "checkpoints" if self.run_dir else None
-        found = history(folder) if folder and folder.is_dir() else []
-        kept = [path for path, manifest in found if manifest and manifest["step"] <= self._alike_at]
+        kept = self.saver.kept(before=self._alike_at + 1)
         remedy = (
             f"the newest checkpoint from before is {kept[0]}, go on with --resume {kept[0]}"
             if kept

@@ -82,7 +82,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, *, plain: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters, self.plain = list(model.parameters()), plain
-        self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
+        held = map(local_tensor, (*self.parameters, *model.buffers()))
+        self.known = {id(tensor.untyped_storage()) for tensor in held}
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         # When most is held, and when most is held besides gradients: bytes of all but gradients, of
         # gradients, and of what the loss holds inside, which the first counts too
@@ -91,8 +92,10 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor) and id(storage := _storage(tensor)) not in self.known:
-                self.alive[id(storage)] = storage
+            if isinstance(tensor, Tensor):
+                storage = local_tensor(tensor).untyped_storage()
+                if id(storage) not in self.known:
+                    self.alive[id(storage)] = storage
         # Measured anew each time, as FSDP2 shrinks and grows storages that live on.
         held = sum(storage.nbytes() for storage in self.alive.values())
         scratch = 0
@@ -110,10 +113,6 @@ def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1
     """Return the most that an update holds beside the state; only Muon's holds anything."""
     found = (getattr(optimizer, "scratch_bytes", lambda _: 0)(n_ranks) for optimizer in optimizers)
     return max(found, default=0)
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return local_tensor(tensor).untyped_storage()
 
 
 def gradient_bytes(parameters: Iterable[Tensor]) -> int:
@@ -230,10 +229,8 @@ def estimate_memory(
         state, parameters = state * held // parameters, held
         others, gradients, _ = live.peak
         gathered = max(0, others - alone.peak_apart[0])
-        if all_gradients + scratch > gradients + activations + logits + gathered:
-            gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
-    elif all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
-        gradients, activations, logits = all_gradients, scratch, 0
+    if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
+        gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
 
 

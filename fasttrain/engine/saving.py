@@ -204,6 +204,12 @@ class Saver:
         self.state.resume(checkpoint.state, same_hours=same_hours)
         return checkpoint
 
+    def kept(self, before: int) -> list[Path]:
+        """Return the checkpoints from before a step, the newest first."""
+        folder = self.writer.folder if self.writer else None
+        found = history(folder) if folder and folder.is_dir() else []
+        return [path for path, manifest in found if manifest and manifest["step"] < before]
+
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults."""
         if self.writer is None:
@@ -212,14 +218,10 @@ class Saver:
         self._expect_to_wait()
         self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
-        folder = self.writer.folder
-        found = [
-            p.name for p, manifest in history(folder) if manifest and manifest["step"] < before
-        ]
-        for name in self.world.share(found):
+        for name in self.world.share([path.name for path in self.kept(before)]):
             checkpoint, problem = None, None
             try:
-                checkpoint = load(folder / name)
+                checkpoint = load(self.writer.folder / name)
             except CheckpointError as error:
                 problem = str(error)
             # One rank's disk may fail it: all go back to the same step.

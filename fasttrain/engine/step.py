@@ -211,12 +211,6 @@ class _Objective(nn.Module):
         return self.loss(*inputs)
 
 
-def _inputs(batch: Any) -> tuple[Any, ...]:
-    """Return what of a batch the criterion takes."""
-    ours = isinstance(batch, Batch)
-    return (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
-
-
 class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
@@ -242,11 +236,9 @@ class TrainStep:
         ignore_index: int = IGNORE_INDEX,
         judges: bool = True,
     ) -> None:
-        self.model = model
         self.world = world = world or World()
-        self.optimizers = list(optimizers)
+        self.model, self.optimizers, self.precision = model, list(optimizers), precision
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.precision = precision
         loop, sharded = config.train, world.sharded
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
         self.ema = Ema(model, loop.ema_decay)
@@ -356,7 +348,9 @@ class TrainStep:
         weight = loss = None
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
-            part = self.loss_fn(*_inputs(batch))
+            ours = isinstance(batch, Batch)
+            inputs = (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
+            part = self.loss_fn(*inputs)
             if weight is None:
                 scale = self.grad_scale
                 if counting is not None:  # the targets of all ranks, whose gradients are averaged

@@ -317,14 +317,10 @@ class Trainer:
         state.eval_due = True
         with self.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
             state.last_eval = evaluate(
-                self.model,
+                self.train_step,
                 self.val_dataset,
                 self.config,
-                device=self.device,
-                precision=self.precision,
-                compile_mode=self.train_step.compile_mode,
                 should_stop=lambda: self._decide_together() and self.guard.is_open,
-                world=self.world,
             )
         state.eval_due = not state.last_eval
         if state.eval_due:  # it was cut off: it is made up for when the run is resumed

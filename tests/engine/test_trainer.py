@@ -95,8 +95,7 @@ def test_an_epoch_ends_with_a_partial_step_that_counts_every_sample_once(toy: Pa
         one_step(batches, lr)
 
     trainer.train_step = counting  # type: ignore[assignment]
-    for name in ("numbers", "state", "compile_mode"):
-        setattr(counting, name, getattr(one_step, name))
+    vars(counting).update(vars(one_step), numbers=one_step.numbers, state=one_step.state)
     trainer.fit()
     assert trainer.accumulation == 3
     n_samples = trainer.train_loader.samples_per_epoch
