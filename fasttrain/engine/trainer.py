@@ -71,15 +71,13 @@ class Trainer:
         self.config, recorded = config, recorded or {}
         self.world = world = world or World()
         self.device = device = world.device(resolve_device(config.run.device))
-        self.precision = precision = resolve_precision(config.run.dtype, device)
-        self.model, self.optimizers = model.to(device), list(optimizers)
+        precision = resolve_precision(config.run.dtype, device)
+        self.model, self.console = model.to(device), console
         self.train_loader, self.val_dataset = train_loader, val_dataset
-        self.run_dir, self.console = run_dir, console
         self.sampler = sampler if world.leads or world.sharded else None
         self.train_step = step = TrainStep(
-            self.model, self.optimizers, config, device=device, precision=precision, world=world
+            self.model, optimizers, config, device=device, precision=precision, world=world
         )
-        self.ema = step.ema
         # The size of a step and of the run
         shape = step_shape(config.train, config.data.seq_len, world.size)
         self.accumulation, samples = shape.n_micro, shape.samples * world.size
@@ -315,7 +313,7 @@ class Trainer:
         gc.collect()
         state = self.state
         state.eval_due = True
-        with self.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
+        with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
             state.last_eval = evaluate(
                 self.train_step,
                 self.val_dataset,
@@ -337,7 +335,7 @@ class Trainer:
         number = self.state.step // every if every else 0
         self.model.eval()
         opened, measured = self.guard.opened(), self.state.account.measure("sample")
-        with self.ema.in_use(), opened, measured, gathered(self.model, self.world):
+        with self.train_step.ema.in_use(), opened, measured, gathered(self.model, self.world):
             prompt, text = sampler(self.model, number)
         self.model.train()
         self.reporter.sample(prompt, text)
