@@ -176,11 +176,6 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def forget(self, n_steps: int) -> None:
-        """Take back the last steps: the device has not made them."""
-        self.train_step.n_unread -= n_steps
-        del self.unseen[len(self.unseen) - n_steps :]
-
     def look(self, loader: Loader) -> Numbers | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 

@@ -6,7 +6,6 @@ itself. Standard library only.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import NamedTuple
 
 from fasttrain.config import LoopConfig, ScheduleConfig
@@ -107,20 +106,14 @@ def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int
 def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:
     """Return the length, in tokens, into which one step cuts its sequences of ``seq_len``.
 
+    It is the longest divisor of ``seq_len`` within the fraction that it is to have; where that is
+    less than half of it, ``seq_len``: a prime would be cut into single tokens.
+
     Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
     """
     fractions = (*schedule.context_fractions, 1.0)
     now = min(step * len(fractions) // total_steps, len(fractions) - 1)
-    return _length(fractions[now], seq_len)
-
-
-@cache
-def _length(fraction: float, seq_len: int) -> int:
-    """Return the longest divisor of ``seq_len`` within that fraction of it.
-
-    Where it is less than half of that, ``seq_len``: a prime would be cut into single tokens.
-    """
-    most = max(round(fraction * seq_len), 1)
+    most = max(round(fractions[now] * seq_len), 1)
     length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return length if 2 * length >= most else seq_len
 

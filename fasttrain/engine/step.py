@@ -119,13 +119,12 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and decay]
-        self.names = [name for name, _ in named]
-        self._sources = [p.detach() for _, p in named]
-        self.averages = [p.clone() for p in self._sources]  # spread over ranks as they are
-        self._local = [local_tensor(p) for p in self._sources]
-        self._local_averages = [local_tensor(p) for p in self.averages]
-        self._held: list[Tensor] | None = None  # the parameters, while the average is in use
+        named = model.named_parameters() if decay else ()
+        self._sources = {name: p.detach() for name, p in named if p.requires_grad}
+        self.averages = {n: p.clone() for n, p in self._sources.items()}  # spread as they are
+        self._local = [local_tensor(p) for p in self._sources.values()]
+        self._local_averages = [local_tensor(p) for p in self.averages.values()]
+        self._held: dict[str, Tensor] = {}  # the parameters, while the average is in use
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
@@ -147,39 +146,35 @@ class Ema:
 
         They are copied in place: compiled graphs know them by their addresses.
         """
-        if self.decay is None or self._held is not None:
+        if self.decay is None or self._held:
             yield
             return
-        self._held = [p.clone() for p in self._sources]
+        self._held = {name: p.clone() for name, p in self._sources.items()}
         torch._foreach_copy_(self._local, self._local_averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._local, [local_tensor(p) for p in self._held])
-            self._held = None
+            torch._foreach_copy_(self._local, [local_tensor(p) for p in self._held.values()])
+            self._held = {}
 
     def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
 
         ``model_state`` is ``model.state_dict()``, which holds the average while that is in use.
         """
-        model = dict(model_state)
-        if self.decay is None:
-            return {"model": model}
-        if self._held is not None:
-            model |= dict(zip(self.names, self._held, strict=True))
-        return {"model": model, "ema": dict(zip(self.names, self.averages, strict=True))}
+        groups = {"model": {**model_state, **self._held}}
+        return groups if self.decay is None else groups | {"ema": self.averages}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Restore the average; of a run that had none it begins at the present parameters."""
         if self.decay is None:
             return
-        if saved and set(saved) != set(self.names):
+        if saved and saved.keys() != self.averages.keys():
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
-        sources = [saved[name] for name in self.names] if saved else self._sources
+        sources = saved or self._sources
         with torch.no_grad():
-            for average, source in zip(self.averages, sources, strict=True):
-                average.copy_(cut(source, average))
+            for name, average in self.averages.items():
+                average.copy_(cut(sources[name], average))
 
 
 class StepNumbers(NamedTuple):

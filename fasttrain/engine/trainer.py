@@ -300,7 +300,9 @@ class Trainer:
         state = self.state
         with self.guard.beside() as reached:
             if reached:
-                self.recovery.forget(state.step - reached[0])
+                n_ahead = state.step - reached[0]  # steps that the device has not made
+                self.train_step.n_unread -= n_ahead
+                del self.recovery.unseen[len(self.recovery.unseen) - n_ahead :]
                 state.step, state.position, state.tokens = reached
             self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
         return True

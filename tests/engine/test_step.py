@@ -208,7 +208,7 @@ def test_the_average_of_steps_that_are_not_skipped_has_the_bits_of_a_plain_one(
         plain.update()
         told.update(skipped=torch.zeros(()))
         told.update(skipped=torch.ones(()))
-        for ours, theirs in zip(told.averages, plain.averages, strict=True):
+        for ours, theirs in zip(told.averages.values(), plain.averages.values(), strict=True):
             assert torch.equal(ours, theirs)
 
 
