@@ -77,7 +77,7 @@ class StepMemory:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operations make; keeps what was alive when most was."""
+    """Follows the storages that operations make; knows what was alive when most was."""
 
     def __init__(self, model: nn.Module, *, plain: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -240,8 +240,7 @@ def estimate_memory(
 def measure_peak(run: Callable[[], object], device: torch.device) -> int:
     """Return by how many bytes the memory held rises at most while ``run`` runs.
 
-    On CUDA torch's allocator counts. On a CPU the profiler records all allocations, also those
-    inside operations.
+    On CUDA torch's allocator counts; on a CPU the profiler, also what operations allocate inside.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -301,8 +300,7 @@ def probe_step(
 ) -> Probe:
     """Run a few steps on random tokens and measure them; a step of many micro-batches by two.
 
-    ``config`` has its vocabulary and micro-batch set, and says how to compile. Measuring the memory
-    takes one more, slower step on a CPU.
+    ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
     """
     seq_len = config.data.seq_len
     rows, n_micro = step_shape(config.train, seq_len)

@@ -34,9 +34,6 @@ def lr_at(
     last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
     single step, that step takes lr: a run of one step learns.
 
-    Raises:
-        ValueError: ``step`` is negative or ``total_steps`` is below 1.
-
     Source: cosine and its restarts: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al.
     2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
     (arXiv:2405.18392).
