@@ -108,7 +108,7 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
         step = trainer.train_step
         monkeypatch.setattr(step, "loss_fn", console.around("forward", step.loss_fn))
         monkeypatch.setattr(Tensor, "backward", console.around("backward", Tensor.backward))
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.train_step.optimizers:
             name = f"optimizer {type(optimizer).__name__}"
             monkeypatch.setattr(optimizer, "step", console.around(name, optimizer.step))
         try:

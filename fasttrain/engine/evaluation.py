@@ -3,9 +3,9 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
 from fasttrain.config import TrainConfig
@@ -13,37 +13,30 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import evaluation_batches
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import gathered
-from fasttrain.distributed.world import World
-from fasttrain.engine.step import IGNORE_INDEX
+from fasttrain.engine.step import IGNORE_INDEX, TrainStep, summed_loss
 from fasttrain.model.runtime import compile_function, compiles_evaluation
 from fasttrain.model.transformer import Transformer
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
+    step: TrainStep,
     dataset: TokenDataset,
     config: TrainConfig,
-    *,
-    device: torch.device,
-    precision: Precision,
-    compile_mode: str = "off",
     should_stop: Callable[[], bool] | None = None,
-    world: World | None = None,
 ) -> dict[str, float | None]:
-    """Run ``model`` over the split, or ``eval.tokens`` of it; no token is a target twice.
+    """Run the model over the split, or ``eval.tokens`` of it; no token is a target twice.
 
     Rows are those of training (see `evaluation_batches`): where they are documents, the first token
-    of each document is no target. On CUDA the model is compiled where ``compile_mode``, that of
-    training, compiles one graph. The ranks of ``world`` share the batches and all return the same;
-    ``should_stop`` must agree on them.
+    of each document is no target. On CUDA the model is compiled where training compiles one graph.
+    The ranks share the batches and all return the same.
 
     Returns ``val_loss`` in nats a token, ``val_ppl``, ``val_bpb`` in bits a UTF-8 byte of the text
     (None where the dataset does not know its bytes; of a part of the split, by the mean bytes of a
     token) and ``val_accuracy`` of the next token; nothing where ``should_stop``, asked before each
-    batch, said yes.
+    batch, on which ranks agree, said yes.
     """
-    world = world or World()
+    model, device, world = cast(Transformer, step.model), step.loss.device, step.world
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -60,14 +53,16 @@ def evaluate(
         rank=world.rank,
         world_size=world.size,
     )
-    one_graph = compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
+    one_graph = step.compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
     totals_of = _compiled(_totals) if one_graph else _totals
     try:
         with gathered(model, world):
             for batch in batches:
                 if should_stop is not None and should_stop():
                     return {}
-                totals += totals_of(model, batch.tokens, batch.targets, batch.doc_starts, precision)
+                totals += totals_of(
+                    model, batch.tokens, batch.targets, batch.doc_starts, step.precision
+                )
     finally:
         model.train(was_training)
     loss_sum, n_right, n_targets = world.sum(totals).tolist()
@@ -89,22 +84,10 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _totals(
-    model: Transformer,
-    tokens: Tensor,
-    targets: Tensor,
-    starts: Tensor | None,
-    precision: Precision,
+    model: Transformer, tokens: Tensor, targets: Tensor, starts: Tensor | None, precision: Precision
 ) -> Tensor:
     """Return the summed loss, the right predictions and the targets of a batch, fp64 (3,)."""
     with precision.autocast():
-        loss_sum, n_right = linear_cross_entropy(
-            model.hidden(tokens, doc_starts=starts),
-            model.head_weight,
-            targets,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            softcap=model.config.logit_softcap,
-            return_accuracy=True,
-        )
+        loss_sum, n_right = summed_loss(model, tokens, targets, starts, return_accuracy=True)
     n_targets = (targets != IGNORE_INDEX).sum()
     return torch.stack([loss_sum.double(), n_right.double(), n_targets.double()])

@@ -13,15 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fasttrain.checkpoint.files import history
 from fasttrain.config import LoopConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.state import Fault, FaultCounts, RunState, StateGuard
-from fasttrain.engine.step import FINE, Numbers, StepNumbers, TrainStep
+from fasttrain.engine.state import Fault, FaultCounts, StateGuard
+from fasttrain.engine.step import FINE, Numbers, StepNumbers
 from fasttrain.log.metrics import NormWatch
 
 # Steps in a row that may be skipped. An fp16 scale halves at each overflow, so that 2^16 is down to
@@ -166,26 +165,16 @@ class Recovery:
     """Acts on the verdicts on the steps of a run."""
 
     def __init__(
-        self,
-        state: RunState,
-        train_step: TrainStep,
-        loop: LoopConfig,
-        saver: Saver,
-        guard: StateGuard,
-        n_micro_batches: int,
-        run_dir: Path | None,
+        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path | None
     ) -> None:
-        self.state, self.train_step = state, train_step
-        self.policy = FaultPolicy(loop, state.samples_per_step, state.faults)
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
+        self.state, self.train_step = saver.state, saver.train_step
+        self.policy = FaultPolicy(
+            saver.config.train, saver.state.samples_per_step, saver.state.faults
+        )
         self.n_micro_batches, self.run_dir = n_micro_batches, run_dir
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
-
-    def forget(self, n_steps: int) -> None:
-        """Take back the last steps: the device has not made them."""
-        self.train_step.n_unread -= n_steps
-        del self.unseen[len(self.unseen) - n_steps :]
 
     def look(self, loader: Loader) -> Numbers | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
@@ -219,9 +208,7 @@ class Recovery:
         if not odd:
             self._alike_at = step
             return
-        folder = self.run_dir / "checkpoints" if self.run_dir else None
-        found = history(folder) if folder and folder.is_dir() else []
-        kept = [path for path, manifest in found if manifest and manifest["step"] <= self._alike_at]
+        kept = self.saver.kept(before=self._alike_at + 1)
         remedy = (
             f"the newest checkpoint from before is {kept[0]}, go on with --resume {kept[0]}"
             if kept

@@ -10,33 +10,29 @@ fuses and recomputes, and mostly takes less.
     gradients    alive at the peak: none of this step's at the end of the first forward pass
     optimizer    `optim.state_bytes`: 8 bytes a parameter for AdamW, 4 for Muon
     activations  all else that is alive at the peak: kept for backward, and temporaries
-    logits       one chunk of the fused loss: rows · V · itemsize (and the head in its dtype)
+    logits       one chunk of the fused loss: rows · vocabulary · itemsize (and the head, cast)
     buffers      tables of the model, batches on the device
     gathered     of sharded parameters: what is gathered of them, its gradients, and collectives
 
 On several ranks it is the memory of one. DDP keeps all gradients in its buckets throughout. What
-FSDP2 gathers and when it frees that is not modelled: torch's own code runs, on fake tensors and
-with collectives that send nothing.
-
-`settle_micro_batch` finds a micro-batch by such estimates and by trying it.
-
-Legend: B micro-batch rows, T sequence, V vocabulary.
+FSDP2 gathers and frees is torch's own code, run on fake tensors with collectives that send nothing.
 """
 
 import gc
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
+from fasttrain_kernels.grad_norm import local_tensor
 from fasttrain_kernels.linear_cross_entropy import _is_small, chunk_rows
 from torch import Tensor, nn
 
@@ -46,9 +42,9 @@ from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
-from fasttrain.engine.optim import build_optimizers, state_bytes
+from fasttrain.engine.optim import build_optimizers, optimizer_tensors, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.step import TrainStep, linear_cross_entropy_criterion
+from fasttrain.engine.step import TrainStep, default_criterion
 from fasttrain.model.transformer import Transformer
 
 # Of the memory that is free: the rest is for evaluation, samples, snapshots and fragmentation.
@@ -77,55 +73,40 @@ class StepMemory:
     @property
     def total(self) -> int:
         """The sum over the categories."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        return sum(astuple(self))
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operations make; keeps what was alive when most was."""
+    """Follows the storages that operations make; knows what was alive when most was."""
 
-    def __init__(self, model: nn.Module, *, resized: bool = False, plain: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, plain: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters = list(model.parameters())
-        self.known = {id(_storage(t)) for t in (*self.parameters, *model.buffers())}
-        self.live = self.peak = self.logits_at_peak = self.gradients_at_peak = 0
-        self.peak_apart = self.logits_at_peak_apart = 0  # of all but gradients
-        # FSDP2 shrinks and grows storages that live on: then they are measured at every operation.
-        self.resized, self.plain = resized, plain
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.parameters, self.plain = list(model.parameters()), plain
+        held = map(local_tensor, (*self.parameters, *model.buffers()))
+        self.known = {id(tensor.untyped_storage()) for tensor in held}
+        self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
+        # When most is held, and when most is held besides gradients: bytes of all but gradients, of
+        # gradients, and of what the loss holds inside, which the first counts too
+        self.peak = self.peak_apart = (0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                self._follow(_storage(tensor))
-        if self.resized:
-            storages = [reference() for reference in list(self.alive.values())]
-            self.live = sum(storage.nbytes() for storage in storages if storage is not None)
+                storage = local_tensor(tensor).untyped_storage()
+                if id(storage) not in self.known:
+                    self.alive[id(storage)] = storage
+        # Measured anew each time, as FSDP2 shrinks and grows storages that live on.
+        held = sum(storage.nbytes() for storage in self.alive.values())
         scratch = 0
         if func._schema.name.endswith("::linear_cross_entropy_forward"):
             scratch = _loss_scratch(args[0], args[1], plain=self.plain)
-        if self.live + scratch > self.peak:
-            self.peak, self.logits_at_peak = self.live + scratch, scratch
-            self.gradients_at_peak = gradient_bytes(self.parameters)
-        if self.live + scratch > self.peak_apart:  # else it cannot be more without them
-            apart = self.live + scratch - gradient_bytes(self.parameters)
-            if apart > self.peak_apart:
-                self.peak_apart, self.logits_at_peak_apart = apart, scratch
+        if held + scratch > self.peak_apart[0]:  # else it is neither
+            gradients = gradient_bytes(self.parameters)
+            now = (held + scratch - gradients, gradients, scratch)
+            self.peak = max(self.peak, now, key=lambda moment: moment[0] + moment[1])
+            self.peak_apart = max(self.peak_apart, now, key=lambda moment: moment[0])
         return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            if self.resized:
-                self.alive[key] = weakref.ref(storage)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.alive.pop(key, None)
-        self.live -= size
 
 
 def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1) -> int:
@@ -134,19 +115,9 @@ def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1
     return max(found, default=0)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a DTensor, and any other tensor as it is."""
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return _local(tensor).untyped_storage()
-
-
 def gradient_bytes(parameters: Iterable[Tensor]) -> int:
     """Return the bytes of the gradients that are there, of this rank's shards."""
-    return sum(_local(p.grad).nbytes for p in parameters if p.grad is not None)
+    return sum(local_tensor(p.grad).nbytes for p in parameters if p.grad is not None)
 
 
 def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
@@ -178,7 +149,7 @@ def _trace(
 ) -> tuple[Transformer, _Live]:
     """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
     world, seq_len = world or World(), config.data.seq_len
-    criterion = linear_cross_entropy_criterion(config)
+    criterion = default_criterion(config)
     with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
         shard(model, world, config.distributed)
@@ -188,7 +159,7 @@ def _trace(
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
         plain = not (config.train.z_loss or config.model.logit_softcap)
-        live = _Live(model, resized=world.sharded, plain=plain)
+        live = _Live(model, plain=plain)
         live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
         with live:
             # With gradients accumulated, the second forward pass meets those of the first.
@@ -224,9 +195,8 @@ def estimate_memory(
     """Estimate the memory of a training step of eager execution; nothing is allocated.
 
     The step of ``config``, whose vocabulary is set, is shared by ``n_ranks`` in ``mode``: single,
-    ddp, fsdp or hsdp; the last two are refused in a process that has a process group.
-    ``micro_batch`` is B of one rank. ``device`` decides which attention runs and how the loss is
-    split.
+    ddp, fsdp or hsdp; the last two are refused in a process that has a process group. ``device``
+    decides which attention runs and how the loss is split.
     """
     rows, seq_len = micro_batch, config.data.seq_len
     step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
@@ -240,11 +210,10 @@ def estimate_memory(
     buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
-    gathered, gradients, logits = 0, live.gradients_at_peak, live.logits_at_peak
-    activations = live.peak - gradients - logits
+    gathered, (others, gradients, logits) = 0, live.peak
     if mode != "single":  # DDP's buckets hold all gradients from the first step on
-        gradients, logits = all_gradients, live.logits_at_peak_apart
-        activations = live.peak_apart - logits
+        (others, _, logits), gradients = live.peak_apart, all_gradients
+    activations = others - logits
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         cpu, precision = torch.device("cpu"), replace(precision, device_type="cpu")
@@ -253,17 +222,15 @@ def estimate_memory(
             model, live = _trace(
                 config, rows, n_micro, device=cpu, precision=precision, world=world
             )
-            held = sum(_local(p).nbytes for p in model.parameters())
+            held = sum(local_tensor(p).nbytes for p in model.parameters())
             optimizers = build_optimizers(model, config.optim, precision.compute)
             scratch = _scratch_bytes(optimizers, world.size)
             all_gradients = gradient_bytes(model.parameters())
         state, parameters = state * held // parameters, held
-        gradients = live.gradients_at_peak
-        gathered = max(0, live.peak - gradients - alone.peak_apart)
-        if all_gradients + scratch > gradients + activations + logits + gathered:
-            gradients, activations, logits, gathered = all_gradients, 0, 0, scratch
-    elif all_gradients + scratch > gradients + activations + logits:  # then the update is the peak
-        gradients, activations, logits = all_gradients, scratch, 0
+        others, gradients, _ = live.peak
+        gathered = max(0, others - alone.peak_apart[0])
+    if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
+        gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
 
 
@@ -273,8 +240,7 @@ def estimate_memory(
 def measure_peak(run: Callable[[], object], device: torch.device) -> int:
     """Return by how many bytes the memory held rises at most while ``run`` runs.
 
-    On CUDA torch's allocator counts. On a CPU the profiler records all allocations, also those
-    inside operations.
+    On CUDA torch's allocator counts; on a CPU the profiler, also what operations allocate inside.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -283,12 +249,9 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _quiet(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profile,
-    ):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself on standard error
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         run()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -297,20 +260,6 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard what C++ writes to standard error: the profiler announces itself there."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def release_memory() -> None:
@@ -338,8 +287,7 @@ def device_memory(device: torch.device) -> int:
     return free
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(NamedTuple):
     """What a step was measured to take; the first one compiles."""
 
     step_s: float
@@ -352,8 +300,7 @@ def probe_step(
 ) -> Probe:
     """Run a few steps on random tokens and measure them; a step of many micro-batches by two.
 
-    ``config`` has its vocabulary and micro-batch set, and says how to compile. Measuring the memory
-    takes one more, slower step on a CPU.
+    ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
     """
     seq_len = config.data.seq_len
     rows, n_micro = step_shape(config.train, seq_len)
@@ -385,9 +332,7 @@ def probe_step(
     if memory:
         rises = measure_peak(lambda: step([batch] * min(n_micro, 2), config.optim.peak_lr), device)
         held = [*model.parameters(), *model.buffers(), batch.tokens, batch.targets]
-        for optimizer in optimizers:
-            for state in optimizer.state.values():
-                held += [value for value in state.values() if isinstance(value, Tensor)]
+        held += optimizer_tensors(model, optimizers).values()
         peak = rises + sum(tensor.nbytes for tensor in held)
     return Probe(step_s, peak, first_s)
 
@@ -397,53 +342,47 @@ def settle_micro_batch(
     *,
     device: torch.device,
     precision: Precision,
-    world_size: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> TrainConfig:
-    """Return ``config`` with a number for ``train.micro_batch = "auto"``.
+    """Return ``config`` with a number for ``train.micro_batch = "auto"``; UserError if none fits.
 
     On CUDA it is the largest divisor of the step's rows whose estimate fits and whose probe runs;
     on a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
-
-    Raises:
-        UserError: not even one row fits.
     """
     loop = config.train
     if not isinstance(loop.micro_batch, str):
         return config
     free = USABLE * device_memory(device)
-    rows = step_shape(loop, config.data.seq_len, world_size).samples
+    rows = step_shape(loop, config.data.seq_len).samples
 
-    def tried(size: int) -> TrainConfig:
+    def rows_per_s(size: int) -> float:
         run = replace(config.run, compile="off", fp8=False)  # fp8 must be compiled
         # One micro-batch is enough: in a step of many each takes the same.
-        settled = replace(loop, micro_batch=size, tokens_per_step=size * config.data.seq_len)
-        return replace(config, run=run, train=settled)
+        one = replace(loop, micro_batch=size, tokens_per_step=size * config.data.seq_len)
+        tried = replace(config, run=run, train=one)
+        probe = probe_step(tried, device=device, precision=precision, memory=False)
+        return size / probe.step_s
 
     def fits(size: int) -> bool:
         sized = replace(config, train=replace(loop, micro_batch=size))
         return estimate_memory(sized, size, device=device, precision=precision).total <= free
 
-    best: int | None = None
+    best, speed = None, 0.0
     if device.type == "cuda":
-        for size in reversed([n for n in divisors(rows) if fits(n)]):
-            try:
-                probe_step(tried(size), device=device, precision=precision, memory=False)
+        for size in filter(fits, reversed(divisors(rows))):
+            with suppress(torch.OutOfMemoryError):
+                rows_per_s(size)
                 best = size
                 break
-            except torch.OutOfMemoryError:
-                pass
             release_memory()  # the error no longer holds the attempt's model
     else:
-        speed = 0.0
         for size in divisors(rows):
             if best is not None and size < 2 * best:
                 continue  # too near for a gain to be told from noise
             if size > CPU_ROWS or not fits(size):
                 break
-            probed = probe_step(tried(size), device=device, precision=precision, memory=False)
-            now = size / probed.step_s
-            if best is not None and now < LEAST_GAIN * speed:
+            now = rows_per_s(size)
+            if now < LEAST_GAIN * speed:
                 break
             best, speed = size, now
     if best is None:

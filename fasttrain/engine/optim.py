@@ -20,14 +20,10 @@ def build_optimizers(
     """Return the optimizers of ``model``; each parameter is in exactly one group of one of them.
 
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
-    not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the
-    rest to AdamW; the other names take all of them. Each group carries ``lr_scale``: the trainer
-    sets its learning rate to the schedule's times that. ``compute`` is the dtype of the run's
-    matrix products: Muon's are in bf16 where it is that, else in fp32, as fp16 has too few exponent
-    bits for them.
-
-    Raises:
-        UserError: the optimizer's package is not installed.
+    not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the rest
+    to AdamW. The trainer sets a group's learning rate to the schedule's times its ``lr_scale``.
+    ``compute`` is the dtype of the run's matrix products: Muon's are in bf16 where it is that, else
+    in fp32, as fp16 has too few exponent bits for them.
 
     Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
     (Dettmers et al. 2021, arXiv:2110.02861): torchao.
@@ -39,17 +35,17 @@ def build_optimizers(
     table_decay = decay if config.decay_embeddings else 0.0
     if is_muon:
         table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
-    options = {  # weight decay and lr_scale
-        "matrices": (decay, 1.0),
-        "tables": (table_decay, table_scale),
-        "head": (table_decay if head in tables else decay, head_scale),
-        "vectors": (0.0, 1.0),
-        "hidden": (decay, 1.0),
+    groups: dict[str, dict[str, Any]] = {
+        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale}
+        for kind, own_decay, scale in (
+            ("matrices", decay, 1.0),
+            ("tables", table_decay, table_scale),
+            ("head", table_decay if head in tables else decay, head_scale),
+            ("vectors", 0.0, 1.0),
+            ("hidden", decay, 1.0),
+        )
     }
-    members: dict[str, list[Tensor]] = {kind: [] for kind in options}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         if id(p) == head:
             kind = "head"
         elif id(p) in tables:
@@ -58,24 +54,16 @@ def build_optimizers(
             kind = "vectors"
         else:
             kind = "hidden" if is_muon and p.ndim == 2 and "blocks." in name else "matrices"
-        members[kind].append(p)
-    groups: dict[str, dict[str, Any]] = {
-        kind: {"params": members[kind], "weight_decay": own_decay, "lr_scale": scale}
-        for kind, (own_decay, scale) in options.items()
-        if members[kind]
-    }
+        if p.requires_grad:
+            groups[kind]["params"].append(p)
+    groups = {kind: group for kind, group in groups.items() if group["params"]}
     hidden = groups.pop("hidden", None)
     optimizers = [_optimizer([*groups.values()], config)] if groups else []
     if hidden is not None:
-        optimizers.append(
-            Muon(
-                [hidden],
-                lr=config.peak_lr,
-                momentum=config.muon_momentum,
-                ns_steps=config.muon_ns_steps,
-                ns_dtype=torch.bfloat16 if compute is torch.bfloat16 else torch.float32,
-            )
-        )
+        lr, momentum, ns_steps = config.peak_lr, config.muon_momentum, config.muon_ns_steps
+        dtype = torch.bfloat16 if compute is torch.bfloat16 else torch.float32
+        muon = Muon([hidden], lr=lr, momentum=momentum, ns_steps=ns_steps, ns_dtype=dtype)
+        optimizers.append(muon)
     return optimizers
 
 
@@ -144,8 +132,7 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied.
 
-    A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``. What an optimizer
-    has not made yet (None) is left out.
+    A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}
@@ -154,7 +141,7 @@ def optimizer_tensors(
         for index, state in optimizer.state_dict()["state"].items():
             name = names[id(parameters[index])]
             for key, value in state.items():
-                if value is None:
+                if value is None:  # not made yet
                     continue
                 whole = torch.as_tensor(value)
                 parts = {f"/{part}": getattr(whole, part) for part in _parts(whole)}
@@ -173,11 +160,8 @@ def load_optimizer_tensors(
     """Restore what `optimizer_tensors` returned, into optimizers built the same way.
 
     The tensors are whole ones, of which a sharded parameter takes its slices. With ``stepped``
-    every parameter must have some, as a step was made with all of them.
-
-    Raises:
-        KeyError: a tensor belongs to no parameter of these optimizers.
-        RuntimeError: one is missing, or has another shape or type than the optimizer gives it.
+    every parameter must have some, as a step was made with all of them. Raises KeyError or
+    RuntimeError where they are not those that these optimizers make.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     of: dict[str, dict[str, Tensor]] = {}
@@ -187,8 +171,7 @@ def load_optimizer_tensors(
     for optimizer in optimizers:
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
-            mine = of.pop(names[id(p)], {})
-            if mine or stepped:
+            if (mine := of.pop(names[id(p)], {})) or stepped:
                 _check(optimizer, p, names[id(p)], mine)
             if mine:
                 slices = {key: cut(tensor, p) for key, tensor in mine.items()}
@@ -207,10 +190,8 @@ def _check(
     if expected is None:  # not known, but it cannot be empty
         expected = dict(saved) or {"state": p}
     for key in sorted(expected.keys() | saved.keys()):
-        there, here = (
-            f"{tuple(t[key].shape)} {t[key].dtype}" if key in t else "missing"
-            for t in (saved, expected)
-        )
+        found = (saved.get(key), expected.get(key))
+        there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
             raise RuntimeError(f"optimizer state {name}/{key} is {there} there and {here} here")
 
@@ -219,9 +200,8 @@ def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] 
     """Return the state that a step makes for a parameter, on the meta device; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     step = torch.empty((), device="meta")
-    if (new_state := getattr(optimizer, "new_state", None)) is not None:
-        state: dict[str, Tensor] = new_state(like)
-        return state
+    if isinstance(optimizer, FusedAdamW | Muon):
+        return optimizer.new_state(like)
     if type(optimizer) is torch.optim.SGD:
         return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
     if type(optimizer) is torch.optim.Adafactor:

@@ -1,5 +1,6 @@
 """The size of a run, from its config and data alone, and warnings about it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
         model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, data = config.train, config.data
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
-    per_step, per_epoch = samples * data.seq_len, 0
+    per_epoch = 0
     if train is not None:
         per_epoch = Plan(
             train,
@@ -54,14 +55,12 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
         ).samples_per_epoch
     steps = None
     if per_epoch or loop.epochs is None:
-        steps = n_steps(
-            loop, tokens_per_step=per_step, samples_per_step=samples, samples_per_epoch=per_epoch
-        )
+        steps = n_steps(loop, seq_len=data.seq_len, samples=samples, per_epoch=per_epoch)
     return RunPlan(
         parameters=model.num_parameters(),
         matmul_parameters=model.num_matmul_parameters(),
         flops_per_token=metrics.flops_per_token(**flops_constants(model), seq_len=data.seq_len),
-        tokens_per_step=per_step,
+        tokens_per_step=samples * data.seq_len,
         steps=steps,
         epochs=steps * samples / per_epoch if steps is not None and per_epoch else None,
     )
@@ -99,69 +98,53 @@ def warnings_of(
     ``seconds`` is how long the run will take, where that is known.
     """
     yield from warnings_of_step(config, n_ranks)
-    model, seq_len, steps = config.model, config.data.seq_len, plan.steps
+    model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
     assert model.vocab_size is not None
-    if model.vocab_size % 64:
-        better = -(-model.vocab_size // 64) * 64
-        yield (
-            f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head "
-            f"on tensor cores; set {better}"
-        )
-    head_dim = model.head_dim or model.dim // model.n_heads
-    if device.type == "cuda" and (model.dim % 64 or head_dim % 8):
-        yield (
-            f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
-            "want multiples of 64 and of 8"
-        )
-    if device.type == "cuda" and dtype == "fp32":
-        yield "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"
-    if plan.tokens is not None and plan.tokens < FEW_TOKENS * plan.matmul_parameters:
-        share = plan.tokens / plan.matmul_parameters
-        yield (
-            f"{share:.2g} tokens for each parameter in matrix products, and about "
-            f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
-            "train for longer"
-        )
-    if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
-        yield (
-            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and "
-            "less; add text, or watch the validation loss"
-        )
-    warmup = config.schedule.warmup_steps
-    if steps is not None and warmup >= steps:
-        yield (
-            f"schedule.warmup_steps = {warmup} is longer than the run of "
-            f"{counted(steps, 'step')}: the peak learning rate is never reached; lower it"
-        )
-    elif steps is not None and warmup > 0.2 * steps:
-        yield (
-            f"schedule.warmup_steps = {warmup} is more than a fifth of the {counted(steps, 'step')}"
-        )
-    if steps is not None:
-        for name in ("eval.every_steps", "checkpoint.every_steps", "log.every_steps"):
-            section, _, key = name.partition(".")
-            every = getattr(getattr(config, section), key)
-            if every is not None and every > steps:
-                run = f"the run of {counted(steps, 'step')}"
-                yield f"{name} = {every} is longer than {run}: only at its end"
-    if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
-        yield (
-            "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
-            "worth of steps"
-        )
-    if train is not None and train.n_documents:
-        mean = train.n_tokens / train.n_documents
-        if mean < seq_len / 2 and config.data.attention_across_documents:
-            yield (
-                f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on "
-                "average: most of what is attended to is another text; shorten it, or set "
-                "data.attention_across_documents=false"
-            )
-    window = model.sliding_window_tokens
-    if window is not None and window >= seq_len:
-        yield f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"
-    if train is not None and train.max_token >= model.vocab_size:
-        yield f"the data hold token {train.max_token}, model.vocab_size is {model.vocab_size}"
+    cuda, head_dim = device.type == "cuda", model.head_dim or model.dim // model.n_heads
+    window, epochs = model.sliding_window_tokens, plan.epochs or 0.0
+    # What is not known is no reason to warn.
+    share = math.inf if plan.tokens is None else plan.tokens / plan.matmul_parameters
+    steps, run = math.inf if plan.steps is None else plan.steps, counted(plan.steps or 0, "step")
+    max_token, mean = -1, math.inf
+    if train is not None:
+        max_token, mean = train.max_token, train.n_tokens / (train.n_documents or 1)
+    every = {s: getattr(config, s).every_steps or 0 for s in ("eval", "checkpoint", "log")}
+    for wrong, said in (
+        (model.vocab_size % 64,
+         f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head on "
+         f"tensor cores; set {-(-model.vocab_size // 64) * 64}"),
+        (cuda and (model.dim % 64 or head_dim % 8),
+         f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
+         "want multiples of 64 and of 8"),
+        (cuda and dtype == "fp32",
+         "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"),
+        (share < FEW_TOKENS,
+         f"{share:.2g} tokens for each parameter in matrix products, and about {BEST_TOKENS:.0f} "
+         "make the best of the compute: a smaller model will end better, or train for longer"),
+        (epochs > MANY_EPOCHS,
+         f"{epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and less; add "
+         "text, or watch the validation loss"),
+        (warmup >= steps,
+         f"schedule.warmup_steps = {warmup} is longer than the run of {run}: the peak learning "
+         "rate is never reached; lower it"),
+        (0.2 * steps < warmup < steps,
+         f"schedule.warmup_steps = {warmup} is more than a fifth of the {run}"),
+        *((n > steps, f"{s}.every_steps = {n} is longer than the run of {run}: only at its end")
+          for s, n in every.items()),
+        (config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S,
+         "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
+         "worth of steps"),
+        (mean < seq_len / 2 and config.data.attention_across_documents,
+         f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on average: "
+         "most of what is attended to is another text; shorten it, or set "
+         "data.attention_across_documents=false"),
+        (window is not None and window >= seq_len,
+         f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"),
+        (max_token >= model.vocab_size,
+         f"the data hold token {max_token}, model.vocab_size is {model.vocab_size}"),
+    ):  # fmt: skip
+        if wrong:
+            yield said
 
 
 def warnings_of_data(config: TrainConfig, train: TokenDataset, val: TokenDataset) -> Iterator[str]:

@@ -32,12 +32,13 @@ class Reporter:
     ) -> None:
         self.state, self.console = state, console
         self.samples_per_epoch = samples_per_epoch
-        self.device, self.precision = train_step.loss.device, train_step.precision
+        self.train_step, self.config = train_step, config
+        self.device = train_step.loss.device
         self.run_dir = run_dir if train_step.world.leads else None
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
         constants = flops_constants(cast(Transformer, train_step.model))
         self.flops_per_token = metrics.flops_per_token(**constants, seq_len=config.data.seq_len)
-        self.peak_flops = metrics.peak_flops(self.device, self.precision.name)
+        self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
         if self.peak_flops is not None:
             self.peak_flops *= train_step.world.size
         self._session_has_line = False
@@ -78,7 +79,7 @@ class Reporter:
             "spikes": state.faults.spikes,
             "rollbacks": state.faults.rollbacks,
         }
-        if self.precision.scaled:
+        if self.train_step.precision.scaled:
             row["grad_scale"] = numbers.grad_scale
         if stopped:
             row["stopped"] = True

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
-from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Watchdog, differing_step
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
-from fasttrain.engine.state import RunState, restore_rng, rng_state
+from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import resolve_compile
 
@@ -89,17 +89,15 @@ class Saver:
 
     def __init__(
         self,
-        state: RunState,
-        train_step: TrainStep,
-        config: TrainConfig,
         reporter: Reporter,
         watchdog: Watchdog,
         run_dir: Path | None,
         recorded: Mapping[str, Any],
     ) -> None:
-        self.state, self.train_step, self.config = state, train_step, config
+        self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
-        self.world = world = train_step.world
+        self.config = config = reporter.config
+        self.world = world = reporter.train_step.world
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
         self.saved_at: int | None = None  # the step of the newest checkpoint
@@ -127,12 +125,9 @@ class Saver:
         if self.state.step in (self.saved_at, self._failed_at):
             return
         self._expect_to_wait()
-        failed = self._wait()
-        try:
-            self.save()
-        except CheckpointError as error:
+        failed = self._fails(self.wait)
+        if self._fails(self.save, again=failed):
             self._failed_at = self.state.step
-            self._fail(error, again=failed)
 
     def _expect_to_wait(self) -> None:
         """Have the watchdog outlast the writer, which says more of what went wrong."""
@@ -149,14 +144,14 @@ class Saver:
         if problem := differing_step(self.world, self.state.step):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:
-            self._settle()
+            self.wait()
         except CheckpointError as error:
             self.reporter.warn(str(error))
         if self.saved_at != self.state.step:
             self.save(rng)
-            self._settle()
+            self.wait()
 
-    def _settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""
         if self.writer is None:
             return
@@ -168,36 +163,33 @@ class Saver:
         if begun:
             self.failed_saves = 0
 
-    def _wait(self) -> bool:
-        """Wait for the save in flight and return whether it failed."""
-        try:
-            self._settle()
-        except CheckpointError as error:
-            self._fail(error)
-            return True
-        return False
+    def _fails(self, save: Callable[[], object], *, again: bool = False) -> bool:
+        """Save, or wait for a save, and return whether that failed; too many failures are raised.
 
-    def _fail(self, error: CheckpointError, *, again: bool = False) -> None:
-        self.failed_saves += not again
-        if self.failed_saves >= MAX_FAILED_SAVES:
-            raise error
-        self.reporter.warn(f"{error} (training goes on)")
+        ``again``: another failure of this step was counted.
+        """
+        try:
+            save()
+            return False
+        except CheckpointError as error:
+            self.failed_saves += not again
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.reporter.warn(f"{error} (training goes on)")
+            return True
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
-        """Save now; see `Trainer.save_checkpoint`."""
+        """Save all that the run needs to continue; complete after ``writer.wait()``."""
         state, rank, device = self.state, self.world.rank, self.train_step.loss.device
         if self.writer is None:
             self.saved_at = state.step
             return None
         groups = collect(self.train_step, rank)
         groups["trainer"] |= _rng_of_rank(rng or {}, rank)
-        facts = {
-            **state.saved(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "run.compile": resolve_compile(self.config, device),
-            **self.recorded,
-        }
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        made_by: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
+        made_by["run.compile"] = resolve_compile(self.config, device)
+        facts = {**state.saved(), **made_by, **self.recorded}
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
             path = self.writer.save(state.step, groups, facts, toml, metric=metric)
@@ -205,12 +197,18 @@ class Saver:
         return path
 
     def load(self, path: Path) -> Checkpoint:
-        """Restore; see `Trainer.load_checkpoint`."""
+        """Restore what was saved, but for the loader: build it at that position."""
         checkpoint = load(path)
         self._restore(checkpoint)
         same_hours = self.config.train.hours == checkpoint.config.train.hours
         self.state.resume(checkpoint.state, same_hours=same_hours)
         return checkpoint
+
+    def kept(self, before: int) -> list[Path]:
+        """Return the checkpoints from before a step, the newest first."""
+        folder = self.writer.folder if self.writer else None
+        found = history(folder) if folder and folder.is_dir() else []
+        return [path for path, manifest in found if manifest and manifest["step"] < before]
 
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults."""
@@ -218,16 +216,12 @@ class Saver:
             return None
         self._failed_at = None
         self._expect_to_wait()
-        self._wait()
+        self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
-        folder = self.writer.folder
-        found = [
-            p.name for p, manifest in history(folder) if manifest and manifest["step"] < before
-        ]
-        for name in self.world.share(found):
+        for name in self.world.share([path.name for path in self.kept(before)]):
             checkpoint, problem = None, None
             try:
-                checkpoint = load(folder / name)
+                checkpoint = load(self.writer.folder / name)
             except CheckpointError as error:
                 problem = str(error)
             # One rank's disk may fail it: all go back to the same step.

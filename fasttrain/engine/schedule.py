@@ -6,7 +6,6 @@ itself. Standard library only.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import NamedTuple
 
 from fasttrain.config import LoopConfig, ScheduleConfig
@@ -34,9 +33,6 @@ def lr_at(
     cosine is half a period, linear is straight; both ends are exact in floating point. Beyond the
     last step (a horizon in hours is an estimate) the rate stays at its end. Where the decay has a
     single step, that step takes lr: a run of one step learns.
-
-    Raises:
-        ValueError: ``step`` is negative or ``total_steps`` is below 1.
 
     Source: cosine and its restarts: Loshchilov & Hutter 2017 (arXiv:1608.03983). wsd: Hu et al.
     2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
@@ -107,20 +103,14 @@ def n_plateaus(losses: Sequence[float], patience: int, min_change: float) -> int
 def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: int) -> int:
     """Return the length, in tokens, into which one step cuts its sequences of ``seq_len``.
 
+    It is the longest divisor of ``seq_len`` within the fraction that it is to have; where that is
+    less than half of it, ``seq_len``: a prime would be cut into single tokens.
+
     Source: Li et al. 2022, The Stability-Efficiency Dilemma (arXiv:2108.06084).
     """
     fractions = (*schedule.context_fractions, 1.0)
     now = min(step * len(fractions) // total_steps, len(fractions) - 1)
-    return _length(fractions[now], seq_len)
-
-
-@cache
-def _length(fraction: float, seq_len: int) -> int:
-    """Return the longest divisor of ``seq_len`` within that fraction of it.
-
-    Where it is less than half of that, ``seq_len``: a prime would be cut into single tokens.
-    """
-    most = max(round(fraction * seq_len), 1)
+    most = max(round(fractions[now] * seq_len), 1)
     length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return length if 2 * length >= most else seq_len
 
@@ -129,16 +119,17 @@ def _length(fraction: float, seq_len: int) -> int:
 HOURS_ESTIMATE_AT = 20
 
 
-def n_steps(
-    loop: LoopConfig, *, tokens_per_step: int, samples_per_step: int, samples_per_epoch: int
-) -> int | None:
-    """Return the number of steps of a run; None with ``train.hours``, which must be measured."""
+def n_steps(loop: LoopConfig, *, seq_len: int, samples: int, per_epoch: int) -> int | None:
+    """Return the steps of a run, each of so many ``samples``, of which an epoch has ``per_epoch``.
+
+    None with ``train.hours``, which must be measured.
+    """
     if loop.steps is not None:
         return loop.steps
     if loop.tokens is not None:
-        return math.ceil(loop.tokens / tokens_per_step)
+        return math.ceil(loop.tokens / (samples * seq_len))
     if loop.epochs is not None:
-        return math.ceil(math.ceil(loop.epochs * samples_per_epoch) / samples_per_step)
+        return math.ceil(math.ceil(loop.epochs * per_epoch) / samples)
     return None
 
 

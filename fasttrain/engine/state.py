@@ -227,9 +227,8 @@ class StateGuard:
     def beside(self) -> Iterator[tuple[int, ...] | None]:
         """Let this thread, which has taken over, work beside what hangs on the device.
 
-        Yields:
-            Where the host has issued steps that the device has not come to: ``where`` of the last
-            one that it came to, with `rng` of that step. Otherwise None.
+        Where the host has issued steps that the device has not come to, ``where`` of the last one
+        that it came to is yielded, with `rng` of that step. Otherwise None.
         """
         if self._device.type != "cuda":
             yield None

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from fasttrain.checkpoint import Checkpoint
-from fasttrain.config import TrainConfig, UserError
+from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
@@ -72,24 +71,19 @@ class Trainer:
         self.config, recorded = config, recorded or {}
         self.world = world = world or World()
         self.device = device = world.device(resolve_device(config.run.device))
-        self.precision = precision = resolve_precision(config.run.dtype, device)
-        self.model, self.optimizers = model.to(device), list(optimizers)
+        precision = resolve_precision(config.run.dtype, device)
+        self.model, self.console = model.to(device), console
         self.train_loader, self.val_dataset = train_loader, val_dataset
-        self.run_dir, self.console = run_dir, console
         self.sampler = sampler if world.leads or world.sharded else None
         self.train_step = step = TrainStep(
-            self.model, self.optimizers, config, device=device, precision=precision, world=world
+            self.model, optimizers, config, device=device, precision=precision, world=world
         )
-        self.ema = step.ema
         # The size of a step and of the run
         shape = step_shape(config.train, config.data.seq_len, world.size)
         self.accumulation, samples = shape.n_micro, shape.samples * world.size
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position
         total_steps = n_steps(
-            config.train,
-            tokens_per_step=samples * config.data.seq_len,
-            samples_per_step=samples,
-            samples_per_epoch=per_epoch,
+            config.train, seq_len=config.data.seq_len, samples=samples, per_epoch=per_epoch
         )
         self.state = state = RunState(samples, total_steps, position, regular=position == 0)
         if config.train.hours is not None:
@@ -102,32 +96,21 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
-        watchdog = self.lockstep.watchdog
-        self.saver = Saver(state, step, config, self.reporter, watchdog, run_dir, recorded)
-        self.writer = self.saver.writer
-        self.recovery = Recovery(
-            state, step, config.train, self.saver, self.guard, self.accumulation, run_dir
-        )
+        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
+        self.recovery = Recovery(self.saver, self.guard, self.accumulation, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
-        self.compiling = True  # until the first step of this process is done
+        self.compiling = True
 
     # ---- the loop ------------------------------------------------------------------------------
 
     def fit(self) -> Outcome:
         """Train to the horizon or to a requested stop; evaluate and save at the end.
 
-        Raises:
-            FloatingPointError: a step is bad, and the run may neither skip it nor go back.
+        Raises FloatingPointError if a step is bad, and the run may neither skip it nor go back.
         """
         with self.guard.training():
-            return self._train(until=None)
-
-    def train_epoch(self) -> Outcome:
-        """Train to the end of the current epoch of the data or the horizon, whichever is first."""
-        per_epoch = self.train_loader.samples_per_epoch
-        with self.guard.training():
-            return self._train(until=(self.state.position // per_epoch + 1) * per_epoch)
+            return self._train()
 
     def request_stop(self, at_step: int = 0) -> None:
         """Make the loop end with a checkpoint after ``at_step``, or after the step under way."""
@@ -148,7 +131,7 @@ class Trainer:
             self.request_stop()
         return self.lockstep.stop
 
-    def _train(self, until: int | None) -> Outcome:
+    def _train(self) -> Outcome:
         state, config, started_s = self.state, self.config, time.perf_counter()
         self.model.train()
         # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
@@ -160,14 +143,14 @@ class Trainer:
             # An evaluation that the end of the last session cut off
             if state.eval_due:
                 self.saver.saved_at = None
-                self._after_step(self._finished(until))
+                self._after_step(self._finished())
                 self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
             several = self.world.n_copies > 1
             check_every = config.distributed.check_every_steps if several else None
             if check_every:
                 self.recovery.check_copies()
-            while not self._finished(until):
+            while not self._finished():
                 if state.step >= self.stop_at:
                     if self._look() is None:
                         continue
@@ -187,11 +170,17 @@ class Trainer:
                     self.request_stop()
                     self.reporter.warn(f"the step under way was given up: {error}")
                     continue
-                if self.compiling:
-                    self._after_first_step(started_s)
+                if self.compiling:  # the first step of this process is done
+                    self.compiling = False
+                    self._synchronize()
+                    steady(config.distributed, self.world)
+                    state.first_step_s = time.perf_counter() - started_s
+                    if self.console and (cache := compile_cache_use()):
+                        took = f"first step after {state.first_step_s:.1f} s"
+                        self.console.note(f"{took} (compile cache {cache})")
                 self._decide_together()
                 # Its verdict, before anything is saved; its line of the log
-                last = self._finished(until)
+                last = self._finished()
                 log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
@@ -221,9 +210,10 @@ class Trainer:
         started, waited = time.perf_counter(), self.train_loader.wait_s
         self.guard.begin(state.step, state.position, state.tokens)
         batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
-        state.lr = self.lr()
-        seq_len = config.data.seq_len
-        context = context_at(state.step, state.horizon, config.schedule, seq_len)
+        schedule, seq_len, peak = config.schedule, config.data.seq_len, config.optim.peak_lr
+        k = n_plateaus(state.val_losses, schedule.plateau_evals, config.eval.min_change)
+        state.lr = lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
+        context = context_at(state.step, state.horizon, schedule, seq_len)
         if context < seq_len and config.data.batching in ("packed", "sliding"):
             batches = [batch.cut(context) for batch in batches]
         every = config.train.recheck_every_steps
@@ -246,22 +236,6 @@ class Trainer:
         state.account.add_step(elapsed, wait_s, first=self.compiling)
         return log
 
-    def lr(self) -> float:
-        """Return the learning rate of the step to come."""
-        state, schedule = self.state, self.config.schedule
-        k = n_plateaus(state.val_losses, schedule.plateau_evals, self.config.eval.min_change)
-        peak = self.config.optim.peak_lr
-        return lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
-
-    def _after_first_step(self, started_s: float) -> None:
-        """Note how long the first step of this process took, which compiled."""
-        self.compiling = False
-        self._synchronize()
-        steady(self.config.distributed, self.world)
-        self.state.first_step_s = first_s = time.perf_counter() - started_s
-        if self.console and (cache := compile_cache_use()):
-            self.console.note(f"first step after {first_s:.1f} s (compile cache {cache})")
-
     def _look(self) -> Numbers | None:
         """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
         numbers = self.recovery.look(self.train_loader)
@@ -275,11 +249,10 @@ class Trainer:
         with self.train_loader as loader:
             self.train_loader = loader.at(self.state.position)
 
-    def _finished(self, until: int | None) -> bool:
+    def _finished(self) -> bool:
         state, pace = self.state, self.state.account
         # The data end.
-        ends = (until, self.train_loader.end)
-        if any(end is not None and state.position >= end for end in ends):
+        if self.train_loader.end is not None and state.position >= self.train_loader.end:
             return True
         # The time is over; the number of steps that it holds is estimated once.
         if state.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
@@ -327,30 +300,27 @@ class Trainer:
         state = self.state
         with self.guard.beside() as reached:
             if reached:
-                self.recovery.forget(state.step - reached[0])
+                n_ahead = state.step - reached[0]  # steps that the device has not made
+                self.train_step.n_unread -= n_ahead
+                del self.recovery.unseen[len(self.recovery.unseen) - n_ahead :]
                 state.step, state.position, state.tokens = reached
             self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
         return True
 
-    # ---- evaluation, samples, checkpoints ------------------------------------------------------
+    # ---- evaluation, samples -------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
         """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`)."""
-        if self.val_dataset is None:
-            raise UserError("there is no validation split to evaluate on; give the Trainer one")
+        assert self.val_dataset is not None
         gc.collect()
         state = self.state
         state.eval_due = True
-        with self.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
+        with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
             state.last_eval = evaluate(
-                self.model,
+                self.train_step,
                 self.val_dataset,
                 self.config,
-                device=self.device,
-                precision=self.precision,
-                compile_mode=self.train_step.compile_mode,
                 should_stop=lambda: self._decide_together() and self.guard.is_open,
-                world=self.world,
             )
         state.eval_due = not state.last_eval
         if state.eval_due:  # it was cut off: it is made up for when the run is resumed
@@ -367,15 +337,7 @@ class Trainer:
         number = self.state.step // every if every else 0
         self.model.eval()
         opened, measured = self.guard.opened(), self.state.account.measure("sample")
-        with self.ema.in_use(), opened, measured, gathered(self.model, self.world):
+        with self.train_step.ema.in_use(), opened, measured, gathered(self.model, self.world):
             prompt, text = sampler(self.model, number)
         self.model.train()
         self.reporter.sample(prompt, text)
-
-    def save_checkpoint(self) -> Path | None:
-        """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        return self.saver.save()
-
-    def load_checkpoint(self, path: Path) -> Checkpoint:
-        """Restore what was saved at ``path``, but for the loader: build it at that position."""
-        return self.saver.load(path)

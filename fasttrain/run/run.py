@@ -285,7 +285,7 @@ def _build(
     )
     if source is not None:
         try:
-            trainer.load_checkpoint(source)
+            trainer.saver.load(source)
             if branch_of is not None:
                 resuming.begin_branch(trainer.state, config, branch_of)
                 trainer.saver.saved_at = None

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fasttrain.checkpoint import CheckpointWriter, load
-from fasttrain.engine.ema import Ema
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
 from fasttrain.distributed.world import World, steady
 from fasttrain.engine.memory import measure_peak
@@ -29,6 +28,7 @@ from fasttrain.model.transformer import Transformer
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.distributed.sharding import make_sharded, set_gradient_sync
 from fasttrain.engine.saving import collect, restore
+from fasttrain.engine.step import Ema
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

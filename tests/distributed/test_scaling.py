@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fasttrain_kernels.grad_norm import local_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +66,7 @@ def held_at_most(mode: str, n_micro: int) -> int:
         step(batches, 1e-3)
     states = [value for o in optimizers for s in o.state.values() for value in s.values()]
     held = [*model.parameters(), *model.buffers(), ids, ids, *states]
-    total = sum(memory._local(t).nbytes for t in held if isinstance(t, torch.Tensor))
+    total = sum(local_tensor(t).nbytes for t in held if isinstance(t, torch.Tensor))
     if mode == "ddp":  # its buckets are there before the step
         total += sum(p.nbytes for p in model.parameters())
     total += measure_peak(lambda: step(batches, 1e-3), CPU)

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import IGNORE, evaluation_batches
 from fasttrain.device import resolve_precision
+from fasttrain.distributed.world import World
 from fasttrain.engine.evaluation import _compiled, evaluate
 from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer
@@ -50,6 +52,14 @@ def config_of(batch_size: int, **data: Any) -> TrainConfig:
     return TrainConfig(train=loop, data=DataConfig(seq_len=16, **data))
 
 
+def evaluated(
+    model: Transformer, data: TokenDataset, config: TrainConfig, mode: str = "off", **options: Any
+) -> dict[str, Any]:
+    facts = {"loss": torch.zeros(()), "precision": FP32, "compile_mode": mode, "world": World()}
+    step: Any = SimpleNamespace(model=model, **facts)
+    return evaluate(step, data, config, **options)
+
+
 def pieces(dataset: TokenDataset, batching: str, across: bool) -> list[tuple[int, int]]:
     """The stretches (first, end) that the model sees by themselves, each but its last token."""
     windows = [(s, min(s + 16, 64) + 1) for s in range(0, 64, 16)]
@@ -81,13 +91,8 @@ def test_the_loss_is_that_of_each_stretch_by_itself(
             n_right += int((logits.argmax(-1) == targets).sum())
             n_targets += len(targets)
     assert n_targets == (64 if batching == "packed" else 65 - len(SIZES))
-    found = evaluate(
-        model.train(),
-        dataset,
-        config_of(batch_size, batching=batching, attention_across_documents=across),
-        device=CPU,
-        precision=FP32,
-    )
+    config = config_of(batch_size, batching=batching, attention_across_documents=across)
+    found = evaluated(model.train(), dataset, config)
     assert model.training
     assert found["val_loss"] == pytest.approx(loss_sum / n_targets, rel=1e-5)
     assert found["val_ppl"] == pytest.approx(math.exp(loss_sum / n_targets), rel=1e-4)
@@ -127,8 +132,7 @@ def test_it_stops_between_batches_when_told_to(dataset: TokenDataset, model: Tra
         asked.append(model.training)
         return len(asked) == 3
 
-    options = {"device": CPU, "precision": FP32, "should_stop": should_stop}
-    assert evaluate(model, dataset, config_of(1), **options) == {}
+    assert evaluated(model, dataset, config_of(1), should_stop=should_stop) == {}
     assert asked == [False, False, False]
     assert model.training
 
@@ -136,7 +140,7 @@ def test_it_stops_between_batches_when_told_to(dataset: TokenDataset, model: Tra
 def test_imports_have_no_bits_per_byte(tmp_path: Path, model: Transformer) -> None:
     torch.arange(1, 66).numpy().astype("<u2").tofile(tmp_path / "val.bin")
     dataset = open_dataset(tmp_path, "val", dtype="uint16", cache_dir=tmp_path / "cache")
-    found = evaluate(model, dataset, config_of(2), device=CPU, precision=FP32)
+    found = evaluated(model, dataset, config_of(2))
     assert found["val_bpb"] is None
     assert found["val_loss"] > 0
 
@@ -175,13 +179,7 @@ def test_C16_bits_per_byte_of_a_part_are_those_of_its_share(
     config = config_of(2)
     dataset.n_bytes = 130
     results = [
-        evaluate(
-            model,
-            dataset,
-            replace(config, eval=EvalConfig(tokens=tokens)),
-            device=CPU,
-            precision=FP32,
-        )
+        evaluated(model, dataset, replace(config, eval=EvalConfig(tokens=tokens)))
         for tokens in (None, 64, 16)
     ]
     assert results[0]["val_loss"] == results[1]["val_loss"] != results[2]["val_loss"]
@@ -213,10 +211,9 @@ def test_C16_evaluation_is_compiled_where_training_is(
         monkeypatch.setattr(f"fasttrain.{module}.compiles_evaluation", lambda device: True)
     _compiled.cache_clear()
     torch._dynamo.reset()
-    options = {"device": CPU, "precision": FP32}
-    expected = evaluate(model, dataset, config_of(2), **options)
+    expected = evaluated(model, dataset, config_of(2))
     prepare_blocks(model, activation_checkpointing="none", mode=mode, sharded=False)
     for _ in range(2):
-        found = evaluate(model, dataset, config_of(2), compile_mode=mode, **options)
+        found = evaluated(model, dataset, config_of(2), mode)
         assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
     assert len(compiled) == graphs

@@ -1,7 +1,7 @@
 """R33: a step that the hardware computes wrongly is found by running it again."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -23,14 +23,6 @@ from tests.support.toy import write_config
 from tests.support.toy_trainer import digest, rows
 
 CPU = torch.device("cpu")
-_open: list[Trainer] = []
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
 
 
 def make(optimizer: str = "adamw") -> TrainStep:
@@ -193,7 +185,6 @@ def run(folder: Path, passes: set[int], *keys: str) -> tuple[Trainer, list[str]]
     console = MagicMock(warn=warnings.append)
     config = load_config(write_config(folder), [*RUN, *keys])
     trainer = toy_trainer.build(config, folder / "run", console=console)
-    _open.append(trainer)
     flips = Flips(trainer.train_step, "gradient", {6 + n for n in passes}, seed=1)
     assert flips.results == []  # six steps come before
     return trainer, warnings

@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from fasttrain.engine.trainer import Trainer
 from fasttrain.log.metrics import NormWatch
 from fasttrain.train import main
 from tests.support import toy_trainer
-from tests.support.toy import write_config
 from tests.support.toy_trainer import digest, rows, spoil
 
-_open: list[Trainer] = []
 EVERY_3 = ["checkpoint.every_steps=3", "checkpoint.keep_last=10", "train.steps=14"]
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
 
 
 class Screen:
@@ -45,24 +35,15 @@ class Screen:
         return lambda *_, **__: None
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
-
-
 def build(toy: Path, *overrides: str, name: str | None = "run") -> Trainer:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
     run_dir = toy.parent / name if name else None
-    trainer = toy_trainer.build(config, run_dir, console=Screen())
-    _open.append(trainer)
-    return trainer
+    return toy_trainer.build(config, run_dir, console=Screen())
 
 
 def resume(toy: Path, checkpoint: Path, *overrides: str) -> Trainer:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
-    trainer = toy_trainer.resume(config, checkpoint, checkpoint.parents[1])
-    _open.append(trainer)
-    return trainer
+    return toy_trainer.resume(config, checkpoint, checkpoint.parents[1])
 
 
 def losses(run_dir: Path) -> list[tuple[int, str]]:
@@ -167,8 +148,7 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
     trainer.train_step.loss = step.loss  # type: ignore[misc]
     assert trainer.fit() == "stopped"
     assert trainer.state.step == 6
-    assert trainer.writer is not None
-    trainer.writer.wait()
+    trainer.saver.wait()
     again = resume(toy, toy.parent / "run/checkpoints/step-00000006", *keys)
     spoil(again, [8])
     assert again.state.faults.passed_over == [28]
@@ -226,16 +206,6 @@ def test_an_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -
     assert trainer.state.step == 62
 
 
-def test_train_epoch_ends_where_its_samples_do_also_behind_a_bad_batch(toy: Path) -> None:
-    trainer = build(toy, "train.steps=1000", "train.on_nonfinite=rollback", "log.every_steps=10",
-                    "checkpoint.every_steps=20")  # fmt: skip
-    spoil(trainer, [33])
-    trainer.train_epoch()
-    per_epoch = trainer.train_loader.samples_per_epoch
-    assert 0 <= trainer.state.position - per_epoch < 4
-    assert trainer.state.step == 62  # and one that was passed over
-
-
 @pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
 def test_R18_a_run_that_is_given_up_in_a_step_faces_the_verdicts_before(
     toy: Path, action: str
@@ -272,7 +242,7 @@ def test_what_fails_to_close_leaves_nothing_else_open(
     with trainer.guard.training():
         trainer._step()
         trainer._step()
-    trainer.save_checkpoint()
+    trainer.saver.save()
     with pytest.raises(OSError, match="for the log"):
         trainer.close()
     assert load(resolve(toy.parent / "run")).step == 2  # the save in flight was waited for
@@ -297,8 +267,7 @@ def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:
     parts = build(toy, *keys, name="parts")
     parts.request_stop(at_step=7)
     parts.fit()
-    assert parts.writer is not None
-    parts.writer.wait()
+    parts.saver.wait()
     again = resume(toy, toy.parent / "parts/checkpoints/step-00000007", *keys)
     spoil(again, [10], lambda loss: loss * 100)
     again.fit()

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,10 @@ from fasttrain.engine.trainer import Trainer
 from fasttrain.run.resume import begin_branch
 from tests.support import toy_trainer
 from tests.support.faults import Faults
-from tests.support.toy import write_config
-
-_open: list[Trainer] = []
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
 
 
 def build(toy: Path, *overrides: str) -> Trainer:
-    _open.append(toy_trainer.build(load_config(toy, overrides), toy.parent / "run"))
-    return _open[-1]
+    return toy_trainer.build(load_config(toy, overrides), toy.parent / "run")
 
 
 @pytest.mark.parametrize("loss", [0.0, math.nan, math.inf])
@@ -58,7 +41,6 @@ def test_R12_a_validation_loss_that_is_not_finite_hinders_no_save(
     path = checkpoint.resolve(toy.parent / "run")
     assert path.name == "step-00000003"
     again = toy_trainer.resume(load_config(toy), path)
-    _open.append(again)
     assert again.state.val_losses == [4.0, loss if loss == 0 else math.inf, 3.0]
     assert again.state.best_val_loss == min(loss if loss == 0 else math.inf, 3.0)
 
@@ -106,8 +88,8 @@ def test_R14_ranks_go_back_to_a_checkpoint_that_all_of_them_can_read(
 
 def test_R8_the_watchdog_outlasts_a_save_that_waits_for_others(toy: Path) -> None:
     run = build(toy, "distributed.timeout_s=7", "train.steps=4", "checkpoint.every_steps=2")
-    assert run.writer is not None
-    assert run.writer._ranks.patience_s == 600.0
+    assert run.saver.writer is not None
+    assert run.saver.writer._ranks.patience_s == 600.0
     allowed: list[float] = []
     save = run.saver.save
 
@@ -126,15 +108,15 @@ def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
     hours = ["train.steps=none", "train.hours=1", "eval.every_steps=none"]
     run = build(toy, *hours)
     run.state.total_steps = 300
-    run.save_checkpoint()
+    run.saver.save()
     run.close()
     path = checkpoint.resolve(toy.parent / "run")
     for change, expected in (("train.hours=1", 300), ("train.hours=2", None)):
-        _open.append(toy_trainer.resume(load_config(toy, [*hours, change]), path))
-        assert _open[-1].state.total_steps == expected
-    _open.append(toy_trainer.resume(load_config(toy, hours), path))
-    begin_branch(_open[-1].state, _open[-1].config, path)
-    assert _open[-1].state.total_steps is None
+        again = toy_trainer.resume(load_config(toy, [*hours, change]), path)
+        assert again.state.total_steps == expected
+    again = toy_trainer.resume(load_config(toy, hours), path)
+    begin_branch(again.state, again.config, path)
+    assert again.state.total_steps is None
 
 
 def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
@@ -149,13 +131,12 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
     run.fit()
     run.state.eval_due = True  # as where a signal cut the evaluation off
     run.state.val_losses.clear()
-    run.save_checkpoint()
+    run.saver.save()
     run.close()
     folder = toy.parent / "run"
     for n_made_up in (1, 0):
         config = load_config(toy, keys)
-        _open.append(toy_trainer.resume(config, checkpoint.resolve(folder), folder))
-        again = _open[-1]
+        again = toy_trainer.resume(config, checkpoint.resolve(folder), folder)
         assert again.state.eval_due == bool(n_made_up)
         monkeypatch.setattr(again, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -168,10 +149,10 @@ def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: P
     run = build(toy, "train.steps=none", "train.hours=1", "eval.every_steps=none")
     run.state.step, run.state.trained_s = HOURS_ESTIMATE_AT, 20 * HOURS_ESTIMATE_AT
     for number in range(HOURS_ESTIMATE_AT):
-        assert not run._finished(None)
+        assert not run._finished()
         assert run.state.total_steps is None
         run.state.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
-    assert not run._finished(None)
+    assert not run._finished()
     assert run.state.total_steps == 3600 // 20
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
-from fasttrain.engine.ema import Ema
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
-from fasttrain.engine.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, TrainStep
+from fasttrain.engine.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, Ema, TrainStep
 from fasttrain.model.transformer import Transformer, run_block, run_blocks
 
 CPU = torch.device("cpu")
@@ -209,7 +208,7 @@ def test_the_average_of_steps_that_are_not_skipped_has_the_bits_of_a_plain_one(
         plain.update()
         told.update(skipped=torch.zeros(()))
         told.update(skipped=torch.ones(()))
-        for ours, theirs in zip(told.averages, plain.averages, strict=True):
+        for ours, theirs in zip(told.averages.values(), plain.averages.values(), strict=True):
             assert torch.equal(ours, theirs)
 
 

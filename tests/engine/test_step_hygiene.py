@@ -7,7 +7,7 @@ the host, read some; on CUDA they do not. So what is counted here is who reads: 
 import ctypes
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,15 @@ from fasttrain.model.transformer import Transformer
 from tests.support import toy_trainer
 from tests.support.toy import write_config
 
-_open: list[Trainer] = []
 # Everything that a step may do: two micro-batches, clipping, spikes judged.
 KEYS = ["train.tokens_per_step=128", "train.on_spike=skip", "train.spike_window_steps=8"]
 KEYS += ["train.steps=1000", "log.every_steps=100", "optim.name=muon", "optim.lr=1e-4"]
 KEYS += ["train.ema_decay=0.9"]
 
 
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
-
-
 def build(folder: Path, *overrides: str, device: str = "cpu") -> Trainer:
     config = load_config(write_config(folder), [*KEYS, f"run.device={device}", *overrides])
-    trainer = toy_trainer.build(config, device=device)
-    _open.append(trainer)
-    return trainer
+    return toy_trainer.build(config, device=device)
 
 
 class HostReads(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from fasttrain.engine.saving import collect
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 
+opened: Any = deque(maxlen=0)  # where tests/engine collects trainers to be closed
+
 
 def build(
     config: TrainConfig,
@@ -27,7 +30,7 @@ def build(
     device: str = "cpu",
     console: Any = None,
 ) -> Trainer:
-    """Make a Trainer as a session does; whoever calls closes it."""
+    """Make a Trainer as a session does; tests/engine closes it, elsewhere whoever calls."""
     assert config.data.path is not None
     train, val = (open_dataset(config.data.path, split) for split in ("train", "val"))
     torch.manual_seed(config.run.seed)
@@ -37,7 +40,7 @@ def build(
     epochs = config.train.epochs
     if run_dir is not None:
         run_dir.mkdir(exist_ok=True)
-    return Trainer(
+    trainer = Trainer(
         model,
         build_optimizers(model, config.optim),
         config,
@@ -54,6 +57,8 @@ def build(
         run_dir=run_dir,
         console=console,
     )
+    opened.append(trainer)
+    return trainer
 
 
 def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -> Trainer:
@@ -61,7 +66,7 @@ def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -
     state = json.loads((checkpoint / "state.json").read_text())
     trainer = build(config, run_dir, position=state["position"])
     torch.manual_seed(999)
-    trainer.load_checkpoint(checkpoint)
+    trainer.saver.load(checkpoint)
     return trainer
 
 

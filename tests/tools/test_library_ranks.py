@@ -104,7 +104,7 @@ for mode in modes:
             trainer = made(None, dropped, mode, seed=7)
             trainer.load_checkpoint(place)
             trainer.train(loader(24, 4, shuffle=True))
-        numbers = [*trainer.model.parameters(), *trainer.ema.averages]
+        numbers = [*trainer.model.parameters(), *trainer.ema.averages.values()]
         results.append([getattr(t, "_local_tensor", t).tolist() for t in numbers])
         results[-1].append(trainer.metrics.values("loss")[-6:])
     assert results[0] == results[1]

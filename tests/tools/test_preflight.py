@@ -273,9 +273,9 @@ def auto(config_path: Path) -> TrainConfig:
     return load_config(config_path, overrides)  # 24 rows of 16
 
 
-def settle(config: TrainConfig, device: torch.device = CPU, **options: Any) -> int:
+def settle(config: TrainConfig, device: torch.device = CPU) -> int:
     precision = resolve_precision("fp32", CPU)
-    settled = settle_micro_batch(config, device=device, precision=precision, **options)
+    settled = settle_micro_batch(config, device=device, precision=precision)
     return settled.train.micro_batch
 
 
@@ -311,7 +311,8 @@ def test_a_gpu_takes_the_largest_that_runs(
     tried = speeds(monkeypatch, {8: 1.0, 6: 1.0})
     assert settle(auto, CUDA) == 8
     assert tried == [24, 12, 8]
-    assert settle(auto, CUDA, world_size=4) == 6  # 6 rows for each of 4 ranks
+    a_quarter = replace(auto, train=replace(auto.train, tokens_per_step=96))
+    assert settle(a_quarter, CUDA) == 6  # 6 rows for each of 4 ranks
 
 
 def test_C8_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
