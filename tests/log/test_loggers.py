@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fasttrain.command import command
 from fasttrain.log.console import Console, clean, format_count, format_duration
 
 ROW = {
@@ -196,7 +197,7 @@ def test_a_character_that_the_stream_cannot_encode_is_escaped(
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    Console(log_file=None).sample(1, "é", "✓")
+    command(lambda: Console(log_file=None).sample(1, "é", "✓") or 0)()
     assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
 
 

@@ -56,8 +56,8 @@ def test_a_similar_name_is_not_enough(name: str) -> None:
 
 def test_peak_falls_with_precision_on_every_device() -> None:
     for _, half, tf32, single in metrics._PEAK_TFLOPS:
-        assert half > tf32 >= single
-        assert half == pytest.approx(2 * tf32, rel=0.03)
+        assert half > (tf32 or single) >= single
+        assert tf32 is None or half == pytest.approx(2 * tf32, rel=0.03)
 
 
 def test_peak_of_a_cpu_is_unknown() -> None:
