@@ -220,14 +220,13 @@ def _weighted(values: Tensor) -> Tensor:
     return (values * ((x ^ (x >> 27)) | 1)).sum()
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _told(value: Any) -> str:
     """Return a value for people, a long one by its hash."""
     text = show(value)
-    return text if len(text) <= 40 else f"(sha256 {_sha256(value)[:12]})"
+    if len(text) <= 40:
+        return text
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return f"(sha256 {digest[:12]})"
 
 
 def start(config: DistributedConfig, device: torch.device) -> World:
@@ -235,7 +234,7 @@ def start(config: DistributedConfig, device: torch.device) -> World:
 
     Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     try:
         world = World(
@@ -250,8 +249,6 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             f"WORLD_SIZE is set but {error} is missing or no number; start several processes with "
             "torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from error
-    if world.size == 1:
-        return replace(world, mode="single")
     own = world.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

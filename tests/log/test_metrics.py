@@ -64,11 +64,6 @@ def test_peak_of_a_cpu_is_unknown() -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
 
 
-def test_peak_refuses_an_unresolved_dtype() -> None:
-    with pytest.raises(ValueError, match="'auto'"):
-        peak_flops(torch.device("cpu"), "auto")
-
-
 def test_flops_of_gpt2_small() -> None:
     """The matrices of GPT-2 124M with its tied head, counted by hand."""
     dim, layers, heads, seq_len, vocab = 768, 12, 12, 1024, 50257
@@ -102,11 +97,11 @@ def test_mfu() -> None:
 
 
 def test_loss_tracker_starts_at_the_first_loss_and_follows() -> None:
-    tracker = LossTracker(decay=0.75)
+    tracker = LossTracker()
     assert tracker.value is None
     assert tracker.update(4.0) == 4.0
-    assert tracker.update(2.0) == pytest.approx(3.5)
-    assert tracker.update(2.0) == pytest.approx(3.125)
+    assert tracker.update(2.0) == pytest.approx(3.8)
+    assert tracker.update(2.0) == pytest.approx(3.62)
 
 
 def test_loss_tracker_leaves_out_what_is_not_finite() -> None:
@@ -128,12 +123,6 @@ def test_loss_tracker_goes_on_from_its_value() -> None:
     for loss in losses[2:]:
         second.update(loss)
     assert second.value == whole.value
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_loss_tracker_refuses_a_bad_decay(decay: float) -> None:
-    with pytest.raises(ValueError, match="decay"):
-        LossTracker(decay)
 
 
 def test_peak_memory_of_the_process_rises_with_use() -> None:

@@ -9,23 +9,8 @@ import torch
 from fasttrain.log.timing import StepClock, TimeAccount, covered
 
 
-@pytest.mark.parametrize(
-    ("spans", "length"),
-    [
-        ([], 0),
-        ([(1, 3)], 2),
-        ([(1, 3), (3, 4)], 3),
-        ([(5, 6), (1, 3)], 3),  # apart, and not in order
-        ([(1, 4), (2, 6)], 5),
-        ([(1, 9), (2, 3), (4, 5)], 8),  # within one another
-        ([(2, 2)], 0),
-    ],
-)
-def test_the_union_of_intervals(spans: list[tuple[float, float]], length: float) -> None:
-    assert covered(spans) == length
-
-
-def test_the_union_of_many_intervals_is_that_of_their_points() -> None:
+def test_the_union_of_intervals_is_that_of_their_points() -> None:
+    assert covered([]) == 0
     draw = random.Random(1)
     for _ in range(50):
         starts = [draw.randrange(60) for _ in range(12)]
