@@ -136,15 +136,6 @@ class Ranks:
         """Return the beginnings of names that no sweep may remove: others may be writing there."""
         return (partial.name, self._failed("").name) if self.size > 1 else ()
 
-    def file(self, stem: str, *, sliced: bool) -> str:
-        """Return the name of this rank's file of a group."""
-        mark = f".rank-{self.rank:05d}" if sliced or self.rank else ""
-        return f"{stem}{mark}.safetensors"
-
-    def enter(self, partial: Path) -> None:
-        """Make the temporary folder, unless another rank has made it."""
-        partial.mkdir(exist_ok=self.size > 1)
-
     def hand_in(self, partial: Path, **record: Any) -> None:
         """Tell rank 0 that this rank's files are on the disk, or why they are not."""
         if self.size > 1:

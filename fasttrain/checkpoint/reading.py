@@ -68,11 +68,10 @@ def parse(path: Path) -> Checkpoint:
             full, part = f"{name.partition('.')[0]}.{key}", slices.get(name, {}).get(key)
             whole = torch.empty(part.shape if part else shape, dtype=dtype, device="meta")
             known = tensors.setdefault(full, whole)
-            fits = known.shape == whole.shape
-            if part is None:
-                fits = known is whole
-            elif known.dtype is not dtype or part.local_shape != tuple(shape):
-                fits = False
+            fits = known is whole
+            if part is not None:
+                alike = (known.shape, known.dtype) == (whole.shape, dtype)
+                fits = alike and part.local_shape == tuple(shape)
             if not fits:
                 file = path / name
                 raise CheckpointError(f"{file}: malformed: {key} is not the part that it should be")

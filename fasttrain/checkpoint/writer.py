@@ -116,10 +116,12 @@ class CheckpointWriter:
                 f"checkpoint: state is not JSON ({error}); use finite numbers, strings, lists and "
                 "string-keyed dicts, null for what is unknown"
             ) from error
-        own, slices = own_slices(groups, self._ranks.rank)
-        if self._ranks.rank:
+        rank = self._ranks.rank
+        own, slices = own_slices(groups, rank)
+        if rank:
             own = {stem: tensors for stem, tensors in own.items() if tensors}
-        names = {stem: self._ranks.file(stem, sliced=bool(slices[stem])) for stem in own}
+        mark = f".rank-{rank:05d}"
+        names = {s: f"{s}{mark if rank or slices[s] else ''}.safetensors" for s in own}
         path = self.folder / f"step-{step:08d}"
         save = _Save(
             step=step,
@@ -136,7 +138,7 @@ class CheckpointWriter:
             copied=self._snapshot(own),
         )
         if self.asynchronous:
-            run, name = self._write_in_background, f"checkpoint of rank {self._ranks.rank}"
+            run, name = self._write_in_background, f"checkpoint of rank {rank}"
             self._thread = threading.Thread(target=run, args=(save,), name=name)
             self._thread.start()
         else:
@@ -210,7 +212,7 @@ class CheckpointWriter:
                 for name in save.names.values():
                     disk.remove(save.partial / name)
             with contextlib.suppress(OSError):
-                self._ranks.enter(save.partial)
+                save.partial.mkdir(exist_ok=True)
                 self._ranks.hand_in(save.partial, error=str(error))
             if isinstance(error, OSError):
                 raise disk.failure(f"{save.path} was not saved", error) from error
@@ -225,7 +227,7 @@ class CheckpointWriter:
                     f"checkpoint: {stem}.{name} is not finite at step {save.step}: not saved; "
                     "resume from the last checkpoint with a lower learning rate or other data"
                 )
-        self._ranks.enter(save.partial)
+        save.partial.mkdir(exist_ok=self._ranks.size > 1)  # another rank may have made it
         files = {
             name: disk.write_file(save.partial / name, self._snapshots[stem].content.numpy())
             for stem, name in save.names.items()
