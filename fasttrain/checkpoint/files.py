@@ -107,7 +107,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest if it is intact and the folder holds exactly the files it lists."""
     refuse_foreign(path)
     file = path / MANIFEST
-    text = read_bytes(file)
+    text = read_file(file).numpy().tobytes()
     manifest = parse_json(file, text)
     manifest.pop("sha256", None)
     if seal(manifest) != text:
@@ -141,11 +141,6 @@ def seal(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def read_bytes(file: Path, entry: dict[str, Any] | None = None) -> bytes:
-    """Return the bytes of a small file, verified if it has an entry."""
-    return read_file(file, entry, keep=True).numpy().tobytes()
-
-
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
     remedy = "fasttrain did not write this"
     return untrusted.parse_json(text, f"{file}: damaged", remedy, CheckpointError)
@@ -167,7 +162,7 @@ def refuse_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
 
 
-def read_file(path: Path, entry: dict[str, Any] | None, *, keep: bool) -> Tensor:
+def read_file(path: Path, entry: dict[str, Any] | None = None, *, keep: bool = True) -> Tensor:
     """Read a file once and check it against its entry; return its bytes if `keep`."""
     try:
         # A link could lead out of the folder, and opening a pipe would block.
@@ -273,12 +268,10 @@ def point(pointer: Path, name: str) -> None:
     fsync_folder(pointer.parent)
 
 
-def pointed(pointer: Path) -> str | None:
-    try:
-        name = pointer.read_text(errors="replace").strip()
-    except OSError:
-        return None
-    return name if STEP.fullmatch(name) else None
+def pointed(pointer: Path) -> str:
+    with contextlib.suppress(OSError):
+        return pointer.read_text(errors="replace").strip()
+    return ""
 
 
 def remove(path: Path) -> None:

@@ -45,7 +45,8 @@ def parse(path: Path) -> Checkpoint:
     manifest = disk.read_manifest(path)
     entries = manifest["files"]
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
-    texts = {n: disk.read_bytes(path / n, e) for n, e in entries.items() if n not in files}
+    others = [(name, entry) for name, entry in entries.items() if name not in files]
+    texts = {n: disk.read_file(path / n, e).numpy().tobytes() for n, e in others}
     layouts = {name: disk.read_header(path / name) for name in files}
     slices = read_slices(path, manifest, texts)
     for name, parts in slices.items():
@@ -172,8 +173,6 @@ def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[
     """
     if which not in ("best", "latest"):
         raise UserError(f"which must be 'best' or 'latest', got {which!r}")
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder, such as runs/base")
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     evaluated = (checkpoints / "best").exists()
     folder = resolve(path, which if which == "latest" or evaluated else "auto")

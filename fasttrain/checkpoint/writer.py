@@ -261,7 +261,7 @@ class CheckpointWriter:
             except CheckpointError as error:
                 reason = str(error).removeprefix(f"{partial}{os.sep}")
                 raise CheckpointError(
-                    f"{path} was not saved, for no run could go on from it: {reason}"
+                    f"{path} was not saved, because no run could resume from it: {reason}"
                 ) from error
             disk.fsync_folder(partial)
             if path.exists():

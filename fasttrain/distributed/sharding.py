@@ -33,7 +33,7 @@ def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = F
         for p in objective.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     ddp = nn.parallel.DistributedDataParallel
-    if not sync_buffers:
+    if not sync_buffers:  # broadcast_buffers=False is deprecated since torch 2.13
         names = [name for name, _ in objective.named_buffers()]
         ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
     return ddp(objective, gradient_as_bucket_view=True)

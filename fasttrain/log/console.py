@@ -77,7 +77,8 @@ def clean(text: str) -> str:
     )
 
 
-def _perplexity(value: float) -> str:
+def _perplexity(loss: float) -> str:
+    value = math.inf if loss >= 700.0 else math.exp(loss)
     return f"{value:.2f}" if value < 9999.995 else format_count(value)
 
 
@@ -118,7 +119,7 @@ _COLUMNS = (
     _Column("progress", "done", 6, _percent),
     _Column("left_s", "left", 9, _left),
     _Column("mfu", "mfu", 7, "{:.1%}".format),
-    _Column("ppl", "ppl", 9, _perplexity),
+    _Column("loss", "ppl", 9, _perplexity),
     _Column("step_ms", "step time", 11, _milliseconds),
     _Column("loss_ema", "avg loss", 10, partial(_fixed, 4)),
     _Column("epoch", "epoch", 8, "{:.2f}".format),
@@ -133,13 +134,7 @@ _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that 
 
 def _cell(column: _Column, row: Mapping[str, Any]) -> str:
     value = row.get(column.key)
-    if value is None and column.key == "ppl" and row.get("loss") is not None:
-        value = _exp(row["loss"])
     return "n/a" if value is None else column.format(value)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700.0 else loss if math.isnan(loss) else math.inf
 
 
 def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
@@ -208,7 +203,7 @@ class Console:
         line = Text(no_wrap=True, overflow="crop")
         for column in known[:n_shown]:
             cell = _cell(column, row)
-            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.key, "")
+            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.heading, "")
             if cell in ("nan", "inf", "-inf"):
                 style = "bold red"
             line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
@@ -218,7 +213,7 @@ class Console:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
         loss = float(row["val_loss"])
-        rest = [f"ppl {_perplexity(row.get('val_ppl') or _exp(loss))}"]
+        rest = [f"ppl {_perplexity(loss)}"]
         if row.get("val_bpb") is not None:
             rest.append(f"bpb {row['val_bpb']:.4f}")
         if row.get("val_accuracy") is not None:

@@ -45,10 +45,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
     ``dtype``: what the matrix products run in, ``bf16``, ``fp16``, ``tf32`` or ``fp32``.
     """
-    return _peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-def _peak_of(name: str, dtype: str) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for pattern, half, tf32, single in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
             peaks = {"bf16": tf32 and half, "fp16": half, "tf32": tf32, "fp32": single}

@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
@@ -70,19 +70,6 @@ def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     file.close()
 
 
-class Sink(Protocol):
-    """What rows are written to."""
-
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
-        """Take a row of numbers; it names its ``step``."""
-
-    def drop_after(self, step: int) -> None:
-        """Forget rows of steps after ``step``: the run continues from there."""
-
-    def close(self) -> None:
-        """Write out what is left. May be called twice."""
-
-
 class Sinks:
     """All that the rows of one run are written to: ``metrics.jsonl`` and what ``[log]`` asks for.
 
@@ -92,7 +79,7 @@ class Sinks:
     def __init__(
         self, config: TrainConfig, folder: Path, made_by: Mapping[str, Any] | None = None
     ) -> None:
-        self.all: list[Sink] = []
+        self.all: list[JsonlLogger | CsvLogger | _TensorBoard | _Wandb] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
         self.all.append(JsonlLogger(folder / "metrics.jsonl", made_by))
@@ -102,14 +89,17 @@ class Sinks:
             self.all.append(_TensorBoard(folder))
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+        """Write a row of numbers, which names its ``step``."""
         for sink in self.all:
             sink.write(kind, row)
 
     def drop_after(self, step: int) -> None:
+        """Forget rows of steps after ``step``: the run continues from there."""
         for sink in self.all:
             sink.drop_after(step)
 
     def close(self) -> None:
+        """Write out what is left. May be called twice."""
         for sink in self.all:
             sink.close()
 

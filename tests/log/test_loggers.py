@@ -89,7 +89,7 @@ def everything(console: Console) -> None:
     console.train(ROW)
     console.warn("a damaged checkpoint was passed over")
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
-    console.evaluation({"step": 240, "val_loss": 2.8134, "val_ppl": 16.667, "best": True})
+    console.evaluation({"step": 240, "val_loss": 2.8134, "best": True})
     console.sample(120, "def main(", "args):\n\x1b[31m\r\treturn é\n")
     console.summary([("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")])
     console.close()

@@ -32,8 +32,11 @@ from fasttrain.log.metrics import LossTracker, flops_per_token, mfu, peak_flops,
         ("Tesla V100-SXM2-16GB", "tf32", None),
     ],
 )
-def test_peak_of_known_devices(name: str, dtype: str, expected: float | None) -> None:
-    assert metrics._peak_of(name, dtype) == expected
+def test_peak_of_known_devices(
+    name: str, dtype: str, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), dtype) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,9 +52,10 @@ def test_peak_of_known_devices(name: str, dtype: str, expected: float | None) ->
         "",
     ],
 )
-def test_a_similar_name_is_not_enough(name: str) -> None:
+def test_a_similar_name_is_not_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     for dtype in ("bf16", "fp16", "tf32", "fp32"):
-        assert metrics._peak_of(name, dtype) is None
+        assert peak_flops(torch.device("cuda"), dtype) is None
 
 
 def test_peak_falls_with_precision_on_every_device() -> None:
