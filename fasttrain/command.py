@@ -53,6 +53,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
                 shown = f"error: {error}\n{_OUT_OF_MEMORY}"
+            record(shown)
             tell(f"rank {rank}: {shown}" if rank else shown)
             return EXIT_FAILED
 
@@ -65,13 +66,13 @@ def _nobody_reads(file: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def record(line: str) -> bool:
-    """Have torchrun's summary show this line, not a traceback; return whether it will."""
+def record(text: str) -> bool:
+    """Have torchrun's summary of a failed job show this; return whether it will."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             # torchrun may end this rank meanwhile, and itself fails on a file that is half written.
             with open(f"{file}.part", "w", encoding="utf-8") as part:
-                json.dump({"message": redact(line), "timestamp": int(time.time())}, part)
+                json.dump({"message": redact(text), "timestamp": int(time.time())}, part)
             os.replace(f"{file}.part", file)
             return True
     return False
@@ -95,12 +96,6 @@ def prog(name: str) -> str:
 def tell(text: str) -> None:
     """Print a line to standard error, without secrets."""
     print(redact(text), file=sys.stderr, flush=True)
-
-
-def redacted(error: BaseException) -> Exception:
-    """Return an exception that says the same at the same place, without secrets or causes."""
-    shown = RuntimeError(redact(f"{type(error).__name__}: {error}"))
-    return shown.with_traceback(error.__traceback__)
 
 
 # A variable's name is split at what is no letter and where the case changes: none of these words is

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog, redacted
+from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog
 from fasttrain.config import UserError, help_text, load_config, shipped_configs
 
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
@@ -156,16 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError:
         raise  # `command` says and records it
     except Exception as error:
-        if rank := os.environ.get("RANK"):
-            from fasttrain.distributed.world import record_failure
-
-            if any(name in str(error) for name in ("gloo", "NCCL")):
-                error.add_note(
-                    f"rank {rank}: another rank has ended or is out of reach; its error, above or "
-                    "in torchrun's summary, says why"
-                )
-                time.sleep(1.1)  # torchrun names the rank that failed first, in whole seconds
-            record_failure(redacted(error))
+        rank = os.environ.get("RANK")
+        if rank and any(name in str(error) for name in ("gloo", "NCCL")):
+            error.add_note(
+                f"rank {rank}: another rank has ended or is out of reach; its error, above or in "
+                "torchrun's summary, says why"
+            )
+            time.sleep(1.1)  # torchrun names the rank that failed first, in whole seconds
         raise
 
 

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fasttrain.checkpoint import CheckpointError, verify
@@ -18,36 +18,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(f"usage: {prog('checkpoint')} RUN_OR_CHECKPOINT_FOLDER")
         return EXIT_DONE if list(arguments) in (["-h"], ["--help"]) else EXIT_BAD_INPUT
-    shown = damaged = 0
+    damaged, shown = False, False
     for path in disk.candidates(Path(arguments[0])):
         print(path)
+        found, verdict = None, "every byte is as it was written; config and state can be resumed"
         try:
             found = verify(path)
         except CheckpointError as error:
-            damaged += 1
-            _print_files(path, {})
-            print(f"  DAMAGED: {error}")
-            continue
-        _print_files(path, found.layouts)
-        print("  verified: every byte is as it was written; config and state can be resumed")
-        if not shown:
+            damaged, verdict = True, str(error)
+        for file in sorted(path.iterdir()) if path.is_dir() else []:
+            line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
+            if found and file.name in found.layouts:
+                shapes = [shape for _, shape, _, _ in found.layouts[file.name].values()]
+                line += f" {len(shapes):>7,} tensors {sum(map(math.prod, shapes)):>15,} parameters"
+            print(line)
+        print(f"  {'verified' if found else 'DAMAGED'}: {verdict}")
+        if found and not shown:
+            shown = True
             for change in found.state.get("history", []):
                 print(
                     f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
                     f"{change['new']} ({change['when']})"
                 )
             print(config_to_toml(found.config))
-        shown += 1
     return EXIT_FAILED if damaged else EXIT_DONE
-
-
-def _print_files(path: Path, layouts: Mapping[str, disk.Layout]) -> None:
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
-        line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
-        if (layout := layouts.get(file.name)) is not None:
-            parameters = sum(math.prod(shape) for _, shape, _, _ in layout.values())
-            line += f" {len(layout):>7,} tensors {parameters:>15,} parameters"
-        print(line)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ def candidates(path: Path) -> list[Path]:
 
 
 def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """Return checkpoint folders, last commit first, with their manifests (None: damaged).
+    """Return checkpoint folders, newest commit first, with their manifests (None: damaged).
 
-    By commit, not by step: a run that went back to an older step must not take up its old future.
+    By commit, not by step: a run that went back to an older step must not resume its old future.
     """
     try:
         names = {name for name in os.listdir(folder) if STEP.fullmatch(name)}
@@ -107,11 +107,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest if it is intact and the folder holds exactly the files it lists."""
     refuse_foreign(path)
     file = path / MANIFEST
-    text = read_bytes(file)
+    text = read_file(file).numpy().tobytes()
     manifest = parse_json(file, text)
-    named = STEP.fullmatch(path.name)
-    files = manifest.pop("sha256", None) and manifest.get("files")
-    if not isinstance(files, dict) or seal(manifest) != text:
+    manifest.pop("sha256", None)
+    if seal(manifest) != text:
         raise CheckpointError(f"{file}: damaged: it does not match its own SHA-256")
     made_by = SEVERAL if "ranks" in manifest else FORMAT
     if any(manifest.get(key) != value for key, value in made_by.items()):
@@ -119,13 +118,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file}: written by another version; use the fasttrain that wrote it"
         )
     problem = misfit(Manifest, manifest)
+    files = {} if problem else manifest["files"]
     if odd := [name for name in files if not FILE.fullmatch(name)]:
         problem = f"{odd[0]!r} cannot name a file"
-    if lost := sorted({"state.json", "config.toml"} - files.keys()):
-        problem = f"it lists no {lost[0]}"
-    if problem is not None:
+    elif not problem and (lost := {"state.json", "config.toml"} - files.keys()):
+        problem = f"it lists no {min(lost)}"
+    if problem:
         raise CheckpointError(f"{file}: malformed: {problem}")
-    if named and int(named[1]) != manifest["step"]:
+    if (named := STEP.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
         raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
     expected = {MANIFEST, *files}
     if odd := sorted(expected ^ set(os.listdir(path))):
@@ -139,11 +139,6 @@ def seal(manifest: dict[str, Any]) -> bytes:
     body = json.dumps(manifest, indent=1, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def read_bytes(file: Path, entry: dict[str, Any] | None = None) -> bytes:
-    """Return the bytes of a small file, verified if it has an entry."""
-    return read_file(file, entry, keep=True).numpy().tobytes()
 
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
@@ -167,7 +162,7 @@ def refuse_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
 
 
-def read_file(path: Path, entry: dict[str, Any] | None, *, keep: bool) -> Tensor:
+def read_file(path: Path, entry: dict[str, Any] | None = None, *, keep: bool = True) -> Tensor:
     """Read a file once and check it against its entry; return its bytes if `keep`."""
     try:
         # A link could lead out of the folder, and opening a pipe would block.
@@ -212,49 +207,29 @@ def read_header(path: Path) -> Layout:
 def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
     """Return where each tensor lies in a safetensors file; `raw` holds at least the header."""
 
-    def check(fine: bool, problem: str) -> None:
-        if not fine:
+    def check(fits: bool, problem: str | None) -> None:
+        if not fits:
             raise CheckpointError(f"{path}: malformed safetensors: {problem}")
 
     length = int.from_bytes(raw[:8], "little")
     check(size >= 8 and length <= min(size - 8, JSON_LIMIT), f"header of {length} bytes")
     header = parse_json(path, bytes(raw[8 : 8 + length]))
     header.pop("__metadata__", None)
+    problem = misfit(dict[str, TensorEntry], header)
+    check(problem is None, problem)
     layout: Layout = {}
     start = end = 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
-        check(isinstance(entry, dict), f"{name!r} is not described")
-        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
-        fit = isinstance(shape, list) and len(shape) <= 32
-        fit = fit and all(type(n) is int and n >= 0 for n in shape)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
         # Zeros aside: torch overflows on the strides of a (0, 2**62, 2**62) tensor.
-        fit = fit and math.prod(n or 1 for n in shape) < 2**60
-        check(dtype is not None and fit, f"{name!r} has no valid dtype and shape")
+        fits = len(shape) <= 32 and math.prod(n or 1 for n in shape) < 2**60
+        check(dtype is not None and fits, f"{name!r} has no valid dtype and shape")
         assert dtype is not None
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        check(_offsets(entry) == (begin - start, end - start), f"{name!r} is out of place")
+        check(entry["data_offsets"] == [begin - start, end - start], f"{name!r} is out of place")
         layout[name] = (dtype, shape, begin, end)
     check(end == size, f"the tensors end at byte {end} of {size}")
     return layout
-
-
-def _offsets(entry: Any) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]:
-        return offsets[0], offsets[1]
-    return -1, -1
-
-
-def as_tensors(path: Path, data: Tensor) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file with the bytes `data`: views where aligned."""
-    tensors = {}
-    layout = read_layout(path, data.numpy().data, data.numel())
-    for name, (dtype, shape, begin, end) in layout.items():
-        part = data[begin:end]
-        if begin % dtype.itemsize:
-            part = part.clone()
-        tensors[name] = part.view(dtype).view(shape)
-    return tensors
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -287,19 +262,16 @@ def fsync_folder(folder: Path) -> None:
 
 def point(pointer: Path, name: str) -> None:
     partial = pointer.with_name(f".tmp-{pointer.name}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(partial)
+    remove(partial)
     write_file(partial, f"{name}\n".encode())
     os.replace(partial, pointer)
     fsync_folder(pointer.parent)
 
 
-def pointed(pointer: Path) -> str | None:
-    try:
-        name = pointer.read_text(errors="replace").strip()
-    except OSError:
-        return None
-    return name if STEP.fullmatch(name) else None
+def pointed(pointer: Path) -> str:
+    with contextlib.suppress(OSError):
+        return pointer.read_text(errors="replace").strip()
+    return ""
 
 
 def remove(path: Path) -> None:
@@ -328,9 +300,9 @@ def failure(what: str, error: OSError) -> CheckpointError:
 
 
 def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
-    """Remove what earlier saves left unfinished; no failure here hinders the next save.
+    """Remove what earlier saves left unfinished, but names that begin with one of `spare`.
 
-    Names that begin with one of `spare` stay: other ranks may be writing there.
+    No failure here hinders the next save.
     """
     for name in os.listdir(folder):
         if not name.startswith((".tmp-", ".old-")) or name.startswith(spare):
@@ -346,6 +318,12 @@ def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
 # What JSON of a checkpoint has to hold.
 Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
+
+
+class TensorEntry(TypedDict):  # in the header of a safetensors file
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 class Entry(TypedDict):  # a file in the manifest
@@ -412,10 +390,3 @@ class LibraryState(_Origin):  # state.json of `fasttrain.Trainer`, but for torch
     batch_in_epoch: int
     skipped_steps: int
     library: dict[str, Any]
-
-
-def state_type(state: dict[str, Any]) -> type:
-    """Return what a state claims to be."""
-    if "position" in state:
-        return RunState
-    return LibraryState if "epoch" in state else ModelState

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.files import CheckpointError, state_type
-from fasttrain.checkpoint.ranks import Slices, put, read_slices
+from fasttrain.checkpoint.files import CheckpointError
+from fasttrain.checkpoint.ranks import Slices, read_slices
 from fasttrain.command import tell
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.config.untrusted import misfit
@@ -37,17 +37,18 @@ class Checkpoint:
 
 
 def parse(path: Path) -> Checkpoint:
-    """Read all but the tensors, which are on the device ``meta``, where they have no values.
+    """Read all but the tensors, which are on the device ``meta``.
 
     Raises CheckpointError, which names the file, if one cannot be parsed or contradicts another.
     """
     path = Path(path)
     manifest = disk.read_manifest(path)
-    files = {name: e for name, e in manifest["files"].items() if name.endswith(".safetensors")}
-    for name in sorted(manifest["files"].keys() - files.keys()):
-        disk.read_file(path / name, manifest["files"][name], keep=False)
+    entries = manifest["files"]
+    files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
+    others = [(name, entry) for name, entry in entries.items() if name not in files]
+    texts = {n: disk.read_file(path / n, e).numpy().tobytes() for n, e in others}
     layouts = {name: disk.read_header(path / name) for name in files}
-    slices = read_slices(path, manifest)
+    slices = read_slices(path, manifest, texts)
     for name, parts in slices.items():
         if lost := parts.keys() - layouts.get(name, {}).keys():
             raise CheckpointError(f"{path / name}: malformed: {min(lost)} is not in it")
@@ -57,16 +58,24 @@ def parse(path: Path) -> Checkpoint:
     except ConfigError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
     file = path / "state.json"
-    state = disk.parse_json(file, disk.read_bytes(file))
-    problem = misfit(state_type(state), state) or _contradiction(state, manifest["step"], config)
-    if problem is not None:
+    state = disk.parse_json(file, texts[file.name])
+    kind = disk.LibraryState if "epoch" in state else disk.ModelState
+    problem = misfit(disk.RunState if "position" in state else kind, state)
+    if problem := problem or _contradiction(state, manifest["step"], config):
         raise CheckpointError(f"{file}: malformed: {problem}")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layout in layouts.items():
         for key, (dtype, shape, _, _) in layout.items():
-            part = slices.get(name, {}).get(key)
+            full, part = f"{name.partition('.')[0]}.{key}", slices.get(name, {}).get(key)
             whole = torch.empty(part.shape if part else shape, dtype=dtype, device="meta")
-            tensors[f"{name.partition('.')[0]}.{key}"] = whole
+            known = tensors.setdefault(full, whole)
+            fits = known is whole
+            if part is not None:
+                alike = (known.shape, known.dtype) == (whole.shape, dtype)
+                fits = alike and part.local_shape == tuple(shape)
+            if not fits:
+                file = path / name
+                raise CheckpointError(f"{file}: malformed: {key} is not the part that it should be")
     return Checkpoint(
         path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
         files=files, layouts=layouts, slices=slices,
@@ -76,15 +85,13 @@ def parse(path: Path) -> Checkpoint:
 def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> str | None:
     """Return how the counts of a run contradict each other, if they do.
 
-    Each step of a regular run takes the same number of samples, and so does a batch that a rollback
-    skipped.
+    Each step of a regular run takes the same number of samples, as does a batch that was skipped.
     """
     if state.get("step", step) != step:
         return f"step is {state['step']}, and the manifest is of step {step}"
     if state.get("total_steps") == 0:
         return "total_steps is 0, and a run has one"
-    known = {"position", "tokens", "samples_per_step"} <= state.keys()
-    if not (known and state.get("regular")):
+    if not (state.get("regular") and {"position", "tokens", "samples_per_step"} <= state.keys()):
         return None
     samples, passed = state["samples_per_step"], len(state["faults"]["passed_over"])
     first = step * samples
@@ -104,15 +111,11 @@ def verify(path: Path) -> Checkpoint:
     return load(path, only=())
 
 
-def load(
-    path: Path, *, map_location: str | torch.device = "cpu", only: Collection[str] | None = None
-) -> Checkpoint:
-    """Read a checkpoint folder, verifying every byte as it is read; nothing in it is executed.
+def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
+    """Read a checkpoint folder and verify every byte; CheckpointError if anything is off.
 
-    Groups that ``only`` does not name are verified and dropped. Raises CheckpointError if anything
-    in the folder is missing, additional, damaged or malformed.
-
-    Memory: CPU tensors are views into one buffer a file, which lives as long as any of them.
+    Groups that ``only`` does not name are verified and dropped. Tensors are views into one buffer a
+    file, which lives as long as any of them.
     """
     found = parse(path)
     tensors: dict[str, Tensor] = {}
@@ -120,9 +123,15 @@ def load(
         stem, file = name.partition(".")[0], found.path / name
         keep = only is None or stem in only
         data = disk.read_file(file, entry, keep=keep)
-        parts = found.slices.get(name, {})
-        for key, tensor in disk.as_tensors(file, data).items() if keep else ():
-            put(tensors, f"{stem}.{key}", tensor.to(map_location), parts.get(key), file)
+        layout = disk.read_layout(file, data.numpy().data, len(data)) if keep else {}
+        for key, (dtype, shape, begin, end) in layout.items():
+            raw = data[begin:end].clone() if begin % dtype.itemsize else data[begin:end]
+            tensor, full = raw.view(dtype).view(shape), f"{stem}.{key}"
+            if part := found.slices.get(name, {}).get(key):
+                tensors.setdefault(full, torch.empty(part.shape, dtype=dtype))
+                part.of(tensors[full]).copy_(tensor)
+            else:
+                tensors[full] = tensor
     return replace(found, tensors=tensors)
 
 
@@ -131,12 +140,10 @@ def resolve(
 ) -> Path:
     """Return the verified checkpoint folder that a run folder or a checkpoint names.
 
-    A checkpoint folder is taken as it is. Of a run, `auto` is the newest that verifies, after a
-    line to `report` for each that does not; `latest` and `best` are that one or a CheckpointError.
+    Of a run, `auto` is the newest that verifies, after a line to `report` for each that does not;
+    `latest` and `best` are that one or a CheckpointError.
     """
     path = Path(run_or_checkpoint)
-    if which not in ("auto", "latest", "best"):
-        raise CheckpointError(f"checkpoint: which must be auto, latest or best, got {which!r}")
     found = disk.candidates(path)
     if found != [path] and which != "auto":
         name = disk.pointed(found[0].parent / which)
@@ -159,15 +166,13 @@ def resolve(
 
 
 def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[str, Tensor]]:
-    """Return a checkpoint and the parameters in it that were evaluated: averaged ones, if any.
+    """Return a checkpoint and its parameters as they were evaluated: averaged ones, if any.
 
     Of a run folder, ``which`` is the ``best`` checkpoint (the newest where none was evaluated) or
     the ``latest``. Raises UserError if there is none, or it is damaged.
     """
     if which not in ("best", "latest"):
         raise UserError(f"which must be 'best' or 'latest', got {which!r}")
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder, such as runs/base")
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     evaluated = (checkpoints / "best").exists()
     folder = resolve(path, which if which == "latest" or evaluated else "auto")
@@ -178,8 +183,7 @@ def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[
 def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) -> None:
     """Refuse a config whose model is not that of a checkpoint, before any of the model is made.
 
-    The config may say anything, but its vocabulary is known. Raises UserError if the parameters
-    have other shapes, or what is made beside them is out of proportion.
+    Raises UserError if parameters have other shapes, or buffers are out of proportion.
     """
     problem = f"model.n_layers = {config.model.n_layers}"
     if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
@@ -194,14 +198,11 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) 
 
 def misfits_of(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Return which parameters have other shapes there than here, at most three of them."""
-
-    def shape(tensor: Tensor | None) -> str:
-        return "missing" if tensor is None else str(tuple(tensor.shape))
-
-    misfits = [
-        f"{name} is {there} there and {here} here"
-        for name in sorted(wanted.keys() | found.keys())
-        if (there := shape(found.get(name))) != (here := shape(wanted.get(name)))
-    ]
+    sides = [{n: str(tuple(t.shape)) for n, t in side.items()} for side in (found, wanted)]
+    misfits = []
+    for name in sorted(found.keys() | wanted.keys()):
+        there, here = (side.get(name, "missing") for side in sides)
+        if there != here:
+            misfits.append(f"{name} is {there} there and {here} here")
     more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
     return "; ".join(misfits[:3]) + more

@@ -24,7 +24,6 @@ from fasttrain.checkpoint.files import CheckpointError
 from fasttrain.checkpoint.ranks import Ranks, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
-from fasttrain.distributed.slices import Slice
 
 # On a core that training keeps busy, Linux gives a thread of this priority 3.4 % (of 10: 9.7 %),
 # and all that training leaves idle. To hash a GB takes 0.7 s, so that it is written in half a
@@ -40,19 +39,20 @@ class _Save:
     step: int
     path: Path
     partial: Path
-    slices: dict[str, dict[str, Slice]]  # by file stem; these stems are written
+    names: dict[str, str]  # of this rank's files, by group
+    slices: dict[str, dict[str, list[int]]]  # by file
     texts: dict[str, bytes]
     metric: float | None
     copied: list[torch.cuda.Event]
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run folder and keeps the last few and the best.
+    """Writes the checkpoints of one run folder; keeps the last `keep_last` verified and the best.
 
-    `keep_last` verified ones are kept beside the best. Unless `asynchronous`, `save` returns after
-    the commit. Of several ranks each has a writer, all with one `session` that no earlier ones had;
-    they save at the same steps, and a rank waits `patience_s` for the others. `warn` is called, in
-    any thread, if a checkpoint is complete but others could not be removed.
+    Unless `asynchronous`, `save` returns after the commit. With several ranks each has a writer,
+    all with one new `session`; they save at the same steps, and wait `patience_s` for each other.
+    `warn` is called, in any thread, if a checkpoint is complete but older ones could not be
+    removed.
 
     Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
     """
@@ -69,8 +69,6 @@ class CheckpointWriter:
         patience_s: float = 600.0,
         warn: Callable[[str], None] = tell,
     ) -> None:
-        if keep_last < 1:
-            raise CheckpointError(f"checkpoint.keep_last must be at least 1, got {keep_last}")
         self.folder = Path(folder)
         self.keep_last = keep_last
         self.asynchronous = asynchronous
@@ -82,7 +80,7 @@ class CheckpointWriter:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._verdicts: dict[Path, tuple[object, bool]] = {}
+        self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             disk.fsync_folder(self.folder.parent)
@@ -100,15 +98,14 @@ class CheckpointWriter:
     ) -> Path:
         """Take a snapshot now and commit it in the background; later updates do not reach it.
 
-        Of several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
+        With several ranks, each takes its slice of every DTensor; any other tensor is taken by rank
         0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
 
-        One save is in flight at a time: a second waits for the first. A step that was saved before
-        is replaced. `best` moves to the lowest `metric` of the checkpoints that verify. The folder
-        that is returned exists once `wait` has returned.
+        A save waits for the one before. `best` moves to the lowest `metric` of the checkpoints that
+        verify. The folder that is returned exists once `wait` has returned.
 
-        Raises CheckpointError if the save before this one failed (then this one was not begun: call
-        again), or this one, if it is synchronous or its arguments are unfit.
+        Raises CheckpointError if the save before this one failed (then call again: this one was not
+        begun), or this one, if it is synchronous or its arguments are unfit.
         """
         self.wait()
         self._n_begun += 1
@@ -119,23 +116,29 @@ class CheckpointWriter:
                 f"checkpoint: state is not JSON ({error}); use finite numbers, strings, lists and "
                 "string-keyed dicts, null for what is unknown"
             ) from error
-        if bad := [s for s in groups if "." in s or not disk.FILE.fullmatch(s)]:
-            raise CheckpointError(f"checkpoint: group {bad[0]!r} cannot name a file")
-        own, slices = own_slices(groups, self._ranks.rank)
-        if self._ranks.rank:
+        rank = self._ranks.rank
+        own, slices = own_slices(groups, rank)
+        if rank:
             own = {stem: tensors for stem, tensors in own.items() if tensors}
+        mark = f".rank-{rank:05d}"
+        names = {s: f"{s}{mark if rank or slices[s] else ''}.safetensors" for s in own}
         path = self.folder / f"step-{step:08d}"
         save = _Save(
             step=step,
             path=path,
             partial=self._ranks.partial(path, self._n_begun),
-            slices={stem: slices[stem] for stem in own},
+            names=names,
+            slices={
+                name: {n: [p.dim, p.begin, p.end, *p.shape] for n, p in slices[stem].items()}
+                for stem, name in names.items()
+                if slices[stem]
+            },
             texts={"state.json": state_json, "config.toml": config_toml.encode()},
             metric=float(metric) if metric is not None and math.isfinite(metric) else None,
             copied=self._snapshot(own),
         )
         if self.asynchronous:
-            run, name = self._write_in_background, f"checkpoint of rank {self._ranks.rank}"
+            run, name = self._write_in_background, f"checkpoint of rank {rank}"
             self._thread = threading.Thread(target=run, args=(save,), name=name)
             self._thread.start()
         else:
@@ -186,7 +189,7 @@ class CheckpointWriter:
         try:
             for device in self._streams:  # to wait in another's context would open one there
                 torch.cuda.set_device(device)
-            n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.slices)
+            n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.names)
             if sys.platform == "linux" and n_bytes > _BULKY:  # a thread has its own priority there
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
@@ -206,39 +209,30 @@ class CheckpointWriter:
             pass  # rank 0 has given up, and says why
         except (OSError, CheckpointError) as error:
             with contextlib.suppress(OSError):
-                for name in self._file_names(save).values():
+                for name in save.names.values():
                     disk.remove(save.partial / name)
             with contextlib.suppress(OSError):
-                self._ranks.enter(save.partial)
+                save.partial.mkdir(exist_ok=True)
                 self._ranks.hand_in(save.partial, error=str(error))
-            if isinstance(error, CheckpointError):
-                raise
-            raise disk.failure(f"{save.path} was not saved", error) from error
+            if isinstance(error, OSError):
+                raise disk.failure(f"{save.path} was not saved", error) from error
+            raise
         self._ranks.await_commit(save.partial, save.path)
-
-    def _file_names(self, save: _Save) -> dict[str, str]:
-        return {stem: self._ranks.file(stem, sliced=bool(s)) for stem, s in save.slices.items()}
 
     def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
         """Write this rank's tensors."""
-        for stem in save.slices:
+        for stem in save.names:
             if name := self._snapshots[stem].first_nonfinite():
                 raise CheckpointError(
                     f"checkpoint: {stem}.{name} is not finite at step {save.step}: not saved; "
                     "resume from the last checkpoint with a lower learning rate or other data"
                 )
-        self._ranks.enter(save.partial)
-        names = self._file_names(save)
+        save.partial.mkdir(exist_ok=self._ranks.size > 1)  # another rank may have made it
         files = {
             name: disk.write_file(save.partial / name, self._snapshots[stem].content.numpy())
-            for stem, name in names.items()
+            for stem, name in save.names.items()
         }
-        slices = {
-            names[stem]: {n: [p.dim, p.begin, p.end, *p.shape] for n, p in parts.items()}
-            for stem, parts in save.slices.items()
-            if parts
-        }
-        self._ranks.hand_in(save.partial, files=files, slices=slices)
+        self._ranks.hand_in(save.partial, files=files, slices=save.slices)
         return files
 
     def _commit(self, save: _Save) -> None:
@@ -267,7 +261,7 @@ class CheckpointWriter:
             except CheckpointError as error:
                 reason = str(error).removeprefix(f"{partial}{os.sep}")
                 raise CheckpointError(
-                    f"{path} was not saved, for no run could go on from it: {reason}"
+                    f"{path} was not saved, because no run could resume from it: {reason}"
                 ) from error
             disk.fsync_folder(partial)
             if path.exists():
@@ -276,7 +270,7 @@ class CheckpointWriter:
             os.rename(partial, path)
             disk.fsync_folder(self.folder)
             committed = True
-            self._verdicts[path] = (disk.signature(path), True)
+            self._verified[path] = disk.signature(path)
             disk.point(self.folder / "latest", path.name)
             self._retain(path)
             disk.remove(old)
@@ -300,20 +294,21 @@ class CheckpointWriter:
                 raise
             raise shown from error
 
-    def _verified(self, path: Path) -> bool:
+    def _is_sound(self, path: Path) -> bool:
         """Hash a folder once; again only if the system has seen one of its files change."""
         now = disk.signature(path)
-        if self._verdicts.get(path, (None,))[0] != now:
-            sound = False
-            with contextlib.suppress(CheckpointError):
-                sound = bool(verify(path))
-            self._verdicts[path] = (now, sound)
-        return self._verdicts[path][1]
+        if self._verified.get(path) != now:
+            try:
+                verify(path)
+            except CheckpointError:
+                return False
+            self._verified[path] = now
+        return True
 
     def _retain(self, newest: Path) -> None:
         """Move `best`, then remove what is older than the last `keep_last` verified ones."""
         found = disk.history(self.folder)
-        good = [(path, m) for path, m in found if m and self._verified(path)]
+        good = [(path, m) for path, m in found if m and self._is_sound(path)]
         rated = [(m["metric"], m["commit"], path) for path, m in good if m["metric"] is not None]
         best = min(rated)[2] if rated else None
         if best is not None and disk.pointed(self.folder / "best") != best.name:
@@ -358,12 +353,9 @@ class Snapshot:
         self.content = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
         self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.buffer = self.content[len(text) :]
-        self.views = [
-            self.buffer[slice(*header[n]["data_offsets"])]
-            .view(tensors[n].dtype)
-            .view_as(tensors[n])
-            for n in self.names
-        ]
+        parts = [self.buffer[slice(*header[name]["data_offsets"])] for name in self.names]
+        like = [tensors[name] for name in self.names]
+        self.views = [p.view(t.dtype).view_as(t) for p, t in zip(parts, like, strict=True)]
 
     def _pinned(self, size: int) -> Tensor:
         """Return pinned memory, or ordinary memory if it cannot be pinned.

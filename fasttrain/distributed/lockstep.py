@@ -17,27 +17,26 @@ from torch import Tensor
 
 from fasttrain.distributed.world import World
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LISTEN_EVERY_S = 0.5
 AT_SAME_STEP_S = 60.0  # for the slowest rank to reach where it may be saved
 _CALL, _STEP = "stop", "saves step of"
 
 
 def die_with_parent() -> None:
-    """Make the kernel send this process SIGTERM when torchrun's agent dies, however it dies.
+    """Have Linux send this process SIGTERM when torchrun's agent dies, however it dies.
 
-    SIGUSR1 to torchrun kills the agent alone: its workers would run unsupervised. Linux only.
+    SIGUSR1 to torchrun kills the agent alone: its workers would run unsupervised.
     """
-    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(set_death_signal, signal.SIGTERM)
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def call_ranks(world: World) -> None:
     """Tell the other ranks at once that this one is to stop; from any thread.
 
-    They learn it at the end of a step as well, but the first one compiles, and some last long: then
-    all must give it up, and save the state before it.
+    They learn it at the end of a step as well, but a step may last, as the first does, which
+    compiles: then all must give it up, and save the state before it.
     """
     if world.store is not None:
         with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended
@@ -47,7 +46,7 @@ def call_ranks(world: World) -> None:
 def differing_step(world: World, step: int) -> str | None:
     """Wait until all ranks said at which step they give up; return what prevents a common save.
 
-    From any thread: collectives belong to the thread that trains. Once a process.
+    Once a process, from any thread: collectives belong to the training thread.
     """
     store, deadline = world.store, time.monotonic() + AT_SAME_STEP_S
     if store is None:
@@ -92,11 +91,9 @@ def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
 class Lockstep:
     """What the ranks of a run decide together, each time at the same step, without waiting.
 
-    At each call every rank hands in a number, and all learn the greatest of the call before: the
-    reduction runs on the hosts while the step does. One rank learns its own at once.
-
-    ``stop``: whether a rank, ``stopped_by``, was told to stop. ``time_over``: whether the time that
-    a rank measured is over. ``watchdog`` waits ``timeout_s`` for the next decision.
+    At each call every rank hands in a number, and all learn the maximum of the call before: the
+    reduction runs on the hosts during the step. ``stop``: whether a rank, ``stopped_by``, was told
+    to stop. ``time_over``: whether the time that a rank measured is over.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -104,39 +101,33 @@ class Lockstep:
         self.stopped_by = 0
         self.watchdog = Watchdog(world, timeout_s)
         self._world = world
-        self._pending: tuple[Tensor, dist.Work] | None = None
+        self._pending: tuple[Tensor, dist.Work | None] = torch.tensor(0), None
 
     def __call__(self, *, stop: bool, time_over: bool) -> None:
         """Hand in what holds for this rank; learn, on several one call late, what holds for all."""
-        agreed = self._greatest(2 + self._world.rank if stop else int(time_over))
+        agreed = 2 + self._world.rank if stop else int(time_over)
+        if group := self._world.control:
+            mine, (before, work) = torch.tensor(agreed), self._pending
+            if work is not None:
+                work.wait()
+            agreed = int(before)
+            self._pending = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group, async_op=True)
         self.watchdog.beat()
         if agreed >= 2:
             self.stop, self.stopped_by = True, agreed - 2
         self.time_over |= agreed == 1
 
-    def _greatest(self, number: int) -> int:
-        if self._world.control is None:
-            return number
-        before, mine = self._pending, torch.tensor([number])
-        if before is not None:
-            before[1].wait()
-        group = self._world.control
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=group, async_op=True)
-        assert work is not None
-        self._pending = (mine, work)
-        return 0 if before is None else int(before[0])
-
 
 class Watchdog:
     """Ends the process, with every thread's stack on standard error, when it makes no progress.
 
-    Without it ranks would wait for ever for one that is stopped or out of reach, or in a collective
+    Without it ranks would wait forever for one that is stopped or out of reach, or in a collective
     that does not match. torchrun then ends the other ranks.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
-        self.world, self.timeout_s = world, timeout_s
-        self._allowed_s = timeout_s
+        self.world = world
+        self.timeout_s = self._allowed_s = timeout_s
         self._deadline = math.inf
         if world.size > 1:
             threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()

@@ -23,55 +23,44 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = False) -> nn.Module:
-    """Return a module, parameters inside and the loss its output, as DDP runs it.
+    """Wrap a module, which holds the parameters and returns the loss, in DDP.
 
-    If it ``accumulates`` gradients over micro-batches, they have their place in DDP's buckets from
-    the first on, and are to be zeroed, not dropped: else they lie beside the buckets until the
-    last, and then in them too. With ``sync_buffers`` each forward takes
-    rank 0's buffers.
+    If it ``accumulates`` gradients over micro-batches, they lie in DDP's buckets from the start and
+    must be zeroed, not set to None: otherwise they lie beside the buckets until the last
+    micro-batch, and then in both. With ``sync_buffers`` each forward takes rank 0's buffers.
     """
     if accumulates:
         for p in objective.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     ddp = nn.parallel.DistributedDataParallel
-    if not sync_buffers:
+    if not sync_buffers:  # broadcast_buffers=False is deprecated since torch 2.13
         names = [name for name, _ in objective.named_buffers()]
         ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
     return ddp(objective, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
-    """Spread the parameters of a model over the ranks, block by block; they become DTensors.
+    """Shard the parameters of a model over the ranks, block by block; they become DTensors.
 
-    Its ``blocks`` are gathered one by one, the next while one computes; of another model the
-    members of each list of modules. Optimizers are made after it. Nothing is done unless the
-    world's mode shards.
+    The blocks (of a custom model: the members of each list of modules) are gathered one by one, the
+    next one while one computes. Make optimizers afterwards. Does nothing unless the mode shards.
 
-    Numerics: parameters are gathered as they are, in fp32, and autocast rounds them for a product,
-        as on one rank. Gathered in bf16, half the bytes, embeddings and with them the residual
-        stream would be bf16, and the weights of norms.
+    Numerics: parameters are gathered in fp32, and autocast rounds them for a product, as on one
+        rank. Gathered in bf16, half the bytes, norms and the residual stream would be bf16 too.
     """
     if not world.sharded:
         return
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
 
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)
+    shared: Any = {"mesh": world.mesh, "mp_policy": policy}
     for block in _blocks(model):
-        fully_shard(
-            block,
-            mesh=world.mesh,
-            reshard_after_forward=config.reshard_after_forward,
-            mp_policy=policy,
-        )
+        fsdp.fully_shard(block, reshard_after_forward=config.reshard_after_forward, **shared)
     # The root keeps embedding, last norm and head whole after its forward: the loss uses the head
     # there.
-    fully_shard(model, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy)
+    fsdp.fully_shard(model, reshard_after_forward=False, **shared)
     if hasattr(model, "hidden"):
-        register_fsdp_forward_method(model, "hidden")
+        fsdp.register_fsdp_forward_method(model, "hidden")
 
 
 def place(
@@ -80,13 +69,11 @@ def place(
     config: DistributedConfig,
     device: torch.device,
 ) -> tuple[World, torch.device]:
-    """Move a custom model to its device, under torchrun to this rank's, and share it as configured.
+    """Move a custom model to its device, under torchrun to this rank's, and wrap it as configured.
 
     All ranks begin with rank 0's parameters. Where they are sharded, ``optimizer`` gets the shards.
-
-    Raises:
-        UserError: the ranks do not find each other, the model is wrapped already, or the optimizer
-            has made steps.
+    Raises UserError if the ranks do not find each other, the model is wrapped already, or the
+    optimizer has made steps.
     """
     world = start(config, device)
     device = world.device(device)
@@ -141,10 +128,10 @@ class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def make_sharded(
     make: Callable[[], M], world: World, config: DistributedConfig, *, device: torch.device
 ) -> M:
-    """Return a model with its parameters spread over the ranks, and the numbers of one that is not.
+    """Return a sharded model with the initial parameters of one that is not sharded.
 
-    ``make`` returns the model, its parameters drawn from torch's generator of the host by each
-    module's ``reset_parameters``, then by its ``init_weights``.
+    ``make`` returns the model; its parameters are drawn from torch's CPU generator by each module's
+    ``reset_parameters``, then by the model's ``init_weights``.
 
     Memory: this rank's shards, and on the host one whole parameter at a time.
     """
@@ -162,9 +149,9 @@ def make_sharded(
 
 @contextmanager
 def gathered(model: nn.Module, world: World) -> Iterator[None]:
-    """Use a model without training it: what its forward left gathered is freed at the end.
+    """Use a model without training it; at the end, gathered parameters are freed.
 
-    All ranks call it together, and the model within it equally often.
+    All ranks must enter it together and call the model equally often.
     """
     if not world.sharded:
         yield
@@ -182,10 +169,7 @@ def gathered(model: nn.Module, world: World) -> Iterator[None]:
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
-    """Have the next backward pass reduce gradients over ranks, or only add them up here.
-
-    ``network``: what `replicate` returned, or the model that was sharded.
-    """
+    """Have the next backward pass reduce gradients over ranks, or only accumulate them locally."""
     if world.mode == "ddp":
         network.require_backward_grad_sync = sync
     elif world.sharded:
@@ -193,7 +177,7 @@ def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:
 
 
 class _Timed:
-    """A collective of FSDP2 that marks on a clock when it begins and ends."""
+    """A collective of FSDP2 that records on a clock when it begins and ends."""
 
     def __init__(self, collective: Any, clock: StepClock) -> None:
         self.collective, self.clock = collective, clock
@@ -207,15 +191,12 @@ class _Timed:
         return work
 
     def followed(self, reduced: Tensor) -> None:
-        """Note that an all-reduce of what came of it is over as well."""
+        """Note that the all-reduce of its result has ended as well."""
         self.clock.end(self.span)
 
 
 def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
-    """Have a clock measure all collectives of parameters and gradients; not a bit changes.
-
-    ``network`` and ``accumulates`` as for `set_gradient_sync` and `replicate`.
-    """
+    """Have a clock measure all collectives of parameters and gradients; not a bit changes."""
 
     # DDP checks the annotations; torch's stubs do not have this one.
     def average(

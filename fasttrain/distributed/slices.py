@@ -21,6 +21,10 @@ class Slice:
         length = self.end - self.begin
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this slice of a whole tensor, a view."""
+        return whole.narrow(self.dim, self.begin, self.end - self.begin) if self.shape else whole
+
     @property
     def is_whole(self) -> bool:
         return self.local_shape == self.shape
@@ -29,7 +33,7 @@ class Slice:
 def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
     """Return where the local tensor of a DTensor lies in the whole; None for any other tensor.
 
-    Also whether this rank is the first of those that hold it. Raises TypeError unless the tensor is
+    Also whether this rank is the first that holds it. Raises TypeError unless the tensor is
     replicated or sharded by one dimension, as FSDP2 does it, on a mesh of any shape.
     """
     if type(tensor) is Tensor or not hasattr(tensor, "placements"):
@@ -57,24 +61,18 @@ def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
 
 
 def cut(whole: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor spread as ``like`` is, this rank's slice copied; no rank waits.
+    """Return a whole tensor sharded as ``like`` is, this rank's slice copied; no rank waits.
 
     It is returned as it is if ``like`` is not a DTensor of its shape.
     """
     located = locate(like) if whole.shape == like.shape else None
     if located is None:
         return whole
-    part, _ = located
-    local = whole.narrow(part.dim, part.begin, part.end - part.begin) if part.shape else whole
-    return spread(torch.empty_like(local, device=like.device).copy_(local).contiguous(), like)
-
-
-def spread(local: Tensor, like: Tensor) -> Tensor:
-    """Return a DTensor that is spread as ``like`` is and of which this rank holds ``local``."""
     from torch.distributed.tensor import DTensor
 
-    other: Any = like
-    where: Any = {"shape": like.shape, "stride": like.stride()}
-    mesh, placements = other.device_mesh, other.placements
-    result: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, **where)
+    local = located[0].of(whole)
+    local = torch.empty_like(local, device=like.device).copy_(local).contiguous()
+    spread: Any = like
+    where: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    result: Tensor = DTensor.from_local(local, spread.device_mesh, spread.placements, **where)
     return result

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -106,30 +106,26 @@ class World:
         return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
     def share(self, value: Any) -> Any:
-        """Return rank 0's JSON value on every rank. Waits."""
+        """Return rank 0's value on every rank. Waits."""
         return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's JSON value, in order of rank, on every rank. Waits."""
+        """Return every rank's value, in order of rank, on every rank. Waits."""
         if self.control is None:
             return [value]
-        data = json.dumps(value).encode()
-        room = torch.tensor(len(data))
-        dist.all_reduce(room, dist.ReduceOp.MAX, group=self.control)
-        padded = torch.frombuffer(bytearray(data.ljust(int(room))), dtype=torch.uint8)
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.control)
-        return [json.loads(bytes(part.tolist())) for part in parts]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError (SharedError but on rank 0) if ranks hold different facts. Waits.
 
-        `facts_of_rank` returns them; the message names a rank, what differs, and both values.
+        The message names a rank, what differs, and both values.
         """
-        if len(set(self.gather(_sha256(facts)))) == 1:
-            return
         first, *others = self.gather(facts)
         odd = [rank for rank, found in enumerate(others, 1) if found != first]
+        if not odd:
+            return
         theirs = others[odd[0] - 1]
         differing = [
             f"{name} = {_told(theirs.get(name))}, and rank 0 has {_told(first.get(name))}"
@@ -184,10 +180,7 @@ class World:
 def facts_of_rank(
     config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what must be the same on all ranks of a run, by name, for `World.agree`.
-
-    ``data`` identifies each split; ``options`` are of the command line.
-    """
+    """Return what must be the same on all ranks, by name; ``data`` identifies each split."""
     tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
     facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
     facts = {name: value for name, value in facts.items() if not name.startswith(OF_ONE_RANK)}
@@ -227,23 +220,21 @@ def _weighted(values: Tensor) -> Tensor:
     return (values * ((x ^ (x >> 27)) | 1)).sum()
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _told(value: Any) -> str:
     """Return a value for people, a long one by its hash."""
     text = show(value)
-    return text if len(text) <= 40 else f"(sha256 {_sha256(value)[:12]})"
+    if len(text) <= 40:
+        return text
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return f"(sha256 {digest[:12]})"
 
 
 def start(config: DistributedConfig, device: torch.device) -> World:
     """Join the processes that torchrun started; return a world of one if it started none.
 
-    ``device`` is what ``run.device`` names. Raises UserError if the processes did not find each
-    other in ``distributed.init_timeout_s``.
+    Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     try:
         world = World(
@@ -258,8 +249,6 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             f"WORLD_SIZE is set but {error} is missing or no number; start several processes with "
             "torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from error
-    if world.size == 1:
-        return replace(world, mode="single")
     own = world.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -318,18 +307,6 @@ def _fresh_store(world: World, patience: timedelta) -> Store:
     return PrefixStore(name, store)
 
 
-def record_failure(error: BaseException) -> None:
-    """Have torchrun's summary of a failed job say what failed."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        # torchrun may end this rank meanwhile, and itself fails on a file that is half written.
-        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{file}.part"
-        get_error_handler().record_exception(error)
-        with suppress(OSError):
-            os.replace(f"{file}.part", file)
-
-
 def stop(world: World) -> None:
     """Leave the process groups."""
     if world.size > 1 and dist.is_initialized():
@@ -351,15 +328,11 @@ def steady(config: DistributedConfig, world: World) -> None:
 def choose_mode(
     config: DistributedConfig, world: World, n_parameters: int, device: torch.device
 ) -> World:
-    """Return the world with the mode, why it is that one, and its mesh.
-
-    ``n_parameters`` are of the whole model. Raises UserError if ``hsdp`` cannot divide the ranks.
-    """
+    """Return the world with its mode and mesh; UserError if ``hsdp`` cannot divide the ranks."""
     if world.size == 1:
         return world
     mode, why = preferred_mode(config, world.local_size, n_parameters, device)
-    shape: tuple[int, ...] = (world.size,)
-    names: tuple[str, ...] = ("shard",)
+    mesh = {"shard": world.size}
     if mode == "hsdp":
         inner = config.shard_ranks or world.local_size
         if world.size % inner or inner < 2 or inner == world.size:
@@ -368,9 +341,9 @@ def choose_mode(
                 f"but there are {world.size}; set distributed.shard_ranks to a divisor between, or "
                 "use distributed.mode=fsdp"
             )
-        shape, names = (world.size // inner, inner), ("replicate", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return replace(world, mode=mode, why=why, mesh=mesh)
+        mesh = {"replicate": world.size // inner, "shard": inner}
+    made = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+    return replace(world, mode=mode, why=why, mesh=made)
 
 
 def unused_mode(config: DistributedConfig, size: int) -> str | None:
@@ -386,17 +359,13 @@ def unused_mode(config: DistributedConfig, size: int) -> str | None:
 def preferred_mode(
     config: DistributedConfig, local_size: int, n_parameters: int, device: torch.device
 ) -> tuple[str, str]:
-    """Return the mode, chosen by memory if ``distributed.mode`` is ``auto``, and why.
-
-    The ``local_size`` ranks of a node share a CPU's memory.
-    """
+    """Return the mode, chosen by memory if it is ``auto``, and why; ranks share a CPU's memory."""
     if config.mode != "auto":
         return config.mode, f"distributed.mode = {config.mode}"
     need = DDP_BYTES_PER_PARAMETER * n_parameters
     memory = _device_memory(device) // (1 if device.type == "cuda" else local_size)
-    mode, fits = "ddp", "fit"
-    if need > DDP_PART_OF_MEMORY * memory:
-        mode, fits = "fsdp", "do not fit"
+    fit = need <= DDP_PART_OF_MEMORY * memory
+    mode, fits = ("ddp", "fit") if fit else ("fsdp", "do not fit")
     gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
     return mode, f"{gib} {fits} beside activations in each rank's {memory / 2**30:.1f} GiB"
 

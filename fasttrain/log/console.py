@@ -68,7 +68,7 @@ def format_duration(seconds: float) -> str:
 def clean(text: str) -> str:
     """Return text that is safe to print: a model may well emit a byte that moves the cursor.
 
-    Line ends become newlines, tabs spaces, and every other control character its escape.
+    Line ends become newlines, tabs spaces, and other control characters their escapes.
     """
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     return "".join(
@@ -77,7 +77,8 @@ def clean(text: str) -> str:
     )
 
 
-def _perplexity(value: float) -> str:
+def _perplexity(loss: float) -> str:
+    value = math.inf if loss >= 700.0 else math.exp(loss)
     return f"{value:.2f}" if value < 9999.995 else format_count(value)
 
 
@@ -118,7 +119,7 @@ _COLUMNS = (
     _Column("progress", "done", 6, _percent),
     _Column("left_s", "left", 9, _left),
     _Column("mfu", "mfu", 7, "{:.1%}".format),
-    _Column("ppl", "ppl", 9, _perplexity),
+    _Column("loss", "ppl", 9, _perplexity),
     _Column("step_ms", "step time", 11, _milliseconds),
     _Column("loss_ema", "avg loss", 10, partial(_fixed, 4)),
     _Column("epoch", "epoch", 8, "{:.2f}".format),
@@ -133,13 +134,7 @@ _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that 
 
 def _cell(column: _Column, row: Mapping[str, Any]) -> str:
     value = row.get(column.key)
-    if value is None and column.key == "ppl" and row.get("loss") is not None:
-        value = _exp(row["loss"])
     return "n/a" if value is None else column.format(value)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700.0 else loss if math.isnan(loss) else math.inf
 
 
 def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
@@ -149,8 +144,8 @@ def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
 class Console:
     """What a person sees of a run, on the terminal and in ``train.log``.
 
-    ``interactive``: colours, panels and a progress bar (True) or plain lines (False). None: by what
-    standard output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
+    ``interactive``: colours, panels and a progress bar, or plain lines. None: by what standard
+    output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
     """
 
     def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
@@ -186,11 +181,8 @@ class Console:
     def train(self, row: Mapping[str, Any]) -> None:
         """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
-        cells = [
-            f"{c.heading} {_cell(c, row):>{c.width - 2}}"
-            for c in _COLUMNS[:_N_PLAIN_COLUMNS]
-            if c in known
-        ]
+        plain_columns = [c for c in _COLUMNS[:_N_PLAIN_COLUMNS] if c in known]
+        cells = [f"{c.heading} {_cell(c, row):>{c.width - 2}}" for c in plain_columns]
         remarks = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
         wait_ms = row.get("data_wait_ms") or 0.0
         if wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf):
@@ -211,7 +203,7 @@ class Console:
         line = Text(no_wrap=True, overflow="crop")
         for column in known[:n_shown]:
             cell = _cell(column, row)
-            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.key, "")
+            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.heading, "")
             if cell in ("nan", "inf", "-inf"):
                 style = "bold red"
             line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
@@ -221,8 +213,7 @@ class Console:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
         loss = float(row["val_loss"])
-        ppl = _perplexity(row.get("val_ppl") or _exp(loss))
-        rest = []
+        rest = [f"ppl {_perplexity(loss)}"]
         if row.get("val_bpb") is not None:
             rest.append(f"bpb {row['val_bpb']:.4f}")
         if row.get("val_accuracy") is not None:
@@ -232,14 +223,11 @@ class Console:
         if row.get("best"):
             rest.append("best")
         self._last_val_loss = loss
-        plain = "  ".join(
-            [f"eval {row['step']:>8}", f"val_loss {loss:.4f}", f"val_ppl {ppl}", *rest]
-        )
+        plain = f"eval {row['step']:>8}  val_loss {loss:.4f}  val_{'  '.join(rest)}"
         label = f"val {row['step']}"
         step_width, loss_width = (c.width for c in _COLUMNS[:2])
-        shown = "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", f"ppl {ppl}", *rest])
-        line = Text(shown, style="bold cyan", no_wrap=True, overflow="ellipsis")
-        self._emit(plain, line)
+        shown = "  ".join([f"{label:>{step_width}}{loss:>{loss_width}.4f}", *rest])
+        self._emit(plain, Text(shown, style="bold cyan", no_wrap=True, overflow="ellipsis"))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a sample from the model: ``text`` is what it wrote after ``prompt``."""
@@ -314,10 +302,8 @@ class Console:
                 drawn = Text(redact(drawn.plain), style=drawn.style)
             self._rich.print(drawn)
         else:
-            # The stream's encoding may lack a character of a sample: escape it, do not fail.
-            encoding = sys.stdout.encoding or "utf-8"
             try:
-                print(plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+                print(plain, flush=True)
             except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), sys.stdout.fileno())

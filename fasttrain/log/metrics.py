@@ -15,7 +15,7 @@ import torch
 # Dense peaks in TFLOP/s from the maker's datasheets and whitepapers (figures "with sparsity"
 # halved): 16-bit products accumulated in fp32 as torch does, TF32, fp32 outside the tensor cores. A
 # name must match in full, so that a laptop part, a cut-down part or a MIG slice counts as unknown.
-_PEAK_TFLOPS: tuple[tuple[str, float, float, float], ...] = (
+_PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
     (r"NVIDIA H200|NVIDIA GH200 \d+GB", 989.5, 494.5, 67.0),
     (r"NVIDIA H[12]00 NVL", 835.5, 417.5, 60.0),
@@ -33,12 +33,10 @@ _PEAK_TFLOPS: tuple[tuple[str, float, float, float], ...] = (
     (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
     (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
     (r"NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6),
-)
-# fp16 tensor cores without bf16 or TF32: fp16, fp32.
-_PEAK_TFLOPS_FP16_ONLY: tuple[tuple[str, float, float], ...] = (
-    (r"Tesla V100-SXM2-\d+GB", 125.0, 15.7),
-    (r"Tesla V100-PCIE-\d+GB", 112.0, 14.0),
-    (r"Tesla T4", 65.0, 8.1),
+    # Tensor cores without TF32, nor bf16
+    (r"Tesla V100-SXM2-\d+GB", 125.0, None, 15.7),
+    (r"Tesla V100-PCIE-\d+GB", 112.0, None, 14.0),
+    (r"Tesla T4", 65.0, None, 8.1),
 )
 
 
@@ -47,18 +45,12 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
     ``dtype``: what the matrix products run in, ``bf16``, ``fp16``, ``tf32`` or ``fp32``.
     """
-    if dtype not in ("bf16", "fp16", "tf32", "fp32"):
-        raise ValueError(f"peak_flops: dtype must be bf16, fp16, tf32 or fp32, got {dtype!r}")
-    return _peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-def _peak_of(name: str, dtype: str) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for pattern, half, tf32, single in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
-            return {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[dtype] * 1e12
-    for pattern, half, single in _PEAK_TFLOPS_FP16_ONLY:
-        if re.fullmatch(pattern, name) and dtype in ("fp16", "fp32"):
-            return {"fp16": half, "fp32": single}[dtype] * 1e12
+            peaks = {"bf16": tf32 and half, "fp16": half, "tf32": tf32, "fp32": single}
+            peak = peaks[dtype]
+            return None if peak is None else 1e12 * peak
     return None
 
 
@@ -80,9 +72,7 @@ def flops_per_token(
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
-    """Return the model FLOPs utilisation, a fraction of the peak, or None where that is unknown.
-
-    ``peak_flops``: of all the devices that share the work.
+    """Return the model FLOPs utilisation, a fraction of all devices' peak; None: it is unknown.
 
     Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), section 4.1.
     """
@@ -90,22 +80,18 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -
 
 
 class LossTracker:
-    """Exponential moving average of the logged losses; it starts at the first.
+    """Exponential moving average of the finite logged losses; it starts at the first."""
 
-    A loss that is not finite is left out: one bad step must not blot out the curve after it.
-    """
+    DECAY = 0.9
 
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"LossTracker: decay must be in [0, 1), got {decay}")
-        self.decay = decay
+    def __init__(self) -> None:
         self.value: float | None = None  # the whole state: save it, set it to continue
 
     def update(self, loss: float) -> float | None:
         """Add a loss and return the average, None before the first finite loss."""
         if math.isfinite(loss):
             past = loss if self.value is None else self.value
-            self.value = self.decay * past + (1.0 - self.decay) * loss
+            self.value = self.DECAY * past + (1.0 - self.DECAY) * loss
         return self.value
 
 
@@ -198,10 +184,7 @@ class TrainingMetrics:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory use so far in GiB.
-
-    On CUDA: of tensors. Elsewhere: of physical memory by this process since it started.
-    """
+    """Return the peak memory use in GiB: on CUDA of tensors, elsewhere of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # Windows has none

@@ -4,19 +4,18 @@ import contextlib
 import csv
 import errno
 import importlib.util
-import io
 import json
 import math
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from fasttrain.command import redact
+from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 
 Kind = Literal["train", "eval"]
@@ -44,9 +43,8 @@ class LogFile:
             if error.errno not in NO_SPACE:
                 raise
             if not self._full:
-                message = f"warning: {self._path}: {error.strerror}; free some space on this disk"
                 with contextlib.suppress(OSError):  # standard error may lie on the same disk
-                    print(message, file=sys.stderr, flush=True)
+                    tell(f"warning: {self._path}: {error.strerror}; free some space on this disk")
             self._full = True
 
     def close(self) -> None:
@@ -58,7 +56,7 @@ class LogFile:
 def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     """Drop lines of a file, if it exists, in place, which also works on a full disk.
 
-    ``keep`` says of each line in turn whether it stays; only one that was cut off lacks its end.
+    ``keep`` says of each line in turn whether it stays; one that was cut off lacks its end.
     """
     if not path.exists():
         return
@@ -72,31 +70,16 @@ def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     file.close()
 
 
-class Sink(Protocol):
-    """What rows are written to."""
-
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
-        """Take a row of numbers; it names its ``step``."""
-
-    def drop_after(self, step: int) -> None:
-        """Forget rows of steps after ``step``: the run continues from there."""
-
-    def close(self) -> None:
-        """Write out what is left. May be called twice."""
-
-
 class Sinks:
     """All that the rows of one run are written to: ``metrics.jsonl`` and what ``[log]`` asks for.
 
-    ``made_by`` is the run's provenance, for ``metrics.jsonl``. Raises UserError if a package is
-    missing or W&B refuses to begin.
+    ``made_by`` is the run's provenance, for ``metrics.jsonl``. Call `check_packages` before.
     """
 
     def __init__(
         self, config: TrainConfig, folder: Path, made_by: Mapping[str, Any] | None = None
     ) -> None:
-        check_packages(config)
-        self.all: list[Sink] = []
+        self.all: list[JsonlLogger | CsvLogger | _TensorBoard | _Wandb] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
         self.all.append(JsonlLogger(folder / "metrics.jsonl", made_by))
@@ -106,14 +89,17 @@ class Sinks:
             self.all.append(_TensorBoard(folder))
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+        """Write a row of numbers, which names its ``step``."""
         for sink in self.all:
             sink.write(kind, row)
 
     def drop_after(self, step: int) -> None:
+        """Forget rows of steps after ``step``: the run continues from there."""
         for sink in self.all:
             sink.drop_after(step)
 
     def close(self) -> None:
+        """Write out what is left. May be called twice."""
         for sink in self.all:
             sink.close()
 
@@ -193,11 +179,9 @@ def _kept(lines: list[str], step: int) -> list[bool]:
 
 
 def _json_line(kind: str, row: Mapping[str, Any]) -> str:
-    finite = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return json.dumps({"kind": kind, "time": now, **finite}, allow_nan=False) + "\n"
+    odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({"kind": kind, "time": now, **row, **odd}, allow_nan=False) + "\n"
 
 
 class CsvLogger:
@@ -205,37 +189,26 @@ class CsvLogger:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, tuple[LogFile, list[str]]] = {}
+        self._files: dict[str, tuple[LogFile, csv.DictWriter[str]]] = {}
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
         if kind not in self._files:
             path = self._folder / f"{kind}.csv"
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            old = text.partition("\n")[0]
-            columns = next(csv.reader([old])) if old else list(row)
-            self._files[kind] = (LogFile(path), columns)
-            if not old:
-                self._files[kind][0].write(_csv_line(columns))
-        file, columns = self._files[kind]
-        file.write(_csv_line(["" if row.get(k) is None else row[k] for k in columns]))
+            columns = next(csv.reader(text.splitlines()[:1]), list(row))
+            file = LogFile(path)
+            table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            self._files[kind] = file, table
+            if not text:
+                table.writeheader()
+        self._files[kind][1].writerow(row)
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
         self.close()
         for kind in ("train", "eval"):
-            path, head = self._folder / f"{kind}.csv", ""
-
-            def keep(line: str) -> bool:
-                nonlocal head
-                head = head or line
-                names, cells = (text.rstrip("\n").split(",") for text in (head, line))
-                if not (line.endswith("\n") and head.endswith("\n") and "step" in names):
-                    return False
-                at = cells[names.index("step") :][:1]
-                return line == head or (at != [] and at[0].isdigit() and int(at[0]) <= step)
-
-            keep_lines(path, keep)
+            keep_lines(self._folder / f"{kind}.csv", partial(_keep_row, [], step))
 
     def close(self) -> None:
         """Close the files; a later row opens them again."""
@@ -244,10 +217,13 @@ class CsvLogger:
         self._files.clear()
 
 
-def _csv_line(values: list[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+def _keep_row(columns: list[str], step: int, line: str) -> bool:
+    cells = line.rstrip("\n").split(",")
+    if not columns:
+        columns += cells
+        return line.endswith("\n") and "step" in columns
+    at = dict(zip(columns, cells, strict=False)).get("step", "")
+    return line.endswith("\n") and at.isdigit() and int(at) <= step
 
 
 class _TensorBoard:
@@ -263,8 +239,8 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
-        for key, value in _numbers(row).items():
-            self._writer.add_scalar(f"{kind}/{key}", value, row["step"])
+        for name, value in _numbers(kind, row).items():
+            self._writer.add_scalar(name, value, row["step"])
 
     def drop_after(self, step: int) -> None:
         self.close()
@@ -303,8 +279,7 @@ class _Wandb:
         id_file.write_text(self._run.id, encoding="utf-8")
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
-        numbers = {f"{kind}/{k}": v for k, v in _numbers(row).items()}
-        self._run.log({"step": row["step"], **numbers})
+        self._run.log({"step": row["step"], **_numbers(kind, row)})
 
     def drop_after(self, step: int) -> None:
         """W&B keeps what it was sent; later rows of a step stand beside the earlier."""
@@ -315,5 +290,6 @@ class _Wandb:
             self._run = None
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+def _numbers(kind: Kind, row: Mapping[str, Any]) -> dict[str, float]:
+    named = {f"{kind}/{k}": v for k, v in row.items() if k != "step"}
+    return {name: v for name, v in named.items() if isinstance(v, int | float)}

@@ -26,8 +26,8 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 class StepClock:
     """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
 
-    It also adds up the time in which at least one collective was under way: from where its tensors
-    were ready here to its end, and so the wait for slower ranks too. Computation may run meanwhile:
+    It also adds up the time in which at least one collective was under way, from where its tensors
+    were ready here to its end, so with the wait for slower ranks. Computation may run meanwhile:
     this is no further phase.
     """
 
@@ -37,7 +37,6 @@ class StepClock:
         self._marks: list[_Moment] = []  # of the step under way
         self._spans: list[list[_Moment]] = []  # its collectives
         self._over: list[tuple[list[_Moment], list[list[_Moment]]]] = []  # steps to be added up
-        self._spare: list[torch.cuda.Event] = []
 
     def mark(self, n_done: int) -> None:
         """Note that ``n_done`` phases of the step are over; 0 begins it."""
@@ -59,8 +58,6 @@ class StepClock:
 
     def end(self, span: list[_Moment]) -> None:
         """Note that it ends there, or that what follows it does: the last call counts."""
-        if self.on_cuda:
-            self._spare += span[1:]  # recorded anew
         span[1:] = [self._now()]
 
     def read(self) -> list[float]:
@@ -73,7 +70,7 @@ class StepClock:
         if not self.on_cuda:
             return time.perf_counter()
         timed: Any = torch.cuda.Event
-        event = self._spare.pop() if self._spare else timed(enable_timing=True)
+        event = timed(enable_timing=True)
         event.record()
         return event
 
@@ -84,8 +81,6 @@ class StepClock:
             both = [[self._between(marks[0], moment) for moment in span] for span in spans]
             phases.append(covered((begin, end) for begin, end in both))
             self._totals_s = [a + b for a, b in zip(self._totals_s, phases, strict=True)]
-            if self.on_cuda:
-                self._spare += [*marks, *(moment for span in spans for moment in span)]
 
     def _between(self, begin: _Moment, end: _Moment) -> float:
         if not self.on_cuda:
@@ -149,12 +144,12 @@ class TimeAccount:
         """Return the account since the last line, and begin the next; ``step`` steps are done.
 
         The ``_ms`` are means over steps, of which ``data_wait_ms``, ``forward_backward_ms`` and
-        ``optimizer_ms`` are parts. ``communication_ms``, for which parameters were being gathered
-        or gradients reduced over ranks, lies within ``forward_backward_ms``, on a GPU mostly
-        beneath computation, and is not to be added. Sums of single numbers and Muon's exchange of
-        directions are not in it. None where nothing was sent. The ``_s`` are sums.
+        ``optimizer_ms`` are parts; the ``_s`` are sums. ``communication_ms``, in which parameters
+        were gathered or gradients reduced over ranks, lies within ``forward_backward_ms``, on a GPU
+        mostly beneath computation; it leaves out sums of single numbers and Muon's exchange, and is
+        None where nothing was sent.
 
-        ``goodput``: of the session's wall clock, the part that its steps need at their steady pace
+        ``goodput`` is the part of the session's wall clock that its steps need at their steady pace
         without waiting for data; compilation, waits, evaluation, samples, saves and steps that a
         rollback undid are the rest. None while there is no steady step.
         """
@@ -185,23 +180,20 @@ class StepProfiler:
     """
 
     def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
-        self.device = device
+        self.device, self.cuda = device, device.type == "cuda"
         self.first, self.last = steps if run_dir is not None and steps else (0, 0)
-        self.folder = run_dir / "profile" if run_dir is not None else None
+        self.folder = run_dir / "profile" if run_dir is not None else Path()
         self._profiler: Any = None
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Profile the step in the block where its number is asked for."""
-        cuda = self.device.type == "cuda"
-        if self.first and number == self.first:
-            kinds = [torch.profiler.ProfilerActivity.CPU]
-            if cuda:
-                kinds.append(torch.profiler.ProfilerActivity.CUDA)
-                # https://pytorch.org/memory_viz reads it.
+        if number == self.first:
+            if self.cuda:  # https://pytorch.org/memory_viz reads it
                 record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+            # Of all activities that there are: of the CPU and, where there is one, of the GPU.
             self._profiler = torch.profiler.profile(
-                activities=kinds, record_shapes=True, profile_memory=True, acc_events=True
+                record_shapes=True, profile_memory=True, acc_events=True
             )
             self._profiler.start()
         if self._profiler is None:
@@ -216,17 +208,17 @@ class StepProfiler:
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        cuda, profiler, self._profiler = self.device.type == "cuda", self._profiler, None
-        if profiler is None or self.folder is None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
             return
         try:
-            if cuda:
+            if self.cuda:
                 torch.cuda.synchronize(self.device)
             profiler.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json"))
-            if cuda:
+            if self.cuda:
                 dump_memory_history(str(self.folder / "memory.pickle"))
         finally:
-            if cuda:
+            if self.cuda:
                 record_memory_history(enabled=None)

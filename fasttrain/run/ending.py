@@ -11,11 +11,11 @@ from typing import cast
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, redact, redacted
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record, redact
 from fasttrain.config import UserError
 from fasttrain.config.keys import counted
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.distributed.world import record_failure, unused_mode
+from fasttrain.distributed.world import unused_mode
 from fasttrain.engine.plan import warnings_of_data, warnings_of_step
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
@@ -81,7 +81,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             statuses = world.gather(end(outcome))
         return EXIT_FAILED if EXIT_FAILED in statuses else statuses[0]
     except (UserError, FloatingPointError, OSError) as error:  # not bad input: the run had begun
-        record_failure(redacted(error))
+        record(f"error: {error}")
         folder.warn(str(error))
         return EXIT_FAILED
     finally:

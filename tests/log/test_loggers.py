@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fasttrain.command import command
 from fasttrain.log.console import Console, clean, format_count, format_duration
 
 ROW = {
@@ -88,7 +89,7 @@ def everything(console: Console) -> None:
     console.train(ROW)
     console.warn("a damaged checkpoint was passed over")
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
-    console.evaluation({"step": 240, "val_loss": 2.8134, "val_ppl": 16.667, "best": True})
+    console.evaluation({"step": 240, "val_loss": 2.8134, "best": True})
     console.sample(120, "def main(", "args):\n\x1b[31m\r\treturn é\n")
     console.summary([("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")])
     console.close()
@@ -196,7 +197,7 @@ def test_a_character_that_the_stream_cannot_encode_is_escaped(
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    Console(log_file=None).sample(1, "é", "✓")
+    command(lambda: Console(log_file=None).sample(1, "é", "✓") or 0)()
     assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
 
 
@@ -210,37 +211,28 @@ def test_perplexity_of_any_loss(
 
 
 @pytest.mark.parametrize(
-    ("progress", "left_s", "shown"),
+    ("changes", "end"),
     [
-        (0.29, 11_100.0, "done  29%  left  3h 05m"),
-        (0.9999, 0.2, "done  99%  left      1s"),  # 100% is the end
-        (1.0, 0.0, "done 100%  left      0s"),
-        (0.0006, None, "done   0%  left     n/a"),  # of the first step
+        # How far the run is (N21)
+        ({"progress": 0.29, "left_s": 11_100.0}, "tokens 983.0k  done  29%  left  3h 05m"),
+        ({"progress": 0.9999, "left_s": 0.2}, "done  99%  left      1s"),  # 100% is the end
+        ({"progress": 1.0, "left_s": 0.0}, "done 100%  left      0s"),
+        ({"progress": 0.0006, "left_s": None}, "done   0%  left     n/a"),  # of the first step
+        # What is shown only where it says something (N18)
+        ({}, "left  2m 13s"),
+        ({"mfu": 0.412}, "left  2m 13s  mfu 41.2%"),
+        ({"data_wait_ms": 11.8}, "left  2m 13s"),  # less than a twentieth of the step
+        ({"data_wait_ms": 12.0}, "left  2m 13s  wait 12ms"),
+        ({"data_wait_ms": 12.0, "rollbacks": 1}, "left  2m 13s  wait 12ms  rollbacks 1"),
+        ({"skipped_steps": 0, "spikes": 0, "rollbacks": 0}, "left  2m 13s"),
+        ({"skipped_steps": 3, "spikes": 0}, "left  2m 13s  skipped_steps 3"),
     ],
 )
-def test_N21_a_plain_line_says_how_far_the_run_is(
-    progress: float, left_s: float | None, shown: str, capsys: pytest.CaptureFixture[str]
+def test_N18_N21_how_a_plain_line_ends(
+    changes: dict[str, float | None], end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(log_file=None, interactive=False)
-    console.train({**ROW, "progress": progress, "left_s": left_s})
-    assert capsys.readouterr().out.endswith(f"tokens 983.0k  {shown}\n")
-
-
-@pytest.mark.parametrize(
-    ("numbers", "shown"),
-    [
-        ({}, ""),
-        ({"mfu": 0.412}, "  mfu 41.2%"),
-        ({"data_wait_ms": 11.8}, ""),  # less than a twentieth of the step
-        ({"data_wait_ms": 12.0}, "  wait 12ms"),
-        ({"data_wait_ms": 12.0, "rollbacks": 1}, "  wait 12ms  rollbacks 1"),
-    ],
-)
-def test_N18_wait_and_mfu_are_shown_where_they_say_something(
-    numbers: dict[str, float], shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Console(log_file=None, interactive=False).train({**ROW, **numbers})
-    assert capsys.readouterr().out.endswith(f"left  2m 13s{shown}\n")
+    Console(log_file=None, interactive=False).train({**ROW, **changes})
+    assert capsys.readouterr().out.endswith(f"  {end}\n")
 
 
 @pytest.mark.parametrize(
@@ -314,13 +306,3 @@ def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["sample, step 7", *(f"  | {s}" for s in ("a" * 90 + "b" * 6, "b" * 96)),
                      "  | " + "b" * 96, "  | bb", "  | ", "  | c"]  # fmt: skip
-
-
-def test_counters_are_shown_once_there_is_something_to_count(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    console = Console(log_file=None)
-    console.train({**ROW, "skipped_steps": 0, "spikes": 0, "rollbacks": 0})
-    console.train({**ROW, "skipped_steps": 3, "spikes": 0, "rollbacks": 1})
-    quiet, loud = capsys.readouterr().out.splitlines()
-    assert loud == f"{quiet}  skipped_steps 3  rollbacks 1"

@@ -32,8 +32,11 @@ from fasttrain.log.metrics import LossTracker, flops_per_token, mfu, peak_flops,
         ("Tesla V100-SXM2-16GB", "tf32", None),
     ],
 )
-def test_peak_of_known_devices(name: str, dtype: str, expected: float | None) -> None:
-    assert metrics._peak_of(name, dtype) == expected
+def test_peak_of_known_devices(
+    name: str, dtype: str, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), dtype) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,24 +52,20 @@ def test_peak_of_known_devices(name: str, dtype: str, expected: float | None) ->
         "",
     ],
 )
-def test_a_similar_name_is_not_enough(name: str) -> None:
+def test_a_similar_name_is_not_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     for dtype in ("bf16", "fp16", "tf32", "fp32"):
-        assert metrics._peak_of(name, dtype) is None
+        assert peak_flops(torch.device("cuda"), dtype) is None
 
 
 def test_peak_falls_with_precision_on_every_device() -> None:
     for _, half, tf32, single in metrics._PEAK_TFLOPS:
-        assert half > tf32 >= single
-        assert half == pytest.approx(2 * tf32, rel=0.03)
+        assert half > (tf32 or single) >= single
+        assert tf32 is None or half == pytest.approx(2 * tf32, rel=0.03)
 
 
 def test_peak_of_a_cpu_is_unknown() -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
-
-
-def test_peak_refuses_an_unresolved_dtype() -> None:
-    with pytest.raises(ValueError, match="'auto'"):
-        peak_flops(torch.device("cpu"), "auto")
 
 
 def test_flops_of_gpt2_small() -> None:
@@ -102,11 +101,11 @@ def test_mfu() -> None:
 
 
 def test_loss_tracker_starts_at_the_first_loss_and_follows() -> None:
-    tracker = LossTracker(decay=0.75)
+    tracker = LossTracker()
     assert tracker.value is None
     assert tracker.update(4.0) == 4.0
-    assert tracker.update(2.0) == pytest.approx(3.5)
-    assert tracker.update(2.0) == pytest.approx(3.125)
+    assert tracker.update(2.0) == pytest.approx(3.8)
+    assert tracker.update(2.0) == pytest.approx(3.62)
 
 
 def test_loss_tracker_leaves_out_what_is_not_finite() -> None:
@@ -128,12 +127,6 @@ def test_loss_tracker_goes_on_from_its_value() -> None:
     for loss in losses[2:]:
         second.update(loss)
     assert second.value == whole.value
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_loss_tracker_refuses_a_bad_decay(decay: float) -> None:
-    with pytest.raises(ValueError, match="decay"):
-        LossTracker(decay)
 
 
 def test_peak_memory_of_the_process_rises_with_use() -> None:

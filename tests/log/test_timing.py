@@ -9,23 +9,8 @@ import torch
 from fasttrain.log.timing import StepClock, TimeAccount, covered
 
 
-@pytest.mark.parametrize(
-    ("spans", "length"),
-    [
-        ([], 0),
-        ([(1, 3)], 2),
-        ([(1, 3), (3, 4)], 3),
-        ([(5, 6), (1, 3)], 3),  # apart, and not in order
-        ([(1, 4), (2, 6)], 5),
-        ([(1, 9), (2, 3), (4, 5)], 8),  # within one another
-        ([(2, 2)], 0),
-    ],
-)
-def test_the_union_of_intervals(spans: list[tuple[float, float]], length: float) -> None:
-    assert covered(spans) == length
-
-
-def test_the_union_of_many_intervals_is_that_of_their_points() -> None:
+def test_the_union_of_intervals_is_that_of_their_points() -> None:
+    assert covered([]) == 0
     draw = random.Random(1)
     for _ in range(50):
         starts = [draw.randrange(60) for _ in range(12)]
@@ -37,14 +22,13 @@ class Time:
     """Stands for the host's clock, and for events of CUDA that take the same time."""
 
     def __init__(self) -> None:
-        self.now_s, self.events = 0.0, 0
+        self.now_s = 0.0
 
     def __call__(self) -> float:
         return self.now_s
 
     def event(self, *, enable_timing: bool) -> Any:
         assert enable_timing
-        self.events += 1
         return _Event(self)
 
 
@@ -107,16 +91,6 @@ def test_collectives_of_steps_count_and_those_between_them_do_not(device: str, t
         clock.mark(0)  # a step under way is not yet counted
         assert clock.read() == pytest.approx([6 * n_steps, 2 * n_steps, 4 * n_steps])
     assert clock.read() == [0.0, 0.0, 0.0]
-
-
-def test_events_are_used_again(time: Time) -> None:
-    clock = StepClock(torch.device("cuda"), n_phases=2)
-    counts = []
-    for _ in range(4):
-        one_step(clock, time)
-        clock.read()
-        counts.append(time.events)
-    assert counts[1:] == [counts[1]] * 3
 
 
 def test_a_line_says_nothing_of_communication_where_nothing_was_sent(time: Time) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fasttrain import report
 from fasttrain.__main__ import COMMANDS, module_of
-from fasttrain.command import command, redact, redacted
+from fasttrain.command import command, redact
 from fasttrain.config import (
     EvalConfig,
     LoopConfig,
@@ -220,7 +220,7 @@ def test_R26_no_command_tells_a_secret_in_its_errors(
 
 
 def test_R26_nor_does_a_traceback_or_what_torchrun_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @command
     def fails() -> int:
@@ -237,5 +237,8 @@ def test_R26_nor_does_a_traceback_or_what_torchrun_is_told(
     monkeypatch.setenv("RANK", "3")
     assert fails() == 1
     assert capsys.readouterr().err.startswith("rank 3: Traceback")
-    told = redacted(RuntimeError(f"cannot reach {URL}"))
-    assert str(told) == "RuntimeError: cannot reach https://***@host/x?token=***"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert fails() == 1
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told.endswith("RuntimeError: cannot reach https://***@host/x?token=***")
+    assert "url-secret-42" not in told
