@@ -30,7 +30,6 @@ from typing import IO, Any, cast
 from fasttrain.data.files import DataError, sha256_of
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
-SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
 PACKED_BYTES = 1 << 10
 TEXT = (".txt", ".text", ".md", ".rst")
@@ -110,8 +109,8 @@ class Source:
     def __init__(
         self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
     ) -> None:
-        self._spool: IO[bytes] | None = None
-        self.files = [self._spooled() if file is None else file for file in files]
+        self._standard_input: Path | None = None  # where a copy of it lies
+        self.files = [file or self._spooled() for file in files]
         self.n_bytes = sum(file.stat().st_size for file in self.files)
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
@@ -119,23 +118,22 @@ class Source:
 
     def fingerprint(self) -> list[list[str | int]]:
         """Return what identifies the files: name, size and time of change, or the content."""
-        stats = [(file, file.stat()) for file in self.files]
         return [
             [self._name(file), stat.st_size, sha256_of(file)]
-            if self._name(file) == "standard input"
+            if file == self._standard_input
             else [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
-            for file, stat in stats
+            for file, stat in ((file, file.stat()) for file in self.files)
         ]
 
     def _spooled(self) -> Path:
         self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
         shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
         self._spool.flush()
-        return Path(self._spool.name)
+        self._standard_input = Path(self._spool.name)
+        return self._standard_input
 
     def _name(self, path: Path) -> str:
-        spooled = self._spool is not None and path == Path(self._spool.name)
-        return "standard input" if spooled else str(path)
+        return "standard input" if path == self._standard_input else str(path)
 
     def _problem(self, reason: str, where: str) -> None:
         if self.strict:
@@ -172,7 +170,7 @@ class Source:
 
     def _looks_like_jsonl(self, path: Path) -> bool:
         """Return whether standard input holds JSON lines, by its first line."""
-        if self._name(path) != "standard input":
+        if path != self._standard_input:
             return False
         with path.open("rb") as file:
             try:
@@ -198,15 +196,10 @@ class Source:
             with self._reading(path):
                 yield from _pieces(blocks())
 
-        if path.stat().st_size <= SMALL_BYTES and not compression:
-            kept = list(pieces())
-            document = Document(name, lambda: iter(kept))
-        else:
-            document = Document(name, pieces)
-        if next(document.pieces(), None) is None:
+        if next(pieces(), None) is None:
             self._problem(EMPTY, name)
         else:
-            yield document
+            yield Document(name, pieces)
 
     def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
         with path.open("rb") as raw:
