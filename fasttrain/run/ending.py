@@ -115,7 +115,7 @@ def show_start(
             compiled += f" ({reason})"
     # On what, and for how long
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
-    tokens, dropped = format_count(loader.dataset.n_tokens), loader.dropped_tokens
+    tokens, dropped = format_count(loader.dataset.n_tokens), loader.plan.dropped_tokens
     outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
     plan = f"{config.train.hours} h"
     if state.total_steps is not None:
