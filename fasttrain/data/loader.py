@@ -365,7 +365,11 @@ def evaluation_batches(
             f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "
             "with a larger --val-fraction"
         )
-    starts, counts = _spread(starts, counts, n_seen, n_tokens)
+    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
+    if n_tokens is not None and n_tokens < n_targets:
+        n_rows = math.ceil(len(starts) * n_tokens / n_targets)
+        chosen = np.arange(n_rows) * len(starts) // n_rows  # every k-th row, k a fraction
+        starts, counts = starts[chosen], counts[chosen]
     if options.batching == "bucketed":
         by_length = np.argsort(counts, kind="stable")
         starts, counts = starts[by_length], counts[by_length]
@@ -380,21 +384,11 @@ def evaluation_batches(
         stored = np.zeros((batch_size, length + 1), dataset.dtype)
         dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
         marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
-        n_targets = torch.from_numpy(np.maximum(count - 1, 0))
-        found = to_batch(stored, n_targets, marks, first + batch_size)
+        valid = torch.from_numpy(np.maximum(count - 1, 0))
+        found = to_batch(stored, valid, marks, first + batch_size)
         found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
         return found.to(device) if on_cuda else found
 
     stride = batch_size * options.world_size
     first = options.rank * batch_size
     return (batch(at + first) for at in range(0, len(starts), stride))
-
-
-def _spread(starts: Array, counts: Array, n_seen: int, n_tokens: int | None) -> tuple[Array, Array]:
-    """Return every k-th row, k a fraction, so that they have ``n_tokens`` targets."""
-    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
-    if n_tokens is None or n_tokens >= n_targets:
-        return starts, counts
-    n_rows = math.ceil(len(starts) * n_tokens / n_targets)
-    chosen = np.arange(n_rows) * len(starts) // n_rows
-    return starts[chosen], counts[chosen]

@@ -57,15 +57,12 @@ class Shard:
         try:
             # A pipe is opened at once, so that it can be refused.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
-        try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise DataError(f"{self.path}: not a file; put the shard itself there")
             self._identity = _identity(os.fstat(self._fd))
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
 
     def __del__(self) -> None:
         if (fd := self.__dict__.get("_fd")) is not None:  # unset where opening failed

@@ -7,6 +7,7 @@ itself when this process is gone, however it went.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -142,7 +143,10 @@ class Piece:
 
 def _share(document: Document) -> float:
     """The document's place in [0, 1), by its content alone."""
-    return int(document.sha256()[:8], 16) / 2**32
+    digest = hashlib.sha256()
+    for text in document.pieces():
+        digest.update(text.encode())
+    return int.from_bytes(digest.digest()[:4]) / 2**32
 
 
 def _n_bytes(document: Document) -> int:

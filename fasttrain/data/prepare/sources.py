@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import hashlib
 import importlib
 import io
 import json
@@ -52,13 +51,6 @@ class Document:
     where: str  # file, and line or row
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
-    def sha256(self) -> str:
-        """Of the text as UTF-8, as hex."""
-        digest = hashlib.sha256()
-        for piece in self.pieces():
-            digest.update(piece.encode())
-        return digest.hexdigest()
-
 
 def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
     """Return the files that the inputs mean, and those in folders whose endings are unknown.
@@ -83,9 +75,10 @@ def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
                 )
             found |= dict.fromkeys(readable)
             continue
-        files = [path] if path.is_file() else []
-        files = files or [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file()]
+        matches = (
+            [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        )
+        files = [file for file in matches if file.is_file()]
         if not files:
             raise DataError(f"--input {name}: no such file or folder, and no file matches it")
         found |= dict.fromkeys(files)
@@ -303,9 +296,9 @@ def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
-def _decoded(path: Path, compression: str) -> Iterator[tuple[str, int]]:
+def _decoded(path: Path, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
     """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     with path.open("rb") as raw:
         file = _decompressed(raw, path, compression)
         while block := file.read(PIECE_CHARS):
@@ -332,15 +325,10 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
 
 def _first_invalid_line(path: Path, compression: str) -> int | None:
     """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
-    with path.open("rb") as raw:
-        file = _decompressed(raw, path, compression)
-        while True:
-            block = file.read(PIECE_CHARS)
-            try:
-                line += decoder.decode(block, final=not block).count("\n")
-            except UnicodeDecodeError as error:
-                return line + error.object[: error.start].count(b"\n")
-            if not block:
-                return None
+    try:
+        for block, _ in _decoded(path, compression, errors="strict"):
+            line += block.count("\n")
+    except UnicodeDecodeError as error:
+        return line + error.object[: error.start].count(b"\n")
+    return None
