@@ -98,11 +98,10 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
     ids = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8).astype(np.uint16)
     dataset = dataset_of(tmp_path, ids, 2048)
     model, optimizers, device, _ = parts_of(config)
-    rows = config.train.micro_batch
-    options = LoaderOptions(seq_len=config.data.seq_len, micro_batch=rows)
-    with Loader(dataset, options, device=device) as loader:
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
+    with Loader(dataset, LoaderOptions(**sizes), device=device) as loader:
         console = Turns(tmp_path / "log", bare_step(config, next(loader)))
-    with Loader(dataset, options, device=device) as loader:
+    with Loader(dataset, LoaderOptions(**sizes), device=device) as loader:
         trainer = Trainer(
             model, optimizers, config, train_loader=loader, run_dir=tmp_path, console=console
         )

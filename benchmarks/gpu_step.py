@@ -121,9 +121,8 @@ def loader_of(config: TrainConfig, folder: Path) -> Loader:
     dtype = np.uint16 if vocab <= 2**16 else np.uint32
     ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
     dataset = dataset_of(folder, ids, vocab)
-    rows = config.train.micro_batch
-    options = LoaderOptions(seq_len=config.data.seq_len, micro_batch=rows)
-    return Loader(dataset, options, device=device)
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
+    return Loader(dataset, LoaderOptions(**sizes), device=device)
 
 
 def run(load: Callable[..., TrainConfig], save: Callable[[Figures], None], trace: Path) -> Figures:
