@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import OURS, gather
 from benchmarks.steps import dataset_of
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 
 N_TOKENS, VOCAB_SIZE = 100_000_000, 50_257
 BATCH, LENGTH = 64, 1024
@@ -198,7 +199,8 @@ def test_random_windows(tmp_path: Path, compare: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the peers' own
             rivals, left_out = gather(makers, check)
-            with Loader(dataset, seq_len=LENGTH, micro_batch=BATCH, seed=0, device="cpu") as loader:
+            options = LoaderOptions(seq_len=LENGTH, micro_batch=BATCH)
+            with Loader(dataset, options, device="cpu") as loader:
                 check(OURS, lambda: ((batch := next(loader)).tokens, batch.targets))
                 ways = {OURS: lambda: next(loader), **rivals}
                 rates = {"tokens_per_s": BATCH * LENGTH}

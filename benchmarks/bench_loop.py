@@ -25,6 +25,7 @@ from benchmarks.harness import CUDA, OURS, comparison
 from benchmarks.steps import BASE, LR, Step, dataset_of, loop, parts_of
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.loader import Batch, Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.engine.trainer import Trainer
 from fasttrain.log.console import Console
 from fasttrain.model.runtime import compile_function, prepare_blocks, resolve_compile
@@ -98,9 +99,9 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
     dataset = dataset_of(tmp_path, ids, 2048)
     model, optimizers, device, _ = parts_of(config)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
-    with Loader(dataset, **sizes, seed=0, device=device) as loader:
+    with Loader(dataset, LoaderOptions(**sizes), device=device) as loader:
         console = Turns(tmp_path / "log", bare_step(config, next(loader)))
-    with Loader(dataset, **sizes, seed=0, device=device) as loader:
+    with Loader(dataset, LoaderOptions(**sizes), device=device) as loader:
         trainer = Trainer(
             model, optimizers, config, train_loader=loader, run_dir=tmp_path, console=console
         )

@@ -26,6 +26,7 @@ from benchmarks.harness import OURS
 from benchmarks.steps import LR, TINY, dataset_of, parts_of
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device
 from fasttrain.engine.memory import release_memory
 from fasttrain.engine.step import TrainStep
@@ -121,7 +122,7 @@ def loader_of(config: TrainConfig, folder: Path) -> Loader:
     ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
     dataset = dataset_of(folder, ids, vocab)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
-    return Loader(dataset, **sizes, seed=0, device=device)
+    return Loader(dataset, LoaderOptions(**sizes), device=device)
 
 
 def run(load: Callable[..., TrainConfig], save: Callable[[Figures], None], trace: Path) -> Figures:

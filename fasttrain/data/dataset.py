@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,43 +125,29 @@ class TokenDataset:
         A window has `counts` tokens, at most `length` (None: all of them); what is right of these
         in a row is left as it is.
         """
-        rows, length = out.shape
         assert out.dtype == self.dtype
-        assert out.flags.c_contiguous
-        if not rows or not length:
+        if not out.size:
             return
-        first = np.asarray(starts, np.int64)
-        low, high = int(first.min()), int((first + (length if counts is None else counts)).max())
+        length, size, raw = out.shape[1], self.dtype.itemsize, out.data.cast("B")
+        begins = np.asarray(starts, np.int64)
+        ends = begins + (length if counts is None else counts)
+        low, high = int(begins.min()), int(ends.max())
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
-        size, base, raw = self.dtype.itemsize, out.ctypes.data, out.data.cast("B")
-        offsets, n = np.arange(rows) * (length * size), np.full(rows, length)
-
-        def read(
-            number: int, at: NDArray[np.int64], into: NDArray[np.int64] | int, n: NDArray[np.int64]
-        ) -> None:
-            shard = self.shards[number]
-            self.reading = shard.path
-            if not shard.gather(at, into, length if isinstance(into, int) else n):
-                places = offsets if isinstance(into, int) else into - base
-                parts = zip(places.tolist(), (n * size).tolist(), strict=True)
-                shard.read_rows([raw[a : a + k] for a, k in parts], at.tolist())
-            shard.check_unchanged()
-
-        if counts is None and len(self.shards) == 1:  # the general way costs 40 µs a batch more
-            read(0, first, base, n)
-        else:
-            n, into = n if counts is None else counts, base + offsets
-            while first.size:  # a round for each shard that a window runs on into
-                index = np.searchsorted(self._starts, first, side="right") - 1
-                here = np.minimum(n, self._starts[index + 1] - first)
-                for number in np.unique(index).tolist():
-                    pick = index == number
-                    read(number, first[pick] - self._starts[number], into[pick], here[pick])
-                more = n > here
-                first, into, n = (
-                    (a + b)[more] for a, b in ((first, here), (into, here * size), (n, -here))
-                )
+        numbers = np.searchsorted(self._starts, begins, side="right") - 1
+        borders, used = self._starts.tolist(), set()
+        windows = zip(numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        for row, (number, begin, end) in enumerate(windows):
+            at = row * length * size
+            while begin < end:  # once for each shard that the window runs on into
+                shard, stop = self.shards[number], min(end, borders[number + 1])
+                until = at + (stop - begin) * size
+                self.reading = shard.path
+                shard.read_into(raw[at:until], begin - borders[number])
+                used.add(number)
+                number, begin, at = number + 1, stop, until
+        for number in used:
+            self.shards[number].check_unchanged()
         self.reading = None
 
 
@@ -182,14 +168,12 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
         values = [getattr(dataset, name) for dataset in datasets]
         return None if None in values else sum(values)
 
-    return TokenDataset(
-        [shard for dataset in datasets for shard in dataset.shards],
-        [scan for dataset in datasets for scan in dataset.scans],
-        vocab_size=first.vocab_size,
+    return replace(
+        first,
+        shards=[shard for dataset in datasets for shard in dataset.shards],
+        scans=[scan for dataset in datasets for scan in dataset.scans],
         n_bytes=total("n_bytes"),
         n_documents=total("n_documents"),
-        end_of_text=first.end_of_text,
-        tokenizer_path=first.tokenizer_path,
-        tokenizer_sha256=first.tokenizer_sha256,
+        ends=(),
         joined=datasets,
     )

@@ -59,3 +59,21 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(path: Path) -> int:
+    """Lock a file until the descriptor that is returned is closed, or the process ends.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+        OSError: The file system has no locks.
+    """
+    import fcntl  # Windows has none
+
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -124,14 +124,13 @@ def open_dataset(
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
         raise DataError(str(absent(folder, vocab_size)))
-    scans_folder = cache_folder(cache_dir) / "scans"
+    cache = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
         paths = _imported_files(folder, split, vocab_size)
         shards = [Shard(file, dtype=dtype) for file in paths]
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
-        scans = _check_tokens(shards, scans_folder, vocab_size, 'set by "model.vocab_size"')
-        _refuse_empty(shards, folder, split)
+        scans = _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
         return TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
 
     meta = read_dataset_json(folder)
@@ -163,7 +162,7 @@ def open_dataset(
         shards.append(shard)
         ends_path = inside(folder, entry["ends_file"])
         ends.append(EndsFile(ends_path, entry["ends_sha256"], entry["documents"]))
-    scans = _check_tokens(shards, scans_folder, vocab, f"of {folder / DATASET_JSON}")
+    scans = _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
     for shard, scan, entry in zip(shards, scans, listed["shards"], strict=True):
         if scan.sha256 != entry["sha256"]:
             raise DataError(
@@ -172,7 +171,6 @@ def open_dataset(
                 "again"
             )
     tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
-    _refuse_empty(shards, folder, split)
     return TokenDataset(
         shards,
         scans,
@@ -184,12 +182,6 @@ def open_dataset(
         tokenizer_sha256=tokenizer_sha256,
         ends=ends,
     )
-
-
-def _refuse_empty(shards: Sequence[Shard], folder: Path, split: str) -> None:
-    if not any(shard.n_tokens for shard in shards):
-        what = "has no tokens" if shards else "is empty"
-        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
@@ -213,20 +205,27 @@ def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[
     return found
 
 
-def _check_tokens(
-    shards: Sequence[Shard], cache: Path, vocab_size: int | None, origin: str
+def _scan(
+    shards: Sequence[Shard],
+    cache: Path,
+    vocab_size: int | None,
+    origin: str,
+    folder: Path,
+    split: str,
 ) -> list[ShardScan]:
+    """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
     scans = [shard.scan(cache) for shard in shards]
     for shard, scan in zip(shards, scans, strict=True):
-        if vocab_size is None or scan.max_token < vocab_size:
-            continue
-        found = shard.first_token_from(vocab_size)
-        index, token = found if found is not None else (0, scan.max_token)
-        raise DataError(
-            f"{shard.path}: token {token} at offset {index} (byte "
-            f"{shard.offset_bytes + index * shard.dtype.itemsize}) is outside the vocabulary of "
-            f"{vocab_size} {origin}; it must be at least {scan.max_token + 1}"
-        )
+        if vocab_size is not None and scan.max_token >= vocab_size:
+            index, token = shard.first_token_from(vocab_size)
+            raise DataError(
+                f"{shard.path}: token {token} at offset {index} (byte "
+                f"{shard.offset_bytes + index * shard.dtype.itemsize}) is outside the vocabulary "
+                f"of {vocab_size} {origin}; it must be at least {scan.max_token + 1}"
+            )
+    if not any(shard.n_tokens for shard in shards):
+        what = "has no tokens" if shards else "is empty"
+        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
     return scans
 
 

@@ -8,7 +8,7 @@ copy of the batch after the one it returns, from pinned memory on a side stream.
 
 A buffer holds several batches, read by one call: handing a batch over to another thread takes as
 long as reading it from page cache (each 0.1 ms; 16 ahead, 8 at a time, give 1.9 times the tokens a
-second). Where reading is slow each batch comes alone, as soon as it is there.
+second).
 
 Legend: B rows of a batch, T tokens of a row.
 """
@@ -21,8 +21,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -31,14 +32,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
-from fasttrain.data.order import Array, Plan, document_rows, document_starts, row_lengths
+from fasttrain.data.order import (
+    Array,
+    LoaderOptions,
+    Plan,
+    document_rows,
+    document_starts,
+    row_lengths,
+)
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
-SLOW_WINDOW_S = 50e-6  # a window from page cache takes 1 to 2 µs, one from a fast SSD 80
-
+DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
 IGNORE = -100  # the target of a position that the loss leaves out
 
 
@@ -54,13 +60,16 @@ class Batch:
 
     def cut(self, length: int) -> Batch:
         """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
-        starts = self.doc_starts
-        return replace(
-            self,
-            tokens=self.tokens.view(-1, length),
-            targets=self.targets.view(-1, length),
-            doc_starts=None if starts is None else starts.view(-1, length),
-        )
+        return self._with(lambda tensor: tensor.view(-1, length))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a CUDA device, copied from pinned memory."""
+        return self._with(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        starts = None if self.doc_starts is None else change(self.doc_starts)
+        tokens, targets = change(self.tokens), change(self.targets)
+        return replace(self, tokens=tokens, targets=targets, doc_starts=starts)
 
 
 def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
@@ -116,7 +125,6 @@ class _Slot:
     copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
 
 
-@dataclass(eq=False, repr=False)
 class Loader:
     """Iterator over the training batches of one rank.
 
@@ -129,92 +137,61 @@ class Loader:
             was truncated, replaced or cannot be read, or reading it takes longer than the deadline.
     """
 
-    dataset: TokenDataset
-    _: KW_ONLY
-    seq_len: int  # T
-    micro_batch: int  # B
-    seed: int
-    device: torch.device
-    position: int = 0  # global sample index after the batch returned last: all of the state
-    end: int | None = None  # sample index to stop before; rows from it on have no targets
-    epochs: float | None = None  # the same as passes over the split
-    rank: int = 0
-    world_size: int = 1
-    prefetch: int = 16  # batches held ready; half of them are read at a time
-    deadline_s: float = 300.0  # batches that take longer to read end the run, naming the file
-    batching: str = "packed"
-    stride_tokens: int | None = None  # between the starts of sliding windows; None: half of T
-    weights: Sequence[float] = ()  # of the datasets joined in `dataset`; empty: taken as one
-    separate_documents: bool = False  # mark in `doc_starts` where documents begin in a window
-
-    def __post_init__(self) -> None:
-        for name, least in (("seq_len", 1), ("micro_batch", 1), ("prefetch", 1), ("position", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"Loader: {name} must be at least {least}, got {value}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"Loader: rank must be in [0, {self.world_size}), got {self.rank}")
-        self.plan = Plan(
-            self.dataset,
-            batching=self.batching,
-            seq_len=self.seq_len,
-            seed=self.seed,
-            stride_tokens=self.stride_tokens,
-            weights=self.weights,
-        )
-        self.samples_per_epoch = self.plan.samples_per_epoch
-        self.dropped_tokens = self.plan.dropped_tokens
-        marked = self.separate_documents and self.batching in ("packed", "sliding")
-        self._ends = self.dataset.document_ends if marked else None
-        self.device = torch.device(self.device)
-        if self.epochs is not None:
-            self.end = math.ceil(self.epochs * self.samples_per_epoch)
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        options: LoaderOptions,
+        *,
+        device: torch.device | str,
+        position: int = 0,
+    ) -> None:
+        self.dataset, self.options, self.device = dataset, options, torch.device(device)
+        self.position = position  # global sample index after the batch returned last: all its state
+        self.plan = Plan(dataset, options)
+        self.sample_ids, self.samples_per_epoch = self.plan.ids, self.plan.samples_per_epoch
+        marked = options.separate_documents and options.of_windows
+        self._ends = dataset.document_ends if marked else None
+        self.end = options.end  # sample index to stop before
+        if options.epochs is not None:
+            self.end = math.ceil(options.epochs * self.samples_per_epoch)
         self.wait_s = 0.0  # that next() has waited for the thread, in total
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
-        self._ready: queue.SimpleQueue[_Slot | BaseException | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._current: _Slot | None = None
         self._in_copy: _Slot | None = None
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
-        self._slow = True  # until reading has shown to be fast: the first batch comes alone
-        self._stop = threading.Event()
         cuda = self.device.type == "cuda"
         if cuda:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        kind: torch.dtype = getattr(torch, self.dataset.dtype.name)
-        self._per_slot = max(self.prefetch // 2, 1)
-        shape = (self._per_slot, self.micro_batch)
+        self._per_slot = max(options.prefetch // 2, 1)
+        shape, seq_len = (self._per_slot, options.micro_batch), options.seq_len
+        empty = partial(torch.empty, pin_memory=cuda)
+        kind: torch.dtype = getattr(torch, dataset.dtype.name)
         # One more is being filled, and on CUDA one copied.
-        for _ in range(-(-self.prefetch // self._per_slot) + 1 + cuda):
-            ids = torch.empty(*shape, self.seq_len + 1, dtype=kind, pin_memory=cuda)
-            n_targets = torch.empty(shape, dtype=torch.int64, pin_memory=cuda)
-            starts = None
-            if marked:
-                starts = torch.empty(*shape, self.seq_len, dtype=torch.bool, pin_memory=cuda)
-            self._free.put(_Slot(ids, n_targets, starts))
+        for _ in range(-(-options.prefetch // self._per_slot) + 1 + cuda):
+            ids = empty(*shape, seq_len + 1, dtype=kind)
+            starts = empty(*shape, seq_len, dtype=torch.bool) if marked else None
+            self._free.put(_Slot(ids, empty(shape, dtype=torch.int64), starts))
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
-        self._thread = threading.Thread(
-            target=self._fill, args=(self.position,), name="fasttrain-loader", daemon=True
-        )
+        self._thread = threading.Thread(target=self._fill, name="fasttrain-loader", daemon=True)
         self._thread.start()
-
-    def sample_ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Samples (numbers within the split) of `count` global sample indices from `first`."""
-        return self.plan.ids(first, count)
 
     def at(self, position: int) -> Loader:
         """Another loader of the same samples in the same order, starting at `position`."""
-        return replace(self, position=position)
+        return Loader(self.dataset, self.options, device=self.device, position=position)
 
     def _rows(self, position: int) -> Iterator[_Rows]:
         """This rank's rows, micro-batch by micro-batch, to the end of the run."""
-        rows, stride = self.micro_batch, self.micro_batch * self.world_size
-        before = self.rank * rows  # in each stride, those of other ranks
-        block = max(min(ORDER_BLOCK, self.samples_per_epoch) // stride, 1) * stride
+        options, plan = self.options, self.plan
+        rows, stride = options.micro_batch, options.micro_batch * options.world_size
+        before = options.rank * rows  # in each stride, those of other ranks
+        block = max(min(ORDER_BLOCK, plan.samples_per_epoch) // stride, 1) * stride
         while True:
-            starts, counts = self.plan.rows(position, block)
+            starts, counts = plan.rows(position, block)
             for first in range(0, block, stride):
                 n = stride if self.end is None else min(self.end - position, stride)
                 if n <= 0:
@@ -222,28 +199,27 @@ class Loader:
                 position += stride
                 here = slice(first + before, first + before + rows)
                 n_rows = min(max(n - before, 0), rows)
-                mine, n_tokens = None, n * self.seq_len
+                mine, n_tokens = None, n * options.seq_len
                 if counts is not None:
                     mine, n_tokens = counts[here], int(counts[first : first + n].sum()) - n
-                yield _Rows(starts[here], mine, n_rows, self.plan.length(mine), n_tokens, position)
+                yield _Rows(starts[here], mine, n_rows, plan.length(mine), n_tokens, position)
 
-    def _fill(self, position: int) -> None:
-        rows = self._rows(position)
+    def _fill(self) -> None:
+        """Read batches, in the thread, until the run's end, an error or `close`."""
+        rows = self._rows(self.position)
         try:
-            while not self._stop.is_set():
-                batches = list(islice(rows, 1 if self._slow else self._per_slot))
-                if not batches:
-                    return self._ready.put(None)
+            while batches := list(islice(rows, self._per_slot)):
                 slot = self._free.get()
-                if slot is None:  # close()
+                if slot is None or self._over is not None:  # close()
                     return
                 self._read(slot, batches)
                 self._ready.put(slot)
+            self._ready.put(StopIteration())
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
 
     def _read(self, slot: _Slot, batches: Sequence[_Rows]) -> None:
-        """Fills a buffer with batches."""
+        """Fill a buffer with batches."""
         slot.n_taken, slot.batches = 0, batches
         for batch, n_targets in zip(batches, slot.n_targets.numpy(), strict=False):
             if not batch.full:
@@ -252,12 +228,10 @@ class Loader:
         starts = np.concatenate([batch.starts for batch in batches])
         counted = [batch.counts for batch in batches if batch.counts is not None]
         rows = slot.ids.numpy()[: len(batches)].reshape(len(starts), -1)
-        begin = time.perf_counter()
         self.dataset.read_windows(starts, rows, np.concatenate(counted) if counted else None)
-        self._slow = time.perf_counter() - begin > SLOW_WINDOW_S * len(starts)
         if self._ends is not None and slot.doc_starts is not None:
             marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
-            marks[:] = document_starts(self._ends, starts, self.seq_len)
+            marks[:] = document_starts(self._ends, starts, self.options.seq_len)
 
     def __iter__(self) -> Self:
         return self
@@ -295,26 +269,26 @@ class Loader:
         """The next batch: its buffer and its place there. Waits for it, and measures the wait."""
         if self._over is not None:
             raise self._over
-        slot = self._current or self._wait()
+        if self._current is None:
+            begin = time.perf_counter()
+            try:
+                item = self._ready.get(timeout=DEADLINE_S)
+            except queue.Empty:
+                file = self.dataset.reading or "the dataset"
+                item = DataError(
+                    f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "
+                    "that holds it hangs. Resume from the last checkpoint once it answers"
+                )
+            self.wait_s += time.perf_counter() - begin
+            if not isinstance(item, _Slot):
+                self._over = item
+                raise item
+            self._current = item
+        slot = self._current
         k, slot.n_taken = slot.n_taken, slot.n_taken + 1
-        self._current = slot if slot.n_taken < len(slot.batches) else None
+        if slot.n_taken == len(slot.batches):
+            self._current = None
         return slot, k
-
-    def _wait(self) -> _Slot:
-        begin = time.perf_counter()
-        try:
-            item = self._ready.get(timeout=self.deadline_s)
-        except queue.Empty:
-            file = self.dataset.reading or "the dataset"
-            item = DataError(
-                f"{file}: reading a batch has taken {self.deadline_s:g} s; the disk or network "
-                "that holds it hangs. Resume from the last checkpoint once it answers"
-            )
-        self.wait_s += time.perf_counter() - begin
-        if isinstance(item, _Slot):
-            return item
-        self._over = StopIteration() if item is None else item
-        raise self._over
 
     def _stage(self, slot: _Slot, k: int) -> tuple[Batch, torch.cuda.Event]:
         """Starts the copy of a batch to the device."""
@@ -345,7 +319,6 @@ class Loader:
     def close(self) -> None:
         """Ends the thread; the loader gives no more batches. May be called again."""
         atexit.unregister(self.close)
-        self._stop.set()
         self._over = self._over or StopIteration()
         self._free.put(None)
         self._thread.join(timeout=5.0)  # a hung read does not hold up the end of the run
@@ -360,16 +333,10 @@ class Loader:
 
 def evaluation_batches(
     dataset: TokenDataset,
-    *,
-    seq_len: int,
-    batch_size: int,
+    options: LoaderOptions,
     device: torch.device | str,
-    batching: str = "packed",
-    separate_documents: bool = False,
-    stride_tokens: int | None = None,
+    *,
     n_tokens: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Iterator[Batch]:
     """The split once, or as many of its rows, evenly spread, as make ``n_tokens`` targets.
 
@@ -378,35 +345,35 @@ def evaluation_batches(
     `stride_tokens` tokens before them. Either way every token but the first is a target once.
     Padded and bucketed: documents, the long ones in pieces of T, so that every token but the first
     of each document is a target once; bucketed in order of their length, others as they lie.
-    Every rank gets the same number of batches; what lies beyond the rows is token 0 with target
-    −100.
-
-    `n_tokens` None: all. `batching` and `separate_documents` are as in training; each rank takes
-    every world_size-th batch; `position` counts rows. A file may turn out damaged while iterating.
+    Every rank gets the same number of batches, every world_size-th; what lies beyond the rows is
+    token 0 with target −100. `position` counts rows. A file may turn out damaged while iterating.
     """
-    device = torch.device(device)
+    seq_len, batch_size = options.seq_len, options.micro_batch
+    on_cuda = torch.device(device).type == "cuda"
     ends = None
     n_seen = 0  # tokens of a window that were targets of the one before
-    if batching in ("padded", "bucketed"):
-        starts, counts = _spread(*document_rows(dataset, seq_len), 0, n_tokens)
-        if batching == "bucketed":
-            by_length = np.argsort(counts, kind="stable")
-            starts, counts = starts[by_length], counts[by_length]
-    elif batching in ("packed", "sliding"):
-        n_seen = seq_len - (stride_tokens or seq_len)
+    if options.of_windows:
+        n_seen = seq_len - (options.stride_tokens or seq_len)
         end = dataset.n_tokens - 1
         starts = np.arange(0, max(end - n_seen, min(end, 1)), seq_len - n_seen)
         counts = np.minimum(dataset.n_tokens - starts, seq_len + 1)
-        starts, counts = _spread(starts, counts, n_seen, n_tokens)
-        ends = dataset.document_ends if separate_documents else None
+        ends = dataset.document_ends if options.separate_documents else None
     else:
-        refuse("data.batching", batching, "is not implemented; add it to evaluation_batches")
+        starts, counts = document_rows(dataset, seq_len)
     if not len(starts):
         raise DataError(
             f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "
             "with a larger --val-fraction"
         )
-    lengths = row_lengths(batching, seq_len)
+    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
+    if n_tokens is not None and n_tokens < n_targets:
+        n_rows = math.ceil(len(starts) * n_tokens / n_targets)
+        chosen = np.arange(n_rows) * len(starts) // n_rows  # every k-th row, k a fraction
+        starts, counts = starts[chosen], counts[chosen]
+    if options.batching == "bucketed":
+        by_length = np.argsort(counts, kind="stable")
+        starts, counts = starts[by_length], counts[by_length]
+    lengths = row_lengths(options.batching, seq_len)
 
     def batch(first: int) -> Batch:
         here = slice(first, first + batch_size)
@@ -415,32 +382,13 @@ def evaluation_batches(
         start[:n_rows], count[:n_rows] = starts[here], counts[here]
         length = next(n for n in lengths if n >= count.max() - 1)
         stored = np.zeros((batch_size, length + 1), dataset.dtype)
-        if n_rows:
-            dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
+        dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
         marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
-        found = to_batch(
-            stored, torch.from_numpy(np.maximum(count - 1, 0)), marks, first + batch_size
-        )
+        valid = torch.from_numpy(np.maximum(count - 1, 0))
+        found = to_batch(stored, valid, marks, first + batch_size)
         found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
-        if device.type != "cuda":
-            return found
-        tokens, targets, doc_starts = (
-            None if t is None else t.pin_memory().to(device, non_blocking=True)
-            for t in (found.tokens, found.targets, found.doc_starts)
-        )
-        assert tokens is not None
-        assert targets is not None
-        return Batch(tokens, targets, doc_starts, found.position)
+        return found.to(device) if on_cuda else found
 
-    stride = batch_size * world_size
-    return (batch(first + rank * batch_size) for first in range(0, len(starts), stride))
-
-
-def _spread(starts: Array, counts: Array, n_seen: int, n_tokens: int | None) -> tuple[Array, Array]:
-    """Return every k-th row, k a fraction, so that they have ``n_tokens`` targets."""
-    n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
-    if n_tokens is None or n_tokens >= n_targets:
-        return starts, counts
-    n_rows = math.ceil(len(starts) * n_tokens / n_targets)
-    chosen = np.arange(n_rows) * len(starts) // n_rows
-    return starts[chosen], counts[chosen]
+    stride = batch_size * options.world_size
+    first = options.rank * batch_size
+    return (batch(at + first) for at in range(0, len(starts), stride))

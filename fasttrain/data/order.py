@@ -15,11 +15,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain.config import TrainConfig
 from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
@@ -35,8 +39,6 @@ class Permutation:
     """A bijection on [0, n), 0 < n ≤ 2**62, chosen by a key, any integer."""
 
     def __init__(self, n: int, key: int) -> None:
-        if not 0 < n <= 2**62:
-            raise ValueError(f"Permutation: n must be from 1 to 2**62, got {n}")
         self.n = n
         self._a = math.isqrt(n - 1) + 1
         self._b = -(-n // self._a)
@@ -44,10 +46,7 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def take(self, indices: Array) -> Array:
-        """Return where each of `indices` goes, int64 of the same shape, about 0.1 µs each."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= self.n):
-            raise IndexError(f"Permutation: indices must be in [0, {self.n})")
+        """Return where each of `indices`, from 0 to n - 1, goes, about 0.1 µs each."""
         out = self._once(indices.astype(np.uint64).ravel())
         while (outside := np.flatnonzero(out >= self.n)).size:
             out[outside] = self._once(out[outside])
@@ -72,14 +71,12 @@ def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     return z ^ (z >> _SHIFTS[2])
 
 
-def sample_ids(first: int, count: int, *, n: int, seed: int) -> Array:
+def sample_ids(first: int, count: int, seed: int, *, n: int) -> Array:
     """Return which sample each of `count` global sample indices from `first` on is.
 
     The indices count from 0 over the whole run, of epochs of `n` samples: for index i it is the
     sample that the order of epoch i // n puts at i mod n.
     """
-    if first < 0 or count < 0:
-        raise ValueError(f"sample_ids: first and count must not be negative, got {first}, {count}")
 
     def in_epoch(at: int, part: int, key: int) -> Array:
         return Permutation(n, key).take(np.arange(at, at + part))
@@ -108,18 +105,15 @@ MAX_PERIOD = 10_000
 def _whole(weights: Sequence[float]) -> list[int]:
     """Whole numbers in the proportions of `weights`, with a sum of at most `MAX_PERIOD`."""
     exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
-    common = math.lcm(*(f.denominator for f in exact))
-    numbers = [int(f * common) for f in exact]
-    divisor = math.gcd(*numbers)
-    numbers = [n // divisor for n in numbers]
-    total = sum(numbers)
-    if total <= MAX_PERIOD:
-        return numbers
-    room = MAX_PERIOD - len(numbers)  # each gets at least one turn
-    parts = [divmod(n * room, total) for n in numbers]
-    left = room - sum(whole for whole, _ in parts)
-    by_rest = sorted(range(len(parts)), key=lambda i: -parts[i][1])
-    return [1 + whole + (i in by_rest[:left]) for i, (whole, _) in enumerate(parts)]
+    shares = [weight / sum(exact) for weight in exact]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= MAX_PERIOD:
+        return [int(share * period) for share in shares]
+    room = MAX_PERIOD - len(shares)  # each gets at least one turn
+    whole = [int(share * room) for share in shares]
+    by_rest = sorted(range(len(shares)), key=lambda i: whole[i] - shares[i] * room)
+    more = by_rest[: room - sum(whole)]
+    return [1 + n + (i in more) for i, n in enumerate(whole)]
 
 
 class Interleave:
@@ -158,10 +152,42 @@ class Interleave:
         return source, periods * self.turns[source] + self._index[at]
 
 
-BATCHING = ("packed", "sliding", "padded", "bucketed")
 # Rows of one length in a row. It must not depend on the size of a batch, or resuming with another
 # one would lose and repeat documents. Larger, and many steps have only long or only short rows.
 GROUP = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """What the samples of a run are, their order, and which of them a rank gets in its batches."""
+
+    seq_len: int  # T
+    micro_batch: int = 1  # B
+    seed: int = 0
+    batching: str = "packed"
+    stride_tokens: int | None = None  # between the starts of sliding windows; None: half of T
+    weights: Sequence[float] = ()  # of the datasets that were joined; empty: taken as one
+    separate_documents: bool = False  # mark in `doc_starts` where documents begin in a window
+    end: int | None = None  # sample index to stop before; rows from it on have no targets
+    epochs: float | None = None  # the same as passes over the split
+    rank: int = 0
+    world_size: int = 1
+    prefetch: int = 16  # batches held ready; half of them are read at a time
+
+    @classmethod
+    def of(cls, config: TrainConfig, **others: Any) -> Self:
+        """Return the options that a config names, with `others` in place of or beside these."""
+        keys = ("seq_len", "batching", "stride_tokens", "weights", "prefetch")
+        named: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
+        named["separate_documents"] = not config.data.attention_across_documents
+        return cls(**named | {"seed": config.run.seed, "epochs": config.train.epochs} | others)
+
+    @property
+    def of_windows(self) -> bool:
+        """Whether samples are windows of the text; else they are documents."""
+        if self.batching not in ("packed", "sliding", "padded", "bucketed"):
+            refuse("data.batching", self.batching, "is not implemented; add it to LoaderOptions")
+        return self.batching in ("packed", "sliding")
 
 
 def row_lengths(batching: str, seq_len: int) -> tuple[int, ...]:
@@ -191,70 +217,18 @@ def document_rows(dataset: TokenDataset, seq_len: int) -> tuple[Array, Array]:
 
     First token of each piece, and its tokens, one more than it has targets.
     """
-    begins, sizes = _documents(dataset, 0, dataset.n_tokens)
+    begins, sizes = _documents(dataset)
     n = -(-(sizes - 1) // seq_len)
     which = np.repeat(np.arange(len(n)), n)
     skipped = (np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n)) * seq_len
     return begins[which] + skipped, np.minimum(sizes[which] - skipped, seq_len + 1)
 
 
-def _documents(dataset: TokenDataset, begin: int, end: int) -> tuple[Array, Array]:
-    """First token and number of tokens of the documents in [begin, end); of two tokens at least."""
+def _documents(dataset: TokenDataset) -> tuple[Array, Array]:
+    """First token and number of tokens of the documents; of two tokens at least."""
     ends = dataset.document_ends
-    ends = ends[np.searchsorted(ends, begin, side="right") :]
-    ends = ends[: np.searchsorted(ends, end, side="right")]
-    begins = np.concatenate([[begin], ends[:-1]])
-    sizes = ends - begins
-    return begins[sizes > 1], sizes[sizes > 1]
-
-
-class _Samples:
-    """The samples of a stretch of a split, as `Plan` has it; `order` says when each comes."""
-
-    def __init__(
-        self, dataset: TokenDataset, begin: int, end: int, batching: str, seq_len: int, stride: int
-    ) -> None:
-        tokens = end - begin
-        if batching in ("packed", "sliding"):
-            if tokens <= seq_len:
-                raise DataError(
-                    f"data.seq_len = {seq_len} is longer than the data: the split has {tokens} "
-                    f"tokens, {seq_len + 1} make one sample; shorten data.seq_len to at most "
-                    f"{max(tokens - 1, 0)} or add text"
-                )
-            self.n = (tokens - 1 - seq_len) // stride + 1
-            self.dropped_tokens = tokens - 1 - seq_len - (self.n - 1) * stride
-            self._begin, self._stride = begin, stride
-            self._counts: Array | None = None
-        elif batching in ("padded", "bucketed"):
-            self._begins, sizes = _documents(dataset, begin, end)
-            self._counts = np.minimum(sizes, seq_len + 1)
-            self.n = len(sizes)
-            self.dropped_tokens = int((sizes - self._counts).sum())
-            if not self.n:
-                raise DataError(
-                    f"data.batching = {batching!r}: no document of "
-                    f"{dataset.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
-                )
-        else:
-            refuse("data.batching", batching, "is not implemented; add it to _Samples")
-        self._buckets = (
-            _Buckets(self._counts - 1, row_lengths(batching, seq_len))
-            if batching == "bucketed" and self._counts is not None
-            else None
-        )
-
-    def order(self, first: int, count: int, seed: int) -> Array:
-        """Which samples come at positions [first, first + count)."""
-        if self._buckets is not None:
-            return self._buckets.order(first, count, seed)
-        return sample_ids(first, count, n=self.n, seed=seed)
-
-    def rows(self, ids: Array) -> tuple[Array, Array | None]:
-        """First token and number of tokens of samples; no numbers: all are T + 1."""
-        if self._counts is None:
-            return self._begin + ids * self._stride, None
-        return self._begins[ids], self._counts[ids]
+    sizes = np.diff(ends, prepend=0)
+    return (ends - sizes)[sizes > 1], sizes[sizes > 1]
 
 
 class _Buckets:
@@ -301,72 +275,82 @@ class _Buckets:
 class Plan:
     """Which tokens each global sample index of a run stands for.
 
-    With `weights`, each of the datasets joined in `dataset` has a share and an order of its own.
+    With weights, each of the datasets joined in `dataset` has a share and an order of its own.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        *,
-        batching: str,
-        seq_len: int,
-        seed: int,
-        stride_tokens: int | None = None,
-        weights: Sequence[float] = (),
-    ) -> None:
-        if batching not in BATCHING:
-            raise ValueError(f"Plan: batching must be one of {BATCHING}, got {batching!r}")
+    def __init__(self, dataset: TokenDataset, options: LoaderOptions) -> None:
+        batching, seq_len, weights = options.batching, options.seq_len, options.weights
         if weights and len(weights) != len(dataset.joined):
             raise ValueError(
                 f"Plan: {len(weights)} weights for {len(dataset.joined)} joined datasets"
             )
-        stride = seq_len
-        if batching == "sliding":
-            stride = stride_tokens or max(seq_len // 2, 1)
-        sizes = [part.n_tokens for part in dataset.joined] if weights else [dataset.n_tokens]
-        ends = np.cumsum(sizes).tolist()
-        self._parts = [
-            _Samples(dataset, end - size, end, batching, seq_len, stride)
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-        self._first_ids = np.cumsum([0, *(part.n for part in self._parts)])
+        parts = dataset.joined if weights else [dataset]
         self._interleave = Interleave(weights) if weights else None
-        self._seed, self._lengths = seed, row_lengths(batching, seq_len)
-        self.samples_per_epoch = int(self._first_ids[-1])
+        self._seed, self._lengths = options.seed, row_lengths(batching, seq_len)
+        self._stride = seq_len
+        if batching == "sliding":
+            self._stride = options.stride_tokens or max(seq_len // 2, 1)
+        self._first_tokens = np.cumsum([0, *(part.n_tokens for part in parts)])
         # Tokens that no row holds: the end of the split, too short for a window, or what documents
         # have beyond T + 1.
-        self.dropped_tokens = sum(part.dropped_tokens for part in self._parts)
+        self.dropped_tokens = 0
+        # Of each part: how many samples it has, and which of them come at some positions.
+        sizes: list[int] = []
+        self._orders: list[Callable[[int, int, int], Array]] = []
+        documents: list[tuple[Array, Array]] = []
+        for part, base in zip(parts, self._first_tokens.tolist(), strict=False):
+            order = None
+            if options.of_windows:
+                if part.n_tokens <= seq_len:
+                    raise DataError(
+                        f"data.seq_len = {seq_len} is longer than the data: the split has "
+                        f"{part.n_tokens} tokens, {seq_len + 1} make one sample; shorten "
+                        f"data.seq_len to at most {max(part.n_tokens - 1, 0)} or add text"
+                    )
+                n, dropped = divmod(part.n_tokens - 1 - seq_len, self._stride)
+                n += 1
+            else:
+                begins, n_tokens = _documents(part)
+                if not len(begins):
+                    raise DataError(
+                        f"data.batching = {batching!r}: no document of "
+                        f"{part.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
+                    )
+                counts = np.minimum(n_tokens, seq_len + 1)
+                n, dropped = len(counts), int((n_tokens - counts).sum())
+                documents.append((begins + base, counts))
+                if batching == "bucketed":
+                    order = _Buckets(counts - 1, self._lengths).order
+            sizes.append(n)
+            self._orders.append(order or partial(sample_ids, n=n))
+            self.dropped_tokens += dropped
+        self._first_ids = np.cumsum([0, *sizes])
+        self.samples_per_epoch = int(self._first_ids[-1])
+        # First token and number of tokens of each sample; empty: windows, which are computed.
+        self._documents = [np.concatenate(arrays) for arrays in zip(*documents, strict=True)]
 
-    def _located(self, first: int, count: int) -> list[tuple[Array | slice, int, Array]]:
-        """Of each dataset: which of the positions are its, its number, its samples there."""
+    def ids(self, first: int, count: int) -> Array:
+        """Samples at positions [first, first + count): each sample of the split has a number."""
         if self._interleave is None:
-            return [(slice(None), 0, self._parts[0].order(first, count, self._seed))]
+            return self._orders[0](first, count, self._seed)
+        found = np.empty(count, np.int64)
         source, index = self._interleave.locate(first, count)
-        found: list[tuple[Array | slice, int, Array]] = []
         for number in np.unique(source).tolist():
             at = np.flatnonzero(source == number)
             # A dataset's own samples come one after the other. The first has the run's seed.
             seed = (number << 64) + self._seed
-            found.append((at, number, self._parts[number].order(int(index[at[0]]), len(at), seed)))
-        return found
-
-    def ids(self, first: int, count: int) -> Array:
-        """Samples at positions [first, first + count): each sample of the split has a number."""
-        found = np.empty(count, np.int64)
-        for at, number, ids in self._located(first, count):
+            ids = self._orders[number](int(index[at[0]]), len(at), seed)
             found[at] = self._first_ids[number] + ids
         return found
 
     def rows(self, first: int, count: int) -> tuple[Array, Array | None]:
         """First token and number of tokens at [first, first + count); None: all are T + 1."""
-        starts = np.empty(count, np.int64)
-        counts: Array | None = None
-        for at, number, ids in self._located(first, count):
-            starts[at], n_tokens = self._parts[number].rows(ids)
-            if n_tokens is not None:
-                counts = np.empty(count, np.int64) if counts is None else counts
-                counts[at] = n_tokens
-        return starts, counts
+        ids = self.ids(first, count)
+        if self._documents:
+            begins, counts = self._documents
+            return begins[ids], counts[ids]
+        part = np.searchsorted(self._first_ids, ids, side="right") - 1
+        return self._first_tokens[part] + (ids - self._first_ids[part]) * self._stride, None
 
     def length(self, counts: Array | None) -> int:
         """T of a batch of rows of so many tokens: the shortest of `row_lengths` that holds them."""

@@ -50,10 +50,10 @@ MAX_WORD_CHARS = 1024
 
 def _byte_level(vocab: dict[str, int] | None, *patterns: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, [] if vocab is not None else None))
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -166,11 +166,9 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """The id that ends documents, None if the tokenizer has none of the usual names for it."""
-    for name in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>"):
-        number: int | None = tokenizer.token_to_id(name)
-        if number is not None:
-            return number
-    return None
+    names = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>")
+    found = (tokenizer.token_to_id(name) for name in names)
+    return next((number for number in found if number is not None), None)
 
 
 # The ByteLevel step writes byte b as one printable character: itself where it is printable Latin-1,
@@ -415,8 +413,7 @@ class Losses:
         if unknown is not None:
             self._unknown_id = tokenizer.token_to_id(unknown)
         self._alphabet: set[str] = set()
-        self._known: set[str] = set()
-        self._without: set[str] = set()
+        self._has_token = cache(self._is_in_alphabet)
         if self._unknown_id is not None:
             name = tokenizer.id_to_token(self._unknown_id)
             self.what = f"places that the tokenizer has no token for (encoded as {name})"
@@ -437,7 +434,7 @@ class Losses:
         if self._unknown_id is not None:
             return int(np.count_nonzero(ids == self._unknown_id))
         text = self._normalized(text)
-        return sum(text.count(character) for character in self._lost_of(text))
+        return sum(text.count(c) for c in set(text) if not self._has_token(c))
 
     def first(self, text: str) -> tuple[int, int]:
         """Where in a text the first thing lost is; the whole of it where that is hard to say."""
@@ -447,9 +444,9 @@ class Losses:
                 begin, end = found.offsets[found.ids.index(self._unknown_id)]
                 return int(begin), int(end)
         else:
-            lost = self._lost_of(self._normalized(text))
+            normalized = set(self._normalized(text))
             for place, character in enumerate(text):
-                if character in lost:
+                if character in normalized and not self._has_token(character):
                     return place, place + 1
         return 0, len(text)
 
@@ -457,13 +454,7 @@ class Losses:
         normalizer = self._tokenizer.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
-    def _lost_of(self, text: str) -> set[str]:
-        characters = set(text)
-        for character in characters - self._known - self._without:
-            (self._known if self._has_token(character) else self._without).add(character)
-        return characters & self._without
-
-    def _has_token(self, character: str) -> bool:
+    def _is_in_alphabet(self, character: str) -> bool:
         steps = self._tokenizer.pre_tokenizer
         words = [character] if steps is None else [w for w, _ in steps.pre_tokenize_str(character)]
         symbols = set("".join(words))

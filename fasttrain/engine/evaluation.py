@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import evaluation_batches
+from fasttrain.data.order import LoaderOptions
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import gathered
 from fasttrain.engine.step import IGNORE_INDEX, TrainStep, summed_loss
@@ -41,18 +42,12 @@ def evaluate(
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     seq_len, fraction = config.data.seq_len, config.eval.stride_fraction
-    batches = evaluation_batches(
-        dataset,
-        seq_len=seq_len,
-        batch_size=config.eval.batch_size or config.train.micro_batch,
-        device=device,
-        batching=config.data.batching,
-        separate_documents=not config.data.attention_across_documents,
-        stride_tokens=None if fraction is None else max(round(fraction * seq_len), 1),
-        n_tokens=config.eval.tokens,
-        rank=world.rank,
-        world_size=world.size,
+    stride = None if fraction is None else max(round(fraction * seq_len), 1)
+    rows = config.eval.batch_size or config.train.micro_batch
+    options = LoaderOptions.of(
+        config, micro_batch=rows, rank=world.rank, world_size=world.size, stride_tokens=stride
     )
+    batches = evaluation_batches(dataset, options, device, n_tokens=config.eval.tokens)
     one_graph = step.compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
     totals_of = _compiled(_totals) if one_graph else _totals
     try:

@@ -138,17 +138,18 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
     """
     folder = run_dir / "faults"
     folder.mkdir(exist_ok=True)
-    of_rank = f"-rank-{loader.rank}" if loader.rank else ""
+    options = loader.options
+    of_rank = f"-rank-{options.rank}" if options.rank else ""
     path = folder / f"step-{fault.step:08d}{of_rank}.jsonl"
     if not path.exists() and len(list(folder.glob(f"step-????????{of_rank}.jsonl"))) >= MAX_REPORTS:
         return None
     tokenizer_path = run_dir / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.exists() else None
-    rows, stride = loader.micro_batch, loader.micro_batch * loader.world_size
+    rows, stride = options.micro_batch, options.micro_batch * options.world_size
     lines = []
     with loader.at(fault.position) as again:
         for m, batch in enumerate(islice(again, n_micro_batches)):
-            first = fault.position + m * stride + loader.rank * rows
+            first = fault.position + m * stride + options.rank * rows
             ids = loader.sample_ids(first, rows).tolist()
             for row, sample in enumerate(ids):
                 tokens = batch.tokens[row].tolist()

@@ -9,7 +9,7 @@ import torch
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.order import Plan
+from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.log import metrics
@@ -45,14 +45,7 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
     per_epoch = 0
     if train is not None:
-        per_epoch = Plan(
-            train,
-            batching=data.batching,
-            seq_len=data.seq_len,
-            seed=config.run.seed,
-            stride_tokens=data.stride_tokens,
-            weights=data.weights,
-        ).samples_per_epoch
+        per_epoch = Plan(train, LoaderOptions.of(config)).samples_per_epoch
     steps = None
     if per_epoch or loop.epochs is None:
         steps = n_steps(loop, seq_len=data.seq_len, samples=samples, per_epoch=per_epoch)

@@ -15,6 +15,7 @@ from fasttrain.config.keys import counted
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode, unused_mode
@@ -212,9 +213,8 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
     rate = lr_at(step, total, schedule, config.optim.peak_lr)
     for optimizer in optimizers:
         set_lr(optimizer, rate)
-    with Loader(
-        train, seq_len=config.data.seq_len, micro_batch=2, seed=config.run.seed, device=device
-    ) as loader:
+    options = LoaderOptions(seq_len=config.data.seq_len, micro_batch=2, seed=config.run.seed)
+    with Loader(train, options, device=device) as loader:
         batch = next(loader)
     with precision.autocast():
         report = diagnose(model, batch, optimizer=optimizers)

@@ -109,7 +109,7 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
             compiled += f" ({reason})"
     # On what, and for how long
     named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
-    tokens, dropped = format_count(loader.dataset.n_tokens), loader.dropped_tokens
+    tokens, dropped = format_count(loader.dataset.n_tokens), loader.plan.dropped_tokens
     outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
     n_parameters = format_count(cast(Transformer, step.model).num_parameters())
     plan = f"{config.train.hours} h"

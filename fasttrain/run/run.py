@@ -18,6 +18,7 @@ from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import Split, open_dataset
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.corpus import build_default_corpus
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import (
@@ -255,22 +256,10 @@ def _build(
             if folder.source is None and world.leads:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
             sampler = _sampler(config, train.tokenizer_path, device)
-        loader = Loader(
-            train,
-            seq_len=config.data.seq_len,
-            micro_batch=shape.rows,
-            seed=config.run.seed,
-            device=device,
-            position=state.get("position", 0),
-            epochs=config.train.epochs,
-            rank=world.rank,
-            world_size=world.size,
-            prefetch=config.data.prefetch,
-            batching=config.data.batching,
-            stride_tokens=config.data.stride_tokens,
-            weights=config.data.weights,
-            separate_documents=not config.data.attention_across_documents,
+        order = LoaderOptions.of(
+            config, micro_batch=shape.rows, rank=world.rank, world_size=world.size
         )
+        loader = Loader(train, order, device=device, position=state.get("position", 0))
     trainer = Trainer(
         model,
         optimizers,

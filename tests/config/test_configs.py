@@ -22,7 +22,7 @@ from fasttrain.config import (
 )
 from fasttrain.config.keys import check_value, counted
 from fasttrain.data.loader import evaluation_batches
-from fasttrain.data.order import Plan
+from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.schedule import lr_at
@@ -106,16 +106,13 @@ def test_N16_a_choice_that_no_code_knows_is_an_error_and_no_other_choice(key: st
         UNKNOWN[key]()
 
 
-def test_N16_nor_is_a_way_of_batching_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_N16_nor_is_a_way_of_batching_another_one(tmp_path: Path) -> None:
     dataset = write_tokens(tmp_path / "data", list(range(1, 30)), [29])
-    options: dict[str, Any] = {"batching": "new", "seq_len": 4}
-    monkeypatch.setattr("fasttrain.data.order.BATCHING", ("new",))
+    options = LoaderOptions(batching="new", seq_len=4, micro_batch=2)
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):
-        Plan(dataset, seed=0, **options)
+        Plan(dataset, options)
     with pytest.raises(ConfigError, match=r"data\.batching = .*not implemented"):
-        evaluation_batches(dataset, batch_size=2, device=CPU, **options)
+        evaluation_batches(dataset, options, CPU)
 
 
 def test_N16_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_others(

@@ -14,8 +14,8 @@ from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE, Loader
 from fasttrain.data.order import (
-    BATCHING,
     GROUP,
+    LoaderOptions,
     Plan,
     document_rows,
     document_starts,
@@ -24,6 +24,16 @@ from fasttrain.data.order import (
 from fasttrain.data.prepare.writer import ShardWriter
 
 SEQ_LEN = 16
+BATCHING = ("packed", "sliding", "padded", "bucketed")
+
+
+def options_of(**others: object) -> LoaderOptions:
+    return LoaderOptions(**{"seq_len": SEQ_LEN} | others)  # type: ignore[arg-type]
+
+
+def make(dataset: TokenDataset, *, position: int = 0, **others: object) -> Loader:
+    options = options_of(**{"seed": 5} | others)
+    return Loader(dataset, options, device="cpu", position=position)
 
 
 def write(folder: Path, sizes: list[int], first: int = 0, vocab_size: int = 30_000) -> TokenDataset:
@@ -91,13 +101,13 @@ def test_document_rows_hold_every_target_of_every_document_once(dataset: TokenDa
 def test_R3_an_epoch_has_every_sample_once_and_the_next_another_order(
     dataset: TokenDataset, batching: str
 ) -> None:
-    plan = Plan(dataset, batching=batching, seq_len=SEQ_LEN, seed=3, stride_tokens=None)
+    plan = Plan(dataset, options_of(batching=batching, seed=3))
     n = plan.samples_per_epoch
     epochs = [plan.ids(epoch * n, n).tolist() for epoch in range(3)]
     for one, two in itertools.pairwise(epochs):
         assert sorted(one) == sorted(two) == list(range(n))
         assert one != two
-    assert epochs[0] != Plan(dataset, batching=batching, seq_len=SEQ_LEN, seed=4).ids(0, n).tolist()
+    assert epochs[0] != Plan(dataset, options_of(batching=batching, seed=4)).ids(0, n).tolist()
 
 
 @settings(max_examples=15)
@@ -111,7 +121,7 @@ def test_R28_any_stretch_of_the_order_is_that_of_the_whole(
     mix: TokenDataset, batching: str, first: int, cuts: list[int], weighted: bool
 ) -> None:
     weights = (0.3, 0.7) if weighted else ()
-    plan = Plan(mix, batching=batching, seq_len=SEQ_LEN, seed=1, weights=weights)
+    plan = Plan(mix, options_of(batching=batching, seed=1, weights=weights))
     ids, (starts, counts) = plan.ids(first, sum(cuts)), plan.rows(first, sum(cuts))
     at = 0
     for cut in cuts:
@@ -126,7 +136,7 @@ def test_R28_any_stretch_of_the_order_is_that_of_the_whole(
 
 def test_sliding_windows_begin_every_stride(dataset: TokenDataset) -> None:
     for stride, expected in ((5, 5), (None, 8), (SEQ_LEN, SEQ_LEN)):
-        plan = Plan(dataset, batching="sliding", seq_len=SEQ_LEN, seed=0, stride_tokens=stride)
+        plan = Plan(dataset, options_of(batching="sliding", stride_tokens=stride))
         starts, counts = plan.rows(0, plan.samples_per_epoch)
         assert counts is None
         assert np.diff(np.sort(starts)).tolist() == [expected] * (len(starts) - 1)
@@ -137,8 +147,7 @@ def test_sliding_windows_begin_every_stride(dataset: TokenDataset) -> None:
 def rows_of(dataset: TokenDataset, **options: object) -> list[list[int]]:
     """The tokens of all rows of an epoch, without padding; checks what padding is."""
     found, n_tokens = [], 0
-    settings = {"seq_len": SEQ_LEN, "micro_batch": 6, "seed": 5, "device": "cpu", "epochs": 1}
-    with Loader(dataset, **(settings | options)) as loader:  # type: ignore[arg-type]
+    with make(dataset, **{"micro_batch": 6, "epochs": 1} | options) as loader:  # type: ignore[arg-type]
         for batch in loader:
             assert batch.tokens.shape == batch.targets.shape
             assert batch.tokens.is_contiguous()
@@ -176,10 +185,9 @@ def test_bucketed_rows_come_with_their_like_and_in_few_shapes(dataset: TokenData
     assert row_lengths("bucketed", 1024) == (128, 256, 512, 1024)
     assert row_lengths("bucketed", 3) == (1, 2, 3)
     assert row_lengths("padded", 1024) == (1024,)
-    options = {"seq_len": SEQ_LEN, "micro_batch": 16, "seed": 5, "device": "cpu", "epochs": 1}
     cost = {}
     for batching in ("padded", "bucketed"):
-        with Loader(dataset, batching=batching, **options) as loader:  # type: ignore[arg-type]
+        with make(dataset, batching=batching, micro_batch=16, epochs=1) as loader:
             lengths = [batch.tokens.shape[1] for batch in loader]
         cost[batching] = sum(lengths)
         assert set(lengths) <= set(row_lengths(batching, SEQ_LEN))
@@ -203,27 +211,19 @@ def test_R28_rows_do_not_depend_on_ranks_prefetch_or_micro_batch(
     for at in range(0, len(ranks[0]), 3):
         together += ranks[0][at : at + 3] + ranks[1][at : at + 3]
     assert together == plain
-    settings = {"seq_len": SEQ_LEN, "micro_batch": 3, "seed": 5, "device": "cpu", "epochs": 1}
-    with Loader(mix, rank=1, world_size=2, **settings, **options) as loader:  # type: ignore[arg-type]
+    with make(mix, rank=1, world_size=2, micro_batch=3, epochs=1, **options) as loader:  # type: ignore[arg-type]
         assert sum(batch.n_tokens for batch in loader) == sum(len(row) - 1 for row in plain)
 
 
 def test_R3_kills_lose_and_repeat_nothing_in_any_mode(mix: TokenDataset) -> None:
     rng = np.random.default_rng(2)
     for batching in BATCHING:
-        options = {
-            "seq_len": SEQ_LEN,
-            "micro_batch": 4,
-            "seed": 5,
-            "device": "cpu",
-            "batching": batching,
-            "weights": (0.25, 0.75),
-        }
-        with Loader(mix, **options) as loader:  # type: ignore[arg-type]
+        options = {"micro_batch": 4, "batching": batching, "weights": (0.25, 0.75)}
+        with make(mix, **options) as loader:  # type: ignore[arg-type]
             expected = [batch.tokens for batch in itertools.islice(loader, 60)]
         seen, position = [], 0
         while len(seen) < 60:
-            with Loader(mix, position=position, **options) as loader:  # type: ignore[arg-type]
+            with make(mix, position=position, **options) as loader:  # type: ignore[arg-type]
                 for batch in itertools.islice(loader, int(rng.integers(0, 12))):
                     seen.append(batch.tokens)
                     position = batch.position
@@ -233,9 +233,7 @@ def test_R3_kills_lose_and_repeat_nothing_in_any_mode(mix: TokenDataset) -> None
 
 
 def test_a_mix_has_its_shares_exactly(mix: TokenDataset) -> None:
-    with Loader(
-        mix, seq_len=SEQ_LEN, micro_batch=10, seed=0, device="cpu", weights=(0.9, 0.1)
-    ) as loader:
+    with make(mix, micro_batch=10, weights=(0.9, 0.1)) as loader:
         assert loader.samples_per_epoch == 999 // SEQ_LEN + 2999 // SEQ_LEN
         for batch in itertools.islice(loader, 40):
             rows = batch.tokens
@@ -248,8 +246,8 @@ def test_a_mix_has_its_shares_exactly(mix: TokenDataset) -> None:
 @pytest.mark.parametrize("batching", ["packed", "sliding"])
 def test_R27_batches_say_where_documents_begin(mix: TokenDataset, batching: str) -> None:
     starts = {0, *mix.document_ends.tolist()}
-    options = {"seq_len": 50, "micro_batch": 5, "seed": 0, "device": "cpu", "batching": batching}
-    with Loader(mix, separate_documents=True, **options) as loader:  # type: ignore[arg-type]
+    options = {"seq_len": 50, "micro_batch": 5, "batching": batching}
+    with make(mix, separate_documents=True, **options) as loader:  # type: ignore[arg-type]
         kept = list(itertools.islice(loader, 8))
         for _ in range(8):
             next(loader)
@@ -259,7 +257,7 @@ def test_R27_batches_say_where_documents_begin(mix: TokenDataset, batching: str)
         for row in expected:
             row[0] = True
         assert batch.doc_starts.tolist() == expected
-    with Loader(mix, **options) as loader:  # type: ignore[arg-type]
+    with make(mix, **options) as loader:  # type: ignore[arg-type]
         assert next(loader).doc_starts is None
 
 
@@ -271,8 +269,6 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path, dataset: TokenDataset
             rows_of(bare, **options)
     ones = write(tmp_path / "ones", [1] * 20)
     with pytest.raises(DataError, match=r"no document of .*ones has two tokens"):
-        Plan(ones, batching="bucketed", seq_len=4, seed=0)
-    with pytest.raises(ValueError, match="batching must be one of"):
-        Plan(dataset, batching="packet", seq_len=4, seed=0)
+        Plan(ones, options_of(batching="bucketed"))
     with pytest.raises(ValueError, match="2 weights for 0 joined datasets"):
-        Plan(dataset, batching="packed", seq_len=4, seed=0, weights=(1, 2))
+        Plan(dataset, options_of(weights=(1, 2)))

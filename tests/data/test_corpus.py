@@ -167,21 +167,22 @@ def test_F14_leftovers_of_killed_builds_go_with_the_next_and_living_ones_stay(
 def test_F14_a_build_is_not_lost_to_another_that_begins_beside_it(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_locks: bool
 ) -> None:
-    lock, seen = corpus._lock, []
+    lock, seen = corpus.lock, []
 
-    def late(building: Path) -> int:
+    def late(path: Path) -> int:
         """Before the first two folders are locked, another build has swept them, or locks them."""
+        building = path.parent
         seen.append(building)
         if without_locks:
             raise OSError(errno.ENOLCK, "No locks available")
         if len(seen) == 1:
             shutil.rmtree(building)
-        descriptor = lock(building)
+        descriptor = lock(path)
         if len(seen) == 2:
             shutil.rmtree(building)
         return descriptor
 
-    monkeypatch.setattr(corpus, "_lock", late)
+    monkeypatch.setattr(corpus, "lock", late)
     folder = build(tmp_path)
     assert os.listdir(tmp_path / "cache") == [folder.name]
     assert len(seen) == (1 if without_locks else 3)

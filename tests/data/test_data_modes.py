@@ -13,6 +13,7 @@ import pytest
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.train import main
@@ -111,16 +112,11 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
     log = (tmp_path / "runs/whole/train.log").read_text()
     if mode in ("padded", "bucketed"):
         config = load_config(tmp_path / "runs/parts/config.toml")
-        with Loader(
-            open_dataset(data, "train"),
-            batching=mode,
-            seq_len=config.data.seq_len,
-            micro_batch=config.train.micro_batch,
-            seed=config.run.seed,
-            device="cpu",
-        ) as loader:
-            shown = f"({loader.dropped_tokens} in no sequence)" in log
-            assert shown == (loader.dropped_tokens > 0) == (mode == "padded")
+        options = LoaderOptions.of(config, micro_batch=config.train.micro_batch)
+        with Loader(open_dataset(data, "train"), options, device="cpu") as loader:
+            dropped = loader.plan.dropped_tokens
+            shown = f"({dropped} in no sequence)" in log
+            assert shown == (dropped > 0) == (mode == "padded")
             real = [int((batch.targets != IGNORE).sum()) for batch in islice(loader, 20)]
     if mode != "mix":
         for run in (whole, parts):

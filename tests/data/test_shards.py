@@ -84,16 +84,6 @@ def test_R21_every_mutated_header_is_a_typed_error_that_names_the_file(
     assert Shard(path).n_tokens == 2000
 
 
-def test_R23_a_file_that_ends_during_the_read_itself(tmp_path: Path) -> None:
-    write_shard(tmp_path, 2000)
-    shard = Shard(tmp_path / "train_000000.bin")
-    with shard.path.open("r+b") as file:
-        file.truncate(HEADER_BYTES + 100)
-    row = np.empty(80, "<u2")
-    with pytest.raises(DataError, match=r"train_000000\.bin: ends at byte 1124"):
-        shard.read_rows([row.data.cast("B")], [10])
-
-
 def test_the_dtype_follows_the_vocabulary() -> None:
     assert [dtype_for(n).name for n in (1, 65536, 65537, 2**32)] == ["uint16"] * 2 + ["uint32"] * 2
     for bad in (0, -5, 2**32 + 1):

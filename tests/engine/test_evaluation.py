@@ -16,6 +16,7 @@ from fasttrain.config import DataConfig, EvalConfig, LoopConfig, ModelConfig, Tr
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import IGNORE, evaluation_batches
+from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.distributed.world import World
 from fasttrain.engine.evaluation import _compiled, evaluate
@@ -105,18 +106,9 @@ def test_the_loss_is_that_of_each_stretch_by_itself(
 def test_documents_are_evaluated_once_over_all_ranks(
     dataset: TokenDataset, batching: str, world_size: int
 ) -> None:
+    options = LoaderOptions(seq_len=16, micro_batch=2, batching=batching, world_size=world_size)
     per_rank = [
-        list(
-            evaluation_batches(
-                dataset,
-                seq_len=16,
-                batch_size=2,
-                device="cpu",
-                batching=batching,
-                rank=rank,
-                world_size=world_size,
-            )
-        )
+        list(evaluation_batches(dataset, replace(options, rank=rank), CPU))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
@@ -153,11 +145,11 @@ def test_C16_a_part_of_the_split_is_spread_over_it_and_always_the_same(
     def targets(n_tokens: int | None, world_size: int = 1) -> list[int]:
         found = []
         for rank in range(world_size):
-            options = {"seq_len": 4, "batch_size": 2, "batching": batching, "device": CPU}
-            options |= {"stride_tokens": 3} if batching == "sliding" else {}
-            for batch in evaluation_batches(
-                dataset, n_tokens=n_tokens, rank=rank, world_size=world_size, **options
-            ):
+            options = LoaderOptions(
+                seq_len=4, micro_batch=2, batching=batching, rank=rank, world_size=world_size,
+                stride_tokens=3 if batching == "sliding" else None,
+            )  # fmt: skip
+            for batch in evaluation_batches(dataset, options, CPU, n_tokens=n_tokens):
                 found += batch.targets[batch.targets != IGNORE].tolist()
         return sorted(found)
 

@@ -9,6 +9,7 @@ import pytest
 from fasttrain.config.schema import LoopConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.faults import (
     MAX_REPORTS,
@@ -110,7 +111,8 @@ def test_positions_jump_over_what_is_passed_over() -> None:
 @pytest.fixture
 def loader(tmp_path: Path) -> Loader:
     data = open_dataset(write_dataset(tmp_path / "data"), "train")
-    return Loader(data, seq_len=16, micro_batch=2, seed=7, device="cpu", rank=1, world_size=2)
+    options = LoaderOptions(seq_len=16, micro_batch=2, seed=7, rank=1, world_size=2)
+    return Loader(data, options, device="cpu")
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])

@@ -15,6 +15,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
 from fasttrain.engine.trainer import Trainer
@@ -36,8 +37,6 @@ def build(
     torch.manual_seed(config.run.seed)
     model_config = replace(config.model, vocab_size=train.vocab_size)
     model = Transformer(model_config, seq_len=config.data.seq_len)
-    samples = (train.n_tokens - 1) // config.data.seq_len
-    epochs = config.train.epochs
     if run_dir is not None:
         run_dir.mkdir(exist_ok=True)
     trainer = Trainer(
@@ -46,12 +45,9 @@ def build(
         config,
         train_loader=Loader(
             train,
-            seq_len=config.data.seq_len,
-            micro_batch=config.train.micro_batch,
-            seed=config.run.seed,
+            LoaderOptions.of(config, micro_batch=config.train.micro_batch),
             device=device,
             position=position,
-            end=None if epochs is None else math.ceil(epochs * samples),
         ),
         val_dataset=val,
         run_dir=run_dir,

@@ -12,6 +12,7 @@ import torch
 
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
@@ -78,7 +79,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
     plan = plan_run(config, train)
-    with Loader(train, seq_len=16, micro_batch=4, seed=0, device=CPU, **options) as loader:
+    with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
 

@@ -15,12 +15,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from fasttrain.data.files import DataError, cache_folder
+from fasttrain.data.files import DataError, cache_folder, lock
 from fasttrain.data.format import DATASET_JSON, write_dataset_json
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import (
@@ -75,14 +76,14 @@ def build_default_corpus(
     )
     try:
         _remove_leftovers(parent)
-        building, lock = _new_folder(parent)
+        building, held = _new_folder(parent)
         try:
             n_tokens = _build(building, documents, vocab_size, root)
             _move_into_place(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            if held is not None:
+                os.close(held)
     except OSError as error:
         raise DataError(
             f"{parent}: the default text cannot be written there ({error.strerror}); free some "
@@ -95,43 +96,28 @@ def build_default_corpus(
     return folder
 
 
-def _lock(building: Path) -> int:
-    """Locks a folder until the descriptor is closed, or the process ends; OSError: it cannot."""
-    import fcntl  # Windows has none
-
-    lock = os.open(building / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
 def _new_folder(parent: Path) -> tuple[Path, int | None]:
     """A folder to build in, locked where the file system has locks."""
     while True:
         building = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
         try:
-            lock = _lock(building)
+            held = lock(building / LOCK)
         except (FileNotFoundError, BlockingIOError):  # another build took it for a leftover
             continue
         except OSError:
             return building, None
         if (building / LOCK).exists():
-            return building, lock
-        os.close(lock)
+            return building, held
+        os.close(held)
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Removes what killed builds have left: what no living process has locked."""
+    """Remove what killed builds have left: what no living process has locked."""
     for building in parent.glob(f"{PREFIX}*"):
-        try:
-            lock = _lock(building)
-        except OSError:  # it is being built, or gone, or nobody can tell
-            continue
-        shutil.rmtree(building, ignore_errors=True)
-        os.close(lock)
+        with suppress(OSError):  # it is being built, or gone, or nobody can tell
+            held = lock(building / LOCK)
+            shutil.rmtree(building, ignore_errors=True)
+            os.close(held)
 
 
 def _source_files(root: Path) -> list[tuple[str, bytes]]:
@@ -145,13 +131,12 @@ def _source_files(root: Path) -> list[tuple[str, bytes]]:
                 found.append((path.relative_to(root).as_posix(), path))
     documents = []
     for name, path in sorted(found):
-        try:
+        # What is unreadable, or a sample of some other encoding, is left out.
+        with suppress(OSError, UnicodeDecodeError):
             content = path.read_bytes()
             content.decode()
-        except (OSError, UnicodeDecodeError):  # unreadable, or a sample of some other encoding
-            continue
-        if content:
-            documents.append((name, content))
+            if content:
+                documents.append((name, content))
     return documents
 
 

@@ -1,13 +1,13 @@
 """Splits, and encoding in several processes whose number changes nothing but the time.
 
-A worker is `python -c "…serve()"` with frames of numbers and UTF-8 on its standard input and
-output: it imports no more than the tokenizer needs, does not run the caller's main module again (a
-script that calls `prepare` needs no guard), and ends by itself when this process is gone, however
-it went.
+A worker is `python -c "…serve()"` at the other end of a pipe, not one of `multiprocessing`: it does
+not run the caller's main module again (a script that calls `prepare` needs no guard), and ends by
+itself when this process is gone, however it went.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -16,11 +16,13 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +32,6 @@ from fasttrain.data.prepare.sources import Document, Source
 from fasttrain.data.tokenizer import Encoder, OtherIdsError, load_tokenizer
 
 Ids = list[NDArray[np.unsignedinteger[Any]]]
-# The first number of an answer: 0 for ids, or which error.
-_ERRORS: dict[int, type[Exception]] = {1: OtherIdsError, 2: DataError}
 _WORKER = "from fasttrain.data.prepare.encode import serve; serve()"
 
 # Pieces that are encoded together; how many bytes of the input were read by then.
@@ -81,86 +81,46 @@ class _Worker:
 
     def __init__(self, tokenizer_file: Path, how: str) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(tokenizer_file), how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # The processes are the parallelism; `tokenizers` would add a thread for each core.
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        self._to = cast(IO[bytes], self._process.stdin)
-        self._from = cast(IO[bytes], self._process.stdout)
+        self._pipe, theirs = Pipe()
+        with theirs:
+            pipe = theirs.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(pipe), str(tokenizer_file), how],
+                pass_fds=[pipe],
+                # The processes are the parallelism; `tokenizers` would add a thread for each core.
+                env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            )
 
     def encode(self, texts: Sequence[str]) -> Ids:
         try:
-            _send_texts(self._to, texts)
-            status, n_texts = _numbers(self._from, 2).tolist()
-            sizes = _numbers(self._from, n_texts)
-            if status in _ERRORS:
-                raise _ERRORS[status](_exactly(self._from, int(sizes[0])).decode())
-            ids = np.frombuffer(_exactly(self._from, 4 * int(sizes.sum())), np.uint32)
+            self._pipe.send(texts)
+            answer: Ids | Exception = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise ChildProcessError(
                 f"a worker process ended (status {self._process.wait()}): out of memory? "
                 "--resume goes on from here, with fewer --workers if need be"
             ) from error
-        return np.split(ids, np.cumsum(sizes)[:-1])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._to, self._from):
-            try:
-                pipe.close()
-            except OSError:  # what it was being sent when it was killed
-                continue
+        self._pipe.close()
 
 
 def serve() -> None:
-    """The life of a worker process: texts in, ids out, until the input ends."""
+    """The life of a worker process: texts in, ids out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent ends this process
-    tokenizer_file, how = sys.argv[1:]
+    pipe, tokenizer_file, how = sys.argv[1:]
     encoder = Encoder(load_tokenizer(Path(tokenizer_file)), use_tiktoken=how == "tiktoken")
-    to, source = sys.stdout.buffer, sys.stdin.buffer
-    while True:
-        try:
-            n_texts = int(_numbers(source, 1)[0])
-            sizes = _numbers(source, n_texts).tolist()
-            content = memoryview(_exactly(source, sum(sizes)))
-        except EOFError:
-            return
-        starts = np.cumsum([0, *sizes]).tolist()
-        try:
-            result = encoder.encode(
-                [str(content[a : a + n], "utf-8") for a, n in zip(starts, sizes, strict=False)]
-            )
-        except tuple(_ERRORS.values()) as error:
-            message = str(error).encode()
-            status = next(n for n, kind in _ERRORS.items() if isinstance(error, kind))
-            to.write(np.array([status, 1, len(message)], np.int64).tobytes() + message)
-        else:
-            to.write(np.array([0, n_texts, *(i.size for i in result)], np.int64).tobytes())
-            for ids in result:
-                to.write(np.ascontiguousarray(ids, np.uint32).data)
-        to.flush()
-
-
-def _send_texts(to: IO[bytes], texts: Sequence[str]) -> None:
-    parts = [text.encode() for text in texts]
-    to.write(np.array([len(parts), *map(len, parts)], np.int64).tobytes())
-    to.write(b"".join(parts))
-    to.flush()
-
-
-def _exactly(source: IO[bytes], n_bytes: int) -> bytes:
-    content = source.read(n_bytes)
-    if len(content) < n_bytes:
-        raise EOFError
-    return content
-
-
-def _numbers(source: IO[bytes], count: int) -> NDArray[np.int64]:
-    return np.frombuffer(_exactly(source, 8 * count), np.int64)
+    with suppress(EOFError, OSError), Connection(int(pipe)) as parent:
+        while True:
+            try:
+                parent.send(encoder.encode(parent.recv()))
+            except (OtherIdsError, DataError) as error:
+                parent.send(error)
 
 
 FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
@@ -183,7 +143,10 @@ class Piece:
 
 def _share(document: Document) -> float:
     """The document's place in [0, 1), by its content alone."""
-    return int(document.sha256()[:8], 16) / 2**32
+    digest = hashlib.sha256()
+    for text in document.pieces():
+        digest.update(text.encode())
+    return int.from_bytes(digest.digest()[:4]) / 2**32
 
 
 def _n_bytes(document: Document) -> int:
@@ -236,7 +199,7 @@ class Splitter:
         return total
 
     def _fit(self, total: int) -> None:
-        """Chooses what is held out of a small text."""
+        """Choose what is held out of a small text."""
         self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
         self._limit = wanted = self.val_fraction * total
         by_share = [0] * _BINS

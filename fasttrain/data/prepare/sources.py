@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import hashlib
 import importlib
 import io
 import json
@@ -30,7 +29,6 @@ from typing import IO, Any, cast
 from fasttrain.data.files import DataError, sha256_of
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
-SMALL_BYTES = 8 << 20  # a plain file up to this size is read once and held while it is used
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
 PACKED_BYTES = 1 << 10
 TEXT = (".txt", ".text", ".md", ".rst")
@@ -52,13 +50,6 @@ class Document:
 
     where: str  # file, and line or row
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
-
-    def sha256(self) -> str:
-        """Of the text as UTF-8, as hex."""
-        digest = hashlib.sha256()
-        for piece in self.pieces():
-            digest.update(piece.encode())
-        return digest.hexdigest()
 
 
 def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
@@ -84,9 +75,10 @@ def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
                 )
             found |= dict.fromkeys(readable)
             continue
-        files = [path] if path.is_file() else []
-        files = files or [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file()]
+        matches = (
+            [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        )
+        files = [file for file in matches if file.is_file()]
         if not files:
             raise DataError(f"--input {name}: no such file or folder, and no file matches it")
         found |= dict.fromkeys(files)
@@ -110,8 +102,8 @@ class Source:
     def __init__(
         self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
     ) -> None:
-        self._spool: IO[bytes] | None = None
-        self.files = [self._spooled() if file is None else file for file in files]
+        self._standard_input: Path | None = None  # where a copy of it lies
+        self.files = [file or self._spooled() for file in files]
         self.n_bytes = sum(file.stat().st_size for file in self.files)
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
@@ -119,23 +111,22 @@ class Source:
 
     def fingerprint(self) -> list[list[str | int]]:
         """Return what identifies the files: name, size and time of change, or the content."""
-        stats = [(file, file.stat()) for file in self.files]
         return [
             [self._name(file), stat.st_size, sha256_of(file)]
-            if self._name(file) == "standard input"
+            if file == self._standard_input
             else [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
-            for file, stat in stats
+            for file, stat in ((file, file.stat()) for file in self.files)
         ]
 
     def _spooled(self) -> Path:
         self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
         shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
         self._spool.flush()
-        return Path(self._spool.name)
+        self._standard_input = Path(self._spool.name)
+        return self._standard_input
 
     def _name(self, path: Path) -> str:
-        spooled = self._spool is not None and path == Path(self._spool.name)
-        return "standard input" if spooled else str(path)
+        return "standard input" if path == self._standard_input else str(path)
 
     def _problem(self, reason: str, where: str) -> None:
         if self.strict:
@@ -172,7 +163,7 @@ class Source:
 
     def _looks_like_jsonl(self, path: Path) -> bool:
         """Return whether standard input holds JSON lines, by its first line."""
-        if self._name(path) != "standard input":
+        if path != self._standard_input:
             return False
         with path.open("rb") as file:
             try:
@@ -198,15 +189,10 @@ class Source:
             with self._reading(path):
                 yield from _pieces(blocks())
 
-        if path.stat().st_size <= SMALL_BYTES and not compression:
-            kept = list(pieces())
-            document = Document(name, lambda: iter(kept))
-        else:
-            document = Document(name, pieces)
-        if next(document.pieces(), None) is None:
+        if next(pieces(), None) is None:
             self._problem(EMPTY, name)
         else:
-            yield document
+            yield Document(name, pieces)
 
     def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
         with path.open("rb") as raw:
@@ -310,9 +296,9 @@ def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
-def _decoded(path: Path, compression: str) -> Iterator[tuple[str, int]]:
+def _decoded(path: Path, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
     """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     with path.open("rb") as raw:
         file = _decompressed(raw, path, compression)
         while block := file.read(PIECE_CHARS):
@@ -339,15 +325,10 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
 
 def _first_invalid_line(path: Path, compression: str) -> int | None:
     """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
-    with path.open("rb") as raw:
-        file = _decompressed(raw, path, compression)
-        while True:
-            block = file.read(PIECE_CHARS)
-            try:
-                line += decoder.decode(block, final=not block).count("\n")
-            except UnicodeDecodeError as error:
-                return line + error.object[: error.start].count(b"\n")
-            if not block:
-                return None
+    try:
+        for block, _ in _decoded(path, compression, errors="strict"):
+            line += block.count("\n")
+    except UnicodeDecodeError as error:
+        return line + error.object[: error.start].count(b"\n")
+    return None

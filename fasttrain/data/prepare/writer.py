@@ -13,7 +13,6 @@ asked for in `prepared.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,14 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, BinaryIO, Self, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.files import DataError, sha256_of, write_atomically
+from fasttrain.data.files import DataError, lock, sha256_of, write_atomically
 from fasttrain.data.format import DATASET_JSON, ShardInfo
 from fasttrain.data.prepare.encode import Batch, Piece, Splitter, encoded
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
@@ -37,7 +36,7 @@ from fasttrain.data.tokenizer import Encoder
 
 BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
 CHECKPOINT_S = 5.0  # work that an interruption can cost
-SPLITS = ("train", "val")
+SPLITS, SUFFIXES = ("train", "val"), (".bin", ".ends")
 PREPARED_JSON = "prepared.json"
 
 
@@ -77,35 +76,43 @@ class ShardWriter:
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
         self.shards: list[ShardInfo] = []
         self.n_tokens = self.n_documents = 0
-        self._in_shard = 0
-        self._ends: list[NDArray[np.uint64]] = []
-        self._file: Any = None
+        self._in_shard = self._ends_in_shard = 0
+        self._files: list[BinaryIO] = []  # tokens and ends of the shard that is being written
         if state is not None:
             self._restore(state)
 
+    def _path(self, suffix: str, later: int = 0) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
+
+    def _open(self, mode: str) -> None:
+        self._files = [
+            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
+            for suffix in SUFFIXES
+        ]
+
+    def _sync(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def state(self) -> dict[str, Any]:
         """Put everything on disk and return how far that is, for a later writer."""
-        n_ends = 0
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            ends = np.concatenate(self._ends)
-            self._ends, n_ends = [ends], ends.size
-            write_atomically(self._path(".ends.partial"), ends.tobytes())
-        return {"shards": self.shards, "in_shard": self._in_shard, "ends_in_shard": n_ends}
+        self._sync()
+        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
+        return {"shards": self.shards, **in_shard}
 
     def _restore(self, state: dict[str, Any]) -> None:
         remedy = "start anew without --resume"
         if problem := misfit(Progress, state, self.split):
             raise DataError(f"{self.folder}: of its progress, {problem}; {remedy}")
         self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
-        n_ends = state["ends_in_shard"]
+        self._ends_in_shard = state["ends_in_shard"]
         self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
-        self.n_documents = sum(shard["documents"] for shard in self.shards) + n_ends
+        self.n_documents = sum(s["documents"] for s in self.shards) + self._ends_in_shard
         keep = {name for shard in self.shards for name in (shard["file"], shard["ends_file"])}
         if self._in_shard:
-            n_bytes = HEADER_BYTES + self._in_shard * self.dtype.itemsize
-            for suffix, size in ((".bin", n_bytes), (".ends", 8 * n_ends)):
+            sizes = (HEADER_BYTES + self._in_shard * self.dtype.itemsize, 8 * self._ends_in_shard)
+            for suffix, size in zip(SUFFIXES, sizes, strict=True):
                 path = self._path(f"{suffix}.partial")
                 if self._path(suffix).exists():  # finished since
                     os.replace(self._path(suffix), path)
@@ -114,31 +121,17 @@ class ShardWriter:
                     raise DataError(f"{path}: missing or cut short; {remedy}")
                 os.truncate(path, size)
                 keep.add(path.name)
-            self._file = self._path(".bin.partial").open("r+b", buffering=1 << 20)
-            self._file.seek(n_bytes)
-            self._ends = [np.fromfile(self._path(".ends.partial"), "<u8")]
+            self._open("r+b")
+            for file in self._files:
+                file.seek(0, os.SEEK_END)
         for path in self.folder.iterdir():
             of_split = path.name.startswith((f"{self.split}_", f".{self.split}_"))
             if of_split and path.name not in keep:
                 path.unlink()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:
-            self.close()
-        elif self._file is not None:
-            self._file.close()
-
-    def _path(self, suffix: str, later: int = 0) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
-
     def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
-        """Append tokens, with the ends of documents as offsets into them; all or nothing."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "ui"):
-            raise DataError(f"tokens must be integers of shape (n,), got {ids.dtype} {ids.shape}")
+        """Append tokens, with the ends of documents as ascending offsets into them."""
+        ids, stops = np.asarray(tokens), np.asarray(ends, dtype=np.int64)
         if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
             later, offset = divmod(self._in_shard + first, self.shard_tokens)
@@ -147,20 +140,18 @@ class ShardWriter:
                 f"outside the vocabulary of {self.vocab_size}; use the tokenizer that the "
                 "vocabulary belongs to"
             )
-        stops = np.asarray(ends, dtype=np.int64)
-        if stops.size and (np.any(np.diff(stops) < 0) or stops[0] < 0 or stops[-1] > ids.size):
-            raise DataError("document ends must ascend within the tokens that they come with")
         done = 0
         while done < ids.size:
             part = ids[done : done + self.shard_tokens - self._in_shard]
-            if self._file is None:
-                self._file = self._path(".bin.partial").open("wb", buffering=1 << 20)
-                self._file.write(bytes(HEADER_BYTES))
-            self._file.write(np.ascontiguousarray(part, dtype=self.dtype))
+            if not self._files:
+                self._open("wb")
+                self._files[0].write(bytes(HEADER_BYTES))
             here = stops[(stops > done) & (stops <= done + part.size)]
-            self._ends.append((here - done + self._in_shard).astype("<u8"))
+            self._files[0].write(np.ascontiguousarray(part, dtype=self.dtype).data)
+            self._files[1].write((here - done + self._in_shard).astype("<u8").tobytes())
             done += part.size
             self._in_shard += part.size
+            self._ends_in_shard += here.size
             self.n_tokens += part.size
             self.n_documents += here.size
             if self._in_shard == self.shard_tokens:
@@ -168,36 +159,45 @@ class ShardWriter:
 
     def _finish(self) -> None:
         magic = next(m for m, (_, dtype) in KINDS.items() if dtype == self.dtype)
-        header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:3] = magic, KINDS[magic][0], self._in_shard
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        path, ends_path = self._path(".bin"), self._path(".ends")
-        ends = np.concatenate(self._ends).tobytes() if self._ends else b""
-        write_atomically(ends_path, ends)
-        os.replace(self._path(".bin.partial"), path)
-        self._path(".ends.partial").unlink(missing_ok=True)
+        header = np.array([magic, KINDS[magic][0], self._in_shard], "<i4")
+        self._files[0].seek(0)
+        self._files[0].write(header.tobytes())
+        self._sync()
+        self._close_files()
+        path, ends_path = (self._path(suffix) for suffix in SUFFIXES)
+        for suffix in reversed(SUFFIXES):  # the ends first: a shard that is there has its ends
+            os.replace(self._path(f"{suffix}.partial"), self._path(suffix))
         self.shards.append(
             ShardInfo(
                 file=path.name,
                 tokens=self._in_shard,
                 sha256=sha256_of(path),
-                documents=len(ends) // 8,
+                documents=self._ends_in_shard,
                 ends_file=ends_path.name,
-                ends_sha256=hashlib.sha256(ends).hexdigest(),
+                ends_sha256=sha256_of(ends_path),
             )
         )
-        self._in_shard, self._ends = 0, []
+        self._in_shard = self._ends_in_shard = 0
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files = []
 
     def close(self) -> list[ShardInfo]:
         """Finish the last shard; return all that were written, in order."""
-        if self._file is not None:
+        if self._files:
             self._finish()
         return self.shards
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._close_files()
 
 
 class Partial:
@@ -213,9 +213,8 @@ class Partial:
         self.dataset = self.folder / "dataset"  # what will be `out`
         self._progress, self._asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}  # of the last `save`
-        there = out.exists() and (not out.is_dir() or any(out.iterdir()))
         self.complete = False  # whether `out` is there already, made as asked
-        if there:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not (out / DATASET_JSON).is_file():
                 raise DataError(
                     f"{out}: exists already and is not empty; name a new folder or remove it"
@@ -228,23 +227,18 @@ class Partial:
                     "remove it, or name a new folder"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        import fcntl  # Windows has none
-
-        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        self._held = ExitStack()  # the lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held.callback(os.close, lock(self.folder / "lock"))
         except BlockingIOError:
-            os.close(self._lock)
             raise DataError(f"{out}: another process is preparing it now; wait for it") from None
         except OSError:  # a file system without locks
             pass
-        if self.complete:
-            self.close()
-            return
         try:
-            self._take_up(resume, note)
+            if not self.complete:
+                self._take_up(resume, note)
         except BaseException:
-            os.close(self._lock)
+            self._held.close()
             raise
 
     def _take_up(self, resume: bool, note: Callable[[str], None]) -> None:
@@ -327,12 +321,9 @@ class Partial:
 
     def close(self) -> None:
         """Release the lock; remove the folder unless it can be resumed from."""
-        if self._lock < 0:
-            return
         if not self.state:
             shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = -1
+        self._held.close()
 
 
 def _sync(folder: Path) -> None:

@@ -18,6 +18,7 @@ from fasttrain.checkpoint.files import history
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader, evaluation_batches
+from fasttrain.data.order import LoaderOptions
 from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import (
     Stall,
@@ -43,12 +44,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(data: Path, where: str, *, n: int = 12, behind: bool = False) -> list[list[Tensor]]:
     """Return batches as a consumer sees them whose device is, or is not, behind the host."""
     found = []
-    options: dict[str, Any] = {"batching": "padded", "separate_documents": True}
-    options |= {"seq_len": 8, "micro_batch": 2, "seed": 1, "device": where, "prefetch": 2}
+    options = LoaderOptions(
+        batching="padded", separate_documents=True, seq_len=8, micro_batch=2, seed=1, prefetch=2
+    )
     folder = data.parent / "documents"
     if not folder.exists():
         write_tokens(folder, list(range(1, 97)), [*range(5, 96, 7), 96])
-    with Loader(open_dataset(folder, "train"), **options) as loader:
+    with Loader(open_dataset(folder, "train"), options, device=where) as loader:
         stall = Stall() if behind else None
         for batch in islice(loader, n):
             found.append([batch.tokens.clone(), batch.targets.clone()])
@@ -81,10 +83,10 @@ def test_a_fault_of_the_loader_is_found(
 
 
 def test_evaluation_batches_are_those_of_a_cpu(data: Path) -> None:
-    val = open_dataset(data, "val")
+    val, options = open_dataset(data, "val"), LoaderOptions(seq_len=8, micro_batch=4)
     with deferred_copies():
         found = [
-            [b.tokens.cpu() for b in evaluation_batches(val, seq_len=8, batch_size=4, device=where)]
+            [b.tokens.cpu() for b in evaluation_batches(val, options, where)]
             for where in ("cuda", "cpu")
         ]
     assert equal(*found)
