@@ -218,8 +218,8 @@ def stream_text(
         if token.item() == end:
             break
         held += decoder.push(int(token), last=number == max_new_tokens)
-        if (cut := _first_stop(held, stop)) is not None:
-            yield held[:cut]
+        if (shown := _until(stop, held)) != held:
+            yield shown
             return
         # What may be the beginning of a stop string waits for its end.
         begun = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
@@ -253,13 +253,13 @@ def complete(
         out = generate(model, tokens, max_new_tokens=max_new_tokens, stop_token=end, **sampling)
         for i, row in zip(members, out[:, length:].tolist(), strict=True):
             text = tokenizer.decode(row[: row.index(end)] if end in row else row)
-            texts[i] = text[: _first_stop(text, stop)]
+            texts[i] = _until(stop, text)
     return texts
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string begins in ``text``, or None."""
-    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+def _until(stop: Sequence[str], text: str) -> str:
+    """Return the text before the first stop string in it."""
+    return min((text.partition(s)[0] for s in stop), key=len, default=text)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -331,10 +331,9 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
     if "" in options.stop:
         raise UserError("--stop must not be empty; leave it out to go on to --max-tokens")
-    for name in ("max_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    for flag, n in (("--max-tokens", options.max_tokens), ("--num-samples", options.num_samples)):
+        if n < 1:
+            raise UserError(f"{flag} must be at least 1, got {n}")
     names = ("temperature", "top_k", "top_p", "greedy")
     sampling: dict[str, Any] = {name: getattr(options, name) for name in names}
     try:
@@ -364,9 +363,14 @@ def _run(options: argparse.Namespace) -> None:
         print()
 
     if options.interactive:
-        while (line := _ask()) is not None:
-            say(line)
-        return
+        try:
+            while True:
+                say(input("> " if sys.stdin.isatty() else ""))
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            where = f"the input is not UTF-8 at byte {error.start}"
+            raise UserError(f"{where}; give it in UTF-8") from None
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
         encode_prompt(tokenizer, prompts[0])  # raise before it is shown
@@ -377,17 +381,6 @@ def _run(options: argparse.Namespace) -> None:
     texts = complete(model, tokenizer, prompts, generator=generator, **sampling)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
         print(f"--- sample {number}\n{prompt}{shown(text)}")
-
-
-def _ask() -> str | None:
-    """Return the next line of the input, None at its end."""
-    if sys.stdin.isatty():
-        print("> ", end="", flush=True)
-    try:
-        line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the input is not UTF-8 at byte {error.start}; give it in UTF-8") from None
-    return line.rstrip("\n") if line else None
 
 
 @command

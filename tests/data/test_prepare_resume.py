@@ -282,7 +282,7 @@ def test_the_time_left_is_said_when_it_is_known(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(prepare_module.time, "monotonic", lambda: now)
-    with prepare_module._Bar(100_000_000, True, print) as bar:
+    with prepare_module._Bar(100_000_000, True) as bar:
         for at, done_mb in (
             (0.0, 0),
             (16.0, 20),  # after the first 15 s: 80 left at 20 in 16 s
