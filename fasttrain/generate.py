@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.checkpoint import check_model, saved_parameters
-from fasttrain.command import command, prog
+from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
@@ -299,33 +299,6 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog("generate"), description="Generate text with a trained model."
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
-    add(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to go on from (empty: a new document); several are computed as a batch",
-    )
-    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
-    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="… that together have probability P")
-    add("--greedy", action="store_true", help="take the likeliest token each time")
-    add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
-    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
-    return parser
-
-
 def _run(options: argparse.Namespace) -> None:
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
@@ -386,9 +359,25 @@ def _run(options: argparse.Namespace) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 2 on bad input, 130 when interrupted."""
-    options = _parser().parse_args(argv)
+    parser = make_parser("generate", "Generate text with a trained model.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
+    prompt = "text to go on from (empty: a new document); several are computed as a batch"
+    add("--prompt", action="append", metavar="TEXT", help=prompt)
+    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
+    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="… that together have probability P")
+    add("--greedy", action="store_true", help="take the likeliest token each time")
+    add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
+    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
     try:
-        _run(options)
+        _run(parser.parse_args(argv))
     except KeyboardInterrupt:
         print()
         return EXIT_INTERRUPTED

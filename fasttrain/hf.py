@@ -4,7 +4,6 @@ GPT-2, Llama and Qwen3 are settings of `fasttrain.model.Transformer`: the same n
 names. `transformers` itself is not needed; weights are read and written as safetensors only.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.checkpoint.files import FILE, read_header
-from fasttrain.command import command, prog, redact
+from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
@@ -439,7 +438,7 @@ def _rope_theta(hf: Mapping[str, Any], folder: Path) -> Any:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog=prog("hf"), description=__doc__)
+    parser = make_parser("hf", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run → a folder for transformers")
     out.add_argument("run", type=Path)

@@ -12,12 +12,10 @@ depend on how many processes made it, nor on how often they were interrupted.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,7 +26,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import check_system, command, prog
+from fasttrain.command import check_system, command, make_parser
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import (
@@ -56,13 +54,14 @@ from fasttrain.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from fasttrain.log.console import format_duration
 
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
 BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
 MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
-RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
+SPEED_S = 30.0  # the time left is that at the speed of the last
 
 
 Note = Callable[[str], None]  # takes each line that a user should see
@@ -86,7 +85,7 @@ def _make_tokenizer(name: str, splitter: Splitter, note: Note, bar: _Bar) -> tok
             )
         return load_tokenizer(path)
     try:
-        wanted = int(name.removeprefix("bpe:").replace("_", ""))
+        wanted = int(name.removeprefix("bpe:"))
     except ValueError:
         raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768") from None
     note(f"Training a BPE of {wanted} tokens")
@@ -247,44 +246,38 @@ class _Bar(Progress):
     def __init__(self, n_bytes: int, shown: bool) -> None:
         console = Console(stderr=True)
         self._lines = shown and not console.is_terminal
-        columns = BarColumn(), TextColumn("{task.description}")
-        hidden = not shown or self._lines
-        super().__init__(*columns, console=console, transient=True, disable=hidden)
-        self._n_bytes = n_bytes
+        super().__init__(
+            *(BarColumn(), TextColumn("{task.description}")),
+            console=console,
+            transient=True,
+            disable=not shown or self._lines,
+            get_time=time.monotonic,
+            speed_estimate_period=SPEED_S,
+        )
         self._said = time.monotonic()
-        self._passed: deque[tuple[float, int]] = deque()  # when, and how many bytes were done
-        self._task = self.add_task("reading", total=n_bytes)
+        self._n_bytes = n_bytes
+        self.add_task("reading", total=n_bytes)
+        (self._task,) = self.tasks
 
     def show(self, what: str, done_bytes: int | None) -> None:
         """What is being done, and how much of the input is; None: for a time nobody knows."""
+        task = self._task
         if done_bytes is None:
-            self.reset(self._task, description=what)
-            self.tasks[0].total = None  # the bar only moves to and fro
-            self._passed.clear()
+            self.reset(task.id, description=what)
+            task.total = None  # the bar only moves to and fro
             return
-        now = time.monotonic()
-        if not self._passed or done_bytes < self._passed[-1][1]:  # another pass
-            self.reset(self._task, total=self._n_bytes)
-            self._passed.clear()
+        if task.total is None or done_bytes < task.completed:  # another pass
+            self.reset(task.id, total=self._n_bytes)
+        self.update(task.id, completed=done_bytes)
+        left = "–" if task.time_remaining is None else format_duration(task.time_remaining)
         digits = 0 if self._n_bytes >= 10e6 else 1
         done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
-        text = f"{done} of {total} MB  {what}  {self._left(now, done_bytes)} left"
-        self.update(self._task, completed=done_bytes, description=text)
+        text = f"{done} of {total} MB  {what}  {left} left"
+        self.update(task.id, description=text)
+        now = time.monotonic()
         if self._lines and done_bytes > 0 and now - self._said >= LINE_S:
             self._said = now
             print(text, file=sys.stderr, flush=True)
-
-    def _left(self, now: float, done_bytes: int) -> str:
-        """The time that the rest of a pass takes, as far as its speed is known."""
-        if not self._passed or now - self._passed[-1][0] > 0.1:
-            self._passed.append((now, done_bytes))
-        while len(self._passed) > 2 and now - self._passed[1][0] > RATE_S[1]:
-            self._passed.popleft()
-        begin, done_before = self._passed[0]
-        if now - begin < RATE_S[0] or done_bytes == done_before:
-            return "–"
-        left = (now - begin) * (self._n_bytes - done_bytes) / (done_bytes - done_before)
-        return f"{left:.0f} s" if left < 120 else f"{left / 60:,.0f} min"
 
 
 def inspect(folder: Path) -> Iterator[str]:
@@ -335,53 +328,28 @@ def inspect(folder: Path) -> Iterator[str]:
     yield f"All {n_files} files have the SHA-256 that {DATASET_JSON} records."
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog("prepare"),
-        description="Make a dataset folder of token shards from text, or look into one.",
-    )
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
+    what = "Make a dataset folder of token shards from text, or look into one."
+    parser = make_parser("prepare", what)
     add = parser.add_argument
     add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
     add("--input", nargs="+", metavar="PATH", help="files, folders, globs; - is standard input")
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
-    add(
-        "--tokenizer",
-        default="bpe:32768",
-        metavar="KIND",
-        help="bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)",
-    )
-    add(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help=f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
-        f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
-        f"{MAX_VAL_FRACTION})",
-    )
-    add(
-        "--shard-tokens",
-        type=lambda text: int(text.replace("_", "")),
-        default=100_000_000,
-        metavar="N",
-        help="tokens of one shard (default: %(default)s)",
-    )
+    kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
+    add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
+    part = f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
+    part += f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
+    add("--val-fraction", type=float, metavar="F", help=f"{part}{MAX_VAL_FRACTION})")
+    tokens = "tokens of one shard (default: %(default)s)"
+    add("--shard-tokens", type=int, default=100_000_000, metavar="N", help=tokens)
     add("--strict", action="store_true", help="end at the first problem in the text")
-    add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        metavar="N",
-        help="processes that encode; changes only the time (default: the cores, %(default)s)",
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    time_only = "processes that encode; changes only the time (default: the cores, %(default)s)"
+    add("--workers", type=int, default=cores, metavar="N", help=time_only)
     add("--resume", action="store_true", help="go on with what an interrupted run has left")
     add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what is in it")
-    return parser
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
-    parser = _parser()
     options = vars(parser.parse_args(arguments))
     check_system()
     folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))
