@@ -150,11 +150,7 @@ N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
 
 
 def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the first words of some documents, evenly spread over a split, as distinct prompts.
-
-    Raises:
-        DataError: the split does not say where its documents end.
-    """
+    """Return the first words of some documents, evenly spread over a split, as distinct prompts."""
     ends = dataset.document_ends
     found = []
     for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
@@ -166,11 +162,7 @@ def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return a prompt's tokens; an empty one starts a new document.
-
-    Raises:
-        UserError: it is empty and the tokenizer has no end-of-text token, or it is not UTF-8.
-    """
+    """Return a prompt's tokens; an empty one starts a new document."""
     ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
     if not ids and end is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")

@@ -143,11 +143,7 @@ def _part_rows(model: Transformer, n_parts: int, n_rows: int) -> list[int]:
 
 
 def _model_type_of(model: Transformer) -> str:
-    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts.
-
-    Raises:
-        UserError: none has them; names the settings that stand in the way.
-    """
+    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
     c = model.config
 
     def shown(*keys: str) -> str:
@@ -317,11 +313,7 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
 
 
 def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list[Stored]]:
-    """Return what each parameter is made of, once all shapes are proven to fit the config.
-
-    Raises:
-        UserError: they do not; nothing was allocated.
-    """
+    """Return what each parameter is made of, once all shapes are proven to fit the config."""
     found = _stored(folder, model_type)
     problem = f"{folder}: the model's tensors do not fit its config.json"
     n_stored = sum(math.prod(stored.shape) for stored in found.values())
@@ -356,9 +348,6 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     Its checkpoint can be sampled from, exported and, with ``model.init_from``, trained on; its
     config expects a dataset of its tokenizer in ``run/data``. ``seq_len`` is by default the longest
     that the model was made for.
-
-    Raises:
-        UserError: the model has parts that ours lacks, its files do not fit, or ``run`` exists.
     """
     folder, run = Path(folder), Path(run)
     if run.exists():

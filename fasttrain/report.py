@@ -86,11 +86,7 @@ class Panel(NamedTuple):
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt.
-
-    Raises:
-        UserError: it is no run folder, or nothing was logged yet.
-    """
+    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt."""
     file = path / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{path}: no metrics.jsonl in it; give a run folder, such as runs/base")
@@ -385,11 +381,7 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the report as one HTML page that needs nothing else.
-
-    Raises:
-        UserError: plotly is not installed.
-    """
+    """Return the report as one HTML page that needs nothing else."""
     title = html.escape(", ".join(run.name for run in runs))
     box = '<input type="checkbox" checked onchange="show({}, this.checked)">'
     names = [
