@@ -247,7 +247,8 @@ class _Bar(Progress):
         console = Console(stderr=True)
         self._lines = shown and not console.is_terminal
         super().__init__(
-            *(BarColumn(), TextColumn("{task.description}")),
+            BarColumn(),
+            TextColumn("{task.description}"),
             console=console,
             transient=True,
             disable=not shown or self._lines,

@@ -37,9 +37,12 @@ PARTS = {
 }
 # What made a run: title, and in which words it shows the keys of its line
 PACKAGES = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors")
-CHANGED = {"uncommitted_changes": "with uncommitted changes"}
 MADE_BY = {
-    "code": {"fasttrain": "fasttrain {}", "commit": "commit {:.12}"} | CHANGED,
+    "code": {
+        "fasttrain": "fasttrain {}",
+        "commit": "commit {:.12}",
+        "uncommitted_changes": "with uncommitted changes",
+    },
     "packages": {name: f"{name} {{}}" for name in PACKAGES},
     "device": {"device": "{}", "cuda": "cuda {}", "driver": "driver {}"},
     "command": {"command": "{}"},
