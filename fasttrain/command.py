@@ -1,5 +1,6 @@
 """What all commands share: exit statuses, and output without secrets. Standard library only."""
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from fasttrain.config import UserError
 
@@ -91,6 +92,11 @@ def prog(name: str) -> str:
     """Return how a command is called, for its usage: through the script, or as a module."""
     by_script = Path(sys.argv[0]).stem == "fasttrain"
     return f"fasttrain {name}" if by_script else f"python -m fasttrain.{name}"
+
+
+def make_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return the parser of a command's arguments."""
+    return argparse.ArgumentParser(prog=prog(name), description=description, **options)
 
 
 def tell(text: str) -> None:

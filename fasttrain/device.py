@@ -76,8 +76,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes = {"fp32": torch.float32, "tf32": torch.float32, **half}
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
+    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
     if name not in dtypes:
         refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
     return Precision(name, dtypes[name], device.type)

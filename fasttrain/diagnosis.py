@@ -9,9 +9,9 @@ Legend: B batch, T sequence, V vocabulary.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -58,9 +58,10 @@ class Diagnosis:
         """Whether any line failed."""
         return any(f.status == "fail" for f in self.findings)
 
-    def add(self, check: str, status: Status, detail: str, remedy: str = "") -> None:
-        """Append a line; the remedy is for one that does not pass."""
+    def add(self, check: str, status: Status, detail: str, remedy: str = "") -> bool:
+        """Append a line, the remedy only if it does not pass; return whether it is no failure."""
         self.findings.append(Finding(check, status, detail, remedy if status != "pass" else ""))
+        return status != "fail"
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings))
@@ -95,7 +96,7 @@ def diagnose(
     checks = _Checks(report, model, *_unpack(report, batch, ignore_index), ignore_index)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
-        if checks.data() and checks.labels() and checks.forward():
+        if checks.data() and checks.forward():
             checks.causality()
             checks.training()
             one = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
@@ -114,19 +115,15 @@ def _unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, T
     labels = given.get("labels", tokens)
     alike = tokens.ndim == 2 and labels.shape == tokens.shape
     if alike and ((labels == tokens) | (labels == ignore_index)).all():
-        report.add(
-            "labels",
-            "warn",
-            "are the tokens themselves, shifted here",
-            "right for fasttrain.Trainer and transformers, which shift them; else shift them",
-        )
+        remedy = "right for fasttrain.Trainer and transformers, which shift them; else shift them"
+        report.add("labels", "warn", "are the tokens themselves, shifted here", remedy)
         labels = shift(labels, given.get("attention_mask"), ignore_index)
     return tokens, labels
 
 
 @dataclass
 class _Checks:
-    """The checks of one model on one batch; each that returns False makes the rest meaningless."""
+    """The checks of one model on one batch; where one returns False, the rest is meaningless."""
 
     report: Diagnosis
     model: nn.Module
@@ -134,18 +131,15 @@ class _Checks:
     targets: Tensor
     ignore_index: int
 
-    # ---- data ------------------------------------------------------------------------------------
-
     def data(self) -> bool:
-        """Check shape and range; return whether the model can be run on the batch."""
+        """Check shape, range and labels; return whether the model can be run on the batch."""
         add, tokens, targets = self.report.add, self.tokens, self.targets
         if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
             found = f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
-            add("shape", "fail", found, "give both as (B, T) with at least one token")
-            return False
+            return add("shape", "fail", found, "give both as (B, T) with at least one token")
         if tokens.is_floating_point() or targets.is_floating_point():
-            add("shape", "fail", f"{tokens.dtype} tokens, {targets.dtype} targets", "use .long()")
-            return False
+            found = f"{tokens.dtype} tokens, {targets.dtype} targets"
+            return add("shape", "fail", found, "use .long()")
         add("shape", "pass", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
         size, kept = _vocab_size(self.model), targets[targets != self.ignore_index]
         if size is not None:
@@ -153,90 +147,76 @@ class _Checks:
                 if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
                     found = f"{wrong.numel()} {name} outside [0, {size}), such as {int(wrong[0])}"
                     remedy = "use the model's own tokenizer, or raise its vocabulary size"
-                    add("range", "fail", found, remedy)
-                    return False
+                    return add("range", "fail", found, remedy)
             add("range", "pass", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
         if kept.numel() == 0:
             remedy = f"keep some other than {self.ignore_index}"
-            add("targets", "fail", "all are ignored: no loss", remedy)
-            return False
+            return add("targets", "fail", "all are ignored: no loss", remedy)
         if (tokens == tokens[0, 0]).all() and tokens.numel() > 1:
             add("variety", "warn", "all tokens are the same", "look at the data")
         elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
             add("variety", "warn", "all rows are the same", "look at how batches are drawn")
+        if (inner := targets[:, :-1] != self.ignore_index).any():
+            self.labels(targets[:, :-1][inner], tokens[:, 1:][inner], tokens[:, :-1][inner])
         return True
 
-    def labels(self) -> bool:
-        """Check that the targets are the next tokens."""
-        inner = self.targets[:, :-1] != self.ignore_index
-        if not inner.any():
-            return True
-        here, there = self.targets[:, :-1][inner], self.tokens[:, 1:][inner]
-        share = (here == there).float().mean().item()
-        same = (here == self.tokens[:, :-1][inner]).float().mean().item()
+    def labels(self, targets: Tensor, following: Tensor, same: Tensor) -> None:
+        """Check that the targets are the next tokens, and not the tokens at their own places."""
+        share = (targets == following).float().mean().item()
         status: Status = "pass" if share == 1.0 else "warn" if share > 0.5 else "fail"
         detail = f"{share:.1%} of the targets are the next token"
         remedy = "unless that is meant, take inputs = ids[:, :-1] and targets = ids[:, 1:]"
         if status == "pass":
             detail = "each target is the next token"
-        elif same > max(share, 0.99):
+        elif (targets == same).float().mean().item() > max(share, 0.99):
             status = "fail"
             detail = "each target is the very token it stands at: the model would learn to copy"
             remedy = "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model "
             remedy += "shifts itself)"
         self.report.add("labels", status, detail, remedy)
-        return True
-
-    # ---- forward ---------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor) -> Tensor:
         flat, targets = logits.float().flatten(0, 1), self.targets.flatten()
         return F.cross_entropy(flat, targets, ignore_index=self.ignore_index)
 
+    @torch.no_grad()
     def forward(self) -> bool:
         """Check parameters, activations, the shape of the logits and the first loss."""
         add, tokens = self.report.add, self.tokens
-        broken = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        probe = copy.deepcopy(self.model).eval()
+        seen = _record_outputs(probe)
         try:
-            with torch.no_grad(), _evaluating(self.model), _outputs(self.model) as seen:
-                logits = _logits(self.model, tokens)
+            logits = _logits(probe, tokens)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             detail = f"the model raises {type(error).__name__}: {error}"
             remedy = "is the batch longer than the model's positions, or on another device?"
-            add("forward", "fail", detail, remedy)
-            return False
+            return add("forward", "fail", detail, remedy)
         if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             detail = f"{found} for tokens {tuple(tokens.shape)}"
-            add("logits", "fail", detail, "return one row of logits for each token: (B, T, V)")
-            return False
-        first = next((name for name, rms in seen if not math.isfinite(rms)), None)
-        if broken or first or not logits.isfinite().all():
-            held = f"; not finite itself: {', '.join(broken[:3])}" if broken else ""
-            add(
-                "finite",
-                "fail",
-                f"NaN or infinity first comes out of {first or 'the head'}{held}",
-                "reload the weights of that layer"
-                if broken
-                else "look for a division, root or logarithm of zero in that layer, or train in "
-                "bf16",
+            return add(
+                "logits", "fail", detail, "return one row of logits for each token: (B, T, V)"
             )
-            return False
+        first = next((name for name, rms in seen if not math.isfinite(rms)), None)
+        broken = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if broken or first or not logits.isfinite().all():
+            detail = f"NaN or infinity first comes out of {first or 'the head'}"
+            remedy = (
+                "look for a division, root or logarithm of zero in that layer, or train in bf16"
+            )
+            if broken:
+                detail += f"; not finite itself: {', '.join(broken[:3])}"
+                remedy = "reload the weights of that layer"
+            return add("finite", "fail", detail, remedy)
         add("finite", "pass", "parameters, activations and logits")
         name, rms = max(seen, key=lambda item: item[1], default=("", 0.0))
-        add(
-            "activations",
-            "fail" if rms > RMS_FAIL else "warn" if rms > RMS_WARN else "pass",
-            f"the largest come out of {name}, root mean square {rms:.3g}",
-            "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
-        )
+        detail = f"the largest come out of {name}, root mean square {rms:.3g}"
+        remedy = "initialise smaller: normal with 1/sqrt(fan-in), or add norms"
+        add("activations", _graded(rms, RMS_WARN, RMS_FAIL), detail, remedy)
         loss, ln_v = self.loss(logits).item(), math.log(logits.shape[2])
-        status: Status = "pass"
+        status = _graded(loss - ln_v, LOSS_WARN, LOSS_FAIL)
         remedy = "initialise the head smaller, such as normal with 0.02; or the labels are wrong"
-        if loss > ln_v + LOSS_WARN:
-            status = "fail" if loss > ln_v + LOSS_FAIL else "warn"
-        elif loss < ln_v - LOSS_WARN:
+        if loss < ln_v - LOSS_WARN:
             status, remedy = "warn", "right for trained weights; in new ones targets leak or repeat"
         add("first loss", status, f"{loss:.3f}, ln V = {ln_v:.3f}", remedy)
         return True
@@ -263,14 +243,20 @@ class _Checks:
             self.report.add("causality", "pass", "no position depends on a later token")
             return
         moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
-        self.report.add(
-            "causality",
-            "fail",
-            f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on",
-            "mask attention (is_causal=True) and look for norms or shifts along the sequence",
-        )
+        detail = f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on"
+        remedy = "mask attention (is_causal=True) and look for norms or shifts along the sequence"
+        self.report.add("causality", "fail", detail, remedy)
 
-    # ---- backward and update ---------------------------------------------------------------------
+    def step(self, probe: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> float:
+        """Train a copy on the batch for a step; return the loss. The gradients stay."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = self.loss(_logits(probe, self.tokens))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.item()
 
     def training(self) -> None:
         """Train a copy on the batch: gradients everywhere, of a sane size, and a falling loss."""
@@ -284,53 +270,40 @@ class _Checks:
             add("gradients", "fail", "no parameter takes one", "call .requires_grad_(True)")
             return
         adamw = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
-        reached: set[str] = set()
-        losses: list[float] = []
+        lost, losses = set(params), list[float]()
+        # Several steps, as behind a matrix that starts at zero the first has no gradient.
         for _ in range(N_STEPS):
-            loss = self.loss(_logits(probe, self.tokens))
-            losses.append(loss.item())
-            adamw.zero_grad()
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(self.step(probe, [adamw]))
             grads = {n: p.grad for n, p in params.items() if p.grad is not None}
-            reached |= {n for n, grad in grads.items() if grad.any()}
+            lost -= {n for n, grad in grads.items() if grad.any()}
             if len(losses) == 1 and grads and not self.norm(grads):
                 return
-            adamw.step()
-        # Several steps, as behind a matrix that starts at zero the first has no gradient.
-        lost = [n for n in params if n not in reached]
-        add(
-            "gradients",
-            "fail" if lost else "pass",
-            f"none in {N_STEPS} steps for {_named(lost)}"
-            if lost
-            else f"all {len(params)} parameters get one",
-            "use the layer in forward; look for detach(), no_grad(), .data or a dead activation",
+        detail = f"all {len(params)} parameters get one"
+        if lost:
+            detail = f"none in {N_STEPS} steps for {_named([n for n in params if n in lost])}"
+        remedy = (
+            "use the layer in forward; look for detach(), no_grad(), .data or a dead activation"
         )
-        add(
-            "learning",
-            "pass" if losses[-1] < losses[0] else "warn",
+        add("gradients", "fail" if lost else "pass", detail, remedy)
+        detail = (
             f"the batch's loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW "
-            "steps",
-            "one batch is not learnt: see the lines above, and the loss",
         )
+        status: Status = "pass" if losses[-1] < losses[0] else "warn"
+        remedy = "one batch is not learnt: see the lines above, and the loss"
+        add("learning", status, detail + "steps", remedy)
 
     def norm(self, grads: dict[str, Tensor]) -> bool:
         """Check the norm of the gradient; return whether it is finite."""
         norms = {n: grad.float().norm().item() for n, grad in grads.items()}
-        total = math.sqrt(sum(v * v for v in norms.values()))
+        total = math.hypot(*norms.values())
         if not math.isfinite(total):
             # Backward runs from the end: the last of these layers was the first to break.
             last = [n for n, v in norms.items() if not math.isfinite(v)][-1]
             remedy = "look for a root, norm or division of zero there, or train in bf16"
-            self.report.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
-            return False
-        self.report.add(
-            "gradient norm",
-            "fail" if total > NORM_FAIL else "warn" if total > NORM_WARN else "pass",
-            f"{total:.3g}, most of it in {max(norms, key=lambda n: norms[n])}",
-            "initialise smaller, clip (train.max_grad_norm), warm up",
-        )
+            return self.report.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
+        detail = f"{total:.3g}, most of it in {max(norms, key=lambda n: norms[n])}"
+        remedy = "initialise smaller, clip (train.max_grad_norm), warm up"
+        self.report.add("gradient norm", _graded(total, NORM_WARN, NORM_FAIL), detail, remedy)
         return True
 
     def optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -345,36 +318,31 @@ class _Checks:
             add("optimizer", "fail", _named(outside, " in no optimizer"), remedy)
         rates = [float(g["lr"]) for g in groups]
         if not any(rates):
-            add(
-                "learning rate",
-                "fail",
-                "zero: nothing will change",
-                "raise it, or look at the schedule: a warmup must not start at zero and stay there",
+            remedy = (
+                "raise it, or look at the schedule: a warmup must not start at zero and stay there"
             )
+            add("learning rate", "fail", "zero: nothing will change", remedy)
             return
-        add(
-            "learning rate",
-            "warn" if 0.0 in rates or max(rates) > 1.0 else "pass",
-            ", ".join(f"{r:.3g}" for r in rates),
-            "zero leaves its group as it is; above 1 is rarely meant",
-        )
+        status: Status = "warn" if 0.0 in rates or max(rates) > 1.0 else "pass"
+        remedy = "zero leaves its group as it is; above 1 is rarely meant"
+        add("learning rate", status, ", ".join(f"{r:.3g}" for r in rates), remedy)
         probe, steppers = copy.deepcopy((self.model, optimizers))
-        before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}
         for _ in range(3):
-            loss = self.loss(_logits(probe, self.tokens))
-            for stepper in steppers:
-                stepper.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            for stepper in steppers:
-                stepper.step()
+            self.step(probe, steppers)
         after = dict(probe.named_parameters())
-        same = [n for n, p in before.items() if torch.equal(after[n], p) and n not in outside]
-        add(
-            "update",
-            "pass" if not same else "fail" if 0.0 not in rates else "warn",
-            f"3 steps do not change {_named(same)}" if same else "a step changes every parameter",
-            "see the gradients and learning rates above; a bf16 parameter may round its step away",
+        same = [n for n, p in trained.items() if torch.equal(after[n], p) and n not in outside]
+        detail = (
+            f"3 steps do not change {_named(same)}" if same else "a step changes every parameter"
         )
+        remedy = (
+            "see the gradients and learning rates above; a bf16 parameter may round its step away"
+        )
+        status = "pass" if not same else "fail" if 0.0 not in rates else "warn"
+        add("update", status, detail, remedy)
+
+
+def _graded(value: float, warn: float, fail: float) -> Status:
+    return "fail" if value > fail else "warn" if value > warn else "pass"
 
 
 def _named(names: list[str], where: str = "") -> str:
@@ -395,32 +363,14 @@ def _logits(model: nn.Module, tokens: Tensor) -> Any:
     return logits_of(model(tokens))
 
 
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
+def _record_outputs(model: nn.Module) -> list[tuple[str, float]]:
     """Collect the name and the output's root mean square of each module, innermost first."""
     seen: list[tuple[str, float]] = []
 
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.is_floating_point():
-                seen.append((name, out.detach().float().square().mean().sqrt().item()))
+    def record(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point():
+            seen.append((name, out.detach().float().square().mean().sqrt().item()))
 
-        return note
-
-    handles = [m.register_forward_hook(hook(n or "the model")) for n, m in model.named_modules()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(record, name or "the model"))
+    return seen

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.checkpoint import check_model, saved_parameters
-from fasttrain.command import command, prog
+from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
@@ -150,11 +150,7 @@ N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
 
 
 def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the first words of some documents, evenly spread over a split, as distinct prompts.
-
-    Raises:
-        DataError: the split does not say where its documents end.
-    """
+    """Return the first words of some documents, evenly spread over a split, as distinct prompts."""
     ends = dataset.document_ends
     found = []
     for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
@@ -166,11 +162,7 @@ def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return a prompt's tokens; an empty one starts a new document.
-
-    Raises:
-        UserError: it is empty and the tokenizer has no end-of-text token, or it is not UTF-8.
-    """
+    """Return a prompt's tokens; an empty one starts a new document."""
     ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
     if not ids and end is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
@@ -218,8 +210,8 @@ def stream_text(
         if token.item() == end:
             break
         held += decoder.push(int(token), last=number == max_new_tokens)
-        if (cut := _first_stop(held, stop)) is not None:
-            yield held[:cut]
+        if (shown := _until(stop, held)) != held:
+            yield shown
             return
         # What may be the beginning of a stop string waits for its end.
         begun = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
@@ -253,13 +245,13 @@ def complete(
         out = generate(model, tokens, max_new_tokens=max_new_tokens, stop_token=end, **sampling)
         for i, row in zip(members, out[:, length:].tolist(), strict=True):
             text = tokenizer.decode(row[: row.index(end)] if end in row else row)
-            texts[i] = text[: _first_stop(text, stop)]
+            texts[i] = _until(stop, text)
     return texts
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string begins in ``text``, or None."""
-    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+def _until(stop: Sequence[str], text: str) -> str:
+    """Return the text before the first stop string in it."""
+    return min((text.partition(s)[0] for s in stop), key=len, default=text)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -299,42 +291,14 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog("generate"), description="Generate text with a trained model."
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
-    add(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to go on from (empty: a new document); several are computed as a batch",
-    )
-    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
-    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="… that together have probability P")
-    add("--greedy", action="store_true", help="take the likeliest token each time")
-    add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
-    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
-    return parser
-
-
 def _run(options: argparse.Namespace) -> None:
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
     if "" in options.stop:
         raise UserError("--stop must not be empty; leave it out to go on to --max-tokens")
-    for name in ("max_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    for flag, n in (("--max-tokens", options.max_tokens), ("--num-samples", options.num_samples)):
+        if n < 1:
+            raise UserError(f"{flag} must be at least 1, got {n}")
     names = ("temperature", "top_k", "top_p", "greedy")
     sampling: dict[str, Any] = {name: getattr(options, name) for name in names}
     try:
@@ -364,9 +328,14 @@ def _run(options: argparse.Namespace) -> None:
         print()
 
     if options.interactive:
-        while (line := _ask()) is not None:
-            say(line)
-        return
+        try:
+            while True:
+                say(input("> " if sys.stdin.isatty() else ""))
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            where = f"the input is not UTF-8 at byte {error.start}"
+            raise UserError(f"{where}; give it in UTF-8") from None
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
         encode_prompt(tokenizer, prompts[0])  # raise before it is shown
@@ -379,23 +348,28 @@ def _run(options: argparse.Namespace) -> None:
         print(f"--- sample {number}\n{prompt}{shown(text)}")
 
 
-def _ask() -> str | None:
-    """Return the next line of the input, None at its end."""
-    if sys.stdin.isatty():
-        print("> ", end="", flush=True)
-    try:
-        line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the input is not UTF-8 at byte {error.start}; give it in UTF-8") from None
-    return line.rstrip("\n") if line else None
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 2 on bad input, 130 when interrupted."""
-    options = _parser().parse_args(argv)
+    parser = make_parser("generate", "Generate text with a trained model.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
+    prompt = "text to go on from (empty: a new document); several are computed as a batch"
+    add("--prompt", action="append", metavar="TEXT", help=prompt)
+    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
+    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="… that together have probability P")
+    add("--greedy", action="store_true", help="take the likeliest token each time")
+    add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
+    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
     try:
-        _run(options)
+        _run(parser.parse_args(argv))
     except KeyboardInterrupt:
         print()
         return EXIT_INTERRUPTED

@@ -4,7 +4,6 @@ GPT-2, Llama and Qwen3 are settings of `fasttrain.model.Transformer`: the same n
 names. `transformers` itself is not needed; weights are read and written as safetensors only.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.checkpoint.files import FILE, read_header
-from fasttrain.command import command, prog, redact
+from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
@@ -38,78 +37,63 @@ OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_
 
 
 class Family(NamedTuple):
-    """How an architecture of Hugging Face names what our model has; ours → theirs."""
+    """An architecture of Hugging Face as ours."""
 
-    outer: dict[str, str]  # parameters outside the blocks
+    column: int  # its names in the tables below
     layers: str  # the prefix of the blocks
-    block: dict[str, tuple[str, ...]]  # parts with a weight and perhaps a bias; several are stacked
-    keys: dict[str, str]  # of the config
-    positions: str  # their key for the longest sequence
     defaults: dict[str, Any]  # of their keys that may be missing
     settings: dict[str, Any]  # ours, which they have no key for
+    only: dict[str, tuple[Any, ...]]  # values of their other keys that ours can compute
 
 
+# Names of ours, of GPT-2, of Llama and Qwen3; several are stacked by rows in ours.
+Names = tuple[tuple[str, str, str], ...]
+_OUTER: Names = (
+    ("embedding.weight", "transformer.wte.weight", "model.embed_tokens.weight"),
+    ("position_embedding.weight", "transformer.wpe.weight", ""),
+    ("norm.weight", "transformer.ln_f.weight", "model.norm.weight"),
+    ("norm.bias", "transformer.ln_f.bias", ""),
+    ("head.weight", "lm_head.weight", "lm_head.weight"),
+)
+_BLOCK: Names = (  # each has a weight and perhaps a bias
+    ("attention_norm", "ln_1", "input_layernorm"),
+    ("attention.qkv", "attn.c_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+    ("attention.q_norm", "", "self_attn.q_norm"),
+    ("attention.k_norm", "", "self_attn.k_norm"),
+    ("attention.out", "attn.c_proj", "self_attn.o_proj"),
+    ("mlp_norm", "ln_2", "post_attention_layernorm"),
+    ("mlp.up", "mlp.c_fc", "mlp.gate_proj mlp.up_proj"),
+    ("mlp.down", "mlp.c_proj", "mlp.down_proj"),
+)
+_KEYS: Names = (  # of the config
+    ("seq_len", "n_positions", "max_position_embeddings"),
+    ("dim", "n_embd", "hidden_size"),
+    ("n_layers", "n_layer", "num_hidden_layers"),
+    ("n_heads", "n_head", "num_attention_heads"),
+    ("n_kv_heads", "", "num_key_value_heads"),
+    ("head_dim", "", "head_dim"),
+    ("hidden_dim", "n_inner", "intermediate_size"),
+    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    ("rope_theta", "", "rope_theta"),
+    ("bias", "", "attention_bias"),
+    ("tied_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
+    ("vocab_size", "vocab_size", "vocab_size"),
+)
 _GPT2 = Family(
-    outer={
-        "embedding.weight": "transformer.wte.weight",
-        "position_embedding.weight": "transformer.wpe.weight",
-        "norm.weight": "transformer.ln_f.weight",
-        "norm.bias": "transformer.ln_f.bias",
-        "head.weight": "lm_head.weight",
-    },
+    column=1,
     layers="transformer.h",
-    block={
-        "attention_norm": ("ln_1",),
-        "attention.qkv": ("attn.c_attn",),
-        "attention.out": ("attn.c_proj",),
-        "mlp_norm": ("ln_2",),
-        "mlp.up": ("mlp.c_fc",),
-        "mlp.down": ("mlp.c_proj",),
-    },
-    keys={
-        "dim": "n_embd",
-        "n_layers": "n_layer",
-        "n_heads": "n_head",
-        "hidden_dim": "n_inner",
-        "norm_eps": "layer_norm_epsilon",
-        "tied_embeddings": "tie_word_embeddings",
-        "vocab_size": "vocab_size",
-    },
-    positions="n_positions",
     defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     settings={"mlp": "gelu", "norm": "layer", "positions": "learned", "bias": True},
+    only={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
 )
 _LLAMA = Family(
-    outer={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    },
+    column=2,
     layers="model.layers",
-    block={
-        "attention_norm": ("input_layernorm",),
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.q_norm": ("self_attn.q_norm",),
-        "attention.k_norm": ("self_attn.k_norm",),
-        "attention.out": ("self_attn.o_proj",),
-        "mlp_norm": ("post_attention_layernorm",),
-        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.down": ("mlp.down_proj",),
-    },
-    keys={
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "hidden_dim": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-        "bias": "attention_bias",
-        "tied_embeddings": "tie_word_embeddings",
-        "vocab_size": "vocab_size",
-    },
-    positions="max_position_embeddings",
     defaults={
         "num_key_value_heads": None,
         "head_dim": None,
@@ -118,20 +102,25 @@ _LLAMA = Family(
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
-    settings={"mlp": "swiglu"},
+    settings={"mlp": "swiglu", "norm": "rms", "positions": "rope"},
+    only={"hidden_act": ("silu",), "use_sliding_window": (False,)},
 )
 _FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _LLAMA}
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def _parameter_names(model_type: str, n_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return our parameter name → theirs, which are stacked by rows in ours."""
-    family = _FAMILIES[model_type]
-    names: dict[str, tuple[str, ...]] = {k: (name,) for k, name in family.outer.items()}
+def _names(table: Names, family: Family) -> dict[str, list[str]]:
+    """Return our names of what a family has → theirs."""
+    return {row[0]: row[family.column].split() for row in table if row[family.column]}
+
+
+def _parameter_names(family: Family, n_layers: int) -> dict[str, list[str]]:
+    """Return our parameter name → theirs."""
+    names = _names(_OUTER, family)
     for i in range(n_layers):
-        for ours, theirs in family.block.items():
+        for ours, theirs in _names(_BLOCK, family).items():
             for kind in ("weight", "bias"):
-                their_names = tuple(f"{family.layers}.{i}.{name}.{kind}" for name in theirs)
+                their_names = [f"{family.layers}.{i}.{name}.{kind}" for name in theirs]
                 names[f"blocks.{i}.{ours}.{kind}"] = their_names
     return names
 
@@ -142,40 +131,34 @@ def _is_transposed(model_type: str, name: str) -> bool:
     return model_type == "gpt2" and ".h." in name and name.endswith(ends)
 
 
-def _part_rows(model: Transformer, ours: str) -> list[int] | None:
-    """Return how many rows each part of a fused parameter has; None for one that is whole."""
-    config = model.config
-    if ".attention.qkv." in ours:
-        n_kv = config.n_kv_heads or config.n_heads
-        return [n * model.head_dim for n in (config.n_heads, n_kv, n_kv)]
-    if ".mlp.up." in ours and config.mlp == "swiglu":
-        return [hidden_dim(config)] * 2
-    return None
+def _part_rows(model: Transformer, n_parts: int, n_rows: int) -> list[int]:
+    """Return how many rows of a parameter each of its parts has: queries, keys, values; halves."""
+    if n_parts < 3:
+        return [n_rows // n_parts] * n_parts
+    n_kv = model.config.n_kv_heads or model.config.n_heads
+    return [n * model.head_dim for n in (model.config.n_heads, n_kv, n_kv)]
 
 
 # ---- export --------------------------------------------------------------------------------------
 
 
 def _model_type_of(model: Transformer) -> str:
-    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts.
-
-    Raises:
-        UserError: none has them; names the settings that stand in the way.
-    """
+    """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
     c = model.config
-    faults = [
-        f"model.{k} = {getattr(c, k)}" for k in OURS_ALONE if getattr(c, k) not in (None, False)
-    ]
+
+    def shown(*keys: str) -> str:
+        return " with ".join(f"model.{k} = {getattr(c, k)}" for k in keys)
+
+    faults = [shown(k) for k in OURS_ALONE if getattr(c, k) not in (None, False)]
     gpt2 = c.positions == "learned" and c.norm == "layer" and c.mlp == "gelu" and not c.qk_norm
     gpt2 &= c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
     llama = c.positions == "rope" and c.norm == "rms" and c.mlp == "swiglu"
     if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
-        faults.append(f"model.sliding_window_tokens = {c.sliding_window_tokens}")
+        faults.append(shown("sliding_window_tokens"))
     if llama and c.qk_norm and c.bias:
         faults.append("model.bias = true together with model.qk_norm")
     if not (gpt2 or llama):
-        parts = [f"model.{k} = {getattr(c, k)}" for k in ("positions", "norm", "mlp", "qk_norm")]
-        faults.append(" with ".join(parts))
+        faults.append(shown("positions", "norm", "mlp", "qk_norm"))
     if faults:
         raise UserError(
             f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
@@ -188,7 +171,7 @@ def _hf_config(
     model: Transformer, model_type: str, dtype: torch.dtype, eot: int | None
 ) -> dict[str, Any]:
     c, family = model.config, _FAMILIES[model_type]
-    ours = asdict(c) | {"n_kv_heads": c.n_kv_heads or c.n_heads}
+    ours = asdict(c) | {"n_kv_heads": c.n_kv_heads or c.n_heads, "seq_len": model.seq_len}
     ours |= {"head_dim": model.head_dim, "hidden_dim": hidden_dim(c)}
     config = {
         "model_type": model_type,
@@ -197,8 +180,7 @@ def _hf_config(
         "use_cache": True,
         "bos_token_id": eot,
         "eos_token_id": eot,
-        family.positions: model.seq_len,
-        **{theirs: ours[name] for name, theirs in family.keys.items()},
+        **{theirs: ours[name] for name, (theirs,) in _names(_KEYS, family).items()},
     }
     if model_type == "gpt2":
         dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
@@ -215,15 +197,14 @@ def _hf_config(
 def _hf_tensors(model: Transformer, model_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
     state = model.state_dict()
     tensors: dict[str, Tensor] = {}
-    for ours, theirs in _parameter_names(model_type, model.config.n_layers).items():
+    for ours, theirs in _parameter_names(_FAMILIES[model_type], model.config.n_layers).items():
         tensor = state.pop(ours, None)
         if tensor is None and model_type == "gpt2" and ours.endswith(".bias"):
             weight = model.get_parameter(ours.removesuffix("bias") + "weight")
             tensor = torch.zeros(weight.shape[0])  # GPT-2 has biases everywhere
         if tensor is None:
             continue
-        rows = _part_rows(model, ours) if len(theirs) > 1 else None
-        parts = tensor.split(rows) if rows else (tensor,)
+        parts = tensor.split(_part_rows(model, len(theirs), tensor.shape[0]))
         for name, part in zip(theirs, parts, strict=True):
             part = part.T if _is_transposed(model_type, name) else part
             tensors[name] = part.to("cpu", dtype).contiguous()
@@ -249,26 +230,27 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     tokenizer_files = [path for f in folders if (path := f / "tokenizer.json").is_file()]
     tokenizer = load_tokenizer(tokenizer_files[0]) if tokenizer_files else None
     eot = end_of_text_id(tokenizer) if tokenizer is not None else None
-    out.mkdir(parents=True)
-    tensors = _hf_tensors(model, model_type, DTYPES[dtype])
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", _hf_config(model, model_type, DTYPES[dtype], eot))
-    _write_json(out / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
+    files: dict[str, Any] = {
+        "config.json": _hf_config(model, model_type, DTYPES[dtype], eot),
+        "generation_config.json": {"bos_token_id": eot, "eos_token_id": eot},
+    }
     if tokenizer is not None:
-        shutil.copyfile(tokenizer_files[0], out / "tokenizer.json")
-        described: dict[str, Any] = {
+        described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.seq_len,
             "clean_up_tokenization_spaces": False,
         }
         if eot is not None:
             described |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(eot))
-        _write_json(out / "tokenizer_config.json", described)
+        files["tokenizer_config.json"] = described
+    out.mkdir(parents=True)
+    tensors = _hf_tensors(model, model_type, DTYPES[dtype])
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for name, value in files.items():
+        (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer_files[0], out / "tokenizer.json")
     return out
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- import --------------------------------------------------------------------------------------
@@ -331,18 +313,14 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
 
 
 def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list[Stored]]:
-    """Return what each parameter is made of, once all shapes are proven to fit the config.
-
-    Raises:
-        UserError: they do not; nothing was allocated.
-    """
+    """Return what each parameter is made of, once all shapes are proven to fit the config."""
     found = _stored(folder, model_type)
     problem = f"{folder}: the model's tensors do not fit its config.json"
     n_stored = sum(math.prod(stored.shape) for stored in found.values())
     model = outline(config, n_stored, folder)
     wanted, missing = model.state_dict(), []
     parts: dict[str, list[Stored]] = {}
-    for ours, theirs in _parameter_names(model_type, config.model.n_layers).items():
+    for ours, theirs in _parameter_names(_FAMILIES[model_type], config.model.n_layers).items():
         there = [found.pop(name) for name in theirs if name in found]
         if ours not in wanted:
             if there and ours != "head.weight":  # tied: some files hold it twice
@@ -353,8 +331,8 @@ def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list
             continue
         parts[ours] = there
         n_rows, *rest = wanted[ours].shape
-        rows = _part_rows(model, ours) if len(theirs) > 1 else None
-        for name, stored, n in zip(theirs, there, rows or [n_rows], strict=True):
+        rows = _part_rows(model, len(theirs), n_rows)
+        for name, stored, n in zip(theirs, there, rows, strict=True):
             shape = (*rest, n) if stored.transposed else (n, *rest)
             if stored.shape != shape:
                 raise UserError(f"{problem}: {name} is {stored.shape}, and should be {shape}")
@@ -370,9 +348,6 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     Its checkpoint can be sampled from, exported and, with ``model.init_from``, trained on; its
     config expects a dataset of its tokenizer in ``run/data``. ``seq_len`` is by default the longest
     that the model was made for.
-
-    Raises:
-        UserError: the model has parts that ours lacks, its files do not fit, or ``run`` exists.
     """
     folder, run = Path(folder), Path(run)
     if run.exists():
@@ -392,9 +367,8 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    writer.save(
-        0, {"model": model.state_dict()}, {"step": 0, "imported": redact(str(folder))}, text
-    )
+    state = {"step": 0, "imported": redact(str(folder))}
+    writer.save(0, {"model": model.state_dict()}, state, text)
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():
@@ -410,13 +384,18 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         )
     family = _FAMILIES[model_type]
     hf = family.defaults | dict(hf)
-    if model_type == "gpt2":
-        _check_gpt2(hf, folder)
-    else:
-        hf["rope_theta"] = _check_llama(hf, folder) or hf["rope_theta"]
-    model = family.settings | {ours: hf[theirs] for ours, theirs in family.keys.items()}
-    model["qk_norm"] = model_type == "qwen3"
-    positions = hf[family.positions]
+    only = family.only | ({"attention_bias": (False,)} if model_type == "qwen3" else {})
+    for k, values in only.items():
+        if hf.get(k, values[0]) not in values:
+            known = " or ".join(map(show, values))
+            raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {known}")
+    if model_type == "llama" and hf.get("mlp_bias", False) != hf["attention_bias"]:
+        raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
+    if family is _LLAMA:
+        hf["rope_theta"] = _rope_theta(hf, folder) or hf["rope_theta"]
+    model = {ours: hf[theirs] for ours, (theirs,) in _names(_KEYS, family).items()}
+    model |= family.settings | {"qk_norm": model_type == "qwen3"}
+    positions = model.pop("seq_len")
     for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
         if problem := misfit(int, value, name):
             raise UserError(f"{folder}: {problem}; {REMEDY}")
@@ -431,35 +410,14 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         raise UserError(f"{folder}: its config.json cannot be: {error}") from error
 
 
-def _refuse_other(hf: Mapping[str, Any], folder: Path, expected: Mapping[str, Any]) -> None:
-    for k, value in expected.items():
-        if hf.get(k, value) != value:
-            raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {show(value)}")
-
-
-def _check_gpt2(hf: Mapping[str, Any], folder: Path) -> None:
-    expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    _refuse_other(hf, folder, expected | {"add_cross_attention": False})
-    if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(
-            f"{folder}: activation_function = {show(hf['activation_function'])} is not supported, "
-            "only GELU in its tanh form"
-        )
-
-
-def _check_llama(hf: Mapping[str, Any], folder: Path) -> Any:
+def _rope_theta(hf: Mapping[str, Any], folder: Path) -> Any:
     """Return rope_theta where it is among the parameters of the rotary positions."""
-    _refuse_other(hf, folder, {"hidden_act": "silu", "use_sliding_window": False})
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
-    if hf["model_type"] == "qwen3":
-        _refuse_other(hf, folder, {"attention_bias": False})
-    elif hf.get("mlp_bias", False) != hf["attention_bias"]:
-        raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
     return rope.get("rope_theta")
 
 
@@ -469,7 +427,7 @@ def _check_llama(hf: Mapping[str, Any], folder: Path) -> Any:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog=prog("hf"), description=__doc__)
+    parser = make_parser("hf", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run → a folder for transformers")
     out.add_argument("run", type=Path)

@@ -12,12 +12,10 @@ depend on how many processes made it, nor on how often they were interrupted.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,13 +23,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import check_system, command, prog
+from fasttrain.command import check_system, command, make_parser
 from fasttrain.config.keys import counted
-from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import (
     DATASET_JSON,
@@ -58,18 +54,20 @@ from fasttrain.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from fasttrain.log.console import format_duration
 
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 LINE_S = 15.0  # between lines of progress where there is no terminal
 BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
 MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
-RATE_S = (1.0, 30.0)  # the time left is known after the first, by the speed of the last
+SPEED_S = 30.0  # the time left is that at the speed of the last
 
 
-def _make_tokenizer(
-    name: str, splitter: Splitter, note: Callable[[str], None], show: Callable[..., None]
-) -> tokenizers.Tokenizer:
+Note = Callable[[str], None]  # takes each line that a user should see
+
+
+def _make_tokenizer(name: str, splitter: Splitter, note: Note, bar: _Bar) -> tokenizers.Tokenizer:
     """The tokenizer that a command names, trained on the training split if it is to be."""
     if name == "bytes":
         return byte_tokenizer()
@@ -77,7 +75,7 @@ def _make_tokenizer(
         characters: set[str] = set()
         for piece in splitter.pieces():
             characters.update(piece.text)
-            show("collecting characters", splitter.source.done_bytes)
+            bar.show("collecting characters", splitter.source.done_bytes)
         return char_tokenizer(characters)
     if not name.startswith("bpe:"):
         if not (path := Path(name).expanduser()).is_file():
@@ -87,17 +85,17 @@ def _make_tokenizer(
             )
         return load_tokenizer(path)
     try:
-        wanted = int(name.removeprefix("bpe:").replace("_", ""))
+        wanted = int(name.removeprefix("bpe:"))
     except ValueError:
         raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768") from None
     note(f"Training a BPE of {wanted} tokens")
-    tokenizer = train_bpe(_sample(splitter, show), wanted)
+    tokenizer = train_bpe(_sample(splitter, bar), wanted)
     if tokenizer.get_vocab_size() < wanted:
         note(f"The text yields only {tokenizer.get_vocab_size()} tokens of the {wanted} asked for")
     return tokenizer
 
 
-def _sample(splitter: Splitter, show: Callable[..., None]) -> Iterator[str]:
+def _sample(splitter: Splitter, bar: _Bar) -> Iterator[str]:
     """Training text for a tokenizer: all of it, or pieces evenly spread over a large input."""
     every = max(1, splitter.source.n_bytes // BPE_BYTES)
     taken = 0
@@ -106,9 +104,9 @@ def _sample(splitter: Splitter, show: Callable[..., None]) -> Iterator[str]:
             taken += len(piece.text)
             if taken > 2 * BPE_BYTES:  # compressed input holds more than its size says
                 break
-            show("reading for the tokenizer", splitter.source.done_bytes)
+            bar.show("reading for the tokenizer", splitter.source.done_bytes)
             yield piece.text
-    show("training the tokenizer", None)
+    bar.show("training the tokenizer", None)
 
 
 def prepare(
@@ -122,7 +120,7 @@ def prepare(
     strict: bool = False,
     workers: int = 1,
     resume: bool = False,
-    note: Callable[[str], None] = print,
+    note: Note = print,
     progress: bool = False,
 ) -> Path:
     """Make the dataset folder `out` from text; the arguments are the options of the command.
@@ -141,11 +139,9 @@ def prepare(
         raise DataError(f"--workers must be at least 1, got {workers}")
     files, passed_over = find_files(inputs)
     if passed_over:
-        shown = ", ".join(file.name for file in passed_over[:3])
+        shown = ", ".join(file.name for file in passed_over[:3]) + ", …" * (len(passed_over) > 3)
         number = counted(len(passed_over), "file")
-        note(
-            f"Passed over {number} with an unknown ending: {shown}{', …' * (len(passed_over) > 3)}"
-        )
+        note(f"Passed over {number} with an unknown ending: {shown}")
     tokenizer_file = Path(tokenizer).expanduser()
     source = Source(files, field=text_field, strict=strict)
     if val_fraction is None and source.n_bytes >= SMALL_BYTES:
@@ -169,9 +165,9 @@ def prepare(
             if partial.complete:
                 note(f"{out} is complete already")
                 return out
-            with _Bar(source.n_bytes, progress, note) as bar:
+            with _Bar(source.n_bytes, progress) as bar:
                 splitter = Splitter(source, val_fraction)
-                encoder = _encoder(partial, tokenizer, splitter, bar)
+                encoder = _encoder(partial, tokenizer, splitter, note, bar)
                 processes = 1
                 if encoder.kind == "bpe":
                     processes = max(1, min(workers, source.n_bytes // WORKER_BYTES))
@@ -179,7 +175,7 @@ def prepare(
                 try:
                     result = write_splits(partial, splitter, encoder, *how)
                 except OtherIdsError as error:
-                    bar.note(
+                    note(
                         f"tiktoken does not split this text as its tokenizer does: {error}. "
                         "Encoding all of it with tokenizers instead, which is slower"
                     )
@@ -220,16 +216,16 @@ def prepare(
     return out
 
 
-def _encoder(partial: Partial, name: str, splitter: Splitter, bar: _Bar) -> Encoder:
+def _encoder(partial: Partial, name: str, splitter: Splitter, note: Note, bar: _Bar) -> Encoder:
     """What encodes: with the tokenizer of an interrupted run, or made now and kept for another."""
     path = partial.dataset / "tokenizer.json"
     if splitter.held_out_smallest:
-        bar.note(
+        note(
             f"No document fell into validation at --val-fraction {splitter.val_fraction}: the one "
             "with the smallest hash is held out"
         )
     if not partial.state:
-        tokenizer = _make_tokenizer(name, splitter, bar.note, bar.show)
+        tokenizer = _make_tokenizer(name, splitter, note, bar)
         tokenizer.encode_special_tokens = False
         write_atomically(path, tokenizer.to_str(pretty=False).encode())
         if name.startswith("bpe:"):
@@ -238,74 +234,51 @@ def _encoder(partial: Partial, name: str, splitter: Splitter, bar: _Bar) -> Enco
     exact = partial.state.get("exact", False)
     encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
     if encoder.end_of_text is None:
-        bar.note("The tokenizer has no end-of-text token: documents follow each other without one")
+        note("The tokenizer has no end-of-text token: documents follow each other without one")
     if encoder.not_fast and splitter.source.n_bytes > WORKER_BYTES:
-        bar.note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
+        note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
     return encoder
 
 
-class _Bar:
+class _Bar(Progress):
     """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
 
-    def __init__(self, n_bytes: int, shown: bool, note: Callable[[str], None]) -> None:
+    def __init__(self, n_bytes: int, shown: bool) -> None:
         console = Console(stderr=True)
-        self._n_bytes, self._note = n_bytes, note
         self._lines = shown and not console.is_terminal
-        self._said = time.monotonic()
-        self._passed: deque[tuple[float, int]] = deque()  # when, and how many bytes were done
-        self._bar = Progress(
+        super().__init__(
             BarColumn(),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
             disable=not shown or self._lines,
+            get_time=time.monotonic,
+            speed_estimate_period=SPEED_S,
         )
-        self._task = self._bar.add_task("reading", total=n_bytes)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def note(self, line: str) -> None:
-        """A line for the user; in a terminal, above the bar."""
-        self._note(line)
+        self._said = time.monotonic()
+        self._n_bytes = n_bytes
+        self.add_task("reading", total=n_bytes)
+        (self._task,) = self.tasks
 
     def show(self, what: str, done_bytes: int | None) -> None:
         """What is being done, and how much of the input is; None: for a time nobody knows."""
-        now = time.monotonic()
+        task = self._task
         if done_bytes is None:
-            self._bar.reset(self._task, description=what)
-            self._bar.tasks[0].total = None  # the bar only moves to and fro
-            self._passed.clear()
-            text, due = what, False  # a line has said so
-        else:
-            if not self._passed or done_bytes < self._passed[-1][1]:  # another pass
-                self._bar.reset(self._task, total=self._n_bytes)
-                self._passed.clear()
-            digits = 0 if self._n_bytes >= 10e6 else 1
-            done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
-            text = f"{done} of {total} MB  {what}"
-            text += f"  {self._left(now, done_bytes)} left"
-            self._bar.update(self._task, completed=done_bytes, description=text)
-            due = now - self._said >= LINE_S and done_bytes > 0
-        if self._lines and due:
+            self.reset(task.id, description=what)
+            task.total = None  # the bar only moves to and fro
+            return
+        if task.total is None or done_bytes < task.completed:  # another pass
+            self.reset(task.id, total=self._n_bytes)
+        self.update(task.id, completed=done_bytes)
+        left = "–" if task.time_remaining is None else format_duration(task.time_remaining)
+        digits = 0 if self._n_bytes >= 10e6 else 1
+        done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
+        text = f"{done} of {total} MB  {what}  {left} left"
+        self.update(task.id, description=text)
+        now = time.monotonic()
+        if self._lines and done_bytes > 0 and now - self._said >= LINE_S:
             self._said = now
             print(text, file=sys.stderr, flush=True)
-
-    def _left(self, now: float, done_bytes: int) -> str:
-        """The time that the rest of a pass takes, as far as its speed is known."""
-        if not self._passed or now - self._passed[-1][0] > 0.1:
-            self._passed.append((now, done_bytes))
-        while len(self._passed) > 2 and now - self._passed[1][0] > RATE_S[1]:
-            self._passed.popleft()
-        begin, done_before = self._passed[0]
-        if now - begin < RATE_S[0] or done_bytes == done_before:
-            return "–"
-        left = (now - begin) * (self._n_bytes - done_bytes) / (done_bytes - done_before)
-        return f"{left:.0f} s" if left < 120 else f"{left / 60:,.0f} min"
 
 
 def inspect(folder: Path) -> Iterator[str]:
@@ -316,11 +289,8 @@ def inspect(folder: Path) -> Iterator[str]:
             "fasttrain.prepare wrote can be inspected"
         )
     meta = read_dataset_json(folder)
-    datasets: dict[str, TokenDataset] = {}
     splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
-        if split in meta["splits"]:
-            datasets[split] = open_dataset(folder, split)
+    datasets = {split: open_dataset(folder, split) for split in splits if split in meta["splits"]}
     for name, dataset in datasets.items():
         for shard, listed in zip(dataset.shards, meta["splits"][name]["shards"], strict=True):
             if shard.scan(None).sha256 != listed["sha256"]:  # of the file itself, not of a cache
@@ -331,6 +301,10 @@ def inspect(folder: Path) -> Iterator[str]:
     for key, value in sorted(meta.get("source", {}).items()):
         yield f"  {key}: {value}"
     tokenizer = load_tokenizer(folder / meta["tokenizer"]["file"])
+
+    def shown(tokens: list[int]) -> str:
+        return repr(tokenizer.decode(tokens, skip_special_tokens=False))
+
     for name, dataset in datasets.items():
         listed = meta["splits"][name]
         yield (
@@ -338,79 +312,45 @@ def inspect(folder: Path) -> Iterator[str]:
             f"{counted(listed['documents'], 'document')}, {listed['bytes']:,} bytes, "
             f"{listed['bytes'] / dataset.n_tokens:.2f} bytes a token"
         )
-        counts = _counts(dataset, meta["vocab_size"])
+        counts = np.zeros(meta["vocab_size"], np.int64)
+        for start in range(0, dataset.n_tokens, BLOCK_TOKENS):
+            block = dataset.read(start, min(BLOCK_TOKENS, dataset.n_tokens - start))
+            counts += np.bincount(block, minlength=len(counts))
         unused = int((counts == 0).sum())
         yield f"  {unused:,} of the {meta['vocab_size']:,} tokens do not occur; most frequent:"
         for token in np.argsort(-counts, kind="stable")[:MOST_FREQUENT].tolist():
             if counts[token]:
                 share = 100 * counts[token] / dataset.n_tokens
-                yield f"  {token:8d} {share:6.2f} %  {_shown(tokenizer, [token])}"
+                yield f"  {token:8d} {share:6.2f} %  {shown([token])}"
         for number in range(SAMPLES):
             start = max(dataset.n_tokens - SAMPLE_TOKENS, 0) * number // (SAMPLES - 1)
             tokens = dataset.read(start, min(SAMPLE_TOKENS, dataset.n_tokens - start))
-            yield f"  from token {start:,}: {_shown(tokenizer, tokens.tolist())}"
+            yield f"  from token {start:,}: {shown(tokens.tolist())}"
     yield f"All {n_files} files have the SHA-256 that {DATASET_JSON} records."
-
-
-def _shown(tokenizer: tokenizers.Tokenizer, tokens: list[int]) -> str:
-    return repr(tokenizer.decode(tokens, skip_special_tokens=False))
-
-
-def _counts(dataset: TokenDataset, vocab_size: int) -> NDArray[np.int64]:
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, dataset.n_tokens, BLOCK_TOKENS):
-        block = dataset.read(start, min(BLOCK_TOKENS, dataset.n_tokens - start))
-        counts += np.bincount(block, minlength=vocab_size)
-    return counts
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog("prepare"),
-        description="Make a dataset folder of token shards from text, or look into one.",
-    )
-    add = parser.add_argument
-    add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
-    add("--input", nargs="+", metavar="PATH", help="files, folders, globs; - is standard input")
-    add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
-    add(
-        "--tokenizer",
-        default="bpe:32768",
-        metavar="KIND",
-        help="bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)",
-    )
-    add(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help=f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
-        f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
-        f"{MAX_VAL_FRACTION})",
-    )
-    add(
-        "--shard-tokens",
-        type=lambda text: int(text.replace("_", "")),
-        default=100_000_000,
-        metavar="N",
-        help="tokens of one shard (default: %(default)s)",
-    )
-    add("--strict", action="store_true", help="end at the first problem in the text")
-    add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        metavar="N",
-        help="processes that encode; changes only the time (default: the cores, %(default)s)",
-    )
-    add("--resume", action="store_true", help="go on with what an interrupted run has left")
-    add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what is in it")
-    return parser
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
-    parser = _parser()
+    what = "Make a dataset folder of token shards from text, or look into one."
+    parser = make_parser("prepare", what)
+    add = parser.add_argument
+    add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
+    add("--input", nargs="+", metavar="PATH", help="files, folders, globs; - is standard input")
+    add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
+    kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
+    add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
+    part = f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
+    part += f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
+    add("--val-fraction", type=float, metavar="F", help=f"{part}{MAX_VAL_FRACTION})")
+    tokens = "tokens of one shard (default: %(default)s)"
+    add("--shard-tokens", type=int, default=100_000_000, metavar="N", help=tokens)
+    add("--strict", action="store_true", help="end at the first problem in the text")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    time_only = "processes that encode; changes only the time (default: the cores, %(default)s)"
+    add("--workers", type=int, default=cores, metavar="N", help=time_only)
+    add("--resume", action="store_true", help="go on with what an interrupted run has left")
+    add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what is in it")
     options = vars(parser.parse_args(arguments))
     check_system()
     folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))

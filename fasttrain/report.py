@@ -5,7 +5,6 @@ time or FLOPs, the configs and their differences, and samples; and the same curv
 Needs the extra ``report``: plotly for the page, matplotlib for the picture.
 """
 
-import argparse
 import contextlib
 import html
 import importlib
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
-from fasttrain.command import command, prog
+from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit, parse_json
@@ -36,13 +35,18 @@ PARTS = {
     "optimizer": "#2e933c",
     "the rest": "#a0a0a0",
 }
-# What made a run: title, and the keys of its line that it shows
+# What made a run: title, and in which words it shows the keys of its line
+PACKAGES = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors")
 MADE_BY = {
-    "code": ("fasttrain", "commit", "uncommitted_changes"),
-    "packages": ("python", "torch", "triton", "numpy", "tokenizers", "safetensors"),
-    "device": ("device", "cuda", "driver"),
-    "command": ("command",),
-    "resumed": ("parent",),
+    "code": {
+        "fasttrain": "fasttrain {}",
+        "commit": "commit {:.12}",
+        "uncommitted_changes": "with uncommitted changes",
+    },
+    "packages": {name: f"{name} {{}}" for name in PACKAGES},
+    "device": {"device": "{}", "cuda": "cuda {}", "driver": "driver {}"},
+    "command": {"command": "{}"},
+    "resumed": {"parent": "{}"},
 }
 
 _Number = float | None  # a value of a row; all else in it is not shown
@@ -85,11 +89,7 @@ class Panel(NamedTuple):
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt.
-
-    Raises:
-        UserError: it is no run folder, or nothing was logged yet.
-    """
+    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt."""
     file = path / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{path}: no metrics.jsonl in it; give a run folder, such as runs/base")
@@ -148,9 +148,8 @@ def _extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"the report needs {name.split('.')[0]}; pip install plotly matplotlib"
-        ) from error
+        package = name.partition(".")[0]
+        raise UserError(f"the report needs {package}; pip install plotly matplotlib") from error
 
 
 # ---- what is shown ---------------------------------------------------------------------------
@@ -267,23 +266,16 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
 def provenance(run: Run) -> dict[str, str]:
     """Return what made a run, in words, and from which step on something else did."""
     found: dict[str, str] = {}
-    for title, keys in MADE_BY.items():
+    for title, words in MADE_BY.items():
         parts, last = [], ""
         for row in run.made_by:
-            text = ", ".join(_named(key, row[key]) for key in keys if row.get(key))
+            text = ", ".join(words[key].format(str(row[key])) for key in words if row.get(key))
             if text and text != last:
                 step = row.get("step")
                 parts.append(f"from step {step} on: {text}" if step else text)
                 last = text
         found[title] = "; ".join(parts)
     return found
-
-
-def _named(key: str, value: Any) -> str:
-    if key == "uncommitted_changes":
-        return "with uncommitted changes"
-    value = str(value)[:12] if key == "commit" else str(value)
-    return value if key in ("device", "command", "parent") else f"{key} {value}"
 
 
 def _words(value: Any) -> str:
@@ -341,30 +333,29 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 _TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 3, 5, 7)]
 _LOG = {"type": "log", "tickvals": _TICKS}
+_GRID = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
+_LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "xaxis": {"title_text": "steps", "title_standoff": 4, "rangemode": "tozero", **_GRID},
+    "margin": {"t": 10, "l": 45, "r": 10, "b": 40},
+    "font": {"family": "system-ui, sans-serif", "color": "#333"},
+    "showlegend": False,
+    "hovermode": "x",
+    **dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)"),  # as the page is
+}
 
 
 def _plot(panel: Panel, runs: Sequence[Run], number: int) -> str:
     """Return a panel as HTML; the first brings the library that draws all of them."""
-    figure = _extra("plotly.graph_objects").Figure()
+    scale = _LOG if panel.scale == "log" else {"rangemode": panel.scale}
+    layout = _LAYOUT | {"height": 280 if number else 420, "yaxis": _GRID | scale}
+    figure = _extra("plotly.graph_objects").Figure(layout=layout)
     for curve in panel.curves:
         name = html.escape(", ".join(filter(None, (curve.name, runs[curve.run].name))))
         meta: dict[str, Any] = {x: _column(curve.rows, key) for x, key in axes(runs).items()}
         look = {"line_color": _colour(curve), "hovertemplate": f"%{{y:.5g}}<extra>{name}</extra>"}
         look |= {"mode": "lines", "meta": meta | {"run": curve.run}} | _KINDS[curve.kind]
         figure.add_scatter(x=meta["steps"], y=curve.y, **look)
-    grid = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
-    figure.update_xaxes(title_text="steps", title_standoff=4, rangemode="tozero", **grid)
-    figure.update_yaxes(**grid, **(_LOG if panel.scale == "log" else {"rangemode": panel.scale}))
-    clear = dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)")  # as the page is
-    figure.update_layout(
-        template="plotly_white",
-        height=280 if number else 420,
-        margin={"t": 10, "l": 45, "r": 10, "b": 40},
-        font={"family": "system-ui, sans-serif", "color": "#333"},
-        showlegend=False,
-        hovermode="x",
-        **clear,
-    )
     config = {"displayModeBar": False, "responsive": True}
     drawn = figure.to_html(full_html=False, include_plotlyjs=not number, config=config)
     areas = [_swatch(_colour(c)) + html.escape(c.name) for c in panel.curves if c.kind == "area"]
@@ -393,11 +384,7 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the report as one HTML page that needs nothing else.
-
-    Raises:
-        UserError: plotly is not installed.
-    """
+    """Return the report as one HTML page that needs nothing else."""
     title = html.escape(", ".join(run.name for run in runs))
     box = '<input type="checkbox" checked onchange="show({}, this.checked)">'
     names = [
@@ -489,17 +476,12 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; return 0, or 2 on bad input."""
-    parser = argparse.ArgumentParser(
-        prog=prog("report"), description="Curves of one or several runs."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="the page; the PNG lies beside it (default: RUN/report.html, or of several runs "
-        "report-RUN-RUN.html in the current folder)",
-    )
-    parser.add_argument("--axis", choices=AXES, default="steps", help="x axis of the PNG")
+    parser = make_parser("report", "Curves of one or several runs.")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    where = "RUN/report.html, or of several runs report-RUN-RUN.html in the current folder"
+    add("--out", type=Path, help=f"the page; the PNG lies beside it (default: {where})")
+    add("--axis", choices=AXES, default="steps", help="x axis of the PNG")
     options = parser.parse_args(argv)
     runs = [read_run(path) for path in options.runs]
     if len({run.name for run in runs}) < len(runs):

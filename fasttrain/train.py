@@ -4,76 +4,50 @@ Only the config is loaded until it is known to be good; torch comes after.
 """
 
 import argparse
-import contextlib
 import glob
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, prog
+from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import UserError, help_text, load_config, shipped_configs
 
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog("train"),
-        description="Train a language model as a TOML config says.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "config",
-        nargs="?",
-        help=f"TOML file, or one that comes with fasttrain: {', '.join(shipped_configs())}",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values in place of the file's"
-    )
-    parser.add_argument(
+    plain = argparse.RawDescriptionHelpFormatter
+    what = "Train a language model as a TOML config says."
+    parser = make_parser("train", what, epilog=help_text(), formatter_class=plain)
+    add = parser.add_argument
+    configs = ", ".join(shipped_configs())
+    add("config", nargs="?", help=f"TOML file, or one that comes with fasttrain: {configs}")
+    add("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
+    add(
         "--resume",
         metavar="auto|PATH",
         help="continue a run: the newest sound checkpoint of this config's run, or a new run where "
         "it has none yet (auto); or of a run or checkpoint folder, whose own config is taken where "
         "none is given",
     )
-    parser.add_argument(
-        "--decay-from",
-        metavar="PATH",
-        help="a new run that goes on from a run or checkpoint folder, its learning rate (of "
-        "schedule.name=wsd) decaying from there to the end that this config names",
+    decay = "a new run that goes on from a run or checkpoint folder, its learning rate (of "
+    decay += "schedule.name=wsd) decaying from there to the end that this config names"
+    add("--decay-from", metavar="PATH", help=decay)
+    stop = "end after step N with a checkpoint and exit status 75"
+    add("--stop-at-step", type=int, metavar="N", help=stop)
+    change = "a key that may differ from the resumed run's; may be given several times"
+    add("--allow-change", action="append", default=[], metavar="section.key", help=change)
+    look = "only tell what the run will take and what will hurt it, as fasttrain.preflight does"
+    add("--dry-run", action="store_true", help=look)
+    prove = (
+        "only prove that resuming works: N steps in one go and in two processes must end at the "
     )
-    parser.add_argument(
-        "--stop-at-step",
-        type=int,
-        metavar="N",
-        help="end after step N with a checkpoint and exit status 75",
-    )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="section.key",
-        help="a key that may differ from the resumed run's; may be given several times",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only tell what the run will take and what will hurt it, as fasttrain.preflight does",
-    )
-    parser.add_argument(
-        "--verify-resume",
-        type=int,
-        metavar="N",
-        help="only prove that resuming works: N steps in one go and in two processes must end at "
-        "the same bits",
-    )
+    add("--verify-resume", type=int, metavar="N", help=prove + "same bits")
     return parser
 
 
@@ -84,19 +58,6 @@ def _held_by(resumed: Path) -> tuple[Path, str]:
             held = (folder / "config.toml" for folder in (resumed, run_dir))
             return next(filter(Path.is_file, held), run_dir / "config.toml"), run_dir.resolve().name
     raise UserError(f"--resume {resumed}: not a run or checkpoint folder; name one of those")
-
-
-@contextlib.contextmanager
-def _ending_at_once(status: Callable[[int], int]) -> Iterator[None]:
-    """End the process at a signal: an import in C may swallow an exception and stay half done."""
-    from fasttrain.run.signals import SIGNALS
-
-    previous = {n: signal.signal(n, lambda n, _: os._exit(status(n))) for n in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @command
@@ -127,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         check_system()
-        with _ending_at_once(interrupted):
+        from fasttrain.run.signals import interruptible
+
+        # At once: an import in C may swallow an exception and stay half done.
+        with interruptible(lambda number, _: os._exit(interrupted(number))):
             path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
             config = load_config(path, arguments.overrides)
             if arguments.resume == "auto" and not only_looks:

@@ -22,23 +22,16 @@ from fasttrain.config.keys import counted
 from fasttrain.log.console import format_duration
 from fasttrain.run.signals import interruptible
 
-_ORDER = {"step": 0, "model": 1, "optimizer": 2}  # in which tensors are compared; the rest after
-
 
 def verify_resume(
     config: TrainConfig, config_path: Path, overrides: Sequence[str], n_steps: int
 ) -> int:
     """Train ``n_steps`` in one process and, the same, in two; print whether they end alike.
 
-    Compared are the losses of all steps and, at the end, every tensor of the checkpoint by its
-    SHA-256: parameters, moments, random states and what else it holds. The runs lie in a temporary
-    folder in ``run.out_dir``, which is removed unless they differ or fail.
-
-    Returns:
-        0 where all is equal, 1 where it differs, otherwise the status of the run that failed.
-
-    Raises:
-        UserError: the config or ``n_steps`` do not allow it, or this is one of several ranks.
+    Compared are the losses of all steps and, at the end, every tensor of the checkpoint:
+    parameters, moments, random states and what else it holds. The runs lie in a temporary folder in
+    ``run.out_dir``, which is removed unless they differ or fail. Returns 0 where all is equal, 1
+    where it differs, otherwise the status of the run that failed.
     """
     if n_steps < 2:
         raise UserError(f"--verify-resume {n_steps}: two processes need at least 2 steps")
@@ -118,39 +111,36 @@ def _train(arguments: Sequence[str]) -> tuple[int, str]:
 
 def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
     """Return the first difference of two run folders in words, or None, and what was compared."""
-    losses = [_losses(run_dir) for run_dir in (one, two)]
-    for step in sorted(losses[0].keys() | losses[1].keys()):
-        a, b = (row.get(step, "missing") for row in losses)
-        if a != b:
-            return f"loss of step {step}: {a} in one go, {b} resumed", ""
-    digests = [_digests(run_dir) for run_dir in (one, two)]
-    names = sorted(digests[0].keys() | digests[1].keys())
-    for name in sorted(names, key=lambda name: _ORDER.get(name.partition(".")[0], len(_ORDER))):
-        a, b = (found.get(name, "missing") for found in digests)
-        if a != b:
-            return f"{name}: SHA-256 {a[:16]} in one go, {b[:16]} resumed", ""
-    kinds = Counter(name.partition(".")[0] for name in names)
-    n_parameters, n_moments = kinds["model"], kinds["optimizer"]
-    compared = f"{len(losses[0])} losses, {n_parameters} parameters, {n_moments} tensors of the "
-    rest = len(names) - n_parameters - n_moments
-    return None, compared + f"optimizers and {rest} others (random states, counters)"
+    a, b = _record(one), _record(two)
+    for name in a | b:
+        values = [record.get(name, "missing") for record in (a, b)]
+        if values[0] != values[1]:
+            shown = [value[:24] for value in values]  # a loss, or 16 digits of a hash
+            return f"{name}: {shown[0]} in one go, {shown[1]} resumed", ""
+    kinds = Counter(name.split()[0].partition(".")[0] for name in a)
+    losses, parameters, moments = (kinds.pop(kind) for kind in ("loss", "model", "optimizer"))
+    return None, (
+        f"{losses} losses, {parameters} parameters, {moments} tensors of the optimizers and "
+        f"{kinds.total()} others (random states, counters)"
+    )
 
 
-def _losses(run_dir: Path) -> dict[int, str]:
-    """Return the loss of each step, in hexadecimal digits, which are exact."""
-    found = {}
+def _record(run_dir: Path) -> dict[str, str]:
+    """Return each loss of a run, and each tensor of its newest checkpoint; parameters come first.
+
+    A loss in hexadecimal digits, which are exact; a tensor by its SHA-256.
+    """
+    record = {}
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row: dict[str, Any] = json.loads(line)
         if row["kind"] == "train":
-            found[row["step"]] = "none" if row["loss"] is None else float(row["loss"]).hex()
-    return found
-
-
-def _digests(run_dir: Path) -> dict[str, str]:
-    """Return the SHA-256 of each tensor of the newest checkpoint."""
+            loss = "none" if row["loss"] is None else float(row["loss"]).hex()
+            record[f"loss of step {row['step']}"] = loss
     loaded = checkpoint.load(checkpoint.resolve(run_dir, "latest"))
-    digests = {"step": str(loaded.step)}
-    for name, tensor in loaded.tensors.items():
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        digests[name] = hashlib.sha256(data.numpy().data).hexdigest()
-    return digests
+    record["step"] = str(loaded.step)
+    kinds = {"model": 0, "optimizer": 1}
+    names = sorted(loaded.tensors, key=lambda name: (kinds.get(name.partition(".")[0], 2), name))
+    for name in names:
+        data = loaded.tensors[name].contiguous().flatten().view(torch.uint8)
+        record[name] = f"SHA-256 {hashlib.sha256(data.numpy().data).hexdigest()}"
+    return record

@@ -73,10 +73,6 @@ class _Op(NamedTuple):
     constants: tuple[Tensor, ...] = ()  # these do not
 
 
-def _plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
-
-
 def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
     n, d, f, v, k = 2048, 256, 1024, 4096, 64
     if device.type == "cuda":
@@ -88,20 +84,19 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    yield _Op("rms_norm", rms_norm, _plain_rms_norm, (normal(n, d), normal(d)))
+    def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (d,), weight, 1e-6)
+
+    yield _Op("rms_norm", rms_norm, plain_rms_norm, (normal(n, d), normal(d)))
     yield _Op("swiglu", swiglu, swiglu_reference, (normal(n, f), normal(n, f)))
     yield _Op("relu_squared", relu_squared, relu_squared_reference, (normal(n, f),))
     angle = torch.rand(n // 8, k // 2, generator=generator, device=device) * 6.283
     q, kk = normal(8, n // 8, d // k, k), normal(8, n // 8, d // k, k)
     yield _Op("rope", apply_rope, apply_rope_reference, (q, kk), (angle.cos(), angle.sin()))
     targets = torch.randint(v, (n,), generator=generator, device=device)
-    yield _Op(
-        "linear_cross_entropy",
-        linear_cross_entropy,
-        linear_cross_entropy_reference,
-        (normal(n, d), normal(v, d) * d**-0.5),
-        (targets,),
-    )
+    inputs = normal(n, d), normal(v, d) * d**-0.5
+    plain = linear_cross_entropy_reference
+    yield _Op("linear_cross_entropy", linear_cross_entropy, plain, inputs, (targets,))
 
 
 def _run(fn: Callable[..., Outputs], op: _Op, dtype: torch.dtype) -> list[Tensor]:
@@ -157,27 +152,23 @@ def _check_adamw(device: torch.device) -> OpReport:
     shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
     start = [torch.randn(s, generator=generator, device=device) for s in shapes]
     grads = [torch.randn(s, generator=generator, device=device) for s in shapes]
-    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-
-    def built(
-        kind: type[torch.optim.Optimizer], dtype: torch.dtype, **more: object
-    ) -> tuple[list[Tensor], torch.optim.Optimizer]:
-        params = [p.to(dtype, copy=True).requires_grad_() for p in start]
-        for p, grad in zip(params, grads, strict=True):
+    results: dict[str, list[Tensor]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, kind, dtype in (
+        ("truth", torch.optim.AdamW, torch.float64),
+        ("ours", FusedAdamW, torch.float32),
+        ("torch", torch.optim.AdamW, torch.float32),
+    ):
+        results[name] = [p.to(dtype, copy=True).requires_grad_() for p in start]
+        for p, grad in zip(results[name], grads, strict=True):
             p.grad = grad.to(dtype)
-        return params, kind(params, **options, **more)  # type: ignore[arg-type]
-
-    results = {
-        "truth": built(torch.optim.AdamW, torch.float64, foreach=False),
-        "ours": built(FusedAdamW, torch.float32),
-        "torch": built(torch.optim.AdamW, torch.float32),
-    }
-    for _, optimizer in results.values():
+        steps[name] = kind(results[name], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
         for _ in range(3):
-            optimizer.step()
-    truth, names = results["truth"][0], ("ours", "torch")
-    errors = [_error(results[name][0], truth) for name in names]
-    return _report("adamw", errors, torch.float32, {k: results[k][1].step for k in names})
+            steps[name]()
+    truth = results["truth"]
+    del steps["truth"]
+    errors = [_error(results[name], truth) for name in steps]
+    return _report("adamw", errors, torch.float32, steps)
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:

@@ -5,8 +5,10 @@ shown.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,11 +42,9 @@ SLOW_FLOPS = 1e12  # of a micro-batch: some seconds on a CPU
 
 
 def _memory_lines(memory: StepMemory, free: int, peak: int | None) -> Iterator[str]:
-    for f in fields(memory):
-        if f.name == "gathered" and not memory.gathered:  # of one process, or DDP
-            continue
-        size = getattr(memory, f.name)
-        yield f"    {f.name:<12} {_size(size) if size else 'none then':>10}"
+    for name, size in asdict(memory).items():
+        if size or name != "gathered":  # which one process and DDP do without
+            yield f"    {name:<12} {_size(size) if size else 'none then':>10}"
     yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
     if peak is not None:
         yield f"    {'measured':<12} {_size(peak):>10}"
@@ -67,10 +67,12 @@ def preflight(
     ``n_ranks`` processes share each step, on devices like this one, and each can send
     ``bandwidth_gbps`` gigabits a second (None: not known). ``probe``: run a few steps of one rank,
     to measure time and memory.
-
-    Raises:
-        UserError: something is missing or does not fit together.
     """
+
+    def tell(label: str, *texts: str) -> None:
+        for text in texts:
+            show(f"{label:<12} {text}")
+
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     if config.run.threads is not None:
@@ -93,77 +95,60 @@ def preflight(
     rows, n_micro = step_shape(alone.train, seq_len)
     config = replace(config, train=replace(loop, micro_batch=rows))
     plan = plan_run(config, train, n_ranks)
-    show(
-        f"model        {plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix "
-        f"products; {format_count(plan.flops_per_token)} FLOPs a token"
-    )
-    vocabulary = f"vocabulary {config.model.vocab_size:,}"
-    for line in missing:
-        show(f"data         {line}")
+    size = f"{plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix products"
+    tell("model", f"{size}; {format_count(plan.flops_per_token)} FLOPs a token")
+    tell("data", *missing)
     if train and val:
         own = train.vocab_size
+        vocabulary = f"vocabulary {config.model.vocab_size:,}"
         if own is not None and -(-own // 64) * 64 != config.model.vocab_size != own:
             vocabulary += f" of the model, {own:,} of the data"
-        show(
-            f"data         {train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate; "
-            f"{vocabulary}"
-        )
+        tokens = f"{train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate"
+        tell("data", f"{tokens}; {vocabulary}")
     ranks = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
     shape = f"{n_micro} × {counted(rows, 'row')} × {seq_len}"
-    show(f"step         {plan.tokens_per_step:,} tokens: {shape}{ranks}")
+    tell("step", f"{plan.tokens_per_step:,} tokens: {shape}{ranks}")
+    length = f"{loop.hours} h"
     if plan.tokens is not None:
-        epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
-        show(
-            f"run          {counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens, "
-            f"{epochs}{plan.tokens * plan.flops_per_token:.3g} FLOPs"
-        )
+        length = f"{counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens, "
+        length += "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
+        length += f"{plan.tokens * plan.flops_per_token:.3g} FLOPs"
     elif loop.epochs is not None:
-        show(f"run          {loop.epochs:g} epochs of data that are not there")
-    else:
-        show(f"run          {loop.hours} h")
+        length = f"{loop.epochs:g} epochs of data that are not there"
+    tell("run", length)
 
     # Memory, and a few steps where it suffices.
     local = min(n_ranks, torch.cuda.device_count()) if device.type == "cuda" else n_ranks
-    mode, why = "single", ""
+    mode = "single"
     if n_ranks > 1:
         mode, why = preferred_mode(config.distributed, local, plan.parameters, device)
-        show(f"ranks        {n_ranks}, {mode}: {why}")
+        tell("ranks", f"{n_ranks}, {mode}: {why}")
         if mode == "hsdp" and config.distributed.shard_ranks is None:
             config = replace(config, distributed=replace(config.distributed, shard_ranks=local))
-    memory = estimate_memory(
-        config, rows, device=device, precision=precision, n_ranks=n_ranks, mode=mode
-    )
+    estimate = partial(estimate_memory, micro_batch=rows, device=device, precision=precision)
+    memory = estimate(config, n_ranks=n_ranks, mode=mode)
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
     compiles = resolve_compile(config, device)
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
-        runs = estimate_memory(alone, rows, device=device, precision=precision).total <= free
+        runs = estimate(alone).total <= free
     if runs and plan.flops_per_token * rows * seq_len > SLOW_FLOPS:
         show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None
     whose = "step and rank" if ranks else "step"
-    show(f"memory       of an eager {whose} on {device}, {precision.name}, at its peak:")
+    tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
     for line in _memory_lines(memory, free, probed.peak_bytes if probed and not ranks else None):
         show(line)
 
     # Communication and speed.
-    step_s = probed.step_s if probed else None
     if ranks:
         with torch.device("meta"):
             model = Transformer(config.model, seq_len=seq_len)
-        sent = traffic(
-            config,
-            model,
-            mode=mode,
-            n_ranks=n_ranks,
-            shard_ranks=config.distributed.shard_ranks if mode == "hsdp" else None,
-            n_micro=n_micro,
-            compute=precision.compute,
-        )
-        for line in scaling_lines(
-            sent, step_s, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps
-        ):
+        given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
+        sent = traffic(config, model, n_ranks=n_ranks, compute=precision.compute, **given)
+        step_s = probed.step_s if probed else None
+        for line in scaling_lines(sent, step_s, bandwidth_gbps=bandwidth_gbps, **given):
             show(line)
     seconds = None
     if probed:
@@ -171,30 +156,24 @@ def preflight(
         peak = metrics.peak_flops(device, precision.name)
         used = metrics.mfu(tokens_per_s / n_ranks, plan.flops_per_token, peak)
         mfu = "n/a" if used is None else f"{used:.1%}"
-        show(
-            f"speed        {tokens_per_s:,.0f} tokens/s{ranks and ' on all'}, "
-            f"{1000 * probed.step_s:,.0f} ms a step, MFU {mfu} (compile {compiles}, first step "
-            f"{probed.first_s:.1f} s)"
-        )
+        speed = f"{tokens_per_s:,.0f} tokens/s{ranks and ' on all'}, {1000 * probed.step_s:,.0f} ms"
+        first = f"compile {compiles}, first step {probed.first_s:.1f} s"
+        tell("speed", f"{speed} a step, MFU {mfu} ({first})")
         if plan.steps is not None:
             seconds = plan.steps * probed.step_s
-            show(f"time         {format_duration(seconds)} of steps, without evaluation and saves")
+            tell("time", f"{format_duration(seconds)} of steps, without evaluation and saves")
 
     # Warnings.
-    for line in warnings_of(
-        config, plan, train, device=device, dtype=precision.name, seconds=seconds, n_ranks=n_ranks
-    ):
-        show(f"warning      {line}")
-    for line in warnings_of_data(config, train, val) if train and val else ():
-        show(f"warning      {line}")
+    where: dict[str, Any] = {"device": device, "dtype": precision.name}
+    tell("warning", *warnings_of(config, plan, train, seconds=seconds, n_ranks=n_ranks, **where))
+    if train and val:
+        tell("warning", *warnings_of_data(config, train, val))
     if unused := unused_mode(config.distributed, n_ranks):
-        show(f"warning      {unused}")
+        tell("warning", unused)
     if not fits:
-        show(
-            f"error        it does not fit: {_size(memory.total)} of {_size(free)}; lower "
-            "train.micro_batch (the loss stays the same with train.tokens_per_step set), or "
-            'set it to "auto"'
-        )
+        remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
+        remedy += ', or set it to "auto"'
+        tell("error", f"it does not fit: {_size(memory.total)} of {_size(free)}; {remedy}")
     return fits
 
 

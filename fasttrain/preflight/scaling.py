@@ -12,7 +12,7 @@ Workstations (J. Parallel Distrib. Comput. 69); Rajbhandari et al. 2020, ZeRO (a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +24,7 @@ FP32 = 4
 BACKWARD_SHARE = 2 / 3
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes that one rank sends in a step."""
 
     all_gather: float = 0.0
@@ -35,11 +34,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return self.all_gather + self.reduce_scatter + self.all_reduce + self.muon
-
-
-def _ring(n_ranks: int) -> float:
-    return (n_ranks - 1) / n_ranks
+        return sum(self)
 
 
 def traffic(
@@ -48,37 +43,40 @@ def traffic(
     *,
     mode: str,
     n_ranks: int,
-    shard_ranks: int | None = None,
     n_micro: int = 1,
     compute: torch.dtype = torch.float32,
 ) -> Traffic:
     """Return what one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
 
-    ``model`` is a Transformer on any device, also meta; ``mode`` is single, ddp, fsdp or hsdp, and
-    then ``shard_ranks`` share one copy of the parameters. Muon gathers its matrices in ``compute``.
+    ``model`` is a Transformer on any device, also meta; ``mode`` is single, ddp, fsdp or hsdp.
+    Muon gathers its matrices in ``compute``.
     """
+
+    def ring(n: int) -> float:
+        return (n - 1) / n
+
     total = sum(p.numel() for p in model.parameters())
     if mode == "single" or n_ranks == 1:
         return Traffic()
     if mode == "ddp":
-        return Traffic(all_reduce=2 * _ring(n_ranks) * FP32 * total)
-    inner = shard_ranks or n_ranks
+        return Traffic(all_reduce=2 * ring(n_ranks) * FP32 * total)
+    # Of HSDP so many ranks share one copy of the parameters.
+    inner = (config.distributed.shard_ranks if mode == "hsdp" else None) or n_ranks
     assert isinstance(model.blocks, nn.ModuleList)
     in_blocks = sum(p.numel() for p in model.blocks.parameters())
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     again = in_blocks if config.distributed.reshard_after_forward else 0
     width = torch.finfo(compute).bits // 8
-    shards = 2 * _ring(inner) * width * matrices / inner
+    shards = 2 * ring(inner) * width * matrices / inner
     return Traffic(
-        all_gather=n_micro * _ring(inner) * FP32 * (total + again),
-        reduce_scatter=_ring(inner) * FP32 * total,
-        all_reduce=2 * _ring(n_ranks // inner) * FP32 * total / inner,
+        all_gather=n_micro * ring(inner) * FP32 * (total + again),
+        reduce_scatter=ring(inner) * FP32 * total,
+        all_reduce=2 * ring(n_ranks // inner) * FP32 * total / inner,
         muon=shards if config.optim.name == "muon" else 0.0,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Overhead:
+class Overhead(NamedTuple):
     """What sending costs a step: seconds without latencies, and shares of the utilisation lost."""
 
     sending_s: float
@@ -103,12 +101,9 @@ def scaling_lines(
     sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, bandwidth_gbps: float | None
 ) -> Iterator[str]:
     """Yield lines to show; ``step_s`` and ``bandwidth_gbps`` are None where they are not known."""
-    kinds = [
-        f"{f.name.replace('_', '-')} {getattr(sent, f.name) / 2**20:,.1f} MiB"
-        for f in fields(sent)
-        if getattr(sent, f.name)
-    ]
-    yield f"sent         by each rank in a step: {', '.join(kinds)}"
+    sizes = {kind.replace("_", "-"): n / 2**20 for kind, n in sent._asdict().items() if n}
+    kinds = ", ".join(f"{kind} {size:,.1f} MiB" for kind, size in sizes.items())
+    yield f"sent         by each rank in a step: {kinds}"
     if bandwidth_gbps is None:
         yield "             --bandwidth-gbps tells how long that takes"
         return

@@ -35,14 +35,14 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` in the main thread when a signal comes."""
-    previous = {number: signal.signal(number, _raise) for number in SIGNALS}
+def interruptible(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
+    """Call ``handler`` in the main thread when a signal comes; by default raise `Interrupted`."""
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @dataclass(kw_only=True)

@@ -282,22 +282,23 @@ def test_the_time_left_is_said_when_it_is_known(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(prepare_module.time, "monotonic", lambda: now)
-    with prepare_module._Bar(100_000_000, True, print) as bar:
+    with prepare_module._Bar(100_000_000, True) as bar:
         for at, done_mb in (
             (0.0, 0),
-            (16.0, 20),  # after the first 15 s: 80 left at 20 in 16 s
+            (1.0, 5),
+            (16.0, 20),  # after the first 15 s: 80 left at 15 in 15 s
             (16.5, 100),
             (40.0, 1),  # another pass, just begun
             (40.5, 2),
             (60.0, 31),
-            (100.0, 32),  # slower by now; the time of before no longer counts
+            (80.0, 32),  # slower by now; the time of before no longer counts
         ):
             now = at
             bar.show("tokens", done_mb * 1_000_000)
         bar.show("training", None)
     assert capsys.readouterr().err.splitlines() == [
-        "20 of 100 MB  tokens  64 s left",
+        "20 of 100 MB  tokens  1m 20s left",
         "1 of 100 MB  tokens  – left",
-        "31 of 100 MB  tokens  46 s left",
-        "32 of 100 MB  tokens  45 min left",
+        "31 of 100 MB  tokens  46s left",
+        "32 of 100 MB  tokens  22m 40s left",
     ]

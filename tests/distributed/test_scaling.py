@@ -203,7 +203,8 @@ def test_formulas_of_the_other_modes() -> None:
     n = model.num_parameters()
     assert traffic(config, model, mode="ddp", n_ranks=1).total == 0
     assert traffic(config, model, mode="ddp", n_ranks=4) == Traffic(all_reduce=2 * 0.75 * 4 * n)
-    hsdp = traffic(config, model, mode="hsdp", n_ranks=8, shard_ranks=4, compute=torch.bfloat16)
+    copies = replace(config, distributed=DistributedConfig(mode="hsdp", shard_ranks=4))
+    hsdp = traffic(copies, model, mode="hsdp", n_ranks=8, compute=torch.bfloat16)
     fsdp = traffic(config, model, mode="fsdp", n_ranks=4, compute=torch.bfloat16)
     assert (hsdp.all_gather, hsdp.reduce_scatter) == (fsdp.all_gather, fsdp.reduce_scatter)
     assert hsdp.all_reduce == 2 * 0.5 * 4 * n / 4

@@ -19,7 +19,7 @@ import torch
 from fasttrain.generate import main as generate_main
 from fasttrain.run.signals import SIGNALS
 from fasttrain.train import main
-from tests.support.toy import ENV, ROOT, start, write_config
+from tests.support.toy import ENV, ROOT, start, wait_until, write_config
 
 
 class Outcome(NamedTuple):
@@ -111,28 +111,6 @@ def test_stop_and_resume_end_at_the_bits_of_the_uninterrupted_run(toy: Path, tra
     assert hashes(whole / last) == hashes(parts / last)
 
 
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 300.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and any(s >= step for s, _ in losses_so_far(path)):
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"step {step} not reached in {timeout_s} s")
-
-
-def losses_so_far(path: Path) -> list[tuple[int, str]]:
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # being written
-        if row["kind"] == "train":
-            found.append((row["step"], row["loss"]))
-    return found
-
-
 KILLED = """
 import os, signal, sys
 from fasttrain.train import main
@@ -161,7 +139,8 @@ def test_R10_R13_a_run_refuses_a_second_trainer_and_ends_by_a_signal_with_a_chec
     endless = ("train.steps=1000000", "log.every_steps=10")
     process = start("fasttrain.train", toy, *endless, cwd=toy.parent)
     run_dir = toy.parent / "runs/toy"
-    wait_for_step(run_dir, 20)
+    log = run_dir / "metrics.jsonl"
+    wait_until(lambda: log.exists() and b'"step": 20,' in log.read_bytes())
     refused = train(toy, "train.steps=1000000", "--resume", str(run_dir), check=2)
     assert "in use by another trainer" in refused.err
     process.send_signal(signal.SIGINT)
@@ -240,11 +219,10 @@ def test_R24_resuming_with_other_settings_is_refused_field_by_field(
 
 def test_resuming_finds_the_run_from_any_of_its_folders(toy: Path, train: Train) -> None:
     train(toy, "run.name=a", "--stop-at-step", "4", check=75)
-    for n, path in enumerate(("runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step-00000004")):
-        stop = str(5 + n) if n < 2 else "7"
-        source = path if n < 2 else f"runs/a/checkpoints/step-{4 + n:08d}"
-        train(toy, "run.name=a", "--resume", source, "--stop-at-step", stop, check=75)
-        assert losses(toy.parent / "runs/a")[-1][0] == int(stop)
+    sources = ("runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step-00000006")
+    for stop, source in enumerate(sources, start=5):
+        train(toy, "run.name=a", "--resume", source, "--stop-at-step", str(stop), check=75)
+        assert losses(toy.parent / "runs/a")[-1][0] == stop
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["a"]
 
 

@@ -59,6 +59,13 @@ def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A Llama as `transformers` has it."""
+    make_run(tmp_path / "run", **MODELS["llama"])
+    return export_model(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.fixture
 def transformers() -> Any:
     return pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -164,26 +171,22 @@ def test_what_has_no_counterpart_is_named(
     ],
 )
 def test_a_foreign_model_is_refused_with_the_reason(
-    change: dict[str, Any], message: str, tmp_path: Path
+    change: dict[str, Any], message: str, exported: Path, tmp_path: Path
 ) -> None:
-    make_run(tmp_path / "run", **MODELS["llama"])
-    out = export_model(tmp_path / "run", tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | change))
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
-        import_model(out, tmp_path / "again")
+        import_model(exported, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", **MODELS["llama"])
-    out = export_model(tmp_path / "run", tmp_path / "out")
-    (out / "model.safetensors").rename(out / "pytorch_model.bin")
+def test_a_pickle_is_refused_with_the_way_to_convert_it(exported: Path, tmp_path: Path) -> None:
+    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
     with pytest.raises(UserError, match="safe_serialization"):
-        import_model(out, tmp_path / "again")
-    (out / "model.safetensors").write_bytes(b"not one")
+        import_model(exported, tmp_path / "again")
+    (exported / "model.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="malformed safetensors"):
-        import_model(out, tmp_path / "again")
+        import_model(exported, tmp_path / "again")
 
 
 ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -225,11 +228,9 @@ def test_F16_an_odd_folder_is_one_line(
     assert not (tmp_path / "again").exists()
 
 
-def test_F16_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", **MODELS["llama"])
-    out = export_model(tmp_path / "run", tmp_path / "out")
-    (out / "copy.safetensors").write_bytes((out / "model.safetensors").read_bytes())
+def test_F16_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) -> None:
+    (exported / "copy.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     index = {"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (exported / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"is in .*copy\.safetensors too"):
-        import_model(out, tmp_path / "again")
+        import_model(exported, tmp_path / "again")

@@ -54,7 +54,6 @@ def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
-
     config, train, _ = open_splits(load_config(config_path), print)
     plan = plan_run(config, train)
     model = Transformer(config.model, seq_len=16)
