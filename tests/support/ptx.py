@@ -666,7 +666,7 @@ def run_op(name: str, kernel: str = "", pattern: str = "", to: str = "") -> list
         return edited
 
     op = kernel_ops.op_named(name)
-    with emulated(op.target, edit) as launched:
-        kernel_ops.compare(op, kernel_ops.results(op.ours, op))
+    with emulated(kernel_ops.target_of(name), edit) as launched:
+        kernel_ops.compare(name, op, kernel_ops.results(op.ours, op))
     assert found, f"{kernel}: {pattern} is not there"
     return launched

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .._dispatch import triton_on_cpu
-from .cases import CASES, Case, floor_bytes
+from ..catalogue import CASES, Case, floor_bytes
 from .issue import DEVICES, issue_of
 
 TARGETS = {
