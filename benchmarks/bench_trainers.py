@@ -13,7 +13,7 @@ Time to a loss: that command of nanoGPT's, 2,000 steps, and ours, configs/chars.
 tokens to the end of either recipe, and the loss of each on its whole validation split. The text is
 the documentation that comes with Python; ``CHARS_TEXTS`` names other text files instead (separated
 as in ``PATH``). The recipe was tuned on neither. A text takes five minutes, so that this is done
-with ``--full`` alone.
+with ``--full`` alone, as are whole runs of configs/base.toml and speedrun.toml.
 """
 
 import importlib.util
@@ -28,13 +28,14 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.harness import OURS, comparison, rounds_within
+from benchmarks.harness import CUDA, OURS, comparison, rounds_within
 from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of
 from benchmarks.store import ENV, ROOT
 from fasttrain.config import TrainConfig, config_to_toml
@@ -85,6 +86,46 @@ def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
     """Return the rows of a kind that our run of that name has logged."""
     lines = (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+# On a GPU without --full, and in a rehearsal.
+SHORT = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
+TINY_RUN = (
+    *("run.compile=off", "train.steps=2", "eval.every_steps=none", "eval.prompts=[]"),
+    *("eval.sample_every_steps=none", "schedule.warmup_steps=0", "eval.batch_size=512"),
+    *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
+    *("model.bigram_vocab_size=none", "train.tokens_per_step=32"),
+)
+OF_A_RUN = ("step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
+
+
+def figures_of_run(train: Sequence[Any], evals: Sequence[Any]) -> dict[str, Any]:
+    """Return what the rows of a ``metrics.jsonl`` say of the run's end."""
+    last, end = train[-1], ([*evals] or [{}])[-1]
+    found = {"steps": last["step"], "tokens_per_s": {OURS: last["tokens_per_s"]}}
+    found |= {key: last.get(key) for key in OF_A_RUN}
+    return found | {key: end.get(key) for key in ("val_loss", "val_bpb")}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(name, marks=pytest.mark.figures(f"run-{name}", name=f"{name}.toml"))
+        for name in ("base", "speedrun")
+    ],
+)
+def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, config: str) -> None:
+    if not (full or rehearse or CUDA):
+        pytest.skip("takes four minutes: --full")
+    overrides = TINY_RUN if rehearse else () if full else SHORT
+    command = ["-m", "fasttrain.train", str(ROOT / "configs" / f"{config}.toml"), *overrides]
+    started = time.perf_counter()
+    benchmark.pedantic(run, args=([*command, "run.name=run"], tmp_path, 1800), rounds=1)
+    wall_s = time.perf_counter() - started
+    rows = (rows_of(tmp_path, "run", kind) for kind in ("train", "eval"))
+    benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(*rows))
 
 
 # ---- steps ---------------------------------------------------------------------------------------

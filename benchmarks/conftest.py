@@ -145,7 +145,7 @@ def pytest_runtest_makereport(
     folder = item.config.getoption("--results")
     if folder is not None and not item.config.getoption("--rehearse"):
         machine = item.config.stash[MACHINE]
-        store.save(folder, store.document(suite, entries, machine, harness.ceilings()))
+        store.save(folder, suite, entries, machine, harness.ceilings())
     return outcome
 
 

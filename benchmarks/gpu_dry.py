@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import re
 import sys
 from collections import Counter
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import fake_gpu, store
-from benchmarks.fake_gpu import DEVICE, torch, triton
+from benchmarks import fake_gpu, harness, store
+from benchmarks.fake_gpu import DEVICE, torch
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.engine.step import TrainStep
@@ -239,14 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             entries.append({"name": case, "skipped": str(error)})
             print(f"{case}: skipped: {error}\n", flush=True)
     if arguments.results:
-        machine = {
-            "device": "NVIDIA H100, compiled",
-            "kind": "compiled",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
-        store.save(arguments.results, store.document("gpu_dry", entries, machine, {}))
+        machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
+        store.save(arguments.results, "gpu_dry", entries, machine, {})
     return 0
 
 

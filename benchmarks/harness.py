@@ -51,7 +51,9 @@ def machine() -> dict[str, Any]:
     made = provenance(torch.device("cuda" if cuda else "cpu"))
     found = importlib.metadata.distributions()
     installed = {(d.name or "").lower().replace("_", "-"): d.version for d in found}
+    changed = "+" if made["uncommitted_changes"] else ""
     return {
+        "commit": made["commit"] and f"{made['commit']:.7}{changed}",
         "device": made["device"],
         "kind": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),

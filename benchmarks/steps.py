@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm
+from fasttrain_kernels.catalogue import rotate_half
 from torch import Tensor, nn
 
 from benchmarks.harness import CUDA
@@ -251,13 +252,6 @@ def _norm(module: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
     y: Tensor = module(x)
     return y
-
-
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what models write: the convention of Llama, in the input's dtype."""
-    c, s = (torch.cat((t, t), -1).unsqueeze(-2).to(x.dtype) for t in (cos, sin))
-    lo, hi = x.chunk(2, -1)
-    return x * c + torch.cat((-hi, lo), -1) * s
 
 
 def _attend(a: Attention, x: Tensor, model: Transformer, value: Tensor | None) -> Tensor:

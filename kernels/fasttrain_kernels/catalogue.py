@@ -67,6 +67,12 @@ def _normal(dtype: str, *shape: int, size: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * size).to(DTYPES[dtype])
 
 
+def _both(name: str, call: Callable[..., Any] | None = None) -> tuple[Any, Any]:
+    """Return the op of that name and its reference, as ``call`` calls them."""
+    ours, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
+    return (partial(call, ours), partial(call, reference)) if call else (ours, reference)
+
+
 def cross_entropy(
     dtype: str, n_cols: int, n_rows: int = 2, *, every: bool = False, **options: Any
 ) -> Op:
@@ -78,9 +84,7 @@ def cross_entropy(
         options |= {"z_loss": 1e-3, "label_smoothing": 0.1, "softcap": 8.0, "return_lse": True}
         options |= {"class_weight": torch.rand(n_cols), "token_weight": torch.rand(n_rows)}
     logits = _normal(dtype, n_rows, n_cols, size=3.0)
-    calls = (
-        partial(f, **options) for f in (kernels.cross_entropy, kernels.cross_entropy_reference)
-    )
+    calls = _both("cross_entropy", lambda fn, *inputs: fn(*inputs, **options))
     return Op(*calls, (logits,), (targets,), F.cross_entropy, 2 * logits.nbytes)
 
 
@@ -92,10 +96,9 @@ def linear_cross_entropy(dtype: str, n_cols: int, dim: int = 64, n_rows: int = 1
     def usual(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight), targets)
 
-    return Op(
-        kernels.linear_cross_entropy, kernels.linear_cross_entropy_reference, inputs, (targets,),
-        usual, flops=6 * n_rows * dim * n_cols, rounds_once=False,
-    )  # fmt: skip
+    flops = 6 * n_rows * dim * n_cols
+    calls = _both("linear_cross_entropy")
+    return Op(*calls, inputs, (targets,), usual, flops=flops, rounds_once=False)
 
 
 def rms_norm(dtype: str, dim: int, n_rows: int = 7, *, residual: bool = False) -> Op:
@@ -103,14 +106,14 @@ def rms_norm(dtype: str, dim: int, n_rows: int = 7, *, residual: bool = False) -
     inputs = [_normal(dtype, n_rows, dim), 1 + _normal("fp32", dim, size=0.1)]
     inputs += [_normal(dtype, n_rows, dim)] * residual
 
-    def call(fn: Callable[..., Outputs], x: Tensor, weight: Tensor, *more: Tensor) -> Outputs:
+    def call(fn: Any, x: Tensor, weight: Tensor, *more: Tensor) -> Any:
         return fn(x, weight, residual=more[0]) if more else fn(x, weight)
 
     def usual(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, 1e-6)
 
-    calls = (partial(call, f) for f in (kernels.rms_norm, kernels.rms_norm_reference))
-    return Op(*calls, tuple(inputs), (), usual, 5 * inputs[0].nbytes)  # x, y; dy, x, dx
+    moved = 5 * inputs[0].nbytes  # x, y; dy, x, dx
+    return Op(*_both("rms_norm", call), tuple(inputs), (), usual, moved)
 
 
 def swiglu(dtype: str, n_cols: int, n_rows: int = 3, *, halves: bool = False) -> Op:
@@ -121,11 +124,9 @@ def swiglu(dtype: str, n_cols: int, n_rows: int = 3, *, halves: bool = False) ->
 
     if halves:
         fused = _normal(dtype, n_rows, 2 * n_cols)
-        calls = (kernels.swiglu, kernels.swiglu_reference)
-        return Op(*(lambda x, f=f: f(*x.chunk(2, dim=1)) for f in calls), (fused,))
+        return Op(*_both("swiglu", lambda fn, x: fn(*x.chunk(2, dim=1))), (fused,))
     inputs = _normal(dtype, n_rows, n_cols), _normal(dtype, n_rows, n_cols)
-    moved = 8 * inputs[0].nbytes
-    return Op(kernels.swiglu, kernels.swiglu_reference, inputs, (), usual, moved)
+    return Op(*_both("swiglu"), inputs, (), usual, 8 * inputs[0].nbytes)
 
 
 def relu_squared(dtype: str, n_cols: int, n_rows: int = 3) -> Op:
@@ -135,7 +136,7 @@ def relu_squared(dtype: str, n_cols: int, n_rows: int = 3) -> Op:
         return F.relu(x).square()
 
     x = _normal(dtype, n_rows, n_cols)
-    return Op(kernels.relu_squared, kernels.relu_squared_reference, (x,), (), usual, 5 * x.nbytes)
+    return Op(*_both("relu_squared"), (x,), (), usual, 5 * x.nbytes)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,10 +156,8 @@ def apply_rope(
     def usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
 
-    return Op(
-        kernels.apply_rope, kernels.apply_rope_reference, (q, k), (angle.cos(), angle.sin()),
-        usual, 4 * (q.nbytes + k.nbytes),
-    )  # fmt: skip
+    moved = 4 * (q.nbytes + k.nbytes)
+    return Op(*_both("apply_rope"), (q, k), (angle.cos(), angle.sin()), usual, moved)
 
 
 def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **options: Any) -> Op:
@@ -183,10 +182,10 @@ def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **optio
         names = [name for name in ("exp_avg", "exp_avg_sq", "master") if name in state]
         return (leaf.detach(), *(state[name] for name in names))
 
-    def exact(param: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> Outputs:
+    def exact(param: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> Any:
         scale = 0.25 if scalars else 1.0
         with torch.no_grad():
-            found = kernels.adamw_reference(param, grad, m, v, 2, lr=lr, scale=scale)
+            found: Any = kernels.adamw_reference(param, grad, m, v, 2, lr=lr, scale=scale)
         return found + found[:1] * options.get("master_weights", False)
 
     return Op(ours, exact, (*values, *moments), in_fp64=True)
@@ -201,8 +200,7 @@ def grad_norm(dtype: str, sizes: Sequence[int], offset: int = 0) -> Op:
         found = fn(placed, 1.0)
         return found.norm, found.clip_coefficient
 
-    calls = (partial(call, f) for f in (kernels.grad_norm, kernels.grad_norm_reference))
-    return Op(*calls, inputs, in_fp64=True)
+    return Op(*_both("grad_norm", call), inputs, in_fp64=True)
 
 
 def symmetric_matmul(dtype: str, rows: int, cols: int, n: int = 2, *, add: bool = False) -> Op:
@@ -210,14 +208,12 @@ def symmetric_matmul(dtype: str, rows: int, cols: int, n: int = 2, *, add: bool 
     x = _normal(dtype, n, rows, cols, size=cols**-0.5)
     c = _normal(dtype, n, rows, rows)
 
-    def call(fn: Callable[..., Tensor], x: Tensor, *added: Tensor) -> Tensor:
+    def call(fn: Any, x: Tensor, *added: Tensor) -> Any:
         more = {"add": added[0].detach()} if added else {}
         return fn(x.detach(), alpha=0.5, beta=0.25, **more)
 
-    calls = (
-        partial(call, f) for f in (kernels.symmetric_matmul, kernels.symmetric_matmul_reference)
-    )
-    return Op(*calls, (x, c + c.mT) if add else (x,), in_fp64=True)
+    inputs = (x, c + c.mT) if add else (x,)
+    return Op(*_both("symmetric_matmul", call), inputs, in_fp64=True)
 
 
 # ---- launches ------------------------------------------------------------------------------------
