@@ -123,12 +123,6 @@ def _accumulate(
         acc.add_(left @ hidden)
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
-
-
 def compute_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -272,20 +266,17 @@ def _on_torch(
             return torch.nn.functional.linear(h[chosen], weight, bias)
 
         result = cross_entropy_rows(
-            x,
-            t,
-            out,
-            options.of(index),
-            want_grad=any_grad,
-            want_correct=want_correct,
+            x, t, out, options.of(index), want_grad=any_grad, want_correct=want_correct,
             logits_of=logits_of,
-        )
+        )  # fmt: skip
         losses[index], lse_out[index] = result.losses, result.lse
         if want_correct:
             correct[index] = result.correct
         if not any_grad:
             continue
-        factor = result.factor if upstream is None else _product(result.factor, upstream[index])
+        factor = result.factor
+        if upstream is not None:
+            factor = upstream[index] if factor is None else factor * upstream[index]
         column = None if factor is None else factor.to(dtype).unsqueeze(1)
         if narrow:
             # Scaled in fp32, so that the gradient is rounded once.
@@ -564,10 +555,9 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _check_shapes(hidden, weight, bias)
-    flat_targets, options = resolve(
-        name, hidden, weight.shape[0], targets, reduction, ignore_index, label_smoothing, z_loss,
-        softcap, class_weight, token_weight,
-    )  # fmt: skip
+    n_cols = weight.shape[0]
+    given = LossOptions(class_weight, token_weight, None, ignore_index, label_smoothing, z_loss)
+    flat_targets, options = resolve(name, hidden, n_cols, targets, reduction, given, softcap)
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
     device = hidden.device.type
@@ -587,7 +577,7 @@ def linear_cross_entropy(
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
         ours = ours or is_traced(x) or fits(x, weight, bias, options)
-        if not ours and _all_in_range(flat_targets, weight.shape[0]):
+        if not ours and _all_in_range(flat_targets, n_cols):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
                 flat_targets.long(),
