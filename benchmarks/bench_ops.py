@@ -7,9 +7,6 @@ targets, well past the L2 cache. Inputs, references, bytes and FLOPs are the ker
 import importlib
 import math
 import operator
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +20,7 @@ from fasttrain_kernels import catalogue
 from fasttrain_kernels.catalogue import Op, both_ways, results
 from torch import Tensor, nn
 
-from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather
-from benchmarks.store import ENV
+from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather, run
 
 compiled = partial(torch.compile, dynamic=False)
 NAME = "bf16" if CUDA else "fp32"
@@ -340,9 +336,6 @@ def test_peak_memory(benchmark: Any) -> None:
     if not CUDA and not Path("/proc/self/status").exists():
         pytest.skip("the peak memory of a process is read from Linux's /proc")
 
-    def peak(loss: str) -> int:
-        command, env = [sys.executable, "-c", PEAK, loss], os.environ | ENV
-        return int(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
-
-    peaks = {OURS: benchmark.pedantic(peak, args=(OURS,)), "torch": peak("torch")}
+    ours = benchmark.pedantic(run, args=("-c", PEAK, OURS))
+    peaks = {OURS: int(ours), "torch": int(run("-c", PEAK, "torch"))}
     benchmark.extra_info["peak_bytes"] = peaks

@@ -25,8 +25,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,31 +33,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness import CUDA, OURS, comparison, rounds_within
-from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of
-from benchmarks.store import ENV, ROOT
+from benchmarks.harness import CUDA, OURS, comparison, rounds_within, run
+from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of, source_bytes
+from benchmarks.store import ROOT
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
 
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
-LIMIT_S = 100  # of a process of some steps, which takes a fifth of it on two idle cores
+LIMIT_S = 100.0  # of a process of some steps, which takes a fifth of it on two idle cores
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
     "gpt2-chars": (GPT2_CHARS, 100, 20),
     # nanoGPT in fp32 at the width of a small Llama; ours is that Llama.
     "llama-256": (LLAMA_LIKE, 12, 3),
 }
-
-
-def run(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
-    """Run Python to its end; return what it printed."""
-    process = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=os.environ | ENV,
-        capture_output=True, text=True, timeout=limit_s, check=False,
-    )  # fmt: skip
-    if process.returncode:
-        raise RuntimeError(process.stdout + process.stderr)
-    return process.stdout
 
 
 def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **more: Any) -> str:
@@ -79,7 +66,7 @@ def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **m
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
     }  # fmt: skip
     command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
-    return run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder, limit_s)
+    return run(*command, *(f"--{k}={v}" for k, v in arguments.items()), cwd=folder, limit_s=limit_s)
 
 
 def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
@@ -122,7 +109,7 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, config:
     overrides = TINY_RUN if rehearse else () if full else SHORT
     command = ["-m", "fasttrain.train", str(ROOT / "configs" / f"{config}.toml"), *overrides]
     started = time.perf_counter()
-    benchmark.pedantic(run, args=([*command, "run.name=run"], tmp_path, 1800), rounds=1)
+    benchmark.pedantic(run, args=(*command, "run.name=run"), kwargs={"cwd": tmp_path}, rounds=1)
     wall_s = time.perf_counter() - started
     rows = (rows_of(tmp_path, "run", kind) for kind in ("train", "eval"))
     benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(*rows))
@@ -143,7 +130,7 @@ def our_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of our steps."""
     name = f"r{len(list((folder / 'runs').glob('*')))}"
     (folder / "config.toml").write_text(config_to_toml(config), "utf-8")
-    run(["-m", "fasttrain.train", "config.toml", f"run.name={name}"], folder)
+    run("-m", "fasttrain.train", "config.toml", f"run.name={name}", cwd=folder, limit_s=LIMIT_S)
     return [row["step_ms"] for row in rows_of(folder, name, "train")]
 
 
@@ -162,22 +149,16 @@ def hf_ms(folder: Path, config: TrainConfig) -> list[float]:
     else:
         sizes |= {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"model": sizes, "rows": config.train.micro_batch, "steps": config.train.steps}
-    command = [
-        "-m",
-        "benchmarks.hf_trainer",
-        "data/chars/train.bin",
-        json.dumps(sizes | {"seq_len": seq_len}),
-    ]
-    times: list[float] = json.loads(run(command, folder).splitlines()[-1])
+    command = ["-m", "benchmarks.hf_trainer", "data/chars/train.bin"]
+    command += [json.dumps(sizes | {"seq_len": seq_len})]
+    times: list[float] = json.loads(run(*command, cwd=folder, limit_s=LIMIT_S).splitlines()[-1])
     return times
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_trainers(benchmark: Any, tmp_path: Path, budget_s: float, name: str) -> None:
     shape, n_steps, n_warm = SHAPES[name]
-    # Characters of the standard library, as nanoGPT's .bin.
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
-    text = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8)
+    text = source_bytes(60)  # its characters, as nanoGPT's .bin
     chars, tokens = np.unique(text[text < 128], return_inverse=True)
     data = tmp_path / "data" / "chars"
     data.mkdir(parents=True)
@@ -254,7 +235,7 @@ def prepare_text(folder: Path, text: Path | None) -> int:
     else:
         shutil.copyfile(text, folder / "text.txt")
     arguments = ["data/ours", "--input", "text.txt", "--tokenizer", "chars", "--val-fraction=0.1"]
-    run(["-m", "fasttrain.prepare", *arguments], folder)
+    run("-m", "fasttrain.prepare", *arguments, cwd=folder)
     (folder / "data" / "chars").mkdir()
     for split in ("train", "val"):
         dataset = open_dataset(folder / "data" / "ours", split, cache_dir=folder / "cache")
@@ -280,7 +261,7 @@ def test_time_to_the_loss_of_nanogpt(
         command = ["-m", "fasttrain.train", str(ROOT / "configs" / "chars.toml")]
         overrides = ["data.path=data/ours", f"run.seed={seed}", f"run.name=seed-{seed}"]
         started = time.perf_counter()
-        run([*command, *overrides], tmp_path, 900)
+        run(*command, *overrides, cwd=tmp_path)
         times[OURS].append(time.perf_counter() - started)
         losses[OURS].append(rows_of(tmp_path, f"seed-{seed}", "eval")[-1]["val_loss"])
 
@@ -288,10 +269,10 @@ def test_time_to_the_loss_of_nanogpt(
         # The checkpoint is written also where its own estimate of the loss did not improve.
         options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
         started = time.perf_counter()
-        printed = run_nanogpt(tmp_path, config, 900, **options)
+        printed = run_nanogpt(tmp_path, config, 900.0, **options)
         times[name].append(time.perf_counter() - started)
         assert "number of parameters: 0.80M" in printed
-        printed = run(["-c", EVALUATE, str(Path(NANOGPT_DIR).resolve())], tmp_path, 900)
+        printed = run("-c", EVALUATE, str(Path(NANOGPT_DIR).resolve()), cwd=tmp_path)
         losses[name].append(float(printed.strip().splitlines()[-1]))
 
     def all_in_turn() -> None:

@@ -11,13 +11,17 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.store import ENV
 from fasttrain.run.provenance import provenance
 
 PEERS = (
@@ -93,6 +97,17 @@ def ceilings() -> dict[str, float]:
         "copy_gb_per_s": 2 * source.nbytes / median["copy"] / 1e9,
         "matmul_tflop_per_s": 2 * n**3 / median["matmul"] / 1e12,
     }
+
+
+def run(*command: str, cwd: Path | None = None, limit_s: float = 1800.0) -> str:
+    """Run Python to its end; return what it printed."""
+    process = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=os.environ | ENV, capture_output=True, text=True,
+        timeout=limit_s, check=False,
+    )  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
+    return process.stdout
 
 
 # ---- timing --------------------------------------------------------------------------------------

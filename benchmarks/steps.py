@@ -6,6 +6,7 @@ torch's own functions, all logits at once, ``clip_grad_norm_`` and ``AdamW(fused
 
 import importlib
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -78,6 +79,12 @@ def dataset_of(folder: Path, ids: np.ndarray, vocab_size: int) -> Any:
     ids.tofile(folder / "train.bin")
     options = {"vocab_size": vocab_size, "cache_dir": folder / "cache"}
     return open_dataset(folder, "train", dtype=ids.dtype.name, **options)
+
+
+def source_bytes(n_files: int) -> np.ndarray:
+    """Return the bytes of some of the standard library's files: real text, no tokenizer."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:n_files]
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
 def make_model(config: TrainConfig) -> Transformer:

@@ -128,13 +128,9 @@ def mean_scale(
 
 
 def finish(
-    results: tuple[Tensor, Tensor, Tensor],
-    targets: Tensor,
-    reduction: str,
-    ignore_index: int,
-    return_lse: bool,
-    return_accuracy: bool,
-) -> Tensor | tuple[Tensor, ...]:
+    results: tuple[Tensor, Tensor, Tensor], targets: Tensor, reduction: str, ignore_index: int,
+    return_lse: bool, return_accuracy: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Give loss, lse and hits of an op the shapes that its public function promises."""
     loss, lse, correct = results
     outputs = [loss.reshape(targets.shape) if reduction == "none" else loss]

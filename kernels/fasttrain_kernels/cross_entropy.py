@@ -136,18 +136,11 @@ def _configuration(
 
 
 def launch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    grad: Tensor | None,
-    lse: Tensor,
-    options: LossOptions,
-    *,
-    losses: Tensor | None = None,
-    correct: Tensor | None = None,
-    class_weight_sum: Tensor | None = None,
-    upstream: Tensor | None = None,
+    logits: Tensor, targets: Tensor, grad: Tensor | None, lse: Tensor, options: LossOptions,
+    *, losses: Tensor | None = None, correct: Tensor | None = None,
+    class_weight_sum: Tensor | None = None, upstream: Tensor | None = None,
     skip_unit: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Launch one program for each row of ``logits``, (N, V), whose rows are contiguous.
 
     ``losses``, ``correct`` and ``grad`` are written where they are given; ``lse`` is written
@@ -198,16 +191,10 @@ def launch_cross_entropy(
 
 
 def compute_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    grad: Tensor | None,
-    options: LossOptions,
-    *,
-    lse: Tensor | None = None,
-    upstream: Tensor | None = None,
-    skip_unit: bool = False,
+    logits: Tensor, targets: Tensor, grad: Tensor | None, options: LossOptions,
+    *, lse: Tensor | None = None, upstream: Tensor | None = None, skip_unit: bool = False,
     want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
     dtype = accumulation_dtype(logits.dtype)
     n_rows, n_cols = logits.shape
@@ -374,13 +361,9 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        options: LossOptions,
-        reduce: bool,
-        want_correct: bool,
+        ctx: Any, logits: Tensor, targets: Tensor, options: LossOptions, *flags: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        reduce, want_correct = flags
         ctx.in_forward = reduce and logits.dtype != torch.float16
         grad = logits.detach() if ctx.in_forward else None
         losses, lse, correct = compute_cross_entropy(

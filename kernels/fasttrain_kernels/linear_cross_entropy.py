@@ -124,18 +124,10 @@ def _accumulate(
 
 
 def compute_linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    want: tuple[bool, bool, bool],
-    *,
-    lse: Tensor | None = None,
-    upstream: Tensor | None = None,
-    want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, want: tuple[bool, bool, bool], *, lse: Tensor | None = None,
+    upstream: Tensor | None = None, want_correct: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:  # fmt: skip
     """Return losses, lse, hits (each (N,)) and the gradients that ``want`` names.
 
     A chunk has ``rows`` rows. With ``lse``, from an earlier forward, only gradients are computed;
@@ -172,17 +164,9 @@ def compute_linear_cross_entropy(
 
 
 def _on_kernels(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    grads: Gradients,
-    lse: Tensor | None,
-    upstream: Tensor | None,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
     new = hidden.new_empty
     want_losses = lse is None
@@ -200,16 +184,11 @@ def _on_kernels(
         x = buffer[: h.shape[0]]
         _multiply(h, weight, bias, x)
         launch_cross_entropy(
-            x,
-            targets[part],
-            x if any_grad else None,
-            lse_out[part],
-            options.of(part),
+            x, targets[part], x if any_grad else None, lse_out[part], options.of(part),
             losses=losses[part] if want_losses else None,
-            correct=correct[part] if want_correct else None,
-            class_weight_sum=weight_sum,
+            correct=correct[part] if want_correct else None, class_weight_sum=weight_sum,
             upstream=upstream if upstream is None or upstream.dim() == 0 else upstream[part],
-        )
+        )  # fmt: skip
         if grads.hidden is not None:
             torch.mm(x, weight, out=grads.hidden[part])
         if grads.weight is not None:
@@ -220,17 +199,9 @@ def _on_kernels(
 
 
 def _on_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    grads: Gradients,
-    lse: Tensor | None,
-    upstream: Tensor | None,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
     options, scale = options.to(dtype), options.scale
     # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
@@ -365,14 +336,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     "bool want_bias) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    lse: Tensor, *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients from the inputs, for any incoming gradient, (N,) or ()."""
     rows = chunk_rows(hidden, weight.shape[0], flat[7])
     *_, grads = compute_linear_cross_entropy(

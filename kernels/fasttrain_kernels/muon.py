@@ -223,14 +223,9 @@ class Muon(Optimizer):
         self._plan: _Plan | None = None
         self._ns_dtype = ns_dtype
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "ns_steps": ns_steps,
-            "coefficients": coefficients,
-            "scale": scale,
-        }
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+            "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -360,13 +355,9 @@ class Muon(Optimizer):
         return loss
 
     def _update(
-        self,
-        batch: _Batch | ShardedBatch,
-        params: list[Tensor],
-        grads: list[Any],
-        clip_coefficient: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+        self, batch: _Batch | ShardedBatch, params: list[Tensor], grads: list[Any],
+        clip_coefficient: Tensor | None, found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
         beta, momenta = batch.group["momentum"], batch.momenta
         weights = [local_tensor(params[i]) for i in batch.indices]
         here = batch.copies([grads[i] for i in batch.indices])

@@ -108,14 +108,9 @@ def _allocate(
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    zero_centered: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor,
+    zero_centered: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dx, dw = _allocate_backward(dy, dh, x, weight, needs_dw)
     dh = None if dh is None else dh.contiguous()
     weight = None if weight is None else weight.contiguous()
