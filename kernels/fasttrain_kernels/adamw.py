@@ -234,10 +234,9 @@ def update_native(
     states: list[dict[str, Any]], scale: float,
 ) -> None:  # fmt: skip
     """Update parameters that torch's fused kernel takes as they are: same group, same dtype."""
-    moments = ([state[key] for state in states] for key in _MOMENTS)
-    steps = [state["step"] for state in states]
+    first, second, steps = ([state[key] for state in states] for key in (*_MOMENTS, "step"))
     ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
-    torch._fused_adamw_(ours, theirs, *moments, [], steps, **_arguments(group, scale))
+    torch._fused_adamw_(ours, theirs, first, second, [], steps, **_arguments(group, scale))
 
 
 def update_staged(

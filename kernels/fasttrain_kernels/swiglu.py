@@ -154,11 +154,12 @@ def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Call
 
     schema = f"(Tensor dy, {arguments}) -> Tensor[]"
     backward = define(f"{name}_backward", differentiate, allocate_grads, schema)
-    forward: Any = define(name, activate, allocate, f"({arguments}) -> Tensor")
+    forward = define(name, activate, allocate, f"({arguments}) -> Tensor")
     forward.register_autograd(
         lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), setup_context=_save_inputs
     )
-    return forward
+    call: Callable[..., Tensor] = forward
+    return call
 
 
 _swiglu_op = _define("swiglu", "Tensor gate, Tensor up", _swiglu_fwd_kernel, _swiglu_bwd_kernel)
