@@ -16,8 +16,6 @@ bench:
 
 bench-results: # longer, with whole runs of base.toml and speedrun.toml, kept in benchmarks/results
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --full --results benchmarks/results
-	$(PYTHON) -m benchmarks.base_run --results benchmarks/results
-	$(PYTHON) -m benchmarks.base_run --config speedrun --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
 report: # figures and chart of docs/benchmarks.md, from benchmarks/results; needs matplotlib

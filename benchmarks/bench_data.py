@@ -15,11 +15,15 @@ nothing.
                        opened again: windows by number, and by its own shuffled iteration
     MosaicML streaming a local StreamingDataset of windows as bytes, by number, which is faster than
                        iterating over it; 20,000 windows, because writing them takes long
+
+The extra `peers` leaves two out: litdata, because it requires a torchvision that torch for CPUs
+cannot load, and mosaicml-streaming, because of numpy<2.2 and transformers<5. They take part after
+``pip install --no-deps --target FOLDER``, with what they need, where PYTHONPATH has that folder.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, cycle, islice, repeat
 from pathlib import Path
@@ -53,12 +57,12 @@ def split(ids: Tensor) -> Pair:
     return ids[:, :-1], ids[:, 1:]
 
 
-def stacked(windows: Sequence[Any]) -> Pair:
-    return split(torch.from_numpy(np.stack(windows).astype(np.int64)))
+def stacked(windows: Iterable[Any]) -> Pair:
+    return split(torch.from_numpy(np.stack(list(windows)).astype(np.int64)))
 
 
 class Windows:
-    """A dataset for DataLoader."""
+    """A dataset for DataLoader, and what raw slicing slices."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
@@ -66,19 +70,27 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // LENGTH
 
+    def slice(self, index: int) -> np.ndarray:
+        return self.tokens[index * LENGTH : index * LENGTH + LENGTH + 1]
+
     def __getitem__(self, index: int) -> Tensor:
-        window = self.tokens[index * LENGTH : index * LENGTH + LENGTH + 1]
-        return torch.from_numpy(window.astype(np.int64))
+        return torch.from_numpy(self.slice(index).astype(np.int64))
 
 
-def raw_slicing(tokens: Tokens) -> Way:
-    batches = at_random((N_TOKENS - 1) // LENGTH)
-    windows = np.empty((BATCH, LENGTH + 1), np.uint16)
+def by_number(dataset: Any, window_of: Callable[[Any], Any]) -> Way:
+    """Return batches of a dataset's items at random."""
+    batches = at_random(len(dataset))
+    return lambda: stacked(window_of(dataset[index]) for index in next(batches))
+
+
+def raw_slicing(windows: Windows) -> Way:
+    batches = at_random(len(windows))
+    rows = np.empty((BATCH, LENGTH + 1), np.uint16)
 
     def batch() -> Pair:
         for row, index in enumerate(next(batches)):
-            windows[row] = tokens[index * LENGTH : index * LENGTH + LENGTH + 1]
-        return split(torch.from_numpy(windows.astype(np.int64)))
+            rows[row] = windows.slice(index)
+        return split(torch.from_numpy(rows.astype(np.int64)))
 
     return batch
 
@@ -98,25 +110,14 @@ def get_batch(path: Path) -> Way:
     return batch
 
 
-def data_loader(tokens: Tokens, workers: int) -> Way:
-    dataset: Any = Windows(tokens)
+def data_loader(dataset: Any, workers: int) -> Way:
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
     windows = chain.from_iterable(repeat(loader))
     return lambda: split(next(windows))
 
 
-def apart(error: ImportError, package: str, requires: str) -> ImportError:
-    return ImportError(
-        f"{error}; fasttrain[peers] leaves {package} out, because it requires {requires}: pip "
-        f"install --no-deps --target FOLDER {package}, with what it needs, and PYTHONPATH=FOLDER"
-    )
-
-
 def datatrove(path: Path, *, in_order: bool) -> Way:
-    try:
-        from datatrove.utils.dataset import DatatroveFileDataset
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install datatrove") from error
+    from datatrove.utils.dataset import DatatroveFileDataset
 
     dataset = DatatroveFileDataset(str(path), LENGTH, token_size=2)
     in_turn = cycle([range(b * BATCH, (b + 1) * BATCH) for b in range(len(dataset) // BATCH)])
@@ -126,10 +127,7 @@ def datatrove(path: Path, *, in_order: bool) -> Way:
 
 def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Way:
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the network
-    try:
-        from litdata import StreamingDataset, TokensLoader, optimize
-    except ImportError as error:
-        raise apart(error, "litdata", "a torchvision that torch for CPUs cannot load") from error
+    from litdata import StreamingDataset, TokensLoader, optimize
 
     def all_tokens(_: int) -> Iterator[Any]:
         yield np.array(tokens)
@@ -142,26 +140,20 @@ def litdata(tokens: Tokens, folder: Path, *, iterated: bool) -> Way:
         )  # fmt: skip
     loader = TokensLoader(LENGTH + 1)
     dataset = StreamingDataset(str(folder), item_loader=loader, shuffle=True, drop_last=True)
-    if iterated:
-        windows = chain.from_iterable(repeat(dataset))
-        return lambda: stacked(list(islice(windows, BATCH)))
-    batches = at_random(len(dataset))
-    return lambda: stacked([dataset[index] for index in next(batches)])
+    if not iterated:
+        return by_number(dataset, lambda window: window)
+    windows = chain.from_iterable(repeat(dataset))
+    return lambda: stacked(islice(windows, BATCH))
 
 
-def mosaicml_streaming(tokens: Tokens, folder: Path) -> Way:
-    try:
-        from streaming import MDSWriter, StreamingDataset
-    except ImportError as error:
-        raise apart(error, "mosaicml-streaming", "numpy<2.2 and transformers<5") from error
+def mosaicml_streaming(windows: Windows, folder: Path) -> Way:
+    from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(folder), columns={"tokens": "bytes"}) as writer:
-        for start in range(0, N_SAMPLES * LENGTH, LENGTH):
-            writer.write({"tokens": tokens[start : start + LENGTH + 1].tobytes()})
+        for index in range(N_SAMPLES):
+            writer.write({"tokens": windows.slice(index).tobytes()})
     dataset = StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True)
-    batches = at_random(len(dataset))
-    read = partial(np.frombuffer, dtype=np.uint16)
-    return lambda: stacked([read(dataset[index]["tokens"]) for index in next(batches)])
+    return by_number(dataset, lambda item: np.frombuffer(item["tokens"], np.uint16))
 
 
 def test_random_windows(tmp_path: Path, compare: Any) -> None:
@@ -169,16 +161,17 @@ def test_random_windows(tmp_path: Path, compare: Any) -> None:
     random = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
     dataset = dataset_of(tmp_path, random, VOCAB_SIZE)
     tokens = np.memmap(file, np.uint16, "r")
+    windows = Windows(tokens)
     makers = {
-        "raw slicing": partial(raw_slicing, tokens),
+        "raw slicing": partial(raw_slicing, windows),
         "get_batch": partial(get_batch, file),
-        "DataLoader": partial(data_loader, tokens, 0),
-        "DataLoader, 2 workers": partial(data_loader, tokens, 2),
+        "DataLoader": partial(data_loader, windows, 0),
+        "DataLoader, 2 workers": partial(data_loader, windows, 2),
         "datatrove": partial(datatrove, file, in_order=False),
         "datatrove, in order": partial(datatrove, file, in_order=True),
         "litdata": partial(litdata, tokens, tmp_path / "litdata", iterated=False),
         "litdata, shuffled": partial(litdata, tokens, tmp_path / "litdata", iterated=True),
-        "MosaicML streaming": partial(mosaicml_streaming, tokens, tmp_path / "mds"),
+        "MosaicML streaming": partial(mosaicml_streaming, windows, tmp_path / "mds"),
     }
     starts = np.arange(N_TOKENS // LENGTH - 1)[:, None] * [LENGTH, LENGTH + 1]
     starts = starts[starts < N_TOKENS - LENGTH]

@@ -8,7 +8,6 @@ shares come from clocks around the calls inside the trainer's own steps.
 """
 
 import statistics
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from fasttrain_kernels import linear_cross_entropy
 from torch import Tensor
 
 from benchmarks.harness import CUDA, OURS, comparison
-from benchmarks.steps import BASE, LR, Step, dataset_of, loop, parts_of
+from benchmarks.steps import BASE, LR, Step, dataset_of, loop, parts_of, source_bytes
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.loader import Batch, Loader
 from fasttrain.data.order import LoaderOptions
@@ -93,10 +92,7 @@ def test_loop(benchmark: Any, full: bool, tmp_path: Path, monkeypatch: pytest.Mo
     overrides += [f"train.steps={n_steps}", "eval.every_steps=none", "eval.prompts=[]"]
     overrides += ["eval.sample_every_steps=none", "checkpoint.every_steps=none"]
     config = load_config(BASE, overrides)
-    # Bytes of the standard library: real text, and no tokenizer to train.
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:100]
-    ids = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8).astype(np.uint16)
-    dataset = dataset_of(tmp_path, ids, 2048)
+    dataset = dataset_of(tmp_path, source_bytes(100).astype(np.uint16), 2048)
     model, optimizers, device, _ = parts_of(config)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
     with Loader(dataset, LoaderOptions(**sizes), device=device) as loader:

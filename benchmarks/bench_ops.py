@@ -1,19 +1,14 @@
 """Every op, forward and backward, beside plain torch, the compiler and the installed peers.
 
-`TABLE` names the ops with their sizes. A function for each makes the inputs and names the rivals,
-the reference that all are checked against, and the bytes or FLOPs of a call. Sizes on a CPU are
-what a small trainer meets; on a GPU those of the targets, well past the L2 cache.
+`TABLE` names the ops with their sizes: on a CPU what a small trainer meets; on a GPU those of the
+targets, well past the L2 cache. Inputs, references, bytes and FLOPs are the kernels' catalogue's.
 """
 
 import importlib
 import math
 import operator
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,34 +16,27 @@ import fasttrain_kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels import catalogue
+from fasttrain_kernels.catalogue import Op, both_ways, results
 from torch import Tensor, nn
 
-from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather
-from benchmarks.steps import rotate_half
-from benchmarks.store import ENV
+from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather, run
 
 compiled = partial(torch.compile, dynamic=False)
-randn = partial(torch.randn, device=DEVICE, dtype=DTYPE)
-Makers = Mapping[str, Callable[[], Any]]
-Tensors = Sequence[Tensor]
+NAME = "bf16" if CUDA else "fp32"
+N_CHECKED = 128  # rows, of which the reference in fp32 takes seconds at most
 
 
 class Subject(NamedTuple):
     """One op at one size."""
 
-    makers: Makers  # the rivals, ours first, see `harness.gather`
+    makers: Mapping[str, Callable[[], Any]]  # the rivals, ours first, see `harness.gather`
     verify: Callable[[str, Any], None]  # that a rival computes what the reference does
     call_of: Callable[[str, Any], Call]  # what is timed of a rival
     options: Mapping[str, Any]  # those of the fixture `compare`
 
 
 # ---- ops with a backward pass --------------------------------------------------------------------
-
-
-def rivals(ours: Call, theirs: Call, **peers: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
-    """Return the makers of ours, of torch's and of that compiled, and of peers."""
-    torchs = {"torch": lambda: theirs, "torch.compile": partial(compiled, theirs)}
-    return {OURS: lambda: ours} | torchs | peers
 
 
 def absent(why: str) -> Call:
@@ -63,118 +51,86 @@ def peer(place: str, adapt: Callable[[Call], Call] = lambda op: op) -> Callable[
     return lambda: adapt(operator.attrgetter(name)(importlib.import_module(module)))
 
 
-def both_ways(op: Call, leaves: Tensors, rest: Tensors, dys: Any) -> list[Tensor]:
-    """Run forward and backward; return outputs and gradients."""
-    out = op(*leaves, *rest)
-    outs = list(out) if isinstance(out, tuple) else [out]
-    return [*outs, *torch.autograd.grad(outs, leaves, dys)]
+def seeds(outputs: list[Tensor]) -> Sequence[Tensor | None]:
+    """Return incoming gradients: of a loss 1, which may have a shortcut."""
+    return [None] if outputs[0].dim() == 0 else catalogue.uneven(outputs)
 
 
 def differentiable(
-    makers: Makers, reference: Call, leaves: Tensors, rest: Tensors = (), dys: Any = None,
-    *, few: Any = None, more: Any = (), **options: Any,
-) -> Subject:  # fmt: skip
-    """Return the subject of ``op(*leaves, *rest)``, with gradients of ``leaves`` for ``dys``.
+    make: Callable[[int], Op], n_rows: int, *, also_compiled: bool = False, **peers: Any
+) -> Subject:
+    """Return the subject of an op with so many rows, forward and backward; few are checked."""
+    with torch.device(DEVICE):
+        op, few = make(n_rows), make(min(n_rows, N_CHECKED))
+    assert op.torch is not None
+    exact = results(few.reference, few, torch.float32, seeds)
+    makers = {OURS: lambda: op.ours, "torch": lambda: op.torch}
+    makers |= {"torch.compile": partial(compiled, op.torch)} | peers
+    if also_compiled:
+        makers |= {"fasttrain compiled": partial(compiled, op.ours)}
+    inputs = [t.to(DTYPE) for t in op.inputs]
+    outputs = op.torch(*inputs, *op.constants)
+    incoming = seeds([outputs] if isinstance(outputs, Tensor) else list(outputs))
 
-    ``few`` stands for leaves and rest where they are too many for the reference in fp32, and
-    ``more`` are others to take in turn with them.
-    """
-    small, others = few or (leaves, rest)
-    wide = [leaf.detach().float().requires_grad_() for leaf in small]
-    exact = both_ways(reference, wide, others, dys and [dy.float() for dy in dys])
+    def verify(name: str, fn: Call) -> None:
+        check(name, results(fn, few, DTYPE, seeds), exact, TOLERANCE[DTYPE])
 
-    def verify(name: str, op: Call) -> None:
-        own = [leaf.clone().requires_grad_() for leaf in small]
-        check(name, both_ways(op, own, others, dys), exact, TOLERANCE[DTYPE])
-
-    def call_of(name: str, op: Call) -> Call:
+    def call_of(name: str, fn: Call) -> Call:
         # Liger writes a loss's gradient over the logits, which the others must not find there.
-        own = (lambda x: x.clone()) if name == "liger" else (lambda x: x.detach())
-        inputs = [([own(x).requires_grad_() for x in xs], ys) for xs, ys in ((leaves, rest), *more)]
-        turns = cycle(inputs)
-        return lambda: both_ways(op, *next(turns), dys)
+        own = [t.clone() if name == "liger" else t.detach() for t in inputs]
+        leaves = [t.requires_grad_() for t in own]
+        return lambda: both_ways(fn, leaves, op.constants, lambda _: incoming)
 
+    rates = {"gb_per_s": op.n_bytes / 1e9, "tflop_per_s": op.flops / 1e12}
+    options = {
+        "per_call": {key: amount for key, amount in rates.items() if amount},
+        "n_calls": 5 if CUDA and op.n_bytes else 1,
+        "warmup": 1 if op.flops else 2,
+    }
     return Subject(makers, verify, call_of, options)
 
 
-def elementwise(makers: Makers, theirs: Call, leaves: Tensors, dys: Any, n_bytes: int) -> Subject:
-    options = {"per_call": {"gb_per_s": n_bytes / 1e9}, "n_calls": 5 if CUDA else 1}
-    return differentiable(makers, theirs, leaves, (), dys, **options)
-
-
 def norm(n_rows: int, dim: int) -> Subject:
-    def theirs(x: Tensor, w: Tensor) -> Tensor:
-        return F.rms_norm(x, w.shape, w, 1e-6)
-
     place = "liger_kernel.ops.rms_norm:LigerRMSNormFunction.apply"
-    makers = rivals(
-        kernels.rms_norm, theirs, liger=peer(place, lambda op: lambda x, w: op(x, w, 1e-6)),
+    return differentiable(
+        lambda n: catalogue.rms_norm(NAME, dim, n), n_rows, also_compiled=True,
+        liger=peer(place, lambda op: lambda x, w: op(x, w, 1e-6)),
         quack=peer("quack.rmsnorm:rmsnorm", lambda op: partial(op, eps=1e-6)),
-    ) | {"fasttrain compiled": partial(compiled, kernels.rms_norm)}  # fmt: skip
-    x, dy = randn(n_rows, dim), randn(n_rows, dim)
-    weight = torch.rand(dim, device=DEVICE).add(0.5).to(DTYPE)
-    return elementwise(makers, theirs, [x, weight], [dy], 5 * x.nbytes)  # x, y; dy, x, dx
+    )  # fmt: skip
 
 
 def rope() -> Subject:
-    b, t, h, h_kv, dim = (8, 8192, 32, 8, 128) if CUDA else (2, 512, 12, 12, 64)
-    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
-    angles = torch.arange(t, device=DEVICE)[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    wide = [torch.cat((table, table), -1)[None].to(DTYPE) for table in (cos, sin)]
-
-    def theirs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
-
-    def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.apply_rope(q, k, cos, sin)
+    batch, n_tokens, heads, dim = (8, 8192, (32, 8), 128) if CUDA else (2, 512, (12, 12), 64)
 
     def heads_first(op: Call) -> Call:  # and it rotates in place: it is given copies
-        return lambda *qk: tuple(
-            x.transpose(1, 2) for x in op(*(x.transpose(1, 2).clone() for x in qk), *wide)
-        )
+        def call(q: Tensor, k: Tensor, *tables: Tensor) -> Any:
+            wide = (torch.cat((table, table), -1)[None].to(q.dtype) for table in tables)
+            rotated = op(*(x.transpose(1, 2).clone() for x in (q, k)), *wide)
+            return tuple(x.transpose(1, 2) for x in rotated)
 
-    makers = rivals(ours, theirs) | {
-        "fasttrain compiled": partial(compiled, ours),
-        "liger (with a copy)": peer("liger_kernel.ops.rope:LigerRopeFunction.apply", heads_first),
-    }
-    q, dq, k, dk = (randn(b, t, n, dim) for n in (h, h, h_kv, h_kv))
-    return elementwise(makers, theirs, [q, k], [dq, dk], 4 * (q.nbytes + k.nbytes))
+        return call
 
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+    liger = peer("liger_kernel.ops.rope:LigerRopeFunction.apply", heads_first)
+    return differentiable(
+        lambda n: catalogue.apply_rope(NAME, dim, n, batch, heads), n_tokens, also_compiled=True,
+        **{"liger (with a copy)": liger},
+    )  # fmt: skip
 
 
 def activation(name: str) -> Subject:
-    dy, *leaves = (randn((32768, 8192) if CUDA else (1024, 1536)) for _ in range(3))
+    n_rows, n_cols = (32768, 8192) if CUDA else (1024, 1536)
     if name == "relu2":
-        makers = rivals(kernels.relu_squared, relu_squared)
-        return elementwise(makers, relu_squared, leaves[:1], [dy], 5 * dy.nbytes)
+        return differentiable(lambda n: catalogue.relu_squared(NAME, n_cols, n), n_rows)
     liger = peer("liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply")
-    makers = rivals(kernels.swiglu, swiglu, liger=liger)
-    return elementwise(makers, swiglu, leaves, [dy], 8 * dy.nbytes)
+    return differentiable(lambda n: catalogue.swiglu(NAME, n_cols, n), n_rows, liger=liger)
 
 
 def loss_of_logits(n_rows: int, vocab: int) -> Subject:
-    makers = rivals(
-        kernels.cross_entropy, F.cross_entropy,
+    return differentiable(
+        lambda n: catalogue.cross_entropy(NAME, vocab, n), n_rows,
         liger=peer("liger_kernel.transformers.functional:liger_cross_entropy"),
         quack=peer("quack.cross_entropy:cross_entropy", lambda op: partial(op, reduction="mean")),
     )  # fmt: skip
-    targets = torch.randint(0, vocab, (2, n_rows), device=DEVICE)
-    (x, t), again = (([randn(n_rows, vocab)], [t]) for t in targets)
-    few, rates = ([x[0][:1024]], [t[0][:1024]]), {"gb_per_s": 2 * x[0].nbytes / 1e9}
-    reference = kernels.cross_entropy_reference
-    return differentiable(makers, reference, x, t, few=few, more=[again], per_call=rates)
-
-
-def linear_loss_of_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
 def torch_chunked() -> Call:
@@ -186,21 +142,17 @@ def torch_chunked() -> Call:
 
 
 def linear_loss(n_rows: int, dim: int, vocab: int) -> Subject:
-    why = "on a CPU the products dominate: a compiler changes nothing"
-    makers = rivals(kernels.linear_cross_entropy, linear_loss_of_torch) | {
-        "torch.compile": partial(compiled, linear_loss_of_torch) if CUDA else partial(absent, why),
+    peers = {
         "torch chunked": torch_chunked,
         "liger": peer("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"),
         "quack": peer("quack.linear_cross_entropy:chunked_linear_cross_entropy"),
         "cut_cross_entropy": peer("cut_cross_entropy:linear_cross_entropy"),
     }
-    hidden, targets = randn(n_rows, dim), torch.randint(0, vocab, (n_rows,), device=DEVICE)
-    weight = (torch.randn(vocab, dim, device=DEVICE) / dim**0.5).to(DTYPE)
-    n = 128 if vocab == 50304 and not CUDA else n_rows
-    few = ([hidden[:n], weight], [targets[:n]])
-    rates = {"tflop_per_s": 6 * n_rows * dim * vocab / 1e12}
+    if not CUDA:
+        why = "on a CPU the products dominate: a compiler changes nothing"
+        peers["torch.compile"] = partial(absent, why)
     return differentiable(
-        makers, linear_loss_of_torch, [hidden, weight], [targets], few=few, per_call=rates, warmup=1
+        lambda n: catalogue.linear_cross_entropy(NAME, vocab, dim, n), n_rows, **peers
     )
 
 
@@ -213,14 +165,9 @@ def optimizers(
     make: Callable[[], Params], ways: Mapping[str, Callable[[Params], Call]],
     close: Callable[[Tensor, Tensor], Any], **options: Any,
 ) -> Subject:  # fmt: skip
-    """Return the subject of a step; each way has parameters of its own, the same at the start.
-
-    After one step they are close to those of the second way, which is torch's.
-    """
+    """Return the subject of a step, after which parameters are close to those of the second way."""
     exact = make()
     list(ways.values())[1](exact)()
-    for p in exact:
-        p.grad = None
 
     def maker(way: Callable[[Params], Call]) -> tuple[Params, Call]:
         params = make()
@@ -298,13 +245,12 @@ def muon_step(coefficients: str, dim: int) -> Subject:
 
 def symmetric(n_rows: int) -> Subject:
     """The symmetric product against a full one."""
-    x = randn(1 if CUDA else 4, n_rows, n_rows)
+    x = torch.randn(1 if CUDA else 4, n_rows, n_rows, device=DEVICE, dtype=DTYPE)
     makers = {OURS: lambda: kernels.symmetric_matmul, "torch": lambda: lambda x: torch.bmm(x, x.mT)}
     exact = torch.bmm(x, x.mT)
-    atol = (1e-2 if CUDA else 1e-5) * exact.float().abs().max().item()
 
     def verify(name: str, op: Call) -> None:
-        torch.testing.assert_close(op(x), exact, rtol=0, atol=atol)
+        check(name, [op(x)], [exact], TOLERANCE[DTYPE])
 
     rates = {"tflop_per_s_of_a_full_product": 2 * len(x) * n_rows**3 / 1e12}
     options = {"per_call": rates, "n_calls": 5 if CUDA else 1}
@@ -361,20 +307,25 @@ def test_op(compare: Any, full: bool, name: str, make: Callable[[], Subject]) ->
 
 
 PEAK = """
-import torch
+import sys, torch
+import torch.nn.functional as F
 from fasttrain_kernels import linear_cross_entropy
-from benchmarks.bench_ops import CUDA, DEVICE, linear_loss_of_torch, randn
-rows, dim = (32768, 768) if CUDA else (2048, 64)
-h, w = randn(rows, dim, requires_grad=True), randn(50304, dim, requires_grad=True)
-t = torch.randint(0, 50304, (rows,), device=DEVICE)
+cuda = torch.cuda.is_available()
+rows, dim, vocab = (32768, 768, 50304) if cuda else (2048, 64, 50304)
+options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
+h, w = (torch.randn(n, dim, requires_grad=True, **options) for n in (rows, vocab))
+t = torch.randint(0, vocab, (rows,), device=h.device)
+loss = linear_cross_entropy
+if sys.argv[1] == "torch":
+    loss = lambda h, w, t: F.cross_entropy(F.linear(h, w), t)
 def peak():  # not ru_maxrss, which a child process inherits
-    if CUDA:
+    if cuda:
         return torch.cuda.max_memory_allocated()
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-{loss}(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
-before = torch.cuda.memory_allocated() if CUDA else peak()
-{loss}(h, w, t).backward()
+loss(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
+before = torch.cuda.memory_allocated() if cuda else peak()
+loss(h, w, t).backward()
 print(peak() - before)
 """
 
@@ -385,11 +336,6 @@ def test_peak_memory(benchmark: Any) -> None:
     if not CUDA and not Path("/proc/self/status").exists():
         pytest.skip("the peak memory of a process is read from Linux's /proc")
 
-    def peak(loss: str) -> int:
-        command = [sys.executable, "-c", PEAK.replace("{loss}", loss)]
-        env = os.environ | ENV
-        return int(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
-
-    ours = benchmark.pedantic(peak, args=("linear_cross_entropy",))
-    theirs = peak("linear_loss_of_torch")
-    benchmark.extra_info["peak_bytes"] = {OURS: ours, "torch": theirs}
+    ours = benchmark.pedantic(run, args=("-c", PEAK, OURS))
+    peaks = {OURS: int(ours), "torch": int(run("-c", PEAK, "torch"))}
+    benchmark.extra_info["peak_bytes"] = peaks

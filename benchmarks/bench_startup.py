@@ -13,20 +13,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import run
 from benchmarks.store import ENV, ROOT
-
-ENVIRONMENT = os.environ | ENV
-
-
-def process(statement: str) -> None:
-    subprocess.run([sys.executable, "-c", statement], check=True, env=ENVIRONMENT)
 
 
 def test_import(compare: Any, budget_s: float) -> None:
     """A config is read and refused without torch; the rest adds little to it."""
     modules = ("fasttrain.run.run", "fasttrain_kernels", "torch", "fasttrain.config")
-    calls = {name: partial(process, f"import {name}") for name in modules}
-    calls = {"fasttrain": calls.pop("fasttrain.run.run")} | calls | {"python": partial(process, "")}
+    calls = {name: partial(run, "-c", f"import {name}") for name in modules}
+    calls = {"fasttrain": calls.pop(modules[0])} | calls | {"python": partial(run, "-c", "")}
     compare(calls, budget_s=3 * budget_s, warmup=1)  # files come into memory
 
 
@@ -36,7 +31,7 @@ def first_step(folder: Path) -> None:
     command += ["run.compile=off", f"run.out_dir={folder}", "log.every_steps=1"]
     lines = []
     with subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=os.environ | ENV, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         for line in process.stdout:
@@ -50,6 +45,6 @@ def first_step(folder: Path) -> None:
 def test_first_step(compare: Any, benchmark: Any, budget_s: float, tmp_path: Path) -> None:
     first_step(tmp_path)  # makes the dataset where it is not cached
     ways = {"fasttrain": partial(first_step, tmp_path)}
-    ways["import of torch"] = partial(process, "import torch")
+    ways["import of torch"] = partial(run, "-c", "import torch")
     median_s = compare(ways, budget_s=3 * budget_s, warmup=0)
     benchmark.extra_info["first_step_s"] = median_s["fasttrain"]

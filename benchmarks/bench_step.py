@@ -6,19 +6,33 @@ model of that shape in the same loop: see steps.py. All start from the same para
 excepted) and train on the same batch, in bf16 where the device multiplies it natively, else fp32.
 
 On a GPU ours also stands beside nanoGPT's and nanochat's, at the shapes of theirs, where
-``NANOGPT_DIR`` and ``NANOCHAT_DIR`` name checkouts.
+``NANOGPT_DIR`` and ``NANOCHAT_DIR`` name checkouts; and large configs are timed and profiled, with
+the trainer's loader: a batch too large for the memory is halved, and with fp8 too, MFU is of the
+peak of bf16.
 """
 
+import json
+import math
 import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import steps
+from benchmarks import harness, steps
 from benchmarks.harness import CUDA, OURS
-from benchmarks.steps import BASE, GPT2_CHARS, LLAMA_LIKE, NANOCHAT, NANOGPT, TINY, config_of
+from benchmarks.steps import BASE, GPT2_CHARS, LLAMA_LIKE, LR, NANOCHAT, NANOGPT, TINY, config_of
+from benchmarks.store import ROOT, slug
+from fasttrain.config import TrainConfig, UserError
+from fasttrain.data.loader import Loader
+from fasttrain.engine.memory import release_memory
+from fasttrain.engine.step import TrainStep
+from fasttrain.log import metrics
+from fasttrain.model.transformer import flops_constants
 
 SHAPES: dict[str, tuple[dict[str, Any], Path | None]] = {
     "gpt2-chars": (GPT2_CHARS, None),
@@ -62,14 +76,14 @@ def test_training_step(compare: Any, full: bool, name: str) -> None:
     compare(ways, n_calls=n_calls, warmup=1, flush=False, left_out=left_out, per_call=rates)
 
 
-@pytest.mark.parametrize(
-    "peer",
-    [
-        pytest.param(peer, marks=pytest.mark.figures(f"step-{peer.lower()}", name=f"{peer} shape"))
-        for peer in PEERS
-    ],
-)
-def test_peer(compare: Any, benchmark: Any, rehearse: bool, peer: str) -> None:
+def figures(suite: str, name: str) -> Any:
+    """Return a parameter with the suite and the name of its figures."""
+    return pytest.param(name, marks=pytest.mark.figures(suite, name=name), id=name)
+
+
+@pytest.mark.parametrize("name", [figures(f"step-{p.lower()}", f"{p} shape") for p in PEERS])
+def test_peer(compare: Any, benchmark: Any, rehearse: bool, name: str) -> None:
+    peer = name.split()[0]
     if not CUDA and not rehearse:
         pytest.skip("needs a CUDA device")
     if not (checkout := os.environ.get(f"{peer.upper()}_DIR")):
@@ -85,3 +99,139 @@ def test_peer(compare: Any, benchmark: Any, rehearse: bool, peer: str) -> None:
     benchmark.extra_info["shape"] = shape
     rates = {"tokens_per_s": config.train.micro_batch * config.data.seq_len}
     compare(ways, budget_s=20.0, n_calls=10, flush=False, per_call=rates)
+
+
+# ---- large configs, with the loader and a profile ------------------------------------------------
+
+# One micro-batch a step.
+FIXED = {
+    "train.tokens_per_step": "none", "data.path": "none-here", "checkpoint.every_steps": "none"
+}  # fmt: skip
+CONFIGS = {
+    "gpt2-124m bf16": {"run.dtype": "bf16"},
+    "llama-1b bf16": {"run.dtype": "bf16"},
+    "llama-1b fp8": {"run.fp8": "true"},
+}
+# What stands in for them on a CPU.
+SMALL = TINY | {"model.n_kv_heads": "none", "model.hidden_dim": 128, "run.fp8": "false"}
+N_TOKENS, N_PROFILED, N_TOP = 4_000_000, 3, 12
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def summarize(events: Iterable[Mapping[str, Any]], n_steps: int) -> dict[str, Any]:
+    """Return figures for each step of a chrome trace that covers ``n_steps`` of them.
+
+    ``busy_ms`` is the time of a step in which at least one kernel or copy ran, ``longest_gap_us``
+    the longest in which none did. All are None where nothing ran on a device.
+    """
+    spans: list[tuple[float, float]] = []
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
+            started, lasted = float(event["ts"]), float(event["dur"])
+            spans.append((started, started + lasted))
+            by_name[str(event["name"])].append(lasted)
+    if not spans:
+        return dict.fromkeys(("launches_per_step", "busy_ms", "longest_gap_us", "top_kernels"))
+    busy, longest, reached = 0.0, 0.0, min(spans)[0]
+    for start, end in sorted(spans):  # streams overlap: the union counts
+        longest = max(longest, start - reached)
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:N_TOP]
+    return {
+        "launches_per_step": len(spans) / n_steps,
+        "busy_ms": busy / n_steps / 1e3,
+        "longest_gap_us": longest,
+        "top_kernels": [
+            {"name": name[:120], "ms": sum(ms) / n_steps / 1e3, "launches": len(ms) / n_steps}
+            for name, ms in top
+        ],
+    }
+
+
+def profile(step: Callable[[], object], path: Path) -> dict[str, Any]:
+    """Return the summary of some profiled steps."""
+    with torch.profiler.profile(acc_events=True) as profiler:
+        for _ in range(N_PROFILED):
+            step()
+        harness.synchronize()
+    profiler.export_chrome_trace(str(path))
+    return summarize(json.loads(path.read_text("utf-8"))["traceEvents"], N_PROFILED)
+
+
+def trained(config: TrainConfig, folder: Path) -> tuple[TrainStep, Loader]:
+    """Return a step after three calls, and its loader of random tokens."""
+    model, optimizers, device, precision = steps.parts_of(config)
+    vocab = config.model.vocab_size
+    dtype = np.uint16 if vocab <= 2**16 else np.uint32
+    ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
+    dataset = steps.dataset_of(folder, ids, vocab)
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
+    loader = Loader(dataset, **sizes, seed=0, device=device)
+    try:
+        step = TrainStep(model, optimizers, config, device=device, precision=precision)
+        for _ in range(3):  # compilation, and the optimizer's state
+            step([next(loader)], LR)
+        loss = step.loss.item()
+        assert math.isfinite(loss), f"the loss of a step is {loss}"
+    except BaseException:
+        loader.close()
+        raise
+    return step, loader
+
+
+@pytest.mark.parametrize("name", [figures(f"step-{slug(name)}", name) for name in CONFIGS])
+def test_config(compare: Any, benchmark: Any, rehearse: bool, tmp_path: Path, name: str) -> None:
+    if not CUDA and not rehearse:
+        pytest.skip("needs a CUDA device")
+    torch._dynamo.reset()
+    file = ROOT / "configs" / f"{name.split()[0]}.toml"
+    overrides = FIXED | CONFIGS[name] | ({} if CUDA else SMALL)
+    while True:
+        config = config_of(overrides, file)
+        rows, seq_len = config.train.micro_batch, config.data.seq_len
+        try:
+            step, loader = trained(config, tmp_path)
+            break
+        except UserError as error:
+            pytest.skip(str(error))
+        except torch.cuda.OutOfMemoryError:
+            if rows == 1:
+                raise
+        # Here, where the error no longer holds the model.
+        torch._dynamo.reset()
+        release_memory()
+        overrides["train.micro_batch"] = rows // 2
+    precision, device = step.precision.name, step.loss.device
+    entry: dict[str, Any] = {
+        "parameters": step.model.num_parameters(),
+        "rows": rows,
+        "seq_len": seq_len,
+        "precision": "fp8" if config.run.fp8 else precision,
+        "compile": step.compile_mode,
+        "loss": step.loss.item(),
+    }
+
+    n_steps, waited = 0, loader.wait_s
+
+    def call() -> None:
+        nonlocal n_steps
+        n_steps += 1
+        step([next(loader)], LR)
+
+    with loader:
+        rates = {"tokens_per_s": rows * seq_len}
+        median_s = compare({OURS: call}, n_calls=10, warmup=1, flush=False, per_call=rates)[OURS]
+        entry["data_wait_ms"] = 1e3 * (loader.wait_s - waited) / n_steps
+        entry |= profile(call, tmp_path / "trace.json")
+    flops = metrics.flops_per_token(**flops_constants(step.model), seq_len=seq_len)
+    rate, ceiling = rows * seq_len / median_s, harness.ceilings()["matmul_tflop_per_s"] * 1e12
+    peak = metrics.peak_flops(device, precision)
+    entry["mfu_of_measured_ceiling"] = rate * flops / ceiling
+    entry["mfu_of_datasheet"] = metrics.mfu(rate, flops, peak)
+    entry["peak_memory_gib"] = metrics.peak_memory_gib(device)
+    if entry["busy_ms"] is not None:
+        # The profiler slows the host down: the gaps that count are those without it.
+        entry["idle_fraction"] = max(0.0, 1 - entry["busy_ms"] / 1e3 / median_s)
+    benchmark.extra_info.update(entry)

@@ -13,7 +13,7 @@ Time to a loss: that command of nanoGPT's, 2,000 steps, and ours, configs/chars.
 tokens to the end of either recipe, and the loss of each on its whole validation split. The text is
 the documentation that comes with Python; ``CHARS_TEXTS`` names other text files instead (separated
 as in ``PATH``). The recipe was tuned on neither. A text takes five minutes, so that this is done
-with ``--full`` alone.
+with ``--full`` alone, as are whole runs of configs/base.toml and speedrun.toml.
 """
 
 import importlib.util
@@ -25,40 +25,28 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
-import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.harness import OURS, comparison, rounds_within
-from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of
-from benchmarks.store import ENV, ROOT
+from benchmarks.harness import CUDA, OURS, comparison, rounds_within, run
+from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of, source_bytes
+from benchmarks.store import ROOT
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
 
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
-LIMIT_S = 100  # of a process of some steps, which takes a fifth of it on two idle cores
+LIMIT_S = 100.0  # of a process of some steps, which takes a fifth of it on two idle cores
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
     "gpt2-chars": (GPT2_CHARS, 100, 20),
     # nanoGPT in fp32 at the width of a small Llama; ours is that Llama.
     "llama-256": (LLAMA_LIKE, 12, 3),
 }
-
-
-def run(command: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
-    """Run Python to its end; return what it printed."""
-    process = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=os.environ | ENV,
-        capture_output=True, text=True, timeout=limit_s, check=False,
-    )  # fmt: skip
-    if process.returncode:
-        raise RuntimeError(process.stdout + process.stderr)
-    return process.stdout
 
 
 def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **more: Any) -> str:
@@ -78,13 +66,53 @@ def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **m
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
     }  # fmt: skip
     command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
-    return run([*command, *(f"--{k}={v}" for k, v in arguments.items())], folder, limit_s)
+    return run(*command, *(f"--{k}={v}" for k, v in arguments.items()), cwd=folder, limit_s=limit_s)
 
 
 def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
     """Return the rows of a kind that our run of that name has logged."""
     lines = (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+# On a GPU without --full, and in a rehearsal.
+SHORT = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
+TINY_RUN = (
+    *("run.compile=off", "train.steps=2", "eval.every_steps=none", "eval.prompts=[]"),
+    *("eval.sample_every_steps=none", "schedule.warmup_steps=0", "eval.batch_size=512"),
+    *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
+    *("model.bigram_vocab_size=none", "train.tokens_per_step=32"),
+)
+OF_A_RUN = ("step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
+
+
+def figures_of_run(train: Sequence[Any], evals: Sequence[Any]) -> dict[str, Any]:
+    """Return what the rows of a ``metrics.jsonl`` say of the run's end."""
+    last, end = train[-1], ([*evals] or [{}])[-1]
+    found = {"steps": last["step"], "tokens_per_s": {OURS: last["tokens_per_s"]}}
+    found |= {key: last.get(key) for key in OF_A_RUN}
+    return found | {key: end.get(key) for key in ("val_loss", "val_bpb")}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(name, marks=pytest.mark.figures(f"run-{name}", name=f"{name}.toml"))
+        for name in ("base", "speedrun")
+    ],
+)
+def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, config: str) -> None:
+    if not (full or rehearse or CUDA):
+        pytest.skip("takes four minutes: --full")
+    overrides = TINY_RUN if rehearse else () if full else SHORT
+    command = ["-m", "fasttrain.train", str(ROOT / "configs" / f"{config}.toml"), *overrides]
+    started = time.perf_counter()
+    benchmark.pedantic(run, args=(*command, "run.name=run"), kwargs={"cwd": tmp_path}, rounds=1)
+    wall_s = time.perf_counter() - started
+    rows = (rows_of(tmp_path, "run", kind) for kind in ("train", "eval"))
+    benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(*rows))
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -102,7 +130,7 @@ def our_ms(folder: Path, config: TrainConfig) -> list[float]:
     """Return the milliseconds of our steps."""
     name = f"r{len(list((folder / 'runs').glob('*')))}"
     (folder / "config.toml").write_text(config_to_toml(config), "utf-8")
-    run(["-m", "fasttrain.train", "config.toml", f"run.name={name}"], folder)
+    run("-m", "fasttrain.train", "config.toml", f"run.name={name}", cwd=folder, limit_s=LIMIT_S)
     return [row["step_ms"] for row in rows_of(folder, name, "train")]
 
 
@@ -121,22 +149,16 @@ def hf_ms(folder: Path, config: TrainConfig) -> list[float]:
     else:
         sizes |= {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"model": sizes, "rows": config.train.micro_batch, "steps": config.train.steps}
-    command = [
-        "-m",
-        "benchmarks.hf_trainer",
-        "data/chars/train.bin",
-        json.dumps(sizes | {"seq_len": seq_len}),
-    ]
-    times: list[float] = json.loads(run(command, folder).splitlines()[-1])
+    command = ["-m", "benchmarks.hf_trainer", "data/chars/train.bin"]
+    command += [json.dumps(sizes | {"seq_len": seq_len})]
+    times: list[float] = json.loads(run(*command, cwd=folder, limit_s=LIMIT_S).splitlines()[-1])
     return times
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_trainers(benchmark: Any, tmp_path: Path, budget_s: float, name: str) -> None:
     shape, n_steps, n_warm = SHAPES[name]
-    # Characters of the standard library, as nanoGPT's .bin.
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
-    text = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8)
+    text = source_bytes(60)  # its characters, as nanoGPT's .bin
     chars, tokens = np.unique(text[text < 128], return_inverse=True)
     data = tmp_path / "data" / "chars"
     data.mkdir(parents=True)
@@ -213,7 +235,7 @@ def prepare_text(folder: Path, text: Path | None) -> int:
     else:
         shutil.copyfile(text, folder / "text.txt")
     arguments = ["data/ours", "--input", "text.txt", "--tokenizer", "chars", "--val-fraction=0.1"]
-    run(["-m", "fasttrain.prepare", *arguments], folder)
+    run("-m", "fasttrain.prepare", *arguments, cwd=folder)
     (folder / "data" / "chars").mkdir()
     for split in ("train", "val"):
         dataset = open_dataset(folder / "data" / "ours", split, cache_dir=folder / "cache")
@@ -239,7 +261,7 @@ def test_time_to_the_loss_of_nanogpt(
         command = ["-m", "fasttrain.train", str(ROOT / "configs" / "chars.toml")]
         overrides = ["data.path=data/ours", f"run.seed={seed}", f"run.name=seed-{seed}"]
         started = time.perf_counter()
-        run([*command, *overrides], tmp_path, 900)
+        run(*command, *overrides, cwd=tmp_path)
         times[OURS].append(time.perf_counter() - started)
         losses[OURS].append(rows_of(tmp_path, f"seed-{seed}", "eval")[-1]["val_loss"])
 
@@ -247,10 +269,10 @@ def test_time_to_the_loss_of_nanogpt(
         # The checkpoint is written also where its own estimate of the loss did not improve.
         options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
         started = time.perf_counter()
-        printed = run_nanogpt(tmp_path, config, 900, **options)
+        printed = run_nanogpt(tmp_path, config, 900.0, **options)
         times[name].append(time.perf_counter() - started)
         assert "number of parameters: 0.80M" in printed
-        printed = run(["-c", EVALUATE, str(Path(NANOGPT_DIR).resolve())], tmp_path, 900)
+        printed = run("-c", EVALUATE, str(Path(NANOGPT_DIR).resolve()), cwd=tmp_path)
         losses[name].append(float(printed.strip().splitlines()[-1]))
 
     def all_in_turn() -> None:

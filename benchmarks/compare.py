@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +83,8 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Say what the change means."""
-        if abs(self.change) <= self.noise:
-            return "same"
-        return "SLOWER" if self.change > 0 else "faster"
+        slower = "SLOWER" if self.change > 0 else "faster"
+        return slower if abs(self.change) > self.noise else "same"
 
 
 def _median_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -102,8 +101,7 @@ def _series(entry: Document) -> dict[str, list[float]]:
     (ours, own), *others = entry["times_s"].items()
     # Not ours in another form, and what ran in every round.
     rivals = {k: v for k, v in others if not k.startswith(ours) and len(v) == len(own)}
-    if not rivals:
-        return {ALONE: [math.log(t) for t in own]}
+    rivals = rivals or {ALONE: [1.0] * len(own)}
     return {
         name: [math.log(t / u) for t, u in zip(own, theirs, strict=True)]
         for name, theirs in rivals.items()
@@ -113,19 +111,16 @@ def _series(entry: Document) -> dict[str, list[float]]:
 def change_of(old: Document, new: Document) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
     before, after = _series(old), _series(new)
-    changes, errors = [], []
-    common = before.keys() & after.keys()
-    for rival in common:
-        old_median, old_error = _median_and_error(before[rival])
-        new_median, new_error = _median_and_error(after[rival])
-        changes.append(new_median - old_median)
-        errors.append(math.hypot(old_error, new_error))
-    if not changes:
+    if not (common := before.keys() & after.keys()):
         return None
+    changes, errors = [], []
+    for rival in common:
+        (was, error), (now, new_error) = map(_median_and_error, (before[rival], after[rival]))
+        changes.append(now - was)
+        errors.append(math.hypot(error, new_error))
     # The rivals share our times, so that their errors do not average out.
     noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
-    change = math.expm1(statistics.median(changes))
-    return Change(change, noise, len(common - {ALONE}))
+    return Change(math.expm1(statistics.median(changes)), noise, len(common - {ALONE}))
 
 
 def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
@@ -137,29 +132,38 @@ def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
 
 def print_bounds(documents: Iterable[Document]) -> int:
     """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
-    found = [
-        (bound, document["machine"], entry, rival, value)
-        for document in documents
-        for bound in BOUNDS
-        if bound.suite == document["suite"] and document["machine"].get("isa") in bound.isas
-        for entry in document["benchmarks"]
-        if fnmatchcase(entry["name"], bound.name)
-        for rival, value in (
-            {"failed": math.nan} if "failed" in entry else bound.values(entry)
-        ).items()
-    ]
-    broken = 0
-    for bound, machine, entry, rival, value in found:
-        kept = bound.least <= value <= bound.most
-        broken += not kept
-        wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
-        where = f"{wanted:8} {machine['device']}, {machine['isa']}  {bound.suite}"
-        print(f"{'keeps ' if kept else 'BREAKS'} {value:<8.3g} {where} {entry['name']} {rival}")
-    if not found:
+    n_found = n_broken = 0
+    for document, bound in product(documents, BOUNDS):
+        machine = document["machine"]
+        if bound.suite != document["suite"] or machine.get("isa") not in bound.isas:
+            continue
+        for entry in (e for e in document["benchmarks"] if fnmatchcase(e["name"], bound.name)):
+            values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
+            for rival, value in values.items():
+                kept = bound.least <= value <= bound.most
+                n_found, n_broken = n_found + 1, n_broken + (not kept)
+                wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
+                where = f"{wanted:8} {machine['device']}, {machine['isa']}  {bound.suite}"
+                verdict = "keeps " if kept else "BREAKS"
+                print(f"{verdict} {value:<8.3g} {where} {entry['name']} {rival}")
+    if not n_found:
         print("error: no figure in these has a bound for its kind of processor", file=sys.stderr)
         return 2
-    print(f"{len(found)} figures with a bound, {broken} break it")
-    return 1 if broken else 0
+    print(f"{n_found} figures with a bound, {n_broken} break it")
+    return 1 if n_broken else 0
+
+
+def line_of(label: str, before: Document, now: Document) -> tuple[str, str]:
+    """Return the verdict on one benchmark, and the line that says it."""
+    why = next((key for key in ("failed", "skipped") if now.get(key)), "")
+    if why == "failed" or not now.get("times_s"):
+        verdict = "FAILED" if why == "failed" else "lost"
+        return verdict, f"{label}: " + (f"{why}: {now[why]}" if why else "has no times")
+    if (change := change_of(before, now)) is None:
+        return "lost", f"{label}: has no rival in common"
+    alone = "" if change.rivals else ", no rival: the machine's load is in it"
+    noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
+    return change.verdict, f"{change.change:+7.1%}  (noise {noise})  {label}{alone}"
 
 
 def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> int:
@@ -172,27 +176,15 @@ def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> i
     n_compared, bad = 0, []
     for key in common:
         after = {entry["name"]: entry for entry in new[key]["benchmarks"]}
-        lost = {}
-        for before in [entry for entry in old[key]["benchmarks"] if entry.get("times_s")]:
-            name, label = before["name"], f"{key[0]} {before['name']}"
-            now = after.get(name, {"skipped": "not in the new results"})
-            if now.get("failed") or not now.get("times_s"):
-                reasons = (f"{why}: {now[why]}" for why in ("failed", "skipped") if now.get(why))
-                lost[label] = next(reasons, "has no times")
-            elif (change := change_of(before, now)) is None:
-                lost[label] = "has no rival in common"
-            else:
-                n_compared += 1
-                alone = "" if change.rivals else ", no rival: the machine's load is in it"
-                noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
-                print(f"{change.verdict:7} {change.change:+7.1%}  (noise {noise})  {label}{alone}")
-                bad += [label] * (change.verdict == "SLOWER")
-        for label, reason in lost.items():
-            failed = reason.startswith("failed")
-            print(f"{'FAILED' if failed else 'lost':7} {label}: {reason}")
-            bad += [label] * failed
-    if absent := sorted(key[0] for key in old.keys() - new.keys()):
-        print("lost    not measured again:", ", ".join(absent))
+        for before in (entry for entry in old[key]["benchmarks"] if entry.get("times_s")):
+            label = f"{key[0]} {before['name']}"
+            absent = {"skipped": "not in the new results"}
+            verdict, text = line_of(label, before, after.get(before["name"], absent))
+            print(f"{verdict:7} {text}")
+            n_compared += verdict not in ("FAILED", "lost")
+            bad += [label] * (verdict in ("FAILED", "SLOWER"))
+    if unmeasured := sorted(key[0] for key in old.keys() - new.keys()):
+        print("lost    not measured again:", ", ".join(unmeasured))
     if not n_compared and not bad:
         print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
         return 2

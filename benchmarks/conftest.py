@@ -145,7 +145,7 @@ def pytest_runtest_makereport(
     folder = item.config.getoption("--results")
     if folder is not None and not item.config.getoption("--rehearse"):
         machine = item.config.stash[MACHINE]
-        store.save(folder, store.document(suite, entries, machine, harness.ceilings()))
+        store.save(folder, suite, entries, machine, harness.ceilings())
     return outcome
 
 
@@ -154,10 +154,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """End with the table: ours, the others, how many times as long they take."""
     machine = config.stash[MACHINE]
     ceilings = harness.ceilings() if machine["kind"] == "cuda" else {}
-    documents = [
-        {"suite": suite, "machine": machine, "ceilings": ceilings, "benchmarks": entries}
-        for suite, entries in config.stash[ENTRIES].items()
-    ]
+    found = config.stash[ENTRIES].items()
+    documents = [store.document(suite, entries, machine, ceilings) for suite, entries in found]
     if documents:
         terminalreporter.section("benchmarks")
         terminalreporter.write(report.plain_text(documents))

@@ -7,28 +7,25 @@ a process with its own time limit, so that one that fails or hangs does not cost
 A stage may use what those before it left over, never what is kept for those after it.
 
 Figures are written as they come, to ``benchmarks/results/<device>/``. Where the environment has
-``OUT``, a folder, they stay out of the checkout: ``$OUT/<device>.tar.gz`` holds them with logs and
-traces and is renewed after each stage. Without a CUDA device every stage runs its code at small
-shapes on the CPU, as a rehearsal; nothing is kept of it.
+``OUT``, a folder, they go there instead, with logs and a summary. Without a CUDA device
+every stage runs its code at small shapes on the CPU, as a rehearsal; nothing is kept of it.
 """
 
 import argparse
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.store import ENV, RESULTS, ROOT, folder_of, read_all
+from benchmarks.store import ENV, RESULTS, ROOT, folder_of, read_all, slug
 
 BUDGET_S = 540.0
 UNHURRIED = 3  # times as long for a rehearsal: on a busy CPU an import alone may take a minute
@@ -42,15 +39,8 @@ BENCH_PACKAGES = ("pytest", "pytest_benchmark")
 TRAINER_PACKAGES = ("numpy", "tokenizers", "safetensors", "rich")
 # Tests that choose a device; those of the interpreter and the compiler alone do not need one here.
 NEEDS_DEVICE = re.compile(r"triton_device|is_available\(\)")
-NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)")
-BASE_RUN = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
+NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)|/test_benchmarks")
 TINY_KERNELS = "not 50304 and not 50257 and not 124M and not muon_step and not memory"
-TINY_RUN = (
-    *("run.compile=off", "train.steps=2", "eval.every_steps=none", "eval.prompts=[]"),
-    *("eval.sample_every_steps=none", "schedule.warmup_steps=0", "eval.batch_size=512"),
-    *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
-    *("model.bigram_vocab_size=none", "train.tokens_per_step=32"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +62,10 @@ def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
 
 def device_tests() -> list[str]:
     """Return the test files whose result depends on the device, but for those of this command."""
-    files = (f for f in (ROOT / "tests").rglob("test_*.py") if "test_benchmarks" not in f.name)
-    texts = {f.relative_to(ROOT).as_posix(): f.read_text("utf-8") for f in sorted(files)}
-    return [
-        name
-        for name, text in texts.items()
-        if NEEDS_DEVICE.search(text) and not NOT_THERE.search(text)
-    ]
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
+    found = {name for name, text in texts.items() if NEEDS_DEVICE.search(text)}
+    return sorted(name for name in found if not NOT_THERE.search(f"{name}\n{texts[name]}"))
 
 
 def missing(*modules: str) -> str:
@@ -87,60 +74,37 @@ def missing(*modules: str) -> str:
     return f"needs {', '.join(absent)}" if absent else ""
 
 
-def fp8_obstacle() -> str:
-    """Return why the trainer cannot multiply in fp8 here, or nothing."""
-    import torch
-
-    from fasttrain.model.runtime import HOPPER
-
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER:
-        return f"needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or newer"
-    return missing("torchao")
-
-
-def plan(results: Path, work: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
-    """Return the stages; without a device everything is small.
-
-    ``results`` is the folder of all devices, and ``work`` that for logs and traces.
-    """
-    python = (sys.executable, "-m")
-    pytest = (*python, "pytest", "-q", "-p", "no:cacheprovider")
-    out = ("--results", str(results))
+def plan(results: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
+    """Return the stages, with ``results`` the folder of all devices; without one all is small."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     stages: list[Stage] = []
 
     def add(name: str, *command: str, **limits: Any) -> None:
-        stages.append(Stage(name=name, command=command, **limits))
+        stages.append(Stage(name=name, command=(*pytest, *command), **limits))
 
     def bench(
-        name: str, file: str, suite: str, *more: str, skipped: str = "", **limits: float
+        name: str, file: str, suite: str, *tiny: str, skipped: str = "", **limits: Any
     ) -> None:
-        options = ("--benchmark-only", *out, "--suite", suite)
-        options = options if cuda else (*options, "--rehearse", *more)
+        small = () if cuda else ("--rehearse", *tiny)
+        command = (f"benchmarks/bench_{file}.py", "--benchmark-only", "--results", str(results))
         skipped = skipped or missing(*BENCH_PACKAGES)
-        add(name, *pytest, f"benchmarks/bench_{file}.py", *options, skipped=skipped, **limits)
+        add(name, *command, "--suite", suite, *small, skipped=skipped, **limits)
 
-    step = (*python, "benchmarks.gpu_step")
-    add("ceilings", *step, "device", *out, limit_s=40, least_s=20)
     workers = str(min(8, os.cpu_count() or 1))
     tests = ("-n", workers, "--timeout=90", "--maxfail=25") if cuda else ("-n0", "--collect-only")
-    add("tests", *pytest, *tests, *device_tests(), limit_s=100, least_s=60,
-        skipped=missing(*TEST_PACKAGES))  # fmt: skip
+    why = missing(*TEST_PACKAGES)
+    add("tests", *tests, *device_tests(), limit_s=100, least_s=60, skipped=why)
     for suite, least_s in KERNELS.items():
         bench(f"kernel {suite}", "ops", suite, "-k", TINY_KERNELS, limit_s=60, least_s=least_s)
-    for config, dtype, override, least_s, obstacle in (
-        ("gpt2-124m", "bf16", "run.dtype=bf16", 60, ""),
-        ("llama-1b", "bf16", "run.dtype=bf16", 60, ""),
-        ("llama-1b", "fp8", "run.fp8=true", 40, fp8_obstacle()),
-    ):
-        command = (*step, f"configs/{config}.toml", override, "--name", f"{config} {dtype}")
-        add(f"step {config} {dtype}", *command, *out, "--traces", str(work),
-            limit_s=110, least_s=least_s, skipped=obstacle)  # fmt: skip
+    for step, least_s in (("gpt2-124m bf16", 60), ("llama-1b bf16", 60), ("llama-1b fp8", 40)):
+        why = missing("torchao") if "fp8" in step else ""
+        suite = f"step-{slug(step)}"
+        bench(f"step {step}", "step", suite, skipped=why, limit_s=110, least_s=least_s)
     for peer, variable in (("nanogpt", "NANOGPT_DIR"), ("nanochat", "NANOCHAT_DIR")):
         why = "" if environment.get(variable) else f"{variable} names no checkout"
         bench(f"peer {peer}", "step", f"step-{peer}", skipped=why, limit_s=90, least_s=35)
-    overrides = BASE_RUN if cuda else TINY_RUN
-    add("run base.toml", *python, "benchmarks.base_run", *overrides, *out,
-        limit_s=150, least_s=45, skipped=missing(*TRAINER_PACKAGES))  # fmt: skip
+    why = missing(*TRAINER_PACKAGES)
+    bench("run base.toml", "trainers", "run-base", limit_s=150, least_s=45, skipped=why)
     return stages
 
 
@@ -172,33 +136,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _bundle(name: str, out: Path, folders: Mapping[str, Path]) -> None:
-    """Pack the folders into one archive, replaced in one piece."""
-    partial = out / f"{name}.partial"
-    with tarfile.open(partial, "w:gz") as archive:
-        for label, folder in folders.items():
-            archive.add(folder, f"{name}/{label}")
-    os.replace(partial, out / f"{name}.tar.gz")
-
-
-def run_all(
-    stages: Sequence[Stage], work: Path, budget_s: float, after: Callable[[], None]
-) -> bool:
+def run_all(stages: Sequence[Stage], work: Path, budget_s: float) -> bool:
     """Run the stages in order, a line for each; return whether all that ran went well.
 
     ``work`` is for the logs, and ``summary.txt``, which grows as stages end.
     """
-    started = time.monotonic()
-    well = True
-    summary = work / "summary.txt"
-    summary.write_text("", "utf-8")
+    started, well = time.monotonic(), True
     for i, stage in enumerate(stages):
-        begun = time.monotonic()
-        log = work / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.log"
+        begun, outcome = time.monotonic(), f"left out: {stage.skipped}"
+        log = work / f"{slug(stage.name)}.log"
         limit_s = allowance(stages, i, budget_s - (begun - started) - 2 * GRACE_S)
-        if stage.skipped:
-            outcome = f"left out: {stage.skipped}"
-        else:
+        if not stage.skipped:
             outcome = run_stage(stage, limit_s, log) if limit_s > 1 else "no time left"
         lines = [f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}"]
         if not stage.skipped and outcome != "ok":
@@ -206,11 +154,15 @@ def run_all(
             text = log.read_text("utf-8", errors="replace") if log.exists() else ""
             last = [line for line in text.splitlines() if line.strip()][-12:]
             lines += [f"    {line[:200]}" for line in last]
-        print(*lines, sep="\n", flush=True)
-        with summary.open("a", encoding="utf-8") as file:
-            file.write("\n".join([*lines, ""]))
-        after()
+        say(work, "\n".join(lines))
     return well
+
+
+def say(work: Path, text: str) -> None:
+    """Print a text, and add it to the summary."""
+    print(text, flush=True)
+    with (work / "summary.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,43 +175,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     machine = harness.machine()
-    cuda, name = machine["kind"] == "cuda", folder_of(machine)
-    out = os.environ.get("OUT")
+    cuda, hurry = machine["kind"] == "cuda", 1
     with tempfile.TemporaryDirectory(prefix="fasttrain-gpu-") as temporary:
-        work = Path(temporary) / "logs"
-        work.mkdir()
-        results = RESULTS if cuda and not out else Path(temporary) / "results"
-        folder = results / name
-        folder.mkdir(parents=True, exist_ok=True)
+        work = results = Path(temporary)
         if cuda:
-            print(f"{machine['device']}, torch {machine['torch']}; figures go to {out or folder}")
+            out = os.environ.get("OUT")
+            work, results = (Path(out), Path(out) / "results") if out else (work, RESULTS)
+            print(f"{machine['device']}, torch {machine['torch']}; figures go to {results}")
         else:
             print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
             # Threads that wait for each other on a busy machine take minutes for milliseconds.
-            os.environ["OMP_NUM_THREADS"] = "1"
-        hurry = 1 if cuda else UNHURRIED
+            os.environ["OMP_NUM_THREADS"], hurry = "1", UNHURRIED
         stages = [
             replace(stage, limit_s=hurry * stage.limit_s)
-            for stage in plan(results, work, os.environ, cuda=cuda)
+            for stage in plan(results, os.environ, cuda=cuda)
             if arguments.only in stage.name
         ]
-
-        def keep() -> None:
-            if out and cuda:
-                _bundle(name, Path(out), {"results": folder, "logs": work})
-                shutil.copyfile(work / "summary.txt", Path(out) / "summary.txt")
-
-        budget_s = arguments.budget_s * hurry
-        well = run_all(stages, work, budget_s - (time.monotonic() - started), keep)
-        if cuda:
-            documents = [d for d in read_all(results) if folder_of(d["machine"]) == name]
-            text = report.plain_text(documents)
-            with (work / "summary.txt").open("a", encoding="utf-8") as file:
-                file.write(text)
-            print(text)
-            keep()
-    spent = time.monotonic() - started
-    print(f"{'done' if well else 'with failures'} after {spent:.0f} s")
+        budget_s = arguments.budget_s * hurry - (time.monotonic() - started)
+        well = run_all(stages, work, budget_s)
+        documents = [d for d in read_all(results) if folder_of(d["machine"]) == folder_of(machine)]
+        if cuda and documents:
+            say(work, report.plain_text(documents))
+    print(f"{'done' if well else 'with failures'} after {time.monotonic() - started:.0f} s")
     return 0 if well else 1
 
 

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import re
 import sys
 from collections import Counter
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import fake_gpu, store
-from benchmarks.fake_gpu import DEVICE, torch, triton
+from benchmarks import fake_gpu, harness, store
+from benchmarks.fake_gpu import DEVICE, torch
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.engine.step import TrainStep
@@ -196,27 +195,8 @@ def one_layer(case: str) -> dict[str, Any]:
     return {"bytes": n_bytes, "atomics": atomics, "extern": list(program.extern)}
 
 
-def text_of(entry: dict[str, Any]) -> str:
-    """Return an entry as a table for a terminal."""
-    lines = [f"{entry['name']}: {entry['rows']} x {entry['seq_len']} tokens; of two layers"]
-    lines += [" launches  a layer        MB  regs  spills  atomics  kernel"]
-    for row in entry["kernels"]:
-        lines.append(
-            f"{row['launches']:9d}{row['a_layer']:9d}{row['bytes'] / 1e6:10.3f}"
-            f"{row['registers']:6d}{row['spills']:8d}{row['atomics']:9d}  "
-            f"{row['graph']} {row['name']}"
-        )
-    for what in ("layer", "rest"):
-        part = entry[what]
-        extern = ", ".join(f"{n} {name}" for name, n in part["extern"].items())
-        lines.append(
-            f"{what}: {part['bytes'] / 1e9:.3f} GB in {part['launches']} launches; calls: {extern}"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile the cases and print their tables."""
+    """Compile the cases and print what they launch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(map(repr, CASES)))
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value")
@@ -234,19 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in arguments.cases or CASES:
         try:
             entries.append(entry_of(case, arguments.set))
-            print(text_of(entries[-1]), flush=True)
+            print(json.dumps(entries[-1], indent=1), flush=True)
         except UserError as error:  # fp8 without torchao
             entries.append({"name": case, "skipped": str(error)})
             print(f"{case}: skipped: {error}\n", flush=True)
     if arguments.results:
-        machine = {
-            "device": "NVIDIA H100, compiled",
-            "kind": "compiled",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
-        store.save(arguments.results, store.document("gpu_dry", entries, machine, {}))
+        machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
+        store.save(arguments.results, "gpu_dry", entries, machine, {})
     return 0
 
 

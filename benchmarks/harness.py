@@ -11,13 +11,17 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.store import ENV
 from fasttrain.run.provenance import provenance
 
 PEERS = (
@@ -51,7 +55,9 @@ def machine() -> dict[str, Any]:
     made = provenance(torch.device("cuda" if cuda else "cpu"))
     found = importlib.metadata.distributions()
     installed = {(d.name or "").lower().replace("_", "-"): d.version for d in found}
+    changed = "+" if made["uncommitted_changes"] else ""
     return {
+        "commit": made["commit"] and f"{made['commit']:.7}{changed}",
         "device": made["device"],
         "kind": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
@@ -91,6 +97,17 @@ def ceilings() -> dict[str, float]:
         "copy_gb_per_s": 2 * source.nbytes / median["copy"] / 1e9,
         "matmul_tflop_per_s": 2 * n**3 / median["matmul"] / 1e12,
     }
+
+
+def run(*command: str, cwd: Path | None = None, limit_s: float = 1800.0) -> str:
+    """Run Python to its end; return what it printed."""
+    process = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=os.environ | ENV, capture_output=True, text=True,
+        timeout=limit_s, check=False,
+    )  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
+    return process.stdout
 
 
 # ---- timing --------------------------------------------------------------------------------------

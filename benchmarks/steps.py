@@ -6,6 +6,7 @@ torch's own functions, all logits at once, ``clip_grad_norm_`` and ``AdamW(fused
 
 import importlib
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm
+from fasttrain_kernels.catalogue import rotate_half
 from torch import Tensor, nn
 
 from benchmarks.harness import CUDA
@@ -77,6 +79,12 @@ def dataset_of(folder: Path, ids: np.ndarray, vocab_size: int) -> Any:
     ids.tofile(folder / "train.bin")
     options = {"vocab_size": vocab_size, "cache_dir": folder / "cache"}
     return open_dataset(folder, "train", dtype=ids.dtype.name, **options)
+
+
+def source_bytes(n_files: int) -> np.ndarray:
+    """Return the bytes of some of the standard library's files: real text, no tokenizer."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:n_files]
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
 def make_model(config: TrainConfig) -> Transformer:
@@ -251,13 +259,6 @@ def _norm(module: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
     y: Tensor = module(x)
     return y
-
-
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what models write: the convention of Llama, in the input's dtype."""
-    c, s = (torch.cat((t, t), -1).unsqueeze(-2).to(x.dtype) for t in (cos, sin))
-    lo, hi = x.chunk(2, -1)
-    return x * c + torch.cat((-hi, lo), -1) * s
 
 
 def _attend(a: Attention, x: Tensor, model: Transformer, value: Tensor | None) -> Tensor:

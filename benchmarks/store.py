@@ -9,7 +9,6 @@ first), ``median_s`` and ``speedup``. Nothing here imports torch.
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,47 +36,27 @@ def folder_of(machine: Document) -> str:
     return slug(processor_of(machine).replace("AVX-", "AVX"))
 
 
-def commit() -> str | None:
-    """Return the short hash of the checkout's commit, ``+`` where it has changes; None: no git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True)
-        return done.stdout.decode().strip()
-
-    try:
-        changes = git("status", "--porcelain", "--", "fasttrain", "kernels", "benchmarks/*.py")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def document(
-    suite: str, benchmarks: Iterable[Document], machine: Document, ceilings: Mapping[str, float]
+    suite: str, benchmarks: Iterable[Document], machine: Document, ceilings: Document
 ) -> dict[str, Any]:
-    """Return the contents of a file."""
+    """Return the contents of a file; ``machine`` is what `harness.machine` says."""
     return {
         "suite": suite,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit(),
-        "machine": dict(machine),
+        "commit": machine.get("commit"),
+        "machine": {key: value for key, value in machine.items() if key != "commit"},
         "ceilings": dict(ceilings),
         "benchmarks": list(benchmarks),
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Five significant digits: more is noise, and makes the files' differences unreadable."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def write(path: Path, data: Document) -> None:
     """Write a file, in one piece or not at all: a run may be cut off at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(data), indent=1, ensure_ascii=False, allow_nan=False)
+    # Five significant digits: more is noise, and makes the files' differences unreadable.
+    exact = json.dumps(data, allow_nan=False)
+    rounded = json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    text = json.dumps(rounded, indent=1, ensure_ascii=False)
     # Lists of numbers on one line.
     text = re.sub(r"\[\s+([-\d.e+,\s]+?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)
     partial = path.with_suffix(".partial")
@@ -85,9 +64,10 @@ def write(path: Path, data: Document) -> None:
     os.replace(partial, path)
 
 
-def save(results: Path, document: Document) -> None:
-    """Write a document to its place below ``results``."""
-    write(results / folder_of(document["machine"]) / f"{document['suite']}.json", document)
+def save(results: Path, suite: str, benchmarks: Iterable[Document], *facts: Document) -> None:
+    """Write the figures of a suite to their place below ``results``: see `document`."""
+    data = document(suite, benchmarks, *facts)
+    write(results / folder_of(data["machine"]) / f"{suite}.json", data)
 
 
 def read_all(folder: Path = RESULTS) -> list[dict[str, Any]]:

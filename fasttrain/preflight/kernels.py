@@ -13,26 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torch.utils.benchmark as benchmark
-from fasttrain_kernels import (
-    FusedAdamW,
-    apply_rope,
-    apply_rope_reference,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-    relu_squared,
-    relu_squared_reference,
-    rms_norm,
-    swiglu,
-    swiglu_reference,
-)
+from fasttrain_kernels import FusedAdamW, catalogue
+from fasttrain_kernels.catalogue import Op, results
 from torch import Tensor
 
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.engine.memory import device_memory
-
-Outputs = Tensor | tuple[Tensor, ...]
 
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
 LOSS_BYTES = 44
@@ -65,51 +52,22 @@ class OpReport(NamedTuple):
         return self.error <= self.tolerance
 
 
-class _Op(NamedTuple):
-    name: str
-    ours: Callable[..., Outputs]
-    plain: Callable[..., Outputs]
-    inputs: tuple[Tensor, ...]  # these take gradients
-    constants: tuple[Tensor, ...] = ()  # these do not
-
-
-def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[_Op]:
+def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Op]]:
     n, d, f, v, k = 2048, 256, 1024, 4096, 64
     if device.type == "cuda":
         d, f, v = 1024, 4096, 32768
         rows = max(int(0.8 * device_memory(device) / (LOSS_BYTES * v)), 16)
         n = min(16384, 1 << rows.bit_length() - 1)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-    def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (d,), weight, 1e-6)
-
-    yield _Op("rms_norm", rms_norm, plain_rms_norm, (normal(n, d), normal(d)))
-    yield _Op("swiglu", swiglu, swiglu_reference, (normal(n, f), normal(n, f)))
-    yield _Op("relu_squared", relu_squared, relu_squared_reference, (normal(n, f),))
-    angle = torch.rand(n // 8, k // 2, generator=generator, device=device) * 6.283
-    q, kk = normal(8, n // 8, d // k, k), normal(8, n // 8, d // k, k)
-    yield _Op("rope", apply_rope, apply_rope_reference, (q, kk), (angle.cos(), angle.sin()))
-    targets = torch.randint(v, (n,), generator=generator, device=device)
-    inputs = normal(n, d), normal(v, d) * d**-0.5
-    plain = linear_cross_entropy_reference
-    yield _Op("linear_cross_entropy", linear_cross_entropy, plain, inputs, (targets,))
-
-
-def _run(fn: Callable[..., Outputs], op: _Op, dtype: torch.dtype) -> list[Tensor]:
-    """Return outputs and gradients; those of the outputs vary from element to element."""
-    inputs = [t.to(dtype).detach().requires_grad_() for t in op.inputs]
-    exact = dtype is torch.float64
-    constants = [t.to(dtype) if exact and t.is_floating_point() else t for t in op.constants]
-    outputs = fn(*inputs, *constants)
-    out = (outputs,) if isinstance(outputs, Tensor) else outputs
-    rounded = op.inputs[0].dtype  # the same numbers in any dtype
-    seeds = [torch.arange(o.numel(), device=o.device).sin().view_as(o) + 1 for o in out]
-    seeds = [s.to(rounded).to(o.dtype) for s, o in zip(seeds, out, strict=True)]
-    return [*out, *torch.autograd.grad(out, inputs, seeds)]
+    (name,) = (name for name, known in catalogue.DTYPES.items() if known == dtype)
+    torch.manual_seed(0)
+    with device:
+        norm = catalogue.rms_norm(name, d, n)
+        assert norm.torch is not None
+        yield "rms_norm", norm._replace(reference=norm.torch)
+        yield "swiglu", catalogue.swiglu(name, f, n)
+        yield "relu_squared", catalogue.relu_squared(name, f, n)
+        yield "rope", catalogue.apply_rope(name, k, n // 8, 8, (d // k, d // k))
+        yield "linear_cross_entropy", catalogue.linear_cross_entropy(name, v, d, n)
 
 
 def _error(values: list[Tensor], truth: list[Tensor]) -> float:
@@ -135,15 +93,15 @@ def _median_ms(run: Callable[[], object], budget_s: float = 0.5) -> float:
     return 1000 * float(timer.blocked_autorange(min_run_time=budget_s).median)
 
 
-def _check(op: _Op, dtype: torch.dtype, *, compiled: bool) -> OpReport:
-    truth = _run(op.plain, op, torch.float64)
-    errors = [_error(_run(fn, op, dtype), truth) for fn in (op.ours, op.plain)]
+def _check(name: str, op: Op, dtype: torch.dtype, *, compiled: bool) -> OpReport:
+    truth = results(op.reference, op, torch.float64)
+    errors = [_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference)]
     del truth
-    paths = {"ours": op.ours, "torch": op.plain}
+    paths = {"ours": op.ours, "torch": op.reference}
     if compiled:
-        paths["compiled"] = torch.compile(op.plain, dynamic=False)
-    runs = {path: functools.partial(_run, fn, op, dtype) for path, fn in paths.items()}
-    return _report(op.name, errors, dtype, runs)
+        paths["compiled"] = torch.compile(op.reference, dynamic=False)
+    runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
+    return _report(name, errors, dtype, runs)
 
 
 def _check_adamw(device: torch.device) -> OpReport:
@@ -177,8 +135,8 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     ``compiled``: also time what torch.compile makes of it, which takes some seconds each.
     """
     dtype = resolve_precision("auto", device).compute
-    for op in _ops(device, dtype):
-        yield _check(op, dtype, compiled=compiled)
+    for name, op in _ops(device, dtype):
+        yield _check(name, op, dtype, compiled=compiled)
     yield _check_adamw(device)
 
 

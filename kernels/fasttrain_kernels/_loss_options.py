@@ -46,22 +46,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def resolve(
-    name: str,
-    rows: Tensor,
-    n_cols: int,
-    targets: Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    name: str, rows: Tensor, n_cols: int, targets: Tensor, reduction: str, options: LossOptions,
     softcap: float | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-) -> tuple[Tensor, LossOptions]:
-    """Return the targets of N rows and the options, or raise where they do not fit.
+) -> tuple[Tensor, LossOptions]:  # fmt: skip
+    """Return the targets of N rows and the options of a call, or raise where they do not fit.
 
     The logits have the dtype and device of ``rows``, and shape ``(*rows.shape[:-1], n_cols)``.
     """
+    class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss, _ = options
     shape, device = rows.shape[:-1], rows.device
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
@@ -108,23 +100,18 @@ def resolve(
             )
     targets = targets.reshape(-1).contiguous()
     weight = None if token_weight is None else token_weight.reshape(-1)
-    scale = None
     if reduction == "mean":
-        scale = mean_scale(
-            targets, ignore_index, class_weight, weight, accumulation_dtype(rows.dtype)
-        )
+        dtype = accumulation_dtype(rows.dtype)
+        scale = mean_scale(targets, ignore_index, class_weight, weight, dtype)
     return targets, LossOptions(
         class_weight, weight, scale, ignore_index, label_smoothing, z_loss, softcap or 0.0
     )
 
 
 def mean_scale(
-    targets: Tensor,
-    ignore_index: int,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
+    targets: Tensor, ignore_index: int, class_weight: Tensor | None, token_weight: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return 1 / (sum of the row weights of all rows not ignored), or 0 where that sum is 0."""
     valid = targets != ignore_index
     if class_weight is None and token_weight is None:
@@ -141,13 +128,9 @@ def mean_scale(
 
 
 def finish(
-    results: tuple[Tensor, Tensor, Tensor],
-    targets: Tensor,
-    reduction: str,
-    ignore_index: int,
-    return_lse: bool,
-    return_accuracy: bool,
-) -> Tensor | tuple[Tensor, ...]:
+    results: tuple[Tensor, Tensor, Tensor], targets: Tensor, reduction: str, ignore_index: int,
+    return_lse: bool, return_accuracy: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Give loss, lse and hits of an op the shapes that its public function promises."""
     loss, lse, correct = results
     outputs = [loss.reshape(targets.shape) if reduction == "none" else loss]

@@ -122,10 +122,7 @@ class TritonClass:
         return self.hyper.on_device(values), self.lr_pointers.on_device(pointers), held
 
     def launch(
-        self,
-        operands: list[list[Tensor]],
-        scalars: Sequence[Tensor | None],
-        seed: int | None,
+        self, operands: list[list[Tensor]], scalars: Sequence[Tensor | None], seed: int | None
     ) -> None:
         """Count the step and update the parameters; a seed asks for stochastic rounding.
 
@@ -175,12 +172,9 @@ class TritonUpdate:
         self._classes: list[tuple[TritonClass, list[int]]] = []
 
     def launch(
-        self,
-        params: list[Tensor],
-        grads: list[Any],
-        scalars: Sequence[Tensor | None],
+        self, params: list[Tensor], grads: list[Any], scalars: Sequence[Tensor | None],
         seed: int | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Update the parameters in place; the gradients are only read."""
         stored = []
         for i, state, _ in self.entries:
@@ -235,37 +229,20 @@ def _one_order(operands: list[Tensor]) -> list[Tensor]:
     ]
 
 
-class Batch:
-    """The parameters that one call of torch's fused kernel updates: same group, same dtype."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.group = group
-        self.indices: list[int] = []
-        self.states: list[dict[str, Any]] = []
-        self.steps: list[Tensor] = []
-
-
-def update_native(batch: Batch, params: list[Tensor], grads: list[Any], scale: float) -> None:
-    """Update parameters that torch's fused kernel takes as they are."""
-    torch._fused_adamw_(
-        [params[i] for i in batch.indices],
-        [grads[i] for i in batch.indices],
-        [state["exp_avg"] for state in batch.states],
-        [state["exp_avg_sq"] for state in batch.states],
-        [],
-        batch.steps,
-        **_arguments(batch.group, scale),
-    )
+def update_native(
+    group: dict[str, Any], indices: list[int], params: list[Tensor], grads: list[Any],
+    states: list[dict[str, Any]], scale: float,
+) -> None:  # fmt: skip
+    """Update parameters that torch's fused kernel takes as they are: same group, same dtype."""
+    first, second, steps = ([state[key] for state in states] for key in (*_MOMENTS, "step"))
+    ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
+    torch._fused_adamw_(ours, theirs, first, second, [], steps, **_arguments(group, scale))
 
 
 def update_staged(
-    group: dict[str, Any],
-    param: Tensor,
-    grad: Any,
-    state: dict[str, Any],
-    scale: float,
+    group: dict[str, Any], param: Tensor, grad: Any, state: dict[str, Any], scale: float,
     seed: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """Update one parameter through contiguous copies in the arithmetic's dtype.
 
     torch's kernel walks memory from the first element and takes one dtype for all operands, so
@@ -292,15 +269,9 @@ def update_staged(
 
 def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
     """Keyword arguments of torch's fused kernel."""
-    arguments = {
-        "lr": float(group["lr"]),
-        "beta1": group["betas"][0],
-        "beta2": group["betas"][1],
-        "weight_decay": group["weight_decay"],
-        "eps": group["eps"],
-        "amsgrad": False,
-        "maximize": group["maximize"],
-    }
+    beta1, beta2 = group["betas"]
+    arguments = {key: group[key] for key in ("weight_decay", "eps", "amsgrad", "maximize")}
+    arguments |= {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
     if scale != 1.0:
         arguments["grad_scale"] = torch.tensor(1.0 / scale if scale else math.inf)
     return arguments
@@ -334,7 +305,7 @@ class _Plan:
         self.steps: list[Tensor] = []
         self.dense: list[int] = []  # indices of the parameters in `native`
         self.counters: list[Tensor] = []  # one vector of step counts a device
-        self.native: list[Batch] = []
+        self.native: list[tuple[dict[str, Any], list[int], list[dict[str, Any]]]] = []
         self.staged: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
         self.triton: TritonUpdate | None = None
 
@@ -433,18 +404,10 @@ class FusedAdamW(Optimizer):
         # The keys of torch.optim.AdamW's groups. fused=True, because a torch.optim.AdamW that
         # loads this state must keep its step counts on the device.
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": False,
-            "maximize": maximize,
-            "foreach": None,
-            "capturable": capturable,
-            "differentiable": False,
-            "fused": True,
-            "decoupled_weight_decay": True,
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False,
+            "maximize": maximize, "foreach": None, "capturable": capturable,
+            "differentiable": False, "fused": True, "decoupled_weight_decay": True,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -545,7 +508,7 @@ class FusedAdamW(Optimizer):
             else:
                 plan.counters.append(counter)
         entries: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
-        batches: dict[tuple[int, torch.dtype, torch.device], Batch] = {}
+        batches: dict[tuple[int, torch.dtype, torch.device], Any] = {}
         for i, step in step_of.items():
             param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
             state["step"] = step
@@ -568,11 +531,10 @@ class FusedAdamW(Optimizer):
                 plan.staged.append((group, i, state))
                 continue
             key = (id(group), tensors[0].dtype, tensors[0].device)
-            batch = batches.setdefault(key, Batch(group))
             plan.dense.append(i)
-            batch.indices.append(i)
-            batch.states.append(state)
-            batch.steps.append(step)
+            _, members, states = batches.setdefault(key, (group, [], []))
+            members.append(i)
+            states.append(state)
         plan.native = list(batches.values())
         plan.triton = TritonUpdate(entries) if entries else None
         return plan
@@ -627,8 +589,8 @@ class FusedAdamW(Optimizer):
             scale /= grad_scale.item()
         for counter in plan.counters:
             counter.add_(1)
-        for batch in plan.native:
-            update_native(batch, params, grads, scale)
+        for group, indices, states in plan.native:
+            update_native(group, indices, params, grads, states, scale)
         for group, i, state in plan.staged:
             seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
             update_staged(group, params[i], grads[i], state, scale, seed)

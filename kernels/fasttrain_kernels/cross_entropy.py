@@ -136,18 +136,11 @@ def _configuration(
 
 
 def launch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    grad: Tensor | None,
-    lse: Tensor,
-    options: LossOptions,
-    *,
-    losses: Tensor | None = None,
-    correct: Tensor | None = None,
-    class_weight_sum: Tensor | None = None,
-    upstream: Tensor | None = None,
+    logits: Tensor, targets: Tensor, grad: Tensor | None, lse: Tensor, options: LossOptions,
+    *, losses: Tensor | None = None, correct: Tensor | None = None,
+    class_weight_sum: Tensor | None = None, upstream: Tensor | None = None,
     skip_unit: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Launch one program for each row of ``logits``, (N, V), whose rows are contiguous.
 
     ``losses``, ``correct`` and ``grad`` are written where they are given; ``lse`` is written
@@ -198,16 +191,10 @@ def launch_cross_entropy(
 
 
 def compute_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    grad: Tensor | None,
-    options: LossOptions,
-    *,
-    lse: Tensor | None = None,
-    upstream: Tensor | None = None,
-    skip_unit: bool = False,
+    logits: Tensor, targets: Tensor, grad: Tensor | None, options: LossOptions,
+    *, lse: Tensor | None = None, upstream: Tensor | None = None, skip_unit: bool = False,
     want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
     dtype = accumulation_dtype(logits.dtype)
     n_rows, n_cols = logits.shape
@@ -220,17 +207,11 @@ def compute_cross_entropy(
     if use_triton(logits) and logits.dtype != torch.float64:
         class_weight = options.class_weight
         launch_cross_entropy(
-            logits,
-            targets,
-            grad,
-            lse,
-            options,
-            losses=losses if want_losses else None,
-            correct=correct if want_correct else None,
+            logits, targets, grad, lse, options,
+            losses=losses if want_losses else None, correct=correct if want_correct else None,
             class_weight_sum=None if class_weight is None else class_weight.float().sum(),
-            upstream=upstream,
-            skip_unit=skip_unit,
-        )
+            upstream=upstream, skip_unit=skip_unit,
+        )  # fmt: skip
         return losses, lse, correct
 
     if skip_unit and grad is not None and upstream is not None:
@@ -255,14 +236,9 @@ def compute_cross_entropy(
             assert scratch is not None
             out, source = scratch[: x.shape[0]], x
         result = cross_entropy_rows(
-            source,
-            targets[rows],
-            out,
-            options.of(rows),
-            want_grad=grad is not None,
-            want_correct=want_correct,
-            logits_of=source.__getitem__,
-        )
+            source, targets[rows], out, options.of(rows), want_grad=grad is not None,
+            want_correct=want_correct, logits_of=source.__getitem__,
+        )  # fmt: skip
         if want_losses:
             losses[rows], lse[rows] = result.losses, result.lse
         if want_correct:
@@ -385,13 +361,9 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        options: LossOptions,
-        reduce: bool,
-        want_correct: bool,
+        ctx: Any, logits: Tensor, targets: Tensor, options: LossOptions, *flags: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        reduce, want_correct = flags
         ctx.in_forward = reduce and logits.dtype != torch.float16
         grad = logits.detach() if ctx.in_forward else None
         losses, lse, correct = compute_cross_entropy(
@@ -477,10 +449,8 @@ def cross_entropy(
         O(N) where no gradient is required.
     """
     name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
-    flat_targets, options = resolve(
-        name, logits, n_cols, targets, reduction, ignore_index, label_smoothing, z_loss, softcap,
-        class_weight, token_weight,
-    )  # fmt: skip
+    given = LossOptions(class_weight, token_weight, None, ignore_index, label_smoothing, z_loss)
+    flat_targets, options = resolve(name, logits, n_cols, targets, reduction, given, softcap)
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")
     x = logits.reshape(-1, n_cols)

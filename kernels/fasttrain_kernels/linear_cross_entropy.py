@@ -123,25 +123,11 @@ def _accumulate(
         acc.add_(left @ hidden)
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
-
-
 def compute_linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    want: tuple[bool, bool, bool],
-    *,
-    lse: Tensor | None = None,
-    upstream: Tensor | None = None,
-    want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, want: tuple[bool, bool, bool], *, lse: Tensor | None = None,
+    upstream: Tensor | None = None, want_correct: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:  # fmt: skip
     """Return losses, lse, hits (each (N,)) and the gradients that ``want`` names.
 
     A chunk has ``rows`` rows. With ``lse``, from an earlier forward, only gradients are computed;
@@ -178,17 +164,9 @@ def compute_linear_cross_entropy(
 
 
 def _on_kernels(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    grads: Gradients,
-    lse: Tensor | None,
-    upstream: Tensor | None,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
     new = hidden.new_empty
     want_losses = lse is None
@@ -206,16 +184,11 @@ def _on_kernels(
         x = buffer[: h.shape[0]]
         _multiply(h, weight, bias, x)
         launch_cross_entropy(
-            x,
-            targets[part],
-            x if any_grad else None,
-            lse_out[part],
-            options.of(part),
+            x, targets[part], x if any_grad else None, lse_out[part], options.of(part),
             losses=losses[part] if want_losses else None,
-            correct=correct[part] if want_correct else None,
-            class_weight_sum=weight_sum,
+            correct=correct[part] if want_correct else None, class_weight_sum=weight_sum,
             upstream=upstream if upstream is None or upstream.dim() == 0 else upstream[part],
-        )
+        )  # fmt: skip
         if grads.hidden is not None:
             torch.mm(x, weight, out=grads.hidden[part])
         if grads.weight is not None:
@@ -226,17 +199,9 @@ def _on_kernels(
 
 
 def _on_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    rows: int,
-    grads: Gradients,
-    lse: Tensor | None,
-    upstream: Tensor | None,
-    want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
+    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
     options, scale = options.to(dtype), options.scale
     # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
@@ -272,20 +237,17 @@ def _on_torch(
             return torch.nn.functional.linear(h[chosen], weight, bias)
 
         result = cross_entropy_rows(
-            x,
-            t,
-            out,
-            options.of(index),
-            want_grad=any_grad,
-            want_correct=want_correct,
+            x, t, out, options.of(index), want_grad=any_grad, want_correct=want_correct,
             logits_of=logits_of,
-        )
+        )  # fmt: skip
         losses[index], lse_out[index] = result.losses, result.lse
         if want_correct:
             correct[index] = result.correct
         if not any_grad:
             continue
-        factor = result.factor if upstream is None else _product(result.factor, upstream[index])
+        factor = result.factor
+        if upstream is not None:
+            factor = upstream[index] if factor is None else factor * upstream[index]
         column = None if factor is None else factor.to(dtype).unsqueeze(1)
         if narrow:
             # Scaled in fp32, so that the gradient is rounded once.
@@ -374,14 +336,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     "bool want_bias) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    lse: Tensor, *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients from the inputs, for any incoming gradient, (N,) or ()."""
     rows = chunk_rows(hidden, weight.shape[0], flat[7])
     *_, grads = compute_linear_cross_entropy(
@@ -564,10 +521,9 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _check_shapes(hidden, weight, bias)
-    flat_targets, options = resolve(
-        name, hidden, weight.shape[0], targets, reduction, ignore_index, label_smoothing, z_loss,
-        softcap, class_weight, token_weight,
-    )  # fmt: skip
+    n_cols = weight.shape[0]
+    given = LossOptions(class_weight, token_weight, None, ignore_index, label_smoothing, z_loss)
+    flat_targets, options = resolve(name, hidden, n_cols, targets, reduction, given, softcap)
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
     device = hidden.device.type
@@ -587,7 +543,7 @@ def linear_cross_entropy(
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
         ours = ours or is_traced(x) or fits(x, weight, bias, options)
-        if not ours and _all_in_range(flat_targets, weight.shape[0]):
+        if not ours and _all_in_range(flat_targets, n_cols):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
                 flat_targets.long(),

@@ -48,12 +48,24 @@ class _Batch:
         self.scale = scale
         self.indices: list[int] = []
         self.transposed: list[bool] = []
-        self.momentum: Tensor = torch.empty(0)  # (n, r, c)
+        self.momenta: list[Tensor] = []  # one, (n, r, c)
 
     def views(self, stacked: Tensor) -> list[Tensor]:
         """Return the batch's matrices in the shapes of their parameters."""
         pairs = zip(stacked.unbind(), self.transposed, strict=True)
         return [matrix.t() if transposed else matrix for matrix, transposed in pairs]
+
+    def copies(self, grads: list[Any]) -> list[Tensor]:
+        """Return copies of gradients, laid out as the momenta."""
+        stacked = torch.empty_like(self.momenta[0])
+        torch._foreach_copy_(self.views(stacked), grads)
+        return [stacked]
+
+    def orthogonalise(self, directions: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+        """Return the orthogonalised matrices."""
+        steps, coefficients = self.group["ns_steps"], self.group["coefficients"]
+        stacked = newton_schulz(directions[0], steps, coefficients, dtype=dtype)
+        return self.views(stacked.to(directions[0].dtype))
 
 
 def shard_group(param: Any) -> dist.ProcessGroup | None:
@@ -107,6 +119,11 @@ class ShardedBatch:
         self.rank = 0 if ranks is None else dist.get_rank(ranks)
         # Rows bounds[k] to bounds[k + 1] of every matrix are with rank k: Shard cuts like chunk().
         self.bounds = [min(k * chunk, shape[0]) for k in range(world + 1)]
+
+    def copies(self, grads: list[Any]) -> list[Tensor]:
+        """Return copies of this rank's rows of gradients."""
+        dtype = self.momenta[0].dtype
+        return [local_tensor(grad).to(dtype, copy=True) for grad in grads]
 
     def _exchange(self, pieces: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Send piece k to rank k; return what the ranks sent here, ``sizes`` numbers each."""
@@ -206,14 +223,9 @@ class Muon(Optimizer):
         self._plan: _Plan | None = None
         self._ns_dtype = ns_dtype
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "ns_steps": ns_steps,
-            "coefficients": coefficients,
-            "scale": scale,
-        }
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+            "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -291,8 +303,8 @@ class Muon(Optimizer):
             batch.transposed.append(rows > cols)
         for (_, _, shape, dtype, device), batch in batches.items():
             size = (len(batch.indices), *shape)
-            batch.momentum = torch.zeros(size, dtype=dtype, device=device)
-            for i, view in zip(batch.indices, batch.views(batch.momentum), strict=True):
+            batch.momenta = [torch.zeros(size, dtype=dtype, device=device)]
+            for i, view in zip(batch.indices, batch.views(batch.momenta[0]), strict=True):
                 state = self.state[params[i]]
                 if "momentum_buffer" in state:
                     view.copy_(state["momentum_buffer"])
@@ -339,67 +351,35 @@ class Muon(Optimizer):
                 if flag.item() != 0:
                     continue
                 flag = None
-            if isinstance(batch, ShardedBatch):
-                self._update_sharded(batch, params, grads, clip_coefficient, flag)
-            else:
-                self._update(batch, params, grads, clip_coefficient, flag)
+            self._update(batch, params, grads, clip_coefficient, flag)
         return loss
 
     def _update(
-        self,
-        batch: _Batch,
-        params: list[Tensor],
-        grads: list[Any],
-        clip_coefficient: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        group, momentum = batch.group, batch.momentum
-        beta = group["momentum"]
-        weights = [params[i] for i in batch.indices]
-        stacked = torch.empty_like(momentum)  # (n, r, c)
-        torch._foreach_copy_(batch.views(stacked), [grads[i] for i in batch.indices])
-        if clip_coefficient is not None:
-            stacked.mul_(clip_coefficient)
-        if found_inf is None:
-            moved = momentum.lerp_(stacked, 1 - beta)
-        else:
-            moved = torch.lerp(momentum, stacked, 1 - beta)
-        direction = stacked.lerp_(moved, beta) if group["nesterov"] else moved
-        steps, coefficients = group["ns_steps"], group["coefficients"]
-        update = newton_schulz(direction, steps, coefficients, dtype=self._ns_dtype)
-        update = update.to(momentum.dtype)
-        _apply(batch, weights, batch.views(update), [momentum], [moved], found_inf)
-
-    def _update_sharded(
-        self,
-        batch: ShardedBatch,
-        params: list[Tensor],
-        grads: list[Any],
-        clip_coefficient: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        group, momenta = batch.group, batch.momenta
-        beta = group["momentum"]
+        self, batch: _Batch | ShardedBatch, params: list[Tensor], grads: list[Any],
+        clip_coefficient: Tensor | None, found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        beta, momenta = batch.group["momentum"], batch.momenta
         weights = [local_tensor(params[i]) for i in batch.indices]
-        here = [local_tensor(grads[i]).to(momenta[0].dtype) for i in batch.indices]
+        here = batch.copies([grads[i] for i in batch.indices])
         if clip_coefficient is not None:
-            here = list(torch._foreach_mul(here, clip_coefficient))
+            torch._foreach_mul_(here, clip_coefficient)
         moved = momenta
         if found_inf is None:
             torch._foreach_lerp_(momenta, here, 1 - beta)
         else:
             moved = list(torch._foreach_lerp(momenta, here, 1 - beta))
-        direction = list(torch._foreach_lerp(here, moved, beta)) if group["nesterov"] else moved
-        changes = batch.orthogonalise(direction, self._ns_dtype)
+        if batch.group["nesterov"]:
+            torch._foreach_lerp_(here, moved, beta)
+        directions = here if batch.group["nesterov"] else moved
+        changes = batch.orthogonalise(directions, self._ns_dtype)
         changes = [change.to(weights[0].dtype) for change in changes]
-        _apply(batch, weights, changes, momenta, moved, found_inf)
+        _apply(batch, weights, changes, moved, found_inf)
 
 
 def _apply(
     batch: _Batch | ShardedBatch,
     weights: list[Tensor],
     changes: list[Tensor],
-    momenta: list[Tensor],
     moved: list[Tensor],
     found_inf: Tensor | None,
 ) -> None:
@@ -418,7 +398,7 @@ def _apply(
             torch._foreach_add_(weights, changes, alpha=-lr * batch.scale)
         return
     skip = found_inf != 0
-    for momentum, value in zip(momenta, moved, strict=True):
+    for momentum, value in zip(batch.momenta, moved, strict=True):
         momentum.copy_(torch.where(skip, momentum, value))
     for weight, change in zip(weights, changes, strict=True):
         updated = weight * decay - change * (lr * batch.scale)

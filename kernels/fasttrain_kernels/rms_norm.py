@@ -76,7 +76,7 @@ def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
 def _rms_norm_op(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, rstd = _allocate(x, weight, residual, eps, zero_centered)
+    y, h, rstd = _allocate(x, weight, residual)
     weight = None if weight is None else weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     n_cols, n_rows = x.shape[-1], rstd.numel()
@@ -98,7 +98,7 @@ def _rms_norm_op(
 
 @_rms_norm_op.register_fake
 def _allocate(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, zero_centered: bool
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.new_empty(x.shape, dtype=dtype)
@@ -108,15 +108,10 @@ def _allocate(
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    zero_centered: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, dw = _allocate_backward(dy, dh, x, weight, rstd, zero_centered, needs_dw)
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor,
+    zero_centered: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx, dw = _allocate_backward(dy, dh, x, weight, needs_dw)
     dh = None if dh is None else dh.contiguous()
     weight = None if weight is None else weight.contiguous()
     n_cols, n_rows = x.shape[-1], rstd.numel()
@@ -147,14 +142,9 @@ def _rms_norm_backward_op(
 
 @_rms_norm_backward_op.register_fake
 def _allocate_backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    zero_centered: bool,
-    needs_dw: bool,
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    needs_dw = rest[-1]
     dw = x.new_empty(0) if weight is None or not needs_dw else torch.empty_like(weight)
     return x.new_empty(x.shape), dw
 
@@ -366,10 +356,6 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
 
-    @overload
-    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return `rms_norm(x)`, or with a residual the pair (normalised, x + residual)."""
         return rms_norm(

@@ -17,6 +17,7 @@ Sources: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002
 So et al., "Primer", https://arxiv.org/abs/2109.08668.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,75 +111,60 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     total, n_cols = inputs[0].numel(), inputs[0].shape[-1] if inputs[0].dim() else 1
     if total == 0:
         return
-    strides = []
+    strides = [total] * len(inputs)
     if all(t.is_contiguous() for t in inputs):
-        n_cols, strides = total, [total] * len(inputs)  # one long row
+        n_cols = total  # one long row
     else:
-        rows = []
-        for t in inputs:
-            t, n_inner, stride, _ = as_rows(t)
-            if n_inner != 1:
-                t, stride = t.contiguous(), n_cols
-            rows.append(t)
-            strides.append(stride)
-        inputs = tuple(rows)
+        found = [as_rows(t) for t in inputs]
+        inputs = tuple(t if n_inner == 1 else t.contiguous() for t, n_inner, _, _ in found)
+        strides = [stride if n_inner == 1 else n_cols for _, n_inner, stride, _ in found]
     grid = (total // n_cols * triton.cdiv(n_cols, _BLOCK),)
     with torch.cuda.device_of(inputs[0]):
         kernel[grid](*inputs, *outputs, *strides, n_cols, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
-def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    y: Tensor = _allocate_swiglu(gate, up)
-    _launch(_swiglu_fwd_kernel, (gate, up), (y,))
-    return y
-
-
-@_swiglu_op.register_fake
-def _allocate_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    dtype = torch.promote_types(gate.dtype, up.dtype)
-    return torch.empty(gate.shape, dtype=dtype, device=gate.device)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
-def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = _allocate_swiglu_backward(dy, gate, up)
-    _launch(_swiglu_bwd_kernel, (dy, gate, up), (dgate, dup))
-    return dgate, dup
-
-
-@_swiglu_backward_op.register_fake
-def _allocate_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::relu_squared", mutates_args=())
-def _relu_squared_op(x: Tensor) -> Tensor:
-    y = x.new_empty(x.shape)
-    _launch(_relu_squared_fwd_kernel, (x,), (y,))
-    return y
-
-
-@torch.library.custom_op(f"{NAMESPACE}::relu_squared_backward", mutates_args=())
-def _relu_squared_backward_op(dy: Tensor, x: Tensor) -> Tensor:
-    dx = x.new_empty(x.shape)
-    _launch(_relu_squared_bwd_kernel, (dy, x), (dx,))
-    return dx
-
-
-_relu_squared_op.register_fake(lambda x: x.new_empty(x.shape))
-_relu_squared_backward_op.register_fake(lambda dy, x: x.new_empty(x.shape))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_swiglu_op.register_autograd(
-    lambda ctx, dy: _swiglu_backward_op(dy, *ctx.saved_tensors), setup_context=_save_inputs
-)
-_relu_squared_op.register_autograd(
-    lambda ctx, dy: _relu_squared_backward_op(dy, *ctx.saved_tensors), setup_context=_save_inputs
+def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Callable[..., Tensor]:
+    """Return an op that is one kernel each way and saves its inputs, which have one shape."""
+
+    def allocate(*inputs: Tensor) -> Tensor:
+        dtype = torch.promote_types(inputs[0].dtype, inputs[-1].dtype)
+        return torch.empty(inputs[0].shape, dtype=dtype, device=inputs[0].device)
+
+    def activate(*inputs: Tensor) -> Tensor:
+        y = allocate(*inputs)
+        _launch(fwd_kernel, inputs, (y,))
+        return y
+
+    def allocate_grads(dy: Tensor, *inputs: Tensor) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in inputs]
+
+    def differentiate(dy: Tensor, *inputs: Tensor) -> list[Tensor]:
+        grads = allocate_grads(dy, *inputs)
+        _launch(bwd_kernel, (dy, *inputs), tuple(grads))
+        return grads
+
+    def define(name: str, fn: Any, fake: Any, schema: str) -> Any:
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", fn, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        return op
+
+    schema = f"(Tensor dy, {arguments}) -> Tensor[]"
+    backward = define(f"{name}_backward", differentiate, allocate_grads, schema)
+    forward = define(name, activate, allocate, f"({arguments}) -> Tensor")
+    forward.register_autograd(
+        lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), setup_context=_save_inputs
+    )
+    call: Callable[..., Tensor] = forward
+    return call
+
+
+_swiglu_op = _define("swiglu", "Tensor gate, Tensor up", _swiglu_fwd_kernel, _swiglu_bwd_kernel)
+_relu_squared_op = _define(
+    "relu_squared", "Tensor x", _relu_squared_fwd_kernel, _relu_squared_bwd_kernel
 )
 
 
@@ -255,9 +241,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return swiglu_reference(gate, up)
     if use_triton(gate) and gate.dtype in TRITON_DTYPES and up.dtype in TRITON_DTYPES:
-        y: Tensor = _swiglu_op(gate, up)
-    else:
-        y = _EagerSwiGLU.apply(gate, up)
+        return _swiglu_op(gate, up)
+    y: Tensor = _EagerSwiGLU.apply(gate, up)
     return y
 
 
@@ -285,9 +270,8 @@ def relu_squared(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return relu_squared_reference(x)
     if use_triton(x) and x.dtype in TRITON_DTYPES:
-        y: Tensor = _relu_squared_op(x)
-    else:
-        y = _EagerReLUSquared.apply(x)
+        return _relu_squared_op(x)
+    y: Tensor = _EagerReLUSquared.apply(x)
     return y
 
 

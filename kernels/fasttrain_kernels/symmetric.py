@@ -87,21 +87,11 @@ def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     tiles = side * (side + 1) // 2
     with torch.cuda.device_of(x):
         _symmetric_kernel[(n * tiles,)](
-            x,
-            out if add is None else add,
-            out,
-            rows,
-            cols,
-            tiles,
-            alpha,
-            beta,
-            HAS_ADD=add is not None,
-            PRECISION="ieee",
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
+            x, out if add is None else add, out, rows, cols, tiles, alpha, beta,
+            HAS_ADD=add is not None, PRECISION="ieee", BLOCK_R=block_r, BLOCK_C=block_c,
             num_warps=warps,
             num_stages=3 if warp_size(x) == 32 else 2,  # a third stage overflows AMD's LDS
-        )
+        )  # fmt: skip
     return out
 
 

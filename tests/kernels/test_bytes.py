@@ -10,8 +10,8 @@ import re
 
 import pytest
 import torch
-from fasttrain_kernels.aot.cases import CASES, Case, floor_bytes
 from fasttrain_kernels.aot.traffic import LaunchTraffic, count_launches, traffic_of
+from fasttrain_kernels.catalogue import CASES, Case, floor_bytes
 
 from tests.support.interpreter import no_races
 

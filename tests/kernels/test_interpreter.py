@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fasttrain_kernels.aot.cases import CASES, Case
+from fasttrain_kernels.catalogue import CASES, Case
 
 from tests.support.interpreter import gpu_semantics, no_races
 from tests.support.kernel_ops import LARGE_NAMES, SMALL_NAMES, compare, op_named, results
@@ -59,7 +59,7 @@ def test_tolerances_hold_with_the_errors_of_a_gpu(triton_device: torch.device, n
     op = op_named(name)
     with gpu_semantics(seed=0):
         ours = results(op.ours, op)
-    compare(op, ours)
+    compare(name, op, ours)
 
 
 # Of one column, the gradient of RMSNorm is a difference of equal terms: all of it is rounding.
@@ -75,7 +75,7 @@ def test_tolerances_hold_with_the_errors_of_a_gpu_at_every_size(
     op = op_named(name)
     with gpu_semantics(seed):
         ours = results(op.ours, op)
-    compare(op, ours)
+    compare(name, op, ours)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fasttrain_kernels import FusedAdamW, grad_norm
 from fasttrain_kernels._launch import on_device
-from fasttrain_kernels.aot.cases import CASES
+from fasttrain_kernels.catalogue import CASES
 from torch.profiler import ProfilerActivity, profile
 
 PACKAGE = Path(__file__).parents[2] / "kernels/fasttrain_kernels"

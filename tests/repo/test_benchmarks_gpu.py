@@ -1,14 +1,14 @@
 """``make gpu``: its stages fit the time, fail alone, and its parts run up to the device."""
 
-import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_step, harness
-from benchmarks.base_run import figures
+from benchmarks import bench_step, bench_trainers, gpu, harness
 from benchmarks.gpu import BUDGET_S, Stage, allowance, plan, run_all, run_stage
 from fasttrain.config import load_config
 from tests.support.toy import alive, wait_until
@@ -22,7 +22,7 @@ def stage(code: str, *, limit_s: float = 300.0, least_s: float = 0.0, name: str 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_all_stages_fit_nine_minutes(tmp_path: Path, cuda: bool) -> None:
     given = {"NANOGPT_DIR": "x", "NANOCHAT_DIR": "y"}
-    stages = plan(tmp_path, tmp_path, given, cuda=cuda)
+    stages = plan(tmp_path, given, cuda=cuda)
     assert BUDGET_S <= 9 * 60
     assert sum(s.least_s for s in stages) <= BUDGET_S - 20  # the start and the last kill
     assert all(s.least_s <= s.limit_s for s in stages)
@@ -30,7 +30,7 @@ def test_all_stages_fit_nine_minutes(tmp_path: Path, cuda: bool) -> None:
     assert {"tests", "kernel cross_entropy", "step llama-1b bf16", "run base.toml"} <= set(names)
     for name, variable in (("peer nanogpt", "NANOGPT_DIR"), ("peer nanochat", "NANOCHAT_DIR")):
         assert name in names
-        left = {s.name: s.skipped for s in plan(tmp_path, tmp_path, {}, cuda=cuda)}
+        left = {s.name: s.skipped for s in plan(tmp_path, {}, cuda=cuda)}
         assert variable in left[name]
 
 
@@ -38,23 +38,22 @@ def test_a_missing_package_costs_the_stages_that_need_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = gpu.importlib.util.find_spec
-    absent = ("xdist", "pytest_benchmark", "torchao", "rich")
+    absent = ["xdist", "torchao", "rich"]
     monkeypatch.setattr(
         gpu.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    why = {s.name: s.skipped for s in plan(tmp_path, tmp_path, {}, cuda=True)}
+    why = {s.name: s.skipped for s in plan(tmp_path, {}, cuda=True)}
     assert why["tests"] == "needs xdist"
-    assert why["kernel cross_entropy"] == "needs pytest_benchmark"
     assert why["step llama-1b fp8"] == "needs torchao"
     assert why["run base.toml"] == "needs rich"
-    assert not any(why[name] for name in ("ceilings", "step gpt2-124m bf16", "step llama-1b bf16"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert "compute capability 9.0" in gpu.fp8_obstacle()
+    assert not any(why[name] for name in ("kernel cross_entropy", "step llama-1b bf16"))
+    absent.append("pytest_benchmark")
+    why = {s.name: s.skipped for s in plan(tmp_path, {}, cuda=True)}
+    assert why["kernel cross_entropy"] == why["step llama-1b bf16"] == "needs pytest_benchmark"
+    assert why["tests"] == "needs xdist"
 
 
-@pytest.mark.parametrize("overrides", [gpu.BASE_RUN, gpu.TINY_RUN])
+@pytest.mark.parametrize("overrides", [bench_trainers.SHORT, bench_trainers.TINY_RUN])
 def test_what_a_run_of_base_toml_is_given_fits_it(overrides: tuple[str, ...]) -> None:
     path = Path(gpu.__file__).parent.parent / "configs" / "base.toml"
     assert load_config(path, [*overrides]).train.steps in (2, 400)
@@ -93,16 +92,13 @@ def test_a_failure_does_not_stop_the_rest(
         Stage(name="second", skipped="no such thing"),
         stage(f"open({str(done)!r}, 'w').close()", name="third"),
     ]
-    seen: list[int] = []
-    after = lambda: seen.append(len((tmp_path / "summary.txt").read_text("utf-8").split("\n")))  # noqa: E731
-    assert not run_all(stages, tmp_path, 900.0, after)
+    assert not run_all(stages, tmp_path, 900.0)
     assert done.exists()
     out = capsys.readouterr().out
+    assert out == (tmp_path / "summary.txt").read_text("utf-8")
     assert "failed with exit status 3" in out
     assert "why it failed" in out
     assert "left out: no such thing" in out
-    assert seen == sorted(set(seen))  # the summary grows with every stage
-    assert len(seen) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
@@ -127,34 +123,29 @@ def test_device_tests_are_files_that_choose_a_device() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the stage itself runs in full")
-def test_step_stage_runs_up_to_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_step, "N_CALLS", 1)
-    monkeypatch.setattr(gpu_step, "ROUNDS", 2)
-    monkeypatch.setattr(gpu_step, "N_TOKENS", 10_000)
+def test_step_stage_runs_up_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "N_TOKENS", 10_000)
     ceilings = {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 0.1}
     monkeypatch.setattr(harness, "ceilings", lambda: ceilings)
-    command = ["configs/gpt2-124m.toml", "--name", "gpt2-124m bf16"]
-    root = Path(gpu.__file__).parent.parent
-    command[0] = str(root / command[0])
-    options = ["--results", str(tmp_path / "r"), "--traces", str(tmp_path / "t")]
-    assert gpu_step.main([*command, *options]) == 0
-    (path,) = (tmp_path / "r").glob("*/step-gpt2-124m-bf16.json")
-    document = json.loads(path.read_text("utf-8"))
-    (entry,) = document["benchmarks"]
-    assert len(entry["times_s"]["fasttrain"]) == 2
-    rate = entry["rows"] * entry["seq_len"] / entry["median_s"]["fasttrain"]
-    assert entry["tokens_per_s"]["fasttrain"] == pytest.approx(rate, rel=1e-3)
+    entry: dict[str, Any] = {}
+
+    def compare(calls: Any, **_: Any) -> dict[str, float]:
+        calls["fasttrain"]()
+        return {"fasttrain": 0.5}
+
+    benchmark = SimpleNamespace(extra_info=entry)
+    bench_step.test_config(compare, benchmark, True, tmp_path, "llama-1b fp8")
+    assert (entry["rows"], entry["seq_len"], entry["precision"]) == (2, 32, "fp32")
     assert entry["mfu_of_datasheet"] is None  # a CPU has none
     assert entry["mfu_of_measured_ceiling"] > 0
     assert entry["launches_per_step"] is None  # none was measured
-    assert "gpt2-124m bf16" in capsys.readouterr().out
+    assert entry["data_wait_ms"] >= 0
 
 
 def test_figures_of_a_run_are_those_of_its_last_lines() -> None:
-    train = {"kind": "train", "step": 20, "tokens_per_s": 5.0, "step_ms": 1.0, "loss": 2.0}
-    rows = [train | {"step": 10}, train, {"kind": "eval", "val_loss": 1.5, "val_bpb": 0.7}]
-    entry = figures(rows, wall_s=12.0, name="base.toml")
-    assert (entry["steps"], entry["wall_s"], entry["val_bpb"]) == (20, 12.0, 0.7)
+    train = {"step": 20, "tokens_per_s": 5.0, "step_ms": 1.0, "loss": 2.0}
+    evals = [{"val_loss": 1.5, "val_bpb": 0.7}]
+    entry = bench_trainers.figures_of_run([train | {"step": 10}, train], evals)
+    assert (entry["steps"], entry["val_bpb"], entry["loss"]) == (20, 0.7, 2.0)
     assert entry["tokens_per_s"] == {"fasttrain": 5.0}
+    assert bench_trainers.figures_of_run([train], [])["val_bpb"] is None

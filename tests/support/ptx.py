@@ -584,11 +584,6 @@ def tensors_at(addresses: Sequence[int]) -> list[Tensor]:
     return list(found.values())
 
 
-class _Driver(aot._Driver):
-    def get_current_device(self) -> int:
-        return int(self.target.arch)  # Triton keeps kernels by device
-
-
 def _bits(value: Any, kind: str) -> int:
     if isinstance(value, Tensor):
         return value.data_ptr()
@@ -634,7 +629,8 @@ def emulated(
         return kernel
 
     before, JITFunction.run = driver._active, launch  # type: ignore[method-assign]
-    driver.set_active(_Driver(aot.TARGETS[target]))
+    gpu = aot.TARGETS[target]  # Triton keeps kernels by device
+    driver.set_active(aot.stub_driver(gpu, get_current_device=int(gpu.arch)))
     try:
         with triton_on_cpu():
             yield launched
@@ -666,7 +662,7 @@ def run_op(name: str, kernel: str = "", pattern: str = "", to: str = "") -> list
         return edited
 
     op = kernel_ops.op_named(name)
-    with emulated(op.target, edit) as launched:
-        kernel_ops.compare(op, kernel_ops.results(op.ours, op))
+    with emulated(kernel_ops.target_of(name), edit) as launched:
+        kernel_ops.compare(name, op, kernel_ops.results(op.ours, op))
     assert found, f"{kernel}: {pattern} is not there"
     return launched

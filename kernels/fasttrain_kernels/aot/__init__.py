@@ -20,10 +20,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .._dispatch import triton_on_cpu
-from .cases import CASES, Case, floor_bytes
+from ..catalogue import CASES, Case, floor_bytes
 from .issue import DEVICES, issue_of
 
 TARGETS = {
@@ -51,22 +52,6 @@ SHARED_LIMITS = {
 
 # Between these lines of a Markdown file ``--write`` puts the table.
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
-
-
-class _Driver:
-    """Stands in for Triton's driver: names a target, and has no device."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 class Launch(NamedTuple):
@@ -128,6 +113,12 @@ class Report:
     ceiling: float | None = None  # TB/s that issuing instructions allows; see `issue`
 
 
+def stub_driver(target: GPUTarget, **more: Any) -> Any:
+    """Return what stands in for Triton's driver: it names a target, and has no device."""
+    answers = {"get_current_target": target, "get_current_device": 0, "get_current_stream": 0}
+    return SimpleNamespace(**{k: lambda *_, v=v, **__: v for k, v in (answers | more).items()})
+
+
 @contextmanager
 def _captured(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
     """Collect what launches in the block would compile for ``target``, and launch nothing."""
@@ -138,7 +129,7 @@ def _captured(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
         return True  # Triton then neither compiles nor launches
 
     driver, before = triton.runtime.driver, triton.runtime.driver._active
-    driver.set_active(_Driver(target))
+    driver.set_active(stub_driver(target))
     hook, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, take
     try:
         yield taken
@@ -321,56 +312,51 @@ def reports(
     return rows
 
 
-_HEADERS = (
-    "kernel", "first seen in", "configuration", "target", "registers", "shared", "spills", "local",
-    "load", "store", "bytes an element", "floor",
-)  # fmt: skip
+def _counted(row: Report) -> str:
+    if row.bytes is None or row.distinct is None:
+        return ""
+    if row.bytes - row.distinct > 0.01:
+        return f"{row.distinct:.4g} + {row.bytes - row.distinct:.4g} from L2"
+    return f"{row.bytes:.4g}"
 
 
-def _cells(row: Report) -> list[str]:
-    counted = "" if row.bytes is None else f"{row.bytes:.4g}"
-    if row.bytes is not None and row.distinct is not None and row.bytes - row.distinct > 0.01:
-        counted = f"{row.distinct:.4g} + {row.bytes - row.distinct:.4g} from L2"
-    return [
-        row.kernel, row.case, row.configuration, row.target, str(row.registers), str(row.shared),
-        str(row.spills), str(row.local), str(row.load), str(row.store), counted,
-        "" if row.floor is None else str(row.floor),
-    ]  # fmt: skip
+Columns = Mapping[str, Callable[[Report], object]]
+COSTS: Columns = {
+    "kernel": lambda row: row.kernel,
+    "first seen in": lambda row: row.case,
+    "configuration": lambda row: row.configuration,
+    "target": lambda row: row.target,
+    "registers": lambda row: row.registers,
+    "shared": lambda row: row.shared,
+    "spills": lambda row: row.spills,
+    "local": lambda row: row.local,
+    "load": lambda row: row.load,
+    "store": lambda row: row.store,
+    "bytes an element": _counted,
+    "floor": lambda row: "" if row.floor is None else row.floor,
+}
+ISSUE: Columns = {name: COSTS[name] for name in ("kernel", "first seen in", "target")} | {
+    "device": lambda row: DEVICES[row.target].name,
+    "registers": lambda row: row.registers,
+    "instructions an element": lambda row: f"{row.instructions:.1f}",
+    "programs an SM": lambda row: row.programs,
+    "KiB in flight an SM": lambda row: f"{(row.in_flight or 0) / 1024:.0f}",
+    "ceiling TB/s": lambda row: f"{row.ceiling:.2f}",
+    "memory TB/s": lambda row: DEVICES[row.target].memory,
+}
 
 
-_ISSUE_HEADERS = (
-    "kernel", "first seen in", "target", "device", "registers", "instructions an element",
-    "programs an SM", "KiB in flight an SM", "ceiling TB/s", "memory TB/s",
-)  # fmt: skip
-
-
-def _issue_cells(row: Report) -> list[str]:
-    assert row.in_flight is not None
-    device = DEVICES[row.target]
-    return [
-        row.kernel, row.case, row.target, device.name, str(row.registers),
-        f"{row.instructions:.1f}", str(row.programs), f"{row.in_flight / 1024:.0f}",
-        f"{row.ceiling:.2f}", str(device.memory),
-    ]  # fmt: skip
-
-
-def _laid_out(cells: list[list[str]], *, markdown: bool) -> str:
+def table(rows: Iterable[Report], columns: Columns = COSTS, *, markdown: bool = False) -> str:
+    """Lay the reports out in columns, or as a Markdown table."""
+    cells = [list(columns), *([str(text(row)) for text in columns.values()] for row in rows)]
     if markdown:
-        cells.insert(1, ["---"] * len(cells[0]))
+        cells.insert(1, ["---"] * len(columns))
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def table(rows: Sequence[Report], *, markdown: bool = False) -> str:
-    """Lay the reports out in columns, or as a Markdown table."""
-    return _laid_out([list(_HEADERS), *map(_cells, rows)], markdown=markdown)
-
-
-def issue_table(rows: Sequence[Report], *, markdown: bool = False) -> str:
+def issue_table(rows: Iterable[Report], *, markdown: bool = False) -> str:
     """Lay out how fast the kernels that memory should bound could issue their instructions."""
-    bound = [_issue_cells(row) for row in rows if row.ceiling is not None]
-    return _laid_out([list(_ISSUE_HEADERS), *bound], markdown=markdown)
+    bound = [row for row in rows if row.ceiling is not None]
+    return table(bound, ISSUE, markdown=markdown)

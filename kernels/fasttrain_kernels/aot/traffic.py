@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from .._dispatch import triton_on_cpu
-from .cases import CASES, Case
+from ..catalogue import CASES, Case
 
 
 class LaunchTraffic:
