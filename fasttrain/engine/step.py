@@ -189,6 +189,7 @@ class TrainStep:
                 activation_checkpointing=config.train.activation_checkpointing,
                 mode=self.compile_mode,
                 sharded=world.sharded,
+                dtype=precision.compute,
             )
         if self.compile_mode not in ("off", "c++", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
