@@ -13,7 +13,7 @@ computed again (8·N·D·V FLOP).
 Products in the dtype of ``hidden``; softmax and loss in fp32; the weight gradient is accumulated
 over chunks in fp32. Every sum has a fixed order: reruns agree bit for bit on one machine. No host
 sync on a GPU. On a CPU the few logits of a small problem are computed at once, by torch's own ops,
-and many in fp32 in C++, where `_linear_cross_entropy_cpu.fits`.
+and many in C++, where `cpu.linear_cross_entropy.fits`.
 
 Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv:2411.09009).
 
@@ -164,7 +164,8 @@ def compute_linear_cross_entropy(
         )
         if n_rows == 0 and grads.weight is not None:
             grads.weight.zero_()
-        if not use_triton(hidden) and fits(hidden, weight_in, bias, options):
+        exact = grads.weight is None or grads.weight.dtype == dtype
+        if not use_triton(hidden) and exact and fits(hidden, weight_in, bias, options):
             results = run_in_cpp(
                 hidden, weight_in, targets, options, rows, *grads[:2], upstream, want_correct
             )

@@ -84,13 +84,55 @@ def test_it_is_the_blocks(rows: int, t: int, options: dict[str, Any]) -> None:
         assert float((got - want).abs().max()) < 4e-6 * scale, name
 
 
+def in_bf16(run: Any) -> Any:
+    def run_under_autocast(*arguments: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: Tensor = run(*arguments)
+        return y.to(arguments[2].dtype)
+
+    return run_under_autocast
+
+
 @needs_it
-def test_no_bit_depends_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize(
+    ("rows", "t", "options"),
+    [
+        (3, 64, {"mlp": "gelu", "norm": "layer", "positions": "learned"}),
+        (2, 40, BASE | {"n_layers": 3}),
+        (2, 50, {"n_kv_heads": 2, "qk_norm": True, "dim": 128, "hidden_dim": 208}),
+        (1, 131, {"n_kv_heads": 1, "head_dim": 32}),
+        (5, 7, {"dim": 16, "n_heads": 1, "mlp": "gelu"}),
+    ],
+    ids=str,
+)
+def test_bf16_is_as_exact_as_torchs(rows: int, t: int, options: dict[str, Any]) -> None:
+    """On a CPU without bf16 by conversion. An odd number of tokens among them."""
+    blocks, arguments, given = blocks_of(rows, t, **options)
+    ours = outcome(in_bf16(run_blocks_on_cpu), blocks, arguments, given)
+    theirs = outcome(in_bf16(run_blocks), blocks, arguments, given)
+    blocks.double()
+    wide = {name: value.detach().double().requires_grad_() for name, value in given.items()}
+    norm, _, rope, *rest, values = arguments
+    rope = None if rope is None else tuple(table.double() for table in rope)
+    values = None if values is None else [wide[f"value of {i}"] for i in range(len(values))]
+    wide |= dict(blocks.named_parameters())
+    wide |= {f"last {name}": p for name, p in norm.named_parameters()}
+    exact = outcome(run_blocks, blocks, [norm, wide["x"], rope, *rest, values], wide)
+    for name, own, other, true in zip(["y", *given], ours, theirs, exact, strict=True):
+        assert own.dtype == torch.float32
+        # The error of a few numbers, each a sum over all tokens, is a matter of chance.
+        most = 1.05 if own.numel() > 64 else 3
+        assert float((own - true).norm()) <= most * float((other - true).norm()), name
+
+
+@needs_it
+@pytest.mark.parametrize("wrap", [lambda run: run, in_bf16], ids=["fp32", "bf16"])
+def test_no_bit_depends_on_the_number_of_threads(wrap: Any) -> None:
     blocks, arguments, given = blocks_of(3, 70, **BASE)
     results = []
     for n in (1, 3, 1):
         torch.set_num_threads(n)
-        results.append(outcome(run_blocks_on_cpu, blocks, arguments, given))
+        results.append(outcome(wrap(run_blocks_on_cpu), blocks, arguments, given))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 

@@ -32,18 +32,23 @@ static void pack_blocks(const Shape& s, const T* x, long row, T* packed) {
       pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed, s.dim);
 }
 
+// Loops run over whole vectors: of scores that end, or begin, within one, the rest is hidden.
+static const long LANES = 16 * PAIR;
+
 // p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum
-static float soften(In x, long n, long end, float scale, T* p, float& most) {
+static float soften(float* x, long n, long end, float scale, T* p, float& most) {
+  const long whole = round_up(n, LANES);
   float peak = -INFINITY, sum = 0;
+  std::fill(x + n, x + whole, -INFINITY);
 #pragma omp simd reduction(max : peak)
-  for (long i = 0; i < n; i++) peak = x[i] > peak ? x[i] : peak;
+  for (long i = 0; i < whole; i++) peak = x[i] > peak ? x[i] : peak;
 #pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < n; i++) {
+  for (long i = 0; i < whole; i++) {
     const float e = exponential((x[i] - peak) * scale);
     sum += e;
     put(p[i], e);
   }
-  std::fill(p + n, p + end, T{});
+  std::fill(p + whole, p + end, T{});
   most = peak;
   return sum;
 }
@@ -91,14 +96,14 @@ static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, fl
 // Of the scores of a key, those of the queries from the first on that see it: p = exp(scale·x - lse),
 // d = p·(d - delta)·scale; zeros before
 static void differentiate(In x, In dp, In lse, In delta, long first, float scale, T* p, T* d) {
-  std::fill(p, p + first, T{});
-  std::fill(d, d + first, T{});
 #pragma omp simd
-  for (long i = first; i < SIDE; i++) {
+  for (long i = first / LANES * LANES; i < SIDE; i++) {
     const float e = exponential(x[i] * scale - lse[i]);
     put(p[i], e);
     put(d[i], e * (dp[i] - delta[i]) * scale);
   }
+  std::fill(p, p + first, T{});
+  std::fill(d, d + first, T{});
 }
 
 static void backward(const Shape& s, const T* q, const T* k, const T* v, const T* y, In lse,

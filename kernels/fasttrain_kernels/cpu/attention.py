@@ -26,6 +26,7 @@ from .._dispatch import NAMESPACE
 from . import PRODUCT, is_fast, load
 
 SOURCE = Path(__file__).with_name("attention.cpp")
+_FAST = [dtype for dtype in (torch.float32, torch.bfloat16) if is_fast(dtype)]
 _Shape, _Strides = ctypes.c_long * 6, ctypes.c_long * 3
 
 
@@ -161,5 +162,5 @@ def is_fast_here(q: Tensor) -> bool:
         torch.compiler.is_compiling()
         and q.device.type == "cpu"
         and q.shape[3] % 16 == 0
-        and is_fast(q.dtype)
+        and q.dtype in _FAST
     )

@@ -79,15 +79,21 @@ static Stat measure(float* x, long n, float softcap) {
 }
 
 // Writes the gradient of n logits over them, in T, and zeros behind it up to the end
-static void differentiate(float* x, long n, long end, const Row& row, float softcap, long first) {
-  T* d = (T*)x;  // behind what is still to be read
+template <bool CAPPED>
+static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
+  const float peak = row.peak, slope = row.slope, base = row.base;
+  const auto gradient = [=](float x, float hit) {
+    const float g = slope * exponential(x - peak) - base - hit;
+    return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
+  };
+  const long target = row.target - first;
+  const bool hits = target >= 0 && target < n;
+  const float at_target = hits ? gradient(x[target], row.hit) : 0;
+  T* d = (T*)x;  // never ahead of what is still to be read
 #pragma omp simd
-  for (long i = 0; i < n; i++) {
-    float g = row.slope * exponential(x[i] - row.peak) - row.base;
-    if (i + first == row.target) g -= row.hit;
-    put(d[i], softcap ? g * (1 - x[i] / softcap * (x[i] / softcap)) : g);
-  }
+  for (long i = 0; i < n; i++) put(d[i], gradient(x[i], 0));
   std::fill(d + n, d + end, T{});
+  if (hits) put(d[target], at_target);
 }
 
 // Logits of a block of columns for rows from the first on, and what is known of each from them
@@ -163,7 +169,8 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
       const long some = std::min(AT_A_TIME, end_row - first);
       float* x = made.logits + (block * s->chunk + first) * s->width;
       for (long r = 0; r < some; r++)
-        differentiate(x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
+        (s->softcap ? differentiate<true> : differentiate<false>)(
+            x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
       if (t->dhidden)
         product(some, d, end, (const T*)x, x_row, panels, made.sums + (part * s->chunk + first) * d,
                 d, block > from);
@@ -225,12 +232,14 @@ static void compute(const Shape* s, const Tensors* t, char* space) {
     }
     if (t->dhidden) {
 #pragma omp for schedule(static) nowait
-      for (long r = 0; r < rows; r++)
-        for (long i = 0; i < d; i++) {
-          float sum = made.sums[r * d + i];
-          for (long p = 1; p < s->parts; p++) sum += made.sums[(p * s->chunk + r) * d + i];
-          put(t->dhidden[made.rows[r].of * d + i], sum);
+      for (long r = 0; r < rows; r++) {
+        float* sum = made.sums + r * d;
+        for (long p = 1; p < s->parts; p++) {
+          In more = sum + p * s->chunk * d;
+          for (long i = 0; i < d; i++) sum[i] += more[i];
         }
+        convert(sum, d, t->dhidden + made.rows[r].of * d);
+      }
     }
 #pragma omp barrier
   }

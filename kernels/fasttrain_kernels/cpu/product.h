@@ -57,6 +57,15 @@ static inline void put(Bf16& to, float x) {  // rounds to nearest, ties to even
   to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Bits of a number in bf16, and of two numbers side by side
+static inline uint32_t narrow_bits(Bf16 x) { return x.bits; }
+
+static inline uint32_t narrow_bits(float x) {
+  Bf16 y;
+  put(y, x);
+  return y.bits;
+}
+
 template <class From, class To>
 static void convert(const From* x, long n, To* y) {
   for (long i = 0; i < n; i++) put(y[i], widen(x[i]));
@@ -178,8 +187,8 @@ static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_ro
 static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row) {
   const Word* x = (const Word*)from;
   Word* y = (Word*)to;
-  for (long i = 0; i < m; i += 8)
-    for (long j = 0; j < n; j += 8)
+  for (long j = 0; j < n; j += 8)  // a line of y is written at once
+    for (long i = 0; i < m; i += 8)
       if (i + 8 <= m && j + 8 <= n)
         transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row);
       else
@@ -194,10 +203,12 @@ static void pack_rows(const From* b, long row, long rows, long end, long n, T* p
   for (long k = 0; k < end; k += PAIR, panel += width * PAIR) {
 #ifdef BF16
     const From *low = b + k * row, *high = low + row;
-    if (k + 1 < rows)
-      for (long i = 0; i < n; i++) put(panel[2 * i], widen(low[i])), put(panel[2 * i + 1], widen(high[i]));
-    else
-      for (long i = 0; i < n; i++) put(panel[2 * i], k < rows ? widen(low[i]) : 0), put(panel[2 * i + 1], 0);
+    uint32_t* pairs = (uint32_t*)panel;
+    if (k + 1 < rows) {
+#pragma omp simd
+      for (long i = 0; i < n; i++) pairs[i] = narrow_bits(low[i]) | narrow_bits(high[i]) << 16;
+    } else
+      for (long i = 0; i < n; i++) pairs[i] = k < rows ? narrow_bits(low[i]) : 0;
 #else
     if (k < rows)
       convert(b + k * row, n, panel);
