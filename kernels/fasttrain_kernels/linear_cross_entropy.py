@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._cross_entropy_cpu import cross_entropy_rows
 from ._dispatch import NAMESPACE, is_traced, once, use_triton
 from ._launch import scale_unless_one_
 from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
-from .cpu.cross_entropy import cross_entropy_rows
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 

@@ -49,7 +49,9 @@ def test_output_and_gradients_are_as_exact_as_torchs(
     b: int, t: int, h: int, g: int, k: int, dtype: torch.dtype
 ) -> None:
     tensors = inputs(b, t, h, g, k, dtype)
-    upstream = torch.randn(b, h, t, k).to(dtype).transpose(1, 2)  # strided, as a caller may leave it
+    upstream = (
+        torch.randn(b, h, t, k).to(dtype).transpose(1, 2)
+    )  # strided, as a caller may leave it
     exact = results(by_torch, [x.detach().double().requires_grad_() for x in tensors], upstream)
     theirs = results(by_torch, tensors, upstream)
     ours = results(lambda *x: causal_attention(*x)[0], tensors, upstream)

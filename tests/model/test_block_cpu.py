@@ -110,7 +110,8 @@ def test_bf16_is_as_exact_as_torchs(rows: int, t: int, options: dict[str, Any]) 
     blocks, arguments, given = blocks_of(rows, t, **options)
     ours = outcome(in_bf16(run_blocks_on_cpu), blocks, arguments, given)
     theirs = outcome(in_bf16(run_blocks), blocks, arguments, given)
-    blocks.double()
+    for module in (blocks, arguments[0]):
+        module.double()
     wide = {name: value.detach().double().requires_grad_() for name, value in given.items()}
     norm, _, rope, *rest, values = arguments
     rope = None if rope is None else tuple(table.double() for table in rope)

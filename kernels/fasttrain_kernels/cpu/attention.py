@@ -3,8 +3,8 @@
     P = softmax(Q·Kᵀ/√K, causal)   O = P·V   lse = the logarithm of the softmax's denominator
     dV = Pᵀ·dO   dS = P∘(dO·Vᵀ − rowsum(dO∘O))/√K   dQ = dS·K   dK = dSᵀ·Q
 
-Products take fp32 or bf16; all else is fp32. A task is a key-value head of a row of the batch, whose
-gradients it alone adds to: nothing is reduced over threads, and results do not depend on their
+Products take fp32 or bf16; all else is fp32. A task is a key-value head of a row of the batch. It
+alone adds to its gradients: nothing is reduced over threads, and results do not depend on their
 number.
 
 Source: Dao et al. 2022, FlashAttention (arXiv:2205.14135), for the backward pass.
@@ -109,13 +109,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    y, lse = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    y, lse = _Attention.apply(q, k, v)
     return y, lse
 
 
 # Compiled code calls an operation without a gradient at 6 us, one by torch.library.custom_op with
 # its own at 26: this one is made of two without.
-_OPS: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPS: Any = torch.library.Library(NAMESPACE, "FRAGMENT")
 _OPS.define("causal_attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 _OPS.impl("causal_attention", _differentiable, "CompositeImplicitAutograd")
 _OPS.define("causal_attention_forward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
@@ -141,9 +141,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the shapes or dtypes are others.
 
     Returns:
-        Output (B, T, H, K), and the log-sum-exp of the scores (B, H, T) in fp32, not differentiable.
+        Output (B, T, H, K), and the log-sum-exp of the scores (B, H, T) in fp32, without gradient.
 
-    Numerics: softmax and sums in fp32; its weights and gradients are rounded to the operands' dtype.
+    Numerics: softmax and sums in fp32; its weights and gradients are rounded to the dtype given.
         Reruns agree bit for bit, on any number of threads. A score of -inf weighs nothing; any
         other, or a value, that is not finite makes NaN of what depends on it, and so do scores of
         -inf alone.

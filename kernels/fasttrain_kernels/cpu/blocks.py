@@ -171,5 +171,5 @@ def run_blocks_on_cpu(
                 f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device}; "
                 "set model.blocks_fn = fasttrain.model.run_blocks"
             )
-    y: Tensor = _Blocks.apply(shape, dtype, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _Blocks.apply(shape, dtype, *tensors)
     return y
