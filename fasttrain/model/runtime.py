@@ -203,8 +203,8 @@ def prepare_blocks(
     """Set how the blocks of ``model`` are run in training; on CUDA in evaluation, if compiled.
 
     ``mode`` ``blocks`` compiles one block for all; ``c++`` has `fasttrain_kernels.cpu.blocks` run
-    them, with products in ``dtype``. If the model is sharded, a block's parameters are gathered when
-    it is called as a module: what is compiled, and what is computed again, lies inside that call.
+    them, with products in ``dtype``. If the model is sharded, a block's parameters are gathered
+    when it is called as a module: what is compiled or computed again lies inside that call.
     """
     run = _checkpointed(activation_checkpointing, _forward if sharded else run_block)
     if mode == "blocks":
