@@ -276,7 +276,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
     turns.take([&](long chunk) {
       static thread_local Scratch<T> all_dqkv, all_normed;
       static thread_local Scratch<float> all_dnormed, one_row;
-      const long rows = s->rows(chunk), first = chunk * ROWS;
+      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
       T *dqkv = all_dqkv(ROWS * n), *normed = all_normed(ROWS * d);
       float *dnormed = all_dnormed(ROWS * d), *wide = one_row(n);
       float* sums = space.sums + chunk * s->vectors();
@@ -323,7 +323,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
                        o->x + row * d, sums);
         normalised_again(x, stat, p->norm, d, normed + r * d);
       }
-      pack(normed, d, rows, d, first, s->even(), space.normed);
+      pack(normed, d, rows, end, d, first, s->even(), space.normed);
     });
 #pragma omp barrier
     weight_gradients(s, {{space.dqkv, space.normed, n, d, o->weight}});
@@ -365,7 +365,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     turns.take([&](long chunk) {
       static thread_local Scratch<T> all_narrow, all_acts, all_dhidden;
       static thread_local Scratch<float> all_wide;
-      const long rows = s->rows(chunk), first = chunk * ROWS;
+      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
       T *narrow = all_narrow(ROWS * d), *acts = all_acts(ROWS * f), *dhidden = all_dhidden(ROWS * e);
       float *wide = all_wide(ROWS * std::max({d, f, q})), *dmid = space.dmiddle + first * d;
       float* sums = space.sums + (chunk + 1) * s->vectors() - d;
@@ -376,7 +376,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
       for (long r = 0; r < rows; r++)
         activate<true>(s->mlp, f, made.hidden + (first + r) * e, wide + r * f, acts + r * f,
                        dhidden + r * e);
-      pack(acts, f, rows, f, first, s->even(), space.acts);
+      pack(acts, f, rows, end, f, first, s->even(), space.acts);
       turn(dhidden, e, rows, e, space.dhidden + first, m);
       product(rows, d, e, dhidden, e, space.up, wide, d);
       for (long r = 0; r < rows; r++) {
@@ -386,8 +386,8 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
                        dmid + r * d, sums);
         normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
       }
-      pack(narrow, d, rows, d, first, s->even(), space.mlp_normed);
-      pack(made.attended + first * q, q, rows, q, first, s->even(), space.attended);
+      pack(narrow, d, rows, end, d, first, s->even(), space.mlp_normed);
+      pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
       convert(dmid, rows * d, narrow);
       turn(narrow, d, rows, d, space.dmid + first, m);
       product(rows, q, d, narrow, d, space.out, wide, q);

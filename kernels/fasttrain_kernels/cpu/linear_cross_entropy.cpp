@@ -162,9 +162,8 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
   for (long block = from; block < to; block++) {
     const long n = s->columns(block), end = round_up(n, 16), column = block * s->width;
     T* panels = operand(end * d);
-    for (long j = 0; t->dhidden && j < d; j += PANEL)
-      pack_rows(t->weight + column * s->weight_row + j, s->weight_row, n, end,
-                std::min(PANEL, d - j), panels + j * end, std::min(PANEL, d - j));
+    if (t->dhidden)
+      pack(t->weight + column * s->weight_row, s->weight_row, n, end, d, 0, end, panels);
     for (long first = start; first < end_row; first += AT_A_TIME) {
       const long some = std::min(AT_A_TIME, end_row - first);
       float* x = made.logits + (block * s->chunk + first) * s->width;

@@ -221,14 +221,17 @@ static void pack_rows(const From* b, long row, long rows, long end, long n, T* p
   }
 }
 
-// Rows of B (depth, n), from the first on, into the panels of all
+// Rows of B (depth, n), from the first on, into the panels of all, behind them zeros up to `end`
+// rows. A few rows at a time: of a narrow strip of many, each row begins a page of its own.
 template <class From>
-static void pack(const From* b, long row, long rows, long n, long first, long depth, T* panels) {
-  for (long j = 0; j < n; j += PANEL) {
-    const long width = std::min(PANEL, n - j);
-    T* panel = panels + j * depth + first * width;
-    pack_rows(b + j, row, rows, round_up(rows, PAIR), width, panel, width);
-  }
+static void pack(const From* b, long row, long rows, long end, long n, long first, long depth,
+                 T* panels) {
+  for (long k = 0; k < end; k += 16)
+    for (long j = 0; j < n; j += PANEL) {
+      const long width = std::min(PANEL, n - j);
+      pack_rows(b + k * row + j, row, rows - k, std::min(16L, end - k), width,
+                panels + j * depth + (first + k) * width, width);
+    }
 }
 
 // Columns of B = wᵀ, up to PANEL, from n rows of w (n, depth), behind them zeros up to the width
