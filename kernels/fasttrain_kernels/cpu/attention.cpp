@@ -93,8 +93,8 @@ static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, fl
   });
 }
 
-// Of the scores of a key, those of the queries from the first on that see it: p = exp(scale·x - lse),
-// d = p·(d - delta)·scale; zeros before
+// Of the scores of a key, those of the queries from the first on that see it, and zeros before:
+// p = exp(scale·x - lse), d = p·(dp - delta)·scale
 static void differentiate(In x, In dp, In lse, In delta, long first, float scale, T* p, T* d) {
 #pragma omp simd
   for (long i = first / LANES * LANES; i < SIDE; i++) {

@@ -72,8 +72,8 @@ static void convert(const From* x, long n, To* y) {
   for (long i = 0; i < n; i++) put(y[i], widen(x[i]));
 }
 
-// 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of Moshier's
-// Cephes, is within 3e-9, relatively, where |r| <= ln 2 / 2.
+// 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of
+// Moshier's Cephes, is within 3e-9, relatively, where |r| <= ln 2 / 2.
 static inline float exponential(float given) {
   const float shift = 12582912;  // 1.5·2²³: what is added to it is rounded to a whole number
   const float x = given < -87.f ? -87.f : given > 87.f ? 87.f : given;
