@@ -29,6 +29,7 @@ from benchmarks.steps import BASE, GPT2_CHARS, LLAMA_LIKE, LR, NANOCHAT, NANOGPT
 from benchmarks.store import ROOT, slug
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Loader
+from fasttrain.data.order import LoaderOptions
 from fasttrain.engine.memory import release_memory
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
@@ -168,7 +169,7 @@ def trained(config: TrainConfig, folder: Path) -> tuple[TrainStep, Loader]:
     ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
     dataset = steps.dataset_of(folder, ids, vocab)
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.train.micro_batch}
-    loader = Loader(dataset, **sizes, seed=0, device=device)
+    loader = Loader(dataset, LoaderOptions(**sizes), device=device)
     try:
         step = TrainStep(model, optimizers, config, device=device, precision=precision)
         for _ in range(3):  # compilation, and the optimizer's state

@@ -275,6 +275,7 @@ class TrainStep:
                 activation_checkpointing=loop.activation_checkpointing,
                 mode=self.compile_mode,
                 sharded=sharded,
+                dtype=precision.compute,
             )
         if self.compile_mode not in ("off", "c++", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)

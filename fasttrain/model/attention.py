@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, apply_rope
+from fasttrain_kernels.cpu.attention import causal_attention, is_fast_here
 from torch import Tensor, nn
 
 from fasttrain.config import ModelConfig
-from fasttrain.model.cpu.attention import causal_attention, is_fast_here
 
 # FlexAttention is imported where it is used: with torch 2.14 that takes half a second, for sympy.
 Mask = Any  # a Tensor, or FlexAttention's BlockMask; of attention that is more than causal

@@ -20,7 +20,7 @@ from fasttrain.engine.plan import warnings_of_data, warnings_of_step
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
-from fasttrain.model.cpu.blocks import why_unfit
+from fasttrain.model.runtime import why_unfit
 from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import StopSignals, end_at_once

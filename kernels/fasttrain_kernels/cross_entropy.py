@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cross_entropy_cpu import cross_entropy_rows
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._dispatch import NAMESPACE, use_triton
 from ._launch import on_device, scale_unless_one_, warp_size
@@ -40,7 +41,6 @@ from ._loss_options import (
     resolve,
 )
 from ._triton import triton
-from .cpu.cross_entropy import cross_entropy_rows
 
 # The widest row that is kept in registers, by 512 threads: 32 logits each. Options need registers
 # too. At 32,768 columns 1024 threads have 64 registers each, which Triton 3.8 (sm_100) and 3.9

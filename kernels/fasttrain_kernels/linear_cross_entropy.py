@@ -13,7 +13,7 @@ computed again (8·N·D·V FLOP).
 Products in the dtype of ``hidden``; softmax and loss in fp32; the weight gradient is accumulated
 over chunks in fp32. Every sum has a fixed order: reruns agree bit for bit on one machine. No host
 sync on a GPU. On a CPU the few logits of a small problem are computed at once, by torch's own ops,
-and many in fp32 in C++, where `_linear_cross_entropy_cpu.fits`.
+and many in C++, where `cpu.linear_cross_entropy.fits`.
 
 Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv:2411.09009).
 
@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._cross_entropy_cpu import cross_entropy_rows
 from ._dispatch import NAMESPACE, is_traced, once, use_triton
 from ._launch import scale_unless_one_
 from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
-from .cpu.cross_entropy import cross_entropy_rows
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 
@@ -150,7 +150,8 @@ def compute_linear_cross_entropy(
         )
         if n_rows == 0 and grads.weight is not None:
             grads.weight.zero_()
-        if not use_triton(hidden) and fits(hidden, weight_in, bias, options):
+        exact = grads.weight is None or grads.weight.dtype == dtype
+        if not use_triton(hidden) and exact and fits(hidden, weight_in, bias, options):
             results = run_in_cpp(
                 hidden, weight_in, targets, options, rows, *grads[:2], upstream, want_correct
             )

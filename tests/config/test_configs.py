@@ -27,7 +27,7 @@ from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.schedule import lr_at
 from fasttrain.generate import load_model
-from fasttrain.model.cpu import blocks as block_cpu
+from fasttrain.model import runtime
 from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer
 from fasttrain.train import main as train
@@ -118,12 +118,13 @@ def test_N16_nor_is_a_way_of_batching_another_one(tmp_path: Path) -> None:
 def test_N16_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(block_cpu, "is_supported", lambda: True)
+    monkeypatch.setattr(runtime, "is_supported", lambda: True)
+    monkeypatch.setattr(runtime, "is_fast", lambda _: True)
     sizes = {"vocab_size": 64, "dim": 32, "n_layers": 1, "n_heads": 2}
     config = config_from_dict({"model": sizes, "data": {"path": "unused"}, "train": {"steps": 1}})
-    assert block_cpu.fits(config)
+    assert runtime.fits(config)
     declared(config.model, "mlp")
-    assert not block_cpu.fits(config)
+    assert not runtime.fits(config)
 
 
 def test_N18_one_of_a_kind_is_not_told_as_many() -> None:

@@ -1,11 +1,13 @@
 """Builds the C++ of operations on a CPU, and caches the result.
 
-It is written for AVX2 and g++, whose OpenMP torch uses as well: both share one pool of threads.
+Products are those of libtorch_cpu; all else is plain loops, which g++ compiles for the vectors that
+torch uses here. Torch uses g++'s OpenMP as well: both share one pool of threads.
 """
 
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -15,28 +17,46 @@ from pathlib import Path
 
 import torch
 
+from .._torch import native_bf16
+
 # Matrix products, which other sources are compiled behind.
 PRODUCT = Path(__file__).parent / "product.h"
 
-_FLAGS = ("-O3", "-mavx2", "-mfma", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+_FLAGS = (
+    *("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17"),
+    *("-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"),
+)
+# By what torch uses: it may be held to less than the CPU has (``ATEN_CPU_CAPABILITY``).
+_VECTORS = {
+    "AVX2": ("-march=x86-64-v3",),
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+}
+if platform.machine() in ("aarch64", "arm64"):
+    _VECTORS[torch.backends.cpu.get_cpu_capability()] = ("-mcpu=native",)
 
 
 @cache
 def is_supported() -> bool:
-    """Return whether this machine has AVX2, no wider vectors, and g++, and is not Windows.
-
-    With wider vectors this C++ has not been measured against torch's own operations.
-    """
+    """Return whether this machine has AVX2, AVX-512 or is an ARM, has g++, and is not Windows."""
     return (
         hasattr(os, "getuid")
-        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and torch.backends.cpu.get_cpu_capability() in _VECTORS
         and shutil.which("g++") is not None
     )
 
 
 @cache
-def load(*sources: Path) -> ctypes.CDLL:
-    """Return the library of C++ files, compiled one behind the other as one.
+def is_fast(dtype: torch.dtype) -> bool:
+    """Return whether products in ``dtype`` are made in C++ here, and at full speed."""
+    native = dtype == torch.float32 or (
+        dtype == torch.bfloat16 and native_bf16(torch.device("cpu"))
+    )
+    return native and is_supported()
+
+
+@cache
+def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """Return the library of C++ files, compiled one behind the other as one, for one dtype.
 
     It is kept by content in the folder where torch.compile keeps its own
     (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s.
@@ -46,7 +66,9 @@ def load(*sources: Path) -> ctypes.CDLL:
             written to the folder, or loaded from it.
     """
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
-    key = hashlib.sha256("\n".join((*_FLAGS, text)).encode()).hexdigest()[:32]
+    vectors = _VECTORS[torch.backends.cpu.get_cpu_capability()]
+    flags = (*vectors, *(["-DBF16"] if dtype == torch.bfloat16 else []))
+    key = hashlib.sha256("\n".join((*flags, *_FLAGS, text)).encode()).hexdigest()[:32]
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # By number: a user in a container may have no name.
     folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{os.getuid()}") / "cpp"
@@ -57,7 +79,7 @@ def load(*sources: Path) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 source, built = Path(made) / "source.cpp", Path(made) / "built.so"
                 source.write_text(text, encoding="utf-8")
-                command = ["g++", *_FLAGS, "-o", str(built), str(source)]
+                command = ["g++", *flags, "-o", str(built), str(source), *_FLAGS]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(path)
         return ctypes.CDLL(str(path))
@@ -67,10 +89,12 @@ def load(*sources: Path) -> ctypes.CDLL:
         raise RuntimeError(f"{path}: {e}") from e
 
 
-def load_or_warn(name: str, *sources: Path) -> ctypes.CDLL | None:
+def load_or_warn(
+    name: str, *sources: Path, dtype: torch.dtype = torch.float32
+) -> ctypes.CDLL | None:
     """Return what `load` does, or None where it cannot be built: torch's operations do without."""
     try:
-        return load(*sources)
+        return load(*sources, dtype=dtype)
     except RuntimeError as e:
         warnings.warn(f"{name} is slower, its C++ was not built: {e}", stacklevel=2)
         return None

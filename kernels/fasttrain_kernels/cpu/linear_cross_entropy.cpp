@@ -1,25 +1,30 @@
-// A linear layer and its cross-entropy, gradients included. Built behind product.h.
+// A linear layer and its cross-entropy, gradients included. Compiled behind product.h.
 //
-// Logits lie in blocks of WIDTH columns, each (chunk, width), which one thread makes from a part of
-// the weight that it packs for itself, with maximum and sum of exponentials of each row. When those
-// of all blocks are joined, the gradient takes the place of the logits, and both products of it are
-// made block by block. The hidden states' is summed up over a fixed number of parts of the blocks,
-// so that nothing depends on the number of threads.
+// Logits lie in blocks of `width` columns, each (chunk, width). A task makes those of a block for a
+// group of rows, with maximum and sum of exponentials of each row. When those of all blocks are
+// joined, the gradient takes the place of the logits, in T. That of the hidden states is summed up
+// over a fixed number of parts of the blocks, so that nothing depends on the number of threads.
 
-static const int AT_A_TIME = 256;  // rows for which operands stay in the second cache
+static const long AT_A_TIME = 256;  // rows for which operands stay in the second cache
+static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
   float smoothing, z_loss, softcap, scale;
   long blocks() const { return (vocab + width - 1) / width; }
-  int columns(long block) const { return std::min(width, vocab - block * width); }
+  long columns(long block) const { return std::min(width, vocab - block * width); }
+  long group() const { return std::max(64L, round_up(chunk * parts / TASKS, 16)); }
+  long groups(long rows) const { return (rows + group() - 1) / group(); }
+  long ranges() const { return std::min(groups(chunk), (dim + PANEL - 1) / PANEL); }
 };
 
 struct Tensors {
-  In hidden, weight;
+  const T *hidden, *weight;
   const int64_t* targets;
   In token_weight, upstream;  // null: 1
-  float *losses, *lse, *correct, *dhidden, *dweight;  // the last three null where not wanted
+  float *losses, *lse, *correct;
+  T* dhidden;
+  float* dweight;       // the last three null where not wanted
   const int64_t* kept;  // the rows that count, in order, or null: all do
   long row(long i) const { return kept ? kept[i] : i; }
 };
@@ -34,87 +39,83 @@ struct Row {
   float peak, slope, base, hit;  // gradient: slope·exp(x - peak) - base, less hit at the target
 };
 
-// Parts of one buffer
 struct Space {
-  float *logits, *hidden, *panels, *sums, *end;
-  Stat* stats;
   Row* rows;
-  Space(const Shape* s, const Tensors* t, float* start) {
+  Stat* stats;
+  float *logits, *sums;
+  T *hidden, *packed;
+  char* end;
+  Space(const Shape* s, const Tensors* t, char* start) {
     const long n = s->chunk, d = s->dim;
-    rows = (Row*)start;
-    stats = (Stat*)(rows + n);
-    logits = (float*)(stats + s->blocks() * n);
-    hidden = logits + s->blocks() * n * s->width;
-    panels = hidden + n * d;
-    sums = panels + (t->dweight ? n * d : 0);
-    end = sums + (t->dhidden ? s->parts * n * d : 0);
+    Parts parts{start};
+    rows = parts.take<Row>(n);
+    stats = parts.take<Stat>(s->blocks() * n);
+    logits = parts.take<float>(s->blocks() * n * s->width);
+    hidden = parts.take<T>(n * d);
+    packed = parts.take<T>(t->dweight ? n * d : 0);
+    sums = parts.take<float>(t->dhidden ? s->parts * n * d : 0);
+    end = parts.next;
   }
 };
 
-static float largest(Lanes x) {
-  float most = x[0];
-  for (int i = 1; i < 8; i++) most = x[i] > most ? x[i] : most;
-  return most;
-}
-
-static Lanes hyperbolic_tangent(Lanes x) {
-  Lanes e = exponential(x < 0 ? 2 * x : -2 * x), y = (1 - e) / (1 + e);
-  return x < 0 ? -y : y;
-}
-
-// n columns, behind them zeros up to a multiple of 16
-static Stat measure(float* x, int n, float softcap) {
-  const int end = (n + 15) / 16 * 16;
-  Lanes most[] = {Lanes{} - INFINITY, Lanes{} - INFINITY}, sum[2] = {}, all[2] = {};
-  if (softcap)
-    for (int i = 0; i < end; i += 8) at(x + i) = softcap * hyperbolic_tangent(at(x + i) / softcap);
-  for (int i = 0; i < end; i += 16)
-    for (int k = 0; k < 2; k++) all[k] += at(x + i + 8 * k);
-  std::fill(x + n, x + end, -INFINITY);
-  for (int i = 0; i < end; i += 16)
-    for (int k = 0; k < 2; k++) {
-      Lanes value = at(x + i + 8 * k);
-      most[k] = value > most[k] ? value : most[k];
+static Stat measure(float* x, long n, float softcap) {
+  float peak = -INFINITY, total = 0, sum = 0;
+  if (softcap) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+      const float e = exponential(-2 * std::fabs(x[i]) / softcap), y = (1 - e) / (1 + e);
+      x[i] = std::copysign(softcap * y, x[i]);
     }
-  const float peak = std::max(largest(most[0]), largest(most[1]));
+  }
+#pragma omp simd reduction(+ : total) reduction(max : peak)
+  for (long i = 0; i < n; i++) {
+    total += x[i];
+    peak = x[i] > peak ? x[i] : peak;
+  }
   const float from = peak == -INFINITY ? 0 : peak;
-  for (int i = 0; i < end; i += 16)
-    for (int k = 0; k < 2; k++) sum[k] += exponential(at(x + i + 8 * k) - from);
-  return {peak, total(sum[0] + sum[1]), total(all[0] + all[1])};
+#pragma omp simd reduction(+ : sum)
+  for (long i = 0; i < n; i++) sum += exponential(x[i] - from);
+  return {peak, sum, total};
 }
 
-static void differentiate(float* x, int n, const Row& row, float softcap, long first) {
-  for (int i = 0; i < n; i += 8) {
-    Lanes value = at(x + i), d = row.slope * exponential(value - row.peak) - row.base;
-    at(x + i) = softcap ? d * (1 - value / softcap * (value / softcap)) : d;
-  }
-  if (row.target >= first && row.target < first + n) x[row.target - first] -= row.hit;
+// Writes the gradient of n logits over them, in T, and zeros behind it up to the end
+template <bool CAPPED>
+static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
+  const float peak = row.peak, slope = row.slope, base = row.base;
+  const auto gradient = [=](float x, float hit) {
+    const float g = slope * exponential(x - peak) - base - hit;
+    return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
+  };
+  const long target = row.target - first;
+  const bool hits = target >= 0 && target < n;
+  const float at_target = hits ? gradient(x[target], row.hit) : 0;
+  T* d = (T*)x;  // never ahead of what is still to be read
+#pragma omp simd
+  for (long i = 0; i < n; i++) put(d[i], gradient(x[i], 0));
+  std::fill(d + n, d + end, T{});
+  if (hits) put(d[target], at_target);
 }
 
-// Logits of a block of columns for all rows, and what is known of each row from them
-static void enter(const Shape* s, const Tensors* t, const Space& made, long block, int rows, In h,
-                  long h_row) {
-  const long d = s->dim, n = s->columns(block), end = (n + 15) / 16 * 16;
-  In weight = t->weight + block * s->width * s->weight_row;
-  float *panels = scratch((s->width + PANEL) * d), *rest = panels + s->width * d;
-  for (long j = 0; j < n / PANEL; j++) pack_turned(weight, s->weight_row, d, j, panels);
-  if (n < end) {
-    const long done = n / PANEL * PANEL;
-    for (long i = done; i < n; i++)
-      std::copy_n(weight + i * s->weight_row, d, rest + (i - done) * d);
-    std::fill_n(rest + (n - done) * d, (end - n) * d, 0.f);
-    pack_turned(rest, d, d, 0, panels + done * d);
-  }
-  for (int first = 0; first < rows; first += AT_A_TIME) {
-    const int some = std::min(AT_A_TIME, rows - first);
+// Logits of a block of columns for rows from the first on, and what is known of each from them
+static void enter(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+                  long end_row, const T* h, long h_row) {
+  static thread_local Scratch<T> operand;
+  const long d = s->dim, n = s->columns(block), end = round_up(n, 16);
+  const T* weight = t->weight + block * s->width * s->weight_row;
+  T* panels = operand(end * d);
+  for (long j = 0; j < end; j += PANEL)
+    pack_turned(weight + j * s->weight_row, s->weight_row, std::min(PANEL, n - j), d, panels + j * d,
+                std::min(PANEL, end - j));
+  for (; first < end_row; first += AT_A_TIME) {
+    const long some = std::min(AT_A_TIME, end_row - first);
     float* logits = made.logits + (block * s->chunk + first) * s->width;
     product(some, end, d, h + first * h_row, h_row, panels, logits, s->width);
-    for (int r = 0; r < some; r++)
+    for (long r = 0; r < some; r++)
       made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s->softcap);
   }
 }
 
-static bool is_first_largest(const Shape* s, const Space& made, int r, long target, float value) {
+static bool is_first_largest(const Shape* s, const Space& made, long r, long target, float value) {
   for (long i = 0; i < target; i++) {
     float x = made.logits[(i / s->width * s->chunk + r) * s->width + i % s->width];
     if (std::isnan(value) ? std::isnan(x) : !(x < value)) return false;
@@ -122,258 +123,132 @@ static bool is_first_largest(const Shape* s, const Space& made, int r, long targ
   return true;
 }
 
-// The loss of row `of`, and what its gradient is made of: all but correct. x is the target's logit.
-static Row conclude(const Shape* s, const Tensors* t, long of, Stat all, float x) {
-  const float share = s->smoothing / s->vocab;
-  const long target = t->targets[of];
+// The loss of a row, and what its gradient is made of
+static void join(const Shape* s, const Tensors* t, const Space& made, long r) {
+  Stat all = {-INFINITY, 0, 0};
+  for (long b = 0; b < s->blocks(); b++)
+    all.peak = std::max(all.peak, made.stats[b * s->chunk + r].peak);
+  for (long b = 0; b < s->blocks(); b++) {
+    Stat stat = made.stats[b * s->chunk + r];
+    const bool as_it_is = stat.peak == all.peak || stat.peak == -INFINITY;
+    all.sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - all.peak);
+    all.total += stat.total;
+  }
+  const long of = made.rows[r].of, target = t->targets[of], block = target / s->width;
   const bool valid = target >= 0 && target < s->vocab;
-  const float log_sum = std::log(all.sum), lse = all.peak + log_sum, nll = log_sum - (x - all.peak);
+  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
+  const float share = s->smoothing / s->vocab, log_sum = std::log(all.sum);
+  const float lse = all.peak + log_sum, nll = log_sum - (x - all.peak);
   float loss = nll * (1 - s->smoothing), slope = 1;
   if (s->z_loss) loss += s->z_loss * lse * lse, slope += 2 * s->z_loss * lse;
   if (s->smoothing) loss += s->smoothing * lse - share * all.total;
   const float weight = (t->token_weight ? t->token_weight[of] : 1) * s->scale;
   const float factor = valid ? weight * (t->upstream ? t->upstream[of] : 1) : NAN;
-  const float capped = s->softcap ? x / s->softcap : 0;
   t->losses[of] = loss * weight;
   t->lse[of] = lse;
-  return {of, valid ? target : -1, all.peak, factor * slope / all.sum, factor * share,
-          factor * (1 - s->smoothing) * (1 - capped * capped)};
-}
-
-static void join(const Shape* s, const Tensors* t, const Space& made, int r, long of) {
-  Stat joint = {-INFINITY, 0, 0};
-  for (long b = 0; b < s->blocks(); b++)
-    joint.peak = std::max(joint.peak, made.stats[b * s->chunk + r].peak);
-  for (long b = 0; b < s->blocks(); b++) {
-    Stat stat = made.stats[b * s->chunk + r];
-    const bool as_it_is = stat.peak == joint.peak || stat.peak == -INFINITY;
-    joint.sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - joint.peak);
-    joint.total += stat.total;
-  }
-  const long target = t->targets[of], block = target / s->width;
-  const bool valid = target >= 0 && target < s->vocab;
-  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
-  made.rows[r] = conclude(s, t, of, joint, x);
-  const bool is_largest = valid && (x == joint.peak || std::isnan(x));
+  made.rows[r] = {of, valid ? target : -1, all.peak, factor * slope / all.sum, factor * share,
+                  factor * (1 - s->smoothing)};
+  const bool is_largest = valid && (x == all.peak || std::isnan(x));
   if (t->correct) t->correct[of] = is_largest && is_first_largest(s, made, r, target, x);
 }
 
-// Gradients from one block of logits. Those of the hidden states are added to sums, but the first.
-static void leave(const Shape* s, const Tensors* t, const Space& made, long block, int rows,
-                  float* sums, bool first_of_sums, bool first_of_weight) {
-  const long d = s->dim, n = s->columns(block), first = block * s->width;
-  float *panels = scratch(s->width * (d + AT_A_TIME) + 8), *strips = panels + s->width * d;
-  for (long j = 0; t->dhidden && j < d / PANEL; j++)
-    pack(t->weight + first * s->weight_row, s->weight_row, n, j, panels);
-  for (int start = 0; start < rows; start += AT_A_TIME) {
-    const int some = std::min(AT_A_TIME, rows - start);
-    float* x = made.logits + (block * s->chunk + start) * s->width;
-    for (int r = 0; r < some; r++)
-      differentiate(x + r * s->width, n, made.rows[start + r], s->softcap, first);
+// Gradients of the logits of one part of the blocks in rows from the first on, and what they add to
+// those of the hidden states
+static void leave(const Shape* s, const Tensors* t, const Space& made, long part, long start,
+                  long end_row) {
+  static thread_local Scratch<T> operand;
+  const long d = s->dim, from = s->blocks() * part / s->parts;
+  const long to = s->blocks() * (part + 1) / s->parts, x_row = s->width * sizeof(float) / sizeof(T);
+  for (long block = from; block < to; block++) {
+    const long n = s->columns(block), end = round_up(n, 16), column = block * s->width;
+    T* panels = operand(end * d);
     if (t->dhidden)
-      product(some, d, n, x, s->width, panels, sums + start * d, d, !first_of_sums);
-    if (!t->dweight) continue;
-    for (long i = 0; i < n; i += 6) {
-      const int wide = std::min(6L, n - i);
-      float* to = strips + i * some;
-      for (int r = 0; r < some; r++)
-        if (wide == 6)
-          at(to + r * 6) = at(x + r * s->width + i);  // two too many, overwritten by what follows
-        else
-          std::copy_n(x + r * s->width + i, wide, to + r * wide);
-    }
-    for (long j = 0; j < d; j += PANEL)
-      for (long i = 0; i < n; i += 6)
-        tile_of<true>(n - i)(some, strips + i * some, 0, made.panels + j * rows + start * PANEL,
-                             t->dweight + (first + i) * d + j, d, start || !first_of_weight);
-  }
-}
-
-// Few columns: the logits of sixteen rows, turned, (V, 16), and the rows themselves lie in the
-// first cache; a lane is a row. Threads share out the rows, then the columns of dweight.
-static const int ROWS = PANEL;
-
-// (R, 16) of C = A · B, or added to it. Of A, (R, parts · depth), a part is a block of its own, in
-// which a row is ROW numbers from the next and a column 17 - ROW.
-template <int R, int ROW>
-static void tile_of_blocks(int parts, long part, int depth, In a, In b, float* c, long c_row,
-                           bool add) {
-  Lanes s[R][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++) s[i][0] = s[i][1] = Lanes{};
-  for (int p = 0; p < parts; p++, a += part)
-    for (int k = 0; k < depth; k++, b += PANEL) {
-      Lanes low = at(b), high = at(b + 8);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; i++) {
-        float x = a[i * ROW + k * (ROWS + 1 - ROW)];
-        s[i][0] += x * low;
-        s[i][1] += x * high;
-      }
-    }
-  put(s, c, c_row, add);
-}
-
-template <int ROW>
-static decltype(&tile_of_blocks<1, ROW>) blocks_of(int rows) {
-  static const decltype(&tile_of_blocks<1, ROW>) tiles[] = {
-      tile_of_blocks<1, ROW>, tile_of_blocks<2, ROW>, tile_of_blocks<3, ROW>,
-      tile_of_blocks<4, ROW>, tile_of_blocks<5, ROW>, tile_of_blocks<6, ROW>};
-  return tiles[std::min(rows, 6) - 1];
-}
-
-// Statistics of sixteen rows; e = exp(x - peak)
-static void measure_turned(const Shape* s, float* x, float* e, Stat* stats) {
-  Lanes most[] = {Lanes{} - INFINITY, Lanes{} - INFINITY}, sum[2] = {}, all[2] = {}, from[2];
-  const long end = s->vocab * ROWS;
-  for (long i = 0; i < end; i += ROWS)
-    for (int k = 0; k < 2; k++) {
-      Lanes value = at(x + i + 8 * k);
-      if (s->softcap)
-        at(x + i + 8 * k) = value = s->softcap * hyperbolic_tangent(value / s->softcap);
-      all[k] += value;
-      most[k] = value > most[k] ? value : most[k];
-    }
-  for (int k = 0; k < 2; k++) from[k] = most[k] == -INFINITY ? Lanes{} : most[k];
-  for (long i = 0; i < end; i += ROWS)
-    for (int k = 0; k < 2; k++)
-      sum[k] += at(e + i + 8 * k) = exponential(at(x + i + 8 * k) - from[k]);
-  for (int r = 0; r < ROWS; r++)
-    stats[r] = {most[r / 8][r % 8], sum[r / 8][r % 8], all[r / 8][r % 8]};
-}
-
-// Of up to sixteen rows from the first on: losses, the gradient of the logits in x, and dhidden
-static void few(const Shape* s, const Tensors* t, long first, int rows, float* x, In panels,
-                float* space) {
-  const long d = s->dim, vocab = s->vocab;
-  float *turned = space, *e = turned + d * ROWS, *side = e + vocab * ROWS;
-  In h = t->hidden + first * s->hidden_row;
-  const bool apart = t->kept || rows < ROWS;  // the rows, with zeros behind them
-  if (apart) {
-    for (int r = 0; r < rows; r++)
-      std::copy_n(t->hidden + t->row(first + r) * s->hidden_row, d, side + r * d);
-    std::fill(side + rows * d, side + ROWS * d, 0.f);
-    h = side;
-  }
-  pack_turned(h, apart ? d : s->hidden_row, d, 0, turned);
-  product(vocab, ROWS, d, t->weight, s->weight_row, turned, x, ROWS);
-  Stat stats[ROWS];
-  Row made[ROWS];
-  measure_turned(s, x, e, stats);
-  Lanes slope[2] = {}, base[2] = {};
-  for (int r = 0; r < rows; r++) {
-    const long of = t->row(first + r), target = t->targets[of];
-    const bool valid = target >= 0 && target < vocab;
-    const float value = valid ? x[target * ROWS + r] : NAN;
-    made[r] = conclude(s, t, of, stats[r], value);
-    slope[r / 8][r % 8] = made[r].slope, base[r / 8][r % 8] = made[r].base;
-    if (!t->correct) continue;
-    bool right = valid && (value == stats[r].peak || std::isnan(value));
-    for (long i = 0; right && i < target; i++)
-      right = std::isnan(value) ? !std::isnan(x[i * ROWS + r]) : x[i * ROWS + r] < value;
-    t->correct[of] = right;
-  }
-  if (!t->dhidden && !t->dweight) return;
-  for (long i = 0; i < vocab * ROWS; i += ROWS)
-    for (int k = 0; k < 2; k++) {
-      Lanes value = at(x + i + 8 * k), d = slope[k] * at(e + i + 8 * k) - base[k];
-      at(x + i + 8 * k) = s->softcap ? d * (1 - value / s->softcap * (value / s->softcap)) : d;
-    }
-  for (int r = 0; r < rows; r++)
-    if (made[r].target >= 0) x[made[r].target * ROWS + r] -= made[r].hit;
-  if (!t->dhidden) return;
-  float* out = apart ? side : t->dhidden + first * d;
-  for (long k = 0; k < vocab; k += DEPTH)
-    for (long j = 0; j < d; j += PANEL)
-      for (int i = 0; i < ROWS; i += 6)
-        blocks_of<1>(ROWS - i)(1, 0, std::min<long>(DEPTH, vocab - k), x + k * ROWS + i,
-                               panels + j * vocab + k * PANEL, out + i * d + j, d, k);
-  for (int r = 0; apart && r < rows; r++)
-    std::copy_n(side + r * d, d, t->dhidden + t->row(first + r) * d);
-}
-
-// Sixteen columns of dweight, from the rows of a chunk
-static void few_weights(const Shape* s, const Tensors* t, long start, int rows, long j, In x,
-                        float* panel) {
-  for (int from = 0; from < rows; from += DEPTH) {
-    const int some = std::min(DEPTH, rows - from), groups = (some + ROWS - 1) / ROWS;
-    for (int r = 0; r < some; r++) {
-      In h = t->hidden + t->row(start + from + r) * s->hidden_row + j;
-      at(panel + r * PANEL) = at(h), at(panel + r * PANEL + 8) = at(h + 8);
-    }
-    std::fill(panel + some * PANEL, panel + groups * ROWS * PANEL, 0.f);
-    for (long i = 0; i < s->vocab; i += 6)
-      blocks_of<ROWS>(s->vocab - i)(groups, s->vocab * ROWS, ROWS, x + (from * s->vocab + i * ROWS),
-                                    panel, t->dweight + i * s->dim + j, s->dim, start || from);
-  }
-}
-
-static void compute_few(const Shape* s, const Tensors* t, float* space) {
-  const long d = s->dim, vocab = s->vocab;
-#pragma omp parallel num_threads(s->threads)
-  {
-    float* own = scratch(d * vocab + (vocab + 2 * d + DEPTH) * ROWS);
-    float *rest = own + d * vocab, *panel = rest + (vocab + 2 * d) * ROWS;
-    for (long j = 0; t->dhidden && j < d / PANEL; j++)
-      pack(t->weight, s->weight_row, vocab, j, own);
-    for (long start = 0; start < s->n; start += s->chunk) {
-      const int rows = std::min(s->chunk, s->n - start);
-#pragma omp for schedule(dynamic)
-      for (int r = 0; r < rows; r += ROWS)
-        few(s, t, start + r, std::min(ROWS, rows - r), space + r * vocab, own, rest);
-      if (!t->dweight) continue;
-#pragma omp for schedule(dynamic)
-      for (long j = 0; j < d; j += PANEL) few_weights(s, t, start, rows, j, space, panel);
+      pack(t->weight + column * s->weight_row, s->weight_row, n, end, d, 0, end, panels);
+    for (long first = start; first < end_row; first += AT_A_TIME) {
+      const long some = std::min(AT_A_TIME, end_row - first);
+      float* x = made.logits + (block * s->chunk + first) * s->width;
+      for (long r = 0; r < some; r++)
+        (s->softcap ? differentiate<true> : differentiate<false>)(
+            x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
+      if (t->dhidden)
+        product(some, d, end, (const T*)x, x_row, panels, made.sums + (part * s->chunk + first) * d,
+                d, block > from);
     }
   }
 }
 
-static void compute(const Shape* s, const Tensors* t, float* space) {
+// The gradient of a block of the weight, or of a range of its columns, from the rows of a chunk
+static void weigh(const Shape* s, const Tensors* t, const Space& made, long block, long range,
+                  long rows, bool add) {
+  static thread_local Scratch<T> operand;
+  const long d = s->dim, n = s->columns(block), n_panels = (d + PANEL - 1) / PANEL;
+  const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, PAIR);
+  const long to = std::min(d, n_panels * (range + 1) / s->ranges() * PANEL), row = depth + 32;
+  T* turned = operand(n * row);
+  turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
+       rows, n, turned, row);
+  product(n, to - from, depth, turned, row, made.packed + from * depth,
+          t->dweight + block * s->width * d + from, d, add);
+}
+
+static void compute(const Shape* s, const Tensors* t, char* space) {
   const Space made(s, t, space);
   const long d = s->dim;
 #pragma omp parallel num_threads(s->threads)
   for (long start = 0; start < s->n; start += s->chunk) {
-    const int rows = std::min(s->chunk, s->n - start);
-    In h = t->kept ? made.hidden : t->hidden + start * s->hidden_row;
+    const long rows = std::min(s->chunk, s->n - start), depth = round_up(rows, PAIR);
+    const long groups = s->groups(rows), group = s->group();
+    const T* h = t->kept ? made.hidden : t->hidden + start * s->hidden_row;
     const long h_row = t->kept ? d : s->hidden_row;
-    if (t->kept) {
 #pragma omp for schedule(static)
-      for (int r = 0; r < rows; r++)
-        std::copy_n(t->hidden + t->kept[start + r] * s->hidden_row, d, made.hidden + r * d);
+    for (long r = 0; r < rows; r++) {
+      made.rows[r].of = t->row(start + r);
+      if (t->kept) std::copy_n(t->hidden + t->row(start + r) * s->hidden_row, d, made.hidden + r * d);
     }
     if (t->dweight) {
 #pragma omp for schedule(static) nowait
-      for (long j = 0; j < d / PANEL; j++) pack(h, h_row, rows, j, made.panels);
+      for (long j = 0; j < d; j += PANEL)
+        pack_rows(h + j, h_row, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
+                  std::min(PANEL, d - j));
     }
 #pragma omp for schedule(dynamic)
-    for (long b = 0; b < s->blocks(); b++) enter(s, t, made, b, rows, h, h_row);
+    for (long i = 0; i < s->blocks() * groups; i++) {
+      const long first = i % groups * group;
+      enter(s, t, made, i / groups, first, std::min(rows, first + group), h, h_row);
+    }
 #pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++) join(s, t, made, r, t->row(start + r));
+    for (long r = 0; r < rows; r++) join(s, t, made, r);
     if (!t->dhidden && !t->dweight) continue;
 #pragma omp for schedule(dynamic)
-    for (long p = 0; p < s->parts; p++) {
-      const long from = s->blocks() * p / s->parts, to = s->blocks() * (p + 1) / s->parts;
-      float* sums = made.sums + p * s->chunk * d;
-      for (long b = from; b < to; b++) leave(s, t, made, b, rows, sums, b == from, start == 0);
+    for (long i = 0; i < s->parts * groups; i++) {
+      const long first = i % groups * group;
+      leave(s, t, made, i / groups, first, std::min(rows, first + group));
     }
-    if (!t->dhidden) continue;
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-      for (long i = 0; i < d; i += 8) {
-        Lanes sum = at(made.sums + r * d + i);
-        for (long p = 1; p < s->parts; p++) sum += at(made.sums + (p * s->chunk + r) * d + i);
-        at(t->dhidden + made.rows[r].of * d + i) = sum;
+    if (t->dweight) {
+#pragma omp for schedule(dynamic) nowait
+      for (long i = 0; i < s->blocks() * s->ranges(); i++)
+        weigh(s, t, made, i / s->ranges(), i % s->ranges(), rows, start > 0);
+    }
+    if (t->dhidden) {
+#pragma omp for schedule(static) nowait
+      for (long r = 0; r < rows; r++) {
+        float* sum = made.sums + r * d;
+        for (long p = 1; p < s->parts; p++) {
+          In more = sum + p * s->chunk * d;
+          for (long i = 0; i < d; i++) sum[i] += more[i];
+        }
+        convert(sum, d, t->dhidden + made.rows[r].of * d);
       }
+    }
+#pragma omp barrier
   }
 }
 
-// Floats of the space. A layout without parts is that of few columns.
-extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {
-  if (!s->parts) return s->chunk * s->vocab;
-  return Space(s, t, nullptr).end - (float*)nullptr;
+extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  // in bytes
+  return Space(s, t, nullptr).end - (char*)nullptr;
 }
 
-extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, float* space) {
+extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, char* space) {
   Shape s = *given;
   Tensors t = *all;
   std::vector<int64_t> kept;
@@ -384,10 +259,10 @@ extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, flo
       if (t.targets[r] != given->ignored) continue;
       t.losses[r] = t.lse[r] = 0;
       if (t.correct) t.correct[r] = 0;
-      if (t.dhidden) std::fill_n(t.dhidden + r * s.dim, s.dim, 0.f);
+      if (t.dhidden) std::fill_n(t.dhidden + r * s.dim, s.dim, T{});
     }
     t.kept = kept.data();
   }
   if (!s.n && t.dweight) std::fill_n(t.dweight, s.vocab * s.dim, 0.f);
-  if (s.n) (s.parts ? compute : compute_few)(&s, &t, space);
+  if (s.n) compute(&s, &t, space);
 }

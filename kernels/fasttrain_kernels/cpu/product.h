@@ -1,142 +1,171 @@
-// Matrix products in fp32 with AVX2, from which operations on a CPU are made: see __init__.py.
+// Matrix products on a CPU, and what operations around them share; the other sources are compiled
+// behind this one. T is the type of the operands: fp32, or bf16 where BF16 is defined. Sums and all
+// else are fp32.
 //
-// Six rows and sixteen columns of C are summed up in twelve registers. B comes in panels: sixteen
-// of its columns, one row after the other, so that a panel of 256 rows stays in the first cache
-// while the rows of A pass by. Source: Goto and van de Geijn 2008, Anatomy of High-Performance
-// Matrix Multiplication.
-#pragma GCC optimize("fp-contract=fast")
+// C = A · B by oneDNN's micro-kernels, which libtorch_cpu exports. A lies by rows. B (depth, n) is
+// packed in panels of PANEL columns, one row behind the other; of bf16, PAIR rows are interleaved.
+// Two cores of a Xeon with AMX, tiles of 24 to 64 rows, GFLOP/s a core: fp32 160 to 180 in panels
+// of 32 columns (150 unpacked, 84 to 111 held to AVX2), bf16 450 to 670. Sums over 2,048 rows of B in
+// fp32 make 180 in parts of DEPTH, 160 at once; of bf16 420 and 500.
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(32)));
+namespace c10 {
+struct BFloat16 {
+  uint16_t bits;
+};
+}  // namespace c10
+namespace at::native::cpublas {
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t a_row, int64_t b_row, int64_t c_row, bool add,
+            const float* a, const float* b, float* c, bool interleaved);
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t a_row, int64_t b_row, int64_t c_row, bool add,
+            const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool interleaved);
+}  // namespace at::native::cpublas
+using at::native::cpublas::brgemm;
+typedef c10::BFloat16 Bf16;
+
+#ifdef BF16
+typedef Bf16 T;
+static const long PAIR = 2, PANEL = 64, DEPTH = INT32_MAX;
+#else
+typedef float T;
+static const long PAIR = 1, PANEL = 32, DEPTH = 512;
+#endif
 typedef const float* In;
 
-static inline Lanes& at(float* p) { return *(Lanes*)p; }
-static inline Lanes at(In p) { return *(const Lanes*)p; }
+static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-static inline float total(Lanes x) {
-  float sum = 0;
-  for (int i = 0; i < 8; i++) sum += x[i];
-  return sum;
+static inline float widen(float x) { return x; }
+
+static inline float widen(Bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
 }
 
-// 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial is within
-// 3e-9, relatively, where |r| <= ln 2 / 2.
-static inline Lanes exponential(Lanes given) {
+static inline void put(float& to, float x) { to = x; }
+
+static inline void put(Bf16& to, float x) {  // rounds to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Bits of a number in bf16, and of two numbers side by side
+static inline uint32_t narrow_bits(Bf16 x) { return x.bits; }
+
+static inline uint32_t narrow_bits(float x) {
+  Bf16 y;
+  put(y, x);
+  return y.bits;
+}
+
+template <class From, class To>
+static void convert(const From* x, long n, To* y) {
+  for (long i = 0; i < n; i++) put(y[i], widen(x[i]));
+}
+
+// 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of
+// Moshier's Cephes, is within 3e-9, relatively, where |r| <= ln 2 / 2.
+static inline float exponential(float given) {
   const float shift = 12582912;  // 1.5·2²³: what is added to it is rounded to a whole number
-  Lanes x = __builtin_ia32_maxps256(Lanes{} - 87.f, __builtin_ia32_minps256(Lanes{} + 87.f, given));
-  Lanes n = x * 1.44269504f + shift, f = n - shift;
-  Lanes r = (x - f * 0.693359375f) + f * 2.12194440e-4f;
-  Lanes p = r * 1.3814320555e-3f + 8.3688516170e-3f;
+  const float x = given < -87.f ? -87.f : given > 87.f ? 87.f : given;
+  const float n = x * 1.44269504f + shift, f = n - shift;
+  const float r = (x - f * 0.693359375f) + f * 2.12194440e-4f;
+  float p = r * 1.3814320555e-3f + 8.3688516170e-3f;
   p = p * r + 4.1668400168e-2f;
   p = p * r + 1.6666519642e-1f;
   p = p * r + 4.9999994040e-1f;
   p = p * (r * r) + r + 1.f;
-  p *= (Lanes)(((Ints)n << 23) + (127 << 23));
-  return given < -87.f ? Lanes{} : p;
+  int32_t bits;
+  std::memcpy(&bits, &n, sizeof bits);
+  bits = (int32_t)((uint32_t)bits << 23) + (127 << 23);
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return given < -87.f ? 0 : p * power;
 }
 
-static const int PANEL = 16, DEPTH = 256;  // columns of a panel; its rows that are used at a time
+// Space of a thread, in lines of the cache, kept from call to call
+template <class Element>
+struct Scratch {
+  std::vector<char> bytes;
+  Element* operator()(long n) {
+    const size_t size = n * sizeof(Element) + 64;
+    if (bytes.size() < size) bytes.resize(size);
+    return (Element*)(((uintptr_t)bytes.data() + 63) & ~(uintptr_t)63);
+  }
+};
 
-template <int R>
-static inline void put(const Lanes (&sums)[R][2], float* c, long c_row, bool add) {
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++)
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; k++) {
-      Lanes& to = at(c + i * c_row + 8 * k);
-      to = add ? to + sums[i][k] : sums[i][k];
+// Parts of one buffer, in lines of the cache
+struct Parts {
+  char* next;
+  template <class Element>
+  Element* take(long n) {
+    char* part = next;
+    next += round_up(n * sizeof(Element), 64);
+    return (Element*)part;
+  }
+};
+
+static inline void multiply(long m, long n, long k, In a, long a_row, In b, long b_row, float* c,
+                            long c_row, bool add) {
+  brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, false);
+}
+
+// Without instructions for bf16 its products are those of fp32: slow, for tests.
+static bool multiplies_bf16() {
+  static const bool does = [] {
+    try {
+      const Bf16 zeros[32] = {};
+      float sums[16];
+      brgemm(1, 16, 2, 2, 16, 16, false, zeros, zeros, sums, true);
+      return true;
+    } catch (...) {
+      return false;
+    }
+  }();
+  return does;
+}
+
+static inline void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf16* b,
+                            long b_row, float* c, long c_row, bool add) {
+  if (multiplies_bf16()) return brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, true);
+  static thread_local Scratch<float> wide_a, wide_b;
+  float *wa = wide_a(m * k), *wb = wide_b(k * n);
+  for (long i = 0; i < m; i++) convert(a + i * a_row, k, wa + i * k);
+  for (long i = 0; i < k; i++)
+    for (long j = 0; j < n; j++) wb[i * n + j] = widen(b[(i / 2 * b_row + j) * 2 + i % 2]);
+  multiply(m, n, k, wa, k, wb, n, c, c_row, add);
+}
+
+// C (m, n) = A (m, depth) · B (depth, n) of panels, or added to it; depth is a multiple of PAIR
+static void product(long m, long n, long depth, const T* a, long a_row, const T* panels, float* c,
+                    long c_row, bool add = false) {
+  for (long k = 0; k < depth; k += DEPTH)
+    for (long j = 0; j < n; j += PANEL) {
+      const long width = std::min(PANEL, n - j);
+      multiply(m, width, std::min(DEPTH, depth - k), a + k, a_row, panels + j * depth + k * width,
+               width, c + j, c_row, add || k);
     }
 }
 
-// (R, 16) of C = A · B, or added to it. A by rows, or PACKED: R of its rows interleaved.
-template <int R, bool PACKED>
-static void tile(int depth, In a, long a_row, In b, float* c, long c_row, bool add) {
-  Lanes s[R][2];
+// Numbers of 32 bits: of fp32, or pairs of bf16
+typedef float Word __attribute__((may_alias));
+typedef float Words __attribute__((vector_size(32), aligned(4), may_alias));
+
+// (8, 8) of yᵀ = x
+static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row) {
+  Words r[8], s[8];
+#define MIX __builtin_shufflevector
 #pragma GCC unroll 8
-  for (int i = 0; i < R; i++) {
-    __builtin_prefetch(c + i * c_row, 1);
-    s[i][0] = s[i][1] = Lanes{};
-  }
-  for (int k = 0; k < depth; k++) {
-    Lanes low = at(b + k * PANEL), high = at(b + k * PANEL + 8);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      float x = PACKED ? a[k * R + i] : a[i * a_row + k];
-      s[i][0] += x * low;
-      s[i][1] += x * high;
-    }
-  }
-  put(s, c, c_row, add);
-}
-
-typedef decltype(&tile<1, false>) Tile;
-
-template <bool PACKED>
-static Tile tile_of(int rows) {
-  static const Tile tiles[] = {tile<1, PACKED>, tile<2, PACKED>, tile<3, PACKED>,
-                               tile<4, PACKED>, tile<5, PACKED>, tile<6, PACKED>};
-  return tiles[std::min(rows, 6) - 1];
-}
-
-// C (m, n) = A (m, depth) · B (depth, n) of panels; n is a multiple of 16
-static void product(int m, int n, int depth, In a, long a_row, In panels, float* c, long c_row,
-                    bool add = false) {
-  for (int k = 0; k < depth; k += DEPTH)
-    for (int j = 0; j < n; j += PANEL)
-      for (int i = 0; i < m; i += 6)
-        tile_of<false>(m - i)(std::min(DEPTH, depth - k), a + i * a_row + k, a_row,
-                              panels + (long)j * depth + k * PANEL, c + i * c_row + j, c_row,
-                              add || k);
-}
-
-// Rows of A (depth, n), from the first on, as those of strips: six columns of A (of the last strip
-// those that are left), one row after the other. Eight rows at a time stay in the cache meanwhile.
-static void to_strips(In a, int rows, int n, long first, long depth, float* strips) {
-  for (int from = 0; from < rows; from += 8) {
-    const int end = std::min(rows, from + 8);
-    for (int i = 0; i < n; i += 6) {
-      int width = std::min(6, n - i), wide = width == 6 ? std::min(end, rows - 1) : from;
-      float* to = strips + i * depth + first * width;
-      for (int r = from; r < wide; r++) at(to + r * 6) = at(a + (long)r * n + i);  // two too many
-      for (int r = wide; r < end; r++) std::copy_n(a + (long)r * n + i, width, to + r * width);
-    }
-  }
-}
-
-// C (m, n) = Aᵀ · B of A (depth, m) in strips and B (depth, n) in panels
-static void product_of_turned(int m, int n, int depth, In strips, In panels, float* c, long c_row) {
-  for (int k = 0; k < depth; k += DEPTH)
-    for (int j = 0; j < n; j += PANEL)
-      for (int i = 0; i < m; i += 6)
-        tile_of<true>(m - i)(std::min(DEPTH, depth - k),
-                             strips + (long)i * depth + k * std::min(6, m - i), 0,
-                             panels + (long)j * depth + k * PANEL, c + i * c_row + j, c_row, k > 0);
-}
-
-// Panel j of B (depth, n) by rows
-static void pack(In b, long row, int depth, int j, float* panels) {
-  float* to = panels + (long)j * PANEL * depth;
-  In from = b + j * PANEL;
-  for (int k = 0; k < depth; k++) {
-    at(to + k * PANEL) = at(from + k * row);
-    at(to + k * PANEL + 8) = at(from + k * row + 8);
-  }
-}
-
-#define MIX(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-
-// (8, 8) of the panel from eight rows of w
-static void turn_eight(In w, long row, float* to) {
-  Lanes r[8], s[8];
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) r[j] = at(w + j * row);
+  for (int j = 0; j < 8; j++) r[j] = *(const Words*)(x + j * x_row);
 #pragma GCC unroll 8
   for (int j = 0; j < 8; j += 2) {
     s[j] = MIX(r[j], r[j + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -151,24 +180,112 @@ static void turn_eight(In w, long row, float* to) {
     }
 #pragma GCC unroll 8
   for (int j = 0; j < 4; j++) {
-    at(to + j * PANEL) = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    at(to + (j + 4) * PANEL) = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    *(Words*)(y + j * y_row) = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(Words*)(y + (j + 4) * y_row) = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#undef MIX
+}
+
+// y (n, m) = xᵀ of words x (m, n)
+static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row) {
+  const Word* x = (const Word*)from;
+  Word* y = (Word*)to;
+  for (long j = 0; j < n; j += 8)  // a line of y is written at once
+    for (long i = 0; i < m; i += 8)
+      if (i + 8 <= m && j + 8 <= n)
+        transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row);
+      else
+        for (long r = i; r < std::min(i + 8, m); r++)
+          for (long c = j; c < std::min(j + 8, n); c++) y[c * y_row + r] = x[r * x_row + c];
+}
+
+// `rows` rows of B (n columns) as they lie in a panel of `width` columns, behind them zeros up to
+// `end` rows, all of an even number
+template <class From>
+static void pack_rows(const From* b, long row, long rows, long end, long n, T* panel, long width) {
+  for (long k = 0; k < end; k += PAIR, panel += width * PAIR) {
+#ifdef BF16
+    const From *low = b + k * row, *high = low + row;
+    uint32_t* pairs = (uint32_t*)panel;
+    if (k + 1 < rows) {
+#pragma omp simd
+      for (long i = 0; i < n; i++) pairs[i] = narrow_bits(low[i]) | narrow_bits(high[i]) << 16;
+    } else
+      for (long i = 0; i < n; i++) pairs[i] = k < rows ? narrow_bits(low[i]) : 0;
+#else
+    if (k < rows)
+      convert(b + k * row, n, panel);
+    else
+      std::fill_n(panel, n, 0.f);
+#endif
   }
 }
 
-// Panel j of B = wᵀ, w (n, depth) by rows; depth is a multiple of 8
-static void pack_turned(In w, long row, int depth, int j, float* panels) {
-  float* to = panels + (long)j * PANEL * depth;
-  In from = w + (long)j * PANEL * row;
-  for (int k = 0; k < depth; k += 8) {
-    turn_eight(from + k, row, to + k * PANEL);
-    turn_eight(from + 8 * row + k, row, to + k * PANEL + 8);
-  }
+// Rows of B (depth, n), from the first on, into the panels of all, behind them zeros up to `end`
+// rows. A few rows at a time: of a narrow strip of many, each row begins a page of its own.
+template <class From>
+static void pack(const From* b, long row, long rows, long end, long n, long first, long depth,
+                 T* panels) {
+  for (long k = 0; k < end; k += 16)
+    for (long j = 0; j < n; j += PANEL) {
+      const long width = std::min(PANEL, n - j);
+      pack_rows(b + k * row + j, row, rows - k, std::min(16L, end - k), width,
+                panels + j * depth + (first + k) * width, width);
+    }
 }
 
-// Space of this thread's own, in lines of the cache
-static float* scratch(size_t size) {
-  static thread_local std::vector<float> space;
-  if (space.size() < size + 16) space.resize(size + 16);
-  return (float*)(((uintptr_t)space.data() + 63) & ~(uintptr_t)63);
+// Columns of B = wᵀ, up to PANEL, from n rows of w (n, depth), behind them zeros up to the width
+template <class From>
+static void pack_turned(const From* w, long row, long n, long depth, T* panel, long width) {
+  static thread_local Scratch<T> narrow;
+  const T* x = (const T*)w;
+  if (sizeof(From) != sizeof(T)) {
+    T* rows = narrow(n * depth);
+    for (long i = 0; i < n; i++) convert(w + i * row, depth, rows + i * depth);
+    x = rows, row = depth;
+  }
+  transpose(x, row / PAIR, n, depth / PAIR, panel, width);
+  for (long k = 0; n < width && k < depth / PAIR; k++)
+    std::fill_n(panel + (k * width + n) * PAIR, (width - n) * PAIR, T{});
 }
+
+// y (n, rows) = xᵀ of x (rows, n), in T; an odd last row of bf16 gets a column of zeros behind it
+template <class From>
+static void turn(const From* x, long row, long rows, long n, T* y, long y_row) {
+#ifdef BF16
+  static thread_local Scratch<T> pairs;
+  const long end = round_up(rows, PAIR);
+  T* made = pairs(end * n);
+  pack_rows(x, row, rows, end, n, made, n);
+  transpose(made, n, end / PAIR, n, y, y_row / PAIR);
+#else
+  transpose(x, row, rows, n, y, y_row);
+#endif
+}
+
+// How threads share the tasks of an operation. Each begins with a part of the tasks that is its own,
+// the same in each operation, so that what it made before lies in its cache; then it helps the
+// others. Blocks at T=64 on two Zen 3 cores: forward takes 0.94 of the time of OpenMP's guided
+// schedule, where the parts change hands by chance, and backward 0.97.
+struct Turns {
+  struct alignas(64) Turn {
+    std::atomic<long> next;
+  };
+  const long n_tasks, n_parts;
+  std::vector<Turn> turns;
+
+  Turns(long n_tasks, long n_threads) : n_tasks(n_tasks), n_parts(n_threads), turns(n_threads) {
+    for (long part = 0; part < n_parts; part++) turns[part].next = begin(part);
+  }
+  long begin(long part) const { return n_tasks * part / n_parts; }
+
+  // Called by all threads of a team
+  template <class Task>
+  void take(Task task) {
+    for (long k = 0; k < n_parts; k++) {
+      const long part = (omp_get_thread_num() + k) % n_parts, end = begin(part + 1);
+      long i;
+      while ((i = turns[part].next.fetch_add(1, std::memory_order_relaxed)) < end) task(i);
+    }
+  }
+};

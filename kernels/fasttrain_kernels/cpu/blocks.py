@@ -1,12 +1,13 @@
-"""Blocks of the Transformer as one operation on a CPU in fp32, written in C++: blocks.cpp.
+"""Blocks of the Transformer as one operation on a CPU, written in C++: blocks.cpp.
 
 Tokens go through norm, product, activation and the next product a few at a time, while they are in
 the cache; there is nothing of Python's between. Saved for backward are a block's input, queries,
 keys and values, the attention's output, the hidden states in the middle and those of the
-feed-forward layer before its activation; all else is computed again.
+feed-forward layer before its activation; all else is computed again. Under autocast products take
+bf16, as do the tensors that are saved for them; the residual stream, norms, softmax and sums are
+fp32.
 
-Sources: Dao et al. 2022, FlashAttention (arXiv:2205.14135), for what is recomputed; Goto and van de
-Geijn 2008, Anatomy of High-Performance Matrix Multiplication.
+Source: Dao et al. 2022, FlashAttention (arXiv:2205.14135), for what is recomputed.
 
 Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim, F hidden_dim.
 """
@@ -18,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fasttrain_kernels.cpu import PRODUCT, is_supported, load
 from torch import Tensor, nn
 
-from fasttrain.config import TrainConfig, UserError
+from . import PRODUCT, attention, load
 
-_FOLDER = Path(__file__).parent
-_SOURCES = ("turns.h", "attention.cpp", "rows.h", "blocks.cpp")
-_KINDS = ("gelu", "relu2", "swiglu")
+KINDS = ("gelu", "relu2", "swiglu")
 
 
 class _Shape(ctypes.Structure):
@@ -37,22 +35,16 @@ class _Shape(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    try:
-        library = load(PRODUCT, *(_FOLDER / name for name in _SOURCES))
-    except RuntimeError as e:
-        raise UserError(f"the C++ of a block was not built; use run.compile=off: {e}") from e
-    library.block_saved.restype = library.block_space.restype = ctypes.c_long
-    return library
-
-
-def build() -> None:
-    """Build the library, before a run begins rather than in its first step.
+def build(dtype: torch.dtype) -> ctypes.CDLL:
+    """Return the library of one dtype, built where it is not yet.
 
     Raises:
-        UserError: it cannot be built here.
+        RuntimeError: it cannot be built here.
     """
-    _library()
+    source = Path(__file__).with_name("blocks.cpp")
+    library = load(PRODUCT, attention.SOURCE, source, dtype=dtype)
+    library.block_saved.restype = library.block_space.restype = ctypes.c_long
+    return library
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> Any:
@@ -76,22 +68,24 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx: Any,
         shape: _Shape,
+        dtype: torch.dtype,
         x: Tensor,
         norm: _Optional,
         cos: _Optional,
         sin: _Optional,
         *own: _Optional,
     ) -> Tensor:
-        library, size, n = _library(), ctypes.byref(shape), len(own) // _OWN
+        library, size, n = build(dtype), ctypes.byref(shape), len(own) // _OWN
         xs = [x, *(torch.empty_like(x) for _ in range(n))]
         inputs = _inputs(xs[:-1], (cos, sin), own)
-        saved = [x.new_empty(library.block_saved(size, inputs)) for _ in range(n)]
-        space = x.new_empty(library.block_space(size, False))
+        n_saved, n_space = library.block_saved(size, inputs), library.block_space(size, False)
+        saved = [x.new_empty(n_saved, dtype=torch.uint8) for _ in range(n)]
+        space = x.new_empty(n_space, dtype=torch.uint8)
         y = xs[-1] if norm is None else torch.empty_like(x)
         last = _pointers((norm, None, xs[-1], y, None))
         pointers = (_pointers(saved), ctypes.c_void_p(space.data_ptr()), _pointers(xs[1:]), last)
         library.blocks_forward(size, n, inputs, *pointers)
-        ctx.shape = shape
+        ctx.shape, ctx.dtype = shape, dtype
         last_x = None if norm is None else xs[-1]
         ctx.save_for_backward(norm, cos, sin, last_x, *saved, *xs[:-1], *own)
         return y
@@ -102,45 +96,16 @@ class _Blocks(torch.autograd.Function):
         norm, cos, sin, y, *tensors = ctx.saved_tensors
         n = len(tensors) // (2 + _OWN)
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        library, size, dy = _library(), ctypes.byref(ctx.shape), dy.contiguous()
+        library, size, dy = build(ctx.dtype), ctypes.byref(ctx.shape), dy.contiguous()
         dx, grads = torch.empty_like(dy), [None if t is None else torch.empty_like(t) for t in own]
         dnorm = None if norm is None else torch.empty_like(norm)
-        space = dy.new_empty(library.block_space(size, True))
+        space = dy.new_empty(library.block_space(size, True), dtype=torch.uint8)
         pointers = (
             *(_inputs(xs, (cos, sin), own), _pointers(saved), ctypes.c_void_p(space.data_ptr())),
             *(_inputs([dx] * n, (), grads), _pointers((norm, dy, y, None, dnorm))),
         )
         library.blocks_backward(size, n, *pointers)
-        return None, dx, dnorm, None, None, *grads
-
-
-def fits(config: TrainConfig) -> bool:
-    """Return whether `run_blocks_on_cpu` can train a config's model on the CPU of this machine."""
-    return why_unfit(config) is None
-
-
-def why_unfit(config: TrainConfig) -> str | None:
-    """Return why `run_blocks_on_cpu` cannot train a config's model here; None where it can."""
-    model, widest = config.model, torch.backends.cpu.get_cpu_capability()
-    if not is_supported():
-        lacks = "g++ is missing" if widest == "AVX2" else f"this CPU has {widest}"
-        return f"C++ blocks need AVX2 alone and g++; {lacks}"
-    if config.run.dtype not in ("auto", "fp32"):
-        return f"C++ blocks compute in fp32, not {config.run.dtype}"
-    widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
-    window = model.sliding_window_tokens
-    for key, is_done in (
-        ("model widths that are no multiples of 16", not any(n % 16 for n in widths)),
-        (f"model.mlp={model.mlp}", model.mlp in _KINDS),
-        ("model.bias", not model.bias),
-        ("model.dropout", model.dropout == 0),
-        ("model.sliding_window_tokens", window is None or window >= config.data.seq_len),
-        ("data.attention_across_documents=false", config.data.attention_across_documents),
-        ("activation checkpointing", config.train.activation_checkpointing == "none"),
-    ):
-        if not is_done:
-            return f"C++ blocks lack {key}"
-    return None
+        return None, None, dx, dnorm, None, None, *grads
 
 
 def run_blocks_on_cpu(
@@ -153,7 +118,9 @@ def run_blocks_on_cpu(
     start: int,
     values: Sequence[Tensor] | None,
 ) -> Tensor:
-    """Return what blocks make of x one after the other, of a config that `fits`.
+    """Return what blocks make of x one after the other, as `fasttrain.model.run_blocks` does.
+
+    Products take the dtype of autocast, fp32 or bf16; all widths are multiples of 16.
 
     Args:
         blocks: of a `fasttrain.model.Block` each.
@@ -168,9 +135,10 @@ def run_blocks_on_cpu(
     Returns:
         fp32 (B, T, D), differentiable once.
 
-    Numerics: fp32 throughout; reruns agree bit for bit, on any number of threads.
-    Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + 2·D + F (SwiGLU 2F)
-        numbers a token and block; in backward about as much again, of one block, for a moment. The
+    Numerics: reruns agree bit for bit, on any number of threads.
+    Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + F (SwiGLU 2F) numbers
+        a token and block in the dtype of the products, and 2·D in fp32; in backward about as much
+        again, of one block, for a moment. The
         gradients of all weights come at once: where they accumulate, that is a second copy.
     """
     if mask is not None or caches is not None or start or x.numel() == 0:
@@ -189,8 +157,10 @@ def run_blocks_on_cpu(
     b, t, d = x.shape
     norm = block.attention_norm  # all have the same shape
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)
-    kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), _KINDS.index(mlp.kind))
+    kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), KINDS.index(mlp.kind))
     shape = _Shape(*sizes, *kind, torch.get_num_threads(), norm.eps)
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
     last = None if last_norm is None else last_norm.weight
     tensors = [
         None if t is None else t.contiguous() for t in (x, last, *(rope or (None,) * 2), *own)
@@ -201,5 +171,5 @@ def run_blocks_on_cpu(
                 f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device}; "
                 "set model.blocks_fn = fasttrain.model.run_blocks"
             )
-    y: Tensor = _Blocks.apply(shape, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _Blocks.apply(shape, dtype, *tensors)
     return y

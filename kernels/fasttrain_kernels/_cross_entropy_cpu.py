@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._loss_options import LossOptions
+from ._loss_options import LossOptions
 
 
 class RowResult(NamedTuple):

@@ -1,1 +1,0 @@
-"""Attention and blocks in C++ for a CPU."""

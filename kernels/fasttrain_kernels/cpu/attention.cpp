@@ -1,0 +1,186 @@
+// Causal attention on a CPU, forward and backward: see attention.py. Compiled behind product.h.
+//
+// A task is a key-value head of a row of the batch, with the query heads that share it: keys and
+// values are packed once, and nothing is reduced over threads. Queries and keys are taken SIDE at a
+// time. Backward keeps scores as (keys, queries), so that they are an operand of the gradients of
+// keys and values as they lie.
+
+namespace attention {
+
+typedef const long* Strides;  // of B, T and heads; that of K is 1
+
+static const long SIDE = 64;
+
+struct Shape {
+  long n_batch, t, n_heads, n_kv, dim, n_threads;
+  long blocks() const { return (t + SIDE - 1) / SIDE; }
+  long count(long block) const { return std::min(SIDE, t - block * SIDE); }
+};
+
+template <class Element>
+static Element* rows_of(Element* x, Strides s, long b, long head, long first) {
+  return x + b * s[0] + first * s[1] + head * s[2];
+}
+
+// Blocks of keys or values, each (SIDE, K) packed as it is, or TURNED, with zeros behind the last
+template <bool TURNED>
+static void pack_blocks(const Shape& s, const T* x, long row, T* packed) {
+  for (long j = 0; j < s.blocks(); j++, packed += SIDE * s.dim)
+    if (TURNED)
+      pack_turned(x + j * SIDE * row, row, s.count(j), s.dim, packed, SIDE);
+    else
+      pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed, s.dim);
+}
+
+// Loops run over whole vectors: of scores that end, or begin, within one, the rest is hidden.
+static const long LANES = 16 * PAIR;
+
+// p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum
+static float soften(float* x, long n, long end, float scale, T* p, float& most) {
+  const long whole = round_up(n, LANES);
+  float peak = -INFINITY, sum = 0;
+  std::fill(x + n, x + whole, -INFINITY);
+#pragma omp simd reduction(max : peak)
+  for (long i = 0; i < whole; i++) peak = x[i] > peak ? x[i] : peak;
+#pragma omp simd reduction(+ : sum)
+  for (long i = 0; i < whole; i++) {
+    const float e = exponential((x[i] - peak) * scale);
+    sum += e;
+    put(p[i], e);
+  }
+  std::fill(p + whole, p + end, T{});
+  most = peak;
+  return sum;
+}
+
+static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, float* lse,
+                    Strides qs, Strides ks, Strides vs) {
+  const float scale = 1 / std::sqrt((float)s.dim);
+  const long ys[] = {s.t * s.n_heads * s.dim, s.n_heads * s.dim, s.dim};
+  const long n_group = s.n_heads / s.n_kv, t_end = s.blocks() * SIDE;
+  Turns turns(s.n_batch * s.n_kv, s.n_threads);
+#pragma omp parallel num_threads(s.n_threads)
+  turns.take([&](long task) {
+    static thread_local Scratch<T> turned_keys, packed_values, weights;
+    static thread_local Scratch<float> all_scores, outputs;
+    const long b = task / s.n_kv, g = task % s.n_kv;
+    T *keys = turned_keys(t_end * s.dim), *values = packed_values(t_end * s.dim);
+    T* p = weights(SIDE * t_end);
+    float *scores = all_scores(SIDE * t_end), *out = outputs(SIDE * s.dim);
+    pack_blocks<true>(s, rows_of(k, ks, b, g, 0), ks[1], keys);
+    pack_blocks<false>(s, rows_of(v, vs, b, g, 0), vs[1], values);
+    for (long h = g * n_group; h < (g + 1) * n_group; h++)
+      for (long block = 0; block < s.blocks(); block++) {
+        const long first = block * SIDE, n = s.count(block), end = first + SIDE;
+        const T* queries = rows_of(q, qs, b, h, first);
+        for (long j = 0; j <= block; j++)
+          multiply(n, SIDE, s.dim, queries, qs[1], keys + j * SIDE * s.dim, SIDE, scores + j * SIDE,
+                   t_end, false);
+        float sums[SIDE], peak;
+        for (long i = 0; i < n; i++) {
+          sums[i] = soften(scores + i * t_end, first + i + 1, end, scale, p + i * t_end, peak);
+          lse[(b * s.n_heads + h) * s.t + first + i] = peak * scale + std::log(sums[i]);
+        }
+        for (long j = 0; j <= block; j++)
+          multiply(n, s.dim, SIDE, p + j * SIDE, t_end, values + j * SIDE * s.dim, s.dim, out,
+                   s.dim, j > 0);
+        for (long i = 0; i < n; i++) {
+          T* to = rows_of(y, ys, b, h, first + i);
+          const float factor = 1 / sums[i];
+          for (long c = 0; c < s.dim; c++) put(to[c], out[i * s.dim + c] * factor);
+        }
+      }
+  });
+}
+
+// Of the scores of a key, those of the queries from the first on that see it, and zeros before:
+// p = exp(scale·x - lse), d = p·(dp - delta)·scale
+static void differentiate(In x, In dp, In lse, In delta, long first, float scale, T* p, T* d) {
+#pragma omp simd
+  for (long i = first / LANES * LANES; i < SIDE; i++) {
+    const float e = exponential(x[i] * scale - lse[i]);
+    put(p[i], e);
+    put(d[i], e * (dp[i] - delta[i]) * scale);
+  }
+  std::fill(p, p + first, T{});
+  std::fill(d, d + first, T{});
+}
+
+static void backward(const Shape& s, const T* q, const T* k, const T* v, const T* y, In lse,
+                     const T* dy, T* dq, T* dk, T* dv, Strides qs, Strides ks, Strides vs,
+                     Strides ds) {
+  const float scale = 1 / std::sqrt((float)s.dim);
+  const long ys[] = {s.t * s.n_heads * s.dim, s.n_heads * s.dim, s.dim};  // of y and dq
+  const long gs[] = {s.t * s.n_kv * s.dim, s.n_kv * s.dim, s.dim};        // of dk and dv
+  const long n_group = s.n_heads / s.n_kv, side = SIDE * s.dim;
+  Turns turns(s.n_batch * s.n_kv, s.n_threads);
+#pragma omp parallel num_threads(s.n_threads)
+  turns.take([&](long task) {
+    static thread_local Scratch<T> all_keys, operands;
+    static thread_local Scratch<float> gradients, squares;
+    const long b = task / s.n_kv, g = task % s.n_kv;
+    T* packed_keys = all_keys(s.blocks() * side);
+    T *qt = operands(4 * side + 3 * SIDE * SIDE), *dyt = qt + side, *q_packed = dyt + side;
+    T *dy_packed = q_packed + side, *p = dy_packed + side, *d = p + SIDE * SIDE;
+    T* d_turned = d + SIDE * SIDE;
+    float *dkeys = gradients((2 * s.blocks() + 1) * side), *dvalues = dkeys + s.blocks() * side;
+    float *dqueries = dvalues + s.blocks() * side, *x = squares(2 * SIDE * SIDE);
+    float *dp = x + SIDE * SIDE, delta[SIDE], lse1[SIDE];
+    pack_blocks<false>(s, rows_of(k, ks, b, g, 0), ks[1], packed_keys);
+    std::fill_n(dkeys, 2 * s.blocks() * side, 0.f);
+    for (long h = g * n_group; h < (g + 1) * n_group; h++)
+      for (long block = 0; block < s.blocks(); block++) {
+        const long first = block * SIDE, n = s.count(block);
+        const T *queries = rows_of(q, qs, b, h, first), *dys = rows_of(dy, ds, b, h, first);
+        pack_turned(queries, qs[1], n, s.dim, qt, SIDE);
+        pack_turned(dys, ds[1], n, s.dim, dyt, SIDE);
+        pack_rows(queries, qs[1], n, SIDE, s.dim, q_packed, s.dim);
+        pack_rows(dys, ds[1], n, SIDE, s.dim, dy_packed, s.dim);
+        std::fill_n(delta, SIDE, 0.f);
+        std::fill_n(lse1, SIDE, INFINITY);  // queries that are not there weigh nothing
+        for (long i = 0; i < n; i++) {
+          const T *to = dys + i * ds[1], *of = rows_of(y, ys, b, h, first + i);
+          float sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (long c = 0; c < s.dim; c++) sum += widen(to[c]) * widen(of[c]);
+          delta[i] = sum;
+          lse1[i] = lse[(b * s.n_heads + h) * s.t + first + i];
+        }
+        for (long j = 0; j <= block; j++) {
+          const long n_keys = s.count(j);
+          const T *keys = rows_of(k, ks, b, g, j * SIDE), *values = rows_of(v, vs, b, g, j * SIDE);
+          multiply(n_keys, SIDE, s.dim, keys, ks[1], qt, SIDE, x, SIDE, false);
+          multiply(n_keys, SIDE, s.dim, values, vs[1], dyt, SIDE, dp, SIDE, false);
+          for (long i = 0; i < n_keys; i++)
+            differentiate(x + i * SIDE, dp + i * SIDE, lse1, delta, j < block ? 0 : i, scale,
+                          p + i * SIDE, d + i * SIDE);
+          std::fill(d + n_keys * SIDE, d + SIDE * SIDE, T{});
+          turn(d, SIDE, SIDE, SIDE, d_turned, SIDE);
+          multiply(n, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries, s.dim,
+                   j > 0);
+          multiply(n_keys, s.dim, SIDE, d, SIDE, q_packed, s.dim, dkeys + j * side, s.dim, true);
+          multiply(n_keys, s.dim, SIDE, p, SIDE, dy_packed, s.dim, dvalues + j * side, s.dim, true);
+        }
+        for (long i = 0; i < n; i++)
+          convert(dqueries + i * s.dim, s.dim, rows_of(dq, ys, b, h, first + i));
+      }
+    for (long i = 0; i < s.t; i++) {
+      convert(dkeys + i * s.dim, s.dim, rows_of(dk, gs, b, g, i));
+      convert(dvalues + i * s.dim, s.dim, rows_of(dv, gs, b, g, i));
+    }
+  });
+}
+
+}  // namespace attention
+
+extern "C" void attention_forward(const attention::Shape* s, const T* q, const T* k, const T* v,
+                                  T* y, float* lse, const long* qs, const long* ks,
+                                  const long* vs) {
+  attention::forward(*s, q, k, v, y, lse, qs, ks, vs);
+}
+
+extern "C" void attention_backward(const attention::Shape* s, const T* q, const T* k, const T* v,
+                                   const T* y, In lse, const T* dy, T* dq, T* dk, T* dv,
+                                   const long* qs, const long* ks, const long* vs, const long* ds) {
+  attention::backward(*s, q, k, v, y, lse, dy, dq, dk, dv, qs, ks, vs, ds);
+}

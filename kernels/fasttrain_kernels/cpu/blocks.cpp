@@ -1,0 +1,490 @@
+// Blocks of the Transformer on a CPU, forward and backward. Compiled behind product.h and
+// attention.cpp.
+//
+// A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
+// Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
+// are left as one sum for each ROWS tokens. So results do not depend on the number of threads.
+// The residual stream, norms and activations are fp32; in T is what products take, and what is saved
+// of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
+
+static const long ROWS = 64;
+
+struct Shape {
+  long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
+  float eps;
+  long q() const { return heads * head_dim; }
+  long qkv() const { return (heads + 2 * kv) * head_dim; }
+  long up() const { return mlp == 2 ? 2 * hidden : hidden; }
+  long vectors() const { return 2 * dim + 2 * head_dim + 2; }  // norm, q_norm, k_norm, mix, mlp_norm
+  long chunks() const { return (m + ROWS - 1) / ROWS; }
+  long rows(long chunk) const { return std::min(ROWS, m - chunk * ROWS); }
+  long even() const { return round_up(m, PAIR); }
+  // Of a row of a turned operand: rows whose distance is a power of two share few sets of the cache
+  long turned() const { return round_up(m, 32) + 32; }
+};
+
+struct Inputs {  // null where the model has none: value and mix, q_norm and k_norm, cos and sin
+  In x, value, norm, weight, q_norm, k_norm, out, mlp_norm, up, down, mix, cos, sin;
+  bool keeps_raw() const { return q_norm || mix; }
+};
+
+struct Gradients {  // of Inputs, in their order; of all blocks x may be the same
+  float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix;
+};
+
+struct Saved {  // what forward leaves for backward
+  T *heads, *raw, *attended, *hidden;
+  float *lse, *stat, *middle, *mlp_stat;
+  char* end;
+  Saved(const Shape* s, const Inputs* p, char* start) {
+    Parts parts{start};
+    heads = parts.take<T>(s->m * s->qkv());
+    raw = parts.take<T>(p->keeps_raw() ? s->m * s->qkv() : 0);  // before they are normalised or mixed
+    attended = parts.take<T>(s->m * s->q());
+    hidden = parts.take<T>(s->m * s->up());
+    lse = parts.take<float>(s->m * s->heads);
+    stat = parts.take<float>(2 * s->m);
+    middle = parts.take<float>(s->m * s->dim);
+    mlp_stat = parts.take<float>(2 * s->m);
+    end = parts.next;
+  }
+};
+
+// What each direction needs of memory while it runs, besides what is saved
+struct Forward {
+  T *qkv, *out, *up, *down;  // packed weights
+  char* end;
+  Forward(const Shape* s, char* start) {
+    Parts parts{start};
+    qkv = parts.take<T>(s->qkv() * s->dim);
+    out = parts.take<T>(s->q() * s->dim);
+    up = parts.take<T>(s->up() * s->dim);
+    down = parts.take<T>(s->hidden * s->dim);
+    end = parts.next;
+  }
+};
+
+struct Backward : Forward {
+  float *sums, *dmiddle;
+  T *dattended, *dq, *dk, *dv;
+  // Operands of the gradients of weights: packed (M, n), and turned (n, M)
+  T *normed, *attended, *mlp_normed, *acts, *dqkv, *dmid, *dhidden, *dy;
+  Backward(const Shape* s, char* start) : Forward(s, start) {
+    const long m = s->m, turned = s->turned(), packed = s->even();
+    Parts parts{end};
+    sums = parts.take<float>(s->chunks() * s->vectors());
+    dmiddle = parts.take<float>(m * s->dim);
+    dattended = parts.take<T>(m * s->q());
+    dq = parts.take<T>(m * s->q());
+    dk = parts.take<T>(m * s->kv * s->head_dim);
+    dv = parts.take<T>(m * s->kv * s->head_dim);
+    attended = parts.take<T>(packed * s->q());
+    mlp_normed = normed = parts.take<T>(packed * s->dim);  // the one is used before the other
+    acts = parts.take<T>(packed * s->hidden);
+    dqkv = parts.take<T>(turned * s->qkv());
+    dmid = parts.take<T>(turned * s->dim);
+    dhidden = parts.take<T>(turned * s->up());
+    dy = parts.take<T>(turned * s->dim);
+    end = parts.next;
+  }
+};
+
+// y = w·(x − μ)/σ, where μ is 0 unless centred; stat is μ and 1/σ
+template <class To>
+static void normalise(In x, long n, bool centred, float eps, In w, float* stat, To* y) {
+  float sum = 0, squares = 0;
+  if (centred) {
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += x[i];
+  }
+  const float mean = sum / n;
+#pragma omp simd reduction(+ : squares)
+  for (long i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1 / std::sqrt(squares / n + eps);
+#pragma omp simd
+  for (long i = 0; i < n; i++) put(y[i], (x[i] - mean) * scale * w[i]);
+  stat[0] = mean, stat[1] = scale;
+}
+
+// dx = given + the gradient of x; dw is added to. dx may be given or dy.
+template <class From>
+static void normalise_back(In dy, const From* x, In stat, In w, long n, bool centred, In given,
+                           float* dx, float* dw) {
+  const float mean = stat[0], scale = stat[1];
+  float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (long i = 0; i < n; i++) {
+    const float unit = (widen(x[i]) - mean) * scale, g = dy[i] * w[i];
+    sum += g;
+    dot += g * unit;
+    dw[i] += dy[i] * unit;
+  }
+  const float shift = centred ? sum / n : 0, slope = dot / n;
+#pragma omp simd
+  for (long i = 0; i < n; i++) {
+    const float unit = (widen(x[i]) - mean) * scale;
+    const float d = (dy[i] * w[i] - shift - unit * slope) * scale;
+    dx[i] = given ? given[i] + d : d;
+  }
+}
+
+static void normalised_again(In x, In stat, In w, long n, T* y) {
+#pragma omp simd
+  for (long i = 0; i < n; i++) put(y[i], (x[i] - stat[0]) * stat[1] * w[i]);
+}
+
+// The sum of vectors of n numbers, each behind the one before
+static void add_up(In all, long n_vectors, long distance, long n, float* sum) {
+  std::copy_n(all, n, sum);
+  for (long v = 1; v < n_vectors; v++)
+    for (long i = 0; i < n; i++) sum[i] += all[v * distance + i];
+}
+
+// x of one head turned by the angles of its position, or back
+static void rotate(float* x, In cos, In sin, long dim, float sign) {
+  float* other = x + dim / 2;
+#pragma omp simd
+  for (long i = 0; i < dim / 2; i++) {
+    const float low = x[i], high = other[i], s = sin[i] * sign;
+    x[i] = low * cos[i] - high * s;
+    other[i] = high * cos[i] + low * s;
+  }
+}
+
+static inline float sigmoid(float x) { return x < -87 ? 0 : 1 / (1 + exponential(-x)); }
+
+enum { GELU, RELU2, SWIGLU };
+
+// a (F) of h (E); BACK: of da and h also dh
+template <int MLP, bool BACK, class From>
+static void activate(long n, const From* h, In da, T* a, T* dh) {
+  const float slope = 2 * std::sqrt(2 / (float)M_PI);
+#pragma omp simd
+  for (long i = 0; i < n; i++) {
+    const float x = widen(h[i]), d = BACK ? da[i] : 0;
+    if (MLP == RELU2) {
+      const float r = x < 0 ? 0 : x;
+      put(a[i], r * r);
+      if (BACK) put(dh[i], 2 * d * r);
+    } else if (MLP == GELU) {
+      const float square = x * x, s = sigmoid(x * (slope + slope * 0.044715f * square)), y = x * s;
+      put(a[i], y);
+      if (BACK) put(dh[i], d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));
+    } else {
+      const float up = widen(h[n + i]), s = sigmoid(x), y = x * s;
+      put(a[i], y * up);
+      if (BACK) put(dh[i], d * up * (s + y - y * s)), put(dh[n + i], d * y);
+    }
+  }
+}
+
+template <bool BACK, class From>
+static void activate(long mlp, long n, const From* h, In da, T* a, T* dh) {
+  (mlp == GELU    ? activate<GELU, BACK, From>
+   : mlp == RELU2 ? activate<RELU2, BACK, From>
+                  : activate<SWIGLU, BACK, From>)(n, h, da, a, dh);
+}
+
+// What is to be the gradient (n_out, n_in) of a weight: dyᵀ·x of dy turned and x packed
+struct WeightGradient {
+  const T *dy, *x;
+  long n_out, n_in;
+  float* dw;
+  static const long COLUMNS = 256;  // with ROWS: the part of a gradient that is one task
+  long n_parts() const { return (n_in + COLUMNS - 1) / COLUMNS; }
+  long n_tasks() const { return (n_out + ROWS - 1) / ROWS * n_parts(); }
+};
+
+// Called by all threads of a team
+static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
+  long n_tasks = 0;
+  for (const WeightGradient& g : all) n_tasks += g.n_tasks();
+#pragma omp for schedule(dynamic)
+  for (long task = 0; task < n_tasks; task++) {
+    const WeightGradient* g = all.begin();
+    long i = task;
+    while (i >= g->n_tasks()) i -= g++->n_tasks();
+    const long row = i / g->n_parts() * ROWS, column = i % g->n_parts() * g->COLUMNS;
+    product(std::min(ROWS, g->n_out - row), std::min(g->COLUMNS, g->n_in - column), s->even(),
+            g->dy + row * s->turned(), s->turned(), g->x + column * s->even(),
+            g->dw + row * g->n_in + column, g->n_in);
+  }
+}
+
+// Weights (n_out, n_in) as products x·wᵀ take them, or with BACK dy·w. Called by all threads.
+template <bool BACK>
+static void pack_weight(In w, long n_out, long n_in, T* panels) {
+  const long n = BACK ? n_in : n_out, depth = BACK ? n_out : n_in;
+#pragma omp for schedule(static) nowait
+  for (long j = 0; j < n; j += PANEL) {
+    const long width = std::min(PANEL, n - j);
+    if (BACK)
+      pack_rows(w + j, n_in, depth, depth, width, panels + j * depth, width);
+    else
+      pack_turned(w + j * n_in, n_in, width, depth, panels + j * depth, width);
+  }
+}
+
+template <bool BACK>
+static void pack_weights(const Shape* s, const Inputs* p, const Forward& space) {
+#pragma omp parallel num_threads(s->threads)
+  {
+    pack_weight<BACK>(p->weight, s->qkv(), s->dim, space.qkv);
+    pack_weight<BACK>(p->out, s->dim, s->q(), space.out);
+    pack_weight<BACK>(p->up, s->up(), s->dim, space.up);
+    pack_weight<BACK>(p->down, s->dim, s->hidden, space.down);
+  }
+}
+
+// heads (M, Q) of x (M, D): queries, keys and values as attention takes them
+static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forward& space) {
+  const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
+  Turns turns(s->chunks(), s->threads);
+#pragma omp parallel num_threads(s->threads)
+  turns.take([&](long chunk) {
+    static thread_local Scratch<T> all_normed;
+    static thread_local Scratch<float> all_raw;
+    const long rows = s->rows(chunk), first = chunk * ROWS;
+    T* normed = all_normed(ROWS * d);
+    float* raw = all_raw(ROWS * n);
+    for (long r = 0; r < rows; r++)
+      normalise(p->x + (first + r) * d, d, s->centred, s->eps, p->norm,
+                made.stat + 2 * (first + r), normed + r * d);
+    product(rows, n, d, normed, d, space.qkv, raw, n);
+    if (p->keeps_raw()) convert(raw, rows * n, made.raw + first * n);
+    for (long r = 0; r < rows; r++) {
+      const long row = first + r, at_angle = row % s->t * (k / 2);
+      float *head = raw + r * n, stat[2];
+      for (long h = 0; h < n_turned; h++, head += k) {
+        if (p->q_norm)
+          normalise(head, k, false, s->eps, h < s->heads ? p->q_norm : p->k_norm, stat, head);
+        if (p->cos) rotate(head, p->cos + at_angle, p->sin + at_angle, k, 1);
+      }
+      for (long i = 0; p->mix && i < s->kv * k; i++)
+        head[i] = p->mix[0] * head[i] + p->mix[1] * p->value[row * s->kv * k + i];
+      convert(raw + r * n, n, made.heads + row * n);
+    }
+  });
+}
+
+static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
+                       const Backward& space) {
+  const long d = s->dim, n = s->qkv(), k = s->head_dim;
+  Turns turns(s->chunks(), s->threads);
+#pragma omp parallel num_threads(s->threads)
+  {
+    turns.take([&](long chunk) {
+      static thread_local Scratch<T> all_dqkv, all_normed;
+      static thread_local Scratch<float> all_dnormed, one_row;
+      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
+      T *dqkv = all_dqkv(ROWS * n), *normed = all_normed(ROWS * d);
+      float *dnormed = all_dnormed(ROWS * d), *wide = one_row(n);
+      float* sums = space.sums + chunk * s->vectors();
+      std::fill_n(sums, s->vectors() - d, 0.f);
+      for (long r = 0; r < rows; r++) {
+        const long row = first + r, at_angle = row % s->t * (k / 2), start = row * s->kv * k;
+        float* to = wide;
+        const T* raw = made.raw + row * n;
+        convert(space.dq + row * s->q(), s->q(), to);
+        convert(space.dk + start, s->kv * k, to + s->q());
+        convert(space.dv + start, s->kv * k, to + s->q() + s->kv * k);
+        for (long h = 0; h < s->heads + s->kv; h++, to += k, raw += k) {
+          if (p->cos) rotate(to, p->cos + at_angle, p->sin + at_angle, k, -1);
+          if (!p->q_norm) continue;
+          const bool query = h < s->heads;
+          float squares = 0;
+#pragma omp simd reduction(+ : squares)
+          for (long i = 0; i < k; i++) squares += widen(raw[i]) * widen(raw[i]);
+          const float stat[2] = {0, 1 / std::sqrt(squares / k + s->eps)};
+          normalise_back(to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
+                         sums + d + (query ? 0 : k));
+        }
+        if (p->mix) {
+          float own = 0, other = 0;
+#pragma omp simd reduction(+ : own, other)
+          for (long i = 0; i < s->kv * k; i++) {
+            const float g = to[i];
+            own += g * widen(raw[i]);
+            other += g * p->value[start + i];
+            o->value[start + i] = p->mix[1] * g;
+            to[i] = p->mix[0] * g;
+          }
+          sums[d + 2 * k] += own;
+          sums[d + 2 * k + 1] += other;
+        }
+        convert(wide, n, dqkv + r * n);
+      }
+      turn(dqkv, n, rows, n, space.dqkv + first, s->turned());
+      product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
+      for (long r = 0; r < rows; r++) {
+        const long row = first + r;
+        In x = p->x + row * d, stat = made.stat + 2 * row;
+        normalise_back(dnormed + r * d, x, stat, p->norm, d, s->centred, space.dmiddle + row * d,
+                       o->x + row * d, sums);
+        normalised_again(x, stat, p->norm, d, normed + r * d);
+      }
+      pack(normed, d, rows, end, d, first, s->even(), space.normed);
+    });
+#pragma omp barrier
+    weight_gradients(s, {{space.dqkv, space.normed, n, d, o->weight}});
+  }
+}
+
+// middle = x + attended·outᵀ, y = middle + activation(hidden)·downᵀ
+static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
+                  const Forward& space) {
+  const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
+  Turns turns(s->chunks(), s->threads);
+#pragma omp parallel num_threads(s->threads)
+  turns.take([&](long chunk) {
+    static thread_local Scratch<T> all_normed, all_acts;
+    static thread_local Scratch<float> all_hidden;
+    const long rows = s->rows(chunk), first = chunk * ROWS;
+    T *normed = all_normed(ROWS * d), *acts = all_acts(ROWS * f);
+    float *middle = made.middle + first * d, *hidden = all_hidden(ROWS * e);
+    std::copy_n(p->x + first * d, rows * d, middle);
+    product(rows, d, q, made.attended + first * q, q, space.out, middle, d, true);
+    for (long r = 0; r < rows; r++)
+      normalise(middle + r * d, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * (first + r),
+                normed + r * d);
+    product(rows, e, d, normed, d, space.up, hidden, e);
+    convert(hidden, rows * e, made.hidden + first * e);
+    for (long r = 0; r < rows; r++)
+      activate<false>(s->mlp, f, hidden + r * e, nullptr, acts + r * f, nullptr);
+    std::copy_n(middle, rows * d, y + first * d);
+    product(rows, d, f, acts, f, space.down, y + first * d, d, true);
+  });
+}
+
+static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
+                       In dy, const Backward& space) {
+  const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden, m = s->turned();
+  Turns turns(s->chunks(), s->threads);
+#pragma omp parallel num_threads(s->threads)
+  {
+    turns.take([&](long chunk) {
+      static thread_local Scratch<T> all_narrow, all_acts, all_dhidden;
+      static thread_local Scratch<float> all_wide;
+      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
+      T *narrow = all_narrow(ROWS * d), *acts = all_acts(ROWS * f), *dhidden = all_dhidden(ROWS * e);
+      float *wide = all_wide(ROWS * std::max({d, f, q})), *dmid = space.dmiddle + first * d;
+      float* sums = space.sums + (chunk + 1) * s->vectors() - d;
+      std::fill_n(sums, d, 0.f);
+      convert(dy + first * d, rows * d, narrow);
+      turn(narrow, d, rows, d, space.dy + first, m);
+      product(rows, f, d, narrow, d, space.down, wide, f);
+      for (long r = 0; r < rows; r++)
+        activate<true>(s->mlp, f, made.hidden + (first + r) * e, wide + r * f, acts + r * f,
+                       dhidden + r * e);
+      pack(acts, f, rows, end, f, first, s->even(), space.acts);
+      turn(dhidden, e, rows, e, space.dhidden + first, m);
+      product(rows, d, e, dhidden, e, space.up, wide, d);
+      for (long r = 0; r < rows; r++) {
+        const long row = first + r;
+        In x = made.middle + row * d, stat = made.mlp_stat + 2 * row;
+        normalise_back(wide + r * d, x, stat, p->mlp_norm, d, s->centred, dy + row * d,
+                       dmid + r * d, sums);
+        normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
+      }
+      pack(narrow, d, rows, end, d, first, s->even(), space.mlp_normed);
+      pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
+      convert(dmid, rows * d, narrow);
+      turn(narrow, d, rows, d, space.dmid + first, m);
+      product(rows, q, d, narrow, d, space.out, wide, q);
+      convert(wide, rows * q, space.dattended + first * q);
+    });
+#pragma omp barrier
+    weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
+                         {space.dhidden, space.mlp_normed, e, d, o->up},
+                         {space.dmid, space.attended, d, q, o->out}});
+  }
+}
+
+// Bytes that forward saves, and that each direction needs while it runs
+extern "C" long block_saved(const Shape* s, const Inputs* p) {
+  return Saved(s, p, nullptr).end - (char*)nullptr;
+}
+
+extern "C" long block_space(const Shape* s, int back) {
+  return (back ? Backward(s, nullptr).end : Forward(s, nullptr).end) - (char*)nullptr;
+}
+
+static attention::Shape attention_of(const Shape* s) {
+  return {s->m / s->t, s->t, s->heads, s->kv, s->head_dim, s->threads};
+}
+
+static void forward(const Shape* s, const Inputs* p, char* saved, char* start, float* y) {
+  Saved made(s, p, saved);
+  Forward space(s, start);
+  const long n = s->qkv(), strides[] = {s->t * n, n, s->head_dim};
+  const T* key = made.heads + s->q();
+  pack_weights<false>(s, p, space);
+  enter(s, p, made, space);
+  attention::forward(attention_of(s), made.heads, key, key + s->kv * s->head_dim, made.attended,
+                     made.lse, strides, strides, strides);
+  leave(s, p, made, y, space);
+}
+
+// What dy holds may be overwritten by o->x
+static void backward(const Shape* s, const Inputs* p, char* saved, char* start, In dy,
+                     const Gradients* o) {
+  Saved made(s, p, saved);
+  Backward space(s, start);
+  const long n = s->qkv(), k = s->head_dim, q = s->q();
+  const long strides[] = {s->t * n, n, k}, dense[] = {s->t * q, q, k};
+  const T* key = made.heads + q;
+  pack_weights<true>(s, p, space);
+  leave_back(s, p, made, o, dy, space);
+  attention::backward(attention_of(s), made.heads, key, key + s->kv * k, made.attended, made.lse,
+                      space.dattended, space.dq, space.dk, space.dv, strides, strides, strides,
+                      dense);
+  enter_back(s, p, made, o, space);
+  float *vectors[] = {o->norm, o->q_norm, o->k_norm, o->mix, o->mlp_norm}, *sums = space.sums;
+  const long sizes[] = {s->dim, k, k, 2, s->dim};
+  for (int v = 0; v < 5; sums += sizes[v++])
+    if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
+}
+
+// The norm behind the last block, or null: of what it left, y, also the gradients
+struct Last {
+  In norm, dy;
+  float *y, *normed, *dnorm;
+};
+
+extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, char* const* saved,
+                               char* space, float* const* y, const Last* last) {
+  const long d = s->dim;
+  for (long i = 0; i < n; i++) forward(s, p + i, saved[i], space, y[i]);
+  if (!last->norm) return;
+#pragma omp parallel for schedule(static) num_threads(s->threads)
+  for (long row = 0; row < s->m; row++) {
+    float stat[2];
+    normalise(last->y + row * d, d, s->centred, s->eps, last->norm, stat, last->normed + row * d);
+  }
+}
+
+extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* const* saved,
+                                char* space, const Gradients* o, const Last* last) {
+  const long d = s->dim;
+  In dy = last->dy;
+  if (last->norm) {
+    float* all_sums = Backward(s, space).sums;
+#pragma omp parallel for schedule(static) num_threads(s->threads)
+    for (long chunk = 0; chunk < s->chunks(); chunk++) {
+      static thread_local Scratch<float> one_row;
+      float *sums = all_sums + chunk * d, *normed = one_row(d), stat[2];
+      std::fill_n(sums, d, 0.f);
+      for (long at = chunk * ROWS * d, r = 0; r < s->rows(chunk); r++, at += d) {
+        normalise(last->y + at, d, s->centred, s->eps, last->norm, stat, normed);
+        normalise_back(dy + at, last->y + at, stat, last->norm, d, s->centred, nullptr,
+                       o[n - 1].x + at, sums);
+      }
+    }
+    add_up(all_sums, s->chunks(), d, d, last->dnorm);
+    dy = o[n - 1].x;
+  }
+  for (long i = n - 1; i >= 0; i--) {
+    backward(s, p + i, saved[i], space, dy, o + i);
+    dy = o[i].x;
+  }
+}
