@@ -158,7 +158,7 @@ def refuse_pickle(path: Path) -> None:
 def refuse_foreign(path: Path) -> None:
     if not path.is_dir():
         refuse_pickle(path)
-        problem = "not a folder" if path.exists() else "there is no such folder"
+        problem = "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
 
 

@@ -39,6 +39,7 @@ from fasttrain.preflight.scaling import scaling_lines, traffic
 from fasttrain.run.run import data_paths, open_splits
 
 SLOW_FLOPS = 1e12  # of a micro-batch: some seconds on a CPU
+CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
 
 
 def _memory_lines(memory: StepMemory, free: int, peak: int | None) -> Iterator[str]:
@@ -133,6 +134,10 @@ def preflight(
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
         runs = estimate(alone).total <= free
+    flops = plan.flops_per_token * plan.tokens_per_step / n_ranks
+    if runs and device.type == "cpu" and flops > CPU_FLOPS:
+        runs = False
+        tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
     if runs and plan.flops_per_token * rows * seq_len > SLOW_FLOPS:
         show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None

@@ -116,7 +116,7 @@ def test_R15_never_a_silent_fresh_start(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         resolve(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no such folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         resolve(tmp_path / "nowhere")
 
 

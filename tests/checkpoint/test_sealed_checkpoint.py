@@ -82,7 +82,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
     "no TOML": ("[train]\nsteps = ***\n", {}, "not valid TOML"),
     "another key": ("[train]\nstep = 1\n", {}, "train.step is not a config key"),
     "a value out of range": ("[train]\nsteps = 0\n", {}, "out of range"),
-    "deep TOML": (f"{CONFIG}x = {'[' * 5000}{']' * 5000}\n", {}, "tables in tables"),
+    "deep TOML": (f"{CONFIG}x = {'[' * 5000}{']' * 5000}\n", {}, "recursion depth"),
     "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "tables in tables"),
     "much TOML": (f"{CONFIG}#{' ' * 300_000}\n", {}, "are credible"),
     "another step": (CONFIG, {"step": 7}, "step is 7"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fasttrain.command import command
 from fasttrain.model.runtime import compile_cache_use, compile_function, keep_compiled
 from tests.support.toy import ENV
 
@@ -27,6 +28,7 @@ def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler()
     """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
     code = """
 import fasttrain.run.run
+from fasttrain.command import command
 from fasttrain.model.runtime import compile_cache_use
 assert compile_cache_use() is None
 print(*sys.modules)
@@ -103,3 +105,24 @@ def test_the_second_compilation_comes_from_the_cache(
     assert torch.equal(compile_function(f, "default")(x), first)
     assert compile_cache_use() == "warm"
     assert any(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_leave_the_cores_to_others_unless_told(given, spins, monkeypatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str | None] = []
+
+    @command
+    def main() -> int:
+        seen.append(os.environ.get("GOMP_SPINCOUNT"))
+        return 0
+
+    assert main() == 0
+    assert seen == [spins]

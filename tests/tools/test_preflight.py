@@ -90,6 +90,18 @@ def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.M
     assert not any(line.startswith(("speed", "time")) for line in lines)
 
 
+def test_a_step_of_minutes_is_not_measured_on_a_cpu(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight_plan, "probe_step", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(preflight_plan, "CPU_FLOPS", 1e3)
+    lines: list[str] = []
+    assert preflight(load_config(config_path, ["run.device=cpu"]), show=lines.append)
+    (line,) = (line for line in lines if line.startswith("speed"))
+    assert "FLOPs takes minutes on a CPU" in line
+    assert not any(line.startswith("time") for line in lines)
+
+
 def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**20)
     lines: list[str] = []
