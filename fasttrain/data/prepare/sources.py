@@ -71,7 +71,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
             if not readable:
                 raise DataError(
                     f"--input {name}: no file in it ends in {', '.join(KNOWN)} (or one of "
-                    f"these and {' or '.join(COMPRESSED)}); name others: --input '{name}/**/*.py'"
+                    f"these and {' or '.join(COMPRESSED)}); name others: --input '{path}/**/*.py'"
                 )
             found |= dict.fromkeys(readable)
             continue
