@@ -67,3 +67,5 @@ def main(folder: Path, mode: str) -> list[float]:
 if __name__ == "__main__":
     arguments = [*sys.argv[1:], *("runs/own_model_ddp", "ddp")[len(sys.argv) - 1 :]]
     main(Path(arguments[0]), arguments[1])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # no rank leaves while another still needs it
