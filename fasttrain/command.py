@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import select
@@ -93,6 +94,28 @@ def check_system() -> None:
             "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer and "
             "fasttrain_kernels work here too"
         )
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process may use: by its affinity and by its control groups.
+
+    A quota of 1.5 cores, as by ``docker run --cpus 1.5``, counts as two.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = float(cores or 1)
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+            groups = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            for group in (groups / path[1:], *(groups / path[1:]).parents):
+                with contextlib.suppress(OSError, ValueError):  # "max" or -1: no limit
+                    text = " ".join((group / name).read_text() for name in files)
+                    used, period = map(int, text.split())
+                    quota = min(quota, used / period if used > 0 else quota)
+    return max(1, math.ceil(quota))
 
 
 def prog(name: str) -> str:

@@ -83,6 +83,17 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return Precision(name, dtypes[name], device.type)
 
 
+def set_threads(n: int | None, n_cores: int) -> None:
+    """Have torch compute in ``n`` threads; None: in at most one for each core that may be used.
+
+    Torch itself looks at the affinity alone. ``OMP_NUM_THREADS`` stands where it is set.
+    """
+    if n is None and "OMP_NUM_THREADS" not in os.environ:
+        n = min(torch.get_num_threads(), n_cores)
+    if n not in (None, torch.get_num_threads()):
+        torch.set_num_threads(n)
+
+
 def keep_freed_memory() -> None:
     """Make glibc's malloc keep large freed blocks instead of returning them to the system.
 

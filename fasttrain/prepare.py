@@ -26,7 +26,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fasttrain.command import check_system, command, make_parser
+from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, sha256_of, write_atomically
 from fasttrain.data.format import (
@@ -346,9 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = "tokens of one shard (default: %(default)s)"
     add("--shard-tokens", type=int, default=100_000_000, metavar="N", help=tokens)
     add("--strict", action="store_true", help="end at the first problem in the text")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     time_only = "processes that encode; changes only the time (default: the cores, %(default)s)"
-    add("--workers", type=int, default=cores, metavar="N", help=time_only)
+    add("--workers", type=int, default=usable_cores(), metavar="N", help=time_only)
     add("--resume", action="store_true", help="go on with what an interrupted run has left")
     add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what is in it")
     options = vars(parser.parse_args(arguments))

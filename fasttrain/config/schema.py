@@ -43,7 +43,9 @@ class RunConfig(Section):
     )
     deterministic: bool = key(False, "same bits in every run on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
-    threads: int | None = key(None, "CPU threads of torch (None: torch's own choice)", ge=1)
+    threads: int | None = key(
+        None, "CPU threads of torch (None: one for each core that the process may use)", ge=1
+    )
 
     def check(self) -> None:
         if self.fp8 and self.device == "cpu":

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fasttrain_kernels._dispatch import NAMESPACE
 from fasttrain_kernels._torch import compile_cache_counts, native_bf16
-from fasttrain_kernels.cpu import is_fast, is_supported
+from fasttrain_kernels.cpu import compiler, is_fast, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -48,10 +48,12 @@ def fits(config: TrainConfig) -> bool:
 
 def why_unfit(config: TrainConfig) -> str | None:
     """Return why `run_blocks_on_cpu` cannot train a config's model here; None where it can."""
-    model, widest = config.model, torch.backends.cpu.get_cpu_capability()
+    model = config.model
     if not is_supported():
-        lacks = "g++ is missing" if "AVX" in widest else f"this CPU has {widest}"
-        return f"C++ blocks need AVX2 or AVX-512, and g++; {lacks}"
+        lacks = f"this CPU has {torch.backends.cpu.get_cpu_capability()}"
+        if compiler() is None:
+            lacks = "no g++ or clang++ with OpenMP is on the PATH"
+        return f"C++ blocks need AVX2, AVX-512 or an ARM, and a compiler; {lacks}"
     precision = resolve_precision(config.run.dtype, torch.device("cpu"))
     if not is_fast(precision.compute):
         return f"C++ blocks do not compute in {precision.name} on this CPU"

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from fasttrain.command import usable_cores
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device, resolve_precision, set_threads
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode, unused_mode
 from fasttrain.engine.memory import (
@@ -76,8 +77,7 @@ def preflight(
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
+    set_threads(config.run.threads, usable_cores())
     cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
     keep_compiled(cache_folder(cache_dir) / "compiled")
 

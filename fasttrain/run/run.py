@@ -12,7 +12,7 @@ import torch
 from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
@@ -26,6 +26,7 @@ from fasttrain.device import (
     make_deterministic,
     resolve_device,
     resolve_precision,
+    set_threads,
 )
 from fasttrain.distributed.lockstep import die_with_parent
 from fasttrain.distributed.sharding import make_sharded
@@ -82,8 +83,7 @@ def run(
             device = world.device(named_device)
             if world.size > 1:
                 die_with_parent()
-            if config.run.threads is not None:
-                torch.set_num_threads(config.run.threads)
+            set_threads(config.run.threads, usable_cores())
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             else:

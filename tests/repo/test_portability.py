@@ -1,10 +1,12 @@
 """Systems other than Linux, by hiding what they lack: macOS has no Triton, Windows much less."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fasttrain_kernels import cpu
 
 from tests.support.toy import ENV, write_config
 
@@ -111,3 +113,29 @@ def test_N9_a_run_on_windows_ends_with_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: this command needs Linux or macOS (on Windows: WSL)")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+FOLDER = Path(cpu.__file__).parent
+SOURCES = {
+    "blocks": ("product.h", "attention.cpp", "blocks.cpp"),
+    "loss": ("product.h", "linear_cross_entropy.cpp"),
+    "norm": ("grad_norm.cpp",),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("sources", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("compiler", ["aarch64-linux-gnu-g++", "clang++"])
+def test_the_cpp_of_a_cpu_compiles_for_arm_and_with_clang(
+    tmp_path: Path, compiler: str, sources: tuple[str, ...], dtype: str
+) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    text = "".join((FOLDER / name).read_text("utf-8") for name in sources)
+    flags = ["-c", "-o", str(tmp_path / "built.o"), "-x", "c++", "-"]
+    flags += ["-DBF16"] if dtype == "bf16" else []
+    command = [compiler, *(f for f in cpu.FLAGS if not f.startswith(("-L", "-l"))), *flags]
+    command.remove("-shared")
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "built.o").stat().st_size > 1000

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain.command import command
+from fasttrain.command import command, usable_cores
+from fasttrain.device import set_threads
 from fasttrain.model.runtime import compile_cache_use, compile_function, keep_compiled
 from tests.support.toy import ENV
 
@@ -28,7 +29,8 @@ def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler()
     """The compiler takes 1.5 s to import, and what only some runs need comes when they do."""
     code = """
 import fasttrain.run.run
-from fasttrain.command import command
+from fasttrain.command import command, usable_cores
+from fasttrain.device import set_threads
 from fasttrain.model.runtime import compile_cache_use
 assert compile_cache_use() is None
 print(*sys.modules)
@@ -126,3 +128,53 @@ def test_waiting_threads_leave_the_cores_to_others_unless_told(given, spins, mon
 
     assert main() == 0
     assert seen == [spins]
+
+
+V1 = ("4:cpu,cpuacct:/job/7\n0::/", "cpu/job/cpu.cfs_quota_us", "cpu/job/cpu.cfs_period_us")
+V2 = ("0::/job/7", "job/cpu.max")
+
+
+@pytest.mark.parametrize(
+    ("groups", "texts", "expected"),
+    [
+        (V2, ["150000 100000"], 2),  # of 1.5 cores neither is idle
+        (V2, ["50000 100000"], 1),
+        (V2, ["max 100000"], 64),
+        (V2, ["9900000 100000"], 64),
+        (V1, ["300000", "100000"], 3),
+        (V1, ["-1", "100000"], 64),
+        (("4:memory:/job",), [], 64),
+        ((), [], 64),  # no control groups, as on macOS
+    ],
+)
+def test_threads_are_as_many_as_the_quota_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: tuple[str, ...], texts: list[str],
+    expected: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for name, text in zip(groups[1:], texts, strict=True):
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    if groups:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(f"{groups[0]}\n")
+    assert usable_cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_cores", "variable", "expected"),
+    [(None, 3, None, 3), (None, 64, None, 8), (5, 3, None, 5), (None, 3, "8", 8)],
+)
+def test_set_threads(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, n_cores: int, variable: str | None,
+    expected: int,
+) -> None:  # fmt: skip
+    now = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    set_threads(asked, n_cores)
+    assert now[-1] == expected

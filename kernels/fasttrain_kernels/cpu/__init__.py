@@ -1,7 +1,7 @@
 """Builds the C++ of operations on a CPU, and caches the result.
 
-Products are those of libtorch_cpu; all else is plain loops, which g++ compiles for the vectors that
-torch uses here. Torch uses g++'s OpenMP as well: both share one pool of threads.
+Products are those of libtorch_cpu; all else is plain loops, compiled for the vectors that torch
+uses here. Torch uses g++'s OpenMP as well: both share one pool of threads.
 """
 
 import ctypes
@@ -22,9 +22,10 @@ from .._torch import native_bf16
 # Matrix products, which other sources are compiled behind.
 PRODUCT = Path(__file__).parent / "product.h"
 
-_FLAGS = (
+# Those that do not depend on the machine
+FLAGS = (
     *("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17"),
-    *("-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"),
+    *(f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"),
 )
 # By what torch uses: it may be held to less than the CPU has (``ATEN_CPU_CAPABILITY``).
 _VECTORS = {
@@ -36,13 +37,20 @@ if platform.machine() in ("aarch64", "arm64"):
 
 
 @cache
+def compiler() -> str | None:
+    """Return g++, or else clang++, if it has OpenMP; None: neither has."""
+    for name in filter(shutil.which, ("g++", "clang++")):
+        check = [name, "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
+        if not subprocess.run(check, input=b"#include <omp.h>", capture_output=True).returncode:
+            return name
+    return None
+
+
+@cache
 def is_supported() -> bool:
-    """Return whether this machine has AVX2, AVX-512 or is an ARM, has g++, and is not Windows."""
-    return (
-        hasattr(os, "getuid")
-        and torch.backends.cpu.get_cpu_capability() in _VECTORS
-        and shutil.which("g++") is not None
-    )
+    """Return whether the CPU has AVX2, AVX-512 or is an ARM, with a compiler; never on Windows."""
+    has_vectors = torch.backends.cpu.get_cpu_capability() in _VECTORS
+    return hasattr(os, "getuid") and has_vectors and compiler() is not None
 
 
 @cache
@@ -62,13 +70,13 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s.
 
     Raises:
-        RuntimeError: g++ is missing or refuses the code; the message is its own. Or nothing can be
-            written to the folder, or loaded from it.
+        RuntimeError: the compiler is missing or refuses the code; the message is its own. Or
+            nothing can be written to the folder, or loaded from it.
     """
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
     vectors = _VECTORS[torch.backends.cpu.get_cpu_capability()]
-    flags = (*vectors, *(["-DBF16"] if dtype == torch.bfloat16 else []))
-    key = hashlib.sha256("\n".join((*flags, *_FLAGS, text)).encode()).hexdigest()[:32]
+    command = (compiler() or "g++", *vectors, *(["-DBF16"] if dtype == torch.bfloat16 else []))
+    key = hashlib.sha256("\n".join((*command, *FLAGS, text)).encode()).hexdigest()[:32]
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # By number: a user in a container may have no name.
     folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{os.getuid()}") / "cpp"
@@ -79,8 +87,8 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 source, built = Path(made) / "source.cpp", Path(made) / "built.so"
                 source.write_text(text, encoding="utf-8")
-                command = ["g++", *flags, "-o", str(built), str(source), *_FLAGS]
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                full = [*command, "-o", str(built), str(source), *FLAGS]
+                subprocess.run(full, check=True, capture_output=True, text=True)
                 built.replace(path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as e:
