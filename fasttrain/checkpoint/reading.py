@@ -192,7 +192,7 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) 
     if problem:
         raise UserError(
             f"{source}: its tensors do not fit [model] and data.seq_len: {problem}; use the "
-            "config.toml that the run was trained with"
+            "config that it was trained with"
         )
 
 
