@@ -459,7 +459,8 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
                 style = ".:" if curve.kind == "points" else "-"
                 plot.plot(x, curve.y, style, color=colour, alpha=alpha, label=label)
         if not number or panel.curves[0].kind == "area":
-            plot.legend(fontsize=8, reverse=bool(number), edgecolor="none")
+            # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
+            plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
         plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)
         plot.set_xlabel(axis, fontsize=9)
         plot.grid(alpha=0.25)
