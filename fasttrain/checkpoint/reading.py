@@ -120,7 +120,7 @@ def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
                 whole = tensors.setdefault(f"{stem}.{key}", tensor.new_empty(part.shape))
                 part.of(whole).copy_(tensor)
             else:
-                tensors[f"{stem}.{key}"] = tensor
+                tensors[f"{stem}.{key}"] = tensor.clone()  # the file may soon be removed
     return replace(found, tensors=tensors)
 
 
