@@ -186,7 +186,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as raw:
             if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
-                raise CheckpointError(f"{path}: malformed safetensors: header of {length} bytes")
+                raise CheckpointError(f"{path}: damaged: header of {length} bytes")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for tensor in tensors.values():
@@ -195,7 +195,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise failure(f"{path}: cannot be read", error) from error
     except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors: {error}") from error
+        raise CheckpointError(f"{path}: damaged: {error}") from error
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
