@@ -170,59 +170,38 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 class Decoder:
-    """Turns tokens into text as they come; characters that are not yet complete are held back."""
+    """Turns tokens into text as they come.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt)
+    Held back are characters that are not complete yet, and what may begin a string of ``stop``. The
+    text has ended before the first of these, or with the document.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self._tokenizer, self._stop, self._end = tokenizer, stop, end_of_text_id(tokenizer)
+        self._ids, self._held, self.ended = list(prompt), "", False
         # Decoding starts some tokens back: a decoder may treat the start of a text differently.
         self._start, self._shown = max(0, len(self._ids) - 8), len(self._ids)
 
     def push(self, token: int, *, last: bool = False) -> str:
         """Add a token and return the text that it completes."""
-        self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        text: str = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
+        if token != self._end:
+            self._ids.append(token)
+            before = self._tokenizer.decode(self._ids[self._start : self._shown])
+            text = self._tokenizer.decode(self._ids[self._start :])
+            if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                self._start, self._shown = self._shown, len(self._ids)
+                self._held += text[len(before) :]
+        held = self._held
+        ready = min((held.partition(s)[0] for s in self._stop), key=len, default=held)
+        self.ended = last or token == self._end or ready != held
+        if not self.ended:
+            begun = [n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])]
+            ready = held[: len(held) - max(begun, default=0)]
+        self._held = held[len(ready) :]
+        return ready
 
 
-def stream_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    **sampling: Any,
-) -> Iterator[str]:
-    """Yield the text that follows ``prompt`` piece by piece, as it is drawn.
-
-    It ends before the first of ``stop``, of which no part is shown, or at the end of the document.
-    """
-    ids = encode_prompt(tokenizer, prompt)
-    decoder, held, end = Decoder(tokenizer, ids), "", end_of_text_id(tokenizer)
-    tokens = torch.tensor([ids], device=model.embedding.weight.device)
-    drawn = stream(model, tokens, max_new_tokens=max_new_tokens, **sampling)
-    for number, token in enumerate(drawn, start=1):
-        if token.item() == end:
-            break
-        held += decoder.push(int(token), last=number == max_new_tokens)
-        if (shown := _until(stop, held)) != held:
-            yield shown
-            return
-        # What may be the beginning of a stop string waits for its end.
-        begun = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
-        if ready := len(held) - max(begun, default=0):
-            yield held[:ready]
-            held = held[ready:]
-    if held:
-        yield held
-
-
-def complete(
+def stream_texts(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -230,28 +209,25 @@ def complete(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     **sampling: Any,
-) -> list[str]:
-    """Return for each prompt the text that follows it, up to the first of ``stop``.
+) -> Iterator[tuple[int, str]]:
+    """Yield the number of a prompt and a piece of the text that follows it, as it is drawn.
 
-    Prompts of equal length in tokens are computed together: without padding, each sees itself
-    alone. The numbers drawn depend on all prompts and on the generator.
+    A text ends before the first of ``stop``, or at the end of the document. Prompts of equal length
+    in tokens are computed together: without padding, each sees itself alone. The numbers drawn
+    depend on all prompts and on the generator.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    end, device = end_of_text_id(tokenizer), model.embedding.weight.device
-    texts = [""] * len(prompts)
     for length in sorted({len(ids) for ids in encoded}):
-        members = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        tokens = torch.tensor([encoded[i] for i in members], device=device)
-        out = generate(model, tokens, max_new_tokens=max_new_tokens, stop_token=end, **sampling)
-        for i, row in zip(members, out[:, length:].tolist(), strict=True):
-            text = tokenizer.decode(row[: row.index(end)] if end in row else row)
-            texts[i] = _until(stop, text)
-    return texts
-
-
-def _until(stop: Sequence[str], text: str) -> str:
-    """Return the text before the first stop string in it."""
-    return min((text.partition(s)[0] for s in stop), key=len, default=text)
+        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
+        decoders = [Decoder(tokenizer, encoded[i], stop) for i in rows]
+        tokens = torch.tensor([encoded[i] for i in rows], device=model.embedding.weight.device)
+        drawn = stream(model, tokens, max_new_tokens=max_new_tokens, **sampling)
+        for number, column in enumerate(drawn, start=1):
+            for i, decoder, token in zip(rows, decoders, column.tolist(), strict=True):
+                if not decoder.ended:
+                    yield i, decoder.push(token, last=number == max_new_tokens)
+            if all(decoder.ended for decoder in decoders):
+                break
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -320,17 +296,21 @@ def _run(options: argparse.Namespace) -> None:
     shown = clean if sys.stdout.isatty() else str
     sampling |= {"max_new_tokens": options.max_tokens, "stop": options.stop}
 
-    def say(prompt: str) -> None:
-        """Print a text while it is drawn; the same seed and prompt give the same text."""
+    def say(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yield pieces of texts; the same seed and prompts give the same texts."""
         generator = torch.Generator(device).manual_seed(options.seed)
-        for piece in stream_text(model, tokenizer, prompt, generator=generator, **sampling):
-            print(shown(piece), end="", flush=True)
+        for i, piece in stream_texts(model, tokenizer, prompts, generator=generator, **sampling):
+            yield i, shown(piece)
+
+    def show(prompt: str) -> None:
+        for _, piece in say([prompt]):
+            print(piece, end="", flush=True)
         print()
 
     if options.interactive:
         try:
             while True:
-                say(input("> " if sys.stdin.isatty() else ""))
+                show(input("> " if sys.stdin.isatty() else ""))
         except EOFError:
             return
         except UnicodeDecodeError as error:
@@ -340,12 +320,13 @@ def _run(options: argparse.Namespace) -> None:
     if len(prompts) == 1:
         encode_prompt(tokenizer, prompts[0])  # raise before it is shown
         print(prompts[0], end="", flush=True)
-        say(prompts[0])
+        show(prompts[0])
         return
-    generator = torch.Generator(device).manual_seed(options.seed)
-    texts = complete(model, tokenizer, prompts, generator=generator, **sampling)
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
-        print(f"--- sample {number}\n{prompt}{shown(text)}")
+    texts = list(prompts)
+    for i, piece in say(prompts):
+        texts[i] += piece
+    for number, text in enumerate(texts, start=1):
+        print(f"--- sample {number}\n{text}")
 
 
 @command

@@ -5,7 +5,6 @@ names. `transformers` itself is not needed; weights are read and written as safe
 """
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,20 +12,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fasttrain.checkpoint import CheckpointWriter
-from fasttrain.checkpoint.files import FILE, read_header
+from fasttrain.checkpoint import CheckpointWriter, check_model
+from fasttrain.checkpoint.files import FILE
 from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
-from fasttrain.model.transformer import Transformer, hidden_dim, outline
+from fasttrain.model.transformer import Transformer, hidden_dim
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"
@@ -125,18 +124,10 @@ def _parameter_names(family: Family, n_layers: int) -> dict[str, list[str]]:
     return names
 
 
-def _is_transposed(model_type: str, name: str) -> bool:
-    """Whether Hugging Face stores a matrix as (in, out): GPT-2's linear layers."""
-    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return model_type == "gpt2" and ".h." in name and name.endswith(ends)
-
-
-def _part_rows(model: Transformer, n_parts: int, n_rows: int) -> list[int]:
-    """Return how many rows of a parameter each of its parts has: queries, keys, values; halves."""
-    if n_parts < 3:
-        return [n_rows // n_parts] * n_parts
-    n_kv = model.config.n_kv_heads or model.config.n_heads
-    return [n * model.head_dim for n in (model.config.n_heads, n_kv, n_kv)]
+def _turned(ours: str, tensor: Tensor, family: Family) -> Tensor:
+    """Return a tensor as the other side stores it: GPT-2's linear layers are (in, out)."""
+    linear = family is _GPT2 and ours.startswith("blocks.") and tensor.ndim == 2
+    return tensor.T if linear else tensor
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -195,19 +186,19 @@ def _hf_config(
 
 
 def _hf_tensors(model: Transformer, model_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    state = model.state_dict()
+    c, family, state = model.config, _FAMILIES[model_type], model.state_dict()
+    heads = [n * model.head_dim for n in (c.n_heads, *2 * [c.n_kv_heads or c.n_heads])]
     tensors: dict[str, Tensor] = {}
-    for ours, theirs in _parameter_names(_FAMILIES[model_type], model.config.n_layers).items():
+    for ours, theirs in _parameter_names(family, c.n_layers).items():
         tensor = state.pop(ours, None)
         if tensor is None and model_type == "gpt2" and ours.endswith(".bias"):
             weight = model.get_parameter(ours.removesuffix("bias") + "weight")
             tensor = torch.zeros(weight.shape[0])  # GPT-2 has biases everywhere
         if tensor is None:
             continue
-        parts = tensor.split(_part_rows(model, len(theirs), tensor.shape[0]))
+        parts = tensor.split(heads if len(theirs) == 3 else tensor.shape[0] // len(theirs))
         for name, part in zip(theirs, parts, strict=True):
-            part = part.T if _is_transposed(model_type, name) else part
-            tensors[name] = part.to("cpu", dtype).contiguous()
+            tensors[name] = _turned(ours, part, family).to("cpu", dtype).contiguous()
     assert not state, f"parameters without a counterpart: {sorted(state)}"
     return tensors
 
@@ -256,23 +247,6 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
 # ---- import --------------------------------------------------------------------------------------
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    path: Path
-    begin: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    transposed: bool
-
-    def read(self) -> Tensor:
-        """Return it as our models hold it."""
-        n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=self.begin)
-        tensor = torch.from_numpy(raw).view(self.dtype).view(self.shape)
-        return tensor.T if self.transposed else tensor
-
-
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -286,9 +260,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
-    """Return the tensors by their names in ``transformers``; no more than headers is read."""
-    found: dict[str, Stored] = {}
+def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:
+    """Return the tensors by their names in ``transformers``; files are mapped, not read."""
+    found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         if not path.is_file():
             remedy = REMEDY
@@ -296,50 +270,41 @@ def _stored(folder: Path, model_type: str) -> dict[str, Stored]:
                 remedy = "the .bin files beside it are pickles, which can run code: load them with "
                 remedy += "transformers and save_pretrained(…, safe_serialization=True)"
             raise UserError(f"{path}: no such file; {remedy}")
-        for name, (dtype, shape, begin, _) in read_header(path.resolve()).items():
-            full = name
-            if model_type == "gpt2":  # the original files lack the prefix, and hold masks
-                if name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue
-                if not name.startswith(("transformer.", "lm_head.")):
-                    full = f"transformer.{name}"
-            if full in found:
-                raise UserError(f"{path}: {name} is in {found[full].path} too; {REMEDY}")
-            if not dtype.is_floating_point:
-                raise UserError(f"{path}: {name} is {dtype}, which no parameter is; {REMEDY}")
-            transposed = _is_transposed(model_type, full)
-            found[full] = Stored(path, begin, dtype, tuple(shape), transposed)
+        try:
+            tensors = load_file(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: malformed safetensors: {error}; {REMEDY}") from error
+        for name, tensor in tensors.items():
+            if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+                continue  # masks and tables, not parameters
+            if model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+                name = f"transformer.{name}"  # the original files lack the prefix
+            if name in found:
+                raise UserError(f"{path}: {name} is in another file too; {REMEDY}")
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: {name} is {tensor.dtype}, which no parameter is")
+            found[name] = tensor
     return found
 
 
-def _parts(config: TrainConfig, model_type: str, folder: Path) -> dict[str, list[Stored]]:
-    """Return what each parameter is made of, once all shapes are proven to fit the config."""
-    found = _stored(folder, model_type)
-    problem = f"{folder}: the model's tensors do not fit its config.json"
-    n_stored = sum(math.prod(stored.shape) for stored in found.values())
-    model = outline(config, n_stored, folder)
-    wanted, missing = model.state_dict(), []
-    parts: dict[str, list[Stored]] = {}
-    for ours, theirs in _parameter_names(_FAMILIES[model_type], config.model.n_layers).items():
-        there = [found.pop(name) for name in theirs if name in found]
-        if ours not in wanted:
-            if there and ours != "head.weight":  # tied: some files hold it twice
-                raise UserError(f"{problem}: it says nothing of {theirs[0]}")
-            continue
-        if len(there) != len(theirs):
-            missing.append(theirs[0])
-            continue
-        parts[ours] = there
-        n_rows, *rest = wanted[ours].shape
-        rows = _part_rows(model, len(theirs), n_rows)
-        for name, stored, n in zip(theirs, there, rows, strict=True):
-            shape = (*rest, n) if stored.transposed else (n, *rest)
-            if stored.shape != shape:
-                raise UserError(f"{problem}: {name} is {stored.shape}, and should be {shape}")
-    left = sorted(name for name in found if not name.endswith("rotary_emb.inv_freq"))
-    if missing or left:
-        raise UserError(f"{problem}: missing {missing[:3] or 'none'}, unknown {left[:3] or 'none'}")
-    return parts
+def _our_tensors(config: TrainConfig, model_type: str, folder: Path) -> dict[str, Tensor]:
+    """Return the parameters of a model, once their shapes are proven to fit the config."""
+    found, family = _their_tensors(folder, model_type), _FAMILIES[model_type]
+    if config.model.tied_embeddings:
+        found.pop("lm_head.weight", None)  # some files hold the matrix twice
+    state = {}
+    for ours, theirs in _parameter_names(family, config.model.n_layers).items():
+        parts = [_turned(ours, found.pop(name), family) for name in theirs if name in found]
+        if parts:
+            try:
+                state[ours] = torch.cat([part.float() for part in parts])
+            except RuntimeError as error:
+                raise UserError(f"{folder}: {theirs[0]} does not fit: {error}") from error
+    if found:
+        unknown = ", ".join(sorted(found)[:3])
+        raise UserError(f"{folder}: its config.json has no place for unknown tensors: {unknown}")
+    check_model(config, state, folder)
+    return state
 
 
 def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = None) -> Path:
@@ -357,18 +322,13 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
         config = _our_config(hf, folder, run, seq_len)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
-    model_type = hf["model_type"]
-    parts = _parts(config, model_type, folder)
-    with torch.random.fork_rng(devices=[]):
-        model = Transformer(config.model, seq_len=config.data.seq_len)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(torch.cat([part.read() for part in parts[name]]))
+    tensors = _our_tensors(config, hf["model_type"], folder)
     config = replace(config, run=replace(config.run, name=run.name, out_dir=str(run.parent)))
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
     state = {"step": 0, "imported": redact(str(folder))}
-    writer.save(0, {"model": model.state_dict()}, state, text)
+    writer.save(0, {"model": tensors}, state, text)
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():

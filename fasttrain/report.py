@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
-from fasttrain.config.keys import counted
+from fasttrain.config.keys import counted, show
 from fasttrain.config.untrusted import misfit, parse_json
 
 SAMPLES_SHOWN = 4
@@ -35,20 +36,6 @@ PARTS = {
     "optimizer": "#2e933c",
     "the rest": "#a0a0a0",
 }
-# What made a run: title, and in which words it shows the keys of its line
-PACKAGES = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors")
-MADE_BY = {
-    "code": {
-        "fasttrain": "fasttrain {}",
-        "commit": "commit {:.12}",
-        "uncommitted_changes": "with uncommitted changes",
-    },
-    "packages": {name: f"{name} {{}}" for name in PACKAGES},
-    "device": {"device": "{}", "cuda": "cuda {}", "driver": "driver {}"},
-    "command": {"command": "{}"},
-    "resumed": {"parent": "{}"},
-}
-
 _Number = float | None  # a value of a row; all else in it is not shown
 
 
@@ -264,35 +251,22 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
 
 
 def provenance(run: Run) -> dict[str, str]:
-    """Return what made a run, in words, and from which step on something else did."""
+    """Return what made a run, by name, and from which step on something else did."""
     found: dict[str, str] = {}
-    for title, words in MADE_BY.items():
-        parts, last = [], ""
-        for row in run.made_by:
-            text = ", ".join(words[key].format(str(row[key])) for key in words if row.get(key))
-            if text and text != last:
-                step = row.get("step")
-                parts.append(f"from step {step} on: {text}" if step else text)
-                last = text
-        found[title] = "; ".join(parts)
+    last: dict[str, Any] = {}
+    for row in run.made_by:
+        since = f"; from step {row['step']} on: " if row.get("step") else ""
+        for name in row.keys() - {"kind", "time", "step"}:
+            if row[name] != last.get(name):
+                found[name] = f"{found.get(name, '')}{since}{row[name]}".removeprefix("; ")
+        last |= row
     return found
 
 
-def _words(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(_words, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "unset" if value is None else str(value)
-
-
 def differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    """Return the keys in which configs differ, with the value of each in words."""
+    """Return the keys in which configs differ, with the value of each."""
     keys = {key for other in configs[1:] for key, _, _ in config_difference(configs[0], other)}
-    return {
-        f"{section}.{key}": [_words(getattr(getattr(config, section), key)) for config in configs]
-        for section, _, key in (name.partition(".") for name in sorted(keys))
-    }
+    return {key: [show(attrgetter(key)(config)) for config in configs] for key in sorted(keys)}
 
 
 # ---- the page --------------------------------------------------------------------------------
@@ -404,8 +378,8 @@ def page(runs: Sequence[Run]) -> str:
     parts += [_plot(panel, runs, number) for number, panel in enumerate(panels(runs))]
     parts.append("</div>")
     made = [provenance(run) for run in runs]
-    if any(text for cells in made for text in cells.values()):
-        rows = {title: [cells[title] or "n/a" for cells in made] for title in MADE_BY}
+    if known := {name for cells in made for name in cells}:
+        rows = {name: [cells.get(name, "n/a") for cells in made] for name in sorted(known)}
         table = _table([html.escape(run.name) for run in runs], rows)
         parts.append(f'<h2>Made by</h2><div class="made">{table}</div>')
     configs = {html.escape(run.name): run.config for run in runs if run.config is not None}
@@ -418,8 +392,8 @@ def page(runs: Sequence[Run]) -> str:
         if run.samples:
             parts.append(f"<h2>Samples: {name}</h2>")
             parts += [f"<pre>step {html.escape(sample.strip())}</pre>" for sample in run.samples]
-        if (known := configs.get(name)) is not None:
-            config = html.escape(config_to_toml(known))
+        if name in configs:
+            config = html.escape(config_to_toml(configs[name]))
             parts.append(f"<details><summary>Config: {name}</summary><pre>{config}</pre></details>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -459,7 +433,8 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
                 style = ".:" if curve.kind == "points" else "-"
                 plot.plot(x, curve.y, style, color=colour, alpha=alpha, label=label)
         if not number or panel.curves[0].kind == "area":
-            plot.legend(fontsize=8, reverse=bool(number), edgecolor="none")
+            # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
+            plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
         plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)
         plot.set_xlabel(axis, fontsize=9)
         plot.grid(alpha=0.25)

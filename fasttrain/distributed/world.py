@@ -122,22 +122,19 @@ class World:
 
         The message names a rank, what differs, and both values.
         """
-        first, *others = self.gather(facts)
-        odd = [rank for rank, found in enumerate(others, 1) if found != first]
-        if not odd:
-            return
-        theirs = others[odd[0] - 1]
+        first = self.share(facts)
         differing = [
-            f"{name} = {_told(theirs.get(name))}, and rank 0 has {_told(first.get(name))}"
-            for name in {**first, **theirs}
-            if first.get(name) != theirs.get(name)
+            f"{name} = {_told(facts.get(name))}, and rank 0 has {_told(first.get(name))}"
+            for name in {**first, **facts}
+            if first.get(name) != facts.get(name)
         ]
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
-        ranks = f"; so do ranks {', '.join(map(str, odd[1:]))}" if odd[1:] else ""
-        raise self._error(
-            f"rank {odd[0]} differs from rank 0, it has {'; '.join(differing[:3])}{more}{ranks}; "
-            "start all ranks with the same config, data, code and torch"
-        )
+        with self.failing_together():
+            if differing:
+                raise UserError(
+                    f"differs from rank 0, it has {'; '.join(differing[:3])}{more}; start all "
+                    "ranks with the same config, data, code and torch"
+                )
 
     def drifted(self, parameters: Iterable[Tensor]) -> list[int]:
         """Return the ranks whose copy of the parameters is not, bit for bit, that of most copies.

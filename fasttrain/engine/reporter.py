@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,15 +114,15 @@ class Reporter:
         if self.run_dir is None or self.sinks is None:
             return
         self.sinks.drop_after(step)
-        at = 0
 
-        def keep(line: str) -> bool:
-            nonlocal at
-            if head := re.fullmatch(r"--- step (\d+)\n", line):
-                at = int(head[1])
-            return at <= step
+        def kept(lines: list[str]) -> Iterator[bool]:
+            at = 0
+            for line in lines:
+                if head := re.fullmatch(r"--- step (\d+)\n", line):
+                    at = int(head[1])
+                yield at <= step
 
-        keep_lines(self.run_dir / "samples.txt", keep)
+        keep_lines(self.run_dir / "samples.txt", kept)
 
     def warn(self, text: str) -> None:
         """Show a warning."""

@@ -77,6 +77,11 @@ def clean(text: str) -> str:
     )
 
 
+def _shown(text: str) -> str:
+    """Return text that is safe to print and holds no secrets."""
+    return clean(redact(text))
+
+
 def _perplexity(loss: float) -> str:
     value = math.inf if loss >= 700.0 else math.exp(loss)
     return f"{value:.2f}" if value < 9999.995 else format_count(value)
@@ -171,11 +176,12 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self._emit(clean(text), Text(clean(text), style="dim"))
+        line = _shown(text)
+        self._emit(line, Text(line, style="dim"))
 
     def warn(self, text: str) -> None:
         """Print a warning that stands out."""
-        line = f"warning: {clean(text)}"
+        line = f"warning: {_shown(text)}"
         self._emit(line, Text(line, style="bold yellow"))
 
     def train(self, row: Mapping[str, Any]) -> None:
@@ -231,7 +237,7 @@ class Console:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a sample from the model: ``text`` is what it wrote after ``prompt``."""
-        prompt, text = clean(prompt), clean(text)
+        prompt, text = _shown(prompt), _shown(text)
         lines = [
             line[start : start + _PLAIN_SAMPLE_WIDTH]
             for line in (prompt + text).split("\n")
@@ -284,7 +290,7 @@ class Console:
             self._log = None
 
     def _panel(self, rows: list[tuple[str, str]], title: str, colour: str) -> None:
-        rows = [(clean(label), clean(value)) for label, value in rows]
+        rows = [(_shown(label), _shown(value)) for label, value in rows]
         width = max((len(label) for label, _ in rows), default=0)
         plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
         grid = Table.grid(padding=(0, 2))
@@ -296,10 +302,7 @@ class Console:
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
-        plain = redact(plain)
         if self._rich is not None:
-            if isinstance(drawn, Text) and redact(drawn.plain) != drawn.plain:
-                drawn = Text(redact(drawn.plain), style=drawn.style)
             self._rich.print(drawn)
         else:
             try:

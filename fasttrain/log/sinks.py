@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from itertools import compress
@@ -53,21 +53,23 @@ class LogFile:
             self._file.close()
 
 
-def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
+def keep_lines(path: Path, keep: Callable[[list[str]], Iterable[bool]]) -> list[str]:
     """Drop lines of a file, if it exists, in place, which also works on a full disk.
 
-    ``keep`` says of each line in turn whether it stays; one that was cut off lacks its end.
+    ``keep`` says of each line whether it stays; one that was cut off lacks its end. Return those
+    that stay.
     """
     if not path.exists():
-        return
+        return []
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [keep(line.decode("utf-8", "replace")) for line in lines]
+    texts = [line.decode("utf-8", "replace") for line in lines]
+    kept = list(keep(texts))
     n_first = [*kept, False].index(False)
     os.truncate(path, sum(map(len, lines[:n_first])))
     file = LogFile(path)
-    rest = b"".join(compress(lines[n_first:], kept[n_first:]))  # a run leaves none
-    file.write(rest.decode("utf-8", "replace"))
+    file.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
     file.close()
+    return list(compress(texts, kept))
 
 
 class Sinks:
@@ -144,20 +146,17 @@ class JsonlLogger:
         none of them is left.
         """
         self._file.close()
-        lines = [x.decode("utf-8", "replace") for x in self._path.read_bytes().splitlines(True)]
-        kept = _kept(lines, step)
-        if self._head not in compress(lines, kept):
+        kept = keep_lines(self._path, partial(_kept_rows, step))
+        if self._head not in kept:
             self._head = ""
         self._begin = step
-        flags = iter(kept)
-        keep_lines(self._path, lambda _: next(flags))
         self._file = LogFile(self._path)
 
     def close(self) -> None:
         self._file.close()
 
 
-def _kept(lines: list[str], step: int) -> list[bool]:
+def _kept_rows(step: int, lines: list[str]) -> list[bool]:
     """Return which lines stay; one that says what made rows stays with the first of these."""
     kept: list[bool] = []
     has_rows = False  # behind the line
@@ -208,7 +207,7 @@ class CsvLogger:
         """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
         self.close()
         for kind in ("train", "eval"):
-            keep_lines(self._folder / f"{kind}.csv", partial(_keep_row, [], step))
+            keep_lines(self._folder / f"{kind}.csv", partial(_kept_cells, step))
 
     def close(self) -> None:
         """Close the files; a later row opens them again."""
@@ -217,13 +216,12 @@ class CsvLogger:
         self._files.clear()
 
 
-def _keep_row(columns: list[str], step: int, line: str) -> bool:
-    cells = line.rstrip("\n").split(",")
-    if not columns:
-        columns += cells
-        return line.endswith("\n") and "step" in columns
-    at = dict(zip(columns, cells, strict=False)).get("step", "")
-    return line.endswith("\n") and at.isdigit() and int(at) <= step
+def _kept_cells(step: int, lines: list[str]) -> Iterator[bool]:
+    columns = lines[0].rstrip("\n").split(",") if lines else []
+    for number, line in enumerate(lines):
+        at = dict(zip(columns, line.rstrip("\n").split(","), strict=False)).get("step", "")
+        fits = at.isdigit() and int(at) <= step if number else at == "step"
+        yield line.endswith("\n") and fits
 
 
 class _TensorBoard:

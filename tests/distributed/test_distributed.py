@@ -283,7 +283,7 @@ def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: st
     found = [ranks.result(made, odd, rank) for rank in range(2)]
     assert [result["rows"] for result in found] == [[], []]  # no step was made
     told = output_of(made, odd)
-    assert f"error: rank 1 differs from rank 0, it has {ODD[odd]}" in told
+    assert f"error: rank 1: differs from rank 0, it has {ODD[odd]}" in told
     assert output_of(made, odd, rank=1) == ""
     assert not (made / "runs" / odd).exists()
 
@@ -291,7 +291,7 @@ def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: st
 def test_R24_R30_a_rank_that_resumes_with_another_setting_is_refused(made: Path) -> None:
     """Also where it alone was told to allow the change."""
     assert statuses(made, "odd resume") == [2, 2]
-    told = "rank 1 differs from rank 0, it has optim.lr = 0.1, and rank 0 has 0.003"
+    told = "rank 1: differs from rank 0, it has optim.lr = 0.1, and rank 0 has 0.003"
     assert told in output_of(made, "odd resume")
     assert checkpoint.resolve(made / "runs/cut-ddp2").name == "step-00000012"  # as it was
 

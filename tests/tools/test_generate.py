@@ -18,12 +18,11 @@ from fasttrain.config import ModelConfig, UserError, config_from_dict, config_to
 from fasttrain.data.tokenizer import byte_tokenizer
 from fasttrain.generate import (
     Decoder,
-    complete,
     generate,
     main,
     sample_tokens,
     stream,
-    stream_text,
+    stream_texts,
 )
 from fasttrain.model.transformer import Transformer
 
@@ -376,9 +375,16 @@ def letters() -> Transformer:
     return made
 
 
-def streamed(prompt: str, *stop: str) -> list[str]:
-    options = {"max_new_tokens": 24, "stop": stop, "greedy": True}
-    return list(stream_text(letters(), byte_tokenizer(), prompt, **options))
+def complete(prompts: list[str], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
+    options = {"max_new_tokens": 24, "greedy": True, "stop": stop, **options}
+    texts = [""] * len(prompts)
+    for i, piece in stream_texts(letters(), byte_tokenizer(), prompts, **options):
+        texts[i] += piece
+    return texts
+
+
+def streamed(prompt: str, *stop: str) -> str:
+    return complete([prompt], stop)[0]
 
 
 def test_characters_are_shown_when_they_are_whole() -> None:
@@ -391,27 +397,26 @@ def test_characters_are_shown_when_they_are_whole() -> None:
 
 
 def test_a_stream_ends_before_a_stop_string_and_shows_no_part_of_it() -> None:
-    whole = "".join(streamed("ab"))
+    whole = streamed("ab")
     assert len(whole) > 12
     stop = whole[6:9]
     at = whole.index(stop)
-    assert "".join(streamed("ab", "@never", stop)) == whole[:at]
+    assert streamed("ab", "@never", stop) == whole[:at]
     # What only looks like its beginning is shown in the end.
-    assert "".join(streamed("ab", whole[-2:] + "@")) == whole
-    assert "".join(streamed("ab", whole[5:7] + "@")) == whole
+    assert streamed("ab", whole[-2:] + "@") == whole
+    assert streamed("ab", whole[5:7] + "@") == whole
 
 
 def test_a_batch_of_prompts_gives_what_each_gives_alone() -> None:
-    model, tokenizer = letters(), byte_tokenizer()
-    texts = complete(model, tokenizer, TEXTS, max_new_tokens=24, greedy=True)
-    assert texts == ["".join(streamed(prompt)) for prompt in TEXTS]
+    texts = complete(TEXTS)
+    assert texts == [streamed(prompt) for prompt in TEXTS]
     stop = texts[0][3:5]
-    stopped = complete(model, tokenizer, TEXTS, max_new_tokens=24, stop=[stop], greedy=True)
-    assert stopped == [text.split(stop)[0] for text in texts]
+    assert complete(TEXTS, (stop,)) == [text.split(stop)[0] for text in texts]
+    drawn = {"max_new_tokens": 8, "greedy": False}
     generator = torch.Generator().manual_seed(3)
-    first = complete(model, tokenizer, TEXTS, max_new_tokens=8, generator=generator)
+    first = complete(TEXTS, generator=generator, **drawn)
     generator.manual_seed(3)
-    assert first == complete(model, tokenizer, TEXTS, max_new_tokens=8, generator=generator)
+    assert first == complete(TEXTS, generator=generator, **drawn)
 
 
 def test_the_command_takes_several_prompts_stops_and_lines(
@@ -420,7 +425,7 @@ def test_the_command_takes_several_prompts_stops_and_lines(
     run = write_run(tmp_path / "run", LETTERS, {1: letters()})
     command = [str(run), "--device", "cpu", "--greedy", "--max-tokens", "24"]
     assert main([*command, "--prompt", "ab", "--prompt", "cde"]) == 0
-    texts = {prompt: "".join(streamed(prompt)) for prompt in ("ab", "cde")}
+    texts = {prompt: streamed(prompt) for prompt in ("ab", "cde")}
     shown = "".join(
         f"--- sample {n}\n{prompt}{text}\n" for n, (prompt, text) in enumerate(texts.items(), 1)
     )

@@ -164,7 +164,7 @@ def test_what_has_no_counterpart_is_named(
         ({"model_type": "mamba"}, "mamba"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "yarn"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 3}, "n_layers = 3"),
         ({"num_hidden_layers": 1}, "unknown"),
         ({"hidden_size": 64, "head_dim": 8}, "do not fit"),
         ({"hidden_size": None}, "model.dim"),
@@ -232,5 +232,5 @@ def test_F16_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) ->
     (exported / "copy.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     index = {"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}
     (exported / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"is in .*copy\.safetensors too"):
+    with pytest.raises(UserError, match="is in another file too"):
         import_model(exported, tmp_path / "again")
