@@ -17,7 +17,7 @@ from fasttrain.model.transformer import Transformer, flops_constants
 
 # Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
 # spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
-BEST_TOKENS, FEW_TOKENS, MANY_EPOCHS = 20.0, 5.0, 4.0
+BEST_TOKENS, FEW_TOKENS, MANY_EPOCHS = 20.0, 2.5, 4.0
 LONG_RUN_S = 3600.0
 
 

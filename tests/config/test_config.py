@@ -111,6 +111,7 @@ REFUSALS = [
     ("two candidates", "name=x", ["name", "run.name or optim.name or schedule.name?"]),
     ("another trainer's name", "optim.learning_rate=3", ["did you mean optim.lr?"]),
     ("another trainer's name alone", "block_size=3", ["did you mean data.seq_len?"]),
+    ("another's name in a section", "model.activation=gellu", ["did you mean model.mlp?"]),
     ("misspelt section", "mdoel.dim=3", ["mdoel.dim", "did you mean model.dim?"]),
     ("unknown section", "zzz.q=3", ["zzz.q", "the sections are run, model"]),
     ("unlike any key", "log.zzzzzzzz=3", ["log.zzzzzzzz", "[log] takes every_steps"]),

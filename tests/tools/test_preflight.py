@@ -160,8 +160,8 @@ def test_settings_that_hurt(
 
 
 def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
-    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=49))[0]
-    assert found(sound, replace(PLAN, steps=51)) == []
+    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=24))[0]
+    assert found(sound, replace(PLAN, steps=26)) == []
     assert "7.0 epochs" in found(sound, replace(PLAN, epochs=7.0))[0]
     assert (
         "longer than the documents, 7 tokens"
