@@ -1,6 +1,5 @@
 """``python -m fasttrain.checkpoint PATH`` lists and verifies a checkpoint, or all of a run."""
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             damaged, verdict = True, str(error)
         for file in sorted(path.iterdir()) if path.is_dir() else []:
             line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
-            if found and file.name in found.layouts:
-                shapes = [shape for _, shape, _, _ in found.layouts[file.name].values()]
-                line += f" {len(shapes):>7,} tensors {sum(map(math.prod, shapes)):>15,} parameters"
+            if found and file.name in found.stored:
+                sizes = [tensor.numel() for tensor in found.stored[file.name].values()]
+                line += f" {len(sizes):>7,} tensors {sum(sizes):>15,} parameters"
             print(line)
         print(f"  {'verified' if found else 'DAMAGED'}: {verdict}")
         if found and not shown:

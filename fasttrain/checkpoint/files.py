@@ -2,35 +2,29 @@
 writes and reads that trust nothing.
 
 Every write goes through `os.open`, `os.write`, `os.fsync`, `os.rename`, `os.replace`, `os.unlink`,
-`os.mkdir` and `os.rmdir`, so that a test can crash at each of them. The safetensors files are
-written and read here, not by the safetensors library, so that each byte is hashed where it is
-moved, straight from and into the tensors' memory; the tests compare with the library.
+`os.mkdir` and `os.rmdir`, so that a test can crash at each of them.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
-import stat
 import threading
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fasttrain.config import UserError, untrusted
 from fasttrain.config.untrusted import misfit
 
-Layout = dict[str, tuple[torch.dtype, list[int], int, int]]  # name → dtype, shape, begin, end
-
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
 SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slices
-_CHUNK = 4 << 20  # bytes hashed and moved at once: leaves the GIL for long, stays in the cache
 _WRITE = 16 << 20  # bytes handed to the disk at once
 JSON_LIMIT = 4 << 20  # bytes; 30,000 tensors or shards: a hostile one takes 24 times that, parsed
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})")
@@ -41,14 +35,13 @@ _READING, _CREATING = (
     for names in (("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK"), ("O_WRONLY", "O_CREAT", "O_EXCL"))
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _REMEDIES = {
     errno.ENOSPC: "free some space on this disk",
     errno.EDQUOT: "raise the disk quota or free some space",
@@ -107,7 +100,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest if it is intact and the folder holds exactly the files it lists."""
     refuse_foreign(path)
     file = path / MANIFEST
-    text = read_file(file).numpy().tobytes()
+    text = read_file(file)
     manifest = parse_json(file, text)
     manifest.pop("sha256", None)
     if seal(manifest) != text:
@@ -128,9 +121,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if (named := STEP.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
         raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
     expected = {MANIFEST, *files}
-    if odd := sorted(expected ^ set(os.listdir(path))):
+    with os.scandir(path) as entries:
+        found = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    if odd := sorted(expected ^ found.keys()):
         problem = "missing" if odd[0] in expected else "does not belong here; remove it"
         raise CheckpointError(f"{path / odd[0]}: {problem}")
+    if odd := sorted(expected - {name for name, is_file in found.items() if is_file}):
+        raise CheckpointError(f"{path / odd[0]}: not a regular file")
     return manifest
 
 
@@ -162,74 +159,43 @@ def refuse_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: {problem}; name a run or checkpoint folder")
 
 
-def read_file(path: Path, entry: dict[str, Any] | None = None, *, keep: bool = True) -> Tensor:
-    """Read a file once and check it against its entry; return its bytes if `keep`."""
+def read_file(path: Path, entry: dict[str, Any] | None = None) -> bytes:
+    """Check a file against its entry in the manifest; return its text, nothing if it is tensors."""
     try:
         # A link could lead out of the folder, and opening a pipe would block.
-        with open(os.open(path, _READING), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: not a regular file")
-            size = status.st_size
+        with open(os.open(path, _READING), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             if entry is not None and size != entry["bytes"]:
                 raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
-            if not path.name.endswith(".safetensors") and size > JSON_LIMIT:
+            if path.suffix == ".safetensors":
+                text, digest = b"", hashlib.file_digest(file, "sha256")
+            elif size > JSON_LIMIT:
                 raise CheckpointError(f"{path}: {size} bytes, at most {JSON_LIMIT} are credible")
-            data = torch.empty(size if keep else min(size, _CHUNK), dtype=torch.uint8)
-            view = data.numpy().data
-            digest = hashlib.sha256()
-            done = 0
-            while done < size:
-                at = done if keep else 0
-                n = file.readinto(view[at : at + min(_CHUNK, size - done)])
-                if not n:
-                    raise CheckpointError(f"{path}: damaged: shrank while it was read")
-                digest.update(view[at : at + n])
-                done += n
+            else:
+                text = file.read(JSON_LIMIT)
+                digest = hashlib.sha256(text)
     except OSError as error:
         raise failure(f"{path}: cannot be read", error) from error
     if entry is not None and digest.hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
-    return data
+    return text
 
 
-def read_header(path: Path) -> Layout:
-    """Return the layout of a safetensors file, of which only the header is read."""
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, whose bytes are read when they are used."""
     try:
-        with open(os.open(path, _READING), "rb") as file:
-            raw = file.read(8)
-            raw += file.read(min(int.from_bytes(raw, "little"), JSON_LIMIT))
-            return read_layout(path, memoryview(raw), os.fstat(file.fileno()).st_size)
+        with open(path, "rb") as raw:
+            if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
+                raise CheckpointError(f"{path}: malformed safetensors: header of {length} bytes")
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for tensor in tensors.values():
+            torch.empty(tensor.shape, device="meta")  # refuses (0, 2**62, 2**62), as a model would
+        return tensors
     except OSError as error:
         raise failure(f"{path}: cannot be read", error) from error
-
-
-def read_layout(path: Path, raw: memoryview, size: int) -> Layout:
-    """Return where each tensor lies in a safetensors file; `raw` holds at least the header."""
-
-    def check(fits: bool, problem: str | None) -> None:
-        if not fits:
-            raise CheckpointError(f"{path}: malformed safetensors: {problem}")
-
-    length = int.from_bytes(raw[:8], "little")
-    check(size >= 8 and length <= min(size - 8, JSON_LIMIT), f"header of {length} bytes")
-    header = parse_json(path, bytes(raw[8 : 8 + length]))
-    header.pop("__metadata__", None)
-    problem = misfit(dict[str, TensorEntry], header)
-    check(problem is None, problem)
-    layout: Layout = {}
-    start = end = 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
-        # Zeros aside: torch overflows on the strides of a (0, 2**62, 2**62) tensor.
-        fits = len(shape) <= 32 and math.prod(n or 1 for n in shape) < 2**60
-        check(dtype is not None and fits, f"{name!r} has no valid dtype and shape")
-        assert dtype is not None
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        check(entry["data_offsets"] == [begin - start, end - start], f"{name!r} is out of place")
-        layout[name] = (dtype, shape, begin, end)
-    check(end == size, f"the tensors end at byte {end} of {size}")
-    return layout
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors: {error}") from error
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -318,12 +284,6 @@ def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
 # What JSON of a checkpoint has to hold.
 Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
-
-
-class TensorEntry(TypedDict):  # in the header of a safetensors file
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
 
 
 class Entry(TypedDict):  # a file in the manifest

@@ -15,7 +15,6 @@ the manifest of this very save.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import threading
@@ -69,23 +68,34 @@ def own_slices(
     return own, slices
 
 
-def read_slices(path: Path, manifest: Mapping[str, Any], texts: Mapping[str, bytes]) -> Slices:
+def read_slices(
+    path: Path,
+    manifest: Mapping[str, Any],
+    texts: Mapping[str, bytes],
+    stored: Mapping[str, Mapping[str, Tensor]],
+) -> Slices:
     """Return the slices in each file; CheckpointError unless those of each tensor are complete.
 
-    ``texts`` hold the records of the ranks.
+    ``texts`` hold the records of the ranks; ``stored`` is what lies in each file.
     """
-    slices: Slices = {}
     records = sorted(filter(_RECORD.fullmatch, texts)) if "ranks" in manifest else []
     if len(records) != manifest.get("ranks", 0):
         raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
-    for name in records:
-        slices |= _slices_of(
-            path / name, disk.parse_json(path / name, texts[name]), manifest["files"]
-        )
+    slices: Slices = {}
     tensors: dict[str, list[Slice]] = {}
-    for file, parts_of_file in slices.items():
-        for name, part in parts_of_file.items():
-            tensors.setdefault(f"{file.partition('.')[0]}.{name}", []).append(part)
+    for file in (path / name for name in records):
+        record = disk.parse_json(file, texts[file.name])
+        if problem := misfit(RankRecord, record):
+            raise CheckpointError(f"{file}: malformed: {problem}")
+        for place, parts_of_file in record["slices"].items():
+            slices[place] = {}
+            for name, numbers in parts_of_file.items():
+                part = _slice_of(numbers, stored.get(place, {}).get(name))
+                if part is None:
+                    problem = f"no tensor {name} in {place} can be the slice {numbers}"
+                    raise CheckpointError(f"{file}: malformed: {problem}")
+                slices[place][name] = part
+                tensors.setdefault(f"{place.partition('.')[0]}.{name}", []).append(part)
     for name, parts in tensors.items():
         parts.sort(key=lambda p: p.begin)
         ends = [0, *(p.end for p in parts)]
@@ -96,23 +106,13 @@ def read_slices(path: Path, manifest: Mapping[str, Any], texts: Mapping[str, byt
     return slices
 
 
-def _slices_of(file: Path, record: dict[str, Any], files: Mapping[str, Any]) -> Slices:
-    found: Slices = {}
-    fit = misfit(RankRecord, record) is None and record["slices"].keys() <= files.keys()
-    for name, parts in record["slices"].items() if fit else ():
-        # No more is allocated than the files hold, whatever they say.
-        room = os.lstat(file.with_name(name)).st_size
-        found[name] = {}
-        for tensor, numbers in parts.items():
-            if not (fit := fit and 4 <= len(numbers) <= 32):
-                break
-            dim, begin, end, *shape = numbers
-            part = found[name][tensor] = Slice(tuple(shape), dim, begin, end)
-            fit = dim < len(shape) and begin < end <= shape[dim]
-            fit = fit and 0 < math.prod(part.local_shape) <= room
-    if not fit:
-        raise CheckpointError(f"{file}: malformed; this checkpoint was not written by fasttrain")
-    return found
+def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:
+    """Return the slice that a record describes; None unless what is stored has its shape."""
+    if stored is None or len(numbers) != 3 + stored.dim() or numbers[0] >= stored.dim():
+        return None
+    dim, begin, end, *shape = numbers
+    part = Slice(tuple(shape), dim, begin, end)
+    return part if part.local_shape == tuple(stored.shape) else None
 
 
 class Ranks:

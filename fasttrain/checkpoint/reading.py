@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
@@ -27,7 +26,7 @@ class Checkpoint:
     state: dict[str, Any]
     config: TrainConfig
     files: dict[str, Any]  # those of tensors, with their bytes and hashes
-    layouts: dict[str, disk.Layout]  # by file
+    stored: dict[str, dict[str, Tensor]]  # what lies in each file, read when it is used
     slices: Slices  # by file, of the tensors that are not whole in it
 
     def group(self, stem: str) -> dict[str, Tensor]:
@@ -46,12 +45,9 @@ def parse(path: Path) -> Checkpoint:
     entries = manifest["files"]
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
     others = [(name, entry) for name, entry in entries.items() if name not in files]
-    texts = {n: disk.read_file(path / n, e).numpy().tobytes() for n, e in others}
-    layouts = {name: disk.read_header(path / name) for name in files}
-    slices = read_slices(path, manifest, texts)
-    for name, parts in slices.items():
-        if lost := parts.keys() - layouts.get(name, {}).keys():
-            raise CheckpointError(f"{path / name}: malformed: {min(lost)} is not in it")
+    texts = {n: disk.read_file(path / n, e) for n, e in others}
+    stored = {name: disk.map_tensors(path / name) for name in files}
+    slices = read_slices(path, manifest, texts, stored)
     file = path / "config.toml"
     try:
         config = load_config(file)
@@ -64,21 +60,18 @@ def parse(path: Path) -> Checkpoint:
     if problem := problem or _contradiction(state, manifest["step"], config):
         raise CheckpointError(f"{file}: malformed: {problem}")
     tensors: dict[str, Tensor] = {}
-    for name, layout in layouts.items():
-        for key, (dtype, shape, _, _) in layout.items():
-            full, part = f"{name.partition('.')[0]}.{key}", slices.get(name, {}).get(key)
-            whole = torch.empty(part.shape if part else shape, dtype=dtype, device="meta")
-            known = tensors.setdefault(full, whole)
-            fits = known is whole
-            if part is not None:
-                alike = (known.shape, known.dtype) == (whole.shape, dtype)
-                fits = alike and part.local_shape == tuple(shape)
-            if not fits:
+    for name, found in stored.items():
+        for key, local in found.items():
+            part = slices.get(name, {}).get(key)
+            whole = local.new_empty(part.shape if part else local.shape, device="meta")
+            known = tensors.setdefault(f"{name.partition('.')[0]}.{key}", whole)
+            alike = part is not None and (known.shape, known.dtype) == (whole.shape, whole.dtype)
+            if known is not whole and not alike:
                 file = path / name
                 raise CheckpointError(f"{file}: malformed: {key} is not the part that it should be")
     return Checkpoint(
         path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
-        files=files, layouts=layouts, slices=slices,
+        files=files, stored=stored, slices=slices,
     )  # fmt: skip
 
 
@@ -114,24 +107,20 @@ def verify(path: Path) -> Checkpoint:
 def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
     """Read a checkpoint folder and verify every byte; CheckpointError if anything is off.
 
-    Groups that ``only`` does not name are verified and dropped. Tensors are views into one buffer a
-    file, which lives as long as any of them.
+    Groups that ``only`` does not name are verified and dropped.
     """
     found = parse(path)
-    tensors: dict[str, Tensor] = {}
     for name, entry in found.files.items():
-        stem, file = name.partition(".")[0], found.path / name
-        keep = only is None or stem in only
-        data = disk.read_file(file, entry, keep=keep)
-        layout = disk.read_layout(file, data.numpy().data, len(data)) if keep else {}
-        for key, (dtype, shape, begin, end) in layout.items():
-            raw = data[begin:end].clone() if begin % dtype.itemsize else data[begin:end]
-            tensor, full = raw.view(dtype).view(shape), f"{stem}.{key}"
+        disk.read_file(found.path / name, entry)
+    tensors: dict[str, Tensor] = {}
+    for name, stored in found.stored.items():
+        stem = name.partition(".")[0]
+        for key, tensor in stored.items() if only is None or stem in only else ():
             if part := found.slices.get(name, {}).get(key):
-                tensors.setdefault(full, torch.empty(part.shape, dtype=dtype))
-                part.of(tensors[full]).copy_(tensor)
+                whole = tensors.setdefault(f"{stem}.{key}", tensor.new_empty(part.shape))
+                part.of(whole).copy_(tensor)
             else:
-                tensors[full] = tensor
+                tensors[f"{stem}.{key}"] = tensor
     return replace(found, tensors=tensors)
 
 

@@ -69,7 +69,7 @@ def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
         assert torch.equal(tensor, plain[name])
 
 
-@pytest.mark.parametrize("dtype", disk._DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", disk.DTYPE_NAMES, ids=str)
 def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     values = (torch.arange(6) % 2).to(dtype)
     writer = CheckpointWriter(tmp_path, keep_last=1, asynchronous=False)
@@ -153,9 +153,7 @@ def test_R16_nonfinite_state_is_refused(value: float, dtype: torch.dtype, tmp_pa
     assert resolve(tmp_path, "latest").name == "step-00000001"
 
 
-@pytest.mark.parametrize(
-    "dtype", [d for d in disk._DTYPES.values() if d.is_floating_point], ids=str
-)
+@pytest.mark.parametrize("dtype", [d for d in disk.DTYPE_NAMES if d.is_floating_point], ids=str)
 def test_R16_what_is_finite_is_told_from_what_is_not(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     finite = [limits.max, limits.min, limits.tiny, -limits.tiny, 0.0, -0.0]
