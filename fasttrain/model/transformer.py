@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, relu_squared, rms_norm, swiglu
 from torch import Tensor, nn
 
-from fasttrain.config import ConfigError, ModelConfig, TrainConfig
+from fasttrain.config import ConfigError, ModelConfig
 from fasttrain.config.keys import refuse
 from fasttrain.model.attention import (
     Attention,
@@ -26,8 +26,6 @@ from fasttrain.model.attention import (
     attention_mask,
     rope_tables,
 )
-
-_SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -347,23 +345,6 @@ class Transformer(nn.Module):
         logits = F.linear(hidden, self.head_weight).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def outline(config: TrainConfig, n_stored: int, source: object) -> Transformer:
-    """Return a model without memory, for its shapes, of a config that may say anything.
-
-    Refuse rotary tables, which are in no file, that would be larger than the ``n_stored`` numbers
-    of its parameters.
-    """
-    with torch.device("meta"):
-        model = Transformer(config.model, seq_len=config.data.seq_len)
-    n_table = 0 if model.rope_cos is None else config.data.seq_len * model.head_dim
-    if n_table > max(_SMALL_TABLE, n_stored):
-        raise ConfigError(
-            f"{source}: data.seq_len = {config.data.seq_len} is not credible of a model of "
-            f"{n_stored:,} parameters; use the config that it was trained with"
-        )
-    return model
 
 
 def _gradient(dy: Tensor, index: Tensor, n_rows: int) -> Any:
