@@ -178,9 +178,9 @@ def _escaped(c: str) -> str:
     """Return what matches a character as it is and escaped, also what was escaped twice."""
     if c.isascii() and (c.isalnum() or c in "_.~-"):
         return re.escape(c)
-    json_, python = json.dumps(c)[1:-1], c.encode("unicode_escape").decode()
-    url = quote(c, safe="", errors="surrogatepass")
-    written = {c, f"\\{c}", json_, python, f"\\u{ord(c):04x}", f"\\x{ord(c):02x}", url}
+    code, url = ord(c), quote(c, safe="", errors="surrogatepass")
+    written = {c, f"\\{c}", json.dumps(c)[1:-1], c.encode("unicode_escape").decode(), url}
+    written |= {f"\\x{code:02x}", f"\\u{code:04x}", f"\\U{code:08x}"}
     forms = {re.sub(r"(\\\\)+", r"\\\\+", re.escape(form)) for form in written}
     forms |= {"\n": {r"\r\n", r"\\+r\\+n"}, " ": {r"\+"}}.get(c, set())
     return f"(?i:{'|'.join(sorted(forms, key=len, reverse=True))})"
