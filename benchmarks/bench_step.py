@@ -33,7 +33,6 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.engine.memory import release_memory
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
-from fasttrain.model.transformer import flops_constants
 
 SHAPES: dict[str, tuple[dict[str, Any], Path | None]] = {
     "gpt2-chars": (GPT2_CHARS, None),
@@ -226,7 +225,7 @@ def test_config(compare: Any, benchmark: Any, rehearse: bool, tmp_path: Path, na
         median_s = compare({OURS: call}, n_calls=10, warmup=1, flush=False, per_call=rates)[OURS]
         entry["data_wait_ms"] = 1e3 * (loader.wait_s - waited) / n_steps
         entry |= profile(call, tmp_path / "trace.json")
-    flops = metrics.flops_per_token(**flops_constants(step.model), seq_len=seq_len)
+    flops = step.model.flops_per_token()
     rate, ceiling = rows * seq_len / median_s, harness.ceilings()["matmul_tflop_per_s"] * 1e12
     peak = metrics.peak_flops(device, precision)
     entry["mfu_of_measured_ceiling"] = rate * flops / ceiling

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
+from urllib.parse import quote
 
 from fasttrain.config import UserError
 
@@ -153,8 +154,6 @@ _PARAMETER = re.compile(
     r"[^&;#\s\"'\\]+"  # a backslash escapes the quote that ends a string of TOML or JSON
 )
 _HIDDEN = "***"
-# How TOML, JSON and Python write some characters behind a backslash.
-_SHORT = {"\n": "n", "\r": "r", "\t": "t", "\b": "b", "\f": "f", '"': '"', "'": "'", "/": "/"}
 
 
 def redact(text: str) -> str:
@@ -202,18 +201,9 @@ def _escaped(c: str) -> str:
     """Return what matches a character as it is and escaped, also what was escaped twice."""
     if c.isascii() and (c.isalnum() or c in "_.~-"):
         return re.escape(c)
-    utf16 = c.encode("utf-16-be", "surrogatepass").hex()
-    forms = [
-        r"\\+" if c == "\\" else re.escape(c),
-        "".join(rf"\\+u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4)),
-        rf"\\+U{ord(c):08x}",
-        rf"\\+x{ord(c):02x}",
-        "".join(f"%{byte:02x}" for byte in c.encode(errors="surrogatepass")),
-    ]
-    if c in _SHORT:
-        forms.insert(0, rf"\\+{re.escape(_SHORT[c])}")
-    if c == "\n":
-        forms.insert(0, r"\r\n|\\+r\\+n")
-    if c == " ":
-        forms.append(r"\+")
-    return f"(?i:{'|'.join(forms)})"
+    code, url = ord(c), quote(c, safe="", errors="surrogatepass")
+    written = {c, f"\\{c}", json.dumps(c)[1:-1], c.encode("unicode_escape").decode(), url}
+    written |= {f"\\x{code:02x}", f"\\u{code:04x}", f"\\U{code:08x}"}
+    forms = {re.sub(r"(\\\\)+", r"\\\\+", re.escape(form)) for form in written}
+    forms |= {"\n": {r"\r\n", r"\\+r\\+n"}, " ": {r"\+"}}.get(c, set())
+    return f"(?i:{'|'.join(sorted(forms, key=len, reverse=True))})"

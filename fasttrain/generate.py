@@ -296,21 +296,20 @@ def _run(options: argparse.Namespace) -> None:
     shown = clean if sys.stdout.isatty() else str
     sampling |= {"max_new_tokens": options.max_tokens, "stop": options.stop}
 
-    def say(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Yield pieces of texts; the same seed and prompts give the same texts."""
+    def pieces(*prompts: str) -> Iterator[tuple[int, str]]:
+        """Return the pieces of texts; the same seed and prompts give the same texts."""
         generator = torch.Generator(device).manual_seed(options.seed)
-        for i, piece in stream_texts(model, tokenizer, prompts, generator=generator, **sampling):
-            yield i, shown(piece)
+        return stream_texts(model, tokenizer, prompts, generator=generator, **sampling)
 
-    def show(prompt: str) -> None:
-        for _, piece in say([prompt]):
-            print(piece, end="", flush=True)
+    def say(prompt: str) -> None:
+        for _, piece in pieces(prompt):
+            print(shown(piece), end="", flush=True)
         print()
 
     if options.interactive:
         try:
             while True:
-                show(input("> " if sys.stdin.isatty() else ""))
+                say(input("> " if sys.stdin.isatty() else ""))
         except EOFError:
             return
         except UnicodeDecodeError as error:
@@ -320,11 +319,11 @@ def _run(options: argparse.Namespace) -> None:
     if len(prompts) == 1:
         encode_prompt(tokenizer, prompts[0])  # raise before it is shown
         print(prompts[0], end="", flush=True)
-        show(prompts[0])
+        say(prompts[0])
         return
     texts = list(prompts)
-    for i, piece in say(prompts):
-        texts[i] += piece
+    for i, piece in pieces(*prompts):
+        texts[i] += shown(piece)
     for number, text in enumerate(texts, start=1):
         print(f"--- sample {number}\n{text}")
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, check_model
-from fasttrain.checkpoint.files import FILE
+from fasttrain.checkpoint.files import FILE, map_tensors
 from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
@@ -270,11 +269,7 @@ def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:
                 remedy = "the .bin files beside it are pickles, which can run code: load them with "
                 remedy += "transformers and save_pretrained(…, safe_serialization=True)"
             raise UserError(f"{path}: no such file; {remedy}")
-        try:
-            tensors = load_file(path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path}: malformed safetensors: {error}; {REMEDY}") from error
-        for name, tensor in tensors.items():
+        for name, tensor in map_tensors(path).items():
             if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
                 continue  # masks and tables, not parameters
             if model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):

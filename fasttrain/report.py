@@ -118,12 +118,10 @@ def read_run(path: Path) -> Run:
 def _flops_per_token(config: TrainConfig) -> float:
     import torch
 
-    from fasttrain.log.metrics import flops_per_token
-    from fasttrain.model.transformer import Transformer, flops_constants
+    from fasttrain.model.transformer import Transformer
 
     with torch.device("meta"):  # shapes alone: nothing is allocated
-        model = Transformer(config.model, seq_len=config.data.seq_len)
-    return flops_per_token(**flops_constants(model), seq_len=config.data.seq_len)
+        return Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
-from fasttrain.config import UserError, help_text, load_config, shipped_configs
+from fasttrain.config import UserError, help_text, load_config, nearest_keys, shipped_configs
 
 EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; config keys have no dashes: optim.lr=1e-3")
+        flag = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        key = (nearest_keys(flag) or ["optim.lr"])[0]
+        parser.error(f"unknown: {' '.join(unknown)}; config keys have no dashes: {key}=VALUE")
     given: str | None = arguments.config
     if given is not None and re.match(r"[\w.]+ *=", given) and not Path(given).exists():
         arguments.overrides.insert(0, given)  # the first of several, and no config
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not only_looks:
                 from fasttrain.run.run import run
         if arguments.dry_run:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the profiler
             from fasttrain.preflight.plan import preflight
 
             return 0 if preflight(config) else EXIT_FAILED

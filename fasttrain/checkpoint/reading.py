@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
@@ -13,7 +14,9 @@ from fasttrain.checkpoint.ranks import Slices, read_slices
 from fasttrain.command import tell
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.config.untrusted import misfit
-from fasttrain.model.transformer import outline
+from fasttrain.model.transformer import Transformer
+
+_SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +179,14 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) 
     """
     problem = f"model.n_layers = {config.model.n_layers}"
     if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
-        model = outline(config, sum(tensor.numel() for tensor in found.values()), source)
+        with torch.device("meta"):
+            model = Transformer(config.model, seq_len=config.data.seq_len)
         problem = misfits_of(model.state_dict(), found)
+        n_stored, n_table = sum(t.numel() for t in found.values()), 0  # tables are in no file
+        if model.rope_cos is not None:
+            n_table = config.data.seq_len * model.head_dim
+        if n_table > max(_SMALL_TABLE, n_stored):
+            problem = f"data.seq_len = {config.data.seq_len} with {n_stored:,} parameters"
     if problem:
         raise UserError(
             f"{source}: its tensors do not fit [model] and data.seq_len: {problem}; use the "

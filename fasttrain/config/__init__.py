@@ -12,6 +12,7 @@ from fasttrain.config.load import (
     config_to_toml,
     help_text,
     load_config,
+    nearest_keys,
     shipped_configs,
 )
 from fasttrain.config.schema import (
@@ -34,5 +35,5 @@ __all__ = [
     "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
     "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
     "config_reference", "config_to_dict", "config_to_toml", "help_text", "load_config",
-    "shipped_configs",
+    "nearest_keys", "shipped_configs",
 ]  # fmt: skip

@@ -1,11 +1,9 @@
 """How a config key is declared, checked and described. Standard library only."""
 
-import contextlib
 import difflib
 import operator
 import re
 import sys
-import tomllib
 import types
 import typing
 from dataclasses import Field, dataclass, field, fields
@@ -139,7 +137,7 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
     kind, optional, length = _kind(f)
     takes = f"it takes {allowed(f)}{', or none to unset it' if optional else ''}"
     if not accepts(f, value):
-        refuse(name, value, f"has the wrong type; {takes}{_type_remedy(f, value)}")
+        refuse(name, value, f"has the wrong type; {takes}")
     if value is None or (isinstance(value, str) and value in f.metadata["words"]):
         return value
     choices, pattern = f.metadata["choices"], f.metadata["pattern"]
@@ -156,19 +154,6 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
         if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
             refuse(name, value, f"is out of range; {takes}")
     return kind(value) if length is None else tuple(map(kind, value))
-
-
-def _type_remedy(f: Field[Any], value: Any) -> str:
-    """Return how to write the value that was probably meant; "" where none fits."""
-    shown, others = show(value), [str(value).lower()]
-    if isinstance(value, bool | int | float):
-        others = [f'"{shown}"', shown.removesuffix(".0")]
-    for other in (f"[{shown}]", *others):
-        with contextlib.suppress(ValueError):
-            if accepts(f, meant := tomllib.loads(f"x = {other}")["x"]):
-                is_quoted = other == value and not isinstance(meant, bool)
-                return f"; write {'it without quotes' if is_quoted else other}"
-    return ""
 
 
 def divisors(n: int) -> list[int]:

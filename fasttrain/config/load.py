@@ -41,6 +41,8 @@ _EXCLUSIVE = (
 # What other trainers and older versions call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     **_NOW_FRACTIONS,
+    "activation": "model.mlp",
+    "hidden_act": "model.mlp",
     "learning_rate": "optim.lr",
     "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.tokens_per_step",
@@ -180,21 +182,24 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return name, raw if takes_text and scalar else value["value"]
 
 
-def _unknown_key(name: str) -> NoReturn:
-    """Raise the ConfigError that names the nearest key."""
+def nearest_keys(name: str) -> list[str]:
+    """Return the keys that an unknown one, with or without a section, may stand for."""
     section, _, k = name.rpartition(".")
-    elsewhere = [full for full in _FIELDS if full.partition(".")[2] == k]
     within = [full for full in _FIELDS if full.startswith(f"{section}.")]
-    near = (
+    return (
         [_ELSEWHERE[n] for n in {name, k} if n in _ELSEWHERE]
-        or elsewhere
+        or [full for full in _FIELDS if full.partition(".")[2] == k]
         or difflib.get_close_matches(name, within, n=1)
         or difflib.get_close_matches(name, list(_FIELDS), n=1, cutoff=0.5)
     )
-    if near:
+
+
+def _unknown_key(name: str) -> NoReturn:
+    section = name.rpartition(".")[0]
+    if near := nearest_keys(name):
         remedy = f"did you mean {' or '.join(near)}?"
-    elif within:
-        remedy = f"[{section}] takes {', '.join(full.partition('.')[2] for full in within)}"
+    elif section in SECTIONS:
+        remedy = f"[{section}] takes {', '.join(f.name for f in fields(SECTIONS[section]))}"
     else:
         remedy = f"keys are section.key; the sections are {', '.join(SECTIONS)}"
     raise ConfigError(f"{name} is not a config key; {remedy}")

@@ -14,7 +14,7 @@ from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log import metrics
 from fasttrain.log.console import Console
 from fasttrain.log.sinks import LogFile, Sinks, keep_lines
-from fasttrain.model.transformer import Transformer, flops_constants
+from fasttrain.model.transformer import Transformer
 
 
 class Reporter:
@@ -36,8 +36,7 @@ class Reporter:
         self.device = train_step.loss.device
         self.run_dir = run_dir if train_step.world.leads else None
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
-        constants = flops_constants(cast(Transformer, train_step.model))
-        self.flops_per_token = metrics.flops_per_token(**constants, seq_len=config.data.seq_len)
+        self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
         if self.peak_flops is not None:
             self.peak_flops *= train_step.world.size

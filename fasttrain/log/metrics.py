@@ -54,23 +54,6 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return None
 
 
-def flops_per_token(
-    n_matmul_parameters: int, n_layers: int, n_heads: int, head_dim: int, seq_len: int
-) -> float:
-    """Return the FLOPs of forward and backward for one trained token: 6·N + 12·L·H·K·T.
-
-    N counts parameters in matrix products: all matrices, the head too (also where it is tied to
-    the embedding), without embedding look-ups, norms and biases. L layers, H query heads of width
-    K, T tokens in a sequence.
-
-    The attention term counts all T keys for every query: causality does not halve it, as in the
-    source, so figures compare with those of other trainers. Recomputation does not count.
-
-    Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B.
-    """
-    return 6.0 * n_matmul_parameters + 12.0 * n_layers * n_heads * head_dim * seq_len
-
-
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
     """Return the model FLOPs utilisation, a fraction of all devices' peak; None: it is unknown.
 

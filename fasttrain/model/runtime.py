@@ -41,11 +41,6 @@ def _has_cpp_compiler() -> bool:
     return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c)
 
 
-def fits(config: TrainConfig) -> bool:
-    """Return whether `run_blocks_on_cpu` can train a config's model on the CPU of this machine."""
-    return why_unfit(config) is None
-
-
 def why_unfit(config: TrainConfig) -> str | None:
     """Return why `run_blocks_on_cpu` cannot train a config's model here; None where it can."""
     model = config.model
@@ -76,7 +71,7 @@ def why_unfit(config: TrainConfig) -> str | None:
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
 
-    ``c++`` is the block that is written in C++, on a CPU where the config `fits` it, and else
+    ``c++`` is the block that is written in C++, on a CPU where it can run the config, and else
     ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
     fits, which is built in seconds and nowhere slower (see below); else, with a C++ compiler, one
     graph up to `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and
@@ -88,7 +83,7 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     and 275, held to AVX2 329, 327 and 375.
     """
     mode, on_cpu = config.run.compile, device.type == "cpu"
-    in_cpp = on_cpu and fits(config)
+    in_cpp = on_cpu and why_unfit(config) is None
     if mode == "c++" or (mode == "auto" and in_cpp):
         return "c++" if in_cpp else "off"
     if mode == "auto" and on_cpu:
@@ -174,10 +169,6 @@ def _costly() -> list[Any]:
     return [ours, *(getattr(torch.ops.aten, name).default for name in names)]
 
 
-def _forward(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-    return Block.forward(block, x, *rest)  # type: ignore[arg-type]
-
-
 def _checkpointed(kind: str, run: _Runner) -> _Runner:
     if kind == "none":
         return run
@@ -187,11 +178,7 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
     elif kind != "full":
         said = "is not implemented; add it to model/runtime.py"
         refuse("train.activation_checkpointing", kind, said)
-
-    def run_checkpointed(*args: Any) -> Any:
-        return checkpoint(run, *args, **options)
-
-    return run_checkpointed
+    return partial(checkpoint, run, **options)
 
 
 def prepare_blocks(
@@ -208,7 +195,7 @@ def prepare_blocks(
     them, with products in ``dtype``. If the model is sharded, a block's parameters are gathered
     when it is called as a module: what is compiled or computed again lies inside that call.
     """
-    plain = _forward if sharded else run_block
+    plain: _Runner = Block.forward if sharded else run_block
     run = _checkpointed(activation_checkpointing, plain)
     if mode == "blocks":
         run = compile_function(run, "default")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, relu_squared, rms_norm, swiglu
 from torch import Tensor, nn
 
-from fasttrain.config import ConfigError, ModelConfig, TrainConfig
+from fasttrain.config import ConfigError, ModelConfig
 from fasttrain.config.keys import refuse
 from fasttrain.model.attention import (
     Attention,
@@ -26,8 +26,6 @@ from fasttrain.model.attention import (
     attention_mask,
     rope_tables,
 )
-
-_SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -233,6 +231,19 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
         return matrices + self.head_weight.numel()
 
+    def flops_per_token(self) -> float:
+        """Return the FLOPs of forward and backward for one trained token: 6·N + 12·L·H·K·T.
+
+        N counts the parameters in matrix products, also those of a tied head. The attention term
+        counts all T = ``seq_len`` keys for every query: causality does not halve it, as in the
+        source, so figures compare with those of other trainers. Recomputation does not count.
+
+        Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B.
+        """
+        c = self.config
+        attention = 12.0 * c.n_layers * c.n_heads * self.head_dim * self.seq_len
+        return 6.0 * self.num_matmul_parameters() + attention
+
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """Return an empty cache for ``batch_size`` sequences of at most ``max_tokens``."""
         weight = self.embedding.weight
@@ -334,33 +345,6 @@ class Transformer(nn.Module):
         logits = F.linear(hidden, self.head_weight).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def outline(config: TrainConfig, n_stored: int, source: object) -> Transformer:
-    """Return a model without memory, for its shapes, of a config that may say anything.
-
-    Refuse rotary tables, which are in no file, that would be larger than the ``n_stored`` numbers
-    of its parameters.
-    """
-    with torch.device("meta"):
-        model = Transformer(config.model, seq_len=config.data.seq_len)
-    n_table = 0 if model.rope_cos is None else config.data.seq_len * model.head_dim
-    if n_table > max(_SMALL_TABLE, n_stored):
-        raise ConfigError(
-            f"{source}: data.seq_len = {config.data.seq_len} is not credible of a model of "
-            f"{n_stored:,} parameters; use the config that it was trained with"
-        )
-    return model
-
-
-def flops_constants(model: Transformer) -> dict[str, int]:
-    """Return what `fasttrain.log.metrics.flops_per_token` needs to know of a model."""
-    return {
-        "n_matmul_parameters": model.num_matmul_parameters(),
-        "n_layers": model.config.n_layers,
-        "n_heads": model.config.n_heads,
-        "head_dim": model.head_dim,
-    }
 
 
 def _gradient(dy: Tensor, index: Tensor, n_rows: int) -> Any:

@@ -5,6 +5,7 @@ each fused operation on this device. Nothing is written but the caches.
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give a config file, or --kernels")
     config = load_config(arguments.config, arguments.overrides)
     check_system()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the profiler
     from fasttrain.preflight.plan import diagnose_run, preflight  # torch comes after the config
 
     if arguments.diagnose:

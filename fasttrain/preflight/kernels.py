@@ -9,7 +9,7 @@ Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,15 +78,6 @@ def _error(values: list[Tensor], truth: list[Tensor]) -> float:
     return torch.stack(largest).max().item()  # NaN where one is
 
 
-def _report(
-    name: str, errors: list[float], dtype: torch.dtype, paths: Mapping[str, Callable[[], object]]
-) -> OpReport:
-    """Time the paths; ``errors`` are those of ours and of plain torch."""
-    tolerance = 2 * errors[1] + (1e-5 if dtype == torch.float32 else 1e-3)
-    ms = {path: _median_ms(run) for path, run in paths.items()}
-    return OpReport(name, errors[0], tolerance, ms)
-
-
 def _median_ms(run: Callable[[], object], budget_s: float = 0.5) -> float:
     threads = torch.get_num_threads()
     timer = benchmark.Timer("run()", globals={"run": run}, num_threads=threads)
@@ -95,38 +86,30 @@ def _median_ms(run: Callable[[], object], budget_s: float = 0.5) -> float:
 
 def _check(name: str, op: Op, dtype: torch.dtype, *, compiled: bool) -> OpReport:
     truth = results(op.reference, op, torch.float64)
-    errors = [_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference)]
+    error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
     del truth
-    paths = {"ours": op.ours, "torch": op.reference}
-    if compiled:
-        paths["compiled"] = torch.compile(op.reference, dynamic=False)
-    runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
-    return _report(name, errors, dtype, runs)
+    tolerance = 2 * plain + (1e-5 if dtype == torch.float32 else 1e-3)
+    runs: dict[str, Callable[[], object]]
+    if name == "adamw":
+        runs = _steps(op.inputs[0].device)
+    else:
+        paths = {"ours": op.ours, "torch": op.reference}
+        if compiled:
+            paths["compiled"] = torch.compile(op.reference, dynamic=False)
+        runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
+    return OpReport(name, error, tolerance, {path: _median_ms(run) for path, run in runs.items()})
 
 
-def _check_adamw(device: torch.device) -> OpReport:
-    """Compare three steps of AdamW with torch's in fp64, and time a step of 4 M parameters."""
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
-    start = [torch.randn(s, generator=generator, device=device) for s in shapes]
-    grads = [torch.randn(s, generator=generator, device=device) for s in shapes]
-    results: dict[str, list[Tensor]] = {}
+def _steps(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return a step of AdamW on 4 M parameters, ours and torch's."""
     steps: dict[str, Callable[[], object]] = {}
-    for name, kind, dtype in (
-        ("truth", torch.optim.AdamW, torch.float64),
-        ("ours", FusedAdamW, torch.float32),
-        ("torch", torch.optim.AdamW, torch.float32),
-    ):
-        results[name] = [p.to(dtype, copy=True).requires_grad_() for p in start]
-        for p, grad in zip(results[name], grads, strict=True):
-            p.grad = grad.to(dtype)
-        steps[name] = kind(results[name], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
-        for _ in range(3):
-            steps[name]()
-    truth = results["truth"]
-    del steps["truth"]
-    errors = [_error(results[name], truth) for name in steps]
-    return _report("adamw", errors, torch.float32, steps)
+    for name, kind in (("ours", FusedAdamW), ("torch", torch.optim.AdamW)):
+        shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
+        params = [torch.randn(s, device=device).requires_grad_() for s in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        steps[name] = kind(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
+    return steps
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
@@ -137,7 +120,9 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     dtype = resolve_precision("auto", device).compute
     for name, op in _ops(device, dtype):
         yield _check(name, op, dtype, compiled=compiled)
-    yield _check_adamw(device)
+    with device:
+        adamw = catalogue.adamw("fp32", 4 << 20)
+    yield _check("adamw", adamw, torch.float32, compiled=False)
 
 
 def show_kernels(device_name: str) -> bool:

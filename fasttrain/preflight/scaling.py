@@ -76,25 +76,19 @@ def traffic(
     )
 
 
-class Overhead(NamedTuple):
-    """What sending costs a step: seconds without latencies, and shares of the utilisation lost."""
-
-    sending_s: float
-    loss_hidden: float  # where it overlaps with all computation that it can overlap with
-    loss_exposed: float  # where nothing is computed meanwhile
-
-
 def overhead(
     sent: Traffic, step_s: float, *, mode: str, n_micro: int, bandwidth_gbps: float
-) -> Overhead:
+) -> tuple[float, float, float]:
     """Return what sending costs a step that takes ``step_s`` on a rank that sends nothing.
 
-    DDP sends beside the last micro-batch's backward pass, FSDP beside all computation.
+    Seconds without latencies, and the shares of the utilisation that are lost: where it overlaps
+    with all computation that it can, the last micro-batch's backward pass for DDP and all for FSDP,
+    and where it overlaps with none.
     """
-    sending = 8 * sent.total / (1e9 * bandwidth_gbps)
+    sending_s = 8 * sent.total / (1e9 * bandwidth_gbps)
     beside = step_s * BACKWARD_SHARE / n_micro if mode == "ddp" else step_s
-    left = max(0.0, sending - beside)
-    return Overhead(sending, left / (step_s + left), sending / (step_s + sending))
+    left = max(0.0, sending_s - beside)
+    return sending_s, left / (step_s + left), sending_s / (step_s + sending_s)
 
 
 def scaling_lines(
@@ -107,11 +101,13 @@ def scaling_lines(
     if bandwidth_gbps is None:
         yield "             --bandwidth-gbps tells how long that takes"
         return
-    cost = overhead(sent, step_s or 0.0, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps)
-    line = f"             {1000 * cost.sending_s:,.1f} ms at {bandwidth_gbps:g} Gbit/s"
+    sending_s, hidden, exposed = overhead(
+        sent, step_s or 0.0, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps
+    )
+    line = f"             {1000 * sending_s:,.1f} ms at {bandwidth_gbps:g} Gbit/s"
     if step_s is not None:
         line += (
-            f" of a step of {1000 * step_s:,.1f} ms: {cost.loss_hidden:.1%} of the MFU lost where "
-            f"it overlaps with computation, {cost.loss_exposed:.1%} where it does not"
+            f" of a step of {1000 * step_s:,.1f} ms: {hidden:.1%} of the MFU lost where it "
+            f"overlaps with computation, {exposed:.1%} where it does not"
         )
     yield line

@@ -122,9 +122,9 @@ def test_N16_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_othe
     monkeypatch.setattr(runtime, "is_fast", lambda _: True)
     sizes = {"vocab_size": 64, "dim": 32, "n_layers": 1, "n_heads": 2}
     config = config_from_dict({"model": sizes, "data": {"path": "unused"}, "train": {"steps": 1}})
-    assert runtime.fits(config)
+    assert runtime.why_unfit(config) is None
     declared(config.model, "mlp")
-    assert not runtime.fits(config)
+    assert runtime.why_unfit(config)
 
 
 def test_N18_one_of_a_kind_is_not_told_as_many() -> None:

@@ -17,7 +17,7 @@ from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
-from fasttrain.model.runtime import fits, prepare_blocks, resolve_compile, why_unfit
+from fasttrain.model.runtime import prepare_blocks, resolve_compile, why_unfit
 from fasttrain.model.transformer import Transformer, run_blocks
 
 CPU = torch.device("cpu")
@@ -183,12 +183,11 @@ def test_what_it_cannot_do_is_left_to_others(
 ) -> None:
     monkeypatch.setattr(runtime, "is_supported", lambda: True)
     monkeypatch.setattr(runtime, "is_fast", lambda dtype: dtype != torch.float16)
-    assert fits(config_of())
+    assert why_unfit(config_of()) is None
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
-    assert not fits(config_of(**sections))
     assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
     monkeypatch.setattr(runtime, "is_supported", lambda: False)
-    assert not fits(config_of())
+    assert why_unfit(config_of())
 
 
 @pytest.mark.parametrize("compiler", [None, "g++"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fasttrain.config import ConfigError, ModelConfig, load_config
-from fasttrain.model.transformer import Transformer, flops_constants, gelu_tanh, hidden_dim
+from fasttrain.model.transformer import Transformer, gelu_tanh, hidden_dim
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -207,7 +208,7 @@ def test_every_config_builds_on_the_meta_device_and_counts_its_parameters(path: 
     assert 0 < vectors < 0.002 * count
     if PUBLISHED.get(path.stem):
         assert count == pytest.approx(PUBLISHED[path.stem], rel=0.002)
-    assert flops_constants(model)["n_matmul_parameters"] <= count
+    assert model.num_matmul_parameters() <= count
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -339,3 +340,33 @@ def test_documents_compile_into_one_graph_that_serves_all_batches() -> None:
             atol=1e-5,
         )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_flops_of_gpt2_small() -> None:
+    """The matrices of GPT-2 124M with its tied head, counted by hand."""
+    dim, layers, heads, seq_len, vocab = 768, 12, 12, 1024, 50257
+    n = layers * 12 * dim * dim + vocab * dim
+    assert n == 123_532_032
+    sizes = {"dim": dim, "n_layers": layers, "n_heads": heads, "vocab_size": vocab}
+    with torch.device("meta"):
+        model = Transformer(replace(GPT2, **sizes), seq_len=seq_len)
+    assert model.num_matmul_parameters() == n
+    attention = 12 * layers * dim * seq_len
+    assert model.flops_per_token() == 6 * n + attention == 854438400
+
+
+def test_flops_agree_with_torchs_counter() -> None:
+    """Torch counts the products of one block: projections, attention without its causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dim, heads, seq_len = 32, 4, 16
+    qkv, out = torch.nn.Linear(dim, 3 * dim, bias=False), torch.nn.Linear(dim, dim, bias=False)
+    x = torch.randn(1, seq_len, dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        q, k, v = (t.view(1, seq_len, heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, dim=-1))
+        scores = (q @ k.transpose(-1, -2)).softmax(-1)
+        out((scores @ v).transpose(1, 2).reshape(1, seq_len, dim)).sum().backward()
+    sizes = {"dim": dim, "n_layers": 1, "n_heads": heads, "vocab_size": 64}
+    model = Transformer(ModelConfig(**sizes), seq_len=seq_len)
+    others = 6 * (model.num_matmul_parameters() - 4 * dim * dim)
+    assert counter.get_total_flops() == (model.flops_per_token() - others) * seq_len

@@ -339,7 +339,11 @@ def test_a_command_line_of_another_kind_is_told_how_it_is_written(
         ([], "name a config, such as"),
         (["--resume", "auto"], "name a config, such as"),
         (["train.steps=3"], "name a config, such as"),
-        ([str(toy), "--optim.lr=1"], "unknown: --optim.lr=1; config keys have no dashes"),
+        ([str(toy), "--optim.lr=1"], "config keys have no dashes: optim.lr=VALUE"),
+        (
+            [str(toy), "--steps", "100"],
+            "--steps 100; config keys have no dashes: train.steps=",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

@@ -18,8 +18,7 @@ from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
 from fasttrain.engine.plan import RunPlan, plan_run, warnings_of, warnings_of_data
 from fasttrain.engine.step import TrainStep
-from fasttrain.log import metrics
-from fasttrain.model.transformer import Transformer, flops_constants
+from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.plan import diagnose_run, preflight
@@ -58,7 +57,7 @@ def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     plan = plan_run(config, train)
     model = Transformer(config.model, seq_len=16)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
-    assert plan.flops_per_token == metrics.flops_per_token(**flops_constants(model), seq_len=16)
+    assert plan.flops_per_token == model.flops_per_token()
 
 
 @pytest.mark.parametrize(
@@ -160,8 +159,8 @@ def test_settings_that_hurt(
 
 
 def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
-    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=49))[0]
-    assert found(sound, replace(PLAN, steps=51)) == []
+    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=24))[0]
+    assert found(sound, replace(PLAN, steps=26)) == []
     assert "7.0 epochs" in found(sound, replace(PLAN, epochs=7.0))[0]
     assert (
         "longer than the documents, 7 tokens"
