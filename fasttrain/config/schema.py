@@ -51,7 +51,7 @@ class RunConfig(Section):
         if self.fp8 and self.device == "cpu":
             self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
         if self.fp8 and self.dtype not in ("auto", "bf16"):
-            self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
+            self.refuse("fp8", f"needs run.dtype=bf16, not {self.dtype}; set that, or unset fp8")
         if self.fp8 and self.compile in ("off", "c++"):
             self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
         if self.deterministic and self.compile.startswith("max-autotune"):
@@ -168,7 +168,7 @@ class DataConfig(Section):
         if self.path is not None and self.paths:
             self.refuse("paths", "and data.path both name the data; unset one")
         if len(self.paths) == 1:
-            self.refuse("paths", f"is no mix; write data.path={self.paths[0]}")
+            self.refuse("paths", f"names only one dataset; write data.path={self.paths[0]}")
         for name in ("dtype", "end_of_text"):
             if getattr(self, name) is not None and not (self.path or self.paths):
                 self.refuse(name, "describes data.path, which is unset; set data.path")
@@ -176,7 +176,7 @@ class DataConfig(Section):
             self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
         stride = self.stride_tokens
         if stride is not None and self.batching != "sliding":
-            self.refuse("stride_tokens", "is of sliding windows; set data.batching=sliding")
+            self.refuse("stride_tokens", "applies to sliding windows; set data.batching=sliding")
         if stride is not None and stride > self.seq_len:
             problem = f"would leave tokens out; use at most data.seq_len = {self.seq_len}"
             self.refuse("stride_tokens", problem)
@@ -211,7 +211,7 @@ class OptimConfig(Section):
 
     def check(self) -> None:
         if self.nesterov and self.momentum == 0:
-            self.refuse("nesterov", "needs momentum; set optim.momentum=0.9, say")
+            self.refuse("nesterov", "needs momentum; set, for example, optim.momentum=0.9")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,7 +338,7 @@ class EvalConfig(Section):
 
     def check(self) -> None:
         if self.patience is not None and self.every_steps is None:
-            problem = "counts evaluations, of which there is one, at the end; set eval.every_steps"
+            problem = "counts evaluations, but there is only one, at the end; set eval.every_steps"
             self.refuse("patience", problem)
 
 
@@ -375,7 +375,7 @@ class LogConfig(Section):
     def check(self) -> None:
         steps = self.profile_steps
         if steps and (len(steps) != 2 or steps[0] > steps[1]):
-            self.refuse("profile_steps", "is no first and last step; write [10, 12], say")
+            self.refuse("profile_steps", "is not a first and a last step; give two, as in [10, 12]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -442,13 +442,13 @@ class TrainConfig:
         if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
             self._refuse(
                 "train.micro_batch",
-                "leaves open how many tokens make a step, which decides how a run learns; set "
+                "leaves the tokens per step open, which affect how a run learns; set "
                 "train.tokens_per_step",
             )
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             self._refuse(
                 "schedule.name",
-                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
+                "waits for evaluations, but there is only one, at the end; set eval.every_steps",
             )
         if self.schedule.min_lr > peak:
             self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
