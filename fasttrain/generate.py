@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max-tokens", type=int, default=256, metavar="N", help="new tokens (%(default)s)")
     add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="sample from the top tokens of total probability P")
+    add("--top-p", type=float, metavar="P", help="sample from top tokens of total probability P")
     add("--greedy", action="store_true", help="always take the most likely token")
     add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
     add("--num-samples", type=int, default=1, metavar="N", help="per prompt (%(default)s)")

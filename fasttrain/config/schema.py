@@ -176,7 +176,7 @@ class DataConfig(Section):
             self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
         stride = self.stride_tokens
         if stride is not None and self.batching != "sliding":
-            self.refuse("stride_tokens", "applies to sliding windows; set data.batching=sliding")
+            self.refuse("stride_tokens", "is a key of sliding windows; set data.batching=sliding")
         if stride is not None and stride > self.seq_len:
             problem = f"would leave tokens out; use at most data.seq_len = {self.seq_len}"
             self.refuse("stride_tokens", problem)
