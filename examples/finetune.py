@@ -1,6 +1,6 @@
-"""Fine-tuning a model in Hugging Face's format: import, prepare with its tokenizer, train, export.
+"""Fine-tune a model in Hugging Face's format: import, prepare with its tokenizer, train, export.
 
-Any folder of a downloaded GPT-2, Llama or Qwen3 will do. Without one, a tiny Llama is made here.
+MODEL_FOLDER is any downloaded GPT-2, Llama or Qwen3. By default, a tiny Llama is created.
 
 Run: python examples/finetune.py [MODEL_FOLDER [FOLDER]]    (the tiny one needs `transformers`)
 """
@@ -36,7 +36,7 @@ def main(model: Path | None, folder: Path) -> int:
     if status := prepare.main([str(run / "data"), *tokenizer, "--input", texts]):
         return status
     config = str(run / "config.toml")
-    # The shape comes with the config; the parameters from the run; the optimizer starts afresh.
+    # The config gives the shape and the run the parameters; the optimizer starts from scratch.
     settings = [f"model.init_from={run}", "run.name=tuned", "run.compile=off", "eval.prompts=[]"]
     steps = ["train.steps=20", "train.micro_batch=8", "optim.lr=1e-3"]
     if status := train.main([config, *settings, *steps]):

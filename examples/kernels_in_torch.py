@@ -1,6 +1,6 @@
 """The kernels in a plain torch loop: fused head and loss, gradient norm, fused AdamW.
 
-On a GPU each is one Triton launch; elsewhere the same calls run in torch.
+On a GPU these are Triton kernels; elsewhere the same calls run in torch.
 
 Run: python examples/kernels_in_torch.py
 """
@@ -13,7 +13,7 @@ VOCAB, DIM = 64, 32
 
 
 class Network(nn.Module):
-    """Two normalised SwiGLU layers; the head belongs to the loss."""
+    """Two normalized SwiGLU layers; the head is applied in the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 
 def main() -> list[float]:
-    """Learn that the next token is the present one plus three; return the losses."""
+    """Learn that the next token is the current one plus three; return the losses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = Network().to(device)
@@ -41,13 +41,13 @@ def main() -> list[float]:
     for step in range(60):
         tokens = torch.randint(0, VOCAB, (8, 16), device=device)
         targets = (tokens + 3) % VOCAB
-        # The logits never exist as a whole.
+        # The full logits are never in memory.
         loss = linear_cross_entropy(
             model(tokens).flatten(0, 1), model.head.weight, targets.flatten()
         )
         loss.backward()
         norm = grad_norm([p.grad for p in model.parameters()], max_norm=1.0)
-        # Clipping is a factor that the update applies: no pass over the gradients of its own.
+        # The update applies the clipping factor, which saves a pass over the gradients.
         optimizer.step(clip_coefficient=norm.clip_coefficient)
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == 59:

@@ -36,7 +36,7 @@ sample_tokens = 32
 
 
 def main(texts: str, folder: Path) -> int:
-    """Run the three commands, as `python -m fasttrain.prepare …` and so on would."""
+    """Run prepare, train and generate, as their command lines would."""
     folder.mkdir(parents=True, exist_ok=True)
     status = prepare.main([str(folder / "data"), "--tokenizer", "bytes", "--input", texts])
     if status:

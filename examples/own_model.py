@@ -1,4 +1,4 @@
-"""A model of one's own in `fasttrain.Trainer`: padded batches, a torch schedule, a callback.
+"""Your own model in `fasttrain.Trainer`: padded batches, a torch schedule, a callback.
 
 Run: python examples/own_model.py [FOLDER]      (a few seconds on a CPU; FOLDER: runs/own_model)
 """
@@ -31,7 +31,7 @@ class Recurrent(nn.Module):
 
 
 def words(n: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return stretches of the alphabet, padded on the right to one length."""
+    """Return stretches of the alphabet, padded on the right to the same length."""
     rows = []
     generator = torch.Generator().manual_seed(seed)
     for start, length in torch.randint(0, 13, (n, 2), generator=generator).tolist():
@@ -43,14 +43,14 @@ def words(n: int, seed: int) -> list[dict[str, Tensor]]:
 
 
 class Say(Callback):
-    """Prints each evaluation."""
+    """Print each evaluation."""
 
     def on_evaluate(self, trainer: Trainer, result: dict[str, float]) -> None:
         print(f"step {trainer.step}: {', '.join(f'{k} {v:.3f}' for k, v in result.items())}")
 
 
 def main(folder: Path) -> None:
-    """Train, save, and go on from the checkpoint."""
+    """Train, save, and load the checkpoint."""
     torch.manual_seed(0)
     config = TrainConfig(
         run=RunConfig(device="cpu"),

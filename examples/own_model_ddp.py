@@ -1,4 +1,4 @@
-"""A custom model on several processes: the same script under python and under torchrun.
+"""A custom model in several processes: the same script under python and under torchrun.
 
 Run: torchrun --nproc-per-node 2 examples/own_model_ddp.py [FOLDER [MODE]]
 (a few seconds on a CPU; FOLDER: runs/own_model_ddp; MODE: ddp or fsdp)
@@ -35,7 +35,7 @@ class Mixer(nn.Module):
 
 
 def main(folder: Path, mode: str) -> list[float]:
-    """Train half of the epochs, go on from the checkpoint, and return the losses."""
+    """Train for half of the epochs, resume from the checkpoint, and return the losses."""
     # torchrun sets these; each process loads its own part of every step's rows.
     rank, n_ranks = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     starts = torch.randint(VOCAB, (256, 1), generator=torch.Generator().manual_seed(0))

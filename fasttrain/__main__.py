@@ -8,11 +8,11 @@ from typing import Any
 from fasttrain import __version__
 
 COMMANDS = {
-    "train": "train a model as a TOML config says; --resume, --verify-resume",
+    "train": "train a model from a TOML config; --resume, --verify-resume",
     "prepare": "turn text into a dataset",
-    "preflight": "parameters, memory and time of a run, before it",
-    "generate": "text from a trained model",
-    "report": "curves of runs as one HTML page",
+    "preflight": "report parameters, memory and time of a run before it starts",
+    "generate": "generate text with a trained model",
+    "report": "draw the curves of runs as one HTML page",
     "checkpoint": "list and verify checkpoints",
     "hf": "import from and export to Hugging Face",
 }
@@ -33,7 +33,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
-        print(USAGE, "", *lines, "", "fasttrain COMMAND --help says more; --version", sep="\n")
+        print(USAGE, "", *lines, "", "Also: fasttrain COMMAND --help; --version", sep="\n")
         return 0
     if name == "--version":
         print(f"fasttrain {__version__}")

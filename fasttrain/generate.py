@@ -334,20 +334,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("generate", "Generate text with a trained model.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
-    prompt = "text to go on from (empty: a new document); several are computed as a batch"
+    prompt = "text to continue (empty: a new document); repeatable, computed as a batch"
     add("--prompt", action="append", metavar="TEXT", help=prompt)
-    add("--interactive", action="store_true", help="go on from each line of the input, in turn")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
-    add("--max-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    add("--interactive", action="store_true", help="continue each line of standard input, in turn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this; repeatable")
+    add("--max-tokens", type=int, default=256, metavar="N", help="new tokens (%(default)s)")
     add("--temperature", type=float, default=0.8, help="0: greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="… that together have probability P")
-    add("--greedy", action="store_true", help="take the likeliest token each time")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="sample from top tokens of total probability P")
+    add("--greedy", action="store_true", help="always take the most likely token")
     add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="(%(default)s)")
-    add("--which", choices=("best", "latest"), default="best", help="(%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="per prompt (%(default)s)")
+    add("--which", choices=("best", "latest"), default="best", help="checkpoint (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--tokenizer", type=Path, help="tokenizer.json, where the run has none")
+    add("--tokenizer", type=Path, help="tokenizer.json, if the run has none")
     try:
         _run(parser.parse_args(argv))
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""To and from Hugging Face: ``python -m fasttrain.hf export RUN OUT`` and ``import DIR RUN``.
+"""Hugging Face import and export: ``python -m fasttrain.hf export RUN OUT``, ``import DIR RUN``.
 
-GPT-2, Llama and Qwen3 are settings of `fasttrain.model.Transformer`: the same numbers under other
+GPT-2, Llama and Qwen3 are settings of `fasttrain.model.Transformer`: the same weights under other
 names. `transformers` itself is not needed; weights are read and written as safetensors only.
 """
 
@@ -384,11 +384,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = make_parser("hf", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="a run → a folder for transformers")
+    out = commands.add_parser("export", help="turn a run into a folder for transformers")
     out.add_argument("run", type=Path)
     out.add_argument("out", type=Path)
     out.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    into = commands.add_parser("import", help="a folder of transformers → a run")
+    into = commands.add_parser("import", help="turn a folder for transformers into a run")
     into.add_argument("folder", type=Path)
     into.add_argument("run", type=Path)
     into.add_argument("--seq-len", type=int)

@@ -332,24 +332,24 @@ def inspect(folder: Path) -> Iterator[str]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for what the user can mend, 130 interrupted."""
-    what = "Make a dataset folder of token shards from text, or look into one."
+    what = "Make a dataset folder of token shards from text, or inspect one."
     parser = make_parser("prepare", what)
     add = parser.add_argument
     add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
-    add("--input", nargs="+", metavar="PATH", help="files, folders, globs; - is standard input")
+    add("--input", nargs="+", metavar="PATH", help="files, folders and globs; - is standard input")
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
     kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
     add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
-    part = f"part to hold out for validation (default: {VAL_FRACTION}; of less than "
-    part += f"{SMALL_BYTES / 1e6:.0f} MB as much as makes {VAL_BYTES / 1e3:.0f} kB, but at most "
+    part = f"fraction held out for validation (default: {VAL_FRACTION}; for less than "
+    part += f"{SMALL_BYTES / 1e6:.0f} MB, what amounts to {VAL_BYTES / 1e3:.0f} kB, but at most "
     add("--val-fraction", type=float, metavar="F", help=f"{part}{MAX_VAL_FRACTION})")
-    tokens = "tokens of one shard (default: %(default)s)"
+    tokens = "tokens per shard (default: %(default)s)"
     add("--shard-tokens", type=int, default=100_000_000, metavar="N", help=tokens)
-    add("--strict", action="store_true", help="end at the first problem in the text")
-    time_only = "processes that encode; changes only the time (default: the cores, %(default)s)"
+    add("--strict", action="store_true", help="stop at the first problem in the text")
+    time_only = "encoding processes; affects only the time (default: one per core, %(default)s)"
     add("--workers", type=int, default=usable_cores(), metavar="N", help=time_only)
-    add("--resume", action="store_true", help="go on with what an interrupted run has left")
-    add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what is in it")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what it contains")
     options = vars(parser.parse_args(arguments))
     check_system()
     folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))

@@ -449,11 +449,11 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; return 0, or 2 on bad input."""
-    parser = make_parser("report", "Curves of one or several runs.")
+    parser = make_parser("report", "Draw the curves of one or more runs.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    where = "RUN/report.html, or of several runs report-RUN-RUN.html in the current folder"
-    add("--out", type=Path, help=f"the page; the PNG lies beside it (default: {where})")
+    where = "RUN/report.html; for several runs, report-RUN-RUN.html in the current folder"
+    add("--out", type=Path, help=f"HTML page; the PNG is put beside it (default: {where})")
     add("--axis", choices=AXES, default="steps", help="x axis of the PNG")
     options = parser.parse_args(argv)
     runs = [read_run(path) for path in options.runs]

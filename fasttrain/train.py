@@ -22,31 +22,29 @@ EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    what = "Train a language model as a TOML config says."
+    what = "Train a language model from a TOML config."
     parser = make_parser("train", what, epilog=help_text(), formatter_class=plain)
     add = parser.add_argument
     configs = ", ".join(shipped_configs())
-    add("config", nargs="?", help=f"TOML file, or one that comes with fasttrain: {configs}")
-    add("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
+    add("config", nargs="?", help=f"TOML file, or the name of a shipped one: {configs}")
+    add("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
     add(
         "--resume",
         metavar="auto|PATH",
-        help="continue a run: the newest sound checkpoint of this config's run, or a new run where "
-        "it has none yet (auto); or of a run or checkpoint folder, whose own config is taken where "
-        "none is given",
+        help="continue a run: from the newest intact checkpoint of this config's run, or start a "
+        "new run if there is none yet (auto); or from a run or checkpoint folder, with its own "
+        "config unless one is given",
     )
-    decay = "a new run that goes on from a run or checkpoint folder, its learning rate (of "
-    decay += "schedule.name=wsd) decaying from there to the end that this config names"
+    decay = "start a new run from a run or checkpoint folder, and decay its learning rate (with "
+    decay += "schedule.name=wsd) from there to the end that this config sets"
     add("--decay-from", metavar="PATH", help=decay)
-    stop = "end after step N with a checkpoint and exit status 75"
+    stop = "stop after step N with a checkpoint and exit status 75"
     add("--stop-at-step", type=int, metavar="N", help=stop)
-    change = "a key that may differ from the resumed run's; may be given several times"
+    change = "a key that may differ from the resumed run's; repeatable"
     add("--allow-change", action="append", default=[], metavar="section.key", help=change)
-    look = "only tell what the run will take and what will hurt it, as fasttrain.preflight does"
+    look = "only report what the run needs and what may hurt it, as fasttrain.preflight does"
     add("--dry-run", action="store_true", help=look)
-    prove = (
-        "only prove that resuming works: N steps in one go and in two processes must end at the "
-    )
+    prove = "only prove that resuming works: N steps in one process and in two must end with the "
     add("--verify-resume", type=int, metavar="N", help=prove + "same bits")
     return parser
 

@@ -16,15 +16,15 @@ _PATH = (r"[^\0]+", "a path")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(Section):
-    """Where and on what the run goes."""
+    """Where the run is written and what it runs on."""
 
     name: str | None = key(
         None,
-        "run folder's name (None: the config file's stem)",
+        "name of the run folder (none: the config file's stem)",
         pattern=(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes"),
     )
     out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
-    seed: int = key(1337, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)
+    seed: int = key(1337, "seed of initialization, data order and dropout", ge=0, le=2**63 - 1)
     device: str = key(
         "auto",
         "device to train on (auto: CUDA if there is one)",
@@ -41,17 +41,17 @@ class RunConfig(Section):
         "run the model)",
         choices="auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
     )
-    deterministic: bool = key(False, "same bits in every run on a GPU too, at some cost in speed")
+    deterministic: bool = key(False, "bitwise identical runs on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(
-        None, "CPU threads of torch (None: one for each core that the process may use)", ge=1
+        None, "CPU threads of torch (none: one per core that the process may use)", ge=1
     )
 
     def check(self) -> None:
         if self.fp8 and self.device == "cpu":
             self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
         if self.fp8 and self.dtype not in ("auto", "bf16"):
-            self.refuse("fp8", f"goes with run.dtype=bf16, not {self.dtype}; set that, or unset it")
+            self.refuse("fp8", f"needs run.dtype=bf16, not {self.dtype}; set that, or unset fp8")
         if self.fp8 and self.compile in ("off", "c++"):
             self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
         if self.deterministic and self.compile.startswith("max-autotune"):
@@ -71,15 +71,15 @@ class ModelConfig(Section):
     """Shape and parts of the Transformer."""
 
     vocab_size: int | None = key(
-        None, "embedding rows (None: the dataset's, rounded up to a multiple of 64)", ge=2, le=2**32
+        None, "embedding rows (none: the dataset's, rounded up to a multiple of 64)", ge=2, le=2**32
     )
     dim: int = key(256, "width of the hidden states", ge=1, le=_WIDEST)
     n_layers: int = key(4, "number of blocks", ge=1, le=1024)
     n_heads: int = key(4, "query heads", ge=1, le=_WIDEST)
-    n_kv_heads: int | None = key(None, "key and value heads (None: n_heads)", ge=1, le=_WIDEST)
-    head_dim: int | None = key(None, "width of a head (None: dim / n_heads)", ge=1, le=_WIDEST)
+    n_kv_heads: int | None = key(None, "key and value heads (none: n_heads)", ge=1, le=_WIDEST)
+    head_dim: int | None = key(None, "width of a head (none: dim / n_heads)", ge=1, le=_WIDEST)
     hidden_dim: int | None = key(
-        None, "MLP width (None: 4·dim; swiglu: 8/3·dim up to a multiple of 64)", ge=1, le=2**24
+        None, "MLP width (none: 4·dim; swiglu: 8/3·dim up to a multiple of 64)", ge=1, le=2**24
     )
     mlp: str = key("swiglu", "MLP activation", choices="swiglu gelu relu2")
     norm: str = key("rms", "RMSNorm or LayerNorm", choices="rms layer")
@@ -89,20 +89,20 @@ class ModelConfig(Section):
     bias: bool = key(False, "biases in linear layers and LayerNorm")
     qk_norm: bool = key(False, "RMSNorm on queries and keys")
     tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
-    logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (None: no cap)", gt=0)
+    logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (none: no cap)", gt=0)
     sliding_window_tokens: int | None = key(
-        None, "tokens that a query attends to, itself included (None: all before it)", ge=1
+        None, "tokens that a query attends to, itself included (none: all up to it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(None, "std of initial matrices (None: 1/sqrt(fan-in))", gt=0)
+    init_std: float | None = key(None, "std of initial matrices (none: 1/sqrt(fan-in))", gt=0)
     zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
-    embedding_norm: bool = key(False, "RMSNorm without weight on the embedded tokens")
+    embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
     bigram_vocab_size: int | None = key(
-        None, "rows of a hashed token-pair table, added to embeddings (None: none)", ge=2, le=2**32
+        None, "rows of a hashed token-pair table, added to embeddings (none: none)", ge=2, le=2**32
     )
-    value_embeddings: bool = key(False, "mix a learned row for each token into all layers' values")
+    value_embeddings: bool = key(False, "mix learned per-token embeddings into all layers' values")
     init_from: str | None = key(
-        None, "run or checkpoint folder to take the parameters from (None: random)", pattern=_PATH
+        None, "run or checkpoint folder to take the parameters from (none: random)", pattern=_PATH
     )
 
     def check(self) -> None:
@@ -125,10 +125,10 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Section):
-    """What is trained on."""
+    """The training data."""
 
     path: str | None = key(
-        None, "dataset folder (None: the source text of Python's standard library)", pattern=_PATH
+        None, "dataset folder (none: the source code of Python's standard library)", pattern=_PATH
     )
     seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
@@ -141,13 +141,13 @@ class DataConfig(Section):
     )
     batching: str = key(
         "packed",
-        "windows side by side, overlapping windows, or one document per sequence, in any "
+        "adjacent windows, overlapping windows, or one document per sequence, in any "
         "order or grouped by length; padding counts in train.tokens and "
         "train.tokens_per_step, but not in logged numbers",
         choices="packed sliding padded bucketed",
     )
     stride_tokens: int | None = key(
-        None, "tokens between the starts of sliding windows (None: half of seq_len)", ge=1
+        None, "tokens between the starts of sliding windows (none: half of seq_len)", ge=1
     )
     attention_across_documents: bool = key(
         True, "packed and sliding: tokens attend to earlier documents in the sequence"
@@ -155,10 +155,10 @@ class DataConfig(Section):
     end_of_text: int | None = key(
         None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
     )
-    dtype: str | None = key(None, "type of tokens in files without header", choices="uint16 uint32")
+    dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
     cache_dir: str | None = key(
-        None, "where built datasets are kept (None: the user's cache folder)", pattern=_PATH
+        None, "where built datasets are stored (none: the user's cache folder)", pattern=_PATH
     )
     corpus_vocab_size: int = key(
         4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
@@ -168,7 +168,7 @@ class DataConfig(Section):
         if self.path is not None and self.paths:
             self.refuse("paths", "and data.path both name the data; unset one")
         if len(self.paths) == 1:
-            self.refuse("paths", f"is no mix; write data.path={self.paths[0]}")
+            self.refuse("paths", f"names only one dataset; write data.path={self.paths[0]}")
         for name in ("dtype", "end_of_text"):
             if getattr(self, name) is not None and not (self.path or self.paths):
                 self.refuse(name, "describes data.path, which is unset; set data.path")
@@ -176,7 +176,7 @@ class DataConfig(Section):
             self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
         stride = self.stride_tokens
         if stride is not None and self.batching != "sliding":
-            self.refuse("stride_tokens", "is of sliding windows; set data.batching=sliding")
+            self.refuse("stride_tokens", "is a key of sliding windows; set data.batching=sliding")
         if stride is not None and stride > self.seq_len:
             problem = f"would leave tokens out; use at most data.seq_len = {self.seq_len}"
             self.refuse("stride_tokens", problem)
@@ -188,12 +188,12 @@ class OptimConfig(Section):
 
     name: str = key(
         "adamw",
-        "muon updates the matrices of the blocks, and adamw the rest; adamw8bit is torchao's",
+        "muon uses adamw for all but the matrices of the blocks; adamw8bit is torchao's",
         choices="adamw muon sgd adafactor adamw8bit",
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
-    muon_lr: float | None = key(None, "peak learning rate with muon (None: lr)", gt=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two averages", ge=0, lt=1)
+    muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay rates of AdamW's two averages", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
     weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
     decay_embeddings: bool = key(False, "decay the embedding tables too")
@@ -202,7 +202,7 @@ class OptimConfig(Section):
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
-    nesterov: bool = key(False, "Nesterov's momentum in sgd")
+    nesterov: bool = key(False, "Nesterov momentum in sgd")
 
     @property
     def peak_lr(self) -> float:
@@ -211,12 +211,12 @@ class OptimConfig(Section):
 
     def check(self) -> None:
         if self.nesterov and self.momentum == 0:
-            self.refuse("nesterov", "needs momentum; set optim.momentum=0.9, say")
+            self.refuse("nesterov", "needs momentum; set, for example, optim.momentum=0.9")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig(Section):
-    """The learning rate over the run."""
+    """The learning rate schedule."""
 
     name: str = key(
         "cosine",
@@ -225,20 +225,20 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
-    decay_fraction: float = key(0.2, "wsd: last fraction of the run, which decays", gt=0, le=1)
+    decay_fraction: float = key(0.2, "wsd: fraction of the run that decays, at its end", gt=0, le=1)
     decay_start_step: int | None = key(
-        None, "wsd: first step of the decay (None: from decay_fraction)", ge=0
+        None, "wsd: first step of the decay (none: from decay_fraction)", ge=0
     )
-    decay_every_steps: int | None = key(None, "step: steps between decays (None: run / 3)", ge=1)
+    decay_every_steps: int | None = key(None, "step: steps between decays (none: run / 3)", ge=1)
     decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
     plateau_evals: int = key(3, "plateau: evaluations without improvement before each decay", ge=1)
-    cycle_steps: int | None = key(None, "cosine_restarts: steps of a cycle (None: run / 3)", ge=1)
+    cycle_steps: int | None = key(None, "cosine_restarts: steps per cycle (none: run / 3)", ge=1)
     context_fractions: tuple[float, ...] = key(
         (),
-        "packed and sliding: lengths that sequences are cut into, as fractions of "
-        "data.seq_len, each for an equal part of the run, followed by one uncut; a length is "
+        "packed and sliding: shorter sequence lengths to start with, as fractions of "
+        "data.seq_len; these and the full length each get an equal part of the run; a length is "
         "rounded down to a divisor of data.seq_len, and ignored if that more than halves it "
-        "([]: never cut)",
+        "([]: full length throughout)",
         gt=0,
         le=1,
     )
@@ -246,32 +246,32 @@ class ScheduleConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig(Section):
-    """How long, and what a step is; exactly one of steps, epochs, tokens and hours is set."""
+    """Length of the run, and its steps; set exactly one of steps, epochs, tokens and hours."""
 
-    steps: int | None = key(None, "horizon in optimizer steps", ge=1)
-    epochs: float | None = key(None, "horizon in passes over the training split", gt=0)
-    tokens: int | None = key(None, "horizon in training tokens", ge=1)
-    hours: float | None = key(None, "horizon in hours of steps (not evaluation and saves)", gt=0)
+    steps: int | None = key(None, "length of the run in optimizer steps", ge=1)
+    epochs: float | None = key(None, "length of the run in passes over the training split", gt=0)
+    tokens: int | None = key(None, "length of the run in training tokens", ge=1)
+    hours: float | None = key(None, "length in hours of steps, without evaluation and saves", gt=0)
     # Typed as what all readers get: the word is replaced before anything is built.
     micro_batch: int = key(
         8,
-        "most sequences in one forward on each device: with tokens_per_step, the largest "
-        "number that divides a device's share (auto: the largest that fits and is faster)",
+        "maximum sequences per forward pass on each device; with tokens_per_step, the largest "
+        "number that divides a device's share is used (auto: the largest that fits, if faster)",
         ge=1,
         words=("auto",),
     )
     tokens_per_step: int | None = key(
         None,
-        "tokens of one optimizer step over all devices, rounded to whole sequences on each "
-        "(None: one micro-batch each)",
+        "tokens per optimizer step over all devices, rounded to whole sequences on each "
+        "(none: one micro-batch each)",
         ge=1,
     )
-    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (None: never)", gt=0)
-    max_grad_value: float | None = key(None, "then clip its elements to ± this (None: never)", gt=0)
+    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (none: never)", gt=0)
+    max_grad_value: float | None = key(None, "then clip its elements to ± this (none: never)", gt=0)
     ema_decay: float | None = key(
         None,
         "keep a moving average of the parameters with this decay per step, and evaluate and "
-        "sample with it (None: off)",
+        "sample with it (none: off)",
         gt=0,
         lt=1,
     )
@@ -279,27 +279,27 @@ class LoopConfig(Section):
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
     on_nonfinite: str = key(
         "skip",
-        "what follows a loss or gradient that is not finite, besides making no update; skip "
+        "what to do after a non-finite loss or gradient, besides making no update; skip "
         "returns to a checkpoint after 20 in a row",
         choices="skip rollback stop",
     )
     recheck_every_steps: int | None = key(
         None,
         "steps between rechecks, which run forward and backward twice and compare them bit "
-        "for bit; on_nonfinite says what follows a difference (None: never)",
+        "for bit; on_nonfinite decides what follows a mismatch (none: never)",
         ge=1,
     )
     on_spike: str = key(
         "off",
-        "what follows a loss or gradient norm far above the previous ones (off: nothing)",
+        "what to do after a loss or gradient norm far above the previous ones (off: nothing)",
         choices="off skip rollback",
     )
-    spike_sigmas: float = key(10.0, "standard deviations above the mean that make a spike", gt=0)
-    spike_window_steps: int = key(128, "previous steps to compare with; half are enough", ge=8)
-    max_rollbacks: int = key(3, "rollbacks before the run stops instead", ge=0)
+    spike_sigmas: float = key(10.0, "standard deviations above the mean that define a spike", gt=0)
+    spike_window_steps: int = key(128, "previous steps to compare with; half of them suffice", ge=8)
+    max_rollbacks: int = key(3, "maximum number of rollbacks; then the run stops", ge=0)
     activation_checkpointing: str = key(
         "none",
-        "what a block keeps for its backward pass (none: everything; full: its input; "
+        "what a block saves for its backward pass (none: everything; full: its input; "
         "selective: also results of matrix products and attention); it recomputes the rest",
         choices="none full selective",
     )
@@ -309,36 +309,36 @@ class LoopConfig(Section):
 class EvalConfig(Section):
     """Evaluation on the validation split, and samples."""
 
-    every_steps: int | None = key(None, "steps between evaluations (None: only at the end)", ge=1)
+    every_steps: int | None = key(None, "steps between evaluations (none: only at the end)", ge=1)
     tokens: int | None = key(
-        None, "targets of an evaluation, always the same, spread over the split (None: all)", ge=1
+        None, "targets per evaluation, always the same, spread over the split (none: all)", ge=1
     )
-    batch_size: int | None = key(None, "sequences in one forward (None: train.micro_batch)", ge=1)
+    batch_size: int | None = key(None, "sequences per forward pass (none: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,
         "packed and sliding: distance between the starts of windows, as a fraction of "
         "data.seq_len; each token is predicted once, with the tokens before it in its window "
-        "as context (None: windows side by side)",
+        "as context (none: adjacent windows)",
         gt=0,
         le=1,
     )
-    sample_every_steps: int | None = key(None, "steps between samples (None: at the end)", ge=1)
+    sample_every_steps: int | None = key(None, "steps between samples (none: at the end)", ge=1)
     prompts: tuple[str, ...] | None = key(
-        None, "prompts, in turn; []: no samples (None: openings of four validation documents)"
+        None, "prompts, in turn ([]: no samples; none: beginnings of four validation documents)"
     )
-    sample_tokens: int = key(128, "tokens of a sample", ge=1)
+    sample_tokens: int = key(128, "tokens per sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
-    top_k: int | None = key(50, "sample from the k most likely tokens (None: from all)", ge=1)
+    top_k: int | None = key(50, "sample from the k most likely tokens (none: from all)", ge=1)
     patience: int | None = key(
-        None, "end the run after this many evaluations without an improvement (None: never)", ge=1
+        None, "end the run after this many evaluations without an improvement (none: never)", ge=1
     )
     min_change: float = key(
-        0.0, "nats by which a loss must improve, for eval.patience and the plateau schedule", ge=0
+        0.0, "nats by which the loss must improve, for eval.patience and the plateau schedule", ge=0
     )
 
     def check(self) -> None:
         if self.patience is not None and self.every_steps is None:
-            problem = "counts evaluations, of which there is one, at the end; set eval.every_steps"
+            problem = "counts evaluations, but there is only one, at the end; set eval.every_steps"
             self.refuse("patience", problem)
 
 
@@ -347,38 +347,40 @@ class CheckpointConfig(Section):
     """Checkpoints."""
 
     every_steps: int | None = key(
-        None, "steps between checkpoints (None: at the end and on interruption)", ge=1
+        None, "steps between checkpoints (none: at the end and on interruption)", ge=1
     )
     keep_last: int = key(2, "number of newest checkpoints kept, besides the best", ge=1)
-    asynchronous: bool = key(True, "write in a background thread")
+    asynchronous: bool = key(True, "write checkpoints in a background thread")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig(Section):
-    """What is reported."""
+    """Logging."""
 
     every_steps: int = key(10, "steps between log lines", ge=1)
     csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
-    tensorboard: bool = key(False, "write TensorBoard's files into the run folder")
+    tensorboard: bool = key(False, "write TensorBoard files into the run folder")
     wandb_project: str | None = key(
         None,
-        "project of Weights & Biases (None: not used)",
+        "Weights & Biases project (none: not used)",
         pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
     )
-    wandb_mode: str = key("online", "offline: in the run folder", choices="online offline")
+    wandb_mode: str = key("online", "offline: log to the run folder only", choices="online offline")
     profile_steps: tuple[int, ...] = key(
-        (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
+        (),
+        "first and last step of a profiler trace, under profile in the run folder ([]: none)",
+        ge=1,
     )
 
     def check(self) -> None:
         steps = self.profile_steps
         if steps and (len(steps) != 2 or steps[0] > steps[1]):
-            self.refuse("profile_steps", "is no first and last step; write [10, 12], say")
+            self.refuse("profile_steps", "is not a first and a last step; give two, as in [10, 12]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedConfig(Section):
-    """How the processes that torchrun starts share the work; without torchrun, unused."""
+    """How processes started by torchrun share the work; unused without torchrun."""
 
     mode: str = key(
         "auto",
@@ -386,12 +388,12 @@ class DistributedConfig(Section):
         "auto: ddp where it fits",
         choices="auto ddp fsdp hsdp",
     )
-    shard_ranks: int | None = key(None, "hsdp: ranks that share a model (None: a node's)", ge=2)
+    shard_ranks: int | None = key(None, "hsdp: ranks that share one model (none: a node's)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     check_every_steps: int | None = key(
         1000,
         "ddp and hsdp: steps between bitwise comparisons of the ranks' parameters, also done "
-        "at the end (None: never)",
+        "at the end (none: never)",
         ge=1,
     )
     timeout_s: float = key(300.0, "a step that takes longer than this ends the job", gt=0)
@@ -440,13 +442,13 @@ class TrainConfig:
         if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
             self._refuse(
                 "train.micro_batch",
-                "leaves open how many tokens make a step, which decides how a run learns; set "
+                "leaves the tokens per step open, which affect how a run learns; set "
                 "train.tokens_per_step",
             )
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             self._refuse(
                 "schedule.name",
-                "waits for evaluations, of which there is one, at the end; set eval.every_steps",
+                "waits for evaluations, but there is only one, at the end; set eval.every_steps",
             )
         if self.schedule.min_lr > peak:
             self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")

@@ -17,15 +17,15 @@ from fasttrain.config import load_config
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when all is well, 1 when not, 2 on bad input."""
-    what = "Tell what a run takes before it takes it, and what will hurt it."
+    what = "Report what a run needs before it starts, and what may hurt it."
     parser = make_parser("preflight", what)
     add = parser.add_argument
-    add("config", type=Path, nargs="?", help="as fasttrain.train takes it")
-    add("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
-    add("--no-probe", action="store_true", help="do not run a step: no time, no measured memory")
-    several = "tell it for a run of N processes"
+    add("config", type=Path, nargs="?", help="as for fasttrain.train")
+    add("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
+    add("--no-probe", action="store_true", help="do not run a step; measures no time or memory")
+    several = "plan for a run of N processes"
     add("--world-size", type=int, default=1, metavar="N", help=several)
-    add("--bandwidth-gbps", type=float, metavar="G", help="gigabits a second that a rank sends")
+    add("--bandwidth-gbps", type=float, metavar="G", help="send rate of a rank in Gbit/s")
     checklist = "run the checklist for a loss that does not fall, on the first batch"
     add("--diagnose", action="store_true", help=checklist)
     kernels = "check each fused operation on this device and time its paths; takes no config"
