@@ -44,7 +44,7 @@ class Bound(NamedTuple):
     rival: str = "*"  # where the figure has one for each
     least: float = 0.0
     most: float = math.inf
-    isas: tuple[str, ...] = ("AVX2",)
+    isas: tuple[str, ...] = ("AVX2",)  # or a newer CPU held to it
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure for each rival; where ours stands beside them, relative to it."""
@@ -56,8 +56,12 @@ class Bound(NamedTuple):
         return {rival: found[rival] / own for rival in rivals}
 
 
+AVX2, AMX = ("AVX2",), ("AVX-512+AMX",)
 BOUNDS = (
-    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=4.0),
+    Bound("busy", "alone", "speedup", least=1 / 1.03, isas=AVX2 + AMX),
+    Bound("busy", "beside*", "share_of_best", least=0.85, isas=AVX2 + AMX),
+    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=8.0),
+    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=6.0, isas=AMX),
     Bound("checkpoint", "stall_of_a_save", "speedup", "plain copy", least=1 / 1.2),
     Bound("checkpoint", "stall_of_a_save", "slowdown", most=1.1),
     Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
@@ -70,7 +74,13 @@ BOUNDS = (
     Bound("run-speedrun", "speedrun.toml", "wall_s", most=240.0),
     Bound("run-speedrun", "speedrun.toml", "val_bpb", most=1.30),
     Bound("startup", "first_step", "first_step_s", most=8.0),
-    Bound("trainers", "trainers*", "speedup", least=1.0),
+    Bound("trainers", "*gpt2-chars*", "speedup", "nanoGPT", least=1.6),
+    Bound("trainers", "*gpt2-chars*", "speedup", "nanoGPT", least=3.0, isas=AMX),
+    Bound("trainers", "*llama-256*", "speedup", "nanoGPT", least=1.4),
+    Bound("trainers", "*llama-256*", "speedup", "nanoGPT", least=5.0, isas=AMX),
+    Bound("trainers", "*llama-256*", "speedup", "[!n]*", least=1.25),
+    Bound("trainers", "*llama-256*", "speedup", "[!n]*", least=2.0, isas=AMX),
+    Bound("trainers", "trainers*", "speedup", least=1.0, isas=AVX2 + AMX),
 )
 
 

@@ -18,7 +18,7 @@ CHART = RESULTS / "training-step.png"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
-FIRST = ("chars", "run-base", "run-speedrun", "trainers", "step", "loop", "startup")
+FIRST = ("chars", "run-base", "run-speedrun", "trainers", "busy", "step", "loop", "startup")
 # What an entry may hold beside times, and how it reads.
 SHOWN = {
     "wall_s": "{:.0f} s in all",
@@ -34,6 +34,7 @@ SHOWN = {
     "data_wait_ms": "{:.2f} ms waiting for data",
     "mb_per_s": "{:.1f} MB/s",
     "overhead": "overhead {:.1%}",
+    "share_of_best": "{:.0%} of the best",
     "first_step_s": "{:.1f} s from `python` to its end",
     "peak_memory_gib": "{:.2f} GiB at the most",
 }

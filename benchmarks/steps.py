@@ -150,8 +150,8 @@ def loop(
     return step
 
 
-def plain_step(config: TrainConfig, *, compiled: bool) -> Step:
-    """Return the same step in plain torch, eager or with the loss compiled; AdamW throughout."""
+def plain_step(config: TrainConfig) -> Step:
+    """Return the same step in plain torch; its loss is compiled unless ``run.compile`` is off."""
     model, ours, _, precision = parts_of(config)
     groups = [
         {"params": g["params"], "weight_decay": g["weight_decay"], "lr": LR * g["lr_scale"]}
@@ -160,6 +160,7 @@ def plain_step(config: TrainConfig, *, compiled: bool) -> Step:
     ]
     optim, loss_of = config.optim, partial(plain_loss, model)
     adamw = torch.optim.AdamW(groups, lr=LR, betas=optim.betas, eps=optim.eps, fused=True)
+    compiled = config.run.compile != "off"
     return loop(
         compile_function(loss_of, "default") if compiled else loss_of, make_batch(config), [adamw],
         autocast=precision.autocast, max_norm=config.train.max_grad_norm,
