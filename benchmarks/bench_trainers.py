@@ -8,7 +8,8 @@ Steps: the times are those that each reports: nanoGPT's ``time``; our ``step_ms`
 writing of its log line is not, 0.6 ms of 40, once in ten steps by default; the others' by a clock
 between their steps. Two shapes: that of nanoGPT's README command for a CPU, and a small Llama's,
 where nanoGPT has the same width, and its own parts. nanoGPT computes in fp32 on a CPU, eager; ours
-runs as a user starts it; the others are compiled, in bf16 where the CPU multiplies it natively.
+runs as a user starts it; the others are compiled, in bf16 where the CPU multiplies it natively. On
+a GPU: nanoGPT, compiled, at its shape of GPT-2.
 
 Waiting: configs/base.toml by default settings, alone and beside two processes that keep the cores
 busy, against other ways to use the threads (``--full``).
@@ -38,8 +39,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness import CUDA, OURS, comparison, gather, run, turns
-from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of, source_bytes
+from benchmarks.harness import CUDA, DEVICE, OURS, comparison, gather, run, turns
+from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, NANOGPT, TINY, config_of, source_bytes
 from benchmarks.store import ROOT
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
@@ -53,6 +54,8 @@ SHAPES = {
     # nanoGPT at the width of a small Llama; the others are that Llama.
     "llama-256": (LLAMA_LIKE, 30, 6),
 }
+if CUDA:
+    SHAPES = {"gpt2-124m": (NANOGPT, 40, 20)}
 
 
 def run_nanogpt(folder: Path, config: TrainConfig, **more: Any) -> str:
@@ -66,7 +69,7 @@ def run_nanogpt(folder: Path, config: TrainConfig, **more: Any) -> str:
     # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
     (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
     arguments = more | {
-        "dataset": "chars", "device": "cpu", "log_interval": 1, "dropout": 0.0,
+        "dataset": "chars", "device": DEVICE, "log_interval": 1, "dropout": 0.0,
         "max_iters": steps, "lr_decay_iters": steps,
         "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
@@ -130,9 +133,9 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, config:
 
 
 def nanogpt_ms(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the milliseconds of nanoGPT's steps, as its README starts it on a CPU: fp32, eager."""
+    """Return the milliseconds of nanoGPT's steps, on a CPU as its README starts it: fp32, eager."""
     # With as many warmup_iters as lr_decay_iters, it divides by zero.
-    options = {"compile": False, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
+    options = {"compile": CUDA, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
     out = run_nanogpt(folder, config, **options)
     return [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
 
@@ -150,8 +153,10 @@ def peer_ms(name: str, folder: Path, config: TrainConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_trainers(benchmark: Any, tmp_path: Path, full: bool, name: str) -> None:
+def test_trainers(benchmark: Any, tmp_path: Path, full: bool, rehearse: bool, name: str) -> None:
     shape, n_steps, n_warm = SHAPES[name]
+    if rehearse:
+        shape, n_steps, n_warm = shape | TINY, 3, 0
     text = source_bytes(60)  # its characters, as nanoGPT's .bin
     chars, tokens = np.unique(text[text < 128], return_inverse=True)
     data = tmp_path / "data" / "chars"
@@ -164,8 +169,9 @@ def test_trainers(benchmark: Any, tmp_path: Path, full: bool, name: str) -> None
         "optim.lr": 1e-3, "optim.betas": [0.9, 0.99], "schedule.warmup_steps": n_warm,
         "train.steps": n_steps, "eval.prompts": [], "log.every_steps": 1,
     }  # fmt: skip
-    vocab = {"model.vocab_size": len(chars)} if shape is GPT2_CHARS else {}
-    config = config_of(overrides | vocab)
+    if shape is GPT2_CHARS:
+        overrides |= {"model.vocab_size": len(chars)}
+    config = config_of(overrides)
     (tmp_path / "config.toml").write_text(config_to_toml(config), "utf-8")
 
     def step_s(step_ms: Callable[..., list[float]]) -> float:
@@ -174,7 +180,8 @@ def test_trainers(benchmark: Any, tmp_path: Path, full: bool, name: str) -> None
         return statistics.median(times[n_warm:]) / 1e3
 
     ways = {OURS: our_ms, "nanoGPT": nanogpt_ms}
-    ways |= {peer: partial(peer_ms, peer) for peer in ("HF Trainer", "litgpt")}
+    if not CUDA:
+        ways |= {peer: partial(peer_ms, peer) for peer in ("HF Trainer", "litgpt")}
     makers = {key: partial(partial, step_s, way) for key, way in ways.items()}
     rivals, left_out = gather(makers, lambda _, call: call())  # compiled once, kept on disk
     if len(rivals) == 1:

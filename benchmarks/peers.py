@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.steps import LR, loop, make_batch
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.device import resolve_precision
 
@@ -59,10 +60,29 @@ def hf_trainer(config: TrainConfig, ends: list[float]) -> None:
 
 
 def litgpt(config: TrainConfig, ends: list[float]) -> None:
-    """Train litgpt's model in the usual loop, on one batch."""
-    from benchmarks.steps import litgpt_step
+    """Train litgpt's model with its chunked cross-entropy in the usual loop, on one batch."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
 
-    step = litgpt_step(config)
+    model, device = config.model, torch.device("cpu")
+    llama = model.norm == "rms"
+    peer = GPT(
+        Config(
+            n_layer=model.n_layers, n_head=model.n_heads, n_embd=model.dim,
+            block_size=config.data.seq_len, padded_vocab_size=model.vocab_size,
+            vocab_size=model.vocab_size, bias=False, parallel_residual=False,
+            rotary_percentage=1.0, norm_class_name="RMSNorm" if llama else "LayerNorm",
+            mlp_class_name="LLaMAMLP" if llama else "GptNeoxMLP",
+            intermediate_size=704 if llama else 4 * model.dim,
+        )
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(peer.parameters(), lr=LR, betas=config.optim.betas, fused=True)
+    step = loop(
+        torch.compile(lambda tokens, targets: chunked_cross_entropy(peer(tokens), targets)),
+        make_batch(config), [adamw], autocast=resolve_precision("auto", device).autocast,
+        max_norm=1.0,
+    )  # fmt: skip
     for _ in range(config.train.steps):
         step()
         ends.append(time.perf_counter())
