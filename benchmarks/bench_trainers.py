@@ -204,7 +204,7 @@ WAITING: dict[str, tuple[int, dict[str, tuple[dict[str, str], tuple[str, ...]]]]
     ),
 }
 BUSY_RUN = (
-    *("train.steps=400", "eval.every_steps=none", "eval.prompts=[]", "checkpoint.every_steps=none"),
+    *("train.steps=200", "eval.every_steps=none", "eval.prompts=[]", "checkpoint.every_steps=none"),
     "eval.sample_every_steps=none",
 )
 

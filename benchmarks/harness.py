@@ -28,7 +28,6 @@ from fasttrain.run.provenance import provenance
 PEERS = (
     *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
     *("transformers", "accelerate", "litgpt"),
-    *("datatrove", "litdata", "mosaicml-streaming"),
 )
 OURS = "fasttrain"
 CUDA = torch.cuda.is_available()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.steps import LR, loop, make_batch
+from benchmarks.steps import LR, loop
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.device import resolve_precision
 
@@ -65,8 +65,7 @@ def litgpt(config: TrainConfig, ends: list[float]) -> None:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    model, device = config.model, torch.device("cpu")
-    llama = model.norm == "rms"
+    model, llama = config.model, config.model.norm == "rms"
     peer = GPT(
         Config(
             n_layer=model.n_layers, n_head=model.n_heads, n_embd=model.dim,
@@ -78,11 +77,8 @@ def litgpt(config: TrainConfig, ends: list[float]) -> None:
         )
     )  # fmt: skip
     adamw = torch.optim.AdamW(peer.parameters(), lr=LR, betas=config.optim.betas, fused=True)
-    step = loop(
-        torch.compile(lambda tokens, targets: chunked_cross_entropy(peer(tokens), targets)),
-        make_batch(config), [adamw], autocast=resolve_precision("auto", device).autocast,
-        max_norm=1.0,
-    )  # fmt: skip
+    loss_of = torch.compile(lambda tokens, targets: chunked_cross_entropy(peer(tokens), targets))
+    step = loop(loss_of, config, adamw)
     for _ in range(config.train.steps):
         step()
         ends.append(time.perf_counter())

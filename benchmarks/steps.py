@@ -5,8 +5,7 @@ torch's own functions, all logits at once, ``clip_grad_norm_`` and ``AdamW(fused
 """
 
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ GPT2 = {
 }  # fmt: skip
 LLAMA_LIKE = shape(256, 4, 4, 4096, 256, 8)
 GPT2_CHARS = GPT2 | shape(128, 4, 4, 65, 64, 12)  # nanoGPT's README command for a CPU
-NANOGPT = GPT2 | shape(768, 12, 12, 50304, 1024, 12) | {"train.max_grad_norm": None}
+NANOGPT = GPT2 | shape(768, 12, 12, 50304, 1024, 12)
 # What stands in for shapes that are too large for a CPU, so that every line runs there.
 TINY = shape(64, 2, 2, 512, 32, 2) | {"run.compile": "off", "run.dtype": "fp32"}
 
@@ -78,17 +77,6 @@ def source_bytes(n_files: int) -> np.ndarray:
     return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
-def make_model(config: TrainConfig) -> Transformer:
-    """Return the model of ``config`` on its device, the same at every call."""
-    torch.manual_seed(0)
-    device = resolve_device(config.run.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as in a run; rivals in this process have it too
-    model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    model.train()
-    return model
-
-
 def make_batch(config: TrainConfig) -> Batch:
     """Return a batch of random tokens, the same at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -99,10 +87,13 @@ def make_batch(config: TrainConfig) -> Batch:
 
 
 def parts_of(config: TrainConfig) -> tuple[Transformer, Any, Any, Any]:
-    """Return model, optimizers, device and precision, as a run of ``config`` makes them."""
+    """Return model, optimizers, device and precision of a run, the same at every call."""
+    torch.manual_seed(0)
     device = resolve_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in a run; rivals in this process have it too
     precision = resolve_precision(config.run.dtype, device)
-    model = make_model(config)
+    model = Transformer(config.model, seq_len=config.data.seq_len).to(device).train()
     return model, build_optimizers(model, config.optim, precision.compute), device, precision
 
 
@@ -120,22 +111,21 @@ def our_step(config: TrainConfig) -> Step:
 
 
 def loop(
-    loss_of: Callable[[Tensor, Tensor], Tensor], batch: Batch,
-    optimizers: Iterable[torch.optim.Optimizer],
-    *, autocast: Callable[[], Any] = nullcontext, max_norm: float | None = None,
-) -> Step:  # fmt: skip
-    """Return the usual loop's body: loss, backward, clip, step, clear."""
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    loss_of: Callable[[Tensor, Tensor], Any], config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> Step:
+    """Return the usual loop's body in the precision of a config; clip, step, clear."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    precision = resolve_precision(config.run.dtype, resolve_device(config.run.device))
+    batch, max_norm = make_batch(config), config.train.max_grad_norm
 
     def step() -> Tensor:
-        with autocast():
+        with precision.autocast():
             loss = loss_of(batch.tokens, batch.targets)
         loss.backward()
         if max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
@@ -143,7 +133,7 @@ def loop(
 
 def plain_step(config: TrainConfig) -> Step:
     """Return the same step in plain torch; its loss is compiled unless ``run.compile`` is off."""
-    model, ours, _, precision = parts_of(config)
+    model, ours, *_ = parts_of(config)
     groups = [
         {"params": g["params"], "weight_decay": g["weight_decay"], "lr": LR * g["lr_scale"]}
         for optimizer in ours
@@ -152,10 +142,7 @@ def plain_step(config: TrainConfig) -> Step:
     optim, loss_of = config.optim, partial(plain_loss, model)
     adamw = torch.optim.AdamW(groups, lr=LR, betas=optim.betas, eps=optim.eps, fused=True)
     compiled = config.run.compile != "off"
-    return loop(
-        compile_function(loss_of, "default") if compiled else loss_of, make_batch(config), [adamw],
-        autocast=precision.autocast, max_norm=config.train.max_grad_norm,
-    )  # fmt: skip
+    return loop(compile_function(loss_of, "default") if compiled else loss_of, config, adamw)
 
 
 # ---- the model of `fasttrain.model`, from torch's functions alone --------------------------------
