@@ -18,7 +18,7 @@ bench-results: # longer, with whole runs of base.toml and speedrun.toml, kept in
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --full --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
-report: # figures and chart of docs/benchmarks.md, from benchmarks/results; needs matplotlib
+report: # figures of docs/benchmarks.md, from benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
 gpu: # tests and benchmarks on a GPU within nine minutes; without one, a rehearsal

@@ -1,13 +1,18 @@
-"""Whole trainers side by side: fasttrain, karpathy/nanoGPT, Hugging Face's Trainer.
+"""Whole trainers side by side: fasttrain, karpathy/nanoGPT, Hugging Face's Trainer, litgpt.
 
 nanoGPT is not part of this project: name a checkout of it in the environment variable
-``NANOGPT_DIR``. The Trainer takes part where transformers and accelerate are installed. All run as
-processes of their own on the same token file, in turn.
+``NANOGPT_DIR``. The others take part where they are installed. All run as processes of their own
+on the same token file, in turn; with ``--full`` in six rounds.
 
 Steps: the times are those that each reports: nanoGPT's ``time``; our ``step_ms``, in which the
-writing of its log line is not, 0.6 ms of 40, once in ten steps by default; the Trainer's by a
-callback. Two shapes, in fp32: that of nanoGPT's README command for a CPU, and a small Llama's,
-where nanoGPT has the same width, and its own parts.
+writing of its log line is not, 0.6 ms of 40, once in ten steps by default; the others' by a clock
+between their steps. Two shapes: that of nanoGPT's README command for a CPU, and a small Llama's,
+where nanoGPT has the same width, and its own parts. nanoGPT computes in fp32 on a CPU, eager; ours
+runs as a user starts it; the others are compiled, in bf16 where the CPU multiplies it natively. On
+a GPU: nanoGPT, compiled, at its shape of GPT-2.
+
+Waiting: configs/base.toml by default settings, alone and beside two processes that keep the cores
+busy, against other ways to use the threads (``--full``).
 
 Time to a loss: that command of nanoGPT's, 2,000 steps, and ours, configs/chars.toml, from the same
 tokens to the end of either recipe, and the loss of each on its whole validation split. The text is
@@ -16,7 +21,6 @@ as in ``PATH``). The recipe was tuned on neither. A text takes five minutes, so 
 with ``--full`` alone, as are whole runs of configs/base.toml and speedrun.toml.
 """
 
-import importlib.util
 import json
 import os
 import pickle
@@ -25,31 +29,36 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.harness import CUDA, OURS, comparison, rounds_within, run
-from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, config_of, source_bytes
+from benchmarks.harness import CUDA, DEVICE, OURS, comparison, gather, run, turns
+from benchmarks.steps import GPT2_CHARS, LLAMA_LIKE, NANOGPT, TINY, config_of, source_bytes
 from benchmarks.store import ROOT
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
 
+CONFIGS = ROOT / "configs"
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
-LIMIT_S = 100.0  # of a process of some steps, which takes a fifth of it on two idle cores
+FULL_ROUNDS = 6
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
-    "gpt2-chars": (GPT2_CHARS, 100, 20),
-    # nanoGPT in fp32 at the width of a small Llama; ours is that Llama.
-    "llama-256": (LLAMA_LIKE, 12, 3),
+    "gpt2-chars": (GPT2_CHARS, 200, 40),
+    # nanoGPT at the width of a small Llama; the others are that Llama.
+    "llama-256": (LLAMA_LIKE, 30, 6),
 }
+if CUDA:
+    SHAPES = {"gpt2-124m": (NANOGPT, 40, 20)}
 
 
-def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **more: Any) -> str:
+def run_nanogpt(folder: Path, config: TrainConfig, **more: Any) -> str:
     """Train nanoGPT at the shape of ``config`` on ``data/chars``; return what it printed."""
     if not NANOGPT_DIR:
         raise ImportError("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
@@ -60,19 +69,25 @@ def run_nanogpt(folder: Path, config: TrainConfig, limit_s: float = LIMIT_S, **m
     # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
     (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
     arguments = more | {
-        "dataset": "chars", "device": "cpu", "log_interval": 1, "dropout": 0.0,
+        "dataset": "chars", "device": DEVICE, "log_interval": 1, "dropout": 0.0,
         "max_iters": steps, "lr_decay_iters": steps,
         "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
     }  # fmt: skip
     command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
-    return run(*command, *(f"--{k}={v}" for k, v in arguments.items()), cwd=folder, limit_s=limit_s)
+    return run(*command, *(f"--{k}={v}" for k, v in arguments.items()), cwd=folder)
 
 
-def rows_of(folder: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    """Return the rows of a kind that our run of that name has logged."""
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+def train(folder: Path, config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Run our trainer as a process; return the rows that it logged, by their kind."""
+    name = f"r{len(list(folder.glob('runs/*')))}"
+    command = ("-m", "fasttrain.train", str(config), f"run.name={name}")
+    run(*command, *overrides, cwd=folder, **options)
+    rows: dict[str, Any] = {"train": [], "eval": []}
+    for line in (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["kind"], []).append(row)
+    return rows
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -107,57 +122,41 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, config:
     if not (full or rehearse or CUDA):
         pytest.skip("takes four minutes: --full")
     overrides = TINY_RUN if rehearse else () if full else SHORT
-    command = ["-m", "fasttrain.train", str(ROOT / "configs" / f"{config}.toml"), *overrides]
     started = time.perf_counter()
-    benchmark.pedantic(run, args=(*command, "run.name=run"), kwargs={"cwd": tmp_path}, rounds=1)
+    rows = benchmark.pedantic(train, args=(tmp_path, CONFIGS / f"{config}.toml", *overrides))
     wall_s = time.perf_counter() - started
-    rows = (rows_of(tmp_path, "run", kind) for kind in ("train", "eval"))
-    benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(*rows))
+    figures = figures_of_run(rows["train"], rows["eval"])
+    benchmark.extra_info.update({"wall_s": wall_s} | figures)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
 
 
 def nanogpt_ms(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the milliseconds of nanoGPT's steps."""
+    """Return the milliseconds of nanoGPT's steps, on a CPU as its README starts it: fp32, eager."""
     # With as many warmup_iters as lr_decay_iters, it divides by zero.
-    options = {"compile": False, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
+    options = {"compile": CUDA, "eval_iters": 1, "eval_interval": 10**9, "warmup_iters": 0}
     out = run_nanogpt(folder, config, **options)
     return [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
 
 
 def our_ms(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the milliseconds of our steps."""
-    name = f"r{len(list((folder / 'runs').glob('*')))}"
-    (folder / "config.toml").write_text(config_to_toml(config), "utf-8")
-    run("-m", "fasttrain.train", "config.toml", f"run.name={name}", cwd=folder, limit_s=LIMIT_S)
-    return [row["step_ms"] for row in rows_of(folder, name, "train")]
+    """Return the milliseconds of our steps, as a user starts it."""
+    return [row["step_ms"] for row in train(folder, folder / "config.toml")["train"]]
 
 
-def hf_ms(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the milliseconds of the Trainer's steps."""
-    if not all(importlib.util.find_spec(module) for module in ("transformers", "accelerate")):
-        raise ImportError("transformers and accelerate are not both installed")
-    model, seq_len = config.model, config.data.seq_len
-    # Both kinds of config know these names.
-    sizes: dict[str, Any] = {
-        "vocab_size": model.vocab_size, "hidden_size": model.dim, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "max_position_embeddings": seq_len,
-    }  # fmt: skip
-    if model.norm == "rms":
-        sizes |= {"model_type": "llama", "intermediate_size": 704}
-    else:
-        sizes |= {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"model": sizes, "rows": config.train.micro_batch, "steps": config.train.steps}
-    command = ["-m", "benchmarks.hf_trainer", "data/chars/train.bin"]
-    command += [json.dumps(sizes | {"seq_len": seq_len})]
-    times: list[float] = json.loads(run(*command, cwd=folder, limit_s=LIMIT_S).splitlines()[-1])
+def peer_ms(name: str, folder: Path, config: TrainConfig) -> list[float]:
+    """Return the milliseconds of the steps of a peer in Python: see peers.py."""
+    printed = run("-m", "benchmarks.peers", name, "config.toml", cwd=folder)
+    times: list[float] = json.loads(printed.splitlines()[-1])
     return times
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_trainers(benchmark: Any, tmp_path: Path, budget_s: float, name: str) -> None:
+def test_trainers(benchmark: Any, tmp_path: Path, full: bool, rehearse: bool, name: str) -> None:
     shape, n_steps, n_warm = SHAPES[name]
+    if rehearse:
+        shape, n_steps, n_warm = shape | TINY, 3, 0
     text = source_bytes(60)  # its characters, as nanoGPT's .bin
     chars, tokens = np.unique(text[text < 128], return_inverse=True)
     data = tmp_path / "data" / "chars"
@@ -168,38 +167,75 @@ def test_trainers(benchmark: Any, tmp_path: Path, budget_s: float, name: str) ->
     overrides = shape | {
         "data.path": str(data), "data.dtype": "uint16",
         "optim.lr": 1e-3, "optim.betas": [0.9, 0.99], "schedule.warmup_steps": n_warm,
-        "run.dtype": "fp32", "train.steps": n_steps, "eval.prompts": [], "log.every_steps": 1,
+        "train.steps": n_steps, "eval.prompts": [], "log.every_steps": 1,
     }  # fmt: skip
-    vocab = {"model.vocab_size": len(chars)} if shape is GPT2_CHARS else {}
-    config = config_of(overrides | vocab)
-    # As each is started by default: compiled, nanoGPT is below and plain torch in bench_step.py.
-    trainers = {"nanoGPT": nanogpt_ms, "HF Trainer": hf_ms, OURS: our_ms}
-    times: dict[str, list[float]] = {key: [] for key in (OURS, *trainers)}
-    left_out: dict[str, str] = {}
+    if shape is GPT2_CHARS:
+        overrides |= {"model.vocab_size": len(chars)}
+    config = config_of(overrides)
+    (tmp_path / "config.toml").write_text(config_to_toml(config), "utf-8")
 
-    def all_rounds() -> None:
-        for _ in rounds_within(6 * budget_s):  # a round takes a minute, most of it to start them
-            for key in [key for key in trainers if key not in left_out]:
-                if len(left_out) == len(trainers) - 1:
-                    pytest.skip("; ".join(left_out.values()))
-                try:
-                    step_ms = trainers[key](tmp_path, config)
-                    assert len(step_ms) >= n_steps - 1  # the Trainer's first has no beginning
-                    times[key].append(statistics.median(step_ms[n_warm:]) / 1e3)
-                except subprocess.TimeoutExpired:
-                    left_out[key] = f"took longer than {LIMIT_S} s"
-                except Exception as error:
-                    if key == OURS:
-                        raise
-                    left_out[key] = str(error).strip().split("\n")[-1]
-        if OURS in left_out:
-            pytest.skip(f"{OURS} {left_out[OURS]}")
+    def step_s(step_ms: Callable[..., list[float]]) -> float:
+        times = step_ms(tmp_path, config)
+        assert len(times) >= n_steps - 1
+        return statistics.median(times[n_warm:]) / 1e3
 
-    benchmark.pedantic(all_rounds)
-    figures = comparison({key: values for key, values in times.items() if key not in left_out})
+    ways = {OURS: our_ms, "nanoGPT": nanogpt_ms}
+    if not CUDA:
+        ways |= {peer: partial(peer_ms, peer) for peer in ("HF Trainer", "litgpt")}
+    makers = {key: partial(partial, step_s, way) for key, way in ways.items()}
+    rivals, left_out = gather(makers, lambda _, call: call())  # compiled once, kept on disk
+    if len(rivals) == 1:
+        pytest.skip("; ".join(left_out.values()))
+    n_rounds = FULL_ROUNDS if full else 1
+    times = benchmark.pedantic(turns, args=(rivals, range(n_rounds)))
     n_tokens = config.data.seq_len * config.train.micro_batch
-    rates = {key: n_tokens / seconds for key, seconds in figures["median_s"].items()}
-    benchmark.extra_info.update(figures, tokens_per_s=rates, left_out=left_out)
+    benchmark.extra_info.update(comparison(times, tokens_per_s=n_tokens), left_out=left_out)
+
+
+# ---- beside other processes ----------------------------------------------------------------------
+
+GCC = {"GOMP_SPINCOUNT": "300000"}  # its own default: fasttrain/command.py sets another
+# How many busy processes there are, and other ways to wait: an environment and overrides.
+WAITING: dict[str, tuple[int, dict[str, tuple[dict[str, str], tuple[str, ...]]]]] = {
+    "alone": (0, {"GCC's spinning": (GCC, ())}),
+    "beside two busy processes": (
+        2,
+        {"one thread": ({}, ("run.threads=1",)), "passive": ({"OMP_WAIT_POLICY": "passive"}, ())},
+    ),
+}
+BUSY_RUN = (
+    *("train.steps=200", "eval.every_steps=none", "eval.prompts=[]", "checkpoint.every_steps=none"),
+    "eval.sample_every_steps=none",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.figures("busy", name=name)) for name in WAITING],
+)
+def test_busy(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, name: str) -> None:
+    if CUDA or not (full or rehearse):
+        pytest.skip("takes ten minutes on a CPU: --full")
+    n_busy, others = WAITING[name]
+    length = TINY_RUN if rehearse else BUSY_RUN
+
+    def step_s(env: dict[str, str], overrides: tuple[str, ...]) -> float:
+        rows = train(tmp_path, CONFIGS / "base.toml", *length, *overrides, env=env)["train"]
+        return statistics.mean(row["step_ms"] for row in rows[len(rows) // 10 :]) / 1e3
+
+    step_s({}, ("train.steps=2",))  # makes the dataset, and compiles
+    calls = {key: partial(step_s, *way) for key, way in {OURS: ({}, ()), **others}.items()}
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+    try:
+        n_rounds = 1 if rehearse else FULL_ROUNDS
+        times = benchmark.pedantic(turns, args=(calls, range(n_rounds)))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    figures = comparison(times, tokens_per_s=2048)
+    share = min(1.0, *figures["speedup"].values())
+    benchmark.extra_info.update(figures, share_of_best=share)
 
 
 # ---- time to a loss ------------------------------------------------------------------------------
@@ -258,18 +294,17 @@ def test_time_to_the_loss_of_nanogpt(
     times: dict[str, list[float]] = {name: [] for name in losses}
 
     def ours(seed: int) -> None:
-        command = ["-m", "fasttrain.train", str(ROOT / "configs" / "chars.toml")]
-        overrides = ["data.path=data/ours", f"run.seed={seed}", f"run.name=seed-{seed}"]
+        overrides = ("data.path=data/ours", f"run.seed={seed}")
         started = time.perf_counter()
-        run(*command, *overrides, cwd=tmp_path)
+        rows = train(tmp_path, CONFIGS / "chars.toml", *overrides)
         times[OURS].append(time.perf_counter() - started)
-        losses[OURS].append(rows_of(tmp_path, f"seed-{seed}", "eval")[-1]["val_loss"])
+        losses[OURS].append(rows["eval"][-1]["val_loss"])
 
     def theirs(name: str, *, compiled: bool) -> None:
         # The checkpoint is written also where its own estimate of the loss did not improve.
         options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
         started = time.perf_counter()
-        printed = run_nanogpt(tmp_path, config, 900.0, **options)
+        printed = run_nanogpt(tmp_path, config, **options)
         times[name].append(time.perf_counter() - started)
         assert "number of parameters: 0.80M" in printed
         printed = run("-c", EVALUATE, str(Path(NANOGPT_DIR).resolve()), cwd=tmp_path)

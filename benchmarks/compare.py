@@ -5,11 +5,10 @@ Ours is compared through its rivals where there are any: they ran in the same ro
 that was slower that day cancels out. Per round the logarithm of own time over a rival's is taken;
 the change is the difference of the medians of old and new, the median over the rivals. What counts
 as noise is three standard errors of that difference, estimated from the spread over the rounds, and
-5 % by which two processes differ. Still: measure old and new on a machine in the same state. What
-has no rival in common has its own time alone, and the machine's load in it.
+5 % by which two processes differ. What has no rival has its own time alone, and the machine's load
+in it.
 
-Folders may hold those of several processors: suites are compared with themselves on the same one.
-What is missing, skipped or failed in the new results is named. Exit status 1 where anything became
+Suites are compared with themselves on the same processor. Exit status 1 where anything became
 slower than noise, failed or breaks a bound, 2 where there is nothing to compare.
 """
 
@@ -18,7 +17,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
@@ -27,10 +26,8 @@ from typing import Any, NamedTuple
 # Two runs of the same code on two shared cores: 1.6 to 5.5 % apart, whatever their rounds.
 PROCESSES = 0.05
 STANDARD_ERRORS = 3.0
-ALONE = ""  # the rival of what has none
 # Of a median, against a mean's; and of the median absolute deviation, against a deviation.
 MEDIAN_ERROR, MAD_TO_DEVIATION = 1.2533, 1.4826
-VERSIONS = ("torch", "triton", "threads", "python")
 RESULTS = Path(__file__).parent / "results"
 Document = Mapping[str, Any]
 
@@ -44,7 +41,7 @@ class Bound(NamedTuple):
     rival: str = "*"  # where the figure has one for each
     least: float = 0.0
     most: float = math.inf
-    isas: tuple[str, ...] = ("AVX2",)
+    isas: tuple[str, ...] = ("AVX2",)  # or a newer CPU held to it
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure for each rival; where ours stands beside them, relative to it."""
@@ -56,21 +53,31 @@ class Bound(NamedTuple):
         return {rival: found[rival] / own for rival in rivals}
 
 
+AVX2, AMX = ("AVX2",), ("AVX-512+AMX",)
 BOUNDS = (
-    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=4.0),
+    Bound("busy", "alone", "speedup", least=1 / 1.03, isas=AVX2 + AMX),
+    Bound("busy", "beside*", "share_of_best", least=0.85, isas=AVX2 + AMX),
+    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=8.0),
+    Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=6.0, isas=AMX),
     Bound("checkpoint", "stall_of_a_save", "speedup", "plain copy", least=1 / 1.2),
     Bound("checkpoint", "stall_of_a_save", "slowdown", most=1.1),
     Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
     Bound("linear_cross_entropy", "peak_memory", "peak_bytes", "torch", least=8.0),
-    Bound("loop", "loop*", "share_of_step", "data wait", most=0.01),
     Bound("prepare", "prepare*12*", "speedup", "encode_batch", least=2.0),
     Bound("prepare", "prepare*48*", "speedup", "encode_batch", least=4.0),
     Bound("prepare", "prepare", "speedup", "encode_batch", least=4.0),  # of before, 48 MB
+    Bound("run-*", "*", "data_wait_ms", most=1.0),
     Bound("run-base", "base.toml", "wall_s", most=300.0),
     Bound("run-speedrun", "speedrun.toml", "wall_s", most=240.0),
     Bound("run-speedrun", "speedrun.toml", "val_bpb", most=1.30),
     Bound("startup", "first_step", "first_step_s", most=8.0),
-    Bound("trainers", "trainers*", "speedup", least=1.0),
+    Bound("trainers", "*gpt2-chars*", "speedup", "nanoGPT", least=1.6),
+    Bound("trainers", "*gpt2-chars*", "speedup", "nanoGPT", least=3.0, isas=AMX),
+    Bound("trainers", "*llama-256*", "speedup", "nanoGPT", least=1.4),
+    Bound("trainers", "*llama-256*", "speedup", "nanoGPT", least=5.0, isas=AMX),
+    Bound("trainers", "*llama-256*", "speedup", "[!n]*", least=1.25),
+    Bound("trainers", "*llama-256*", "speedup", "[!n]*", least=2.0, isas=AMX),
+    Bound("trainers", "trainers*", "speedup", least=1.0, isas=AVX2 + AMX),
 )
 
 
@@ -79,7 +86,6 @@ class Change(NamedTuple):
 
     change: float  # positive: slower
     noise: float
-    rivals: int  # through how many it was compared
 
     @property
     def verdict(self) -> str:
@@ -101,7 +107,7 @@ def _series(entry: Document) -> dict[str, list[float]]:
     (ours, own), *others = entry["times_s"].items()
     # Not ours in another form, and what ran in every round.
     rivals = {k: v for k, v in others if not k.startswith(ours) and len(v) == len(own)}
-    rivals = rivals or {ALONE: [1.0] * len(own)}
+    rivals = rivals or {"its own time alone": [1.0] * len(own)}
     return {
         name: [math.log(t / u) for t, u in zip(own, theirs, strict=True)]
         for name, theirs in rivals.items()
@@ -111,80 +117,67 @@ def _series(entry: Document) -> dict[str, list[float]]:
 def change_of(old: Document, new: Document) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
     before, after = _series(old), _series(new)
-    if not (common := before.keys() & after.keys()):
-        return None
     changes, errors = [], []
-    for rival in common:
+    for rival in before.keys() & after.keys():
         (was, error), (now, new_error) = map(_median_and_error, (before[rival], after[rival]))
         changes.append(now - was)
         errors.append(math.hypot(error, new_error))
+    if not changes:
+        return None
     # The rivals share our times, so that their errors do not average out.
     noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
-    return Change(math.expm1(statistics.median(changes)), noise, len(common - {ALONE}))
+    return Change(math.expm1(statistics.median(changes)), noise)
 
 
-def _documents(path: Path) -> dict[tuple[str, str, str], Document]:
-    """Return a file, or every file below a folder, by suite and processor."""
+def _entries(path: Path) -> dict[tuple[str, str, str, str], Document]:
+    """Return all entries of a file or a folder, by suite, processor and name."""
     paths = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    documents = [json.loads(p.read_text("utf-8")) for p in paths]
-    return {(d["suite"], d["machine"]["device"], d["machine"].get("isa", "")): d for d in documents}
+    return {
+        (d["suite"], d["machine"]["device"], d["machine"].get("isa", ""), entry["name"]): entry
+        for d in (json.loads(p.read_text("utf-8")) for p in paths)
+        for entry in d["benchmarks"]
+    }
 
 
-def print_bounds(documents: Iterable[Document]) -> int:
+def print_bounds(entries: Mapping[tuple[str, str, str, str], Document]) -> int:
     """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
-    n_found = n_broken = 0
-    for document, bound in product(documents, BOUNDS):
-        machine = document["machine"]
-        if bound.suite != document["suite"] or machine.get("isa") not in bound.isas:
-            continue
-        for entry in (e for e in document["benchmarks"] if fnmatchcase(e["name"], bound.name)):
+    kept: list[bool] = []
+    for (key, entry), bound in product(entries.items(), BOUNDS):
+        suite, device, isa, name = key
+        if fnmatchcase(suite, bound.suite) and isa in bound.isas and fnmatchcase(name, bound.name):
             values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
             for rival, value in values.items():
-                kept = bound.least <= value <= bound.most
-                n_found, n_broken = n_found + 1, n_broken + (not kept)
+                kept.append(bound.least <= value <= bound.most)
                 wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
-                where = f"{wanted:8} {machine['device']}, {machine['isa']}  {bound.suite}"
-                verdict = "keeps " if kept else "BREAKS"
-                print(f"{verdict} {value:<8.3g} {where} {entry['name']} {rival}")
-    if not n_found:
+                verdict = f"{'keeps' if kept[-1] else 'BREAKS':6} {value:<8.3g} {wanted:8}"
+                print(verdict, f"{device}, {isa}  {suite} {name} {rival}")
+    if not kept:
         print("error: no figure in these has a bound for its kind of processor", file=sys.stderr)
         return 2
-    print(f"{n_found} figures with a bound, {n_broken} break it")
-    return 1 if n_broken else 0
-
-
-def line_of(label: str, before: Document, now: Document) -> tuple[str, str]:
-    """Return the verdict on one benchmark, and the line that says it."""
-    why = next((key for key in ("failed", "skipped") if now.get(key)), "")
-    if why == "failed" or not now.get("times_s"):
-        verdict = "FAILED" if why == "failed" else "lost"
-        return verdict, f"{label}: " + (f"{why}: {now[why]}" if why else "has no times")
-    if (change := change_of(before, now)) is None:
-        return "lost", f"{label}: has no rival in common"
-    alone = "" if change.rivals else ", no rival: the machine's load is in it"
-    noise = f"{change.noise:.1%}" if change.noise < math.inf else "unknown"
-    return change.verdict, f"{change.change:+7.1%}  (noise {noise})  {label}{alone}"
+    print(f"{len(kept)} figures with a bound, {kept.count(False)} break it")
+    return 0 if all(kept) else 1
 
 
 def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> int:
     """Print what moved between two results; return 1 where it is bad, 2 where nothing is common."""
-    common = [key for key in old if key in new]
-    machines = [(old[key]["machine"], new[key]["machine"]) for key in common]
-    moved = {(v, a.get(v), b.get(v)) for v in VERSIONS for a, b in machines if a.get(v) != b.get(v)}
-    for text in sorted(f"{version} was {was}, is {now}" for version, was, now in moved):
-        print(text)
     n_compared, bad = 0, []
-    for key in common:
-        after = {entry["name"]: entry for entry in new[key]["benchmarks"]}
-        for before in (entry for entry in old[key]["benchmarks"] if entry.get("times_s")):
-            label = f"{key[0]} {before['name']}"
-            absent = {"skipped": "not in the new results"}
-            verdict, text = line_of(label, before, after.get(before["name"], absent))
-            print(f"{verdict:7} {text}")
-            n_compared += verdict not in ("FAILED", "lost")
-            bad += [label] * (verdict in ("FAILED", "SLOWER"))
-    if unmeasured := sorted(key[0] for key in old.keys() - new.keys()):
-        print("lost    not measured again:", ", ".join(unmeasured))
+    for key, before in old.items():
+        if not before.get("times_s"):
+            continue
+        now = new.get(key, {"skipped": "not in the new results"})
+        label, why = (
+            f"{key[0]} {key[-1]}",
+            next((k for k in ("failed", "skipped") if now.get(k)), ""),
+        )
+        change = change_of(before, now) if not why and now.get("times_s") else None
+        if change:
+            n_compared += 1
+            verdict = change.verdict
+            print(f"{verdict:7} {change.change:+7.1%}  (noise {change.noise:.1%})  {label}")
+        else:
+            verdict = "FAILED" if why == "failed" else "lost"
+            print(f"{verdict:7} {label}:", f"{why}: {now[why]}" if why else "no time in common")
+        bad += [label] * (verdict in ("FAILED", "SLOWER"))
     if not n_compared and not bad:
         print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
         return 2
@@ -205,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")
     arguments = parser.parse_args(argv)
     try:
-        old = _documents(arguments.old)
+        old = _entries(arguments.old)
         if arguments.new is None:
-            return print_bounds(old.values())
-        return print_changes(old, _documents(arguments.new))
+            return print_bounds(old)
+        return print_changes(old, _entries(arguments.new))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"error: not results of the benchmarks: {error!r}", file=sys.stderr)
         return 2

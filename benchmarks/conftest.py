@@ -114,9 +114,7 @@ def compare(benchmark: Any, rehearse: bool, budget_s: float) -> Callable[..., di
         if rehearse:
             options |= {"budget_s": 0.0, "n_calls": 1, "warmup": 0}
         times = benchmark.pedantic(harness.in_turn, args=(calls,), kwargs=options)
-        figures = harness.comparison(times)
-        for rate, amount in dict(per_call).items():
-            figures[rate] = {name: amount / s for name, s in figures["median_s"].items()}
+        figures = harness.comparison(times, **dict(per_call))
         figures |= {"n_calls": options["n_calls"], "left_out": dict(left_out)}
         benchmark.extra_info.update(figures)
         return figures["median_s"]

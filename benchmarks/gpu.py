@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command of at most nine minutes: ``make gpu``.
 
 In order: the tests that need a device; the kernels beside every installed peer; the training step
-of gpt2-124m and llama-1b, profiled; nanoGPT's and nanochat's shapes beside ours where
-``NANOGPT_DIR`` and ``NANOCHAT_DIR`` name checkouts; a short run of configs/base.toml. Each stage is
-a process with its own time limit, so that one that fails or hangs does not cost the others theirs.
-A stage may use what those before it left over, never what is kept for those after it.
+of gpt2-124m and llama-1b, profiled; nanoGPT beside ours where ``NANOGPT_DIR`` names a checkout; a
+short run of configs/base.toml. Each stage is a process with its own time limit, so that one that
+fails or hangs does not cost the others theirs. A stage may use what those before it left over,
+never what is kept for those after it.
 
 Figures are written as they come, to ``benchmarks/results/<device>/``. Where the environment has
 ``OUT``, a folder, they go there instead, with logs and a summary. Without a CUDA device
@@ -12,7 +12,6 @@ every stage runs its code at small shapes on the CPU, as a rehearsal; nothing is
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import signal
@@ -20,10 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from benchmarks.store import ENV, RESULTS, ROOT, folder_of, read_all, slug
 
@@ -33,30 +31,24 @@ GRACE_S = 5.0  # between asking a stage to end and ending it
 # Of each suite of ops the seconds that are kept for it.
 KERNELS = {"linear_cross_entropy": 25, "cross_entropy": 25}
 KERNELS |= dict.fromkeys(("rms_norm", "adamw", "swiglu", "rope", "muon"), 15)
-# What configures pytest for the tests, and what their conftest imports.
-TEST_PACKAGES = ("pytest", "xdist", "pytest_timeout", "hypothesis")
-BENCH_PACKAGES = ("pytest", "pytest_benchmark")
-TRAINER_PACKAGES = ("numpy", "tokenizers", "safetensors", "rich")
 # Tests that choose a device; those of the interpreter and the compiler alone do not need one here.
 NEEDS_DEVICE = re.compile(r"triton_device|is_available\(\)")
 NOT_THERE = re.compile(r"skipif\(\s*torch\.cuda\.is_available\(\)|/test_benchmarks")
 TINY_KERNELS = "not 50304 and not 50257 and not 124M and not muon_step and not memory"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One process; ``skipped`` says why there is none."""
+class Stage(NamedTuple):
+    """One process."""
 
     name: str
-    command: tuple[str, ...] = ()
-    limit_s: float = 0.0  # more would not help it
-    least_s: float = 0.0  # kept for it, however long those before it take
-    skipped: str = ""
+    command: tuple[str, ...]
+    limit_s: float  # more would not help it
+    least_s: float  # kept for it, however long those before it take
 
 
 def allowance(stages: Sequence[Stage], index: int, left_s: float) -> float:
     """Return the seconds that a stage may take when ``left_s`` are left for it and all after it."""
-    kept = sum(stage.least_s for stage in stages[index + 1 :] if not stage.skipped)
+    kept = sum(stage.least_s for stage in stages[index + 1 :])
     return max(0.0, min(stages[index].limit_s, left_s - kept))
 
 
@@ -68,43 +60,25 @@ def device_tests() -> list[str]:
     return sorted(name for name in found if not NOT_THERE.search(f"{name}\n{texts[name]}"))
 
 
-def missing(*modules: str) -> str:
-    """Return which of the packages a stage needs are not installed, as a reason; or nothing."""
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
-    return f"needs {', '.join(absent)}" if absent else ""
-
-
-def plan(results: Path, environment: Mapping[str, str], *, cuda: bool) -> list[Stage]:
+def plan(results: Path, *, cuda: bool) -> list[Stage]:
     """Return the stages, with ``results`` the folder of all devices; without one all is small."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    stages: list[Stage] = []
-
-    def add(name: str, *command: str, **limits: Any) -> None:
-        stages.append(Stage(name=name, command=(*pytest, *command), **limits))
-
-    def bench(
-        name: str, file: str, suite: str, *tiny: str, skipped: str = "", **limits: Any
-    ) -> None:
-        small = () if cuda else ("--rehearse", *tiny)
-        command = (f"benchmarks/bench_{file}.py", "--benchmark-only", "--results", str(results))
-        skipped = skipped or missing(*BENCH_PACKAGES)
-        add(name, *command, "--suite", suite, *small, skipped=skipped, **limits)
-
     workers = str(min(8, os.cpu_count() or 1))
     tests = ("-n", workers, "--timeout=90", "--maxfail=25") if cuda else ("-n0", "--collect-only")
-    why = missing(*TEST_PACKAGES)
-    add("tests", *tests, *device_tests(), limit_s=100, least_s=60, skipped=why)
+    stages = [Stage("tests", (*pytest, *tests, *device_tests()), 100, 60)]
+
+    def bench(name: str, file: str, suite: str, limit_s: float, least_s: float) -> None:
+        command = (f"benchmarks/bench_{file}.py", "--benchmark-only", "--results", str(results))
+        small = () if cuda else ("--rehearse", *(("-k", TINY_KERNELS) if file == "ops" else ()))
+        command = (*pytest, *command, "--suite", suite, *small)
+        stages.append(Stage(name, command, limit_s, least_s))
+
     for suite, least_s in KERNELS.items():
-        bench(f"kernel {suite}", "ops", suite, "-k", TINY_KERNELS, limit_s=60, least_s=least_s)
+        bench(f"kernel {suite}", "ops", suite, 60, least_s)
     for step, least_s in (("gpt2-124m bf16", 60), ("llama-1b bf16", 60), ("llama-1b fp8", 40)):
-        why = missing("torchao") if "fp8" in step else ""
-        suite = f"step-{slug(step)}"
-        bench(f"step {step}", "step", suite, skipped=why, limit_s=110, least_s=least_s)
-    for peer, variable in (("nanogpt", "NANOGPT_DIR"), ("nanochat", "NANOCHAT_DIR")):
-        why = "" if environment.get(variable) else f"{variable} names no checkout"
-        bench(f"peer {peer}", "step", f"step-{peer}", skipped=why, limit_s=90, least_s=35)
-    why = missing(*TRAINER_PACKAGES)
-    bench("run base.toml", "trainers", "run-base", limit_s=150, least_s=45, skipped=why)
+        bench(f"step {step}", "step", f"step-{slug(step)}", 110, least_s)
+    bench("trainers", "trainers", "trainers", 180, 100)  # where NANOGPT_DIR names a checkout
+    bench("run base.toml", "trainers", "run-base", 150, 45)
     return stages
 
 
@@ -143,13 +117,11 @@ def run_all(stages: Sequence[Stage], work: Path, budget_s: float) -> bool:
     """
     started, well = time.monotonic(), True
     for i, stage in enumerate(stages):
-        begun, outcome = time.monotonic(), f"left out: {stage.skipped}"
-        log = work / f"{slug(stage.name)}.log"
+        begun, log = time.monotonic(), work / f"{slug(stage.name)}.log"
         limit_s = allowance(stages, i, budget_s - (begun - started) - 2 * GRACE_S)
-        if not stage.skipped:
-            outcome = run_stage(stage, limit_s, log) if limit_s > 1 else "no time left"
+        outcome = run_stage(stage, limit_s, log) if limit_s > 1 else "no time left"
         lines = [f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}"]
-        if not stage.skipped and outcome != "ok":
+        if outcome != "ok":
             well = False
             text = log.read_text("utf-8", errors="replace") if log.exists() else ""
             last = [line for line in text.splitlines() if line.strip()][-12:]
@@ -187,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Threads that wait for each other on a busy machine take minutes for milliseconds.
             os.environ["OMP_NUM_THREADS"], hurry = "1", UNHURRIED
         stages = [
-            replace(stage, limit_s=hurry * stage.limit_s)
-            for stage in plan(results, os.environ, cuda=cuda)
+            stage._replace(limit_s=hurry * stage.limit_s)
+            for stage in plan(results, cuda=cuda)
             if arguments.only in stage.name
         ]
         budget_s = arguments.budget_s * hurry - (time.monotonic() - started)

@@ -14,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from fasttrain.run.provenance import provenance
 PEERS = (
     *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
     *("transformers", "accelerate", "litgpt"),
-    *("datatrove", "litdata", "mosaicml-streaming"),
 )
 OURS = "fasttrain"
 CUDA = torch.cuda.is_available()
@@ -99,14 +99,17 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def run(*command: str, cwd: Path | None = None, limit_s: float = 1800.0) -> str:
+def run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run Python to its end; return what it printed."""
     process = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=os.environ | ENV, capture_output=True, text=True,
-        timeout=limit_s, check=False,
+        [sys.executable, *command], cwd=cwd, env={**os.environ, **ENV, **(env or {})},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     if process.returncode:
-        raise RuntimeError(process.stdout + process.stderr)
+        printed = process.stdout + process.stderr
+        error = RuntimeError(printed.strip().rpartition("\n")[2])
+        error.add_note(printed)
+        raise error
     return process.stdout
 
 
@@ -172,18 +175,30 @@ def in_turn(
     for call in calls.values():
         for _ in range(warmup):
             call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in rounds_within(budget_s):
+    timed = {k: partial(seconds, call, n_calls, flush=flush) for k, call in calls.items()}
+    return turns(timed, rounds_within(budget_s))
+
+
+def turns(
+    timed: Mapping[str, Callable[[], float]], rounds: Iterable[int]
+) -> dict[str, list[float]]:
+    """Return the seconds that each way reports, for each round, by name."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    names = list(timed)
+    for turn in rounds:
         first = turn % len(names)  # so that none is always first, or after the same one
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(calls[name], n_calls, flush=flush))
+            times[name].append(timed[name]())
     return times
 
 
-def comparison(times: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Return medians, and how many times as long as the first each of the others takes."""
+def comparison(times: Mapping[str, list[float]], **per_call: float) -> dict[str, Any]:
+    """Return medians, and how many times as long as the first each of the others takes.
+
+    ``per_call`` names rates such as ``gb_per_s`` and how much of each a call does.
+    """
     ours, *rivals = times
+    median_s = {name: statistics.median(values) for name, values in times.items()}
 
     def ratio(rival: str) -> float:
         pairs = zip(times[rival], times[ours], strict=True)
@@ -191,8 +206,11 @@ def comparison(times: Mapping[str, list[float]]) -> dict[str, Any]:
 
     return {
         "times_s": dict(times),
-        "median_s": {name: statistics.median(values) for name, values in times.items()},
+        "median_s": median_s,
         "speedup": {name: ratio(name) for name in rivals},
+    } | {
+        rate: {name: amount / s for name, s in median_s.items()}
+        for rate, amount in per_call.items()
     }
 
 

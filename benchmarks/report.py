@@ -1,5 +1,5 @@
-"""Figures as tables: the benchmarks' last lines, and the part and chart of docs/benchmarks.md
-(``make report``).
+"""Figures as tables: the benchmarks' last lines, and the part of docs/benchmarks.md that is
+measured (``make report``).
 
 Nothing in that part is written by hand: what has no file is "not measured".
 """
@@ -8,17 +8,15 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.store import RESULTS, ROOT, Document, processor_of, read_all
+from benchmarks.store import ROOT, Document, processor_of, read_all
 
 PAGE = ROOT / "docs/benchmarks.md"
-CHART = RESULTS / "training-step.png"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
-FIRST = ("chars", "run-base", "run-speedrun", "trainers", "step", "loop", "startup")
+FIRST = ("chars", "run-base", "run-speedrun", "trainers", "busy", "step", "loop", "startup")
 # What an entry may hold beside times, and how it reads.
 SHOWN = {
     "wall_s": "{:.0f} s in all",
@@ -34,6 +32,7 @@ SHOWN = {
     "data_wait_ms": "{:.2f} ms waiting for data",
     "mb_per_s": "{:.1f} MB/s",
     "overhead": "overhead {:.1%}",
+    "share_of_best": "{:.0%} of the best",
     "first_step_s": "{:.1f} s from `python` to its end",
     "peak_memory_gib": "{:.2f} GiB at the most",
 }
@@ -198,9 +197,6 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
     parts += [_compiled(d) for d in documents if d["machine"]["kind"] == "compiled"]
-    if chart_bars(documents):
-        path = CHART.relative_to(ROOT)
-        parts.append(f"![How many times as long a training step of the others takes](../{path})\n")
     return "\n".join(parts)
 
 
@@ -227,62 +223,12 @@ def plain_text(documents: Sequence[Document]) -> str:
     return "\n".join(text) + "\n"
 
 
-def chart_bars(documents: Iterable[Document]) -> dict[str, dict[str, float]]:
-    """Return what the chart shows: of each training step, the others' time over ours."""
-    bars: dict[str, dict[str, float]] = {}
-    for document in documents:
-        for entry in document["benchmarks"]:
-            row = row_of(document, entry)
-            if row and row.suite.startswith(("step", "trainers")) and entry.get("speedup"):
-                ratios = entry["speedup"].items()
-                rivals = {k: v for k, v in ratios if not k.startswith("fasttrain")}
-                bars.setdefault(f"{row.what}\n{row.processor}", {}).update(rivals)
-    return bars
-
-
-def draw(bars: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Draw the bars and write them as a PNG; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rivals = list(dict.fromkeys(name for ratios in bars.values() for name in ratios))
-    n_bars = sum(map(len, bars.values())) + len(bars)
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.28 * n_bars), layout="constrained")
-    colours = dict(zip(rivals, pyplot.get_cmap("tab10").colors, strict=False))
-    y, ticks = 0.0, []
-    for label, ratios in bars.items():
-        ticks.append((y + (len(ratios) - 1) / 2, label))
-        for rival, ratio in ratios.items():
-            axes.barh(y, ratio, color=colours.get(rival, "grey"))
-            axes.text(ratio, y, f" {rival} {ratio:.2f}", va="center", fontsize=8)
-            y += 1
-        y += 0.7
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(ratio for ratios in bars.values() for ratio in ratios.values()))
-    axes.set_xlabel("time of a step, as a multiple of fasttrain's")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def main() -> int:
-    """Rewrite the part of docs/benchmarks.md and the chart."""
+    """Rewrite the part of docs/benchmarks.md."""
     documents = read_all()
     text = PAGE.read_text("utf-8")
-    if not PART.search(text):
-        print(f"error: {PAGE.name} has no part between <!-- measured --> and <!-- /measured -->")
-        return 2
     PAGE.write_text(PART.sub(lambda _: render(documents), text), "utf-8")
-    bars = chart_bars(documents)
-    if bars:
-        draw(bars, CHART)
-    else:
-        CHART.unlink(missing_ok=True)
-    print(f"{PAGE.relative_to(ROOT)} and {CHART.relative_to(ROOT)} from {len(documents)} files")
+    print(f"{PAGE.relative_to(ROOT)} from {len(documents)} files")
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +110,8 @@ def test_folders_are_compared_suite_by_suite_and_device_by_device(
     write(tmp_path / "old" / "cpu" / "c.json", entry_of(), suite="c")
     assert compare([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["same", "SLOWER", "faster", "lost", "3", "b"]
-    assert lines[-3].endswith(": c")
+    assert [line.split()[0] for line in lines] == ["same", "SLOWER", "lost", "faster", "3", "b"]
+    assert "not in the new results" in lines[2]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_folders_are_compared_suite_by_suite_and_device_by_device(
         ([{"name": "op[8]", "failed": "off by 1"}], 1, "FAILED  op op[8]: failed: off by 1"),
         ([{"name": "op[8]", "skipped": "no device"}], 2, "lost    op op[8]: skipped: no device"),
         ([], 2, "lost    op op[8]: skipped: not in the new results"),
-        ([{"name": "op[8]", "times_s": {"fasttrain": [1.0]}}], 2, "lost    op op[8]: has no"),
+        ([{"name": "op[8]", "times_s": {"fasttrain": [1.0]}}], 2, "lost    op op[8]: no time"),
     ],
 )
 def test_what_is_no_longer_measured_is_named(
@@ -148,21 +149,23 @@ def test_a_bound_holds_for_the_processors_that_it_names(
     ]  # fmt: skip
     peak = {"name": "peak_memory", "peak_bytes": {"fasttrain": 2e6, "torch": 15e6}}
     assert compare([write(tmp_path / "a.json", peak, suite="linear_cross_entropy")]) == 1
-    failed = {"name": "loop", "failed": "off by 1"}
-    assert compare([write(tmp_path / "a.json", failed, suite="loop")]) == 1
+    failed = {"name": "first_step", "failed": "off by 1"}
+    assert compare([write(tmp_path / "a.json", failed, suite="startup")]) == 1
     capsys.readouterr()
     newer = write(tmp_path / "a.json", stall, suite="checkpoint", isa="AVX-512")
     assert compare([newer]) == 2
     assert "no figure" in capsys.readouterr().err
 
 
-def test_no_benchmark_fails_for_what_it_timed() -> None:
-    timed = {"speedup", "median_s", "overhead", "share_of_step", "slowdown"}
+def test_no_benchmark_fails_for_what_it_timed_but_that_of_the_rule_of_auto() -> None:
+    timed, found = {"speedup", "median_s", "overhead", "share_of_step", "slowdown"}, []
     for path in sorted(Path(report.__file__).parent.glob("bench_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Assert):
-                words = set(ast.unparse(node.test).replace("'", ".").split("."))
-                assert not words & timed, f"{path.name}:{node.lineno}: {ast.unparse(node.test)}"
+                words = set(re.findall(r"\w+", ast.unparse(node.test)))
+                found += [ast.unparse(node)] * bool(words & timed)
+    assert len(found) == 1
+    assert "auto is not the fastest" in found[0]
 
 
 def test_the_benchmarks_end_with_a_table_and_do_not_mind_a_slow_machine(tmp_path: Path) -> None:
@@ -366,9 +369,6 @@ def test_report_shows_what_was_measured_and_nothing_else() -> None:
     assert text.index("training step") < text.index("<details>") < text.index("peak memory")
     assert "On a GPU: not measured." in text
     assert "On a CPU: not measured." not in text
-    assert report.chart_bars(documents) == {
-        "training step, gpt2-chars\nSome CPU, AVX2": step["speedup"]
-    }
 
 
 def test_processors_stand_side_by_side_in_one_table() -> None:
@@ -393,11 +393,3 @@ def test_processors_stand_side_by_side_in_one_table() -> None:
 def test_times_have_three_digits_and_a_unit() -> None:
     shown = [report.time_text(s) for s in (12.345, 0.0123456, 4.5e-5)]
     assert shown == ["12.3 s", "12.3 ms", "45 µs"]
-
-
-def test_chart_is_a_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the chart needs matplotlib (extra: report)")
-    report.draw({"a step\nCPU": {"torch": 2.0, "litgpt": 1.5}}, tmp_path / "chart.png")
-    data = (tmp_path / "chart.png").read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert len(data) > 5_000
