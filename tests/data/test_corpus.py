@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from fasttrain import corpus
+from fasttrain.corpus import build_default_corpus
 from fasttrain.data.format import DataError, open_dataset
 from fasttrain.data.prepare import build as build_module
-from fasttrain.data.prepare import corpus
-from fasttrain.data.prepare.corpus import build_default_corpus
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_build_that_fails_leaves_nothing(
 IS_KILLED_WHILE_BUILDING = """
 import signal, sys
 from pathlib import Path
-from fasttrain.data.prepare import corpus
+from fasttrain import corpus
 corpus._source_files = lambda root: [("a.py", b"x = 1\\n" * 1_000_000)]
 def prepare(out, *_, **__):
     (out.parent / "half").touch()

@@ -50,8 +50,6 @@ LINE_S = 15.0  # between lines of progress where there is no terminal
 SPEED_S = 30.0  # the time left is that at the speed of the last
 SPLITS = ("train", "val")
 
-Note = Callable[[str], None]  # takes each line that a user should see
-
 
 def prepare(
     out: Path,
@@ -66,7 +64,7 @@ def prepare(
     strict: bool = False,
     workers: int = 1,
     resume: bool = False,
-    note: Note = print,
+    note: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
     """Make the dataset folder `out` from text; the arguments are the options of the command.
@@ -186,7 +184,7 @@ def prepare(
 
 
 def _make_tokenizer(
-    name: str, pattern: str, splitter: Splitter, note: Note, bar: Bar
+    name: str, pattern: str, splitter: Splitter, note: Callable[[str], None], bar: Bar
 ) -> tokenizers.Tokenizer:
     """The tokenizer that a command names, trained on the training split if it is to be."""
     if name == "bytes":
