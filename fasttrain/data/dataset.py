@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import stat
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
@@ -14,35 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError
-from fasttrain.data.shards import Shard, ShardScan
+from fasttrain.data.shards import Shard
 
 SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
-
-
-@dataclass(frozen=True, slots=True)
-class EndsFile:
-    """Where the documents of a shard end, as `dataset.json` lists it."""
-
-    path: Path
-    sha256: str
-    documents: int
-
-    def read(self, n_tokens: int) -> NDArray[np.int64]:
-        """Return the ends, ascending offsets into the shard's `n_tokens` tokens."""
-        try:
-            found = self.path.stat()
-            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * self.documents
-            raw = self.path.read_bytes() if fits else b""
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
-        ends = np.frombuffer(raw, "<u8")
-        sound = hashlib.sha256(raw).hexdigest() == self.sha256 and len(ends) == self.documents
-        if not sound or (ends[1:] < ends[:-1]).any() or (ends > n_tokens).any():
-            raise DataError(
-                f"{self.path}: not the document ends of its shard: damaged or replaced; restore "
-                "the file or prepare the text again"
-            )
-        return ends.astype(np.int64)
 
 
 @dataclass(eq=False, repr=False)
@@ -50,7 +22,6 @@ class TokenDataset:
     """One split of a dataset: its shards as one long array of tokens, read from disk on demand."""
 
     shards: Sequence[Shard]
-    scans: Sequence[ShardScan]
     _: KW_ONLY
     vocab_size: int | None  # every id is below it; None: neither dataset nor caller say
     n_bytes: int | None = None  # UTF-8 bytes of the text; None: not recorded
@@ -58,14 +29,13 @@ class TokenDataset:
     end_of_text: int | None = None  # the id that ends each document
     tokenizer_path: Path | None = None  # None for imports
     tokenizer_sha256: str | None = None
-    ends: Sequence[EndsFile] = ()
     joined: Sequence[TokenDataset] = ()  # the datasets that this one consists of, in order
 
     def __post_init__(self) -> None:
         self.dtype: np.dtype[Any] = self.shards[0].dtype
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
         self.n_tokens = int(self._starts[-1])
-        self.max_token = max(scan.max_token for scan in self.scans)
+        self.max_token = max(shard.max_token for shard in self.shards)
         self.reading: Path | None = None  # the file that is being read at this moment
         # What identifies it.
         self.facts: dict[str, Any] = {
@@ -73,7 +43,7 @@ class TokenDataset:
             "end_of_text": self.end_of_text,
             "dtype": self.dtype.str,
             "tokenizer": self.tokenizer_sha256,
-            "shards": [scan.sha256 for scan in self.scans],
+            "shards": [shard.sha256 for shard in self.shards],
         }
 
     def read(self, start: int, count: int) -> NDArray[Any]:
@@ -96,9 +66,9 @@ class TokenDataset:
                 [p.document_ends + base for p, base in zip(self.joined, bases, strict=False)]
             )
         found: list[NDArray[np.int64]] = []
-        if self.ends:
-            for file, shard, base in zip(self.ends, self.shards, self._starts, strict=False):
-                found.append(file.read(shard.n_tokens) + base)
+        if self.shards[0].ends is not None:
+            for shard, base in zip(self.shards, self._starts, strict=False):
+                found.append(shard.document_ends() + base)
         elif self.end_of_text is None:
             raise DataError(
                 f"{self.shards[0].path.parent}: nothing says where its documents end; name the "
@@ -171,9 +141,7 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
     return replace(
         first,
         shards=[shard for dataset in datasets for shard in dataset.shards],
-        scans=[scan for dataset in datasets for scan in dataset.scans],
         n_bytes=total("n_bytes"),
         n_documents=total("n_documents"),
-        ends=(),
         joined=datasets,
     )

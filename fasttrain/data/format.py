@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.dataset import EndsFile, TokenDataset
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
-from fasttrain.data.shards import Shard, ShardScan, dtype_for
+from fasttrain.data.shards import Shard, dtype_for
 
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
@@ -130,8 +130,8 @@ def open_dataset(
         shards = [Shard(file, dtype=dtype) for file in paths]
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
-        scans = _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
-        return TokenDataset(shards, scans, vocab_size=vocab_size, end_of_text=end_of_text)
+        _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
+        return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
 
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
@@ -151,7 +151,7 @@ def open_dataset(
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards, ends = [], []
+    shards = []
     for entry in listed["shards"]:
         shard = Shard(inside(folder, entry["file"]))
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
@@ -159,28 +159,25 @@ def open_dataset(
                 f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
+        shard.ends = (inside(folder, entry["ends_file"]), entry["ends_sha256"], entry["documents"])
         shards.append(shard)
-        ends_path = inside(folder, entry["ends_file"])
-        ends.append(EndsFile(ends_path, entry["ends_sha256"], entry["documents"]))
-    scans = _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
-    for shard, scan, entry in zip(shards, scans, listed["shards"], strict=True):
-        if scan.sha256 != entry["sha256"]:
+    _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
+    for shard, entry in zip(shards, listed["shards"], strict=True):
+        if shard.sha256 != entry["sha256"]:
             raise DataError(
-                f"{shard.path}: its SHA-256 is {scan.sha256[:16]}…, {DATASET_JSON} says "
+                f"{shard.path}: its SHA-256 is {shard.sha256[:16]}…, {DATASET_JSON} says "
                 f"{entry['sha256'][:16]}…: damaged or replaced; restore it or prepare the text "
                 "again"
             )
     tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
     return TokenDataset(
         shards,
-        scans,
         vocab_size=vocab,
         n_bytes=listed["bytes"],
         n_documents=listed["documents"],
         end_of_text=meta["end_of_text"],
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
-        ends=ends,
     )
 
 
@@ -212,21 +209,20 @@ def _scan(
     origin: str,
     folder: Path,
     split: str,
-) -> list[ShardScan]:
+) -> None:
     """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
-    scans = [shard.scan(cache) for shard in shards]
-    for shard, scan in zip(shards, scans, strict=True):
-        if vocab_size is not None and scan.max_token >= vocab_size:
+    for shard in shards:
+        shard.scan(cache)
+        if vocab_size is not None and shard.max_token >= vocab_size:
             index, token = shard.first_token_from(vocab_size)
             raise DataError(
                 f"{shard.path}: token {token} at offset {index} (byte "
                 f"{shard.offset_bytes + index * shard.dtype.itemsize}) is outside the vocabulary "
-                f"of {vocab_size} {origin}; it must be at least {scan.max_token + 1}"
+                f"of {vocab_size} {origin}; it must be at least {shard.max_token + 1}"
             )
     if not any(shard.n_tokens for shard in shards):
         what = "has no tokens" if shards else "is empty"
         raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
-    return scans
 
 
 def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tuple[Path, str]:

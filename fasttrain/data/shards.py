@@ -14,7 +14,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,13 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardScan:
-    """What one pass over a whole shard found."""
-
-    sha256: str  # of the file, header included, as hex
-    max_token: int  # −1 without tokens
-
-
 class Shard:
     """An open shard file, read only; `dtype` is for files without header."""
+
+    sha256: str  # of the file, header included, as hex; known when it has been scanned
+    max_token: int  # −1 without tokens; known when it has been scanned
+    # The file that says where its documents end, its SHA-256, and how many they are.
+    ends: tuple[Path, str, int] | None = None
 
     def __init__(self, path: Path, *, dtype: str | None = None) -> None:
         if dtype not in (None, "uint16", "uint32"):
@@ -142,6 +138,25 @@ class Shard:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
 
+    def document_ends(self) -> NDArray[np.int64]:
+        """Return where the documents in it end, ascending offsets into its tokens."""
+        assert self.ends is not None
+        path, sha256, documents = self.ends
+        try:
+            found = path.stat()
+            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * documents
+            raw = path.read_bytes() if fits else b""
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        ends = np.frombuffer(raw, "<u8")
+        sound = hashlib.sha256(raw).hexdigest() == sha256 and len(ends) == documents
+        if not sound or (ends[1:] < ends[:-1]).any() or (ends > self.n_tokens).any():
+            raise DataError(
+                f"{path}: not the document ends of its shard: damaged or replaced; restore the "
+                "file or prepare the text again"
+            )
+        return ends.astype(np.int64)
+
     def _blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield all tokens in blocks, each with the offset of its first token."""
         buffer = np.empty(BLOCK_BYTES // self.dtype.itemsize, self.dtype)
@@ -158,33 +173,31 @@ class Shard:
                 return start + int(beyond[0]), int(block[beyond[0]])
         raise self._changed()
 
-    def scan(self, cache: Path | None) -> ShardScan:
-        """Return hash and largest token of the whole file, from `cache` if the file is unchanged.
+    def scan(self, cache: Path) -> None:
+        """Find hash and largest token of the whole file, from `cache` if the file is unchanged.
 
         An entry is void once the file's device, inode, size or one of its times has changed.
         """
         identity = [*self._identity, os.fstat(self._fd).st_ctime_ns]
-        name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
-        entry = None if cache is None else cache / f"{name}.json"
-        if entry is not None:
-            # No entry, or one that cannot be used, costs a scan.
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                kept = json.loads(entry.read_text())
-                if kept["identity"] == identity and kept["dtype"] == self.dtype.str:
-                    return ShardScan(str(kept["sha256"]), int(kept["max_token"]))
+        entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
+        # No entry, or one that cannot be used, costs a scan.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(entry.read_text())
+            if kept["identity"] == identity and kept["dtype"] == self.dtype.str:
+                self.sha256, self.max_token = str(kept["sha256"]), int(kept["max_token"])
+                return
         digest = hashlib.sha256(os.pread(self._fd, self.offset_bytes, 0))
-        largest = -1
+        self.max_token = -1
         for _, block in self._blocks():
             digest.update(block.data)
-            largest = max(largest, int(block.max()))
-        result = ShardScan(digest.hexdigest(), largest)
+            self.max_token = max(self.max_token, int(block.max()))
+        self.sha256 = digest.hexdigest()
         self.check_unchanged()
-        if entry is not None:
-            kept = {"identity": identity, "dtype": self.dtype.str, "path": str(self.path)}
-            with suppress(OSError):  # a cache that cannot be written costs the next start one scan
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(entry, json.dumps(kept | asdict(result)).encode())
-        return result
+        kept = {"identity": identity, "dtype": self.dtype.str, "path": str(self.path)}
+        kept |= {"sha256": self.sha256, "max_token": self.max_token}
+        with suppress(OSError):  # a cache that cannot be written costs the next start one scan
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(entry, json.dumps(kept).encode())
 
 
 def _identity(found: os.stat_result) -> list[int]:

@@ -14,12 +14,12 @@ from fasttrain_kernels._torch import spare_compiler
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
 from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
+from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import Split, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.data.prepare.corpus import build_default_corpus
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_freed_memory,

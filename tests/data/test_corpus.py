@@ -4,19 +4,20 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from fasttrain import corpus
+from fasttrain.corpus import build_default_corpus
 from fasttrain.data.format import DataError, open_dataset
-from fasttrain.data.prepare import corpus
-from fasttrain.data.prepare.corpus import build_default_corpus
+from fasttrain.data.prepare import build as build_module
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_every_source_file_is_one_document_of_one_split(library: Path, tmp_path:
         assert dataset.n_bytes == sum(len(text.encode()) for text in texts)
         assert dataset.vocab_size == 300
     meta = json.loads((folder / "dataset.json").read_text())
-    assert meta["source"]["files"] == 80
+    assert meta["source"]["n_files"] == 80
 
 
 def test_the_split_of_a_file_does_not_depend_on_the_others(library: Path, tmp_path: Path) -> None:
@@ -116,29 +117,29 @@ def test_a_build_that_fails_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(corpus, "write_dataset_json", fail)
+    monkeypatch.setattr(build_module, "write_dataset_json", fail)
     expected = DataError if isinstance(error, OSError) else KeyError
     with pytest.raises(expected, match=r"No space left|x"):
         build(tmp_path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert os.listdir(tmp_path / "cache") == [corpus.LOCK]
     monkeypatch.undo()
 
 
 IS_KILLED_WHILE_BUILDING = """
 import signal, sys
 from pathlib import Path
-from fasttrain.data.prepare import corpus
+from fasttrain import corpus
 corpus._source_files = lambda root: [("a.py", b"x = 1\\n" * 1_000_000)]
-def build(folder, *_):
-    (folder / "half").touch()
-    print(folder, flush=True)
+def prepare(out, *_, **__):
+    (out.parent / "half").touch()
+    print(out.parent, flush=True)
     signal.pause()
-corpus._build = build
+corpus.prepare = prepare
 corpus.build_default_corpus(cache_dir=Path(sys.argv[1]))
 """
 
 
-def test_F14_leftovers_of_killed_builds_go_with_the_next_and_living_ones_stay(
+def test_F14_a_build_waits_for_another_and_removes_what_is_left_of_it_when_it_is_killed(
     library: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -147,45 +148,31 @@ def test_F14_leftovers_of_killed_builds_go_with_the_next_and_living_ones_stay(
         stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        building = Path(process.stdout.readline().strip())
-        (cache / ".building-of-an-earlier-version").mkdir()
-        first = build(tmp_path)
-        assert sorted(cache.iterdir()) == sorted([building, first])
-        assert (building / "half").exists()
-    finally:
-        process.kill()
-        process.communicate()
-    second = build(tmp_path, vocab_size=301)
-    assert sorted(cache.iterdir()) == sorted([first, second])
-    assert sorted(os.listdir(first)) == sorted(os.listdir(second))
-    assert "lock" not in os.listdir(first)
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            assert process.stdout is not None
+            building = Path(process.stdout.readline().strip())
+            second = thread.submit(build, tmp_path)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=1)
+            assert sorted(cache.iterdir()) == sorted([building, cache / corpus.LOCK])
+            assert (building / "half").exists()
+        finally:
+            process.kill()
+            process.communicate()
+        folder = second.result()
+        assert sorted(cache.iterdir()) == sorted([folder, cache / corpus.LOCK])
 
 
-@pytest.mark.parametrize("without_locks", [False, True])
-def test_F14_a_build_is_not_lost_to_another_that_begins_beside_it(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_locks: bool
+def test_F14_a_build_needs_no_locks(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, seen = corpus.lock, []
+    def none(path: Path, *, wait: bool) -> int:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    def late(path: Path) -> int:
-        """Before the first two folders are locked, another build has swept them, or locks them."""
-        building = path.parent
-        seen.append(building)
-        if without_locks:
-            raise OSError(errno.ENOLCK, "No locks available")
-        if len(seen) == 1:
-            shutil.rmtree(building)
-        descriptor = lock(path)
-        if len(seen) == 2:
-            shutil.rmtree(building)
-        return descriptor
-
-    monkeypatch.setattr(corpus, "lock", late)
+    monkeypatch.setattr(corpus, "lock", none)
     folder = build(tmp_path)
     assert os.listdir(tmp_path / "cache") == [folder.name]
-    assert len(seen) == (1 if without_locks else 3)
 
 
 def test_a_faster_process_wins_and_both_get_its_folder(
@@ -194,13 +181,13 @@ def test_a_faster_process_wins_and_both_get_its_folder(
     rename, other = os.rename, build(tmp_path, "other")
 
     def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(os, "rename", rename)
-        other.rename(target)
+        if target.name == other.name and other.exists():
+            rename(other, target)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", late)
     folder = build(tmp_path)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert sorted(os.listdir(tmp_path / "cache")) == sorted([folder.name, corpus.LOCK])
     assert open_dataset(folder, "val", cache_dir=tmp_path / "scans").n_tokens > 0
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
-from fasttrain.data.prepare import writer
+from fasttrain.data.prepare import build, writer
 from fasttrain.data.tokenizer import Encoder, Losses, byte_tokenizer, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
@@ -65,8 +64,8 @@ def test_strict_ends_at_the_first_of_it_with_file_and_place(
 
 
 def test_an_interrupted_run_counts_no_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BATCH_CHARS", 1)
-    monkeypatch.setattr(writer, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(build, "BATCH_CHARS", 1)
+    monkeypatch.setattr(build, "CHECKPOINT_S", 0.0)
     write, n_written = writer.ShardWriter.write, 0
 
     def interrupted(*arguments: object) -> None:
@@ -153,7 +152,7 @@ def test_a_tokenizer_that_gives_up_is_an_error_that_says_so(
     capsys: pytest.CaptureFixture[str],
     workers: int,
 ) -> None:
-    monkeypatch.setattr(prepare_module, "WORKER_BYTES", 1)
+    monkeypatch.setattr(build, "WORKER_BYTES", 1)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).save(str(tmp_path / "t.json"))
     (tmp_path / "in.txt").write_text("b" * 100)
     arguments = [str(tmp_path / "out"), "--input", str(tmp_path / "in.txt")]

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import sources
+from fasttrain.data.prepare import build, sources
 from fasttrain.data.prepare.encode import Splitter
 from fasttrain.data.prepare.sources import Source, find_files
 from fasttrain.data.tokenizer import char_tokenizer, train_bpe
@@ -197,11 +196,11 @@ def test_a_bpe_is_trained_on_the_training_split_only(
 ) -> None:
     seen: list[str] = []
 
-    def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    def spy(texts: Iterator[str], vocab_size: int, pattern: str) -> Tokenizer:
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe(seen, vocab_size, pattern=pattern)
 
-    monkeypatch.setattr(prepare_module, "train_bpe", spy)
+    monkeypatch.setattr(build, "train_bpe", spy)
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(100))
     run(tmp_path / "out", source, tokenizer="bpe:300", val_fraction=0.2)
     assert sorted(seen) == sorted(documents(tmp_path / "out", "train"))
@@ -425,7 +424,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     write_jsonl(tmp_path / "in.jsonl", make_texts(5))
-    monkeypatch.setattr(prepare_module, "write_dataset_json", full)
+    monkeypatch.setattr(build, "write_dataset_json", full)
     with pytest.raises(DataError, match=r"new: cannot be written \(No space left on device\)"):
         run(tmp_path / "new", source, tokenizer="bytes")
     assert sorted(tmp_path.rglob("*")) == before

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain import prepare as prepare_module
 from fasttrain.data.files import DataError
-from fasttrain.data.prepare import writer
+from fasttrain.data.prepare import build
 from fasttrain.data.prepare.writer import Partial
 from fasttrain.data.tokenizer import char_tokenizer
 from fasttrain.prepare import main, prepare
@@ -24,10 +23,9 @@ KILL_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from fasttrain import prepare as command
-from fasttrain import prepare as prepare_module
-from fasttrain.data.prepare import writer
+from fasttrain.data.prepare import build
 
-writer.BATCH_CHARS, writer.CHECKPOINT_S = 2500, 0.0
+build.BATCH_CHARS, build.CHECKPOINT_S = 2500, 0.0
 folder = Path(sys.argv[1])
 inputs = [str(path) for path in sorted((folder / "in").iterdir())]
 
@@ -102,10 +100,9 @@ def test_killed_at_every_operation_and_resumed_the_output_is_the_same(tmp_path: 
 WITH_WORKERS = """
 import os, signal, sys
 from fasttrain import prepare as command
-from fasttrain import prepare as prepare_module
-from fasttrain.data.prepare import writer
+from fasttrain.data.prepare import build
 from fasttrain.data.prepare.writer import Partial
-writer.BATCH_CHARS, writer.CHECKPOINT_S, command.WORKER_BYTES = 20_000, 0.0, 1
+build.BATCH_CHARS, build.CHECKPOINT_S, build.WORKER_BYTES = 20_000, 0.0, 1
 if "STOPS" in os.environ:  # behind its first checkpoint
     save = Partial.save
     def saved(self, **state):
@@ -134,17 +131,17 @@ def test_workers_change_nothing_and_end_with_their_parent(tmp_path: Path) -> Non
     assert os.WIFSTOPPED(status), status
     assert '"batches"' in (tmp_path / ".two.partial/progress.json").read_text()
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
-    assert len(children) == 2
+    assert len(children) >= 2
     second = command("two", 1, "--resume")
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 2
-    assert "another process is preparing it now" in said
+    assert "another process is preparing it" in said
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     resumed = command("two", 2, "--resume")
     said, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said
-    assert "Going on with what an interrupted run left" in said
+    assert "Continuing with what an interrupted run left" in said
     assert f"data.path={tmp_path / 'two'}" in said
     wait_until(lambda: not any(alive(int(child)) for child in children))
     whole = command("one", 1)
@@ -169,8 +166,8 @@ def interrupted(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "BATCH_CHARS", 1500)
-        patched.setattr(writer, "CHECKPOINT_S", 0.0)
+        patched.setattr(build, "BATCH_CHARS", 1500)
+        patched.setattr(build, "CHECKPOINT_S", 0.0)
         patched.setattr(Partial, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "out", inputs, tokenizer="bytes", note=print)
@@ -191,13 +188,11 @@ def test_what_was_asked_for_must_be_the_same(
         with pytest.raises(DataError, match=match):
             prepare(out, inputs, **arguments)  # type: ignore[arg-type]
     os.utime(inputs[0], (1, 1))
-    with pytest.raises(
-        DataError, match=r"the interrupted run had another .*a\.txt \(its size, time"
-    ):
+    with pytest.raises(DataError, match=r"the interrupted run had file .*a\.txt = \["):
         prepare(out, inputs, tokenizer="bytes", resume=True)
     progress = tmp_path / ".out.partial/progress.json"
     progress.write_text("{")
-    with pytest.raises(DataError, match=r"progress\.json: damaged"):
+    with pytest.raises(DataError, match=r"progress\.json: not valid JSON"):
         prepare(out, inputs, tokenizer="bytes", resume=True)
     assert progress.exists()
 
@@ -208,7 +203,7 @@ def test_a_shard_that_is_cut_short_is_not_gone_on_with(
     out, inputs = interrupted(tmp_path, monkeypatch)
     (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin.partial")
     os.truncate(shard, 1100)
-    monkeypatch.setattr(writer, "BATCH_CHARS", 1500)
+    monkeypatch.setattr(build, "BATCH_CHARS", 1500)
     with pytest.raises(DataError, match="missing or cut short"):
         prepare(out, inputs, tokenizer="bytes", resume=True, note=print)
 
@@ -219,7 +214,7 @@ def test_without_resume_it_starts_anew_and_says_so(
     out, inputs = interrupted(tmp_path, monkeypatch)
     notes: list[str] = []
     prepare(out, inputs, tokenizer="chars", note=notes.append)
-    assert any("--resume would have gone on" in line for line in notes)
+    assert any("--resume would have continued" in line for line in notes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -260,20 +255,22 @@ def test_F8_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
 
     assert main(command) == main(command) == 0
     before = text.stat()
-    refused(f"made of something else: it had another {text}",
+    refused(f"made of something else: it had file {text} = [",
             after=lambda: text.write_text("omega beta gamma\n" * 200))  # fmt: skip
     text.write_text("alpha beta gamma\n" * 200)
     os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
-    refused(f"made of something else: it had other files: {more} is new",
+    refused(f"made of something else: it had file {more} = 'nothing', this one has [",
             after=lambda: more.write_text("more"))  # fmt: skip
     more.unlink()
     assert main(command) == 0
-    refused("made of something else: it had another content of the tokenizer",
+    refused("made of something else: it had tokenizer's SHA-256 = ",
             after=lambda: vocabulary.write_text(char_tokenizer("abc").to_str()))  # fmt: skip
     record = out / "prepared.json"
-    refused("whose prepared.json is damaged", after=lambda: record.write_text('{"source": 1}'))
     deep = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
-    refused("whose prepared.json is damaged", after=lambda: record.write_text(deep))
+    for content, reason in (('{"source": 1}', "damaged"), (deep, "not valid JSON")):
+        record.write_text(content)
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: {record}: {reason}")
     refused("that has no record of the files", after=record.unlink)
 
 
@@ -281,8 +278,8 @@ def test_the_time_left_is_said_when_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(prepare_module.time, "monotonic", lambda: now)
-    with prepare_module._Bar(100_000_000, True) as bar:
+    monkeypatch.setattr(build.time, "monotonic", lambda: now)
+    with build.Bar(100_000_000, True) as bar:
         for at, done_mb in (
             (0.0, 0),
             (1.0, 5),
@@ -297,8 +294,8 @@ def test_the_time_left_is_said_when_it_is_known(
             bar.show("tokens", done_mb * 1_000_000)
         bar.show("training", None)
     assert capsys.readouterr().err.splitlines() == [
-        "20 of 100 MB  tokens  1m 20s left",
+        "20 of 100 MB  tokens  0:01:20 left",
         "1 of 100 MB  tokens  – left",
-        "31 of 100 MB  tokens  46s left",
-        "32 of 100 MB  tokens  22m 40s left",
+        "31 of 100 MB  tokens  0:00:46 left",
+        "32 of 100 MB  tokens  0:22:40 left",
     ]

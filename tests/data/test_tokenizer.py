@@ -126,7 +126,7 @@ def test_F16_a_tokenizer_that_is_no_credible_one_is_refused(
 
 def test_F16_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
     usual = [({"String": " "}, "▁"), ({"Regex": r"\s+"}, " "), ({"String": "ä"}, "ae")]
-    pairs = [*usual, *(({"String": c}, 2 * c.lower()) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
+    pairs = [*usual, *(({"String": c}, 2 * c.lower()) for c in "ABCDEFGHIJKLMNOP")]
     path = saved(tmp_path / "tokenizer.json", normalizer=replacing(*pairs))
     assert encode(load_tokenizer(path), "B") == [98, 98]
 

@@ -41,7 +41,7 @@ FLOORS = [
     {"config"},
     {"data", "device", "command"},
     {"model", "log", "data.prepare"},
-    {"distributed", "report"},
+    {"distributed", "report", "corpus"},
     {"checkpoint"},
     {"engine", "generate"},
     {"run", "hf", "objective", "library_state"},

@@ -1,27 +1,19 @@
-"""Splits, and encoding in several processes whose number changes nothing but the time.
-
-A worker is `python -c "…serve()"` at the other end of a pipe, not one of `multiprocessing`: it does
-not run the caller's main module again (a script that calls `prepare` needs no guard), and ends by
-itself when this process is gone, however it went.
-"""
+"""Splits, and encoding in several processes whose number changes nothing but the time."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -29,10 +21,9 @@ from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError
 from fasttrain.data.prepare.sources import Document, Source
-from fasttrain.data.tokenizer import Encoder, OtherIdsError, load_tokenizer
+from fasttrain.data.tokenizer import Encoder, load_tokenizer
 
 Ids = list[NDArray[np.unsignedinteger[Any]]]
-_WORKER = "from fasttrain.data.prepare.encode import serve; serve()"
 
 # Pieces that are encoded together; how many bytes of the input were read by then.
 Batch = tuple[list["Piece"], int]
@@ -41,29 +32,21 @@ Batch = tuple[list["Piece"], int]
 def encoded(
     batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Generator[tuple[Batch, Ids]]:
-    """Yield each batch with the ids of its pieces, in the order of the batches."""
+    """Yield each batch with the ids of its pieces, in the order of the batches.
+
+    Raises:
+        BrokenProcessPool: A worker was killed.
+    """
     if workers == 1:
         for batch in batches:
             yield batch, encoder.encode([piece.text for piece in batch[0]])
         return
-    how = "tokenizers" if encoder.not_fast else "tiktoken"
-    processes = [_Worker(tokenizer_file, how) for _ in range(workers)]
-    free = SimpleQueue[_Worker]()
-    for process in processes:
-        free.put(process)
-
-    def encode(pieces: Sequence[Piece]) -> Ids:
-        process = free.get()
-        try:
-            return process.encode([piece.text for piece in pieces])
-        finally:
-            free.put(process)
-
-    threads = ThreadPoolExecutor(workers)
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+    pool = ProcessPoolExecutor(workers, spawn, _start, (tokenizer_file, not encoder.not_fast))
     ahead: deque[tuple[Batch, Future[Ids]]] = deque()
     try:
         for batch in batches:
-            ahead.append((batch, threads.submit(encode, batch[0])))
+            ahead.append((batch, pool.submit(_encode, [piece.text for piece in batch[0]])))
             if len(ahead) > workers + 2:
                 done, future = ahead.popleft()
                 yield done, future.result()
@@ -71,56 +54,31 @@ def encoded(
             done, future = ahead.popleft()
             yield done, future.result()
     finally:
-        for process in processes:
-            process.end()
-        threads.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
-    """A process that encodes what it is sent."""
-
-    def __init__(self, tokenizer_file: Path, how: str) -> None:
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        self._pipe, theirs = Pipe()
-        with theirs:
-            pipe = theirs.fileno()
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, str(pipe), str(tokenizer_file), how],
-                pass_fds=[pipe],
-                # The processes are the parallelism; `tokenizers` would add a thread for each core.
-                env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-            )
-
-    def encode(self, texts: Sequence[str]) -> Ids:
-        try:
-            self._pipe.send(texts)
-            answer: Ids | Exception = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise ChildProcessError(
-                f"a worker process ended (status {self._process.wait()}): out of memory? "
-                "--resume goes on from here, with fewer --workers if need be"
-            ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._pipe.close()
-
-
-def serve() -> None:
-    """The life of a worker process: texts in, ids out, until the other end is closed."""
+def _start(tokenizer_file: Path, use_tiktoken: bool) -> None:
+    """Make a worker process ready."""
+    global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent ends this process
-    pipe, tokenizer_file, how = sys.argv[1:]
-    encoder = Encoder(load_tokenizer(Path(tokenizer_file)), use_tiktoken=how == "tiktoken")
-    with suppress(EOFError, OSError), Connection(int(pipe)) as parent:
-        while True:
-            try:
-                parent.send(encoder.encode(parent.recv()))
-            except (OtherIdsError, DataError) as error:
-                parent.send(error)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The processes are the parallelism; `tokenizers` would add a thread for each core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = Encoder(load_tokenizer(tokenizer_file), use_tiktoken=use_tiktoken)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # it was killed
+
+
+def _encode(texts: Sequence[str]) -> Ids:
+    return _encoder.encode(texts)
+
+
+_encoder: Encoder  # of a worker process
 
 
 FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
@@ -170,16 +128,17 @@ class Splitter:
         if not first_two:
             reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
             raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
-        self.single = first_two == 1
+        single = first_two == 1
         self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
         # No document fell below the fraction, and the nearest to it is held out.
         self.threshold, self.held_out_smallest = self.val_fraction, False
-        self._limit = math.inf  # bytes: documents of more are not held out whole
+        # Bytes: documents of more are not held out whole.
+        self._limit = 0 if single else math.inf
         self._cuts_large = val_fraction != 0
         small = val_fraction is None and source.n_bytes < SMALL_BYTES
         if small and (total := self._total()) < SMALL_BYTES:
             self._fit(total)
-        elif self.val_fraction and not self.single:
+        elif self.val_fraction and not single:
             # Ends at the first that is below, after 1 / val_fraction documents as a rule.
             smallest = 1.0
             for document in source.documents():
@@ -201,7 +160,8 @@ class Splitter:
     def _fit(self, total: int) -> None:
         """Choose what is held out of a small text."""
         self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
-        self._limit = wanted = self.val_fraction * total
+        wanted = self.val_fraction * total
+        self._limit = min(self._limit, wanted)
         by_share = [0] * _BINS
         for document in self.source.documents():
             if (size := _n_bytes(document)) <= wanted:
@@ -212,32 +172,26 @@ class Splitter:
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every document, in order."""
         for document in self.source.documents():
-            split, text = "", ""
-            for next_split, next_text in self._parts(document):
-                if split:
-                    yield Piece(text, split, split != next_split, document.where)
-                split, text = next_split, next_text
-            if split:
-                yield Piece(text, split, True, document.where)
+            border, at = self._border(document), 0
+            text = split = ""
+            for block in document.pieces():
+                inside = int(min(max(border - at, 0), len(block)))
+                if 0 < inside < len(block):  # the cut: after a line's end if one is near
+                    line = block.rfind("\n", 0, inside) + 1
+                    inside = line if inside - line < 1000 and (line or at) else inside
+                at += len(block)
+                for name, part in (("train", block[:inside]), ("val", block[inside:])):
+                    if part:
+                        if text:
+                            yield Piece(text, split, split != name, document.where)
+                        text, split = part, name
+            yield Piece(text, split, True, document.where)
 
-    def _parts(self, document: Document) -> Iterator[tuple[str, str]]:
-        """Split and text of each piece of a document."""
-        large = self.single or (self._limit < math.inf and _n_bytes(document) > self._limit)
-        if not (large and self._cuts_large):
-            held_out = not large and self.threshold and _share(document) < self.threshold
-            for text in document.pieces():
-                yield "val" if held_out else "train", text
-            return
-        total = sum(len(text) for text in document.pieces())
-        border = total - max(int(total * self.val_fraction), 1)
-        at = 0
-        for text in document.pieces():
-            inside = min(max(border - at, 0), len(text))
-            if 0 < inside < len(text):  # the cut: after a line's end if one is near
-                line = text.rfind("\n", 0, inside) + 1
-                inside = line if inside - line < 1000 and (line or at) else inside
-            at += len(text)
-            if inside:
-                yield "train", text[:inside]
-            if inside < len(text):
-                yield "val", text[inside:]
+    def _border(self, document: Document) -> float:
+        """How many characters of a document are for training; infinite: all."""
+        large = self._limit == 0 or (self._limit < math.inf and _n_bytes(document) > self._limit)
+        if large and self._cuts_large:
+            total = sum(len(text) for text in document.pieces())
+            return total - max(int(total * self.val_fraction), 1)
+        held_out = not large and self.threshold and _share(document) < self.threshold
+        return 0 if held_out else math.inf

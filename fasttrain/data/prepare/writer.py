@@ -16,36 +16,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from itertools import islice
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.files import DataError, lock, sha256_of, write_atomically
 from fasttrain.data.format import DATASET_JSON, ShardInfo
-from fasttrain.data.prepare.encode import Batch, Piece, Splitter, encoded
 from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
-from fasttrain.data.tokenizer import Encoder
 
-BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
-CHECKPOINT_S = 5.0  # work that an interruption can cost
-SPLITS, SUFFIXES = ("train", "val"), (".bin", ".ends")
+SUFFIXES = (".bin", ".ends")
 PREPARED_JSON = "prepared.json"
+ANEW = "start anew without --resume"
 
 
-class Progress(TypedDict):
-    """How far a `ShardWriter` is."""
+class Asked(TypedDict):
+    """All that shapes a dataset, as `prepared.json` and `progress.json` keep it."""
 
-    shards: list[ShardInfo]
-    in_shard: int
-    ends_in_shard: int
+    source: dict[str, Any]  # the options
+    files: list[list[Any]]  # of each its name, and what identifies its content
+    tokenizer_sha256: str
+    recipe: list[Any]
 
 
 class ShardWriter:
@@ -55,8 +50,8 @@ class ShardWriter:
     over the border of two shards; an end lies beside the shard in which its document ends, as
     uint64 offset of the token after the document's last one, in `<split>_000000.ends`.
 
-    With the `state` of a writer that is gone, it continues from there; whatever of the split is in
-    the folder beyond that is removed.
+    With the `state` of a writer that is gone, it continues from there, else from nothing; whatever
+    of the split is in the folder beyond that is removed.
     """
 
     def __init__(
@@ -74,12 +69,8 @@ class ShardWriter:
             )
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
-        self.shards: list[ShardInfo] = []
-        self.n_tokens = self.n_documents = 0
-        self._in_shard = self._ends_in_shard = 0
         self._files: list[BinaryIO] = []  # tokens and ends of the shard that is being written
-        if state is not None:
-            self._restore(state)
+        self._restore(state or {"shards": [], "in_shard": 0, "ends_in_shard": 0})
 
     def _path(self, suffix: str, later: int = 0) -> Path:
         return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
@@ -102,9 +93,6 @@ class ShardWriter:
         return {"shards": self.shards, **in_shard}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        remedy = "start anew without --resume"
-        if problem := misfit(Progress, state, self.split):
-            raise DataError(f"{self.folder}: of its progress, {problem}; {remedy}")
         self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
         self._ends_in_shard = state["ends_in_shard"]
         self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
@@ -118,7 +106,7 @@ class ShardWriter:
                     os.replace(self._path(suffix), path)
                 small = not path.is_file() or path.stat().st_size < size
                 if small or self._in_shard >= self.shard_tokens:
-                    raise DataError(f"{path}: missing or cut short; {remedy}")
+                    raise DataError(f"{path}: missing or cut short; {ANEW}")
                 os.truncate(path, size)
                 keep.add(path.name)
             self._open("r+b")
@@ -203,106 +191,81 @@ class ShardWriter:
 class Partial:
     """The folder in which a dataset is built, held by this process alone.
 
-    `asked` is everything that shapes the output, input files included, as JSON values.
+    `asked` is everything that shapes the output, input files included.
     """
 
     def __init__(
-        self, out: Path, asked: dict[str, Any], *, resume: bool, note: Callable[[str], None]
+        self, out: Path, asked: Asked, *, resume: bool, note: Callable[[str], None]
     ) -> None:
         self.out, self.folder = out, out.parent / f".{out.name}.partial"
         self.dataset = self.folder / "dataset"  # what will be `out`
         self._progress, self._asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}  # of the last `save`
-        self.complete = False  # whether `out` is there already, made as asked
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not (out / DATASET_JSON).is_file():
-                raise DataError(
-                    f"{out}: exists already and is not empty; name a new folder or remove it"
-                )
-            other = self._other_than_made() if resume else ""
-            self.complete = resume and not other
-            if not self.complete:
-                raise DataError(
-                    f"{out}: exists already and holds a dataset{other}; train on it as it is, "
-                    "remove it, or name a new folder"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._held = ExitStack()  # the lock
-        try:
-            self._held.callback(os.close, lock(self.folder / "lock"))
-        except BlockingIOError:
-            raise DataError(f"{out}: another process is preparing it now; wait for it") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            if not self.complete:
-                self._take_up(resume, note)
-        except BaseException:
-            self._held.close()
-            raise
-
-    def _take_up(self, resume: bool, note: Callable[[str], None]) -> None:
-        """Read what is left, or make room."""
-        if self._progress.exists():
-            if resume:
-                self._load()
-                note(f"Going on with what an interrupted run left in {self.folder}")
-            else:
+        # Whether `out` is there already, made as asked.
+        self.complete = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if self.complete:
+            self._check_made(resume)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.callback(os.close, lock(self.folder / "lock"))
+            except BlockingIOError:
+                raise DataError(f"{out}: another process is preparing it; wait for it") from None
+            except OSError:  # a file system without locks
+                pass
+            if self._progress.exists() and resume:
+                left = read_json(self._progress, ANEW, DataError)
+                if other := self._other_than(left.get("asked"), self._progress):
+                    raise DataError(
+                        f"--resume: the interrupted run had {other}; repeat its command, or {ANEW}"
+                    )
+                self.state = left["state"]
+                note(f"Continuing with what an interrupted run left in {self.folder}")
+            elif self._progress.exists():
                 note(
                     f"Starting anew: {self.folder} of an interrupted run is replaced (--resume "
-                    "would have gone on with it)"
+                    "would have continued it)"
                 )
-        elif resume:
-            note(f"Nothing to resume: no interrupted run left {self.folder}; starting")
-        if not self.state:
-            shutil.rmtree(self.dataset, ignore_errors=True)
-            self._progress.unlink(missing_ok=True)
-        self.dataset.mkdir(exist_ok=True)
-        for path in self.dataset.glob(".*"):  # files that were being written
-            path.unlink()
+            elif resume:
+                note(f"Nothing to resume: no interrupted run left {self.folder}; starting")
+            if not self.state:
+                shutil.rmtree(self.dataset, ignore_errors=True)
+                self._progress.unlink(missing_ok=True)
+            self.dataset.mkdir(exist_ok=True)
+            for path in self.dataset.glob(".*"):  # files that were being written
+                path.unlink()
+            self._held = stack.pop_all()
 
-    def _other_than_made(self) -> str:
-        """Return how what is asked for differs from what the finished dataset was made of."""
-        record = self.out / PREPARED_JSON
-        if not record.exists():  # made by an earlier fasttrain
-            return " that has no record of the files it was made of"
-        try:
-            other = self._other_than(read_json(record, "prepare it anew", DataError))
-        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
-            return f" whose {PREPARED_JSON} is damaged ({error})"
-        return other and f" made of something else: it had {other}"
-
-    def _load(self) -> None:
-        try:
-            left = read_json(self._progress, "start anew without --resume", DataError)
-            other, state = self._other_than(left["asked"]), left["state"]
-        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
+    def _check_made(self, resume: bool) -> None:
+        """Refuse what is in the place of `out`, unless a finished run is resumed."""
+        if not (self.out / DATASET_JSON).is_file():
             raise DataError(
-                f"{self._progress}: damaged ({error}); start anew without --resume"
-            ) from error
-        if other:
-            raise DataError(
-                f"--resume: the interrupted run had {other}; repeat its command, or start anew "
-                "without --resume"
+                f"{self.out}: exists already and is not empty; name a new folder or remove it"
             )
-        self.state = state
+        record, other = self.out / PREPARED_JSON, ""
+        if resume and not record.exists():  # made by an earlier fasttrain
+            other = " that has no record of the files it was made of"
+        elif resume:
+            other = self._other_than(read_json(record, ANEW, DataError), record)
+            other = other and f" made of something else: it had {other}"
+        if other or not resume:
+            raise DataError(
+                f"{self.out}: exists already and holds a dataset{other}; train on it as it is, "
+                "remove it, or name a new folder"
+            )
 
-    def _other_than(self, before: dict[str, Any]) -> str:
+    def _other_than(self, before: Any, path: Path) -> str:
         """Return what was asked for `before` and is not now, in words; empty if all is the same."""
-        asked = json.loads(json.dumps(self._asked))  # as it looks after being stored
-        old, new = before["source"], asked["source"]
-        for key in new:
-            if key not in ("n_files", "n_bytes") and old.get(key) != new[key]:
-                return f"{key} = {old.get(key)!r}, this one has {new[key]!r}"
-        was, now = ({name: facts for name, *facts in a["files"]} for a in (before, asked))
-        for name in was | now:
-            if name not in was or name not in now:
-                return f"other files: {name} is {'gone' if name in was else 'new'}"
-            if was[name] != now[name]:
-                return f"another {name} (its size, time of change or content)"
-        if before["tokenizer_sha256"] != asked["tokenizer_sha256"]:
-            return "another content of the tokenizer's file"
-        return "" if before["recipe"] == asked["recipe"] else "another fasttrain or tokenizers"
+        if problem := misfit(Asked, before):
+            raise DataError(f"{path}: damaged ({problem}); {ANEW}")
+        old, new = _facts(before), _facts(json.loads(json.dumps(self._asked)))
+        for name in new | old:
+            was, now = old.get(name, "nothing"), new.get(name, "nothing")
+            if was != now:
+                return f"{name} = {was!r}, this one has {now!r}"
+        return ""
 
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
@@ -326,6 +289,14 @@ class Partial:
         self._held.close()
 
 
+def _facts(asked: Asked) -> dict[str, Any]:
+    """Return what shapes a dataset, by name."""
+    options = {k: v for k, v in asked["source"].items() if k not in ("n_files", "n_bytes")}
+    files = {f"file {name}": facts for name, *facts in asked["files"]}
+    others = {"fasttrain and tokenizers": asked["recipe"]}
+    return options | files | {"tokenizer's SHA-256": asked["tokenizer_sha256"]} | others
+
+
 def _sync(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -333,91 +304,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _batches(splitter: Splitter) -> Iterator[Batch]:
-    pieces: list[Piece] = []
-    n_chars = 0
-    for piece in splitter.pieces():
-        pieces.append(piece)
-        n_chars += len(piece.text)
-        if n_chars >= BATCH_CHARS:
-            yield pieces, splitter.source.done_bytes
-            pieces, n_chars = [], 0
-    if pieces:
-        yield pieces, splitter.source.done_bytes
-
-
-def write_splits(
-    partial: Partial,
-    splitter: Splitter,
-    encoder: Encoder,
-    shard_tokens: int,
-    workers: int,
-    show: Callable[[str, int], None],
-) -> dict[str, tuple[ShardWriter, int]]:
-    """Encode what is not yet encoded, and write it; call `show` with each state and bytes read.
-
-    Return for each split its closed writer and the bytes of its text. `OtherIdsError` says that
-    tiktoken cannot be used on this text, `ChildProcessError` that a worker was killed.
-    """
-    nothing = {"shards": [], "in_shard": 0, "ends_in_shard": 0}
-    before = partial.state.get("splits", {split: (nothing, 0) for split in SPLITS})
-    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
-    n_bytes = {split: before[split][1] for split in SPLITS}
-    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
-    batches = _batches(splitter)
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                ShardWriter(
-                    partial.dataset,
-                    split,
-                    vocab_size=encoder.vocab_size,
-                    shard_tokens=shard_tokens,
-                    state=before[split][0],
-                )
-            )
-            for split in SPLITS
-        }
-        for _, done_bytes in islice(batches, n_batches):
-            show("finding the place", done_bytes)
-        results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
-        saved = time.monotonic()
-        for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
-            for split, writer in writers.items():
-                parts, ends, at = [np.empty(0, np.uint32)], [], 0
-                for piece, tokens in zip(pieces, ids, strict=True):
-                    if piece.split != split:
-                        continue
-                    n_bytes[split] += len(piece.text.encode())
-                    if lost := encoder.losses.count(piece.text, tokens):
-                        if splitter.source.strict:
-                            raise _strictly(encoder, piece)
-                        n_lost += lost
-                    parts += [tokens, tail] if piece.last else [tokens]
-                    at += tokens.size + (tail.size if piece.last else 0)
-                    if piece.last:
-                        ends.append(at)
-                writer.write(np.concatenate(parts), ends)
-            n_batches += 1
-            if time.monotonic() - saved >= CHECKPOINT_S:
-                states = {split: (writers[split].state(), n_bytes[split]) for split in SPLITS}
-                partial.save(batches=n_batches, splits=states, lost=n_lost)
-                saved = time.monotonic()
-            n_tokens = sum(writer.n_tokens for writer in writers.values())
-            n_documents = sum(writer.n_documents for writer in writers.values())
-            done = f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}"
-            show(done, done_bytes)
-    if n_lost:
-        splitter.source.problems[encoder.losses.what] = n_lost
-    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
-
-
-def _strictly(encoder: Encoder, piece: Piece) -> DataError:
-    """Return the error that names the first thing that the tokenizer has no token for."""
-    begin, end = encoder.losses.first(piece.text)
-    return DataError(
-        f"{piece.where}: the tokenizer has no token for {piece.text[begin:end]!r} after "
-        f"{piece.text[max(0, begin - 30) : begin]!r}, and --strict was asked for"
-    )

@@ -1,0 +1,352 @@
+"""Text to a dataset folder: a pass to split it, one to train its tokenizer, one to encode it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fasttrain.config.keys import counted
+from fasttrain.data.files import DataError, sha256_of, write_atomically
+from fasttrain.data.format import write_dataset_json
+from fasttrain.data.prepare.encode import (
+    FEW_VAL_TOKENS,
+    MAX_VAL_FRACTION,
+    SMALL_BYTES,
+    VAL_FRACTION,
+    Batch,
+    Piece,
+    Splitter,
+    encoded,
+)
+from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
+from fasttrain.data.prepare.writer import Asked, Partial, ShardWriter
+from fasttrain.data.tokenizer import (
+    TEXT_PATTERN,
+    Encoder,
+    OtherIdsError,
+    byte_tokenizer,
+    char_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
+BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
+WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
+CHECKPOINT_S = 5.0  # work that an interruption can cost
+LINE_S = 15.0  # between lines of progress where there is no terminal
+SPEED_S = 30.0  # the time left is that at the speed of the last
+SPLITS = ("train", "val")
+
+
+def prepare(
+    out: Path,
+    inputs: Sequence[str],
+    *,
+    files: Sequence[Path | None] | None = None,
+    text_field: str = "text",
+    tokenizer: str = "bpe:32768",
+    pattern: str = TEXT_PATTERN,
+    val_fraction: float | None = None,
+    shard_tokens: int = 100_000_000,
+    strict: bool = False,
+    workers: int = 1,
+    resume: bool = False,
+    note: Callable[[str], None] = print,
+    progress: bool = False,
+) -> Path:
+    """Make the dataset folder `out` from text; the arguments are the options of the command.
+
+    `files` are those that `inputs` mean, where the caller has found them; `pattern` is that of the
+    words of a BPE. `note` is called with each line that a user should see; `progress` is shown on
+    standard error.
+
+    Memory: independent of the size of the input, about 0.5 GiB at most and 0.2 GiB for each worker,
+    plus the longest single record of JSON or Parquet and, while a BPE is trained, its table of
+    words.
+    """
+    begin = time.perf_counter()
+    out = Path(os.path.abspath(out))
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
+    if workers < 1:
+        raise DataError(f"--workers must be at least 1, got {workers}")
+    if files is None:
+        files, skipped = find_files(inputs)
+        if skipped:
+            shown = ", ".join(file.name for file in skipped[:3]) + ", …" * (len(skipped) > 3)
+            note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {shown}")
+    tokenizer_file = Path(tokenizer).expanduser()
+    source = Source(files, field=text_field, strict=strict)
+    if val_fraction is None and source.n_bytes >= SMALL_BYTES:
+        val_fraction = VAL_FRACTION
+    asked: Asked = {
+        "source": {
+            "inputs": list(inputs),
+            "n_files": len(files),
+            "n_bytes": source.n_bytes,
+            "text_field": text_field,
+            "tokenizer": tokenizer,
+            "val_fraction": "auto" if val_fraction is None else val_fraction,
+            "shard_tokens": shard_tokens,
+        },
+        "files": source.fingerprint(),
+        "tokenizer_sha256": sha256_of(tokenizer_file) if tokenizer_file.is_file() else "",
+        "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
+    }
+    try:
+        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
+            if partial.complete:
+                note(f"{out} is complete already")
+                return out
+            with Bar(source.n_bytes, progress) as bar:
+                splitter = Splitter(source, val_fraction)
+                if splitter.held_out_smallest:
+                    note(
+                        f"No document fell into validation at --val-fraction {val_fraction}: the "
+                        "one with the smallest hash is held out"
+                    )
+                path = partial.dataset / "tokenizer.json"
+                if not partial.state:
+                    made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
+                    made.encode_special_tokens = False
+                    write_atomically(path, made.to_str(pretty=False).encode())
+                    if tokenizer.startswith("bpe:"):
+                        partial.save(exact=False)
+                kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
+                exact = partial.state.get("exact", False)
+                encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
+                if encoder.end_of_text is None:
+                    note("The tokenizer has no end-of-text token: documents are not separated")
+                if encoder.not_fast and source.n_bytes > WORKER_BYTES:
+                    note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
+                processes = 1
+                if kind == "bpe":
+                    processes = max(1, min(workers, source.n_bytes // WORKER_BYTES))
+                how = (shard_tokens, processes, bar.show)
+                try:
+                    result = write_splits(partial, splitter, encoder, *how)
+                except OtherIdsError as error:
+                    note(
+                        f"tiktoken does not split this text as its tokenizer does: {error}. "
+                        "Encoding all of it with tokenizers instead, which is slower"
+                    )
+                    partial.state = {}
+                    partial.save(exact=True)
+                    encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
+                    result = write_splits(partial, splitter, encoder, *how)
+            if not result["train"][0].n_tokens:
+                raise DataError("all text fell into validation; lower --val-fraction or add text")
+            write_dataset_json(
+                partial.dataset,
+                vocab_size=encoder.vocab_size,
+                end_of_text=encoder.end_of_text,
+                splits={k: (w.shards, n) for k, (w, n) in result.items() if w.n_tokens},
+                source=asked["source"] | {"problems": dict(source.problems)},
+            )
+            partial.publish()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended: out of memory? --resume continues from here, with fewer "
+            "--workers if need be"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+    for reason, count in source.problems.items():
+        note(f"{reason}: {count:,}")
+    seconds = time.perf_counter() - begin
+    for split, (writer, n_bytes) in result.items():
+        note(
+            f"{split:5}  {counted(writer.n_tokens, 'token')}, "
+            f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
+            f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
+        )
+    n_val = result["val"][0].n_tokens
+    if n_val < FEW_VAL_TOKENS and val_fraction != 0:
+        enough = val_fraction is None or val_fraction >= MAX_VAL_FRACTION
+        remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
+        note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
+    total = sum(n for _, n in result.values())
+    note(f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
+    return out
+
+
+def _make_tokenizer(
+    name: str, pattern: str, splitter: Splitter, note: Callable[[str], None], bar: Bar
+) -> tokenizers.Tokenizer:
+    """The tokenizer that a command names, trained on the training split if it is to be."""
+    if name == "bytes":
+        return byte_tokenizer()
+    if name == "chars":
+        characters: set[str] = set()
+        for piece in splitter.pieces():
+            characters.update(piece.text)
+            bar.show("collecting characters", splitter.source.done_bytes)
+        return char_tokenizer(characters)
+    if not name.startswith("bpe:"):
+        if not (path := Path(name).expanduser()).is_file():
+            raise DataError(
+                f"--tokenizer {name}: there is no such tokenizer file; name an existing "
+                "tokenizer.json, or bpe:N, bytes or chars"
+            )
+        return load_tokenizer(path)
+    try:
+        wanted = int(name.removeprefix("bpe:"))
+    except ValueError:
+        raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768") from None
+    note(f"Training a BPE of {wanted} tokens")
+    tokenizer = train_bpe(_sample(splitter, bar), wanted, pattern=pattern)
+    if tokenizer.get_vocab_size() < wanted:
+        note(f"The text yields only {tokenizer.get_vocab_size()} tokens of the {wanted} asked for")
+    return tokenizer
+
+
+def _sample(splitter: Splitter, bar: Bar) -> Iterator[str]:
+    """Training text for a tokenizer: all of it, or pieces evenly spread over a large input."""
+    every = max(1, splitter.source.n_bytes // BPE_BYTES)
+    taken = 0
+    for number, piece in enumerate(p for p in splitter.pieces() if p.split == "train"):
+        if number % every == 0:
+            taken += len(piece.text)
+            if taken > 2 * BPE_BYTES:  # compressed input holds more than its size says
+                break
+            bar.show("reading for the tokenizer", splitter.source.done_bytes)
+            yield piece.text
+    bar.show("training the tokenizer", None)
+
+
+def _batches(splitter: Splitter) -> Iterator[Batch]:
+    pieces: list[Piece] = []
+    n_chars = 0
+    for piece in splitter.pieces():
+        pieces.append(piece)
+        n_chars += len(piece.text)
+        if n_chars >= BATCH_CHARS:
+            yield pieces, splitter.source.done_bytes
+            pieces, n_chars = [], 0
+    if pieces:
+        yield pieces, splitter.source.done_bytes
+
+
+def write_splits(
+    partial: Partial,
+    splitter: Splitter,
+    encoder: Encoder,
+    shard_tokens: int,
+    workers: int,
+    show: Callable[[str, int], None],
+) -> dict[str, tuple[ShardWriter, int]]:
+    """Encode what is not yet encoded, and write it; call `show` with each state and bytes read.
+
+    Return for each split its closed writer and the bytes of its text. `OtherIdsError` says that
+    tiktoken cannot be used on this text.
+    """
+    before = partial.state.get("splits", dict.fromkeys(SPLITS, (None, 0)))
+    n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
+    n_bytes = {split: before[split][1] for split in SPLITS}
+    tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
+    batches = _batches(splitter)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    partial.dataset,
+                    split,
+                    vocab_size=encoder.vocab_size,
+                    shard_tokens=shard_tokens,
+                    state=before[split][0],
+                )
+            )
+            for split in SPLITS
+        }
+        for _, done_bytes in islice(batches, n_batches):
+            show("finding the place", done_bytes)
+        results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
+        saved = time.monotonic()
+        for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
+            for split, writer in writers.items():
+                parts, ends, at = [np.empty(0, np.uint32)], [], 0
+                for piece, tokens in zip(pieces, ids, strict=True):
+                    if piece.split != split:
+                        continue
+                    n_bytes[split] += len(piece.text.encode())
+                    if lost := encoder.losses.count(piece.text, tokens):
+                        if splitter.source.strict:
+                            begin, end = encoder.losses.first(piece.text)
+                            raise DataError(
+                                f"{piece.where}: the tokenizer has no token for "
+                                f"{piece.text[begin:end]!r} after "
+                                f"{piece.text[max(0, begin - 30) : begin]!r}, and --strict was "
+                                "asked for"
+                            )
+                        n_lost += lost
+                    parts += [tokens, tail] if piece.last else [tokens]
+                    at += tokens.size + (tail.size if piece.last else 0)
+                    if piece.last:
+                        ends.append(at)
+                writer.write(np.concatenate(parts), ends)
+            n_batches += 1
+            if time.monotonic() - saved >= CHECKPOINT_S:
+                states = {split: (writers[split].state(), n_bytes[split]) for split in SPLITS}
+                partial.save(batches=n_batches, splits=states, lost=n_lost)
+                saved = time.monotonic()
+            n_tokens = sum(writer.n_tokens for writer in writers.values())
+            n_documents = sum(writer.n_documents for writer in writers.values())
+            done = f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}"
+            show(done, done_bytes)
+    if n_lost:
+        splitter.source.problems[encoder.losses.what] = n_lost
+    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
+
+
+class Bar(Progress):
+    """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
+
+    def __init__(self, n_bytes: int, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._lines = shown and not console.is_terminal
+        super().__init__(
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not shown or self._lines,
+            get_time=time.monotonic,
+            speed_estimate_period=SPEED_S,
+        )
+        self._said, self._n_bytes = time.monotonic(), n_bytes
+        self.add_task("reading", total=n_bytes)
+
+    def show(self, what: str, done_bytes: int | None) -> None:
+        """What is being done, and how much of the input is; None: for a time nobody knows."""
+        (task,) = self.tasks
+        if done_bytes is None:  # the bar only moves to and fro
+            self.remove_task(task.id)
+            self.add_task(what, total=None)
+            return
+        if task.total is None or done_bytes < task.completed:  # another pass
+            self.remove_task(task.id)
+            self.add_task(what, total=self._n_bytes)
+            (task,) = self.tasks
+        self.update(task.id, completed=done_bytes)
+        left = "–" if task.time_remaining is None else timedelta(seconds=task.time_remaining)
+        digits = 0 if self._n_bytes >= 10e6 else 1
+        done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
+        text = f"{done} of {total} MB  {what}  {left} left"
+        self.update(task.id, description=text)
+        now = time.monotonic()
+        if self._lines and done_bytes > 0 and now - self._said >= LINE_S:
+            self._said = now
+            print(text, file=sys.stderr, flush=True)
