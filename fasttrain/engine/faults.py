@@ -98,8 +98,6 @@ class FaultPolicy:
     def reason(self, decision: Decision, loader: Loader) -> str:
         """Return why the run stops, in one line that names samples and remedies."""
         first, last = decision.offending[0], decision.offending[-1]
-        ids = loader.sample_ids(first.position, self.samples_per_step).tolist()
-        shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
         n, n_rollbacks = len(decision.offending), self.counts.rollbacks
         if decision.action == "roll back":
             why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
@@ -109,17 +107,20 @@ class FaultPolicy:
             why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
         else:
             why = "train.{} = {!r}".format(*self._wish(first))
-        if first.of_machine:
-            return (
-                f"{first}; {why}. No update was made of it: test this machine's memory and device; "
-                "if an operation of this run is not deterministic, unset train.recheck_every_steps"
-            )
         several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
-        return (
-            f"{first}{several}; {why}. The first one's batch holds the samples {shown}. No update "
-            "was made of these steps: look at the samples, lower optim.lr, raise "
-            "schedule.warmup_steps or use run.dtype=bf16"
-        )
+        if first.of_machine:
+            remedy = (
+                "test this machine's memory and device; if an operation of this run is not "
+                "deterministic, unset train.recheck_every_steps"
+            )
+        else:
+            ids = loader.sample_ids(first.position, self.samples_per_step).tolist()
+            shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+            remedy = (
+                f"the first one's batch holds the samples {shown}. Look at them, lower optim.lr, "
+                "raise schedule.warmup_steps or use run.dtype=bf16"
+            )
+        return f"{first}{several}; {why}. No update was made: {remedy}"
 
     def next_position(self, position: int) -> int:
         """Return the first global sample index from ``position`` on that is not passed over."""

@@ -189,11 +189,16 @@ def _check(
     expected = _expected(optimizer, p)
     if expected is None:  # not known, but it cannot be empty
         expected = dict(saved) or {"state": p}
-    for key in sorted(expected.keys() | saved.keys()):
-        found = (saved.get(key), expected.get(key))
+    check_tensors(f"optimizer state {name}/", saved, expected)
+
+
+def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError where tensors are not of the names, shapes and types that are wanted."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        found = (saved.get(name), wanted.get(name))
         there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
-            raise RuntimeError(f"optimizer state {name}/{key} is {there} there and {here} here")
+            raise RuntimeError(f"{what}{name} is {there} there and {here} here")
 
 
 def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:

@@ -51,7 +51,7 @@ class RunFolder:
         else:
             path = run_dir_of(config, name, resume)
         self.new = not path.exists()
-        self._lock = lock_run_dir(path, new=self.new)
+        self._lock = lock_run_dir(path)
         self.console = Console(log_file=path / "train.log")
         source = None
         if resume == "auto" and not _was_saved(path):
@@ -114,9 +114,11 @@ def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
         paths = _run_dirs(config, name)
         found = [next(paths), *itertools.takewhile(Path.exists, paths)]
         return next(filter(_was_saved, reversed(found)), found[-1])
-    path = Path(resume)
-    if not path.exists():
-        raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
+    return run_dir_above(Path(resume))
+
+
+def run_dir_above(path: Path) -> Path:
+    """Return the run folder of a run or checkpoint folder."""
     for run_dir in (path, path.parent, path.parent.parent):
         if (run_dir / "checkpoints").is_dir():
             return run_dir
@@ -152,15 +154,11 @@ def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
     return max(ours, key=lambda lock: lock.stat().st_mtime).parent if ours else None
 
 
-def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
+def lock_run_dir(run_dir: Path) -> TextIO:
     """Make the run folder and lock it until this process ends, however it ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=not new)
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    except FileExistsError as error:
-        if run_dir.is_dir():
-            raise UserError(f"{run_dir} was made by another run just now; start again") from error
-        raise UserError(f"{run_dir} is a file; set run.out_dir to a folder") from error
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"

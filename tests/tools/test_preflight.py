@@ -16,7 +16,7 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_of, warnings_of_data
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
 from fasttrain.model.transformer import Transformer, flops_constants
@@ -250,7 +250,7 @@ def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     assert told in capsys.readouterr().out
     enough = SimpleNamespace(n_tokens=5_000)
     settled = load_config(config_path, ["model.vocab_size=320"])
-    assert list(warnings_of_data(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
+    assert list(warnings_at_start(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
 
 
 def test_N18_several_processes_where_there_is_one_are_told(
