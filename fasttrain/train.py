@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             decay_from=arguments.decay_from,
         )
     except KeyboardInterrupt as error:
-        return interrupted(getattr(error, "number", signal.SIGINT))
+        return interrupted(error.args[0] if error.args else signal.SIGINT)
     except UserError:
         raise  # `command` says and records it
     except Exception as error:

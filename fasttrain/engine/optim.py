@@ -172,7 +172,10 @@ def load_optimizer_tensors(
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
             if (mine := of.pop(names[id(p)], {})) or stepped:
-                _check(optimizer, p, names[id(p)], mine)
+                expected = _expected(optimizer, p)
+                if expected is None:  # not known, but it cannot be empty
+                    expected = mine or {"state": p}
+                check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
             if mine:
                 slices = {key: cut(tensor, p) for key, tensor in mine.items()}
                 state[index] = _whole(optimizer, p, slices)
@@ -180,16 +183,6 @@ def load_optimizer_tensors(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     if of:
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
-
-
-def _check(
-    optimizer: torch.optim.Optimizer, p: Tensor, name: str, saved: Mapping[str, Tensor]
-) -> None:
-    """Raise where a parameter's state is not what a step of the optimizer would have made."""
-    expected = _expected(optimizer, p)
-    if expected is None:  # not known, but it cannot be empty
-        expected = dict(saved) or {"state": p}
-    check_tensors(f"optimizer state {name}/", saved, expected)
 
 
 def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -22,10 +22,10 @@ from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import (
     StepMemory,
+    best_micro_batch,
     device_memory,
     estimate_memory,
     probe_step,
-    settle_micro_batch,
 )
 from fasttrain.engine.optim import build_optimizers, set_lr
 from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
@@ -88,13 +88,13 @@ def preflight(
     if not missing or vocab_size is None:  # a model needs one of the two
         config, train, val = open_splits(config, show)
     seq_len, loop = config.data.seq_len, config.train
-    samples = step_shape(loop, seq_len, n_ranks).samples
-    share = replace(loop, tokens_per_step=samples * seq_len)
-    alone = settle_micro_batch(
-        replace(config, train=share), device=device, precision=precision, report=show
-    )
-    rows, n_micro = step_shape(alone.train, seq_len)
+    if isinstance(loop.micro_batch, str):
+        best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=show)
+        loop = replace(loop, micro_batch=best)
+    rows, n_micro = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
+    share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
+    alone = replace(config, train=share)  # what one rank does
     plan = plan_run(config, train, n_ranks)
     tell("data", *missing)
     for label, text in describe(config, plan, train, val).items():

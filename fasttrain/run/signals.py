@@ -21,21 +21,13 @@ EXIT_FORCED = 1
 _OVER, _CALLED = 0, 255  # no signals have these numbers
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal came before training had begun."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
-def interruptible(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
-    """Call ``handler`` in the main thread when a signal comes; by default raise `Interrupted`."""
+def interruptible(handler: Callable[[int, FrameType | None], None] = _interrupt) -> Iterator[None]:
+    """Call ``handler`` in the main thread at a signal; by default raise KeyboardInterrupt."""
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

@@ -15,7 +15,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
-from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
+from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
 from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.step import TrainStep
 from fasttrain.log import metrics
@@ -287,8 +287,7 @@ def auto(config_path: Path) -> TrainConfig:
 
 def settle(config: TrainConfig, device: torch.device = CPU) -> int:
     precision = resolve_precision("fp32", CPU)
-    settled = settle_micro_batch(config, device=device, precision=precision)
-    return settled.train.micro_batch
+    return best_micro_batch(config, device=device, precision=precision)
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:
