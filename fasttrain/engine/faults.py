@@ -167,7 +167,7 @@ class Recovery:
     """Acts on the verdicts on the steps of a run."""
 
     def __init__(
-        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path | None
+        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path
     ) -> None:
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
         self.state, self.train_step = saver.state, saver.train_step
@@ -244,7 +244,7 @@ class Recovery:
             self.reporter.warn(decision.warning)
         for fault in decision.reported:
             where = ""
-            if self.run_dir is not None and not fault.of_machine:
+            if not fault.of_machine:
                 try:
                     path = write_report(fault, loader, self.n_micro_batches, self.run_dir)
                     where = f"; its samples: {path}" if path else ""

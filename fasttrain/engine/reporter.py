@@ -26,7 +26,7 @@ class Reporter:
         train_step: TrainStep,
         config: TrainConfig,
         samples_per_epoch: int,
-        run_dir: Path | None,
+        run_dir: Path,
         console: Console | None,
         made_by: dict[str, Any] | None,
     ) -> None:

@@ -25,19 +25,19 @@ from fasttrain.model.runtime import resolve_compile
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
-def _of_rank(rng: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return random states by their names among those of all ranks in a checkpoint."""
-    return {f"{name}@{rank}" if rank else name: state for name, state in rng.items()}
+def collect(
+    train_step: TrainStep, rank: int = 0, rng: Mapping[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Return all tensors that a run needs to continue, by group, not copied.
 
-
-def collect(train_step: TrainStep, rank: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors that a run needs to continue, by group, not copied."""
-    model = train_step.model
-    rng = _of_rank(rng_state(train_step.loss.device), rank)
+    ``rng``: random states in place of the present ones, which each rank saves under its own names.
+    """
+    model, rng = train_step.model, rng or rng_state(train_step.loss.device)
     # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
     return train_step.ema.groups(model.state_dict()) | {
         "optimizer": optimizer_tensors(model, train_step.optimizers),
-        "trainer": train_step.state() | rng,
+        "trainer": train_step.state()
+        | {f"{name}@{rank}" if rank else name: state for name, state in rng.items()},
     }
 
 
@@ -76,13 +76,13 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
 
 
 class Saver:
-    """Saves and restores one run; without a ``run_dir`` nothing is written."""
+    """Saves and restores one run."""
 
     def __init__(
         self,
         reporter: Reporter,
         watchdog: Watchdog,
-        run_dir: Path | None,
+        run_dir: Path,
         recorded: Mapping[str, Any],
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
@@ -94,18 +94,16 @@ class Saver:
         self.saved_at: int | None = None  # the step of the newest save, unless that failed
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
-        self.writer: CheckpointWriter | None = None
-        if run_dir is not None:
-            self.writer = CheckpointWriter(
-                run_dir / "checkpoints",
-                keep_last=config.checkpoint.keep_last,
-                asynchronous=config.checkpoint.asynchronous,
-                rank=world.rank,
-                world_size=world.size,
-                session=world.share(secrets.token_hex(8)),
-                patience_s=self.patience_s,
-                warn=reporter.warn,
-            )
+        self.writer = CheckpointWriter(
+            run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+            rank=world.rank,
+            world_size=world.size,
+            session=world.share(secrets.token_hex(8)),
+            patience_s=self.patience_s,
+            warn=reporter.warn,
+        )
 
     def save_once(self) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
@@ -125,8 +123,6 @@ class Saver:
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
         """Save this step with these random states; return when it is committed."""
-        if self.writer is None:
-            return
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
         self.writer.asynchronous = False
@@ -143,8 +139,6 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""
-        if self.writer is None:
-            return
         saved_at, self.saved_at = self.saved_at, None
         with self.state.account.measure("checkpoint"):
             self.writer.wait()
@@ -167,19 +161,18 @@ class Saver:
             self.reporter.warn(f"{error} (training goes on)")
             return True
 
-    def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
+    def save(self, rng: dict[str, Tensor] | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        state, rank, device = self.state, self.world.rank, self.train_step.loss.device
-        if self.writer is None:
-            self.saved_at = state.step
-            return None
+        state, device = self.state, self.train_step.loss.device
         self.saved_at = None
-        groups = collect(self.train_step, rank)
-        groups["trainer"] |= _of_rank(rng or {}, rank)
-        threads = torch.get_num_threads() if device.type == "cpu" else None
-        made_by: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
-        made_by["run.compile"] = resolve_compile(self.config, device)
-        facts = {**state.saved(), **made_by, **self.recorded}
+        groups = collect(self.train_step, self.world.rank, rng)
+        facts = {
+            **state.saved(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "run.compile": resolve_compile(self.config, device),
+            **self.recorded,
+        }
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
             path = self.writer.save(state.step, groups, facts, toml, metric=metric)
@@ -196,14 +189,11 @@ class Saver:
 
     def kept(self, before: int) -> list[Path]:
         """Return the checkpoints from before a step, the newest first."""
-        folder = self.writer.folder if self.writer else None
-        found = history(folder) if folder and folder.is_dir() else []
+        found = history(self.writer.folder) if self.writer.folder.is_dir() else []
         return [path for path, manifest in found if manifest and manifest["step"] < before]
 
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults."""
-        if self.writer is None:
-            return None
         self._failed_at = None
         self._expect_to_wait()
         self._fails(self.wait)
@@ -235,7 +225,6 @@ class Saver:
 
     def close(self) -> None:
         """Wait for the save in flight; but where an error ends the run, other ranks may be gone."""
-        if self.writer:
-            if sys.exception() is not None:
-                self.writer.abandon()
-            self.writer.close()
+        if sys.exception() is not None:
+            self.writer.abandon()
+        self.writer.close()

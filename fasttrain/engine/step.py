@@ -127,18 +127,16 @@ class Ema:
         self._held: dict[str, Tensor] = {}  # the parameters, while the average is in use
 
     @torch.no_grad()
-    def update(self, skipped: Tensor | None = None) -> None:
+    def update(self, skipped: Tensor) -> None:
         """Take the parameters of the step just done into the average; never waits for the device.
 
         ``skipped``: a scalar on the device, 1 where no step was made and the average stays, else 0.
         """
         if self.decay is None:
             return
-        weight: Any = 1.0 - self.decay
-        if skipped is not None:
-            weight = weight * (1.0 - skipped)
-            weight = [weight.to(average.dtype) for average in self._local_averages]
-        torch._foreach_lerp_(self._local_averages, self._local, weight)
+        weight = (1.0 - self.decay) * (1.0 - skipped)
+        weights = [weight.to(average.dtype) for average in self._local_averages]
+        torch._foreach_lerp_(self._local_averages, self._local, weights)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """What a run shows at its start, and how it ends: done, stopped, given up in a step, or failed."""
 
 import contextlib
-import platform
 import shlex
 import time
 from dataclasses import replace
@@ -129,11 +128,9 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    if trainer.device.type == "cuda":
-        name = torch.cuda.get_device_name(trainer.device)
-    else:
-        threads = counted(torch.get_num_threads(), "thread")
-        name = f"{platform.processor() or platform.machine()} CPU, {threads}"
+    name = trainer.saver.recorded["provenance"]["device"]
+    if trainer.device.type == "cpu":
+        name += f" CPU, {counted(torch.get_num_threads(), 'thread')}"
         if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
             compiled += f" ({reason})"
     # On what, and for how long
