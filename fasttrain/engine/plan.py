@@ -40,10 +40,20 @@ class RunPlan:
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
-def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) -> RunPlan:
-    """Return the size of a run of ``n_ranks`` processes; ``train`` is None where it is missing."""
-    with torch.device("meta"):
-        model = Transformer(config.model, seq_len=config.data.seq_len)
+def plan_run(
+    config: TrainConfig,
+    train: TokenDataset | None,
+    n_ranks: int = 1,
+    model: Transformer | None = None,
+) -> RunPlan:
+    """Return the size of a run of ``n_ranks`` processes.
+
+    ``train`` is None where it is missing; ``model`` is the run's own where there is one: to make
+    one on the meta device imports torch's reference operations, which may take a second.
+    """
+    if model is None:
+        with torch.device("meta"):
+            model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, data = config.train, config.data
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
     order = None if train is None else Plan(train, LoaderOptions.of(config))
@@ -65,7 +75,7 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
 def warnings_at_start(
     config: TrainConfig, train: TokenDataset | None, val: TokenDataset | None, n_ranks: int = 1
 ) -> Iterator[str]:
-    """Yield in what a run is not what it seems to be, each with the remedy."""
+    """Yield what to look at before a run begins, each with the remedy."""
     loop, seq_len = config.train, config.data.seq_len
     tokens = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
     if loop.tokens_per_step is None and n_ranks > 1:

@@ -5,6 +5,7 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -20,6 +21,7 @@ from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.runtime import why_unfit
+from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import end_at_once, stop_signals
 
@@ -134,10 +136,11 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
             compiled += f" ({reason})"
     # On what, and for how long
+    plan = plan_run(config, train, world.size, cast(Transformer, step.model))
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
-        *describe(config, plan_run(config, train, world.size), train, val).items(),
+        *describe(config, plan, train, val).items(),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
         ("folder", str(folder.path)),
     ]
