@@ -32,6 +32,25 @@ RMS_WARN, RMS_FAIL = 1e2, 1e3
 NORM_WARN, NORM_FAIL = 1e2, 1e4
 N_STEPS = 8  # on the one batch: with AdamW at 1e-3 the loss of any sound model falls by then
 
+# What to do where a check does not pass, unless the check itself knows better.
+REMEDIES = {
+    "range": "use the model's own tokenizer, or raise its vocabulary size",
+    "labels": "take inputs = ids[:, :-1], targets = ids[:, 1:], unless the model shifts itself",
+    "forward": "is the batch longer than the model's positions, or on another device?",
+    "logits": "return one row of logits for each token: (B, T, V)",
+    "finite": "look for a division, root or logarithm of zero in that layer, or train in bf16",
+    "activations": "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
+    "first loss": "initialise the head smaller, such as normal with 0.02; or the labels are wrong",
+    "causality": "mask attention (is_causal=True) and look for norms or shifts along the sequence",
+    "frozen": "right where meant, as in fine-tuning; else .requires_grad_(True)",
+    "gradient norm": "initialise smaller, clip (train.max_grad_norm), warm up",
+    "gradients": "use the layer in forward; look for detach(), no_grad(), .data, dead activations",
+    "learning": "one batch is not learnt: see the lines above, and the loss",
+    "optimizer": "build it from this very model's parameters, after moving or wrapping it",
+    "learning rate": "zero leaves its group as it is; above 1 is rarely meant",
+    "update": "see the gradients and rates above; a bf16 parameter may round its step away",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -59,8 +78,9 @@ class Diagnosis:
         return any(f.status == "fail" for f in self.findings)
 
     def add(self, check: str, status: Status, detail: str, remedy: str = "") -> bool:
-        """Append a line, the remedy only if it does not pass; return whether it is no failure."""
-        self.findings.append(Finding(check, status, detail, remedy if status != "pass" else ""))
+        """Append a line, with a remedy if it does not pass; return whether it is no failure."""
+        remedy = "" if status == "pass" else remedy or REMEDIES[check]
+        self.findings.append(Finding(check, status, detail, remedy))
         return status != "fail"
 
     def __str__(self) -> str:
@@ -146,12 +166,10 @@ class _Checks:
             for name, ids in (("tokens", tokens), ("targets", kept)):
                 if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
                     found = f"{wrong.numel()} {name} outside [0, {size}), such as {int(wrong[0])}"
-                    remedy = "use the model's own tokenizer, or raise its vocabulary size"
-                    return add("range", "fail", found, remedy)
+                    return add("range", "fail", found)
             add("range", "pass", f"ids {int(tokens.min())} to {int(tokens.max())} of {size}")
         if kept.numel() == 0:
-            remedy = f"keep some other than {self.ignore_index}"
-            return add("targets", "fail", "all are ignored: no loss", remedy)
+            return add("targets", "fail", "all are ignored", f"keep some not {self.ignore_index}")
         if (tokens == tokens[0, 0]).all() and tokens.numel() > 1:
             add("variety", "warn", "all tokens are the same", "look at the data")
         elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
@@ -165,15 +183,10 @@ class _Checks:
         share = (targets == following).float().mean().item()
         status: Status = "pass" if share == 1.0 else "warn" if share > 0.5 else "fail"
         detail = f"{share:.1%} of the targets are the next token"
-        remedy = "unless that is meant, take inputs = ids[:, :-1] and targets = ids[:, 1:]"
-        if status == "pass":
-            detail = "each target is the next token"
-        elif (targets == same).float().mean().item() > max(share, 0.99):
+        if (targets == same).float().mean().item() > max(share, 0.99):
             status = "fail"
             detail = "each target is the very token it stands at: the model would learn to copy"
-            remedy = "shift: inputs = ids[:, :-1], targets = ids[:, 1:] (not where the model "
-            remedy += "shifts itself)"
-        self.report.add("labels", status, detail, remedy)
+        self.report.add("labels", status, detail)
 
     def loss(self, logits: Tensor) -> Tensor:
         flat, targets = logits.float().flatten(0, 1), self.targets.flatten()
@@ -189,33 +202,24 @@ class _Checks:
             logits = _logits(probe, tokens)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             detail = f"the model raises {type(error).__name__}: {error}"
-            remedy = "is the batch longer than the model's positions, or on another device?"
-            return add("forward", "fail", detail, remedy)
+            return add("forward", "fail", detail)
         if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            detail = f"{found} for tokens {tuple(tokens.shape)}"
-            return add(
-                "logits", "fail", detail, "return one row of logits for each token: (B, T, V)"
-            )
+            return add("logits", "fail", f"{found} for tokens {tuple(tokens.shape)}")
         first = next((name for name, rms in seen if not math.isfinite(rms)), None)
         broken = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
         if broken or first or not logits.isfinite().all():
             detail = f"NaN or infinity first comes out of {first or 'the head'}"
-            remedy = (
-                "look for a division, root or logarithm of zero in that layer, or train in bf16"
-            )
-            if broken:
-                detail += f"; not finite itself: {', '.join(broken[:3])}"
-                remedy = "reload the weights of that layer"
-            return add("finite", "fail", detail, remedy)
+            if not broken:
+                return add("finite", "fail", detail)
+            detail += f"; not finite itself: {', '.join(broken[:3])}"
+            return add("finite", "fail", detail, "reload the weights of that layer")
         add("finite", "pass", "parameters, activations and logits")
         name, rms = max(seen, key=lambda item: item[1], default=("", 0.0))
         detail = f"the largest come out of {name}, root mean square {rms:.3g}"
-        remedy = "initialise smaller: normal with 1/sqrt(fan-in), or add norms"
-        add("activations", _graded(rms, RMS_WARN, RMS_FAIL), detail, remedy)
+        add("activations", _graded(rms, RMS_WARN, RMS_FAIL), detail)
         loss, ln_v = self.loss(logits).item(), math.log(logits.shape[2])
-        status = _graded(loss - ln_v, LOSS_WARN, LOSS_FAIL)
-        remedy = "initialise the head smaller, such as normal with 0.02; or the labels are wrong"
+        status, remedy = _graded(loss - ln_v, LOSS_WARN, LOSS_FAIL), ""
         if loss < ln_v - LOSS_WARN:
             status, remedy = "warn", "right for trained weights; in new ones targets leak or repeat"
         add("first loss", status, f"{loss:.3f}, ln V = {ln_v:.3f}", remedy)
@@ -244,8 +248,7 @@ class _Checks:
             return
         moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
         detail = f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on"
-        remedy = "mask attention (is_causal=True) and look for norms or shifts along the sequence"
-        self.report.add("causality", "fail", detail, remedy)
+        self.report.add("causality", "fail", detail)
 
     def step(self, probe: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> float:
         """Train a copy on the batch for a step; return the loss. The gradients stay."""
@@ -262,8 +265,7 @@ class _Checks:
         """Train a copy on the batch: gradients everywhere, of a sane size, and a falling loss."""
         add = self.report.add
         if frozen := [n for n, p in self.model.named_parameters() if not p.requires_grad]:
-            remedy = "right where meant, as in fine-tuning; else .requires_grad_(True)"
-            add("frozen", "warn", f"no gradient for {_named(frozen)}", remedy)
+            add("frozen", "warn", f"no gradient for {_named(frozen)}")
         probe = copy.deepcopy(self.model).train()
         params = {n: p for n, p in probe.named_parameters() if p.requires_grad}
         if not params:
@@ -281,16 +283,9 @@ class _Checks:
         detail = f"all {len(params)} parameters get one"
         if lost:
             detail = f"none in {N_STEPS} steps for {_named([n for n in params if n in lost])}"
-        remedy = (
-            "use the layer in forward; look for detach(), no_grad(), .data or a dead activation"
-        )
-        add("gradients", "fail" if lost else "pass", detail, remedy)
-        detail = (
-            f"the batch's loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW "
-        )
-        status: Status = "pass" if losses[-1] < losses[0] else "warn"
-        remedy = "one batch is not learnt: see the lines above, and the loss"
-        add("learning", status, detail + "steps", remedy)
+        add("gradients", "fail" if lost else "pass", detail)
+        detail = f"the loss goes from {losses[0]:.3f} to {losses[-1]:.3f} in {N_STEPS} AdamW steps"
+        add("learning", "pass" if losses[-1] < losses[0] else "warn", detail)
 
     def norm(self, grads: dict[str, Tensor]) -> bool:
         """Check the norm of the gradient; return whether it is finite."""
@@ -302,8 +297,7 @@ class _Checks:
             remedy = "look for a root, norm or division of zero there, or train in bf16"
             return self.report.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
         detail = f"{total:.3g}, most of it in {max(norms, key=lambda n: norms[n])}"
-        remedy = "initialise smaller, clip (train.max_grad_norm), warm up"
-        self.report.add("gradient norm", _graded(total, NORM_WARN, NORM_FAIL), detail, remedy)
+        self.report.add("gradient norm", _graded(total, NORM_WARN, NORM_FAIL), detail)
         return True
 
     def optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -314,31 +308,24 @@ class _Checks:
         held = {id(p) for g in groups for p in g["params"]}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if outside := [n for n, p in trained.items() if id(p) not in held]:
-            remedy = "build it from this very model's parameters, after moving or wrapping it"
-            add("optimizer", "fail", _named(outside, " in no optimizer"), remedy)
+            add("optimizer", "fail", _named(outside, " in no optimizer"))
         rates = [float(g["lr"]) for g in groups]
         if not any(rates):
-            remedy = (
-                "raise it, or look at the schedule: a warmup must not start at zero and stay there"
-            )
+            remedy = "raise it, or look at the schedule: a warmup must not stay at zero"
             add("learning rate", "fail", "zero: nothing will change", remedy)
             return
         status: Status = "warn" if 0.0 in rates or max(rates) > 1.0 else "pass"
-        remedy = "zero leaves its group as it is; above 1 is rarely meant"
-        add("learning rate", status, ", ".join(f"{r:.3g}" for r in rates), remedy)
+        add("learning rate", status, ", ".join(f"{r:.3g}" for r in rates))
         probe, steppers = copy.deepcopy((self.model, optimizers))
         for _ in range(3):
             self.step(probe, steppers)
         after = dict(probe.named_parameters())
         same = [n for n, p in trained.items() if torch.equal(after[n], p) and n not in outside]
-        detail = (
-            f"3 steps do not change {_named(same)}" if same else "a step changes every parameter"
-        )
-        remedy = (
-            "see the gradients and learning rates above; a bf16 parameter may round its step away"
-        )
-        status = "pass" if not same else "fail" if 0.0 not in rates else "warn"
-        add("update", status, detail, remedy)
+        if not same:
+            add("update", "pass", "a step changes every parameter")
+            return
+        status = "fail" if 0.0 not in rates else "warn"
+        add("update", status, f"3 steps do not change {_named(same)}")
 
 
 def _graded(value: float, warn: float, fail: float) -> Status:

@@ -322,11 +322,11 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self._holding_run_dir())
             if self.writer is not None and in_main and HAS_FCNTL:
-                from fasttrain.run.signals import StopSignals
+                from fasttrain.run.signals import stop_signals
 
                 stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
                 stack.enter_context(
-                    StopSignals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
+                    stop_signals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
                 )
             self._meet(loader, val_loader)
             if self.run_dir is not None and self.world.leads:
@@ -713,7 +713,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
     from fasttrain.run.folder import lock_run_dir
 
-    with lock_run_dir(run_dir, new=False) as lock:
+    with lock_run_dir(run_dir) as lock:
         try:
             yield
         finally:

@@ -51,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _held_by(resumed: Path) -> tuple[Path, str]:
     """Return the config that a run or checkpoint folder holds, and the name of the run."""
-    for run_dir in (resumed, resumed.parent, resumed.parent.parent):
-        if (run_dir / "checkpoints").is_dir():
-            held = (folder / "config.toml" for folder in (resumed, run_dir))
-            return next(filter(Path.is_file, held), run_dir / "config.toml"), run_dir.resolve().name
-    raise UserError(f"--resume {resumed}: not a run or checkpoint folder; name one of those")
+    from fasttrain.run.folder import run_dir_above
+
+    run_dir = run_dir_above(resumed)
+    held = [folder / "config.toml" for folder in (resumed, run_dir)]
+    return next(filter(Path.is_file, held), held[-1]), run_dir.resolve().name
 
 
 @command
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             decay_from=arguments.decay_from,
         )
     except KeyboardInterrupt as error:
-        return interrupted(getattr(error, "number", signal.SIGINT))
+        return interrupted(error.args[0] if error.args else signal.SIGINT)
     except UserError:
         raise  # `command` says and records it
     except Exception as error:

@@ -1,12 +1,13 @@
 """``--verify-resume N``: N steps in one process, and in two, must end at the same bits."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -50,14 +51,7 @@ def verify_resume(
             f"--verify-resume {n_steps}: the run has {config.train.steps} steps; name fewer"
         )
     out_dir = Path(config.run.out_dir)
-    is_new = not out_dir.exists()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=out_dir))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out_dir}: {error.strerror}; set run.out_dir to a writable folder"
-        ) from error
+    is_new, folder = not out_dir.exists(), out_dir / f"verify-resume-{secrets.token_hex(4)}"
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
     base += ["log.every_steps=1", "run.deterministic=true"]
     if config.run.threads is None:  # with other numbers of processors they would sum differently
@@ -95,8 +89,9 @@ def verify_resume(
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-            if is_new and not any(out_dir.iterdir()):
-                out_dir.rmdir()
+            if is_new:
+                with contextlib.suppress(OSError):  # it is not there, or another run is in it
+                    out_dir.rmdir()
 
 
 def _train(arguments: Sequence[str]) -> tuple[int, str]:
@@ -126,10 +121,7 @@ def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
 
 
 def _record(run_dir: Path) -> dict[str, str]:
-    """Return each loss of a run, and each tensor of its newest checkpoint; parameters come first.
-
-    A loss in hexadecimal digits, which are exact; a tensor by its SHA-256.
-    """
+    """Return each loss of a run in hexadecimal digits, and the SHA-256 of each tensor saved."""
     record = {}
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row: dict[str, Any] = json.loads(line)
@@ -138,9 +130,7 @@ def _record(run_dir: Path) -> dict[str, str]:
             record[f"loss of step {row['step']}"] = loss
     loaded = checkpoint.load(checkpoint.resolve(run_dir, "latest"))
     record["step"] = str(loaded.step)
-    kinds = {"model": 0, "optimizer": 1}
-    names = sorted(loaded.tensors, key=lambda name: (kinds.get(name.partition(".")[0], 2), name))
-    for name in names:
-        data = loaded.tensors[name].contiguous().flatten().view(torch.uint8)
+    for name, tensor in sorted(loaded.tensors.items()):
+        data = tensor.contiguous().flatten().view(torch.uint8)
         record[name] = f"SHA-256 {hashlib.sha256(data.numpy().data).hexdigest()}"
     return record

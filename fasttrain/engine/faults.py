@@ -98,8 +98,6 @@ class FaultPolicy:
     def reason(self, decision: Decision, loader: Loader) -> str:
         """Return why the run stops, in one line that names samples and remedies."""
         first, last = decision.offending[0], decision.offending[-1]
-        ids = loader.sample_ids(first.position, self.samples_per_step).tolist()
-        shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
         n, n_rollbacks = len(decision.offending), self.counts.rollbacks
         if decision.action == "roll back":
             why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
@@ -109,17 +107,20 @@ class FaultPolicy:
             why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
         else:
             why = "train.{} = {!r}".format(*self._wish(first))
-        if first.of_machine:
-            return (
-                f"{first}; {why}. No update was made of it: test this machine's memory and device; "
-                "if an operation of this run is not deterministic, unset train.recheck_every_steps"
-            )
         several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
-        return (
-            f"{first}{several}; {why}. The first one's batch holds the samples {shown}. No update "
-            "was made of these steps: look at the samples, lower optim.lr, raise "
-            "schedule.warmup_steps or use run.dtype=bf16"
-        )
+        if first.of_machine:
+            remedy = (
+                "test this machine's memory and device; if an operation of this run is not "
+                "deterministic, unset train.recheck_every_steps"
+            )
+        else:
+            ids = loader.sample_ids(first.position, self.samples_per_step).tolist()
+            shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+            remedy = (
+                f"the first one's batch holds the samples {shown}. Look at them, lower optim.lr, "
+                "raise schedule.warmup_steps or use run.dtype=bf16"
+            )
+        return f"{first}{several}; {why}. No update was made: {remedy}"
 
     def next_position(self, position: int) -> int:
         """Return the first global sample index from ``position`` on that is not passed over."""
@@ -166,7 +167,7 @@ class Recovery:
     """Acts on the verdicts on the steps of a run."""
 
     def __init__(
-        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path | None
+        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path
     ) -> None:
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
         self.state, self.train_step = saver.state, saver.train_step
@@ -177,34 +178,48 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(self, loader: Loader) -> Numbers | None:
+    def look(self, loader: Loader, rng: dict[str, Tensor] | None = None) -> Numbers | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
         None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
+
+        With ``rng``, another thread ends the run in place of the one that trains, and saves it with
+        these random states. Where the run is to go back it saves nothing: from the last checkpoint
+        on the resumed run meets the bad steps again.
         """
-        numbers, decision = self._judge()
-        self._report(decision, loader)
+        with self.guard.opened():
+            numbers = self.train_step.numbers()
+        for name in ("forward_backward", "optimizer", "communication"):
+            self.state.account.add(name, getattr(numbers, f"{name}_s"))
+        first_unseen = self.state.step - len(self.unseen) + 1
+        decision = self.policy.judge(first_unseen, self.unseen, numbers.steps)
+        self.unseen.clear()
+        # What they mean for this run
+        if rng is not None and decision.action == "go on":
+            self.saver.save_now(rng)
+        elif rng is not None:
+            self.saver.close()  # what is being saved is from before the bad steps
+        self._report(decision, loader)  # reads their samples, which may take long
         if decision.action == "go on":
             return numbers
-        if decision.action == "roll back":
-            first = decision.offending[0].step
-            checkpoint = self.saver.go_back(before=first)
-            if checkpoint is not None:
-                self.policy.rolled_back(decision.offending)
-                self._alike_at = self.state.step  # all have read the same files
-                steps = counted(sum(not f.of_machine for f in decision.offending), "step")
-                self.reporter.warn(
-                    f"back at step {self.state.step}, as {checkpoint.path} holds it; training "
-                    f"goes on without the samples of {steps} from step {first} on"
-                )
-                return None
+        if decision.action == "roll back" and rng is not None:
+            self.reporter.warn("the steps since the last checkpoint are not saved")
+            return None
+        first = decision.offending[0].step
+        if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
+            self.policy.rolled_back(decision.offending)
+            self._alike_at = self.state.step  # all have read the same files
+            steps = counted(sum(not f.of_machine for f in decision.offending), "step")
+            self.reporter.warn(
+                f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
+                f"without the samples of {steps} from step {first} on"
+            )
+            return None
         raise FloatingPointError(self.policy.reason(decision, loader))
 
     def check_copies(self) -> None:
         """Raise FloatingPointError on all ranks where their copies of the parameters differ."""
         step, world = self.state.step, self.train_step.world
-        if world.n_copies == 1:
-            return
         odd = world.drifted(self.train_step.parameters)
         if not odd:
             self._alike_at = step
@@ -223,40 +238,13 @@ class Recovery:
             f"memory is faulty, there or, of two copies, on either rank; {remedy}"
         )
 
-    def save_unless_bad(self, rng: dict[str, Tensor], loader: Loader) -> None:
-        """Save now with these random states, in place of the thread that trains.
-
-        Where the run is to go back, nothing is saved: from the last checkpoint on it meets the bad
-        steps again, and there is time to. Raises FloatingPointError where it has to stop.
-        """
-        _, decision = self._judge()
-        if decision.action == "go on":
-            self.saver.save_now(rng)
-        else:
-            self.saver.close()  # what is being saved is from before the bad steps
-        self._report(decision, loader)  # reads their samples, which may take long
-        if decision.action == "stop":
-            raise FloatingPointError(self.policy.reason(decision, loader))
-        if decision.action == "roll back":
-            self.reporter.warn("the steps since the last checkpoint are not saved")
-
-    def _judge(self) -> tuple[Numbers, Decision]:
-        with self.guard.opened():
-            numbers = self.train_step.numbers()
-        for name in ("forward_backward", "optimizer", "communication"):
-            self.state.account.add(name, getattr(numbers, f"{name}_s"))
-        first_step = self.state.step - len(self.unseen) + 1
-        decision = self.policy.judge(first_step, self.unseen, numbers.steps)
-        self.unseen.clear()
+    def _report(self, decision: Decision, loader: Loader) -> None:
+        """Warn of what is not sound, and write the samples of bad steps down."""
         if decision.warning:
             self.reporter.warn(decision.warning)
-        return numbers, decision
-
-    def _report(self, decision: Decision, loader: Loader) -> None:
-        """Warn of each fault, and write its samples down."""
         for fault in decision.reported:
             where = ""
-            if self.run_dir is not None and not fault.of_machine:
+            if not fault.of_machine:
                 try:
                     path = write_report(fault, loader, self.n_micro_batches, self.run_dir)
                     where = f"; its samples: {path}" if path else ""

@@ -337,28 +337,27 @@ def probe_step(
     return Probe(step_s, peak, first_s)
 
 
-def settle_micro_batch(
+def best_micro_batch(
     config: TrainConfig,
+    n_ranks: int = 1,
     *,
     device: torch.device,
     precision: Precision,
     report: Callable[[str], None] = lambda line: None,
-) -> TrainConfig:
-    """Return ``config`` with a number for ``train.micro_batch = "auto"``; UserError if none fits.
+) -> int:
+    """Return the number for ``train.micro_batch = "auto"``; UserError if none fits.
 
-    On CUDA it is the largest divisor of the step's rows whose estimate fits and whose probe runs;
-    on a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
+    On CUDA it is the largest divisor of a rank's rows whose estimate fits and whose probe runs; on
+    a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
     """
-    loop = config.train
-    if not isinstance(loop.micro_batch, str):
-        return config
-    free = USABLE * device_memory(device)
-    rows = step_shape(loop, config.data.seq_len).samples
+    free, seq_len = USABLE * device_memory(device), config.data.seq_len
+    rows = step_shape(config.train, seq_len, n_ranks).samples
+    loop = replace(config.train, tokens_per_step=rows * seq_len)
 
     def rows_per_s(size: int) -> float:
         run = replace(config.run, compile="off", fp8=False)  # fp8 must be compiled
         # One micro-batch is enough: in a step of many each takes the same.
-        one = replace(loop, micro_batch=size, tokens_per_step=size * config.data.seq_len)
+        one = replace(loop, micro_batch=size, tokens_per_step=size * seq_len)
         tried = replace(config, run=run, train=one)
         probe = probe_step(tried, device=device, precision=precision, memory=False)
         return size / probe.step_s
@@ -387,10 +386,10 @@ def settle_micro_batch(
             best, speed = size, now
     if best is None:
         raise UserError(
-            f'train.micro_batch = "auto": one row of data.seq_len = {config.data.seq_len} needs '
+            f'train.micro_batch = "auto": one row of data.seq_len = {seq_len} needs '
             f"more than the {free / MIB:,.0f} MiB that may be used on {device}; shrink the model "
             "or the sequence, or use a larger device"
         )
     found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"
     report(f'train.micro_batch = "auto": {found}')
-    return replace(config, train=replace(loop, micro_batch=best))
+    return best

@@ -172,7 +172,10 @@ def load_optimizer_tensors(
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(_parameters(optimizer)):
             if (mine := of.pop(names[id(p)], {})) or stepped:
-                _check(optimizer, p, names[id(p)], mine)
+                expected = _expected(optimizer, p)
+                if expected is None:  # not known, but it cannot be empty
+                    expected = mine or {"state": p}
+                check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
             if mine:
                 slices = {key: cut(tensor, p) for key, tensor in mine.items()}
                 state[index] = _whole(optimizer, p, slices)
@@ -182,18 +185,13 @@ def load_optimizer_tensors(
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
 
 
-def _check(
-    optimizer: torch.optim.Optimizer, p: Tensor, name: str, saved: Mapping[str, Tensor]
-) -> None:
-    """Raise where a parameter's state is not what a step of the optimizer would have made."""
-    expected = _expected(optimizer, p)
-    if expected is None:  # not known, but it cannot be empty
-        expected = dict(saved) or {"state": p}
-    for key in sorted(expected.keys() | saved.keys()):
-        found = (saved.get(key), expected.get(key))
+def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError where tensors are not of the names, shapes and types that are wanted."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        found = (saved.get(name), wanted.get(name))
         there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
-            raise RuntimeError(f"optimizer state {name}/{key} is {there} there and {here} here")
+            raise RuntimeError(f"{what}{name} is {there} there and {here} here")
 
 
 def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:

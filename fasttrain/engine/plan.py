@@ -11,6 +11,7 @@ from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
+from fasttrain.distributed.world import unused_mode
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
 
@@ -31,22 +32,32 @@ class RunPlan:
     tokens_per_step: int
     steps: int | None  # None where ``train.hours`` decides, or ``train.epochs`` of missing data
     epochs: float | None  # passes over the training split; None: likewise, or it is missing
+    dropped_tokens: int = 0  # of the training split, which lie in no sequence
+    n_ranks: int = 1
 
     @property
     def tokens(self) -> int | None:
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
-def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) -> RunPlan:
-    """Return the size of a run of ``n_ranks`` processes; ``train`` is None where it is missing."""
-    with torch.device("meta"):
-        model = Transformer(config.model, seq_len=config.data.seq_len)
+def plan_run(
+    config: TrainConfig,
+    train: TokenDataset | None,
+    n_ranks: int = 1,
+    model: Transformer | None = None,
+) -> RunPlan:
+    """Return the size of a run of ``n_ranks`` processes.
+
+    ``train`` is None where it is missing; ``model`` is the run's own where there is one: to make
+    one on the meta device imports torch's reference operations, which may take a second.
+    """
+    if model is None:
+        with torch.device("meta"):
+            model = Transformer(config.model, seq_len=config.data.seq_len)
     loop, data = config.train, config.data
     samples = step_shape(loop, data.seq_len, n_ranks).samples * n_ranks
-    per_epoch = 0
-    if train is not None:
-        per_epoch = Plan(train, LoaderOptions.of(config)).samples_per_epoch
-    steps = None
+    order = None if train is None else Plan(train, LoaderOptions.of(config))
+    per_epoch, steps = order.samples_per_epoch if order else 0, None
     if per_epoch or loop.epochs is None:
         steps = n_steps(loop, seq_len=data.seq_len, samples=samples, per_epoch=per_epoch)
     return RunPlan(
@@ -56,11 +67,15 @@ def plan_run(config: TrainConfig, train: TokenDataset | None, n_ranks: int = 1) 
         tokens_per_step=samples * data.seq_len,
         steps=steps,
         epochs=steps * samples / per_epoch if steps is not None and per_epoch else None,
+        dropped_tokens=order.dropped_tokens if order else 0,
+        n_ranks=n_ranks,
     )
 
 
-def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
-    """Warn where a step of ``n_ranks`` processes is not the one that the config names."""
+def warnings_at_start(
+    config: TrainConfig, train: TokenDataset | None, val: TokenDataset | None, n_ranks: int = 1
+) -> Iterator[str]:
+    """Yield what to look at before a run begins, each with the remedy."""
     loop, seq_len = config.train, config.data.seq_len
     tokens = step_shape(loop, seq_len, n_ranks).samples * n_ranks * seq_len
     if loop.tokens_per_step is None and n_ranks > 1:
@@ -73,6 +88,21 @@ def warnings_of_step(config: TrainConfig, n_ranks: int) -> Iterator[str]:
             f"train.tokens_per_step = {loop.tokens_per_step} is no whole number of sequences of "
             f"data.seq_len = {seq_len} on each rank: a step has {tokens:,} tokens"
         )
+    rows, used = config.model.vocab_size or 0, train.max_token + 1 if train else math.inf
+    if train and used < rows / 2 and rows - used > 64:  # more than from rounding up
+        yield (
+            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
+            f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "
+            "vocabulary that it is of"
+        )
+    if val and val.n_tokens < FEW_VAL_TOKENS:
+        yield (
+            f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
+            "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
+            "--val-fraction"
+        )
+    if unused := unused_mode(config.distributed, n_ranks):
+        yield unused
 
 
 def warnings_of(
@@ -83,14 +113,12 @@ def warnings_of(
     device: torch.device,
     dtype: str,
     seconds: float | None = None,
-    n_ranks: int = 1,
 ) -> Iterator[str]:
     """Yield what will hurt the run, each with the remedy.
 
     ``config`` has its vocabulary set; ``dtype`` is a name of `fasttrain.device.Precision`;
     ``seconds`` is how long the run will take, where that is known.
     """
-    yield from warnings_of_step(config, n_ranks)
     model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
     assert model.vocab_size is not None
     cuda, head_dim = device.type == "cuda", model.head_dim or model.dim // model.n_heads
@@ -138,21 +166,3 @@ def warnings_of(
     ):  # fmt: skip
         if wrong:
             yield said
-
-
-def warnings_of_data(config: TrainConfig, train: TokenDataset, val: TokenDataset) -> Iterator[str]:
-    """Yield what the data are too small for, each with the remedy."""
-    rows, used = config.model.vocab_size, train.max_token + 1
-    assert rows is not None
-    if used < rows / 2 and rows - used > 64:  # more than from rounding up
-        yield (
-            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
-            f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "
-            "vocabulary that it is of"
-        )
-    if val.n_tokens < FEW_VAL_TOKENS:
-        yield (
-            f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
-            "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
-            "--val-fraction"
-        )

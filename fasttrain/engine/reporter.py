@@ -26,7 +26,7 @@ class Reporter:
         train_step: TrainStep,
         config: TrainConfig,
         samples_per_epoch: int,
-        run_dir: Path | None,
+        run_dir: Path,
         console: Console | None,
         made_by: dict[str, Any] | None,
     ) -> None:
@@ -38,8 +38,6 @@ class Reporter:
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
         self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
-        if self.peak_flops is not None:
-            self.peak_flops *= train_step.world.size
         self._session_has_line = False
         self._n_fresh = 0  # tokens since the last line
 
@@ -59,6 +57,7 @@ class Reporter:
         per_step, self._n_fresh = self._n_fresh / max(state.account.n_steps, 1), 0
         times = state.account.line(state.step)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
+        of_one = tokens_per_s / self.train_step.world.size
         done, left_s = state.progress()
         row: dict[str, Any] = {
             "step": state.step,
@@ -72,7 +71,7 @@ class Reporter:
             "grad_norm": numbers.steps[-1].norm,
             "tokens_per_s": tokens_per_s,
             **times,
-            "mfu": metrics.mfu(tokens_per_s, self.flops_per_token, self.peak_flops),
+            "mfu": metrics.mfu(of_one, self.flops_per_token, self.peak_flops),
             "peak_memory_gib": metrics.peak_memory_gib(self.device),
             "skipped_steps": state.faults.skipped_steps,
             "spikes": state.faults.spikes,

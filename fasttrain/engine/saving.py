@@ -16,7 +16,7 @@ from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Watchdog, differing_step
 from fasttrain.distributed.slices import cut
-from fasttrain.engine.optim import load_optimizer_tensors, optimizer_tensors
+from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
@@ -25,73 +25,64 @@ from fasttrain.model.runtime import resolve_compile
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
-def _rng_of_rank(rng: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return random states by their names among those of all ranks in a checkpoint."""
-    return {f"{name}@{rank}" if rank else name: state for name, state in rng.items()}
+def collect(
+    train_step: TrainStep, rank: int = 0, rng: Mapping[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Return all tensors that a run needs to continue, by group, not copied.
 
-
-def collect(train_step: TrainStep, rank: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors that a run needs to continue, by group, not copied."""
-    model = train_step.model
-    rng = _rng_of_rank(rng_state(train_step.loss.device), rank)
+    ``rng``: random states in place of the present ones, which each rank saves under its own names.
+    """
+    model, rng = train_step.model, rng or rng_state(train_step.loss.device)
     # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
     return train_step.ema.groups(model.state_dict()) | {
         "optimizer": optimizer_tensors(model, train_step.optimizers),
-        "trainer": train_step.state() | rng,
+        "trainer": train_step.state()
+        | {f"{name}@{rank}" if rank else name: state for name, state in rng.items()},
     }
 
 
 def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> None:
     """Put back what `collect` returned, on any number of ranks, sharded or not; none waits."""
-    # Parameters, moments and their average
-    model = train_step.model
+    model, device = train_step.model, train_step.loss.device
+    state, rest = checkpoint.state, checkpoint.group("trainer")
     try:
-        own = model.state_dict()
-        saved = checkpoint.group("model")
+        # Parameters, moments and their average
+        own, saved = model.state_dict(), checkpoint.group("model")
         model.load_state_dict({n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
-        tensors, state = checkpoint.group("optimizer"), checkpoint.state
         stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
+        tensors = checkpoint.group("optimizer")
         load_optimizer_tensors(model, train_step.optimizers, tensors, stepped=stepped)
-    except (KeyError, RuntimeError) as error:
-        what = f"{checkpoint.path}: the checkpoint is of another model"
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
-    train_step.ema.load(checkpoint.group("ema"))
-    # Everything else must have the shapes and types that it has here.
-    rest, device = checkpoint.group("trainer"), train_step.loss.device
-    optional = {"cuda", "spike_count"} - rest.keys()  # the run was on a CPU, or watched no spikes
-    if "spike_count" in optional or "spike_values" in rest:
-        optional.add("spike_values")  # a window of another size begins empty
-    for name, mine in (train_step.state() | rng_state(device)).items():
-        both = (rest.get(name), mine)
-        there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in both)
-        if there != here and name not in optional:
-            raise UserError(
-                f"{checkpoint.path}: trainer.{name} is {there}, and not {here}; resume from an "
-                "earlier checkpoint"
-            )
-    # A rank without a saved random state derives one from that of rank 0.
-    suffix = f"@{rank}" if rank else ""
-    own_rng = {n: rest[n + suffix] for n in ("cpu", "cuda") if n + suffix in rest}
-    try:
+        train_step.ema.load(checkpoint.group("ema"))
+        # Everything else; a window of spikes is not needed, nor what a run on a CPU has not got.
+        needed = train_step.state() | rng_state(device)
+        for name in list(needed):
+            if name.startswith("spike") or (name == "cuda" and name not in rest):
+                del needed[name]
+        check_tensors("trainer.", {n: t for n, t in rest.items() if n in needed}, needed)
+        # A rank without a saved random state derives one from that of rank 0.
+        suffix = f"@{rank}" if rank else ""
+        own_rng = {n: rest[n + suffix] for n in ("cpu", "cuda") if n + suffix in rest}
         if "cpu" in own_rng:
             restore_rng(own_rng, device)
         else:
             words = rest["cpu"].numpy().tobytes() + rank.to_bytes(8, "little")
             torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
-    except RuntimeError as error:
-        what = f"{checkpoint.path}: no state of a random generator"
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.path}: the checkpoint is of another model, or other optimizers or random "
+            f"generators: {' '.join(str(error).split())}; resume from another"
+        ) from error
     train_step.load(rest)
 
 
 class Saver:
-    """Saves and restores one run; without a ``run_dir`` nothing is written."""
+    """Saves and restores one run."""
 
     def __init__(
         self,
         reporter: Reporter,
         watchdog: Watchdog,
-        run_dir: Path | None,
+        run_dir: Path,
         recorded: Mapping[str, Any],
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
@@ -100,22 +91,19 @@ class Saver:
         self.world = world = reporter.train_step.world
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
-        self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.saved_at: int | None = None  # the step of the newest save, unless that failed
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
-        self._begun = False  # a save of which it is not known yet whether it was committed
-        self.writer: CheckpointWriter | None = None
-        if run_dir is not None:
-            self.writer = CheckpointWriter(
-                run_dir / "checkpoints",
-                keep_last=config.checkpoint.keep_last,
-                asynchronous=config.checkpoint.asynchronous,
-                rank=world.rank,
-                world_size=world.size,
-                session=world.share(secrets.token_hex(8)),
-                patience_s=self.patience_s,
-                warn=reporter.warn,
-            )
+        self.writer = CheckpointWriter(
+            run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+            rank=world.rank,
+            world_size=world.size,
+            session=world.share(secrets.token_hex(8)),
+            patience_s=self.patience_s,
+            warn=reporter.warn,
+        )
 
     def save_once(self) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
@@ -135,8 +123,6 @@ class Saver:
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
         """Save this step with these random states; return when it is committed."""
-        if self.writer is None:
-            return
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
         self.writer.asynchronous = False
@@ -153,14 +139,11 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""
-        if self.writer is None:
-            return
-        begun, self._begun = self._begun, False
         saved_at, self.saved_at = self.saved_at, None
         with self.state.account.measure("checkpoint"):
             self.writer.wait()
         self.saved_at = saved_at
-        if begun:
+        if saved_at is not None:
             self.failed_saves = 0
 
     def _fails(self, save: Callable[[], object], *, again: bool = False) -> bool:
@@ -178,22 +161,22 @@ class Saver:
             self.reporter.warn(f"{error} (training goes on)")
             return True
 
-    def save(self, rng: dict[str, Tensor] | None = None) -> Path | None:
+    def save(self, rng: dict[str, Tensor] | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        state, rank, device = self.state, self.world.rank, self.train_step.loss.device
-        if self.writer is None:
-            self.saved_at = state.step
-            return None
-        groups = collect(self.train_step, rank)
-        groups["trainer"] |= _rng_of_rank(rng or {}, rank)
-        threads = torch.get_num_threads() if device.type == "cpu" else None
-        made_by: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
-        made_by["run.compile"] = resolve_compile(self.config, device)
-        facts = {**state.saved(), **made_by, **self.recorded}
+        state, device = self.state, self.train_step.loss.device
+        self.saved_at = None
+        groups = collect(self.train_step, self.world.rank, rng)
+        facts = {
+            **state.saved(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "run.compile": resolve_compile(self.config, device),
+            **self.recorded,
+        }
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
             path = self.writer.save(state.step, groups, facts, toml, metric=metric)
-        self.saved_at, self._begun = state.step, True
+        self.saved_at = state.step
         return path
 
     def load(self, path: Path) -> Checkpoint:
@@ -206,14 +189,11 @@ class Saver:
 
     def kept(self, before: int) -> list[Path]:
         """Return the checkpoints from before a step, the newest first."""
-        folder = self.writer.folder if self.writer else None
-        found = history(folder) if folder and folder.is_dir() else []
+        found = history(self.writer.folder) if self.writer.folder.is_dir() else []
         return [path for path, manifest in found if manifest and manifest["step"] < before]
 
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults."""
-        if self.writer is None:
-            return None
         self._failed_at = None
         self._expect_to_wait()
         self._fails(self.wait)
@@ -245,7 +225,6 @@ class Saver:
 
     def close(self) -> None:
         """Wait for the save in flight; but where an error ends the run, other ranks may be gone."""
-        if self.writer:
-            if sys.exception() is not None:
-                self.writer.abandon()
-            self.writer.close()
+        if sys.exception() is not None:
+            self.writer.abandon()
+        self.writer.close()

@@ -207,11 +207,6 @@ class StateGuard:
             self._lock.acquire()
             self.is_open = False
 
-    def give_up(self) -> None:
-        """Restore the random state from before the computation that failed."""
-        self.close()
-        restore_rng(self.rng, self._device)
-
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Compute, or wait for the device or for other ranks, within a block."""

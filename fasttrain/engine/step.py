@@ -127,18 +127,16 @@ class Ema:
         self._held: dict[str, Tensor] = {}  # the parameters, while the average is in use
 
     @torch.no_grad()
-    def update(self, skipped: Tensor | None = None) -> None:
+    def update(self, skipped: Tensor) -> None:
         """Take the parameters of the step just done into the average; never waits for the device.
 
         ``skipped``: a scalar on the device, 1 where no step was made and the average stays, else 0.
         """
         if self.decay is None:
             return
-        weight: Any = 1.0 - self.decay
-        if skipped is not None:
-            weight = weight * (1.0 - skipped)
-            weight = [weight.to(average.dtype) for average in self._local_averages]
-        torch._foreach_lerp_(self._local_averages, self._local, weight)
+        weight = (1.0 - self.decay) * (1.0 - skipped)
+        weights = [weight.to(average.dtype) for average in self._local_averages]
+        torch._foreach_lerp_(self._local_averages, self._local, weights)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -246,25 +244,20 @@ class TrainStep:
         if n_micro is None:
             n_micro = step_shape(loop, config.data.seq_len, world.size).n_micro
         accumulates, mode = n_micro > 1, self.compile_mode
-        in_mode = f"distributed.mode = {world.mode!r}"
-        without_graphs = "default" if mode == "cuda-graphs" else "max-autotune-no-cudagraphs"
-        for wrong, said in (
+        if accumulates and mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
-            (accumulates and mode in ("cuda-graphs", "max-autotune"),
-             f"run.compile = {mode!r} does not accumulate gradients; raise train.micro_batch until "
-             f"one makes the step, or use run.compile={without_graphs}"),
-            (sharded and mode == "cuda-graphs",
-             f"run.compile = {mode!r} cannot gather the parameters of {in_mode}; use "
-             "run.compile=auto"),
-            (sharded and custom and config.run.compile == "default",
-             f"run.compile = 'default' does not go with {in_mode} here; use "
-             "distributed.mode=ddp, or run.compile=off"),
-            (sharded and config.run.fp8,
-             f"run.fp8 = true does not go with {in_mode}; use distributed.mode=ddp, or "
-             "run.fp8=false"),
-        ):  # fmt: skip
-            if wrong:
-                raise UserError(said)
+            other = "default" if mode == "cuda-graphs" else "max-autotune-no-cudagraphs"
+            raise UserError(
+                f"run.compile = {mode!r} does not accumulate gradients; raise train.micro_batch "
+                f"until one makes the step, or use run.compile={other}"
+            )
+        one_graph = mode == "cuda-graphs" or (custom and config.run.compile == "default")
+        if sharded and (one_graph or config.run.fp8):
+            raise UserError(
+                f"run.compile = {config.run.compile!r} with run.fp8 = {config.run.fp8} does not go "
+                f"with distributed.mode = {world.mode!r}; use distributed.mode=ddp, or run.compile="
+                f"{'off' if custom else 'auto'} and run.fp8=false"
+            )
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
         if isinstance(model, Transformer):

@@ -35,7 +35,7 @@ from fasttrain.engine.schedule import (
     n_steps,
     step_shape,
 )
-from fasttrain.engine.state import RunState, StateGuard
+from fasttrain.engine.state import RunState, StateGuard, restore_rng
 from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
@@ -60,8 +60,8 @@ class Trainer:
         config: TrainConfig,
         *,
         train_loader: Loader,
+        run_dir: Path,
         val_dataset: TokenDataset | None = None,
-        run_dir: Path | None = None,
         console: Console | None = None,
         sampler: Sampler | None = None,
         recorded: dict[str, Any] | None = None,
@@ -166,7 +166,8 @@ class Trainer:
                     ended = self.compiling or self.world.size == 1
                     if not (ended and self.stop_reason and self.guard.is_open):
                         raise
-                    self.guard.give_up()
+                    self.guard.close()
+                    restore_rng(self.guard.rng, self.device)
                     self.request_stop()
                     self.reporter.warn(f"the step under way was given up: {error}")
                     continue
@@ -304,7 +305,7 @@ class Trainer:
                 self.train_step.n_unread -= n_ahead
                 del self.recovery.unseen[len(self.recovery.unseen) - n_ahead :]
                 state.step, state.position, state.tokens = reached
-            self.recovery.save_unless_bad(self.guard.rng, self.train_loader)
+            self.recovery.look(self.train_loader, self.guard.rng)
         return True
 
     # ---- evaluation, samples -------------------------------------------------------------------

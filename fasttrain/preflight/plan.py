@@ -14,29 +14,29 @@ import torch
 
 from fasttrain.command import usable_cores
 from fasttrain.config import TrainConfig
-from fasttrain.config.keys import counted
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device, resolve_precision, set_threads
 from fasttrain.diagnosis import diagnose
-from fasttrain.distributed.world import preferred_mode, unused_mode
+from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import (
     StepMemory,
+    best_micro_batch,
     device_memory,
     estimate_memory,
     probe_step,
-    settle_micro_batch,
 )
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import plan_run, warnings_of, warnings_of_data
+from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.schedule import lr_at, step_shape
 from fasttrain.log import metrics
-from fasttrain.log.console import format_count, format_duration
+from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight.scaling import scaling_lines, traffic
+from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
@@ -87,35 +87,17 @@ def preflight(
     if not missing or vocab_size is None:  # a model needs one of the two
         config, train, val = open_splits(config, show)
     seq_len, loop = config.data.seq_len, config.train
-    samples = step_shape(loop, seq_len, n_ranks).samples
-    share = replace(loop, tokens_per_step=samples * seq_len)
-    alone = settle_micro_batch(
-        replace(config, train=share), device=device, precision=precision, report=show
-    )
-    rows, n_micro = step_shape(alone.train, seq_len)
+    if isinstance(loop.micro_batch, str):
+        best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=show)
+        loop = replace(loop, micro_batch=best)
+    rows, n_micro = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
+    share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
+    alone = replace(config, train=share)  # what one rank does
     plan = plan_run(config, train, n_ranks)
-    size = f"{plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix products"
-    tell("model", f"{size}; {format_count(plan.flops_per_token)} FLOPs a token")
     tell("data", *missing)
-    if train and val:
-        own = train.vocab_size
-        vocabulary = f"vocabulary {config.model.vocab_size:,}"
-        if own is not None and -(-own // 64) * 64 != config.model.vocab_size != own:
-            vocabulary += f" of the model, {own:,} of the data"
-        tokens = f"{train.n_tokens:,} tokens to train on, {val.n_tokens:,} to validate"
-        tell("data", f"{tokens}; {vocabulary}")
-    ranks = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
-    shape = f"{n_micro} × {counted(rows, 'row')} × {seq_len}"
-    tell("step", f"{plan.tokens_per_step:,} tokens: {shape}{ranks}")
-    length = f"{loop.hours} h"
-    if plan.tokens is not None:
-        length = f"{counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens, "
-        length += "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
-        length += f"{plan.tokens * plan.flops_per_token:.3g} FLOPs"
-    elif loop.epochs is not None:
-        length = f"{loop.epochs:g} epochs of data that are not there"
-    tell("run", length)
+    for label, text in describe(config, plan, train, val).items():
+        tell(label, text)
 
     # Memory, and a few steps where it suffices.
     local = min(n_ranks, torch.cuda.device_count()) if device.type == "cuda" else n_ranks
@@ -140,13 +122,14 @@ def preflight(
     if runs:
         show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None
-    whose = "step and rank" if ranks else "step"
+    whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
-    for line in _memory_lines(memory, free, probed.peak_bytes if probed and not ranks else None):
+    peak_bytes = probed.peak_bytes if probed and n_ranks == 1 else None
+    for line in _memory_lines(memory, free, peak_bytes):
         show(line)
 
     # Communication and speed.
-    if ranks:
+    if n_ranks > 1:
         with torch.device("meta"):
             model = Transformer(config.model, seq_len=seq_len)
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
@@ -160,7 +143,8 @@ def preflight(
         peak = metrics.peak_flops(device, precision.name)
         used = metrics.mfu(tokens_per_s / n_ranks, plan.flops_per_token, peak)
         mfu = "n/a" if used is None else f"{used:.1%}"
-        speed = f"{tokens_per_s:,.0f} tokens/s{ranks and ' on all'}, {1000 * probed.step_s:,.0f} ms"
+        on_all = " on all" if n_ranks > 1 else ""
+        speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
         first = f"compile {compiles}, first step {probed.first_s:.1f} s"
         tell("speed", f"{speed} a step, MFU {mfu} ({first})")
         if plan.steps is not None:
@@ -169,11 +153,8 @@ def preflight(
 
     # Warnings.
     where: dict[str, Any] = {"device": device, "dtype": precision.name}
-    tell("warning", *warnings_of(config, plan, train, seconds=seconds, n_ranks=n_ranks, **where))
-    if train and val:
-        tell("warning", *warnings_of_data(config, train, val))
-    if unused := unused_mode(config.distributed, n_ranks):
-        tell("warning", unused)
+    tell("warning", *warnings_at_start(config, train, val, n_ranks))
+    tell("warning", *warnings_of(config, plan, train, seconds=seconds, **where))
     if not fits:
         remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
         remedy += ', or set it to "auto"'

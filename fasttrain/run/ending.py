@@ -1,7 +1,6 @@
 """What a run shows at its start, and how it ends: done, stopped, given up in a step, or failed."""
 
 import contextlib
-import platform
 import shlex
 import time
 from dataclasses import replace
@@ -12,18 +11,19 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record, redact
-from fasttrain.config import UserError
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.distributed.world import unused_mode
-from fasttrain.engine.plan import warnings_of_data, warnings_of_step
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
+from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.runtime import why_unfit
 from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
-from fasttrain.run.signals import StopSignals, end_at_once
+from fasttrain.run.signals import end_at_once, stop_signals
 
 # Seconds from a signal to the moment from which the step under way is given up. The first step
 # compiles for as long as a minute; later ones, batches of evaluation and samples take less.
@@ -62,14 +62,14 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         trainer.stop_for(reason)
         call_ranks(world)
 
-    signals = StopSignals(
+    signals = stop_signals(
         stop=stop,
         rescue=rescue,
         patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
         echo_s=ECHO_S if world.size > 1 else 0.0,
     )
     try:
-        with signals, hearing_ranks(world, lambda r: signals.call(f"rank {r} is to stop")):
+        with signals as call, hearing_ranks(world, lambda r: call(f"rank {r} is to stop")):
             outcome = trainer.fit()
             try:
                 trainer.close()
@@ -89,66 +89,69 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             trainer.close()
 
 
+def describe(
+    config: TrainConfig, plan: RunPlan, train: TokenDataset | None, val: TokenDataset | None
+) -> dict[str, str]:
+    """Return in words what a run is made of, by label; of data only those that are there."""
+    m, loop, seq_len = config.model, config.train, config.data.seq_len
+    size = f"{plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix products"
+    shape = f"{counted(m.n_layers, 'layer')} × {m.dim}, {counted(m.n_heads, 'head')}"
+    rows = {"model": f"{size}: {shape}; {format_count(plan.flops_per_token)} FLOPs a token"}
+    if train and val:
+        named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
+        vocabulary, own = f"vocabulary {m.vocab_size:,}", train.vocab_size
+        if own is not None and -(-own // 64) * 64 != m.vocab_size != own:
+            vocabulary += f" of the model, {own:,} of the data"
+        dropped = plan.dropped_tokens
+        outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
+        tokens = f"{train.n_tokens:,} tokens to train on{outside}, {val.n_tokens:,} to validate"
+        rows["data"] = f"{redact(named)}: {tokens}; {vocabulary}"
+    n_rows, n_micro = step_shape(loop, seq_len, plan.n_ranks)
+    ranks = f" on each of {plan.n_ranks} ranks" if plan.n_ranks > 1 else ""
+    micro = f"{n_micro} × {counted(n_rows, 'row')} × {seq_len}{ranks}"
+    rows["step"], rows["run"] = f"{plan.tokens_per_step:,} tokens: {micro}", f"{loop.hours} h"
+    if plan.tokens is not None:
+        epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
+        flops = f"{plan.tokens * plan.flops_per_token:.3g} FLOPs"
+        length = f"{counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens"
+        rows["run"] = f"{length}, {epochs}{flops}"
+    elif loop.epochs is not None:
+        rows["run"] = f"{loop.epochs:g} epochs of data that are not there"
+    return rows
+
+
 def show_start(folder: RunFolder, trainer: Trainer) -> None:
     """Show what is about to run, and warn of what will hurt it."""
     console, val, state = folder.console, trainer.val_dataset, trainer.state
     assert console is not None
     assert val is not None
-    config, world = trainer.config, trainer.world
-    step, loader = trainer.train_step, trainer.train_loader
-    m, seq_len = config.model, config.data.seq_len
+    config, world, step = trainer.config, trainer.world, trainer.train_step
+    train = trainer.train_loader.dataset
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    if trainer.device.type == "cuda":
-        name = torch.cuda.get_device_name(trainer.device)
-    else:
-        threads = counted(torch.get_num_threads(), "thread")
-        name = f"{platform.processor() or platform.machine()} CPU, {threads}"
+    name = trainer.saver.recorded["provenance"]["device"]
+    if trainer.device.type == "cpu":
+        name += f" CPU, {counted(torch.get_num_threads(), 'thread')}"
         if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
             compiled += f" ({reason})"
     # On what, and for how long
-    named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
-    tokens, dropped = format_count(loader.dataset.n_tokens), loader.plan.dropped_tokens
-    outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
-    n_parameters = format_count(cast(Transformer, step.model).num_parameters())
-    plan = f"{config.train.hours} h"
-    if (steps := state.total_steps) is not None:
-        per_step = state.samples_per_step * seq_len
-        epochs = steps * state.samples_per_step / loader.samples_per_epoch
-        plan = (
-            f"{counted(steps, 'step')} × {per_step:,} tokens = {format_count(steps * per_step)} "
-            f"tokens, {epochs:.2f} epochs"
-        )
+    plan = plan_run(config, train, world.size, cast(Transformer, step.model))
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
-        (
-            "model",
-            f"{n_parameters} parameters: {counted(m.n_layers, 'layer')} × {m.dim}, "
-            f"{counted(m.n_heads, 'head')}, vocabulary {m.vocab_size:,}, context {seq_len}",
-        ),
-        (
-            "data",
-            f"{redact(named)}: {tokens} tokens to train on{outside}, "
-            f"{format_count(val.n_tokens)} to validate",
-        ),
-        ("plan", plan),
+        *describe(config, plan, train, val).items(),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
-        ("run", str(folder.path)),
+        ("folder", str(folder.path)),
     ]
     if folder.source is not None:
-        left = "" if state.step != steps else ": nothing is left to train"
+        left = "" if state.step != state.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
     console.header(rows)
-    for warning in warnings_of_step(config, world.size):
+    for warning in warnings_at_start(config, train, val, world.size):
         console.warn(warning)
     if step.compile_mode not in modes:
         console.note("compiling: the first step waits for it")
-    for warning in warnings_of_data(config, loader.dataset, val):
-        console.warn(warning)
-    if unused := unused_mode(config.distributed, world.size):
-        console.warn(unused)
 
 
 def show_end(

@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -46,12 +45,10 @@ class RunFolder:
     def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
         if restarted := _restarted_run_dir(config, name):
             path, resume = restarted, "auto"
-        elif resume is None:
-            path = new_run_dir(config, name)
         else:
             path = run_dir_of(config, name, resume)
         self.new = not path.exists()
-        self._lock = lock_run_dir(path, new=self.new)
+        self._lock = lock_run_dir(path)
         self.console = Console(log_file=path / "train.log")
         source = None
         if resume == "auto" and not _was_saved(path):
@@ -87,36 +84,31 @@ class RunFolder:
             self._lock.close()
 
 
-def _run_dirs(config: TrainConfig, name: str) -> Iterator[Path]:
-    """Yield ``run.name``, which is never altered, or else ``name``, ``name-2``, …"""
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    given = config.run.name
-    return map(Path(config.run.out_dir).joinpath, names if given is None else [given])
+def run_dir_of(config: TrainConfig, name: str, resume: str | None) -> Path:
+    """Return the run folder that a path lies in, of this config's newest run (auto), or a new one.
 
-
-def new_run_dir(config: TrainConfig, name: str) -> Path:
-    """Return a folder that does not exist yet."""
-    for path in _run_dirs(config, name):
-        if not path.exists():
-            return path
-    raise UserError(
-        f"{path} exists already; continue it with --resume auto, or set another run.name"
-    )
-
-
-def run_dir_of(config: TrainConfig, name: str, resume: str) -> Path:
-    """Return the run folder of a path; for ``auto`` that of this config's newest run.
-
-    With no ``run.name`` that is the last of ``NAME``, ``NAME-2``, … with a checkpoint; if none has
-    one, the last that exists, or ``NAME``.
+    A config's runs lie in ``run.name``, or where that is unset in ``name``, ``name-2``, … The
+    newest is the last with a checkpoint; if none has one, the last that exists, or the first.
     """
+    if resume not in (None, "auto"):
+        return run_dir_above(Path(resume))
+    given, out_dir = config.run.name, Path(config.run.out_dir)
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    paths = map(out_dir.joinpath, names if given is None else [given])
+    found = [next(paths), *itertools.takewhile(Path.exists, paths)]
     if resume == "auto":
-        paths = _run_dirs(config, name)
-        found = [next(paths), *itertools.takewhile(Path.exists, paths)]
         return next(filter(_was_saved, reversed(found)), found[-1])
-    path = Path(resume)
-    if not path.exists():
-        raise UserError(f"--resume {path}: no such folder; name a run or checkpoint folder")
+    if not found[0].exists():
+        return found[0]
+    if given is not None:
+        raise UserError(
+            f"{found[0]} exists already; continue it with --resume auto, or set another run.name"
+        )
+    return out_dir / f"{name}-{len(found) + 1}"
+
+
+def run_dir_above(path: Path) -> Path:
+    """Return the run folder of a run or checkpoint folder."""
     for run_dir in (path, path.parent, path.parent.parent):
         if (run_dir / "checkpoints").is_dir():
             return run_dir
@@ -152,15 +144,11 @@ def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
     return max(ours, key=lambda lock: lock.stat().st_mtime).parent if ours else None
 
 
-def lock_run_dir(run_dir: Path, *, new: bool) -> TextIO:
+def lock_run_dir(run_dir: Path) -> TextIO:
     """Make the run folder and lock it until this process ends, however it ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=not new)
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    except FileExistsError as error:
-        if run_dir.is_dir():
-            raise UserError(f"{run_dir} was made by another run just now; start again") from error
-        raise UserError(f"{run_dir} is a file; set run.out_dir to a folder") from error
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -32,18 +32,6 @@ MAY_CHANGE = (
 )
 # These too, unless evaluations decide the learning rate or the end of the run.
 MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_fraction")
-
-
-class Change(NamedTuple):
-    """A setting that is not what the checkpoint was made with."""
-
-    key: str
-    old: Any
-    new: Any
-    how: str = ""  # they differ; else both values say it
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.how or f'{_short(self.old)} → {_short(self.new)}'}"
 
 
 def check_resumable(
@@ -73,30 +61,35 @@ def check_resumable(
             f"{source} holds a model, and no run to go on with; start one with "
             f"model.init_from={source} and without --resume"
         )
-    # What differs in config, batch and data, but for keys that change no number
+    # What differs in config, batch and data, but for keys that change no number: the key, its old
+    # and new value, and how they differ where the values do not say it
     unused = config.schedule.name != "plateau" and config.eval.patience is None
     harmless = MAY_CHANGE + (MAY_CHANGE_IF_UNUSED if unused else ())
     changes = [
-        Change(key, old, new)
+        (key, old, new, "")
         for key, old, new in config_difference(parts.config, config)
         if not key.startswith(harmless)
     ]
     before = state.get("samples_per_step", samples_per_step)
     shape = {"train.tokens_per_step", "train.micro_batch", "data.seq_len"}
-    if before != samples_per_step and not shape & {change.key for change in changes}:
+    if before != samples_per_step and not shape & {key for key, *_ in changes}:
         ranks = (
             f"a step took {counted(before, 'sample')}, and on this number of ranks it takes "
             f"{samples_per_step}"
         )
-        changes.append(Change("train.tokens_per_step", before, samples_per_step, ranks))
+        changes.append(("train.tokens_per_step", before, samples_per_step, ranks))
     for split, facts in data.items():
         for key, new in facts.items():
             old = state["data"].get(split, {}).get(key)
             if old != new:
                 lists = key == "shards" and misfit(list[str], old) is None
                 how = _list_difference(old, new) if lists else ""
-                changes.append(Change(f"data.{split}.{key}", old, new, how))
-    refused = [str(change) for change in changes if change.key not in allow_change]
+                changes.append((f"data.{split}.{key}", old, new, how))
+    refused = [
+        f"{key}: {how or f'{_short(old)} → {_short(new)}'}"
+        for key, old, new, how in changes
+        if key not in allow_change
+    ]
     if refused:
         raise UserError(
             f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
@@ -105,7 +98,7 @@ def check_resumable(
     checkpoint.check_model(config, parts.group("model"), source)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
     state["history"] = state.get("history", []) + [
-        {**when, "key": c.key, "old": _short(c.old), "new": _short(c.new)} for c in changes
+        {**when, "key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes
     ]
     return state
 

@@ -62,7 +62,7 @@ def run(
 
     Raises:
         UserError: something is missing or does not fit; nothing was overwritten.
-        Interrupted: a signal came before the first step; nothing was overwritten.
+        KeyboardInterrupt: a signal came before the first step; nothing was overwritten.
     """
     started, branch_of = time.perf_counter(), None
     folder: RunFolder | None = None
@@ -160,36 +160,6 @@ def open_splits(
     return config, train, val
 
 
-def _with_micro_batch(
-    config: TrainConfig,
-    source: Path | None,
-    world: World,
-    device: torch.device,
-    report: Callable[[str], None],
-) -> TrainConfig:
-    """Put a number for ``train.micro_batch = "auto"``: that of the run resumed, or the best one."""
-    loop, found = config.train, config.train.micro_batch
-    if not isinstance(found, str):
-        return config
-    if source is not None:
-        found = load_config(source / "config.toml").train.micro_batch
-    else:
-        from fasttrain.engine.memory import settle_micro_batch  # half a second of imports
-
-        with world.failing_together():
-            if world.leads:
-                seq_len = config.data.seq_len
-                share = step_shape(loop, seq_len, world.size).samples * seq_len
-                alone = replace(config, train=replace(loop, tokens_per_step=share))
-                precision = resolve_precision(config.run.dtype, device)
-                chosen = settle_micro_batch(
-                    alone, device=device, precision=precision, report=report
-                )
-                found = chosen.train.micro_batch
-        found = world.share(found)
-    return replace(config, train=replace(loop, micro_batch=found))
-
-
 def _build(
     config: TrainConfig,
     world: World,
@@ -209,8 +179,20 @@ def _build(
     if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(config, recorded["data"], options))
     # What "auto" stands for, and whether the checkpoint may be continued
-    config = _with_micro_batch(config, source, world, device, folder.note)
-    state: dict[str, Any] = {}
+    precision, state = resolve_precision(config.run.dtype, device), dict[str, Any]()
+    if isinstance(rows := config.train.micro_batch, str):
+        if source is not None:
+            rows = load_config(source / "config.toml").train.micro_batch
+        else:
+            from fasttrain.engine.memory import best_micro_batch  # half a second of imports
+
+            with world.failing_together():
+                if world.leads:
+                    rows = best_micro_batch(
+                        config, world.size, device=device, precision=precision, report=folder.note
+                    )
+            rows = world.share(rows)
+        config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
         if config.eval.prompts is None and train.tokenizer_path is not None:
             prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
@@ -229,7 +211,6 @@ def _build(
             if said := resuming.made_otherwise(state, recorded["provenance"] | other, exact=exact):
                 folder.warn(said)
     # The model, as the ranks hold it, and its optimizers
-    precision = resolve_precision(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)
     if world.size > 1:

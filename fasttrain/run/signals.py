@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -22,21 +21,13 @@ EXIT_FORCED = 1
 _OVER, _CALLED = 0, 255  # no signals have these numbers
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal came before training had begun."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
-def interruptible(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
-    """Call ``handler`` in the main thread when a signal comes; by default raise `Interrupted`."""
+def interruptible(handler: Callable[[int, FrameType | None], None] = _interrupt) -> Iterator[None]:
+    """Call ``handler`` in the main thread at a signal; by default raise KeyboardInterrupt."""
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
@@ -45,68 +36,66 @@ def interruptible(handler: Callable[[int, FrameType | None], None] = _raise) -> 
             signal.signal(number, before)
 
 
-@dataclass(kw_only=True)
-class StopSignals:
+@contextlib.contextmanager
+def stop_signals(
+    *,
+    stop: Callable[[str], None],
+    rescue: Callable[[], None],
+    patience_s: Callable[[], float],
+    echo_s: float = 0.0,
+) -> Iterator[Callable[[str], None]]:
     """While this context lasts, signals end the run; a second one ends the process with status 1.
 
     ``stop`` is called at the first signal with its name, and must return at once. ``rescue`` is
     called if the run has not ended `patience_s()` after that; it ends the process if it can. Both
     run in other threads. Signals within ``echo_s`` of the first are its echo, and ignored.
+
+    Yields a function that ends the run as a first signal does, for a reason and from any thread.
     """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # as `signal.set_wakeup_fd` demands
+    called_for = ""
 
-    stop: Callable[[str], None]
-    rescue: Callable[[], None]
-    patience_s: Callable[[], float]
-    echo_s: float = 0.0
-    _over: threading.Event = field(default_factory=threading.Event, init=False)
-    _reason: str = field(default="", init=False)
+    def call(reason: str) -> None:
+        nonlocal called_for
+        called_for = reason
+        with contextlib.suppress(OSError):  # the run is over
+            os.write(write_end, bytes([_CALLED]))
 
-    def __enter__(self) -> None:
-        self._read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)  # as `signal.set_wakeup_fd` demands
-        self._threads = [threading.Thread(target=self._watch, name="signals", daemon=True)]
-        self._threads[0].start()
-        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_fd)
-        os.write(self._write_end, bytes([_OVER]))
-        for thread in self._threads:
-            thread.join()
-        os.close(self._read_end)
-        os.close(self._write_end)
-
-    def call(self, reason: str) -> None:
-        """End the run as a first signal does, from any thread; ignored after one."""
-        self._reason = reason
-        with contextlib.suppress(OSError):  # it is over
-            os.write(self._write_end, bytes([_CALLED]))
-
-    def _watch(self) -> None:
-        first_s: float | None = None
+    def watch() -> None:
+        first_s = 0.0
+        late: threading.Timer | None = None
         while True:
-            for number in os.read(self._read_end, 64):
+            for number in os.read(read_end, 64):
                 if number == _OVER:
+                    if late is not None:
+                        late.cancel()
+                        late.join()
                     return
                 if number not in (*SIGNALS, _CALLED):
                     continue
-                if first_s is not None:
-                    if number != _CALLED and time.monotonic() - first_s >= self.echo_s:
+                if late is not None:
+                    if number != _CALLED and time.monotonic() - first_s >= echo_s:
                         end_at_once(EXIT_FORCED)  # checkpoints on disk stay whole
                     continue
                 first_s = time.monotonic()
-                self.stop(self._reason if number == _CALLED else signal.Signals(number).name)
-                late = threading.Thread(target=self._wait, name="rescue", daemon=True)
-                self._threads.append(late)
+                stop(called_for if number == _CALLED else signal.Signals(number).name)
+                late = threading.Timer(patience_s(), rescue)
+                late.daemon = True
                 late.start()
 
-    def _wait(self) -> None:
-        if not self._over.wait(self.patience_s()):
-            self.rescue()
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        with interruptible(lambda *_: None):
+            yield call
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        os.write(write_end, bytes([_OVER]))
+        watcher.join()
+        os.close(read_end)
+        os.close(write_end)
 
 
 def end_at_once(status: int) -> None:

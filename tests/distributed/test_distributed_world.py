@@ -19,7 +19,7 @@ from fasttrain.distributed.world import (
     facts_of_rank,
     start,
 )
-from fasttrain.engine.plan import warnings_of_step
+from fasttrain.engine.plan import warnings_at_start
 from fasttrain.engine.schedule import step_shape
 from fasttrain.run.folder import RunFolder
 from tests.support.toy import write_config
@@ -51,7 +51,8 @@ def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
 
 def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:
     def warnings(n_ranks: int, *overrides: str) -> list[str]:
-        return list(warnings_of_step(load_config(write_config(tmp_path), overrides), n_ranks))
+        config = load_config(write_config(tmp_path), overrides)
+        return list(warnings_at_start(config, None, None, n_ranks))
 
     assert warnings(1) == warnings(2, "train.tokens_per_step=64") == []
     (grows,) = warnings(2)

@@ -11,7 +11,6 @@ from fasttrain_kernels.cpu import is_supported
 
 from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import load_config
-from fasttrain.log.sinks import JsonlLogger
 from tests.support import toy_trainer
 from tests.support.toy import write_config, write_dataset
 from tests.support.toy_trainer import build, digest, rows
@@ -171,10 +170,8 @@ def test_R1_resuming_continues_the_very_same_trajectory(
     saved.saver.wait()
     for at in (4, 5, 6, last):  # about the end of an epoch, in the middle of one, at the end
         run_dir = tmp_path / f"resumed-{at}"
-        run_dir.mkdir()
         checkpoint = tmp_path / f"saved/checkpoints/step-{at:08d}"
-        resumed = toy_trainer.resume(config, checkpoint)
-        resumed.reporter.sinks = JsonlLogger(run_dir / "metrics.jsonl")
+        resumed = toy_trainer.resume(config, checkpoint, run_dir)
         assert resumed.state.step == at
         assert resumed.fit() == "done"
         assert digest(resumed) == digest(whole)

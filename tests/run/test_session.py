@@ -139,7 +139,7 @@ HOLD = """
 import subprocess, sys, time
 from pathlib import Path
 from fasttrain.run.folder import lock_run_dir
-lock = lock_run_dir(Path(sys.argv[1]), new=False)
+lock = lock_run_dir(Path(sys.argv[1]))
 child = subprocess.Popen(["sleep", "600"])
 print(child.pid, flush=True)
 time.sleep(600)
@@ -155,11 +155,11 @@ def test_R13_the_lock_dies_with_its_process_though_a_child_lives(tmp_path: Path)
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(UserError, match="in use by another trainer"):
-            lock_run_dir(tmp_path, new=False)
+            lock_run_dir(tmp_path)
         holder.kill()
         holder.wait()
         os.kill(child, 0)  # it lives
-        lock_run_dir(tmp_path, new=False).close()
+        lock_run_dir(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()
@@ -212,5 +212,5 @@ def test_any_other_error_shows_where_and_closes_all_that_is_open(
     monkeypatch.undo()  # the error, held by what raised it, holds the frames of its traceback
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= n_files
-    with contextlib.closing(lock_run_dir(toy.parent / "runs/toy", new=False)):
+    with contextlib.closing(lock_run_dir(toy.parent / "runs/toy")):
         pass

@@ -120,7 +120,7 @@ def test_what_is_watched_ends_with_its_context() -> None:
     stopped: list[str] = []
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     n_files = len(os.listdir("/proc/self/fd"))
-    watch = signals.StopSignals(
+    watch = signals.stop_signals(
         stop=stopped.append, rescue=lambda: stopped.append("rescue"), patience_s=lambda: 60.0
     )
     with watch:

@@ -1,6 +1,7 @@
 """A Trainer on the toy dataset, and batches that are made bad, shared by tests."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections import deque
@@ -21,6 +22,7 @@ from fasttrain.engine.saving import collect
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 
+number = itertools.count()  # of runs without a folder of their own
 opened: Any = deque(maxlen=0)  # where tests/engine collects trainers to be closed
 
 
@@ -37,8 +39,8 @@ def build(
     torch.manual_seed(config.run.seed)
     model_config = replace(config.model, vocab_size=train.vocab_size)
     model = Transformer(model_config, seq_len=config.data.seq_len)
-    if run_dir is not None:
-        run_dir.mkdir(exist_ok=True)
+    run_dir = run_dir or Path(config.data.path).parent / f"unnamed-{next(number)}"
+    run_dir.mkdir(exist_ok=True)
     trainer = Trainer(
         model,
         build_optimizers(model, config.optim),

@@ -15,8 +15,8 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
-from fasttrain.engine.memory import Probe, probe_step, settle_micro_batch
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_of, warnings_of_data
+from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
@@ -249,7 +249,7 @@ def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     assert told in capsys.readouterr().out
     enough = SimpleNamespace(n_tokens=5_000)
     settled = load_config(config_path, ["model.vocab_size=320"])
-    assert list(warnings_of_data(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
+    assert list(warnings_at_start(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
 
 
 def test_N18_several_processes_where_there_is_one_are_told(
@@ -286,8 +286,7 @@ def auto(config_path: Path) -> TrainConfig:
 
 def settle(config: TrainConfig, device: torch.device = CPU) -> int:
     precision = resolve_precision("fp32", CPU)
-    settled = settle_micro_batch(config, device=device, precision=precision)
-    return settled.train.micro_batch
+    return best_micro_batch(config, device=device, precision=precision)
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:
