@@ -12,7 +12,6 @@ depend on how many processes made it, nor on how often they were interrupted.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile

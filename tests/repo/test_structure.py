@@ -19,20 +19,20 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 3_410,
-    "fasttrain": 4_240,
-    "fasttrain/checkpoint": 1_290,
-    "fasttrain/config": 1_100,
-    "fasttrain/data": 1_990,
+    "benchmarks": 2_960,
+    "fasttrain": 4_030,
+    "fasttrain/checkpoint": 1_250,
+    "fasttrain/config": 1_090,
+    "fasttrain/data": 1_960,
     "fasttrain/data/prepare": 1_190,
     "fasttrain/distributed": 850,
-    "fasttrain/engine": 2_750,
-    "fasttrain/log": 1_030,
-    "fasttrain/model": 930,
-    "fasttrain/preflight": 540,
-    "fasttrain/run": 1_150,
+    "fasttrain/engine": 2_710,
+    "fasttrain/log": 1_020,
+    "fasttrain/model": 900,
+    "fasttrain/preflight": 510,
+    "fasttrain/run": 1_110,
     "kernels": 6_100,
-    "kernels/fasttrain_kernels/cpu": 1_860,
+    "kernels/fasttrain_kernels/cpu": 1_870,
 }
 
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of
