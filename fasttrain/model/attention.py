@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, apply_rope
-from fasttrain_kernels.cpu.attention import causal_attention, is_fast_here
 from torch import Tensor, nn
 
 from fasttrain.config import ModelConfig
@@ -186,10 +185,6 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, k, *rope)
         dropout = self.dropout if self.training else 0.0
-        if mask is None and cache is None and not dropout and is_fast_here(q):
-            y, _ = causal_attention(q, k, v)
-            projected: Tensor = self.out(y.reshape(b, t, self.n_heads * self.head_dim))
-            return projected
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
         if cache is not None:
             k, v = cache.extend(k, v, start)

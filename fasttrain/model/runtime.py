@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from fasttrain_kernels._dispatch import NAMESPACE
 from fasttrain_kernels._torch import compile_cache_counts, native_bf16
 from fasttrain_kernels.cpu import compiler, is_fast, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
@@ -165,8 +164,7 @@ def _costly() -> list[Any]:
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     )
-    ours = getattr(torch.ops, NAMESPACE).causal_attention_forward.default
-    return [ours, *(getattr(torch.ops.aten, name).default for name in names)]
+    return [getattr(torch.ops.aten, name).default for name in names]
 
 
 def _checkpointed(kind: str, run: _Runner) -> _Runner:

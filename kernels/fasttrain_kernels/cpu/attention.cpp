@@ -1,4 +1,7 @@
-// Causal attention on a CPU, forward and backward: see attention.py. Compiled behind product.h.
+// Causal attention on a CPU, forward and backward. Compiled behind product.h.
+//
+//   P = softmax(Q·Kᵀ/√K, causal)   O = P·V   lse = the logarithm of the softmax's denominator
+//   dV = Pᵀ·dO   dS = P∘(dO·Vᵀ − rowsum(dO∘O))/√K   dQ = dS·K   dK = dSᵀ·Q
 //
 // A task is a key-value head of a row of the batch, with the query heads that share it: keys and
 // values are packed once, and nothing is reduced over threads. Queries and keys are taken SIDE at a
@@ -172,15 +175,3 @@ static void backward(const Shape& s, const T* q, const T* k, const T* v, const T
 }
 
 }  // namespace attention
-
-extern "C" void attention_forward(const attention::Shape* s, const T* q, const T* k, const T* v,
-                                  T* y, float* lse, const long* qs, const long* ks,
-                                  const long* vs) {
-  attention::forward(*s, q, k, v, y, lse, qs, ks, vs);
-}
-
-extern "C" void attention_backward(const attention::Shape* s, const T* q, const T* k, const T* v,
-                                   const T* y, In lse, const T* dy, T* dq, T* dk, T* dv,
-                                   const long* qs, const long* ks, const long* vs, const long* ds) {
-  attention::backward(*s, q, k, v, y, lse, dy, dq, dk, dv, qs, ks, vs, ds);
-}

@@ -15,13 +15,12 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 import ctypes
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import PRODUCT, attention, load
+from . import PRODUCT, load
 
 KINDS = ("gelu", "relu2", "swiglu")
 
@@ -41,8 +40,8 @@ def build(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         RuntimeError: it cannot be built here.
     """
-    source = Path(__file__).with_name("blocks.cpp")
-    library = load(PRODUCT, attention.SOURCE, source, dtype=dtype)
+    sources = (PRODUCT.with_name(f"{name}.cpp") for name in ("attention", "blocks"))
+    library = load(PRODUCT, *sources, dtype=dtype)
     library.block_saved.restype = library.block_space.restype = ctypes.c_long
     return library
 
