@@ -48,14 +48,14 @@ def compile_mode(device: torch.device, n_layers: int = 4, compile: str = "auto")
 
 def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_has_cpp_compiler", lambda: True)
-    monkeypatch.setattr(runtime, "fits", lambda config: True)
+    monkeypatch.setattr(runtime, "why_unfit", lambda config: None)
     assert compile_mode(CPU) == compile_mode(CPU, 40) == "c++"
     assert compile_mode(CUDA, 40) == "default"
     assert compile_mode(CPU, compile="default") == "default"
     assert compile_mode(CPU, compile="off") == "off"
     assert compile_mode(CPU, compile="c++") == "c++"
     assert compile_mode(CUDA, compile="c++") == "off"
-    monkeypatch.setattr(runtime, "fits", lambda config: False)
+    monkeypatch.setattr(runtime, "why_unfit", lambda config: "g++ is missing")
     assert compile_mode(CPU) == "default"
     assert compile_mode(CPU, compile="c++") == "off"
     assert compile_mode(CPU, 40) == "blocks"
