@@ -185,7 +185,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(exported: Path, tmp_path
     with pytest.raises(UserError, match="safe_serialization"):
         import_model(exported, tmp_path / "again")
     (exported / "model.safetensors").write_bytes(b"not one")
-    with pytest.raises(UserError, match="model.safetensors: damaged: header"):
+    with pytest.raises(UserError, match="damaged: header of"):
         import_model(exported, tmp_path / "again")
 
 
