@@ -22,12 +22,14 @@ LIMIT_S = 300.0  # on a machine that does other things as well
 def compilers(pid: int) -> list[int]:
     """Return the compilers and Inductor's workers of a run, without the programs it asks first."""
 
-    def name(child: int) -> str:
+    def works(child: int) -> bool:
         with contextlib.suppress(OSError):
-            return Path(f"/proc/{child}/comm").read_text().strip()
-        return ""
+            name = Path(f"/proc/{child}/comm").read_text().strip()
+            options = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            return name not in ("git", "uname") and b"-fsyntax-only" not in options
+        return False
 
-    return [child for child in signals._descendants(pid) if name(child) not in ("", "git", "uname")]
+    return [child for child in signals._descendants(pid) if works(child)]
 
 
 STOPPED_AT = {
