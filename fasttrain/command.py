@@ -23,9 +23,9 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 EXIT_NOT_READ = 141  # as shells show an end by SIGPIPE
 # How often an OpenMP thread that waits looks again before it sleeps; GCC's own 300,000 keep the
-# core from other processes. base.toml in bf16 on two cores of a Xeon with AMX, medians: alone
-# 46.4k tokens/s with GCC's, 45.2k with this, 32k without spinning; beside two busy processes
-# 17.8k with this, 10.0k with 30,000, and with GCC's no result in seven minutes.
+# core from other processes. base.toml in bf16 on two cores of a Xeon with AMX (torch 2.13), medians
+# of six rounds: alone 43.1k tokens/s with GCC's and 42.1k with this; beside two busy processes
+# 15.2k with this, 16.3k in one thread, 16.5k without spinning, which alone costs a quarter.
 SPINS = "10000"
 _OUT_OF_MEMORY = (
     "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "

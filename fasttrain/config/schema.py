@@ -291,7 +291,7 @@ class LoopConfig(Section):
     )
     on_spike: str = key(
         "off",
-        "what to do after a loss or gradient norm far above the previous ones (off: nothing)",
+        "what to do after a loss or gradient norm far above the previous ones (off: a warning)",
         choices="off skip rollback",
     )
     spike_sigmas: float = key(10.0, "standard deviations above the mean that define a spike", gt=0)
