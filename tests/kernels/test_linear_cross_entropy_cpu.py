@@ -166,14 +166,18 @@ def test_rows_that_are_ignored_may_hold_anything(runs: list[int]) -> None:
 
 @pytest.mark.parametrize("shape", [(4096, 768, 50304), (2048, 256, 4096), (600, 64, 1000)])
 @pytest.mark.parametrize("rows", [512, 1024])
-def test_it_takes_the_memory_of_a_chunk_of_logits(shape: tuple[int, int, int], rows: int) -> None:
+@pytest.mark.parametrize("most_columns", in_cpp._WIDTH.values())
+def test_it_takes_the_memory_of_a_chunk_of_logits(
+    shape: tuple[int, int, int], rows: int, most_columns: int
+) -> None:
+    """Besides the packed weight."""
     n, dim, n_cols = shape
-    chunk, width, parts = in_cpp._layout(n, dim, n_cols, rows)
+    chunk, width, parts = in_cpp._layout(n, dim, n_cols, rows, most_columns)
     held = chunk * (8 + -(-n_cols // width) * (width + 3) + (parts + 2) * dim)
     assert held <= rows * n_cols
-    assert (chunk % 16, width % 16) == (0, 0)
+    assert (chunk % 16, width % 32) == (0, 0) and width <= most_columns
     assert min(parts, chunk / 16) >= 4
-    assert in_cpp._layout(n, dim, 65, rows) == (in_cpp._layout(n, dim, 65, rows).chunk, 80, 1)
+    assert in_cpp._layout(n, dim, 65, rows, most_columns)[1:] == (96, 1)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,12 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     """
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
     vectors = _VECTORS[torch.backends.cpu.get_cpu_capability()]
-    command = (compiler() or "g++", *vectors, *(["-DBF16"] if dtype == torch.bfloat16 else []))
+    if dtype == torch.bfloat16:
+        vectors += ("-DBF16",)
+        if native_bf16(torch.device("cpu")):
+            vectors += ("-mavx512bf16",) * torch.cpu._is_avx512_bf16_supported()
+            vectors += ("-mamx-tile", "-mamx-bf16") * torch.cpu._init_amx()
+    command = (compiler() or "g++", *vectors)
     key = hashlib.sha256("\n".join((*command, *FLAGS, text)).encode()).hexdigest()[:32]
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # By number: a user in a container may have no name.

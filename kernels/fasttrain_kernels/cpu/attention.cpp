@@ -35,25 +35,21 @@ static void pack_blocks(const Shape& s, const T* x, long row, T* packed) {
       pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed, s.dim);
 }
 
-// Loops run over whole vectors: of scores that end, or begin, within one, the rest is hidden.
-static const long LANES = 16 * PAIR;
-
-// p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum
+// p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum. Loops run
+// over whole vectors: of scores that end, or begin, within one, the rest is hidden.
 static float soften(float* x, long n, long end, float scale, T* p, float& most) {
   const long whole = round_up(n, LANES);
-  float peak = -INFINITY, sum = 0;
   std::fill(x + n, x + whole, -INFINITY);
-#pragma omp simd reduction(max : peak)
-  for (long i = 0; i < whole; i++) peak = x[i] > peak ? x[i] : peak;
-#pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < whole; i++) {
-    const float e = exponential((x[i] - peak) * scale);
-    sum += e;
-    put(p[i], e);
+  Lanes peaks = get(x), sums = {};
+  for (long i = LANES; i < whole; i += LANES) peaks = larger(get(x + i), peaks);
+  const float peak = most = largest(peaks);
+  for (long i = 0; i < whole; i += LANES) {
+    const Lanes e = exponential((get(x + i) - peak) * scale);
+    sums += e;
+    set(p + i, e);
   }
   std::fill(p + whole, p + end, T{});
-  most = peak;
-  return sum;
+  return sum(sums);
 }
 
 static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, float* lse,
@@ -90,7 +86,7 @@ static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, fl
         for (long i = 0; i < n; i++) {
           T* to = rows_of(y, ys, b, h, first + i);
           const float factor = 1 / sums[i];
-          for (long c = 0; c < s.dim; c++) put(to[c], out[i * s.dim + c] * factor);
+          for (long c = 0; c < s.dim; c += LANES) set(to + c, get(out + i * s.dim + c) * factor);
         }
       }
   });
@@ -99,11 +95,10 @@ static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, fl
 // Of the scores of a key, those of the queries from the first on that see it, and zeros before:
 // p = exp(scale·x - lse), d = p·(dp - delta)·scale
 static void differentiate(In x, In dp, In lse, In delta, long first, float scale, T* p, T* d) {
-#pragma omp simd
-  for (long i = first / LANES * LANES; i < SIDE; i++) {
-    const float e = exponential(x[i] * scale - lse[i]);
-    put(p[i], e);
-    put(d[i], e * (dp[i] - delta[i]) * scale);
+  for (long i = first / LANES * LANES; i < SIDE; i += LANES) {
+    const Lanes e = exponential(get(x + i) * scale - get(lse + i));
+    set(p + i, e);
+    set(d + i, e * (get(dp + i) - get(delta + i)) * scale);
   }
   std::fill(p, p + first, T{});
   std::fill(d, d + first, T{});
@@ -143,10 +138,9 @@ static void backward(const Shape& s, const T* q, const T* k, const T* v, const T
         std::fill_n(lse1, SIDE, INFINITY);  // queries that are not there weigh nothing
         for (long i = 0; i < n; i++) {
           const T *to = dys + i * ds[1], *of = rows_of(y, ys, b, h, first + i);
-          float sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (long c = 0; c < s.dim; c++) sum += widen(to[c]) * widen(of[c]);
-          delta[i] = sum;
+          Lanes dot = {};
+          for (long c = 0; c < s.dim; c += LANES) dot += get(to + c) * get(of + c);
+          delta[i] = sum(dot);
           lse1[i] = lse[(b * s.n_heads + h) * s.t + first + i];
         }
         for (long j = 0; j <= block; j++) {

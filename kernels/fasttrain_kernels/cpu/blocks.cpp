@@ -1,24 +1,25 @@
 // Blocks of the Transformer on a CPU, forward and backward. Compiled behind product.h and
 // attention.cpp.
 //
-// A task is ROWS tokens, taken through norm, product and activation while they are in the cache.
+// A task is some rows, of a token each, taken through norm, product and activation while they are in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
-// are left as one sum for each ROWS tokens. So results do not depend on the number of threads.
+// are left as one sum for each task. So results do not depend on the number of threads.
 // The residual stream, norms and activations are fp32; in T is what products take, and what is saved
 // of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
-
-static const long ROWS = 64;
 
 struct Shape {
   long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
   float eps;
   long q() const { return heads * head_dim; }
   long qkv() const { return (heads + 2 * kv) * head_dim; }
-  long up() const { return mlp == 2 ? 2 * hidden : hidden; }
+  long halves() const { return mlp == 2 ? 2 : 1; }  // of what goes up: of SwiGLU the factors too
+  long up() const { return halves() * hidden; }
   long vectors() const { return 2 * dim + 2 * head_dim + 2; }  // norm, q_norm, k_norm, mix, mlp_norm
-  long chunks() const { return (m + ROWS - 1) / ROWS; }
-  long rows(long chunk) const { return std::min(ROWS, m - chunk * ROWS); }
-  long even() const { return round_up(m, PAIR); }
+  // Rows of a task: with more, packed weights are read less often; with fewer, more threads share
+  long most() const { return std::clamp(round_up(m / 16, 64), 64L, 128L); }
+  long chunks() const { return (m + most() - 1) / most(); }
+  long rows(long chunk) const { return std::min(most(), m - chunk * most()); }
+  long even() const { return round_up(m, WHOLE); }
   // Of a row of a turned operand: rows whose distance is a power of two share few sets of the cache
   long turned() const { return round_up(m, 32) + 32; }
 };
@@ -67,7 +68,7 @@ struct Forward {
 struct Backward : Forward {
   float *sums, *dmiddle;
   T *dattended, *dq, *dk, *dv;
-  // Operands of the gradients of weights: packed (M, n), and turned (n, M)
+  // Operands of the gradients of weights: packed (M, n), and turned (n, M): see WeightGradient
   T *normed, *attended, *mlp_normed, *acts, *dqkv, *dmid, *dhidden, *dy;
   Backward(const Shape* s, char* start) : Forward(s, start) {
     const long m = s->m, turned = s->turned(), packed = s->even();
@@ -79,31 +80,30 @@ struct Backward : Forward {
     dk = parts.take<T>(m * s->kv * s->head_dim);
     dv = parts.take<T>(m * s->kv * s->head_dim);
     attended = parts.take<T>(packed * s->q());
-    mlp_normed = normed = parts.take<T>(packed * s->dim);  // the one is used before the other
+    mlp_normed = normed = parts.take<T>(turned * s->dim);  // the one is used before the other
     acts = parts.take<T>(packed * s->hidden);
-    dqkv = parts.take<T>(turned * s->qkv());
+    dqkv = parts.take<T>(packed * s->qkv());
     dmid = parts.take<T>(turned * s->dim);
-    dhidden = parts.take<T>(turned * s->up());
+    dhidden = parts.take<T>(packed * s->up());
     dy = parts.take<T>(turned * s->dim);
     end = parts.next;
   }
 };
 
+template <class To>
+static void normalised_again(In x, In stat, In w, long n, To* y) {
+  for (long i = 0; i < n; i += LANES) set(y + i, (get(x + i) - stat[0]) * stat[1] * get(w + i));
+}
+
 // y = w·(x − μ)/σ, where μ is 0 unless centred; stat is μ and 1/σ
 template <class To>
 static void normalise(In x, long n, bool centred, float eps, In w, float* stat, To* y) {
-  float sum = 0, squares = 0;
-  if (centred) {
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += x[i];
-  }
-  const float mean = sum / n;
-#pragma omp simd reduction(+ : squares)
-  for (long i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1 / std::sqrt(squares / n + eps);
-#pragma omp simd
-  for (long i = 0; i < n; i++) put(y[i], (x[i] - mean) * scale * w[i]);
-  stat[0] = mean, stat[1] = scale;
+  Lanes sums = {}, squares = {};
+  for (long i = 0; centred && i < n; i += LANES) sums += get(x + i);
+  stat[0] = sum(sums) / n;
+  for (long i = 0; i < n; i += LANES) squares += (get(x + i) - stat[0]) * (get(x + i) - stat[0]);
+  stat[1] = 1 / std::sqrt(sum(squares) / n + eps);
+  normalised_again(x, stat, w, n, y);
 }
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
@@ -111,26 +111,19 @@ template <class From>
 static void normalise_back(In dy, const From* x, In stat, In w, long n, bool centred, In given,
                            float* dx, float* dw) {
   const float mean = stat[0], scale = stat[1];
-  float sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-  for (long i = 0; i < n; i++) {
-    const float unit = (widen(x[i]) - mean) * scale, g = dy[i] * w[i];
-    sum += g;
-    dot += g * unit;
-    dw[i] += dy[i] * unit;
+  Lanes sums = {}, dots = {};
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes unit = (get(x + i) - mean) * scale, g = get(dy + i) * get(w + i);
+    sums += g;
+    dots += g * unit;
+    set(dw + i, get(dw + i) + get(dy + i) * unit);
   }
-  const float shift = centred ? sum / n : 0, slope = dot / n;
-#pragma omp simd
-  for (long i = 0; i < n; i++) {
-    const float unit = (widen(x[i]) - mean) * scale;
-    const float d = (dy[i] * w[i] - shift - unit * slope) * scale;
-    dx[i] = given ? given[i] + d : d;
+  const float shift = centred ? sum(sums) / n : 0, slope = sum(dots) / n;
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes unit = (get(x + i) - mean) * scale;
+    const Lanes d = (get(dy + i) * get(w + i) - shift - unit * slope) * scale;
+    set(dx + i, given ? get(given + i) + d : d);
   }
-}
-
-static void normalised_again(In x, In stat, In w, long n, T* y) {
-#pragma omp simd
-  for (long i = 0; i < n; i++) put(y[i], (x[i] - stat[0]) * stat[1] * w[i]);
 }
 
 // The sum of vectors of n numbers, each behind the one before
@@ -151,63 +144,81 @@ static void rotate(float* x, In cos, In sin, long dim, float sign) {
   }
 }
 
-static inline float sigmoid(float x) { return x < -87 ? 0 : 1 / (1 + exponential(-x)); }
-
 enum { GELU, RELU2, SWIGLU };
 
-// a (F) of h (E); BACK: of da and h also dh
-template <int MLP, bool BACK, class From>
-static void activate(long n, const From* h, In da, T* a, T* dh) {
+static const long STRIP = 64;  // hidden columns that are activated while they are in the cache
+
+// Activations a (rows, n) of a strip of the hidden states h (rows, n), which SwiGLU's factors (rows,
+// n) lie behind. Forward keeps them for backward, which makes of da also dh, two strips F apart.
+template <int MLP, bool BACK>
+static void activate(long rows, long n, long f, In h, T* kept, In da, T* a, long a_row, T* dh) {
   const float slope = 2 * std::sqrt(2 / (float)M_PI);
-#pragma omp simd
-  for (long i = 0; i < n; i++) {
-    const float x = widen(h[i]), d = BACK ? da[i] : 0;
-    if (MLP == RELU2) {
-      const float r = x < 0 ? 0 : x;
-      put(a[i], r * r);
-      if (BACK) put(dh[i], 2 * d * r);
-    } else if (MLP == GELU) {
-      const float square = x * x, s = sigmoid(x * (slope + slope * 0.044715f * square)), y = x * s;
-      put(a[i], y);
-      if (BACK) put(dh[i], d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));
-    } else {
-      const float up = widen(h[n + i]), s = sigmoid(x), y = x * s;
-      put(a[i], y * up);
-      if (BACK) put(dh[i], d * up * (s + y - y * s)), put(dh[n + i], d * y);
+  const long dh_row = MLP == SWIGLU ? 2 * f : f;
+  T* factors = kept + rows * n;
+  for (long r = 0; r < rows; r++, a += a_row, dh += BACK ? dh_row : 0)
+    for (long i = 0, at = r * n; i < n; i += LANES, at += LANES) {
+      const Lanes x = BACK ? get(kept + at) : get(h + at), d = BACK ? get(da + at) : x;
+      if (!BACK) set(kept + at, x);
+      if (MLP == RELU2) {
+        const Lanes positive = larger(x, Lanes{});
+        set(a + i, positive * positive);
+        if (BACK) set(dh + i, 2 * d * positive);
+        continue;
+      }
+      const Lanes square = x * x;
+      const Lanes z = MLP == GELU ? x * (slope + slope * 0.044715f * square) : x;
+      const Lanes s = 1 / (1 + exponential(-z)), y = x * s;
+      if (MLP == GELU) {
+        set(a + i, y);
+        if (BACK) set(dh + i, d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));
+      } else {
+        const Lanes factor = BACK ? get(factors + at) : get(h + rows * n + at);
+        if (!BACK) set(factors + at, factor);
+        set(a + i, y * factor);
+        if (BACK) set(dh + i, d * factor * (s + y - y * s));
+        if (BACK) set(dh + f + i, d * y);
+      }
     }
-  }
 }
 
-template <bool BACK, class From>
-static void activate(long mlp, long n, const From* h, In da, T* a, T* dh) {
-  (mlp == GELU    ? activate<GELU, BACK, From>
-   : mlp == RELU2 ? activate<RELU2, BACK, From>
-                  : activate<SWIGLU, BACK, From>)(n, h, da, a, dh);
+template <bool BACK>
+static void activate(const Shape* s, long rows, long n, In h, T* kept, In da, T* a, long a_row,
+                     T* dh = nullptr) {
+  (s->mlp == GELU    ? activate<GELU, BACK>
+   : s->mlp == RELU2 ? activate<RELU2, BACK>
+                     : activate<SWIGLU, BACK>)(rows, n, s->hidden, h, kept, da, a, a_row, dh);
 }
 
-// What is to be the gradient (n_out, n_in) of a weight: dyᵀ·x of dy turned and x packed
+// What is to be the gradient of a weight: aᵀ·b of a turned (n_rows, M) and b packed (M, n), or TURNED
+// its transpose: the narrower operand is the one to be turned.
 struct WeightGradient {
-  const T *dy, *x;
-  long n_out, n_in;
+  const T *a, *b;
+  long n_rows, n;
   float* dw;
-  static const long COLUMNS = 256;  // with ROWS: the part of a gradient that is one task
-  long n_parts() const { return (n_in + COLUMNS - 1) / COLUMNS; }
-  long n_tasks() const { return (n_out + ROWS - 1) / ROWS * n_parts(); }
+  bool turned = false;
+  static const long HEIGHT = 256, COLUMNS = 128;  // the part of a gradient that is one task
+  long n_down() const { return (n_rows + HEIGHT - 1) / HEIGHT; }
+  long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
 };
 
 // Called by all threads of a team
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
   long n_tasks = 0;
   for (const WeightGradient& g : all) n_tasks += g.n_tasks();
+  const Tiles tiles;
 #pragma omp for schedule(dynamic)
   for (long task = 0; task < n_tasks; task++) {
+    static thread_local Scratch<float> part;
     const WeightGradient* g = all.begin();
     long i = task;
     while (i >= g->n_tasks()) i -= g++->n_tasks();
-    const long row = i / g->n_parts() * ROWS, column = i % g->n_parts() * g->COLUMNS;
-    product(std::min(ROWS, g->n_out - row), std::min(g->COLUMNS, g->n_in - column), s->even(),
-            g->dy + row * s->turned(), s->turned(), g->x + column * s->even(),
-            g->dw + row * g->n_in + column, g->n_in);
+    const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * g->COLUMNS;
+    const long rows = std::min(g->HEIGHT, g->n_rows - row);
+    const long n = std::min(g->COLUMNS, g->n - column);
+    float* to = g->turned ? part(rows * n) : g->dw + row * g->n + column;
+    product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(), to,
+            g->turned ? n : g->n);
+    if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);
   }
 }
 
@@ -231,7 +242,9 @@ static void pack_weights(const Shape* s, const Inputs* p, const Forward& space) 
   {
     pack_weight<BACK>(p->weight, s->qkv(), s->dim, space.qkv);
     pack_weight<BACK>(p->out, s->dim, s->q(), space.out);
-    pack_weight<BACK>(p->up, s->up(), s->dim, space.up);
+    for (long half = 0; half < (BACK ? 1 : s->halves()); half++)
+      pack_weight<BACK>(p->up + half * s->hidden * s->dim, BACK ? s->up() : s->hidden, s->dim,
+                        space.up + half * s->hidden * s->dim);
     pack_weight<BACK>(p->down, s->dim, s->hidden, space.down);
   }
 }
@@ -244,9 +257,9 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forw
   turns.take([&](long chunk) {
     static thread_local Scratch<T> all_normed;
     static thread_local Scratch<float> all_raw;
-    const long rows = s->rows(chunk), first = chunk * ROWS;
-    T* normed = all_normed(ROWS * d);
-    float* raw = all_raw(ROWS * n);
+    const long rows = s->rows(chunk), first = chunk * s->most();
+    T* normed = all_normed(rows * d);
+    float* raw = all_raw(rows * n);
     for (long r = 0; r < rows; r++)
       normalise(p->x + (first + r) * d, d, s->centred, s->eps, p->norm,
                 made.stat + 2 * (first + r), normed + r * d);
@@ -276,9 +289,9 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
     turns.take([&](long chunk) {
       static thread_local Scratch<T> all_dqkv, all_normed;
       static thread_local Scratch<float> all_dnormed, one_row;
-      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
-      T *dqkv = all_dqkv(ROWS * n), *normed = all_normed(ROWS * d);
-      float *dnormed = all_dnormed(ROWS * d), *wide = one_row(n);
+      const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
+      T *dqkv = all_dqkv(rows * n), *normed = all_normed(rows * d);
+      float *dnormed = all_dnormed(rows * d), *wide = one_row(n);
       float* sums = space.sums + chunk * s->vectors();
       std::fill_n(sums, s->vectors() - d, 0.f);
       for (long r = 0; r < rows; r++) {
@@ -292,29 +305,27 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
           if (p->cos) rotate(to, p->cos + at_angle, p->sin + at_angle, k, -1);
           if (!p->q_norm) continue;
           const bool query = h < s->heads;
-          float squares = 0;
-#pragma omp simd reduction(+ : squares)
-          for (long i = 0; i < k; i++) squares += widen(raw[i]) * widen(raw[i]);
-          const float stat[2] = {0, 1 / std::sqrt(squares / k + s->eps)};
+          Lanes squares = {};
+          for (long i = 0; i < k; i += LANES) squares += get(raw + i) * get(raw + i);
+          const float stat[2] = {0, 1 / std::sqrt(sum(squares) / k + s->eps)};
           normalise_back(to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
                          sums + d + (query ? 0 : k));
         }
         if (p->mix) {
-          float own = 0, other = 0;
-#pragma omp simd reduction(+ : own, other)
-          for (long i = 0; i < s->kv * k; i++) {
-            const float g = to[i];
-            own += g * widen(raw[i]);
-            other += g * p->value[start + i];
-            o->value[start + i] = p->mix[1] * g;
-            to[i] = p->mix[0] * g;
+          Lanes own = {}, other = {};
+          for (long i = 0; i < s->kv * k; i += LANES) {
+            const Lanes g = get(to + i);
+            own += g * get(raw + i);
+            other += g * get(p->value + start + i);
+            set(o->value + start + i, p->mix[1] * g);
+            set(to + i, p->mix[0] * g);
           }
-          sums[d + 2 * k] += own;
-          sums[d + 2 * k + 1] += other;
+          sums[d + 2 * k] += sum(own);
+          sums[d + 2 * k + 1] += sum(other);
         }
         convert(wide, n, dqkv + r * n);
       }
-      turn(dqkv, n, rows, n, space.dqkv + first, s->turned());
+      pack(dqkv, n, rows, end, n, first, s->even(), space.dqkv);
       product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
       for (long r = 0; r < rows; r++) {
         const long row = first + r;
@@ -323,10 +334,10 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
                        o->x + row * d, sums);
         normalised_again(x, stat, p->norm, d, normed + r * d);
       }
-      pack(normed, d, rows, end, d, first, s->even(), space.normed);
+      turn(normed, d, rows, d, space.normed + first, s->turned());
     });
 #pragma omp barrier
-    weight_gradients(s, {{space.dqkv, space.normed, n, d, o->weight}});
+    weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
   }
 }
 
@@ -339,18 +350,22 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
   turns.take([&](long chunk) {
     static thread_local Scratch<T> all_normed, all_acts;
     static thread_local Scratch<float> all_hidden;
-    const long rows = s->rows(chunk), first = chunk * ROWS;
-    T *normed = all_normed(ROWS * d), *acts = all_acts(ROWS * f);
-    float *middle = made.middle + first * d, *hidden = all_hidden(ROWS * e);
+    const long rows = s->rows(chunk), first = chunk * s->most();
+    T *normed = all_normed(rows * d), *acts = all_acts(rows * f);
+    float *middle = made.middle + first * d, *hidden = all_hidden(rows * 2 * STRIP);
     std::copy_n(p->x + first * d, rows * d, middle);
     product(rows, d, q, made.attended + first * q, q, space.out, middle, d, true);
     for (long r = 0; r < rows; r++)
       normalise(middle + r * d, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * (first + r),
                 normed + r * d);
-    product(rows, e, d, normed, d, space.up, hidden, e);
-    convert(hidden, rows * e, made.hidden + first * e);
-    for (long r = 0; r < rows; r++)
-      activate<false>(s->mlp, f, hidden + r * e, nullptr, acts + r * f, nullptr);
+    for (long j = 0; j < f; j += STRIP) {
+      const long width = std::min(STRIP, f - j);
+      for (long half = 0; half < s->halves(); half++)
+        product(rows, width, d, normed, d, space.up + (half * f + j) * d,
+                hidden + half * rows * width, width);
+      activate<false>(s, rows, width, hidden, made.hidden + first * e + j * rows * s->halves(),
+                      nullptr, acts + j, f);
+    }
     std::copy_n(middle, rows * d, y + first * d);
     product(rows, d, f, acts, f, space.down, y + first * d, d, true);
   });
@@ -365,19 +380,22 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     turns.take([&](long chunk) {
       static thread_local Scratch<T> all_narrow, all_acts, all_dhidden;
       static thread_local Scratch<float> all_wide;
-      const long rows = s->rows(chunk), first = chunk * ROWS, end = round_up(rows, PAIR);
-      T *narrow = all_narrow(ROWS * d), *acts = all_acts(ROWS * f), *dhidden = all_dhidden(ROWS * e);
-      float *wide = all_wide(ROWS * std::max({d, f, q})), *dmid = space.dmiddle + first * d;
+      const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
+      T *narrow = all_narrow(rows * d), *acts = all_acts(rows * STRIP);
+      T* dhidden = all_dhidden(rows * e);
+      float *wide = all_wide(rows * std::max({d, q, STRIP})), *dmid = space.dmiddle + first * d;
       float* sums = space.sums + (chunk + 1) * s->vectors() - d;
       std::fill_n(sums, d, 0.f);
       convert(dy + first * d, rows * d, narrow);
       turn(narrow, d, rows, d, space.dy + first, m);
-      product(rows, f, d, narrow, d, space.down, wide, f);
-      for (long r = 0; r < rows; r++)
-        activate<true>(s->mlp, f, made.hidden + (first + r) * e, wide + r * f, acts + r * f,
-                       dhidden + r * e);
-      pack(acts, f, rows, end, f, first, s->even(), space.acts);
-      turn(dhidden, e, rows, e, space.dhidden + first, m);
+      for (long j = 0; j < f; j += STRIP) {
+        const long width = std::min(STRIP, f - j);
+        product(rows, width, d, narrow, d, space.down + j * d, wide, width);
+        activate<true>(s, rows, width, nullptr, made.hidden + first * e + j * rows * s->halves(),
+                       wide, acts, width, dhidden + j);
+        pack(acts, width, rows, end, width, first, s->even(), space.acts + j * s->even());
+      }
+      pack(dhidden, e, rows, end, e, first, s->even(), space.dhidden);
       product(rows, d, e, dhidden, e, space.up, wide, d);
       for (long r = 0; r < rows; r++) {
         const long row = first + r;
@@ -386,7 +404,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
                        dmid + r * d, sums);
         normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
       }
-      pack(narrow, d, rows, end, d, first, s->even(), space.mlp_normed);
+      turn(narrow, d, rows, d, space.mlp_normed + first, m);
       pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
       convert(dmid, rows * d, narrow);
       turn(narrow, d, rows, d, space.dmid + first, m);
@@ -395,7 +413,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     });
 #pragma omp barrier
     weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
-                         {space.dhidden, space.mlp_normed, e, d, o->up},
+                         {space.mlp_normed, space.dhidden, d, e, o->up, true},
                          {space.dmid, space.attended, d, q, o->out}});
   }
 }
@@ -474,7 +492,7 @@ extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* c
       static thread_local Scratch<float> one_row;
       float *sums = all_sums + chunk * d, *normed = one_row(d), stat[2];
       std::fill_n(sums, d, 0.f);
-      for (long at = chunk * ROWS * d, r = 0; r < s->rows(chunk); r++, at += d) {
+      for (long at = chunk * s->most() * d, r = 0; r < s->rows(chunk); r++, at += d) {
         normalise(last->y + at, d, s->centred, s->eps, last->norm, stat, normed);
         normalise_back(dy + at, last->y + at, stat, last->norm, d, s->centred, nullptr,
                        o[n - 1].x + at, sums);

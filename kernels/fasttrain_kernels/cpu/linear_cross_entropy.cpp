@@ -5,7 +5,7 @@
 // joined, the gradient takes the place of the logits, in T. That of the hidden states is summed up
 // over a fixed number of parts of the blocks, so that nothing depends on the number of threads.
 
-static const long AT_A_TIME = 256;  // rows for which operands stay in the second cache
+static const long AT_A_TIME = 128;  // rows for which operands stay in the second cache
 static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
 
 struct Shape {
@@ -15,7 +15,7 @@ struct Shape {
   long columns(long block) const { return std::min(width, vocab - block * width); }
   long group() const { return std::max(64L, round_up(chunk * parts / TASKS, 16)); }
   long groups(long rows) const { return (rows + group() - 1) / group(); }
-  long ranges() const { return std::min(groups(chunk), (dim + PANEL - 1) / PANEL); }
+  long ranges() const { return std::clamp(TASKS / blocks(), 1L, (dim + PANEL - 1) / PANEL); }
 };
 
 struct Tensors {
@@ -43,7 +43,7 @@ struct Space {
   Row* rows;
   Stat* stats;
   float *logits, *sums;
-  T *hidden, *packed;
+  T *hidden, *packed, *turned_weight, *weight;  // the last two packed, block by block
   char* end;
   Space(const Shape* s, const Tensors* t, char* start) {
     const long n = s->chunk, d = s->dim;
@@ -52,66 +52,72 @@ struct Space {
     stats = parts.take<Stat>(s->blocks() * n);
     logits = parts.take<float>(s->blocks() * n * s->width);
     hidden = parts.take<T>(n * d);
-    packed = parts.take<T>(t->dweight ? n * d : 0);
+    packed = parts.take<T>(t->dweight ? round_up(n, WHOLE) * d : 0);
+    turned_weight = parts.take<T>(s->blocks() * s->width * d);
+    weight = parts.take<T>(t->dhidden ? s->blocks() * s->width * d : 0);
     sums = parts.take<float>(t->dhidden ? s->parts * n * d : 0);
     end = parts.next;
   }
 };
 
-static Stat measure(float* x, long n, float softcap) {
-  float peak = -INFINITY, total = 0, sum = 0;
-  if (softcap) {
-#pragma omp simd
-    for (long i = 0; i < n; i++) {
-      const float e = exponential(-2 * std::fabs(x[i]) / softcap), y = (1 - e) / (1 + e);
-      x[i] = std::copysign(softcap * y, x[i]);
+// Of n logits, behind which there is space up to a whole vector
+static Stat measure(float* x, long n, const Shape* s) {
+  const long end = round_up(n, LANES);
+  if (s->softcap)
+    for (long i = 0; i < end; i += LANES) {
+      const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / s->softcap);
+      const Lanes capped = s->softcap * (1 - e) / (1 + e);
+      set(x + i, y < 0 ? -capped : capped);
     }
-  }
-#pragma omp simd reduction(+ : total) reduction(max : peak)
-  for (long i = 0; i < n; i++) {
-    total += x[i];
-    peak = x[i] > peak ? x[i] : peak;
-  }
-  const float from = peak == -INFINITY ? 0 : peak;
-#pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < n; i++) sum += exponential(x[i] - from);
-  return {peak, sum, total};
+  std::fill(x + n, x + end, 0.f);
+  Lanes totals = {}, sums = {};
+  for (long i = 0; s->smoothing && i < end; i += LANES) totals += get(x + i);
+  std::fill(x + n, x + end, -INFINITY);
+  Lanes peaks = get(x);
+  for (long i = LANES; i < end; i += LANES) peaks = larger(get(x + i), peaks);
+  const float peak = largest(peaks), from = peak == -INFINITY ? 0 : peak;
+  for (long i = 0; i < end; i += LANES) sums += exponential(get(x + i) - from);
+  return {peak, sum(sums), sum(totals)};
 }
 
 // Writes the gradient of n logits over them, in T, and zeros behind it up to the end
 template <bool CAPPED>
 static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
-  const float peak = row.peak, slope = row.slope, base = row.base;
-  const auto gradient = [=](float x, float hit) {
-    const float g = slope * exponential(x - peak) - base - hit;
+  const auto gradient = [=](Lanes x, float hit) {
+    const Lanes g = row.slope * exponential(x - row.peak) - row.base - hit;
     return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
   };
   const long target = row.target - first;
   const bool hits = target >= 0 && target < n;
-  const float at_target = hits ? gradient(x[target], row.hit) : 0;
-  T* d = (T*)x;  // never ahead of what is still to be read
-#pragma omp simd
-  for (long i = 0; i < n; i++) put(d[i], gradient(x[i], 0));
+  T at_target[LANES], *d = (T*)x;  // never ahead of what is still to be read
+  if (hits) set(at_target, gradient(Lanes{} + x[target], row.hit));
+  for (long i = 0; i < n; i += LANES) set(d + i, gradient(get(x + i), 0));
   std::fill(d + n, d + end, T{});
-  if (hits) put(d[target], at_target);
+  if (hits) d[target] = at_target[0];
+}
+
+// The weight of a block of columns, as logits and as gradients of hidden states take it
+static void pack_weight(const Shape* s, const Tensors* t, const Space& made, long block) {
+  const long d = s->dim, n = s->columns(block), end = round_up(n, 16), start = block * s->width * d;
+  const T* weight = t->weight + block * s->width * s->weight_row;
+  for (long j = 0; j < end; j += PANEL)
+    pack_turned(weight + j * s->weight_row, s->weight_row, std::min(PANEL, n - j), d,
+                made.turned_weight + start + j * d, std::min(PANEL, end - j));
+  if (t->dhidden)
+    pack(weight, s->weight_row, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
 }
 
 // Logits of a block of columns for rows from the first on, and what is known of each from them
-static void enter(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+static void enter(const Shape* s, const Space& made, long block, long first,
                   long end_row, const T* h, long h_row) {
-  static thread_local Scratch<T> operand;
-  const long d = s->dim, n = s->columns(block), end = round_up(n, 16);
-  const T* weight = t->weight + block * s->width * s->weight_row;
-  T* panels = operand(end * d);
-  for (long j = 0; j < end; j += PANEL)
-    pack_turned(weight + j * s->weight_row, s->weight_row, std::min(PANEL, n - j), d, panels + j * d,
-                std::min(PANEL, end - j));
+  const long d = s->dim, n = s->columns(block);
+  const T* panels = made.turned_weight + block * s->width * d;
   for (; first < end_row; first += AT_A_TIME) {
     const long some = std::min(AT_A_TIME, end_row - first);
     float* logits = made.logits + (block * s->chunk + first) * s->width;
-    product(some, end, d, h + first * h_row, h_row, panels, logits, s->width);
+    product(some, round_up(n, 16), d, h + first * h_row, h_row, panels, logits, s->width);
     for (long r = 0; r < some; r++)
-      made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s->softcap);
+      made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s);
   }
 }
 
@@ -156,14 +162,10 @@ static void join(const Shape* s, const Tensors* t, const Space& made, long r) {
 // those of the hidden states
 static void leave(const Shape* s, const Tensors* t, const Space& made, long part, long start,
                   long end_row) {
-  static thread_local Scratch<T> operand;
   const long d = s->dim, from = s->blocks() * part / s->parts;
   const long to = s->blocks() * (part + 1) / s->parts, x_row = s->width * sizeof(float) / sizeof(T);
   for (long block = from; block < to; block++) {
-    const long n = s->columns(block), end = round_up(n, 16), column = block * s->width;
-    T* panels = operand(end * d);
-    if (t->dhidden)
-      pack(t->weight + column * s->weight_row, s->weight_row, n, end, d, 0, end, panels);
+    const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
     for (long first = start; first < end_row; first += AT_A_TIME) {
       const long some = std::min(AT_A_TIME, end_row - first);
       float* x = made.logits + (block * s->chunk + first) * s->width;
@@ -171,7 +173,7 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
         (s->softcap ? differentiate<true> : differentiate<false>)(
             x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
       if (t->dhidden)
-        product(some, d, end, (const T*)x, x_row, panels, made.sums + (part * s->chunk + first) * d,
+        product(some, d, end, (const T*)x, x_row, made.weight + column * d, made.sums + (part * s->chunk + first) * d,
                 d, block > from);
     }
   }
@@ -182,7 +184,7 @@ static void weigh(const Shape* s, const Tensors* t, const Space& made, long bloc
                   long rows, bool add) {
   static thread_local Scratch<T> operand;
   const long d = s->dim, n = s->columns(block), n_panels = (d + PANEL - 1) / PANEL;
-  const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, PAIR);
+  const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, WHOLE);
   const long to = std::min(d, n_panels * (range + 1) / s->ranges() * PANEL), row = depth + 32;
   T* turned = operand(n * row);
   turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
@@ -195,52 +197,57 @@ static void compute(const Shape* s, const Tensors* t, char* space) {
   const Space made(s, t, space);
   const long d = s->dim;
 #pragma omp parallel num_threads(s->threads)
-  for (long start = 0; start < s->n; start += s->chunk) {
-    const long rows = std::min(s->chunk, s->n - start), depth = round_up(rows, PAIR);
-    const long groups = s->groups(rows), group = s->group();
-    const T* h = t->kept ? made.hidden : t->hidden + start * s->hidden_row;
-    const long h_row = t->kept ? d : s->hidden_row;
+  {
+    const Tiles tiles;
 #pragma omp for schedule(static)
-    for (long r = 0; r < rows; r++) {
-      made.rows[r].of = t->row(start + r);
-      if (t->kept) std::copy_n(t->hidden + t->row(start + r) * s->hidden_row, d, made.hidden + r * d);
-    }
-    if (t->dweight) {
-#pragma omp for schedule(static) nowait
-      for (long j = 0; j < d; j += PANEL)
-        pack_rows(h + j, h_row, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
-                  std::min(PANEL, d - j));
-    }
-#pragma omp for schedule(dynamic)
-    for (long i = 0; i < s->blocks() * groups; i++) {
-      const long first = i % groups * group;
-      enter(s, t, made, i / groups, first, std::min(rows, first + group), h, h_row);
-    }
+    for (long block = 0; block < s->blocks(); block++) pack_weight(s, t, made, block);
+    for (long start = 0; start < s->n; start += s->chunk) {
+      const long rows = std::min(s->chunk, s->n - start), depth = round_up(rows, WHOLE);
+      const long groups = s->groups(rows), group = s->group();
+      const T* h = t->kept ? made.hidden : t->hidden + start * s->hidden_row;
+      const long h_row = t->kept ? d : s->hidden_row;
 #pragma omp for schedule(static)
-    for (long r = 0; r < rows; r++) join(s, t, made, r);
-    if (!t->dhidden && !t->dweight) continue;
-#pragma omp for schedule(dynamic)
-    for (long i = 0; i < s->parts * groups; i++) {
-      const long first = i % groups * group;
-      leave(s, t, made, i / groups, first, std::min(rows, first + group));
-    }
-    if (t->dweight) {
-#pragma omp for schedule(dynamic) nowait
-      for (long i = 0; i < s->blocks() * s->ranges(); i++)
-        weigh(s, t, made, i / s->ranges(), i % s->ranges(), rows, start > 0);
-    }
-    if (t->dhidden) {
-#pragma omp for schedule(static) nowait
       for (long r = 0; r < rows; r++) {
-        float* sum = made.sums + r * d;
-        for (long p = 1; p < s->parts; p++) {
-          In more = sum + p * s->chunk * d;
-          for (long i = 0; i < d; i++) sum[i] += more[i];
-        }
-        convert(sum, d, t->dhidden + made.rows[r].of * d);
+        made.rows[r].of = t->row(start + r);
+        if (t->kept) std::copy_n(t->hidden + t->row(start + r) * s->hidden_row, d, made.hidden + r * d);
       }
-    }
+      if (t->dweight) {
+#pragma omp for schedule(static) nowait
+        for (long j = 0; j < d; j += PANEL)
+          pack_rows(h + j, h_row, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
+                    std::min(PANEL, d - j));
+      }
+#pragma omp for schedule(dynamic)
+      for (long i = 0; i < s->blocks() * groups; i++) {
+        const long first = i % groups * group;
+        enter(s, made, i / groups, first, std::min(rows, first + group), h, h_row);
+      }
+#pragma omp for schedule(static)
+      for (long r = 0; r < rows; r++) join(s, t, made, r);
+      if (!t->dhidden && !t->dweight) continue;
+#pragma omp for schedule(dynamic)
+      for (long i = 0; i < s->parts * groups; i++) {
+        const long first = i % groups * group;
+        leave(s, t, made, i / groups, first, std::min(rows, first + group));
+      }
+      if (t->dweight) {
+#pragma omp for schedule(dynamic) nowait
+        for (long i = 0; i < s->blocks() * s->ranges(); i++)
+          weigh(s, t, made, i / s->ranges(), i % s->ranges(), rows, start > 0);
+      }
+      if (t->dhidden) {
+#pragma omp for schedule(static) nowait
+        for (long r = 0; r < rows; r++) {
+          float* sum = made.sums + r * d;
+          for (long p = 1; p < s->parts; p++) {
+            In more = sum + p * s->chunk * d;
+            for (long i = 0; i < d; i++) sum[i] += more[i];
+          }
+          convert(sum, d, t->dhidden + made.rows[r].of * d);
+        }
+      }
 #pragma omp barrier
+    }
   }
 }
 

@@ -16,8 +16,8 @@ from .._dispatch import has_memory
 from .._loss_options import LossOptions
 from . import PRODUCT, is_fast, load_or_warn
 
-# Columns of a block: its logits of 256 rows and a part of the weight share the second cache.
-_WIDTH = 192
+# Columns of a block: its logits of 128 rows and a part of the weight share the second cache.
+_WIDTH = {torch.float32: 192, torch.bfloat16: 256}
 # The gradient of the hidden states is summed up in so many parts at most, one thread each. Their
 # memory is that of the logits at most.
 _PARTS = 16
@@ -79,16 +79,16 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
     )
 
 
-def _layout(n_rows: int, dim: int, n_cols: int, rows: int) -> _Layout:
+def _layout(n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int) -> _Layout:
     """Return how it is cut, whatever the threads: in the memory of the logits (rows, V).
 
     Where columns are few, more is held of hidden states than of logits.
     """
-    n_blocks = -(-n_cols // _WIDTH)
+    n_blocks = -(-n_cols // most_columns)
     n_blocks = n_blocks if n_blocks < 4 else -(-n_blocks // 4) * 4
-    width = -(-n_cols // (16 * n_blocks)) * 16
+    width = -(-n_cols // (32 * n_blocks)) * 32
     n_blocks = -(-n_cols // width)
-    parts = max(1, min(_PARTS, n_blocks, n_cols // dim))
+    parts = max(1, min(_PARTS, n_blocks, n_cols // dim, -(-4 * _ROWS // min(n_rows, _ROWS))))
     held = n_blocks * (width + 3) + (parts + 2) * dim + 8
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
@@ -121,7 +121,7 @@ def run_in_cpp(
     ]
     shape = _Shape(
         *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), options.ignore_index),
-        *_layout(n_rows, dim, n_cols, rows),
+        *_layout(n_rows, dim, n_cols, rows, _WIDTH[hidden.dtype]),
         torch.get_num_threads(),
         *options[-3:],
         1 if options.scale is None else options.scale.item(),

@@ -15,6 +15,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace c10 {
 struct BFloat16 {
@@ -32,64 +35,90 @@ typedef c10::BFloat16 Bf16;
 
 #ifdef BF16
 typedef Bf16 T;
-static const long PAIR = 2, PANEL = 64, DEPTH = INT32_MAX;
+static const long PAIR = 2, PANEL = 64, DEPTH = INT32_MAX, WHOLE = 32;
 #else
 typedef float T;
-static const long PAIR = 1, PANEL = 32, DEPTH = 512;
+static const long PAIR = 1, PANEL = 32, DEPTH = 512, WHOLE = 1;
 #endif
 typedef const float* In;
 
 static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-static inline float widen(float x) { return x; }
+// Numbers of a vector, as element-wise work takes them
+#ifdef __AVX512F__
+static const long LANES = 16;
+#else
+static const long LANES = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
-static inline float widen(Bf16 x) {
-  const uint32_t bits = (uint32_t)x.bits << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
+static inline Lanes get(const float* x) {
+  Lanes y;
+  std::memcpy(&y, x, sizeof y);
   return y;
 }
 
-static inline void put(float& to, float x) { to = x; }
-
-static inline void put(Bf16& to, float x) {  // rounds to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+static inline Lanes get(const Bf16* x) {
+  Halves y;
+  std::memcpy(&y, x, sizeof y);
+  return (Lanes)(__builtin_convertvector(y, Bits) << 16);
 }
 
-// Bits of a number in bf16, and of two numbers side by side
-static inline uint32_t narrow_bits(Bf16 x) { return x.bits; }
+static inline void set(float* y, Lanes x) { std::memcpy(y, &x, sizeof x); }
 
-static inline uint32_t narrow_bits(float x) {
-  Bf16 y;
-  put(y, x);
-  return y.bits;
+static inline void set(Bf16* y, Lanes x) {  // rounds to nearest, ties to even
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+  const Bits bits = (Bits)x, rounded = bits + 0x7fff + (bits >> 16 & 1), nan = Bits{} + 0x7fc00000;
+  const Halves halves = __builtin_convertvector((x != x ? nan : rounded) >> 16, Halves);
+#endif
+  std::memcpy(y, &halves, sizeof halves);
+}
+
+static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
+
+// Sum or maximum of the lanes, in pairs
+template <class Join>
+static inline float join(Lanes x, Join of) {
+  float part[LANES];
+  set(part, x);
+  for (long half = LANES / 2; half; half /= 2)
+    for (long i = 0; i < half; i++) part[i] = of(part[i], part[i + half]);
+  return part[0];
+}
+
+static inline float sum(Lanes x) {
+  return join(x, [](float a, float b) { return a + b; });
+}
+
+static inline float largest(Lanes x) {
+  return join(x, [](float a, float b) { return a > b ? a : b; });
 }
 
 template <class From, class To>
-static void convert(const From* x, long n, To* y) {
-  for (long i = 0; i < n; i++) put(y[i], widen(x[i]));
+static void convert(const From* x, long n, To* y) {  // n is a multiple of 16
+  for (long i = 0; i < n; i += LANES) set(y + i, get(x + i));
 }
 
 // 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of
 // Moshier's Cephes, is within 3e-9, relatively, where |r| <= ln 2 / 2.
-static inline float exponential(float given) {
+static inline Lanes exponential(Lanes given) {
+  const Lanes zero = {}, most = zero + 87.f, least = zero - 87.f;
   const float shift = 12582912;  // 1.5·2²³: what is added to it is rounded to a whole number
-  const float x = given < -87.f ? -87.f : given > 87.f ? 87.f : given;
-  const float n = x * 1.44269504f + shift, f = n - shift;
-  const float r = (x - f * 0.693359375f) + f * 2.12194440e-4f;
-  float p = r * 1.3814320555e-3f + 8.3688516170e-3f;
+  Lanes x = given < least ? least : given;
+  x = x > most ? most : x;
+  const Lanes n = x * 1.44269504f + shift, f = n - shift;
+  const Lanes r = (x - f * 0.693359375f) + f * 2.12194440e-4f;
+  Lanes p = r * 1.3814320555e-3f + 8.3688516170e-3f;
   p = p * r + 4.1668400168e-2f;
   p = p * r + 1.6666519642e-1f;
   p = p * r + 4.9999994040e-1f;
   p = p * (r * r) + r + 1.f;
-  int32_t bits;
-  std::memcpy(&bits, &n, sizeof bits);
-  bits = (int32_t)((uint32_t)bits << 23) + (127 << 23);
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return given < -87.f ? 0 : p * power;
+  const Lanes power = (Lanes)(((Bits)n << 23) + (127u << 23));
+  return given < least ? zero : p * power;
 }
 
 // Space of a thread, in lines of the cache, kept from call to call
@@ -119,6 +148,92 @@ static inline void multiply(long m, long n, long k, In a, long a_row, In b, long
   brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, false);
 }
 
+#ifdef __AMX_BF16__
+// The tiles of AMX, each 16 rows of 64 bytes, for as long as a thread has this
+struct Tiles {
+  Tiles() {
+    alignas(64) char config[64] = {1};
+    for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    asm volatile("" ::"r"(config) : "memory");  // the intrinsics do not say what they read
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// C (16·DOWN, 16·ACROSS), where rows of A and C, and pairs of rows of B, lie so many bytes apart
+template <int DOWN, int ACROSS>
+static inline void multiply_tiles(long k, const char* a, long a_row, const char* b, long b_row,
+                                  char* c, long c_row, bool add) {
+#define EACH(OF)                               \
+  OF(0, c);                                    \
+  if (ACROSS == 2) OF(1, c + 64);              \
+  if (DOWN == 2) OF(2, c + 16 * c_row);        \
+  if (DOWN + ACROSS == 4) OF(3, c + 16 * c_row + 64)
+#define LOAD(tile, from) _tile_loadd(tile, from, c_row)
+#define ZERO(tile, from) _tile_zero(tile)
+#define STORE(tile, to) _tile_stored(tile, to, c_row)
+  asm volatile("" ::: "memory");  // see Tiles
+  if (add) {
+    EACH(LOAD);
+  } else {
+    EACH(ZERO);
+  }
+  for (; k > 0; k -= 32, a += 64, b += 16 * b_row) {
+    _tile_loadd(4, a, a_row);
+    _tile_loadd(6, b, b_row);
+    _tile_dpbf16ps(0, 4, 6);
+    if (ACROSS == 2) {
+      _tile_loadd(7, b + 64, b_row);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (DOWN == 2) {
+      _tile_loadd(5, a + 16 * a_row, a_row);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (DOWN + ACROSS == 4) _tile_dpbf16ps(3, 5, 7);
+  }
+  EACH(STORE);
+#undef EACH
+#undef LOAD
+#undef ZERO
+#undef STORE
+}
+
+// By tiles of AMX: 64 rows of A, 64 columns of B and a depth of 256 take 0.70 µs, and 3.6 µs by
+// oneDNN (3.1 and 0.6 of 3.2 TFLOP/s, Xeon of 3.5 GHz).
+static void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf16* b, long b_row,
+                     float* c, long c_row, bool add) {
+  if (m % 16 || k % 32) {  // copies that are whole tiles
+    static thread_local Scratch<char> copies;
+    const long rows = round_up(m, 16), depth = round_up(k, 32);
+    Parts parts{copies((rows + n) * depth * 2 + rows * n * 4 + 192)};
+    Bf16 *whole_a = parts.take<Bf16>(rows * depth), *whole_b = parts.take<Bf16>(n * depth);
+    float* whole_c = parts.take<float>(rows * n);
+    std::memset(whole_a, 0, parts.next - (char*)whole_a);
+    for (long i = 0; i < m; i++) {
+      std::copy_n(a + i * a_row, k, whole_a + i * depth);
+      if (add) std::copy_n(c + i * c_row, n, whole_c + i * n);
+    }
+    for (long i = 0; i < k; i += 2) std::copy_n(b + i * b_row, 2 * n, whole_b + i * n);
+    multiply(rows, n, depth, whole_a, depth, whole_b, n, whole_c, n, add);
+    for (long i = 0; i < m; i++) std::copy_n(whole_c + i * n, n, c + i * c_row);
+    return;
+  }
+  for (long j = 0; j < n; j += 32)
+    for (long i = 0; i < m; i += 32) {
+      const bool wide = j + 32 <= n, high = i + 32 <= m;
+      (wide   ? high ? multiply_tiles<2, 2> : multiply_tiles<1, 2>
+       : high ? multiply_tiles<2, 1>
+              : multiply_tiles<1, 1>)(k, (const char*)(a + i * a_row), a_row * 2,
+                                      (const char*)(b + j * 2), b_row * 4,
+                                      (char*)(c + i * c_row + j), c_row * 4, add);
+    }
+}
+#else
+struct Tiles {
+  Tiles() {}
+};
+
 // Without instructions for bf16 its products are those of fp32: slow, for tests.
 static bool multiplies_bf16() {
   static const bool does = [] {
@@ -141,9 +256,13 @@ static inline void multiply(long m, long n, long k, const Bf16* a, long a_row, c
   float *wa = wide_a(m * k), *wb = wide_b(k * n);
   for (long i = 0; i < m; i++) convert(a + i * a_row, k, wa + i * k);
   for (long i = 0; i < k; i++)
-    for (long j = 0; j < n; j++) wb[i * n + j] = widen(b[(i / 2 * b_row + j) * 2 + i % 2]);
+    for (long j = 0; j < n; j++) {
+      const uint32_t bits = (uint32_t)b[(i / 2 * b_row + j) * 2 + i % 2].bits << 16;
+      std::memcpy(wb + i * n + j, &bits, 4);
+    }
   multiply(m, n, k, wa, k, wb, n, c, c_row, add);
 }
+#endif
 
 // C (m, n) = A (m, depth) · B (depth, n) of panels, or added to it; depth is a multiple of PAIR
 static void product(long m, long n, long depth, const T* a, long a_row, const T* panels, float* c,
@@ -199,19 +318,34 @@ static void transpose(const void* from, long x_row, long m, long n, void* to, lo
           for (long c = j; c < std::min(j + 8, n); c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
+#ifdef BF16
+static const Bf16* as_bf16(const Bf16* x, long, Bf16*) { return x; }
+
+static const Bf16* as_bf16(const float* x, long n, Bf16* buffer) {
+  convert(x, n, buffer);
+  return buffer;
+}
+#endif
+
 // `rows` rows of B (n columns) as they lie in a panel of `width` columns, behind them zeros up to
 // `end` rows, all of an even number
 template <class From>
 static void pack_rows(const From* b, long row, long rows, long end, long n, T* panel, long width) {
+#ifdef BF16
+  Bf16 narrow[2 * PANEL];  // of another From no more columns than these
+#endif
   for (long k = 0; k < end; k += PAIR, panel += width * PAIR) {
 #ifdef BF16
-    const From *low = b + k * row, *high = low + row;
-    uint32_t* pairs = (uint32_t*)panel;
-    if (k + 1 < rows) {
+    const Bf16* pair[2];
+    for (long i = 0; i < 2; i++) {
+      pair[i] = k + i < rows ? as_bf16(b + (k + i) * row, n, narrow + i * PANEL) : nullptr;
+    }
+    uint32_t* words = (uint32_t*)panel;
+    if (pair[1])
 #pragma omp simd
-      for (long i = 0; i < n; i++) pairs[i] = narrow_bits(low[i]) | narrow_bits(high[i]) << 16;
-    } else
-      for (long i = 0; i < n; i++) pairs[i] = k < rows ? narrow_bits(low[i]) : 0;
+      for (long i = 0; i < n; i++) words[i] = pair[0][i].bits | (uint32_t)pair[1][i].bits << 16;
+    else
+      for (long i = 0; i < n; i++) words[i] = pair[0] ? pair[0][i].bits : 0;
 #else
     if (k < rows)
       convert(b + k * row, n, panel);
@@ -254,7 +388,7 @@ template <class From>
 static void turn(const From* x, long row, long rows, long n, T* y, long y_row) {
 #ifdef BF16
   static thread_local Scratch<T> pairs;
-  const long end = round_up(rows, PAIR);
+  const long end = round_up(rows, WHOLE);
   T* made = pairs(end * n);
   pack_rows(x, row, rows, end, n, made, n);
   transpose(made, n, end / PAIR, n, y, y_row / PAIR);
@@ -282,6 +416,7 @@ struct Turns {
   // Called by all threads of a team
   template <class Task>
   void take(Task task) {
+    const Tiles tiles;
     for (long k = 0; k < n_parts; k++) {
       const long part = (omp_get_thread_num() + k) % n_parts, end = begin(part + 1);
       long i;
