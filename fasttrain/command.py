@@ -47,6 +47,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on a CPU
         try:
             status = main(*args, **kwargs)
             sys.stdout.flush()

@@ -30,7 +30,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     real, before = in_cpp.run_in_cpp, torch.get_num_threads()
     monkeypatch.setattr(in_cpp, "is_fast", lambda _: True)  # bf16 anywhere
     monkeypatch.setattr(in_cpp, "_LEAST", 0)
-    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 0)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", defaultdict(int))
     monkeypatch.setattr(in_cpp, "_FEW", 700)
     monkeypatch.setattr(MODULE, "run_in_cpp", lambda h, *a: rows.append(h.shape[0]) or real(h, *a))
     yield rows
@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_as_in_torch(
     options = {"reduction": "none", "max_chunk_mib": 1.0}
     ours = outcome(linear_cross_entropy, hidden, weight, targets, **options)
     monkeypatch.setattr(in_cpp, "_LEAST", math.inf)
-    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", math.inf)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", defaultdict(lambda: math.inf))
     in_torch = outcome(linear_cross_entropy, hidden, weight, targets, **options)
     assert len(runs) == 2
     torch.testing.assert_close(ours, in_torch, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -202,7 +202,7 @@ def test_it_is_used_where_it_fits(
     arguments |= {"options": PLAIN} | change
     assert in_cpp.fits(**arguments) is yes
     monkeypatch.setattr(in_cpp, "_LEAST", 2**20)
-    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", 2**18)
+    monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", {torch.float32: 2**18})
     assert not in_cpp.fits(**arguments)
 
 

@@ -27,7 +27,8 @@ _ROWS = 512
 # Fewer logits are not worth the time that g++ takes.
 _LEAST = 2**20
 # Few columns: up to how many, above how many logits, and up to how many elements of the weight.
-_FEW, _LEAST_OF_FEW, _LARGEST_OF_FEW = 1024, 2**18, 2**20
+_FEW, _LARGEST_OF_FEW = 1024, 2**20
+_LEAST_OF_FEW = {torch.float32: 2**18, torch.bfloat16: 2**15}
 # With AVX-512 torch's own products of more columns are faster than these in parts. One core of a
 # Xeon with AMX, ms here and by torch: N=2048, D=256, V=4096 87 and 86 in fp32, 28 and 42 in bf16;
 # N=512, D=768, V=8192 154 and 117, 49 and 46. With AVX2 it is 1.13 times as fast (Zen 3).
@@ -65,16 +66,16 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
     return (
         hidden.dtype == weight.dtype
         and hidden.device.type == "cpu"
+        and is_fast(hidden.dtype)
         and bias is None
         and options.class_weight is None
         and dim % 16 == 0 < dim
         and (dim <= _WIDEST_OF_AVX512 or torch.backends.cpu.get_cpu_capability() != "AVX512")
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
-        and n_rows * n_cols > (_LEAST_OF_FEW if few else _LEAST)
+        and n_rows * n_cols > (_LEAST_OF_FEW[hidden.dtype] if few else _LEAST)
         and hidden.stride(1) == weight.stride(1) == 1
         and has_memory(hidden)
         and has_memory(weight)
-        and is_fast(hidden.dtype)
         and _library(hidden.dtype) is not None
     )
 
