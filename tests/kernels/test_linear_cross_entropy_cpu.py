@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path

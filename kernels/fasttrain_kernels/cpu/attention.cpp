@@ -10,20 +10,20 @@
 
 namespace attention {
 
-typedef const long* Strides;  // of B, T and heads; that of K is 1
-
 static const long SIDE = 64;
 
 struct Shape {
   long n_batch, t, n_heads, n_kv, dim, n_threads;
+  long q() const { return n_heads * dim; }
+  long qkv() const { return (n_heads + 2 * n_kv) * dim; }
+  // Of rows (M, n) the numbers of a token and a head
+  template <class Element>
+  Element* at(Element* x, long n, long b, long token, long head) const {
+    return x + (b * t + token) * n + head * dim;
+  }
   long blocks() const { return (t + SIDE - 1) / SIDE; }
   long count(long block) const { return std::min(SIDE, t - block * SIDE); }
 };
-
-template <class Element>
-static Element* rows_of(Element* x, Strides s, long b, long head, long first) {
-  return x + b * s[0] + first * s[1] + head * s[2];
-}
 
 // Blocks of keys or values, each (SIDE, K) packed as it is, or TURNED, with zeros behind the last
 template <bool TURNED>
@@ -52,11 +52,10 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
   return sum(sums);
 }
 
-static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, float* lse,
-                    Strides qs, Strides ks, Strides vs) {
+// y (M, Q) and lse of queries, keys and values side by side in heads (M, (H + 2G)·K)
+static void forward(const Shape& s, const T* heads, T* y, float* lse) {
   const float scale = 1 / std::sqrt((float)s.dim);
-  const long ys[] = {s.t * s.n_heads * s.dim, s.n_heads * s.dim, s.dim};
-  const long n_group = s.n_heads / s.n_kv, t_end = s.blocks() * SIDE;
+  const long n_group = s.n_heads / s.n_kv, t_end = s.blocks() * SIDE, n = s.qkv();
   Turns turns(s.n_batch * s.n_kv, s.n_threads);
 #pragma omp parallel num_threads(s.n_threads)
   turns.take([&](long task) {
@@ -66,25 +65,25 @@ static void forward(const Shape& s, const T* q, const T* k, const T* v, T* y, fl
     T *keys = turned_keys(t_end * s.dim), *values = packed_values(t_end * s.dim);
     T* p = weights(SIDE * t_end);
     float *scores = all_scores(SIDE * t_end), *out = outputs(SIDE * s.dim);
-    pack_blocks<true>(s, rows_of(k, ks, b, g, 0), ks[1], keys);
-    pack_blocks<false>(s, rows_of(v, vs, b, g, 0), vs[1], values);
+    pack_blocks<true>(s, s.at(heads, n, b, 0, s.n_heads + g), n, keys);
+    pack_blocks<false>(s, s.at(heads, n, b, 0, s.n_heads + s.n_kv + g), n, values);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)
       for (long block = 0; block < s.blocks(); block++) {
-        const long first = block * SIDE, n = s.count(block), end = first + SIDE;
-        const T* queries = rows_of(q, qs, b, h, first);
+        const long first = block * SIDE, rows = s.count(block), end = first + SIDE;
+        const T* queries = s.at(heads, n, b, first, h);
         for (long j = 0; j <= block; j++)
-          multiply(n, SIDE, s.dim, queries, qs[1], keys + j * SIDE * s.dim, SIDE, scores + j * SIDE,
+          multiply(rows, SIDE, s.dim, queries, n, keys + j * SIDE * s.dim, SIDE, scores + j * SIDE,
                    t_end, false);
         float sums[SIDE], peak;
-        for (long i = 0; i < n; i++) {
+        for (long i = 0; i < rows; i++) {
           sums[i] = soften(scores + i * t_end, first + i + 1, end, scale, p + i * t_end, peak);
           lse[(b * s.n_heads + h) * s.t + first + i] = peak * scale + std::log(sums[i]);
         }
         for (long j = 0; j <= block; j++)
-          multiply(n, s.dim, SIDE, p + j * SIDE, t_end, values + j * SIDE * s.dim, s.dim, out,
+          multiply(rows, s.dim, SIDE, p + j * SIDE, t_end, values + j * SIDE * s.dim, s.dim, out,
                    s.dim, j > 0);
-        for (long i = 0; i < n; i++) {
-          T* to = rows_of(y, ys, b, h, first + i);
+        for (long i = 0; i < rows; i++) {
+          T* to = s.at(y, s.q(), b, first + i, h);
           const float factor = 1 / sums[i];
           for (long c = 0; c < s.dim; c += LANES) set(to + c, get(out + i * s.dim + c) * factor);
         }
@@ -104,19 +103,16 @@ static void differentiate(In x, In dp, In lse, In delta, long first, float scale
   std::fill(d, d + first, T{});
 }
 
-static void backward(const Shape& s, const T* q, const T* k, const T* v, const T* y, In lse,
-                     const T* dy, T* dq, T* dk, T* dv, Strides qs, Strides ks, Strides vs,
-                     Strides ds) {
+// dheads of dy (M, Q)
+static void backward(const Shape& s, const T* heads, const T* y, In lse, const T* dy, T* dheads) {
   const float scale = 1 / std::sqrt((float)s.dim);
-  const long ys[] = {s.t * s.n_heads * s.dim, s.n_heads * s.dim, s.dim};  // of y and dq
-  const long gs[] = {s.t * s.n_kv * s.dim, s.n_kv * s.dim, s.dim};        // of dk and dv
-  const long n_group = s.n_heads / s.n_kv, side = SIDE * s.dim;
+  const long n_group = s.n_heads / s.n_kv, side = SIDE * s.dim, n = s.qkv(), q = s.q();
   Turns turns(s.n_batch * s.n_kv, s.n_threads);
 #pragma omp parallel num_threads(s.n_threads)
   turns.take([&](long task) {
     static thread_local Scratch<T> all_keys, operands;
     static thread_local Scratch<float> gradients, squares;
-    const long b = task / s.n_kv, g = task % s.n_kv;
+    const long b = task / s.n_kv, g = task % s.n_kv, key = s.n_heads + g, value = key + s.n_kv;
     T* packed_keys = all_keys(s.blocks() * side);
     T *qt = operands(4 * side + 3 * SIDE * SIDE), *dyt = qt + side, *q_packed = dyt + side;
     T *dy_packed = q_packed + side, *p = dy_packed + side, *d = p + SIDE * SIDE;
@@ -124,20 +120,20 @@ static void backward(const Shape& s, const T* q, const T* k, const T* v, const T
     float *dkeys = gradients((2 * s.blocks() + 1) * side), *dvalues = dkeys + s.blocks() * side;
     float *dqueries = dvalues + s.blocks() * side, *x = squares(2 * SIDE * SIDE);
     float *dp = x + SIDE * SIDE, delta[SIDE], lse1[SIDE];
-    pack_blocks<false>(s, rows_of(k, ks, b, g, 0), ks[1], packed_keys);
+    pack_blocks<false>(s, s.at(heads, n, b, 0, key), n, packed_keys);
     std::fill_n(dkeys, 2 * s.blocks() * side, 0.f);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)
       for (long block = 0; block < s.blocks(); block++) {
-        const long first = block * SIDE, n = s.count(block);
-        const T *queries = rows_of(q, qs, b, h, first), *dys = rows_of(dy, ds, b, h, first);
-        pack_turned(queries, qs[1], n, s.dim, qt, SIDE);
-        pack_turned(dys, ds[1], n, s.dim, dyt, SIDE);
-        pack_rows(queries, qs[1], n, SIDE, s.dim, q_packed, s.dim);
-        pack_rows(dys, ds[1], n, SIDE, s.dim, dy_packed, s.dim);
+        const long first = block * SIDE, rows = s.count(block);
+        const T *queries = s.at(heads, n, b, first, h), *dys = s.at(dy, q, b, first, h);
+        pack_turned(queries, n, rows, s.dim, qt, SIDE);
+        pack_turned(dys, q, rows, s.dim, dyt, SIDE);
+        pack_rows(queries, n, rows, SIDE, s.dim, q_packed, s.dim);
+        pack_rows(dys, q, rows, SIDE, s.dim, dy_packed, s.dim);
         std::fill_n(delta, SIDE, 0.f);
         std::fill_n(lse1, SIDE, INFINITY);  // queries that are not there weigh nothing
-        for (long i = 0; i < n; i++) {
-          const T *to = dys + i * ds[1], *of = rows_of(y, ys, b, h, first + i);
+        for (long i = 0; i < rows; i++) {
+          const T *to = dys + i * q, *of = s.at(y, q, b, first + i, h);
           Lanes dot = {};
           for (long c = 0; c < s.dim; c += LANES) dot += get(to + c) * get(of + c);
           delta[i] = sum(dot);
@@ -145,25 +141,25 @@ static void backward(const Shape& s, const T* q, const T* k, const T* v, const T
         }
         for (long j = 0; j <= block; j++) {
           const long n_keys = s.count(j);
-          const T *keys = rows_of(k, ks, b, g, j * SIDE), *values = rows_of(v, vs, b, g, j * SIDE);
-          multiply(n_keys, SIDE, s.dim, keys, ks[1], qt, SIDE, x, SIDE, false);
-          multiply(n_keys, SIDE, s.dim, values, vs[1], dyt, SIDE, dp, SIDE, false);
+          const T *keys = s.at(heads, n, b, j * SIDE, key), *values = s.at(heads, n, b, j * SIDE, value);
+          multiply(n_keys, SIDE, s.dim, keys, n, qt, SIDE, x, SIDE, false);
+          multiply(n_keys, SIDE, s.dim, values, n, dyt, SIDE, dp, SIDE, false);
           for (long i = 0; i < n_keys; i++)
             differentiate(x + i * SIDE, dp + i * SIDE, lse1, delta, j < block ? 0 : i, scale,
                           p + i * SIDE, d + i * SIDE);
           std::fill(d + n_keys * SIDE, d + SIDE * SIDE, T{});
           turn(d, SIDE, SIDE, SIDE, d_turned, SIDE);
-          multiply(n, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries, s.dim,
+          multiply(rows, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries, s.dim,
                    j > 0);
           multiply(n_keys, s.dim, SIDE, d, SIDE, q_packed, s.dim, dkeys + j * side, s.dim, true);
           multiply(n_keys, s.dim, SIDE, p, SIDE, dy_packed, s.dim, dvalues + j * side, s.dim, true);
         }
-        for (long i = 0; i < n; i++)
-          convert(dqueries + i * s.dim, s.dim, rows_of(dq, ys, b, h, first + i));
+        for (long i = 0; i < rows; i++)
+          convert(dqueries + i * s.dim, s.dim, s.at(dheads, n, b, first + i, h));
       }
     for (long i = 0; i < s.t; i++) {
-      convert(dkeys + i * s.dim, s.dim, rows_of(dk, gs, b, g, i));
-      convert(dvalues + i * s.dim, s.dim, rows_of(dv, gs, b, g, i));
+      convert(dkeys + i * s.dim, s.dim, s.at(dheads, n, b, i, key));
+      convert(dvalues + i * s.dim, s.dim, s.at(dheads, n, b, i, value));
     }
   });
 }

@@ -67,7 +67,7 @@ struct Forward {
 
 struct Backward : Forward {
   float *sums, *dmiddle;
-  T *dattended, *dq, *dk, *dv;
+  T *dattended, *dheads;
   // Operands of the gradients of weights: packed (M, n), and turned (n, M): see WeightGradient
   T *normed, *attended, *mlp_normed, *acts, *dqkv, *dmid, *dhidden, *dy;
   Backward(const Shape* s, char* start) : Forward(s, start) {
@@ -76,9 +76,7 @@ struct Backward : Forward {
     sums = parts.take<float>(s->chunks() * s->vectors());
     dmiddle = parts.take<float>(m * s->dim);
     dattended = parts.take<T>(m * s->q());
-    dq = parts.take<T>(m * s->q());
-    dk = parts.take<T>(m * s->kv * s->head_dim);
-    dv = parts.take<T>(m * s->kv * s->head_dim);
+    dheads = parts.take<T>(m * s->qkv());
     attended = parts.take<T>(packed * s->q());
     mlp_normed = normed = parts.take<T>(turned * s->dim);  // the one is used before the other
     acts = parts.take<T>(packed * s->hidden);
@@ -228,11 +226,15 @@ static void pack_weight(In w, long n_out, long n_in, T* panels) {
   const long n = BACK ? n_in : n_out, depth = BACK ? n_out : n_in;
 #pragma omp for schedule(static) nowait
   for (long j = 0; j < n; j += PANEL) {
-    const long width = std::min(PANEL, n - j);
+    static thread_local Scratch<T> narrow;
+    const long width = std::min(PANEL, n - j), rows = BACK ? depth : width, row = width * depth / rows;
+    T* part = narrow(width * depth);
+    for (long r = 0; r < rows; r++)
+      convert(w + (BACK ? r * n_in + j : (j + r) * n_in), row, part + r * row);
     if (BACK)
-      pack_rows(w + j, n_in, depth, depth, width, panels + j * depth, width);
+      pack_rows(part, row, depth, depth, width, panels + j * depth, width);
     else
-      pack_turned(w + j * n_in, n_in, width, depth, panels + j * depth, width);
+      pack_turned(part, row, width, depth, panels + j * depth, width);
   }
 }
 
@@ -298,9 +300,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
         const long row = first + r, at_angle = row % s->t * (k / 2), start = row * s->kv * k;
         float* to = wide;
         const T* raw = made.raw + row * n;
-        convert(space.dq + row * s->q(), s->q(), to);
-        convert(space.dk + start, s->kv * k, to + s->q());
-        convert(space.dv + start, s->kv * k, to + s->q() + s->kv * k);
+        convert(space.dheads + row * n, n, to);
         for (long h = 0; h < s->heads + s->kv; h++, to += k, raw += k) {
           if (p->cos) rotate(to, p->cos + at_angle, p->sin + at_angle, k, -1);
           if (!p->q_norm) continue;
@@ -434,12 +434,9 @@ static attention::Shape attention_of(const Shape* s) {
 static void forward(const Shape* s, const Inputs* p, char* saved, char* start, float* y) {
   Saved made(s, p, saved);
   Forward space(s, start);
-  const long n = s->qkv(), strides[] = {s->t * n, n, s->head_dim};
-  const T* key = made.heads + s->q();
   pack_weights<false>(s, p, space);
   enter(s, p, made, space);
-  attention::forward(attention_of(s), made.heads, key, key + s->kv * s->head_dim, made.attended,
-                     made.lse, strides, strides, strides);
+  attention::forward(attention_of(s), made.heads, made.attended, made.lse);
   leave(s, p, made, y, space);
 }
 
@@ -448,14 +445,11 @@ static void backward(const Shape* s, const Inputs* p, char* saved, char* start, 
                      const Gradients* o) {
   Saved made(s, p, saved);
   Backward space(s, start);
-  const long n = s->qkv(), k = s->head_dim, q = s->q();
-  const long strides[] = {s->t * n, n, k}, dense[] = {s->t * q, q, k};
-  const T* key = made.heads + q;
+  const long k = s->head_dim;
   pack_weights<true>(s, p, space);
   leave_back(s, p, made, o, dy, space);
-  attention::backward(attention_of(s), made.heads, key, key + s->kv * k, made.attended, made.lse,
-                      space.dattended, space.dq, space.dk, space.dv, strides, strides, strides,
-                      dense);
+  attention::backward(attention_of(s), made.heads, made.attended, made.lse, space.dattended,
+                      space.dheads);
   enter_back(s, p, made, o, space);
   float *vectors[] = {o->norm, o->q_norm, o->k_norm, o->mix, o->mlp_norm}, *sums = space.sums;
   const long sizes[] = {s->dim, k, k, 2, s->dim};
