@@ -50,6 +50,12 @@ def native_bf16(device: torch.device) -> bool:
     return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def may_use_amx() -> bool:
+    """Ask for the tiles of AMX, and return whether this process has them. Unknown: False."""
+    granted: bool = _private("cpu._init_amx", lambda: False)()
+    return granted
+
+
 def is_being_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
     peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)

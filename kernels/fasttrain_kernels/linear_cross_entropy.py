@@ -517,8 +517,9 @@ def linear_cross_entropy(
         require a gradient have one computed, and in evaluation none. Deterministic. Differentiable
         once.
 
-    Memory: logits of one chunk (twice in half precision on a CPU), and the gradients. On a CPU up
-        to 2²⁰ logits in fp32 or fp64 are kept for backward, unless ``max_chunk_mib`` is given.
+    Memory: logits of one chunk (twice in half precision on a CPU), and the gradients; two packed
+        copies of the weight where C++ computes it. On a CPU up to 2²⁰ logits in fp32 or fp64 are
+        kept for backward, unless ``max_chunk_mib`` is given.
     """
     name = "linear_cross_entropy"
     _check_shapes(hidden, weight, bias)

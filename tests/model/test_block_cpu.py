@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fasttrain_kernels import cpu as _cpu
 from fasttrain_kernels.cpu import blocks as block_cpu
 from fasttrain_kernels.cpu.blocks import run_blocks_on_cpu
@@ -124,6 +125,24 @@ def test_bf16_is_as_exact_as_torchs(rows: int, t: int, options: dict[str, Any]) 
         # The error of a few numbers, each a sum over all tokens, is a matter of chance.
         most = 1.05 if own.numel() > 64 else 3
         assert float((own - true).norm()) <= most * float((other - true).norm()), name
+
+
+@needs_it
+def test_torchs_own_products_take_turns_with_it() -> None:
+    """A thread has one configuration of AMX's tiles, which both set: here, for parts of tiles."""
+    blocks, arguments, given = blocks_of(2, 40, **BASE, head_dim=16)
+    a, b = torch.randn(100, 72).bfloat16(), torch.randn(72, 40).bfloat16()
+    query = torch.randn(1, 4, 50, 24).bfloat16()
+
+    def both() -> list[Tensor]:
+        made = outcome(in_bf16(run_blocks_on_cpu), blocks, arguments, given)
+        attended = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+        return [*made, a @ b, attended]
+
+    first = both()
+    torch.testing.assert_close(first[-2].float(), a.float() @ b.float(), rtol=2e-2, atol=2e-2)
+    for again in (both(), both()):
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 @needs_it

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .._torch import native_bf16
+from .._torch import may_use_amx, native_bf16
 
 # Matrix products, which other sources are compiled behind.
 PRODUCT = Path(__file__).parent / "product.h"
@@ -78,8 +78,7 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     if dtype == torch.bfloat16:
         vectors += ("-DBF16",)
         if native_bf16(torch.device("cpu")):
-            vectors += ("-mavx512bf16",) * torch.cpu._is_avx512_bf16_supported()
-            vectors += ("-mamx-tile", "-mamx-bf16") * torch.cpu._init_amx()
+            vectors += ("-mavx512bf16", *(["-mamx-tile", "-mamx-bf16"] if may_use_amx() else []))
     command = (compiler() or "g++", *vectors)
     key = hashlib.sha256("\n".join((*command, *FLAGS, text)).encode()).hexdigest()[:32]
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")

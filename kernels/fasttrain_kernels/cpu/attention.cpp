@@ -35,8 +35,8 @@ static void pack_blocks(const Shape& s, const T* x, long row, T* packed) {
       pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed, s.dim);
 }
 
-// p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum. Loops run
-// over whole vectors: of scores that end, or begin, within one, the rest is hidden.
+// p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum. Loops
+// run over whole vectors: of scores that end, or begin, within one, the rest is hidden.
 static float soften(float* x, long n, long end, float scale, T* p, float& most) {
   const long whole = round_up(n, LANES);
   std::fill(x + n, x + whole, -INFINITY);
@@ -141,9 +141,9 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
         }
         for (long j = 0; j <= block; j++) {
           const long n_keys = s.count(j);
-          const T *keys = s.at(heads, n, b, j * SIDE, key), *values = s.at(heads, n, b, j * SIDE, value);
-          multiply(n_keys, SIDE, s.dim, keys, n, qt, SIDE, x, SIDE, false);
-          multiply(n_keys, SIDE, s.dim, values, n, dyt, SIDE, dp, SIDE, false);
+          multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, key), n, qt, SIDE, x, SIDE, false);
+          multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, value), n, dyt, SIDE, dp, SIDE,
+                   false);
           for (long i = 0; i < n_keys; i++)
             differentiate(x + i * SIDE, dp + i * SIDE, lse1, delta, j < block ? 0 : i, scale,
                           p + i * SIDE, d + i * SIDE);

@@ -1,7 +1,7 @@
 // Blocks of the Transformer on a CPU, forward and backward. Compiled behind product.h and
 // attention.cpp.
 //
-// A task is some rows, of a token each, taken through norm, product and activation while they are in the cache.
+// A task is some rows, of a token each, taken through norm, product and activation in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
 // are left as one sum for each task. So results do not depend on the number of threads.
 // The residual stream, norms and activations are fp32; in T is what products take, and what is saved
@@ -187,14 +187,14 @@ static void activate(const Shape* s, long rows, long n, In h, T* kept, In da, T*
                      : activate<SWIGLU, BACK>)(rows, n, s->hidden, h, kept, da, a, a_row, dh);
 }
 
-// What is to be the gradient of a weight: aᵀ·b of a turned (n_rows, M) and b packed (M, n), or TURNED
-// its transpose: the narrower operand is the one to be turned.
+// What is to be the gradient of a weight, or TURNED its transpose: aᵀ·b of a turned (n_rows, M) and b
+// packed (M, n). The narrower operand is the one to be turned.
 struct WeightGradient {
   const T *a, *b;
   long n_rows, n;
   float* dw;
   bool turned = false;
-  static const long HEIGHT = PAIR == 1 ? 64 : 256, COLUMNS = PAIR == 1 ? 256 : 128;  // the part that is one task
+  static const long HEIGHT = PAIR == 1 ? 64 : 256, COLUMNS = PAIR == 1 ? 256 : 128;  // of a task
   long n_down() const { return (n_rows + HEIGHT - 1) / HEIGHT; }
   long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
 };
@@ -227,7 +227,8 @@ static void pack_weight(In w, long n_out, long n_in, T* panels) {
 #pragma omp for schedule(static) nowait
   for (long j = 0; j < n; j += PANEL) {
     static thread_local Scratch<T> narrow;
-    const long width = std::min(PANEL, n - j), rows = BACK ? depth : width, row = width * depth / rows;
+    const long width = std::min(PANEL, n - j), rows = BACK ? depth : width;
+    const long row = BACK ? width : depth;
     T* part = narrow(width * depth);
     for (long r = 0; r < rows; r++)
       convert(w + (BACK ? r * n_in + j : (j + r) * n_in), row, part + r * row);

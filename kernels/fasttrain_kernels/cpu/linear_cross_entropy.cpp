@@ -108,14 +108,13 @@ static void pack_weight(const Shape* s, const Tensors* t, const Space& made, lon
 }
 
 // Logits of a block of columns for rows from the first on, and what is known of each from them
-static void enter(const Shape* s, const Space& made, long block, long first,
-                  long end_row, const T* h, long h_row) {
+static void enter(const Shape* s, const Space& made, long block, long first, long end_row) {
   const long d = s->dim, n = s->columns(block);
   const T* panels = made.turned_weight + block * s->width * d;
   for (; first < end_row; first += AT_A_TIME) {
     const long some = std::min(AT_A_TIME, end_row - first);
     float* logits = made.logits + (block * s->chunk + first) * s->width;
-    product(some, round_up(n, 16), d, h + first * h_row, h_row, panels, logits, s->width);
+    product(some, round_up(n, 16), d, made.hidden + first * d, d, panels, logits, s->width);
     for (long r = 0; r < some; r++)
       made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s);
   }
@@ -173,8 +172,8 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
         (s->softcap ? differentiate<true> : differentiate<false>)(
             x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
       if (t->dhidden)
-        product(some, d, end, (const T*)x, x_row, made.weight + column * d, made.sums + (part * s->chunk + first) * d,
-                d, block > from);
+        product(some, d, end, (const T*)x, x_row, made.weight + column * d,
+                made.sums + (part * s->chunk + first) * d, d, block > from);
     }
   }
 }
@@ -204,23 +203,21 @@ static void compute(const Shape* s, const Tensors* t, char* space) {
     for (long start = 0; start < s->n; start += s->chunk) {
       const long rows = std::min(s->chunk, s->n - start), depth = round_up(rows, WHOLE);
       const long groups = s->groups(rows), group = s->group();
-      const T* h = t->kept ? made.hidden : t->hidden + start * s->hidden_row;
-      const long h_row = t->kept ? d : s->hidden_row;
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++) {
         made.rows[r].of = t->row(start + r);
-        if (t->kept) std::copy_n(t->hidden + t->row(start + r) * s->hidden_row, d, made.hidden + r * d);
+        std::copy_n(t->hidden + made.rows[r].of * s->hidden_row, d, made.hidden + r * d);
       }
       if (t->dweight) {
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < d; j += PANEL)
-          pack_rows(h + j, h_row, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
+          pack_rows(made.hidden + j, d, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
                     std::min(PANEL, d - j));
       }
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < s->blocks() * groups; i++) {
         const long first = i % groups * group;
-        enter(s, made, i / groups, first, std::min(rows, first + group), h, h_row);
+        enter(s, made, i / groups, first, std::min(rows, first + group));
       }
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++) join(s, t, made, r);
