@@ -176,7 +176,7 @@ def test_it_takes_the_memory_of_a_chunk_of_logits(
     chunk, width, parts = in_cpp._layout(n, dim, n_cols, rows, most_columns)
     held = chunk * (8 + -(-n_cols // width) * (width + 3) + (parts + 2) * dim)
     assert held <= rows * n_cols
-    assert (chunk % 16, width % 32) == (0, 0) and width <= most_columns
+    assert (chunk % 16, width % 32, width <= most_columns) == (0, 0, True)
     assert min(parts, chunk / 16) >= 4
     assert in_cpp._layout(n, dim, 65, rows, most_columns)[1:] == (96, 1)
 
