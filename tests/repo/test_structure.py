@@ -44,6 +44,7 @@ FLOORS = [
     {"distributed", "report", "corpus"},
     {"checkpoint"},
     {"engine", "generate"},
+    {"harness"},
     {"run", "hf", "objective", "library_state"},
     {"library", "diagnosis", "verify_resume"},
     {"preflight"},
