@@ -176,8 +176,9 @@ def load_tasks(
     The YAML files in ``folder`` come before the harness's own. ``n_fewshot``: examples in a
     context, unless a task says 0. Raises UserError if a task is unknown or cannot be loaded.
     """
-    for module in (harness, harness_task):
-        module.tqdm = partial(module.tqdm, disable=quiet)  # its progress bars
+    if quiet:  # without progress bars
+        harness.tqdm = harness_task.tqdm = lambda items, **_: items
+        harness_task.datasets.disable_progress_bars()
     failure = ""
     for defaults in (False, True)[folder is None :]:  # the harness's own are 14,000 files
         manager = TaskManager(include_path=folder, include_defaults=defaults)

@@ -52,9 +52,9 @@ class Run:
     config: TrainConfig | None  # None: the library's Trainer writes none
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
-    tasks: list[dict[str, Any]] = field(default_factory=list)
     made_by: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Curve(NamedTuple):
