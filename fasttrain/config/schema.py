@@ -335,7 +335,7 @@ class EvalConfig(Section):
     tasks_path: str | None = key(
         None, "folder of task files (YAML) that come before the harness's own", pattern=_PATH
     )
-    tasks_every_evals: int = key(1, "evaluations per one with eval.tasks, as the last is", ge=1)
+    tasks_every_evals: int = key(1, "run the tasks at every n-th evaluation, and at the last", ge=1)
     tasks_limit: int | None = key(None, "first documents of each task to use (none: all)", ge=1)
     patience: int | None = key(
         None, "end the run after this many evaluations without an improvement (none: never)", ge=1
