@@ -1,7 +1,4 @@
-"""Scores of a trained model on lm-eval's tasks: ``python -m fasttrain.evaluate RUN --tasks …``.
-
-Needs the package lm_eval, EleutherAI's lm-evaluation-harness.
-"""
+"""Scores of a model on lm-eval's tasks: ``python -m fasttrain.evaluate RUN --tasks …``."""
 
 import importlib.util
 import json
@@ -52,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=options.batch_size,
         precision=resolve_precision(options.dtype, device),
     )
-    results = lm.run(tasks, limit=options.limit, bootstrap_iters=1000)
-    if options.out:
-        text = json.dumps(results, indent=2, default=str)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    results = lm.run(tasks, options.limit, n_bootstrap=1000)
     print(make_table(results))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", "utf-8")
     return 0
 
 

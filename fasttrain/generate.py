@@ -178,7 +178,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt's tokens; an empty one starts a new document."""
     ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
     if not ids and end is None:
-        raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
+        raise UserError(
+            "the tokenizer has no end-of-text token to start from; give a --prompt, or tasks with "
+            "a context"
+        )
     return ids or [end or 0]
 
 

@@ -57,16 +57,14 @@ class HarnessModel(harness.TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._device = self.model.embedding.weight.device
 
-    def run(self, tasks: Any, *, limit: int | None, bootstrap_iters: int = 0) -> dict[str, Any]:
-        """Return the harness's results on the first ``limit`` documents of each task (None: all).
+    def run(self, tasks: Any, limit: int | None, n_bootstrap: int = 0) -> Any:
+        """Return lm-eval's results on what `load_tasks` gave, on ``limit`` documents of each task.
 
-        ``tasks`` are from `load_tasks`. Without ``bootstrap_iters`` there are no standard errors.
+        Standard errors are computed from ``n_bootstrap`` samples, or not at all.
         """
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(SEED)  # the same examples each time
-        options = {"limit": limit, "bootstrap_iters": bootstrap_iters, "log_samples": False}
-        results: dict[str, Any] = evaluate(self, tasks, **options)
-        return results
+        return evaluate(self, tasks, limit=limit, bootstrap_iters=n_bootstrap, log_samples=False)
 
     @property
     def eot_token_id(self) -> int:
@@ -77,15 +75,15 @@ class HarnessModel(harness.TemplateLM):  # type: ignore[misc]
         """Return the tokens of a text."""
         ids = encode(self.tokenizer, string, special_tokens=add_special_tokens is not False)
         if string and not ids:
-            said = f"the tokenizer has no token for {show(string)}; use tasks in its characters"
-            raise UserError(said)
+            raise UserError(
+                f"no token for any of {show(string)}; use tasks in the model's alphabet"
+            )
         return ids
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation in nats, and whether greedy gives it.
 
-        Each token is predicted once, from as many before it as fit: a continuation longer than the
-        model's ``seq_len`` takes several inputs, each with one token at least before it.
+        Each token counts once; those beyond the model's ``seq_len`` are computed in further inputs.
         """
         # Requests that differ in the last token alone, as A, B and C, share an input.
         uses, size = defaultdict[Any, list[Any]](list), self.model.seq_len
@@ -130,19 +128,18 @@ class HarnessModel(harness.TemplateLM):  # type: ignore[misc]
 
         What of a context leaves no room for the answer is cut off on the left, half at the most.
         """
-        groups = defaultdict[str, list[tuple[int, list[int]]]](list)
+        groups, texts = defaultdict[str, list[Any]](list), dict[int, str]()
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0]) or [self.eot_token_id]
             groups[json.dumps(request.args[1], sort_keys=True)].append((number, ids))
-        texts: dict[int, str] = {}
         for said, prompts in groups.items():
             options = normalize_gen_kwargs(json.loads(said), MAX_NEW_TOKENS)
             n_new = options["max_new_tokens"] = options.pop("max_gen_toks")
             options["stop"] = [text for text in options.pop("until") if text]
             options["greedy"] = not options.pop("do_sample")
             room = max(1, self.model.seq_len // 2, self.model.seq_len - n_new)
-            cut = sorted(((n, ids[-room:]) for n, ids in prompts), key=lambda p: -len(p[1]))
-            texts |= dict(self._answers(cut, partial(self._continue, **options)))
+            prompts = sorted(((n, ids[-room:]) for n, ids in prompts), key=lambda p: -len(p[1]))
+            texts |= self._answers(prompts, partial(self._continue, **options))
         return [texts[number] for number in range(len(requests))]
 
     def _continue(self, batch: Sequence[Any], **options: Any) -> Iterable[tuple[int, str]]:
@@ -164,23 +161,22 @@ class HarnessModel(harness.TemplateLM):  # type: ignore[misc]
                 raise Stopped
             with torch.no_grad(), self.precision.autocast():
                 answers.append(answer(batches[min(first + world.rank, len(batches) - 1)]))
-        of_batches = list(chain(*zip(*world.gather(answers), strict=True)))[: len(batches)]
-        return chain(*of_batches)
+        return chain(*list(chain(*zip(*world.gather(answers), strict=True)))[: len(batches)])
 
 
 def load_tasks(
     names: Sequence[str], folder: str | None, *, n_fewshot: int | None = None, quiet: bool = False
 ) -> Any:
-    """Return tasks, groups and tags, also by pattern, with their documents, for `HarnessModel.run`.
+    """Return tasks, of groups, tags and patterns too, with their documents, for `HarnessModel.run`.
 
-    The YAML files in ``folder`` come before the harness's own. ``n_fewshot``: examples in a
-    context, unless a task says 0. Raises UserError if a task is unknown or cannot be loaded.
+    The YAML files in ``folder`` come before lm-eval's own. ``n_fewshot``: examples in a context,
+    unless a task says 0. Raises UserError if a task is unknown or cannot be loaded.
     """
     if quiet:  # without progress bars
         harness.tqdm = harness_task.tqdm = lambda items, **_: items
         harness_task.datasets.disable_progress_bars()
     failure = ""
-    for defaults in (False, True)[folder is None :]:  # the harness's own are 14,000 files
+    for defaults in (False, True)[folder is None :]:  # its own are 14,000 files
         manager = TaskManager(include_path=folder, include_defaults=defaults)
         try:
             found = [manager.match_tasks([name]) or [name] for name in names]

@@ -88,20 +88,23 @@ class Reporter:
         if self.console:
             self.console.train(row)
 
-    def evaluation(self, result: dict[str, float | None], scores: dict[str, float]) -> None:
-        """Write the result of an evaluation, and scores on tasks if there are any."""
+    def evaluation(self, result: dict[str, float | None]) -> None:
+        """Write the result of an evaluation."""
         row = {"step": self.state.step, **result}
         if self.sinks:
             self.sinks.write("eval", row)
-            if scores:
-                self.sinks.write("tasks", {"step": self.state.step, **scores})
         if self.console:
             loss, lowest = result["val_loss"], self.state.best_val_loss
             best = loss is not None and loss < lowest < math.inf  # the first says nothing
             self.console.evaluation({**row, "best": best})
-            if scores:
-                shown = (f"{name} {score:.4f}" for name, score in scores.items())
-                self.console.note(f"tasks {self.state.step:>7}  {'  '.join(shown)}")
+
+    def tasks(self, scores: dict[str, float]) -> None:
+        """Write scores on ``eval.tasks``."""
+        if self.sinks:
+            self.sinks.write("tasks", {"step": self.state.step, **scores})
+        if self.console:
+            shown = (f"{name} {score:.4f}" for name, score in scores.items())
+            self.console.note(f"tasks {self.state.step:>7}  {'  '.join(shown)}")
 
     def sample(self, prompt: str, text: str) -> None:
         """Write a prompt and how the model continued it."""

@@ -340,7 +340,9 @@ class Trainer:
         state.eval_due, state.last_eval = not result, result
         if state.eval_due:  # it was cut off: it is made up for when the run is resumed
             return {}
-        self.reporter.evaluation(result, scores)
+        self.reporter.evaluation(result)
+        if scores:
+            self.reporter.tasks(scores)
         loss = state.last_eval["val_loss"]
         state.val_losses.append(math.inf if loss is None else loss)
         state.best_val_loss = min(state.best_val_loss, state.val_losses[-1])

@@ -325,7 +325,7 @@ def _task_scorer(
     def score(model: Transformer, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         lm = HarnessModel(model=model, should_stop=should_stop, **options)
         try:
-            return scores(lm.run(tasks, limit=config.eval.tasks_limit))
+            return scores(lm.run(tasks, config.eval.tasks_limit))
         except Stopped:
             return None
         except Exception as error:  # of a task; the run is worth more

@@ -49,7 +49,7 @@ metric_list:
 
 
 def write_tasks(folder: Path) -> Path:
-    """Write the tasks, a group of two of them, and one whose data are lost; return the folder."""
+    """Write the tasks, a group of two and one with a mean, and a task whose data are lost."""
     rows = {"choices": QUESTIONS, "answers": QUESTIONS, "texts": [{"text": t} for t in TEXTS]}
     for name, text in KINDS.items():
         file = folder / f"{name}.jsonl"
@@ -60,4 +60,7 @@ def write_tasks(folder: Path) -> Path:
     (folder / "lost.yaml").write_text(head + KINDS["choices"])
     group = {"group": "both", "task": ["choices", "answers"], "metadata": {"version": 1.0}}
     (folder / "both.yaml").write_text(json.dumps(group))
+    mean = {"metric": "acc", "weight_by_size": True}
+    group |= {"group": "mean", "task": ["choices"], "aggregate_metric_list": [mean]}
+    (folder / "mean.yaml").write_text(json.dumps(group))
     return folder

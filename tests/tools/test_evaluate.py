@@ -115,11 +115,11 @@ def test_scores_are_those_of_the_exported_model_under_lm_eval(
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert lm.generate_until(CONTEXTS) == theirs.generate_until(CONTEXTS)
     loaded = load_tasks(["choices", "texts", "answers"], str(tasks), n_fewshot=1)
-    found, expected = (scores(HarnessModel.run(m, loaded, limit=None)) for m in (lm, theirs))
+    found, expected = (scores(HarnessModel.run(m, loaded, None)) for m in (lm, theirs))
     assert found == pytest.approx(expected, abs=1e-4)
     names = ["choices/acc", "choices/acc_norm", "texts/bits_per_byte", "answers/exact_match"]
     assert sorted(found) == sorted(names)
-    again = scores(HarnessModel.run(lm, loaded, limit=None))
+    again = scores(HarnessModel.run(lm, loaded, None))
     assert again == found, "the same examples are in the contexts each time"
 
 
@@ -172,8 +172,18 @@ def test_what_the_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
     assert lm.loglikelihood(requests(("the", " fox")))[0][0] < 0.0
     with pytest.raises(UserError, match="no end-of-text token"):
         lm.loglikelihood(requests(("", "fox")))
-    with pytest.raises(UserError, match=r'no token for "12"'):
+    with pytest.raises(UserError, match=r'no token for any of "12"'):
         lm.loglikelihood(requests(("12", " fox")))
+
+
+def test_of_a_group_with_a_mean_the_mean_alone_counts(tasks: Path, tmp_path: Path) -> None:
+    from fasttrain.harness import load_tasks, scores
+
+    lm = ours(make(tmp_path / "run"))
+    found = [scores(lm.run(load_tasks([name], str(tasks)), None)) for name in ("mean", "choices")]
+    assert found[0] == {"mean/acc": found[1]["choices/acc"]}
+    results = {"results": {"a": {"name": "a", "f1,strict": 0.5, "f1_stderr,strict": "N/A"}}}
+    assert scores({**results, "group_subtasks": {}}) == {"a/f1/strict": 0.5}
 
 
 # ---- the command ---------------------------------------------------------------------------------
