@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": "turn text into a dataset",
     "preflight": "report parameters, memory and time of a run before it starts",
     "generate": "generate text with a trained model",
+    "evaluate": "score a trained model on tasks of lm-evaluation-harness",
     "report": "draw the curves of runs as one HTML page",
     "checkpoint": "list and verify checkpoints",
     "hf": "import from and export to Hugging Face",

@@ -9,7 +9,7 @@ Legend: B batch, T prompt tokens, V vocabulary.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +77,30 @@ def sample_tokens(
 
 @torch.no_grad()
 def stream(
-    model: Transformer, tokens: Tensor, *, max_new_tokens: int, **sampling: Any
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    lengths: Sequence[int] = (),
+    **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Yield what `generate` appends to ``tokens``, one (B,) at a time, as it is drawn."""
+    """Yield what `generate` appends to ``tokens``, one (B,) at a time, as it is drawn.
+
+    ``lengths`` of the rows' prompts, if they differ: the rows are padded on the right. The stream
+    then begins after the shortest prompt, and a longer one continues with its own tokens first.
+    """
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; start "
             "an empty prompt with the end-of-text token"
         )
-    limit = model.seq_len
-    recent = tokens[:, -limit:]  # not in the cache, or to be encoded again when it is full
-    cache = model.new_cache(tokens.shape[0], min(limit, recent.shape[1] + max_new_tokens))
+    limit, (n_rows, longest) = model.seq_len, tokens.shape
+    first = min(lengths, default=longest)
+    ends = torch.tensor(lengths or [first] * n_rows, device=tokens.device)
+    recent = tokens[:, :first][:, -limit:]  # not in the cache, or encoded again when it is full
+    cache = model.new_cache(n_rows, min(limit, longest + max_new_tokens))
     pending = recent
-    for _ in range(max_new_tokens):
+    for position in range(first, longest + max_new_tokens):
         if cache.length + pending.shape[1] > limit:
             cache.length, cache.last_tokens = 0, None
             pending = recent = recent[:, -max(1, limit // 2) :]
@@ -101,6 +112,8 @@ def stream(
                 "a lower optim.lr"
             )
         drawn = sample_tokens(logits, **sampling)
+        if position < longest:
+            drawn = torch.where(position < ends, tokens[:, position], drawn)
         yield drawn
         pending = drawn[:, None]
         recent = torch.cat([recent, pending], dim=1)
@@ -165,7 +178,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt's tokens; an empty one starts a new document."""
     ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
     if not ids and end is None:
-        raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
+        raise UserError(
+            "the tokenizer has no end-of-text token to start from; give a --prompt, or tasks with "
+            "a context"
+        )
     return ids or [end or 0]
 
 
@@ -204,30 +220,34 @@ class Decoder:
 def stream_texts(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    agreed: Callable[[bool], bool] | None = None,
     **sampling: Any,
 ) -> Iterator[tuple[int, str]]:
-    """Yield the number of a prompt and a piece of the text that follows it, as it is drawn.
+    """Yield the number of a prompt, given in tokens, and a piece of its text, as it is drawn.
 
-    A text ends before the first of ``stop``, or at the end of the document. Prompts of equal length
-    in tokens are computed together: without padding, each sees itself alone. The numbers drawn
-    depend on all prompts and on the generator.
+    A text ends before the first of ``stop``, or at the end of the document. The prompts, of any
+    lengths, are computed together, and each sees itself alone. The numbers drawn depend on all
+    prompts and on the generator. ``agreed`` is told after each forward pass whether all texts have
+    ended, and returns whether to end, so that ranks of a sharded model do so together.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for length in sorted({len(ids) for ids in encoded}):
-        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        decoders = [Decoder(tokenizer, encoded[i], stop) for i in rows]
-        tokens = torch.tensor([encoded[i] for i in rows], device=model.embedding.weight.device)
-        drawn = stream(model, tokens, max_new_tokens=max_new_tokens, **sampling)
-        for number, column in enumerate(drawn, start=1):
-            for i, decoder, token in zip(rows, decoders, column.tolist(), strict=True):
-                if not decoder.ended:
-                    yield i, decoder.push(token, last=number == max_new_tokens)
-            if all(decoder.ended for decoder in decoders):
-                break
+    prompts = [list(ids[-model.seq_len :]) for ids in prompts]
+    decoders = [Decoder(tokenizer, ids, stop) for ids in prompts]
+    lengths = [len(ids) for ids in prompts]
+    rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
+    tokens = torch.tensor(rows, device=model.embedding.weight.device)
+    n = max_new_tokens if agreed is None else sys.maxsize
+    drawn = stream(model, tokens, max_new_tokens=n, lengths=lengths, **sampling)
+    for position, column in enumerate(drawn, start=min(lengths)):
+        for i, (decoder, token) in enumerate(zip(decoders, column.tolist(), strict=True)):
+            if position >= lengths[i] and not decoder.ended:
+                yield i, decoder.push(token, last=position + 1 == lengths[i] + max_new_tokens)
+        ended = all(decoder.ended for decoder in decoders)
+        if ended if agreed is None else agreed(ended):
+            break
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -264,6 +284,24 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     return model.to(device).eval(), loaded.path
 
 
+def load_with_tokenizer(
+    run: Path, device: torch.device, which: str, path: Path | None
+) -> tuple[Transformer, Tokenizer]:
+    """Return what `load_model` returns, and the run's tokenizer, or the one at ``path``."""
+    model, folder = _load(run, device, which)
+    run_dir = folder.parent.parent
+    if path is None and not (run_dir / "tokenizer.json").is_file():
+        raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
+    path = path or run_dir / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise UserError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
+            "give the tokenizer that its data was made with"
+        )
+    return model, tokenizer
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -282,24 +320,15 @@ def _run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     device = resolve_device(options.device)
-    model, folder = _load(options.run, device, options.which)
-    run_dir = folder.parent.parent
-    path = options.tokenizer or run_dir / "tokenizer.json"
-    if not path.is_file() and options.tokenizer is None:
-        raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.get_vocab_size() > model.vocab_size:
-        raise UserError(
-            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
-            "give the tokenizer that its data was made with"
-        )
+    model, tokenizer = load_with_tokenizer(options.run, device, options.which, options.tokenizer)
     shown = clean if sys.stdout.isatty() else str
     sampling |= {"max_new_tokens": options.max_tokens, "stop": options.stop}
 
     def pieces(*prompts: str) -> Iterator[tuple[int, str]]:
         """Return the pieces of texts; the same seed and prompts give the same texts."""
         generator = torch.Generator(device).manual_seed(options.seed)
-        return stream_texts(model, tokenizer, prompts, generator=generator, **sampling)
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        return stream_texts(model, tokenizer, encoded, generator=generator, **sampling)
 
     def say(prompt: str) -> None:
         for _, piece in pieces(prompt):

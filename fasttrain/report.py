@@ -54,6 +54,7 @@ class Run:
     evals: list[dict[str, Any]]
     made_by: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Curve(NamedTuple):
@@ -88,8 +89,9 @@ def read_run(path: Path) -> Run:
             row = parse_json(line, file, "")
             if row.get("kind") == "run":
                 made_by.append({k: v for k, v in row.items() if type(v) in (str, int, bool)})
+            known = row.get("kind") == "tasks" or row.keys() & {"loss", "val_loss"}
             row = {k: v for k, v in row.items() if k == "time" or not misfit(_Number, v)}
-            rows += [row] if row.keys() & {"loss", "val_loss"} else []
+            rows += [row] if known else []
     if problem := misfit(list[_Row], rows, "lines"):
         raise UserError(f"{file}: of its {problem}; remove that line")
     run = Run(path.resolve().name, config, [], [], made_by)
@@ -105,7 +107,8 @@ def read_run(path: Path) -> Run:
             run.train.append(row)
         elif run.train:
             last = run.train[-1]
-            run.evals.append(row | {k: last.get(k) for k in ("tokens", "minutes", "flops")})
+            row |= {k: last.get(k) for k in ("tokens", "minutes", "flops")}
+            (run.evals if "val_loss" in row else run.tasks).append(row)
     if not run.train:
         raise UserError(f"{file}: no training step is logged yet")
     samples = path / "samples.txt"
@@ -198,6 +201,10 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         if scale == "log" and max(known) < 3 * min(known):  # there would be a tick or none
             scale = "normal"
         found.append(Panel(title, curves, scale))
+    scored = [run.tasks for run in runs]
+    for name in dict.fromkeys(k for rows in scored for row in rows for k in row if "/" in k):
+        curves = [Curve(n, rows, _column(rows, name), "points") for n, rows in enumerate(scored)]
+        found.append(Panel(name, curves))
     for n, rows in enumerate(steady):
         if any(row.get("optimizer_ms") for row in rows):
             of = f": {runs[n].name}" if len(runs) > 1 else ""

@@ -329,6 +329,14 @@ class EvalConfig(Section):
     sample_tokens: int = key(128, "tokens per sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
     top_k: int | None = key(50, "sample from the k most likely tokens (none: from all)", ge=1)
+    tasks: tuple[str, ...] = key(
+        (), "tasks of lm-evaluation-harness, its groups, tags or patterns of names ([]: none)"
+    )
+    tasks_path: str | None = key(
+        None, "folder of task files (YAML) that come before the harness's own", pattern=_PATH
+    )
+    tasks_every_evals: int = key(1, "run the tasks at every n-th evaluation, and at the last", ge=1)
+    tasks_limit: int | None = key(None, "first documents of each task to use (none: all)", ge=1)
     patience: int | None = key(
         None, "end the run after this many evaluations without an improvement (none: never)", ge=1
     )

@@ -145,12 +145,12 @@ def _refusing(what: str) -> Iterator[None]:
         raise DataError(f"{what} ({error})") from None
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens."""
+def encode(tokenizer: Tokenizer, text: str, *, special_tokens: bool = False) -> list[int]:
+    """The ids of a text, on request with the special tokens that the tokenizer itself adds."""
     if not text.isascii() and text != text.encode(errors="replace").decode():
         raise DataError(f"the text {show(text)} is not UTF-8; give it in UTF-8")
     with _refusing(f"the tokenizer cannot encode {show(text)}"):
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
     return ids
 
 

@@ -42,6 +42,7 @@ DDP_PART_OF_MEMORY = 0.6
 # what rank 0 alone does.
 OF_ONE_RANK = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "data.path", "data.cache_dir"),
+    "eval.tasks_path",
     *("data.prefetch", "log.csv", "log.tensorboard", "log.wandb", "log.profile_steps"),
     *("distributed.timeout_s", "distributed.init_timeout_s"),
 )

@@ -98,6 +98,14 @@ class Reporter:
             best = loss is not None and loss < lowest < math.inf  # the first says nothing
             self.console.evaluation({**row, "best": best})
 
+    def tasks(self, scores: dict[str, float]) -> None:
+        """Write scores on ``eval.tasks``."""
+        if self.sinks:
+            self.sinks.write("tasks", {"step": self.state.step, **scores})
+        if self.console:
+            shown = (f"{name} {score:.4f}" for name, score in scores.items())
+            self.console.note(f"tasks {self.state.step:>7}  {'  '.join(shown)}")
+
     def sample(self, prompt: str, text: str) -> None:
         """Write a prompt and how the model continued it."""
         if self.console:

@@ -44,6 +44,8 @@ from fasttrain.model.transformer import Transformer
 
 Outcome = Literal["done", "stopped"]
 Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number → prompt, text
+# model, should_stop → scores by name, None where it was cut off
+TaskScorer = Callable[[Transformer, Callable[[], bool]], dict[str, float] | None]
 
 
 class Trainer:
@@ -64,6 +66,7 @@ class Trainer:
         val_dataset: TokenDataset | None = None,
         console: Console | None = None,
         sampler: Sampler | None = None,
+        score_tasks: TaskScorer | None = None,
         recorded: dict[str, Any] | None = None,
         world: World | None = None,
     ) -> None:
@@ -75,6 +78,7 @@ class Trainer:
         self.model, self.console = model.to(device), console
         self.train_loader, self.val_dataset = train_loader, val_dataset
         self.sampler = sampler if world.leads or world.sharded else None
+        self.score_tasks = score_tasks
         self.train_step = step = TrainStep(
             self.model, optimizers, config, device=device, precision=precision, world=world
         )
@@ -275,7 +279,7 @@ class Trainer:
             self.console.progress(state.step, state.total_steps, state.tokens, *progress)
         state.last_eval, best = {}, state.best_val_loss
         if self.val_dataset is not None and (state.due(config.eval.every_steps) or last):
-            self.evaluate()
+            self.evaluate(last=last)
         if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
         self.lockstep.watchdog.beat()
@@ -310,23 +314,35 @@ class Trainer:
 
     # ---- evaluation, samples -------------------------------------------------------------------
 
-    def evaluate(self) -> dict[str, float | None]:
-        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`)."""
+    def evaluate(self, *, last: bool = False) -> dict[str, float | None]:
+        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`).
+
+        Every ``eval.tasks_every_evals`` times, and the ``last`` time, log scores on tasks as well.
+        """
         assert self.val_dataset is not None
         gc.collect()
-        state = self.state
+        state, score_tasks, scores = self.state, self.score_tasks, dict[str, float]()
+        if not last and (len(state.val_losses) + 1) % self.config.eval.tasks_every_evals:
+            score_tasks = None
+
+        def should_stop() -> bool:
+            return self._decide_together() and self.guard.is_open
+
         state.eval_due = True
         with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
-            state.last_eval = evaluate(
-                self.train_step,
-                self.val_dataset,
-                self.config,
-                should_stop=lambda: self._decide_together() and self.guard.is_open,
-            )
-        state.eval_due = not state.last_eval
+            result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
+            if result and score_tasks:
+                self.model.eval()
+                with gathered(self.model, self.world):
+                    found = score_tasks(self.model, should_stop)
+                self.model.train()
+                scores, result = found or {}, {} if found is None else result
+        state.eval_due, state.last_eval = not result, result
         if state.eval_due:  # it was cut off: it is made up for when the run is resumed
             return {}
-        self.reporter.evaluation(state.last_eval)
+        self.reporter.evaluation(result)
+        if scores:
+            self.reporter.tasks(scores)
         loss = state.last_eval["val_loss"]
         state.val_losses.append(math.inf if loss is None else loss)
         state.best_val_loss = min(state.best_val_loss, state.val_losses[-1])

@@ -13,12 +13,12 @@ from datetime import datetime
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "tasks"]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -107,10 +107,11 @@ class Sinks:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse a config that asks for a logger whose package is not installed."""
+    """Refuse a config that asks for what a package does that is not installed."""
     for key, wanted, package in (
         ("log.tensorboard", config.log.tensorboard, "tensorboard"),
         ("log.wandb_project", config.log.wandb_project, "wandb"),
+        ("eval.tasks", ", ".join(config.eval.tasks), "lm_eval"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
@@ -206,7 +207,7 @@ class CsvLogger:
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
         self.close()
-        for kind in ("train", "eval"):
+        for kind in get_args(Kind):
             keep_lines(self._folder / f"{kind}.csv", partial(_kept_cells, step))
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     "run.deterministic",
     *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
-    *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k"),
+    *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k", "eval.tasks"),
     *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
 )
 # These too, unless evaluations decide the learning rate or the end of the run.

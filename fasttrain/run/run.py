@@ -33,7 +33,7 @@ from fasttrain.distributed.sharding import make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.trainer import Sampler, Trainer
+from fasttrain.engine.trainer import Sampler, TaskScorer, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
@@ -237,6 +237,9 @@ def _build(
             if folder.source is None and world.leads:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
             sampler = _sampler(config, train.tokenizer_path, device)
+        score_tasks = _task_scorer(
+            config, train.tokenizer_path, folder.warn, precision=precision, world=world
+        )
         order = LoaderOptions.of(
             config, micro_batch=shape.rows, rank=world.rank, world_size=world.size
         )
@@ -250,6 +253,7 @@ def _build(
         run_dir=run_dir,
         console=folder.console,
         sampler=sampler,
+        score_tasks=score_tasks,
         recorded=recorded,
         world=world,
     )
@@ -303,3 +307,29 @@ def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) ->
         return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
 
     return sample
+
+
+def _task_scorer(
+    config: TrainConfig, tokenizer_path: Path | None, warn: Callable[[str], None], **options: Any
+) -> TaskScorer | None:
+    if not config.eval.tasks:
+        return None
+    if tokenizer_path is None:
+        raise UserError("eval.tasks needs the dataset's tokenizer.json; there is none, so unset it")
+    from fasttrain.harness import HarnessModel, Stopped, load_tasks, scores
+
+    tasks = load_tasks(config.eval.tasks, config.eval.tasks_path, quiet=True)
+    options["tokenizer"] = load_tokenizer(tokenizer_path)
+    options["batch_size"] = config.eval.batch_size or config.train.micro_batch
+
+    def score(model: Transformer, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        lm = HarnessModel(model=model, should_stop=should_stop, **options)
+        try:
+            return scores(lm.run(tasks, config.eval.tasks_limit))
+        except Stopped:
+            return None
+        except Exception as error:  # of a task; the run is worth more
+            warn(f"eval.tasks: no scores: {error} (training goes on)")
+            return {}
+
+    return score

@@ -20,19 +20,19 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_970,
-    "fasttrain": 4_030,
+    "fasttrain": 4_330,
     "fasttrain/checkpoint": 1_250,
-    "fasttrain/config": 1_090,
+    "fasttrain/config": 1_100,
     "fasttrain/data": 1_960,
     "fasttrain/data/prepare": 1_190,
     "fasttrain/distributed": 850,
-    "fasttrain/engine": 2_710,
+    "fasttrain/engine": 2_730,
     "fasttrain/log": 1_020,
-    "fasttrain/model": 900,
+    "fasttrain/model": 890,
     "fasttrain/preflight": 510,
-    "fasttrain/run": 1_110,
+    "fasttrain/run": 1_140,
     "kernels": 6_110,
-    "kernels/fasttrain_kernels/cpu": 1_795,
+    "kernels/fasttrain_kernels/cpu": 1_800,
 }
 
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of
@@ -44,6 +44,7 @@ FLOORS = [
     {"distributed", "report", "corpus"},
     {"checkpoint"},
     {"engine", "generate"},
+    {"harness"},
     {"run", "hf", "objective", "library_state"},
     {"library", "diagnosis", "verify_resume"},
     {"preflight"},

@@ -18,6 +18,7 @@ from fasttrain.config import ModelConfig, UserError, config_from_dict, config_to
 from fasttrain.data.tokenizer import byte_tokenizer
 from fasttrain.generate import (
     Decoder,
+    encode_prompt,
     generate,
     main,
     sample_tokens,
@@ -378,7 +379,9 @@ def letters() -> Transformer:
 def complete(prompts: list[str], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
     options = {"max_new_tokens": 24, "greedy": True, "stop": stop, **options}
     texts = [""] * len(prompts)
-    for i, piece in stream_texts(letters(), byte_tokenizer(), prompts, **options):
+    tokenizer = byte_tokenizer()
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for i, piece in stream_texts(letters(), tokenizer, encoded, **options):
         texts[i] += piece
     return texts
 

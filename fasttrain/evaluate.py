@@ -1,0 +1,60 @@
+"""Scores of a model on lm-eval's tasks: ``python -m fasttrain.evaluate RUN --tasks …``."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fasttrain.command import command, make_parser
+from fasttrain.config import UserError
+from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.generate import load_with_tokenizer
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 when done, 2 on bad input."""
+    parser = make_parser("evaluate", "Score a trained model on tasks of lm-evaluation-harness.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
+    named = "tasks, groups, tags or patterns, separated by commas or spaces"
+    add("--tasks", nargs="+", required=True, metavar="TASK", help=named)
+    add("--include-path", metavar="DIR", help="folder of task files (YAML) that come first")
+    add("--limit", type=int, metavar="N", help="use the first N documents of each task")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="also write all results as JSON")
+    add("--which", choices=("best", "latest"), default="best", help="checkpoint (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add("--tokenizer", type=Path, help="tokenizer.json, if the run has none")
+    options = parser.parse_args(argv)
+    for flag, n in (("--limit", options.limit), ("--batch-size", options.batch_size)):
+        if n is not None and n < 1:
+            raise UserError(f"{flag} must be at least 1, got {n}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluation needs the package lm_eval; pip install lm_eval")
+    device = resolve_device(options.device)
+    model, tokenizer = load_with_tokenizer(options.run, device, options.which, options.tokenizer)
+    from lm_eval.utils import make_table
+
+    from fasttrain.harness import HarnessModel, load_tasks
+
+    names = [name for given in options.tasks for name in given.split(",") if name]
+    tasks = load_tasks(names, options.include_path, n_fewshot=options.num_fewshot)
+    lm = HarnessModel(
+        model=model,
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        precision=resolve_precision(options.dtype, device),
+    )
+    results = lm.run(tasks, options.limit, n_bootstrap=1000)
+    print(make_table(results))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
