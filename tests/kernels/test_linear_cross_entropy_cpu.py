@@ -107,6 +107,17 @@ def test_results_do_not_depend_on_the_number_of_threads(n_cols: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("rows", [64, 50])
+def test_torchs_own_products_take_turns_with_it(runs: list[int], rows: int) -> None:
+    """A thread has one configuration of AMX's tiles: one that torch took away is a SIGILL."""
+    hidden, weight, targets = problem(rows, 32, 768)
+    operands, a = (hidden.bfloat16(), weight.bfloat16(), targets), torch.randn(100, 72).bfloat16()
+    torch.set_num_threads(1)
+    made = [(linear_cross_entropy(*operands), a @ a.T) for _ in range(3)]
+    assert runs == [rows] * 3
+    assert all(torch.equal(x, y) for other in made for x, y in zip(other, made[0], strict=True))
+
+
 @pytest.mark.parametrize("n_cols", [310, 800])
 @pytest.mark.parametrize("first", [math.nan, 1e30, -1e30])
 def test_what_is_not_finite_is_as_in_torch(
