@@ -13,7 +13,6 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 NAME, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
@@ -45,7 +44,9 @@ import torch._inductor.fx_passes.joint_graph as joint_graph  # noqa: E402
 import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
+from fasttrain_kernels.aot import stub_driver  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch._inductor.graph import GraphLowering as GraphLowering  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -126,12 +127,8 @@ _answer(torch._C._dynamo.guards, _empty_strided_cuda=_launch)
 torch._functorch.config.force_non_lazy_backward_lowering = True
 _answer(torch._inductor.async_compile.AsyncCompile, triton=None)  # its sources are read instead
 _answer(triton_helpers, set_driver_to_gpu=None)
-_driver = SimpleNamespace(get_device_interface=lambda: torch.cuda)
-_answer(
-    _driver, get_current_target=GPUTarget("cuda", 90, 32), get_current_device=0,
-    get_current_stream=0, get_active_torch_device=DEVICE,
-)  # fmt: skip
-triton.runtime.driver.set_active(_driver)
+_more = {"get_active_torch_device": DEVICE, "get_device_interface": torch.cuda}
+triton.runtime.driver.set_active(stub_driver(GPUTarget("cuda", 90, 32), **_more))
 F.scaled_dot_product_attention = _flash
 FakeTensorMode.avoid_device_init = property(lambda _: True)
 inductor.compile_threads = 1  # where the threads are processes they know nothing of this

@@ -10,18 +10,17 @@ ops) are counted. A layer is the difference of a model with two layers and one w
 """
 
 import argparse
-import contextlib
-import io
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-from benchmarks import fake_gpu, harness, store
-from benchmarks.fake_gpu import DEVICE, torch
+from benchmarks import fake_gpu, harness
+from benchmarks.fake_gpu import DEVICE, GraphLowering, torch
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.engine.step import TrainStep
@@ -47,6 +46,9 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
+ATOMIC = "tl.atomic_add("  # adds in no fixed order
+
+
 class Kernel(NamedTuple):
     """A generated kernel; those that differ in the number of their name alone are one."""
 
@@ -68,21 +70,9 @@ class Program(NamedTuple):
         return Counter(bytes=moved, launches=self.launches.total())
 
 
-_written: list[str] = []  # the programs that Inductor wrote, in turn
-_write = torch._inductor.codecache.PyCodeCache.write.__func__
-
-
-def _write_and_keep(cls: type, code: Any, *args: Any, **kwargs: Any) -> Any:
-    _written.append(getattr(code, "value", code))
-    return _write(cls, code, *args, **kwargs)
-
-
-torch._inductor.codecache.PyCodeCache.write = classmethod(_write_and_keep)
-
-
-def config_of(case: str, overrides: Sequence[str] = ()) -> TrainConfig:
+def config_of(case: str, *overrides: str) -> TrainConfig:
     """Return the config of a case; accumulation, which changes nothing compiled, is left out."""
-    path = store.ROOT / "configs" / f"{case.split(',')[0]}.toml"
+    path = harness.ROOT / "configs" / f"{case.split(',')[0]}.toml"
     given = [*CASES[case], "train.tokens_per_step=none", "data.path=none-needed", *overrides]
     return load_config(path, given)
 
@@ -90,10 +80,10 @@ def config_of(case: str, overrides: Sequence[str] = ()) -> TrainConfig:
 def compile_step(config: TrainConfig) -> Program:
     """Compile forward and backward of a training step."""
     torch._dynamo.reset()
-    _written.clear()
+    torch.use_deterministic_algorithms(False)
+    torch._inductor.config.deterministic = False
     if config.run.deterministic:
         make_deterministic()
-    said = io.StringIO()  # the path of each program
     shape = (config.train.micro_batch, config.data.seq_len)
     with torch._subclasses.FakeTensorMode():
         with DEVICE:
@@ -103,17 +93,11 @@ def compile_step(config: TrainConfig) -> Program:
         precision = resolve_precision(config.run.dtype, DEVICE)
         step = TrainStep(model, [], config, device=DEVICE, precision=precision)
         documents = None if config.data.attention_across_documents else starts
-        try:
-            with contextlib.redirect_stderr(said):
-                step.loss_fn(tokens, tokens, documents)
-        except fake_gpu.Launched:
-            pass
-        else:
-            raise AssertionError(f"run.compile = {step.compile_mode!r} compiled nothing")
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch._inductor.config.deterministic = False
-    return read(_written)
+        written: list[str] = []
+        keep = patch.object(GraphLowering, "save_output_code", written.append)
+        with keep, suppress(fake_gpu.Launched):
+            step.loss_fn(tokens, tokens, documents)
+    return read(written)
 
 
 def read(written: Sequence[str]) -> Program:
@@ -135,11 +119,6 @@ def read(written: Sequence[str]) -> Program:
     return program
 
 
-def atomics_of(source: str) -> int:
-    """Count the places where a kernel adds in no fixed order."""
-    return source.count("tl.atomic_add(")
-
-
 def resources(source: str) -> dict[str, int]:
     """Compile a kernel as a run would; of the configurations it tries, what spills least counts.
 
@@ -155,24 +134,18 @@ def resources(source: str) -> dict[str, int]:
         registers, spills, *_ = _cuda_resources(result.kernel.asm["cubin"])
         found.append((spills, registers, result.config.num_warps))
     spills, registers, warps = min(found)
-    counts = {"registers": registers, "spills": spills, "warps": warps}
-    return counts | {"atomics": atomics_of(source)}
+    atomics = source.count(ATOMIC)
+    return {"registers": registers, "spills": spills, "warps": warps, "atomics": atomics}
 
 
-def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def entry_of(case: str, *overrides: str) -> dict[str, Any]:
     """Return what a layer of a case adds to a step, the rest of it, and every kernel."""
-    one, two = (compile_step(config_of(case, [*overrides, f"model.n_layers={n}"])) for n in (1, 2))
-    layer = two.counts()
+    one, two = (compile_step(config_of(case, *overrides, f"model.n_layers={n}")) for n in (1, 2))
+    layer, rest = two.counts(), one.counts()
     layer.subtract(one.counts())
-    rest = one.counts()
     rest.subtract(layer)
     in_layer = two.extern - one.extern
-    kernels = [
-        {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
-        | resources(two.sources[kernel])
-        for kernel, n in two.launches.items()
-    ]
-    config = config_of(case, overrides)
+    config = config_of(case, *overrides)
     return {
         "name": case,
         "rows": config.train.micro_batch,
@@ -180,49 +153,44 @@ def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "layers": config.model.n_layers,
         "layer": {**layer, "extern": dict(in_layer)},
         "rest": {**rest, "extern": dict(one.extern - in_layer)},
-        "kernels": kernels,
+        "kernels": [
+            {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
+            | resources(two.sources[kernel])
+            for kernel, n in two.launches.items()
+        ],
     }
 
 
 def one_layer(case: str) -> dict[str, Any]:
     """Return bytes and atomic additions of a model with one layer, or why it does not compile."""
     try:
-        program = compile_step(config_of(case, ["model.n_layers=1"]))
+        program = compile_step(config_of(case, "model.n_layers=1"))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    atomics = sum(map(atomics_of, program.sources.values()))
-    n_bytes = program.counts()["bytes"]
-    return {"bytes": n_bytes, "atomics": atomics, "extern": list(program.extern)}
+    atomics = sum(source.count(ATOMIC) for source in program.sources.values())
+    return {"atomics": atomics, "extern": list(program.extern), **program.counts()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> None:
     """Compile the cases and print what they launch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(map(repr, CASES)))
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value")
     parser.add_argument("--results", type=Path, help="folder for the JSON file of all cases")
-    parser.add_argument(
-        "--quick", action="store_true", help="print what `one_layer` returns, as JSON"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if unknown := set(arguments.cases) - CASES.keys():
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    if arguments.quick:
-        print(json.dumps({case: one_layer(case) for case in arguments.cases or CASES}))
-        return 0
     entries: list[dict[str, Any]] = []
     for case in arguments.cases or CASES:
         try:
-            entries.append(entry_of(case, arguments.set))
-            print(json.dumps(entries[-1], indent=1), flush=True)
+            entries.append(entry_of(case, *arguments.set))
         except UserError as error:  # fp8 without torchao
             entries.append({"name": case, "skipped": str(error)})
-            print(f"{case}: skipped: {error}\n", flush=True)
+        print(json.dumps(entries[-1], indent=1), flush=True)
     if arguments.results:
         machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
-        store.save(arguments.results, "gpu_dry", entries, machine, {})
-    return 0
+        harness.save(arguments.results, harness.document("gpu_dry", entries, machine, {}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
