@@ -29,18 +29,11 @@ N_CHECKED = 128  # rows, of which the reference in fp32 takes seconds at most
 Subject = tuple[Mapping[str, Callable[[], Call]], Mapping[str, Any]]
 
 
-# ---- ops with a backward pass --------------------------------------------------------------------
-
-
-def peer(place: str, **options: Any) -> Callable[[], Call]:
-    """Return what finds a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
-
-    def find() -> Call:
-        if not CUDA:
-            raise ImportError("needs a CUDA device")
-        return partial(pkgutil.resolve_name(place), **options)
-
-    return find
+def peer(place: str, **options: Any) -> Call:
+    """Return a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
+    if not CUDA:
+        raise ImportError("needs a CUDA device")
+    return partial(pkgutil.resolve_name(place), **options)
 
 
 def seeds(outputs: list[Tensor]) -> Sequence[Tensor | None]:
@@ -91,31 +84,26 @@ def torch_chunked() -> Call:
 
 LIGER = "liger_kernel.transformers.functional:liger_"
 OF_LOGITS = {
-    "liger": peer(f"{LIGER}cross_entropy"),
-    "quack": peer("quack.cross_entropy:cross_entropy", reduction="mean"),
+    "liger": partial(peer, f"{LIGER}cross_entropy"),
+    "quack": partial(peer, "quack.cross_entropy:cross_entropy", reduction="mean"),
 }
 OF_A_LAYER = {
     "torch chunked": torch_chunked,
-    "liger": peer(f"{LIGER}fused_linear_cross_entropy"),
-    "quack": peer("quack.linear_cross_entropy:chunked_linear_cross_entropy"),
-    "cut_cross_entropy": peer("cut_cross_entropy:linear_cross_entropy"),
+    "liger": partial(peer, f"{LIGER}fused_linear_cross_entropy"),
+    "quack": partial(peer, "quack.linear_cross_entropy:chunked_linear_cross_entropy"),
+    "cut_cross_entropy": partial(peer, "cut_cross_entropy:linear_cross_entropy"),
 }
 NORMS = {
-    "liger": peer(f"{LIGER}rms_norm", eps=1e-6),
-    "quack": peer("quack.rmsnorm:rmsnorm", eps=1e-6),
+    "liger": partial(peer, f"{LIGER}rms_norm", eps=1e-6),
+    "quack": partial(peer, "quack.rmsnorm:rmsnorm", eps=1e-6),
 }
-SWIGLU = {"liger": peer(f"{LIGER}swiglu")}
+SWIGLU = {"liger": partial(peer, f"{LIGER}swiglu")}
 ROPE = {"batch": 8, "heads": (32, 8)} if CUDA else {"batch": 2, "heads": (12, 12)}
-
-# ---- optimizers and products ---------------------------------------------------------------------
 
 Params = list[nn.Parameter]
 
 
-def optimizers(
-    make: Callable[[], Params], ways: Mapping[str, Callable[[Params], Call]],
-    close: Callable[[Tensor, Tensor], Any], **options: Any,
-) -> Subject:  # fmt: skip
+def optimizers(make: Call, ways: Mapping[str, Call], close: Call, **options: Any) -> Subject:
     """Return the subject of a step, after which parameters are close to those of the second way."""
     exact = make()
     list(ways.values())[1](exact)()
@@ -161,10 +149,9 @@ def clipped_step(model: str, precision: str) -> Subject:
         optimizer = torch.optim.AdamW(params, lr=1e-5, **options)
         return lambda: (nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
 
-    ways = {OURS: ours, "torch fused": partial(torchs, fused=True)}
-    ways["torch foreach"] = partial(torchs, foreach=True)
+    ways = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}}
     if small:  # a loop over tensors: minutes of the large models' time
-        ways["torch default"] = partial(torchs, foreach=False)
+        ways["torch default"] = {"foreach": False}
     layers, dim, vocab = MODELS[model]
     block = [(dim,), (3 * dim, dim), (dim, dim), (dim,), (4 * dim, dim), (dim, 4 * dim)]
     shapes = [(vocab, dim), (1024, dim), *(block * layers), (dim,)]
@@ -172,7 +159,8 @@ def clipped_step(model: str, precision: str) -> Subject:
     n_bytes = sum(map(math.prod, shapes)) * dtype.itemsize * 8  # norm 1, step 7
     close = partial(torch.testing.assert_close, rtol=2e-2 if bf16 else 1e-5, atol=1e-6)
     make, rates = partial(parameters, shapes, dtype, 0.02), {"gb_per_s": n_bytes / 1e9}
-    return optimizers(make, ways, close, per_call=rates, n_calls=20 if small else 1)
+    steps = {OURS: ours} | {name: partial(torchs, **options) for name, options in ways.items()}
+    return optimizers(make, steps, close, per_call=rates, n_calls=20 if small else 1)
 
 
 def muon_step(coefficients: str, dim: int) -> Subject:
@@ -200,9 +188,6 @@ def symmetric(n_rows: int) -> Subject:
     return {OURS: lambda: ours, "torch": lambda: torchs}, options
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-COEFFICIENTS = ("polar_express", "quintic")
 # Of each op the file and the name of its figures, what makes it, its sizes on a CPU and on a GPU.
 TABLE: Any = (
     ("adamw", "clipped_step[{}-{}]", clipped_step,
@@ -220,7 +205,7 @@ TABLE: Any = (
      [(4096, 4096, 128256), (32768, 768, 50304)]),
     # configs/base.toml; GPT-2 small
     ("muon", "muon_step[{}-{}]", muon_step,
-     [(c, 128) for c in COEFFICIENTS], [(c, 768) for c in COEFFICIENTS]),
+     [("polar_express", 128), ("quintic", 128)], [("polar_express", 768), ("quintic", 768)]),
     ("muon", "symmetric_matmul[{}]", symmetric,
      [(256,), (768,)], [(1024,), (2048,), (4096,), (8192,)]),
     # (rows, dim): those of a model, and of QK-norm
@@ -235,7 +220,6 @@ TABLE: Any = (
     ("swiglu", "activation[relu2]", partial(differentiable, catalogue.relu_squared),
      [(1024, 1536)], [(32768, 8192)]),
 )  # fmt: skip
-SLOW = {"linear_cross_entropy[4096-768-50304]"}
 
 
 def cases() -> Any:
@@ -248,7 +232,7 @@ def cases() -> Any:
 
 @pytest.mark.parametrize(("name", "make"), cases())
 def test_op(compare: Any, full: bool, name: str, make: Callable[[], Subject]) -> None:
-    if name in SLOW and not full:
+    if name == "linear_cross_entropy[4096-768-50304]" and not full:
         pytest.skip("takes two minutes: --full")
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -262,9 +246,11 @@ def print_growth(name: str) -> None:
     rows, dim, vocab = (32768, 768, 50304) if CUDA else (2048, 64, 50304)
     random = partial(torch.randn, device=DEVICE, dtype=DTYPE, requires_grad=True)
     h, w, t = random(rows, dim), random(vocab, dim), torch.randint(vocab, (rows,), device=DEVICE)
-    loss: Any = kernels.linear_cross_entropy
-    if name == "torch":
-        loss = lambda h, w, t: F.cross_entropy(F.linear(h, w), t)  # noqa: E731
+
+    def loss(*inputs: Tensor) -> Tensor:
+        if name == OURS:
+            return kernels.linear_cross_entropy(*inputs)
+        return F.cross_entropy(F.linear(*inputs[:2]), inputs[2])
 
     def peak() -> int:  # not ru_maxrss, which a child process inherits
         if CUDA:

@@ -1,14 +1,11 @@
-"""The parts around a training step: the loader, text to tokens, saves.
-
-What is measured how is in docs/benchmarks.md.
-"""
+"""The parts around a training step: loader, text to tokens, saves; see docs/benchmarks.md."""
 
 import json
 import os
 import shutil
 import sysconfig
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, cycle, repeat
 from pathlib import Path
@@ -30,16 +27,18 @@ from fasttrain.config import config_to_toml
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.data.tokenizer import TEXT_PATTERN, FastBpe, train_bpe
+from fasttrain.data.tokenizer import FastBpe, train_bpe
 from fasttrain.prepare import prepare
-
-# ---- the loader ----------------------------------------------------------------------------------
 
 N_TOKENS, VOCAB_SIZE, BATCH, LENGTH = 100_000_000, 50_257, 64, 1024
 
 
-def loader_ways(path: Path) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """Return ways to get a batch of tokens and targets."""
+@pytest.mark.figures("data")
+def test_random_windows(tmp_path: Path, compare: Any) -> None:
+    path = tmp_path / "train.bin"
+    np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16).tofile(path)
+    about: Any = {"dtype": "uint16", "vocab_size": VOCAB_SIZE, "cache_dir": tmp_path / "cache"}
+    dataset = open_dataset(tmp_path, "train", **about)
 
     def opened() -> np.ndarray:
         return sliding_window_view(np.memmap(path, np.uint16, "r"), LENGTH + 1)[::LENGTH]
@@ -69,48 +68,31 @@ def loader_ways(path: Path) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
         found = chain.from_iterable(repeat(DataLoader(range(len(windows)), BATCH, **options)))
         return lambda: split(next(found))
 
-    return {
-        "raw slicing": raw_slicing,
-        "get_batch": get_batch,
-        "DataLoader": data_loader(0),
-        "DataLoader, 2 workers": data_loader(2),
-    }
-
-
-@pytest.mark.figures("data")
-def test_random_windows(tmp_path: Path, compare: Any) -> None:
-    random = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
-    random.tofile(tmp_path / "train.bin")
-    about: Any = {"dtype": "uint16", "vocab_size": VOCAB_SIZE, "cache_dir": tmp_path / "cache"}
-    dataset = open_dataset(tmp_path, "train", **about)
     options = LoaderOptions(seq_len=LENGTH, micro_batch=BATCH)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each way converts on one core
-    try:
-        with Loader(dataset, options, device="cpu") as loader:
-            ways: dict[str, Any] = {OURS: lambda: next(loader)}
-            ways |= loader_ways(tmp_path / "train.bin")
-            for name, way in ways.items():
-                batch = way()
-                inputs, targets = (batch.tokens, batch.targets) if name == OURS else batch
-                assert (inputs.shape, inputs.dtype) == ((BATCH, LENGTH), torch.int64), name
-                assert torch.equal(inputs[:, 1:], targets[:, :-1]), name
-            # What was prefetched before a timing of 256 calls is 6 % of them.
-            compare(ways, n_calls=256, per_call={"tokens_per_s": BATCH * LENGTH})
-    finally:
-        torch.set_num_threads(threads)
+    with Loader(dataset, options, device="cpu") as loader, ExitStack() as later:
+        later.callback(torch.set_num_threads, threads)
 
+        def ours() -> tuple[Tensor, Tensor]:
+            batch = next(loader)
+            return batch.tokens, batch.targets
 
-# ---- text to tokens ------------------------------------------------------------------------------
+        ways = {OURS: ours, "raw slicing": raw_slicing, "get_batch": get_batch}
+        ways |= {"DataLoader": data_loader(0), "DataLoader, 2 workers": data_loader(2)}
+        for name, way in ways.items():
+            inputs, targets = way()
+            assert (inputs.shape, inputs.dtype) == ((BATCH, LENGTH), torch.int64), name
+            assert torch.equal(inputs[:, 1:], targets[:, :-1]), name
+        # What was prefetched before a timing of 256 calls is 6 % of them.
+        compare(ways, n_calls=256, per_call={"tokens_per_s": BATCH * LENGTH})
 
 
 def source_texts(n_bytes: int) -> list[str]:
     """Return files of the standard library: real text, again and again until there is enough."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-    texts: list[str] = []
-    for path in [p for p in paths if not {"site-packages", "dist-packages"} & set(p.parts)]:
-        with suppress(OSError, UnicodeDecodeError):
-            texts.append(path.read_text())
+    found = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    paths = [p for p in found if not {"site-packages", "dist-packages"} & set(p.parts)]
+    texts = [path.read_text("utf-8", errors="ignore") for path in paths]
     once = sum(len(text.encode()) for text in texts)
     return (texts * (n_bytes // once + 1))[: len(texts) * n_bytes // once]
 
@@ -118,7 +100,7 @@ def source_texts(n_bytes: int) -> list[str]:
 @pytest.mark.figures("prepare")
 @pytest.mark.parametrize("megabytes", [12, 48])
 def test_prepare(compare: Any, tmp_path: Path, full: bool, megabytes: int) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional package tiktoken")
+    pytest.importorskip("tiktoken", reason="needs the optional package tiktoken")
     if megabytes > 12 and not full:
         pytest.skip("takes two minutes: --full")
     texts = source_texts(megabytes * 10**6)
@@ -126,11 +108,6 @@ def test_prepare(compare: Any, tmp_path: Path, full: bool, megabytes: int) -> No
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     tokenizer = train_bpe(dict.fromkeys(texts), 32_768)
     tokenizer.save(trained)
-    words, _ = FastBpe.ranks(json.loads(tokenizer.to_str())["model"])
-    ranks = {word: rank for rank, word in enumerate(words)}
-    ranked = tiktoken.Encoding(
-        "bench", pat_str=TEXT_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
     n_cores = len(os.sched_getaffinity(0))
     notes: list[str] = []
 
@@ -146,15 +123,14 @@ def test_prepare(compare: Any, tmp_path: Path, full: bool, megabytes: int) -> No
     encoders = {
         "encode_batch": tokenizer.encode_batch,
         "encode_batch_fast": tokenizer.encode_batch_fast,  # without offsets
-        "tiktoken": partial(ranked.encode_ordinary_batch, num_threads=n_cores),
+        "tiktoken": partial(
+            FastBpe(tokenizer)._tiktoken.encode_ordinary_batch, num_threads=n_cores
+        ),
     }
     ways = {"prepare": ours} | {key: partial(by_block, way) for key, way in encoders.items()}
     n_bytes = sum(len(text.encode()) for text in texts)
     compare(ways, warmup=0, per_call={"mb_per_s": n_bytes / 1e6})
     assert not any("not tiktoken" in note or "does not split" in note for note in notes)
-
-
-# ---- saves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.figures("checkpoint")
@@ -173,14 +149,14 @@ def test_stall_of_a_save(compare: Any, rehearse: bool, full: bool, tmp_path: Pat
     # Of its options those of which none needs a GPU, or all.
     options = dict.fromkeys(("use_pinned_memory", "use_non_blocking_copy"), CUDA)
     options |= {"use_shared_memory": False, "use_async_staging": False}
-    kept, pending = DefaultStager(StagingOptions(**options)), []
+    pending: list[Any] = []
 
     def plain_copy() -> None:
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
 
-    def async_save(stager: DefaultStager | None = None) -> None:
-        stager = stager or DefaultStager(StagingOptions(**options))
+    def async_save(kept: DefaultStager | None = None) -> None:
+        stager = kept or DefaultStager(StagingOptions(**options))
         pending.append(dcp.async_save(groups, async_stager=stager, **to_dcp))
 
     calls: dict[str, Callable[[], object]] = {
@@ -188,7 +164,9 @@ def test_stall_of_a_save(compare: Any, rehearse: bool, full: bool, tmp_path: Pat
         "torch.save": partial(torch.save, groups, tmp_path / "torch.pt"),
         "dcp.save": partial(dcp.save, groups, **to_dcp),
         "dcp.async_save": async_save,
-        "dcp.async_save, stager kept": partial(async_save, kept),
+        "dcp.async_save, stager kept": partial(
+            async_save, DefaultStager(StagingOptions(**options))
+        ),
         "plain copy": plain_copy,  # beside our save in most rounds: the same memory and disk
     }
 

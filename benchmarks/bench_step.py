@@ -33,8 +33,6 @@ BASE = ROOT / "configs" / "base.toml"
 NOISE = 0.05  # by which a median of the ratios in a round may be off
 Step = Callable[[], Tensor]  # runs one step; returns the loss, on the device
 
-# ---- shapes --------------------------------------------------------------------------------------
-
 
 def shape(dim: int, layers: int, heads: int, vocab: int, seq_len: int, rows: int) -> dict[str, Any]:
     """Return sizes as overrides of a config."""
@@ -70,9 +68,6 @@ def config_of(overrides: Mapping[str, object], file: Path | None = None) -> Trai
     return config_from_dict(values)
 
 
-# ---- steps ---------------------------------------------------------------------------------------
-
-
 def parts_of(config: TrainConfig) -> tuple[Transformer, list[Any], Any, Any]:
     """Return model, optimizers, device and precision of a run, the same at every call."""
     torch.manual_seed(0)
@@ -103,20 +98,17 @@ def our_step(config: TrainConfig) -> Step:
     return step
 
 
-def loop(
-    loss_of: Callable[[Tensor, Tensor], Any], config: TrainConfig, optimizer: torch.optim.Optimizer
-) -> Step:
+def loop(loss_of: Callable[..., Any], config: TrainConfig, optimizer: Any) -> Step:
     """Return the usual loop's body in the precision of a config; clip, step, clear."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     precision = resolve_precision(config.run.dtype, resolve_device(config.run.device))
-    batch, max_norm = make_batch(config), config.train.max_grad_norm
+    batch = make_batch(config)
 
     def step() -> Tensor:
         with precision.autocast():
             loss = loss_of(batch.tokens, batch.targets)
         loss.backward()
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_norm)
+        nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -172,8 +164,6 @@ def _attend(a: Attention, x: Tensor, model: Transformer) -> Tensor:
     y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True)
     return a.out(y.transpose(1, 2).flatten(2))
 
-
-# ---- the benchmark -------------------------------------------------------------------------------
 
 WAYS = {
     "fasttrain {}": (our_step, "off"),

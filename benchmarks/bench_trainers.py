@@ -1,8 +1,7 @@
 """Whole trainers as processes: fasttrain, karpathy/nanoGPT, Hugging Face's Trainer, litgpt.
 
-nanoGPT is not part of this project: name a checkout of it in the environment variable
-``NANOGPT_DIR``. The others take part where they are installed. What is measured how is in
-docs/benchmarks.md.
+``NANOGPT_DIR`` names a checkout of nanoGPT; the others take part where they are installed. What is
+measured how: docs/benchmarks.md.
 """
 
 import json
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_step import BASE, GPT2, GPT2_CHARS, LLAMA_LIKE, config_of, shape
-from benchmarks.harness import CUDA, DEVICE, OURS, ROOT, gather, run, slug
+from benchmarks.harness import CUDA, DEVICE, ENV, OURS, ROOT, gather, run, slug
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
 
@@ -33,7 +33,6 @@ ROUNDS = 6  # with --full
 # The shape, its steps, and those of them that warm up: compilation and first touches.
 SHAPES = {
     "gpt2-chars": (GPT2_CHARS, 200, 40),
-    # nanoGPT at the width of a small Llama; the others are that Llama.
     "llama-256": (LLAMA_LIKE, 30, 6),
 }
 if CUDA:
@@ -46,20 +45,17 @@ def run_nanogpt(folder: Path, config: TrainConfig, **more: Any) -> str:
     """Train nanoGPT at the shape of ``config`` on ``data/chars``; return what it printed."""
     if not NANOGPT_DIR:
         raise ImportError("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
-    peer, model, steps = Path(NANOGPT_DIR).resolve(), config.model, config.train.steps
-    for name in ("configurator.py", "config"):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(peer / name)
+    data, model, steps = folder / "data/chars", config.model, config.train.steps
     # Without it nanoGPT takes GPT-2's vocabulary of 50,304, which would be far more work.
-    (folder / "data/chars/meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
     arguments = more | {
-        "dataset": "chars", "device": DEVICE, "log_interval": 1, "dropout": 0.0,
-        "max_iters": steps, "lr_decay_iters": steps,
+        "dataset": data, "out_dir": folder / "out", "device": DEVICE, "log_interval": 1,
+        "max_iters": steps, "lr_decay_iters": steps, "dropout": 0.0,
         "n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.dim,
         "block_size": config.data.seq_len, "batch_size": config.train.micro_batch,
     }  # fmt: skip
-    command = [str(peer / "train.py"), "config/train_shakespeare_char.py", "--out_dir=out"]
-    return run(*command, *(f"--{k}={v}" for k, v in arguments.items()), cwd=folder)
+    options = (f"--{key}={value}" for key, value in arguments.items())
+    return run("train.py", "config/train_shakespeare_char.py", *options, cwd=Path(NANOGPT_DIR))
 
 
 def train(folder: Path, config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
@@ -73,10 +69,7 @@ def train(folder: Path, config: Path, *overrides: str, **options: Any) -> dict[s
 
 
 def prepare_text(folder: Path, text: Path | None = None) -> int:
-    """Write a text's characters for both trainers; return the size of its vocabulary.
-
-    Without one it is the documentation that comes with Python.
-    """
+    """Write a text's characters, by default Python's documentation; return how many there are."""
     topics = pydoc_data.topics.topics
     characters = text.read_text("utf-8") if text else "\n".join(topics[k] for k in sorted(topics))
     (folder / "text.txt").write_text(characters, "utf-8")
@@ -102,11 +95,9 @@ def suites(*names: str, suite: str) -> Any:
     return [pytest.param(k, marks=pytest.mark.figures(s, name=k), id=k) for k, s in found]
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
 ALONE = (
     *("eval.every_steps=none", "eval.prompts=[]", "eval.sample_every_steps=none"),
-    "checkpoint.every_steps=none",
+    *("checkpoint.every_steps=none", "schedule.warmup_steps=0"),
 )
 # Large configs on a GPU: one micro-batch a step.
 STEPS = ("train.steps=40", "train.tokens_per_step=none", "data.dtype=uint32", *ALONE)
@@ -117,22 +108,19 @@ RUNS = {
     "llama-1b bf16": (*STEPS, "run.dtype=bf16"),
     "llama-1b fp8": (*STEPS, "run.fp8=true"),
 }
-# On a GPU without --full, and in a rehearsal.
-SHORT = ("train.steps=400", "eval.every_steps=200", "checkpoint.every_steps=none")
 TINY_RUN = (
-    *("run.compile=off", "train.steps=2", "schedule.warmup_steps=0", "eval.batch_size=512"),
+    *("run.compile=off", "train.steps=2", "eval.batch_size=512"),
     *("model.dim=32", "model.n_heads=1", "data.seq_len=16", "train.micro_batch=2"),
     *("model.bigram_vocab_size=none", "train.tokens_per_step=32", *ALONE),
 )
 SMALL = ("model.n_kv_heads=none", "model.hidden_dim=128", "model.vocab_size=512", "run.fp8=false")
-OF_A_RUN = ("step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
+OF_THE_END = ("tokens_per_s", "step_ms", "data_wait_ms", "mfu", "peak_memory_gib", "loss")
 
 
 def figures_of_run(train: Sequence[Any], evals: Sequence[Any]) -> dict[str, Any]:
     """Return what the rows of a ``metrics.jsonl`` say of the run's end."""
     last, end = train[-1], ([*evals] or [{}])[-1]
-    found = {"steps": last["step"], "tokens_per_s": {OURS: last["tokens_per_s"]}}
-    found |= {key: last.get(key) for key in OF_A_RUN}
+    found = {"steps": last["step"]} | {key: last.get(key) for key in OF_THE_END}
     return found | {key: end.get(key) for key in ("val_loss", "val_bpb")}
 
 
@@ -147,8 +135,6 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, name: s
             ids = np.random.default_rng(0).integers(512, size=500_000, dtype=np.uint32)
             ids.tofile(tmp_path / f"{split}.bin")
         overrides += (f"data.path={tmp_path}",)
-    elif not full:
-        overrides += SHORT
     if rehearse:
         overrides += (*TINY_RUN, *SMALL) if large else TINY_RUN
     arguments = (train, tmp_path, CONFIGS / f"{config}.toml", *overrides)
@@ -157,19 +143,21 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, name: s
 
 
 @pytest.mark.figures("startup")
-def test_first_step(compare: Any, benchmark: Any, tmp_path: Path) -> None:
-    overrides = ("run.compile=off", "train.steps=1", "schedule.warmup_steps=0", *ALONE)
+def test_first_step(compare: Any, tmp_path: Path) -> None:
+    options = ("run.compile=off", f"run.out_dir={tmp_path}", "log.every_steps=1")
+    command = [sys.executable, "-m", "fasttrain.train", str(BASE), *options]
 
     def first_step_s() -> float:
-        started = time.time()
-        return train(tmp_path, BASE, *overrides)["train"][0]["time"] - started
+        started = time.perf_counter()
+        with subprocess.Popen(command, env=os.environ | ENV, stdout=subprocess.PIPE) as process:
+            assert any(line.split()[:2] == [b"step", b"1"] for line in process.stdout or ())
+            took_s = time.perf_counter() - started
+            process.kill()
+        return took_s
 
     first_step_s()  # makes the dataset where it is not cached
-    median_s = compare({OURS: first_step_s}, rounds=range(3))["median_s"]
-    benchmark.extra_info["first_step_s"] = median_s[OURS]
-
-
-# ---- steps ---------------------------------------------------------------------------------------
+    figures = compare({OURS: first_step_s}, rounds=range(3))
+    figures["first_step_s"] = figures["median_s"][OURS]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -221,89 +209,67 @@ def test_trainers(compare: Any, tmp_path: Path, full: bool, rehearse: bool, name
     compare(calls, rounds=rounds, left_out=left_out, per_call=per_call)
 
 
-# ---- beside other processes ----------------------------------------------------------------------
-
 GCC = {"GOMP_SPINCOUNT": "300000"}  # its own default: fasttrain/command.py sets another
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 # How many busy processes there are, and other ways to wait: an environment and overrides.
 WAITING: Any = {
-    "alone": (0, {"GCC's spinning": (GCC, ())}),
-    "beside two busy processes": (
-        2,
-        {"one thread": ({}, ("run.threads=1",)), "passive": ({"OMP_WAIT_POLICY": "passive"}, ())},
-    ),
+    "alone": (0, {"GCC's spinning": (GCC,)}),
+    "beside two busy processes": (2, {"one thread": ({}, "run.threads=1"), "passive": (PASSIVE,)}),
 }
 
 
 @pytest.mark.parametrize("name", suites(*WAITING, suite="busy"))
-def test_busy(
-    compare: Any, benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, name: str
-) -> None:
+def test_busy(compare: Any, full: bool, rehearse: bool, tmp_path: Path, name: str) -> None:
     if CUDA or not (full or rehearse):
         pytest.skip("takes ten minutes on a CPU: --full")
     n_busy, others = WAITING[name]
     length = TINY_RUN if rehearse else ("train.steps=200", *ALONE)
 
-    def step_s(env: dict[str, str], overrides: tuple[str, ...]) -> float:
+    def step_s(env: dict[str, str], *overrides: str) -> float:
         rows = train(tmp_path, BASE, *length, *overrides, env=env)["train"]
         return statistics.mean(row["step_ms"] for row in rows[len(rows) // 10 :]) / 1e3
 
-    step_s({}, ("train.steps=2",))  # makes the dataset, and compiles
-    calls = {key: partial(step_s, *way) for key, way in {OURS: ({}, ()), **others}.items()}
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
-    try:
+    step_s({}, "train.steps=2")  # makes the dataset, and compiles
+    calls = {key: partial(step_s, *way) for key, way in {OURS: ({},), **others}.items()}
+    with ExitStack() as busy:
+        for _ in range(n_busy):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            busy.callback(process.kill)
         figures = compare(calls, rounds=range(ROUNDS), per_call={"tokens_per_s": 2048})
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
-    benchmark.extra_info["share_of_best"] = min(1.0, *figures["speedup"].values())
+    figures["share_of_best"] = min(1.0, *figures["speedup"].values())
 
-
-# ---- time to a loss ------------------------------------------------------------------------------
 
 TEXTS = [Path(name) for name in os.environ.get("CHARS_TEXTS", "").split(os.pathsep) if name]
 
 
 @pytest.mark.figures("chars")
 @pytest.mark.parametrize("text", TEXTS or [None], ids=lambda text: text.stem if text else "")
-def test_time_to_the_loss_of_nanogpt(
-    benchmark: Any, full: bool, tmp_path: Path, text: Path | None
-) -> None:
+def test_time_to_the_loss_of_nanogpt(compare: Any, full: bool, tmp_path: Path, text: Any) -> None:
     if not full:
-        pytest.skip("takes five minutes for each text: --full")
+        pytest.skip("takes ten minutes for each text: --full")
     if not NANOGPT_DIR:
         pytest.skip("NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
     vocab = {"model.vocab_size": prepare_text(tmp_path, text), "train.steps": 2000}
     config = config_of(GPT2_CHARS | vocab)
-    found: dict[str, list[Any]] = {OURS: [], "nanogpt": [], "nanogpt compiled": []}
+    losses: dict[str, list[float]] = {OURS: [], "nanogpt": [], "nanogpt compiled": []}
 
-    def ours(seed: int) -> None:
-        overrides = ("data.path=data/ours", f"run.seed={seed}")
+    def ours() -> float:
+        overrides = ("data.path=data/ours", f"run.seed={len(losses[OURS]) + 1}")
         took_s, rows = clocked(train, tmp_path, CONFIGS / "chars.toml", *overrides)
-        found[OURS].append((took_s, rows["eval"][-1]["val_loss"]))
+        losses[OURS].append(rows["eval"][-1]["val_loss"])
+        return took_s
 
-    def theirs(name: str, *, compiled: bool) -> None:
+    def theirs(name: str) -> float:
         # The checkpoint is written also where its own estimate of the loss did not improve.
-        options = {"compile": compiled, "eval_iters": 20, "always_save_checkpoint": True}
+        options = {"compile": name != "nanogpt", "eval_iters": 20, "always_save_checkpoint": True}
         took_s, printed = clocked(run_nanogpt, tmp_path, config, **options)
         assert "number of parameters: 0.80M" in printed
         # From its checkpoint, on random windows 16 times as long as the validation split.
         options = {"init_from": "resume", "eval_iters": 1000, "compile": False}
         printed = run_nanogpt(tmp_path, config, **options)
-        (loss,) = re.findall(r"step 2000: .* val loss ([\d.]+)", printed)
-        found[name].append((took_s, float(loss)))
+        losses[name] += map(float, re.findall(r"step 2000: .* val loss ([\d.]+)", printed))
+        return took_s
 
-    def all_in_turn() -> None:
-        # nanoGPT's seed is fixed: each form of it runs once, between the runs of ours.
-        ours(1)
-        theirs("nanogpt", compiled=False)
-        ours(2)
-        theirs("nanogpt compiled", compiled=True)
-        ours(3)
-
-    benchmark.pedantic(all_in_turn, rounds=1, iterations=1)
-    times, losses = ({k: [pair[i] for pair in v] for k, v in found.items()} for i in (0, 1))
-    median_s = {name: statistics.median(values) for name, values in times.items()}
-    speedup = {name: s / median_s[OURS] for name, s in median_s.items() if name != OURS}
-    benchmark.extra_info.update(times_s=times, median_s=median_s, speedup=speedup, val_loss=losses)
+    ways = {name: partial(theirs, name) for name in ("nanogpt", "nanogpt compiled")}
+    compare({OURS: ours} | ways, rounds=range(3))["val_loss"] = losses
     assert max(losses[OURS]) <= min(losses["nanogpt"] + losses["nanogpt compiled"])

@@ -77,15 +77,11 @@ BOUNDS = (
 
 
 class Change(NamedTuple):
-    """How ours moved in one benchmark; both numbers are fractions of its time."""
+    """How ours moved in one benchmark, as a fraction of its time (positive: slower)."""
 
-    change: float  # positive: slower
+    change: float
     noise: float
-
-    @property
-    def verdict(self) -> str:
-        slower = "SLOWER" if self.change > 0 else "faster"
-        return slower if abs(self.change) > self.noise else "same"
+    verdict: str
 
 
 def _logs(entry: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -105,16 +101,16 @@ def _logs(entry: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 def change_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
-    if not new.get("times_s"):
-        return None
-    before, after = _logs(old), _logs(new)
+    before, after = _logs(old), _logs(new) if new.get("times_s") else {}
     common = before.keys() & after.keys()
     if not common:
         return None
-    change = statistics.median(after[rival][0] - before[rival][0] for rival in common)
+    change = math.expm1(statistics.median(after[k][0] - before[k][0] for k in common))
     # The rivals share our times, so that their errors do not average out.
-    error = statistics.median(math.hypot(after[rival][1], before[rival][1]) for rival in common)
-    return Change(math.expm1(change), math.hypot(STANDARD_ERRORS * error, PROCESSES))
+    error = statistics.median(math.hypot(after[k][1], before[k][1]) for k in common)
+    noise = math.hypot(STANDARD_ERRORS * error, PROCESSES)
+    verdict = "same" if abs(change) <= noise else "SLOWER" if change > 0 else "faster"
+    return Change(change, noise, verdict)
 
 
 def entries_of(path: Path) -> Entries:
@@ -170,11 +166,7 @@ def print_changes(old: Entries, new: Entries) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the changes, or the bounds; return 1 where one is bad."""
-    parser = argparse.ArgumentParser(
-        description="What became slower between two results; of one alone, whether it keeps the "
-        "bounds that are stated for its kind of processor."
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     said = "a JSON file of benchmarks/results, or a folder; by default all that are there"
     parser.add_argument("old", type=Path, nargs="?", default=RESULTS, help=said)
     parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")

@@ -25,16 +25,13 @@ STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of the benchmarks."""
     parser.addoption("--results", type=Path, help="write figures to this folder, by processor")
     parser.addoption("--suite", help="run the benchmarks of this suite alone: adamw, rms_norm, …")
     parser.addoption("--full", action="store_true", help="more rounds, larger shapes, longer runs")
-    said = "call everything, once; the times mean nothing"
-    parser.addoption("--rehearse", action="store_true", help=said)
+    parser.addoption("--rehearse", action="store_true", help="call everything once, untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with memory in the state of a run."""
     if not config.getoption("--results"):
         harness.yield_to_others()
     FACTS.update(harness.machine())
@@ -69,10 +66,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     if item.config.getoption("--full"):
         return (yield)
-    if left_s < 1:
-        skip()
     signal.signal(signal.SIGALRM, skip)
-    signal.alarm(int(min(left_s, TEST_S)))
+    signal.alarm(max(1, int(min(left_s, TEST_S))))
     try:
         return (yield)
     finally:
@@ -80,7 +75,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def _given(name: str) -> Any:
-    """Return the fixture that says whether an option is given."""
     return pytest.fixture(name=name)(lambda request: request.config.getoption(f"--{name}"))
 
 
@@ -91,12 +85,10 @@ full, rehearse = _given("full"), _given("rehearse")
 def compare(benchmark: Any, rehearse: bool, full: bool) -> Callable[..., dict[str, Any]]:
     """A function that times callables, ours first, against each other and records the result.
 
-    ``n_calls`` are made in one timing: more than one where a call is too short for the clock.
-    ``warmup`` is made of each before the first, for compilation and caches. With ``rounds`` the
-    callables tell their seconds themselves. ``left_out`` says why other rivals do not take part,
-    and ``per_call`` of a rate such as ``gb_per_s`` how much of it a call does. What
-    `harness.comparison` finds is stored in the benchmark's ``extra_info`` and returned; for
-    pytest-benchmark all rounds are one.
+    ``n_calls`` are made in one timing, after ``warmup`` of each. With ``rounds`` the callables tell
+    their seconds themselves. ``left_out`` says why other rivals do not take part, and ``per_call``
+    of a rate such as ``gb_per_s`` how much of it a call does. What `harness.comparison` finds is
+    stored in the benchmark's ``extra_info`` and returned; for pytest-benchmark all rounds are one.
     """
 
     def run(
@@ -111,18 +103,15 @@ def compare(benchmark: Any, rehearse: bool, full: bool) -> Callable[..., dict[st
             calls = {k: partial(harness.seconds, x, n, flush=flush) for k, x in calls.items()}
             rounds = harness.rounds_within(FULL_BUDGET_S if full else BUDGET_S)
         times = benchmark.pedantic(harness.turns, args=(calls, [0] if rehearse else rounds))
-        figures = harness.comparison(times, **dict(per_call)) | {"left_out": dict(left_out)}
-        benchmark.extra_info.update(figures)
-        return figures
+        benchmark.extra_info["left_out"] = dict(left_out)
+        benchmark.extra_info.update(harness.comparison(times, **dict(per_call)))
+        return benchmark.extra_info
 
     return run
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[pytest.TestReport]:
-    """Keep what a test recorded, or why it was skipped."""
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     outcome = yield
     suite, name = figures_of(item)
     entry: dict[str, Any] = {"name": name}
@@ -144,10 +133,8 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """End with the table: ours, the others, how many times as long they take."""
     ceilings = harness.ceilings() if harness.CUDA else {}
-    found = ENTRIES.items()
-    documents = [harness.document(suite, x, FACTS, ceilings) for suite, x in found]
+    documents = [harness.document(k, v, FACTS, ceilings) for k, v in ENTRIES.items()]
     if documents:
         terminalreporter.section("benchmarks")
         terminalreporter.write(report.plain_text(documents))

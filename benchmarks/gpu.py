@@ -2,11 +2,10 @@
 
 Each stage is a process with its own time limit, so that one that fails or hangs does not cost the
 others theirs; what the ones before it left over it may use, too. Figures are written as they come,
-to ``benchmarks/results/<device>/``, or with logs and a summary to the folder that ``OUT`` names.
+to ``benchmarks/results/<device>/``, or with logs to the folder that ``OUT`` names.
 Without a CUDA device every stage runs at small shapes on the CPU; nothing is kept of it.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -24,7 +23,6 @@ from benchmarks.harness import ENV, RESULTS, ROOT
 
 UNHURRIED = 3  # times as long for a rehearsal: on a busy CPU an import alone may take a minute
 GRACE_S = 5.0  # between asking a stage to end and ending it
-TESTS_S = 75
 # Of each suite of benchmarks its file and its seconds.
 SUITES = {
     "linear_cross_entropy": ("ops", 25),
@@ -63,7 +61,7 @@ def plan(results: Path, *, cuda: bool) -> list[Stage]:
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     workers = str(min(8, os.cpu_count() or 1))
     tests = ("-n", workers, "--timeout=90", "--maxfail=25") if cuda else ("-n0", "--collect-only")
-    stages = [Stage("tests", (*pytest, *tests, *device_tests()), TESTS_S)]
+    stages = [Stage("tests", (*pytest, *tests, *device_tests()), 75)]
     for suite, (file, limit_s) in SUITES.items():
         small = () if cuda else ("--rehearse", *(("-k", TINY_KERNELS) if file == "ops" else ()))
         options = ("--benchmark-only", "--results", str(results), "--suite", suite, *small)
@@ -91,36 +89,22 @@ def run_stage(stage: Stage, limit_s: float, log: Path) -> str:
 
 
 def run_all(stages: Sequence[Stage], work: Path) -> bool:
-    """Run the stages in order, a line for each; return whether all went well.
-
-    ``work`` is for the logs, and ``summary.txt``, which grows as stages end.
-    """
+    """Run the stages in order, a line for each, logs in ``work``; return whether all went well."""
     deadline, well = time.monotonic(), True
     for stage in stages:
         begun, log = time.monotonic(), work / f"{stage.name}.log"
         deadline += stage.limit_s
         outcome = run_stage(stage, max(1.0, deadline - begun), log)
-        say(work, f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}")
+        print(f"{stage.name:28} {time.monotonic() - begun:5.0f} s  {outcome}", flush=True)
         if outcome != "ok":
             well = False
             text = log.read_text("utf-8", errors="replace")
             last = [line for line in text.splitlines() if line.strip()][-12:]
-            say(work, "\n".join(f"    {line[:200]}" for line in last))
+            print(*(f"    {line[:200]}" for line in last), sep="\n", flush=True)
     return well
 
 
-def say(work: Path, text: str) -> None:
-    """Print a text, and add it to the summary."""
-    print(text, flush=True)
-    with (work / "summary.txt").open("a", encoding="utf-8") as file:
-        file.write(f"{text}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; return 0 where no stage failed."""
-    parser = argparse.ArgumentParser(description="Tests and benchmarks on a GPU, in nine minutes.")
-    parser.add_argument("--only", default="", help="run the stages whose name has this in it")
-    only = parser.parse_args(argv).only
+def main() -> int:
     started, machine = time.monotonic(), harness.machine()
     cuda = machine["kind"] == "cuda"
     with tempfile.TemporaryDirectory(prefix="fasttrain-gpu-") as temporary:
@@ -133,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no CUDA device: rehearsal at small shapes on the CPU; no figure is kept")
             # Threads that wait for each other on a busy machine take minutes for milliseconds.
             os.environ["OMP_NUM_THREADS"] = "1"
-        well = run_all([s for s in plan(results, cuda=cuda) if only in s.name], work)
+        well = run_all(plan(results, cuda=cuda), work)
         documents = harness.read_all(results, harness.folder_of(machine))
         if cuda and documents:
-            say(work, report.plain_text(documents))
+            print(report.plain_text(documents))
     print(f"{'done' if well else 'with failures'} after {time.monotonic() - started:.0f} s")
     return 0 if well else 1
 

@@ -73,10 +73,8 @@ def isa() -> str:
     """Return the kind of CPU that torch takes this one for: ``ATEN_CPU_CAPABILITY`` counts."""
     if platform.machine() in ("aarch64", "arm64"):
         return "ARM"
-    name = torch.backends.cpu.get_cpu_capability()
-    if name != "AVX512":
-        return str(name)
-    return "AVX-512+AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512"
+    name = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    return f"{name}+AMX" if name == "AVX-512" and torch.cpu._is_amx_tile_supported() else name
 
 
 # For this process and its children: the compiler's cache takes code for AVX-512 as code for AVX2,
@@ -119,11 +117,6 @@ def run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 # ---- timing --------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _flush_buffer() -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-
 def seconds(call: Call, n_calls: int = 1, *, flush: bool = True) -> float:
     """Return the seconds of one call, the mean of ``n_calls`` in a row.
 
@@ -132,8 +125,9 @@ def seconds(call: Call, n_calls: int = 1, *, flush: bool = True) -> float:
     """
     if CUDA and flush:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n_calls)]
+        buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
         for start, end in pairs:
-            _flush_buffer().zero_()
+            buffer.zero_()
             start.record()
             call()
             end.record()
@@ -158,9 +152,7 @@ def rounds_within(budget_s: float) -> Iterator[int]:
         yield turn
 
 
-def turns(
-    timed: Mapping[str, Callable[[], float]], rounds: Iterable[int]
-) -> dict[str, list[float]]:
+def turns(timed: Mapping[str, Call], rounds: Iterable[int]) -> dict[str, list[float]]:
     """Return the seconds that each way reports, for each round, by name."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     names = list(timed)

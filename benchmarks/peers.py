@@ -25,7 +25,7 @@ def hf_trainer(config: TrainConfig, ends: list[float]) -> None:
     """Train with Hugging Face's Trainer on the config's file of uint16."""
     import transformers
 
-    seq_len, cpu = config.data.seq_len, torch.device("cpu")
+    seq_len = config.data.seq_len
     ours = Transformer(config.model, seq_len=seq_len)
     sizes = _hf_config(ours, _model_type_of(ours), torch.float32, None) | {"use_cache": False}
     peer = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes))
@@ -36,7 +36,7 @@ def hf_trainer(config: TrainConfig, ends: list[float]) -> None:
         def on_step_end(self, *args: object, **kwargs: object) -> None:
             ends.append(time.perf_counter())
 
-    bf16 = resolve_precision("auto", cpu).name == "bf16"
+    bf16 = resolve_precision("auto", torch.device("cpu")).name == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         options = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=config.train.micro_batch,

@@ -1,4 +1,4 @@
-"""Every config compiles for an H100, in the processes that benchmarks/fake_gpu.py makes of it."""
+"""Every config compiles for an H100, in processes where gpu_dry.py stands in for one."""
 
 import json
 import os
