@@ -4,13 +4,13 @@
 targets, well past the L2 cache. Inputs, references, bytes and FLOPs are the kernels' catalogue's.
 """
 
-import importlib
 import math
-import operator
+import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fasttrain_kernels as kernels
 import pytest
@@ -20,35 +20,20 @@ from fasttrain_kernels import catalogue
 from fasttrain_kernels.catalogue import Op, both_ways, results
 from torch import Tensor, nn
 
-from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, TOLERANCE, Call, check, gather, run
+from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, Call, check, gather, run
 
 compiled = partial(torch.compile, dynamic=False)
 NAME = "bf16" if CUDA else "fp32"
 N_CHECKED = 128  # rows, of which the reference in fp32 takes seconds at most
+# Makers of one op's rivals at one size, ours first (`harness.gather`), and options of `compare`.
+Subject = tuple[Mapping[str, Callable[[], Call]], Mapping[str, Any]]
 
 
-class Subject(NamedTuple):
-    """One op at one size."""
-
-    makers: Mapping[str, Callable[[], Any]]  # the rivals, ours first, see `harness.gather`
-    verify: Callable[[str, Any], None]  # that a rival computes what the reference does
-    call_of: Callable[[str, Any], Call]  # what is timed of a rival
-    options: Mapping[str, Any]  # those of the fixture `compare`
-
-
-# ---- ops with a backward pass --------------------------------------------------------------------
-
-
-def absent(why: str) -> Call:
-    raise ImportError(why)
-
-
-def peer(place: str, adapt: Callable[[Call], Call] = lambda op: op) -> Callable[[], Call]:
-    """Return a maker of a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
-    module, _, name = place.partition(":")
+def peer(place: str, **options: Any) -> Call:
+    """Return a peer's op, ``module:name``, whose kernels run on a CUDA device alone."""
     if not CUDA:
-        return partial(absent, "needs a CUDA device")
-    return lambda: adapt(operator.attrgetter(name)(importlib.import_module(module)))
+        raise ImportError("needs a CUDA device")
+    return partial(pkgutil.resolve_name(place), **options)
 
 
 def seeds(outputs: list[Tensor]) -> Sequence[Tensor | None]:
@@ -57,130 +42,81 @@ def seeds(outputs: list[Tensor]) -> Sequence[Tensor | None]:
 
 
 def differentiable(
-    make: Callable[[int], Op], n_rows: int, *, also_compiled: bool = False, **peers: Any
-) -> Subject:
+    make: Callable[..., Op], n_rows: int, *widths: int, peers: Mapping[str, Any] = {},
+    also_compiled: bool = False,
+) -> Subject:  # fmt: skip
     """Return the subject of an op with so many rows, forward and backward; few are checked."""
     with torch.device(DEVICE):
-        op, few = make(n_rows), make(min(n_rows, N_CHECKED))
+        op, few = (make(NAME, *widths[::-1], n) for n in (n_rows, min(n_rows, N_CHECKED)))
     assert op.torch is not None
     exact = results(few.reference, few, torch.float32, seeds)
-    makers = {OURS: lambda: op.ours, "torch": lambda: op.torch}
-    makers |= {"torch.compile": partial(compiled, op.torch)} | peers
-    if also_compiled:
-        makers |= {"fasttrain compiled": partial(compiled, op.ours)}
     inputs = [t.to(DTYPE) for t in op.inputs]
     outputs = op.torch(*inputs, *op.constants)
     incoming = seeds([outputs] if isinstance(outputs, Tensor) else list(outputs))
 
-    def verify(name: str, fn: Call) -> None:
-        check(name, results(fn, few, DTYPE, seeds), exact, TOLERANCE[DTYPE])
-
-    def call_of(name: str, fn: Call) -> Call:
+    def maker(name: str, find: Callable[[], Call]) -> Call:
+        fn = find()
+        check(name, results(fn, few, DTYPE, seeds), exact)
         # Liger writes a loss's gradient over the logits, which the others must not find there.
         own = [t.clone() if name == "liger" else t.detach() for t in inputs]
         leaves = [t.requires_grad_() for t in own]
         return lambda: both_ways(fn, leaves, op.constants, lambda _: incoming)
 
+    found = {OURS: lambda: op.ours, "torch": lambda: op.torch, **peers}
+    if CUDA or not op.flops:  # on a CPU products dominate: a compiler changes nothing
+        found |= {"torch.compile": partial(compiled, op.torch)}
+    if also_compiled:
+        found |= {"fasttrain compiled": partial(compiled, op.ours)}
     rates = {"gb_per_s": op.n_bytes / 1e9, "tflop_per_s": op.flops / 1e12}
     options = {
         "per_call": {key: amount for key, amount in rates.items() if amount},
         "n_calls": 5 if CUDA and op.n_bytes else 1,
         "warmup": 1 if op.flops else 2,
     }
-    return Subject(makers, verify, call_of, options)
-
-
-def norm(n_rows: int, dim: int) -> Subject:
-    place = "liger_kernel.ops.rms_norm:LigerRMSNormFunction.apply"
-    return differentiable(
-        lambda n: catalogue.rms_norm(NAME, dim, n), n_rows, also_compiled=True,
-        liger=peer(place, lambda op: lambda x, w: op(x, w, 1e-6)),
-        quack=peer("quack.rmsnorm:rmsnorm", lambda op: partial(op, eps=1e-6)),
-    )  # fmt: skip
-
-
-def rope() -> Subject:
-    batch, n_tokens, heads, dim = (8, 8192, (32, 8), 128) if CUDA else (2, 512, (12, 12), 64)
-
-    def heads_first(op: Call) -> Call:  # and it rotates in place: it is given copies
-        def call(q: Tensor, k: Tensor, *tables: Tensor) -> Any:
-            wide = (torch.cat((table, table), -1)[None].to(q.dtype) for table in tables)
-            rotated = op(*(x.transpose(1, 2).clone() for x in (q, k)), *wide)
-            return tuple(x.transpose(1, 2) for x in rotated)
-
-        return call
-
-    liger = peer("liger_kernel.ops.rope:LigerRopeFunction.apply", heads_first)
-    return differentiable(
-        lambda n: catalogue.apply_rope(NAME, dim, n, batch, heads), n_tokens, also_compiled=True,
-        **{"liger (with a copy)": liger},
-    )  # fmt: skip
-
-
-def activation(name: str) -> Subject:
-    n_rows, n_cols = (32768, 8192) if CUDA else (1024, 1536)
-    if name == "relu2":
-        return differentiable(lambda n: catalogue.relu_squared(NAME, n_cols, n), n_rows)
-    liger = peer("liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply")
-    return differentiable(lambda n: catalogue.swiglu(NAME, n_cols, n), n_rows, liger=liger)
-
-
-def loss_of_logits(n_rows: int, vocab: int) -> Subject:
-    return differentiable(
-        lambda n: catalogue.cross_entropy(NAME, vocab, n), n_rows,
-        liger=peer("liger_kernel.transformers.functional:liger_cross_entropy"),
-        quack=peer("quack.cross_entropy:cross_entropy", lambda op: partial(op, reduction="mean")),
-    )  # fmt: skip
+    return {name: partial(maker, name, find) for name, find in found.items()}, options
 
 
 def torch_chunked() -> Call:
-    if not hasattr(nn, "LinearCrossEntropyOptions"):
-        absent(f"torch {torch.__version__} has no F.linear_cross_entropy")
     # Its default options are slower and take as much memory.
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
     return partial(F.linear_cross_entropy, options=options)
 
 
-def linear_loss(n_rows: int, dim: int, vocab: int) -> Subject:
-    peers = {
-        "torch chunked": torch_chunked,
-        "liger": peer("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"),
-        "quack": peer("quack.linear_cross_entropy:chunked_linear_cross_entropy"),
-        "cut_cross_entropy": peer("cut_cross_entropy:linear_cross_entropy"),
-    }
-    if not CUDA:
-        why = "on a CPU the products dominate: a compiler changes nothing"
-        peers["torch.compile"] = partial(absent, why)
-    return differentiable(
-        lambda n: catalogue.linear_cross_entropy(NAME, vocab, dim, n), n_rows, **peers
-    )
-
-
-# ---- optimizers and products ---------------------------------------------------------------------
+LIGER = "liger_kernel.transformers.functional:liger_"
+OF_LOGITS = {
+    "liger": partial(peer, f"{LIGER}cross_entropy"),
+    "quack": partial(peer, "quack.cross_entropy:cross_entropy", reduction="mean"),
+}
+OF_A_LAYER = {
+    "torch chunked": torch_chunked,
+    "liger": partial(peer, f"{LIGER}fused_linear_cross_entropy"),
+    "quack": partial(peer, "quack.linear_cross_entropy:chunked_linear_cross_entropy"),
+    "cut_cross_entropy": partial(peer, "cut_cross_entropy:linear_cross_entropy"),
+}
+NORMS = {
+    "liger": partial(peer, f"{LIGER}rms_norm", eps=1e-6),
+    "quack": partial(peer, "quack.rmsnorm:rmsnorm", eps=1e-6),
+}
+SWIGLU = {"liger": partial(peer, f"{LIGER}swiglu")}
+ROPE = {"batch": 8, "heads": (32, 8)} if CUDA else {"batch": 2, "heads": (12, 12)}
 
 Params = list[nn.Parameter]
 
 
-def optimizers(
-    make: Callable[[], Params], ways: Mapping[str, Callable[[Params], Call]],
-    close: Callable[[Tensor, Tensor], Any], **options: Any,
-) -> Subject:  # fmt: skip
+def optimizers(make: Call, ways: Mapping[str, Call], close: Call, **options: Any) -> Subject:
     """Return the subject of a step, after which parameters are close to those of the second way."""
     exact = make()
     list(ways.values())[1](exact)()
 
-    def maker(way: Callable[[Params], Call]) -> tuple[Params, Call]:
+    def maker(name: str, way: Callable[[Params], Call]) -> Call:
         params = make()
-        return params, way(params)
-
-    def verify(name: str, made: tuple[Params, Call]) -> None:
-        params, step = made
+        step = way(params)
         step()
         for p, q in zip(params, exact, strict=True):
             assert close(p, q) is not False, f"{name} does not step as torch does"
+        return step
 
-    makers = {name: partial(maker, way) for name, way in ways.items()}
-    return Subject(makers, verify, lambda _, made: made[1], {"warmup": 1} | options)
+    return {k: partial(maker, k, way) for k, way in ways.items()}, {"warmup": 1} | options
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, scale: float) -> Params:
@@ -199,8 +135,6 @@ MODELS = {"0.8M": (4, 128, 256), "124M": (12, 768, 50304), "1B": (24, 1792, 5030
 def clipped_step(model: str, precision: str) -> Subject:
     """A clipped AdamW step: grad_norm and FusedAdamW against torch's clipping and its AdamWs."""
     small, bf16 = model == "0.8M", precision == "bf16"
-    if not CUDA and bf16 and not small:
-        pytest.skip("large bf16 states are a GPU's case")
 
     def ours(params: Params) -> Call:
         optimizer = kernels.FusedAdamW(params, lr=1e-5)
@@ -215,18 +149,18 @@ def clipped_step(model: str, precision: str) -> Subject:
         optimizer = torch.optim.AdamW(params, lr=1e-5, **options)
         return lambda: (nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
 
-    ways = {OURS: ours, "torch fused": partial(torchs, fused=True)}
-    ways["torch foreach"] = partial(torchs, foreach=True)
+    ways = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}}
     if small:  # a loop over tensors: minutes of the large models' time
-        ways["torch default"] = partial(torchs, foreach=False)
+        ways["torch default"] = {"foreach": False}
     layers, dim, vocab = MODELS[model]
     block = [(dim,), (3 * dim, dim), (dim, dim), (dim,), (4 * dim, dim), (dim, 4 * dim)]
     shapes = [(vocab, dim), (1024, dim), *(block * layers), (dim,)]
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = catalogue.DTYPES[precision]
     n_bytes = sum(map(math.prod, shapes)) * dtype.itemsize * 8  # norm 1, step 7
     close = partial(torch.testing.assert_close, rtol=2e-2 if bf16 else 1e-5, atol=1e-6)
     make, rates = partial(parameters, shapes, dtype, 0.02), {"gb_per_s": n_bytes / 1e9}
-    return optimizers(make, ways, close, per_call=rates, n_calls=20 if small else 1)
+    steps = {OURS: ours} | {name: partial(torchs, **options) for name, options in ways.items()}
+    return optimizers(make, steps, close, per_call=rates, n_calls=20 if small else 1)
 
 
 def muon_step(coefficients: str, dim: int) -> Subject:
@@ -246,96 +180,97 @@ def muon_step(coefficients: str, dim: int) -> Subject:
 def symmetric(n_rows: int) -> Subject:
     """The symmetric product against a full one."""
     x = torch.randn(1 if CUDA else 4, n_rows, n_rows, device=DEVICE, dtype=DTYPE)
-    makers = {OURS: lambda: kernels.symmetric_matmul, "torch": lambda: lambda x: torch.bmm(x, x.mT)}
     exact = torch.bmm(x, x.mT)
-
-    def verify(name: str, op: Call) -> None:
-        check(name, [op(x)], [exact], TOLERANCE[DTYPE])
-
+    check(OURS, [kernels.symmetric_matmul(x)], [exact])
+    ours, torchs = partial(kernels.symmetric_matmul, x), partial(torch.bmm, x, x.mT)
     rates = {"tflop_per_s_of_a_full_product": 2 * len(x) * n_rows**3 / 1e12}
     options = {"per_call": rates, "n_calls": 5 if CUDA else 1}
-    return Subject(makers, verify, lambda _, op: partial(op, x), options)
+    return {OURS: lambda: ours, "torch": lambda: torchs}, options
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-ADAMW = [(model, dtype) for model in MODELS for dtype in ("fp32", "bf16")]
-COEFFICIENTS = ("polar_express", "quintic")
 # Of each op the file and the name of its figures, what makes it, its sizes on a CPU and on a GPU.
 TABLE: Any = (
-    ("adamw", "clipped_step", clipped_step, ADAMW[:4], ADAMW),
+    ("adamw", "clipped_step[{}-{}]", clipped_step,
+     [("0.8M", "fp32"), ("0.8M", "bf16"), ("124M", "fp32")],
+     [(model, dtype) for model in MODELS for dtype in ("fp32", "bf16")]),
     # (rows, vocabulary)
-    ("cross_entropy", "cross_entropy", loss_of_logits,
+    ("cross_entropy", "cross_entropy[{}-{}]",
+     partial(differentiable, catalogue.cross_entropy, peers=OF_LOGITS),
      [(2048, 4096), (128, 50304), (128, 50257)],
      [(8192, 128256), (8192, 50304), (8192, 50257), (8192, 32000)]),
     # (rows, dim, vocabulary)
-    ("linear_cross_entropy", "linear_cross_entropy", linear_loss,
+    ("linear_cross_entropy", "linear_cross_entropy[{}-{}-{}]",
+     partial(differentiable, catalogue.linear_cross_entropy, peers=OF_A_LAYER),
      [(4096, 256, 1024), (2048, 256, 4096), (768, 128, 65), (512, 768, 50304), (4096, 768, 50304)],
      [(4096, 4096, 128256), (32768, 768, 50304)]),
     # configs/base.toml; GPT-2 small
-    ("muon", "muon_step", muon_step,
-     [(c, 128) for c in COEFFICIENTS], [(c, 768) for c in COEFFICIENTS]),
-    ("muon", "symmetric_matmul", symmetric,
+    ("muon", "muon_step[{}-{}]", muon_step,
+     [("polar_express", 128), ("quintic", 128)], [("polar_express", 768), ("quintic", 768)]),
+    ("muon", "symmetric_matmul[{}]", symmetric,
      [(256,), (768,)], [(1024,), (2048,), (4096,), (8192,)]),
     # (rows, dim): those of a model, and of QK-norm
-    ("rms_norm", "rms_norm", norm, [(2048, 768), (12288, 64)],
-     [(65536, 2048), (32768, 4096), (16384, 8192), (1048576, 128)]),
-    ("rope", "rope", rope, [()], [()]),
-    ("swiglu", "activation", activation, [("swiglu",), ("relu2",)], [("swiglu",), ("relu2",)]),
+    ("rms_norm", "rms_norm[{}-{}]",
+     partial(differentiable, catalogue.rms_norm, peers=NORMS, also_compiled=True),
+     [(2048, 768), (12288, 64)], [(65536, 2048), (32768, 4096), (16384, 8192), (1048576, 128)]),
+    # (tokens, head_dim)
+    ("rope", "rope", partial(differentiable, partial(catalogue.apply_rope, **ROPE),
+                             also_compiled=True), [(512, 64)], [(8192, 128)]),
+    ("swiglu", "activation[swiglu]", partial(differentiable, catalogue.swiglu, peers=SWIGLU),
+     [(1024, 1536)], [(32768, 8192)]),
+    ("swiglu", "activation[relu2]", partial(differentiable, catalogue.relu_squared),
+     [(1024, 1536)], [(32768, 8192)]),
 )  # fmt: skip
-SLOW = {"linear_cross_entropy[4096-768-50304]"}
 
 
 def cases() -> Any:
-    for suite, op, make, cpu, gpu in TABLE:
+    for suite, name, make, cpu, gpu in TABLE:
         for size in gpu if CUDA else cpu:
-            name = f"{op}[{'-'.join(map(str, size))}]" if size else op
-            marks = pytest.mark.figures(suite, name=name)
-            yield pytest.param(name, partial(make, *size), id=name, marks=marks)
+            own = name.format(*size)
+            marks = pytest.mark.figures(suite, name=own)
+            yield pytest.param(own, partial(make, *size), id=own, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "make"), cases())
 def test_op(compare: Any, full: bool, name: str, make: Callable[[], Subject]) -> None:
-    if name in SLOW and not full:
+    if name == "linear_cross_entropy[4096-768-50304]" and not full:
         pytest.skip("takes two minutes: --full")
     torch._dynamo.reset()
     torch.manual_seed(0)
-    subject = make()
-    ops, left_out = gather(subject.makers, subject.verify)
-    calls = {rival: subject.call_of(rival, op) for rival, op in ops.items()}
-    compare(calls, left_out=left_out, **subject.options)
+    makers, options = make()
+    calls, left_out = gather(makers)
+    compare(calls, left_out=left_out, **options)
 
 
-PEAK = """
-import sys, torch
-import torch.nn.functional as F
-from fasttrain_kernels import linear_cross_entropy
-cuda = torch.cuda.is_available()
-rows, dim, vocab = (32768, 768, 50304) if cuda else (2048, 64, 50304)
-options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
-h, w = (torch.randn(n, dim, requires_grad=True, **options) for n in (rows, vocab))
-t = torch.randint(0, vocab, (rows,), device=h.device)
-loss = linear_cross_entropy
-if sys.argv[1] == "torch":
-    loss = lambda h, w, t: F.cross_entropy(F.linear(h, w), t)
-def peak():  # not ru_maxrss, which a child process inherits
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-loss(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
-before = torch.cuda.memory_allocated() if cuda else peak()
-loss(h, w, t).backward()
-print(peak() - before)
-"""
+def print_growth(name: str) -> None:
+    """Print by how many bytes this process grows for a forward and a backward pass at V=50304."""
+    rows, dim, vocab = (32768, 768, 50304) if CUDA else (2048, 64, 50304)
+    random = partial(torch.randn, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    h, w, t = random(rows, dim), random(vocab, dim), torch.randint(vocab, (rows,), device=DEVICE)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        if name == OURS:
+            return kernels.linear_cross_entropy(*inputs)
+        return F.cross_entropy(F.linear(*inputs[:2]), inputs[2])
+
+    def peak() -> int:  # not ru_maxrss, which a child process inherits
+        if CUDA:
+            return torch.cuda.max_memory_allocated()
+        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
+        return 1024 * int(kilobytes)
+
+    loss(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
+    before = torch.cuda.memory_allocated() if CUDA else peak()
+    loss(h, w, t).backward()
+    print(peak() - before)
 
 
 @pytest.mark.figures("linear_cross_entropy")
 def test_peak_memory(benchmark: Any) -> None:
-    """By how much a process grows for one forward and backward of ours and of eager at V=50304."""
     if not CUDA and not Path("/proc/self/status").exists():
         pytest.skip("the peak memory of a process is read from Linux's /proc")
 
-    ours = benchmark.pedantic(run, args=("-c", PEAK, OURS))
-    peaks = {OURS: int(ours), "torch": int(run("-c", PEAK, "torch"))}
+    def growth(name: str) -> int:
+        return int(run("-c", f"from benchmarks.bench_ops import *; print_growth({name!r})"))
+
+    peaks = {OURS: benchmark.pedantic(growth, args=(OURS,)), "torch": growth("torch")}
     benchmark.extra_info["peak_bytes"] = peaks

@@ -1,199 +1,201 @@
 """A training step against the same model in plain torch, and against ours in other settings.
 
-``fasttrain`` is the trainer's step by default: forward, backward, norm, verdict, update, compiled
-as ``run.compile = "auto"`` does. ``torch`` is the same model from torch's own functions, and
-``torch.compile`` that, compiled as one graph: see steps.py. All start from the same parameters and
-train on the same batch. None may be faster than ``auto`` by more than noise, or the test fails;
-with ``--full`` neither in the other precision, where the device multiplies bf16 natively.
-
-On a GPU large configs are timed and profiled, with the trainer's loader: with fp8 too, MFU is of
-the peak of bf16.
+All start from the same parameters and train on the same batch. None may be faster than what
+``run.compile = "auto"`` chooses by more than noise, or the test fails; with ``--full`` neither in
+the other precision, where the device multiplies bf16 natively.
 """
 
-import json
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fasttrain_kernels import RMSNorm
 from fasttrain_kernels._torch import native_bf16
+from fasttrain_kernels.catalogue import rotate_half
+from torch import Tensor, nn
 
-from benchmarks import harness, steps
-from benchmarks.harness import CUDA, OURS
-from benchmarks.steps import (
-    BASE,
-    GPT2_CHARS,
-    LLAMA_LIKE,
-    LR,
-    TINY,
-    Step,
-    config_of,
-)
-from benchmarks.store import ROOT, slug
-from fasttrain.config import UserError
-from fasttrain.data.loader import Loader
-from fasttrain.data.order import LoaderOptions
+from benchmarks.harness import OURS, ROOT
+from fasttrain.config import TrainConfig, config_from_dict, load_config
+from fasttrain.data.loader import Batch
+from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
-from fasttrain.log import metrics
+from fasttrain.model.attention import Attention
+from fasttrain.model.runtime import compile_function
+from fasttrain.model.transformer import Transformer
 
-SHAPES: dict[str, tuple[dict[str, Any], Path | None]] = {
+LR = 1e-3
+BASE = ROOT / "configs" / "base.toml"
+NOISE = 0.05  # by which a median of the ratios in a round may be off
+Step = Callable[[], Tensor]  # runs one step; returns the loss, on the device
+
+
+def shape(dim: int, layers: int, heads: int, vocab: int, seq_len: int, rows: int) -> dict[str, Any]:
+    """Return sizes as overrides of a config."""
+    return {
+        "model.dim": dim, "model.n_layers": layers, "model.n_heads": heads,
+        "model.vocab_size": vocab, "data.seq_len": seq_len, "train.micro_batch": rows,
+    }  # fmt: skip
+
+
+GPT2 = {
+    "model.mlp": "gelu", "model.norm": "layer", "model.positions": "learned",
+    "model.tied_embeddings": True,
+}  # fmt: skip
+LLAMA_LIKE = shape(256, 4, 4, 4096, 256, 8)
+GPT2_CHARS = GPT2 | shape(128, 4, 4, 65, 64, 12)  # nanoGPT's README command for a CPU
+SHAPES: Any = {
     "gpt2-chars": (GPT2_CHARS, None),
     "llama-256": (LLAMA_LIKE, None),
     # Not with its own optimizer, Muon: torch has none that is fast on a CPU.
     "base": ({"model.vocab_size": 2048, "optim.name": "adamw"}, BASE),
 }
-NOISE = 0.05  # by which a median of the ratios in a round may be off
+
+
+def config_of(overrides: Mapping[str, object], file: Path | None = None) -> TrainConfig:
+    """Return the config of ``file`` (None: the defaults, 1,000 steps) with ``overrides``."""
+    if file is not None:
+        return load_config(file, [f"{key}={value}" for key, value in overrides.items()])
+    # Data is made up here; a path keeps the vocabulary from having to be the default text's.
+    values: dict[str, dict[str, object]] = {"train": {"steps": 1000}, "data": {"path": "none"}}
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        values.setdefault(section, {})[key] = value
+    return config_from_dict(values)
+
+
+def parts_of(config: TrainConfig) -> tuple[Transformer, list[Any], Any, Any]:
+    """Return model, optimizers, device and precision of a run, the same at every call."""
+    torch.manual_seed(0)
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.run.dtype, device)
+    model = Transformer(config.model, seq_len=config.data.seq_len).to(device).train()
+    return model, build_optimizers(model, config.optim, precision.compute), device, precision
+
+
+def make_batch(config: TrainConfig) -> Batch:
+    """Return a batch of random tokens, the same at every call."""
+    torch.manual_seed(0)
+    size = (config.train.micro_batch, config.data.seq_len + 1)
+    ids = torch.randint(config.model.vocab_size, size).to(resolve_device(config.run.device))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, 0)
+
+
+def our_step(config: TrainConfig) -> Step:
+    """Return the trainer's step on a batch that stays the same."""
+    model, optimizers, device, precision = parts_of(config)
+    train_step = TrainStep(model, optimizers, config, device=device, precision=precision)
+    batch = make_batch(config)
+
+    def step() -> Tensor:
+        train_step([batch], LR)
+        return train_step.loss
+
+    return step
+
+
+def loop(loss_of: Callable[..., Any], config: TrainConfig, optimizer: Any) -> Step:
+    """Return the usual loop's body in the precision of a config; clip, step, clear."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    precision = resolve_precision(config.run.dtype, resolve_device(config.run.device))
+    batch = make_batch(config)
+
+    def step() -> Tensor:
+        with precision.autocast():
+            loss = loss_of(batch.tokens, batch.targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def plain_step(config: TrainConfig) -> Step:
+    """Return the same step in plain torch; its loss is compiled unless ``run.compile`` is off."""
+    model, ours, *_ = parts_of(config)
+    groups = [
+        {"params": g["params"], "weight_decay": g["weight_decay"], "lr": LR * g["lr_scale"]}
+        for optimizer in ours
+        for g in optimizer.param_groups
+    ]
+    optim, loss_of = config.optim, partial(plain_loss, model)
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=optim.betas, eps=optim.eps, fused=True)
+    compiled = config.run.compile != "off"
+    return loop(compile_function(loss_of, "default") if compiled else loss_of, config, adamw)
+
+
+def plain_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy, all logits at once; of the options, those of the shapes."""
+    x = model.embedding(tokens)
+    if model.position_embedding is not None:
+        x = x + model.position_embedding.weight[: tokens.shape[1]]
+    for block in model.blocks:
+        x = x + _attend(block.attention, _norm(block.attention_norm, x), model)
+        h = block.mlp.up(_norm(block.mlp_norm, x))
+        if model.config.mlp == "swiglu":
+            gate, up = h.chunk(2, -1)
+            h = F.silu(gate) * up
+        else:
+            h = F.gelu(h, approximate="tanh")
+        x = x + block.mlp.down(h)
+    logits = F.linear(_norm(model.norm, x), model.head_weight).float()
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def _norm(module: nn.Module, x: Tensor) -> Any:
+    if isinstance(module, RMSNorm):
+        return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+    return module(x)
+
+
+def _attend(a: Attention, x: Tensor, model: Transformer) -> Tensor:
+    q, k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in a.qkv(x).chunk(3, -1))
+    if a.q_norm is not None and a.k_norm is not None:
+        q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
+    if model.rope_cos is not None and model.rope_sin is not None:
+        tables = model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]]
+        q, k = (rotate_half(y, *tables) for y in (q, k))
+    y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True)
+    return a.out(y.transpose(1, 2).flatten(2))
+
+
+WAYS = {
+    "fasttrain {}": (our_step, "off"),
+    "fasttrain compiled, {}": (our_step, "default"),
+    "torch {}": (plain_step, "off"),
+    "torch.compile {}": (plain_step, "default"),
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_training_step(compare: Any, benchmark: Any, full: bool, rehearse: bool, name: str) -> None:
+def test_training_step(compare: Any, full: bool, rehearse: bool, name: str) -> None:
     if name == "llama-256" and not full:
         pytest.skip("compiles for most of a minute: --full")
     torch._dynamo.reset()
     overrides, file = SHAPES[name]
     config = config_of(overrides, file)
-    device = steps.resolve_device("auto")
-    own, left_out = steps.resolve_precision("auto", device).name, {}
-    ways = {OURS: steps.our_step(config)}
+    device = resolve_device("auto")
+    own, left_out = resolve_precision("auto", device).name, {}
+    ways = {OURS: our_step(config)}
     for dtype in ("fp32", "bf16"):
         if dtype != own and not (full and native_bf16(device)):
             left_out[dtype] = "--full" if native_bf16(device) else "this device emulates it"
             continue
-
-        def step(make: Callable[..., Step], compiled: str, dtype: str = dtype) -> Step:
-            return make(config_of(overrides | {"run.dtype": dtype, "run.compile": compiled}, file))
-
-        ways |= {
-            f"fasttrain {dtype}": step(steps.our_step, "off"),
-            f"fasttrain compiled, {dtype}": step(steps.our_step, "default"),
-            f"torch {dtype}": step(steps.plain_step, "off"),
-            f"torch.compile {dtype}": step(steps.plain_step, "default"),
-        }
+        for way, (make, mode) in WAYS.items():
+            settings = overrides | {"run.dtype": dtype, "run.compile": mode}
+            ways[way.format(dtype)] = make(config_of(settings, file))
     for _ in range(3):  # the same losses, update for update; and compilation is over
         losses = {way: step().item() for way, step in ways.items()}
     tolerance = 2e-3 if own == "fp32" and "torch bf16" not in ways else 2e-2
     exact = next(loss for way, loss in losses.items() if way.startswith("torch "))
     assert all(abs(loss - exact) <= tolerance * exact for loss in losses.values()), losses
-    n_tokens = config.train.micro_batch * config.data.seq_len
+    per_call = {"tokens_per_s": config.train.micro_batch * config.data.seq_len}
     options = {"n_calls": 3 if name == "gpt2-chars" else 1, "warmup": 1, "flush": False}
-    compare(ways, left_out=left_out, per_call={"tokens_per_s": n_tokens}, **options)
-    speedup = benchmark.extra_info["speedup"]
+    speedup = compare(ways, left_out=left_out, per_call=per_call, **options)["speedup"]
     assert rehearse or min(speedup.values()) >= 1 - NOISE, f"auto is not the fastest: {speedup}"
-
-
-def figures(suite: str, name: str) -> Any:
-    """Return a parameter with the suite and the name of its figures."""
-    return pytest.param(name, marks=pytest.mark.figures(suite, name=name), id=name)
-
-
-# ---- large configs, with the loader and a profile ------------------------------------------------
-
-# One micro-batch a step.
-FIXED = {
-    "train.tokens_per_step": "none", "data.path": "none-here", "checkpoint.every_steps": "none"
-}  # fmt: skip
-CONFIGS = {
-    "gpt2-124m bf16": {"run.dtype": "bf16"},
-    "llama-1b bf16": {"run.dtype": "bf16"},
-    "llama-1b fp8": {"run.fp8": "true"},
-}
-# What stands in for them on a CPU.
-SMALL = TINY | {"model.n_kv_heads": "none", "model.hidden_dim": 128, "run.fp8": "false"}
-N_TOKENS, N_PROFILED, N_TOP = 4_000_000, 3, 12
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-
-
-def summarize(events: Iterable[Mapping[str, Any]], n_steps: int) -> dict[str, Any]:
-    """Return figures for each step of a chrome trace that covers ``n_steps`` of them.
-
-    ``busy_ms`` is the time of a step in which at least one kernel or copy ran, ``longest_gap_us``
-    the longest in which none did. All are None where nothing ran on a device.
-    """
-    spans: list[tuple[float, float]] = []
-    by_name: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
-            started, lasted = float(event["ts"]), float(event["dur"])
-            spans.append((started, started + lasted))
-            by_name[str(event["name"])].append(lasted)
-    if not spans:
-        return dict.fromkeys(("launches_per_step", "busy_ms", "longest_gap_us", "top_kernels"))
-    busy, longest, reached = 0.0, 0.0, min(spans)[0]
-    for start, end in sorted(spans):  # streams overlap: the union counts
-        longest = max(longest, start - reached)
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:N_TOP]
-    return {
-        "launches_per_step": len(spans) / n_steps,
-        "busy_ms": busy / n_steps / 1e3,
-        "longest_gap_us": longest,
-        "top_kernels": [
-            {"name": name[:120], "ms": sum(ms) / n_steps / 1e3, "launches": len(ms) / n_steps}
-            for name, ms in top
-        ],
-    }
-
-
-def profile(step: Callable[[], object], path: Path) -> dict[str, Any]:
-    """Return the summary of some profiled steps."""
-    with torch.profiler.profile(acc_events=True) as profiler:
-        for _ in range(N_PROFILED):
-            step()
-        harness.synchronize()
-    profiler.export_chrome_trace(str(path))
-    return summarize(json.loads(path.read_text("utf-8"))["traceEvents"], N_PROFILED)
-
-
-@pytest.mark.parametrize("name", [figures(f"step-{slug(name)}", name) for name in CONFIGS])
-def test_config(compare: Any, benchmark: Any, rehearse: bool, tmp_path: Path, name: str) -> None:
-    if not CUDA and not rehearse:
-        pytest.skip("needs a CUDA device")
-    torch._dynamo.reset()
-    file = ROOT / "configs" / f"{name.split()[0]}.toml"
-    config = config_of(FIXED | CONFIGS[name] | ({} if CUDA else SMALL), file)
-    rows, seq_len, vocab = config.train.micro_batch, config.data.seq_len, config.model.vocab_size
-    dtype = np.uint16 if vocab <= 2**16 else np.uint32
-    ids = np.random.default_rng(0).integers(vocab, size=N_TOKENS, dtype=dtype)
-    sizes = LoaderOptions(seq_len=seq_len, micro_batch=rows)
-    model, optimizers, device, precision = steps.parts_of(config)
-    try:
-        step = TrainStep(model, optimizers, config, device=device, precision=precision)
-    except UserError as error:  # fp8 without what it needs
-        pytest.skip(str(error))
-    calls, found = 0, {"parameters": model.num_parameters(), "rows": rows, "seq_len": seq_len}
-    with Loader(steps.dataset_of(tmp_path, ids, vocab), sizes, device=device) as loader:
-
-        def call() -> None:
-            nonlocal calls
-            calls += 1
-            step([next(loader)], LR)
-
-        for _ in range(3):  # compilation, and the optimizer's state
-            call()
-        loss = step.loss.item()
-        assert math.isfinite(loss), f"the loss of a step is {loss}"
-        waited, calls = loader.wait_s, 0
-        rates = {"tokens_per_s": rows * seq_len}
-        median_s = compare({OURS: call}, n_calls=10, warmup=1, flush=False, per_call=rates)[OURS]
-        found["data_wait_ms"] = 1e3 * (loader.wait_s - waited) / calls
-        found |= profile(call, tmp_path / "trace.json")
-    flops = model.flops_per_token()
-    rate, ceiling = rows * seq_len / median_s, harness.ceilings()["matmul_tflop_per_s"] * 1e12
-    peak = metrics.peak_flops(device, precision.name)
-    if found["busy_ms"] is not None:
-        # The profiler slows the host down: the gaps that count are those without it.
-        found["idle_fraction"] = max(0.0, 1 - found["busy_ms"] / 1e3 / median_s)
-    benchmark.extra_info.update(
-        found,
-        precision="fp8" if config.run.fp8 else precision.name,
-        compile=step.compile_mode,
-        loss=loss,
-        mfu_of_measured_ceiling=rate * flops / ceiling,
-        mfu_of_datasheet=metrics.mfu(rate, flops, peak),
-        peak_memory_gib=metrics.peak_memory_gib(device),
-    )

@@ -1,14 +1,7 @@
-"""What became slower: ``python benchmarks/compare.py OLD.json NEW.json`` (or two folders of them);
-and ``python benchmarks/compare.py RESULTS`` whether results keep the bounds that are stated here.
+"""What became slower, and whether figures keep the bounds that are stated here.
 
-Ours is compared through its rivals where there are any: they ran in the same rounds, so a machine
-that was slower that day cancels out. Per round the logarithm of own time over a rival's is taken;
-the change is the difference of the medians of old and new, the median over the rivals. What counts
-as noise is three standard errors of that difference, estimated from the spread over the rounds, and
-5 % by which two processes differ. What has no rival has its own time alone, and the machine's load
-in it.
-
-Suites are compared with themselves on the same processor. Exit status 1 where anything became
+``compare.py OLD NEW`` compares two files of results, or two folders; ``compare.py RESULTS`` holds
+one against `BOUNDS`. What counts as noise: docs/benchmarks.md. Exit status 1 where anything became
 slower than noise, failed or breaks a bound, 2 where there is nothing to compare.
 """
 
@@ -29,7 +22,9 @@ STANDARD_ERRORS = 3.0
 # Of a median, against a mean's; and of the median absolute deviation, against a deviation.
 MEDIAN_ERROR, MAD_TO_DEVIATION = 1.2533, 1.4826
 RESULTS = Path(__file__).parent / "results"
-Document = Mapping[str, Any]
+OURS = "fasttrain"
+Entries = Mapping[tuple[str, str, str, str], Mapping[str, Any]]
+AVX2, AMX = ("AVX2",), ("AVX-512+AMX",)
 
 
 class Bound(NamedTuple):
@@ -41,26 +36,25 @@ class Bound(NamedTuple):
     rival: str = "*"  # where the figure has one for each
     least: float = 0.0
     most: float = math.inf
-    isas: tuple[str, ...] = ("AVX2",)  # or a newer CPU held to it
+    isas: tuple[str, ...] = AVX2  # or a newer CPU held to it
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure for each rival; where ours stands beside them, relative to it."""
+        if "failed" in entry:
+            return {"failed": math.nan}
         found = entry.get(self.figure, {})
         if not isinstance(found, Mapping):
             return {self.figure: found}
-        own = found.get("fasttrain", 1.0)
-        rivals = (key for key in found if key != "fasttrain" and fnmatchcase(key, self.rival))
-        return {rival: found[rival] / own for rival in rivals}
+        own = found.get(OURS, 1.0)
+        return {k: v / own for k, v in found.items() if k != OURS and fnmatchcase(k, self.rival)}
 
 
-AVX2, AMX = ("AVX2",), ("AVX-512+AMX",)
 BOUNDS = (
     Bound("busy", "alone", "speedup", least=1 / 1.03, isas=AVX2 + AMX),
     Bound("busy", "beside*", "share_of_best", least=0.85, isas=AVX2 + AMX),
     Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=8.0),
     Bound("chars", "time_to_the_loss_of_nanogpt*", "speedup", least=6.0, isas=AMX),
     Bound("checkpoint", "stall_of_a_save", "speedup", "plain copy", least=1 / 1.2),
-    Bound("checkpoint", "stall_of_a_save", "slowdown", most=1.1),
     Bound("data", "random_windows", "speedup", "DataLoader", least=1.0),
     Bound("linear_cross_entropy", "peak_memory", "peak_bytes", "torch", least=8.0),
     Bound("prepare", "prepare*12*", "speedup", "encode_batch", least=2.0),
@@ -83,55 +77,44 @@ BOUNDS = (
 
 
 class Change(NamedTuple):
-    """How ours moved in one benchmark; both numbers are fractions of its time."""
+    """How ours moved in one benchmark, as a fraction of its time (positive: slower)."""
 
-    change: float  # positive: slower
+    change: float
     noise: float
-
-    @property
-    def verdict(self) -> str:
-        slower = "SLOWER" if self.change > 0 else "faster"
-        return slower if abs(self.change) > self.noise else "same"
+    verdict: str
 
 
-def _median_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the median and its standard error; infinite where one round says nothing of it."""
-    median = statistics.median(values)
-    if len(values) < 2:
-        return median, math.inf
-    deviation = MAD_TO_DEVIATION * statistics.median(abs(v - median) for v in values)
-    return median, MEDIAN_ERROR * deviation / math.sqrt(len(values))
-
-
-def _series(entry: Document) -> dict[str, list[float]]:
-    """Return for each rival the log of own time over its time, by round; alone: of own time."""
+def _logs(entry: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return for each rival the log of own time over its time: median over rounds and its error."""
     (ours, own), *others = entry["times_s"].items()
     # Not ours in another form, and what ran in every round.
     rivals = {k: v for k, v in others if not k.startswith(ours) and len(v) == len(own)}
-    rivals = rivals or {"its own time alone": [1.0] * len(own)}
-    return {
-        name: [math.log(t / u) for t, u in zip(own, theirs, strict=True)]
-        for name, theirs in rivals.items()
-    }
+    found = {}
+    for name, theirs in (rivals or {"its own time alone": [1.0] * len(own)}).items():
+        logs = [math.log(t / u) for t, u in zip(own, theirs, strict=True)]
+        median = statistics.median(logs)
+        deviation = MAD_TO_DEVIATION * statistics.median(abs(v - median) for v in logs)
+        error = MEDIAN_ERROR * deviation / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
+        found[name] = (median, error)
+    return found
 
 
-def change_of(old: Document, new: Document) -> Change | None:
+def change_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
     """Compare two entries of one benchmark; None where they have no rival in common."""
-    before, after = _series(old), _series(new)
-    changes, errors = [], []
-    for rival in before.keys() & after.keys():
-        (was, error), (now, new_error) = map(_median_and_error, (before[rival], after[rival]))
-        changes.append(now - was)
-        errors.append(math.hypot(error, new_error))
-    if not changes:
+    before, after = _logs(old), _logs(new) if new.get("times_s") else {}
+    common = before.keys() & after.keys()
+    if not common:
         return None
+    change = math.expm1(statistics.median(after[k][0] - before[k][0] for k in common))
     # The rivals share our times, so that their errors do not average out.
-    noise = math.hypot(STANDARD_ERRORS * statistics.median(errors), PROCESSES)
-    return Change(math.expm1(statistics.median(changes)), noise)
+    error = statistics.median(math.hypot(after[k][1], before[k][1]) for k in common)
+    noise = math.hypot(STANDARD_ERRORS * error, PROCESSES)
+    verdict = "same" if abs(change) <= noise else "SLOWER" if change > 0 else "faster"
+    return Change(change, noise, verdict)
 
 
-def _entries(path: Path) -> dict[tuple[str, str, str, str], Document]:
-    """Return all entries of a file or a folder, by suite, processor and name."""
+def entries_of(path: Path) -> Entries:
+    """Return all entries of a file or a folder, by suite, device, kind of CPU and name."""
     paths = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     return {
         (d["suite"], d["machine"]["device"], d["machine"].get("isa", ""), entry["name"]): entry
@@ -140,14 +123,12 @@ def _entries(path: Path) -> dict[tuple[str, str, str, str], Document]:
     }
 
 
-def print_bounds(entries: Mapping[tuple[str, str, str, str], Document]) -> int:
+def print_bounds(entries: Entries) -> int:
     """Print which bounds the figures keep; return 1 where one does not, 2 where none has one."""
     kept: list[bool] = []
-    for (key, entry), bound in product(entries.items(), BOUNDS):
-        suite, device, isa, name = key
+    for ((suite, device, isa, name), entry), bound in product(entries.items(), BOUNDS):
         if fnmatchcase(suite, bound.suite) and isa in bound.isas and fnmatchcase(name, bound.name):
-            values = {"failed": math.nan} if "failed" in entry else bound.values(entry)
-            for rival, value in values.items():
+            for rival, value in bound.values(entry).items():
                 kept.append(bound.least <= value <= bound.most)
                 wanted = f">= {bound.least:.3g}" if bound.least else f"<= {bound.most:.3g}"
                 verdict = f"{'keeps' if kept[-1] else 'BREAKS':6} {value:<8.3g} {wanted:8}"
@@ -159,25 +140,23 @@ def print_bounds(entries: Mapping[tuple[str, str, str, str], Document]) -> int:
     return 0 if all(kept) else 1
 
 
-def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> int:
+def print_changes(old: Entries, new: Entries) -> int:
     """Print what moved between two results; return 1 where it is bad, 2 where nothing is common."""
     n_compared, bad = 0, []
     for key, before in old.items():
         if not before.get("times_s"):
             continue
         now = new.get(key, {"skipped": "not in the new results"})
-        label, why = (
-            f"{key[0]} {key[-1]}",
-            next((k for k in ("failed", "skipped") if now.get(k)), ""),
-        )
-        change = change_of(before, now) if not why and now.get("times_s") else None
-        if change:
+        label = f"{key[0]} {key[-1]}"
+        missing = [f"{why}: {now[why]}" for why in ("failed", "skipped") if why in now]
+        change = None if missing else change_of(before, now)
+        if change is not None:
             n_compared += 1
             verdict = change.verdict
             print(f"{verdict:7} {change.change:+7.1%}  (noise {change.noise:.1%})  {label}")
         else:
-            verdict = "FAILED" if why == "failed" else "lost"
-            print(f"{verdict:7} {label}:", f"{why}: {now[why]}" if why else "no time in common")
+            verdict = "FAILED" if "failed" in now else "lost"
+            print(f"{verdict:7} {label}: {'; '.join(missing) or 'no time in common'}")
         bad += [label] * (verdict in ("FAILED", "SLOWER"))
     if not n_compared and not bad:
         print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)
@@ -187,22 +166,16 @@ def print_changes(old: Mapping[Any, Document], new: Mapping[Any, Document]) -> i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the changes, or the bounds; return 1 where one is bad."""
-    parser = argparse.ArgumentParser(
-        description="What became slower between two results; of one alone, whether it keeps the "
-        "bounds that are stated for its kind of processor."
-    )
-    parser.add_argument(
-        "old", type=Path, nargs="?", default=RESULTS,
-        help="a JSON file of benchmarks/results, or a folder; by default all that are there",
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    said = "a JSON file of benchmarks/results, or a folder; by default all that are there"
+    parser.add_argument("old", type=Path, nargs="?", default=RESULTS, help=said)
     parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")
     arguments = parser.parse_args(argv)
     try:
-        old = _entries(arguments.old)
+        old = entries_of(arguments.old)
         if arguments.new is None:
             return print_bounds(old)
-        return print_changes(old, _entries(arguments.new))
+        return print_changes(old, entries_of(arguments.new))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"error: not results of the benchmarks: {error!r}", file=sys.stderr)
         return 2

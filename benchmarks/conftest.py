@@ -1,49 +1,40 @@
 """Shared by the benchmarks: rivals timed side by side, the table at the end, figures to files.
 
-    def test_norm(compare):
-        compare({"fasttrain": ours, "torch": theirs})
-
-A benchmark reports, and fails only where a result is wrong: what a figure should be is stated in
-compare.py. ``--results benchmarks/results`` also writes the figures, a file for each suite, after
-every test; ``--suite NAME`` runs one suite. A comparison, a test and the whole have a budget of
-seconds; what that leaves out is named at the end. ``--full`` lifts them, and takes the large forms.
+A benchmark fails only where a result is wrong: what a figure should be is stated in compare.py.
+A comparison, a test and the whole have a budget of seconds; what that leaves out is named at the
+end. ``--full`` lifts them, and takes the large forms.
 """
 
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import harness, report, store
+from benchmarks import harness, report
 from fasttrain.device import keep_freed_memory
 
-ENTRIES = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # of each suite
-MACHINE = pytest.StashKey[dict[str, Any]]()
-STARTED = pytest.StashKey[float]()
 BUDGET_S, FULL_BUDGET_S = 3.0, 20.0  # for the rounds of one comparison
 SESSION_S, TEST_S = 500, 120  # for the whole, and for one test of it
+ENTRIES: dict[str, list[dict[str, Any]]] = {}  # of each suite
+FACTS: dict[str, Any] = {}  # of the machine, with its load before any of this
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of the benchmarks."""
     parser.addoption("--results", type=Path, help="write figures to this folder, by processor")
     parser.addoption("--suite", help="run the benchmarks of this suite alone: adamw, rms_norm, …")
     parser.addoption("--full", action="store_true", help="more rounds, larger shapes, longer runs")
-    parser.addoption(
-        "--rehearse", action="store_true", help="call everything, once; the times mean nothing"
-    )
+    parser.addoption("--rehearse", action="store_true", help="call everything once, untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with no figures, and memory in the state of a run."""
-    config.stash[ENTRIES] = {}
     if not config.getoption("--results"):
         harness.yield_to_others()
-    config.stash[MACHINE] = harness.machine()  # with the load before any of this
-    config.stash[STARTED] = time.monotonic()
+    FACTS.update(harness.machine())
     if not harness.CUDA:
         # As in a run. Else what ran before decides whether new memory is mapped anew at each call:
         # torch's RMSNorm of 2048 × 768 took 21 ms or 7.
@@ -67,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Leave out what takes too long: on a busy machine a compilation alone may take minutes."""
-    left_s = SESSION_S - (time.monotonic() - item.config.stash[STARTED])
+    left_s = SESSION_S - (time.monotonic() - STARTED)
 
     def skip(*_: object) -> None:
         why = f"not finished in {TEST_S} s" if left_s > TEST_S else f"not reached in {SESSION_S} s"
@@ -75,10 +66,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     if item.config.getoption("--full"):
         return (yield)
-    if left_s < 1:
-        skip()
     signal.signal(signal.SIGALRM, skip)
-    signal.alarm(int(min(left_s, TEST_S)))
+    signal.alarm(max(1, int(min(left_s, TEST_S))))
     try:
         return (yield)
     finally:
@@ -86,7 +75,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def _given(name: str) -> Any:
-    """Return the fixture that says whether an option is given."""
     return pytest.fixture(name=name)(lambda request: request.config.getoption(f"--{name}"))
 
 
@@ -94,39 +82,36 @@ full, rehearse = _given("full"), _given("rehearse")
 
 
 @pytest.fixture
-def budget_s(rehearse: bool, full: bool) -> float:
-    """The seconds for the rounds of one comparison; none in a rehearsal, which has one round."""
-    return 0.0 if rehearse else FULL_BUDGET_S if full else BUDGET_S
-
-
-@pytest.fixture
-def compare(benchmark: Any, rehearse: bool, budget_s: float) -> Callable[..., dict[str, float]]:
+def compare(benchmark: Any, rehearse: bool, full: bool) -> Callable[..., dict[str, Any]]:
     """A function that times callables, ours first, against each other and records the result.
 
-    ``left_out`` says why other rivals do not take part, and ``per_call`` of a rate such as
-    ``gb_per_s`` how much of it a call does; the options are those of `harness.in_turn`. Median
-    seconds of a call (which it returns), the times of all rounds, speed-ups and rates are stored in
-    the benchmark's ``extra_info``; for pytest-benchmark all rounds are one.
+    ``n_calls`` are made in one timing, after ``warmup`` of each. With ``rounds`` the callables tell
+    their seconds themselves. ``left_out`` says why other rivals do not take part, and ``per_call``
+    of a rate such as ``gb_per_s`` how much of it a call does. What `harness.comparison` finds is
+    stored in the benchmark's ``extra_info`` and returned; for pytest-benchmark all rounds are one.
     """
 
-    def run(calls: Any, *, left_out: Any = (), per_call: Any = (), **options: Any) -> Any:
-        options = {"budget_s": budget_s, "n_calls": 1, **options}
-        if rehearse:
-            options |= {"budget_s": 0.0, "n_calls": 1, "warmup": 0}
-        times = benchmark.pedantic(harness.in_turn, args=(calls,), kwargs=options)
-        figures = harness.comparison(times, **dict(per_call))
-        figures |= {"n_calls": options["n_calls"], "left_out": dict(left_out)}
-        benchmark.extra_info.update(figures)
-        return figures["median_s"]
+    def run(
+        calls: Any, *, n_calls: int = 1, warmup: int = 2, flush: bool = True, rounds: Any = None,
+        left_out: Any = (), per_call: Any = (),
+    ) -> dict[str, Any]:  # fmt: skip
+        if rounds is None:
+            for call in calls.values():
+                for _ in range(0 if rehearse else warmup):
+                    call()
+            n = 1 if rehearse else n_calls
+            calls = {k: partial(harness.seconds, x, n, flush=flush) for k, x in calls.items()}
+            rounds = harness.rounds_within(FULL_BUDGET_S if full else BUDGET_S)
+        times = benchmark.pedantic(harness.turns, args=(calls, [0] if rehearse else rounds))
+        benchmark.extra_info["left_out"] = dict(left_out)
+        benchmark.extra_info.update(harness.comparison(times, **dict(per_call)))
+        return benchmark.extra_info
 
     return run
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[pytest.TestReport]:
-    """Keep what a test recorded, or why it was skipped."""
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     outcome = yield
     suite, name = figures_of(item)
     entry: dict[str, Any] = {"name": name}
@@ -138,22 +123,18 @@ def pytest_runtest_makereport(
             entry["failed"] = str(call.excinfo.value if call.excinfo else "").split("\n")[0]
     else:
         return outcome
-    entries = item.config.stash[ENTRIES].setdefault(suite, [])
+    entries = ENTRIES.setdefault(suite, [])
     entries.append(entry)
     folder = item.config.getoption("--results")
     if folder is not None and not item.config.getoption("--rehearse"):
-        machine = item.config.stash[MACHINE]
-        store.save(folder, suite, entries, machine, harness.ceilings())
+        harness.save(folder, harness.document(suite, entries, FACTS, harness.ceilings()))
     return outcome
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """End with the table: ours, the others, how many times as long they take."""
-    machine = config.stash[MACHINE]
-    ceilings = harness.ceilings() if machine["kind"] == "cuda" else {}
-    found = config.stash[ENTRIES].items()
-    documents = [store.document(suite, entries, machine, ceilings) for suite, entries in found]
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    ceilings = harness.ceilings() if harness.CUDA else {}
+    documents = [harness.document(k, v, FACTS, ceilings) for k, v in ENTRIES.items()]
     if documents:
         terminalreporter.section("benchmarks")
         terminalreporter.write(report.plain_text(documents))

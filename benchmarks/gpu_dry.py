@@ -1,31 +1,164 @@
+# ruff: noqa: E402
 """What a training step launches on an H100 and what its generated kernels move, without a GPU.
 
-    python -m benchmarks.gpu_dry [CASE ...] [--set section.key=value ...] [--results DIR]
+    python -m benchmarks.gpu_dry [CASE ...] [--results DIR]
 
 Forward and backward of a config are compiled for sm_90 as a run compiles them: `TrainStep`, Dynamo,
 the min-cut partitioner, Inductor. Every generated Triton kernel is shown with its bytes, as
-Inductor counts them (each operand once), its launches, and the registers and spills of the
-configurations that a run would choose from; calls of other kernels (products, attention, our own
-ops) are counted. A layer is the difference of a model with two layers and one with one.
+Inductor counts them (each operand once), its launches, registers and spills; calls of others are
+counted. A layer is the difference of a model with two layers and one with one.
+
+To import this makes torch's CPU build compile for an H100, in this process. Tensors are fake ones,
+without memory; a guard and hooks for autograd are in fake_gpu.cpp, answers of ``torch.cuda`` and of
+Triton's driver here, and FlashAttention, which SDPA chooses on an H100. Nothing can be run.
 """
 
 import argparse
-import contextlib
-import io
+import ctypes
+import importlib.util
 import json
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock, patch
 
-from benchmarks import fake_gpu, harness, store
-from benchmarks.fake_gpu import DEVICE, torch
+NAME, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
+
+
+def _load_device() -> None:
+    if shutil.which("g++") is None:
+        sys.exit("compiling for a GPU without one needs g++; install it")
+    assert "torch" not in sys.modules, "import benchmarks.gpu_dry before torch"
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    if (folder / "lib" / "libtorch_cuda.so").exists():
+        sys.exit("compiling for a GPU without one needs torch's build for CPU, in which no CUDA is")
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    with tempfile.TemporaryDirectory() as made:
+        library, source = f"{made}/fake_gpu.so", Path(__file__).with_name("fake_gpu.cpp")
+        options = ["-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}"]
+        subprocess.run(["g++", *options, str(source), "-o", library], check=True)
+        ctypes.CDLL(library)
+
+
+_load_device()
+
+import torch
+import torch._dynamo.device_interface
+import torch._inductor.async_compile
+import torch._inductor.config as inductor
+import torch._inductor.fx_passes.joint_graph as joint_graph
+import torch._inductor.runtime.triton_helpers as triton_helpers
+import torch.nn.functional as F
+import triton
+from fasttrain_kernels.aot import _cuda_resources, stub_driver
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import harness
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic, resolve_precision
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
+
+# ---- a device that is not there ------------------------------------------------------------------
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Launched(Exception):
+    """Compiled code has begun to run; there is nothing to run it on."""
+
+
+class _Properties:
+    name, major, minor, type, gcnArchName = NAME, *CAPABILITY, "cuda", ""
+    multi_processor_count, warp_size, max_threads_per_block = 132, 32, 1024
+    max_threads_per_multi_processor, regs_per_multiprocessor = 2048, 65536
+    shared_memory_per_block, shared_memory_per_block_optin = 48 << 10, 227 << 10
+    total_memory, L2_cache_size, is_integrated = 80 << 30, 50 << 20, False
+
+
+class _Generator(torch.Generator):
+    device = DEVICE
+
+    def clone_state(self) -> torch.Generator:
+        return self
+
+
+class _OnCpu(TorchDispatchMode):
+    """Makes new tensors on the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        here = {"device": torch.device("cpu")} if kwargs and kwargs.get("device") else {}
+        return func(*args, **(kwargs or {}) | here)
+
+
+def _flash(q: Any, k: Any, v: Any, *, attn_mask: None, dropout_p: float, **options: Any) -> Any:
+    assert attn_mask is None
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    return attention(q, k, v, dropout_p, options["is_causal"])[0]
+
+
+def _answer(place: Any, **answers: Any) -> None:
+    for name, value in answers.items():
+        function = value if callable(value) else lambda *_, value=value, **__: value
+        setattr(place, name, staticmethod(function) if isinstance(place, type) else function)
+
+
+_known = {
+    "is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
+    "synchronize": None, "is_bf16_supported": True, "get_device_properties": lambda *_: _Properties,
+}  # fmt: skip
+_answer(
+    torch.cuda, **_known, get_device_capability=CAPABILITY, get_device_name=NAME, _lazy_init=None,
+    is_initialized=True, set_rng_state=None, is_current_stream_capturing=False,
+    get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8),
+)  # fmt: skip
+torch.cuda.default_generators = (_Generator(),)
+torch.cuda.device = torch.cuda._DeviceGuard = nullcontext  # type: ignore[assignment,misc]
+_interface: Any = torch._dynamo.device_interface.CudaInterface
+_answer(
+    _interface, **_known, get_compute_capability=90, get_raw_stream=0, exchange_device=0,
+    maybe_exchange_device=0,
+)  # fmt: skip
+_answer(_interface.Worker, get_device_properties=lambda *_: _Properties, current_device=0)
+_answer(torch._C, _cuda_getCurrentRawStream=0)
+# The first thing that compiled code does, forward and backward being compiled by then.
+torch._C._dynamo.guards._empty_strided_cuda = Mock(side_effect=Launched)
+torch._functorch.config.force_non_lazy_backward_lowering = True
+_answer(torch._inductor.async_compile.AsyncCompile, triton=None)  # its sources are read instead
+_answer(triton_helpers, set_driver_to_gpu=None)
+_more = {"get_active_torch_device": DEVICE, "get_device_interface": torch.cuda}
+triton.runtime.driver.set_active(stub_driver(GPUTarget("cuda", 90, 32), **_more))
+F.scaled_dot_product_attention = _flash
+torch._subclasses.FakeTensorMode.avoid_device_init = property(lambda _: True)
+inductor.compile_threads = 1  # where the threads are processes they know nothing of this
+# What a cache has is not written, and so not read.
+inductor.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
+inductor.use_static_triton_launcher = False  # whose kernels do not show their code
+inductor.benchmark_kernel = True  # which writes the bytes of a kernel into its source
+
+_folder = joint_graph.UniformValueConstantFolder
+_fold = _folder._deduce_value
+
+
+def _fold_on_cpu(self: Any, node: Any) -> Any:
+    with _OnCpu():  # the value of a constant is computed, with memory
+        return _fold(self, node)
+
+
+_folder._deduce_value = _fold_on_cpu
+
+# ---- what is compiled for it ---------------------------------------------------------------------
 
 # Configs that name none train with the vocabulary of their data. Compiled blocks in C++ are a
 # CPU's; on a GPU, `auto` is what goes with everything.
@@ -45,6 +178,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt2-124m, deterministic": (_EXACT,),
     "gpt2-124m, deterministic, documents": (_EXACT, _DOCUMENTS),
 }
+ATOMIC = "tl.atomic_add("  # adds in no fixed order
 
 
 class Kernel(NamedTuple):
@@ -68,21 +202,9 @@ class Program(NamedTuple):
         return Counter(bytes=moved, launches=self.launches.total())
 
 
-_written: list[str] = []  # the programs that Inductor wrote, in turn
-_write = torch._inductor.codecache.PyCodeCache.write.__func__
-
-
-def _write_and_keep(cls: type, code: Any, *args: Any, **kwargs: Any) -> Any:
-    _written.append(getattr(code, "value", code))
-    return _write(cls, code, *args, **kwargs)
-
-
-torch._inductor.codecache.PyCodeCache.write = classmethod(_write_and_keep)
-
-
-def config_of(case: str, overrides: Sequence[str] = ()) -> TrainConfig:
+def config_of(case: str, *overrides: str) -> TrainConfig:
     """Return the config of a case; accumulation, which changes nothing compiled, is left out."""
-    path = store.ROOT / "configs" / f"{case.split(',')[0]}.toml"
+    path = harness.ROOT / "configs" / f"{case.split(',')[0]}.toml"
     given = [*CASES[case], "train.tokens_per_step=none", "data.path=none-needed", *overrides]
     return load_config(path, given)
 
@@ -90,10 +212,10 @@ def config_of(case: str, overrides: Sequence[str] = ()) -> TrainConfig:
 def compile_step(config: TrainConfig) -> Program:
     """Compile forward and backward of a training step."""
     torch._dynamo.reset()
-    _written.clear()
+    torch.use_deterministic_algorithms(False)
+    torch._inductor.config.deterministic = False
     if config.run.deterministic:
         make_deterministic()
-    said = io.StringIO()  # the path of each program
     shape = (config.train.micro_batch, config.data.seq_len)
     with torch._subclasses.FakeTensorMode():
         with DEVICE:
@@ -103,17 +225,11 @@ def compile_step(config: TrainConfig) -> Program:
         precision = resolve_precision(config.run.dtype, DEVICE)
         step = TrainStep(model, [], config, device=DEVICE, precision=precision)
         documents = None if config.data.attention_across_documents else starts
-        try:
-            with contextlib.redirect_stderr(said):
-                step.loss_fn(tokens, tokens, documents)
-        except fake_gpu.Launched:
-            pass
-        else:
-            raise AssertionError(f"run.compile = {step.compile_mode!r} compiled nothing")
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch._inductor.config.deterministic = False
-    return read(_written)
+        written: list[str] = []
+        keep = patch("torch._inductor.graph.GraphLowering.save_output_code", written.append)
+        with keep, suppress(Launched):
+            step.loss_fn(tokens, tokens, documents)
+    return read(written)
 
 
 def read(written: Sequence[str]) -> Program:
@@ -135,18 +251,11 @@ def read(written: Sequence[str]) -> Program:
     return program
 
 
-def atomics_of(source: str) -> int:
-    """Count the places where a kernel adds in no fixed order."""
-    return source.count("tl.atomic_add(")
-
-
 def resources(source: str) -> dict[str, int]:
     """Compile a kernel as a run would; of the configurations it tries, what spills least counts.
 
     Returns registers of a thread, instructions that access local memory, warps, atomic additions.
     """
-    from fasttrain_kernels.aot import _cuda_resources  # which imports torch
-
     module = torch._inductor.codecache.PyCodeCache.load(source)
     (kernel,) = (x for x in vars(module).values() if hasattr(x, "compile_results"))
     kernel.precompile(warm_cache_only=True)
@@ -155,24 +264,18 @@ def resources(source: str) -> dict[str, int]:
         registers, spills, *_ = _cuda_resources(result.kernel.asm["cubin"])
         found.append((spills, registers, result.config.num_warps))
     spills, registers, warps = min(found)
-    counts = {"registers": registers, "spills": spills, "warps": warps}
-    return counts | {"atomics": atomics_of(source)}
+    atomics = source.count(ATOMIC)
+    return {"registers": registers, "spills": spills, "warps": warps, "atomics": atomics}
 
 
-def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def entry_of(case: str) -> dict[str, Any]:
     """Return what a layer of a case adds to a step, the rest of it, and every kernel."""
-    one, two = (compile_step(config_of(case, [*overrides, f"model.n_layers={n}"])) for n in (1, 2))
-    layer = two.counts()
+    one, two = (compile_step(config_of(case, f"model.n_layers={n}")) for n in (1, 2))
+    layer, rest = two.counts(), one.counts()
     layer.subtract(one.counts())
-    rest = one.counts()
     rest.subtract(layer)
     in_layer = two.extern - one.extern
-    kernels = [
-        {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
-        | resources(two.sources[kernel])
-        for kernel, n in two.launches.items()
-    ]
-    config = config_of(case, overrides)
+    config = config_of(case)
     return {
         "name": case,
         "rows": config.train.micro_batch,
@@ -180,49 +283,42 @@ def entry_of(case: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "layers": config.model.n_layers,
         "layer": {**layer, "extern": dict(in_layer)},
         "rest": {**rest, "extern": dict(one.extern - in_layer)},
-        "kernels": kernels,
+        "kernels": [
+            {**kernel._asdict(), "launches": n, "a_layer": n - one.launches[kernel]}
+            | resources(two.sources[kernel])
+            for kernel, n in two.launches.items()
+        ],
     }
 
 
 def one_layer(case: str) -> dict[str, Any]:
     """Return bytes and atomic additions of a model with one layer, or why it does not compile."""
     try:
-        program = compile_step(config_of(case, ["model.n_layers=1"]))
+        program = compile_step(config_of(case, "model.n_layers=1"))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    atomics = sum(map(atomics_of, program.sources.values()))
-    n_bytes = program.counts()["bytes"]
-    return {"bytes": n_bytes, "atomics": atomics, "extern": list(program.extern)}
+    atomics = sum(source.count(ATOMIC) for source in program.sources.values())
+    return {"atomics": atomics, "extern": list(program.extern), **program.counts()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compile the cases and print what they launch."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(map(repr, CASES)))
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value")
     parser.add_argument("--results", type=Path, help="folder for the JSON file of all cases")
-    parser.add_argument(
-        "--quick", action="store_true", help="print what `one_layer` returns, as JSON"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if unknown := set(arguments.cases) - CASES.keys():
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    if arguments.quick:
-        print(json.dumps({case: one_layer(case) for case in arguments.cases or CASES}))
-        return 0
     entries: list[dict[str, Any]] = []
     for case in arguments.cases or CASES:
         try:
-            entries.append(entry_of(case, arguments.set))
-            print(json.dumps(entries[-1], indent=1), flush=True)
+            entries.append(entry_of(case))
         except UserError as error:  # fp8 without torchao
             entries.append({"name": case, "skipped": str(error)})
-            print(f"{case}: skipped: {error}\n", flush=True)
+        print(json.dumps(entries[-1], indent=1), flush=True)
     if arguments.results:
         machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
-        store.save(arguments.results, "gpu_dry", entries, machine, {})
-    return 0
+        harness.save(arguments.results, harness.document("gpu_dry", entries, machine, {}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,50 +1,51 @@
-"""What every benchmark shares: timing in turns, rivals that are checked, facts of the machine.
+"""What every benchmark shares: the machine, timing in turns, rivals that are checked, files.
 
 The machine's load drifts by more than the differences of interest. So rivals take turns within each
-round, and a speed-up is the median over rounds of the ratio within a round. An installed peer that
-fails, or whose result is off, is left out with the reason: it must not cost the others their
-figures. Ours must agree, or the benchmark fails.
+round, and a speed-up is the median over rounds of the ratio within a round.
 """
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.store import ENV
 from fasttrain.run.provenance import provenance
 
-PEERS = (
-    *("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao"),
-    *("transformers", "accelerate", "litgpt"),
-)
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PATHS = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENV = {"PYTHONPATH": os.pathsep.join(PATHS), "PYTHONUNBUFFERED": "1"}  # of child processes
+Document = Mapping[str, Any]
+PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy", "torchao", "transformers")
+PEERS += ("accelerate", "litgpt")
 OURS = "fasttrain"
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # A chain of plain torch is off by up to 1e-2 in bf16, and in fp32 by 1e-6 · √(length of its sums).
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}[DTYPE]
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a comparison, as far as its budget goes
 FLUSH_BYTES = 2**30  # many times any L2; overwriting it also gives the host time to run ahead
 Call = Callable[..., Any]
 
 
 def yield_to_others() -> None:
-    """Use one thread where others keep all cores busy.
-
-    Threads that wait for each other would take minutes for milliseconds there.
-    """
+    """Use one thread where others keep all cores busy: more would wait for each other for long."""
     if os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -69,16 +70,11 @@ def machine() -> dict[str, Any]:
 
 
 def isa() -> str:
-    """Return the kind of CPU that torch takes this one for, by which its kernels differ.
-
-    ``ATEN_CPU_CAPABILITY=avx2`` makes AVX2 of a newer one.
-    """
+    """Return the kind of CPU that torch takes this one for: ``ATEN_CPU_CAPABILITY`` counts."""
     if platform.machine() in ("aarch64", "arm64"):
         return "ARM"
-    name = torch.backends.cpu.get_cpu_capability()
-    if name != "AVX512":
-        return str(name)
-    return "AVX-512+AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512"
+    name = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    return f"{name}+AMX" if name == "AVX-512" and torch.cpu._is_amx_tile_supported() else name
 
 
 # For this process and its children: the compiler's cache takes code for AVX-512 as code for AVX2,
@@ -88,20 +84,19 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/bench
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """Measure this device: a copy, reads and writes counted, and a matrix product of random data.
-
-    The product is bf16 8192³ on CUDA and fp32 2048³ on a CPU. Medians; once a process.
-    """
+    """Measure a copy, reads and writes counted, and a product: bf16 8192³, on a CPU fp32 2048³."""
     n = 8192 if CUDA else 2048
     source = torch.zeros(2**30 if CUDA else 2**28, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     product = torch.empty_like(a)
-    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
-    median = comparison(in_turn(calls, budget_s=0.5, warmup=3))["median_s"]
+
+    def median_s(call: Call) -> float:
+        return statistics.median([seconds(call) for _ in range(13)][3:])
+
     return {
-        "copy_gb_per_s": 2 * source.nbytes / median["copy"] / 1e9,
-        "matmul_tflop_per_s": 2 * n**3 / median["matmul"] / 1e12,
+        "copy_gb_per_s": 2 * source.nbytes / median_s(lambda: target.copy_(source)) / 1e9,
+        "matmul_tflop_per_s": 2 * n**3 / median_s(partial(torch.mm, a, b, out=product)) / 1e12,
     }
 
 
@@ -122,45 +117,33 @@ def run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 # ---- timing --------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _flush_buffer() -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-
 def seconds(call: Call, n_calls: int = 1, *, flush: bool = True) -> float:
     """Return the seconds of one call, the mean of ``n_calls`` in a row.
 
     On CUDA with ``flush`` the L2 cache is overwritten before each call, which device events time.
-    Without it the calls follow each other and the host's clock times them all, gaps included: what
-    a training step takes.
+    Without it the host's clock times them all, gaps included: what a training step takes.
     """
-    if not CUDA or not flush:
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(n_calls):
+    if CUDA and flush:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n_calls)]
+        buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        for start, end in pairs:
+            buffer.zero_()
+            start.record()
             call()
-        synchronize()
-        return (time.perf_counter() - started) / n_calls
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n_calls)]
-    for start, end in pairs:
-        _flush_buffer().zero_()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return float(sum(start.elapsed_time(end) for start, end in pairs)) / n_calls / 1e3
-
-
-def synchronize() -> None:
-    if torch.cuda.is_initialized():
+            end.record()
         torch.cuda.synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in pairs)) / n_calls / 1e3
+    synchronize = torch.cuda.synchronize if CUDA else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(n_calls):
+        call()
+    synchronize()
+    return (time.perf_counter() - started) / n_calls
 
 
 def rounds_within(budget_s: float) -> Iterator[int]:
-    """Count rounds until the budget is spent.
-
-    At least `LEAST_ROUNDS`, but for rounds so long that each alone takes the budget: one of these.
-    """
+    """Count rounds until the budget is spent: `LEAST_ROUNDS`, or one if it alone takes as long."""
     started = time.perf_counter()
     for turn in range(MOST_ROUNDS):
         spent_s = time.perf_counter() - started
@@ -169,25 +152,7 @@ def rounds_within(budget_s: float) -> Iterator[int]:
         yield turn
 
 
-def in_turn(
-    calls: Mapping[str, Call], *, budget_s: float, n_calls: int = 1, warmup: int = 2,
-    flush: bool = True,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Time callables in turns; return the seconds of a call, for each round, by name.
-
-    ``n_calls`` are made in one timing: more than one where a call is too short for the clock.
-    ``warmup`` is made of each before the first timing, for compilation and caches.
-    """
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
-    timed = {k: partial(seconds, call, n_calls, flush=flush) for k, call in calls.items()}
-    return turns(timed, rounds_within(budget_s))
-
-
-def turns(
-    timed: Mapping[str, Callable[[], float]], rounds: Iterable[int]
-) -> dict[str, list[float]]:
+def turns(timed: Mapping[str, Call], rounds: Iterable[int]) -> dict[str, list[float]]:
     """Return the seconds that each way reports, for each round, by name."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     names = list(timed)
@@ -199,21 +164,13 @@ def turns(
 
 
 def comparison(times: Mapping[str, list[float]], **per_call: float) -> dict[str, Any]:
-    """Return medians, and how many times as long as the first each of the others takes.
-
-    ``per_call`` names rates such as ``gb_per_s`` and how much of each a call does.
-    """
+    """Return medians, the others' ratios to the first, and rates: ``per_call`` is what one does."""
     ours, *rivals = times
     median_s = {name: statistics.median(values) for name, values in times.items()}
-
-    def ratio(rival: str) -> float:
-        pairs = zip(times[rival], times[ours], strict=True)
-        return statistics.median(theirs / own for theirs, own in pairs)
-
     return {
         "times_s": dict(times),
         "median_s": median_s,
-        "speedup": {name: ratio(name) for name in rivals},
+        "speedup": {k: statistics.median(map(truediv, times[k], times[ours])) for k in rivals},
     } | {
         rate: {name: amount / s for name, s in median_s.items()}
         for rate, amount in per_call.items()
@@ -223,7 +180,7 @@ def comparison(times: Mapping[str, list[float]], **per_call: float) -> dict[str,
 # ---- rivals --------------------------------------------------------------------------------------
 
 
-def check(name: str, got: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+def check(name: str, got: list[Tensor], exact: list[Tensor], tolerance: float = TOLERANCE) -> None:
     """Hold ‖got − exact‖ ≤ tolerance · ‖exact‖ for every output and gradient."""
     for i, (a, b) in enumerate(zip(got, exact, strict=True)):
         assert a.shape == b.shape, f"{name}: result {i} has shape {a.shape}, not {b.shape}"
@@ -231,24 +188,80 @@ def check(name: str, got: list[Tensor], exact: list[Tensor], tolerance: float) -
         assert error <= tolerance, f"{name}: result {i} is off by {error:.1e} of its norm"
 
 
-def gather(
-    makers: Mapping[str, Callable[[], Call]], verify: Callable[[str, Call], None]
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """Make and verify the rivals; return those that take part, and why the others do not.
+def gather(makers: Mapping[str, Callable[[], Call]]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Make the calls that are timed; return those that take part, and why the others do not.
 
-    ``verify`` raises where the op of that name does not compute what the reference does.
+    A maker raises where its rival fails or is wrong. A peer must not cost the others their figures.
     """
-    ops: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            op = make()
-            verify(name, op)
-            ops[name] = op
+            calls[name] = make()
         except ImportError as error:
             left_out[name] = str(error)
         except Exception as error:
             if name.startswith(OURS):
                 raise
             left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    return ops, left_out
+    return calls, left_out
+
+
+# ---- files ---------------------------------------------------------------------------------------
+# ``results/<processor>/<suite>.json``: a `document`, whose benchmarks have a ``name`` and either
+# ``skipped``, the reason, or what was measured. Seconds are in ``times_s`` (a list over rounds for
+# each rival, ours first), ``median_s`` and ``speedup``.
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a folder's name: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def processor_of(machine: Document) -> str:
+    """Return what was measured: ``AMD EPYC, AVX2``, as torch saw it; ``NVIDIA H200``."""
+    return machine["device"] + (f", {machine['isa']}" if machine["kind"] == "cpu" else "")
+
+
+def folder_of(machine: Document) -> str:
+    """Return the name of a processor's folder: ``amd-epyc-avx512``, ``nvidia-h100-80gb-hbm3``."""
+    return slug(processor_of(machine).replace("AVX-", "AVX"))
+
+
+def document(
+    suite: str, benchmarks: Iterable[Document], machine: Document, ceilings: Document
+) -> dict[str, Any]:
+    """Return the contents of a file; ``machine`` is what `harness.machine` says."""
+    return {
+        "suite": suite,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": machine.get("commit"),
+        "machine": {key: value for key, value in machine.items() if key != "commit"},
+        "ceilings": dict(ceilings),
+        "benchmarks": list(benchmarks),
+    }
+
+
+def write(path: Path, data: Document) -> None:
+    """Write a file, in one piece or not at all: a run may be cut off at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Five significant digits: more is noise, and makes the files' differences unreadable.
+    exact = json.dumps(data, allow_nan=False)
+    rounded = json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    text = json.dumps(rounded, indent=1, ensure_ascii=False)
+    # Lists of numbers on one line.
+    text = re.sub(r"\[\s+([-\d.e+,\s]+?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def save(results: Path, data: Document) -> None:
+    """Write a `document` to its place below ``results``."""
+    write(results / folder_of(data["machine"]) / f"{data['suite']}.json", data)
+
+
+def read_all(folder: Path = RESULTS, processor: str = "*") -> list[dict[str, Any]]:
+    """Return every file of every processor, or of one folder, in the order of their paths."""
+    found = sorted(folder.glob(f"{processor}/*.json"))
+    return [json.loads(path.read_text("utf-8")) for path in found]

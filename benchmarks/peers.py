@@ -10,32 +10,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.steps import LR, loop
+from benchmarks.bench_step import LR, loop
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.device import resolve_precision
+from fasttrain.hf import _hf_config, _model_type_of
+from fasttrain.model.transformer import Transformer, hidden_dim
 
 
 def hf_trainer(config: TrainConfig, ends: list[float]) -> None:
     """Train with Hugging Face's Trainer on the config's file of uint16."""
     import transformers
 
-    model, seq_len = config.model, config.data.seq_len
-    # Both kinds of config know these names.
-    sizes: dict[str, Any] = {
-        "vocab_size": model.vocab_size, "hidden_size": model.dim,
-        "num_hidden_layers": model.n_layers, "num_attention_heads": model.n_heads,
-        "max_position_embeddings": seq_len, "use_cache": False,
-    }  # fmt: skip
-    if model.norm == "rms":
-        peer = transformers.AutoConfig.for_model("llama", intermediate_size=704, **sizes)
-    else:
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        peer = transformers.AutoConfig.for_model("gpt2", **sizes, **dropout)
+    seq_len = config.data.seq_len
+    ours = Transformer(config.model, seq_len=seq_len)
+    sizes = _hf_config(ours, _model_type_of(ours), torch.float32, None) | {"use_cache": False}
+    peer = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes))
     ids = np.fromfile(Path(str(config.data.path)) / "train.bin", np.uint16).astype(np.int64)
     windows = torch.from_numpy(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)
 
@@ -43,16 +36,16 @@ def hf_trainer(config: TrainConfig, ends: list[float]) -> None:
         def on_step_end(self, *args: object, **kwargs: object) -> None:
             ends.append(time.perf_counter())
 
-    precision = resolve_precision("auto", torch.device("cpu"))
+    bf16 = resolve_precision("auto", torch.device("cpu")).name == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         options = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=config.train.micro_batch,
             max_steps=config.train.steps, learning_rate=1e-3, optim="adamw_torch_fused",
-            max_grad_norm=1.0, bf16=precision.name == "bf16", torch_compile=True, use_cpu=True,
+            max_grad_norm=1.0, bf16=bf16, torch_compile=True, use_cpu=True,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         transformers.Trainer(
-            model=transformers.AutoModelForCausalLM.from_config(peer),
+            model=peer,
             args=options,
             train_dataset=[{"input_ids": window, "labels": window} for window in windows],
             callbacks=[Clock()],
@@ -73,7 +66,7 @@ def litgpt(config: TrainConfig, ends: list[float]) -> None:
             vocab_size=model.vocab_size, bias=False, parallel_residual=False,
             rotary_percentage=1.0, norm_class_name="RMSNorm" if llama else "LayerNorm",
             mlp_class_name="LLaMAMLP" if llama else "GptNeoxMLP",
-            intermediate_size=704 if llama else 4 * model.dim,
+            intermediate_size=hidden_dim(model),
         )
     )  # fmt: skip
     adamw = torch.optim.AdamW(peer.parameters(), lr=LR, betas=config.optim.betas, fused=True)
