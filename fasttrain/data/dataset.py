@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,7 @@ class TokenDataset:
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
         self.n_tokens = int(self._starts[-1])
         self.max_token = max(shard.max_token for shard in self.shards)
-        self.reading: Path | None = None  # the file that is being read at this moment
+        self.reading: str | None = None  # the file that is being read at this moment
         # What identifies it.
         self.facts: dict[str, Any] = {
             "vocab_size": self.vocab_size,
@@ -45,6 +47,11 @@ class TokenDataset:
             "tokenizer": self.tokenizer_sha256,
             "shards": [shard.sha256 for shard in self.shards],
         }
+
+    @property
+    def folder(self) -> str:
+        """Where its shards, or the first ones, are."""
+        return os.path.dirname(self.shards[0].name) or "."
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Return tokens [start, start + count), across shards, in a new array."""
@@ -71,7 +78,7 @@ class TokenDataset:
                 found.append(shard.document_ends() + base)
         elif self.end_of_text is None:
             raise DataError(
-                f"{self.shards[0].path.parent}: nothing says where its documents end; name the "
+                f"{self.folder}: nothing says where its documents end; name the "
                 "token that separates them, as in data.end_of_text = 50256, or prepare the text "
                 "with python -m fasttrain.prepare"
             )
@@ -93,7 +100,7 @@ class TokenDataset:
         """Read one window per row of `out`, (rows, length), C-contiguous, of `self.dtype`.
 
         A window has `counts` tokens, at most `length` (None: all of them); what is right of these
-        in a row is left as it is.
+        in a row is left as it is. Shard after shard is read, each once.
         """
         assert out.dtype == self.dtype
         if not out.size:
@@ -105,20 +112,29 @@ class TokenDataset:
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
         numbers = np.searchsorted(self._starts, begins, side="right") - 1
-        borders, used = self._starts.tolist(), set()
+        borders = self._starts.tolist()
+        pieces = defaultdict(list)  # by shard: where a piece begins in it, and its bytes in `raw`
         windows = zip(numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
         for row, (number, begin, end) in enumerate(windows):
             at = row * length * size
             while begin < end:  # once for each shard that the window runs on into
-                shard, stop = self.shards[number], min(end, borders[number + 1])
+                stop = min(end, borders[number + 1])
                 until = at + (stop - begin) * size
-                self.reading = shard.path
-                shard.read_into(raw[at:until], begin - borders[number])
-                used.add(number)
+                pieces[number].append((begin - borders[number], at, until))
                 number, begin, at = number + 1, stop, until
-        for number in used:
-            self.shards[number].check_unchanged()
+        for number in sorted(pieces):
+            shard = self.shards[number]
+            self.reading = shard.name
+            for begin, at, until in pieces[number]:
+                shard.read_into(raw[at:until], begin)
+            shard.check_unchanged()
         self.reading = None
+
+    def shards_of(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[Shard]:
+        """Yield the shards that hold the first and the last token of windows, in order."""
+        tokens = np.concatenate([begins, ends - 1])
+        numbers = np.unique(np.searchsorted(self._starts, tokens, side="right") - 1)
+        yield from (self.shards[number] for number in numbers.tolist())
 
 
 def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
@@ -129,8 +145,8 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
             one, two = getattr(first, what), getattr(other, what)
             if one != two:
                 raise DataError(
-                    f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
-                    f"differ in {what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
+                    f"data.paths: {first.folder} and {other.folder} differ in "
+                    f"{what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
                     "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
                 )
 

@@ -11,6 +11,7 @@ shard is hashed and its tokens checked against the vocabulary before the first o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,9 +19,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
+from fasttrain.data.files import (
+    DataError,
+    cache_folder,
+    is_address,
+    remote,
+    sha256_of,
+    shown,
+    write_atomically,
+)
+from fasttrain.data.remote import RemoteShard, ShardCache, beside
 from fasttrain.data.shards import Shard, dtype_for
 
 DATASET_JSON = "dataset.json"
@@ -77,7 +88,7 @@ def absent(path: str | Path, vocab_size: int | None) -> str | None:
     `vocab_size` is the model's vocabulary where it is known: the dataset must be in it.
     """
     folder = Path(path).expanduser()
-    if folder.exists():
+    if is_address(path) or folder.exists():
         return None
     return (
         f"data.path: {folder} does not exist; make it: {_how_to_make(folder, 'TEXT', vocab_size)}"
@@ -107,16 +118,29 @@ def open_dataset(
     vocab_size: int | None = None,
     end_of_text: int | None = None,
     cache_dir: Path | None = None,
+    shard_cache: ShardCache | None = None,
 ) -> TokenDataset:
-    """Open one split of a dataset folder and check that it is sound.
+    """Open one split of a dataset folder, or of one at an address, and check that it is sound.
 
     The first opening reads every shard once, for its hash and its largest token; the result is
-    cached and holds until the file changes. `vocab_size` is the model's, where it is known; `dtype`
+    cached and holds until the file changes. Shards at an address are fetched into `shard_cache`
+    when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype`
     is for files without header, `end_of_text` for folders without `dataset.json`.
     """
     folder = Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
+    cache = cache_folder(cache_dir)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "end_of_text": end_of_text, "cache": cache}
+    if is_address(path):
+        address = str(path)
+        folder = cache / "remote" / hashlib.sha256(address.encode()).hexdigest()
+        where = address, shard_cache or ShardCache(cache, DataConfig().cache_gib)
+        try:
+            _fetch_description(address, folder)
+            return _open_prepared(folder, split, at=where, **options)
+        except DataError as error:  # the user knows the address
+            raise DataError(str(error).replace(str(folder), shown(address))) from error
     if not folder.is_dir():
         if folder.exists():
             raise DataError(
@@ -124,15 +148,40 @@ def open_dataset(
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
         raise DataError(str(absent(folder, vocab_size)))
-    cache = cache_folder(cache_dir) / "scans"
-    if not (folder / DATASET_JSON).exists():
-        paths = _imported_files(folder, split, vocab_size)
-        shards = [Shard(file, dtype=dtype) for file in paths]
-        if len({shard.dtype for shard in shards}) > 1:
-            raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
-        _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
-        return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
+    if (folder / DATASET_JSON).exists():
+        return _open_prepared(folder, split, **options)
+    paths = _imported_files(folder, split, vocab_size)
+    shards = [Shard(file, dtype=dtype) for file in paths]
+    if len({shard.dtype for shard in shards}) > 1:
+        raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
+    _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
+    return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
 
+
+def _fetch_description(address: str, folder: Path) -> None:
+    """Fetch `dataset.json` and the tokenizer of the dataset at an address into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(name: str) -> None:
+        write_atomically(inside(folder, name), remote(beside(address, name), "cat_file"))
+
+    fetch(DATASET_JSON)
+    entry = read_dataset_json(folder)["tokenizer"]
+    path = inside(folder, entry["file"])
+    if not path.is_file() or sha256_of(path) != entry["sha256"]:
+        fetch(entry["file"])
+
+
+def _open_prepared(
+    folder: Path,
+    split: Split,
+    *,
+    vocab_size: int | None,
+    end_of_text: int | None,
+    cache: Path,
+    at: tuple[str, ShardCache] | None = None,
+) -> TokenDataset:
+    """Open a split of a folder with `dataset.json`; `at`: where its shards are."""
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
     if vocab_size is not None and vocab_size < vocab:
@@ -151,15 +200,19 @@ def open_dataset(
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards = []
+    shards: list[Shard] = []
     for entry in listed["shards"]:
-        shard = Shard(inside(folder, entry["file"]))
+        path, ends = inside(folder, entry["file"]), inside(folder, entry["ends_file"])
+        if at is not None:
+            shards.append(RemoteShard(*at, entry, meta["dtype"], vocab))
+            continue
+        shard = Shard(path)
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
             raise DataError(
                 f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
-        shard.ends = (inside(folder, entry["ends_file"]), entry["ends_sha256"], entry["documents"])
+        shard.ends = (ends, entry["ends_sha256"], entry["documents"])
         shards.append(shard)
     _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
     for shard, entry in zip(shards, listed["shards"], strict=True):
@@ -212,7 +265,7 @@ def _scan(
 ) -> None:
     """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
     for shard in shards:
-        shard.scan(cache)
+        shard.scan(cache / "scans")
         if vocab_size is not None and shard.max_token >= vocab_size:
             index, token = shard.first_token_from(vocab_size)
             raise DataError(

@@ -49,13 +49,13 @@ class Shard:
     def __init__(self, path: Path, *, dtype: str | None = None) -> None:
         if dtype not in (None, "uint16", "uint32"):
             raise DataError(f"data.dtype must be uint16 or uint32, got {dtype!r}")
-        self.path = Path(path)
+        self.path, self.name = Path(path), str(path)
         try:
             # A pipe is opened at once, so that it can be refused.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise DataError(f"{self.path}: not a file; put the shard itself there")
-            self._identity = _identity(os.fstat(self._fd))
+            self.identity = _identity(os.fstat(self._fd))
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
@@ -111,10 +111,15 @@ class Shard:
         One `stat`, cheap enough for every batch; what was range-checked stays what is read.
         """
         try:
-            same = _identity(os.stat(self.path)) == self._identity
+            same = _identity(os.stat(self.path)) == self.identity
         except OSError:
             same = False
         if not same:
+            raise self._changed()
+
+    def check_unwritten(self) -> None:
+        """As `check_unchanged`, but the file may have been removed."""
+        if _identity(os.fstat(self._fd)) != self.identity:
             raise self._changed()
 
     def _changed(self) -> DataError:
@@ -178,7 +183,7 @@ class Shard:
 
         An entry is void once the file's device, inode, size or one of its times has changed.
         """
-        identity = [*self._identity, os.fstat(self._fd).st_ctime_ns]
+        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns]
         entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
         # No entry, or one that cannot be used, costs a scan.
         with suppress(OSError, ValueError, KeyError, TypeError):
