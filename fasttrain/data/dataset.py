@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,7 @@ class TokenDataset:
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)], dtype=np.int64)
         self.n_tokens = int(self._starts[-1])
         self.max_token = max(shard.max_token for shard in self.shards)
-        self.reading: str | None = None  # the file that is being read at this moment
+        self.reading: Path | None = None  # the file that is being read at this moment
         # What identifies it.
         self.facts: dict[str, Any] = {
             "vocab_size": self.vocab_size,
@@ -47,11 +46,6 @@ class TokenDataset:
             "tokenizer": self.tokenizer_sha256,
             "shards": [shard.sha256 for shard in self.shards],
         }
-
-    @property
-    def folder(self) -> str:
-        """Where its shards, or the first ones, are."""
-        return os.path.dirname(self.shards[0].name) or "."
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Return tokens [start, start + count), across shards, in a new array."""
@@ -78,7 +72,7 @@ class TokenDataset:
                 found.append(shard.document_ends() + base)
         elif self.end_of_text is None:
             raise DataError(
-                f"{self.folder}: nothing says where its documents end; name the "
+                f"{self.shards[0].path.parent}: nothing says where its documents end; name the "
                 "token that separates them, as in data.end_of_text = 50256, or prepare the text "
                 "with python -m fasttrain.prepare"
             )
@@ -113,28 +107,28 @@ class TokenDataset:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
         numbers = np.searchsorted(self._starts, begins, side="right") - 1
         borders = self._starts.tolist()
-        pieces = defaultdict(list)  # by shard: where a piece begins in it, and its bytes in `raw`
+        pieces = defaultdict(list)  # by shard: where in it a piece begins, and its bytes of `raw`
         windows = zip(numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
         for row, (number, begin, end) in enumerate(windows):
             at = row * length * size
             while begin < end:  # once for each shard that the window runs on into
                 stop = min(end, borders[number + 1])
                 until = at + (stop - begin) * size
-                pieces[number].append((begin - borders[number], at, until))
+                pieces[number].append((begin - borders[number], raw[at:until]))
                 number, begin, at = number + 1, stop, until
         for number in sorted(pieces):
             shard = self.shards[number]
-            self.reading = shard.name
-            for begin, at, until in pieces[number]:
-                shard.read_into(raw[at:until], begin)
+            self.reading = shard.path
+            for begin, piece in pieces[number]:
+                shard.read_into(piece, begin)
             shard.check_unchanged()
         self.reading = None
 
-    def shards_of(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[Shard]:
-        """Yield the shards that hold the first and the last token of windows, in order."""
+    def shards_of(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[Shard]:
+        """Return the shards that hold the first and the last token of windows, in order."""
         tokens = np.concatenate([begins, ends - 1])
         numbers = np.unique(np.searchsorted(self._starts, tokens, side="right") - 1)
-        yield from (self.shards[number] for number in numbers.tolist())
+        return [self.shards[number] for number in numbers.tolist()]
 
 
 def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
@@ -145,8 +139,8 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
             one, two = getattr(first, what), getattr(other, what)
             if one != two:
                 raise DataError(
-                    f"data.paths: {first.folder} and {other.folder} differ in "
-                    f"{what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
+                    f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
+                    f"differ in {what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
                     "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
                 )
 

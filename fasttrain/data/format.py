@@ -11,7 +11,6 @@ shard is hashed and its tokens checked against the vocabulary before the first o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -124,23 +123,13 @@ def open_dataset(
 
     The first opening reads every shard once, for its hash and its largest token; the result is
     cached and holds until the file changes. Shards at an address are fetched into `shard_cache`
-    when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype`
-    is for files without header, `end_of_text` for folders without `dataset.json`.
+    when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype` is
+    for files without header, `end_of_text` for folders without `dataset.json`.
     """
-    folder = Path(path).expanduser()
+    cache = cache_folder(cache_dir)
+    folder = _fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
-    cache = cache_folder(cache_dir)
-    options: dict[str, Any] = {"vocab_size": vocab_size, "end_of_text": end_of_text, "cache": cache}
-    if is_address(path):
-        address = str(path)
-        folder = cache / "remote" / hashlib.sha256(address.encode()).hexdigest()
-        where = address, shard_cache or ShardCache(cache, DataConfig().cache_gib)
-        try:
-            _fetch_description(address, folder)
-            return _open_prepared(folder, split, at=where, **options)
-        except DataError as error:  # the user knows the address
-            raise DataError(str(error).replace(str(folder), shown(address))) from error
     if not folder.is_dir():
         if folder.exists():
             raise DataError(
@@ -148,40 +137,14 @@ def open_dataset(
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
         raise DataError(str(absent(folder, vocab_size)))
-    if (folder / DATASET_JSON).exists():
-        return _open_prepared(folder, split, **options)
-    paths = _imported_files(folder, split, vocab_size)
-    shards = [Shard(file, dtype=dtype) for file in paths]
-    if len({shard.dtype for shard in shards}) > 1:
-        raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
-    _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
-    return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
+    if not (folder / DATASET_JSON).exists():
+        paths = _imported_files(folder, split, vocab_size)
+        shards = [Shard(file, dtype=dtype) for file in paths]
+        if len({shard.dtype for shard in shards}) > 1:
+            raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
+        _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
+        return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
 
-
-def _fetch_description(address: str, folder: Path) -> None:
-    """Fetch `dataset.json` and the tokenizer of the dataset at an address into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def fetch(name: str) -> None:
-        write_atomically(inside(folder, name), remote(beside(address, name), "cat_file"))
-
-    fetch(DATASET_JSON)
-    entry = read_dataset_json(folder)["tokenizer"]
-    path = inside(folder, entry["file"])
-    if not path.is_file() or sha256_of(path) != entry["sha256"]:
-        fetch(entry["file"])
-
-
-def _open_prepared(
-    folder: Path,
-    split: Split,
-    *,
-    vocab_size: int | None,
-    end_of_text: int | None,
-    cache: Path,
-    at: tuple[str, ShardCache] | None = None,
-) -> TokenDataset:
-    """Open a split of a folder with `dataset.json`; `at`: where its shards are."""
     meta = read_dataset_json(folder)
     vocab: int = meta["vocab_size"]
     if vocab_size is not None and vocab_size < vocab:
@@ -200,19 +163,20 @@ def _open_prepared(
             "the text again with a --val-fraction above 0"
         )
     listed = meta["splits"][split]
-    shards: list[Shard] = []
+    shards = []
+    shard_cache = shard_cache or ShardCache(cache, DataConfig().cache_gib)
     for entry in listed["shards"]:
-        path, ends = inside(folder, entry["file"]), inside(folder, entry["ends_file"])
-        if at is not None:
-            shards.append(RemoteShard(*at, entry, meta["dtype"], vocab))
+        file, ends_file = inside(folder, entry["file"]), inside(folder, entry["ends_file"])
+        if is_address(path):
+            shards.append(RemoteShard(str(path), shard_cache, entry, meta["dtype"], vocab))
             continue
-        shard = Shard(path)
+        shard = Shard(file)
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
             raise DataError(
                 f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
-        shard.ends = (ends, entry["ends_sha256"], entry["documents"])
+        shard.ends = (ends_file, entry["ends_sha256"], entry["documents"])
         shards.append(shard)
     _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
     for shard, entry in zip(shards, listed["shards"], strict=True):
@@ -232,6 +196,18 @@ def _open_prepared(
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
     )
+
+
+def _fetch_description(address: str, cache: Path) -> Path:
+    """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
+    folder = cache / "remote" / shown(address).replace("://", "/")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / DATASET_JSON, remote(beside(address, DATASET_JSON), "cat_file"))
+    entry = read_dataset_json(folder)["tokenizer"]
+    path = inside(folder, entry["file"])
+    if not path.is_file() or sha256_of(path) != entry["sha256"]:
+        write_atomically(path, remote(beside(address, entry["file"]), "cat_file"))
+    return folder
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:

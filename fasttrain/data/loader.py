@@ -44,6 +44,7 @@ from fasttrain.data.order import (
     row_lengths,
 )
 from fasttrain.data.remote import RemoteShard, ShardCache
+from fasttrain.data.shards import Shard
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
 DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
@@ -241,15 +242,13 @@ class Loader:
 
     def _slots(self) -> Iterator[tuple[list[_Rows], list[RemoteShard]]]:
         """Yield the batches of one buffer after the other, and the remote shards that they need."""
-        rows = self._rows(self.position)
+        rows, shards = self._rows(self.position), list[Shard]()
         while batches := list(islice(rows, self._per_slot)):
-            shards: list[RemoteShard] = []
             if self._cache:
                 starts, counts = _windows(batches)
                 ends = starts + (self.options.seq_len + 1 if counts is None else counts)
-                found = self.dataset.shards_of(starts, ends)
-                shards = [shard for shard in found if isinstance(shard, RemoteShard)]
-            yield batches, shards
+                shards = self.dataset.shards_of(starts, ends)
+            yield batches, [shard for shard in shards if isinstance(shard, RemoteShard)]
 
     def _read(self, slot: _Slot, batches: Sequence[_Rows]) -> None:
         """Fill a buffer with batches."""

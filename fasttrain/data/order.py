@@ -314,7 +314,7 @@ class Plan:
                 if not len(begins):
                     raise DataError(
                         f"data.batching = {batching!r}: no document of "
-                        f"{part.folder} has two tokens; use data.batching = 'packed'"
+                        f"{part.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
                     )
                 counts = np.minimum(n_tokens, seq_len + 1)
                 n, dropped = len(counts), int((n_tokens - counts).sum())

@@ -1,9 +1,9 @@
 """Shards at an address: fetched, ahead of their use, into a bounded folder on this machine.
 
-A file is kept under the SHA-256 that `dataset.json` names, so it is never mistaken for another. The
-processes of a machine share the folder: one fetches a file while the others wait for it. A file
-that is being fetched counts in full from its beginning. Room is made by what this process does not
-need soon, the oldest first; a process that reads an evicted file has it open, and reads on.
+A file is kept under the SHA-256 that `dataset.json` names. The processes of a machine share the
+folder: one fetches a file while the others wait for it, and a file that is being fetched has its
+full size from the beginning. Room is made by what this process does not need soon, the oldest
+first; whatever reads an evicted file has it open, and reads on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import os
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +26,7 @@ from fasttrain.data.shards import HEADER_BYTES, Shard
 
 FETCHERS = 8  # threads that fetch ahead, each a file
 PIECE_BYTES = 8 << 20  # of one request: 140 kB/s are enough for it not to count as stalled
-ATTEMPTS = 3  # to fetch a file with the right bytes, and to open it before another needs its room
+ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
 T = TypeVar("T")
 
 
@@ -43,12 +41,23 @@ def in_gib(n_bytes: int) -> str:
     return f"{math.ceil(n_bytes / 2**30 * 1000) / 1000:g}"
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other threads and processes out of a block."""
+    descriptor = lock(path, wait=True)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class RemoteFile(NamedTuple):
-    """A file of a dataset at an address, as `dataset.json` describes it."""
+    """A file of a dataset at an address, and where it is kept."""
 
     address: str
-    sha256: str
     n_bytes: int
+    sha256: str
+    path: Path
 
 
 class ShardCache:
@@ -57,92 +66,46 @@ class ShardCache:
     def __init__(self, folder: Path, gib: float) -> None:
         self.folder, self.scans = folder / "shards", folder / "scans"
         self.gib, self.limit = gib, int(gib * 2**30)
-        self.received = 0  # bytes, over all threads: it changes unless the network hangs
+        self.received = 0  # bytes, over all threads: it grows unless the network hangs
         self._lock = threading.Lock()  # for what follows
         self._n_threads = 0
-        self._begins: dict[str, int] = {}  # by SHA-256: bytes of all files that are needed before
-        self._missing: deque[RemoteShard] = deque()  # of these files
-        self._at = 0  # where in `_begins` the reader is
+        self._coming: list[RemoteShard] = []  # in the order of their use, from what is read now on
+        self._missing: set[RemoteShard] = set()  # of these, what no thread has begun to fetch
 
-    def path(self, file: RemoteFile) -> Path:
-        """Return where a file lies while it is here."""
-        if not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise DataError(f"{shown(file.address)}: {file.sha256[:80]!r} is not a SHA-256")
-        return self.folder / f"{file.sha256}.bin"
+    def file(self, address: str, sha256: str, n_bytes: int) -> RemoteFile:
+        """Describe a file; refuse what is none, or never fits."""
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DataError(f"{shown(address)}: {sha256[:80]!r} is not a SHA-256")
+        if n_bytes > self.limit:
+            raise DataError(
+                f"data.cache_gib = {self.gib:g} does not hold {shown(address)}; set it to at least "
+                f"{in_gib(n_bytes)}"
+            )
+        return RemoteFile(address, n_bytes, sha256, self.folder / f"{sha256}.bin")
 
     def get(self, file: RemoteFile, use: Callable[[], T]) -> T:
         """Return what `use` makes of a file; it raises DataError if that is missing or damaged."""
         for _ in range(ATTEMPTS):
             with suppress(DataError):
                 return use()
-            with self._locked(f"lock-{file.sha256[:2]}"):
-                with suppress(DataError):
-                    return use()  # meanwhile another thread or process has fetched it
-                self._fetch(file)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with _locked(self.folder / f"lock-{file.sha256[:2]}"):
+                    with suppress(DataError):
+                        return use()  # meanwhile another thread or process has fetched it
+                    self._fetch(file)
+            except OSError as error:
+                raise DataError(
+                    f"{self.folder}: {error.strerror}; free some space, lower data.cache_gib or "
+                    "name another folder with data.cache_dir"
+                ) from error
         return use()
 
-    def fetch_ahead(self, shards: Sequence[RemoteShard]) -> None:
-        """Begin to fetch what is missing of `shards`, in the order of their use, as far as fits."""
-        with self._lock:
-            begins = accumulate((shard.files[0].n_bytes for shard in shards), initial=0)
-            self._begins = dict(zip((shard.sha256 for shard in shards), begins, strict=False))
-            self._missing = deque(shard for shard in shards if not shard.path.exists())
-            self._at = 0
-            self._start_threads()
-
-    def advance(self, shard: RemoteShard) -> None:
-        """Note that a shard is read now, and those before it were."""
-        with self._lock:
-            self._at = self._begins.get(shard.sha256, self._at)
-            self._start_threads()
-
-    def _start_threads(self) -> None:
-        while self._n_threads < FETCHERS and (shard := self._next()):
-            self._n_threads += 1
-            name = "fasttrain-fetch"  # a daemon: a hung read does not keep the process from ending
-            threading.Thread(target=self._run, args=(shard,), name=name, daemon=True).start()
-
-    def _next(self) -> RemoteShard | None:
-        """Return what is to be fetched next, unless it would take the room of what is read before.
-
-        Ranks of a machine read different shards and share the room.
-        """
-        while self._missing and self._begins[self._missing[0].sha256] < self._at:
-            self._missing.popleft()  # the reader has fetched it itself
-        room = self.limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if self._missing:
-            sha256, n_bytes = self._missing[0].files[0][1:]
-            if self._begins[sha256] + n_bytes - self._at <= max(room, n_bytes):
-                return self._missing.popleft()
-        return None
-
-    def _run(self, shard: RemoteShard | None) -> None:
-        while shard is not None:
-            with suppress(Exception):  # the reader tries again, and raises it
-                shard.fetch()
-            with self._lock:
-                shard = self._next()
-                self._n_threads -= shard is None
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Keep other threads and processes out of a block."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = lock(self.folder / name, wait=True)
-        except OSError as error:
-            raise self._unusable(error) from error
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-
     def _fetch(self, file: RemoteFile) -> None:
-        path = self.path(file)
-        part = path.with_suffix(".part")
+        part, full = file.path.with_suffix(".part"), self.folder / "lock"  # held to count files
+        while not self._reserve(part, file.n_bytes):
+            time.sleep(0.02)
         try:
-            while not self._reserve(part, file.n_bytes):
-                time.sleep(0.1)
             for _ in range(ATTEMPTS):
                 digest = hashlib.sha256()
                 with part.open("r+b") as out:
@@ -153,12 +116,10 @@ class ShardCache:
                         out.write(piece)
                         self.received += len(piece)
                 if digest.hexdigest() == file.sha256:
-                    with self._locked("lock"):  # which counts the files
-                        return os.replace(part, path)
-        except OSError as error:
-            raise self._unusable(error) from error
+                    with _locked(full):
+                        return os.replace(part, file.path)
         finally:
-            with self._locked("lock"):
+            with _locked(full):
                 part.unlink(missing_ok=True)
         raise DataError(
             f"{shown(file.address)}: its SHA-256 is {digest.hexdigest()[:16]}…, dataset.json says "
@@ -169,25 +130,24 @@ class ShardCache:
         """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
 
         def order(path: Path) -> tuple[bool, bool, float]:
-            begins = self._begins.get(
-                path.stem, -1
-            )  # what is needed goes last, the soonest at last
-            needed = begins >= self._at
-            return needed, path.suffix == ".bin", -begins if needed else found[path].st_mtime
+            return path.stem in needed, path.suffix == ".bin", found[path].st_mtime
 
-        def is_abandoned(path: Path) -> bool:  # by a process that was killed
+        def may_go(path: Path) -> bool:
             if path.suffix != ".part" or path.stem[:2] == part.stem[:2]:
-                return path.suffix == ".part"  # this thread has its lock
+                return bool(
+                    path.suffix
+                )  # of the parts that this thread locks none is being written
             with suppress(BlockingIOError):
                 os.close(lock(self.folder / f"lock-{path.stem[:2]}"))
-                return True
+                return True  # what wrote it was killed
             return False
 
-        with self._locked("lock"):
+        with _locked(self.folder / "lock"):
+            needed = {shard.sha256 for shard in self._coming}
             found = {path: path.stat() for path in self.folder.iterdir()}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
             for path in sorted(found, key=order):
-                if excess > 0 and (path.suffix == ".bin" or is_abandoned(path)):
+                if excess > 0 and may_go(path):
                     path.unlink()
                     excess -= found[path].st_size
             if excess <= 0:
@@ -195,11 +155,44 @@ class ShardCache:
                     out.truncate(n_bytes)
             return excess <= 0
 
-    def _unusable(self, error: OSError) -> DataError:
-        return DataError(
-            f"{self.folder}: {error.strerror}; free some space, lower data.cache_gib or name "
-            "another folder with data.cache_dir"
-        )
+    def fetch_ahead(self, shards: Sequence[RemoteShard]) -> None:
+        """Begin to fetch what is missing of `shards`, in the order of their use, as far as fits."""
+        with self._lock:
+            self._coming = list(shards)
+            self._missing = {shard for shard in shards if not shard.file.path.exists()}
+            self._start_threads()
+
+    def advance(self, shard: RemoteShard) -> None:
+        """Note that a shard is read now, and those before it were."""
+        with self._lock:
+            if shard in self._coming:
+                del self._coming[: self._coming.index(shard)]
+            self._start_threads()
+
+    def _start_threads(self) -> None:
+        while self._n_threads < FETCHERS and (shard := self._next()):
+            self._n_threads += 1
+            name = "fasttrain-fetch"  # a daemon: a hung read does not keep the process from ending
+            threading.Thread(target=self._run, args=(shard,), name=name, daemon=True).start()
+
+    def _next(self) -> RemoteShard | None:
+        """Return what is to be fetched next, unless it would evict what is read before it."""
+        room = self.limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
+        for shard in self._coming if self._missing else []:
+            if (room := room - shard.file.n_bytes) < 0:
+                break
+            if shard in self._missing:
+                self._missing.remove(shard)
+                return shard
+        return None
+
+    def _run(self, shard: RemoteShard | None) -> None:
+        while shard is not None:
+            with suppress(Exception):  # the reader tries again, and raises it
+                shard.fetch()
+            with self._lock:
+                shard = self._next()
+                self._n_threads -= shard is None
 
 
 class RemoteShard(Shard):
@@ -211,21 +204,14 @@ class RemoteShard(Shard):
         self.cache, self.dtype = cache, np.dtype(dtype).newbyteorder("<")
         self.offset_bytes, self.n_tokens = HEADER_BYTES, entry["tokens"]
         n_bytes = HEADER_BYTES + self.n_tokens * self.dtype.itemsize
-        ends = entry["ends_sha256"], 8 * entry["documents"]
-        self.files = (
-            RemoteFile(beside(address, entry["file"]), entry["sha256"], n_bytes),
-            RemoteFile(beside(address, entry["ends_file"]), *ends),
+        self.file = cache.file(beside(address, entry["file"]), entry["sha256"], n_bytes)
+        documents, sha256 = entry["documents"], entry["ends_sha256"]
+        self.ends_file = cache.file(beside(address, entry["ends_file"]), sha256, 8 * documents)
+        self.path, self.ends = (
+            Path(shown(self.file.address)),
+            (self.ends_file.path, sha256, documents),
         )
-        for file in self.files:
-            if file.n_bytes > cache.limit:
-                raise DataError(
-                    f"data.cache_gib = {cache.gib:g} does not hold "
-                    f"{shown(file.address)}; set it to at least {in_gib(file.n_bytes)}"
-                )
-        self.name, self.path = shown(self.files[0].address), cache.path(self.files[0])
-        self.ends = cache.path(self.files[1]), entry["ends_sha256"], entry["documents"]
-        # Its largest token is known when it was fetched, and must not be larger than this.
-        self.sha256, self.max_token = entry["sha256"], vocab_size - 1
+        self.sha256, self.max_token = entry["sha256"], vocab_size - 1  # at most
         self._verified: list[int] = []  # the identity of the file that was
         self._local: Shard | None = None  # while it is read
 
@@ -234,27 +220,26 @@ class RemoteShard(Shard):
 
     def fetch(self) -> Shard:
         """Return the shard's file, opened; fetch it if it is not here."""
-        local = self.cache.get(self.files[0], self._open)
-        if self._largest > self.max_token:
-            index, token = local.first_token_from(self.max_token + 1)
-            raise DataError(
-                f"{self.name}: token {token} at offset {index} is outside the vocabulary of "
-                f"{self.max_token + 1}, of its dataset.json; prepare the text again"
-            )
-        return local
+        return self.cache.get(self.file, self._open)
 
     def _open(self) -> Shard:
-        local = Shard(self.path)
+        local, name = Shard(self.file.path), shown(self.file.address)
         if local.identity != self._verified:
             local.scan(self.cache.scans)
             found = local.sha256, local.dtype, local.n_tokens
             if found != (self.sha256, self.dtype, self.n_tokens):
-                raise DataError(f"{self.name}: not the file that dataset.json describes")
-            self._verified, self._largest = local.identity, local.max_token
+                raise DataError(f"{name}: not what dataset.json describes; upload it again")
+            if local.max_token > self.max_token:
+                index, token = local.first_token_from(self.max_token + 1)
+                raise DataError(
+                    f"{name}: token {token} at offset {index} is outside the vocabulary of "
+                    f"{self.max_token + 1} in its dataset.json; prepare the text again"
+                )
+            self._verified = local.identity
         return local
 
     def read_into(self, row: memoryview, start: int) -> None:
-        """Fill `row` with the tokens from `start` on; the first time, fetch them."""
+        """Fill `row` with the tokens from `start` on; fetch and open the file if need be."""
         local = self._local
         if local is None:
             self.cache.advance(self)
@@ -262,17 +247,15 @@ class RemoteShard(Shard):
         local.read_into(row, start)
 
     def check_unchanged(self) -> None:
-        """Refuse a file that was changed while it was read, which may be evicted, and close it."""
-        local, self._local = self._local, None
-        if local is not None:
-            local.check_unwritten()
+        """Close the file, so that it may be evicted; a change is found when it is opened again."""
+        self._local = None
 
-    def document_ends(self) -> Any:
+    def document_ends(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return where the documents in it end, ascending offsets into its tokens."""
-        return self.cache.get(self.files[1], super().document_ends)
+        return self.cache.get(self.ends_file, super().document_ends)
 
 
 def n_bytes(*datasets: Sequence[Shard]) -> int:
     """Return how many bytes of shards, with the ends of their documents, are at an address."""
     shards = (s for shards in datasets for s in shards if isinstance(s, RemoteShard))
-    return sum({f.sha256: f.n_bytes for shard in shards for f in shard.files}.values())
+    return sum({f.sha256: f.n_bytes for s in shards for f in (s.file, s.ends_file)}.values())

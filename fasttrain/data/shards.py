@@ -49,7 +49,7 @@ class Shard:
     def __init__(self, path: Path, *, dtype: str | None = None) -> None:
         if dtype not in (None, "uint16", "uint32"):
             raise DataError(f"data.dtype must be uint16 or uint32, got {dtype!r}")
-        self.path, self.name = Path(path), str(path)
+        self.path = Path(path)
         try:
             # A pipe is opened at once, so that it can be refused.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -115,11 +115,6 @@ class Shard:
         except OSError:
             same = False
         if not same:
-            raise self._changed()
-
-    def check_unwritten(self) -> None:
-        """As `check_unchanged`, but the file may have been removed."""
-        if _identity(os.fstat(self._fd)) != self.identity:
             raise self._changed()
 
     def _changed(self) -> DataError:
