@@ -220,8 +220,8 @@ class Loader:
     def _fill(self) -> None:
         """Read batches, in the thread, until the run's end, an error or `close`."""
         slots = self._slots()
-        coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
         try:
+            coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
             while coming:
                 if self._cache:
                     shards = chain.from_iterable(shards for _, shards in coming)
@@ -303,11 +303,11 @@ class Loader:
         if self._current is None:
             begin, item = time.perf_counter(), None
             while item is None:
-                received = self._cache.received if self._cache else 0
+                before = self._cache.progress if self._cache else 0
                 try:
                     item = self._ready.get(timeout=DEADLINE_S)
                 except queue.Empty:
-                    if self._cache and self._cache.received > received:
+                    if self._cache and self._cache.progress > before:
                         continue  # the network is slow, and does not hang
                     file = self.dataset.reading or "the dataset"
                     item = DataError(

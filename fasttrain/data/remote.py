@@ -14,8 +14,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,16 +41,6 @@ def in_gib(n_bytes: int) -> str:
     return f"{math.ceil(n_bytes / 2**30 * 1000) / 1000:g}"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other threads and processes out of a block."""
-    descriptor = lock(path, wait=True)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 class RemoteFile(NamedTuple):
     """A file of a dataset at an address, and where it is kept."""
 
@@ -66,7 +56,7 @@ class ShardCache:
     def __init__(self, folder: Path, gib: float) -> None:
         self.folder, self.scans = folder / "shards", folder / "scans"
         self.gib, self.limit = gib, int(gib * 2**30)
-        self.received = 0  # bytes, over all threads: it grows unless the network hangs
+        self.progress = 0  # grows with each piece, and with each shard that the reader comes to
         self._lock = threading.Lock()  # for what follows
         self._n_threads = 0
         self._coming: list[RemoteShard] = []  # in the order of their use, from what is read now on
@@ -90,7 +80,7 @@ class ShardCache:
                 return use()
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with _locked(self.folder / f"lock-{file.sha256[:2]}"):
+                with open(lock(self.folder / f"lock-{file.sha256[:2]}", wait=True)):
                     with suppress(DataError):
                         return use()  # meanwhile another thread or process has fetched it
                     self._fetch(file)
@@ -114,12 +104,12 @@ class ShardCache:
                         piece = read_range(file.address, start, end, file.n_bytes)
                         digest.update(piece)
                         out.write(piece)
-                        self.received += len(piece)
+                        self.progress += 1
                 if digest.hexdigest() == file.sha256:
-                    with _locked(full):
+                    with open(lock(full, wait=True)):
                         return os.replace(part, file.path)
         finally:
-            with _locked(full):
+            with open(lock(full, wait=True)):
                 part.unlink(missing_ok=True)
         raise DataError(
             f"{shown(file.address)}: its SHA-256 is {digest.hexdigest()[:16]}…, dataset.json says "
@@ -133,16 +123,14 @@ class ShardCache:
             return path.stem in needed, path.suffix == ".bin", found[path].st_mtime
 
         def may_go(path: Path) -> bool:
-            if path.suffix != ".part" or path.stem[:2] == part.stem[:2]:
-                return bool(
-                    path.suffix
-                )  # of the parts that this thread locks none is being written
-            with suppress(BlockingIOError):
-                os.close(lock(self.folder / f"lock-{path.stem[:2]}"))
-                return True  # what wrote it was killed
-            return False
+            if path.suffix == ".part" and path.stem[:2] != part.stem[:2]:  # ours nobody else writes
+                with suppress(BlockingIOError):
+                    os.close(lock(self.folder / f"lock-{path.stem[:2]}"))
+                    return True  # what wrote it was killed
+                return False
+            return path.suffix != ""
 
-        with _locked(self.folder / "lock"):
+        with open(lock(self.folder / "lock", wait=True)):
             needed = {shard.sha256 for shard in self._coming}
             found = {path: path.stat() for path in self.folder.iterdir()}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
@@ -167,6 +155,7 @@ class ShardCache:
         with self._lock:
             if shard in self._coming:
                 del self._coming[: self._coming.index(shard)]
+            self.progress += 1
             self._start_threads()
 
     def _start_threads(self) -> None:

@@ -20,7 +20,7 @@ from fasttrain.config import load_config
 from fasttrain.data import files, loader, remote
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import DataError
-from fasttrain.data.format import open_dataset, write_dataset_json
+from fasttrain.data.format import absent, open_dataset, write_dataset_json
 from fasttrain.data.loader import Batch, Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
@@ -523,6 +523,17 @@ def test_shards_in_a_bucket(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    data: Path, tmp_path: Path, server: FaultyServer
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/shards").touch()
+    there = opened(server, tmp_path / "cache")
+    with pytest.raises(DataError, match=r"/cache/shards: File exists; .* data\.cache_dir$"):
+        batches(there)
+
+
 def test_addresses_of_files_beside() -> None:
+    assert absent("s3://a/b", None) is None
     assert beside("s3://a/b/", "c.bin") == "s3://a/b/c.bin"
     assert beside("https://a/b?sig=x/y", "c.bin") == "https://a/b/c.bin?sig=x/y"
