@@ -128,12 +128,15 @@ class DataConfig(Section):
     """The training data."""
 
     path: str | None = key(
-        None, "dataset folder (none: the source code of Python's standard library)", pattern=_PATH
+        None,
+        "dataset folder, or the address of one, such as s3://bucket/name (none: the source code of "
+        "Python's standard library)",
+        pattern=_PATH,
     )
     seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
         (),
-        "several dataset folders that share a tokenizer, in place of data.path",
+        "several dataset folders or addresses that share a tokenizer, in place of data.path",
         pattern=(r"[^\0]+", "a list of paths"),
     )
     weights: tuple[float, ...] = key(
@@ -159,6 +162,9 @@ class DataConfig(Section):
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
     cache_dir: str | None = key(
         None, "where built datasets are stored (none: the user's cache folder)", pattern=_PATH
+    )
+    cache_gib: float = key(
+        32.0, "room in data.cache_dir for shards that are fetched from an address, GiB", gt=0
     )
     corpus_vocab_size: int = key(
         4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536

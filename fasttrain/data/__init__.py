@@ -4,8 +4,9 @@ shards.py     a shard file: header, reading without SIGBUS, range check
 dataset.py    a split: its shards as one long array, where its documents end; several as one
 format.py     dataset folders: `dataset.json`, `open_dataset`
 order.py      which tokens each sample of a run holds: permutation, mixing, batching
+remote.py     shards at an address: fetched ahead into a bounded folder
 loader.py     batches, read ahead in a thread; those of the held-out split, every target once
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON; encoding
-files.py      errors, the cache folder, atomic writing
+files.py      errors, addresses, the cache folder, atomic writing
 prepare/      the write side: sources, splits, encoding, shards
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
@@ -93,7 +94,7 @@ class TokenDataset:
         """Read one window per row of `out`, (rows, length), C-contiguous, of `self.dtype`.
 
         A window has `counts` tokens, at most `length` (None: all of them); what is right of these
-        in a row is left as it is.
+        in a row is left as it is. Shard after shard is read, each once.
         """
         assert out.dtype == self.dtype
         if not out.size:
@@ -105,20 +106,29 @@ class TokenDataset:
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
         numbers = np.searchsorted(self._starts, begins, side="right") - 1
-        borders, used = self._starts.tolist(), set()
+        borders = self._starts.tolist()
+        pieces = defaultdict(list)  # by shard: where in it a piece begins, and its bytes of `raw`
         windows = zip(numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
         for row, (number, begin, end) in enumerate(windows):
             at = row * length * size
             while begin < end:  # once for each shard that the window runs on into
-                shard, stop = self.shards[number], min(end, borders[number + 1])
+                stop = min(end, borders[number + 1])
                 until = at + (stop - begin) * size
-                self.reading = shard.path
-                shard.read_into(raw[at:until], begin - borders[number])
-                used.add(number)
+                pieces[number].append((begin - borders[number], raw[at:until]))
                 number, begin, at = number + 1, stop, until
-        for number in used:
-            self.shards[number].check_unchanged()
+        for number in sorted(pieces):
+            shard = self.shards[number]
+            self.reading = shard.path
+            for begin, piece in pieces[number]:
+                shard.read_into(piece, begin)
+            shard.check_unchanged()
         self.reading = None
+
+    def shards_of(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[Shard]:
+        """Return the shards that hold the first and the last token of windows, in order."""
+        tokens = np.concatenate([begins, ends - 1])
+        numbers = np.unique(np.searchsorted(self._starts, tokens, side="right") - 1)
+        return [self.shards[number] for number in numbers.tolist()]
 
 
 def join(datasets: Sequence[TokenDataset]) -> TokenDataset:

@@ -18,9 +18,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.files import DataError, cache_folder, sha256_of, write_atomically
+from fasttrain.data.files import (
+    DataError,
+    cache_folder,
+    is_address,
+    remote,
+    sha256_of,
+    shown,
+    write_atomically,
+)
+from fasttrain.data.remote import RemoteShard, ShardCache, beside
 from fasttrain.data.shards import Shard, dtype_for
 
 DATASET_JSON = "dataset.json"
@@ -77,7 +87,7 @@ def absent(path: str | Path, vocab_size: int | None) -> str | None:
     `vocab_size` is the model's vocabulary where it is known: the dataset must be in it.
     """
     folder = Path(path).expanduser()
-    if folder.exists():
+    if is_address(path) or folder.exists():
         return None
     return (
         f"data.path: {folder} does not exist; make it: {_how_to_make(folder, 'TEXT', vocab_size)}"
@@ -107,14 +117,17 @@ def open_dataset(
     vocab_size: int | None = None,
     end_of_text: int | None = None,
     cache_dir: Path | None = None,
+    shard_cache: ShardCache | None = None,
 ) -> TokenDataset:
-    """Open one split of a dataset folder and check that it is sound.
+    """Open one split of a dataset folder, or of one at an address, and check that it is sound.
 
     The first opening reads every shard once, for its hash and its largest token; the result is
-    cached and holds until the file changes. `vocab_size` is the model's, where it is known; `dtype`
-    is for files without header, `end_of_text` for folders without `dataset.json`.
+    cached and holds until the file changes. Shards at an address are fetched into `shard_cache`
+    when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype` is
+    for files without header, `end_of_text` for folders without `dataset.json`.
     """
-    folder = Path(path).expanduser()
+    cache = cache_folder(cache_dir)
+    folder = _fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if not folder.is_dir():
@@ -124,7 +137,6 @@ def open_dataset(
                 f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
             )
         raise DataError(str(absent(folder, vocab_size)))
-    cache = cache_folder(cache_dir) / "scans"
     if not (folder / DATASET_JSON).exists():
         paths = _imported_files(folder, split, vocab_size)
         shards = [Shard(file, dtype=dtype) for file in paths]
@@ -152,14 +164,19 @@ def open_dataset(
         )
     listed = meta["splits"][split]
     shards = []
+    shard_cache = shard_cache or ShardCache(cache, DataConfig().cache_gib)
     for entry in listed["shards"]:
-        shard = Shard(inside(folder, entry["file"]))
+        file, ends_file = inside(folder, entry["file"]), inside(folder, entry["ends_file"])
+        if is_address(path):
+            shards.append(RemoteShard(str(path), shard_cache, entry, meta["dtype"], vocab))
+            continue
+        shard = Shard(file)
         if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
             raise DataError(
                 f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
                 f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
             )
-        shard.ends = (inside(folder, entry["ends_file"]), entry["ends_sha256"], entry["documents"])
+        shard.ends = (ends_file, entry["ends_sha256"], entry["documents"])
         shards.append(shard)
     _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
     for shard, entry in zip(shards, listed["shards"], strict=True):
@@ -179,6 +196,18 @@ def open_dataset(
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
     )
+
+
+def _fetch_description(address: str, cache: Path) -> Path:
+    """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
+    folder = cache / "remote" / shown(address).replace("://", "/")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / DATASET_JSON, remote(beside(address, DATASET_JSON), "cat_file"))
+    entry = read_dataset_json(folder)["tokenizer"]
+    path = inside(folder, entry["file"])
+    if not path.is_file() or sha256_of(path) != entry["sha256"]:
+        write_atomically(path, remote(beside(address, entry["file"]), "cat_file"))
+    return folder
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:
@@ -212,7 +241,7 @@ def _scan(
 ) -> None:
     """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
     for shard in shards:
-        shard.scan(cache)
+        shard.scan(cache / "scans")
         if vocab_size is not None and shard.max_token >= vocab_size:
             index, token = shard.first_token_from(vocab_size)
             raise DataError(

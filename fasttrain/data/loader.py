@@ -21,10 +21,11 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -42,9 +43,12 @@ from fasttrain.data.order import (
     document_starts,
     row_lengths,
 )
+from fasttrain.data.remote import RemoteShard, ShardCache
+from fasttrain.data.shards import Shard
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
 DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
+AHEAD = 16  # half rings of batches whose shards are fetched while the ring is full
 IGNORE = -100  # the target of a position that the loss leaves out
 
 
@@ -113,6 +117,13 @@ class _Rows(NamedTuple):
         return self.counts is None and self.n_rows == len(self.starts)
 
 
+def _windows(batches: Sequence[_Rows]) -> tuple[Array, Array | None]:
+    """First token and number of tokens of all rows of batches; None: all are T + 1."""
+    counts = [batch.counts for batch in batches if batch.counts is not None]
+    starts = np.concatenate([batch.starts for batch in batches])
+    return starts, np.concatenate(counts) if counts else None
+
+
 @dataclass(slots=True)
 class _Slot:
     """A buffer of the ring: up to K batches that were read together."""
@@ -155,6 +166,8 @@ class Loader:
         if options.epochs is not None:
             self.end = math.ceil(options.epochs * self.samples_per_epoch)
         self.wait_s = 0.0  # that next() has waited for the thread, in total
+        remote = (s.cache for s in dataset.shards if isinstance(s, RemoteShard))
+        self._cache: ShardCache | None = next(remote, None)
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
         self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
@@ -206,17 +219,36 @@ class Loader:
 
     def _fill(self) -> None:
         """Read batches, in the thread, until the run's end, an error or `close`."""
-        rows = self._rows(self.position)
+        slots = self._slots()
         try:
-            while batches := list(islice(rows, self._per_slot)):
+            coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
+            while coming:
+                if self._cache:
+                    shards = chain.from_iterable(shards for _, shards in coming)
+                    self._cache.fetch_ahead(list(dict.fromkeys(shards)))
+                batches, _ = coming.popleft()
                 slot = self._free.get()
                 if slot is None or self._over is not None:  # close()
                     return
                 self._read(slot, batches)
                 self._ready.put(slot)
+                coming.extend(islice(slots, 1))
             self._ready.put(StopIteration())
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
+        finally:
+            if self._cache:
+                self._cache.fetch_ahead([])
+
+    def _slots(self) -> Iterator[tuple[list[_Rows], list[RemoteShard]]]:
+        """Yield the batches of one buffer after the other, and the remote shards that they need."""
+        rows, shards = self._rows(self.position), list[Shard]()
+        while batches := list(islice(rows, self._per_slot)):
+            if self._cache:
+                starts, counts = _windows(batches)
+                ends = starts + (self.options.seq_len + 1 if counts is None else counts)
+                shards = self.dataset.shards_of(starts, ends)
+            yield batches, [shard for shard in shards if isinstance(shard, RemoteShard)]
 
     def _read(self, slot: _Slot, batches: Sequence[_Rows]) -> None:
         """Fill a buffer with batches."""
@@ -225,10 +257,9 @@ class Loader:
             if not batch.full:
                 n_targets[:] = batch.length if batch.counts is None else batch.counts - 1
                 n_targets[batch.n_rows :] = 0
-        starts = np.concatenate([batch.starts for batch in batches])
-        counted = [batch.counts for batch in batches if batch.counts is not None]
+        starts, counts = _windows(batches)
         rows = slot.ids.numpy()[: len(batches)].reshape(len(starts), -1)
-        self.dataset.read_windows(starts, rows, np.concatenate(counted) if counted else None)
+        self.dataset.read_windows(starts, rows, counts)
         if self._ends is not None and slot.doc_starts is not None:
             marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
             marks[:] = document_starts(self._ends, starts, self.options.seq_len)
@@ -270,15 +301,19 @@ class Loader:
         if self._over is not None:
             raise self._over
         if self._current is None:
-            begin = time.perf_counter()
-            try:
-                item = self._ready.get(timeout=DEADLINE_S)
-            except queue.Empty:
-                file = self.dataset.reading or "the dataset"
-                item = DataError(
-                    f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "
-                    "that holds it hangs. Resume from the last checkpoint once it answers"
-                )
+            begin, item = time.perf_counter(), None
+            while item is None:
+                before = self._cache.progress if self._cache else 0
+                try:
+                    item = self._ready.get(timeout=DEADLINE_S)
+                except queue.Empty:
+                    if self._cache and self._cache.progress > before:
+                        continue  # the network is slow, and does not hang
+                    file = self.dataset.reading or "the dataset"
+                    item = DataError(
+                        f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "
+                        "that holds it hangs. Resume from the last checkpoint once it answers"
+                    )
             self.wait_s += time.perf_counter() - begin
             if not isinstance(item, _Slot):
                 self._over = item

@@ -55,7 +55,7 @@ class Shard:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise DataError(f"{self.path}: not a file; put the shard itself there")
-            self._identity = _identity(os.fstat(self._fd))
+            self.identity = _identity(os.fstat(self._fd))
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
@@ -111,7 +111,7 @@ class Shard:
         One `stat`, cheap enough for every batch; what was range-checked stays what is read.
         """
         try:
-            same = _identity(os.stat(self.path)) == self._identity
+            same = _identity(os.stat(self.path)) == self.identity
         except OSError:
             same = False
         if not same:
@@ -178,7 +178,7 @@ class Shard:
 
         An entry is void once the file's device, inode, size or one of its times has changed.
         """
-        identity = [*self._identity, os.fstat(self._fd).st_ctime_ns]
+        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns]
         entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
         # No entry, or one that cannot be used, costs a scan.
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -41,9 +41,9 @@ DDP_PART_OF_MEMORY = 0.6
 # Keys that may differ between the ranks of a run: where each finds its files and its device, and
 # what rank 0 alone does.
 OF_ONE_RANK = (
-    *("run.name", "run.out_dir", "run.device", "run.threads", "data.path", "data.cache_dir"),
-    "eval.tasks_path",
-    *("data.prefetch", "log.csv", "log.tensorboard", "log.wandb", "log.profile_steps"),
+    *("run.name", "run.out_dir", "run.device", "run.threads", "data.path"),
+    *("data.cache_dir", "data.cache_gib", "data.prefetch", "eval.tasks_path"),
+    *("log.csv", "log.tensorboard", "log.wandb", "log.profile_steps"),
     *("distributed.timeout_s", "distributed.init_timeout_s"),
 )
 

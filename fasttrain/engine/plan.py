@@ -11,6 +11,7 @@ from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
+from fasttrain.data.remote import in_gib, n_bytes
 from fasttrain.distributed.world import unused_mode
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
@@ -100,6 +101,14 @@ def warnings_at_start(
             f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
             "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
             "--val-fraction"
+        )
+    limit = config.data.cache_gib
+    if (needed := n_bytes(*(d.shards for d in (train, val) if d))) > limit * 2**30:
+        yield (
+            f"data.cache_gib = {limit:g} does not hold all shards, and the order of samples needs "
+            f"them all the time: each {-(-config.data.prefetch // 2)} micro-batches fetch up to "
+            f"{in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
+            "micro-batches that wait in memory"
         )
     if unused := unused_mode(config.distributed, n_ranks):
         yield unused

@@ -14,6 +14,7 @@ from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record, reda
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.files import DataError
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
 from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
 from fasttrain.engine.schedule import step_shape
@@ -83,6 +84,13 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
     except (UserError, FloatingPointError, OSError) as error:  # not bad input: the run had begun
         record(f"error: {error}")
         folder.warn(str(error))
+        if isinstance(error, DataError):  # no fault of the state
+            call_ranks(world)
+            try:
+                trainer.recovery.look(trainer.train_loader, trainer.guard.rng)
+                folder.note(f"saved: {checkpoint.resolve(folder.path, which='latest')}")
+            except (UserError, FloatingPointError, OSError) as another:
+                folder.warn(str(another))
         return EXIT_FAILED
     finally:
         with contextlib.suppress(Exception):  # the error that is being raised has the reason

@@ -26,7 +26,7 @@ LR_JUMP = 0.1  # of the peak; a larger jump between two steps is warned of
 MAY_CHANGE = (
     *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
     "run.deterministic",
-    *("data.path", "data.prefetch", "data.cache_dir", "checkpoint.", "log."),
+    *("data.path", "data.prefetch", "data.cache_", "checkpoint.", "log."),
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k", "eval.tasks"),
     *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
 )

@@ -20,6 +20,7 @@ from fasttrain.data.files import cache_folder
 from fasttrain.data.format import Split, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
+from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import (
     keep_freed_memory,
@@ -141,11 +142,12 @@ def open_splits(
     """Open or build the dataset; return the config with its vocabulary, and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
     cache_dir = Path(data.cache_dir) if data.cache_dir else None
-    paths = [Path(path) for path in data_paths(config)] or [
+    paths: Sequence[str | Path] = data_paths(config) or [
         build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report)
     ]
     options: dict[str, Any] = {"dtype": data.dtype, "end_of_text": data.end_of_text}
     options |= {"vocab_size": vocab_size, "cache_dir": cache_dir}
+    options["shard_cache"] = ShardCache(cache_folder(cache_dir), data.cache_gib)
     splits: tuple[Split, ...] = ("train", "val")
     opened = [[open_dataset(path, split, **options) for path in paths] for split in splits]
     train, val = (found[0] if len(found) == 1 else join(found) for found in opened)

@@ -194,7 +194,9 @@ def test_a_data_error_on_the_way_is_a_failure_and_not_bad_input(
     out, err = capsys.readouterr()
     assert "warning: shard 3: changed while it was read" in out
     assert "Traceback" not in out + err
-    assert checkpoint.resolve(toy.parent / "runs/toy").name == "step-00000004"
+    path = checkpoint.resolve(toy.parent / "runs/toy")
+    assert path.name == "step-00000005", "the steps before it are kept"
+    assert "saved: runs/toy/checkpoints/step-00000005" in out
     assert threads() <= before
 
 

@@ -60,7 +60,9 @@ every_steps = 1
 """
 
 
-def write_dataset(folder: Path, n_train: int = 4_000, n_val: int = 500) -> Path:
+def write_dataset(
+    folder: Path, n_train: int = 4_000, n_val: int = 500, shard_tokens: int = 10**6
+) -> Path:
     """Write a byte-level dataset of words that a model can learn, and return its folder."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
@@ -73,7 +75,9 @@ def write_dataset(folder: Path, n_train: int = 4_000, n_val: int = 500) -> Path:
     for split, n in (("train", n_train), ("val", n_val)):
         text = b"".join(words[i] for i in rng.integers(0, len(words), n))[:n]
         ids = np.array([*tokenizer.encode(text.decode()).ids, end])
-        writer = ShardWriter(folder, split, vocab_size=tokenizer.get_vocab_size())
+        writer = ShardWriter(
+            folder, split, vocab_size=tokenizer.get_vocab_size(), shard_tokens=shard_tokens
+        )
         writer.write(ids, [len(ids)])
         splits[split] = (writer.close(), n)
     write_dataset_json(

@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.M
 
 
 def dataset(**facts: Any) -> Any:
-    return SimpleNamespace(**({"n_tokens": 10**9, "n_documents": 10**5, "max_token": 99} | facts))
+    given = {"n_tokens": 10**9, "n_documents": 10**5, "max_token": 99, "shards": ()}
+    return SimpleNamespace(**(given | facts))
 
 
 PLAN = RunPlan(
@@ -247,7 +248,7 @@ def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     assert told in capsys.readouterr().out
     assert train_main([str(config_path), "train.steps=3"]) == 0
     assert told in capsys.readouterr().out
-    enough = SimpleNamespace(n_tokens=5_000)
+    enough = SimpleNamespace(n_tokens=5_000, shards=())
     settled = load_config(config_path, ["model.vocab_size=320"])
     assert list(warnings_at_start(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
 

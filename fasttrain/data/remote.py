@@ -1,0 +1,250 @@
+"""Shards at an address: fetched, ahead of their use, into a bounded folder on this machine.
+
+A file is kept under the SHA-256 that `dataset.json` names. The processes of a machine share the
+folder: one fetches a file while the others wait for it, and a file that is being fetched has its
+full size from the beginning. Room is made by what this process does not need soon, the oldest
+first; whatever reads an evicted file has it open, and reads on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from fasttrain.data.files import DataError, lock, read_range, shown
+from fasttrain.data.shards import HEADER_BYTES, Shard
+
+FETCHERS = 8  # threads that fetch ahead, each a file
+PIECE_BYTES = 8 << 20  # of one request: 140 kB/s are enough for it not to count as stalled
+ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
+T = TypeVar("T")
+
+
+def beside(address: str, name: str) -> str:
+    """Return the address of a file in the folder at `address`, which may have a query."""
+    folder, mark, query = address.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
+def in_gib(n_bytes: int) -> str:
+    """Return a size as a value of data.cache_gib that holds it."""
+    return f"{math.ceil(n_bytes / 2**30 * 1000) / 1000:g}"
+
+
+class RemoteFile(NamedTuple):
+    """A file of a dataset at an address, and where it is kept."""
+
+    address: str
+    n_bytes: int
+    sha256: str
+    path: Path
+
+
+class ShardCache:
+    """A folder of at most `gib` GiB for files that are fetched when they are needed, or before."""
+
+    def __init__(self, folder: Path, gib: float) -> None:
+        self.folder, self.scans = folder / "shards", folder / "scans"
+        self.gib, self.limit = gib, int(gib * 2**30)
+        self.progress = 0  # grows with each piece, and with each shard that the reader comes to
+        self._lock = threading.Lock()  # for what follows
+        self._n_threads = 0
+        self._coming: list[RemoteShard] = []  # in the order of their use, from what is read now on
+        self._missing: set[RemoteShard] = set()  # of these, what no thread has begun to fetch
+
+    def file(self, address: str, sha256: str, n_bytes: int) -> RemoteFile:
+        """Describe a file; refuse what is none, or never fits."""
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DataError(f"{shown(address)}: {sha256[:80]!r} is not a SHA-256")
+        if n_bytes > self.limit:
+            raise DataError(
+                f"data.cache_gib = {self.gib:g} does not hold {shown(address)}; set it to at least "
+                f"{in_gib(n_bytes)}"
+            )
+        return RemoteFile(address, n_bytes, sha256, self.folder / f"{sha256}.bin")
+
+    def get(self, file: RemoteFile, use: Callable[[], T]) -> T:
+        """Return what `use` makes of a file; it raises DataError if that is missing or damaged."""
+        for _ in range(ATTEMPTS):
+            with suppress(DataError):
+                return use()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(lock(self.folder / f"lock-{file.sha256[:2]}", wait=True)):
+                    with suppress(DataError):
+                        return use()  # meanwhile another thread or process has fetched it
+                    self._fetch(file)
+            except OSError as error:
+                raise DataError(
+                    f"{self.folder}: {error.strerror}; free some space, lower data.cache_gib or "
+                    "name another folder with data.cache_dir"
+                ) from error
+        return use()
+
+    def _fetch(self, file: RemoteFile) -> None:
+        part, full = file.path.with_suffix(".part"), self.folder / "lock"  # held to count files
+        while not self._reserve(part, file.n_bytes):
+            time.sleep(0.02)
+        try:
+            for _ in range(ATTEMPTS):
+                digest = hashlib.sha256()
+                with part.open("r+b") as out:
+                    for start in range(0, file.n_bytes, PIECE_BYTES):
+                        end = min(start + PIECE_BYTES, file.n_bytes)
+                        piece = read_range(file.address, start, end, file.n_bytes)
+                        digest.update(piece)
+                        out.write(piece)
+                        self.progress += 1
+                if digest.hexdigest() == file.sha256:
+                    with open(lock(full, wait=True)):
+                        return os.replace(part, file.path)
+        finally:
+            with open(lock(full, wait=True)):
+                part.unlink(missing_ok=True)
+        raise DataError(
+            f"{shown(file.address)}: its SHA-256 is {digest.hexdigest()[:16]}…, dataset.json says "
+            f"{file.sha256[:16]}… ({ATTEMPTS} attempts): damaged or replaced; upload it again"
+        )
+
+    def _reserve(self, part: Path, n_bytes: int) -> bool:
+        """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
+
+        def order(path: Path) -> tuple[bool, bool, float]:
+            return path.stem in needed, path.suffix == ".bin", found[path].st_mtime
+
+        def may_go(path: Path) -> bool:
+            if path.suffix == ".part" and path.stem[:2] != part.stem[:2]:  # ours nobody else writes
+                with suppress(BlockingIOError):
+                    os.close(lock(self.folder / f"lock-{path.stem[:2]}"))
+                    return True  # what wrote it was killed
+                return False
+            return path.suffix != ""
+
+        with open(lock(self.folder / "lock", wait=True)):
+            needed = {shard.sha256 for shard in self._coming}
+            found = {path: path.stat() for path in self.folder.iterdir()}
+            excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
+            for path in sorted(found, key=order):
+                if excess > 0 and may_go(path):
+                    path.unlink()
+                    excess -= found[path].st_size
+            if excess <= 0:
+                with part.open("wb") as out:
+                    out.truncate(n_bytes)
+            return excess <= 0
+
+    def fetch_ahead(self, shards: Sequence[RemoteShard]) -> None:
+        """Begin to fetch what is missing of `shards`, in the order of their use, as far as fits."""
+        with self._lock:
+            self._coming = list(shards)
+            self._missing = {shard for shard in shards if not shard.file.path.exists()}
+            self._start_threads()
+
+    def advance(self, shard: RemoteShard) -> None:
+        """Note that a shard is read now, and those before it were."""
+        with self._lock:
+            if shard in self._coming:
+                del self._coming[: self._coming.index(shard)]
+            self.progress += 1
+            self._start_threads()
+
+    def _start_threads(self) -> None:
+        while self._n_threads < FETCHERS and (shard := self._next()):
+            self._n_threads += 1
+            name = "fasttrain-fetch"  # a daemon: a hung read does not keep the process from ending
+            threading.Thread(target=self._run, args=(shard,), name=name, daemon=True).start()
+
+    def _next(self) -> RemoteShard | None:
+        """Return what is to be fetched next, unless it would evict what is read before it."""
+        room = self.limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
+        for shard in self._coming if self._missing else []:
+            if (room := room - shard.file.n_bytes) < 0:
+                break
+            if shard in self._missing:
+                self._missing.remove(shard)
+                return shard
+        return None
+
+    def _run(self, shard: RemoteShard | None) -> None:
+        while shard is not None:
+            with suppress(Exception):  # the reader tries again, and raises it
+                shard.fetch()
+            with self._lock:
+                shard = self._next()
+                self._n_threads -= shard is None
+
+
+class RemoteShard(Shard):
+    """A shard at an address; it is fetched, verified and opened when it is read."""
+
+    def __init__(
+        self, address: str, cache: ShardCache, entry: Mapping[str, Any], dtype: str, vocab_size: int
+    ) -> None:
+        self.cache, self.dtype = cache, np.dtype(dtype).newbyteorder("<")
+        self.offset_bytes, self.n_tokens = HEADER_BYTES, entry["tokens"]
+        n_bytes = HEADER_BYTES + self.n_tokens * self.dtype.itemsize
+        self.file = cache.file(beside(address, entry["file"]), entry["sha256"], n_bytes)
+        documents, sha256 = entry["documents"], entry["ends_sha256"]
+        self.ends_file = cache.file(beside(address, entry["ends_file"]), sha256, 8 * documents)
+        self.path, self.ends = (
+            Path(shown(self.file.address)),
+            (self.ends_file.path, sha256, documents),
+        )
+        self.sha256, self.max_token = entry["sha256"], vocab_size - 1  # at most
+        self._verified: list[int] = []  # the identity of the file that was
+        self._local: Shard | None = None  # while it is read
+
+    def scan(self, cache: Path) -> None:
+        """Do nothing: it is scanned when it is fetched."""
+
+    def fetch(self) -> Shard:
+        """Return the shard's file, opened; fetch it if it is not here."""
+        return self.cache.get(self.file, self._open)
+
+    def _open(self) -> Shard:
+        local, name = Shard(self.file.path), shown(self.file.address)
+        if local.identity != self._verified:
+            local.scan(self.cache.scans)
+            found = local.sha256, local.dtype, local.n_tokens
+            if found != (self.sha256, self.dtype, self.n_tokens):
+                raise DataError(f"{name}: not what dataset.json describes; upload it again")
+            if local.max_token > self.max_token:
+                index, token = local.first_token_from(self.max_token + 1)
+                raise DataError(
+                    f"{name}: token {token} at offset {index} is outside the vocabulary of "
+                    f"{self.max_token + 1} in its dataset.json; prepare the text again"
+                )
+            self._verified = local.identity
+        return local
+
+    def read_into(self, row: memoryview, start: int) -> None:
+        """Fill `row` with the tokens from `start` on; fetch and open the file if need be."""
+        local = self._local
+        if local is None:
+            self.cache.advance(self)
+            local = self._local = self.fetch()
+        local.read_into(row, start)
+
+    def check_unchanged(self) -> None:
+        """Close the file, so that it may be evicted; a change is found when it is opened again."""
+        self._local = None
+
+    def document_ends(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return where the documents in it end, ascending offsets into its tokens."""
+        return self.cache.get(self.ends_file, super().document_ends)
+
+
+def n_bytes(*datasets: Sequence[Shard]) -> int:
+    """Return how many bytes of shards, with the ends of their documents, are at an address."""
+    shards = (s for shards in datasets for s in shards if isinstance(s, RemoteShard))
+    return sum({f.sha256: f.n_bytes for s in shards for f in (s.file, s.ends_file)}.values())
