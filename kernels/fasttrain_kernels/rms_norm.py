@@ -305,18 +305,18 @@ def rms_norm(
 
     Memory:
         Saves x (or the sum, which is an output), the weight and 4 bytes a row. Under
-        `torch.compile` on a CPU it is a plain composition that the compiler fuses.
+        `torch.compile` it is a plain composition that the compiler fuses with its neighbours.
 
     Source: https://arxiv.org/abs/1910.07467
     """
     _check(x, weight, residual)
-    if use_triton(x) and x.dtype in TRITON_DTYPES:
-        y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
-        return y if residual is None else (y, h)
     if torch.compiler.is_compiling():
         return rms_norm_reference(
             x, weight, eps=eps, residual=residual, zero_centered=zero_centered
         )
+    if use_triton(x) and x.dtype in TRITON_DTYPES:
+        y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
+        return y if residual is None else (y, h)
     h = x if residual is None else x + residual
     y = _EagerRMSNorm.apply(h, weight, eps, zero_centered)
     return y if residual is None else (y, h)
