@@ -304,7 +304,7 @@ _forward = torch.library.custom_op(
     _compute,
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
-    "float? max_chunk_mib, bool reduce, bool want_hidden, bool want_weight, bool want_bias, "
+    "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
     "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -374,10 +374,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors[:4], lse, *tensors[4:])
     # Kept outside the saved tensors: backward hands them out, and may write to them, once.
     ctx.grads = tuple(grads) if reduce and any(inputs[13:16]) else None
+    ctx.is_unit = reduce == 2  # not asked for hidden: in a graph each gradient is of a gradient
 
 
-def _final(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad`` times the scalar ``factor``, rounded to ``dtype`` once."""
+def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``grad`` times the scalar ``factor`` (None: 1), rounded to ``dtype`` once."""
+    if factor is None:
+        return grad.to(dtype)
     if type(factor) is not Tensor:
         # A graph is being traced: buffers are the compiler's, and so is this multiplication.
         return (grad * factor).to(dtype)
@@ -400,7 +403,9 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         late = hidden.dtype == torch.float16 and scale is not None
         factor = upstream * scale if late else upstream
         grads = tuple(
-            _final(grad, factor, like.dtype) if wanted else None
+            _final(grad, None if ctx.is_unit and like is not hidden else factor, like.dtype)
+            if wanted
+            else None
             for grad, like, wanted in zip(grads, (hidden, weight, bias), want, strict=True)
         )
     return (*(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *unused)
@@ -482,6 +487,7 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_accuracy: bool = False,
     max_chunk_mib: float | None = None,
+    unit_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross-entropy of ``hidden @ weight.T + bias`` without holding all logits.
 
@@ -503,6 +509,8 @@ def linear_cross_entropy(
         return_accuracy: also return how often the first largest logit is the target.
         max_chunk_mib: memory for the logits of one chunk, in MiB; None for 1024 on a GPU (fewer,
             larger products are faster there) and 112 on a CPU.
+        unit_gradient: the incoming gradient is 1, ``loss.backward()`` is all that is done with a
+            sum or mean: compiled, this saves a pass over the weight's gradient.
 
     Returns:
         As `cross_entropy`.
@@ -559,8 +567,9 @@ def linear_cross_entropy(
     want = (now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk = None if max_chunk_mib is None else float(max_chunk_mib)
     op: Callable[..., tuple[Tensor, ...]] = _forward if is_traced(x) else _Eager.apply
+    kind = reduce * (1 + unit_gradient)
     loss, lse, correct, *_ = op(
-        x, weight, bias, flat_targets, *options, chunk, reduce, *want, return_accuracy
+        x, weight, bias, flat_targets, *options, chunk, kind, *want, return_accuracy
     )
     results = loss, lse, correct
     return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)

@@ -84,6 +84,15 @@ def test_S1_a_norm_costs_no_pass_of_its_own(case: str, dim: int) -> None:
         assert not [k for k in kernels if k["name"].endswith("fused__to_copy_view")]  # its cast
 
 
+def test_S4_no_pass_over_the_heads_gradient_multiplies_it() -> None:
+    """What a table that is no head needs, zeros to add to, is all of that size."""
+    entry = ENTRIES["llama-350m"]
+    n_bytes = 4 * 32_000 * 1_024
+    large = [k["name"] for k in entry["kernels"] if not k["a_layer"] and k["bytes"] % n_bytes < 1e3]
+    assert large
+    assert all("embedding_dense_backward" in name for name in large)
+
+
 def test_C1_a_deterministic_step_adds_nothing_by_atomics() -> None:
     assert of_configs()["gpt2-124m"]["atomics"] > 0
     exact = of_configs()[DETERMINISTIC]
