@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
-from fasttrain.device import Precision
+from fasttrain.device import Precision, resolve_attention
 from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.slices import cut
 from fasttrain.distributed.world import World, checksum
@@ -261,8 +261,10 @@ class TrainStep:
             )
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
+        run = config.run
+        self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
         if isinstance(model, Transformer):
-            if config.run.fp8:
+            if run.fp8:
                 multiply_in_fp8(model, device)
             prepare_blocks(
                 model,

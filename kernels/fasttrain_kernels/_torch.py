@@ -52,14 +52,13 @@ def native_bf16(device: torch.device) -> bool:
 
 def is_being_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
-    peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
+    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: True)
     return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_dispatch_observed() -> bool:
     """Return whether a mode sees each operation that is dispatched. Unknown: True."""
-    count: int = _private("_C._len_torch_dispatch_stack", lambda: 1)()
-    return count > 0
+    return bool(getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)() > 0)
 
 
 def is_step_observed(optimizer: Optimizer) -> bool:
@@ -70,6 +69,11 @@ def is_step_observed(optimizer: Optimizer) -> bool:
         *(getattr(optimizer, f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")),
     ]
     return any(hooks) or bool(_private("_C._autograd._profiler_enabled", lambda: True)())
+
+
+def prefer_attention(backends: list[int]) -> None:
+    """Have SDPA try its kernels on CUDA in this order, process-wide. Unknown: in torch's own."""
+    _private("_C._set_sdp_priority_order", lambda _: None)(backends)
 
 
 def fake_tensors() -> Any:
