@@ -20,7 +20,6 @@ Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv
 Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._cross_entropy_cpu import cross_entropy_rows
-from ._dispatch import NAMESPACE, is_traced, once, use_triton
+from ._dispatch import define_op, is_traced, use_triton
 from ._launch import scale_unless_one_
 from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
 from .cpu.linear_cross_entropy import fits, run_in_cpp
@@ -299,18 +298,7 @@ def _compute(
     return loss, lse, correct, *_pack(grads, hidden)
 
 
-_forward = torch.library.custom_op(
-    f"{NAMESPACE}::linear_cross_entropy_forward",
-    _compute,
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
-    "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
-    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _allocate(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight = args[:2]
     max_chunk_mib, reduce, want_hidden, want_weight, want_bias, want_correct = args[11:17]
     dtype, (n_rows, dim) = accumulation_dtype(hidden.dtype), hidden.shape
@@ -329,14 +317,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
-    "bool want_bias) -> (Tensor, Tensor, Tensor)",
-)
-def _backward(
+def _differentiate(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     lse: Tensor, *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -353,8 +334,7 @@ def _backward(
     return _pack(grads, hidden)
 
 
-@_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = args[1:4]
     want_hidden, want_weight, want_bias = args[-3:]
     new = hidden.new_empty
@@ -363,6 +343,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight.new_empty(weight.shape) if want_weight else new(0),
         bias.new_empty(bias.shape) if want_bias and bias is not None else new(0),
     )
+
+
+_backward = define_op(
+    "linear_cross_entropy_backward", _differentiate, _allocate_gradients,
+    schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
+    "bool want_bias) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -411,23 +399,12 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
     return (*(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *unused)
 
 
-_forward.register_autograd(_backward_formula, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op for tensors that are not traced."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _compute(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            result = _backward_formula(ctx, *grads)
-        return once(result, "linear_cross_entropy")
+_forward = define_op(
+    "linear_cross_entropy_forward", _compute, _allocate, _setup_context, _backward_formula,
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
+    "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
+    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 def _is_small(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bool:
@@ -566,9 +543,8 @@ def linear_cross_entropy(
     now = torch.is_grad_enabled() and reduce
     want = (now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk = None if max_chunk_mib is None else float(max_chunk_mib)
-    op: Callable[..., tuple[Tensor, ...]] = _forward if is_traced(x) else _Eager.apply
     kind = reduce * (1 + unit_gradient)
-    loss, lse, correct, *_ = op(
+    loss, lse, correct, *_ = _forward(
         x, weight, bias, flat_targets, *options, chunk, kind, *want, return_accuracy
     )
     results = loss, lse, correct
