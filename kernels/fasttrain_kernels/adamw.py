@@ -148,18 +148,24 @@ class TritonClass:
                 num_warps=4,
             )  # fmt: skip
             if table.n_chunks > 0:
-                p, g, m, v = self.dtypes
+                (p, g, m, v), n = self.dtypes, table.n_tensors
                 adamw_kernel[(launch_grid(table.n_chunks, self.device),)](
                     addresses, table.lengths, table.chunks, self.coefs,
                     self.coefs if found_inf is None else found_inf, table.n_tensors,
                     table.n_chunks, 0 if seed is None else seed,
                     P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
                     HAS_FOUND_INF=found_inf is not None,
-                    ALIGNED=not any(pointer % 16 for pointer in pointers),
+                    ALIGNED=_aligned(pointers[:n] + pointers[2 * n :]),
+                    GRAD_ALIGNED=_aligned(pointers[n : 2 * n]),
                     ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
                     num_warps=block_warps(self.coefs),
                 )  # fmt: skip
         del held
+
+
+def _aligned(pointers: Sequence[int]) -> bool:
+    """Return whether all addresses are multiples of 16, as the widest accesses need."""
+    return not any(pointer % 16 for pointer in pointers)
 
 
 class TritonUpdate:
@@ -183,7 +189,9 @@ class TritonUpdate:
                 operands.append(state["master"])
             stored.append([local_tensor(t.detach()) for t in operands])
         work = [_one_order(operands) for operands in stored]
-        aligned = [not any(t.data_ptr() % 16 for t in operands) for operands in work]
+        # A gradient may lie in a bucket of DDP's behind one of 2 elements: the rest is read fast.
+        pointers = [[t.data_ptr() for t in operands] for operands in work]
+        aligned = [(_aligned([p, *rest]), _aligned([g])) for p, g, *rest in pointers]
         signature = [
             (o[0].device, tuple(t.dtype for t in o), o[0].numel(), a)
             for o, a in zip(work, aligned, strict=True)
