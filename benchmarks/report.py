@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from benchmarks import gpu_model
 from benchmarks.store import ROOT, Document, processor_of, read_all
 
 PAGE = ROOT / "docs/benchmarks.md"
@@ -197,6 +198,8 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{_table(rest)}\n</details>\n")
     parts += [_compiled(d) for d in documents if d["machine"]["kind"] == "compiled"]
+    if predicted := gpu_model.table(documents):
+        parts.append(predicted)
     return "\n".join(parts)
 
 

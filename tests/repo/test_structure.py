@@ -19,17 +19,17 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_970,
-    "fasttrain": 4_030,
+    "benchmarks": 3_130,
+    "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_250,
-    "fasttrain/config": 1_090,
+    "fasttrain/config": 1_100,
     "fasttrain/data": 1_960,
     "fasttrain/data/prepare": 1_190,
     "fasttrain/distributed": 850,
     "fasttrain/engine": 2_710,
     "fasttrain/log": 1_020,
-    "fasttrain/model": 900,
-    "fasttrain/preflight": 510,
+    "fasttrain/model": 915,
+    "fasttrain/preflight": 535,
     "fasttrain/run": 1_110,
     "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_690,
