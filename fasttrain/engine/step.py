@@ -64,8 +64,8 @@ def summed_loss(
 
 def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
-    loop = config.train
-    options = {"label_smoothing": loop.label_smoothing, "z_loss": loop.z_loss}
+    smoothing, z_loss = config.train.label_smoothing, config.train.z_loss
+    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
 
 

@@ -133,14 +133,14 @@ def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Time those of SDPA's kernels that ``run.attention`` names and that run here, both ways."""
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     shape = (8, 16, 2048, 64) if device.type == "cuda" else (1, 2, 128, 64)
-    inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
     times = {}
     for name, backend in backends.items():
 
         def run(backend: SDPBackend = backend) -> None:
             with sdpa_kernel(backend):
-                y = F.scaled_dot_product_attention(*inputs, is_causal=True)
-            torch.autograd.grad(y, inputs, y)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), y)
 
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # there is no such
             warnings.simplefilter("ignore")  # which torch gives reasons for

@@ -71,6 +71,11 @@ def is_step_observed(optimizer: Optimizer) -> bool:
     return any(hooks) or bool(_private("_C._autograd._profiler_enabled", lambda: True)())
 
 
+def held_by(dtensor: torch.Tensor) -> Any:
+    """Return a DTensor's shard; ``to_local`` passes the dispatcher for it. Unknown: None."""
+    return getattr(dtensor, "_local_tensor", None)
+
+
 def prefer_attention(backends: list[int]) -> None:
     """Have SDPA try its kernels on CUDA in this order, process-wide. Unknown: in torch's own."""
     _private("_C._set_sdp_priority_order", lambda _: None)(backends)

@@ -518,7 +518,7 @@ def linear_cross_entropy(
     x = hidden.reshape(-1, hidden.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
-    reduce = reduction != "none"
+    reduce = (reduction != "none") * (1 + unit_gradient)
     if _is_small(hidden, weight, max_chunk_mib):
         if torch.compiler.is_compiling():  # which fuses what is between the products
             return linear_cross_entropy_reference(
@@ -540,12 +540,10 @@ def linear_cross_entropy(
             )
             loss = loss if options.scale is None else loss * options.scale
             return loss if reduce else loss.reshape(targets.shape)
-    now = torch.is_grad_enabled() and reduce
+    now = torch.is_grad_enabled() and reduce > 0
     want = (now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk = None if max_chunk_mib is None else float(max_chunk_mib)
-    kind = reduce * (1 + unit_gradient)
-    loss, lse, correct, *_ = _forward(
-        x, weight, bias, flat_targets, *options, chunk, kind, *want, return_accuracy
-    )
-    results = loss, lse, correct
+    results = _forward(
+        x, weight, bias, flat_targets, *options, chunk, reduce, *want, return_accuracy
+    )[:3]
     return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)
