@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ _MISSING = f"is not in torch {torch.__version__}; use the version named in const
 
 def _private(path: str, default: Any) -> Any:
     """Return what ``path`` below torch names, or ``default`` where it is not there."""
-    found: Any = torch
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return default if found is None else found
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+        return default
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -52,13 +53,14 @@ def native_bf16(device: torch.device) -> bool:
 
 def is_being_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
-    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: True)
+    peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
     return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_dispatch_observed() -> bool:
     """Return whether a mode sees each operation that is dispatched. Unknown: True."""
-    return bool(getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)() > 0)
+    count: int = _private("_C._len_torch_dispatch_stack", lambda: 1)()
+    return count > 0
 
 
 def is_step_observed(optimizer: Optimizer) -> bool:
