@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import gpu_model
 from benchmarks.harness import ROOT, Document, processor_of, read_all
 
 PAGE = ROOT / "docs/benchmarks.md"
@@ -171,6 +172,8 @@ def render(documents: Sequence[Document]) -> str:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{table(HEAD, rest)}\n</details>\n")
     parts += [_compiled(d) for d in documents if d["machine"]["kind"] == "compiled"]
+    if predicted := gpu_model.table(documents):
+        parts.append(predicted)
     return "\n".join(parts)
 
 

@@ -57,9 +57,9 @@ OBEYED = {
     "fasttrain.Transformer": "run.fp8 train.activation_checkpointing",
     "torchrun": "distributed.mode distributed.shard_ranks distributed.reshard_after_forward "
     "distributed.init_timeout_s",
-    "nothing": "run.device run.dtype run.deterministic run.compile train.steps train.epochs "
-    "train.max_grad_norm train.max_grad_value train.ema_decay train.on_nonfinite eval.every_steps "
-    "eval.patience eval.min_change log.every_steps",
+    "nothing": "run.device run.dtype run.attention run.deterministic run.compile train.steps "
+    "train.epochs train.max_grad_norm train.max_grad_value train.ema_decay train.on_nonfinite "
+    "eval.every_steps eval.patience eval.min_change log.every_steps",
     "run_dir": "checkpoint.every_steps checkpoint.keep_last checkpoint.asynchronous log.csv "
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",

@@ -41,6 +41,11 @@ class RunConfig(Section):
         "run the model)",
         choices="auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
     )
+    attention: str = key(
+        "auto",
+        "SDPA's kernel on CUDA (auto: cudnn on an H100 or B200, else flash; fa3: FlashAttention-3)",
+        choices="auto flash cudnn fa3",
+    )
     deterministic: bool = key(False, "bitwise identical runs on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
     threads: int | None = key(
@@ -60,6 +65,10 @@ class RunConfig(Section):
                 f"does not go with run.compile={self.compile}, which chooses kernels by their speed"
                 " of the moment; use run.compile=auto",
             )
+        if self.deterministic and self.attention in ("cudnn", "fa3"):
+            self.refuse("attention", "is not deterministic; use run.attention=flash or auto")
+        if self.device == "cpu" and self.attention != "auto":
+            self.refuse("attention", "is of a CUDA device; use auto or run.device=cuda")
         if self.device == "cpu" and self.dtype == "tf32":
             self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")
         if self.device == "cpu" and self.compile == "cuda-graphs":

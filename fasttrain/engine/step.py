@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
-from fasttrain.device import Precision
+from fasttrain.device import Precision, resolve_attention
 from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.slices import cut
 from fasttrain.distributed.world import World, checksum
@@ -62,10 +62,11 @@ def summed_loss(
     )
 
 
-def default_criterion(config: TrainConfig) -> Criterion:
-    """Return the criterion of our Transformer, as the config says."""
-    loop = config.train
-    return partial(summed_loss, label_smoothing=loop.label_smoothing, z_loss=loop.z_loss)
+def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
+    """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
+    smoothing, z_loss = config.train.label_smoothing, config.train.z_loss
+    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss}
+    return partial(summed_loss, unit_gradient=not scaled, **options)
 
 
 class SpikeWindow:
@@ -238,7 +239,7 @@ class TrainStep:
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.ignore_index, self.judges = ignore_index, judges
         custom = criterion is not None
-        self.criterion = criterion or default_criterion(config)
+        self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
         self.compile_mode = "off" if custom else resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
         if n_micro is None:
@@ -260,8 +261,10 @@ class TrainStep:
             )
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
+        run = config.run
+        self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
         if isinstance(model, Transformer):
-            if config.run.fp8:
+            if run.fp8:
                 multiply_in_fp8(model, device)
             prepare_blocks(
                 model,
@@ -283,6 +286,9 @@ class TrainStep:
         # Loss, norm and verdict of the steps since `numbers` was called, up to its last column
         self.history = torch.zeros(3, config.log.every_steps, device=device)
         self.n_unread = 0
+        # What the gradients are multiples of: the number of targets that their loss sums over, or
+        # in fp16, which has no exponents for that, `grad_scale`
+        self.grad_unit = torch.ones((), device=device)
         # What the loss is multiplied by before the backward pass, and the clean steps since
         self.grad_scale = torch.full((), 2.0**16 if precision.scaled else 1.0, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
@@ -330,27 +336,27 @@ class TrainStep:
         self._finish(*measured, grads, lr, found)
 
     def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-        """Run forward and backward; return this rank's weighted loss, and the gradients."""
+        """Run forward and backward; return this rank's part of the loss, and the gradients."""
         counts = [(b.targets != self.ignore_index).sum() for b in batches]
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
-        counting = self.world.begin_sum(n_targets)
-        weight = loss = None
+        counting = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
+        loss, weight = torch.zeros_like(self.loss), None
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)
             inputs = (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
             part = self.loss_fn(*inputs)
-            if weight is None:
-                scale = self.grad_scale
-                if counting is not None:  # the targets of all ranks, whose gradients are averaged
+            if self.precision.scaled and weight is None:
+                if counting is not None:
                     counting.wait()
-                    scale = scale * self.world.size
-                weight = scale / n_targets.clamp(min=1)
-            weighted = part.detach() * weight
-            loss = weighted if loss is None else loss + weighted
+                weight = self.grad_scale * self.world.size / n_targets.clamp(min=1)
             part.backward(weight)  # type: ignore[no-untyped-call]
-        assert loss is not None
-        return loss, [p.grad for p in self.parameters if p.grad is not None]
+            loss += part.detach()
+        if counting is not None:
+            counting.wait()
+        n_targets = n_targets.clamp(min=1)
+        self.grad_unit = self.grad_scale if self.precision.scaled else n_targets / self.world.size
+        return loss / n_targets, [p.grad for p in self.parameters if p.grad is not None]
 
     def _finish(
         self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float | None, found: int = FINE
@@ -361,7 +367,7 @@ class TrainStep:
         verdict = self._judge() if found == FINE else torch.full_like(loss, float(found))
         self.verdict = verdict
         bad = (verdict != FINE).float()
-        clip = 1 / self.grad_scale
+        clip = 1 / self.grad_unit
         if self.max_grad_norm is not None:
             clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
         if self.max_grad_value is not None:  # of what the optimizers will see, times clip
@@ -401,8 +407,7 @@ class TrainStep:
         if world.sharded:
             loss, squares = world.sum(torch.stack([loss, norm.square()])).unbind()
             norm = (squares / world.n_copies).sqrt()
-        scale = self.grad_scale
-        return loss / (scale if world.size == 1 else scale * world.size), norm / scale
+        return loss, norm / self.grad_unit
 
     def _judge(self) -> Tensor:
         """Return the verdict on this step, an fp32 scalar."""

@@ -28,11 +28,33 @@ from fasttrain.model.attention import (
 )
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Compose layer normalization (Ba et al. 2016, arXiv:1607.06450) for the compiler on a GPU.
+
+    The backward pass needs x itself. For that of torch's own the forward pass also writes x
+    normalised: in gpt2-124m 20 bytes an element, where this moves 12.
+    """
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    y = (x * rstd - mean * rstd) * weight
+    return y if bias is None else y + bias
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization over the last dimension, as torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the rows of x."""
+        if x.is_cuda and x.dtype == torch.float32 and torch.compiler.is_compiling():
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.dim, eps=config.norm_eps)
     if config.norm == "layer":
-        return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+        return LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
     refuse("model.norm", config.norm, "is not implemented; add it to fasttrain.model._norm")
 
 

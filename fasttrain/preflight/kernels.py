@@ -8,17 +8,21 @@ backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain 
 Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
+import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import torch.utils.benchmark as benchmark
 from fasttrain_kernels import FusedAdamW, catalogue
 from fasttrain_kernels.catalogue import Op, results
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_attention, resolve_device, resolve_precision
 from fasttrain.engine.memory import device_memory
 
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
@@ -125,10 +129,29 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     yield _check("adamw", adamw, torch.float32, compiled=False)
 
 
+def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Time those of SDPA's kernels that ``run.attention`` names and that run here, both ways."""
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    shape = (8, 16, 2048, 64) if device.type == "cuda" else (1, 2, 128, 64)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    times = {}
+    for name, backend in backends.items():
+
+        def run(backend: SDPBackend = backend) -> None:
+            with sdpa_kernel(backend):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), y)
+
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # there is no such
+            warnings.simplefilter("ignore")  # which torch gives reasons for
+            times[name] = _median_ms(run)
+    return times
+
+
 def show_kernels(device_name: str) -> bool:
     """Show a line for each operation; return whether all are right."""
     device = resolve_device(device_name)
-    all_right = True
+    all_right, dtype = True, resolve_precision("auto", device).compute
     for report in check_kernels(device):
         all_right &= report.right
         times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
@@ -138,4 +161,9 @@ def show_kernels(device_name: str) -> bool:
             f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"
         )
         print(f"      → {CHOICES[report.name]}")
+    if device.type == "cuda":
+        chosen = resolve_attention("auto", device, deterministic=False)
+        shown = "  ".join(f"{k} {ms:.3g} ms" for k, ms in attention_ms(device, dtype).items())
+        print(f"      attention             {shown or 'neither flash nor cudnn runs here'}")
+        print(f"      → run.attention=auto takes {chosen}; set the faster one")
     return all_right

@@ -15,6 +15,7 @@ from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import DataError
+from fasttrain.device import ATTENTION
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
 from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
 from fasttrain.engine.schedule import step_shape
@@ -143,6 +144,10 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         name += f" CPU, {counted(torch.get_num_threads(), 'thread')}"
         if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
             compiled += f" ({reason})"
+    if step.attention is not None:
+        window = config.model.sliding_window_tokens or config.data.seq_len
+        plain = config.data.attention_across_documents and window >= config.data.seq_len
+        compiled += f" · {ATTENTION[step.attention] if plain else 'FlexAttention'}"
     # On what, and for how long
     plan = plan_run(config, train, world.size, cast(Transformer, step.model))
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []

@@ -112,7 +112,7 @@ def adamw_kernel(
     n_tensors, n_chunks, seed,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, COEFS: tl.constexpr,
     HAS_MASTER: tl.constexpr, HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
-    ROUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update every n-th chunk."""
     if HAS_FOUND_INF:  # a loop over no chunks writes nothing
@@ -124,7 +124,7 @@ def adamw_kernel(
         length = tl.load(lengths_ptr + t)
         coefs = coefs_ptr + t * COEFS
         p_ptr = load_pointer(pointers_ptr, t, P, ALIGNED) + start
-        g_ptr = load_pointer(pointers_ptr + n_tensors, t, G, ALIGNED) + start
+        g_ptr = load_pointer(pointers_ptr + n_tensors, t, G, GRAD_ALIGNED) + start
         m_ptr = load_pointer(pointers_ptr + 2 * n_tensors, t, M, ALIGNED) + start
         v_ptr = load_pointer(pointers_ptr + 3 * n_tensors, t, V, ALIGNED) + start
         master_ptr = p_ptr

@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ _MISSING = f"is not in torch {torch.__version__}; use the version named in const
 
 def _private(path: str, default: Any) -> Any:
     """Return what ``path`` below torch names, or ``default`` where it is not there."""
-    found: Any = torch
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return default if found is None else found
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+        return default
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -76,6 +77,16 @@ def is_step_observed(optimizer: Optimizer) -> bool:
         *(getattr(optimizer, f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")),
     ]
     return any(hooks) or bool(_private("_C._autograd._profiler_enabled", lambda: True)())
+
+
+def held_by(dtensor: torch.Tensor) -> Any:
+    """Return a DTensor's shard; ``to_local`` passes the dispatcher for it. Unknown: None."""
+    return getattr(dtensor, "_local_tensor", None)
+
+
+def prefer_attention(backends: list[int]) -> None:
+    """Have SDPA try its kernels on CUDA in this order, process-wide. Unknown: in torch's own."""
+    _private("_C._set_sdp_priority_order", lambda _: None)(backends)
 
 
 def fake_tensors() -> Any:

@@ -18,8 +18,8 @@ Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.0
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from operator import is_
+from functools import reduce, wraps
+from operator import is_, or_
 from typing import Any
 
 import torch
@@ -84,12 +84,13 @@ class TritonClass:
     """
 
     def __init__(
-        self, operands: list[list[Tensor]], steps: list[Tensor], groups: list[dict[str, Any]]
-    ) -> None:
+        self, operands: list[list[Tensor]], steps: list[Tensor], groups: list[dict[str, Any]],
+        aligned: tuple[bool, bool],
+    ) -> None:  # fmt: skip
         first = operands[0]
         device = self.device = first[0].device
         self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
-        self.has_master = len(first) == 5
+        self.has_master, self.aligned = len(first) == 5, aligned
         self.table = TensorTable([o[0].numel() for o in operands], len(first), device)
         self.groups: list[dict[str, Any]] = []
         rows = []
@@ -122,19 +123,19 @@ class TritonClass:
         return self.hyper.on_device(values), self.lr_pointers.on_device(pointers), held
 
     def launch(
-        self, operands: list[list[Tensor]], scalars: Sequence[Tensor | None], seed: int | None
+        self, pointers: list[list[int]], scalars: Sequence[Tensor | None], seed: int | None
     ) -> None:
-        """Count the step and update the parameters; a seed asks for stochastic rounding.
+        """Count the step and update the parameters at the addresses of their operands.
 
-        The scalars are clip coefficient, loss scale and found_inf, each None for none.
+        The scalars are clip coefficient, loss scale and found_inf, each None for none. A seed asks
+        for stochastic rounding.
         """
         clip, scale, found_inf = (
             None if x is None else x.to(self.device, torch.float32, non_blocking=True)
             for x in scalars
         )
         table = self.table
-        pointers = [t.data_ptr() for column in zip(*operands, strict=True) for t in column]
-        addresses = table.on_device(pointers)
+        addresses = table.on_device([x for column in zip(*pointers, strict=True) for x in column])
         hyper, lr_pointers, held = self._refresh()
         if capturing(self.device):
             keep_for_graph(self, held)
@@ -155,7 +156,7 @@ class TritonClass:
                     table.n_chunks, 0 if seed is None else seed,
                     P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
                     HAS_FOUND_INF=found_inf is not None,
-                    ALIGNED=not any(pointer % 16 for pointer in pointers),
+                    ALIGNED=self.aligned[0], GRAD_ALIGNED=self.aligned[1],
                     ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
                     num_warps=block_warps(self.coefs),
                 )  # fmt: skip
@@ -181,9 +182,11 @@ class TritonUpdate:
             operands = [params[i], grads[i], state["exp_avg"], state["exp_avg_sq"]]
             if "master" in state:
                 operands.append(state["master"])
-            stored.append([local_tensor(t.detach()) for t in operands])
+            stored.append([*map(local_tensor, operands)])
         work = [_one_order(operands) for operands in stored]
-        aligned = [not any(t.data_ptr() % 16 for t in operands) for operands in work]
+        # A gradient may lie in a bucket of DDP's behind one of 2 elements: the rest is read fast.
+        pointers = [[t.data_ptr() for t in operands] for operands in work]
+        aligned = [((p | reduce(or_, rest)) % 16 == 0, g % 16 == 0) for p, g, *rest in pointers]
         signature = [
             (o[0].device, tuple(t.dtype for t in o), o[0].numel(), a)
             for o, a in zip(work, aligned, strict=True)
@@ -193,7 +196,7 @@ class TritonUpdate:
         for number, (members, positions) in enumerate(self._classes):
             # Classes of equal size would round with the same noise (odd: golden ratio · 2³²).
             own_seed = None if seed is None else (seed + number * 0x9E3779B1) & 0x7FFFFFFF
-            members.launch([work[j] for j in positions], scalars, own_seed)
+            members.launch([pointers[j] for j in positions], scalars, own_seed)
         for originals, copies in zip(stored, work, strict=True):
             for position, (original, copy) in enumerate(zip(originals, copies, strict=True)):
                 if original is not copy and position != 1:
@@ -204,11 +207,11 @@ class TritonUpdate:
         for j, (device, dtypes, _, aligned) in enumerate(signature):
             classes.setdefault((device, dtypes, aligned), []).append(j)
         self._classes = []
-        for positions in classes.values():
+        for (*_, aligned), positions in classes.items():
             entries = [self.entries[j] for j in positions]
             steps = [state["step"] for _, state, _ in entries]
             groups = [group for _, _, group in entries]
-            members = TritonClass([work[j] for j in positions], steps, groups)
+            members = TritonClass([work[j] for j in positions], steps, groups, aligned)
             self._classes.append((members, positions))
         self._signature = signature
 

@@ -35,6 +35,7 @@ from ._multi_tensor import (
     load_pointer,
     triton_dtype,
 )
+from ._torch import held_by
 from ._triton import tl, triton
 from .cpu import is_supported, load_or_warn
 
@@ -70,8 +71,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """Return the shard that this rank holds of a DTensor, and any other tensor as it is."""
     if type(tensor) is Tensor or not hasattr(tensor, "to_local"):
         return tensor
-    local: Tensor = tensor.to_local()
-    return local
+    local = held_by(tensor)
+    return local if type(local) is Tensor else tensor.to_local()
 
 
 def _finish(norm: Tensor, max_norm: float) -> GradNorm:

@@ -20,7 +20,6 @@ Sources: chunked loss, Liger Kernel (arXiv:2410.10989); Cut Cross-Entropy (arXiv
 Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._cross_entropy_cpu import cross_entropy_rows
-from ._dispatch import NAMESPACE, is_traced, once, use_triton
+from ._dispatch import define_op, is_traced, use_triton
 from ._launch import scale_unless_one_
 from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
 from .cpu.linear_cross_entropy import fits, run_in_cpp
@@ -299,18 +298,7 @@ def _compute(
     return loss, lse, correct, *_pack(grads, hidden)
 
 
-_forward = torch.library.custom_op(
-    f"{NAMESPACE}::linear_cross_entropy_forward",
-    _compute,
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
-    "float? max_chunk_mib, bool reduce, bool want_hidden, bool want_weight, bool want_bias, "
-    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _allocate(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight = args[:2]
     max_chunk_mib, reduce, want_hidden, want_weight, want_bias, want_correct = args[11:17]
     dtype, (n_rows, dim) = accumulation_dtype(hidden.dtype), hidden.shape
@@ -329,14 +317,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
-    "bool want_bias) -> (Tensor, Tensor, Tensor)",
-)
-def _backward(
+def _differentiate(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     lse: Tensor, *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -353,8 +334,7 @@ def _backward(
     return _pack(grads, hidden)
 
 
-@_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = args[1:4]
     want_hidden, want_weight, want_bias = args[-3:]
     new = hidden.new_empty
@@ -363,6 +343,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight.new_empty(weight.shape) if want_weight else new(0),
         bias.new_empty(bias.shape) if want_bias and bias is not None else new(0),
     )
+
+
+_backward = define_op(
+    "linear_cross_entropy_backward", _differentiate, _allocate_gradients,
+    schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
+    "bool want_bias) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -374,10 +362,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors[:4], lse, *tensors[4:])
     # Kept outside the saved tensors: backward hands them out, and may write to them, once.
     ctx.grads = tuple(grads) if reduce and any(inputs[13:16]) else None
+    ctx.is_unit = reduce == 2  # not asked for hidden: in a graph each gradient is of a gradient
 
 
-def _final(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad`` times the scalar ``factor``, rounded to ``dtype`` once."""
+def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``grad`` times the scalar ``factor`` (None: 1), rounded to ``dtype`` once."""
+    if factor is None:
+        return grad.to(dtype)
     if type(factor) is not Tensor:
         # A graph is being traced: buffers are the compiler's, and so is this multiplication.
         return (grad * factor).to(dtype)
@@ -400,29 +391,20 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         late = hidden.dtype == torch.float16 and scale is not None
         factor = upstream * scale if late else upstream
         grads = tuple(
-            _final(grad, factor, like.dtype) if wanted else None
+            _final(grad, None if ctx.is_unit and like is not hidden else factor, like.dtype)
+            if wanted
+            else None
             for grad, like, wanted in zip(grads, (hidden, weight, bias), want, strict=True)
         )
     return (*(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *unused)
 
 
-_forward.register_autograd(_backward_formula, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op for tensors that are not traced."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _compute(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            result = _backward_formula(ctx, *grads)
-        return once(result, "linear_cross_entropy")
+_forward = define_op(
+    "linear_cross_entropy_forward", _compute, _allocate, _setup_context, _backward_formula,
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
+    "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
+    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 def _is_small(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bool:
@@ -482,6 +464,7 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_accuracy: bool = False,
     max_chunk_mib: float | None = None,
+    unit_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross-entropy of ``hidden @ weight.T + bias`` without holding all logits.
 
@@ -503,6 +486,8 @@ def linear_cross_entropy(
         return_accuracy: also return how often the first largest logit is the target.
         max_chunk_mib: memory for the logits of one chunk, in MiB; None for 1024 on a GPU (fewer,
             larger products are faster there) and 112 on a CPU.
+        unit_gradient: the incoming gradient is 1, ``loss.backward()`` is all that is done with a
+            sum or mean: compiled, this saves a pass over the weight's gradient.
 
     Returns:
         As `cross_entropy`.
@@ -534,7 +519,7 @@ def linear_cross_entropy(
     x = hidden.reshape(-1, hidden.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
-    reduce = reduction != "none"
+    reduce = (reduction != "none") * (1 + unit_gradient)
     if _is_small(hidden, weight, max_chunk_mib):
         if torch.compiler.is_compiling():  # which fuses what is between the products
             return linear_cross_entropy_reference(
@@ -556,12 +541,10 @@ def linear_cross_entropy(
             )
             loss = loss if options.scale is None else loss * options.scale
             return loss if reduce else loss.reshape(targets.shape)
-    now = torch.is_grad_enabled() and reduce
+    now = torch.is_grad_enabled() and reduce > 0
     want = (now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk = None if max_chunk_mib is None else float(max_chunk_mib)
-    op: Callable[..., tuple[Tensor, ...]] = _forward if is_traced(x) else _Eager.apply
-    loss, lse, correct, *_ = op(
+    results = _forward(
         x, weight, bias, flat_targets, *options, chunk, reduce, *want, return_accuracy
-    )
-    results = loss, lse, correct
+    )[:3]
     return finish(results, targets, reduction, ignore_index, return_lse, return_accuracy)

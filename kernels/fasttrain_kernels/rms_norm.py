@@ -21,12 +21,12 @@ Legend: R rows (all leading dimensions), D dim. A row's offset is int64.
 """
 
 import math
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._dispatch import NAMESPACE, use_triton
+from ._dispatch import define_op, use_triton
 from ._launch import TRITON_DTYPES, as_rows, n_multiprocessors
 from ._rms_norm_kernels import (
     _rms_norm_bwd_kernel,
@@ -72,8 +72,7 @@ def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
     return block_r, block_n, min(16, block_r * block_n // 512)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
-def _rms_norm_op(
+def _normalize(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h, rstd = _allocate(x, weight, residual)
@@ -96,7 +95,6 @@ def _rms_norm_op(
     return y, h, rstd
 
 
-@_rms_norm_op.register_fake
 def _allocate(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +104,7 @@ def _allocate(
     return y, h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
-def _rms_norm_backward_op(
+def _differentiate(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor,
     zero_centered: bool, needs_dw: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -140,13 +137,15 @@ def _rms_norm_backward_op(
     return dx, dw
 
 
-@_rms_norm_backward_op.register_fake
 def _allocate_backward(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     needs_dw = rest[-1]
     dw = x.new_empty(0) if weight is None or not needs_dw else torch.empty_like(weight)
     return x.new_empty(x.shape), dw
+
+
+_rms_norm_backward_op = define_op("rms_norm_backward", _differentiate, _allocate_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,7 +178,7 @@ def _backward(
     )
 
 
-_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
+_rms_norm_op = define_op("rms_norm", _normalize, _allocate, _setup_context, _backward)
 
 
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
@@ -256,24 +255,6 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
             )
 
 
-@overload
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    *,
-    eps: float = ...,
-    residual: None = None,
-    zero_centered: bool = ...,
-) -> Tensor: ...
-@overload
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    *,
-    eps: float = ...,
-    residual: Tensor,
-    zero_centered: bool = ...,
-) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -281,7 +262,7 @@ def rms_norm(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     zero_centered: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Scale each row of x (or of x + residual) to unit root mean square.
 
     Args:
@@ -305,18 +286,18 @@ def rms_norm(
 
     Memory:
         Saves x (or the sum, which is an output), the weight and 4 bytes a row. Under
-        `torch.compile` on a CPU it is a plain composition that the compiler fuses.
+        `torch.compile` it is a plain composition that the compiler fuses with its neighbours.
 
     Source: https://arxiv.org/abs/1910.07467
     """
     _check(x, weight, residual)
-    if use_triton(x) and x.dtype in TRITON_DTYPES:
-        y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
-        return y if residual is None else (y, h)
     if torch.compiler.is_compiling():
         return rms_norm_reference(
             x, weight, eps=eps, residual=residual, zero_centered=zero_centered
         )
+    if use_triton(x) and x.dtype in TRITON_DTYPES:
+        y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
+        return y if residual is None else (y, h)
     h = x if residual is None else x + residual
     y = _EagerRMSNorm.apply(h, weight, eps, zero_centered)
     return y if residual is None else (y, h)

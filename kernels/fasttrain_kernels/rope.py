@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, use_triton
+from ._dispatch import define_op, use_triton
 from ._launch import TRITON_DTYPES
 from ._triton import tl, triton
 
@@ -94,10 +94,7 @@ def _rope_kernel(
         )  # fmt: skip
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rope", mutates_args=())
-def _rope_op(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = _allocate(q, k, cos, sin, inverse)
     n_tokens, n_q_heads, n_k_heads, half = *q.shape[1:3], k.shape[2], q.shape[3] // 2
     n_q_rows, n_k_rows = q[..., 0].numel(), k[..., 0].numel()
@@ -118,7 +115,6 @@ def _rope_op(
     return q_out, k_out
 
 
-@_rope_op.register_fake
 def _allocate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +130,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *_rope_op(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-_rope_op.register_autograd(_backward, setup_context=_setup_context)
+_rope_op = define_op("rope", _rotate, _allocate, _setup_context, _backward, is_last=False)
 
 
 class _EagerRoPE(torch.autograd.Function):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, use_triton
+from ._dispatch import define_op, use_triton
 from ._launch import TRITON_DTYPES, as_rows
 from ._triton import tl, triton
 
@@ -147,19 +147,12 @@ def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Call
         _launch(bwd_kernel, (dy, *inputs), tuple(grads))
         return grads
 
-    def define(name: str, fn: Any, fake: Any, schema: str) -> Any:
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", fn, mutates_args=(), schema=schema)
-        op.register_fake(fake)
-        return op
-
     schema = f"(Tensor dy, {arguments}) -> Tensor[]"
-    backward = define(f"{name}_backward", differentiate, allocate_grads, schema)
-    forward = define(name, activate, allocate, f"({arguments}) -> Tensor")
-    forward.register_autograd(
-        lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), setup_context=_save_inputs
-    )
-    call: Callable[..., Tensor] = forward
-    return call
+    backward = define_op(f"{name}_backward", differentiate, allocate_grads, schema=schema)
+    return define_op(
+        name, activate, allocate, _save_inputs,
+        lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), schema=f"({arguments}) -> Tensor",
+    )  # fmt: skip
 
 
 _swiglu_op = _define("swiglu", "Tensor gate, Tensor up", _swiglu_fwd_kernel, _swiglu_bwd_kernel)

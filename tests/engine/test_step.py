@@ -73,7 +73,7 @@ def gradients(step: TrainStep, batches: Sequence[Batch]) -> list[Tensor]:
     step(batches, 0.0)
     for p in step.parameters:
         assert p.grad is not None
-        kept.append(p.grad.clone())
+        kept.append(p.grad / step.grad_unit)
         p.grad = None
     return kept
 

@@ -1,6 +1,7 @@
 """FusedAdamW against its fp64 reference, torch.optim.AdamW, and what broke other optimizers."""
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -329,6 +330,38 @@ def test_bf16_states_with_fp32_parameters() -> None:
     saved = copy.deepcopy(x.state_dict())
     x.load_state_dict(saved)
     assert torch.equal(x.state[a[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_S8_a_gradient_that_is_not_aligned_narrows_no_other_operand(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 of 28 bytes are still read and written 16 at a time; DDP's buckets have such gradients."""
+    launches: list[tuple[bool, bool]] = []
+    module = importlib.import_module("fasttrain_kernels.adamw")
+    kernel = module.adamw_kernel
+
+    class Seen:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **flags: Any) -> Any:
+                launches.append((flags["ALIGNED"], flags["GRAD_ALIGNED"]))
+                return kernel[grid](*args, **flags)
+
+            return launch
+
+    monkeypatch.setattr(module, "adamw_kernel", Seen())
+    shapes = [(2,), (64, 64), (33,)]
+    a, b = make(shapes, triton_device, torch.float32), make(shapes, triton_device, torch.float32)
+    x, y = FusedAdamW(a), torch.optim.AdamW(b)
+    bucket = torch.empty(2 + 64 * 64 + 33, device=triton_device)
+    for step in range(2):
+        set_grads(b, step)
+        views = bucket.split([2, 64 * 64, 33])
+        for p, q, view in zip(a, b, views, strict=True):
+            p.grad = view.view(q.shape).copy_(q.grad)
+        x.step()
+        y.step()
+    assert_params_close(a, b)
+    assert sorted(launches[:2]) == [(True, False), (True, True)]
 
 
 def test_C17_launches_of_equal_size_round_with_noise_of_their_own(path: torch.device) -> None:

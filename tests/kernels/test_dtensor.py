@@ -1,12 +1,15 @@
 """Optimizers on DTensor shards: two real processes, and a group that pretends to have four."""
 
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from fasttrain_kernels import FusedAdamW, Muon, adamw_reference, grad_norm
+from fasttrain_kernels._dispatch import triton_on_cpu
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -171,3 +174,41 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Muon, AdamW and the norm on shards that are uneven and empty, against whole tensors."""
     outputs = run_script(TWO_RANKS, size=2, folder=tmp_path)
     assert all(output.strip().endswith("agreed") for output in outputs), "\n".join(outputs)
+
+
+def test_S10_a_sharded_tensor_costs_the_host_no_more_than_a_plain_one(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of functions, for each of a hundred tensors in a step: 34 and 41; once 55 and 207."""
+    module = importlib.import_module("fasttrain_kernels.adamw")
+    for name in ("adamw_kernel", "advance_kernel"):
+        monkeypatch.setattr(module, name, Nothing())
+
+    def calls(make: Callable[[], torch.Tensor]) -> float:
+        params = [nn.Parameter(make()) for _ in range(100)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer, n_calls = FusedAdamW(params), 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal n_calls
+            n_calls += event in ("call", "c_call")
+
+        with triton_on_cpu():
+            for _ in range(2):
+                optimizer.step()
+            sys.setprofile(count)
+            optimizer.step()
+            sys.setprofile(None)
+        return n_calls / len(params)
+
+    whole = torch.ones(SHAPE)
+    assert calls(whole.clone) < 45
+    assert calls(lambda: shard(whole, mesh)) < 50
+
+
+class Nothing:
+    """A kernel that launches nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None

@@ -94,3 +94,13 @@ def test_C11_the_bytes_of_a_logit_are_those_measured() -> None:
     run = partial(kernel_check._check, "loss", op, torch.float32, compiled=False)
     per_logit = measure_peak(run, CPU) / (n * v)
     assert 0.7 * kernel_check.LOSS_BYTES < per_logit < kernel_check.LOSS_BYTES
+
+
+def test_S3_the_kernels_of_attention_that_run_here_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has a FlashAttention of its own and no cuDNN."""
+    ran: list[None] = []
+    monkeypatch.setattr(kernel_check, "_median_ms", lambda run: ran.append(run()) or 1.5)
+    assert kernel_check.attention_ms(CPU, torch.float32) == {"flash": 1.5}
+    assert ran == [None]

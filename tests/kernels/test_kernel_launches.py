@@ -10,6 +10,7 @@ from fasttrain_kernels import FusedAdamW, grad_norm
 from fasttrain_kernels._launch import on_device
 from fasttrain_kernels.catalogue import CASES
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGE = Path(__file__).parents[2] / "kernels/fasttrain_kernels"
 
@@ -47,6 +48,21 @@ def test_the_host_does_not_wait(triton_device: torch.device, name: str) -> None:
         seen = operations(case.run)
     assert any(name.startswith("aten::") for name in seen), "the profiler saw nothing"
     assert not seen & WAITING
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11
+@pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if not n.startswith("cross")])
+def test_S9_eager_ops_do_not_pass_the_dispatcher(triton_device: torch.device, name: str) -> None:
+    """It costs them several times as much of the host; they do where a mode sees each op."""
+    case = next(case for case in CASES if case.name == name)
+
+    def dispatched() -> list[str]:
+        with triton_device:
+            return [op for op in operations(case.run) if op.startswith("fasttrain_kernels::")]
+
+    assert dispatched() == []
+    with FlopCounterMode(display=False):
+        assert len(dispatched()) in (1, 2)  # forward, and a backward op where there is one
 
 
 @pytest.mark.parametrize("rounding", [False, True])

@@ -314,7 +314,8 @@ def test_opcheck(device, reduce):
     targets = torch.tensor([1, -100, 18, 0], device=device)
     options = (None, None, None, -100, 0.1, 0.1, 0.0, SMALL_CHUNK)
     flags = (reduce, reduce, reduce, False, True)
-    results = opcheck(MODULE._forward, (hidden, weight, None, targets, *options, *flags))
+    op = torch.ops.fasttrain_kernels.linear_cross_entropy_forward.default
+    results = opcheck(op, (hidden, weight, None, targets, *options, *flags))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -336,6 +337,35 @@ def test_compiles_to_one_graph(device, backend, mib):
         loss.backward()
         results.append((loss.detach(), h.grad, w.grad))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_S4_a_unit_gradient_is_not_multiplied_with_that_of_the_weight(unit):
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    torch.manual_seed(7)
+    hidden, weight = torch.randn(6, 8), torch.randn(33, 8)
+    targets, products = torch.randint(0, 33, (6,)), []
+
+    def keep(graph, inputs):
+        nodes = [n for n in graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+        products.extend(tuple(n.meta["val"].shape) for n in nodes)
+        return make_boxed_func(graph.forward)
+
+    def step(h, w):
+        options = {"reduction": "sum", "max_chunk_mib": SMALL_CHUNK, "unit_gradient": unit}
+        return linear_cross_entropy(h, w, targets, **options)
+
+    torch._dynamo.reset()
+    grads = []
+    backend = aot_autograd(fw_compiler=lambda g, _: make_boxed_func(g.forward), bw_compiler=keep)
+    for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        grads.append(torch.autograd.grad(run(*leaves), leaves))
+    assert products == [(6, 8)] if unit else sorted(products) == [(6, 8), (33, 8)]
+    for eager, compiled in zip(*grads, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 def test_samples_of_torch(device):

@@ -1,11 +1,14 @@
 """Device, precision and compile choice, without the devices themselves."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from fasttrain import device as device_module
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_attention, resolve_device, resolve_precision
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
 from fasttrain.model.runtime import compile_function, resolve_compile
@@ -38,6 +41,51 @@ def test_auto_precision_on_a_cpu_is_what_it_multiplies_natively(
     assert resolve_precision("auto", CPU).name == name
     with pytest.raises(UserError, match="tf32"):
         resolve_precision("tf32", CPU)
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """How SDPA orders its kernels on an H100; another capability is to be patched in."""
+    before = torch._C._get_sdp_priority_order()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    names = {backend.value: name for name, backend in SDPBackend.__members__.items()}
+    yield lambda: [names[number] for number in torch._C._get_sdp_priority_order()]
+    torch._C._set_sdp_priority_order(before)
+
+
+@pytest.mark.parametrize(
+    ("capability", "auto"),
+    [
+        *(((7, 5), "flash"), ((8, 0), "flash"), ((8, 9), "flash"), ((9, 0), "cudnn")),
+        *(((10, 0), "cudnn"), ((12, 0), "flash")),
+    ],
+)
+def test_S3_the_kernel_of_attention_goes_by_the_gpu(
+    order: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int], auto: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    firsts = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+    for name, chosen in {"cudnn": "cudnn", "flash": "flash", "auto": auto}.items():
+        assert resolve_attention(name, CUDA, deterministic=False) == chosen
+        assert order()[0] == firsts[chosen]
+        assert {*firsts.values(), "EFFICIENT_ATTENTION", "MATH"} < {*order()}  # for other shapes
+    assert resolve_attention("auto", CUDA, deterministic=True) == "flash"
+    assert order()[0] == "FLASH_ATTENTION"
+
+
+def test_S3_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) -> None:
+    assert resolve_attention("auto", CPU, deterministic=False) is None
+    with pytest.raises(UserError, match=r"'flash' needs a CUDA device, got cpu; use auto"):
+        resolve_attention("flash", CPU, deterministic=False)
+    with pytest.raises(UserError, match=r"'fa3': .*flash_attn_interface.*hopper.*or use auto"):
+        resolve_attention("fa3", CUDA, deterministic=False)
+    for run, remedy in (
+        ({"attention": "cudnn", "deterministic": True}, "use run.attention=flash or auto"),
+        ({"attention": "flash", "device": "cpu"}, "use auto or run.device=cuda"),
+    ):
+        with pytest.raises(UserError, match=f"run.attention.*{remedy}"):
+            config_from_dict({"run": run, "data": {"path": "unused"}, "train": {"steps": 1}})
 
 
 def compile_mode(device: torch.device, n_layers: int = 4, compile: str = "auto") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,31 @@ def check(case: str, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CONFIGS)
 def test_S1_a_config_compiles_for_cuda_and_its_layers_move_no_more(case: str) -> None:
     check(case, of_configs()[case])
+    assert not [name for name in of_configs()[case]["extern"] if "norm" in name]
+
+
+@pytest.mark.parametrize(("case", "dim"), [("llama-1b", 2048), ("gpt2-124m", 768)])
+def test_S1_a_norm_costs_no_pass_of_its_own(case: str, dim: int) -> None:
+    """Residual addition, norm and casts forward; backward, with the gradient of x and for `mm`."""
+    entry = ENTRIES[case]
+    n_elements = entry["rows"] * entry["seq_len"] * dim
+    assert sum(entry["layer"]["extern"].values()) == 14  # 12 products, attention, its backward
+    for graph, limit in (("forward", 14), ("backward", 18)):
+        kernels = [k for k in entry["kernels"] if k["graph"] == graph]
+        norms = [k for k in kernels if re.search(r"mean|rsqrt|expand_.*sum", k["name"])]
+        assert sum(k["launches"] for k in norms) >= 2 * 2 + 1  # two layers
+        for kernel in (k for k in norms if k["a_layer"]):
+            assert kernel["bytes"] <= (limit + 0.1) * n_elements, kernel
+        assert not [k for k in kernels if k["name"].endswith("fused__to_copy_view")]  # its cast
+
+
+def test_S4_no_pass_over_the_heads_gradient_multiplies_it() -> None:
+    """What a table that is no head needs, zeros to add to, is all of that size."""
+    entry = ENTRIES["llama-350m"]
+    n_bytes = 4 * 32_000 * 1_024
+    large = [k["name"] for k in entry["kernels"] if not k["a_layer"] and k["bytes"] % n_bytes < 1e3]
+    assert large
+    assert all("embedding_dense_backward" in name for name in large)
 
 
 def test_C1_a_deterministic_step_adds_nothing_by_atomics() -> None:

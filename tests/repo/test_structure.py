@@ -19,17 +19,17 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_300,
-    "fasttrain": 4_330,
+    "benchmarks": 2_460,
+    "fasttrain": 4_370,
     "fasttrain/checkpoint": 1_250,
-    "fasttrain/config": 1_100,
+    "fasttrain/config": 1_110,
     "fasttrain/data": 2_390,
     "fasttrain/data/prepare": 1_190,
     "fasttrain/distributed": 850,
     "fasttrain/engine": 2_740,
     "fasttrain/log": 1_020,
-    "fasttrain/model": 890,
-    "fasttrain/preflight": 510,
+    "fasttrain/model": 920,
+    "fasttrain/preflight": 540,
     "fasttrain/run": 1_150,
     "kernels": 6_110,
     "kernels/fasttrain_kernels/cpu": 1_800,

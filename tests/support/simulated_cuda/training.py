@@ -86,6 +86,24 @@ def test_a_run_has_the_losses_of_one_on_a_cpu(data: Path, tmp_path: Path, name: 
     assert found["cuda"] == pytest.approx(found["cpu"], rel=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "shown"),
+    [
+        ("base", "run.attention=auto", "cuDNN attention"),
+        ("base", "run.attention=flash", "FlashAttention"),
+        ("documents, sliding window", "run.attention=auto", "FlexAttention"),
+    ],
+)
+def test_S3_the_header_names_the_kernel_of_attention(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, override: str,
+    shown: str,
+) -> None:  # fmt: skip
+    config, *overrides = RUNS[name]
+    train(data, tmp_path, config, *overrides, override, "run.device=cuda")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "· eager" in line)
+    assert f"· eager · {shown}" in line
+
+
 def test_fp16_scales_its_loss_and_skips_an_overflow(data: Path, tmp_path: Path) -> None:
     config, *overrides = RUNS["options"]
     half = train(data, tmp_path / "half", config, "run.dtype=fp16", *overrides)
