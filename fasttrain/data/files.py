@@ -3,15 +3,121 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+import re
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from fasttrain.config import UserError
+
+ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
+STALL_S = 60.0  # an attempt that takes longer has failed
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
 class DataError(UserError):
     """A dataset, or a text to make one of, that cannot be used as asked."""
+
+
+def is_address(name: str | Path) -> bool:
+    """Return whether a name is an address, as `s3://…`, not a file of this machine."""
+    return "://" in str(name)
+
+
+def shown(text: str) -> str:
+    """Return a text with its addresses less user, password, query and fragment."""
+    return _ADDRESS.sub(r"\1\2", text)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """Return fsspec's file system for an address, and the path there.
+
+    Credentials are those that s3fs, gcsfs, huggingface_hub and fsspec's own settings find.
+    """
+    try:
+        fs, path = importlib.import_module("fsspec.core").url_to_fs(address)
+    except ImportError as error:
+        raise DataError(f"{shown(address)}: run: pip install 'fasttrain[remote]'") from error
+    except ValueError as error:
+        raise DataError(f"{shown(address)}: cannot be opened ({shown(str(error))})") from error
+    return fs, path
+
+
+def remote(
+    address: str,
+    operation: str,
+    *args: Any,
+    check: Callable[[Any], None] = lambda result: None,
+    timeout_s: float | None = None,
+    **options: Any,
+) -> Any:
+    """Return what an operation of fsspec's file system, as `"info"`, gives for an address.
+
+    What fails in transit or stalls is tried again, in all `ATTEMPTS` times; so is a result for
+    which `check` raises an OSError.
+    """
+    fs, path = file_system(address)
+    if fs.async_impl:
+        options["timeout"] = timeout_s or STALL_S
+    for pause in [*(PAUSE_S * 2**n for n in range(ATTEMPTS - 1)), 0]:
+        try:
+            result = getattr(fs, operation)(path, *args, **options)
+            check(result)
+            return result
+        except Exception as error:
+            problem, lasts = error, _lasts(error)
+        if lasts:
+            break
+        time.sleep(pause)
+    cause = problem.__cause__ or problem
+    reason = shown(f"{type(cause).__name__}: {cause}")
+    remedy = "address and the credentials" if lasts else f"network; {ATTEMPTS} attempts failed"
+    raise DataError(
+        f"{shown(address)}: {operation} failed ({reason}); check the {remedy}"
+    ) from problem
+
+
+def _lasts(error: Exception) -> bool:
+    """Return whether an error will be the same the next time."""
+    cause = error.__cause__ or error  # fsspec calls whatever fails over HTTP a FileNotFoundError
+    response = getattr(cause, "response", None)
+    status = getattr(cause, "status", None) or getattr(response, "status_code", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    refused = isinstance(error, FileNotFoundError | PermissionError)
+    return (
+        (refused and (cause is error or response is not None))
+        or isinstance(error, NotImplementedError | TypeError)
+        or "Credentials" in type(error).__name__
+    )
+
+
+def read_range(address: str, start: int, end: int, size: int) -> bytes:
+    """Return bytes [start, end) of a file of `size` bytes: all of them, or a DataError."""
+
+    def check(content: bytes) -> None:
+        if len(content) != end - start:
+            raise OSError(f"of bytes {start} to {end} of {size} came {len(content)}")
+
+    async def check_response(response: Any) -> None:
+        response.raise_for_status()
+        length = response.content_length
+        if response.status != 206 and (length is None or length > end - start):
+            raise NotImplementedError(
+                f"for bytes {start} to {end} its server sends {length or 'any number'}: download it"
+            )
+
+    fs, _ = file_system(address)
+    # One byte beyond the end shows a file that is longer than was said.
+    options: dict[str, Any] = {"start": start, "end": end + (end == size)} if size else {}
+    if "https" in fs.protocol:
+        headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+        options |= {"headers": headers, "raise_for_status": check_response}
+    return cast(bytes, remote(address, "cat_file", check=check, **options))
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:

@@ -23,7 +23,7 @@ BUDGETS = {
     "fasttrain": 4_030,
     "fasttrain/checkpoint": 1_250,
     "fasttrain/config": 1_090,
-    "fasttrain/data": 1_960,
+    "fasttrain/data": 2_065,
     "fasttrain/data/prepare": 1_190,
     "fasttrain/distributed": 850,
     "fasttrain/engine": 2_710,

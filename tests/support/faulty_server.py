@@ -1,0 +1,148 @@
+"""A local HTTP server of a folder, or in front of an S3 server, that fails as networks do."""
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+# Status, headers and body of an answer.
+Answer = tuple[int, dict[str, str], bytes]
+Upstream = Callable[[str, str, dict[str, str], bytes], Answer]
+# What can become of an answer.
+FAULTS = ("500", "503", "stall", "truncated", "reset", "short", "long")
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Answers as `upstream` does; the faults in `faults` happen to the next ranges of bytes."""
+
+    daemon_threads = True
+
+    def __init__(self, upstream: Upstream) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.faults, self.stall_s = upstream, list[str](), 3.0
+        self.requests: list[tuple[str, str]] = []  # method, and path with its query
+        self.happened: list[str] = []
+        self.added_length = 0  # to what HEAD says
+        self.ranges = True  # whether parts of a file are sent
+        self.fails_always: str = ""  # a part of the paths that get 500
+        self.headers: list[dict[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        server, fault = self.server, ""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        sent = dict(self.headers.items())
+        server.requests.append((self.command, self.path))
+        server.headers.append(sent)
+        if not server.ranges:
+            sent.pop("Range", None)
+        if self.command == "GET" and "Range" in self.headers and server.faults:
+            server.happened.append(fault := server.faults.pop(0))
+        status, headers, content = server.upstream(self.command, self.path, sent, body)
+        if fault in ("500", "503") or (server.fails_always and server.fails_always in self.path):
+            status, headers, content = int(fault or 500), {}, b"sorry"
+        length = headers.pop("Content-Length", len(content))
+        if self.command == "HEAD" and status == 200:
+            length = int(length) + server.added_length
+        half = len(content) // 2
+        if fault == "short":
+            content, length = content[:half], half
+        if fault == "long":
+            content, length = content + b"more", len(content) + 4
+        if fault == "stall":
+            time.sleep(server.stall_s)
+        if fault == "reset":
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:half] if fault == "truncated" else content)
+        self.close_connection |= fault == "truncated"
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the client has gone, as it may
+            super().handle()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
+
+
+def folder_upstream(folder: Path) -> Upstream:
+    """Files with ranges and ETags, folders as pages of links."""
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        path = folder / unquote(urlsplit(target).path).lstrip("/")
+        if path.is_dir():
+            links = (f'<a href="{p.name}{"/" * p.is_dir()}">x</a>' for p in sorted(path.iterdir()))
+            page = "".join(links).encode()
+            return 200, {"Content-Type": "text/html", "Content-Length": str(len(page))}, page
+        if not path.is_file():
+            return 404, {}, b""
+        content, status = path.read_bytes(), 200
+        told = {
+            "ETag": f'"{path.stat().st_mtime_ns:x}"',
+            "Content-Type": "application/octet-stream",
+        }
+        if method == "HEAD":
+            return 200, told | {"Content-Length": str(len(content))}, b""
+        if wanted := headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            if int(first) >= len(content):
+                return 416, {}, b""
+            part = content[int(first) : int(last) + 1]
+            end = int(first) + len(part) - 1
+            told["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
+            content, status = part, 206
+        return status, told, content
+
+    return answer
+
+
+def proxy_upstream(port: int) -> Upstream:
+    """What the server at a port of this machine answers."""
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request(method, target, body, headers)
+        response = connection.getresponse()
+        told = {name: value for name, value in response.getheaders()}
+        for name in ("Connection", "Transfer-Encoding", "Date", "Server"):
+            told.pop(name, None)
+        content = response.read()
+        connection.close()
+        if method != "HEAD":
+            told.pop("Content-Length", None)
+        return response.status, told, content
+
+    return answer
+
+
+@contextmanager
+def serving(upstream: Upstream) -> Iterator[FaultyServer]:
+    server = FaultyServer(upstream)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
