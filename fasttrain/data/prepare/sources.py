@@ -1,4 +1,4 @@
-"""Text from files: plain, JSON lines, Parquet, compressed, folders, globs, standard input.
+"""Text from files and addresses: plain, JSON lines, Parquet, compressed; folders, globs, stdin.
 
 One plain file is one document; a line of JSON or a row of Parquet is one. Nothing is held that
 grows with the input: a large file is read, decoded and given out in pieces, again for each pass.
@@ -23,10 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fasttrain.data.files import DataError, sha256_of
+from fasttrain.data.files import DataError, is_address, sha256_of, shown
+from fasttrain.data.prepare.remote import RemoteFile, find_remote
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
@@ -52,45 +54,56 @@ class Document:
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
 
-def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
+File = Path | RemoteFile
+
+
+def find_files(inputs: Sequence[str]) -> tuple[list[File | None], list[File]]:
     """Return the files that the inputs mean, and those in folders whose endings are unknown.
 
     In the order of the inputs, sorted within each, each once; None for standard input.
     """
-    found: dict[Path | None, None] = {}
-    passed_over = []
+    found: dict[File | None, None] = {}
+    passed_over: list[File] = []
     for name in inputs:
         if name == "-":
             found[None] = None
             continue
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            readable = [file for file in inside if _endings(file)[0] in KNOWN]
-            passed_over += [file for file in inside if _endings(file)[0] not in KNOWN]
-            if not readable:
-                raise DataError(
-                    f"--input {name}: no file in it ends in {', '.join(KNOWN)} (or one of "
-                    f"these and {' or '.join(COMPRESSED)}); name others: --input '{path}/**/*.py'"
-                )
-            found |= dict.fromkeys(readable)
-            continue
-        matches = (
-            [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
-        )
-        files = [file for file in matches if file.is_file()]
+        files: Sequence[File]
+        if is_address(name):
+            is_folder, files = find_remote(name)
+        else:
+            path = Path(name).expanduser()
+            is_folder = path.is_dir()
+            matches = sorted(path.rglob("*")) if is_folder else [path]
+            if not path.exists():
+                matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            files = [file for file in matches if file.is_file()]
+        if is_folder:
+            passed_over += [file for file in files if _endings(file)[0] not in KNOWN]
+            files = [file for file in files if _endings(file)[0] in KNOWN]
+        if not files and is_folder:
+            raise DataError(
+                f"--input {shown(name)}: no file in it ends in {', '.join(KNOWN)} (or one of these "
+                f"and {' or '.join(COMPRESSED)}); name others: --input '{shown(name)}/**/*.py'"
+            )
         if not files:
-            raise DataError(f"--input {name}: no such file or folder, and no file matches it")
+            raise DataError(
+                f"--input {shown(name)}: no such file or folder, and no file matches it"
+            )
         found |= dict.fromkeys(files)
     return list(found), passed_over
 
 
-def _endings(path: Path) -> tuple[str, str]:
+def _endings(file: File) -> tuple[str, str]:
     """(kind, compression) from a file's name, as in (".jsonl", ".gz")."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffixes = [suffix.lower() for suffix in Path(str(file)).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         return (suffixes[-2] if len(suffixes) > 1 else ""), suffixes[-1]
     return (suffixes[-1] if suffixes else ""), ""
+
+
+def _n_bytes(file: File) -> int:
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 class Source:
@@ -100,23 +113,38 @@ class Source:
     """
 
     def __init__(
-        self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
+        self, files: Sequence[File | None], *, field: str = "text", strict: bool = False
     ) -> None:
         self._standard_input: Path | None = None  # where a copy of it lies
-        self.files = [file or self._spooled() for file in files]
-        self.n_bytes = sum(file.stat().st_size for file in self.files)
+        self.files: list[File] = [file or self._spooled() for file in files]
+        self.n_bytes = sum(map(_n_bytes, self.files))
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
         self.done_bytes = 0  # of `n_bytes`, read by this pass
 
-    def fingerprint(self) -> list[list[str | int]]:
-        """Return what identifies the files: name, size and time of change, or the content."""
-        return [
-            [self._name(file), stat.st_size, sha256_of(file)]
-            if file == self._standard_input
-            else [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
-            for file, stat in ((file, file.stat()) for file in self.files)
+    def take(self, number: int, count: int) -> int:
+        """Keep the files whose middle lies in part `number` of `count`; return their bytes."""
+        ends, total = accumulate(map(_n_bytes, self.files)), max(self.n_bytes, 1)
+        self.files = [
+            file
+            for file, end in zip(self.files, ends, strict=True)
+            if min((2 * end - _n_bytes(file)) * count // (2 * total), count - 1) == number - 1
         ]
+        self.n_bytes = sum(map(_n_bytes, self.files))
+        return self.n_bytes
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """Return what identifies the files: name, size and time of change, version or content."""
+
+        def facts(file: File) -> list[str | int]:
+            if isinstance(file, RemoteFile):
+                return [str(file), file.size, file.version]
+            stat = file.stat()
+            if file == self._standard_input:
+                return [self._name(file), stat.st_size, sha256_of(file)]
+            return [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
+
+        return [facts(file) for file in self.files]
 
     def _spooled(self) -> Path:
         self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
@@ -125,7 +153,7 @@ class Source:
         self._standard_input = Path(self._spool.name)
         return self._standard_input
 
-    def _name(self, path: Path) -> str:
+    def _name(self, path: File) -> str:
         return "standard input" if path == self._standard_input else str(path)
 
     def _problem(self, reason: str, where: str) -> None:
@@ -147,11 +175,11 @@ class Source:
                     yield from self._lines(path, compression, before)
                 else:
                     yield from self._plain(path, compression, before)
-            before += path.stat().st_size
+            before += _n_bytes(path)
             self.done_bytes = before
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
+    def _reading(self, path: File) -> Iterator[None]:
         """Name the file in errors of reading it, also where a document is read later."""
         errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         if "zstandard" in sys.modules:
@@ -161,7 +189,7 @@ class Source:
         except errors as error:
             raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
 
-    def _looks_like_jsonl(self, path: Path) -> bool:
+    def _looks_like_jsonl(self, path: File) -> bool:
         """Return whether standard input holds JSON lines, by its first line."""
         if path != self._standard_input:
             return False
@@ -171,7 +199,7 @@ class Source:
             except (ValueError, RecursionError):
                 return False
 
-    def _plain(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+    def _plain(self, path: File, compression: str, before: int) -> Iterator[Document]:
         name = self._name(path)
         unchecked = True
 
@@ -194,7 +222,7 @@ class Source:
         else:
             yield Document(name, pieces)
 
-    def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+    def _lines(self, path: File, compression: str, before: int) -> Iterator[Document]:
         with path.open("rb") as raw:
             for number, line in enumerate(_decompressed(raw, path, compression), 1):
                 self.done_bytes = before + raw.tell()
@@ -215,10 +243,10 @@ class Source:
                     continue
                 yield from self._record(record.get(self.field), where)
 
-    def _rows(self, path: Path) -> Iterator[Document]:
+    def _rows(self, path: File) -> Iterator[Document]:
         parquet = _package("pyarrow.parquet", path)
         try:
-            file = parquet.ParquetFile(path)
+            file = parquet.ParquetFile(path if isinstance(path, Path) else path.open())
             if self.field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path}: no column {self.field!r}; name one: --text-field {names}")
@@ -246,7 +274,7 @@ class Source:
         yield Document(where, lambda: _pieces(iter([whole])))
 
 
-def _package(name: str, path: Path) -> Any:
+def _package(name: str, path: File) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -286,7 +314,7 @@ class _Unpacked(io.RawIOBase):
         return n
 
 
-def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
+def _decompressed(raw: IO[bytes], path: File, compression: str) -> IO[bytes]:
     if not compression:
         return raw
     if compression == ".gz":
@@ -296,7 +324,7 @@ def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
-def _decoded(path: Path, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
+def _decoded(path: File, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
     """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     with path.open("rb") as raw:
@@ -323,7 +351,7 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
         yield rest
 
 
-def _first_invalid_line(path: Path, compression: str) -> int | None:
+def _first_invalid_line(path: File, compression: str) -> int | None:
     """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
     line = 1
     try:
