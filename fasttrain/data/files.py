@@ -61,8 +61,7 @@ def remote(
     which `check` raises an OSError.
     """
     fs, path = file_system(address)
-    if fs.async_impl:
-        options["timeout"] = timeout_s or STALL_S
+    options |= {"timeout": timeout_s or STALL_S} if fs.async_impl else {}
     for pause in [*(PAUSE_S * 2**n for n in range(ATTEMPTS - 1)), 0]:
         try:
             result = getattr(fs, operation)(path, *args, **options)
@@ -88,12 +87,9 @@ def _lasts(error: Exception) -> bool:
     status = getattr(cause, "status", None) or getattr(response, "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)
-    refused = isinstance(error, FileNotFoundError | PermissionError)
-    return (
-        (refused and (cause is error or response is not None))
-        or isinstance(error, NotImplementedError | TypeError)
-        or "Credentials" in type(error).__name__
-    )
+    lasting = FileNotFoundError | PermissionError | NotImplementedError | TypeError
+    said = isinstance(error, lasting) and (cause is error or response is not None)
+    return said or "Credentials" in type(error).__name__
 
 
 def read_range(address: str, start: int, end: int, size: int) -> bytes:
@@ -117,6 +113,8 @@ def read_range(address: str, start: int, end: int, size: int) -> bytes:
     if "https" in fs.protocol:
         headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
         options |= {"headers": headers, "raise_for_status": check_response}
+    elif not fs.async_impl:  # Hugging Face's: without a cache that cuts what came to length
+        options["cache_type"] = "none"
     return cast(bytes, remote(address, "cat_file", check=check, **options))
 
 

@@ -1,14 +1,16 @@
 """A local HTTP server of a folder, or in front of an S3 server, that fails as networks do."""
 
 import contextlib
+import hashlib
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 # Status, headers and body of an answer.
 Answer = tuple[int, dict[str, str], bytes]
@@ -47,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         server, fault = self.server, ""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        sent = dict(self.headers.items())
+        sent = {name.title(): value for name, value in self.headers.items()}
         server.requests.append((self.command, self.path))
         server.headers.append(sent)
         if not server.ranges:
@@ -146,3 +148,37 @@ def serving(upstream: Upstream) -> Iterator[FaultyServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def hub_upstream(folder: Path, repository: str) -> Upstream:
+    """A dataset of the Hugging Face Hub, as far as its file system asks for one."""
+    files = folder_upstream(folder)
+
+    def facts(path: Path) -> dict[str, object]:
+        name = {"path": path.relative_to(folder).as_posix()}
+        if path.is_dir():
+            return name | {"type": "directory", "oid": "0" * 40}
+        oid = hashlib.sha1(path.read_bytes()).hexdigest()
+        return name | {"type": "file", "size": path.stat().st_size, "oid": oid}
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        path, api = unquote(urlsplit(target).path), f"/api/datasets/{repository}"
+        resolve = f"/datasets/{repository}/resolve/main/"
+        if path.startswith(resolve):
+            return files(method, "/" + path.removeprefix(resolve), headers, body)
+        found: object = {"id": repository, "sha": "1" * 40, "siblings": []}
+        if path.startswith(f"{api}/tree/main"):
+            inside = folder / path.removeprefix(f"{api}/tree/main").lstrip("/")
+            if not inside.is_dir():
+                return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+            deep = "recursive=True" in target
+            found = [facts(p) for p in sorted(inside.rglob("*") if deep else inside.iterdir())]
+        elif path.startswith(f"{api}/paths-info/main"):
+            text = body.decode()
+            names = json.loads(text)["paths"] if text[0] == "{" else parse_qs(text)["paths"]
+            found = [facts(folder / name) for name in names if (folder / name).exists()]
+        elif not path.startswith(api):
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+    return answer

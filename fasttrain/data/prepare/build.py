@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -149,6 +148,11 @@ def prepare(
                 try:
                     result = write_splits(partial, splitter, encoder, *how)
                 except OtherIdsError as error:
+                    if shard_of:
+                        raise DataError(
+                            f"tiktoken does not split this text as its tokenizer does: {error}; "
+                            "make all parts anew where tiktoken is not installed"
+                        ) from error
                     note(
                         f"tiktoken does not split this text as its tokenizer does: {error}. "
                         "Encoding all of it with tokenizers instead, which is slower"
@@ -157,7 +161,8 @@ def prepare(
                     partial.save(exact=True)
                     encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
                     result = write_splits(partial, splitter, encoder, *how)
-            finish(partial, result, encoder.vocab_size, encoder.end_of_text, source.problems)
+            facts = (encoder.vocab_size, encoder.end_of_text, source.problems)
+            said = list(publish(partial, result, *facts))
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process ended: out of memory? --resume continues from here, with fewer "
@@ -165,9 +170,9 @@ def prepare(
         ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
-    tell_counts(asked, result, source.problems, note)
     seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
-    note(f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
+    for line in [*said, f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)"]:
+        note(line)
     return out
 
 
@@ -184,51 +189,38 @@ def _part(shard_of: str) -> tuple[int, int]:
     return number, n_parts
 
 
-def finish(
+def publish(
     partial: Partial,
     result: Mapping[str, tuple[ShardWriter, int]],
     vocab_size: int,
     end_of_text: int | None,
     problems: Mapping[str, int],
-) -> None:
-    """Give a dataset whose splits are written its `dataset.json` and its name."""
-    source = partial.asked["source"]
-    is_part = "part" in source
+) -> Iterator[str]:
+    """Give a dataset its `dataset.json` and its name; yield what to say of it."""
+    source, n_val = partial.asked["source"], result["val"][0].n_tokens
+    is_part, fraction = "part" in source, source["val_fraction"]
     if not result["train"][0].n_tokens and not is_part:
         raise DataError("all text fell into validation; lower --val-fraction or add text")
-    found: dict[str, Any] = {"problems": dict(sorted(problems.items()))}
-    if is_part:
-        found["exact"] = partial.state.get("exact", False)
     write_dataset_json(
         partial.dataset,
         vocab_size=vocab_size,
         end_of_text=end_of_text,
         splits={k: (w.shards, n) for k, (w, n) in result.items() if w.n_tokens or is_part},
-        source=source | found,
+        source=source | {"problems": dict(sorted(problems.items()))},
     )
     partial.publish()
-
-
-def tell_counts(
-    asked: Asked,
-    result: Mapping[str, tuple[ShardWriter, int]],
-    problems: Mapping[str, int],
-    note: Callable[[str], None],
-) -> None:
-    """Say what a dataset that was made has, and what was wrong with its text."""
     for reason, count in sorted(problems.items()):
-        note(f"{reason}: {count:,}")
+        yield f"{reason}: {count:,}"
     for split, (writer, n_bytes) in result.items():
-        note(
+        yield (
             f"{split:5}  {counted(writer.n_tokens, 'token')}, "
             f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
             f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
-    n_val, fraction = result["val"][0].n_tokens, asked["source"]["val_fraction"]
-    if n_val < FEW_VAL_TOKENS and fraction != 0 and "part" not in asked["source"]:
+    if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
         enough = fraction == "auto" or fraction >= MAX_VAL_FRACTION
         remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
-        note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
+        yield f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}"
 
 
 def _make_tokenizer(

@@ -7,105 +7,71 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import numpy as np
 
-from fasttrain.config.untrusted import misfit, read_json
+from fasttrain.config.untrusted import read_json
 from fasttrain.data.files import DataError, write_atomically
 from fasttrain.data.format import Split, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import finish, parts_folder, tell_counts
-from fasttrain.data.prepare.writer import PREPARED_JSON, Asked, Partial, ShardWriter, other_than
+from fasttrain.data.prepare.build import parts_folder, publish
+from fasttrain.data.prepare.writer import PREPARED_JSON, Partial, ShardWriter, other_than
 
 BLOCK_TOKENS = 4 << 20  # copied at once
 
 
-class _Source(TypedDict):
-    """What is used of a part's source, beside what shapes it."""
-
-    part: str
-    shard_tokens: int
-    val_fraction: float | str
-    problems: dict[str, int]
-    exact: bool  # encoded without tiktoken, which gave other ids
-
-
 def merge(out: Path, *, resume: bool = False, note: Callable[[str], None] = print) -> Path:
-    """Make the dataset folder `out` of its parts, which stay; every file of theirs is verified.
+    """Make the dataset folder `out` of its parts, whose hashes are verified and which stay.
 
     Parts are runs of the input in its order, so that their tokens follow on each other; where these
-    are cut into shards changes, which is why they are copied.
+    are cut into shards is new, which is why they are copied.
     """
     out = Path(os.path.abspath(out))
-    folders = _folders(parts_folder(out))
-    asked, metas = _read(folders)
+    folders = _parts(parts_folder(out))
+    metas = [read_dataset_json(folder) for folder in folders]
+    asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
+    for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
+        other = other_than(part, asked[0], folder / PREPARED_JSON)
+        if meta["tokenizer"] != metas[0]["tokenizer"]:
+            other = other or "another tokenizer"
+        if (name := part["source"].get("part")) != f"{number}/{len(folders)}":
+            other = other or f"part = {name}"
+        if other:
+            raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
+    del asked[0]["source"]["part"]
     problems: Counter[str] = Counter()
     for meta in metas:
         problems.update(meta["source"]["problems"])
     try:
-        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
+        with closing(Partial(out, asked[0], resume=resume, note=note)) as partial:
             if partial.complete:
                 note(f"{out} is complete already")
                 return out
             tokenizer = (folders[0] / "tokenizer.json").read_bytes()
             write_atomically(partial.dataset / "tokenizer.json", tokenizer)
-            splits: tuple[Split, ...] = ("train", "val")
-            result: dict[str, tuple[ShardWriter, int]] = {
-                split: _joined(partial, split, folders, metas) for split in splits
+            result = {
+                "train": _joined(partial, "train", folders, metas),
+                "val": _joined(partial, "val", folders, metas),
             }
-            finish(partial, result, metas[0]["vocab_size"], metas[0]["end_of_text"], problems)
+            facts = (metas[0]["vocab_size"], metas[0]["end_of_text"], problems)
+            said = list(publish(partial, result, *facts))
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
-    tell_counts(asked, result, problems, note)
-    note(f"Merged {len(folders)} parts into {out}; {parts_folder(out)} is no longer needed")
+    for line in [*said, f"Merged {out}; {parts_folder(out)} is no longer needed"]:
+        note(line)
     return out
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Return the parts in a folder in order, all of them."""
-    found = [path.name for path in folder.glob("[0-9]*-of-[0-9]*")]
-    counts = sorted({name.partition("-of-")[2] for name in found})
-    if len(counts) != 1:
+def _parts(folder: Path) -> list[Path]:
+    """Return the parts in a folder, in order and all of them."""
+    found = sorted(path.name for path in folder.glob("[1-9]*-of-[1-9]*"))
+    wanted = [f"{number}-of-{len(found)}" for number in range(1, len(found) + 1)]
+    if not found or set(found) != set(wanted):
         raise DataError(
-            f"{folder}: parts of {' and of '.join(counts)}; remove those of one"
-            if counts
-            else f"{folder}: no parts of a dataset; make them with --shard-of 1/N to N/N"
-        )
-    wanted = [f"{number}-of-{counts[0]}" for number in range(1, int(counts[0]) + 1)]
-    if missing := [name for name in wanted if name not in found]:
-        raise DataError(
-            f"{folder}: {', '.join(missing)} missing, which is there when its run has ended; "
-            "--resume continues one that was interrupted"
+            f"{folder}: has {', '.join(found) or 'no parts'}, not 1-of-N to N-of-N; make what is "
+            "missing (--resume continues a part that was interrupted), remove what is too many"
         )
     return [folder / name for name in wanted]
-
-
-def _read(folders: list[Path]) -> tuple[Asked, list[dict[str, Any]]]:
-    """Return what all parts were made of, and the `dataset.json` of each."""
-    first: Asked | None = None
-    metas = []
-    for number, folder in enumerate(folders, 1):
-        asked = cast(Asked, read_json(folder / PREPARED_JSON, "make the part anew", DataError))
-        meta = read_dataset_json(folder)
-        source = asked.get("source", {}) | meta.get("source", {})
-        problem = misfit(Asked, asked) or misfit(_Source, source)
-        if problem or asked["source"].pop("part") != f"{number}/{len(folders)}":
-            raise DataError(f"{folder}: not that part ({problem or source['part']}); make it anew")
-        metas.append(meta)
-        first = first or asked
-        if other := other_than(first, asked, folders[0] / PREPARED_JSON):
-            raise DataError(f"{folder}: made of something else: {folders[0].name} had {other}")
-        if meta["tokenizer"] != metas[0]["tokenizer"]:
-            raise DataError(
-                f"{folder}: its tokenizer is not that of {folders[0].name}; make it anew"
-            )
-        if meta["source"]["exact"] != metas[0]["source"]["exact"]:
-            raise DataError(
-                f"{folder}: only in it or in {folders[0].name} tiktoken gave other ids than the "
-                "tokenizer; make all parts where tiktoken is not installed"
-            )
-    assert first is not None
-    return first, metas
 
 
 def _joined(

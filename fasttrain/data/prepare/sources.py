@@ -13,6 +13,7 @@ import glob
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -23,16 +24,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from fasttrain.data.files import DataError, is_address, sha256_of, shown
-from fasttrain.data.prepare.remote import RemoteFile, find_remote
+from fasttrain.data.files import (
+    DataError,
+    file_system,
+    is_address,
+    read_range,
+    remote,
+    sha256_of,
+    shown,
+)
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
 PACKED_BYTES = 1 << 10
+RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
+LISTING_S = 600.0  # that a remote folder may take to be listed
 TEXT = (".txt", ".text", ".md", ".rst")
 KNOWN = (".jsonl", ".parquet", *TEXT)
 COMPRESSED = (".gz", ".zst")
@@ -54,6 +65,102 @@ class Document:
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file at an address; its string is what may be shown of that."""
+
+    address: str
+    size: int
+    version: str  # says, as its server does, when the content is another
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        return cast(IO[bytes], io.BufferedReader(_Ranges(self), 1 << 20))
+
+
+@lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
+def _range(file: RemoteFile, number: int) -> memoryview:
+    start = number * RANGE_BYTES
+    stop = min(start + RANGE_BYTES, file.size)
+    return memoryview(read_range(file.address, start, stop, file.size))
+
+
+class _Ranges(io.RawIOBase):
+    """The bytes of a remote file, fetched when they are read."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._file.size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._file.size > 0:
+            return 0
+        number, begin = divmod(self._at, RANGE_BYTES)
+        part = _range(self._file, number)[begin : begin + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _remote_file(address: str, info: dict[str, Any]) -> RemoteFile:
+    if info.get("size") is None:  # a link on a page
+        info = remote(address, "info")
+    if info.get("size") is None:
+        raise DataError(f"{shown(address)}: its server does not say how long it is; download it")
+    names = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime")
+    return RemoteFile(address, info["size"], next((str(info[n]) for n in names if info.get(n)), ""))
+
+
+def _remote_files(address: str) -> tuple[bool, list[RemoteFile]]:
+    """Return whether an address is a folder's, and the files that it means, as those of a disk."""
+    file_system(address)[0].invalidate_cache()  # what this process may have listed before
+    web = address.startswith("http")
+    path = address.partition("?")[0] if web else address
+    magic = re.search(r"[*\[]" if web else r"[*?\[]", path)
+    if magic is None:
+        info = remote(address, "info")
+        if info["type"] == "file" and not path.endswith("/"):
+            return False, [_remote_file(address, info)]
+        found = [_remote_file(*entry) for entry in _listed(path.rstrip("/") + "/", math.inf)]
+        return True, sorted(found, key=lambda file: PurePosixPath(file.address))
+    root = path[: path.rindex("/", 0, magic.start()) + 1]
+    pattern = path[len(root) :]
+    fits = re.compile(importlib.import_module("fsspec.utils").glob_translate(pattern)).match
+    depth = math.inf if "**" in pattern else pattern.count("/") + 1
+    hidden = "/." in f"/{pattern}"
+    return False, [
+        _remote_file(name, info)
+        for name, info in sorted(_listed(root, depth), key=lambda entry: entry[0])
+        if fits(below := name[len(root) :]) and (hidden or "/." not in f"/{below}")
+    ]
+
+
+def _listed(root: str, depth: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield address and facts of each file in a folder and those below it.
+
+    fsspec's own `glob` and `find` leave out, and say nothing of, folders that cannot be listed.
+    """
+    for info in remote(root, "ls", detail=True, timeout_s=LISTING_S):
+        name = info["name"]
+        name = name if is_address(name) else f"{root.partition(':')[0]}://{name}"
+        if not name.startswith(root) or name == root:  # a link to elsewhere; the folder itself
+            continue
+        if info["type"] != "directory":
+            yield name, info
+        elif depth > 1:
+            yield from _listed(name.rstrip("/") + "/", depth - 1)
+
+
 File = Path | RemoteFile
 
 
@@ -70,7 +177,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[File | None], list[File]]:
             continue
         files: Sequence[File]
         if is_address(name):
-            is_folder, files = find_remote(name)
+            is_folder, files = _remote_files(name)
         else:
             path = Path(name).expanduser()
             is_folder = path.is_dir()
@@ -135,16 +242,14 @@ class Source:
 
     def fingerprint(self) -> list[list[str | int]]:
         """Return what identifies the files: name, size and time of change, version or content."""
-
-        def facts(file: File) -> list[str | int]:
-            if isinstance(file, RemoteFile):
-                return [str(file), file.size, file.version]
-            stat = file.stat()
-            if file == self._standard_input:
-                return [self._name(file), stat.st_size, sha256_of(file)]
-            return [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
-
-        return [facts(file) for file in self.files]
+        return [
+            [str(file), file.size, file.version]
+            if isinstance(file, RemoteFile)
+            else [self._name(file), _n_bytes(file), sha256_of(file)]
+            if file == self._standard_input
+            else [os.path.abspath(file), _n_bytes(file), file.stat().st_mtime_ns]
+            for file in self.files
+        ]
 
     def _spooled(self) -> Path:
         self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115

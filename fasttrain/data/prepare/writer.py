@@ -292,7 +292,7 @@ def other_than(before: Any, asked: Asked, path: Path) -> str:
 
 def _facts(asked: Asked) -> dict[str, Any]:
     """Return what shapes a dataset, by name."""
-    options = {k: v for k, v in asked["source"].items() if k not in ("n_files", "n_bytes")}
+    options = {k: v for k, v in asked["source"].items() if k not in ("n_files", "n_bytes", "part")}
     files: dict[str, list[Any]] = {}
     for name, *facts in asked["files"]:  # addresses may differ in what is not kept of them
         files.setdefault(f"file {name}", []).extend(facts)
