@@ -16,6 +16,7 @@ from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
@@ -41,7 +42,8 @@ def file_system(address: str) -> tuple[Any, str]:
     try:
         fs, path = importlib.import_module("fsspec.core").url_to_fs(address)
     except ImportError as error:
-        raise DataError(f"{shown(address)}: run: pip install 'fasttrain[remote]'") from error
+        package = _PACKAGES.get(address.partition(":")[0], "aiohttp")
+        raise DataError(f"{shown(address)}: run: pip install {package} ({error})") from error
     except ValueError as error:
         raise DataError(f"{shown(address)}: cannot be opened ({shown(str(error))})") from error
     return fs, path
@@ -73,7 +75,7 @@ def remote(
             break
         time.sleep(pause)
     cause = problem.__cause__ or problem
-    reason = shown(f"{type(cause).__name__}: {cause}")
+    reason = shown(f"{type(cause).__name__}: {cause}".rstrip(": "))
     remedy = "address and the credentials" if lasts else f"network; {ATTEMPTS} attempts failed"
     raise DataError(
         f"{shown(address)}: {operation} failed ({reason}); check the {remedy}"

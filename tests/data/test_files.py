@@ -20,6 +20,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultySe
     monkeypatch.setattr(files, "PAUSE_S", 0.01)
     monkeypatch.setattr(files, "STALL_S", 0.5)
     with serving(folder_upstream(tmp_path)) as server:
+        server.stall_s = 1.0
         yield server
 
 
@@ -100,8 +101,11 @@ def test_unknown_and_uninstalled_file_systems_are_said(monkeypatch: pytest.Monke
         remote("what://a/b?k=v", "info")
 
     def missing(name: str) -> None:
-        raise ImportError(name)
+        raise ImportError("Install it")
 
     monkeypatch.setattr(files.importlib, "import_module", missing)
-    with pytest.raises(DataError, match=r"^s3://a/b: run: pip install 'fasttrain\[remote\]'"):
-        remote("s3://a/b", "info")
+    for address, package in (("s3://a/b", "s3fs"), ("https://a/b", "aiohttp")):
+        with pytest.raises(
+            DataError, match=rf"^{address}: run: pip install {package} \(Install it"
+        ):
+            remote(address, "info")

@@ -26,7 +26,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.upstream, self.faults, self.stall_s = upstream, list[str](), 3.0
+        self.upstream, self.faults, self.stall_s = upstream, list[str](), 5.0
         self.requests: list[tuple[str, str]] = []  # method, and path with its query
         self.happened: list[str] = []
         self.added_length = 0  # to what HEAD says
