@@ -21,6 +21,7 @@ from tests.support.faulty_server import (
     FAULTS,
     FaultyServer,
     folder_upstream,
+    gcs_upstream,
     hub_upstream,
     proxy_upstream,
     serving,
@@ -183,6 +184,23 @@ def test_a_dataset_of_the_hugging_face_hub(
         with pytest.raises(DataError, match=r"seven\.parquet: cat_file failed \(OSError: of bytes"):
             make(tmp_path / "out", "hf://datasets/owner/name/seven.parquet")
         assert {"Bearer hf_ofNobody"} == {h["Authorization"] for h in hub.headers}
+
+
+def test_a_bucket_of_google_cloud_storage(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else it asks what kind a bucket is by gRPC, which the server here does not speak.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs", reason=REASON)
+    from fsspec.config import conf
+
+    with serving(gcs_upstream(corpus)) as server:
+        monkeypatch.setitem(conf, "gs", {"token": "anon", "endpoint_url": server.url})
+        server.faults[:] = ["", "500", "truncated", "short", "long"]
+        make(tmp_path / "local", corpus)
+        make(tmp_path / "remote", "gs://b")
+        assert content(tmp_path / "local") == content(tmp_path / "remote")
+        assert not server.faults
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
@@ -358,7 +376,7 @@ print(n, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1
 def test_memory_stays_flat(tmp_path: Path, name: str) -> None:
     peaks = []
     line = json.dumps({"text": "0123456789 " * 90}) + "\n" if "jsonl" in name else "a line\n" * 200
-    for megabytes in (40, 160):
+    for megabytes in (20, 100):
         text = line.encode() * (megabytes * 1_000_000 // len(line))
         (tmp_path / name).write_bytes(gzip.compress(text, 0) if name.endswith("gz") else text)
         with serving(folder_upstream(tmp_path)) as server:
@@ -371,4 +389,4 @@ def test_memory_stays_flat(tmp_path: Path, name: str) -> None:
         n_chars, peak = map(int, result.stdout.split())
         assert n_chars >= 0.9 * megabytes * 1_000_000
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 40_000  # KiB, of 120 MB more
+    assert peaks[1] - peaks[0] < 40_000  # KiB, of 80 MB more

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 # Status, headers and body of an answer.
 Answer = tuple[int, dict[str, str], bytes]
@@ -179,6 +179,36 @@ def hub_upstream(folder: Path, repository: str) -> Upstream:
             found = [facts(folder / name) for name in names if (folder / name).exists()]
         elif not path.startswith(api):
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+    return answer
+
+
+def gcs_upstream(folder: Path) -> Upstream:
+    """A bucket of Google Cloud Storage, as far as gcsfs asks its JSON API for one."""
+    files = folder_upstream(folder)
+
+    def facts(path: Path) -> dict[str, str]:
+        name = path.relative_to(folder).as_posix()
+        size, now = str(path.stat().st_size), "2026-01-01T00:00:00.000Z"
+        times = {"updated": now, "timeCreated": now}
+        return times | {"name": name, "bucket": "b", "size": size, "etag": "e", "generation": "1"}
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        parts = urlsplit(target)
+        asked, name = parse_qs(parts.query), unquote(parts.path.partition("/o/")[2])
+        if "media" in asked.get("alt", ()):
+            return files(method, f"/{quote(name)}", headers, body)
+        if parts.path.endswith("/o"):
+            prefix = asked.get("prefix", [""])[0]
+            inside = sorted((folder / prefix).glob("*"))
+            folders = [f"{p.relative_to(folder).as_posix()}/" for p in inside if p.is_dir()]
+            items = [facts(p) for p in inside if p.is_file()]
+            found: object = {"items": items, "prefixes": folders}
+        elif (folder / name).is_file():
+            found = facts(folder / name)
+        else:
+            return 404, {"Content-Type": "application/json"}, b'{"error": {"code": 404}}'
         return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
 
     return answer
