@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
@@ -81,6 +82,22 @@ def test_merged_parts_are_what_one_run_makes(
     assert notes[:-1] == told
     assert len([line for line in told if "left out" in line]) == 3
     assert open_dataset(tmp_path / "out", "train").n_documents > 50  # hashes fit
+
+
+def test_problems_are_listed_as_in_one_run(tmp_path: Path) -> None:
+    vocabulary = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz ?")}
+    Tokenizer(models.BPE(vocabulary, [], unk_token="?")).save(str(tmp_path / "t.json"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.jsonl").write_text('{"text": "Lost"}\n' * 5)
+    (tmp_path / "in/2.jsonl").write_text('{"text": "kept"}\n{broken\n' * 5)
+    options = {"tokenizer": str(tmp_path / "t.json"), "val_fraction": 0}
+    make(tmp_path / "whole", str(tmp_path / "in"), **options)
+    for number in (1, 2):
+        make(tmp_path / "out", str(tmp_path / "in"), shard_of=f"{number}/2", **options)
+    merge(tmp_path / "out", note=lambda line: None)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    found = json.loads((tmp_path / "out/dataset.json").read_text())["source"]["problems"]
+    assert list(found.values()) == [5, 5]
 
 
 def test_each_file_is_in_one_part_and_parts_are_about_equal(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def folder_upstream(folder: Path) -> Upstream:
         path = folder / unquote(urlsplit(target).path).lstrip("/")
         if path.is_dir():
             links = (f'<a href="{p.name}{"/" * p.is_dir()}">x</a>' for p in sorted(path.iterdir()))
-            page = "".join(links).encode()
+            others = '<a href="/">up</a> <a href="https://elsewhere.invalid/x.txt">x</a>'
+            page = "".join([others, *links]).encode()
             return 200, {"Content-Type": "text/html", "Content-Length": str(len(page))}, page
         if not path.is_file():
             return 404, {}, b""
