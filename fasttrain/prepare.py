@@ -1,6 +1,7 @@
 """Command: any text → a dataset folder of token shards.
 
     python -m fasttrain.prepare OUT --input PATH... [--tokenizer bpe:32768] [--resume]
+    python -m fasttrain.prepare OUT --input PATH... --shard-of I/N, then OUT --merge
     python -m fasttrain.prepare --inspect OUT
 
 Documents go to validation by a hash of their text, so that a document stays where it is when others
@@ -26,6 +27,7 @@ from fasttrain.data.files import DataError
 from fasttrain.data.format import DATASET_JSON, Split, open_dataset, read_dataset_json
 from fasttrain.data.prepare.build import prepare
 from fasttrain.data.prepare.encode import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
+from fasttrain.data.prepare.merge import merge
 from fasttrain.data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
@@ -89,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("prepare", what)
     add = parser.add_argument
     add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
-    add("--input", nargs="+", metavar="PATH", help="files, folders and globs; - is standard input")
+    named = "files, folders and globs, also at addresses (s3://, gs://, hf://, https://); - is "
+    add("--input", nargs="+", metavar="PATH", help=f"{named}standard input")
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
     kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
     add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
@@ -102,10 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     time_only = "encoding processes; affects only the time (default: one per core, %(default)s)"
     add("--workers", type=int, default=usable_cores(), metavar="N", help=time_only)
     add("--resume", action="store_true", help="continue an interrupted run")
+    add("--shard-of", metavar="I/N", help="make part I of N of OUT, for --merge; one for a machine")
+    add("--merge", action="store_true", help="make OUT of its N parts")
     add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what it contains")
     options = vars(parser.parse_args(arguments))
     check_system()
-    folder, out, inputs = (options.pop(name) for name in ("inspect", "out", "input"))
+    names = ("inspect", "out", "input", "merge")
+    folder, out, inputs, merges = (options.pop(name) for name in names)
     try:
         if folder is not None:
             if out is not None or inputs:
@@ -113,10 +119,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in inspect(folder):
                 print(line)
             return 0
-        if out is None or not inputs:
+        if out is not None and ":/" in str(out):  # what `Path` leaves of an address
+            raise DataError(
+                f"{out}: a dataset is made in a folder of this machine; copy it there when it is "
+                "complete, with aws s3 sync, gcloud storage rsync or hf upload"
+            )
+        if merges:
+            if out is None or inputs or options["shard_of"]:
+                parser.error("--merge makes OUT of its parts: leave --input and --shard-of out")
+            merge(out, resume=options["resume"])
+        elif out is None or not inputs:
             parser.error("name the folder to make and the text: OUT --input PATH...")
-        prepare(out, inputs, **options, progress=True)
+        else:
+            prepare(out, inputs, **options, progress=True)
         path = shlex.quote(str(out))
+        if options["shard_of"]:
+            print(f"When all parts are there: python -m fasttrain.prepare {path} --merge")
+            return 0
         print(f"Train on it: python -m fasttrain.train base data.path={path}")
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)

@@ -16,6 +16,7 @@ from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
@@ -41,7 +42,8 @@ def file_system(address: str) -> tuple[Any, str]:
     try:
         fs, path = importlib.import_module("fsspec.core").url_to_fs(address)
     except ImportError as error:
-        raise DataError(f"{shown(address)}: run: pip install 'fasttrain[remote]'") from error
+        package = _PACKAGES.get(address.partition(":")[0], "aiohttp")
+        raise DataError(f"{shown(address)}: run: pip install {package} ({error})") from error
     except ValueError as error:
         raise DataError(f"{shown(address)}: cannot be opened ({shown(str(error))})") from error
     return fs, path
@@ -61,8 +63,7 @@ def remote(
     which `check` raises an OSError.
     """
     fs, path = file_system(address)
-    if fs.async_impl:
-        options["timeout"] = timeout_s or STALL_S
+    options |= {"timeout": timeout_s or STALL_S} if fs.async_impl else {}
     for pause in [*(PAUSE_S * 2**n for n in range(ATTEMPTS - 1)), 0]:
         try:
             result = getattr(fs, operation)(path, *args, **options)
@@ -74,7 +75,7 @@ def remote(
             break
         time.sleep(pause)
     cause = problem.__cause__ or problem
-    reason = shown(f"{type(cause).__name__}: {cause}")
+    reason = shown(f"{type(cause).__name__}: {cause}".rstrip(": "))
     remedy = "address and the credentials" if lasts else f"network; {ATTEMPTS} attempts failed"
     raise DataError(
         f"{shown(address)}: {operation} failed ({reason}); check the {remedy}"
@@ -88,12 +89,9 @@ def _lasts(error: Exception) -> bool:
     status = getattr(cause, "status", None) or getattr(response, "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)
-    refused = isinstance(error, FileNotFoundError | PermissionError)
-    return (
-        (refused and (cause is error or response is not None))
-        or isinstance(error, NotImplementedError | TypeError)
-        or "Credentials" in type(error).__name__
-    )
+    lasting = FileNotFoundError | PermissionError | NotImplementedError | TypeError
+    said = isinstance(error, lasting) and (cause is error or response is not None)
+    return said or "Credentials" in type(error).__name__
 
 
 def read_range(address: str, start: int, end: int, size: int) -> bytes:
@@ -117,6 +115,8 @@ def read_range(address: str, start: int, end: int, size: int) -> bytes:
     if "https" in fs.protocol:
         headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
         options |= {"headers": headers, "raise_for_status": check_response}
+    elif not fs.async_impl:  # Hugging Face's: without a cache that cuts what came to length
+        options["cache_type"] = "none"
     return cast(bytes, remote(address, "cat_file", check=check, **options))
 
 

@@ -18,15 +18,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultySe
     (tmp_path / "a.bin").write_bytes(CONTENT)
     (tmp_path / "empty").touch()
     monkeypatch.setattr(files, "PAUSE_S", 0.01)
-    monkeypatch.setattr(files, "STALL_S", 0.5)
     with serving(folder_upstream(tmp_path)) as server:
         yield server
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_range_is_whole_after_any_fault_or_an_error_says_why(
-    server: FaultyServer, fault: str
+    server: FaultyServer, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if fault == "stall":
+        monkeypatch.setattr(files, "STALL_S", 1.0)
+        server.stall_s = 2.0
     address = f"{server.url}/a.bin?sig=hidden"
     size = remote(address, "info")["size"]
     assert size == len(CONTENT)
@@ -100,8 +102,11 @@ def test_unknown_and_uninstalled_file_systems_are_said(monkeypatch: pytest.Monke
         remote("what://a/b?k=v", "info")
 
     def missing(name: str) -> None:
-        raise ImportError(name)
+        raise ImportError("Install it")
 
     monkeypatch.setattr(files.importlib, "import_module", missing)
-    with pytest.raises(DataError, match=r"^s3://a/b: run: pip install 'fasttrain\[remote\]'"):
-        remote("s3://a/b", "info")
+    for address, package in (("s3://a/b", "s3fs"), ("https://a/b", "aiohttp")):
+        with pytest.raises(
+            DataError, match=rf"^{address}: run: pip install {package} \(Install it"
+        ):
+            remote(address, "info")

@@ -20,11 +20,11 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_460,
-    "fasttrain": 4_370,
+    "fasttrain": 4_390,
     "fasttrain/checkpoint": 1_250,
     "fasttrain/config": 1_110,
     "fasttrain/data": 2_390,
-    "fasttrain/data/prepare": 1_190,
+    "fasttrain/data/prepare": 1_460,
     "fasttrain/distributed": 850,
     "fasttrain/engine": 2_740,
     "fasttrain/log": 1_020,

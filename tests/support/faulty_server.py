@@ -1,14 +1,16 @@
 """A local HTTP server of a folder, or in front of an S3 server, that fails as networks do."""
 
 import contextlib
+import hashlib
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 # Status, headers and body of an answer.
 Answer = tuple[int, dict[str, str], bytes]
@@ -24,7 +26,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.upstream, self.faults, self.stall_s = upstream, list[str](), 3.0
+        self.upstream, self.faults, self.stall_s = upstream, list[str](), 5.0
         self.requests: list[tuple[str, str]] = []  # method, and path with its query
         self.happened: list[str] = []
         self.added_length = 0  # to what HEAD says
@@ -47,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         server, fault = self.server, ""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        sent = dict(self.headers.items())
+        sent = {name.title(): value for name, value in self.headers.items()}
         server.requests.append((self.command, self.path))
         server.headers.append(sent)
         if not server.ranges:
@@ -92,7 +94,8 @@ def folder_upstream(folder: Path) -> Upstream:
         path = folder / unquote(urlsplit(target).path).lstrip("/")
         if path.is_dir():
             links = (f'<a href="{p.name}{"/" * p.is_dir()}">x</a>' for p in sorted(path.iterdir()))
-            page = "".join(links).encode()
+            others = '<a href="/">up</a> <a href="https://elsewhere.invalid/x.txt">x</a>'
+            page = "".join([others, *links]).encode()
             return 200, {"Content-Type": "text/html", "Content-Length": str(len(page))}, page
         if not path.is_file():
             return 404, {}, b""
@@ -146,3 +149,67 @@ def serving(upstream: Upstream) -> Iterator[FaultyServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def hub_upstream(folder: Path, repository: str) -> Upstream:
+    """A dataset of the Hugging Face Hub, as far as its file system asks for one."""
+    files = folder_upstream(folder)
+
+    def facts(path: Path) -> dict[str, object]:
+        name = {"path": path.relative_to(folder).as_posix()}
+        if path.is_dir():
+            return name | {"type": "directory", "oid": "0" * 40}
+        oid = hashlib.sha1(path.read_bytes()).hexdigest()
+        return name | {"type": "file", "size": path.stat().st_size, "oid": oid}
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        path, api = unquote(urlsplit(target).path), f"/api/datasets/{repository}"
+        resolve = f"/datasets/{repository}/resolve/main/"
+        if path.startswith(resolve):
+            return files(method, "/" + path.removeprefix(resolve), headers, body)
+        found: object = {"id": repository, "sha": "1" * 40, "siblings": []}
+        if path.startswith(f"{api}/tree/main"):
+            inside = folder / path.removeprefix(f"{api}/tree/main").lstrip("/")
+            if not inside.is_dir():
+                return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+            deep = "recursive=True" in target
+            found = [facts(p) for p in sorted(inside.rglob("*") if deep else inside.iterdir())]
+        elif path.startswith(f"{api}/paths-info/main"):
+            text = body.decode()
+            names = json.loads(text)["paths"] if text[0] == "{" else parse_qs(text)["paths"]
+            found = [facts(folder / name) for name in names if (folder / name).exists()]
+        elif not path.startswith(api):
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+    return answer
+
+
+def gcs_upstream(folder: Path) -> Upstream:
+    """A bucket of Google Cloud Storage, as far as gcsfs asks its JSON API for one."""
+    files = folder_upstream(folder)
+
+    def facts(path: Path) -> dict[str, str]:
+        name = path.relative_to(folder).as_posix()
+        size, now = str(path.stat().st_size), "2026-01-01T00:00:00.000Z"
+        times = {"updated": now, "timeCreated": now}
+        return times | {"name": name, "bucket": "b", "size": size, "etag": "e", "generation": "1"}
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        parts = urlsplit(target)
+        asked, name = parse_qs(parts.query), unquote(parts.path.partition("/o/")[2])
+        if "media" in asked.get("alt", ()):
+            return files(method, f"/{quote(name)}", headers, body)
+        if parts.path.endswith("/o"):
+            prefix = asked.get("prefix", [""])[0]
+            inside = sorted((folder / prefix).glob("*"))
+            folders = [f"{p.relative_to(folder).as_posix()}/" for p in inside if p.is_dir()]
+            items = [facts(p) for p in inside if p.is_file()]
+            found: object = {"items": items, "prefixes": folders}
+        elif (folder / name).is_file():
+            found = facts(folder / name)
+        else:
+            return 404, {"Content-Type": "application/json"}, b'{"error": {"code": 404}}'
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+    return answer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from datetime import timedelta
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError, sha256_of, write_atomically
+from fasttrain.data.files import DataError, sha256_of, shown, write_atomically
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.prepare.encode import (
     FEW_VAL_TOKENS,
@@ -30,7 +31,7 @@ from fasttrain.data.prepare.encode import (
     Splitter,
     encoded,
 )
-from fasttrain.data.prepare.sources import PIECE_CHARS, Source, find_files
+from fasttrain.data.prepare.sources import PIECE_CHARS, File, Source, find_files
 from fasttrain.data.prepare.writer import Asked, Partial, ShardWriter
 from fasttrain.data.tokenizer import (
     TEXT_PATTERN,
@@ -55,7 +56,7 @@ def prepare(
     out: Path,
     inputs: Sequence[str],
     *,
-    files: Sequence[Path | None] | None = None,
+    files: Sequence[File | None] | None = None,
     text_field: str = "text",
     tokenizer: str = "bpe:32768",
     pattern: str = TEXT_PATTERN,
@@ -64,6 +65,7 @@ def prepare(
     strict: bool = False,
     workers: int = 1,
     resume: bool = False,
+    shard_of: str | None = None,
     note: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
@@ -79,6 +81,9 @@ def prepare(
     """
     begin = time.perf_counter()
     out = Path(os.path.abspath(out))
+    number, n_parts = _part(shard_of or "1/1")
+    if shard_of:
+        out = parts_folder(out) / f"{number}-of-{n_parts}"
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
@@ -86,21 +91,23 @@ def prepare(
     if files is None:
         files, skipped = find_files(inputs)
         if skipped:
-            shown = ", ".join(file.name for file in skipped[:3]) + ", …" * (len(skipped) > 3)
-            note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {shown}")
+            some = ", ".join(Path(str(file)).name for file in skipped[:3])
+            some += ", …" * (len(skipped) > 3)
+            note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {some}")
     tokenizer_file = Path(tokenizer).expanduser()
     source = Source(files, field=text_field, strict=strict)
     if val_fraction is None and source.n_bytes >= SMALL_BYTES:
         val_fraction = VAL_FRACTION
     asked: Asked = {
         "source": {
-            "inputs": list(inputs),
+            "inputs": list(map(shown, inputs)),
             "n_files": len(files),
             "n_bytes": source.n_bytes,
             "text_field": text_field,
             "tokenizer": tokenizer,
             "val_fraction": "auto" if val_fraction is None else val_fraction,
             "shard_tokens": shard_tokens,
+            **({"part": f"{number}/{n_parts}"} if shard_of else {}),
         },
         "files": source.fingerprint(),
         "tokenizer_sha256": sha256_of(tokenizer_file) if tokenizer_file.is_file() else "",
@@ -125,6 +132,8 @@ def prepare(
                     write_atomically(path, made.to_str(pretty=False).encode())
                     if tokenizer.startswith("bpe:"):
                         partial.save(exact=False)
+                # Split and tokenizer are those of all the text.
+                bar.n_bytes = source.take(number, n_parts)
                 kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
                 exact = partial.state.get("exact", False)
                 encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
@@ -139,6 +148,11 @@ def prepare(
                 try:
                     result = write_splits(partial, splitter, encoder, *how)
                 except OtherIdsError as error:
+                    if shard_of:
+                        raise DataError(
+                            f"tiktoken does not split this text as its tokenizer does: {error}; "
+                            "make all parts anew where tiktoken is not installed"
+                        ) from error
                     note(
                         f"tiktoken does not split this text as its tokenizer does: {error}. "
                         "Encoding all of it with tokenizers instead, which is slower"
@@ -147,16 +161,8 @@ def prepare(
                     partial.save(exact=True)
                     encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
                     result = write_splits(partial, splitter, encoder, *how)
-            if not result["train"][0].n_tokens:
-                raise DataError("all text fell into validation; lower --val-fraction or add text")
-            write_dataset_json(
-                partial.dataset,
-                vocab_size=encoder.vocab_size,
-                end_of_text=encoder.end_of_text,
-                splits={k: (w.shards, n) for k, (w, n) in result.items() if w.n_tokens},
-                source=asked["source"] | {"problems": dict(source.problems)},
-            )
-            partial.publish()
+            facts = (encoder.vocab_size, encoder.end_of_text, source.problems)
+            said = list(publish(partial, result, *facts))
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process ended: out of memory? --resume continues from here, with fewer "
@@ -164,23 +170,57 @@ def prepare(
         ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
-    for reason, count in source.problems.items():
-        note(f"{reason}: {count:,}")
-    seconds = time.perf_counter() - begin
+    seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
+    for line in [*said, f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)"]:
+        note(line)
+    return out
+
+
+def parts_folder(out: Path) -> Path:
+    """Return where the parts of the dataset `out` lie until they are merged."""
+    return out.parent / f"{out.name}.parts"
+
+
+def _part(shard_of: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of)
+    number, n_parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= n_parts:
+        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
+    return number, n_parts
+
+
+def publish(
+    partial: Partial,
+    result: Mapping[str, tuple[ShardWriter, int]],
+    vocab_size: int,
+    end_of_text: int | None,
+    problems: Mapping[str, int],
+) -> Iterator[str]:
+    """Give a dataset its `dataset.json` and its name; yield what to say of it."""
+    source, n_val = partial.asked["source"], result["val"][0].n_tokens
+    is_part, fraction = "part" in source, source["val_fraction"]
+    if not result["train"][0].n_tokens and not is_part:
+        raise DataError("all text fell into validation; lower --val-fraction or add text")
+    write_dataset_json(
+        partial.dataset,
+        vocab_size=vocab_size,
+        end_of_text=end_of_text,
+        splits={k: (w.shards, n) for k, (w, n) in result.items() if w.n_tokens or is_part},
+        source=source | {"problems": dict(sorted(problems.items()))},
+    )
+    partial.publish()
+    for reason, count in sorted(problems.items()):
+        yield f"{reason}: {count:,}"
     for split, (writer, n_bytes) in result.items():
-        note(
+        yield (
             f"{split:5}  {counted(writer.n_tokens, 'token')}, "
             f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
             f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
-    n_val = result["val"][0].n_tokens
-    if n_val < FEW_VAL_TOKENS and val_fraction != 0:
-        enough = val_fraction is None or val_fraction >= MAX_VAL_FRACTION
+    if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
+        enough = fraction == "auto" or fraction >= MAX_VAL_FRACTION
         remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
-        note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
-    total = sum(n for _, n in result.values())
-    note(f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
-    return out
+        yield f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}"
 
 
 def _make_tokenizer(
@@ -314,19 +354,19 @@ def write_splits(
 class Bar(Progress):
     """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
 
-    def __init__(self, n_bytes: int, shown: bool) -> None:
+    def __init__(self, n_bytes: int, visible: bool) -> None:
         console = Console(stderr=True)
-        self._lines = shown and not console.is_terminal
+        self._lines = visible and not console.is_terminal
         super().__init__(
             BarColumn(),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
-            disable=not shown or self._lines,
+            disable=not visible or self._lines,
             get_time=time.monotonic,
             speed_estimate_period=SPEED_S,
         )
-        self._said, self._n_bytes = time.monotonic(), n_bytes
+        self._said, self.n_bytes = time.monotonic(), n_bytes
         self.add_task("reading", total=n_bytes)
 
     def show(self, what: str, done_bytes: int | None) -> None:
@@ -338,12 +378,12 @@ class Bar(Progress):
             return
         if task.total is None or done_bytes < task.completed:  # another pass
             self.remove_task(task.id)
-            self.add_task(what, total=self._n_bytes)
+            self.add_task(what, total=self.n_bytes)
             (task,) = self.tasks
         self.update(task.id, completed=done_bytes)
         left = "–" if task.time_remaining is None else timedelta(seconds=task.time_remaining)
-        digits = 0 if self._n_bytes >= 10e6 else 1
-        done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self._n_bytes))
+        digits = 0 if self.n_bytes >= 10e6 else 1
+        done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self.n_bytes))
         text = f"{done} of {total} MB  {what}  {left} left"
         self.update(task.id, description=text)
         now = time.monotonic()

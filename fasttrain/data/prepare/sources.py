@@ -1,4 +1,4 @@
-"""Text from files: plain, JSON lines, Parquet, compressed, folders, globs, standard input.
+"""Text from files and addresses: plain, JSON lines, Parquet, compressed; folders, globs, stdin.
 
 One plain file is one document; a line of JSON or a row of Parquet is one. Nothing is held that
 grows with the input: a large file is read, decoded and given out in pieces, again for each pass.
@@ -13,6 +13,7 @@ import glob
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -23,14 +24,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from fasttrain.data.files import DataError, sha256_of
+from fasttrain.data.files import (
+    DataError,
+    file_system,
+    is_address,
+    read_range,
+    remote,
+    sha256_of,
+    shown,
+)
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 # Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
 PACKED_BYTES = 1 << 10
+RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
+LISTING_S = 600.0  # that a remote folder may take to be listed
 TEXT = (".txt", ".text", ".md", ".rst")
 KNOWN = (".jsonl", ".parquet", *TEXT)
 COMPRESSED = (".gz", ".zst")
@@ -52,45 +65,152 @@ class Document:
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
 
-def find_files(inputs: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file at an address; its string is what may be shown of that."""
+
+    address: str
+    size: int
+    version: str  # says, as its server does, when the content is another
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        return cast(IO[bytes], io.BufferedReader(_Ranges(self), 1 << 20))
+
+
+@lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
+def _range(file: RemoteFile, number: int) -> memoryview:
+    start = number * RANGE_BYTES
+    stop = min(start + RANGE_BYTES, file.size)
+    return memoryview(read_range(file.address, start, stop, file.size))
+
+
+class _Ranges(io.RawIOBase):
+    """The bytes of a remote file, fetched when they are read."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._file.size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._file.size > 0:
+            return 0
+        number, begin = divmod(self._at, RANGE_BYTES)
+        part = _range(self._file, number)[begin : begin + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _remote_file(address: str, info: dict[str, Any]) -> RemoteFile:
+    if info.get("size") is None:  # a link on a page
+        info = remote(address, "info")
+    if info.get("size") is None:
+        raise DataError(f"{shown(address)}: its server does not say how long it is; download it")
+    names = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime")
+    return RemoteFile(address, info["size"], next((str(info[n]) for n in names if info.get(n)), ""))
+
+
+def _remote_files(address: str) -> tuple[bool, list[RemoteFile]]:
+    """Return whether an address is a folder's, and the files that it means, as those of a disk."""
+    file_system(address)[0].invalidate_cache()  # what this process may have listed before
+    web = address.startswith("http")
+    path = address.partition("?")[0] if web else address
+    magic = re.search(r"[*\[]" if web else r"[*?\[]", path)
+    if magic is None:
+        info = remote(address, "info")
+        if info["type"] == "file" and not path.endswith("/"):
+            return False, [_remote_file(address, info)]
+        found = [_remote_file(*entry) for entry in _listed(path.rstrip("/") + "/", math.inf)]
+        return True, sorted(found, key=lambda file: PurePosixPath(file.address))
+    root = path[: path.rindex("/", 0, magic.start()) + 1]
+    pattern = path[len(root) :]
+    fits = re.compile(importlib.import_module("fsspec.utils").glob_translate(pattern)).match
+    depth = math.inf if "**" in pattern else pattern.count("/") + 1
+    hidden = "/." in f"/{pattern}"
+    return False, [
+        _remote_file(name, info)
+        for name, info in sorted(_listed(root, depth), key=lambda entry: entry[0])
+        if fits(below := name[len(root) :]) and (hidden or "/." not in f"/{below}")
+    ]
+
+
+def _listed(root: str, depth: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield address and facts of each file in a folder and those below it.
+
+    fsspec's own `glob` and `find` leave out, and say nothing of, folders that cannot be listed.
+    """
+    for info in remote(root, "ls", detail=True, timeout_s=LISTING_S):
+        name = info["name"]
+        name = name if is_address(name) else f"{root.partition(':')[0]}://{name}"
+        if not name.startswith(root) or name == root:  # a link to elsewhere; the folder itself
+            continue
+        if info["type"] != "directory":
+            yield name, info
+        elif depth > 1:
+            yield from _listed(name.rstrip("/") + "/", depth - 1)
+
+
+File = Path | RemoteFile
+
+
+def find_files(inputs: Sequence[str]) -> tuple[list[File | None], list[File]]:
     """Return the files that the inputs mean, and those in folders whose endings are unknown.
 
     In the order of the inputs, sorted within each, each once; None for standard input.
     """
-    found: dict[Path | None, None] = {}
-    passed_over = []
+    found: dict[File | None, None] = {}
+    passed_over: list[File] = []
     for name in inputs:
         if name == "-":
             found[None] = None
             continue
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            readable = [file for file in inside if _endings(file)[0] in KNOWN]
-            passed_over += [file for file in inside if _endings(file)[0] not in KNOWN]
-            if not readable:
-                raise DataError(
-                    f"--input {name}: no file in it ends in {', '.join(KNOWN)} (or one of "
-                    f"these and {' or '.join(COMPRESSED)}); name others: --input '{path}/**/*.py'"
-                )
-            found |= dict.fromkeys(readable)
-            continue
-        matches = (
-            [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
-        )
-        files = [file for file in matches if file.is_file()]
+        files: Sequence[File]
+        if is_address(name):
+            is_folder, files = _remote_files(name)
+        else:
+            path = Path(name).expanduser()
+            is_folder = path.is_dir()
+            matches = sorted(path.rglob("*")) if is_folder else [path]
+            if not path.exists():
+                matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            files = [file for file in matches if file.is_file()]
+        if is_folder:
+            passed_over += [file for file in files if _endings(file)[0] not in KNOWN]
+            files = [file for file in files if _endings(file)[0] in KNOWN]
+        if not files and is_folder:
+            raise DataError(
+                f"--input {shown(name)}: no file in it ends in {', '.join(KNOWN)} (or one of these "
+                f"and {' or '.join(COMPRESSED)}); name others: --input '{shown(name)}/**/*.py'"
+            )
         if not files:
-            raise DataError(f"--input {name}: no such file or folder, and no file matches it")
+            raise DataError(
+                f"--input {shown(name)}: no such file or folder, and no file matches it"
+            )
         found |= dict.fromkeys(files)
     return list(found), passed_over
 
 
-def _endings(path: Path) -> tuple[str, str]:
+def _endings(file: File) -> tuple[str, str]:
     """(kind, compression) from a file's name, as in (".jsonl", ".gz")."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffixes = [suffix.lower() for suffix in Path(str(file)).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         return (suffixes[-2] if len(suffixes) > 1 else ""), suffixes[-1]
     return (suffixes[-1] if suffixes else ""), ""
+
+
+def _n_bytes(file: File) -> int:
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 class Source:
@@ -100,22 +220,35 @@ class Source:
     """
 
     def __init__(
-        self, files: Sequence[Path | None], *, field: str = "text", strict: bool = False
+        self, files: Sequence[File | None], *, field: str = "text", strict: bool = False
     ) -> None:
         self._standard_input: Path | None = None  # where a copy of it lies
-        self.files = [file or self._spooled() for file in files]
-        self.n_bytes = sum(file.stat().st_size for file in self.files)
+        self.files: list[File] = [file or self._spooled() for file in files]
+        self.n_bytes = sum(map(_n_bytes, self.files))
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
         self.done_bytes = 0  # of `n_bytes`, read by this pass
 
+    def take(self, number: int, count: int) -> int:
+        """Keep the files whose middle lies in part `number` of `count`; return their bytes."""
+        ends, total = accumulate(map(_n_bytes, self.files)), max(self.n_bytes, 1)
+        self.files = [
+            file
+            for file, end in zip(self.files, ends, strict=True)
+            if min((2 * end - _n_bytes(file)) * count // (2 * total), count - 1) == number - 1
+        ]
+        self.n_bytes = sum(map(_n_bytes, self.files))
+        return self.n_bytes
+
     def fingerprint(self) -> list[list[str | int]]:
-        """Return what identifies the files: name, size and time of change, or the content."""
+        """Return what identifies the files: name, size and time of change, version or content."""
         return [
-            [self._name(file), stat.st_size, sha256_of(file)]
+            [str(file), file.size, file.version]
+            if isinstance(file, RemoteFile)
+            else [self._name(file), _n_bytes(file), sha256_of(file)]
             if file == self._standard_input
-            else [os.path.abspath(file), stat.st_size, stat.st_mtime_ns]
-            for file, stat in ((file, file.stat()) for file in self.files)
+            else [os.path.abspath(file), _n_bytes(file), file.stat().st_mtime_ns]
+            for file in self.files
         ]
 
     def _spooled(self) -> Path:
@@ -125,7 +258,7 @@ class Source:
         self._standard_input = Path(self._spool.name)
         return self._standard_input
 
-    def _name(self, path: Path) -> str:
+    def _name(self, path: File) -> str:
         return "standard input" if path == self._standard_input else str(path)
 
     def _problem(self, reason: str, where: str) -> None:
@@ -147,11 +280,11 @@ class Source:
                     yield from self._lines(path, compression, before)
                 else:
                     yield from self._plain(path, compression, before)
-            before += path.stat().st_size
+            before += _n_bytes(path)
             self.done_bytes = before
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
+    def _reading(self, path: File) -> Iterator[None]:
         """Name the file in errors of reading it, also where a document is read later."""
         errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         if "zstandard" in sys.modules:
@@ -161,7 +294,7 @@ class Source:
         except errors as error:
             raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
 
-    def _looks_like_jsonl(self, path: Path) -> bool:
+    def _looks_like_jsonl(self, path: File) -> bool:
         """Return whether standard input holds JSON lines, by its first line."""
         if path != self._standard_input:
             return False
@@ -171,7 +304,7 @@ class Source:
             except (ValueError, RecursionError):
                 return False
 
-    def _plain(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+    def _plain(self, path: File, compression: str, before: int) -> Iterator[Document]:
         name = self._name(path)
         unchecked = True
 
@@ -194,7 +327,7 @@ class Source:
         else:
             yield Document(name, pieces)
 
-    def _lines(self, path: Path, compression: str, before: int) -> Iterator[Document]:
+    def _lines(self, path: File, compression: str, before: int) -> Iterator[Document]:
         with path.open("rb") as raw:
             for number, line in enumerate(_decompressed(raw, path, compression), 1):
                 self.done_bytes = before + raw.tell()
@@ -215,10 +348,10 @@ class Source:
                     continue
                 yield from self._record(record.get(self.field), where)
 
-    def _rows(self, path: Path) -> Iterator[Document]:
+    def _rows(self, path: File) -> Iterator[Document]:
         parquet = _package("pyarrow.parquet", path)
         try:
-            file = parquet.ParquetFile(path)
+            file = parquet.ParquetFile(path if isinstance(path, Path) else path.open())
             if self.field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path}: no column {self.field!r}; name one: --text-field {names}")
@@ -246,7 +379,7 @@ class Source:
         yield Document(where, lambda: _pieces(iter([whole])))
 
 
-def _package(name: str, path: Path) -> Any:
+def _package(name: str, path: File) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -286,7 +419,7 @@ class _Unpacked(io.RawIOBase):
         return n
 
 
-def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
+def _decompressed(raw: IO[bytes], path: File, compression: str) -> IO[bytes]:
     if not compression:
         return raw
     if compression == ".gz":
@@ -296,7 +429,7 @@ def _decompressed(raw: IO[bytes], path: Path, compression: str) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
-def _decoded(path: Path, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
+def _decoded(path: File, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
     """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     with path.open("rb") as raw:
@@ -323,7 +456,7 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
         yield rest
 
 
-def _first_invalid_line(path: Path, compression: str) -> int | None:
+def _first_invalid_line(path: File, compression: str) -> int | None:
     """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
     line = 1
     try:

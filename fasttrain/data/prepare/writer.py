@@ -199,7 +199,7 @@ class Partial:
     ) -> None:
         self.out, self.folder = out, out.parent / f".{out.name}.partial"
         self.dataset = self.folder / "dataset"  # what will be `out`
-        self._progress, self._asked = self.folder / "progress.json", asked
+        self._progress, self.asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}  # of the last `save`
         self._held = ExitStack()  # the lock
         # Whether `out` is there already, made as asked.
@@ -217,7 +217,7 @@ class Partial:
                 pass
             if self._progress.exists() and resume:
                 left = read_json(self._progress, ANEW, DataError)
-                if other := self._other_than(left.get("asked"), self._progress):
+                if other := other_than(left.get("asked"), self.asked, self._progress):
                     raise DataError(
                         f"--resume: the interrupted run had {other}; repeat its command, or {ANEW}"
                     )
@@ -248,7 +248,7 @@ class Partial:
         if resume and not record.exists():  # made by an earlier fasttrain
             other = " that has no record of the files it was made of"
         elif resume:
-            other = self._other_than(read_json(record, ANEW, DataError), record)
+            other = other_than(read_json(record, ANEW, DataError), self.asked, record)
             other = other and f" made of something else: it had {other}"
         if other or not resume:
             raise DataError(
@@ -256,26 +256,15 @@ class Partial:
                 "remove it, or name a new folder"
             )
 
-    def _other_than(self, before: Any, path: Path) -> str:
-        """Return what was asked for `before` and is not now, in words; empty if all is the same."""
-        if problem := misfit(Asked, before):
-            raise DataError(f"{path}: damaged ({problem}); {ANEW}")
-        old, new = _facts(before), _facts(json.loads(json.dumps(self._asked)))
-        for name in new | old:
-            was, now = old.get(name, "nothing"), new.get(name, "nothing")
-            if was != now:
-                return f"{name} = {was!r}, this one has {now!r}"
-        return ""
-
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
         self.state |= state
-        content = json.dumps({"asked": self._asked, "state": self.state})
+        content = json.dumps({"asked": self.asked, "state": self.state})
         write_atomically(self._progress, content.encode())
 
     def publish(self) -> None:
         """Give the finished dataset its name."""
-        write_atomically(self.dataset / PREPARED_JSON, json.dumps(self._asked).encode())
+        write_atomically(self.dataset / PREPARED_JSON, json.dumps(self.asked).encode())
         os.chmod(self.dataset, 0o755)
         _sync(self.dataset)
         os.rename(self.dataset, self.out)
@@ -289,10 +278,24 @@ class Partial:
         self._held.close()
 
 
+def other_than(before: Any, asked: Asked, path: Path) -> str:
+    """Return what was asked for `before`, in the file `path`, and is not in `asked`, in words."""
+    if problem := misfit(Asked, before):
+        raise DataError(f"{path}: damaged ({problem}); {ANEW}")
+    old, new = _facts(before), _facts(json.loads(json.dumps(asked)))
+    for name in new | old:
+        was, now = old.get(name, "nothing"), new.get(name, "nothing")
+        if was != now:
+            return f"{name} = {was!r}, this one has {now!r}"
+    return ""
+
+
 def _facts(asked: Asked) -> dict[str, Any]:
     """Return what shapes a dataset, by name."""
-    options = {k: v for k, v in asked["source"].items() if k not in ("n_files", "n_bytes")}
-    files = {f"file {name}": facts for name, *facts in asked["files"]}
+    options = {k: v for k, v in asked["source"].items() if k not in ("n_files", "n_bytes", "part")}
+    files: dict[str, list[Any]] = {}
+    for name, *facts in asked["files"]:  # addresses may differ in what is not kept of them
+        files.setdefault(f"file {name}", []).extend(facts)
     others = {"fasttrain and tokenizers": asked["recipe"]}
     return options | files | {"tokenizer's SHA-256": asked["tokenizer_sha256"]} | others
 
