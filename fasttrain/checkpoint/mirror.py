@@ -91,18 +91,23 @@ class Mirror:
             self._pass_over(f"{self.address}/checkpoints/{name}: its manifest or a file is damaged")
         later = [name for name, m in copies.items() if m and m["commit"] > last]
         note(f"{counted(len(later), 'newer checkpoint')} in {shown(self.address)}")
-        if newest := next((name for name in later if self._fetch(name, copies[name])), None):
-            disk.point(self.folder / "latest", newest)
-            if (best := _best(copies)) and (best == newest or self._fetch(best, copies[best])):
-                disk.point(self.folder / "best", best)
-            for name in names_at(self.address).keys() & _BESIDE:
-                if not (self.run_dir / name).exists():
-                    remote(f"{self.address}/{name}", "get_file", str(self.run_dir / name))
-        elif not last and any(manifest != {} for manifest in copies.values()):
-            raise CheckpointError(
-                f"{shown(self.address)}: none of its checkpoints verifies; start a new run under "
-                "another name"
-            )
+        for name in later:
+            if self._fetch(name, copies[name]):
+                break
+            copies[name] = None
+        else:
+            if not last and any(manifest != {} for manifest in copies.values()):
+                raise CheckpointError(
+                    f"{shown(self.address)}: none of its checkpoints verifies; start a new run "
+                    "under another name"
+                )
+            return
+        disk.point(self.folder / "latest", name)
+        if (best := _best(copies)) and (best == name or self._fetch(best, copies[best])):
+            disk.point(self.folder / "best", best)
+        for file in names_at(self.address).keys() & _BESIDE:
+            if not (self.run_dir / file).exists():
+                remote(f"{self.address}/{file}", "get_file", str(self.run_dir / file))
 
     def _fetch(self, name: str, manifest: Any) -> bool:
         """Bring a copy; false, after a warning, if it is damaged."""
