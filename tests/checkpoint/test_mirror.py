@@ -1,4 +1,4 @@
-"""Copies of checkpoints elsewhere: whole or never taken, whatever cuts an upload off (R4, R5, R14)."""
+"""Copies of checkpoints elsewhere: whole or never taken, whatever cuts an upload off."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ METRICS = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5}
 
 
 @pytest.fixture(autouse=True)
-def _whole_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _whole_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PAUSE_S", 0.01)
     monkeypatch.setattr(Faulty, "happens", Faulty.happens)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # spares the disk
     Faulty.log.clear()
-    yield
 
 
 class Run:

@@ -1,7 +1,7 @@
 """A file system whose operations are counted and can go wrong, and kills of a run at each of them.
 
-``python -m tests.support.toy_mirror FOLDER N …`` trains with a mirror there, once to the end and then
-for each N: it is killed at that operation of the mirror, loses its run folder, and is resumed in a
+``python -m tests.support.toy_mirror FOLDER N …`` trains with a mirror there: once to the end, and
+for each N it is killed at that operation of the mirror, loses its run folder, and is resumed in a
 new one. Reports as JSON.
 """
 
