@@ -8,10 +8,8 @@ over: a step that is saved again is another commit. So an upload that is cut off
 leaves the copies that were whole as they were. What is brought back is hashed before it is used.
 """
 
-import atexit
 import contextlib
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,41 +21,39 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError
-from fasttrain.config.keys import counted
-from fasttrain.data.files import STALL_S, DataError, file_system, remote, shown
+from fasttrain.data.files import DataError, file_system, remote, shown
 
 # What else of its folder a run continues on another machine, or generates text with.
 _BESIDE = {"metrics.jsonl", "samples.txt", "tokenizer.json"}
-_SLOWEST = 1e6  # bytes/s: a slower transfer has failed
+_TRANSFER_S = 3600.0  # for one file; what stalls is ended sooner by the store's client
+
+_Tell = Callable[[str], None]
+_Copies = dict[str, dict[str, Any] | None]  # manifests by folder; {}: cut off; None: damaged
 
 
 class Mirror:
     """The copies of one run's checkpoints, under ``address`` and the name of its folder.
 
-    A thread makes them, keeps the last `keep_last` and the best, and tells `warn` what fails. The
-    other methods raise DataError where the address fails.
+    A thread makes them and keeps the last ``keep_last`` and the best; what fails there is told to
+    ``warn``. Elsewhere an address that fails raises DataError.
     """
 
     def __init__(
-        self, address: str, run_dir: Path, keep_last: int, warn: Callable[[str], None]
+        self, address: str, run_dir: Path, keep_last: int, *, note: _Tell, warn: _Tell
     ) -> None:
-        self.address = f"{address.rstrip('/')}/{run_dir.name}"
-        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
-        self.keep_last, self._warn = keep_last, warn
+        self.address, self.run_dir = f"{address.rstrip('/')}/{run_dir.name}", run_dir
+        self.folder, self.keep_last = run_dir / "checkpoints", keep_last
+        self.shown, self._note, self._warn = shown(self.address), note, warn
         self.last_commit = self.failures = 0  # the former of all that are or were there
         self.copying: Path | None = None  # the checkpoint that may not be removed now
-        self._lock = threading.Lock()
+        self._due, self._lock = False, threading.Lock()
         self._thread: threading.Thread | None = None
-        self._due = False
         fs, path = file_system(self.address)
         if "file" in fs.protocol and Path(path).resolve() == run_dir.resolve():
-            raise UserError(
-                f"checkpoint.mirror = {address}: the run itself is there; name a folder on another "
-                "disk, and to resume from it: --resume auto"
-            )
+            raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
 
-    def copies(self) -> dict[str, dict[str, Any] | None]:
-        """Return manifests by folder, the newest commit first; of no copy yet {}, damaged None."""
+    def copies(self) -> _Copies:
+        """Return the copies, the newest commit first."""
         names = filter(STEP.fullmatch, names_at(f"{self.address}/checkpoints"))
         found = {name: self._manifest(name) for name in names}
         commits = {name: manifest["commit"] for name, manifest in found.items() if manifest}
@@ -65,73 +61,65 @@ class Mirror:
         return {n: found[n] for n in sorted(found, key=lambda n: -commits.get(n, 0))}
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
-        where = f"{self.address}/checkpoints/{name}"
-        sizes = names_at(where)
+        sizes = names_at(where := f"{self.address}/checkpoints/{name}")
         if MANIFEST not in sizes:
             return {}
-        try:
+        with contextlib.suppress(CheckpointError):
             small = sizes[MANIFEST] <= disk.JSON_LIMIT
             text = remote(f"{where}/{MANIFEST}", "cat_file") if small else b""
             manifest = disk.parse_manifest(where, text)
-        except CheckpointError:
-            return None
-        whole = all(sizes.get(file) == e["bytes"] for file, e in manifest["files"].items())
-        return manifest if whole and name == _name(manifest) else None
+            whole = all(sizes.get(file) == e["bytes"] for file, e in manifest["files"].items())
+            return manifest if whole and name == _name(manifest) else None
+        return None
 
-    def fetch(self, note: Callable[[str], None]) -> None:
-        """Bring the newest copy that verifies, if it is newer than what is here.
+    def fetch(self) -> None:
+        """Bring the newest copy that verifies, if none here that verifies is as new.
 
         With it come the best one and what else the run goes on with. Raises CheckpointError where
-        nothing is here and of the copies there none verifies.
+        all copies are damaged and so is all that is here.
         """
         copies, last = self.copies(), 0
         with contextlib.suppress(CheckpointError):
             last = disk.read_manifest(resolve(self.folder, report=lambda _: None))["commit"]
         for name in [name for name, manifest in copies.items() if manifest is None]:
-            self._pass_over(f"{self.address}/checkpoints/{name}: its manifest or a file is damaged")
-        later = [name for name, m in copies.items() if m and m["commit"] > last]
-        note(f"{counted(len(later), 'newer checkpoint')} in {shown(self.address)}")
-        for name in later:
-            if self._fetch(name, copies[name]):
-                break
-            copies[name] = None
-        else:
-            if not last and any(manifest != {} for manifest in copies.values()):
-                raise CheckpointError(
-                    f"{shown(self.address)}: none of its checkpoints verifies; start a new run "
-                    "under another name"
-                )
+            self._pass_over(f"{self.shown}/checkpoints/{name}: its manifest or a file is damaged")
+        newer = [name for name, m in copies.items() if m and m["commit"] > last]
+        self._note(f"{self.shown} holds {len(newer) or 'no'} newer checkpoints")
+        newest = next((name for name in newer if self._fetch(name, copies)), None)
+        if newest is None:
+            if not last and any(manifest is None for manifest in copies.values()):
+                raise CheckpointError(f"{self.shown}: no checkpoint verifies; use another run.name")
             return
-        disk.point(self.folder / "latest", name)
-        if (best := _best(copies)) and (best == name or self._fetch(best, copies[best])):
+        disk.point(self.folder / "latest", newest)
+        if (best := _best(copies)) and (best == newest or self._fetch(best, copies)):
             disk.point(self.folder / "best", best)
-        for file in names_at(self.address).keys() & _BESIDE:
-            if not (self.run_dir / file).exists():
-                remote(f"{self.address}/{file}", "get_file", str(self.run_dir / file))
+        for name in names_at(self.address).keys() & _BESIDE:
+            if not (self.run_dir / name).exists():
+                remote(f"{self.address}/{name}", "get_file", str(self.run_dir / name))
 
-    def _fetch(self, name: str, manifest: Any) -> bool:
-        """Bring a copy; false, after a warning, if it is damaged."""
+    def _fetch(self, name: str, copies: _Copies) -> bool:
+        """Bring a copy; if it is damaged warn, mark it and return false."""
         where, part = f"{self.address}/checkpoints/{name}", self.folder / f".tmp-{name}"
         disk.remove(part)
         part.mkdir(parents=True)
+        manifest = copies[name] or {}
         for file, entry in manifest["files"].items():
-            target, n_bytes = part / file, entry["bytes"]
-            check, timeout_s = partial(_check, target, n_bytes), _timeout_s(n_bytes)
-            source = f"{where}/{file}"
-            remote(source, "get_file", str(target), check=check, timeout_s=timeout_s)
+            source, check = f"{where}/{file}", partial(_check, part / file, entry["bytes"])
+            remote(source, "get_file", str(part / file), check=check, timeout_s=_TRANSFER_S)
         disk.write_file(part / MANIFEST, disk.seal(manifest))
         try:
             verify(part)
         except CheckpointError as error:
-            self._pass_over(str(error).replace(str(part), where))
+            self._pass_over(shown(str(error).replace(str(part), where)))
             disk.remove(part)
+            copies[name] = None
             return False
         disk.remove(self.folder / name)  # it is damaged, or it would not be fetched
         os.rename(part, self.folder / name)
         return True
 
     def _pass_over(self, problem: str) -> None:
-        self._warn(f"passing over a damaged checkpoint: {shown(problem)}")
+        self._warn(f"passing over a damaged checkpoint: {problem}")
 
     # ---- the thread that copies ----------------------------------------------------------------
 
@@ -143,16 +131,14 @@ class Mirror:
                 self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
                 self._thread.start()
 
-    def finish(self, patience_s: float, note: Callable[[str], None]) -> None:
+    def finish(self, patience_s: float) -> None:
         """Wait for what is being copied, at most so long, and say so."""
-        if (thread := self._thread) is None:
-            return
-        what = f"the last checkpoint to {shown(self.address)}"
-        note(f"copying {what}, for at most {patience_s:g} s")
-        thread.join(patience_s)
-        if thread.is_alive():
-            self._thread = None
-            self._warn(f"gave up copying {what}: it took longer; copies that were there still are")
+        if (thread := self._thread) is not None:
+            self._note(f"copying the last checkpoint to {self.shown}, at most {patience_s:g} s")
+            thread.join(patience_s)
+            if thread.is_alive():
+                self._thread = None
+                self._warn(f"gave up copying the last checkpoint: what {self.shown} held it holds")
 
     def _work(self) -> None:
         disk.give_way()
@@ -172,14 +158,14 @@ class Mirror:
     def _copy_new(self) -> None:
         copies, best = self.copies(), disk.pointed(self.folder / "best")
         saved = [(path, m) for path, m in disk.history(self.folder) if m]
-        wanted = [(p, m) for p, m in saved if p == saved[0][0] or p.name == best]
-        missing = [(p, m) for p, m in wanted if not copies.get(_name(m))]
+        wanted = [(path, m) for path, m in saved if path == saved[0][0] or path.name == best]
+        missing = [(path, m) for path, m in wanted if not copies.get(_name(m))]
         for self.copying, manifest in missing:
             self._copy(self.copying, manifest)
         # Nothing is removed unless what has come is seen there, of the sizes that it should have.
         copies = self.copies() if missing else copies
         if short := [_name(m) for _, m in missing if copies.get(_name(m), {}) is None]:
-            raise CheckpointError(f"{shown(self.address)}: {short[0]} did not come there whole")
+            raise CheckpointError(f"{self.shown}: {short[0]} did not come there whole")
         whole = [name for name, manifest in copies.items() if manifest]
         for name in copies.keys() - {*whole[: self.keep_last], _best(copies)} if whole else ():
             self._remove(name)
@@ -192,9 +178,8 @@ class Mirror:
             for file, entry in manifest["files"].items():
                 disk.read_file(path / file, entry)
                 self.put(f"{where}/{file}", path / file)
-            for file in _BESIDE:
-                if (self.run_dir / file).is_file():
-                    self.put(file, (self.run_dir / file).read_bytes())
+            for beside in filter(Path.is_file, map(self.run_dir.joinpath, _BESIDE)):
+                self.put(beside.name, beside.read_bytes())
         except (UserError, OSError) as error:
             problem = error
         if (path / MANIFEST).is_file() and (path / MANIFEST).read_bytes() == sealed:
@@ -210,8 +195,7 @@ class Mirror:
         if isinstance(content, bytes):
             remote(address, "pipe_file", content)
         else:
-            patience_s = _timeout_s(content.stat().st_size)
-            remote(address, "put_file", before=(str(content),), timeout_s=patience_s)
+            remote(address, "put_file", before=(str(content),), timeout_s=_TRANSFER_S)
         if "file" in fs.protocol:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -219,17 +203,14 @@ class Mirror:
                 disk.fsync_folder(folder)
 
     def _remove(self, name: str) -> None:
-        where = f"{self.address}/checkpoints/{name}"
-        _if_there(f"{where}/{MANIFEST}", "rm_file")
-        _if_there(where, "rm", recursive=True)
+        _if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")
+        _if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
 
 
 def config_at(address: str) -> str:
-    """Return a file with the config of the run at an address; it goes when this process ends."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    remote(f"{address}/config.toml", "get_file", file := f"{folder}/config.toml")
-    return file
+    """Return a copy of the config of the run at an address, in a folder for temporary files."""
+    remote(f"{address}/config.toml", "get_file", path := tempfile.mkstemp(suffix=".toml")[1])
+    return path
 
 
 def names_at(address: str) -> dict[str, int]:
@@ -253,14 +234,10 @@ def _name(manifest: dict[str, Any]) -> str:
     return f"step-{manifest['step']:08d}-c{manifest['commit']}"
 
 
-def _best(copies: dict[str, dict[str, Any] | None]) -> str | None:
+def _best(copies: _Copies) -> str | None:
     """Return the name of the copy of the lowest metric, if any was evaluated."""
     rated = [(m["metric"], m["commit"], name) for name, m in copies.items() if m]
     return min((r for r in rated if r[0] is not None), default=(0, 0, None))[2]
-
-
-def _timeout_s(n_bytes: int) -> float:
-    return STALL_S + n_bytes / _SLOWEST
 
 
 def _check(file: Path, n_bytes: int, _: object) -> None:

@@ -126,11 +126,6 @@ class Reporter:
 
         keep_lines(self.run_dir / "samples.txt", kept)
 
-    def note(self, text: str) -> None:
-        """Show a remark."""
-        if self.console:
-            self.console.note(text)
-
     def warn(self, text: str) -> None:
         """Show a warning."""
         if self.console:

@@ -241,4 +241,4 @@ class Saver:
             if self.config.checkpoint.mirror:
                 self.world.wait_longer(2 * self.patience_s)
             if self.mirror:
-                self.mirror.finish(self.patience_s, self.reporter.note)
+                self.mirror.finish(self.patience_s)

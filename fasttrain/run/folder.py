@@ -51,13 +51,15 @@ class RunFolder:
         else:
             path = run_dir_of(config, name, resume)
         if address := config.checkpoint.mirror:
-            self.mirror = Mirror(address, path, config.checkpoint.keep_last, self.warn)
+            self.mirror = Mirror(
+                address, path, config.checkpoint.keep_last, note=self.note, warn=self.warn
+            )
         self.new = not path.exists()
         self._lock = lock_run_dir(path)
         self.console = Console(log_file=path / "train.log")
         source = None
         if resume == "auto" and self.mirror and not restarted:
-            self.mirror.fetch(self.note)
+            self.mirror.fetch()
         if resume == "auto" and not _was_saved(path):
             how = "starting a new run" if self.new else "starting over in this folder"
             self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
@@ -103,14 +105,15 @@ def run_dir_of(config: TrainConfig, name: str, resume: str | None) -> Path:
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     paths = map(out_dir.joinpath, names if given is None else [given])
     address = config.checkpoint.mirror
-    mirrored = names_at(address) if address else {}
+    there = names_at(address) if address else {}
 
     def exists(path: Path) -> bool:
-        return path.exists() or path.name in mirrored
+        return path.exists() or path.name in there
 
     def was_saved(path: Path) -> bool:
-        copies = f"{address}/{path.name}/checkpoints"
-        return _was_saved(path) or (path.name in mirrored and bool(names_at(copies)))
+        return _was_saved(path) or bool(
+            path.name in there and names_at(f"{address}/{path.name}/checkpoints")
+        )
 
     found = [next(paths), *itertools.takewhile(exists, paths)]
     if resume == "auto":

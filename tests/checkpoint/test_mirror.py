@@ -43,8 +43,15 @@ class Run:
     def __init__(self, root: Path, *, keep_last: int = 1, address: str = "") -> None:
         self.root, self.copies = root, root / "m/a/checkpoints"
         self.warned: list[str] = []
+        self.noted: list[str] = []
         self.address = address or f"faulty://{root}/m"
-        self.mirror = Mirror(self.address, root / "runs/a", keep_last, self.warned.append)
+        self.mirror = Mirror(
+            self.address,
+            root / "runs/a",
+            keep_last,
+            note=self.noted.append,
+            warn=self.warned.append,
+        )
         self.writer = CheckpointWriter(
             root / "runs/a/checkpoints", keep_last=2, asynchronous=False, mirror=self.mirror
         )
@@ -64,8 +71,7 @@ class Run:
         """Bring what is in the mirror to another machine, and return the newest that verifies."""
         there = self.root / "elsewhere/a"
         shutil.rmtree(there, ignore_errors=True)
-        mirror = Mirror(self.address, there, 1, self.warned.append)
-        mirror.fetch(lambda text: None)
+        Mirror(self.address, there, 1, note=self.noted.append, warn=self.warned.append).fetch()
         return resolve(there, report=self.warned.append)
 
     def names(self) -> list[str]:
@@ -229,7 +235,7 @@ def test_R15_files_that_are_not_as_they_were(how: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     shutil.rmtree(run.copies / "step-00000001-c1")
     (newest / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of its checkpoints verifies"):
+    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
         run.fetch()
 
 
@@ -238,7 +244,7 @@ def test_R14_a_damaged_checkpoint_here_is_replaced_by_its_copy(tmp_path: Path) -
     run.save(1)
     run.copy()
     flip_bit(tmp_path / "runs/a/checkpoints/step-00000001/model.safetensors", 9999)
-    run.mirror.fetch(run.warned.append)
+    run.mirror.fetch()
     assert is_intact(resolve(tmp_path / "runs/a", report=run.warned.append)) == 1
 
 
@@ -319,11 +325,10 @@ def test_saves_do_not_wait_for_an_upload_nor_remove_what_it_reads(tmp_path: Path
     kept = sorted(p.name for p in (tmp_path / "runs/a/checkpoints").glob("step-*"))
     assert kept == ["step-00000011", "step-00000015"]
     release.set()
-    run.mirror.finish(60, run.warned.append)
-    assert run.warned in (
-        [],
-        [f"copying the last checkpoint to {run.mirror.address}, for at most 60 s"],
-    )
+    run.mirror.finish(60)
+    where = run.mirror.address
+    assert run.noted == [f"copying the last checkpoint to {where}, at most 60 s"]
+    assert run.warned == []
     assert run.names() == ["step-00000015-c5"]
     assert [line for line in Faulty.log if "step-00000011-c1/manifest.json" in line]
     assert not [line for line in Faulty.log if "step-00000013" in line]  # it was overtaken
@@ -331,15 +336,15 @@ def test_saves_do_not_wait_for_an_upload_nor_remove_what_it_reads(tmp_path: Path
 
 
 def test_the_end_waits_for_the_upload_for_a_bounded_time_and_says_so(tmp_path: Path) -> None:
-    run, notes = Run(tmp_path), list[str]()
+    run = Run(tmp_path)
     release = blocked(run)
     run.writer.save(1, groups(1), {"version": 0}, CONFIG)
     thread = run.mirror._thread
-    run.mirror.finish(0.2, notes.append)
-    assert "for at most 0.2 s" in notes[0]
+    run.mirror.finish(0.2)
+    assert "at most 0.2 s" in run.noted[0]
     assert "gave up copying the last checkpoint" in run.warned[0]
-    run.mirror.finish(1e9, notes.append)  # nothing is waited for twice
-    assert len(notes) == 1
+    run.mirror.finish(1e9)  # nothing is waited for twice
+    assert len(run.noted) == 1
     release.set()
     thread.join(60)
 
@@ -352,14 +357,14 @@ def test_a_bucket_that_fails_is_tried_a_bounded_number_of_times_and_told(tmp_pat
     run = Run(tmp_path)
     Faulty.happens = failing
     run.writer.save(1, groups(1), {"version": 0}, CONFIG)
-    run.mirror.finish(60, lambda text: None)
+    run.mirror.finish(60)
     assert len(Faulty.log) == files.ATTEMPTS
     assert run.mirror.failures == 1
     assert "the bucket is on fire" in run.warned[0]
     assert "5 attempts failed" in run.warned[0]
     Faulty.happens = lambda what, half: None
     run.writer.save(2, groups(2), {"version": 0}, CONFIG)
-    run.mirror.finish(60, lambda text: None)
+    run.mirror.finish(60)
     assert len(run.warned) == run.mirror.failures == 1
     assert is_intact(run.fetch()) == 2
 
@@ -393,17 +398,17 @@ def test_any_file_system_of_fsspec(tmp_path: Path) -> None:
 
 def test_the_run_itself_is_no_mirror_of_it(tmp_path: Path) -> None:
     for address in (f"{tmp_path}/runs", f"file://{tmp_path}/runs/"):
-        with pytest.raises(UserError, match=r"the run itself is there.*--resume auto"):
-            Mirror(address, tmp_path / "runs/a", 1, print)
+        with pytest.raises(UserError, match=r"is run.out_dir; name another"):
+            Mirror(address, tmp_path / "runs/a", 1, note=print, warn=print)
 
 
 def test_secrets_in_an_address_are_not_shown(tmp_path: Path) -> None:
     run = Run(tmp_path, address=f"faulty://me:hunter2@{tmp_path}/m")
-    run.mirror.finish(1, run.warned.append)
+    run.mirror.finish(1)
     run.writer.save(1, groups(1), {"version": 0}, CONFIG)
     Faulty.happens = failing
     run.mirror.wake()
-    run.mirror.finish(60, run.warned.append)
+    run.mirror.finish(60)
     assert run.warned
     assert "hunter2" not in " ".join(run.warned)
 

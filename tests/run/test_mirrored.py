@@ -52,7 +52,7 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror(toy: Path, capsys: C
     shutil.rmtree("runs")
     assert main([*command, "--resume", "auto"]) == 0
     shown = capsys.readouterr().out
-    assert f"2 newer checkpoints in {toy.parent}/m/toy-2" in shown
+    assert f"{toy.parent}/m/toy-2 holds 2 newer checkpoints" in shown
     assert "runs/toy-2/checkpoints/step-00000004-c2 at step 4" in shown
     equal("whole/toy", "runs/toy-2")
     assert [path.name for path in Path("runs").iterdir()] == ["toy-2"]
@@ -185,6 +185,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "testing-only")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of botocore, beside s3fs's and ours
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     with serving(proxy_upstream(server.get_host_and_port()[1])) as proxy:
