@@ -353,8 +353,8 @@ class CheckpointConfig(Section):
     asynchronous: bool = key(True, "write checkpoints in a background thread")
     mirror: str | None = key(
         None,
-        "folder or address, such as s3://bucket/runs, where each is copied to in the background "
-        "and --resume auto looks too (none: nowhere)",
+        "folder or address, such as s3://bucket/runs, to copy checkpoints to and to resume from "
+        "if the run folder is gone",
         pattern=(r"[^\0?#]*[^\0?#/]/*", "a path or an address, without a query"),
     )
 

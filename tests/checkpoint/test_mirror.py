@@ -23,7 +23,7 @@ from tests.checkpoint import test_sharded_checkpoint as sharded
 from tests.checkpoint.test_checkpoint_faults import groups, is_intact
 from tests.support.faults import Crash, flip_bit
 from tests.support.toy import ENV, ROOT, wait_until
-from tests.support.toy_checkpoints import CONFIG
+from tests.support.toy_checkpoints import CONFIG, reseal
 from tests.support.toy_mirror import At, Faulty
 
 METRICS = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5}
@@ -237,6 +237,19 @@ def test_R15_files_that_are_not_as_they_were(how: str, tmp_path: Path) -> None:
     (newest / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint verifies"):
         run.fetch()
+
+
+def test_a_hostile_manifest_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    run.copy()
+    copy = run.copies / "step-00000001-c1"
+    shutil.copy(copy / "state.json", run.copies / "hostile")
+    entry = read_manifest(copy)["files"]["state.json"]
+    reseal(copy, files={**read_manifest(copy)["files"], "../hostile": entry})
+    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
+        run.fetch()
+    assert not list((tmp_path / "elsewhere").rglob("hostile"))
 
 
 def test_R14_a_damaged_checkpoint_here_is_replaced_by_its_copy(tmp_path: Path) -> None:
