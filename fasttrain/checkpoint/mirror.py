@@ -21,6 +21,7 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError
+from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, file_system, remote, shown
 
 # What else of its folder a run continues on another machine, or generates text with.
@@ -84,7 +85,7 @@ class Mirror:
         for name in [name for name, manifest in copies.items() if manifest is None]:
             self._pass_over(f"{self.shown}/checkpoints/{name}: its manifest or a file is damaged")
         newer = [name for name, m in copies.items() if m and m["commit"] > last]
-        self._note(f"{self.shown} holds {len(newer) or 'no'} newer checkpoints")
+        self._note(f"{self.shown} holds {counted(len(newer), 'newer checkpoint')}")
         newest = next((name for name in newer if self._fetch(name, copies)), None)
         if newest is None:
             if not last and any(manifest is None for manifest in copies.values()):
