@@ -5,6 +5,7 @@ Only the config is loaded until it is known to be good; torch comes after.
 
 import argparse
 import glob
+import json
 import os
 import re
 import signal
@@ -32,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="auto|PATH",
         help="continue a run: from the newest intact checkpoint of this config's run, or start a "
-        "new run if there is none yet (auto); or from a run or checkpoint folder, with its own "
-        "config unless one is given",
+        "new run if there is none yet (auto); or from a run or checkpoint folder, or the address "
+        "of a run in a mirror, with its own config unless one is given",
     )
     decay = "start a new run from a run or checkpoint folder, and decay its learning rate (with "
     decay += "schedule.name=wsd) from there to the end that this config sets"
@@ -92,6 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # At once: an import in C may swallow an exception and stay half done.
         with interruptible(lambda number, _: os._exit(interrupted(number))):
+            if "://" in (address := arguments.resume or ""):
+                from fasttrain.checkpoint.mirror import config_at
+
+                mirror, _, run_name = address.rstrip("/").rpartition("/")
+                keys = {"checkpoint.mirror": mirror, "run.name": run_name}
+                arguments.overrides += [f"{k}={json.dumps(v)}" for k, v in keys.items()]
+                given, arguments.resume = given or config_at(address), "auto"
             path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
             config = load_config(path, arguments.overrides)
             if arguments.resume == "auto" and not only_looks:

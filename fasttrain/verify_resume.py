@@ -53,7 +53,7 @@ def verify_resume(
     out_dir = Path(config.run.out_dir)
     is_new, folder = not out_dir.exists(), out_dir / f"verify-resume-{secrets.token_hex(4)}"
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
-    base += ["log.every_steps=1", "run.deterministic=true"]
+    base += ["log.every_steps=1", "run.deterministic=true", "checkpoint.mirror=none"]
     if config.run.threads is None:  # with other numbers of processors they would sum differently
         base += [f"run.threads={torch.get_num_threads()}"]
     parts = [

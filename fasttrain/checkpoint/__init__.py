@@ -18,6 +18,7 @@ as the files are, so that the background thread hashes and writes them as they l
 """
 
 from fasttrain.checkpoint.files import CheckpointError
+from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.reading import (
     Checkpoint,
     check_model,
@@ -30,6 +31,6 @@ from fasttrain.checkpoint.reading import (
 from fasttrain.checkpoint.writer import CheckpointWriter
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "CheckpointWriter", "check_model", "load", "parse", "resolve",
-    "saved_parameters", "verify",
+    "Checkpoint", "CheckpointError", "CheckpointWriter", "Mirror", "check_model", "load", "parse",
+    "resolve", "saved_parameters", "verify",
 ]  # fmt: skip

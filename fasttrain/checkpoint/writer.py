@@ -21,15 +21,12 @@ from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
+from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.ranks import Ranks, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
 
-# On a core that training keeps busy, Linux gives a thread of this priority 3.4 % (of 10: 9.7 %),
-# and all that training leaves idle. To hash a GB takes 0.7 s, so that it is written in half a
-# minute at the latest. What takes some milliseconds anyway is better done soon.
-_NICE = 15
-_BULKY = 64 << 20  # bytes
+_BULKY = 64 << 20  # bytes; fewer take some milliseconds, and are better written soon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +49,7 @@ class CheckpointWriter:
     Unless `asynchronous`, `save` returns after the commit. With several ranks each has a writer,
     all with one new `session`; they save at the same steps, and wait `patience_s` for each other.
     `warn` is called, in any thread, if a checkpoint is complete but older ones could not be
-    removed.
+    removed. A `mirror`, on rank 0, is told of each commit.
 
     Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
     """
@@ -68,8 +65,9 @@ class CheckpointWriter:
         session: str = "",
         patience_s: float = 600.0,
         warn: Callable[[str], None] = tell,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.mirror = Path(folder), mirror
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
@@ -190,9 +188,8 @@ class CheckpointWriter:
             for device in self._streams:  # to wait in another's context would open one there
                 torch.cuda.set_device(device)
             n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.names)
-            if sys.platform == "linux" and n_bytes > _BULKY:  # a thread has its own priority there
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            if n_bytes > _BULKY:
+                disk.give_way()
             self._write(save)
         except BaseException as error:
             self._error = error
@@ -202,6 +199,8 @@ class CheckpointWriter:
             event.synchronize()
         if self._ranks.rank == 0:
             self._commit(save)
+            if self.mirror:
+                self.mirror.wake()
             return
         try:
             self._write_part(save)
@@ -245,9 +244,11 @@ class CheckpointWriter:
             files = self._write_part(save)
             for name, text in save.texts.items():
                 files[name] = disk.write_file(partial / name, text)
+            commits = [m["commit"] for _, m in older if m]
+            commits += [self.mirror.last_commit] if self.mirror else []
             manifest = {
                 **disk.FORMAT,
-                "commit": 1 + max((m["commit"] for _, m in older if m), default=0),
+                "commit": 1 + max(commits, default=0),
                 "step": save.step,
                 "metric": save.metric,
                 "files": files,
@@ -316,6 +317,7 @@ class CheckpointWriter:
         if len(good) < self.keep_last:
             return
         kept = {path for path, _ in good[: self.keep_last]} | {newest, best}
+        kept |= {self.mirror.copying} if self.mirror else set()
         paths = [path for path, _ in found]
         for path in paths[paths.index(good[self.keep_last - 1][0]) :]:
             if path not in kept:

@@ -374,6 +374,12 @@ class CheckpointConfig(Section):
     )
     keep_last: int = key(2, "number of newest checkpoints kept, besides the best", ge=1)
     asynchronous: bool = key(True, "write checkpoints in a background thread")
+    mirror: str | None = key(
+        None,
+        "folder or address, such as s3://bucket/runs, to copy checkpoints to and to resume from "
+        "if the run folder is gone",
+        pattern=(r"[^\0?#]*[^\0?#/]/*", "a path or an address, without a query"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

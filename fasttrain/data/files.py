@@ -53,20 +53,21 @@ def remote(
     address: str,
     operation: str,
     *args: Any,
+    before: tuple[Any, ...] = (),
     check: Callable[[Any], None] = lambda result: None,
     timeout_s: float | None = None,
     **options: Any,
 ) -> Any:
     """Return what an operation of fsspec's file system, as `"info"`, gives for an address.
 
-    What fails in transit or stalls is tried again, in all `ATTEMPTS` times; so is a result for
-    which `check` raises an OSError.
+    Arguments `before` the path are those of `"put_file"`. What fails in transit or stalls is tried
+    again, in all `ATTEMPTS` times; so is a result for which `check` raises an OSError.
     """
     fs, path = file_system(address)
     options |= {"timeout": timeout_s or STALL_S} if fs.async_impl else {}
     for pause in [*(PAUSE_S * 2**n for n in range(ATTEMPTS - 1)), 0]:
         try:
-            result = getattr(fs, operation)(path, *args, **options)
+            result = getattr(fs, operation)(*before, path, *args, **options)
             check(result)
             return result
         except Exception as error:

@@ -118,6 +118,11 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def wait_longer(self, patience_s: float) -> None:
+        """Have `gather` and `share` fail only after ``patience_s`` from now on."""
+        if self.control is not None:
+            set_group_timeout(timedelta(seconds=patience_s), self.control)
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError (SharedError but on rank 0) if ranks hold different facts. Waits.
 

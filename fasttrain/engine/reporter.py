@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from fasttrain.checkpoint import Mirror
 from fasttrain.command import redact
 from fasttrain.config import TrainConfig
 from fasttrain.data.loader import Batch
@@ -38,6 +39,7 @@ class Reporter:
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
         self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
+        self.mirror: Mirror | None = None
         self._session_has_line = False
         self._n_fresh = 0  # tokens since the last line
 
@@ -79,6 +81,8 @@ class Reporter:
         }
         if self.train_step.precision.scaled:
             row["grad_scale"] = numbers.grad_scale
+        if self.mirror:
+            row["failed_copies"] = self.mirror.failures
         if stopped:
             row["stopped"] = True
         if not self._session_has_line:

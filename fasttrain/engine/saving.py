@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
+from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, Mirror, load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
@@ -84,6 +84,7 @@ class Saver:
         watchdog: Watchdog,
         run_dir: Path,
         recorded: Mapping[str, Any],
+        mirror: Mirror | None = None,
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
@@ -103,7 +104,11 @@ class Saver:
             session=world.share(secrets.token_hex(8)),
             patience_s=self.patience_s,
             warn=reporter.warn,
+            mirror=mirror,
         )
+        self.mirror = reporter.mirror = mirror
+        if mirror:
+            mirror.wake()  # of a resumed run what was cut off
 
     def save_once(self) -> None:
         """Save unless this step is saved; a save that failed (disk full, say) does not end the run.
@@ -224,7 +229,16 @@ class Saver:
         self.reporter.drop_after(state.step)
 
     def close(self) -> None:
-        """Wait for the save in flight; but where an error ends the run, other ranks may be gone."""
+        """Wait for the save in flight; but where an error ends the run, other ranks may be gone.
+
+        Then wait for its copy, for as long at most. Other ranks may wait for this one meanwhile.
+        """
         if sys.exception() is not None:
             self.writer.abandon()
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            if self.config.checkpoint.mirror:
+                self.world.wait_longer(2 * self.patience_s)
+            if self.mirror:
+                self.mirror.finish(self.patience_s)

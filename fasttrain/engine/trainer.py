@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from fasttrain.checkpoint import Mirror
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
@@ -69,6 +70,7 @@ class Trainer:
         score_tasks: TaskScorer | None = None,
         recorded: dict[str, Any] | None = None,
         world: World | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         # What is trained, on what, and where to
         self.config, recorded = config, recorded or {}
@@ -100,7 +102,7 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
-        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
+        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded, mirror)
         self.recovery = Recovery(self.saver, self.guard, self.accumulation, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None

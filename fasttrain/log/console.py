@@ -33,7 +33,8 @@ _ROWS_PER_HEADING = 20
 _N_PLAIN_COLUMNS = 9  # a plain line stays near 110 characters; metrics.jsonl has the rest
 _LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
 _PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
-_COUNTERS = ("skipped_steps", "spikes", "rollbacks")  # shown once they are not zero
+# Shown once they are not zero:
+_COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")
 
 
 def format_count(n: float) -> str:

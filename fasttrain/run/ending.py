@@ -53,6 +53,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         try:
             if not trainer.save_unfinished():
                 return  # it ended after all
+            trainer.saver.close()  # waits for the copy
             folder.note(f"{trainer.stop_reason}: the step under way was given up")
             status = end("stopped")
             folder.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fasttrain import checkpoint
+from fasttrain.checkpoint.mirror import Mirror, names_at
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.distributed.world import World
@@ -23,14 +24,16 @@ from fasttrain.log.console import Console
 class RunFolder:
     """The folder of this run, until `close`.
 
-    ``resume`` is ``auto``: continue the newest checkpoint of this config's run, or begin a new run
-    if there is none yet; the path of a run or checkpoint folder; or None: begin a new run, in a
-    folder called ``name`` if ``run.name`` is unset. Ranks that torchrun restarts keep their folder.
+    ``resume`` is ``auto``: continue the newest checkpoint of this config's run, here or in its
+    mirror, or begin a new run if there is none yet; the path of a run or checkpoint folder; or
+    None: begin a new run, in a folder called ``name`` if ``run.name`` is unset. Ranks that torchrun
+    restarts keep their folder.
     """
 
     def __init__(self, config: TrainConfig, name: str, resume: str | None, world: World) -> None:
         self.world = world
-        self.console: Console | None = None  # of the first rank alone
+        self.console: Console | None = None  # of the first rank alone, as is the mirror
+        self.mirror: Mirror | None = None
         self._lock: TextIO | None = None
         self.new = False  # whether this process made the folder
         with contextlib.ExitStack() as failed:
@@ -47,10 +50,16 @@ class RunFolder:
             path, resume = restarted, "auto"
         else:
             path = run_dir_of(config, name, resume)
+        if address := config.checkpoint.mirror:
+            self.mirror = Mirror(
+                address, path, config.checkpoint.keep_last, note=self.note, warn=self.warn
+            )
         self.new = not path.exists()
         self._lock = lock_run_dir(path)
         self.console = Console(log_file=path / "train.log")
         source = None
+        if resume == "auto" and self.mirror and not restarted:
+            self.mirror.fetch()
         if resume == "auto" and not _was_saved(path):
             how = "starting a new run" if self.new else "starting over in this folder"
             self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
@@ -95,14 +104,26 @@ def run_dir_of(config: TrainConfig, name: str, resume: str | None) -> Path:
     given, out_dir = config.run.name, Path(config.run.out_dir)
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     paths = map(out_dir.joinpath, names if given is None else [given])
-    found = [next(paths), *itertools.takewhile(Path.exists, paths)]
+    address = config.checkpoint.mirror
+    there = names_at(address) if address else {}
+
+    def exists(path: Path) -> bool:
+        return path.exists() or path.name in there
+
+    def was_saved(path: Path) -> bool:
+        return _was_saved(path) or bool(
+            path.name in there and names_at(f"{address}/{path.name}/checkpoints")
+        )
+
+    found = [next(paths), *itertools.takewhile(exists, paths)]
     if resume == "auto":
-        return next(filter(_was_saved, reversed(found)), found[-1])
-    if not found[0].exists():
+        return next(filter(was_saved, reversed(found)), found[-1])
+    if not exists(found[0]):
         return found[0]
     if given is not None:
         raise UserError(
-            f"{found[0]} exists already; continue it with --resume auto, or set another run.name"
+            f"{found[0]} exists already{'' if found[0].exists() else ' in checkpoint.mirror'}; "
+            "continue it with --resume auto, or set another run.name"
         )
     return out_dir / f"{name}-{len(found) + 1}"
 

@@ -234,7 +234,10 @@ def _build(
     with world.failing_together():
         if world.leads:
             n_bytes = _checkpoint_bytes(model, optimizers, config)
-            check_disk(run_dir, n_bytes, config.checkpoint.keep_last)
+            held = config.checkpoint.keep_last + bool(folder.mirror)  # one is kept to be copied
+            check_disk(run_dir, n_bytes, held)
+            if folder.mirror:  # takes the name there, before the first step
+                folder.mirror.put("config.toml", config_to_toml(config, redact).encode())
         if train.tokenizer_path is not None:
             if folder.source is None and world.leads:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
@@ -258,6 +261,7 @@ def _build(
         score_tasks=score_tasks,
         recorded=recorded,
         world=world,
+        mirror=folder.mirror,
     )
     if source is not None:
         try:

@@ -218,7 +218,7 @@ def test_R17_a_large_save_gives_way_to_training(
     assert asked == []  # over in no time: better soon
     monkeypatch.setattr(checkpoint_writer, "_BULKY", 0)
     save(tmp_path, 2)
-    assert asked == [checkpoint_writer._NICE]
+    assert asked == [disk._NICE]
     assert_holds(resolve(tmp_path), groups(2))
 
 

@@ -1,0 +1,246 @@
+"""Copies of a run's checkpoints at another address: in an object store, or on another mount.
+
+    ADDRESS/base/  config.toml  metrics.jsonl  samples.txt  tokenizer.json
+                   checkpoints/step-00001000-c7/   as on the disk; c7: the run's seventh commit
+
+A copy counts once it has its manifest, which is written last and removed first. None is written
+over: a step that is saved again is another commit. So an upload that is cut off, at whatever point,
+leaves the copies that were whole as they were. What is brought back is hashed before it is used.
+"""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
+from fasttrain.checkpoint.reading import resolve, verify
+from fasttrain.config import UserError
+from fasttrain.config.keys import counted
+from fasttrain.data.files import DataError, file_system, remote, shown
+
+# What else of its folder a run continues on another machine, or generates text with.
+_BESIDE = {"metrics.jsonl", "samples.txt", "tokenizer.json"}
+_TRANSFER_S = 3600.0  # for one file; what stalls is ended sooner by the store's client
+
+_Tell = Callable[[str], None]
+_Copies = dict[str, dict[str, Any] | None]  # manifests by folder; {}: cut off; None: damaged
+
+
+class Mirror:
+    """The copies of one run's checkpoints, under ``address`` and the name of its folder.
+
+    A thread makes them and keeps the last ``keep_last`` and the best; what fails there is told to
+    ``warn``. Elsewhere an address that fails raises DataError.
+    """
+
+    def __init__(
+        self, address: str, run_dir: Path, keep_last: int, *, note: _Tell, warn: _Tell
+    ) -> None:
+        self.address, self.run_dir = f"{address.rstrip('/')}/{run_dir.name}", run_dir
+        self.folder, self.keep_last = run_dir / "checkpoints", keep_last
+        self.shown, self._note, self._warn = shown(self.address), note, warn
+        self.last_commit = self.failures = 0  # the former of all that are or were there
+        self.copying: Path | None = None  # the checkpoint that may not be removed now
+        self._due, self._lock = False, threading.Lock()
+        self._thread: threading.Thread | None = None
+        fs, path = file_system(self.address)
+        if "file" in fs.protocol and Path(path).resolve() == run_dir.resolve():
+            raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
+
+    def copies(self) -> _Copies:
+        """Return the copies, the newest commit first."""
+        names = filter(STEP.fullmatch, names_at(f"{self.address}/checkpoints"))
+        found = {name: self._manifest(name) for name in names}
+        commits = {name: manifest["commit"] for name, manifest in found.items() if manifest}
+        self.last_commit = max([self.last_commit, *commits.values()])
+        return {n: found[n] for n in sorted(found, key=lambda n: -commits.get(n, 0))}
+
+    def _manifest(self, name: str) -> dict[str, Any] | None:
+        sizes = names_at(where := f"{self.address}/checkpoints/{name}")
+        if MANIFEST not in sizes:
+            return {}
+        with contextlib.suppress(CheckpointError):
+            small = sizes[MANIFEST] <= disk.JSON_LIMIT
+            text = remote(f"{where}/{MANIFEST}", "cat_file") if small else b""
+            manifest = disk.parse_manifest(where, text)
+            whole = all(sizes.get(file) == e["bytes"] for file, e in manifest["files"].items())
+            return manifest if whole and name == _name(manifest) else None
+        return None
+
+    def fetch(self) -> None:
+        """Bring the newest copy that verifies, if none here that verifies is as new.
+
+        With it come the best one and what else the run goes on with. Raises CheckpointError where
+        all copies are damaged and so is all that is here.
+        """
+        copies, last = self.copies(), 0
+        with contextlib.suppress(CheckpointError):
+            last = disk.read_manifest(resolve(self.folder, report=lambda _: None))["commit"]
+        for name in [name for name, manifest in copies.items() if manifest is None]:
+            self._pass_over(f"{self.shown}/checkpoints/{name}: its manifest or a file is damaged")
+        newer = [name for name, m in copies.items() if m and m["commit"] > last]
+        self._note(f"{self.shown} holds {counted(len(newer), 'newer checkpoint')}")
+        newest = next((name for name in newer if self._fetch(name, copies)), None)
+        if newest is None:
+            if not last and any(manifest is None for manifest in copies.values()):
+                raise CheckpointError(f"{self.shown}: no checkpoint verifies; use another run.name")
+            return
+        disk.point(self.folder / "latest", newest)
+        if (best := _best(copies)) and (best == newest or self._fetch(best, copies)):
+            disk.point(self.folder / "best", best)
+        for name in names_at(self.address).keys() & _BESIDE:
+            if not (self.run_dir / name).exists():
+                remote(f"{self.address}/{name}", "get_file", str(self.run_dir / name))
+
+    def _fetch(self, name: str, copies: _Copies) -> bool:
+        """Bring a copy; if it is damaged warn, mark it and return false."""
+        where, part = f"{self.address}/checkpoints/{name}", self.folder / f".tmp-{name}"
+        disk.remove(part)
+        part.mkdir(parents=True)
+        manifest = copies[name] or {}
+        for file, entry in manifest["files"].items():
+            source, check = f"{where}/{file}", partial(_check, part / file, entry["bytes"])
+            remote(source, "get_file", str(part / file), check=check, timeout_s=_TRANSFER_S)
+        disk.write_file(part / MANIFEST, disk.seal(manifest))
+        try:
+            verify(part)
+        except CheckpointError as error:
+            self._pass_over(shown(str(error).replace(str(part), where)))
+            disk.remove(part)
+            copies[name] = None
+            return False
+        disk.remove(self.folder / name)  # it is damaged, or it would not be fetched
+        os.rename(part, self.folder / name)
+        return True
+
+    def _pass_over(self, problem: str) -> None:
+        self._warn(f"passing over a damaged checkpoint: {problem}")
+
+    # ---- the thread that copies ----------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Have the newest and the best checkpoint copied; waits for nothing."""
+        with self._lock:
+            self._due = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def finish(self, patience_s: float) -> None:
+        """Wait for what is being copied, at most so long, and say so."""
+        if (thread := self._thread) is not None:
+            self._note(f"copying the last checkpoint to {self.shown}, at most {patience_s:g} s")
+            thread.join(patience_s)
+            if thread.is_alive():
+                self._thread = None
+                self._warn(f"gave up copying the last checkpoint: what {self.shown} held it holds")
+
+    def _work(self) -> None:
+        disk.give_way()
+        while True:
+            with self._lock:
+                if not self._due:
+                    self._thread = None
+                    return
+                self._due = False
+            try:
+                self._copy_new()
+            except Exception as error:  # no failure here ends the run
+                self.failures += 1
+                self._warn(f"a checkpoint was not copied: {error} (the run goes on without it)")
+            self.copying = None
+
+    def _copy_new(self) -> None:
+        copies, best = self.copies(), disk.pointed(self.folder / "best")
+        saved = [(path, m) for path, m in disk.history(self.folder) if m]
+        wanted = [(path, m) for path, m in saved if path == saved[0][0] or path.name == best]
+        missing = [(path, m) for path, m in wanted if not copies.get(_name(m))]
+        for self.copying, manifest in missing:
+            self._copy(self.copying, manifest)
+        # Nothing is removed unless what has come is seen there, of the sizes that it should have.
+        copies = self.copies() if missing else copies
+        if short := [_name(m) for _, m in missing if copies.get(_name(m), {}) is None]:
+            raise CheckpointError(f"{self.shown}: {short[0]} did not come there whole")
+        whole = [name for name, manifest in copies.items() if manifest]
+        for name in copies.keys() - {*whole[: self.keep_last], _best(copies)} if whole else ():
+            self._remove(name)
+
+    def _copy(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Copy a checkpoint, unless it is saved again or removed meanwhile: then another is due."""
+        where, sealed, problem = f"checkpoints/{_name(manifest)}", disk.seal(manifest), None
+        try:
+            self._remove(_name(manifest))  # what was cut off
+            for file, entry in manifest["files"].items():
+                disk.read_file(path / file, entry)
+                self.put(f"{where}/{file}", path / file)
+            for beside in filter(Path.is_file, map(self.run_dir.joinpath, _BESIDE)):
+                self.put(beside.name, beside.read_bytes())
+        except (UserError, OSError) as error:
+            problem = error
+        if (path / MANIFEST).is_file() and (path / MANIFEST).read_bytes() == sealed:
+            if problem is not None:
+                raise problem
+            self.put(f"{where}/{MANIFEST}", sealed)
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Write a file under the address of the run."""
+        fs, path = file_system(address := f"{self.address}/{name}")
+        if not fs.async_impl:  # object stores have no folders, and would make a bucket
+            remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
+        if isinstance(content, bytes):
+            remote(address, "pipe_file", content)
+        else:
+            remote(address, "put_file", before=(str(content),), timeout_s=_TRANSFER_S)
+        if "file" in fs.protocol:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            for folder in Path(path).parents[:2]:
+                disk.fsync_folder(folder)
+
+    def _remove(self, name: str) -> None:
+        _if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")
+        _if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
+
+
+def config_at(address: str) -> str:
+    """Return a copy of the config of the run at an address, in a folder for temporary files."""
+    remote(f"{address}/config.toml", "get_file", path := tempfile.mkstemp(suffix=".toml")[1])
+    return path
+
+
+def names_at(address: str) -> dict[str, int]:
+    """Return what lies in a folder at an address, with its bytes; nothing if it is missing."""
+    file_system(address)[0].invalidate_cache()
+    found = _if_there(address, "ls", detail=True) or ()
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found}
+
+
+def _if_there(address: str, operation: str, **options: Any) -> Any:
+    """Return what the operation returns; None if there is nothing at the address."""
+    try:
+        return remote(address, operation, **options)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _name(manifest: dict[str, Any]) -> str:
+    return f"step-{manifest['step']:08d}-c{manifest['commit']}"
+
+
+def _best(copies: _Copies) -> str | None:
+    """Return the name of the copy of the lowest metric, if any was evaluated."""
+    rated = [(m["metric"], m["commit"], name) for name, m in copies.items() if m]
+    return min((r for r in rated if r[0] is not None), default=(0, 0, None))[2]
+
+
+def _check(file: Path, n_bytes: int, _: object) -> None:
+    if (size := file.stat().st_size) != n_bytes:
+        raise OSError(f"{size} of {n_bytes} bytes came")
