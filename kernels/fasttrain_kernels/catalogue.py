@@ -294,8 +294,7 @@ def _cross_entropy_cases() -> Iterator[Case]:
     # The widest rows that are held on chip with edges, with z-loss, and with other options.
     yield case("bf16", 16001, "forward")
     yield case("fp32", 8001, "forward")
-    for dtype in ("bf16", "fp32"):
-        yield case(dtype, 16384, "z-loss forward", z_loss=1e-4)
+    yield case("bf16", 16384, "z-loss forward", z_loss=1e-4)
     yield case("bf16", 128256, "z-loss", z_loss=1e-4)
     for dtype, n_cols in (("bf16", 8192), ("bf16", 128256), ("fp32", 8001), ("fp32", 50257)):
         what = "every option" if n_cols in (8001, 128256) else "every option forward"

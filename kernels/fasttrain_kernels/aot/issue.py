@@ -106,10 +106,19 @@ def issue_of(
                 tile, bulk[0][1] * widest * threads // (flags["DTYPE"].primitive_bitwidth // 8)
             )
     block = flags.get("BLOCK_N", 1)
-    used = columns / (-(-columns // block) * block) if columns else 1.0
+    rest = flags.get("REST", block)  # how much of a row its last block covers
+    used = columns / ((columns - 1) // block * block + rest) if columns else 1.0
     of_registers = 65536 // (-(-registers // 8) * 8 * threads)
     of_shared = device.shared // (shared + 1024)
     programs = min(of_registers, of_shared, device.threads // threads, device.programs)
-    instructions = sum(len(part) for part, _ in bulk) / (tile / threads * used)
+    lengths = [len(part) for part, _ in bulk]
+    if "REST" in flags and not flags.get("SINGLE_PASS"):
+        # A pass over the row is a loop, or two where it is unrolled. Class weights are fp32, and
+        # as wide as the logits where the row begins as they do.
+        tile, weights = threads * flags["ALIGN"], flags["ALIGN"] // 4
+        loads = 1 + weights * (flags.get("HAS_CLASS_WEIGHT", 0) > flags.get("HAS_EDGES", 0))
+        rates = ((len(part) / n * loads, "STG" in " ".join(part)) for part, n in bulk)
+        lengths = list({stores: rate for rate, stores in sorted(rates, reverse=True)}.values())
+    instructions = sum(lengths) / (tile / threads * used)
     in_flight = max(count for _, count in bulk) * widest * threads * programs
     return Issue(instructions, programs, in_flight)
