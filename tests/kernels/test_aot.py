@@ -71,6 +71,7 @@ FEW = (
     "rms_norm bf16 D=768 residual",
     "swiglu bf16",
     "FusedAdamW bf16 stochastic",
+    "Muon fp32",
     "grad_norm bf16",
 )
 # The vocabularies of language models that two passes read, compiled for more targets.
@@ -91,6 +92,8 @@ SMALL_OPERANDS = {
     "adamw_kernel": {
         "pointers_ptr", "lengths_ptr", "chunks_ptr", "coefs_ptr", "found_inf_ptr",
     },
+    "muon_direction_kernel": {"pointers_ptr", "chunks_ptr", "clip_ptr", "found_inf_ptr"},
+    "muon_apply_kernel": {"pointers_ptr", "chunks_ptr", "lr_ptr", "found_inf_ptr"},
     "_sum_squares_kernel": {"pointers_ptr", "lengths_ptr", "chunks_ptr", "partial_ptr"},
     "_finish_kernel": {"partial_ptr", "out_ptr"},
     "advance_kernel": {

@@ -51,6 +51,12 @@ SIDE: dict[str, dict[str, str]] = {
     "adamw_kernel": dict.fromkeys(
         ("pointers_ptr", "lengths_ptr", "chunks_ptr", "coefs_ptr", "found_inf_ptr"), "chunk"
     ),
+    "muon_direction_kernel": dict.fromkeys(
+        ("pointers_ptr", "chunks_ptr", "clip_ptr", "found_inf_ptr"), "chunk"
+    ),
+    "muon_apply_kernel": dict.fromkeys(
+        ("pointers_ptr", "chunks_ptr", "lr_ptr", "found_inf_ptr"), "chunk"
+    ),
     "_sum_squares_kernel": dict.fromkeys(
         ("pointers_ptr", "lengths_ptr", "chunks_ptr", "partial_ptr"), "chunk"
     ),
