@@ -375,11 +375,11 @@ def _cases() -> Iterator[Case]:
         size = n + 5 if "offset" in options else n
         make = partial(adamw, dtype, size, **options)
         yield Case(f"FusedAdamW {dtype}{what}", make, size, "offset" not in options)
-    for dtype, options in (
-        ("fp32", {"products": "bf16"}), ("fp32", {"scalars": True}), ("bf16", {"products": "bf16"})
+    for dtype, products, scalars in (
+        ("fp32", "bf16", False), ("fp32", "fp32", True), ("bf16", "bf16", False)
     ):  # fmt: skip
-        what = " clip, skip, lr on the device" if "scalars" in options else ""
-        make = partial(muon, dtype, 64, 128, **options)
+        what = " clip, skip, lr on the device" if scalars else ""
+        make = partial(muon, dtype, 64, 128, products=products, scalars=scalars)
         yield Case(f"Muon {dtype}{what}", make, n)
     for dtype, what, offset in (*((dtype, "", 0) for dtype in DTYPES), ("fp32", " unaligned", 1)):
         make = partial(grad_norm, dtype, [n], offset)

@@ -46,10 +46,10 @@ from ._triton import triton
 # need registers too, half as many.
 SINGLE_PASS_BYTES = 32 * 1024
 SINGLE_PASS_BYTES_LEAST = 16 * 1024
-# Wider rows go through twice, in blocks of 16 logits a thread, 8 with options. The second pass finds
-# the row in L2 if what the rows in flight still need of it fits there, half of each on average. So
-# rows above this size are given 256 threads with 32 logits each: two or three programs an SM, not
-# three or four (bf16: 132 rows of 256 KiB are 34 MB; an H100 has 50).
+# Wider rows go through twice, in blocks of 16 logits a thread, 8 with options. The second pass
+# finds the row in L2 if what the rows in flight still need of it fits there, half of each on
+# average. So rows above this size are given 256 threads with 32 logits each: two or three programs
+# an SM, not three or four (bf16: 132 rows of 256 KiB are 34 MB; an H100 has 50).
 WIDE_ROW_BYTES = 128 * 1024
 # Logits of a block of rows on a CPU, small enough to be in cache still when the passes after the
 # softmax come.

@@ -116,7 +116,11 @@ class Batch:
 
     def orthogonalise(self, stacked: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows of the orthogonalised matrices, given theirs, (n, local r, c)."""
-        cols, steps, coefficients = self.shape[1], self.group["ns_steps"], self.group["coefficients"]
+        cols, steps, coefficients = (
+            self.shape[1],
+            self.group["ns_steps"],
+            self.group["coefficients"],
+        )
         if self.ranks is None:
             return newton_schulz(stacked, steps, coefficients, dtype=dtype)
         world, stacked = len(self.bounds) - 1, stacked.to(dtype)
@@ -145,11 +149,14 @@ class Batch:
         work = [[t.contiguous() for t in column] for column in columns]
         if self.table is None:
             self.table = TensorTable([size] * len(weights), len(columns), device)
-        table = self.table
+        table, used = self.table, self.registers
         pointers = [t.data_ptr() for column in work for t in column]
         addresses = table.on_device(pointers)
         lr, options = self.group["lr"], {"CHUNK": CHUNK, "BLOCK": BLOCK}
-        options |= {"ALIGNED": not any(p % 16 for p in pointers), "num_warps": block_warps(grads[0])}
+        options |= {
+            "ALIGNED": not any(p % 16 for p in pointers),
+            "num_warps": block_warps(grads[0]),
+        }
         options["HAS_FOUND_INF"] = found_inf is not None
         # fp16 has no room for what the iteration has not scaled yet.
         stack_dtype = torch.float32 if dtype is torch.float16 else dtype
@@ -161,7 +168,7 @@ class Batch:
         lr_ptr = lr if isinstance(lr, Tensor) and lr.device == device else None
         shape = table.n_tensors, table.n_chunks, size
         with torch.cuda.device_of(stacked):
-            first = muon_direction_kernel[(launch_grid(table.n_chunks, device, self.registers[0]),)](
+            first = muon_direction_kernel[(launch_grid(table.n_chunks, device, used[0]),)](
                 addresses, table.chunks, stacked, stacked if clip is None else clip,
                 stacked if flag is None else flag,
                 *shape, 1 - self.group["momentum"],
@@ -170,7 +177,7 @@ class Batch:
             )  # fmt: skip
         changes = self.orthogonalise(stacked, dtype).contiguous()
         with torch.cuda.device_of(stacked):
-            last = muon_apply_kernel[(launch_grid(table.n_chunks, device, self.registers[1]),)](
+            last = muon_apply_kernel[(launch_grid(table.n_chunks, device, used[1]),)](
                 addresses, table.chunks, changes, changes if lr_ptr is None else lr_ptr,
                 changes if flag is None else flag,
                 *shape, 0.0 if lr_ptr is not None else float(lr), self.group["weight_decay"],

@@ -253,7 +253,10 @@ def test_found_inf_leaves_every_bit() -> None:
 def test_S5_the_kernels_do_what_torch_does(nesterov: bool) -> None:
     """Strided, tall, wide and unaligned matrices; a learning rate and a flag on the device."""
     runs = []
-    for device, path in (("cpu", contextlib.nullcontext), (DEVICE, fasttrain_kernels.triton_on_cpu)):
+    for device, path in (
+        ("cpu", contextlib.nullcontext),
+        (DEVICE, fasttrain_kernels.triton_on_cpu),
+    ):
         strided = torch.arange(9 * 24.0).sin().view(9, 24).t()
         params = [nn.Parameter(p.detach().to(device)) for p in [*make(), strided]]
         options = {"weight_decay": 0.1, "nesterov": nesterov, "ns_dtype": torch.float32}
@@ -312,7 +315,9 @@ def test_S5_a_step_moves_few_bytes_and_does_not_wait(monkeypatch: pytest.MonkeyP
             assert name not in {"_local_scalar_dense", "nonzero", "equal", "index"}
             if not (func.is_view or "empty" in name or "bmm" in name):
                 written = name == "copy_"  # and not read
-                tensors = [t for t in tree_leaves((args[written:], kwargs, out)) if torch.is_tensor(t)]
+                tensors = [
+                    t for t in tree_leaves((args[written:], kwargs, out)) if torch.is_tensor(t)
+                ]
                 self.moved += sum(t.nbytes for t in tensors)
                 self.calls += 1
             return out
