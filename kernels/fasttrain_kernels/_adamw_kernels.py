@@ -65,11 +65,14 @@ def _load(ptr, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, value, mask, seed, position, MASKED: tl.constexpr, ROUND: tl.constexpr):
+def _store(ptr, value, mask, seed, eighths, MASKED: tl.constexpr, ROUND: tl.constexpr):
     if ROUND and ptr.dtype.element_ty == tl.bfloat16:
         # A bf16 is the upper half of an fp32: add 16 random bits to the lower half and cut it off.
-        # Infinities and NaN have no lower half to spare.
-        noise = tl.randint(seed, position).to(tl.uint32, bitcast=True) & 0xFFFF
+        # Infinities and NaN have no lower half to spare. One call of Philox, whose 7 rounds pass
+        # BigCrush (Salmon et al. 2011), has the bits of 8 neighbours.
+        a, b, c, d = tl.randint4x(seed, eighths, 7)
+        noise = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.uint32, bitcast=True)
+        noise = tl.reshape(tl.join(noise & 0xFFFF, noise >> 16), value.shape)
         bits = value.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         value = tl.where(finite, (bits + noise) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
@@ -83,10 +86,12 @@ def _store(ptr, value, mask, seed, position, MASKED: tl.constexpr, ROUND: tl.con
 @triton.jit
 def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs_ptr,
-    seed, start, offsets, mask,
+    seed, start, i, length, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, HAS_MASTER: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Update one block of one tensor."""
+    """Update the block from element i of a chunk on, which begins at ``start``."""
+    offsets = i + tl.arange(0, BLOCK)
+    mask = offsets < length
     g = _load(g_ptr + offsets, mask, MASKED) * tl.load(coefs_ptr + 8)
     m = _load(m_ptr + offsets, mask, MASKED)
     v = _load(v_ptr + offsets, mask, MASKED)
@@ -98,12 +103,12 @@ def _update(
     v = tl.load(coefs_ptr + 5) * v + tl.load(coefs_ptr + 6) * g * g
     denominator = tl.sqrt(v) * tl.load(coefs_ptr + 2) + tl.load(coefs_ptr + 7)
     p = p * tl.load(coefs_ptr) - tl.load(coefs_ptr + 1) * m / denominator
-    position = (start + offsets).to(tl.int32)
-    _store(m_ptr + offsets, m, mask, seed, position, MASKED, ROUND)
-    _store(v_ptr + offsets, v, mask, seed + 1, position, MASKED, ROUND)
+    eighths = ((start + i) // 8 + tl.arange(0, BLOCK // 8)).to(tl.int32)
+    _store(m_ptr + offsets, m, mask, seed, eighths, MASKED, ROUND)
+    _store(v_ptr + offsets, v, mask, seed + 1, eighths, MASKED, ROUND)
     if HAS_MASTER:
-        _store(master_ptr + offsets, p, mask, seed, position, MASKED, False)
-    _store(p_ptr + offsets, p, mask, seed + 2, position, MASKED, ROUND)
+        _store(master_ptr + offsets, p, mask, seed, eighths, MASKED, False)
+    _store(p_ptr + offsets, p, mask, seed + 2, eighths, MASKED, ROUND)
 
 
 @triton.jit
@@ -117,7 +122,6 @@ def adamw_kernel(
     """Update every n-th chunk."""
     if HAS_FOUND_INF:  # a loop over no chunks writes nothing
         n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
-    lanes = tl.arange(0, BLOCK)
     for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         t = tl.load(chunks_ptr + 2 * k)
         start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
@@ -133,16 +137,16 @@ def adamw_kernel(
         tensor_seed = seed
         if ROUND:
             tensor_seed = seed + (tl.load(coefs + 9).to(tl.int32) * n_tensors + t) * 4
-        if start + CHUNK <= length:  # no mask, so that the accesses are 16 bytes wide
+        rest = tl.minimum(length - start, CHUNK).to(tl.int32)
+        if rest == CHUNK:  # no mask, so that the accesses are 16 bytes wide
             for i in range(0, CHUNK, BLOCK):
                 _update(
-                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start,
-                    i + lanes, lanes < BLOCK, False, HAS_MASTER, ROUND,
+                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start, i, rest,
+                    BLOCK, False, HAS_MASTER, ROUND,
                 )  # fmt: skip
         else:
-            rest = (length - start).to(tl.int32)
             for i in range(0, rest, BLOCK):
                 _update(
-                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start,
-                    i + lanes, i + lanes < rest, True, HAS_MASTER, ROUND,
+                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start, i, rest,
+                    BLOCK, True, HAS_MASTER, ROUND,
                 )  # fmt: skip

@@ -20,7 +20,7 @@ from ._triton import tl, triton
 # last round costs at most 4 %; 28 B an element make the 8 B table entry vanish.
 CHUNK = 8192
 BLOCK = 2048
-PROGRAMS_PER_SM = 4
+REGISTERS = 64  # of a thread, until a kernel's are known: 4 programs a multiprocessor
 # The interpreter runs programs one after the other; a few suffice to exercise the loop.
 _CPU_PROGRAMS = 4
 _CACHED_TABLES = 8
@@ -60,11 +60,22 @@ def keep_for_graph(*owners: Any) -> None:
     _kept_for_graphs.extend(owners)
 
 
-def launch_grid(n_chunks: int, device: torch.device) -> int:
-    """Return how many programs share the chunks."""
-    if device.type != "cuda":
-        return max(1, min(n_chunks, _CPU_PROGRAMS))
-    return max(1, min(n_chunks, PROGRAMS_PER_SM * n_multiprocessors(device)))
+def launch_grid(n_chunks: int, device: torch.device, registers: int = REGISTERS) -> int:
+    """Return how many programs share the chunks: as many as the device holds at a time.
+
+    More would wait for a second round, in which most multiprocessors are idle.
+    """
+    n_programs = _CPU_PROGRAMS
+    if device.type == "cuda":
+        of_threads = torch.cuda.get_device_properties(device).max_threads_per_multi_processor // 256
+        of_registers = 65536 // (-(-registers // 8) * 8 * 256)
+        n_programs = max(1, min(of_threads, of_registers)) * n_multiprocessors(device)
+    return max(1, min(n_chunks, n_programs))
+
+
+def registers_of(compiled: Any) -> int:
+    """Return the registers of a thread of what a launch returned; the interpreter's has none."""
+    return getattr(compiled, "n_regs", None) or REGISTERS
 
 
 def block_warps(tensor: Tensor) -> int:

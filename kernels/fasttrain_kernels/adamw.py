@@ -31,12 +31,14 @@ from ._dispatch import use_triton
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
+    REGISTERS,
     DeviceNumbers,
     TensorTable,
     block_warps,
     capturing,
     keep_for_graph,
     launch_grid,
+    registers_of,
     triton_dtype,
 )
 from ._torch import is_step_observed
@@ -91,6 +93,7 @@ class TritonClass:
         device = self.device = first[0].device
         self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
         self.has_master, self.aligned = len(first) == 5, aligned
+        self.registers = REGISTERS
         self.table = TensorTable([o[0].numel() for o in operands], len(first), device)
         self.groups: list[dict[str, Any]] = []
         rows = []
@@ -150,7 +153,8 @@ class TritonClass:
             )  # fmt: skip
             if table.n_chunks > 0:
                 p, g, m, v = self.dtypes
-                adamw_kernel[(launch_grid(table.n_chunks, self.device),)](
+                grid = (launch_grid(table.n_chunks, self.device, self.registers),)
+                compiled = adamw_kernel[grid](
                     addresses, table.lengths, table.chunks, self.coefs,
                     self.coefs if found_inf is None else found_inf, table.n_tensors,
                     table.n_chunks, 0 if seed is None else seed,
@@ -160,6 +164,7 @@ class TritonClass:
                     ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
                     num_warps=block_warps(self.coefs),
                 )  # fmt: skip
+                self.registers = registers_of(compiled)
         del held
 
 

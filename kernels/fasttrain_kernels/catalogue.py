@@ -191,6 +191,35 @@ def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **optio
     return Op(ours, exact, (*values, *moments), in_fp64=True)
 
 
+def muon(dtype: str, rows: int, cols: int, *, products: str = "fp32", scalars: bool = False) -> Op:
+    """A step of Muon: two matrices and their momenta after it."""
+    lr, decay, scale = 0.02, 0.1, 0.2 * max(rows, cols) ** 0.5
+    given = {"clip_coefficient": torch.tensor(0.5), "found_inf": torch.zeros(())}
+
+    def ours(*tensors: Tensor) -> Outputs:
+        params, grads, momenta = ([t.detach() for t in tensors[i::3]] for i in range(3))
+        leaves = [nn.Parameter(p.clone()) for p in params]
+        rate = torch.tensor(lr) if scalars else lr
+        options = {"weight_decay": decay, "ns_dtype": DTYPES[products]}
+        optimizer = kernels.Muon(leaves, rate, **options)
+        for leaf, grad, momentum in zip(leaves, grads, momenta, strict=True):
+            leaf.grad, optimizer.state[leaf]["momentum_buffer"] = grad, momentum
+        optimizer.step(**given if scalars else {})
+        return (*(leaf.detach() for leaf in leaves), *momenta)
+
+    def exact(*tensors: Tensor) -> Outputs:
+        after, moved = [], []
+        for p, g, m in zip(*(tensors[i::3] for i in range(3)), strict=True):
+            g = g.detach() * (0.5 if scalars else 1.0)
+            moved.append(0.95 * m.detach() + 0.05 * g)
+            change = kernels.newton_schulz_reference(0.95 * moved[-1] + 0.05 * g)
+            after.append((1 - lr * decay) * p.detach() - lr * scale * change)
+        return (*after, *moved)
+
+    inputs = tuple(_normal(dtype, rows, cols) for _ in range(6))
+    return Op(ours, exact, inputs, in_fp64=True)
+
+
 def grad_norm(dtype: str, sizes: Sequence[int], offset: int = 0) -> Op:
     """The norm of tensors and the coefficient that clips it."""
     inputs = tuple(_normal(dtype, n) for n in sizes)
@@ -262,6 +291,10 @@ def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, A
         return weight + size("G") + 2 * size("M") + 2 * size("V")
     if kernel == "_sum_squares_kernel":
         return size("DTYPE")
+    if kernel == "muon_direction_kernel":
+        return size("G") + 2 * size("M") + size("out_ptr")
+    if kernel == "muon_apply_kernel":
+        return 2 * size("W") + size("change_ptr")
     accesses = {
         "_rms_norm_fwd_kernel": 2 + 2 * flags.get("HAS_RESIDUAL", 0),
         "_rms_norm_bwd_kernel": 3 + flags.get("HAS_DH", 0),
@@ -294,8 +327,7 @@ def _cross_entropy_cases() -> Iterator[Case]:
     # The widest rows that are held on chip with edges, with z-loss, and with other options.
     yield case("bf16", 16001, "forward")
     yield case("fp32", 8001, "forward")
-    for dtype in ("bf16", "fp32"):
-        yield case(dtype, 16384, "z-loss forward", z_loss=1e-4)
+    yield case("bf16", 16384, "z-loss forward", z_loss=1e-4)
     yield case("bf16", 128256, "z-loss", z_loss=1e-4)
     for dtype, n_cols in (("bf16", 8192), ("bf16", 128256), ("fp32", 8001), ("fp32", 50257)):
         what = "every option" if n_cols in (8001, 128256) else "every option forward"
@@ -343,6 +375,12 @@ def _cases() -> Iterator[Case]:
         size = n + 5 if "offset" in options else n
         make = partial(adamw, dtype, size, **options)
         yield Case(f"FusedAdamW {dtype}{what}", make, size, "offset" not in options)
+    for dtype, products, scalars in (
+        ("fp32", "bf16", False), ("fp32", "fp32", True), ("bf16", "bf16", False)
+    ):  # fmt: skip
+        what = " clip, skip, lr on the device" if scalars else ""
+        make = partial(muon, dtype, 64, 128, products=products, scalars=scalars)
+        yield Case(f"Muon {dtype}{what}", make, n)
     for dtype, what, offset in (*((dtype, "", 0) for dtype in DTYPES), ("fp32", " unaligned", 1)):
         make = partial(grad_norm, dtype, [n], offset)
         yield Case(f"grad_norm {dtype}{what}", make, n, not offset)

@@ -31,7 +31,7 @@ from torch import Tensor
 from ._cross_entropy_cpu import cross_entropy_rows
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._dispatch import NAMESPACE, use_triton
-from ._launch import on_device, scale_unless_one_, warp_size
+from ._launch import on_device, scale_unless_one_
 from ._loss_options import (
     SCHEMA,
     LossOptions,
@@ -42,15 +42,14 @@ from ._loss_options import (
 )
 from ._triton import triton
 
-# The widest row that is kept in registers, by 512 threads: 32 logits each. Options need registers
-# too. At 32,768 columns 1024 threads have 64 registers each, which Triton 3.8 (sm_100) and 3.9
-# (sm_90 as well) exceed and spill.
-SINGLE_PASS_COLS = 16384
-SINGLE_PASS_COLS_LEAST = 8192
-# Wider rows go through twice, in blocks of 16 logits a thread, or 8 where that would spill. The
-# second pass finds the row in L2 if the rows in flight fit there: above this size a row is given
-# 1024 threads, one program an SM (132 rows of 256 KiB are 34 MB of an H200's 60 MB), else 512, two
-# an SM.
+# The most bytes of a row that is kept in registers: 16 to 32 logits a thread, with options, which
+# need registers too, half as many.
+SINGLE_PASS_BYTES = 32 * 1024
+SINGLE_PASS_BYTES_LEAST = 16 * 1024
+# Wider rows go through twice, in blocks of 16 logits a thread, 8 with options. The second pass
+# finds the row in L2 if what the rows in flight still need of it fits there, half of each on
+# average. So rows above this size are given 256 threads with 32 logits each: two or three programs
+# an SM, not three or four (bf16: 132 rows of 256 KiB are 34 MB; an H100 has 50).
 WIDE_ROW_BYTES = 128 * 1024
 # Logits of a block of rows on a CPU, small enough to be in cache still when the passes after the
 # softmax come.
@@ -118,21 +117,21 @@ def empty_grad(logits: Tensor) -> Tensor:
 
 
 def _configuration(
-    logits: Tensor, has_edges: bool, has_z_loss: bool, has_options: bool
-) -> tuple[bool, int, int]:
-    """Return whether one pass is enough, the logits of a block, and the warps of a program."""
+    logits: Tensor, has_edges: bool, has_options: bool
+) -> tuple[bool, int, int, int]:
+    """Return whether one pass is enough, the logits of a block and of the rest, and the warps."""
     n_cols, size = logits.shape[1], logits.element_size()
-    # Wavefronts of 64 fill the 1024 threads that a program may have with half as many.
-    most_warps = 32 if warp_size(logits) == 32 else 16
-    narrow = has_options or (has_edges and size == 4)
-    if n_cols <= (SINGLE_PASS_COLS_LEAST if narrow else SINGLE_PASS_COLS):
-        block = max(16, triton.next_power_of_2(n_cols))
-        return True, block, max(1, min(block // 512, 16))
-    if narrow:
-        return False, 4096, most_warps // 2
-    if n_cols * size > WIDE_ROW_BYTES and not (has_edges or has_z_loss):
-        return False, 512 * most_warps, most_warps
-    return False, 8192, 16
+    if n_cols * size <= (SINGLE_PASS_BYTES_LEAST if has_options else SINGLE_PASS_BYTES):
+        rest = max(16, triton.next_power_of_2(n_cols))
+        return True, rest, rest, max(1, min(rest // 512, 16))
+    block = 4096 if has_options else 8192
+    # The interior of a row with edges may lack up to 2·15 bytes, and a block with them.
+    align = 16 // size
+    least, most = n_cols - (align - 1 if has_edges else 0), n_cols
+    least, most = (n // align * align - 1 for n in (least, most))
+    rest = block if least // block != most // block else triton.next_power_of_2(most % block + 1)
+    warps = 16 if has_options or n_cols * size <= WIDE_ROW_BYTES else 8
+    return False, block, max(16, rest), warps
 
 
 def launch_cross_entropy(
@@ -158,7 +157,7 @@ def launch_cross_entropy(
     has_options = (
         class_weight is not None or correct is not None or label_smoothing != 0.0 or softcap != 0.0
     )
-    single, block, num_warps = _configuration(logits, has_edges, z_loss != 0.0, has_options)
+    single, block, rest, num_warps = _configuration(logits, has_edges, has_options)
     out = logits if grad is None else grad
     per_row = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
     arguments = (
@@ -178,7 +177,7 @@ def launch_cross_entropy(
     def launch() -> None:
         cross_entropy_kernel[(n_rows,)](
             *arguments,
-            BLOCK_N=block, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
+            BLOCK_N=block, REST=rest, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
             COMPUTE_LOSS=losses is not None, WRITE_GRAD=grad is not None, SKIP_UNIT=skip_unit,
             HAS_UPSTREAM=upstream is not None, HAS_SCALE=scale is not None,
             HAS_CLASS_WEIGHT=class_weight is not None,

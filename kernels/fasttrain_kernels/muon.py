@@ -7,12 +7,12 @@ The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`
 0.2 √max(r, c), which gives the update the root mean square of AdamW's, so that the learning rate
 and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
 
-All matrices of a group with equal shapes, transposed or not, share one momentum tensor
-(n, r ≤ c, c); a step gathers their gradients into another and runs one batched iteration on it.
-``momentum_buffer`` in the state, as `torch.optim.Muon` names it, is a view of that tensor.
+Matrices of a group with equal shapes are orthogonalised as one batch. On CUDA one launch before it
+brings momenta up to date and stacks the directions, one after it changes the weights: 24 bytes an
+fp32 parameter with products in bf16, whatever clipping, decay and a flag to skip the step ask for.
 
 DTensor parameters sharded by rows (FSDP2) keep their momentum sharded; each matrix is gathered by
-one rank, orthogonalised there, and handed back in shards (`ShardedBatch`).
+one rank, orthogonalised there, and handed back in shards.
 
 Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM
 Training, arXiv:2502.16982 (the AdamW-matching scale).
@@ -28,6 +28,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._dispatch import use_triton
+from ._multi_tensor import (
+    BLOCK,
+    CHUNK,
+    REGISTERS,
+    TensorTable,
+    block_warps,
+    launch_grid,
+    registers_of,
+    triton_dtype,
+)
+from ._muon_kernels import muon_apply_kernel, muon_direction_kernel
 from .grad_norm import local_tensor
 from .newton_schulz import Quintic, newton_schulz, products_dtype, quintics
 
@@ -38,34 +50,6 @@ def _shape_scale(scale: str, rows: int, cols: int) -> float:
     if scale == "match_adamw":
         return 0.2 * math.sqrt(max(rows, cols))
     return math.sqrt(max(1.0, rows / cols)) if scale == "spectral" else 1.0
-
-
-class _Batch:
-    """Matrices of one group and of equal shape, up to transposition."""
-
-    def __init__(self, group: dict[str, Any], scale: float) -> None:
-        self.group = group
-        self.scale = scale
-        self.indices: list[int] = []
-        self.transposed: list[bool] = []
-        self.momenta: list[Tensor] = []  # one, (n, r, c)
-
-    def views(self, stacked: Tensor) -> list[Tensor]:
-        """Return the batch's matrices in the shapes of their parameters."""
-        pairs = zip(stacked.unbind(), self.transposed, strict=True)
-        return [matrix.t() if transposed else matrix for matrix, transposed in pairs]
-
-    def copies(self, grads: list[Any]) -> list[Tensor]:
-        """Return copies of gradients, laid out as the momenta."""
-        stacked = torch.empty_like(self.momenta[0])
-        torch._foreach_copy_(self.views(stacked), grads)
-        return [stacked]
-
-    def orthogonalise(self, directions: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-        """Return the orthogonalised matrices."""
-        steps, coefficients = self.group["ns_steps"], self.group["coefficients"]
-        stacked = newton_schulz(directions[0], steps, coefficients, dtype=dtype)
-        return self.views(stacked.to(directions[0].dtype))
 
 
 def shard_group(param: Any) -> dist.ProcessGroup | None:
@@ -89,10 +73,10 @@ def shard_group(param: Any) -> dist.ProcessGroup | None:
     return group
 
 
-class ShardedBatch:
-    """Matrices of one group, shape and layout, of which this rank holds some rows each.
+class Batch:
+    """Matrices of one group, shape and layout, of which this rank holds some rows each, or all.
 
-    The directions of equal shape are dealt out to the ranks in turn, from ``first_owner`` on. One
+    Sharded directions are dealt out to the ranks in turn, from ``first_owner`` on. One
     all-to-all brings every matrix together at its owner, a second one carries the rows of the
     orthogonalised matrix back. A rank sends and receives 2 · (its shards) numbers a step, in the
     dtype of the iteration's products, and does its share of the products; gathering everything
@@ -114,46 +98,117 @@ class ShardedBatch:
         self.first_owner = first_owner
         self.indices: list[int] = []
         self.momenta: list[Tensor] = []  # the local rows, (local r, c) each
+        self.table: TensorTable | None = None
+        self.registers = [REGISTERS, REGISTERS]  # of the two kernels
         world = 1 if ranks is None else dist.get_world_size(ranks)
         chunk = -(-shape[0] // world)
         self.rank = 0 if ranks is None else dist.get_rank(ranks)
         # Rows bounds[k] to bounds[k + 1] of every matrix are with rank k: Shard cuts like chunk().
         self.bounds = [min(k * chunk, shape[0]) for k in range(world + 1)]
 
-    def copies(self, grads: list[Any]) -> list[Tensor]:
-        """Return copies of this rank's rows of gradients."""
-        dtype = self.momenta[0].dtype
-        return [local_tensor(grad).to(dtype, copy=True) for grad in grads]
-
     def _exchange(self, pieces: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Send piece k to rank k; return what the ranks sent here, ``sizes`` numbers each."""
         flat = [piece.reshape(-1) for piece in pieces]
-        if self.ranks is None:
-            return flat
         received = flat[0].new_empty(sum(sizes))
         counts = [piece.numel() for piece in flat]
         dist.all_to_all_single(received, torch.cat(flat), sizes, counts, group=self.ranks)
         return list(torch.split(received, sizes))
 
-    def orthogonalise(self, directions: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-        """Return this rank's rows of the orthogonalised matrices, given its rows of them."""
-        world, cols, steps = len(self.bounds) - 1, self.shape[1], self.group["ns_steps"]
-        dtype = products_dtype(directions[0].device) if dtype is None else dtype
-        stacked = torch.stack(directions).to(dtype)  # (n, local r, c)
+    def orthogonalise(self, stacked: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the orthogonalised matrices, given theirs, (n, local r, c)."""
+        cols, steps, coefficients = (
+            self.shape[1],
+            self.group["ns_steps"],
+            self.group["coefficients"],
+        )
+        if self.ranks is None:
+            return newton_schulz(stacked, steps, coefficients, dtype=dtype)
+        world, stacked = len(self.bounds) - 1, stacked.to(dtype)
         # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
         owned = [stacked[(k - self.first_owner) % world :: world] for k in range(world)]
         rows = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
         mine = len(owned[self.rank])
         parts = self._exchange(owned, [mine * r * cols for r in rows])
         whole = torch.cat([p.view(mine, r, cols) for p, r in zip(parts, rows, strict=True)], dim=1)
-        whole = newton_schulz(whole, steps, self.group["coefficients"], dtype=dtype)
+        whole = newton_schulz(whole, steps, coefficients, dtype=dtype)
         local = rows[self.rank] * cols
         back = self._exchange(
             list(torch.split(whole, rows, dim=1)), [len(part) * local for part in owned]
         )
         for part, numbers in zip(owned, back, strict=True):
             part.copy_(numbers.view_as(part))  # into `stacked`, which is this call's own
-        return list(stacked.unbind())
+        return stacked
+
+    def update(
+        self, weights: list[Tensor], grads: list[Tensor], dtype: torch.dtype,
+        clip: Tensor | None, found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Update the weights with kernels, which read clip coefficient and flag themselves."""
+        size, device = weights[0].numel(), weights[0].device
+        columns = [grads, self.momenta, weights]
+        work = [[t.contiguous() for t in column] for column in columns]
+        if self.table is None:
+            self.table = TensorTable([size] * len(weights), len(columns), device)
+        table, used = self.table, self.registers
+        pointers = [t.data_ptr() for column in work for t in column]
+        addresses = table.on_device(pointers)
+        lr, options = self.group["lr"], {"CHUNK": CHUNK, "BLOCK": BLOCK}
+        options |= {
+            "ALIGNED": not any(p % 16 for p in pointers),
+            "num_warps": block_warps(grads[0]),
+        }
+        options["HAS_FOUND_INF"] = found_inf is not None
+        # fp16 has no room for what the iteration has not scaled yet.
+        stack_dtype = torch.float32 if dtype is torch.float16 else dtype
+        stacked = torch.empty(len(weights), *weights[0].shape, dtype=stack_dtype, device=device)
+        clip, flag = (
+            None if x is None else x.to(device, torch.float32, non_blocking=True)
+            for x in (clip, found_inf)
+        )
+        lr_ptr = lr if isinstance(lr, Tensor) and lr.device == device else None
+        shape = table.n_tensors, table.n_chunks, size
+        with torch.cuda.device_of(stacked):
+            first = muon_direction_kernel[(launch_grid(table.n_chunks, device, used[0]),)](
+                addresses, table.chunks, stacked, stacked if clip is None else clip,
+                stacked if flag is None else flag,
+                *shape, 1 - self.group["momentum"],
+                G=triton_dtype(grads[0].dtype), M=triton_dtype(self.momenta[0].dtype),
+                HAS_CLIP=clip is not None, NESTEROV=self.group["nesterov"], **options,
+            )  # fmt: skip
+        changes = self.orthogonalise(stacked, dtype).contiguous()
+        with torch.cuda.device_of(stacked):
+            last = muon_apply_kernel[(launch_grid(table.n_chunks, device, used[1]),)](
+                addresses, table.chunks, changes, changes if lr_ptr is None else lr_ptr,
+                changes if flag is None else flag,
+                *shape, 0.0 if lr_ptr is not None else float(lr), self.group["weight_decay"],
+                self.scale, W=triton_dtype(weights[0].dtype), HAS_LR=lr_ptr is not None, **options,
+            )  # fmt: skip
+        self.registers = [registers_of(first), registers_of(last)]
+        for originals, copies in zip(columns[1:], work[1:], strict=True):
+            for original, copy in zip(originals, copies, strict=True):
+                if original is not copy:
+                    original.copy_(copy)
+
+    def update_in_torch(
+        self, weights: list[Tensor], grads: list[Tensor], dtype: torch.dtype, clip: Tensor | None
+    ) -> None:
+        """The same, on a CPU."""
+        beta, decay = self.group["momentum"], self.group["weight_decay"]
+        stacked = self.momenta[0].new_empty(len(weights), *weights[0].shape)
+        here = list(stacked.unbind())
+        torch._foreach_copy_(here, grads)
+        if clip is not None:
+            stacked.mul_(clip)
+        torch._foreach_lerp_(self.momenta, here, 1 - beta)
+        if self.group["nesterov"]:
+            torch._foreach_lerp_(here, self.momenta, beta)
+        else:
+            torch._foreach_copy_(here, self.momenta)
+        changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
+        lr = float(self.group["lr"])
+        if decay != 0:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_add_(weights, list(changes.unbind()), alpha=-lr * self.scale)
 
 
 class _Plan:
@@ -162,7 +217,7 @@ class _Plan:
     def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
         self.params = params
         self.has_grad = has_grad
-        self.batches: list[_Batch | ShardedBatch] = []
+        self.batches: list[Batch] = []
         self.active: list[Tensor] = []
         self.buffers: list[Tensor] = []
 
@@ -265,7 +320,7 @@ class Muon(Optimizer):
                 held = 3 * (rows * cols + rows * rows) * p.element_size()
                 if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
                     held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
-                by_shape[rows, cols] = by_shape.get((rows, cols), 0) + held
+                by_shape[tuple(p.shape)] = by_shape.get(tuple(p.shape), 0) + held
             most = max([most, *by_shape.values()])
         return most
 
@@ -274,44 +329,27 @@ class Muon(Optimizer):
     ) -> _Plan:
         plan = _Plan(params, has_grad)
         groups = [group for group in self.param_groups for _ in group["params"]]
-        batches: dict[tuple[Any, ...], _Batch] = {}
-        sharded: dict[tuple[Any, ...], ShardedBatch] = {}
+        batches: dict[tuple[Any, ...], Batch] = {}
         n_sharded = 0  # deals out shapes of few matrices to different ranks
         for i, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
             if grad is None:
                 continue
             rows, cols = param.shape
-            scale = _shape_scale(group["scale"], rows, cols)
-            if local_tensor(param) is not param:  # a DTensor
-                ranks = shard_group(param)
-                layout = (id(group), scale, (rows, cols), param.dtype, ranks)
-                if layout not in sharded:
-                    sharded[layout] = ShardedBatch(group, scale, (rows, cols), ranks, n_sharded)
-                n_sharded += 1
-                state = self.state[param]
-                if "momentum_buffer" not in state:
-                    state |= self.new_state(param)
-                sharded[layout].indices.append(i)
-                sharded[layout].momenta.append(local_tensor(state["momentum_buffer"]))
-                plan.active.append(param)
-                plan.buffers.append(state["momentum_buffer"])
-                continue
-            shape = (min(rows, cols), max(rows, cols))
-            key = (id(group), scale, shape, param.dtype, param.device)
-            batch = batches.setdefault(key, _Batch(group, scale))
-            batch.indices.append(i)
-            batch.transposed.append(rows > cols)
-        for (_, _, shape, dtype, device), batch in batches.items():
-            size = (len(batch.indices), *shape)
-            batch.momenta = [torch.zeros(size, dtype=dtype, device=device)]
-            for i, view in zip(batch.indices, batch.views(batch.momenta[0]), strict=True):
-                state = self.state[params[i]]
-                if "momentum_buffer" in state:
-                    view.copy_(state["momentum_buffer"])
-                state["momentum_buffer"] = view
-                plan.active.append(params[i])
-                plan.buffers.append(view)
-        plan.batches = [*batches.values(), *sharded.values()]
+            is_whole = local_tensor(param) is param  # not a DTensor
+            ranks = None if is_whole else shard_group(param)
+            key = (id(group), rows, cols, param.dtype, param.device, ranks)
+            if key not in batches:
+                scale = _shape_scale(group["scale"], rows, cols)
+                batches[key] = Batch(group, scale, (rows, cols), ranks, n_sharded)
+            n_sharded += not is_whole
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state |= self.new_state(param)
+            batches[key].indices.append(i)
+            batches[key].momenta.append(local_tensor(state["momentum_buffer"]))
+            plan.active.append(param)
+            plan.buffers.append(state["momentum_buffer"])
+        plan.batches = list(batches.values())
         return plan
 
     @torch.no_grad()
@@ -346,63 +384,14 @@ class Muon(Optimizer):
         if plan is None or not plan.fits(params, has_grad, self.state):
             plan = self._plan = self._build_plan(params, grads, has_grad)
         for batch in plan.batches:
-            flag = found_inf
-            if flag is not None and flag.device.type == "cpu":
-                if flag.item() != 0:
-                    continue
-                flag = None
-            self._update(batch, params, grads, clip_coefficient, flag)
+            weights = [local_tensor(params[i]) for i in batch.indices]
+            here = [local_tensor(g) for i in batch.indices if (g := grads[i]) is not None]
+            dtype = self._ns_dtype or products_dtype(weights[0].device)
+            if use_triton(weights[0]) and weights[0].dtype != torch.float64:
+                batch.update(weights, here, dtype, clip_coefficient, found_inf)
+            elif found_inf is None or found_inf.item() == 0:
+                batch.update_in_torch(weights, here, dtype, clip_coefficient)
         return loss
-
-    def _update(
-        self, batch: _Batch | ShardedBatch, params: list[Tensor], grads: list[Any],
-        clip_coefficient: Tensor | None, found_inf: Tensor | None,
-    ) -> None:  # fmt: skip
-        beta, momenta = batch.group["momentum"], batch.momenta
-        weights = [local_tensor(params[i]) for i in batch.indices]
-        here = batch.copies([grads[i] for i in batch.indices])
-        if clip_coefficient is not None:
-            torch._foreach_mul_(here, clip_coefficient)
-        moved = momenta
-        if found_inf is None:
-            torch._foreach_lerp_(momenta, here, 1 - beta)
-        else:
-            moved = list(torch._foreach_lerp(momenta, here, 1 - beta))
-        if batch.group["nesterov"]:
-            torch._foreach_lerp_(here, moved, beta)
-        directions = here if batch.group["nesterov"] else moved
-        changes = batch.orthogonalise(directions, self._ns_dtype)
-        changes = [change.to(weights[0].dtype) for change in changes]
-        _apply(batch, weights, changes, moved, found_inf)
-
-
-def _apply(
-    batch: _Batch | ShardedBatch,
-    weights: list[Tensor],
-    changes: list[Tensor],
-    moved: list[Tensor],
-    found_inf: Tensor | None,
-) -> None:
-    """Decay the weights and add the scaled changes, unless the flag on the device is set."""
-    lr, weight_decay = batch.group["lr"], batch.group["weight_decay"]
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        lr = lr.item()
-    decay = 1 - lr * weight_decay
-    if found_inf is None:
-        if weight_decay != 0:
-            torch._foreach_mul_(weights, decay)
-        if isinstance(lr, Tensor):
-            torch._foreach_mul_(changes, -lr * batch.scale)
-            torch._foreach_add_(weights, changes)
-        else:
-            torch._foreach_add_(weights, changes, alpha=-lr * batch.scale)
-        return
-    skip = found_inf != 0
-    for momentum, value in zip(batch.momenta, moved, strict=True):
-        momentum.copy_(torch.where(skip, momentum, value))
-    for weight, change in zip(weights, changes, strict=True):
-        updated = weight * decay - change * (lr * batch.scale)
-        weight.copy_(torch.where(skip, weight, updated))
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ the last): with P = a I + b A + c A², the factors Q ← P Q and A ← P A P giv
 costs 8 r³ instead of 4 r² c + 2 r³ operations. Squaring halves the digits of small singular
 values, so this needs fp32; bf16 always takes the direct form.
 
-Scaling: the iterations need ‖X‖₂ ≤ 1. After dividing by the Frobenius norm, the first step's own
-A² gives the far tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost.
+Scaling: the iterations need ‖X‖₂ ≤ 1. The trace of the first step's A is ‖X‖_F²; its A² gives the far
+tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost.
 
 Sources: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Amsel et al., The Polar Express,
 arXiv:2505.16932 (optimal coefficients, computed here by Remez' algorithm).
@@ -168,14 +168,11 @@ def newton_schulz(
     rows, cols = batch.shape[-2:]
     gram_flops = 4 * cols / rows + 8 * steps - 6
     direct_flops = steps * (4 * cols / rows + 2)
-    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    inverse = norm.clamp_min(_TINY).reciprocal()
     if dtype is torch.float16:
         # Halfway between what overflows for rank 1 and what underflows for equal singular values:
         # those of A² are from 1/r to r.
-        batch = (batch * (inverse * rows**0.25)).to(dtype)
-    else:
-        batch = batch * inverse.to(dtype)
+        norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+        batch = (batch * (norm.clamp_min(_TINY).reciprocal() * rows**0.25)).to(dtype)
     if dtype in (torch.float32, torch.float64) and gram_flops < direct_flops:
         out = _iterate_gram(batch, polynomials)
     else:
@@ -184,12 +181,19 @@ def newton_schulz(
     return out.mT if transposed else out
 
 
-def _tighten(gram: Tensor, gram2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale A and A² so that the bound ‖A²‖_F^(1/4) becomes 1; return 1/bound too."""
+def _tighten(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and A² of s·X, whose bound ‖A²‖_F^(1/4) is 1, and the scale s; given A of X."""
+    scale = torch.ones((), device=gram.device)
+    if gram.dtype is not torch.float16:  # its X has been scaled already
+        # The trace is ‖X‖_F². A power of two costs no digit.
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[:, None, None]
+        scale = (trace.clamp_min(_TINY).log2() / -2).round().exp2()
+        gram = _scaled(gram, scale.square())
+    gram2 = _square(gram)
     norm = torch.linalg.vector_norm(gram2, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     inverse = norm.clamp_min(_TINY).pow(-0.25) / _SAFETY
     square = inverse.square()
-    return _scaled(gram, square), _scaled(gram2, square.square()), inverse
+    return _scaled(gram, square), _scaled(gram2, square.square()), scale * inverse
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -207,12 +211,12 @@ def _square(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: floa
 
 
 def _iterate_direct(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    """Iterate on (n, r, c) matrices of Frobenius norm 1."""
+    """Iterate on (n, r, c) matrices."""
     for step, (a, b, c) in enumerate(polynomials):
         gram = _square(x)  # (n, r, r)
         if step == 0:
-            gram, gram2, inverse = _tighten(gram, _square(gram))
-            x = _scaled(x, inverse)
+            gram, gram2, scale = _tighten(gram)
+            x = _scaled(x, scale)
             update = gram.mul_(b).add_(gram2, alpha=c)
         else:
             update = _square(gram, add=gram, alpha=c, beta=b)
@@ -222,17 +226,15 @@ def _iterate_direct(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
 
 def _iterate_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
     """The same as X_k = Q_k X_0; all factors commute, so their products are symmetric."""
-    gram = _square(x)  # (n, r, r)
-    factor = inverse = None
+    gram, gram2, scale = _tighten(_square(x))  # (n, r, r)
+    factor = None
     for step, (a, b, c) in enumerate(polynomials):
-        gram2 = _square(gram)
-        if step == 0:
-            gram, gram2, inverse = _tighten(gram, gram2)
+        if step > 0:
+            gram2 = _square(gram)
         polynomial = gram2.mul_(c).add_(gram, alpha=b)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         if step < len(polynomials) - 1:
             gram = symmetric_product(symmetric_product(polynomial, gram), polynomial)
         factor = polynomial if factor is None else symmetric_product(polynomial, factor)
     assert factor is not None
-    assert inverse is not None
-    return torch.bmm(factor.mul_(inverse.to(x.dtype)), x)
+    return torch.bmm(factor.mul_(scale.to(x.dtype)), x)

@@ -4,11 +4,14 @@ import copy
 import importlib
 import pickle
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import fasttrain_kernels
 import pytest
 import torch
+from fasttrain_kernels import _multi_tensor
 from fasttrain_kernels.adamw import FusedAdamW, adamw_reference
 from fasttrain_kernels.grad_norm import grad_norm
 from hypothesis import given, settings
@@ -392,6 +395,56 @@ def test_stochastic_rounding_is_unbiased_and_reproducible(path: torch.device) ->
     # of the mean is below 2**-8 · √(0.13 · 0.87 / 4096) = 2e-5. Nearest rounding would not move.
     # The moments are rounded too, which changes a step by at most one part in 2**7.
     assert abs(p.double().mean().item() - (1 - 5e-4)) < 8e-5
+
+
+def test_S6_the_noise_of_neighbours_is_independent_and_no_business_of_the_grid(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight neighbours share a call of Philox; parameter and moments do not share their noise."""
+    size, found = 5 * 8192, []
+    for n_programs in (1, 4):
+        monkeypatch.setattr(_multi_tensor, "_CPU_PROGRAMS", n_programs)
+        p = nn.Parameter(torch.zeros(size, device=triton_device, dtype=torch.bfloat16))
+        # Every result lies half way between two bf16 numbers.
+        half = 2.0**-8 + 2.0**-16
+        options = {"lr": half, "betas": (1 - half, 1 - half), "eps": 0.0, "weight_decay": 0.0}
+        optimizer = FusedAdamW([p], stochastic_rounding=True, seed=5, **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        state = optimizer.state[p]
+        found.append(torch.stack([p.detach().neg(), state["exp_avg"], state["exp_avg_sq"]]))
+    assert torch.equal(*found)
+    up = (found[0] > found[0].amin(1, keepdim=True)).double()
+    assert ((up.mean(1) - 0.5).abs() < 0.02).all()
+    groups = up.view(3, -1, 8).transpose(1, 2).reshape(24, -1)  # a row for each place of 16 bits
+    correlation = torch.corrcoef(groups) - torch.eye(24, device=groups.device)
+    assert correlation.abs().max() < 5 * (size / 8) ** -0.5
+
+
+@pytest.mark.parametrize(("registers", "n_programs"), [(32, 6), (64, 4), (65, 3), (168, 1)])
+def test_S7_as_many_programs_are_launched_as_the_device_holds(
+    registers: int, n_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65,536 registers and, of this device, 1,536 threads a multiprocessor; 256 a program."""
+    properties = SimpleNamespace(multi_processor_count=10, max_threads_per_multi_processor=1536)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(_multi_tensor, "n_multiprocessors", lambda _: 10)
+    grid = partial(_multi_tensor.launch_grid, device=torch.device("cuda", 0))
+    assert grid(10**6, registers=registers) == 10 * n_programs
+    assert grid(7, registers=registers) == 7
+
+
+def test_S7_the_next_launch_knows_the_registers_of_the_last(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    module = importlib.import_module("fasttrain_kernels.adamw")
+    monkeypatch.setattr(module, "launch_grid", lambda n, device, used: asked.append(used) or 1)
+    monkeypatch.setattr(module, "registers_of", lambda compiled: 120)
+    params = make(SHAPES, triton_device, torch.float32)
+    run_torch(params, FusedAdamW(params), range(3))
+    assert asked == [64, 120, 120]
+    assert _multi_tensor.registers_of(SimpleNamespace(n_regs=72)) == 72
 
 
 def test_runs_are_bit_identical(path: torch.device) -> None:

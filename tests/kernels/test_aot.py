@@ -57,20 +57,6 @@ ISSUE_BOUND = [
     ),
     ("", "cross_entropy_kernel", "every option", 0.2, "a capped logit costs a tanh, twice"),
     (
-        "",
-        "cross_entropy_kernel",
-        "bf16|fp16",
-        0.5,
-        "exponentials of five instructions, twice a logit",
-    ),
-    (
-        "sm_100",
-        "cross_entropy_kernel",
-        "fp32",
-        0.9,
-        "the same, with twice the bytes and 2.4 x the memory",
-    ),
-    (
         "sm_100",
         "_rms_norm_.*",
         "fp32 D=131",
@@ -78,7 +64,6 @@ ISSUE_BOUND = [
         "rows that start anywhere are read 4 bytes at a time; Triton 3.6 gives 0.873",
     ),
     ("sm_100", "_rope_kernel", "bf16|fp16", 0.9, "addresses of two tensors, and masks"),
-    ("", "adamw_kernel", "stochastic", 0.3, "three Philox calls an element"),
 ]
 # What is compiled for others than sm_90, for which the configurations are chosen.
 FEW = (
@@ -86,8 +71,16 @@ FEW = (
     "rms_norm bf16 D=768 residual",
     "swiglu bf16",
     "FusedAdamW bf16 stochastic",
+    "Muon fp32",
     "grad_norm bf16",
 )
+# The vocabularies of language models that two passes read, compiled for more targets.
+VOCABULARIES = [
+    "cross_entropy bf16 V=32000 forward",
+    "cross_entropy bf16 V=50257",
+    "cross_entropy bf16 V=50304 forward",
+    "cross_entropy bf16 V=128256",
+]
 # Operands reached by 32-bit offsets: they have an element a column, a row, a tensor or a program.
 # Everything else is as large as the op's tensors and must be reached by 64-bit offsets.
 SMALL_OPERANDS = {
@@ -99,6 +92,8 @@ SMALL_OPERANDS = {
     "adamw_kernel": {
         "pointers_ptr", "lengths_ptr", "chunks_ptr", "coefs_ptr", "found_inf_ptr",
     },
+    "muon_direction_kernel": {"pointers_ptr", "chunks_ptr", "clip_ptr", "found_inf_ptr"},
+    "muon_apply_kernel": {"pointers_ptr", "chunks_ptr", "lr_ptr", "found_inf_ptr"},
     "_sum_squares_kernel": {"pointers_ptr", "lengths_ptr", "chunks_ptr", "partial_ptr"},
     "_finish_kernel": {"partial_ptr", "out_ptr"},
     "advance_kernel": {
@@ -119,6 +114,8 @@ from fasttrain_kernels import aot
 few = [case for case in aot.CASES if case.name in {others}]
 rows = aot.reports(["sm_90"], count=False)
 rows += aot.reports([name for name in aot.TARGETS if name != "sm_90"], 2, few, count=False)
+more = [case for case in aot.CASES if case.name in {VOCABULARIES} and case not in few]
+rows += aot.reports(["sm_100", "sm_120"], 2, more, count=False)
 print(json.dumps([asdict(row) for row in rows]))
 """
     rows: list[Row] = json.loads(run_aot("-c", code, folder=tmp_path_factory.mktemp("aot")))
@@ -171,7 +168,7 @@ def test_the_cases_reach_every_configuration_of_the_cross_entropy(rows: list[Row
             found.add(("SINGLE_PASS" in row["configuration"], int(block), int(warps)))
     assert found >= {
         (True, 256, 1), (True, 8192, 16), (True, 16384, 16),
-        (False, 4096, 16), (False, 8192, 16), (False, 16384, 32),
+        (False, 4096, 16), (False, 8192, 16), (False, 8192, 8),
     }  # fmt: skip
 
 
@@ -231,6 +228,22 @@ def test_S2_S12_instructions_leave_memory_its_speed(rows: list[Row]) -> None:
         assert row["ceiling"] >= least, f"{label(row)}: {row['ceiling']:.2f} of {least:.2f} TB/s"
 
 
+def test_S2_a_logit_costs_few_instructions(rows: list[Row]) -> None:
+    """28.8 instructions a logit were 4.1 TB/s on an H100; one program an SM on the later ones."""
+    costs: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["case"] in VOCABULARIES and "COMPUTE_LOSS WRITE_GRAD" in row["configuration"]:
+            costs.setdefault(row["target"], {})[row["case"]] = row
+    for target, least in {"sm_90": 5.0, "sm_100": 6.0, "sm_120": 1.2 * 1.79}.items():
+        assert sorted(costs[target]) == sorted(VOCABULARIES)
+        for row in costs[target].values():
+            assert row["instructions"] <= 20, label(row)
+            assert row["ceiling"] >= least, label(row)
+            assert row["programs"] >= 2, label(row)
+        _, odd, even, _ = (costs[target][case]["instructions"] for case in VOCABULARIES)
+        assert odd <= 1.05 * even
+
+
 def test_S2_instructions_are_counted_in_the_loops_that_load() -> None:
     """Of nested loops each has its own; what surrounds them or only stores is left out."""
     load, store, add = "LDG.E.128 R1, [R2]", "STG.E.128 [R2], R1", "FADD R1, R1, R2"
@@ -244,6 +257,9 @@ def test_S2_instructions_are_counted_in_the_loops_that_load() -> None:
     assert found.ceiling(2, h100) == pytest.approx(4 * 128 * 132 * 1.755e-3)
     half_empty = issue_of(sass, {"BLOCK_N": 512}, 2, 40, 0, 768, h100)
     assert half_empty.instructions == pytest.approx(0.5 / 0.75)
+    # The loop is one of two passes, unrolled: 2 loads of 8 logits a thread, whatever a block has.
+    unrolled = issue_of(sass, {"BLOCK_N": 512, "REST": 256, "ALIGN": 8}, 2, 40, 0, 768, h100)
+    assert unrolled.instructions == 4 / 16
 
 
 def test_no_arithmetic_is_in_fp64(rows: list[Row]) -> None:

@@ -101,7 +101,7 @@ def test_vocabularies_of_language_models(device, n_cols):
 
 def test_two_passes_with_every_option(triton_device, monkeypatch):
     """Widths that the interpreter runs quickly take the path of wide rows."""
-    for name in ("SINGLE_PASS_COLS", "SINGLE_PASS_COLS_LEAST"):
+    for name in ("SINGLE_PASS_BYTES", "SINGLE_PASS_BYTES_LEAST"):
         monkeypatch.setattr(MODULE, name, 0)
     torch.manual_seed(1)
     for n_cols in (1, 131, 5003):

@@ -26,11 +26,12 @@ KERNELS = {
     "relu_squared": ["_relu_squared_fwd_kernel", "_relu_squared_bwd_kernel"],
     "apply_rope": ["_rope_kernel"],
     "adamw": ["advance_kernel", "adamw_kernel"],
+    "muon": ["muon_direction_kernel", "muon_apply_kernel"],
     "grad_norm": ["_sum_squares_kernel", "_finish_kernel"],
     "symmetric_matmul": ["_symmetric_kernel"],
 }
 NO_BARRIER = {"_scale_kernel", "_rope_kernel", "adamw_kernel"}
-NO_BARRIER |= {*KERNELS["swiglu"], *KERNELS["relu_squared"]}
+NO_BARRIER |= {*KERNELS["swiglu"], *KERNELS["relu_squared"], *KERNELS["muon"]}
 FIRST = list({name.split()[0]: name for name in reversed(SMALL_NAMES)}.values())
 # Of every kernel the first operation that launches it.
 PLANTED = {kernel: name for name in FIRST for kernel in KERNELS[name.split()[0]]}

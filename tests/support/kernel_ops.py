@@ -18,6 +18,7 @@ from fasttrain_kernels.catalogue import (
     cross_entropy,
     grad_norm,
     linear_cross_entropy,
+    muon,
     relu_squared,
     results,
     rms_norm,
@@ -69,6 +70,8 @@ SMALL: list[tuple[Callable[..., Op], dict[str, Any]]] = [
     (apply_rope, {"dtype": "bf16", "head_dim": 64, "n_tokens": 13}),
     (adamw, {"dtype": "fp32", "n": 8197, "scalars": True}),
     (adamw, {"dtype": "bf16", "n": 8200}),
+    (muon, {"dtype": "fp32", "rows": 97, "cols": 101, "scalars": True}),
+    (muon, {"dtype": "bf16", "rows": 40, "cols": 24}),
     (grad_norm, {"dtype": "bf16", "sizes": (16389, 8195, 1)}),
     (symmetric_matmul, {"dtype": "bf16", "rows": 136, "cols": 72}),
     (symmetric_matmul, {"dtype": "fp32", "rows": 67, "cols": 41, "add": True}),
@@ -96,6 +99,8 @@ def _large() -> Iterator[tuple[Callable[..., Op], dict[str, Any]]]:
         for n, offset, scalars in ((1, 0, False), (16384, 0, True), (20005, 1, False)):
             yield adamw, {"dtype": dtype, "n": n, "offset": offset, "scalars": scalars}
             yield grad_norm, {"dtype": dtype, "sizes": (n, 8195, 1), "offset": offset}
+        for rows, cols, scalars in ((1, 1, False), (33, 20, True), (128, 192, False)):
+            yield muon, {"dtype": dtype, "rows": rows, "cols": cols, "scalars": scalars}
         for rows, cols in ((16, 16), (128, 64), (129, 65), (256, 320), (300, 200)):
             for add in (False, True):
                 yield symmetric_matmul, {"dtype": dtype, "rows": rows, "cols": cols, "add": add}

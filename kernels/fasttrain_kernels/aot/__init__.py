@@ -218,7 +218,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
             columns = launch.flags.get("N_COLS") or launch.columns
             issue = issue_of(
                 sass, launch.flags, launch.options["num_warps"], registers, report["shared"],
-                columns, DEVICES[target],
+                columns, DEVICES[target], report["floor"],
             )  # fmt: skip
             report |= {
                 **issue._asdict(),

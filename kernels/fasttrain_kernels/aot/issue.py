@@ -81,9 +81,9 @@ def _loaded(code: list[str], no_addresses: bool) -> list[int]:
 
 def issue_of(
     sass: str, flags: Mapping[str, Any], warps: int, registers: int, shared: int, columns: int,
-    device: Device,
+    device: Device, floor: int = 0,
 ) -> Issue:  # fmt: skip
-    """Read machine code as nvdisasm prints it.
+    """Read machine code as nvdisasm prints it, of a kernel that moves ``floor`` bytes an element.
 
     ``flags`` are the compile-time arguments: a program processes BLOCK_* elements at once.
     ``columns`` are those of a row that is read in blocks of BLOCK_N; 0: no block is partly empty.
@@ -101,15 +101,23 @@ def issue_of(
         bulk = [(part, loaded.count(widest)) for part, loaded in outside]
     if chunk:  # of the loops over whole blocks and over the last one, the former
         bulk = [min(bulk, key=lambda found: len(found[0]) / found[1])]
-        if "DTYPE" in flags:  # the four blocks of a chunk are unrolled
-            tile = max(
-                tile, bulk[0][1] * widest * threads // (flags["DTYPE"].primitive_bitwidth // 8)
-            )
+        # The four blocks of a chunk may be unrolled.
+        wide = sum(bool(re.search(r"\b(?:LDG|STG)\S*\.128", text)) for text in bulk[0][0])
+        tile = max(tile, wide * 16 * threads // floor)
     block = flags.get("BLOCK_N", 1)
-    used = columns / (-(-columns // block) * block) if columns else 1.0
+    rest = flags.get("REST", block)  # how much of a row its last block covers
+    used = columns / ((columns - 1) // block * block + rest) if columns else 1.0
     of_registers = 65536 // (-(-registers // 8) * 8 * threads)
     of_shared = device.shared // (shared + 1024)
     programs = min(of_registers, of_shared, device.threads // threads, device.programs)
-    instructions = sum(len(part) for part, _ in bulk) / (tile / threads * used)
+    lengths = [len(part) for part, _ in bulk]
+    if "REST" in flags and not flags.get("SINGLE_PASS"):
+        # A pass over the row is a loop, or two where it is unrolled. Class weights are fp32, and
+        # as wide as the logits where the row begins as they do.
+        tile, weights = threads * flags["ALIGN"], flags["ALIGN"] // 4
+        loads = 1 + weights * (flags.get("HAS_CLASS_WEIGHT", 0) > flags.get("HAS_EDGES", 0))
+        rates = ((len(part) / n * loads, "STG" in " ".join(part)) for part, n in bulk)
+        lengths = list({stores: rate for rate, stores in sorted(rates, reverse=True)}.values())
+    instructions = sum(lengths) / (tile / threads * used)
     in_flight = max(count for _, count in bulk) * widest * threads * programs
     return Issue(instructions, programs, in_flight)
