@@ -8,8 +8,8 @@ the last): with P = a I + b A + c A², the factors Q ← P Q and A ← P A P giv
 costs 8 r³ instead of 4 r² c + 2 r³ operations. Squaring halves the digits of small singular
 values, so this needs fp32; bf16 always takes the direct form.
 
-Scaling: the iterations need ‖X‖₂ ≤ 1. The trace of the first step's A is ‖X‖_F²; its A² gives the far
-tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost.
+Scaling: the iterations need ‖X‖₂ ≤ 1. The trace of the first step's A is ‖X‖_F²; its A² gives the
+far tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost.
 
 Sources: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Amsel et al., The Polar Express,
 arXiv:2505.16932 (optimal coefficients, computed here by Remez' algorithm).
