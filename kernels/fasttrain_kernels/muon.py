@@ -192,23 +192,32 @@ class Batch:
     def update_in_torch(
         self, weights: list[Tensor], grads: list[Tensor], dtype: torch.dtype, clip: Tensor | None
     ) -> None:
-        """The same, on a CPU."""
+        """The same, on a CPU, also of matrices that are equal in shape but for transposition."""
         beta, decay = self.group["momentum"], self.group["weight_decay"]
-        stacked = self.momenta[0].new_empty(len(weights), *weights[0].shape)
-        here = list(stacked.unbind())
-        torch._foreach_copy_(here, grads)
+        here = [grad.to(m.dtype) for grad, m in zip(grads, self.momenta, strict=True)]
         if clip is not None:
-            stacked.mul_(clip)
+            here = list(torch._foreach_mul(here, clip))
         torch._foreach_lerp_(self.momenta, here, 1 - beta)
-        if self.group["nesterov"]:
-            torch._foreach_lerp_(here, self.momenta, beta)
-        else:
-            torch._foreach_copy_(here, self.momenta)
+        here = (
+            list(torch._foreach_lerp(here, self.momenta, beta))
+            if self.group["nesterov"]
+            else self.momenta
+        )
+        turned = [self.ranks is None and w.shape[0] > w.shape[1] for w in weights]  # to be wide
+        pairs = zip(here, turned, strict=True)
+        stacked = torch.stack([x.mT if turn else x for x, turn in pairs])
         changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
+        pairs = zip(changes.unbind(), turned, strict=True)
         lr = float(self.group["lr"])
         if decay != 0:
             torch._foreach_mul_(weights, 1 - lr * decay)
-        torch._foreach_add_(weights, list(changes.unbind()), alpha=-lr * self.scale)
+        torch._foreach_add_(
+            weights, [x.mT if turn else x for x, turn in pairs], alpha=-lr * self.scale
+        )
+
+
+def _is_for_triton(weight: Tensor) -> bool:
+    return use_triton(weight) and weight.dtype != torch.float64
 
 
 class _Plan:
@@ -337,10 +346,13 @@ class Muon(Optimizer):
             rows, cols = param.shape
             is_whole = local_tensor(param) is param  # not a DTensor
             ranks = None if is_whole else shard_group(param)
-            key = (id(group), rows, cols, param.dtype, param.device, ranks)
+            scale = _shape_scale(group["scale"], rows, cols)
+            shape = (rows, cols)
+            if is_whole and not _is_for_triton(param):
+                shape = (min(shape), max(shape))
+            key = (id(group), scale, shape, param.dtype, param.device, ranks)
             if key not in batches:
-                scale = _shape_scale(group["scale"], rows, cols)
-                batches[key] = Batch(group, scale, (rows, cols), ranks, n_sharded)
+                batches[key] = Batch(group, scale, shape, ranks, n_sharded)
             n_sharded += not is_whole
             state = self.state[param]
             if "momentum_buffer" not in state:
@@ -387,7 +399,7 @@ class Muon(Optimizer):
             weights = [local_tensor(params[i]) for i in batch.indices]
             here = [local_tensor(g) for i in batch.indices if (g := grads[i]) is not None]
             dtype = self._ns_dtype or products_dtype(weights[0].device)
-            if use_triton(weights[0]) and weights[0].dtype != torch.float64:
+            if _is_for_triton(weights[0]):
                 batch.update(weights, here, dtype, clip_coefficient, found_inf)
             elif found_inf is None or found_inf.item() == 0:
                 batch.update_in_torch(weights, here, dtype, clip_coefficient)
