@@ -99,7 +99,7 @@ def define_op(
                 return backward(ctx, *grads)
             with torch.no_grad():
                 result = backward(ctx, *grads)
-            return once(result, name)
+            return once(result, name.removesuffix("_forward"))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
         plain = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]

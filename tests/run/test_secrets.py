@@ -163,16 +163,13 @@ def test_R26_no_secret_reaches_logs_checkpoints_and_tracebacks(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", secret)
     in_url = "url-secret-42"
-    data = write_config(tmp_path).parent / "data"
-    odd = tmp_path / f"https:/me:{in_url}@host" / "data"
-    odd.parent.mkdir(parents=True)
-    data.rename(odd)
-    url = f"https://me:{in_url}@host/data"  # a path that exists, as well as a URL
+    write_config(tmp_path)
+    url = f"https://me:{in_url}@host/cache"  # a path that can be made, as well as a URL
     prompts = f"eval.prompts={json.dumps([secret], ensure_ascii=False)}".replace("\x7f", "\\u007f")
-    run = [str(tmp_path / "toy.toml"), f"data.path={url}", prompts, "train.steps=3"]
+    run = [str(tmp_path / "toy.toml"), f"data.cache_dir={url}", prompts, "train.steps=3"]
     assert main([*run, "--stop-at-step", "2"]) == 75
     assert main([*run, "--resume", "auto"]) in (0, 2)  # 2: with another prompt than was written
-    failures = [f"data.path={url}-gone", f"run.out_dir=/dev/null/{secret}", f"optim.lr={secret}"]
+    failures = [f"data.path=file-{url}", f"run.out_dir=/dev/null/{secret}", f"optim.lr={secret}"]
     for failure in failures:
         assert main([*run, failure]) == 2
 
@@ -204,6 +201,7 @@ ARGUMENTS = {  # of each command, such that its error names them
     "generate": [URL, "--prompt", "a"],
     "report": [URL],
     "checkpoint": [URL],
+    "evaluate": [URL, "--tasks", "a"],
     "hf": ["export", URL, "out"],
 }
 
@@ -213,9 +211,10 @@ def test_R26_no_command_tells_a_secret_in_its_errors(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fasttrain.data.files.PAUSE_S", 0)
     assert module_of(name).main(ARGUMENTS[name]) == 2
     out, err = capsys.readouterr()
-    assert "***@host" in err
+    assert "https://host/x" in err if name == "prepare" else "***@host" in err
     assert "url-secret-42" not in out + err
 
 
