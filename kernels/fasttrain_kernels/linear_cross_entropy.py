@@ -31,6 +31,7 @@ from ._cross_entropy_cpu import cross_entropy_rows
 from ._dispatch import define_op, is_traced, use_triton
 from ._launch import scale_unless_one_
 from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
+from ._torch import is_being_transformed
 from .cpu.linear_cross_entropy import fits, run_in_cpp
 from .cross_entropy import cross_entropy_reference, launch_cross_entropy
 
@@ -529,7 +530,8 @@ def linear_cross_entropy(
                 return_accuracy=return_accuracy,
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
-        ours = ours or is_traced(x) or fits(x, weight, bias, options)
+        ours = ours or fits(x, weight, bias, options)
+        ours = ours or (is_traced(x) and not is_being_transformed())
         if not ours and _all_in_range(flat_targets, n_cols):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
