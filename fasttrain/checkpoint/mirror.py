@@ -210,7 +210,8 @@ class Mirror:
 
 def config_at(address: str) -> str:
     """Return a copy of the config of the run at an address, in a folder for temporary files."""
-    remote(f"{address}/config.toml", "get_file", path := tempfile.mkstemp(suffix=".toml")[1])
+    path = os.path.join(tempfile.mkdtemp(), "config.toml")
+    remote(f"{address}/config.toml", "get_file", path)
     return path
 
 
