@@ -530,8 +530,8 @@ def linear_cross_entropy(
                 return_accuracy=return_accuracy,
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
-        ours = ours or fits(x, weight, bias, options)
         ours = ours or (is_traced(x) and not is_being_transformed())
+        ours = ours or fits(x, weight, bias, options)
         if not ours and _all_in_range(flat_targets, n_cols):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),

@@ -418,9 +418,9 @@ def test_the_run_itself_is_no_mirror_of_it(tmp_path: Path) -> None:
 def test_secrets_in_an_address_are_not_shown(tmp_path: Path) -> None:
     run = Run(tmp_path, address=f"faulty://me:hunter2@{tmp_path}/m")
     run.mirror.finish(1)
-    run.writer.save(1, groups(1), {"version": 0}, CONFIG)
     Faulty.happens = failing
-    run.mirror.wake()
+    run.writer.save(1, groups(1), {"version": 0}, CONFIG)
+    run.writer.wait()
     run.mirror.finish(60)
     assert run.warned
     assert "hunter2" not in " ".join(run.warned)

@@ -31,6 +31,7 @@ PROPERTIES = SimpleNamespace(
     major=9,
     minor=0,
     multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
     total_memory=80 << 30,
     L2_cache_size=50 << 20,
     warp_size=32,
