@@ -196,7 +196,8 @@ static inline void multiply_tiles(long k, const char* a, long a_row, const char*
   EACH(_tile_stored)
 }
 
-// Without oneDNN's 60 ns a call: GPT-2 of 128 columns takes 0.95 of the time, of 256 0.97.
+// Without oneDNN's 60 ns a call a training step of GPT-2, 128 wide, takes 0.95 of the time, and of
+// Llama, 256 wide, 0.97 (two cores of a Xeon with AMX, torch 2.13).
 static void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf16* b, long b_row,
                      float* c, long c_row, bool add) {
   if (m % 16 || k % 32) {
