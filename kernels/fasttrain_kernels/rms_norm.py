@@ -21,7 +21,7 @@ Legend: R rows (all leading dimensions), D dim. A row's offset is int64.
 """
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -255,6 +255,24 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
             )
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = ...,
+    residual: None = None,
+    zero_centered: bool = ...,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = ...,
+    residual: Tensor,
+    zero_centered: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -262,7 +280,7 @@ def rms_norm(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     zero_centered: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scale each row of x (or of x + residual) to unit root mean square.
 
     Args:
