@@ -13,13 +13,6 @@ struct Piece {
   long n;
 };
 
-static double sum_squares(Piece piece) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < piece.n; i++) sum += (double)piece.start[i] * piece.start[i];
-  return sum;
-}
-
 // Writes norm, found_inf and clip_coefficient.
 extern "C" void grad_norm(long n_tensors, const float* const* tensors, const long* lengths,
                           double max_norm, long threads, float* out) {
@@ -30,7 +23,13 @@ extern "C" void grad_norm(long n_tensors, const float* const* tensors, const lon
   const long n = pieces.size();
   std::vector<double> sums(n);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < n; i++) sums[i] = sum_squares(pieces[i]);
+  for (long i = 0; i < n; i++) {
+    double squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (long j = 0; j < pieces[i].n; j++)
+      squares += (double)pieces[i].start[j] * pieces[i].start[j];
+    sums[i] = squares;
+  }
   double sum = 0;
   for (double part : sums) sum += part;
   const double norm = sum > FLT_MAX ? INFINITY : std::sqrt(sum), ratio = max_norm / (norm + 1e-6);
