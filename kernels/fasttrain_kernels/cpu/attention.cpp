@@ -56,7 +56,7 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
 static void forward(const Shape& s, const T* heads, T* y, float* lse) {
   const float scale = 1 / std::sqrt((float)s.dim);
   const long n_group = s.n_heads / s.n_kv, t_end = s.blocks() * SIDE, n = s.qkv();
-  share(s.n_batch * s.n_kv, s.n_threads, [&](long task) {
+  share(s.n_batch * s.n_kv, s.n_threads, nullptr, [&](long task) {
     const long b = task / s.n_kv, g = task % s.n_kv;
     T *keys = SCRATCH(T)(t_end * s.dim), *values = SCRATCH(T)(t_end * s.dim);
     T* p = SCRATCH(T)(SIDE * t_end);
@@ -103,14 +103,15 @@ static void differentiate(In x, In dp, In lse, In delta, long first, float scale
 static void backward(const Shape& s, const T* heads, const T* y, In lse, const T* dy, T* dheads) {
   const float scale = 1 / std::sqrt((float)s.dim);
   const long n_group = s.n_heads / s.n_kv, side = SIDE * s.dim, n = s.qkv(), q = s.q();
-  share(s.n_batch * s.n_kv, s.n_threads, [&](long task) {
+  share(s.n_batch * s.n_kv, s.n_threads, nullptr, [&](long task) {
     const long b = task / s.n_kv, g = task % s.n_kv, key = s.n_heads + g, value = key + s.n_kv;
-    T *packed_keys = SCRATCH(T)(s.blocks() * side), *qt = SCRATCH(T)(side), *dyt = SCRATCH(T)(side);
-    T *q_packed = SCRATCH(T)(side), *dy_packed = SCRATCH(T)(side), *p = SCRATCH(T)(SIDE * SIDE);
-    T *d = SCRATCH(T)(SIDE * SIDE), *d_turned = SCRATCH(T)(SIDE * SIDE);
-    float *dkeys = SCRATCH(float)(2 * s.blocks() * side), *dvalues = dkeys + s.blocks() * side;
-    float *dqueries = SCRATCH(float)(side), *x = SCRATCH(float)(SIDE * SIDE);
-    float *dp = SCRATCH(float)(SIDE * SIDE), delta[SIDE], lse1[SIDE];
+    T *packed_keys = SCRATCH(T)(s.blocks() * side), *qt = SCRATCH(T)(4 * side + 3 * SIDE * SIDE);
+    T *dyt = qt + side, *q_packed = dyt + side, *dy_packed = q_packed + side, *p = dy_packed + side;
+    T *d = p + SIDE * SIDE, *d_turned = d + SIDE * SIDE;
+    float *dkeys = SCRATCH(float)((2 * s.blocks() + 1) * side),
+          *x = SCRATCH(float)(2 * SIDE * SIDE);
+    float *dvalues = dkeys + s.blocks() * side, *dqueries = dvalues + s.blocks() * side;
+    float *dp = x + SIDE * SIDE, delta[SIDE], lse1[SIDE];
     pack_blocks<false>(s, s.at(heads, n, b, 0, key), n, packed_keys);
     std::fill_n(dkeys, 2 * s.blocks() * side, 0.f);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)

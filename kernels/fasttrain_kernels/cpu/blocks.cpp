@@ -76,14 +76,12 @@ struct Backward : Forward {
   T* dy = take<T>(s->turned() * s->dim);
 };
 
-// Rows of n numbers, of which stat is μ and 1/σ each
 template <class To>
-static void normalised_again(long rows, In x, In stat, In w, long n, To* y) {
-  for (long r = 0; r < rows; r++, x += n, y += n, stat += 2)
-    for (long i = 0; i < n; i += LANES) set(y + i, (get(x + i) - stat[0]) * stat[1] * get(w + i));
+static void normalised_again(In x, In stat, In w, long n, To* y) {
+  for (long i = 0; i < n; i += LANES) set(y + i, (get(x + i) - stat[0]) * stat[1] * get(w + i));
 }
 
-// y = w·(x − μ)/σ, where μ is 0 unless centred
+// y = w·(x − μ)/σ of rows, where μ is 0 unless centred; stat is μ and 1/σ of each
 template <class To>
 static void normalise(long rows, In x, long n, bool centred, float eps, In w, float* stat, To* y) {
   for (long r = 0; r < rows; r++, x += n, y += n, stat += 2) {
@@ -92,29 +90,27 @@ static void normalise(long rows, In x, long n, bool centred, float eps, In w, fl
     stat[0] = sum(sums) / n;
     for (long i = 0; i < n; i += LANES) squares += (get(x + i) - stat[0]) * (get(x + i) - stat[0]);
     stat[1] = 1 / std::sqrt(sum(squares) / n + eps);
-    normalised_again(1, x, stat, w, n, y);
+    normalised_again(x, stat, w, n, y);
   }
 }
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
 template <class From>
-static void normalise_back(long rows, In dy, const From* x, In stat, In w, long n, bool centred,
-                           In given, float* dx, float* dw) {
-  for (long at = 0; at < rows * n; at += n, dy += n, x += n, stat += 2) {
-    const float mean = stat[0], scale = stat[1];
-    Lanes sums = {}, dots = {};
-    for (long i = 0; i < n; i += LANES) {
-      const Lanes unit = (get(x + i) - mean) * scale, g = get(dy + i) * get(w + i);
-      sums += g;
-      dots += g * unit;
-      set(dw + i, get(dw + i) + get(dy + i) * unit);
-    }
-    const float shift = centred ? sum(sums) / n : 0, slope = sum(dots) / n;
-    for (long i = 0; i < n; i += LANES) {
-      const Lanes unit = (get(x + i) - mean) * scale;
-      const Lanes d = (get(dy + i) * get(w + i) - shift - unit * slope) * scale;
-      set(dx + at + i, given ? get(given + at + i) + d : d);
-    }
+static void normalise_back(In dy, const From* x, In stat, In w, long n, bool centred, In given,
+                           float* dx, float* dw) {
+  const float mean = stat[0], scale = stat[1];
+  Lanes sums = {}, dots = {};
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes unit = (get(x + i) - mean) * scale, g = get(dy + i) * get(w + i);
+    sums += g;
+    dots += g * unit;
+    set(dw + i, get(dw + i) + get(dy + i) * unit);
+  }
+  const float shift = centred ? sum(sums) / n : 0, slope = sum(dots) / n;
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes unit = (get(x + i) - mean) * scale;
+    const Lanes d = (get(dy + i) * get(w + i) - shift - unit * slope) * scale;
+    set(dx + i, given ? get(given + i) + d : d);
   }
 }
 
@@ -194,11 +190,14 @@ struct WeightGradient {
   long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
 };
 
+// Called by all threads of a team
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
   long n_tasks = 0;
   for (const WeightGradient& g : all) n_tasks += g.n_tasks();
-  share(n_tasks, s->threads, [&](long i) {
+#pragma omp for schedule(dynamic)
+  for (long task = 0; task < n_tasks; task++) {
     const WeightGradient* g = all.begin();
+    long i = task;
     while (i >= g->n_tasks()) i -= g++->n_tasks();
     const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * g->COLUMNS;
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
@@ -207,7 +206,7 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
     product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
             to, g->turned ? n : g->n);
     if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);
-  });
+  }
 }
 
 // Weights (n_out, n_in) as products x·wᵀ take them, or with BACK dy·w. Called by all threads.
@@ -244,7 +243,7 @@ static void pack_weights(const Shape* s, const Inputs* p, const Forward& space) 
 // heads (M, Q) of x (M, D): queries, keys and values as attention takes them
 static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forward& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
-  share(s->chunks(), s->threads, [&](long chunk) {
+  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
     T* normed = SCRATCH(T)(rows * d);
     float* raw = SCRATCH(float)(rows * n);
@@ -270,7 +269,10 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forw
 static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        const Backward& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim;
-  share(s->chunks(), s->threads, [&](long chunk) {
+  const auto then = [&] {
+    weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
+  };
+  share(s->chunks(), s->threads, then, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
     T *dqkv = SCRATCH(T)(rows * n), *normed = SCRATCH(T)(rows * d);
     float *dnormed = SCRATCH(float)(rows * d), *wide = SCRATCH(float)(n);
@@ -287,7 +289,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
         Lanes squares = {};
         for (long i = 0; i < k; i += LANES) squares += get(raw + i) * get(raw + i);
         const float stat[2] = {0, 1 / std::sqrt(sum(squares) / k + s->eps)};
-        normalise_back(1, to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
+        normalise_back(to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
                        sums + 3 * d + (query ? 0 : k));
       }
       if (p->mix) {
@@ -306,20 +308,22 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
     }
     pack(dqkv, n, rows, end, n, first, s->even(), space.dqkv);
     product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
-    In x = p->x + first * d, stat = made.stat + 2 * first;
-    normalise_back(rows, dnormed, x, stat, p->norm, d, s->centred, space.dmiddle + first * d,
-                   o->x + first * d, sums);
-    normalised_again(rows, x, stat, p->norm, d, normed);
+    for (long r = 0; r < rows; r++) {
+      const long row = first + r;
+      In x = p->x + row * d, stat = made.stat + 2 * row;
+      normalise_back(dnormed + r * d, x, stat, p->norm, d, s->centred, space.dmiddle + row * d,
+                     o->x + row * d, sums);
+      normalised_again(x, stat, p->norm, d, normed + r * d);
+    }
     turn(normed, d, rows, d, space.normed + first, s->turned());
   });
-  weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
 }
 
 // middle = x + attended·outᵀ, y = middle + activation(hidden)·downᵀ
 static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
                   const Forward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
-  share(s->chunks(), s->threads, [&](long chunk) {
+  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
@@ -346,18 +350,23 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
 static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        In dy, const Backward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden, m = s->turned();
-  share(s->chunks(), s->threads, [&](long chunk) {
+  const auto then = [&] {
+    weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
+                         {space.normed, space.dhidden, d, e, o->up, true},
+                         {space.dmid, space.attended, d, q, o->out}});
+  };
+  share(s->chunks(), s->threads, then, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
     T *narrow = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * STRIP);
     T* dhidden = SCRATCH(T)(rows * e);
     float *wide = SCRATCH(float)(rows * std::max({d, q, STRIP})), *dx = o->x + first * d;
     float *dmid = space.dmiddle + first * d, *sums = space.sums + chunk * s->vectors();
-    In dleft = p->last_norm ? dx : dy + first * d, middle = made.middle + first * d;
-    In stat = made.mlp_stat + 2 * first;
+    In dleft = p->last_norm ? dx : dy + first * d;
     std::fill_n(sums, s->vectors(), 0.f);
-    if (p->last_norm)
-      normalise_back(rows, dy + first * d, made.left + first * d, made.last_stat + 2 * first,
-                     p->last_norm, d, s->centred, nullptr, dx, sums + 2 * d);
+    for (long r = 0; p->last_norm && r < rows; r++)
+      normalise_back(dy + (first + r) * d, made.left + (first + r) * d,
+                     made.last_stat + 2 * (first + r), p->last_norm, d, s->centred, nullptr,
+                     dx + r * d, sums + 2 * d);
     convert(dleft, rows * d, narrow);
     turn(narrow, d, rows, d, space.dy + first, m);
     for (long j = 0; j < f; j += STRIP) {
@@ -369,8 +378,12 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     }
     pack(dhidden, e, rows, end, e, first, s->even(), space.dhidden);
     product(rows, d, e, dhidden, e, space.up, wide, d);
-    normalise_back(rows, wide, middle, stat, p->mlp_norm, d, s->centred, dleft, dmid, sums + d);
-    normalised_again(rows, middle, stat, p->mlp_norm, d, narrow);
+    for (long r = 0; r < rows; r++) {
+      In x = made.middle + (first + r) * d, stat = made.mlp_stat + 2 * (first + r);
+      normalise_back(wide + r * d, x, stat, p->mlp_norm, d, s->centred, dleft + r * d, dmid + r * d,
+                     sums + d);
+      normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
+    }
     turn(narrow, d, rows, d, space.normed + first, m);
     pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
     convert(dmid, rows * d, narrow);
@@ -378,9 +391,6 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     product(rows, q, d, narrow, d, space.out, wide, q);
     convert(wide, rows * q, space.dattended + first * q);
   });
-  weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
-                       {space.normed, space.dhidden, d, e, o->up, true},
-                       {space.dmid, space.attended, d, q, o->out}});
 }
 
 // Bytes that forward saves of a block, and that each direction needs while it runs
