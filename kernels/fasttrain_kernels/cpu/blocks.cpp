@@ -156,7 +156,7 @@ static void activate(long rows, long n, long f, In h, T* kept, In da, T* a, long
       }
       const Lanes square = x * x;
       const Lanes z = MLP == GELU ? x * (slope + slope * 0.044715f * square) : x;
-      const Lanes s = 1 / (1 + exponential(-z)), y = x * s;
+      const Lanes s = inverse(1 + exponential(-z)), y = x * s;
       if (MLP == GELU) {
         set(a + i, y);
         if (BACK) set(dh + i, d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));

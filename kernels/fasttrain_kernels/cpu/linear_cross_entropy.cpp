@@ -72,10 +72,11 @@ static Stat measure(float* x, long n, const Shape* s) {
 }
 
 // Writes the gradient of n logits over them, in T, and zeros behind it up to the end
+template <bool CAPPED>
 static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
   const auto gradient = [=](Lanes x, float hit) {
     const Lanes g = row.slope * exponential(x - row.peak) - row.base - hit;
-    return softcap ? g * (1 - x / softcap * (x / softcap)) : g;
+    return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
   };
   const long target = row.target - first;
   const bool hits = target >= 0 && target < n;
@@ -159,7 +160,8 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
       const long some = std::min(AT_A_TIME, end_row - first);
       float* x = made.logits + (block * s->chunk + first) * s->width;
       for (long r = 0; r < some; r++)
-        differentiate(x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
+        (s->softcap ? differentiate<true> : differentiate<false>)(
+            x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
       if (t->dhidden)
         product(some, d, end, (const T*)x, x_row, made.weight + column * d,
                 made.sums + (part * s->chunk + first) * d, d, block > from);

@@ -39,7 +39,7 @@ typedef c10::BFloat16 Bf16;
 
 #ifdef BF16
 typedef Bf16 T;
-static const long PAIR = 2, PANEL = 64, DEPTH = INT32_MAX, WHOLE = 32;  // of a tile of AMX
+static const long PAIR = 2, PANEL = 64, DEPTH = 256, WHOLE = 32;  // of a tile of AMX
 #else
 typedef float T;
 static const long PAIR = 1, PANEL = 32, DEPTH = 512, WHOLE = 1;
@@ -121,6 +121,16 @@ static inline Lanes exponential(Lanes given) {
   p = p * (r * r) + r + 1.f;
   const Lanes power = (Lanes)(((Bits)n << 23) + (127u << 23));
   return given < least ? zero : p * power;
+}
+
+// 1/x within an ulp or two, for x from 1 to 2¹²⁶: a division takes longer than all else of a sigmoid
+static inline Lanes inverse(Lanes x) {
+#ifdef __AVX512F__
+  const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
+  return y * (2 - x * y);
+#else
+  return 1 / x;
+#endif
 }
 
 // Memory of a thread, in lines of the cache, kept from call to call
