@@ -130,7 +130,7 @@ def _configuration(
     least, most = n_cols - (align - 1 if has_edges else 0), n_cols
     least, most = (n // align * align - 1 for n in (least, most))
     rest = block if least // block != most // block else triton.next_power_of_2(most % block + 1)
-    warps = 16 if has_options or n_cols * size <= WIDE_ROW_BYTES else 8
+    warps = 16 if has_options or size > 2 or n_cols * size <= WIDE_ROW_BYTES else 8
     return False, block, max(16, rest), warps
 
 

@@ -18,7 +18,6 @@ import ctypes
 import math
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -91,7 +90,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return load_or_warn("grad_norm", Path(__file__).parent / "cpu/grad_norm.cpp")
+    return load_or_warn("grad_norm.cpp")
 
 
 def _fits_cpp(tensors: Sequence[Tensor]) -> bool:

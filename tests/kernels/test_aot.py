@@ -30,11 +30,13 @@ SMALL_INPUT = {"_finish_kernel", "advance_kernel"}
 NARROWER = [
     # A row of 131 logits, spread over the 64 threads of one wavefront, leaves a thread 4 of them.
     ("gfx942", "cross_entropy_kernel", "bf16 V=131 ", 8),
+    # Blocks of 4,096, with options, over the 1,024 threads of 16 wavefronts.
+    ("gfx942", "cross_entropy_kernel", "every option", 8),
 ]
 # (pattern of the target, kernel, case): known spills of at most 6 instructions or registers.
 # sm_90, for which the configurations are chosen, has none, and may have none.
 SPILLS = [
-    ("sm_75|sm_8.", "cross_entropy_kernel", "every option"),
+    ("sm_75|sm_8.|sm_120", "cross_entropy_kernel", "every option"),
     ("sm_80", "cross_entropy_kernel", "fp32 V=32000"),  # by Triton 3.9
     ("sm_8.", "_rms_norm_bwd_kernel", "D=32768 residual"),
     ("sm_80", "_symmetric_kernel", "fp32"),
@@ -42,6 +44,7 @@ SPILLS = [
     ("sm_100", "_rms_norm_bwd_kernel", "D=32768 residual"),  # by Triton 3.8, not by 3.7
 ]
 MANY_SPILLS = [
+    ("sm_75", "cross_entropy_kernel", "fp32 V=50257 every option"),  # 9
     ("sm_75", "_symmetric_kernel", "256x256"),  # 6,300: tiles chosen for the registers of sm_80
     ("sm_120", "_rms_norm_bwd_kernel", "fp32 D=8192 residual"),  # 18
 ]
@@ -54,6 +57,13 @@ ISSUE_BOUND = [
         r" V=131 ",
         0.15,
         "131 logits are all prologue, and not many bytes",
+    ),
+    (
+        "sm_100",
+        "cross_entropy_kernel",
+        " V=16(001|384) ",
+        0.85,
+        "a row in the registers of a program",
     ),
     ("", "cross_entropy_kernel", "every option", 0.2, "a capped logit costs a tanh, twice"),
     (

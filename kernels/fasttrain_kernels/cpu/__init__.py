@@ -12,15 +12,15 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._torch import may_use_amx, native_bf16
-
-# Matrix products, which other sources are compiled behind.
-PRODUCT = Path(__file__).parent / "product.h"
 
 # Those that do not depend on the machine
 FLAGS = (
@@ -56,15 +56,13 @@ def is_supported() -> bool:
 @cache
 def is_fast(dtype: torch.dtype) -> bool:
     """Return whether products in ``dtype`` are made in C++ here, and at full speed."""
-    native = dtype == torch.float32 or (
-        dtype == torch.bfloat16 and native_bf16(torch.device("cpu"))
-    )
-    return native and is_supported()
+    native = dtype == torch.bfloat16 and native_bf16(torch.device("cpu"))
+    return (native or dtype == torch.float32) and is_supported()
 
 
 @cache
-def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
-    """Return the library of C++ files, compiled one behind the other as one, for one dtype.
+def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """Return the library of files of this folder, compiled one behind the other, for one dtype.
 
     It is kept by content in the folder where torch.compile keeps its own
     (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s.
@@ -73,7 +71,7 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
         RuntimeError: the compiler is missing or refuses the code; the message is its own. Or
             nothing can be written to the folder, or loaded from it.
     """
-    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    text = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in sources)
     vectors = _VECTORS[torch.backends.cpu.get_cpu_capability()]
     if dtype == torch.bfloat16:
         vectors += ("-DBF16",)
@@ -101,12 +99,17 @@ def load(*sources: Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
         raise RuntimeError(f"{path}: {e}") from e
 
 
-def load_or_warn(
-    name: str, *sources: Path, dtype: torch.dtype = torch.float32
-) -> ctypes.CDLL | None:
+def load_or_warn(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     """Return what `load` does, or None where it cannot be built: torch's operations do without."""
     try:
         return load(*sources, dtype=dtype)
     except RuntimeError as e:
+        name = Path(sources[-1]).stem
         warnings.warn(f"{name} is slower, its C++ was not built: {e}", stacklevel=2)
         return None
+
+
+def pointers(tensors: Iterable[Tensor | None]) -> Any:
+    """Return the addresses of tensors as an array of pointers."""
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(addresses))(*addresses)

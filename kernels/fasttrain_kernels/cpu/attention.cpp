@@ -32,7 +32,7 @@ static void pack_blocks(const Shape& s, const T* x, long row, T* packed) {
     if (TURNED)
       pack_turned(x + j * SIDE * row, row, s.count(j), s.dim, packed, SIDE);
     else
-      pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed, s.dim);
+      pack_rows(x + j * SIDE * row, row, s.count(j), SIDE, s.dim, packed);
 }
 
 // p = exp(scale · (x - max)) of n scores, and zeros up to the end; returns sum and maximum. Loops
@@ -56,15 +56,11 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
 static void forward(const Shape& s, const T* heads, T* y, float* lse) {
   const float scale = 1 / std::sqrt((float)s.dim);
   const long n_group = s.n_heads / s.n_kv, t_end = s.blocks() * SIDE, n = s.qkv();
-  Turns turns(s.n_batch * s.n_kv, s.n_threads);
-#pragma omp parallel num_threads(s.n_threads)
-  turns.take([&](long task) {
-    static thread_local Scratch<T> turned_keys, packed_values, weights;
-    static thread_local Scratch<float> all_scores, outputs;
+  share(s.n_batch * s.n_kv, s.n_threads, nullptr, [&](long task) {
     const long b = task / s.n_kv, g = task % s.n_kv;
-    T *keys = turned_keys(t_end * s.dim), *values = packed_values(t_end * s.dim);
-    T* p = weights(SIDE * t_end);
-    float *scores = all_scores(SIDE * t_end), *out = outputs(SIDE * s.dim);
+    T *keys = SCRATCH(T)(t_end * s.dim), *values = SCRATCH(T)(t_end * s.dim);
+    T* p = SCRATCH(T)(SIDE * t_end);
+    float *scores = SCRATCH(float)(SIDE * t_end), *out = SCRATCH(float)(SIDE * s.dim);
     pack_blocks<true>(s, s.at(heads, n, b, 0, s.n_heads + g), n, keys);
     pack_blocks<false>(s, s.at(heads, n, b, 0, s.n_heads + s.n_kv + g), n, values);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)
@@ -107,18 +103,14 @@ static void differentiate(In x, In dp, In lse, In delta, long first, float scale
 static void backward(const Shape& s, const T* heads, const T* y, In lse, const T* dy, T* dheads) {
   const float scale = 1 / std::sqrt((float)s.dim);
   const long n_group = s.n_heads / s.n_kv, side = SIDE * s.dim, n = s.qkv(), q = s.q();
-  Turns turns(s.n_batch * s.n_kv, s.n_threads);
-#pragma omp parallel num_threads(s.n_threads)
-  turns.take([&](long task) {
-    static thread_local Scratch<T> all_keys, operands;
-    static thread_local Scratch<float> gradients, squares;
+  share(s.n_batch * s.n_kv, s.n_threads, nullptr, [&](long task) {
     const long b = task / s.n_kv, g = task % s.n_kv, key = s.n_heads + g, value = key + s.n_kv;
-    T* packed_keys = all_keys(s.blocks() * side);
-    T *qt = operands(4 * side + 3 * SIDE * SIDE), *dyt = qt + side, *q_packed = dyt + side;
-    T *dy_packed = q_packed + side, *p = dy_packed + side, *d = p + SIDE * SIDE;
-    T* d_turned = d + SIDE * SIDE;
-    float *dkeys = gradients((2 * s.blocks() + 1) * side), *dvalues = dkeys + s.blocks() * side;
-    float *dqueries = dvalues + s.blocks() * side, *x = squares(2 * SIDE * SIDE);
+    T *packed_keys = SCRATCH(T)(s.blocks() * side), *qt = SCRATCH(T)(4 * side + 3 * SIDE * SIDE);
+    T *dyt = qt + side, *q_packed = dyt + side, *dy_packed = q_packed + side, *p = dy_packed + side;
+    T *d = p + SIDE * SIDE, *d_turned = d + SIDE * SIDE;
+    float *dkeys = SCRATCH(float)((2 * s.blocks() + 1) * side),
+          *x = SCRATCH(float)(2 * SIDE * SIDE);
+    float *dvalues = dkeys + s.blocks() * side, *dqueries = dvalues + s.blocks() * side;
     float *dp = x + SIDE * SIDE, delta[SIDE], lse1[SIDE];
     pack_blocks<false>(s, s.at(heads, n, b, 0, key), n, packed_keys);
     std::fill_n(dkeys, 2 * s.blocks() * side, 0.f);
@@ -128,8 +120,8 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
         const T *queries = s.at(heads, n, b, first, h), *dys = s.at(dy, q, b, first, h);
         pack_turned(queries, n, rows, s.dim, qt, SIDE);
         pack_turned(dys, q, rows, s.dim, dyt, SIDE);
-        pack_rows(queries, n, rows, SIDE, s.dim, q_packed, s.dim);
-        pack_rows(dys, q, rows, SIDE, s.dim, dy_packed, s.dim);
+        pack_rows(queries, n, rows, SIDE, s.dim, q_packed);
+        pack_rows(dys, q, rows, SIDE, s.dim, dy_packed);
         std::fill_n(delta, SIDE, 0.f);
         std::fill_n(lse1, SIDE, INFINITY);  // queries that are not there weigh nothing
         for (long i = 0; i < rows; i++) {
@@ -141,7 +133,8 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
         }
         for (long j = 0; j <= block; j++) {
           const long n_keys = s.count(j);
-          multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, key), n, qt, SIDE, x, SIDE, false);
+          multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, key), n, qt, SIDE, x, SIDE,
+                   false);
           multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, value), n, dyt, SIDE, dp, SIDE,
                    false);
           for (long i = 0; i < n_keys; i++)
@@ -149,8 +142,8 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
                           p + i * SIDE, d + i * SIDE);
           std::fill(d + n_keys * SIDE, d + SIDE * SIDE, T{});
           turn(d, SIDE, SIDE, SIDE, d_turned, SIDE);
-          multiply(rows, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries, s.dim,
-                   j > 0);
+          multiply(rows, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries,
+                   s.dim, j > 0);
           multiply(n_keys, s.dim, SIDE, d, SIDE, q_packed, s.dim, dkeys + j * side, s.dim, true);
           multiply(n_keys, s.dim, SIDE, p, SIDE, dy_packed, s.dim, dvalues + j * side, s.dim, true);
         }

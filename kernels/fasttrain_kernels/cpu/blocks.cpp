@@ -4,8 +4,8 @@
 // A task is some rows, of a token each, taken through norm, product and activation in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
 // are left as one sum for each task. So results do not depend on the number of threads.
-// The residual stream, norms and activations are fp32; in T is what products take, and what is saved
-// of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
+// The residual stream, norms and activations are fp32; in T is what products take, and what is
+// saved of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
 
 struct Shape {
   long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
@@ -14,7 +14,8 @@ struct Shape {
   long qkv() const { return (heads + 2 * kv) * head_dim; }
   long halves() const { return mlp == 2 ? 2 : 1; }  // of what goes up: of SwiGLU the factors too
   long up() const { return halves() * hidden; }
-  long vectors() const { return 2 * dim + 2 * head_dim + 2; }  // norm, q_norm, k_norm, mix, mlp_norm
+  // Weights of norm, mlp_norm, last_norm, q_norm, k_norm and mix, whose gradients are sums of tasks
+  long vectors() const { return 3 * dim + 2 * head_dim + 2; }
   // Rows of a task: with more, packed weights are read less often; with fewer, more threads share
   long most() const { return std::clamp(round_up(m / 16, 64), 64L, 128L); }
   long chunks() const { return (m + most() - 1) / most(); }
@@ -24,68 +25,55 @@ struct Shape {
   long turned() const { return round_up(m, 32) + 32; }
 };
 
-struct Inputs {  // null where the model has none: value and mix, q_norm and k_norm, cos and sin
-  In x, value, norm, weight, q_norm, k_norm, out, mlp_norm, up, down, mix, cos, sin;
+// Null where the model has none: value and mix, q_norm and k_norm, cos and sin; last_norm, behind
+// the block, but for the last block
+struct Inputs {
+  In x, value, norm, weight, q_norm, k_norm, out, mlp_norm, up, down, mix, last_norm, cos, sin;
   bool keeps_raw() const { return q_norm || mix; }
 };
 
 struct Gradients {  // of Inputs, in their order; of all blocks x may be the same
-  float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix;
+  float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix, *last_norm;
 };
 
-struct Saved {  // what forward leaves for backward
-  T *heads, *raw, *attended, *hidden;
-  float *lse, *stat, *middle, *mlp_stat;
-  char* end;
-  Saved(const Shape* s, const Inputs* p, char* start) {
-    Parts parts{start};
-    heads = parts.take<T>(s->m * s->qkv());
-    raw = parts.take<T>(p->keeps_raw() ? s->m * s->qkv() : 0);  // before they are normalised or mixed
-    attended = parts.take<T>(s->m * s->q());
-    hidden = parts.take<T>(s->m * s->up());
-    lse = parts.take<float>(s->m * s->heads);
-    stat = parts.take<float>(2 * s->m);
-    middle = parts.take<float>(s->m * s->dim);
-    mlp_stat = parts.take<float>(2 * s->m);
-    end = parts.next;
-  }
+struct Saved : Parts {  // what forward leaves for backward
+  const Shape* s;
+  const Inputs* p;
+  T* heads = take<T>(s->m * s->qkv());
+  T* raw = take<T>(p->keeps_raw() ? s->m * s->qkv() : 0);  // before they are normalised or mixed
+  T* attended = take<T>(s->m * s->q());
+  T* hidden = take<T>(s->m * s->up());
+  float* lse = take<float>(s->m * s->heads);
+  float* stat = take<float>(2 * s->m);
+  float* middle = take<float>(s->m * s->dim);
+  float* mlp_stat = take<float>(2 * s->m);
+  float* left = take<float>(p->last_norm ? s->m * s->dim : 0);  // what is before the last norm
+  float* last_stat = take<float>(p->last_norm ? 2 * s->m : 0);
 };
 
 // What each direction needs of memory while it runs, besides what is saved
-struct Forward {
-  T *qkv, *out, *up, *down;  // packed weights
-  char* end;
-  Forward(const Shape* s, char* start) {
-    Parts parts{start};
-    qkv = parts.take<T>(s->qkv() * s->dim);
-    out = parts.take<T>(s->q() * s->dim);
-    up = parts.take<T>(s->up() * s->dim);
-    down = parts.take<T>(s->hidden * s->dim);
-    end = parts.next;
-  }
+struct Forward : Parts {
+  const Shape* s;
+  // Packed weights
+  T* qkv = take<T>(s->qkv() * s->dim);
+  T* out = take<T>(s->q() * s->dim);
+  T* up = take<T>(s->up() * s->dim);
+  T* down = take<T>(s->hidden * s->dim);
 };
 
 struct Backward : Forward {
-  float *sums, *dmiddle;
-  T *dattended, *dheads;
+  float* sums = take<float>(s->chunks() * s->vectors());
+  float* dmiddle = take<float>(s->m * s->dim);
+  T* dattended = take<T>(s->m * s->q());
+  T* dheads = take<T>(s->m * s->qkv());
   // Operands of the gradients of weights: packed (M, n), and turned (n, M): see WeightGradient
-  T *normed, *attended, *mlp_normed, *acts, *dqkv, *dmid, *dhidden, *dy;
-  Backward(const Shape* s, char* start) : Forward(s, start) {
-    const long m = s->m, turned = s->turned(), packed = s->even();
-    Parts parts{end};
-    sums = parts.take<float>(s->chunks() * s->vectors());
-    dmiddle = parts.take<float>(m * s->dim);
-    dattended = parts.take<T>(m * s->q());
-    dheads = parts.take<T>(m * s->qkv());
-    attended = parts.take<T>(packed * s->q());
-    mlp_normed = normed = parts.take<T>(turned * s->dim);  // the one is used before the other
-    acts = parts.take<T>(packed * s->hidden);
-    dqkv = parts.take<T>(packed * s->qkv());
-    dmid = parts.take<T>(turned * s->dim);
-    dhidden = parts.take<T>(packed * s->up());
-    dy = parts.take<T>(turned * s->dim);
-    end = parts.next;
-  }
+  T* attended = take<T>(s->even() * s->q());
+  T* normed = take<T>(s->turned() * s->dim);  // of mlp_norm, then of norm
+  T* acts = take<T>(s->even() * s->hidden);
+  T* dqkv = take<T>(s->even() * s->qkv());
+  T* dmid = take<T>(s->turned() * s->dim);
+  T* dhidden = take<T>(s->even() * s->up());
+  T* dy = take<T>(s->turned() * s->dim);
 };
 
 template <class To>
@@ -93,15 +81,17 @@ static void normalised_again(In x, In stat, In w, long n, To* y) {
   for (long i = 0; i < n; i += LANES) set(y + i, (get(x + i) - stat[0]) * stat[1] * get(w + i));
 }
 
-// y = w·(x − μ)/σ, where μ is 0 unless centred; stat is μ and 1/σ
+// y = w·(x − μ)/σ of rows, where μ is 0 unless centred; stat is μ and 1/σ of each
 template <class To>
-static void normalise(In x, long n, bool centred, float eps, In w, float* stat, To* y) {
-  Lanes sums = {}, squares = {};
-  for (long i = 0; centred && i < n; i += LANES) sums += get(x + i);
-  stat[0] = sum(sums) / n;
-  for (long i = 0; i < n; i += LANES) squares += (get(x + i) - stat[0]) * (get(x + i) - stat[0]);
-  stat[1] = 1 / std::sqrt(sum(squares) / n + eps);
-  normalised_again(x, stat, w, n, y);
+static void normalise(long rows, In x, long n, bool centred, float eps, In w, float* stat, To* y) {
+  for (long r = 0; r < rows; r++, x += n, y += n, stat += 2) {
+    Lanes sums = {}, squares = {};
+    for (long i = 0; centred && i < n; i += LANES) sums += get(x + i);
+    stat[0] = sum(sums) / n;
+    for (long i = 0; i < n; i += LANES) squares += (get(x + i) - stat[0]) * (get(x + i) - stat[0]);
+    stat[1] = 1 / std::sqrt(sum(squares) / n + eps);
+    normalised_again(x, stat, w, n, y);
+  }
 }
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
@@ -124,7 +114,7 @@ static void normalise_back(In dy, const From* x, In stat, In w, long n, bool cen
   }
 }
 
-// The sum of vectors of n numbers, each behind the one before
+// The sum of vectors of n numbers, each `distance` behind the one before
 static void add_up(In all, long n_vectors, long distance, long n, float* sum) {
   std::copy_n(all, n, sum);
   for (long v = 1; v < n_vectors; v++)
@@ -146,8 +136,9 @@ enum { GELU, RELU2, SWIGLU };
 
 static const long STRIP = 64;  // hidden columns that are activated while they are in the cache
 
-// Activations a (rows, n) of a strip of the hidden states h (rows, n), which SwiGLU's factors (rows,
-// n) lie behind. Forward keeps them for backward, which makes of da also dh, two strips F apart.
+// Activations a (rows, n) of a strip of the hidden states h (rows, n), behind which lie SwiGLU's
+// factors (rows, n). Forward keeps them for backward, which makes of da also dh, whose halves lie F
+// apart.
 template <int MLP, bool BACK>
 static void activate(long rows, long n, long f, In h, T* kept, In da, T* a, long a_row, T* dh) {
   const float slope = 2 * std::sqrt(2 / (float)M_PI);
@@ -165,7 +156,7 @@ static void activate(long rows, long n, long f, In h, T* kept, In da, T* a, long
       }
       const Lanes square = x * x;
       const Lanes z = MLP == GELU ? x * (slope + slope * 0.044715f * square) : x;
-      const Lanes s = 1 / (1 + exponential(-z)), y = x * s;
+      const Lanes s = inverse(1 + exponential(-z)), y = x * s;
       if (MLP == GELU) {
         set(a + i, y);
         if (BACK) set(dh + i, d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));
@@ -187,8 +178,8 @@ static void activate(const Shape* s, long rows, long n, In h, T* kept, In da, T*
                      : activate<SWIGLU, BACK>)(rows, n, s->hidden, h, kept, da, a, a_row, dh);
 }
 
-// What is to be the gradient of a weight, or TURNED its transpose: aᵀ·b of a turned (n_rows, M) and b
-// packed (M, n). The narrower operand is the one to be turned.
+// What is to be the gradient of a weight, or TURNED its transpose: aᵀ·b of a turned (n_rows, M) and
+// b packed (M, n). The narrower operand is the one to be turned.
 struct WeightGradient {
   const T *a, *b;
   long n_rows, n;
@@ -203,19 +194,17 @@ struct WeightGradient {
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
   long n_tasks = 0;
   for (const WeightGradient& g : all) n_tasks += g.n_tasks();
-  const Tiles tiles;
 #pragma omp for schedule(dynamic)
   for (long task = 0; task < n_tasks; task++) {
-    static thread_local Scratch<float> part;
     const WeightGradient* g = all.begin();
     long i = task;
     while (i >= g->n_tasks()) i -= g++->n_tasks();
     const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * g->COLUMNS;
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
     const long n = std::min(g->COLUMNS, g->n - column);
-    float* to = g->turned ? part(rows * n) : g->dw + row * g->n + column;
-    product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(), to,
-            g->turned ? n : g->n);
+    float* to = g->turned ? SCRATCH(float)(rows * n) : g->dw + row * g->n + column;
+    product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
+            to, g->turned ? n : g->n);
     if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);
   }
 }
@@ -226,14 +215,13 @@ static void pack_weight(In w, long n_out, long n_in, T* panels) {
   const long n = BACK ? n_in : n_out, depth = BACK ? n_out : n_in;
 #pragma omp for schedule(static) nowait
   for (long j = 0; j < n; j += PANEL) {
-    static thread_local Scratch<T> narrow;
     const long width = std::min(PANEL, n - j), rows = BACK ? depth : width;
     const long row = BACK ? width : depth;
-    T* part = narrow(width * depth);
+    T* part = SCRATCH(T)(width * depth);
     for (long r = 0; r < rows; r++)
       convert(w + (BACK ? r * n_in + j : (j + r) * n_in), row, part + r * row);
     if (BACK)
-      pack_rows(part, row, depth, depth, width, panels + j * depth, width);
+      pack_rows(part, row, depth, depth, width, panels + j * depth);
     else
       pack_turned(part, row, width, depth, panels + j * depth, width);
   }
@@ -255,17 +243,12 @@ static void pack_weights(const Shape* s, const Inputs* p, const Forward& space) 
 // heads (M, Q) of x (M, D): queries, keys and values as attention takes them
 static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forward& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
-  Turns turns(s->chunks(), s->threads);
-#pragma omp parallel num_threads(s->threads)
-  turns.take([&](long chunk) {
-    static thread_local Scratch<T> all_normed;
-    static thread_local Scratch<float> all_raw;
+  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
-    T* normed = all_normed(rows * d);
-    float* raw = all_raw(rows * n);
-    for (long r = 0; r < rows; r++)
-      normalise(p->x + (first + r) * d, d, s->centred, s->eps, p->norm,
-                made.stat + 2 * (first + r), normed + r * d);
+    T* normed = SCRATCH(T)(rows * d);
+    float* raw = SCRATCH(float)(rows * n);
+    normalise(rows, p->x + first * d, d, s->centred, s->eps, p->norm, made.stat + 2 * first,
+              normed);
     product(rows, n, d, normed, d, space.qkv, raw, n);
     if (p->keeps_raw()) convert(raw, rows * n, made.raw + first * n);
     for (long r = 0; r < rows; r++) {
@@ -273,7 +256,7 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forw
       float *head = raw + r * n, stat[2];
       for (long h = 0; h < n_turned; h++, head += k) {
         if (p->q_norm)
-          normalise(head, k, false, s->eps, h < s->heads ? p->q_norm : p->k_norm, stat, head);
+          normalise(1, head, k, false, s->eps, h < s->heads ? p->q_norm : p->k_norm, stat, head);
         if (p->cos) rotate(head, p->cos + at_angle, p->sin + at_angle, k, 1);
       }
       for (long i = 0; p->mix && i < s->kv * k; i++)
@@ -286,79 +269,68 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forw
 static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        const Backward& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim;
-  Turns turns(s->chunks(), s->threads);
-#pragma omp parallel num_threads(s->threads)
-  {
-    turns.take([&](long chunk) {
-      static thread_local Scratch<T> all_dqkv, all_normed;
-      static thread_local Scratch<float> all_dnormed, one_row;
-      const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
-      T *dqkv = all_dqkv(rows * n), *normed = all_normed(rows * d);
-      float *dnormed = all_dnormed(rows * d), *wide = one_row(n);
-      float* sums = space.sums + chunk * s->vectors();
-      std::fill_n(sums, s->vectors() - d, 0.f);
-      for (long r = 0; r < rows; r++) {
-        const long row = first + r, at_angle = row % s->t * (k / 2), start = row * s->kv * k;
-        float* to = wide;
-        const T* raw = made.raw + row * n;
-        convert(space.dheads + row * n, n, to);
-        for (long h = 0; h < s->heads + s->kv; h++, to += k, raw += k) {
-          if (p->cos) rotate(to, p->cos + at_angle, p->sin + at_angle, k, -1);
-          if (!p->q_norm) continue;
-          const bool query = h < s->heads;
-          Lanes squares = {};
-          for (long i = 0; i < k; i += LANES) squares += get(raw + i) * get(raw + i);
-          const float stat[2] = {0, 1 / std::sqrt(sum(squares) / k + s->eps)};
-          normalise_back(to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
-                         sums + d + (query ? 0 : k));
-        }
-        if (p->mix) {
-          Lanes own = {}, other = {};
-          for (long i = 0; i < s->kv * k; i += LANES) {
-            const Lanes g = get(to + i);
-            own += g * get(raw + i);
-            other += g * get(p->value + start + i);
-            set(o->value + start + i, p->mix[1] * g);
-            set(to + i, p->mix[0] * g);
-          }
-          sums[d + 2 * k] += sum(own);
-          sums[d + 2 * k + 1] += sum(other);
-        }
-        convert(wide, n, dqkv + r * n);
-      }
-      pack(dqkv, n, rows, end, n, first, s->even(), space.dqkv);
-      product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
-      for (long r = 0; r < rows; r++) {
-        const long row = first + r;
-        In x = p->x + row * d, stat = made.stat + 2 * row;
-        normalise_back(dnormed + r * d, x, stat, p->norm, d, s->centred, space.dmiddle + row * d,
-                       o->x + row * d, sums);
-        normalised_again(x, stat, p->norm, d, normed + r * d);
-      }
-      turn(normed, d, rows, d, space.normed + first, s->turned());
-    });
-#pragma omp barrier
+  const auto then = [&] {
     weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
-  }
+  };
+  share(s->chunks(), s->threads, then, [&](long chunk) {
+    const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
+    T *dqkv = SCRATCH(T)(rows * n), *normed = SCRATCH(T)(rows * d);
+    float *dnormed = SCRATCH(float)(rows * d), *wide = SCRATCH(float)(n);
+    float *sums = space.sums + chunk * s->vectors(), *mix_sums = sums + 3 * d + 2 * k;
+    for (long r = 0; r < rows; r++) {
+      const long row = first + r, at_angle = row % s->t * (k / 2), start = row * s->kv * k;
+      float* to = wide;
+      const T* raw = made.raw + row * n;
+      convert(space.dheads + row * n, n, to);
+      for (long h = 0; h < s->heads + s->kv; h++, to += k, raw += k) {
+        if (p->cos) rotate(to, p->cos + at_angle, p->sin + at_angle, k, -1);
+        if (!p->q_norm) continue;
+        const bool query = h < s->heads;
+        Lanes squares = {};
+        for (long i = 0; i < k; i += LANES) squares += get(raw + i) * get(raw + i);
+        const float stat[2] = {0, 1 / std::sqrt(sum(squares) / k + s->eps)};
+        normalise_back(to, raw, stat, query ? p->q_norm : p->k_norm, k, false, nullptr, to,
+                       sums + 3 * d + (query ? 0 : k));
+      }
+      if (p->mix) {
+        Lanes own = {}, other = {};
+        for (long i = 0; i < s->kv * k; i += LANES) {
+          const Lanes g = get(to + i);
+          own += g * get(raw + i);
+          other += g * get(p->value + start + i);
+          set(o->value + start + i, p->mix[1] * g);
+          set(to + i, p->mix[0] * g);
+        }
+        mix_sums[0] += sum(own);
+        mix_sums[1] += sum(other);
+      }
+      convert(wide, n, dqkv + r * n);
+    }
+    pack(dqkv, n, rows, end, n, first, s->even(), space.dqkv);
+    product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
+    for (long r = 0; r < rows; r++) {
+      const long row = first + r;
+      In x = p->x + row * d, stat = made.stat + 2 * row;
+      normalise_back(dnormed + r * d, x, stat, p->norm, d, s->centred, space.dmiddle + row * d,
+                     o->x + row * d, sums);
+      normalised_again(x, stat, p->norm, d, normed + r * d);
+    }
+    turn(normed, d, rows, d, space.normed + first, s->turned());
+  });
 }
 
 // middle = x + attended·outᵀ, y = middle + activation(hidden)·downᵀ
 static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
                   const Forward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
-  Turns turns(s->chunks(), s->threads);
-#pragma omp parallel num_threads(s->threads)
-  turns.take([&](long chunk) {
-    static thread_local Scratch<T> all_normed, all_acts;
-    static thread_local Scratch<float> all_hidden;
+  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
-    T *normed = all_normed(rows * d), *acts = all_acts(rows * f);
-    float *middle = made.middle + first * d, *hidden = all_hidden(rows * 2 * STRIP);
+    T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
+    float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
+    float* left = (p->last_norm ? made.left : y) + first * d;
     std::copy_n(p->x + first * d, rows * d, middle);
     product(rows, d, q, made.attended + first * q, q, space.out, middle, d, true);
-    for (long r = 0; r < rows; r++)
-      normalise(middle + r * d, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * (first + r),
-                normed + r * d);
+    normalise(rows, middle, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * first, normed);
     for (long j = 0; j < f; j += STRIP) {
       const long width = std::min(STRIP, f - j);
       for (long half = 0; half < s->halves(); half++)
@@ -367,137 +339,102 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
       activate<false>(s, rows, width, hidden, made.hidden + first * e + j * rows * s->halves(),
                       nullptr, acts + j, f);
     }
-    std::copy_n(middle, rows * d, y + first * d);
-    product(rows, d, f, acts, f, space.down, y + first * d, d, true);
+    std::copy_n(middle, rows * d, left);
+    product(rows, d, f, acts, f, space.down, left, d, true);
+    if (p->last_norm)
+      normalise(rows, left, d, s->centred, s->eps, p->last_norm, made.last_stat + 2 * first,
+                y + first * d);
   });
 }
 
 static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        In dy, const Backward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden, m = s->turned();
-  Turns turns(s->chunks(), s->threads);
-#pragma omp parallel num_threads(s->threads)
-  {
-    turns.take([&](long chunk) {
-      static thread_local Scratch<T> all_narrow, all_acts, all_dhidden;
-      static thread_local Scratch<float> all_wide;
-      const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
-      T *narrow = all_narrow(rows * d), *acts = all_acts(rows * STRIP);
-      T* dhidden = all_dhidden(rows * e);
-      float *wide = all_wide(rows * std::max({d, q, STRIP})), *dmid = space.dmiddle + first * d;
-      float* sums = space.sums + (chunk + 1) * s->vectors() - d;
-      std::fill_n(sums, d, 0.f);
-      convert(dy + first * d, rows * d, narrow);
-      turn(narrow, d, rows, d, space.dy + first, m);
-      for (long j = 0; j < f; j += STRIP) {
-        const long width = std::min(STRIP, f - j);
-        product(rows, width, d, narrow, d, space.down + j * d, wide, width);
-        activate<true>(s, rows, width, nullptr, made.hidden + first * e + j * rows * s->halves(),
-                       wide, acts, width, dhidden + j);
-        pack(acts, width, rows, end, width, first, s->even(), space.acts + j * s->even());
-      }
-      pack(dhidden, e, rows, end, e, first, s->even(), space.dhidden);
-      product(rows, d, e, dhidden, e, space.up, wide, d);
-      for (long r = 0; r < rows; r++) {
-        const long row = first + r;
-        In x = made.middle + row * d, stat = made.mlp_stat + 2 * row;
-        normalise_back(wide + r * d, x, stat, p->mlp_norm, d, s->centred, dy + row * d,
-                       dmid + r * d, sums);
-        normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
-      }
-      turn(narrow, d, rows, d, space.mlp_normed + first, m);
-      pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
-      convert(dmid, rows * d, narrow);
-      turn(narrow, d, rows, d, space.dmid + first, m);
-      product(rows, q, d, narrow, d, space.out, wide, q);
-      convert(wide, rows * q, space.dattended + first * q);
-    });
-#pragma omp barrier
+  const auto then = [&] {
     weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
-                         {space.mlp_normed, space.dhidden, d, e, o->up, true},
+                         {space.normed, space.dhidden, d, e, o->up, true},
                          {space.dmid, space.attended, d, q, o->out}});
-  }
+  };
+  share(s->chunks(), s->threads, then, [&](long chunk) {
+    const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
+    T *narrow = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * STRIP);
+    T* dhidden = SCRATCH(T)(rows * e);
+    float *wide = SCRATCH(float)(rows * std::max({d, q, STRIP})), *dx = o->x + first * d;
+    float *dmid = space.dmiddle + first * d, *sums = space.sums + chunk * s->vectors();
+    In dleft = p->last_norm ? dx : dy + first * d;
+    std::fill_n(sums, s->vectors(), 0.f);
+    for (long r = 0; p->last_norm && r < rows; r++)
+      normalise_back(dy + (first + r) * d, made.left + (first + r) * d,
+                     made.last_stat + 2 * (first + r), p->last_norm, d, s->centred, nullptr,
+                     dx + r * d, sums + 2 * d);
+    convert(dleft, rows * d, narrow);
+    turn(narrow, d, rows, d, space.dy + first, m);
+    for (long j = 0; j < f; j += STRIP) {
+      const long width = std::min(STRIP, f - j);
+      product(rows, width, d, narrow, d, space.down + j * d, wide, width);
+      activate<true>(s, rows, width, nullptr, made.hidden + first * e + j * rows * s->halves(),
+                     wide, acts, width, dhidden + j);
+      pack(acts, width, rows, end, width, first, s->even(), space.acts + j * s->even());
+    }
+    pack(dhidden, e, rows, end, e, first, s->even(), space.dhidden);
+    product(rows, d, e, dhidden, e, space.up, wide, d);
+    for (long r = 0; r < rows; r++) {
+      In x = made.middle + (first + r) * d, stat = made.mlp_stat + 2 * (first + r);
+      normalise_back(wide + r * d, x, stat, p->mlp_norm, d, s->centred, dleft + r * d, dmid + r * d,
+                     sums + d);
+      normalised_again(x, stat, p->mlp_norm, d, narrow + r * d);
+    }
+    turn(narrow, d, rows, d, space.normed + first, m);
+    pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
+    convert(dmid, rows * d, narrow);
+    turn(narrow, d, rows, d, space.dmid + first, m);
+    product(rows, q, d, narrow, d, space.out, wide, q);
+    convert(wide, rows * q, space.dattended + first * q);
+  });
 }
 
-// Bytes that forward saves, and that each direction needs while it runs
-extern "C" long block_saved(const Shape* s, const Inputs* p) {
-  return Saved(s, p, nullptr).end - (char*)nullptr;
+// Bytes that forward saves of a block, and that each direction needs while it runs
+extern "C" long block_saved(const Shape* s, const Inputs* p, long block) {
+  return Saved{{nullptr}, s, p + block}.next - (char*)nullptr;
 }
 
 extern "C" long block_space(const Shape* s, int back) {
-  return (back ? Backward(s, nullptr).end : Forward(s, nullptr).end) - (char*)nullptr;
+  return (back ? Backward{{{nullptr}, s}}.next : Forward{{nullptr}, s}.next) - (char*)nullptr;
 }
 
 static attention::Shape attention_of(const Shape* s) {
   return {s->m / s->t, s->t, s->heads, s->kv, s->head_dim, s->threads};
 }
 
-static void forward(const Shape* s, const Inputs* p, char* saved, char* start, float* y) {
-  Saved made(s, p, saved);
-  Forward space(s, start);
-  pack_weights<false>(s, p, space);
-  enter(s, p, made, space);
-  attention::forward(attention_of(s), made.heads, made.attended, made.lse);
-  leave(s, p, made, y, space);
-}
-
-// What dy holds may be overwritten by o->x
-static void backward(const Shape* s, const Inputs* p, char* saved, char* start, In dy,
-                     const Gradients* o) {
-  Saved made(s, p, saved);
-  Backward space(s, start);
-  const long k = s->head_dim;
-  pack_weights<true>(s, p, space);
-  leave_back(s, p, made, o, dy, space);
-  attention::backward(attention_of(s), made.heads, made.attended, made.lse, space.dattended,
-                      space.dheads);
-  enter_back(s, p, made, o, space);
-  float *vectors[] = {o->norm, o->q_norm, o->k_norm, o->mix, o->mlp_norm}, *sums = space.sums;
-  const long sizes[] = {s->dim, k, k, 2, s->dim};
-  for (int v = 0; v < 5; sums += sizes[v++])
-    if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
-}
-
-// The norm behind the last block, or null: of what it left, y, also the gradients
-struct Last {
-  In norm, dy;
-  float *y, *normed, *dnorm;
-};
-
+// Of n blocks, each of whose x is y of the one before
 extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, char* const* saved,
-                               char* space, float* const* y, const Last* last) {
-  const long d = s->dim;
-  for (long i = 0; i < n; i++) forward(s, p + i, saved[i], space, y[i]);
-  if (!last->norm) return;
-#pragma omp parallel for schedule(static) num_threads(s->threads)
-  for (long row = 0; row < s->m; row++) {
-    float stat[2];
-    normalise(last->y + row * d, d, s->centred, s->eps, last->norm, stat, last->normed + row * d);
+                               char* start, float* y) {
+  const Forward space{{start}, s};
+  for (long i = 0; i < n; i++, p++) {
+    const Saved made{{saved[i]}, s, p};
+    pack_weights<false>(s, p, space);
+    enter(s, p, made, space);
+    attention::forward(attention_of(s), made.heads, made.attended, made.lse);
+    leave(s, p, made, i + 1 < n ? (float*)p[1].x : y, space);
   }
 }
 
+// The gradient of x may be written where dy is.
 extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* const* saved,
-                                char* space, const Gradients* o, const Last* last) {
-  const long d = s->dim;
-  In dy = last->dy;
-  if (last->norm) {
-    float* all_sums = Backward(s, space).sums;
-#pragma omp parallel for schedule(static) num_threads(s->threads)
-    for (long chunk = 0; chunk < s->chunks(); chunk++) {
-      static thread_local Scratch<float> one_row;
-      float *sums = all_sums + chunk * d, *normed = one_row(d), stat[2];
-      std::fill_n(sums, d, 0.f);
-      for (long at = chunk * s->most() * d, r = 0; r < s->rows(chunk); r++, at += d) {
-        normalise(last->y + at, d, s->centred, s->eps, last->norm, stat, normed);
-        normalise_back(dy + at, last->y + at, stat, last->norm, d, s->centred, nullptr,
-                       o[n - 1].x + at, sums);
-      }
-    }
-    add_up(all_sums, s->chunks(), d, d, last->dnorm);
-    dy = o[n - 1].x;
-  }
-  for (long i = n - 1; i >= 0; i--) {
-    backward(s, p + i, saved[i], space, dy, o + i);
-    dy = o[i].x;
+                                char* start, const Gradients* o, In dy) {
+  const Backward space{{{start}, s}};
+  const long d = s->dim, k = s->head_dim, sizes[] = {d, d, d, k, k, 2};
+  for (long i = n - 1; i >= 0; dy = o[i--].x) {
+    const Saved made{{saved[i]}, s, p + i};
+    pack_weights<true>(s, p + i, space);
+    leave_back(s, p + i, made, o + i, dy, space);
+    attention::backward(attention_of(s), made.heads, made.attended, made.lse, space.dattended,
+                        space.dheads);
+    enter_back(s, p + i, made, o + i, space);
+    float* sums = space.sums;
+    float* vectors[] = {o[i].norm,   o[i].mlp_norm, o[i].last_norm,
+                        o[i].q_norm, o[i].k_norm,   o[i].mix};
+    for (int v = 0; v < 6; sums += sizes[v++])
+      if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
   }
 }

@@ -13,6 +13,7 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 """
 
 import ctypes
+import struct
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -20,17 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import PRODUCT, load
+from . import load, pointers
 
 KINDS = ("gelu", "relu2", "swiglu")
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_long) for name in ("m", "t", "dim", "heads", "kv", "head_dim")),
-        *((name, ctypes.c_long) for name in ("hidden", "centred", "mlp", "threads")),
-        ("eps", ctypes.c_float),
-    ]
 
 
 @cache
@@ -40,71 +33,51 @@ def build(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         RuntimeError: it cannot be built here.
     """
-    sources = (PRODUCT.with_name(f"{name}.cpp") for name in ("attention", "blocks"))
-    library = load(PRODUCT, *sources, dtype=dtype)
+    library = load("product.h", "attention.cpp", "blocks.cpp", dtype=dtype)
     library.block_saved.restype = library.block_space.restype = ctypes.c_long
     return library
 
 
-def _pointers(tensors: Iterable[Tensor | None]) -> Any:
-    """Return the addresses of tensors as an array of pointers."""
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
 _Optional = Tensor | None
-_OWN = 10  # tensors of a block: its value, its weights in the order of their use, its mix
+_OWN = 11  # tensors of a block: value, weights in the order of their use, mix, last norm
 
 
-def _inputs(xs: Sequence[Tensor], angles: Sequence[_Optional], own: Sequence[_Optional]) -> Any:
-    """Return what the C++ takes as its inputs, block by block."""
+def _blocks_of(
+    xs: Sequence[Tensor], own: Sequence[_Optional], angles: Sequence[_Optional] = ()
+) -> Any:
+    """Return what the C++ takes as inputs or gradients, block by block."""
     blocks = (own[i : i + _OWN] for i in range(0, len(own), _OWN))
-    return _pointers(t for x, of in zip(xs, blocks, strict=True) for t in (x, *of, *angles))
+    return pointers(t for x, of in zip(xs, blocks, strict=True) for t in (x, *of, *angles))
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        shape: _Shape,
-        dtype: torch.dtype,
-        x: Tensor,
-        norm: _Optional,
-        cos: _Optional,
-        sin: _Optional,
-        *own: _Optional,
-    ) -> Tensor:
-        library, size, n = build(dtype), ctypes.byref(shape), len(own) // _OWN
-        xs = [x, *(torch.empty_like(x) for _ in range(n))]
-        inputs = _inputs(xs[:-1], (cos, sin), own)
-        n_saved, n_space = library.block_saved(size, inputs), library.block_space(size, False)
-        saved = [x.new_empty(n_saved, dtype=torch.uint8) for _ in range(n)]
-        space = x.new_empty(n_space, dtype=torch.uint8)
-        y = xs[-1] if norm is None else torch.empty_like(x)
-        last = _pointers((norm, None, xs[-1], y, None))
-        pointers = (_pointers(saved), ctypes.c_void_p(space.data_ptr()), _pointers(xs[1:]), last)
-        library.blocks_forward(size, n, inputs, *pointers)
-        ctx.shape, ctx.dtype = shape, dtype
-        last_x = None if norm is None else xs[-1]
-        ctx.save_for_backward(norm, cos, sin, last_x, *saved, *xs[:-1], *own)
+    def forward(ctx: Any, library: ctypes.CDLL, shape: bytes, *tensors: Any) -> Tensor:
+        (x, cos, sin), own = tensors[:3], tensors[3:]
+        n = len(own) // _OWN
+        *xs, y = (x, *(torch.empty_like(x) for _ in range(n)))
+        inputs = _blocks_of(xs, own, (cos, sin))
+        sizes = [library.block_saved(shape, inputs, i) for i in range(n)]
+        saved = [x.new_empty(size, dtype=torch.uint8) for size in sizes]
+        space = x.new_empty(library.block_space(shape, False), dtype=torch.uint8)
+        addresses = (ctypes.c_void_p(t.data_ptr()) for t in (space, y))
+        library.blocks_forward(shape, n, inputs, pointers(saved), *addresses)
+        ctx.library, ctx.shape = library, shape
+        ctx.save_for_backward(cos, sin, *saved, *xs, *own)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        norm, cos, sin, y, *tensors = ctx.saved_tensors
-        n = len(tensors) // (2 + _OWN)
+        cos, sin, *tensors = ctx.saved_tensors
+        library, shape, dy, n = ctx.library, ctx.shape, dy.contiguous(), len(tensors) // (2 + _OWN)
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        library, size, dy = build(ctx.dtype), ctypes.byref(ctx.shape), dy.contiguous()
         dx, grads = torch.empty_like(dy), [None if t is None else torch.empty_like(t) for t in own]
-        dnorm = None if norm is None else torch.empty_like(norm)
-        space = dy.new_empty(library.block_space(size, True), dtype=torch.uint8)
-        pointers = (
-            *(_inputs(xs, (cos, sin), own), _pointers(saved), ctypes.c_void_p(space.data_ptr())),
-            *(_inputs([dx] * n, (), grads), _pointers((norm, dy, y, None, dnorm))),
-        )
-        library.blocks_backward(size, n, *pointers)
-        return None, None, dx, dnorm, None, None, *grads
+        space = dy.new_empty(library.block_space(shape, True), dtype=torch.uint8)
+        inputs, outputs = _blocks_of(xs, own, (cos, sin)), _blocks_of([dx] * n, grads)
+        start, end = (ctypes.c_void_p(t.data_ptr()) for t in (space, dy))
+        library.blocks_backward(shape, n, inputs, pointers(saved), start, outputs, end)
+        return None, None, dx, None, None, *grads
 
 
 def run_blocks_on_cpu(
@@ -145,7 +118,7 @@ def run_blocks_on_cpu(
             f"run_blocks_on_cpu: x {tuple(x.shape)} has no tokens, or attention is not plain"
             " causal; use the blocks themselves"
         )
-    own: list[Tensor | None] = []
+    own: list[_Optional] = []
     for i, block in enumerate(blocks):
         attention, mlp = block.attention, block.mlp
         mix = None if values is None else attention.value_mix
@@ -153,22 +126,22 @@ def run_blocks_on_cpu(
         own += [block.attention_norm.weight, attention.qkv.weight]
         own += [None if n is None else n.weight for n in (attention.q_norm, attention.k_norm)]
         own += [attention.out.weight, block.mlp_norm.weight, mlp.up.weight, mlp.down.weight, mix]
+        own += [None]
+    own[-1] = None if last_norm is None else last_norm.weight
     b, t, d = x.shape
     norm = block.attention_norm  # all have the same shape
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)
     kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), KINDS.index(mlp.kind))
-    shape = _Shape(*sizes, *kind, torch.get_num_threads(), norm.eps)
+    # As the C++'s Shape.
+    shape = struct.pack("10lf", *sizes, *kind, torch.get_num_threads(), norm.eps)
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    last = None if last_norm is None else last_norm.weight
-    tensors = [
-        None if t is None else t.contiguous() for t in (x, last, *(rope or (None,) * 2), *own)
-    ]
+    tensors = [None if t is None else t.contiguous() for t in (x, *(rope or (None,) * 2), *own)]
     for tensor in tensors:  # a model may have been moved since it was trained, or a part of it
         if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_cpu):
             raise ValueError(
                 f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device}; "
                 "set model.blocks_fn = fasttrain.model.run_blocks"
             )
-    y: Tensor = _Blocks.apply(shape, dtype, *tensors)
+    y: Tensor = _Blocks.apply(build(dtype), shape, *tensors)
     return y

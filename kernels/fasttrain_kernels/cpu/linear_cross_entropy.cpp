@@ -24,9 +24,7 @@ struct Tensors {
   In token_weight, upstream;  // null: 1
   float *losses, *lse, *correct;
   T* dhidden;
-  float* dweight;       // the last three null where not wanted
-  const int64_t* kept;  // the rows that count, in order, or null: all do
-  long row(long i) const { return kept ? kept[i] : i; }
+  float* dweight;  // the last three null where not wanted
 };
 
 struct Stat {
@@ -39,25 +37,18 @@ struct Row {
   float peak, slope, base, hit;  // gradient: slope·exp(x - peak) - base, less hit at the target
 };
 
-struct Space {
-  Row* rows;
-  Stat* stats;
-  float *logits, *sums;
-  T *hidden, *packed, *turned_weight, *weight;  // the last two packed, block by block
-  char* end;
-  Space(const Shape* s, const Tensors* t, char* start) {
-    const long n = s->chunk, d = s->dim;
-    Parts parts{start};
-    rows = parts.take<Row>(n);
-    stats = parts.take<Stat>(s->blocks() * n);
-    logits = parts.take<float>(s->blocks() * n * s->width);
-    hidden = parts.take<T>(n * d);
-    packed = parts.take<T>(t->dweight ? round_up(n, WHOLE) * d : 0);
-    turned_weight = parts.take<T>(s->blocks() * s->width * d);
-    weight = parts.take<T>(t->dhidden ? s->blocks() * s->width * d : 0);
-    sums = parts.take<float>(t->dhidden ? s->parts * n * d : 0);
-    end = parts.next;
-  }
+struct Space : Parts {
+  const Shape* s;
+  const Tensors* t;
+  Row* rows = take<Row>(s->chunk);
+  Stat* stats = take<Stat>(s->blocks() * s->chunk);
+  float* logits = take<float>(s->blocks() * s->chunk * s->width);
+  T* hidden = take<T>(s->chunk * s->dim);
+  T* packed = take<T>(t->dweight ? round_up(s->chunk, WHOLE) * s->dim : 0);
+  // The weight, packed block by block
+  T* turned_weight = take<T>(s->blocks() * s->width * s->dim);
+  T* weight = take<T>(t->dhidden ? s->blocks() * s->width * s->dim : 0);
+  float* sums = take<float>(t->dhidden ? s->parts * s->chunk * s->dim : 0);
 };
 
 // Of n logits, behind which there is space up to a whole vector
@@ -181,38 +172,38 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
 // The gradient of a block of the weight, or of a range of its columns, from the rows of a chunk
 static void weigh(const Shape* s, const Tensors* t, const Space& made, long block, long range,
                   long rows, bool add) {
-  static thread_local Scratch<T> operand;
   const long d = s->dim, n = s->columns(block), n_panels = (d + PANEL - 1) / PANEL;
   const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, WHOLE);
   const long to = std::min(d, n_panels * (range + 1) / s->ranges() * PANEL), row = depth + 32;
-  T* turned = operand(n * row);
+  T* turned = SCRATCH(T)(n * row);
   turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
        rows, n, turned, row);
   product(n, to - from, depth, turned, row, made.packed + from * depth,
           t->dweight + block * s->width * d + from, d, add);
 }
 
-static void compute(const Shape* s, const Tensors* t, char* space) {
-  const Space made(s, t, space);
-  const long d = s->dim;
+// Of the rows that are kept
+static void compute(const Space& made, const Shape* s, const Tensors* t,
+                    const std::vector<long>& kept) {
+  const long d = s->dim, n = kept.size();
 #pragma omp parallel num_threads(s->threads)
   {
     const Tiles tiles;
 #pragma omp for schedule(static)
     for (long block = 0; block < s->blocks(); block++) pack_weight(s, t, made, block);
-    for (long start = 0; start < s->n; start += s->chunk) {
-      const long rows = std::min(s->chunk, s->n - start), depth = round_up(rows, WHOLE);
+    for (long start = 0; start < n; start += s->chunk) {
+      const long rows = std::min(s->chunk, n - start), depth = round_up(rows, WHOLE);
       const long groups = s->groups(rows), group = s->group();
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++) {
-        made.rows[r].of = t->row(start + r);
+        made.rows[r].of = kept[start + r];
         std::copy_n(t->hidden + made.rows[r].of * s->hidden_row, d, made.hidden + r * d);
       }
       if (t->dweight) {
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < d; j += PANEL)
-          pack_rows(made.hidden + j, d, rows, depth, std::min(PANEL, d - j), made.packed + j * depth,
-                    std::min(PANEL, d - j));
+          pack_rows(made.hidden + j, d, rows, depth, std::min(PANEL, d - j),
+                    made.packed + j * depth);
       }
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < s->blocks() * groups; i++) {
@@ -249,24 +240,18 @@ static void compute(const Shape* s, const Tensors* t, char* space) {
 }
 
 extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  // in bytes
-  return Space(s, t, nullptr).end - (char*)nullptr;
+  return Space{{nullptr}, s, t}.next - (char*)nullptr;
 }
 
-extern "C" void linear_cross_entropy(const Shape* given, const Tensors* all, char* space) {
-  Shape s = *given;
-  Tensors t = *all;
-  std::vector<int64_t> kept;
-  s.n = given->n - std::count(t.targets, t.targets + given->n, given->ignored);
-  if (s.n < given->n) {
-    for (long r = 0; r < given->n; r++) {
-      if (t.targets[r] != given->ignored) kept.push_back(r);
-      if (t.targets[r] != given->ignored) continue;
-      t.losses[r] = t.lse[r] = 0;
-      if (t.correct) t.correct[r] = 0;
-      if (t.dhidden) std::fill_n(t.dhidden + r * s.dim, s.dim, T{});
-    }
-    t.kept = kept.data();
+extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
+  std::vector<long> kept;
+  for (long r = 0; r < s->n; r++) {
+    if (t->targets[r] != s->ignored) kept.push_back(r);
+    if (t->targets[r] != s->ignored) continue;
+    t->losses[r] = t->lse[r] = 0;
+    if (t->correct) t->correct[r] = 0;
+    if (t->dhidden) std::fill_n(t->dhidden + r * s->dim, s->dim, T{});
   }
-  if (!s.n && t.dweight) std::fill_n(t.dweight, s.vocab * s.dim, 0.f);
-  if (s.n) compute(&s, &t, space);
+  if (kept.empty() && t->dweight) std::fill_n(t->dweight, s->vocab * s->dim, 0.f);
+  if (!kept.empty()) compute({{space}, s, t}, s, t, kept);
 }

@@ -5,16 +5,15 @@ in fp32; the products are those of product.h. Legend: N rows, D dim, V vocabular
 """
 
 import ctypes
+import struct
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dispatch import has_memory
 from .._loss_options import LossOptions
-from . import PRODUCT, is_fast, load_or_warn
+from . import is_fast, load_or_warn, pointers
 
 # Columns of a block: its logits of 128 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
@@ -35,25 +34,9 @@ _LEAST_OF_FEW = {torch.float32: 2**18, torch.bfloat16: 2**15}
 _WIDEST_OF_AVX512 = 512
 
 
-class _Layout(NamedTuple):
-    chunk: int
-    width: int
-    parts: int
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_long) for name in ("n", "dim", "vocab", "hidden_row", "weight_row")),
-        ("ignored", ctypes.c_long),
-        *((name, ctypes.c_long) for name in (*_Layout._fields, "threads")),
-        *((name, ctypes.c_float) for name in ("smoothing", "z_loss", "softcap", "scale")),
-    ]
-
-
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    source = Path(__file__).parent / "linear_cross_entropy.cpp"
-    library = load_or_warn("linear_cross_entropy", PRODUCT, source, dtype=dtype)
+    library = load_or_warn("product.h", "linear_cross_entropy.cpp", dtype=dtype)
     if library is not None:
         library.linear_cross_entropy_space.restype = ctypes.c_long
     return library
@@ -80,10 +63,13 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
     )
 
 
-def _layout(n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int) -> _Layout:
-    """Return how it is cut, whatever the threads: in the memory of the logits (rows, V).
+def _layout(
+    n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int
+) -> tuple[int, int, int]:
+    """Return rows of a chunk, columns of a block, and parts, whatever the threads.
 
-    Where columns are few, more is held of hidden states than of logits.
+    They take the memory of the logits (rows, V). Where columns are few, more is held of hidden
+    states than of logits.
     """
     n_blocks = -(-n_cols // most_columns)
     n_blocks = n_blocks if n_blocks < 4 else -(-n_blocks // 4) * 4
@@ -94,7 +80,7 @@ def _layout(n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int) ->
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
     n_chunks = -(-n_rows // most)
-    return _Layout(-(-n_rows // (16 * n_chunks)) * 16, width, parts)
+    return -(-n_rows // (16 * n_chunks)) * 16, width, parts
 
 
 def run_in_cpp(
@@ -120,23 +106,20 @@ def run_in_cpp(
         None if x is None else x.float().expand(n_rows).contiguous()
         for x in (options.token_weight, upstream)
     ]
-    shape = _Shape(
+    shape = struct.pack(
+        "10l4f",  # the C++'s Shape
         *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), options.ignore_index),
         *_layout(n_rows, dim, n_cols, rows, _WIDTH[hidden.dtype]),
         torch.get_num_threads(),
         *options[-3:],
         1 if options.scale is None else options.scale.item(),
     )
-    tensors = [
-        *(hidden, weight, targets.long(), *per_row, losses, lse),
-        *(correct if want_correct else None, hidden_grad, weight_grad, None),
-    ]
-    pointers = (ctypes.c_void_p * len(tensors))(
-        *(None if x is None else x.data_ptr() for x in tensors)
-    )
+    longs = targets.long()
+    outputs = (losses, lse, correct if want_correct else None, hidden_grad, weight_grad)
+    tensors = pointers((hidden, weight, longs, *per_row, *outputs))
     library = _library(hidden.dtype)
     assert library is not None
-    size = library.linear_cross_entropy_space(ctypes.byref(shape), pointers)
+    size = library.linear_cross_entropy_space(shape, tensors)
     space = hidden.new_empty(size, dtype=torch.uint8)
-    library.linear_cross_entropy(ctypes.byref(shape), pointers, ctypes.c_void_p(space.data_ptr()))
+    library.linear_cross_entropy(shape, tensors, ctypes.c_void_p(space.data_ptr()))
     return losses, lse, correct

@@ -2,13 +2,13 @@
 // behind this one. T is the type of the operands: fp32, or bf16 where BF16 is defined. Sums and all
 // else are fp32.
 //
-// C = A · B by tiles of AMX, or by oneDNN's micro-kernels, which libtorch_cpu exports. A lies by rows.
-// B (depth, n) is packed in panels of PANEL columns, one row behind the other; of bf16, PAIR rows are
-// interleaved, and rows that only one of them has are zeros up to WHOLE. Operands begin with a line
-// of the cache: else products of bf16 take twice the time. One core of a Xeon with AMX, GFLOP/s of
-// tiles of 64 rows: fp32 160 to 180 in panels of 32 columns (150 unpacked, 84 to 111 held to AVX2),
-// bf16 1,400 to 1,600 from the second cache, of 3,100 that AMX makes of registers. Sums over 2,048
-// rows of B in fp32 make 180 in parts of DEPTH, 160 at once.
+// C = A · B by tiles of AMX, or by oneDNN's micro-kernels, which libtorch_cpu exports. A lies by
+// rows. B (depth, n) is packed in panels of PANEL columns, one row behind the other; of bf16, PAIR
+// rows are interleaved, and rows that only one of them has are zeros up to WHOLE. Operands begin
+// with a line of the cache: else products of bf16 take twice the time. One core of a Xeon with AMX,
+// GFLOP/s of tiles of 64 rows: fp32 160 to 180 in panels of 32 columns (150 unpacked, 84 to 111
+// held to AVX2), bf16 1,400 to 1,600 from the second cache, of 3,100 that AMX makes of registers.
+// Sums over 2,048 rows of B in fp32 make 180 in parts of DEPTH, 160 at once.
 #include <omp.h>
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -38,7 +39,7 @@ typedef c10::BFloat16 Bf16;
 
 #ifdef BF16
 typedef Bf16 T;
-static const long PAIR = 2, PANEL = 64, DEPTH = INT32_MAX, WHOLE = 32;  // of a tile of AMX
+static const long PAIR = 2, PANEL = 64, DEPTH = 256, WHOLE = 32;  // of a tile of AMX
 #else
 typedef float T;
 static const long PAIR = 1, PANEL = 32, DEPTH = 512, WHOLE = 1;
@@ -93,9 +94,7 @@ static inline float join(Lanes x, Join of) {
   return part[0];
 }
 
-static inline float sum(Lanes x) {
-  return join(x, [](float a, float b) { return a + b; });
-}
+static inline float sum(Lanes x) { return join(x, std::plus<>()); }
 
 static inline float largest(Lanes x) {
   return join(x, [](float a, float b) { return a > b ? a : b; });
@@ -124,7 +123,17 @@ static inline Lanes exponential(Lanes given) {
   return given < least ? zero : p * power;
 }
 
-// Space of a thread, in lines of the cache, kept from call to call
+// 1/x within an ulp or two, for x from 1 to 2¹²⁶: a division takes longer than all else of a sigmoid
+static inline Lanes inverse(Lanes x) {
+#ifdef __AVX512F__
+  const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
+  return y * (2 - x * y);
+#else
+  return 1 / x;
+#endif
+}
+
+// Memory of a thread, in lines of the cache, kept from call to call
 template <class Element>
 struct Scratch {
   std::vector<char> bytes;
@@ -135,7 +144,14 @@ struct Scratch {
   }
 };
 
-// Parts of one buffer, in lines of the cache
+// That of the place in the code where this stands: a function of the number of elements
+#define SCRATCH(Element)                      \
+  [](long n) {                                \
+    static thread_local Scratch<Element> own; \
+    return own(n);                            \
+  }
+
+// Parts of one buffer, in lines of the cache; from null, next is the size of all
 struct Parts {
   char* next;
   template <class Element>
@@ -145,11 +161,6 @@ struct Parts {
     return (Element*)part;
   }
 };
-
-static inline void multiply(long m, long n, long k, In a, long a_row, In b, long b_row, float* c,
-                            long c_row, bool add) {
-  brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, false);
-}
 
 #ifdef __AMX_BF16__
 // The tiles of AMX, each 16 rows of 64 bytes, for as long as a thread has this
@@ -195,11 +206,18 @@ static inline void multiply_tiles(long k, const char* a, long a_row, const char*
   }
   EACH(_tile_stored)
 }
+#else
+struct Tiles {
+  Tiles() {}
+};
+#endif
 
-// Without oneDNN's 60 ns a call a training step of GPT-2, 128 wide, takes 0.95 of the time, and of
-// Llama, 256 wide, 0.97 (two cores of a Xeon with AMX, torch 2.13).
-static void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf16* b, long b_row,
+// C (m, n) = A (m, k) · B (k, n), or added to it
+static void multiply(long m, long n, long k, const T* a, long a_row, const T* b, long b_row,
                      float* c, long c_row, bool add) {
+#ifdef __AMX_BF16__
+  // Without oneDNN's 60 ns a call a training step of GPT-2, 128 wide, takes 0.95 of the time, and
+  // of Llama, 256 wide, 0.97 (two cores of a Xeon with AMX, torch 2.13).
   if (m % 16 || k % 32) {
     brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, true);
     brgemm_release(true);  // it would take its tiles for still configured
@@ -214,41 +232,20 @@ static void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf
               k, (const char*)(a + down * a_row), 2 * a_row, (const char*)(b + 2 * right),
               4 * b_row, (char*)(c + down * c_row + right), 4 * c_row, add);
     }
-}
-#else
-struct Tiles {
-  Tiles() {}
-};
-
-// Without instructions for bf16 its products are those of fp32: slow, for tests.
-static bool multiplies_bf16() {
-  static const bool does = [] {
-    try {
-      const Bf16 zeros[32] = {};
-      float sums[16];
-      brgemm(1, 16, 2, 2, 16, 16, false, zeros, zeros, sums, true);
-      return true;
-    } catch (...) {
-      return false;
-    }
-  }();
-  return does;
-}
-
-static inline void multiply(long m, long n, long k, const Bf16* a, long a_row, const Bf16* b,
-                            long b_row, float* c, long c_row, bool add) {
-  if (multiplies_bf16()) return brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, true);
-  static thread_local Scratch<float> wide_a, wide_b;
-  float *wa = wide_a(m * k), *wb = wide_b(k * n);
-  for (long i = 0; i < m; i++) convert(a + i * a_row, k, wa + i * k);
+#elif defined(BF16) && !defined(__AVX512BF16__)
+  // Without instructions for bf16 its products are those of fp32: slow, for tests.
+  float *wide_a = SCRATCH(float)(m * k), *wide_b = SCRATCH(float)(k * n);
+  for (long i = 0; i < m; i++) convert(a + i * a_row, k, wide_a + i * k);
   for (long i = 0; i < k; i++)
     for (long j = 0; j < n; j++) {
       const uint32_t bits = (uint32_t)b[(i / 2 * b_row + j) * 2 + i % 2].bits << 16;
-      std::memcpy(wb + i * n + j, &bits, 4);
+      std::memcpy(wide_b + i * n + j, &bits, 4);
     }
-  multiply(m, n, k, wa, k, wb, n, c, c_row, add);
-}
+  brgemm(m, n, k, k, n, c_row, add, wide_a, wide_b, c, false);
+#else
+  brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, PAIR == 2);
 #endif
+}
 
 // C (m, n) = A (m, depth) · B (depth, n) of panels, or added to it; depth is a multiple of PAIR
 static void product(long m, long n, long depth, const T* a, long a_row, const T* panels, float* c,
@@ -304,21 +301,20 @@ static void transpose(const void* from, long x_row, long m, long n, void* to, lo
           for (long c = j; c < std::min(j + 8, n); c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
-// `rows` rows of B (n columns) as they lie in a panel of `width` columns, behind them zeros up to
-// `end` rows, all of an even number
-static void pack_rows(const T* b, long row, long rows, long end, long n, T* panel, long width) {
+// `rows` rows of B as they lie in a panel of `width` columns, behind them zeros up to `end` rows, a
+// multiple of PAIR
+static void pack_rows(const T* b, long row, long rows, long end, long width, T* panel) {
   for (long k = 0; k < end; k += PAIR, panel += width * PAIR) {
-    const T* low = b + k * row;
 #ifdef BF16
-    const T* high = low + row;
+    const T *low = b + k * row, *high = low + row;
     uint32_t* words = (uint32_t*)panel;
     if (k + 1 < rows) {
 #pragma omp simd
-      for (long i = 0; i < n; i++) words[i] = low[i].bits | (uint32_t)high[i].bits << 16;
+      for (long i = 0; i < width; i++) words[i] = low[i].bits | (uint32_t)high[i].bits << 16;
     } else
-      for (long i = 0; i < n; i++) words[i] = k < rows ? low[i].bits : 0;
+      for (long i = 0; i < width; i++) words[i] = k < rows ? low[i].bits : 0;
 #else
-    k < rows ? convert(low, n, panel) : (void)std::fill_n(panel, n, 0.f);
+    k < rows ? convert(b + k * row, width, panel) : (void)std::fill_n(panel, width, 0.f);
 #endif
   }
 }
@@ -331,7 +327,7 @@ static void pack(const T* b, long row, long rows, long end, long n, long first, 
     for (long j = 0; j < n; j += PANEL) {
       const long width = std::min(PANEL, n - j);
       pack_rows(b + k * row + j, row, rows - k, std::min(16L, end - k), width,
-                panels + j * depth + (first + k) * width, width);
+                panels + j * depth + (first + k) * width);
     }
 }
 
@@ -344,41 +340,37 @@ static void pack_turned(const T* w, long row, long n, long depth, T* panel, long
 
 // y (n, rows) = xᵀ of x (rows, n); in bf16 zeros follow up to WHOLE columns
 static void turn(const T* x, long row, long rows, long n, T* y, long y_row) {
-#ifdef BF16
-  static thread_local Scratch<T> pairs;
+  if (PAIR == 1) return transpose(x, row, rows, n, y, y_row);
   const long end = round_up(rows, WHOLE);
-  T* made = pairs(end * n);
-  pack_rows(x, row, rows, end, n, made, n);
-  transpose(made, n, end / PAIR, n, y, y_row / PAIR);
-#else
-  transpose(x, row, rows, n, y, y_row);
-#endif
+  T* pairs = SCRATCH(T)(end * n);
+  pack_rows(x, row, rows, end, n, pairs);
+  transpose(pairs, n, end / PAIR, n, y, y_row / PAIR);
 }
 
-// How threads share the tasks of an operation. Each begins with a part of the tasks that is its own,
+// Threads share the tasks of an operation. Each begins with a part of the tasks that is its own,
 // the same in each operation, so that what it made before lies in its cache; then it helps the
 // others. Blocks at T=64 on two Zen 3 cores: forward takes 0.94 of the time of OpenMP's guided
-// schedule, where the parts change hands by chance, and backward 0.97.
-struct Turns {
-  struct alignas(64) Turn {
+// schedule, where the parts change hands by chance, and backward 0.97. When all are done, each
+// thread calls `then`, or there is none: null.
+template <class Then, class Task>
+static void share(long n_tasks, long n_threads, Then then, Task task) {
+  struct alignas(64) Part {
     std::atomic<long> next;
   };
-  const long n_tasks, n_parts;
-  std::vector<Turn> turns;
-
-  Turns(long n_tasks, long n_threads) : n_tasks(n_tasks), n_parts(n_threads), turns(n_threads) {
-    for (long part = 0; part < n_parts; part++) turns[part].next = begin(part);
-  }
-  long begin(long part) const { return n_tasks * part / n_parts; }
-
-  // Called by all threads of a team
-  template <class Task>
-  void take(Task task) {
+  std::vector<Part> parts(n_threads);
+  const auto begin = [=](long part) { return n_tasks * part / n_threads; };
+  for (long part = 0; part < n_threads; part++) parts[part].next = begin(part);
+#pragma omp parallel num_threads(n_threads)
+  {
     const Tiles tiles;
-    for (long k = 0; k < n_parts; k++) {
-      const long part = (omp_get_thread_num() + k) % n_parts, end = begin(part + 1);
+    for (long k = 0; k < n_threads; k++) {
+      const long part = (omp_get_thread_num() + k) % n_threads, end = begin(part + 1);
       long i;
-      while ((i = turns[part].next.fetch_add(1, std::memory_order_relaxed)) < end) task(i);
+      while ((i = parts[part].next.fetch_add(1, std::memory_order_relaxed)) < end) task(i);
+    }
+    if constexpr (!std::is_null_pointer_v<Then>) {
+#pragma omp barrier
+      then();
     }
   }
-};
+}
