@@ -6,6 +6,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, NoReturn
 
@@ -171,11 +172,9 @@ class Section:
         for f in fields(self):
             value = check_value(f"{self.section}.{f.name}", getattr(self, f.name), f)
             object.__setattr__(self, f.name, value)
-        self.check()
+        for k, problem in self.problems():
+            refuse(f"{self.section}.{k}", getattr(self, k), problem)
 
-    def check(self) -> None:
-        """Refuse impossible combinations of values within the section."""
-
-    def refuse(self, k: str, problem: str) -> NoReturn:
-        """Refuse the value of a key of this section."""
-        refuse(f"{self.section}.{k}", getattr(self, k), problem)
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """Yield impossible combinations of values: a key of the section, and what is wrong."""
+        return ()
