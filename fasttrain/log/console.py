@@ -166,14 +166,18 @@ class Console:
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
-    def header(self, rows: list[tuple[str, str]]) -> None:
-        """Show what is about to run: pairs of label and value."""
-        self._panel(rows, "fasttrain", "cyan")
-
-    def summary(self, rows: list[tuple[str, str]], *, title: str = "done") -> None:
-        """Remove the progress bar and show how the run ended: pairs of label and value."""
+    def panel(self, title: str, rows: list[tuple[str, str]], colour: str) -> None:
+        """Remove the progress bar and show pairs of label and value: at the start and the end."""
         self.clear_progress()
-        self._panel(rows, title, "green")
+        rows = [(_shown(label), _shown(value)) for label, value in rows]
+        width = max((len(label) for label, _ in rows), default=0)
+        plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in rows:
+            grid.add_row(Text(label), Text(value))
+        self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
 
     def note(self, text: str) -> None:
         """Print a remark."""
@@ -289,17 +293,6 @@ class Console:
         if self._log is not None:
             self._log.close()
             self._log = None
-
-    def _panel(self, rows: list[tuple[str, str]], title: str, colour: str) -> None:
-        rows = [(_shown(label), _shown(value)) for label, value in rows]
-        width = max((len(label) for label, _ in rows), default=0)
-        plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for label, value in rows:
-            grid.add_row(Text(label), Text(value))
-        self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""

@@ -49,8 +49,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     for pattern, half, tf32, single in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
             peaks = {"bf16": tf32 and half, "fp16": half, "tf32": tf32, "fp32": single}
-            peak = peaks[dtype]
-            return None if peak is None else 1e12 * peak
+            return (peak := peaks[dtype]) and 1e12 * peak
     return None
 
 
@@ -62,20 +61,11 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -
     return None if peak_flops is None else tokens_per_s * flops_per_token / peak_flops
 
 
-class LossTracker:
-    """Exponential moving average of the finite logged losses; it starts at the first."""
-
-    DECAY = 0.9
-
-    def __init__(self) -> None:
-        self.value: float | None = None  # the whole state: save it, set it to continue
-
-    def update(self, loss: float) -> float | None:
-        """Add a loss and return the average, None before the first finite loss."""
-        if math.isfinite(loss):
-            past = loss if self.value is None else self.value
-            self.value = self.DECAY * past + (1.0 - self.DECAY) * loss
-        return self.value
+def smoothed(average: float | None, loss: float) -> float | None:
+    """Return the moving average of the finite losses before and ``loss``; None: of none yet."""
+    if not math.isfinite(loss):
+        return average
+    return 0.9 * (loss if average is None else average) + (1.0 - 0.9) * loss
 
 
 class NormWatch:

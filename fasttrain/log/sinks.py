@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
@@ -30,13 +30,13 @@ class LogFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._full = False
+        self.path, self._full = path, False
+        self._file: TextIO | None = None
 
     def write(self, lines: str) -> None:
-        """Append whole lines."""
+        """Append whole lines; also after `close`."""
         try:
+            self._file = self._file or open(self.path, "a", 1, "utf-8")  # noqa: SIM115
             self._file.write(lines)
             self._full = False
         except OSError as error:
@@ -44,32 +44,31 @@ class LogFile:
                 raise
             if not self._full:
                 with contextlib.suppress(OSError):  # standard error may lie on the same disk
-                    tell(f"warning: {self._path}: {error.strerror}; free some space on this disk")
+                    tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
             self._full = True
+
+    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> list[str]:
+        """Drop lines in place, which also works on a full disk, and return those that stay.
+
+        ``choose`` says of each line whether it stays; one that was cut off lacks its end.
+        """
+        self.close()
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        kept = list(choose(texts))
+        n_first = [*kept, False].index(False)
+        if n_first < len(lines):
+            os.truncate(self.path, sum(map(len, lines[:n_first])))
+            self.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
+            self.close()
+        return list(compress(texts, kept))
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         with contextlib.suppress(OSError):  # the warning came when it was written
-            self._file.close()
-
-
-def keep_lines(path: Path, keep: Callable[[list[str]], Iterable[bool]]) -> list[str]:
-    """Drop lines of a file, if it exists, in place, which also works on a full disk.
-
-    ``keep`` says of each line whether it stays; one that was cut off lacks its end. Return those
-    that stay.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    texts = [line.decode("utf-8", "replace") for line in lines]
-    kept = list(keep(texts))
-    n_first = [*kept, False].index(False)
-    os.truncate(path, sum(map(len, lines[:n_first])))
-    file = LogFile(path)
-    file.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
-    file.close()
-    return list(compress(texts, kept))
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
 
 class Sinks:
@@ -102,8 +101,8 @@ class Sinks:
 
     def close(self) -> None:
         """Write out what is left. May be called twice."""
-        for sink in self.all:
-            sink.close()
+        while self.all:
+            self.all.pop().close()
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -127,8 +126,8 @@ class JsonlLogger:
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        self._path, self._made_by = path, made_by
-        self._file = LogFile(path)
+        self._file, self._made_by = LogFile(path), made_by
+        path.touch()  # a run folder is known by it
         self._head = ""  # that line, once it is in the file
         self._begin = 0  # the step that these rows begin after
 
@@ -146,12 +145,9 @@ class JsonlLogger:
         Also dropped: rows that an uninterrupted run does not have, and what rows were made by if
         none of them is left.
         """
-        self._file.close()
-        kept = keep_lines(self._path, partial(_kept_rows, step))
-        if self._head not in kept:
+        if self._head not in self._file.keep(partial(_kept_rows, step)):
             self._head = ""
         self._begin = step
-        self._file = LogFile(self._path)
 
     def close(self) -> None:
         self._file.close()
@@ -162,19 +158,17 @@ def _kept_rows(step: int, lines: list[str]) -> list[bool]:
     kept: list[bool] = []
     has_rows = False  # behind the line
     for line in reversed(lines):
-        try:
+        row = keep = None
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line) if line.endswith("\n") else None
-        except (ValueError, RecursionError):
-            row = None
         if not isinstance(row, dict) or row.get("stopped"):
-            kept.append(False)
+            keep = False
         elif row.get("kind") == "run":
-            kept.append(has_rows)
-            has_rows = False
+            keep, has_rows = has_rows, False
         else:
-            at = row.get("step", 0)
-            kept.append(isinstance(at, int) and at <= step)
-            has_rows |= kept[-1]
+            keep = isinstance(at := row.get("step", 0), int) and at <= step
+            has_rows |= keep
+        kept.append(keep)
     return kept[::-1]
 
 
@@ -188,33 +182,30 @@ class CsvLogger:
     """Writes ``train.csv`` and ``eval.csv``; the first row of each names the columns."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, tuple[LogFile, csv.DictWriter[str]]] = {}
+        self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
+        self._tables: dict[str, csv.DictWriter[str]] = {}
 
     def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
-        if kind not in self._files:
-            path = self._folder / f"{kind}.csv"
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if kind not in self._tables:
+            file = self._files[kind]
+            text = file.path.read_text("utf-8", "replace") if file.path.exists() else ""
             columns = next(csv.reader(text.splitlines()[:1]), list(row))
-            file = LogFile(path)
             table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            self._files[kind] = file, table
+            self._tables[kind] = table
             if not text:
                 table.writeheader()
-        self._files[kind][1].writerow(row)
+        self._tables[kind].writerow(row)
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
-        self.close()
-        for kind in get_args(Kind):
-            keep_lines(self._folder / f"{kind}.csv", partial(_kept_cells, step))
+        self._tables.clear()
+        for file in self._files.values():
+            file.keep(partial(_kept_cells, step))
 
     def close(self) -> None:
-        """Close the files; a later row opens them again."""
-        for file, _ in self._files.values():
+        for file in self._files.values():
             file.close()
-        self._files.clear()
 
 
 def _kept_cells(step: int, lines: list[str]) -> Iterator[bool]:
@@ -284,9 +275,7 @@ class _Wandb:
         """W&B keeps what it was sent; later rows of a step stand beside the earlier."""
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        self._run.finish()
 
 
 def _numbers(kind: Kind, row: Mapping[str, Any]) -> dict[str, float]:

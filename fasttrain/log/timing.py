@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,50 +175,49 @@ MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
 class StepProfiler:
     """Writes ``profile/trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
 
-    ``steps`` are the first and the last, counted from 1. Without them, or without ``run_dir``,
-    nothing is done. Profiled steps are slower; no number changes.
+    ``steps`` are the first and the last, counted from 1, or empty. Profiled steps are slower; no
+    number changes.
     """
 
-    def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-        self.first, self.last = steps if run_dir is not None and steps else (0, 0)
-        self.folder = run_dir / "profile" if run_dir is not None else Path()
-        self._profiler: Any = None
+    def __init__(self, run_dir: Path, steps: tuple[int, ...], device: torch.device) -> None:
+        self._folder, self._device = run_dir / "profile", device
+        self._first, self._last = steps or (0, 0)
+        self._recording = ExitStack()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Profile the step in the block where its number is asked for."""
-        if number == self.first:
-            if self.cuda:  # https://pytorch.org/memory_viz reads it
-                record_memory_history(max_entries=MAX_MEMORY_EVENTS)
-            # Of all activities that there are: of the CPU and, where there is one, of the GPU.
-            self._profiler = torch.profiler.profile(
-                record_shapes=True, profile_memory=True, acc_events=True
-            )
-            self._profiler.start()
-        if self._profiler is None:
+        if not self._first <= number <= self._last:
             yield
             return
+        if number == self._first:
+            self.close()  # after a rollback
+            self._recording.enter_context(self._record())
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        if number == self._last:
+            self.close()
+
+    @contextmanager
+    def _record(self) -> Iterator[None]:
+        cuda = self._device.type == "cuda"
+        if cuda:  # https://pytorch.org/memory_viz reads it
+            record_memory_history(max_entries=MAX_MEMORY_EVENTS)
         try:
-            with torch.profiler.record_function(f"step {number}"):
+            # Of all activities that there are: of the CPU and, where there is one, of the GPU.
+            options = {"record_shapes": True, "profile_memory": True, "acc_events": True}
+            with torch.profiler.profile(**options) as profiler:
                 yield
+                if cuda:
+                    torch.cuda.synchronize(self._device)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self._folder / "trace.json"))
+            if cuda:
+                dump_memory_history(str(self._folder / "memory.pickle"))
         finally:
-            if number >= self.last:
-                self.close()
+            if cuda:
+                record_memory_history(enabled=None)
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        try:
-            if self.cuda:
-                torch.cuda.synchronize(self.device)
-            profiler.stop()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self.folder / "trace.json"))
-            if self.cuda:
-                dump_memory_history(str(self.folder / "memory.pickle"))
-        finally:
-            if self.cuda:
-                record_memory_history(enabled=None)
+        self._recording.close()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from fasttrain_kernels._torch import compile_cache_counts, native_bf16
 from fasttrain_kernels.cpu import compiler, is_fast, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
@@ -158,16 +157,9 @@ def compile_cache_use() -> str | None:
     return "partly warm" if hits else "cold"
 
 
-def _costly() -> list[Any]:
-    """Return the operations whose results ``selective`` keeps: matrix products and attention."""
-    names = (
-        *("mm", "addmm", "bmm"),
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-    return [getattr(torch.ops.aten, name).default for name in names]
+# The operations whose results ``selective`` keeps: matrix products and attention.
+_COSTLY = ["mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"]
+_COSTLY += [f"_scaled_dot_product_{name}_attention" for name in ("flash", "efficient", "cudnn")]
 
 
 def _checkpointed(kind: str, run: _Runner) -> _Runner:
@@ -175,7 +167,8 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
         return run
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly())
+        kept = [getattr(torch.ops.aten, name).default for name in _COSTLY]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     elif kind != "full":
         said = "is not implemented; add it to model/runtime.py"
         refuse("train.activation_checkpointing", kind, said)
@@ -216,19 +209,17 @@ def prepare_blocks(
         trains = caches is None and (compiled or torch.is_grad_enabled())
         return (run_all if trains else run_plain)(blocks, norm, x, rope, mask, caches, *rest)
 
+    def run_alone(
+        block: Block, x: Tensor, rope: Any, mask: Any, cache: Any, start: int, value: Any
+    ) -> Tensor:
+        caches, values = (None if one is None else [one] for one in (cache, value))
+        return run_here([block], None, x, rope, mask, caches, start, values)
+
     if not sharded:
         model.blocks_fn = run_here
         return
     for block in model.blocks:
-        block.forward = partial(_run_alone, run_here, block)
-
-
-def _run_alone(
-    run_all: _Runner, block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, start: int,
-    value: Tensor | None,
-) -> Tensor:  # fmt: skip
-    caches, values = (None if one is None else [one] for one in (cache, value))
-    return run_all([block], None, x, rope, mask, caches, start, values)
+        block.forward = partial(run_alone, block)
 
 
 HOPPER = (9, 0)
@@ -281,9 +272,7 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
 
 def _in_training_alone(fp8_linear: type[nn.Linear]) -> type[nn.Linear]:
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        if self.training:
-            y: Tensor = fp8_linear.forward(self, x)
-            return y
-        return F.linear(x, self.weight, self.bias)
+        multiply = fp8_linear.forward if self.training else nn.Linear.forward
+        return multiply(self, x)
 
     return type(f"Training{fp8_linear.__name__}", (fp8_linear,), {"forward": forward})

@@ -82,7 +82,7 @@ def test_clean_keeps_text_and_escapes_control_characters() -> None:
 
 def everything(console: Console) -> None:
     """Call every method once, as a run does."""
-    console.header([("device", "cpu"), ("plan", "2,000 steps")])
+    console.panel("fasttrain", [("device", "cpu"), ("plan", "2,000 steps")], "cyan")
     console.note("building the corpus")
     for step in range(1, 4):
         console.progress(step, 3, 64 * step, step / 3, None)
@@ -91,7 +91,8 @@ def everything(console: Console) -> None:
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
     console.evaluation({"step": 240, "val_loss": 2.8134, "best": True})
     console.sample(120, "def main(", "args):\n\x1b[31m\r\treturn é\n")
-    console.summary([("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")])
+    rows = [("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")]
+    console.panel("done", rows, "green")
     console.close()
 
 
