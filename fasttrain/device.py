@@ -16,16 +16,12 @@ from fasttrain.config.keys import refuse
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``run.device`` names; ``auto`` is CUDA if there is one, else CPU."""
     n_cuda = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if n_cuda else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= n_cuda:
-        found = f"{n_cuda} found" if n_cuda else "none found"
-        raise UserError(
-            f"run.device = {name!r}: no such CUDA device ({found}); use run.device=cpu or auto"
-        )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", 0)  # torch.cuda.set_device needs an index
+    device = torch.device(("cuda" if n_cuda else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
+        if device.index >= n_cuda:
+            found = f"no such CUDA device ({n_cuda or 'none'} found)"
+            raise UserError(f"run.device = {name!r}: {found}; use run.device=cpu or auto")
     return device
 
 

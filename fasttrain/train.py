@@ -126,11 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt as error:
         return interrupted(error.args[0] if error.args else signal.SIGINT)
-    except UserError:
-        raise  # `command` says and records it
-    except Exception as error:
-        rank = os.environ.get("RANK")
-        if rank and any(name in str(error) for name in ("gloo", "NCCL")):
+    except Exception as error:  # `command` says and records it
+        rank, found = os.environ.get("RANK"), re.search("gloo|NCCL", str(error))
+        if rank and found and not isinstance(error, UserError):
             error.add_note(
                 f"rank {rank}: another rank has ended or is out of reach; its error, above or in "
                 "torchrun's summary, says why"

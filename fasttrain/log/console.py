@@ -150,17 +150,15 @@ def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
 class Console:
     """What a person sees of a run, on the terminal and in ``train.log``.
 
-    ``interactive``: colours, panels and a progress bar, or plain lines. None: by what standard
-    output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
+    On a terminal it has colours, panels and a progress bar, else, and with ``TERM=dumb``, plain
+    lines. ``NO_COLOR`` is rich's.
     """
 
-    def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
-        if interactive is None:
-            plain = ("dumb", "unknown")
-            interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
-        self.interactive = interactive
-        self._rich = RichConsole(force_terminal=True) if interactive else None
-        self._log = LogFile(log_file) if log_file else None
+    def __init__(self, log_file: Path) -> None:
+        plain = ("dumb", "unknown")
+        self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
+        self._rich = RichConsole(force_terminal=True) if self.interactive else None
+        self._log = LogFile(log_file)
         self._live: Live | None = None
         self._drawn_s = 0.0
         self._rows_since_heading = _ROWS_PER_HEADING
@@ -290,9 +288,7 @@ class Console:
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""
         self.clear_progress()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._log.close()
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
@@ -307,6 +303,5 @@ class Console:
             except OSError as error:  # the disk of a redirected output is full: training continues
                 if error.errno not in NO_SPACE:
                     raise
-        if self._log is not None:
-            now = datetime.now().isoformat(" ", "seconds")
-            self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))
+        now = datetime.now().isoformat(" ", "seconds")
+        self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

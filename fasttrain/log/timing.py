@@ -205,8 +205,10 @@ class StepProfiler:
             record_memory_history(max_entries=MAX_MEMORY_EVENTS)
         try:
             # Of all activities that there are: of the CPU and, where there is one, of the GPU.
-            options = {"record_shapes": True, "profile_memory": True, "acc_events": True}
-            with torch.profiler.profile(**options) as profiler:
+            profiler = torch.profiler.profile(
+                record_shapes=True, profile_memory=True, acc_events=True
+            )
+            with profiler:
                 yield
                 if cuda:
                     torch.cuda.synchronize(self._device)

@@ -52,18 +52,16 @@ def why_unfit(config: TrainConfig) -> str | None:
         return f"C++ blocks do not compute in {precision.name} on this CPU"
     widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
     window = model.sliding_window_tokens
-    for key, is_done in (
-        ("model widths that are no multiples of 16", not any(n % 16 for n in widths)),
-        (f"model.mlp={model.mlp}", model.mlp in KINDS),
-        ("model.bias", not model.bias),
-        ("model.dropout", model.dropout == 0),
-        ("model.sliding_window_tokens", window is None or window >= config.data.seq_len),
-        ("data.attention_across_documents=false", config.data.attention_across_documents),
-        ("activation checkpointing", config.train.activation_checkpointing == "none"),
-    ):
-        if not is_done:
-            return f"C++ blocks lack {key}"
-    return None
+    wanted = {
+        "model widths that are no multiples of 16": any(n % 16 for n in widths),
+        f"model.mlp={model.mlp}": model.mlp not in KINDS,
+        "model.bias": model.bias,
+        "model.dropout": model.dropout > 0,
+        "model.sliding_window_tokens": window is not None and window < config.data.seq_len,
+        "data.attention_across_documents=false": not config.data.attention_across_documents,
+        "activation checkpointing": config.train.activation_checkpointing != "none",
+    }
+    return next((f"C++ blocks lack {key}" for key, is_wanted in wanted.items() if is_wanted), None)
 
 
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
@@ -210,7 +208,7 @@ def prepare_blocks(
         return (run_all if trains else run_plain)(blocks, norm, x, rope, mask, caches, *rest)
 
     def run_alone(
-        block: Block, x: Tensor, rope: Any, mask: Any, cache: Any, start: int, value: Any
+        block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, start: int, value: Any
     ) -> Tensor:
         caches, values = (None if one is None else [one] for one in (cache, value))
         return run_here([block], None, x, rope, mask, caches, start, values)

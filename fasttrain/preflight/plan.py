@@ -1,10 +1,9 @@
 """What a run will take: parameters, FLOPs, tokens, memory by category, time; and what will hurt it.
 
-Where the data are missing, a line says how to get them, and all that does not depend on them is
-shown.
+Where the data are missing, a line says how to get them, and the rest is shown.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,7 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device, resolve_precision, set_threads
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
-from fasttrain.engine.memory import (
-    StepMemory,
-    best_micro_batch,
-    device_memory,
-    estimate_memory,
-    probe_step,
-)
+from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
 from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.schedule import lr_at, step_shape
@@ -40,15 +33,6 @@ from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
-
-
-def _memory_lines(memory: StepMemory, free: int, peak: int | None) -> Iterator[str]:
-    for name, size in asdict(memory).items():
-        if size or name != "gathered":  # which one process and DDP do without
-            yield f"    {name:<12} {_size(size) if size else 'none then':>10}"
-    yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
-    if peak is not None:
-        yield f"    {'measured':<12} {_size(peak):>10}"
 
 
 def _size(n: float) -> str:
@@ -124,9 +108,12 @@ def preflight(
     probed = probe_step(alone, device=device, precision=precision) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
-    peak_bytes = probed.peak_bytes if probed and n_ranks == 1 else None
-    for line in _memory_lines(memory, free, peak_bytes):
-        show(line)
+    for name, size in asdict(memory).items():
+        if size or name != "gathered":  # which one process and DDP do without
+            show(f"    {name:<12} {_size(size) if size else 'none then':>10}")
+    show(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")
+    if probed and n_ranks == 1:
+        show(f"    {'measured':<12} {_size(probed.peak_bytes):>10}")
 
     # Communication and speed.
     if n_ranks > 1:

@@ -12,7 +12,6 @@ Workstations (J. Parallel Distrib. Comput. 69); Rajbhandari et al. 2020, ZeRO (a
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,19 +21,7 @@ from fasttrain.config import TrainConfig
 FP32 = 4
 # Of a step without accumulation the backward pass takes two thirds.
 BACKWARD_SHARE = 2 / 3
-
-
-class Traffic(NamedTuple):
-    """Bytes that one rank sends in a step."""
-
-    all_gather: float = 0.0
-    reduce_scatter: float = 0.0
-    all_reduce: float = 0.0
-    muon: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(self)
+Traffic = dict[str, float]  # bytes by kind of collective
 
 
 def traffic(
@@ -46,7 +33,7 @@ def traffic(
     n_micro: int = 1,
     compute: torch.dtype = torch.float32,
 ) -> Traffic:
-    """Return what one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+    """Return the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
 
     ``model`` is a Transformer on any device, also meta; ``mode`` is single, ddp, fsdp or hsdp.
     Muon gathers its matrices in ``compute``.
@@ -57,9 +44,9 @@ def traffic(
 
     total = sum(p.numel() for p in model.parameters())
     if mode == "single" or n_ranks == 1:
-        return Traffic()
+        return {}
     if mode == "ddp":
-        return Traffic(all_reduce=2 * ring(n_ranks) * FP32 * total)
+        return {"all-reduce": 2 * ring(n_ranks) * FP32 * total}
     # Of HSDP so many ranks share one copy of the parameters.
     inner = (config.distributed.shard_ranks if mode == "hsdp" else None) or n_ranks
     assert isinstance(model.blocks, nn.ModuleList)
@@ -68,24 +55,24 @@ def traffic(
     again = in_blocks if config.distributed.reshard_after_forward else 0
     width = torch.finfo(compute).bits // 8
     shards = 2 * ring(inner) * width * matrices / inner
-    return Traffic(
-        all_gather=n_micro * ring(inner) * FP32 * (total + again),
-        reduce_scatter=ring(inner) * FP32 * total,
-        all_reduce=2 * ring(n_ranks // inner) * FP32 * total / inner,
-        muon=shards if config.optim.name == "muon" else 0.0,
-    )
+    return {
+        "all-gather": n_micro * ring(inner) * FP32 * (total + again),
+        "reduce-scatter": ring(inner) * FP32 * total,
+        "all-reduce": 2 * ring(n_ranks // inner) * FP32 * total / inner,
+        "muon": shards if config.optim.name == "muon" else 0.0,
+    }
 
 
 def overhead(
-    sent: Traffic, step_s: float, *, mode: str, n_micro: int, bandwidth_gbps: float
+    sent: float, step_s: float, *, mode: str, n_micro: int, bandwidth_gbps: float
 ) -> tuple[float, float, float]:
-    """Return what sending costs a step that takes ``step_s`` on a rank that sends nothing.
+    """Return what sending so many bytes costs a step that takes ``step_s`` without that.
 
     Seconds without latencies, and the shares of the utilisation that are lost: where it overlaps
     with all computation that it can, the last micro-batch's backward pass for DDP and all for FSDP,
     and where it overlaps with none.
     """
-    sending_s = 8 * sent.total / (1e9 * bandwidth_gbps)
+    sending_s = 8 * sent / (1e9 * bandwidth_gbps)
     beside = step_s * BACKWARD_SHARE / n_micro if mode == "ddp" else step_s
     left = max(0.0, sending_s - beside)
     return sending_s, left / (step_s + left), sending_s / (step_s + sending_s)
@@ -95,14 +82,14 @@ def scaling_lines(
     sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, bandwidth_gbps: float | None
 ) -> Iterator[str]:
     """Yield lines to show; ``step_s`` and ``bandwidth_gbps`` are None where they are not known."""
-    sizes = {kind.replace("_", "-"): n / 2**20 for kind, n in sent._asdict().items() if n}
-    kinds = ", ".join(f"{kind} {size:,.1f} MiB" for kind, size in sizes.items())
+    kinds = ", ".join(f"{kind} {n / 2**20:,.1f} MiB" for kind, n in sent.items() if n)
     yield f"sent         by each rank in a step: {kinds}"
     if bandwidth_gbps is None:
         yield "             --bandwidth-gbps tells how long that takes"
         return
+    total, alone_s = sum(sent.values()), step_s or 0.0
     sending_s, hidden, exposed = overhead(
-        sent, step_s or 0.0, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps
+        total, alone_s, mode=mode, n_micro=n_micro, bandwidth_gbps=bandwidth_gbps
     )
     line = f"             {1000 * sending_s:,.1f} ms at {bandwidth_gbps:g} Gbit/s"
     if step_s is not None:

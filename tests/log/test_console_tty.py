@@ -18,9 +18,11 @@ import pytest
 from rich.cells import cell_len
 
 PROGRAM = """
+import os
 import time
+from pathlib import Path
 from fasttrain.log.console import Console
-console = Console(log_file=None)
+console = Console(Path(os.devnull))
 assert console.interactive
 rows = [("device", "cpu, 2 threads"), ("folder", "runs/" + "long-name-" * 12)]
 console.panel("fasttrain", rows, "cyan")

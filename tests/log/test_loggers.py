@@ -12,6 +12,7 @@ import pytest
 from fasttrain.command import command
 from fasttrain.log.console import Console, clean, format_count, format_duration
 
+NOWHERE = Path(os.devnull)
 ROW = {
     "step": 120,
     "progress": 0.0799,
@@ -118,7 +119,7 @@ done:
 def test_without_a_terminal_lines_are_plain(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    console = Console(log_file=tmp_path / "train.log")
+    console = Console(tmp_path / "train.log")
     assert not console.interactive  # pytest's standard output is no terminal
     everything(console)
     assert capsys.readouterr().out == EXPECTED
@@ -126,9 +127,14 @@ def test_without_a_terminal_lines_are_plain(
 
 @pytest.mark.parametrize("interactive", [False, True])
 def test_the_log_file_holds_every_line_plainly_with_its_time(
-    interactive: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    interactive: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    everything(Console(log_file=tmp_path / "train.log", interactive=interactive))
+    if interactive:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+    console = Console(tmp_path / "train.log")
+    assert console.interactive is interactive
+    everything(console)
     text = (tmp_path / "train.log").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert "".join(line[21:] + "\n" for line in lines) == EXPECTED
@@ -137,7 +143,7 @@ def test_the_log_file_holds_every_line_plainly_with_its_time(
 
 def test_the_log_file_is_continued(tmp_path: Path) -> None:
     for text in ("first run", "resumed"):
-        console = Console(log_file=tmp_path / "train.log", interactive=False)
+        console = Console(tmp_path / "train.log")
         console.note(text)
         console.close()
     lines = (tmp_path / "train.log").read_text().splitlines()
@@ -158,7 +164,7 @@ def test_a_reader_that_is_gone_ends_nothing(
     os.close(read_end)
     with os.fdopen(write_end, "w") as stream:  # its last flush must not fail either
         monkeypatch.setattr(sys, "stdout", stream)
-        console = Console(log_file=tmp_path / "train.log")
+        console = Console(tmp_path / "train.log")
         console.note("one")
         console.note("two")
         console.close()
@@ -184,7 +190,7 @@ def test_the_environment_decides_on_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    console = Console(log_file=None)
+    console = Console(NOWHERE)
     assert console.interactive is interactive
     console.warn("hello")  # bold and yellow
     shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
@@ -198,7 +204,7 @@ def test_a_character_that_the_stream_cannot_encode_is_escaped(
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    command(lambda: Console(log_file=None).sample(1, "é", "✓") or 0)()
+    command(lambda: Console(NOWHERE).sample(1, "é", "✓") or 0)()
     assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
 
 
@@ -206,7 +212,7 @@ def test_a_character_that_the_stream_cannot_encode_is_escaped(
 def test_perplexity_of_any_loss(
     loss: float, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(log_file=None, interactive=False)
+    console = Console(NOWHERE)
     console.evaluation({"step": 1, "val_loss": loss})
     assert f"val_ppl {shown}" in capsys.readouterr().out
 
@@ -232,7 +238,7 @@ def test_perplexity_of_any_loss(
 def test_N18_N21_how_a_plain_line_ends(
     changes: dict[str, float | None], end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Console(log_file=None, interactive=False).train({**ROW, **changes})
+    Console(NOWHERE).train({**ROW, **changes})
     assert capsys.readouterr().out.endswith(f"  {end}\n")
 
 
@@ -242,7 +248,7 @@ def test_N18_N21_how_a_plain_line_ends(
 def test_a_huge_loss_keeps_the_columns(
     loss: float, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(log_file=None, interactive=False)
+    console = Console(NOWHERE)
     console.train(ROW)
     console.train({**ROW, "loss": loss})
     usual, huge = capsys.readouterr().out.splitlines()
@@ -251,7 +257,7 @@ def test_a_huge_loss_keeps_the_columns(
 
 
 def test_missing_values_are_not_available(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(log_file=None, interactive=False).train({"step": 1, "loss": 5.0})
+    Console(NOWHERE).train({"step": 1, "loss": 5.0})
     out = capsys.readouterr().out
     assert out.count("n/a") == 6
     assert "loss  5.0000" in out
@@ -265,7 +271,7 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr("fasttrain.log.console.time.monotonic", lambda: now[0])
-    console = Console(log_file=None, interactive=True)
+    console = Console(NOWHERE)
     for step in range(1000):
         console.progress(step, 2000, 64 * step, step / 2000, 9.0)
         now[0] += 0.005
@@ -296,14 +302,14 @@ def test_N21_the_bar_says_how_far_the_run_is(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "stdout", stream)
-    console = Console(log_file=None, interactive=True)
+    console = Console(NOWHERE)
     console.progress(1100, total, 9_011_200, 0.55, left_s)
     console.close()
     assert shown in stream.getvalue()
 
 
 def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(log_file=None).sample(7, "a" * 90, "b" * 200 + "\n\nc")
+    Console(NOWHERE).sample(7, "a" * 90, "b" * 200 + "\n\nc")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["sample, step 7", *(f"  | {s}" for s in ("a" * 90 + "b" * 6, "b" * 96)),
                      "  | " + "b" * 96, "  | bb", "  | ", "  | c"]  # fmt: skip
