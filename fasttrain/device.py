@@ -132,8 +132,7 @@ def keep_freed_memory() -> None:
     By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
     pages at every step. No effect if the C library has no ``mallopt``. Two Zen 3 cores, medians
     of interleaved processes: system time falls from 5.0 to 1.3 ms in a step of base.toml of 280 ms
-    (wall clock: no difference above the noise of 3 %), and from 82 to 4 ms in a step of 1,150 ms
-    with 64 rows, uncompiled.
+    (wall clock: within the noise of 3 %), and from 82 to 4 ms in an eager one of 1,150 ms, 64 rows.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

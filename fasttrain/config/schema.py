@@ -1,7 +1,6 @@
 """The sections of the configuration: every key with its type, default, meaning and range.
 
-This file is the one source of what ``--help``, the reference table and the checks say. ``None``
-means unset. Units are in the names.
+The one source of what ``--help``, the reference table and the checks say. ``None`` means unset.
 """
 
 from collections.abc import Iterator

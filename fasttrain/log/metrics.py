@@ -17,9 +17,8 @@ import torch
 # name must match in full, so that a laptop part, a cut-down part or a MIG slice counts as unknown.
 _PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
-    (r"NVIDIA H200|NVIDIA GH200 \d+GB", 989.5, 494.5, 67.0),
+    (r"NVIDIA (H200|GH200 \d+GB|H[18]00 80GB HBM3)", 989.5, 494.5, 67.0),
     (r"NVIDIA H[12]00 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA H[18]00 80GB HBM3", 989.5, 494.5, 67.0),
     (r"NVIDIA H100 PCIe", 756.0, 378.0, 51.0),
     (r"NVIDIA A[18]00-(SXM4|PCIE|PCIe)-\d+GB|NVIDIA A[18]00 80GB PCIe", 312.0, 156.0, 19.5),
     (r"NVIDIA A30", 165.0, 82.0, 10.3),
@@ -71,8 +70,8 @@ def smoothed(average: float | None, loss: float) -> float | None:
 class NormWatch:
     """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
 
-    A norm above that counts as that: one outlier does not hide the next, and a level that rose for
-    good is accepted within some 25 steps.
+    A higher one counts as that: an outlier does not hide the next, and a lasting rise is accepted
+    within some 25 steps.
     """
 
     EXPLODED, WARMUP_STEPS = 10.0, 20

@@ -142,8 +142,7 @@ class JsonlLogger:
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
 
-        Also dropped: rows that an uninterrupted run does not have, and what rows were made by if
-        none of them is left.
+        Also dropped: rows that an uninterrupted run does not have, and what made none of the rest.
         """
         if self._head not in self._file.keep(partial(_kept_rows, step)):
             self._head = ""
@@ -179,7 +178,7 @@ def _json_line(kind: str, row: Mapping[str, Any]) -> str:
 
 
 class CsvLogger:
-    """Writes ``train.csv`` and ``eval.csv``; the first row of each names the columns."""
+    """Writes ``train.csv`` and ``eval.csv``; columns are the step and the keys of the first row."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
@@ -190,7 +189,7 @@ class CsvLogger:
         if kind not in self._tables:
             file = self._files[kind]
             text = file.path.read_text("utf-8", "replace") if file.path.exists() else ""
-            columns = next(csv.reader(text.splitlines()[:1]), list(row))
+            columns = next(csv.reader(text.splitlines()[:1]), list({"step": 0, **row}))
             table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             self._tables[kind] = table
             if not text:
@@ -209,10 +208,9 @@ class CsvLogger:
 
 
 def _kept_cells(step: int, lines: list[str]) -> Iterator[bool]:
-    columns = lines[0].rstrip("\n").split(",") if lines else []
     for number, line in enumerate(lines):
-        at = dict(zip(columns, line.rstrip("\n").split(","), strict=False)).get("step", "")
-        fits = at.isdigit() and int(at) <= step if number else at == "step"
+        at = line.partition(",")[0]
+        fits = at.isdigit() and int(at) <= step if number else at.rstrip("\n") == "step"
         yield line.endswith("\n") and fits
 
 
@@ -279,5 +277,5 @@ class _Wandb:
 
 
 def _numbers(kind: Kind, row: Mapping[str, Any]) -> dict[str, float]:
-    named = {f"{kind}/{k}": v for k, v in row.items() if k != "step"}
-    return {name: v for name, v in named.items() if isinstance(v, int | float)}
+    numbers = ((k, v) for k, v in row.items() if k != "step" and isinstance(v, int | float))
+    return {f"{kind}/{k}": v for k, v in numbers}

@@ -1,9 +1,8 @@
 """How a model runs while it trains: what is compiled, and what blocks keep for backward.
 
 With activation checkpointing a block keeps only its input, or with ``selective`` what is costly to
-compute as well, and its backward pass computes the rest again: the same numbers, by the same
-operations. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost
-(arXiv:1604.06174).
+compute as well, and its backward pass computes the rest again, by the same operations: the same
+numbers. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
 """
 
 import importlib.util
@@ -132,12 +131,9 @@ def keep_compiled(folder: Path) -> None:
     Torch's own choice is the folder for temporary files, which a restart clears. Where
     ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. Each kind of CPU has a folder of its own: the key
     of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
-    for AVX2 skips half of the elements (torch 2.13). One folder serves every config: entries are
-    named by the content of the graph, so that configs which differ in the data or the schedule
-    alone share theirs. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
-    empty folder, 5 s with its own entries, of which 1.5 s import the compiler and 2.5 s trace the
-    model. To keep the trace as well (torch's precompilation) was slower, 10.5 s, and gives guards
-    up.
+    for AVX2 skips half of the elements (torch 2.13). Entries are named by the content of the graph:
+    configs share them. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
+    empty folder, 5 s with its own entries; 10.5 s with the trace kept as well (precompilation).
     """
     bf16 = "-bf16" if native_bf16(torch.device("cpu")) else ""
     kind = torch.backends.cpu.get_cpu_capability() + bf16
@@ -168,8 +164,7 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
         kept = [getattr(torch.ops.aten, name).default for name in _COSTLY]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     elif kind != "full":
-        said = "is not implemented; add it to model/runtime.py"
-        refuse("train.activation_checkpointing", kind, said)
+        refuse("train.activation_checkpointing", kind, "is not implemented; add it to runtime.py")
     return partial(checkpoint, run, **options)
 
 

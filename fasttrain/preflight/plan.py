@@ -3,10 +3,9 @@
 Where the data are missing, a line says how to get them, and the rest is shown.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +27,13 @@ from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.preflight.scaling import scaling_lines, traffic
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
+FP32 = 4
+BACKWARD_SHARE = 2 / 3  # of a step without accumulation
+Traffic = dict[str, float]  # bytes that a rank sends in a step, by kind
 
 
 def _size(n: float) -> str:
@@ -50,8 +51,7 @@ def preflight(
     """Show what a run will take and what will hurt it; return whether it fits into the free memory.
 
     ``n_ranks`` processes share each step, on devices like this one, and each can send
-    ``bandwidth_gbps`` gigabits a second (None: not known). ``probe``: run a few steps of one rank,
-    to measure time and memory.
+    ``bandwidth_gbps`` gigabits a second (None: not known). ``probe``: measure a few steps of one.
     """
 
     def tell(label: str, *texts: str) -> None:
@@ -61,8 +61,7 @@ def preflight(
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     set_threads(config.run.threads, usable_cores())
-    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
-    keep_compiled(cache_folder(cache_dir) / "compiled")
+    keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
 
     # The data, the micro-batch and the size of the run.
     vocab_size = config.model.vocab_size
@@ -171,3 +170,75 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
         report = diagnose(model, batch, optimizer=optimizers)
     show(str(report))
     return not report.failed
+
+
+def traffic(
+    config: TrainConfig,
+    model: Transformer,
+    *,
+    mode: str,
+    n_ranks: int,
+    n_micro: int = 1,
+    compute: torch.dtype = torch.float32,
+) -> Traffic:
+    """Return the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+
+    They are those of ring algorithms over N ranks, the fewest possible: a reduce-scatter and an
+    all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the other. DDP
+    all-reduces the fp32 gradients once a step. FSDP gathers the parameters in fp32 for each
+    micro-batch: all of them for the forward pass and, with ``distributed.reshard_after_forward``,
+    those of the blocks again for the backward pass; it reduce-scatters the fp32 gradients once a
+    step. HSDP all-reduces these shards over the copies. Muon gathers its matrices in ``compute``
+    and scatters the updates. ``mode`` is single, ddp, fsdp or hsdp.
+
+    Sources: Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of
+    Workstations (JPDC 69); Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
+    """
+
+    def ring(n: int) -> float:
+        return (n - 1) / n
+
+    total = sum(p.numel() for p in model.parameters())
+    if mode == "single" or n_ranks == 1:
+        return {}
+    if mode == "ddp":
+        return {"all-reduce": 2 * ring(n_ranks) * FP32 * total}
+    # Of HSDP so many ranks share one copy of the parameters.
+    inner = (config.distributed.shard_ranks if mode == "hsdp" else None) or n_ranks
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    again = in_blocks if config.distributed.reshard_after_forward else 0
+    width = torch.finfo(compute).bits // 8
+    shards = 2 * ring(inner) * width * matrices / inner
+    return {
+        "all-gather": n_micro * ring(inner) * FP32 * (total + again),
+        "reduce-scatter": ring(inner) * FP32 * total,
+        "all-reduce": 2 * ring(n_ranks // inner) * FP32 * total / inner,
+        "muon": shards if config.optim.name == "muon" else 0.0,
+    }
+
+
+def scaling_lines(
+    sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, bandwidth_gbps: float | None
+) -> Iterator[str]:
+    """Yield lines that tell what sending costs a step that takes ``step_s`` without it.
+
+    Seconds without latencies, and the shares of the utilisation that are lost: where it overlaps
+    with all computation that it can, the last micro-batch's backward pass for DDP and all for FSDP,
+    and where it overlaps with none. ``step_s`` and ``bandwidth_gbps``: None where not known.
+    """
+    kinds = ", ".join(f"{kind} {n / 2**20:,.1f} MiB" for kind, n in sent.items() if n)
+    yield f"sent         by each rank in a step: {kinds}"
+    if bandwidth_gbps is None:
+        yield "             --bandwidth-gbps tells how long that takes"
+        return
+    sending_s = 8 * sum(sent.values()) / (1e9 * bandwidth_gbps)
+    line = f"             {1000 * sending_s:,.1f} ms at {bandwidth_gbps:g} Gbit/s"
+    if step_s is not None:
+        left_s = max(0.0, sending_s - step_s * (BACKWARD_SHARE / n_micro if mode == "ddp" else 1.0))
+        hidden, exposed = (s / (step_s + s) for s in (left_s, sending_s))
+        line += (
+            f" of a step of {1000 * step_s:,.1f} ms: {hidden:.1%} of the MFU lost where it "
+            f"overlaps with computation, {exposed:.1%} where it does not"
+        )
+    yield line
