@@ -92,10 +92,8 @@ def record(text: str) -> bool:
 def check_system() -> None:
     """Refuse Windows, which lacks the file locks, reads and signals that runs and datasets need."""
     if importlib.util.find_spec("fcntl") is None:
-        raise UserError(
-            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer and "
-            "fasttrain_kernels work here too"
-        )
+        others = "fasttrain.Trainer and fasttrain_kernels work here too"
+        raise UserError(f"this command needs Linux or macOS (on Windows: WSL); {others}")
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -69,7 +69,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         fallback = "fp16" if device.type == "cuda" else "fp32"
         name = "bf16" if native_bf16(device) else fallback
     if name == "tf32" and device.type != "cuda":
-        raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
+        refuse("run.dtype", name, f"needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
     dtypes = {"fp32": torch.float32, "tf32": torch.float32}
@@ -93,7 +93,7 @@ def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -
     """
     if device.type != "cuda":
         if name != "auto":
-            raise UserError(f"run.attention = {name!r} needs a CUDA device, got {device}; use auto")
+            refuse("run.attention", name, f"needs a CUDA device, got {device}; use auto")
         return None
     from torch.nn.attention import SDPBackend, activate_flash_attention_impl
 

@@ -122,9 +122,8 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         if f"optim.{k}" in flat and flat.get("optim.name") == "muon":
             flat[f"optim.muon_{k}"] = flat.pop(f"optim.{k}")
     flat = {name: v for name, v in flat.items() if name not in _RETIRED or v != _RETIRED[name]}
-    for name in flat:
-        if name not in _FIELDS:
-            _unknown_key(name)
+    if unknown := [name for name in flat if name not in _FIELDS]:
+        _unknown_key(unknown[0])
     return flat
 
 
@@ -143,9 +142,8 @@ def _read(path: Path) -> dict[str, Any]:
         there = {name: name for name in shipped} | beside
         near = difflib.get_close_matches(path.stem, there, n=1)
         hint = f"did you mean {there[near[0]]}?" if near else "give the path of a TOML file."
-        raise ConfigError(
-            f"{path}: there is no such config file; {hint} By name there are {', '.join(shipped)}"
-        ) from None
+        hint += f" By name there are {', '.join(shipped)}"
+        raise ConfigError(f"{path}: there is no such config file; {hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError as error:
@@ -155,12 +153,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    name, equals, raw = text.partition("=")
-    name, raw = name.strip(), raw.strip()
+    name, equals, raw = map(str.strip, text.partition("="))
     if not equals:
-        raise ConfigError(
-            f"override {show(text)} is not section.key=value; write it like optim.lr=1e-3"
-        )
+        remedy = "write it like optim.lr=1e-3"
+        raise ConfigError(f"override {show(text)} is not section.key=value; {remedy}")
     if name not in _FIELDS:
         _unknown_key(name)
     if raw.lower() in ("none", "null"):

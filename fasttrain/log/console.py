@@ -27,13 +27,11 @@ from rich.text import Text
 from fasttrain.command import redact
 from fasttrain.log.sinks import NO_SPACE, LogFile
 
-# A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
-_REFRESH_S = 0.2
+_REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20
 _LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
 _PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
-# Shown once they are not zero:
-_COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")
+_COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")  # shown where not zero
 
 
 def format_count(n: float) -> str:
@@ -290,8 +288,7 @@ class Console:
             try:
                 print(plain, flush=True)
             except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), sys.stdout.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except OSError as error:  # the disk of a redirected output is full: training continues
                 if error.errno not in NO_SPACE:
                     raise

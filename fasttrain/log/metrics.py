@@ -70,8 +70,7 @@ def smoothed(average: float | None, loss: float) -> float | None:
 class NormWatch:
     """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
 
-    A higher one counts as that: an outlier does not hide the next, and a lasting rise is accepted
-    within some 25 steps.
+    A higher one counts as that: an outlier hides no other, a lasting rise is accepted in 25 steps.
     """
 
     EXPLODED, WARMUP_STEPS = 10.0, 20

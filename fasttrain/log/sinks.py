@@ -17,8 +17,10 @@ from typing import Any, Literal, TextIO, get_args
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.config.keys import refuse
 
 Kind = Literal["train", "eval", "tasks"]
+Row = Mapping[str, Any]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -77,9 +79,7 @@ class Sinks:
     ``made_by`` is the run's provenance, for ``metrics.jsonl``. Call `check_packages` before.
     """
 
-    def __init__(
-        self, config: TrainConfig, folder: Path, made_by: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, made_by: Row | None = None) -> None:
         self.all: list[JsonlLogger | CsvLogger | _TensorBoard | _Wandb] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
@@ -89,7 +89,7 @@ class Sinks:
         if config.log.tensorboard:
             self.all.append(_TensorBoard(folder))
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Write a row of numbers, which names its ``step``."""
         for sink in self.all:
             sink.write(kind, row)
@@ -110,13 +110,11 @@ def check_packages(config: TrainConfig) -> None:
     for key, wanted, package in (
         ("log.tensorboard", config.log.tensorboard, "tensorboard"),
         ("log.wandb_project", config.log.wandb_project, "wandb"),
-        ("eval.tasks", ", ".join(config.eval.tasks), "lm_eval"),
+        ("eval.tasks", config.eval.tasks, "lm_eval"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{key} = {wanted} needs the package {package}; install it with pip install "
-                f"{package}, or unset {key}"
-            )
+            remedy = f"install it with pip install {package}, or unset {key}"
+            refuse(key, wanted, f"needs the package {package}; {remedy}")
 
 
 class JsonlLogger:
@@ -125,13 +123,13 @@ class JsonlLogger:
     A line before the first of these rows says what they are ``made_by``.
     """
 
-    def __init__(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, made_by: Row | None = None) -> None:
         self._file, self._made_by = LogFile(path), made_by
         path.touch()  # a run folder is known by it
         self._head = ""  # that line, once it is in the file
         self._begin = 0  # the step that these rows begin after
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
         lines = _json_line(kind, row)
         if self._made_by and not self._head:
@@ -171,7 +169,7 @@ def _kept_rows(step: int, lines: list[str]) -> list[bool]:
     return kept[::-1]
 
 
-def _json_line(kind: str, row: Mapping[str, Any]) -> str:
+def _json_line(kind: str, row: Row) -> str:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps({"kind": kind, "time": now, **row, **odd}, allow_nan=False) + "\n"
@@ -184,7 +182,7 @@ class CsvLogger:
         self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
         self._tables: dict[str, csv.DictWriter[str]] = {}
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
         if kind not in self._tables:
             file = self._files[kind]
@@ -222,7 +220,7 @@ class _TensorBoard:
         self._writer: Any = None
         self._purge_step: int | None = None
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports
 
@@ -260,13 +258,12 @@ class _Wandb:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.Error as error:
-            raise UserError(
-                f"log.wandb_project: W&B could not begin ({error}); log in with wandb login, or "
-                "set log.wandb_mode=offline"
-            ) from error
+            remedy = "log in with wandb login, or set log.wandb_mode=offline"
+            problem = f"log.wandb_project: W&B could not begin ({error})"
+            raise UserError(f"{problem}; {remedy}") from error
         id_file.write_text(self._run.id, encoding="utf-8")
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         self._run.log({"step": row["step"], **_numbers(kind, row)})
 
     def drop_after(self, step: int) -> None:
@@ -276,6 +273,6 @@ class _Wandb:
         self._run.finish()
 
 
-def _numbers(kind: Kind, row: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(kind: Kind, row: Row) -> dict[str, float]:
     numbers = ((k, v) for k, v in row.items() if k != "step" and isinstance(v, int | float))
     return {f"{kind}/{k}": v for k, v in numbers}

@@ -71,8 +71,7 @@ class StepClock:
     def _now(self) -> _Moment:
         if not self.on_cuda:
             return time.perf_counter()
-        timed: Any = torch.cuda.Event
-        event = timed(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -86,12 +86,10 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
     if on_cpu and mode != "off":
         if not _has_cpp_compiler():
-            raise UserError(
-                f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
-                "install g++ or use run.compile=off"
-            )
+            lacks = "needs a C++ compiler on a CPU and none is on the PATH"
+            refuse("run.compile", mode, f"{lacks}; install g++ or use run.compile=off")
         if mode != "default":
-            raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
+            refuse("run.compile", mode, "needs a CUDA device; use default, auto or off")
     return "default" if mode == "auto" else mode
 
 
@@ -141,10 +139,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 def compile_cache_use() -> str | None:
-    """Return whether what this process compiled came from the cache: warm, cold or partly warm.
-
-    None: nothing was compiled.
-    """
+    """Return how warm the cache was for what this process compiled; None: nothing was compiled."""
     hits, misses = compile_cache_counts() or (0, 0)
     if not misses:
         return "warm" if hits else None
@@ -231,10 +226,8 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
         if on_cuda:
             major, minor = capability
             found = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
-        raise UserError(
-            f"run.fp8 = true needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or "
-            f"newer, got {found}; unset run.fp8"
-        )
+        newer = f"compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or newer"
+        refuse("run.fp8", True, f"needs a GPU of {newer}, got {found}; unset run.fp8")
     for name, module in model.blocks.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -247,10 +240,8 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
                 "model.dim, model.head_dim or model.hidden_dim, or unset run.fp8"
             )
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(
-            "run.fp8 = true needs torchao, which is not installed; pip install torchao, or "
-            "unset run.fp8"
-        )
+        lacks = "needs torchao, which is not installed"
+        refuse("run.fp8", True, f"{lacks}; pip install torchao, or unset run.fp8")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     # Padding acts where the tokens of a micro-batch are no multiple of 16.

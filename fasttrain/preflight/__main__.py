@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if arguments.diagnose:
         return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
-    fits = preflight(config, probe=not arguments.no_probe, n_ranks=n_ranks, bandwidth_gbps=gbps)
+    fits = preflight(config, probe=not arguments.no_probe, n_ranks=n_ranks, gbps=gbps)
     return EXIT_DONE if fits else EXIT_FAILED
 
 

@@ -115,8 +115,7 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     """
     dtype = resolve_precision("auto", device).compute
     for name, op in _ops(device, dtype):
-        own = torch.float32 if name == "adamw" else dtype
-        yield _check(name, op, own, compiled=compiled)
+        yield _check(name, op, torch.float32 if name == "adamw" else dtype, compiled=compiled)
 
 
 def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
