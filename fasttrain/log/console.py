@@ -151,6 +151,7 @@ class Console:
         self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
         self._rich = RichConsole(force_terminal=True) if self.interactive else None
         self._log = LogFile(log_file)
+        self._log.write("")  # it is there from now on
         self._live: Live | None = None
         self._drawn_s = 0.0
         self._rows_since_heading = _ROWS_PER_HEADING
