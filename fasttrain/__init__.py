@@ -17,23 +17,21 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Callback": "library",
-    "TrainConfig": "config",
-    "Trainer": "library",
-    "TrainingMetrics": "log.metrics",
-    "Transformer": "model.transformer",
-    "diagnose": "diagnosis",
-    "load_config": "config",
-    "load_model": "generate",
-    "train_loop": "library",
+_HOMES = {
+    "config": ("TrainConfig", "load_config"),
+    "diagnosis": ("diagnose",),
+    "generate": ("load_model",),
+    "library": ("Callback", "Trainer", "train_loop"),
+    "log.metrics": ("TrainingMetrics",),
+    "model.transformer": ("Transformer",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that a bad config fails before torch is loaded."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"fasttrain.{_HOME[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"fasttrain.{home}"), name)
+    raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")

@@ -19,9 +19,6 @@ COMMANDS = {
 }
 
 
-USAGE = "usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …"
-
-
 def module_of(name: str) -> Any:
     """Return the module of a command: of a package its ``__main__``."""
     module = importlib.import_module(f"fasttrain.{name}")
@@ -33,8 +30,9 @@ def main() -> int:
     """Run the command that is named first; its exit status, or 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()]
-        print(USAGE, "", *lines, "", "Also: fasttrain COMMAND --help; --version", sep="\n")
+        print("usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …\n")
+        print(*(f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()), sep="\n")
+        print("\nAlso: fasttrain COMMAND --help; --version")
         return 0
     if name == "--version":
         print(f"fasttrain {__version__}")

@@ -92,10 +92,8 @@ def record(text: str) -> bool:
 def check_system() -> None:
     """Refuse Windows, which lacks the file locks, reads and signals that runs and datasets need."""
     if importlib.util.find_spec("fcntl") is None:
-        raise UserError(
-            "this command needs Linux or macOS (on Windows: WSL); fasttrain.Trainer and "
-            "fasttrain_kernels work here too"
-        )
+        others = "fasttrain.Trainer and fasttrain_kernels work here too"
+        raise UserError(f"this command needs Linux or macOS (on Windows: WSL); {others}")
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -167,8 +165,7 @@ def redact(text: str) -> str:
     values = frozenset(v for name, v in os.environ.items() if _is_telling(name) and _is_secret(v))
     while True:
         before = text
-        if values:
-            text = _pattern(values).sub(_HIDDEN, text)
+        text = _pattern(values).sub(_HIDDEN, text)
         text = _PARAMETER.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(rf"\1{_HIDDEN}@", text))
         if text == before:  # else what was put together around a *** may be a secret in turn
             return text
@@ -194,7 +191,7 @@ def _pattern(values: frozenset[str]) -> re.Pattern[str]:
     """Return what matches each of the secrets, and each line of one that is long enough."""
     lines = {line for v in values for line in v.splitlines() if _is_secret(line)}
     longest_first = sorted(values | lines, key=lambda v: (-len(v), v))
-    return re.compile("|".join("".join(map(_escaped, v)) for v in longest_first))
+    return re.compile("|".join("".join(map(_escaped, v)) for v in longest_first) or r"(?!)")
 
 
 @functools.cache

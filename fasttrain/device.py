@@ -16,16 +16,12 @@ from fasttrain.config.keys import refuse
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``run.device`` names; ``auto`` is CUDA if there is one, else CPU."""
     n_cuda = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if n_cuda else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= n_cuda:
-        found = f"{n_cuda} found" if n_cuda else "none found"
-        raise UserError(
-            f"run.device = {name!r}: no such CUDA device ({found}); use run.device=cpu or auto"
-        )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", 0)  # torch.cuda.set_device needs an index
+    device = torch.device(("cuda" if n_cuda else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
+        if device.index >= n_cuda:
+            found = f"no such CUDA device ({n_cuda or 'none'} found)"
+            raise UserError(f"run.device = {name!r}: {found}; use run.device=cpu or auto")
     return device
 
 
@@ -73,7 +69,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         fallback = "fp16" if device.type == "cuda" else "fp32"
         name = "bf16" if native_bf16(device) else fallback
     if name == "tf32" and device.type != "cuda":
-        raise UserError(f"run.dtype = 'tf32' needs a CUDA device, got {device}; use fp32 or auto")
+        refuse("run.dtype", name, f"needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
     dtypes = {"fp32": torch.float32, "tf32": torch.float32}
@@ -97,7 +93,7 @@ def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -
     """
     if device.type != "cuda":
         if name != "auto":
-            raise UserError(f"run.attention = {name!r} needs a CUDA device, got {device}; use auto")
+            refuse("run.attention", name, f"needs a CUDA device, got {device}; use auto")
         return None
     from torch.nn.attention import SDPBackend, activate_flash_attention_impl
 
@@ -136,8 +132,7 @@ def keep_freed_memory() -> None:
     By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
     pages at every step. No effect if the C library has no ``mallopt``. Two Zen 3 cores, medians
     of interleaved processes: system time falls from 5.0 to 1.3 ms in a step of base.toml of 280 ms
-    (wall clock: no difference above the noise of 3 %), and from 82 to 4 ms in a step of 1,150 ms
-    with 64 rows, uncompiled.
+    (wall clock: within the noise of 3 %), and from 82 to 4 ms in an eager one of 1,150 ms, 64 rows.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -18,8 +18,6 @@ from typing import NoReturn
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import UserError, help_text, load_config, nearest_keys, shipped_configs
 
-EXIT_BY_SIGNAL = 128  # plus its number, as a shell reports it
-
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def interrupted(number: int) -> int:
         what = "resume as before" if was_saved else "nothing to resume"
         print(f"interrupted before the first step; {what}", file=sys.stderr, flush=True)
-        return EXIT_STOPPED if was_saved else EXIT_BY_SIGNAL + number
+        return EXIT_STOPPED if was_saved else 128 + number  # as a shell reports it
 
     try:
         check_system()
@@ -126,11 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt as error:
         return interrupted(error.args[0] if error.args else signal.SIGINT)
-    except UserError:
-        raise  # `command` says and records it
-    except Exception as error:
-        rank = os.environ.get("RANK")
-        if rank and any(name in str(error) for name in ("gloo", "NCCL")):
+    except Exception as error:  # `command` says and records it
+        rank, found = os.environ.get("RANK"), re.search("gloo|NCCL", str(error))
+        if rank and found and not isinstance(error, UserError):
             error.add_note(
                 f"rank {rank}: another rank has ended or is out of reach; its error, above or in "
                 "torchrun's summary, says why"

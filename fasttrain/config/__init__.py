@@ -1,7 +1,4 @@
-"""The configuration: its keys, how they are checked, and how a file of them is read.
-
-Only the standard library is imported, so that a bad config fails before torch is loaded.
-"""
+"""The configuration; standard library only, so that a bad one fails before torch is loaded."""
 
 from fasttrain.config.keys import ConfigError, UserError
 from fasttrain.config.load import (

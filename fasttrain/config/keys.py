@@ -6,19 +6,19 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, NoReturn
 
 _LONGEST = 4000  # characters of an error: many keys, and not a whole file
-_COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # by the names in `operator`
 
 
 class UserError(Exception):
     """Bad input: the command line prints it as one line and exits with status 2."""
 
     def __init__(self, message: str) -> None:
-        # One line whatever the input holds, of a length that can be read, and no control characters
-        # on the terminal.
+        # One line of a length that can be read, without control characters, whatever the input.
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
@@ -35,20 +35,15 @@ def key(
     choices: str = "",
     words: tuple[str, ...] = (),
     pattern: tuple[str, str] | None = None,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
+    **bounds: float,
 ) -> Any:
     """Return the dataclass field of a config key.
 
     ``meaning`` is its line in ``--help`` and the reference table. ``choices`` are words, separated
     by spaces. ``words`` stand for a value of the key's type until it is known. ``pattern`` is a
-    regular expression that the whole string must match, and how to say it. In a tuple, bounds are
-    of each element.
+    regular expression that the whole string must match, and how to say it. ``bounds`` are ``ge``,
+    ``gt``, ``le`` and ``lt``, in a tuple of each element.
     """
-    signs = zip(_COMPARE, (ge, gt, le, lt), strict=True)
-    bounds = tuple((sign, bound) for sign, bound in signs if bound is not None)
     metadata = {"meaning": meaning, "choices": tuple(choices.split()), "words": words}
     return field(default=default, metadata=metadata | {"pattern": pattern, "bounds": bounds})
 
@@ -125,7 +120,7 @@ def allowed(f: Field[Any]) -> str:
         text = _NAMES[kind]
     else:
         text = f"a list of {length or ''} {_NAMES[kind].split()[1]}s".replace("  ", " ")
-    text += " and".join(f" {sign} {bound}" for sign, bound in f.metadata["bounds"])
+    text += " and".join(f" {_SIGNS[name]} {n}" for name, n in f.metadata["bounds"].items())
     return text + "".join(f', or "{word}"' for word in f.metadata["words"])
 
 
@@ -151,7 +146,7 @@ def check_value(name: str, value: Any, f: Field[Any]) -> Any:
                 refuse(name, value, f"is not valid; {takes}")
             if not element.isascii() and element != element.encode(errors="replace").decode():
                 refuse(name, value, "is not valid Unicode; rename it in UTF-8")
-        if not all(_COMPARE[sign](element, bound) for sign, bound in f.metadata["bounds"]):
+        if not all(getattr(operator, k)(element, n) for k, n in f.metadata["bounds"].items()):
             refuse(name, value, f"is out of range; {takes}")
     return kind(value) if length is None else tuple(map(kind, value))
 
@@ -171,11 +166,9 @@ class Section:
         for f in fields(self):
             value = check_value(f"{self.section}.{f.name}", getattr(self, f.name), f)
             object.__setattr__(self, f.name, value)
-        self.check()
+        for k, problem in self.problems():
+            refuse(f"{self.section}.{k}", getattr(self, k), problem)
 
-    def check(self) -> None:
-        """Refuse impossible combinations of values within the section."""
-
-    def refuse(self, k: str, problem: str) -> NoReturn:
-        """Refuse the value of a key of this section."""
-        refuse(f"{self.section}.{k}", getattr(self, k), problem)
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """Yield impossible combinations of values: a key of the section, and what is wrong."""
+        return ()

@@ -1,8 +1,4 @@
-"""Reading, writing and describing the configuration.
-
-TOML becomes the frozen dataclasses of `schema`, strictly: what is unknown, has the wrong type or
-cannot work is refused with the key, the value and the remedy.
-"""
+"""Reading, writing and describing the configuration, and what older versions of it become."""
 
 import contextlib
 import difflib
@@ -11,14 +7,14 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fasttrain.config.keys import ConfigError, accepts, allowed, show
-from fasttrain.config.schema import SECTIONS, DataConfig, TrainConfig
+from fasttrain.config.schema import HORIZON, SECTIONS, DataConfig, TrainConfig
 
 # The configs of older runs name every key. Removed keys, with the values at which they are ignored:
 _RETIRED = {
@@ -34,7 +30,7 @@ _NOW_FRACTIONS = {
 }
 # Keys of which one alone is set: given on the command line it replaces those of the file.
 _EXCLUSIVE = (
-    ("train.steps", "train.epochs", "train.tokens", "train.hours"),
+    HORIZON,
     ("data.path", "data.paths"),
     ("optim.lr", "optim.muon_lr"),  # of an optimizer one is read
 )
@@ -126,9 +122,8 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         if f"optim.{k}" in flat and flat.get("optim.name") == "muon":
             flat[f"optim.muon_{k}"] = flat.pop(f"optim.{k}")
     flat = {name: v for name, v in flat.items() if name not in _RETIRED or v != _RETIRED[name]}
-    for name in flat:
-        if name not in _FIELDS:
-            _unknown_key(name)
+    if unknown := [name for name in flat if name not in _FIELDS]:
+        _unknown_key(unknown[0])
     return flat
 
 
@@ -147,9 +142,8 @@ def _read(path: Path) -> dict[str, Any]:
         there = {name: name for name in shipped} | beside
         near = difflib.get_close_matches(path.stem, there, n=1)
         hint = f"did you mean {there[near[0]]}?" if near else "give the path of a TOML file."
-        raise ConfigError(
-            f"{path}: there is no such config file; {hint} By name there are {', '.join(shipped)}"
-        ) from None
+        hint += f" By name there are {', '.join(shipped)}"
+        raise ConfigError(f"{path}: there is no such config file; {hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError as error:
@@ -159,27 +153,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    name, equals, raw = text.partition("=")
-    name, raw = name.strip(), raw.strip()
+    name, equals, raw = map(str.strip, text.partition("="))
     if not equals:
-        raise ConfigError(
-            f"override {show(text)} is not section.key=value; write it like optim.lr=1e-3"
-        )
+        remedy = "write it like optim.lr=1e-3"
+        raise ConfigError(f"override {show(text)} is not section.key=value; {remedy}")
     if name not in _FIELDS:
         _unknown_key(name)
     if raw.lower() in ("none", "null"):
         return name, None
-    try:
-        value = tomllib.loads(f"value = {raw}")
-    except (ValueError, RecursionError):
-        return name, raw
-    # More than one key means that a line break smuggled in a second assignment.
-    if set(value) != {"value"}:
-        return name, raw
+    value: Any = raw
+    with contextlib.suppress(ValueError, RecursionError):
+        (value,) = tomllib.loads(f"value = {raw}").values()  # one: no line break makes a second key
     # A string key takes what TOML reads as a number or a date: run.name=2026-01-31 is a name.
-    takes_text = accepts(_FIELDS[name], "") and not accepts(_FIELDS[name], value["value"])
-    scalar = not isinstance(value["value"], dict | list | bool)
-    return name, raw if takes_text and scalar else value["value"]
+    takes_text = accepts(_FIELDS[name], "") and not accepts(_FIELDS[name], value)
+    return name, raw if takes_text and not isinstance(value, dict | list | bool) else value
 
 
 def nearest_keys(name: str) -> list[str]:
@@ -223,14 +210,11 @@ def _config_of(flat: Mapping[str, Any]) -> TrainConfig:
 
 def config_to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """Return the config as nested dicts of JSON values, with every key."""
-    return {
-        name: {
-            f.name: list(v) if isinstance(v := getattr(section, f.name), tuple) else v
-            for f in fields(section)
-        }
-        for name in SECTIONS
-        for section in [getattr(config, name)]
-    }
+
+    def as_json(table: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: list(value) if isinstance(value, tuple) else value for k, value in table}
+
+    return asdict(config, dict_factory=as_json)
 
 
 def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> str:
@@ -243,10 +227,10 @@ def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> st
     for section, table in config_to_dict(config).items():
         lines.append(f"[{section}]")
         for k, value in table.items():
+            f = _FIELDS[f"{section}.{k}"]
             if value is not None:
-                chosen = _FIELDS[f"{section}.{k}"].metadata["choices"]
-                lines.append(f"{k} = {_toml(value, str if chosen else shown)}")
-            elif _FIELDS[f"{section}.{k}"].default is not None:
+                lines.append(f"{k} = {_toml(value, str if f.metadata['choices'] else shown)}")
+            elif f.default is not None:
                 lines.append(f'{k} = "none"')
         lines.append("")
     return "\n".join(lines)
@@ -255,10 +239,8 @@ def config_to_toml(config: TrainConfig, shown: Callable[[str], str] = str) -> st
 def _toml(value: Any, shown: Callable[[str], str]) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml(element, shown) for element in value)}]"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, except that TOML also forbids a bare DEL.
-        return json.dumps(shown(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
+    text = json.dumps(shown(value) if isinstance(value, str) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, which also forbids this
 
 
 def config_difference(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

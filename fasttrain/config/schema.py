@@ -1,17 +1,20 @@
 """The sections of the configuration: every key with its type, default, meaning and range.
 
-This file is the one source of what ``--help``, the reference table and the checks say. ``None``
-means unset. Units are in the names.
+The one source of what ``--help``, the reference table and the checks say. ``None`` means unset.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any
 
 from fasttrain.config.keys import Section, divisors, key, refuse
 
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
 _PATH = (r"[^\0]+", "a path")
+HORIZON = ("train.steps", "train.epochs", "train.tokens", "train.hours")  # one of them is set
+_ONE_EVALUATION = "evaluations, but there is only one, at the end; set eval.every_steps"
+Problems = Iterator[tuple[str, str]]  # a key, and what is wrong with its value; the remedy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,27 +55,24 @@ class RunConfig(Section):
         None, "CPU threads of torch (none: one per core that the process may use)", ge=1
     )
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         if self.fp8 and self.device == "cpu":
-            self.refuse("fp8", "needs a CUDA device; unset it, or use run.device=cuda")
+            yield "fp8", "needs a CUDA device; unset it, or use run.device=cuda"
         if self.fp8 and self.dtype not in ("auto", "bf16"):
-            self.refuse("fp8", f"needs run.dtype=bf16, not {self.dtype}; set that, or unset fp8")
+            yield "fp8", f"needs run.dtype=bf16, not {self.dtype}; set that, or unset fp8"
         if self.fp8 and self.compile in ("off", "c++"):
-            self.refuse("fp8", "is slower than bf16 unless compiled; use run.compile=auto")
+            yield "fp8", "is slower than bf16 unless compiled; use run.compile=auto"
         if self.deterministic and self.compile.startswith("max-autotune"):
-            self.refuse(
-                "deterministic",
-                f"does not go with run.compile={self.compile}, which chooses kernels by their speed"
-                " of the moment; use run.compile=auto",
-            )
+            problem = f"does not go with run.compile={self.compile}, which chooses kernels by their"
+            yield "deterministic", f"{problem} speed of the moment; use run.compile=auto"
         if self.deterministic and self.attention in ("cudnn", "fa3"):
-            self.refuse("attention", "is not deterministic; use run.attention=flash or auto")
+            yield "attention", "is not deterministic; use run.attention=flash or auto"
         if self.device == "cpu" and self.attention != "auto":
-            self.refuse("attention", "is of a CUDA device; use auto or run.device=cuda")
+            yield "attention", "is of a CUDA device; use auto or run.device=cuda"
         if self.device == "cpu" and self.dtype == "tf32":
-            self.refuse("dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda")
+            yield "dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda"
         if self.device == "cpu" and self.compile == "cuda-graphs":
-            self.refuse("compile", "needs a CUDA device; use run.compile=default or off")
+            yield "compile", "needs a CUDA device; use run.compile=default or off"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,22 +114,21 @@ class ModelConfig(Section):
         None, "run or checkpoint folder to take the parameters from (none: random)", pattern=_PATH
     )
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         if self.head_dim is None and self.dim % self.n_heads:
             problem = f"is not a multiple of model.n_heads = {self.n_heads}"
-            self.refuse("dim", f"{problem}; change either, or set model.head_dim")
+            yield "dim", f"{problem}; change either, or set model.head_dim"
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             sizes = ", ".join(map(str, divisors(self.n_heads)))
-            self.refuse(
-                "n_kv_heads", f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}"
+            yield (
+                "n_kv_heads",
+                f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}",
             )
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
-            self.refuse(
-                "head_dim",
-                f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs; set"
-                f" model.head_dim={head_dim + 1} or model.positions=learned",
-            )
+            problem = f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs"
+            remedy = f"set model.head_dim={head_dim + 1} or model.positions=learned"
+            yield "head_dim", f"{problem}; {remedy}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,22 +178,21 @@ class DataConfig(Section):
         4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
     )
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         if self.path is not None and self.paths:
-            self.refuse("paths", "and data.path both name the data; unset one")
+            yield "paths", "and data.path both name the data; unset one"
         if len(self.paths) == 1:
-            self.refuse("paths", f"names only one dataset; write data.path={self.paths[0]}")
+            yield "paths", f"names only one dataset; write data.path={self.paths[0]}"
         for name in ("dtype", "end_of_text"):
             if getattr(self, name) is not None and not (self.path or self.paths):
-                self.refuse(name, "describes data.path, which is unset; set data.path")
+                yield name, "describes data.path, which is unset; set data.path"
         if self.weights and len(self.weights) != len(self.paths):
-            self.refuse("weights", f"must be one for each of data.paths; give {len(self.paths)}")
-        stride = self.stride_tokens
-        if stride is not None and self.batching != "sliding":
-            self.refuse("stride_tokens", "is a key of sliding windows; set data.batching=sliding")
-        if stride is not None and stride > self.seq_len:
-            problem = f"would leave tokens out; use at most data.seq_len = {self.seq_len}"
-            self.refuse("stride_tokens", problem)
+            yield "weights", f"must be one for each of data.paths; give {len(self.paths)}"
+        if self.stride_tokens is not None and self.batching != "sliding":
+            yield "stride_tokens", "is a key of sliding windows; set data.batching=sliding"
+        if (self.stride_tokens or 0) > self.seq_len:
+            limit = f"use at most data.seq_len = {self.seq_len}"
+            yield "stride_tokens", f"would leave tokens out; {limit}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,9 +222,9 @@ class OptimConfig(Section):
         """The peak learning rate of the optimizer that is named."""
         return self.lr if self.name != "muon" or self.muon_lr is None else self.muon_lr
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         if self.nesterov and self.momentum == 0:
-            self.refuse("nesterov", "needs momentum; set, for example, optim.momentum=0.9")
+            yield "nesterov", "needs momentum; set, for example, optim.momentum=0.9"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,10 +357,9 @@ class EvalConfig(Section):
         0.0, "nats by which the loss must improve, for eval.patience and the plateau schedule", ge=0
     )
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         if self.patience is not None and self.every_steps is None:
-            problem = "counts evaluations, but there is only one, at the end; set eval.every_steps"
-            self.refuse("patience", problem)
+            yield "patience", f"counts {_ONE_EVALUATION}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -401,10 +398,10 @@ class LogConfig(Section):
         ge=1,
     )
 
-    def check(self) -> None:
+    def problems(self) -> Problems:
         steps = self.profile_steps
         if steps and (len(steps) != 2 or steps[0] > steps[1]):
-            self.refuse("profile_steps", "is not a first and a last step; give two, as in [10, 12]")
+            yield "profile_steps", "is not a first and a last step; give two, as in [10, 12]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -449,48 +446,37 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        names = ("train.steps", "train.epochs", "train.tokens", "train.hours")
-        horizon = [f"{k} = {v}" for k in names if (v := attrgetter(k)(self)) is not None]
+        for name, problem in self._problems():
+            refuse(name, attrgetter(name)(self), problem)
+
+    def _problems(self) -> Problems:
+        horizon = {k: v for k in HORIZON if (v := attrgetter(k)(self)) is not None}
         if not horizon:
-            self._refuse(
-                "train.steps",
-                "leaves the length of the run open; set one of train.steps, train.epochs, "
-                "train.tokens and train.hours",
-            )
-        if len(horizon) > 1:
-            first = horizon[0].split()[0]
-            self._refuse(
-                first,
-                f"and {' and '.join(horizon[1:])} both fix the length of the run; keep one and "
-                f"unset the other, as in {first}=none",
-            )
+            remedy = f"set one of {', '.join(HORIZON[:-1])} and {HORIZON[-1]}"
+            yield "train.steps", f"leaves the length of the run open; {remedy}"
+        first, *others = horizon
+        if others:
+            also = " and ".join(f"{k} = {horizon[k]}" for k in others)
+            remedy = f"keep one and unset the other, as in {first}=none"
+            yield first, f"and {also} both fix the length of the run; {remedy}"
         steps, peak = self.train.steps, self.optim.peak_lr
         if steps is not None and self.schedule.warmup_steps >= steps:
             problem = f"is not below train.steps = {steps}; lower it, or train for longer"
-            self._refuse("schedule.warmup_steps", problem)
+            yield "schedule.warmup_steps", problem
         if self.train.tokens_per_step is None and isinstance(self.train.micro_batch, str):
-            self._refuse(
-                "train.micro_batch",
-                "leaves the tokens per step open, which affect how a run learns; set "
-                "train.tokens_per_step",
-            )
+            problem = "leaves the tokens per step open, which affect how a run learns"
+            yield "train.micro_batch", f"{problem}; set train.tokens_per_step"
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
-            self._refuse(
-                "schedule.name",
-                "waits for evaluations, but there is only one, at the end; set eval.every_steps",
-            )
+            yield "schedule.name", f"waits for {_ONE_EVALUATION}"
         if self.schedule.min_lr > peak:
-            self._refuse("schedule.min_lr", f"is above the peak learning rate, {peak}; lower it")
+            yield "schedule.min_lr", f"is above the peak learning rate, {peak}; lower it"
         for name in ("train.on_nonfinite", "train.on_spike"):
             if attrgetter(name)(self) == "rollback" and self.checkpoint.every_steps is None:
-                self._refuse(name, "needs checkpoints; set checkpoint.every_steps")
+                yield name, "needs checkpoints; set checkpoint.every_steps"
         least = 0 if self.data.path or self.data.paths else self.data.corpus_vocab_size
         if self.model.vocab_size and self.model.vocab_size < least:
             problem = f"is below data.corpus_vocab_size = {least}; leave it unset, or lower that"
-            self._refuse("model.vocab_size", problem)
-
-    def _refuse(self, name: str, problem: str) -> NoReturn:
-        refuse(name, attrgetter(name)(self), problem)
+            yield "model.vocab_size", problem
 
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(TrainConfig)}

@@ -58,14 +58,11 @@ def parse_json(
         raise error(f"{where}: holds {type(value).__name__}, not a JSON object; {remedy}")
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
-        level = [child for parent in level for child in _children(parent)]
+        parents = (v for v in level if isinstance(v, dict | list))
+        level = [v for p in parents for v in (p.values() if isinstance(p, dict) else p)]
     if level:
         raise error(f"{where}: nested too deep, more than {_MAX_DEPTH} levels; {remedy}")
     return value
-
-
-def _children(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def misfit(kind: Any, value: Any, name: str = "") -> str | None:

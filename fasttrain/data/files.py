@@ -121,7 +121,7 @@ def read_range(address: str, start: int, end: int, size: int) -> bytes:
     return cast(bytes, remote(address, "cat_file", check=check, **options))
 
 
-def cache_folder(cache_dir: Path | None = None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder for what can be made again; it exists and can be written.
 
     `cache_dir` if it is named, else $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain, else

@@ -14,7 +14,7 @@ from fasttrain.engine.state import RunState
 from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log import metrics
 from fasttrain.log.console import Console
-from fasttrain.log.sinks import LogFile, Sinks, keep_lines
+from fasttrain.log.sinks import LogFile, Sinks
 from fasttrain.model.transformer import Transformer
 
 
@@ -56,6 +56,8 @@ class Reporter:
         a resumed run drops it: both are as if it had not stopped.
         """
         state, loss = self.state, numbers.steps[-1].loss
+        if not stopped:
+            state.loss_ema = metrics.smoothed(state.loss_ema, loss)
         per_step, self._n_fresh = self._n_fresh / max(state.account.n_steps, 1), 0
         times = state.account.line(state.step)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
@@ -68,7 +70,7 @@ class Reporter:
             "tokens": state.tokens,
             "epoch": state.position / self.samples_per_epoch,
             "loss": loss,
-            "loss_ema": state.loss_ema.value if stopped else state.loss_ema.update(loss),
+            "loss_ema": state.loss_ema,
             "lr": state.lr,
             "grad_norm": numbers.steps[-1].norm,
             "tokens_per_s": tokens_per_s,
@@ -132,7 +134,7 @@ class Reporter:
                     at = int(head[1])
                 yield at <= step
 
-        keep_lines(self.run_dir / "samples.txt", kept)
+        LogFile(self.run_dir / "samples.txt").keep(kept)
 
     def warn(self, text: str) -> None:
         """Show a warning."""

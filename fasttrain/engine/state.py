@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrain.log.metrics import LossTracker
 from fasttrain.log.timing import TimeAccount
 
 # How a fault is described whose step had other results when it was run again.
@@ -79,7 +78,7 @@ class RunState:
     eval_due: bool = False  # the evaluation of this step has begun and is not done
     best_val_loss: float = math.inf
     val_losses: list[float] = field(default_factory=list)  # of all evaluations
-    loss_ema: LossTracker = field(default_factory=LossTracker)
+    loss_ema: float | None = None  # of the logged losses
     faults: FaultCounts = field(default_factory=FaultCounts)
     # Of this session
     limit_s: float = math.inf  # how long the run may train
@@ -95,7 +94,7 @@ class RunState:
         all_losses = (self.best_val_loss, *self.val_losses)
         best, *losses = (loss if math.isfinite(loss) else None for loss in all_losses)
         found |= {"best_val_loss": best, "val_losses": losses}
-        return found | {"loss_ema": self.loss_ema.value, "faults": self.faults.saved()}
+        return found | {"faults": self.faults.saved()}
 
     def go_back(self, saved: Mapping[str, Any], seq_len: int) -> None:
         """Restore what `saved` returned, but for time, horizon and faults."""
@@ -103,8 +102,7 @@ class RunState:
         self.tokens = saved.get("tokens", self.position * seq_len)  # of a save without the count
         losses = (saved["best_val_loss"], *saved.get("val_losses", []))
         self.best_val_loss, *self.val_losses = (math.inf if x is None else x for x in losses)
-        self.loss_ema.value = saved["loss_ema"]
-        self.last_eval, self.eval_due = {}, saved["eval_due"]
+        self.loss_ema, self.eval_due, self.last_eval = saved["loss_ema"], saved["eval_due"], {}
 
     def resume(self, saved: Mapping[str, Any], *, same_hours: bool) -> None:
         """Restore what `go_back` leaves out; ``same_hours``: the measured horizon still holds."""

@@ -27,14 +27,11 @@ from rich.text import Text
 from fasttrain.command import redact
 from fasttrain.log.sinks import NO_SPACE, LogFile
 
-# A redraw takes 0.25 ms on a CPU core: at five a second 0.1 % of it.
-_REFRESH_S = 0.2
+_REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20
-_N_PLAIN_COLUMNS = 9  # a plain line stays near 110 characters; metrics.jsonl has the rest
 _LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
 _PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
-# Shown once they are not zero:
-_COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")
+_COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")  # shown where not zero
 
 
 def format_count(n: float) -> str:
@@ -55,8 +52,7 @@ def format_duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
+    if (whole := round(seconds)) < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
@@ -72,10 +68,7 @@ def clean(text: str) -> str:
     Line ends become newlines, tabs spaces, and other control characters their escapes.
     """
     text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(
-        c if c == "\n" or c == " " or c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _shown(text: str) -> str:
@@ -113,6 +106,10 @@ class _Column(NamedTuple):
     width: int
     format: Callable[[float], str]
 
+    def cell(self, row: Mapping[str, Any]) -> str:
+        value = row.get(self.key)
+        return "n/a" if value is None else self.format(value)
+
 
 # In order of importance: what does not fit the terminal's width is left out from the right.
 _COLUMNS = (
@@ -135,12 +132,8 @@ _COLUMNS = (
     _Column("optimizer_ms", "optim", 9, _milliseconds),
     _Column("communication_ms", "comm", 9, _milliseconds),
 )
+_PLAIN_COLUMNS = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
 _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
-
-
-def _cell(column: _Column, row: Mapping[str, Any]) -> str:
-    value = row.get(column.key)
-    return "n/a" if value is None else column.format(value)
 
 
 def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
@@ -150,30 +143,32 @@ def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
 class Console:
     """What a person sees of a run, on the terminal and in ``train.log``.
 
-    ``interactive``: colours, panels and a progress bar, or plain lines. None: by what standard
-    output is, with ``TERM=dumb`` meaning plain lines. ``NO_COLOR`` is rich's.
+    On a terminal it has colours, panels and a progress bar; else, or if it is dumb, plain lines.
     """
 
-    def __init__(self, *, log_file: Path | None, interactive: bool | None = None) -> None:
-        if interactive is None:
-            plain = ("dumb", "unknown")
-            interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
-        self.interactive = interactive
-        self._rich = RichConsole(force_terminal=True) if interactive else None
-        self._log = LogFile(log_file) if log_file else None
+    def __init__(self, log_file: Path) -> None:
+        plain = ("dumb", "unknown")
+        self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
+        self._rich = RichConsole(force_terminal=True) if self.interactive else None
+        self._log = LogFile(log_file)
+        self._log.write("")  # it is there from now on
         self._live: Live | None = None
         self._drawn_s = 0.0
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
-    def header(self, rows: list[tuple[str, str]]) -> None:
-        """Show what is about to run: pairs of label and value."""
-        self._panel(rows, "fasttrain", "cyan")
-
-    def summary(self, rows: list[tuple[str, str]], *, title: str = "done") -> None:
-        """Remove the progress bar and show how the run ended: pairs of label and value."""
+    def panel(self, title: str, rows: list[tuple[str, str]], colour: str) -> None:
+        """Remove the progress bar and show pairs of label and value: at the start and the end."""
         self.clear_progress()
-        self._panel(rows, title, "green")
+        rows = [(_shown(label), _shown(value)) for label, value in rows]
+        width = max((len(label) for label, _ in rows), default=0)
+        plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in rows:
+            grid.add_row(Text(label), Text(value))
+        self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
 
     def note(self, text: str) -> None:
         """Print a remark."""
@@ -188,8 +183,8 @@ class Console:
     def train(self, row: Mapping[str, Any]) -> None:
         """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
-        plain_columns = [c for c in _COLUMNS[:_N_PLAIN_COLUMNS] if c in known]
-        cells = [f"{c.heading} {_cell(c, row):>{c.width - 2}}" for c in plain_columns]
+        plain_columns = [c for c in known if c in _PLAIN_COLUMNS]
+        cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in plain_columns]
         remarks = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
         wait_ms = row.get("data_wait_ms") or 0.0
         if wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf):
@@ -209,7 +204,7 @@ class Console:
         self._rows_since_heading += 1
         line = Text(no_wrap=True, overflow="crop")
         for column in known[:n_shown]:
-            cell = _cell(column, row)
+            cell = column.cell(row)
             style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.heading, "")
             if cell in ("nan", "inf", "-inf"):
                 style = "bold red"
@@ -221,14 +216,12 @@ class Console:
         """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
         loss = float(row["val_loss"])
         rest = [f"ppl {_perplexity(loss)}"]
-        if row.get("val_bpb") is not None:
-            rest.append(f"bpb {row['val_bpb']:.4f}")
-        if row.get("val_accuracy") is not None:
-            rest.append(f"accuracy {row['val_accuracy']:.1%}")
+        for key, said in (("val_bpb", "bpb {:.4f}"), ("val_accuracy", "accuracy {:.1%}")):
+            if row.get(key) is not None:
+                rest.append(said.format(row[key]))
         if self._last_val_loss is not None:
             rest.append(f"change {loss - self._last_val_loss:+.3f}")
-        if row.get("best"):
-            rest.append("best")
+        rest += ["best"] * bool(row.get("best"))
         self._last_val_loss = loss
         plain = f"eval {row['step']:>8}  val_loss {loss:.4f}  val_{'  '.join(rest)}"
         label = f"val {row['step']}"
@@ -286,20 +279,7 @@ class Console:
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""
         self.clear_progress()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-
-    def _panel(self, rows: list[tuple[str, str]], title: str, colour: str) -> None:
-        rows = [(_shown(label), _shown(value)) for label, value in rows]
-        width = max((len(label) for label, _ in rows), default=0)
-        plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for label, value in rows:
-            grid.add_row(Text(label), Text(value))
-        self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
+        self._log.close()
 
     def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
@@ -309,11 +289,9 @@ class Console:
             try:
                 print(plain, flush=True)
             except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), sys.stdout.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except OSError as error:  # the disk of a redirected output is full: training continues
                 if error.errno not in NO_SPACE:
                     raise
-        if self._log is not None:
-            now = datetime.now().isoformat(" ", "seconds")
-            self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))
+        now = datetime.now().isoformat(" ", "seconds")
+        self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

@@ -17,9 +17,8 @@ import torch
 # name must match in full, so that a laptop part, a cut-down part or a MIG slice counts as unknown.
 _PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
-    (r"NVIDIA H200|NVIDIA GH200 \d+GB", 989.5, 494.5, 67.0),
+    (r"NVIDIA (H200|GH200 \d+GB|H[18]00 80GB HBM3)", 989.5, 494.5, 67.0),
     (r"NVIDIA H[12]00 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA H[18]00 80GB HBM3", 989.5, 494.5, 67.0),
     (r"NVIDIA H100 PCIe", 756.0, 378.0, 51.0),
     (r"NVIDIA A[18]00-(SXM4|PCIE|PCIe)-\d+GB|NVIDIA A[18]00 80GB PCIe", 312.0, 156.0, 19.5),
     (r"NVIDIA A30", 165.0, 82.0, 10.3),
@@ -49,8 +48,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     for pattern, half, tf32, single in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
             peaks = {"bf16": tf32 and half, "fp16": half, "tf32": tf32, "fp32": single}
-            peak = peaks[dtype]
-            return None if peak is None else 1e12 * peak
+            return (peak := peaks[dtype]) and 1e12 * peak
     return None
 
 
@@ -62,27 +60,17 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -
     return None if peak_flops is None else tokens_per_s * flops_per_token / peak_flops
 
 
-class LossTracker:
-    """Exponential moving average of the finite logged losses; it starts at the first."""
-
-    DECAY = 0.9
-
-    def __init__(self) -> None:
-        self.value: float | None = None  # the whole state: save it, set it to continue
-
-    def update(self, loss: float) -> float | None:
-        """Add a loss and return the average, None before the first finite loss."""
-        if math.isfinite(loss):
-            past = loss if self.value is None else self.value
-            self.value = self.DECAY * past + (1.0 - self.DECAY) * loss
-        return self.value
+def smoothed(average: float | None, loss: float) -> float | None:
+    """Return the moving average of the finite losses before and ``loss``; None: of none yet."""
+    if not math.isfinite(loss):
+        return average
+    return 0.9 * (loss if average is None else average) + (1.0 - 0.9) * loss
 
 
 class NormWatch:
     """Sees a gradient explode: its norm is `EXPLODED` times the average of those before.
 
-    A norm above that counts as that: one outlier does not hide the next, and a level that rose for
-    good is accepted within some 25 steps.
+    A higher one counts as that: an outlier hides no other, a lasting rise is accepted in 25 steps.
     """
 
     EXPLODED, WARMUP_STEPS = 10.0, 20

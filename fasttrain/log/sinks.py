@@ -13,12 +13,14 @@ from datetime import datetime
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
+from fasttrain.config.keys import refuse
 
 Kind = Literal["train", "eval", "tasks"]
+Row = Mapping[str, Any]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -30,13 +32,13 @@ class LogFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._full = False
+        self.path, self._full = path, False
+        self._file: TextIO | None = None
 
     def write(self, lines: str) -> None:
-        """Append whole lines."""
+        """Append whole lines; also after `close`."""
         try:
+            self._file = self._file or open(self.path, "a", 1, "utf-8")  # noqa: SIM115
             self._file.write(lines)
             self._full = False
         except OSError as error:
@@ -44,32 +46,31 @@ class LogFile:
                 raise
             if not self._full:
                 with contextlib.suppress(OSError):  # standard error may lie on the same disk
-                    tell(f"warning: {self._path}: {error.strerror}; free some space on this disk")
+                    tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
             self._full = True
+
+    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> list[str]:
+        """Drop lines in place, which also works on a full disk, and return those that stay.
+
+        ``choose`` says of each line whether it stays; one that was cut off lacks its end.
+        """
+        self.close()
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        kept = list(choose(texts))
+        n_first = [*kept, False].index(False)
+        if n_first < len(lines):
+            os.truncate(self.path, sum(map(len, lines[:n_first])))
+            self.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
+            self.close()
+        return list(compress(texts, kept))
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         with contextlib.suppress(OSError):  # the warning came when it was written
-            self._file.close()
-
-
-def keep_lines(path: Path, keep: Callable[[list[str]], Iterable[bool]]) -> list[str]:
-    """Drop lines of a file, if it exists, in place, which also works on a full disk.
-
-    ``keep`` says of each line whether it stays; one that was cut off lacks its end. Return those
-    that stay.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    texts = [line.decode("utf-8", "replace") for line in lines]
-    kept = list(keep(texts))
-    n_first = [*kept, False].index(False)
-    os.truncate(path, sum(map(len, lines[:n_first])))
-    file = LogFile(path)
-    file.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
-    file.close()
-    return list(compress(texts, kept))
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
 
 class Sinks:
@@ -78,9 +79,7 @@ class Sinks:
     ``made_by`` is the run's provenance, for ``metrics.jsonl``. Call `check_packages` before.
     """
 
-    def __init__(
-        self, config: TrainConfig, folder: Path, made_by: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, made_by: Row | None = None) -> None:
         self.all: list[JsonlLogger | CsvLogger | _TensorBoard | _Wandb] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
@@ -90,7 +89,7 @@ class Sinks:
         if config.log.tensorboard:
             self.all.append(_TensorBoard(folder))
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Write a row of numbers, which names its ``step``."""
         for sink in self.all:
             sink.write(kind, row)
@@ -102,8 +101,8 @@ class Sinks:
 
     def close(self) -> None:
         """Write out what is left. May be called twice."""
-        for sink in self.all:
-            sink.close()
+        while self.all:
+            self.all.pop().close()
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -111,13 +110,11 @@ def check_packages(config: TrainConfig) -> None:
     for key, wanted, package in (
         ("log.tensorboard", config.log.tensorboard, "tensorboard"),
         ("log.wandb_project", config.log.wandb_project, "wandb"),
-        ("eval.tasks", ", ".join(config.eval.tasks), "lm_eval"),
+        ("eval.tasks", config.eval.tasks, "lm_eval"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{key} = {wanted} needs the package {package}; install it with pip install "
-                f"{package}, or unset {key}"
-            )
+            remedy = f"install it with pip install {package}, or unset {key}"
+            refuse(key, wanted, f"needs the package {package}; {remedy}")
 
 
 class JsonlLogger:
@@ -126,13 +123,13 @@ class JsonlLogger:
     A line before the first of these rows says what they are ``made_by``.
     """
 
-    def __init__(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        self._path, self._made_by = path, made_by
-        self._file = LogFile(path)
+    def __init__(self, path: Path, made_by: Row | None = None) -> None:
+        self._file, self._made_by = LogFile(path), made_by
+        path.touch()  # a run folder is known by it
         self._head = ""  # that line, once it is in the file
         self._begin = 0  # the step that these rows begin after
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
         lines = _json_line(kind, row)
         if self._made_by and not self._head:
@@ -143,15 +140,11 @@ class JsonlLogger:
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
 
-        Also dropped: rows that an uninterrupted run does not have, and what rows were made by if
-        none of them is left.
+        Also dropped: rows that an uninterrupted run does not have, and what made none of the rest.
         """
-        self._file.close()
-        kept = keep_lines(self._path, partial(_kept_rows, step))
-        if self._head not in kept:
+        if self._head not in self._file.keep(partial(_kept_rows, step)):
             self._head = ""
         self._begin = step
-        self._file = LogFile(self._path)
 
     def close(self) -> None:
         self._file.close()
@@ -162,66 +155,60 @@ def _kept_rows(step: int, lines: list[str]) -> list[bool]:
     kept: list[bool] = []
     has_rows = False  # behind the line
     for line in reversed(lines):
-        try:
+        row = keep = None
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line) if line.endswith("\n") else None
-        except (ValueError, RecursionError):
-            row = None
         if not isinstance(row, dict) or row.get("stopped"):
-            kept.append(False)
+            keep = False
         elif row.get("kind") == "run":
-            kept.append(has_rows)
-            has_rows = False
+            keep, has_rows = has_rows, False
         else:
-            at = row.get("step", 0)
-            kept.append(isinstance(at, int) and at <= step)
-            has_rows |= kept[-1]
+            keep = isinstance(at := row.get("step", 0), int) and at <= step
+            has_rows |= keep
+        kept.append(keep)
     return kept[::-1]
 
 
-def _json_line(kind: str, row: Mapping[str, Any]) -> str:
+def _json_line(kind: str, row: Row) -> str:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps({"kind": kind, "time": now, **row, **odd}, allow_nan=False) + "\n"
 
 
 class CsvLogger:
-    """Writes ``train.csv`` and ``eval.csv``; the first row of each names the columns."""
+    """Writes ``train.csv`` and ``eval.csv``; columns are the step and the keys of the first row."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, tuple[LogFile, csv.DictWriter[str]]] = {}
+        self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
+        self._tables: dict[str, csv.DictWriter[str]] = {}
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
-        if kind not in self._files:
-            path = self._folder / f"{kind}.csv"
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            columns = next(csv.reader(text.splitlines()[:1]), list(row))
-            file = LogFile(path)
+        if kind not in self._tables:
+            file = self._files[kind]
+            text = file.path.read_text("utf-8", "replace") if file.path.exists() else ""
+            columns = next(csv.reader(text.splitlines()[:1]), list({"step": 0, **row}))
             table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            self._files[kind] = file, table
+            self._tables[kind] = table
             if not text:
                 table.writeheader()
-        self._files[kind][1].writerow(row)
+        self._tables[kind].writerow(row)
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
-        self.close()
-        for kind in get_args(Kind):
-            keep_lines(self._folder / f"{kind}.csv", partial(_kept_cells, step))
+        self._tables.clear()
+        for file in self._files.values():
+            file.keep(partial(_kept_cells, step))
 
     def close(self) -> None:
-        """Close the files; a later row opens them again."""
-        for file, _ in self._files.values():
+        for file in self._files.values():
             file.close()
-        self._files.clear()
 
 
 def _kept_cells(step: int, lines: list[str]) -> Iterator[bool]:
-    columns = lines[0].rstrip("\n").split(",") if lines else []
     for number, line in enumerate(lines):
-        at = dict(zip(columns, line.rstrip("\n").split(","), strict=False)).get("step", "")
-        fits = at.isdigit() and int(at) <= step if number else at == "step"
+        at = line.partition(",")[0]
+        fits = at.isdigit() and int(at) <= step if number else at.rstrip("\n") == "step"
         yield line.endswith("\n") and fits
 
 
@@ -233,7 +220,7 @@ class _TensorBoard:
         self._writer: Any = None
         self._purge_step: int | None = None
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports
 
@@ -271,24 +258,21 @@ class _Wandb:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.Error as error:
-            raise UserError(
-                f"log.wandb_project: W&B could not begin ({error}); log in with wandb login, or "
-                "set log.wandb_mode=offline"
-            ) from error
+            remedy = "log in with wandb login, or set log.wandb_mode=offline"
+            problem = f"log.wandb_project: W&B could not begin ({error})"
+            raise UserError(f"{problem}; {remedy}") from error
         id_file.write_text(self._run.id, encoding="utf-8")
 
-    def write(self, kind: Kind, row: Mapping[str, Any]) -> None:
+    def write(self, kind: Kind, row: Row) -> None:
         self._run.log({"step": row["step"], **_numbers(kind, row)})
 
     def drop_after(self, step: int) -> None:
         """W&B keeps what it was sent; later rows of a step stand beside the earlier."""
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        self._run.finish()
 
 
-def _numbers(kind: Kind, row: Mapping[str, Any]) -> dict[str, float]:
-    named = {f"{kind}/{k}": v for k, v in row.items() if k != "step"}
-    return {name: v for name, v in named.items() if isinstance(v, int | float)}
+def _numbers(kind: Kind, row: Row) -> dict[str, float]:
+    numbers = ((k, v) for k, v in row.items() if k != "step" and isinstance(v, int | float))
+    return {f"{kind}/{k}": v for k, v in numbers}

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ class StepClock:
     """Adds up the time of each phase of steps; on CUDA by events, which no step waits for.
 
     It also adds up the time in which at least one collective was under way, from where its tensors
-    were ready here to its end, so with the wait for slower ranks. Computation may run meanwhile:
-    this is no further phase.
+    were ready here to its end, so with the wait for slower ranks; phases include it.
     """
 
     def __init__(self, device: torch.device, n_phases: int) -> None:
         self.on_cuda = device.type == "cuda"
-        self._totals_s = [0.0] * (n_phases + 1)  # the last one: of the collectives
+        self._n_phases = n_phases
         self._marks: list[_Moment] = []  # of the step under way
         self._spans: list[list[_Moment]] = []  # its collectives
         self._over: list[tuple[list[_Moment], list[list[_Moment]]]] = []  # steps to be added up
@@ -43,11 +42,9 @@ class StepClock:
         if n_done == 0:
             self._marks, self._spans = [], []
         self._marks.append(self._now())
-        if n_done == len(self._totals_s) - 1:
+        if n_done == self._n_phases:
             self._over.append((self._marks, self._spans))
             self._marks = []
-            if not self.on_cuda:
-                self._add_up()
 
     def begin(self) -> list[_Moment]:
         """Note that a collective begins on the current stream; only those of a step count."""
@@ -62,25 +59,21 @@ class StepClock:
 
     def read(self) -> list[float]:
         """Return the seconds since the last reading of each phase, and those of collectives."""
-        self._add_up()
-        totals, self._totals_s = self._totals_s, [0.0] * len(self._totals_s)
-        return totals
-
-    def _now(self) -> _Moment:
-        if not self.on_cuda:
-            return time.perf_counter()
-        timed: Any = torch.cuda.Event
-        event = timed(enable_timing=True)
-        event.record()
-        return event
-
-    def _add_up(self) -> None:
+        totals_s = [0.0] * (self._n_phases + 1)
         while self._over and (not self.on_cuda or self._over[0][0][-1].query()):
             marks, spans = self._over.pop(0)
             phases = [self._between(*ends) for ends in pairwise(marks)]
             both = [[self._between(marks[0], moment) for moment in span] for span in spans]
             phases.append(covered((begin, end) for begin, end in both))
-            self._totals_s = [a + b for a, b in zip(self._totals_s, phases, strict=True)]
+            totals_s = [a + b for a, b in zip(totals_s, phases, strict=True)]
+        return totals_s
+
+    def _now(self) -> _Moment:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _between(self, begin: _Moment, end: _Moment) -> float:
         if not self.on_cuda:
@@ -175,50 +168,42 @@ MAX_MEMORY_EVENTS = 100_000  # of the allocator, a few hundred MB at most
 class StepProfiler:
     """Writes ``profile/trace.json`` (chrome://tracing, Perfetto) and, on CUDA, ``memory.pickle``.
 
-    ``steps`` are the first and the last, counted from 1. Without them, or without ``run_dir``,
-    nothing is done. Profiled steps are slower; no number changes.
+    ``steps`` are the first and the last, counted from 1, or empty. These steps are slower.
     """
 
-    def __init__(self, run_dir: Path | None, steps: tuple[int, ...], device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-        self.first, self.last = steps if run_dir is not None and steps else (0, 0)
-        self.folder = run_dir / "profile" if run_dir is not None else Path()
-        self._profiler: Any = None
+    def __init__(self, run_dir: Path, steps: tuple[int, ...], device: torch.device) -> None:
+        self._folder, self._device = run_dir / "profile", device
+        self._first, self._last = steps or (0, 0)
+        self._at_end = ExitStack()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Profile the step in the block where its number is asked for."""
-        if number == self.first:
-            if self.cuda:  # https://pytorch.org/memory_viz reads it
-                record_memory_history(max_entries=MAX_MEMORY_EVENTS)
-            # Of all activities that there are: of the CPU and, where there is one, of the GPU.
-            self._profiler = torch.profiler.profile(
-                record_shapes=True, profile_memory=True, acc_events=True
-            )
-            self._profiler.start()
-        if self._profiler is None:
-            yield
-            return
-        try:
+        if number == self._first:
+            self.close()  # a rollback may have come back
+            self._start()
+        if self._first <= number <= self._last:
             with torch.profiler.record_function(f"step {number}"):
                 yield
-        finally:
-            if number >= self.last:
-                self.close()
+        else:
+            yield
+        if number == self._last:
+            self.close()
+
+    def _start(self) -> None:
+        folder, at_end = self._folder, self._at_end  # last first
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._device.type == "cuda":  # https://pytorch.org/memory_viz reads it
+            record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+            at_end.callback(record_memory_history, enabled=None)
+            at_end.callback(dump_memory_history, str(folder / "memory.pickle"))
+        # Of all activities that there are: of the CPU and, where there is one, of the GPU.
+        profiler = torch.profiler.profile(record_shapes=True, profile_memory=True, acc_events=True)
+        at_end.callback(profiler.export_chrome_trace, str(folder / "trace.json"))
+        at_end.enter_context(profiler)
+        if self._device.type == "cuda":
+            at_end.callback(torch.cuda.synchronize, self._device)
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        try:
-            if self.cuda:
-                torch.cuda.synchronize(self.device)
-            profiler.stop()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self.folder / "trace.json"))
-            if self.cuda:
-                dump_memory_history(str(self.folder / "memory.pickle"))
-        finally:
-            if self.cuda:
-                record_memory_history(enabled=None)
+        self._at_end.close()

@@ -1,9 +1,8 @@
 """How a model runs while it trains: what is compiled, and what blocks keep for backward.
 
 With activation checkpointing a block keeps only its input, or with ``selective`` what is costly to
-compute as well, and its backward pass computes the rest again: the same numbers, by the same
-operations. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost
-(arXiv:1604.06174).
+compute as well, and its backward pass computes the rest again, by the same operations: the same
+numbers. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
 """
 
 import importlib.util
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from fasttrain_kernels._torch import compile_cache_counts, native_bf16
 from fasttrain_kernels.cpu import compiler, is_fast, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
@@ -53,18 +51,16 @@ def why_unfit(config: TrainConfig) -> str | None:
         return f"C++ blocks do not compute in {precision.name} on this CPU"
     widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
     window = model.sliding_window_tokens
-    for key, is_done in (
-        ("model widths that are no multiples of 16", not any(n % 16 for n in widths)),
-        (f"model.mlp={model.mlp}", model.mlp in KINDS),
-        ("model.bias", not model.bias),
-        ("model.dropout", model.dropout == 0),
-        ("model.sliding_window_tokens", window is None or window >= config.data.seq_len),
-        ("data.attention_across_documents=false", config.data.attention_across_documents),
-        ("activation checkpointing", config.train.activation_checkpointing == "none"),
-    ):
-        if not is_done:
-            return f"C++ blocks lack {key}"
-    return None
+    wanted = {
+        "model widths that are no multiples of 16": any(n % 16 for n in widths),
+        f"model.mlp={model.mlp}": model.mlp not in KINDS,
+        "model.bias": model.bias,
+        "model.dropout": model.dropout > 0,
+        "model.sliding_window_tokens": window is not None and window < config.data.seq_len,
+        "data.attention_across_documents=false": not config.data.attention_across_documents,
+        "activation checkpointing": config.train.activation_checkpointing != "none",
+    }
+    return next((f"C++ blocks lack {key}" for key, is_wanted in wanted.items() if is_wanted), None)
 
 
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
@@ -90,12 +86,10 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
         return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
     if on_cpu and mode != "off":
         if not _has_cpp_compiler():
-            raise UserError(
-                f"run.compile = {mode!r} needs a C++ compiler on a CPU and none is on the PATH; "
-                "install g++ or use run.compile=off"
-            )
+            lacks = "needs a C++ compiler on a CPU and none is on the PATH"
+            refuse("run.compile", mode, f"{lacks}; install g++ or use run.compile=off")
         if mode != "default":
-            raise UserError(f"run.compile = {mode!r} needs a CUDA device; use default, auto or off")
+            refuse("run.compile", mode, "needs a CUDA device; use default, auto or off")
     return "default" if mode == "auto" else mode
 
 
@@ -135,12 +129,9 @@ def keep_compiled(folder: Path) -> None:
     Torch's own choice is the folder for temporary files, which a restart clears. Where
     ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. Each kind of CPU has a folder of its own: the key
     of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
-    for AVX2 skips half of the elements (torch 2.13). One folder serves every config: entries are
-    named by the content of the graph, so that configs which differ in the data or the schedule
-    alone share theirs. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
-    empty folder, 5 s with its own entries, of which 1.5 s import the compiler and 2.5 s trace the
-    model. To keep the trace as well (torch's precompilation) was slower, 10.5 s, and gives guards
-    up.
+    for AVX2 skips half of the elements (torch 2.13). Entries are named by the content of the graph:
+    configs share them. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
+    empty folder, 5 s with its own entries; 10.5 s with the trace kept as well (precompilation).
     """
     bf16 = "-bf16" if native_bf16(torch.device("cpu")) else ""
     kind = torch.backends.cpu.get_cpu_capability() + bf16
@@ -148,26 +139,16 @@ def keep_compiled(folder: Path) -> None:
 
 
 def compile_cache_use() -> str | None:
-    """Return whether what this process compiled came from the cache: warm, cold or partly warm.
-
-    None: nothing was compiled.
-    """
+    """Return how warm the cache was for what this process compiled; None: nothing was compiled."""
     hits, misses = compile_cache_counts() or (0, 0)
     if not misses:
         return "warm" if hits else None
     return "partly warm" if hits else "cold"
 
 
-def _costly() -> list[Any]:
-    """Return the operations whose results ``selective`` keeps: matrix products and attention."""
-    names = (
-        *("mm", "addmm", "bmm"),
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-    return [getattr(torch.ops.aten, name).default for name in names]
+# The operations whose results ``selective`` keeps: matrix products and attention.
+_COSTLY = ["mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"]
+_COSTLY += [f"_scaled_dot_product_{name}_attention" for name in ("flash", "efficient", "cudnn")]
 
 
 def _checkpointed(kind: str, run: _Runner) -> _Runner:
@@ -175,10 +156,10 @@ def _checkpointed(kind: str, run: _Runner) -> _Runner:
         return run
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly())
+        kept = [getattr(torch.ops.aten, name).default for name in _COSTLY]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     elif kind != "full":
-        said = "is not implemented; add it to model/runtime.py"
-        refuse("train.activation_checkpointing", kind, said)
+        refuse("train.activation_checkpointing", kind, "is not implemented; add it to runtime.py")
     return partial(checkpoint, run, **options)
 
 
@@ -216,19 +197,17 @@ def prepare_blocks(
         trains = caches is None and (compiled or torch.is_grad_enabled())
         return (run_all if trains else run_plain)(blocks, norm, x, rope, mask, caches, *rest)
 
+    def run_alone(
+        block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, start: int, value: Any
+    ) -> Tensor:
+        caches, values = (None if one is None else [one] for one in (cache, value))
+        return run_here([block], None, x, rope, mask, caches, start, values)
+
     if not sharded:
         model.blocks_fn = run_here
         return
     for block in model.blocks:
-        block.forward = partial(_run_alone, run_here, block)
-
-
-def _run_alone(
-    run_all: _Runner, block: nn.Module, x: Tensor, rope: Any, mask: Any, cache: Any, start: int,
-    value: Tensor | None,
-) -> Tensor:  # fmt: skip
-    caches, values = (None if one is None else [one] for one in (cache, value))
-    return run_all([block], None, x, rope, mask, caches, start, values)
+        block.forward = partial(run_alone, block)
 
 
 HOPPER = (9, 0)
@@ -247,10 +226,8 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
         if on_cuda:
             major, minor = capability
             found = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
-        raise UserError(
-            f"run.fp8 = true needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or "
-            f"newer, got {found}; unset run.fp8"
-        )
+        newer = f"compute capability {HOPPER[0]}.{HOPPER[1]} (Hopper) or newer"
+        refuse("run.fp8", True, f"needs a GPU of {newer}, got {found}; unset run.fp8")
     for name, module in model.blocks.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -263,10 +240,8 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
                 "model.dim, model.head_dim or model.hidden_dim, or unset run.fp8"
             )
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(
-            "run.fp8 = true needs torchao, which is not installed; pip install torchao, or "
-            "unset run.fp8"
-        )
+        lacks = "needs torchao, which is not installed"
+        refuse("run.fp8", True, f"{lacks}; pip install torchao, or unset run.fp8")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     # Padding acts where the tokens of a micro-batch are no multiple of 16.
@@ -281,9 +256,7 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
 
 def _in_training_alone(fp8_linear: type[nn.Linear]) -> type[nn.Linear]:
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        if self.training:
-            y: Tensor = fp8_linear.forward(self, x)
-            return y
-        return F.linear(x, self.weight, self.bias)
+        multiply = fp8_linear.forward if self.training else nn.Linear.forward
+        return multiply(self, x)
 
     return type(f"Training{fp8_linear.__name__}", (fp8_linear,), {"forward": forward})

@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("config", type=Path, nargs="?", help="as for fasttrain.train")
     add("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
     add("--no-probe", action="store_true", help="do not run a step; measures no time or memory")
-    several = "plan for a run of N processes"
-    add("--world-size", type=int, default=1, metavar="N", help=several)
+    add("--world-size", type=int, default=1, metavar="N", help="plan for a run of N processes")
     add("--bandwidth-gbps", type=float, metavar="G", help="send rate of a rank in Gbit/s")
     checklist = "run the checklist for a loss that does not fall, on the first batch"
     add("--diagnose", action="store_true", help=checklist)
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if arguments.diagnose:
         return EXIT_DONE if diagnose_run(config) else EXIT_FAILED
-    fits = preflight(config, probe=not arguments.no_probe, n_ranks=n_ranks, bandwidth_gbps=gbps)
+    fits = preflight(config, probe=not arguments.no_probe, n_ranks=n_ranks, gbps=gbps)
     return EXIT_DONE if fits else EXIT_FAILED
 
 

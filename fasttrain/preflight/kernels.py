@@ -29,8 +29,7 @@ from fasttrain.engine.memory import device_memory
 LOSS_BYTES = 44
 # What the trainer takes and why. Operations dispatch so by themselves: within torch.compile those
 # that only move memory are plain compositions for it to fuse. Figures: this command on two Zen 3
-# cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, milliseconds). On CUDA the same
-# holds until it is measured there.
+# cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, ms). On CUDA: not yet measured.
 _FUSED = "the compiler's fusion in a compiled step, ours in any other"
 CHOICES = {
     "rms_norm": f"{_FUSED} (compiled 0.67, ours 1.03, torch 8.06)",
@@ -50,11 +49,6 @@ class OpReport(NamedTuple):
     tolerance: float  # what the error may be
     ms: dict[str, float]  # median of each path, forward and backward
 
-    @property
-    def right(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return self.error <= self.tolerance
-
 
 def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Op]]:
     n, d, f, v, k = 2048, 256, 1024, 4096, 64
@@ -72,6 +66,7 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Op]]:
         yield "relu_squared", catalogue.relu_squared(name, f, n)
         yield "rope", catalogue.apply_rope(name, k, n // 8, 8, (d // k, d // k))
         yield "linear_cross_entropy", catalogue.linear_cross_entropy(name, v, d, n)
+        yield "adamw", catalogue.adamw("fp32", 4 << 20)
 
 
 def _error(values: list[Tensor], truth: list[Tensor]) -> float:
@@ -93,9 +88,9 @@ def _check(name: str, op: Op, dtype: torch.dtype, *, compiled: bool) -> OpReport
     error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
     del truth
     tolerance = 2 * plain + (1e-5 if dtype == torch.float32 else 1e-3)
-    runs: dict[str, Callable[[], object]]
-    if name == "adamw":
-        runs = _steps(op.inputs[0].device)
+    runs: dict[str, Callable[[], object]] = {}
+    if name == "adamw":  # whole steps
+        runs = {"ours": _step(FusedAdamW, op), "torch": _step(torch.optim.AdamW, op)}
     else:
         paths = {"ours": op.ours, "torch": op.reference}
         if compiled:
@@ -104,16 +99,13 @@ def _check(name: str, op: Op, dtype: torch.dtype, *, compiled: bool) -> OpReport
     return OpReport(name, error, tolerance, {path: _median_ms(run) for path, run in runs.items()})
 
 
-def _steps(device: torch.device) -> dict[str, Callable[[], object]]:
-    """Return a step of AdamW on 4 M parameters, ours and torch's."""
-    steps: dict[str, Callable[[], object]] = {}
-    for name, kind in (("ours", FusedAdamW), ("torch", torch.optim.AdamW)):
-        shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
-        params = [torch.randn(s, device=device).requires_grad_() for s in shapes]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        steps[name] = kind(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
-    return steps
+def _step(kind: Callable[..., torch.optim.Optimizer], op: Op) -> Callable[[], object]:
+    """Return a step of AdamW on 4 M parameters."""
+    shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
+    params = [torch.randn(s, device=op.inputs[0].device).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return kind(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
 
 
 def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
@@ -123,10 +115,7 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
     """
     dtype = resolve_precision("auto", device).compute
     for name, op in _ops(device, dtype):
-        yield _check(name, op, dtype, compiled=compiled)
-    with device:
-        adamw = catalogue.adamw("fp32", 4 << 20)
-    yield _check("adamw", adamw, torch.float32, compiled=False)
+        yield _check(name, op, torch.float32 if name == "adamw" else dtype, compiled=compiled)
 
 
 def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -134,16 +123,15 @@ def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     shape = (8, 16, 2048, 64) if device.type == "cuda" else (1, 2, 128, 64)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+
+    def run() -> None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), y)
+
     times = {}
     for name, backend in backends.items():
-
-        def run(backend: SDPBackend = backend) -> None:
-            with sdpa_kernel(backend):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            torch.autograd.grad(y, (q, k, v), y)
-
-        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # there is no such
-            warnings.simplefilter("ignore")  # which torch gives reasons for
+        with warnings.catch_warnings(), sdpa_kernel(backend), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore")  # of there being no such, torch gives reasons
             times[name] = _median_ms(run)
     return times
 
@@ -153,11 +141,11 @@ def show_kernels(device_name: str) -> bool:
     device = resolve_device(device_name)
     all_right, dtype = True, resolve_precision("auto", device).compute
     for report in check_kernels(device):
-        all_right &= report.right
+        all_right &= (right := report.error <= report.tolerance)  # NaN is not
         times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
         fastest = min(report.ms, key=report.ms.__getitem__)
         print(
-            f"{'pass' if report.right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
+            f"{'pass' if right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
             f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"
         )
         print(f"      → {CHOICES[report.name]}")

@@ -1,13 +1,11 @@
 """What a run will take: parameters, FLOPs, tokens, memory by category, time; and what will hurt it.
 
-Where the data are missing, a line says how to get them, and all that does not depend on them is
-shown.
+Where the data are missing, a line says how to get them, and the rest is shown.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +19,7 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device, resolve_precision, set_threads
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
-from fasttrain.engine.memory import (
-    StepMemory,
-    best_micro_batch,
-    device_memory,
-    estimate_memory,
-    probe_step,
-)
+from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
 from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.schedule import lr_at, step_shape
@@ -35,20 +27,13 @@ from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.preflight.scaling import scaling_lines, traffic
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
-
-
-def _memory_lines(memory: StepMemory, free: int, peak: int | None) -> Iterator[str]:
-    for name, size in asdict(memory).items():
-        if size or name != "gathered":  # which one process and DDP do without
-            yield f"    {name:<12} {_size(size) if size else 'none then':>10}"
-    yield f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free"
-    if peak is not None:
-        yield f"    {'measured':<12} {_size(peak):>10}"
+FP32 = 4
+BACKWARD_SHARE = 2 / 3  # of a step without accumulation
+Traffic = dict[str, float]  # bytes that a rank sends in a step, by kind
 
 
 def _size(n: float) -> str:
@@ -56,39 +41,32 @@ def _size(n: float) -> str:
 
 
 def preflight(
-    config: TrainConfig,
-    *,
-    probe: bool = True,
-    n_ranks: int = 1,
-    bandwidth_gbps: float | None = None,
-    show: Callable[[str], None] = print,
+    config: TrainConfig, *, probe: bool = True, n_ranks: int = 1, gbps: float | None = None
 ) -> bool:
     """Show what a run will take and what will hurt it; return whether it fits into the free memory.
 
-    ``n_ranks`` processes share each step, on devices like this one, and each can send
-    ``bandwidth_gbps`` gigabits a second (None: not known). ``probe``: run a few steps of one rank,
-    to measure time and memory.
+    ``n_ranks`` processes share each step, on devices like this one, and each can send ``gbps``
+    gigabits a second (None: not known). ``probe``: measure a few steps of one.
     """
 
     def tell(label: str, *texts: str) -> None:
         for text in texts:
-            show(f"{label:<12} {text}")
+            print(f"{label:<12} {text}")
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     set_threads(config.run.threads, usable_cores())
-    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
-    keep_compiled(cache_folder(cache_dir) / "compiled")
+    keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
 
     # The data, the micro-batch and the size of the run.
     vocab_size = config.model.vocab_size
     missing = [line for path in data_paths(config) if (line := absent(path, vocab_size))]
     train = val = None
     if not missing or vocab_size is None:  # a model needs one of the two
-        config, train, val = open_splits(config, show)
+        config, train, val = open_splits(config, print)
     seq_len, loop = config.data.seq_len, config.train
     if isinstance(loop.micro_batch, str):
-        best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=show)
+        best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=print)
         loop = replace(loop, micro_batch=best)
     rows, n_micro = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
@@ -120,23 +98,26 @@ def preflight(
         runs = False
         tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
     if runs:
-        show("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
+        print("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device, precision=precision) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
-    peak_bytes = probed.peak_bytes if probed and n_ranks == 1 else None
-    for line in _memory_lines(memory, free, peak_bytes):
-        show(line)
+    for name, size in asdict(memory).items():
+        if size or name != "gathered":  # which one process and DDP do without
+            print(f"    {name:<12} {_size(size) if size else 'none then':>10}")
+    print(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")
+    if probed and n_ranks == 1:
+        print(f"    {'measured':<12} {_size(probed.peak_bytes):>10}")
 
     # Communication and speed.
     if n_ranks > 1:
         with torch.device("meta"):
             model = Transformer(config.model, seq_len=seq_len)
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
-        sent = traffic(config, model, n_ranks=n_ranks, compute=precision.compute, **given)
+        sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
-        for line in scaling_lines(sent, step_s, bandwidth_gbps=bandwidth_gbps, **given):
-            show(line)
+        for line in scaling_lines(sent, step_s, gbps=gbps, **given):
+            print(line)
     seconds = None
     if probed:
         tokens_per_s = plan.tokens_per_step / probed.step_s
@@ -162,11 +143,11 @@ def preflight(
     return fits
 
 
-def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) -> bool:
+def diagnose_run(config: TrainConfig) -> bool:
     """Run the checklist on the first batch of a run; return whether no line fails."""
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    config, train, _ = open_splits(config, show)
+    config, train, _ = open_splits(config, print)
     plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
@@ -182,5 +163,70 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
         batch = next(loader)
     with precision.autocast():
         report = diagnose(model, batch, optimizer=optimizers)
-    show(str(report))
+    print(str(report))
     return not report.failed
+
+
+def traffic(
+    config: TrainConfig, model: Transformer, *, mode: str, n_ranks: int, n_micro: int, width: int
+) -> Traffic:
+    """Return the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+
+    They are those of ring algorithms over N ranks, the fewest possible: a reduce-scatter and an
+    all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the other. DDP
+    all-reduces the fp32 gradients once a step. FSDP gathers the parameters in fp32 for each
+    micro-batch: all of them for the forward pass and, with ``distributed.reshard_after_forward``,
+    those of the blocks again for the backward pass; it reduce-scatters the fp32 gradients once a
+    step. HSDP all-reduces these shards over the copies. Muon gathers its matrices, in ``width``
+    bytes a number, and scatters the updates. ``mode`` is single, ddp, fsdp or hsdp.
+
+    Sources: Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of
+    Workstations (JPDC 69); Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
+    """
+
+    def ring(n: int) -> float:
+        return (n - 1) / n
+
+    total = sum(p.numel() for p in model.parameters())
+    if mode == "single" or n_ranks == 1:
+        return {}
+    if mode == "ddp":
+        return {"all-reduce": 2 * ring(n_ranks) * FP32 * total}
+    # Of HSDP so many ranks share one copy of the parameters.
+    inner = (config.distributed.shard_ranks if mode == "hsdp" else None) or n_ranks
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    again = in_blocks if config.distributed.reshard_after_forward else 0
+    shards = 2 * ring(inner) * width * matrices / inner
+    return {
+        "all-gather": n_micro * ring(inner) * FP32 * (total + again),
+        "reduce-scatter": ring(inner) * FP32 * total,
+        "all-reduce": 2 * ring(n_ranks // inner) * FP32 * total / inner,
+        "muon": shards if config.optim.name == "muon" else 0.0,
+    }
+
+
+def scaling_lines(
+    sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, gbps: float | None
+) -> Iterator[str]:
+    """Yield lines that tell what sending costs a step that takes ``step_s`` without it.
+
+    Seconds without latencies, and the shares of the utilisation that are lost: where it overlaps
+    with all computation that it can, the last micro-batch's backward pass for DDP and all for FSDP,
+    and where it overlaps with none. ``step_s`` and ``gbps``: None where not known.
+    """
+    kinds = ", ".join(f"{kind} {n / 2**20:,.1f} MiB" for kind, n in sent.items() if n)
+    yield f"sent         by each rank in a step: {kinds}"
+    if gbps is None:
+        yield "             --bandwidth-gbps tells how long that takes"
+        return
+    sending_s = 8 * sum(sent.values()) / (1e9 * gbps)
+    line = f"             {1000 * sending_s:,.1f} ms at {gbps:g} Gbit/s"
+    if step_s is not None:
+        left_s = max(0.0, sending_s - step_s * (BACKWARD_SHARE / n_micro if mode == "ddp" else 1.0))
+        hidden, exposed = (s / (step_s + s) for s in (left_s, sending_s))
+        line += (
+            f" of a step of {1000 * step_s:,.1f} ms: {hidden:.1%} of the MFU lost where it "
+            f"overlaps with computation, {exposed:.1%} where it does not"
+        )
+    yield line

@@ -161,7 +161,7 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     if folder.source is not None:
         left = "" if state.step != state.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
-    console.header(rows)
+    console.panel("fasttrain", rows, "cyan")
     for warning in warnings_at_start(config, train, val, world.size):
         console.warn(warning)
     if step.compile_mode not in modes:
@@ -196,4 +196,4 @@ def show_end(
         rows.append(("generate", f"{command} --prompt{prompt}{tokenizer}"))
     else:
         rows.append(("resume", "the same command with --resume auto"))
-    console.summary(rows, title=outcome)
+    console.panel(outcome, rows, "green")

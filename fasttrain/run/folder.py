@@ -56,7 +56,7 @@ class RunFolder:
             )
         self.new = not path.exists()
         self._lock = lock_run_dir(path)
-        self.console = Console(log_file=path / "train.log")
+        self.console = Console(path / "train.log")
         source = None
         if resume == "auto" and self.mirror and not restarted:
             self.mirror.fetch()

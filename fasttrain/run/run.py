@@ -89,8 +89,7 @@ def run(
                 torch.cuda.set_device(device)
             else:
                 keep_freed_memory()
-            cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else None
-            keep_compiled(cache_folder(cache_dir) / "compiled")
+            keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
             if resolve_compile(config, device) in ("off", "c++"):
                 spare_compiler()
             check_packages(config)

@@ -23,7 +23,7 @@ from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight.__main__ import main as preflight_main
-from fasttrain.preflight.scaling import Traffic, overhead, scaling_lines, traffic
+from fasttrain.preflight.plan import scaling_lines, traffic
 from tests.support.ranks import once, run_script
 from tests.support.toy import write_config
 
@@ -144,9 +144,9 @@ def test_bytes_sent_are_those_of_the_collectives(reshard: bool) -> None:
     )
     with memory._pretended(config.distributed, 4, "fsdp") as world, Sent(4) as sent:
         model, _ = memory._trace(config, ROWS, 2, device=CPU, precision=PRECISION, world=world)
-    foreseen = traffic(config, model, mode="fsdp", n_ranks=4, n_micro=2)
-    assert sent.bytes["all_gather"] == pytest.approx(foreseen.all_gather, rel=0.01)
-    assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen.reduce_scatter, rel=0.01)
+    foreseen = traffic(config, model, mode="fsdp", n_ranks=4, n_micro=2, width=4)
+    assert sent.bytes["all_gather"] == pytest.approx(foreseen["all-gather"], rel=0.01)
+    assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen["reduce-scatter"], rel=0.01)
 
 
 class Dtypes(TorchDispatchMode):
@@ -200,31 +200,33 @@ def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> 
 def test_formulas_of_the_other_modes() -> None:
     config = config_of("ddp", 1)
     model = Transformer(config.model, seq_len=SEQ_LEN)
-    n = model.num_parameters()
-    assert traffic(config, model, mode="ddp", n_ranks=1).total == 0
-    assert traffic(config, model, mode="ddp", n_ranks=4) == Traffic(all_reduce=2 * 0.75 * 4 * n)
+    n, one = model.num_parameters(), {"n_micro": 1, "width": 2}
+    assert traffic(config, model, mode="ddp", n_ranks=1, **one) == {}
+    assert traffic(config, model, mode="ddp", n_ranks=4, **one) == {"all-reduce": 2 * 0.75 * 4 * n}
     copies = replace(config, distributed=DistributedConfig(mode="hsdp", shard_ranks=4))
-    hsdp = traffic(copies, model, mode="hsdp", n_ranks=8, compute=torch.bfloat16)
-    fsdp = traffic(config, model, mode="fsdp", n_ranks=4, compute=torch.bfloat16)
-    assert (hsdp.all_gather, hsdp.reduce_scatter) == (fsdp.all_gather, fsdp.reduce_scatter)
-    assert hsdp.all_reduce == 2 * 0.5 * 4 * n / 4
+    hsdp = traffic(copies, model, mode="hsdp", n_ranks=8, **one)
+    fsdp = traffic(config, model, mode="fsdp", n_ranks=4, **one)
+    for kind in ("all-gather", "reduce-scatter"):
+        assert hsdp[kind] == fsdp[kind]
+    assert hsdp["all-reduce"] == 2 * 0.5 * 4 * n / 4
     muon = replace(config, optim=replace(config.optim, name="muon"))
-    assert traffic(muon, model, mode="fsdp", n_ranks=4).muon > 0
-    assert fsdp.muon == 0
+    assert traffic(muon, model, mode="fsdp", n_ranks=4, **one)["muon"] > 0
+    assert fsdp["muon"] == 0
 
 
-def test_what_sending_costs() -> None:
-    sent = Traffic(all_reduce=1e9)  # 8 Gbit: 0.08 s at 100 Gbit/s
-    seconds, hidden, exposed = overhead(sent, 0.12, mode="ddp", n_micro=1, bandwidth_gbps=100)
-    assert seconds == pytest.approx(0.08)
-    assert hidden == pytest.approx(0, abs=1e-9)  # beside a backward pass of 0.08 s
-    assert exposed == pytest.approx(0.4)
-    _, hidden, _ = overhead(sent, 0.12, mode="ddp", n_micro=2, bandwidth_gbps=100)
-    assert hidden == pytest.approx(0.04 / 0.16)  # beside the last micro-batch's alone
-    assert overhead(sent, 0.12, mode="fsdp", n_micro=2, bandwidth_gbps=100)[1] == 0
-    (line, rate) = scaling_lines(sent, 0.12, mode="ddp", n_micro=2, bandwidth_gbps=100)
-    assert "all-reduce 953.7 MiB" in line
-    assert "80.0 ms at 100 Gbit/s of a step of 120.0 ms: 25.0%" in rate
+@pytest.mark.parametrize(
+    ("mode", "n_micro", "hidden"),
+    [
+        ("ddp", 1, "0.0%"),  # beside a backward pass of 0.08 s
+        ("ddp", 2, "25.0%"),  # beside the last micro-batch's alone
+        ("fsdp", 2, "0.0%"),
+    ],
+)
+def test_what_sending_costs(mode: str, n_micro: int, hidden: str) -> None:
+    sent = {"all-reduce": 1e9, "muon": 0.0}  # 8 Gbit: 0.08 s at 100 Gbit/s
+    line, rate = scaling_lines(sent, 0.12, mode=mode, n_micro=n_micro, gbps=100)
+    assert line.endswith("in a step: all-reduce 953.7 MiB")
+    assert f" 80.0 ms at 100 Gbit/s of a step of 120.0 ms: {hidden} of the MFU lost" in rate
     assert "40.0% where it does not" in rate
 
 

@@ -36,7 +36,7 @@ def test_every_operation_is_right_here_and_has_a_choice() -> None:
     reports = list(check_kernels(CPU, compiled=False))
     assert [report.name for report in reports] == list(CHOICES)
     for report in reports:
-        assert report.right, report
+        assert report.error <= report.tolerance, report
         assert report.error > 0  # it is compared with something else
         assert report.ms.keys() == {"ours", "torch"}
 
@@ -84,7 +84,8 @@ def test_C11_the_check_fits_the_memory_that_is_free(
 ) -> None:
     monkeypatch.setattr(kernel_check, "device_memory", lambda device: free_gib * 2**30)
     with fake_tensors():
-        *_, (_, op) = kernel_check._ops(torch.device("cuda"), torch.bfloat16)
+        # Without adamw, whose tensors cannot be faked.
+        *_, (_, op) = islice(kernel_check._ops(torch.device("cuda"), torch.bfloat16), 5)
         assert op.inputs[0].shape == (rows, 1024)
 
 

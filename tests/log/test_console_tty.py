@@ -18,11 +18,14 @@ import pytest
 from rich.cells import cell_len
 
 PROGRAM = """
+import os
 import time
+from pathlib import Path
 from fasttrain.log.console import Console
-console = Console(log_file=None)
+console = Console(Path(os.devnull))
 assert console.interactive
-console.header([("device", "cpu, 2 threads"), ("folder", "runs/" + "long-name-" * 12)])
+rows = [("device", "cpu, 2 threads"), ("folder", "runs/" + "long-name-" * 12)]
+console.panel("fasttrain", rows, "cyan")
 for step in range(1, 61):
     time.sleep(0.01)
     if step % 10 == 0:
@@ -41,7 +44,8 @@ for step in range(1, 61):
     if step == 45:
         print("a stray print from a library")
         console.warn("w " * 100)
-console.summary([("time", "2m 13s"), ("generate", "python -m fasttrain.generate runs/base")])
+rows = [("time", "2m 13s"), ("generate", "python -m fasttrain.generate runs/base")]
+console.panel("done", rows, "green")
 console.close()
 """
 SEQUENCE = re.compile(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])")

@@ -5,7 +5,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,9 +83,16 @@ def test_clean_keeps_text_and_escapes_control_characters() -> None:
     assert clean("a\u202eb\x9b") == "a\\u202eb\\x9b"  # right-to-left override, C1 control
 
 
+@pytest.fixture
+def unlogged() -> Iterator[Callable[[], Console]]:
+    """Return consoles that have no log file."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(closing(Console(Path(os.devnull))))
+
+
 def everything(console: Console) -> None:
     """Call every method once, as a run does."""
-    console.header([("device", "cpu"), ("plan", "2,000 steps")])
+    console.panel("fasttrain", [("device", "cpu"), ("plan", "2,000 steps")], "cyan")
     console.note("building the corpus")
     for step in range(1, 4):
         console.progress(step, 3, 64 * step, step / 3, None)
@@ -91,7 +101,8 @@ def everything(console: Console) -> None:
     console.evaluation({"step": 120, "val_loss": 2.9134, "val_bpb": 1.612, "val_accuracy": 0.412})
     console.evaluation({"step": 240, "val_loss": 2.8134, "best": True})
     console.sample(120, "def main(", "args):\n\x1b[31m\r\treturn é\n")
-    console.summary([("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")])
+    rows = [("time", "2m 13s"), ("checkpoint", "runs/base/checkpoints/step-00000240")]
+    console.panel("done", rows, "green")
     console.close()
 
 
@@ -117,7 +128,7 @@ done:
 def test_without_a_terminal_lines_are_plain(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    console = Console(log_file=tmp_path / "train.log")
+    console = Console(tmp_path / "train.log")
     assert not console.interactive  # pytest's standard output is no terminal
     everything(console)
     assert capsys.readouterr().out == EXPECTED
@@ -125,9 +136,14 @@ def test_without_a_terminal_lines_are_plain(
 
 @pytest.mark.parametrize("interactive", [False, True])
 def test_the_log_file_holds_every_line_plainly_with_its_time(
-    interactive: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    interactive: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    everything(Console(log_file=tmp_path / "train.log", interactive=interactive))
+    if interactive:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+    console = Console(tmp_path / "train.log")
+    assert console.interactive is interactive
+    everything(console)
     text = (tmp_path / "train.log").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert "".join(line[21:] + "\n" for line in lines) == EXPECTED
@@ -136,7 +152,7 @@ def test_the_log_file_holds_every_line_plainly_with_its_time(
 
 def test_the_log_file_is_continued(tmp_path: Path) -> None:
     for text in ("first run", "resumed"):
-        console = Console(log_file=tmp_path / "train.log", interactive=False)
+        console = Console(tmp_path / "train.log")
         console.note(text)
         console.close()
     lines = (tmp_path / "train.log").read_text().splitlines()
@@ -157,7 +173,7 @@ def test_a_reader_that_is_gone_ends_nothing(
     os.close(read_end)
     with os.fdopen(write_end, "w") as stream:  # its last flush must not fail either
         monkeypatch.setattr(sys, "stdout", stream)
-        console = Console(log_file=tmp_path / "train.log")
+        console = Console(tmp_path / "train.log")
         console.note("one")
         console.note("two")
         console.close()
@@ -177,13 +193,18 @@ def test_a_reader_that_is_gone_ends_nothing(
     ],
 )
 def test_the_environment_decides_on_a_terminal(
-    name: str, value: str, interactive: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
+    unlogged: Any,
+    name: str,
+    value: str,
+    interactive: bool,
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    console = Console(log_file=None)
+    console = unlogged()
     assert console.interactive is interactive
     console.warn("hello")  # bold and yellow
     shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
@@ -193,19 +214,19 @@ def test_the_environment_decides_on_a_terminal(
 
 
 def test_a_character_that_the_stream_cannot_encode_is_escaped(
-    monkeypatch: pytest.MonkeyPatch,
+    unlogged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    command(lambda: Console(log_file=None).sample(1, "é", "✓") or 0)()
+    command(lambda: unlogged().sample(1, "é", "✓") or 0)()
     assert raw.getvalue() == b"sample, step 1\n  | \\xe9\\u2713\n"
 
 
 @pytest.mark.parametrize(("loss", "shown"), [(math.nan, "nan"), (800.0, "inf"), (10.9, "54.2k")])
 def test_perplexity_of_any_loss(
-    loss: float, shown: str, capsys: pytest.CaptureFixture[str]
+    unlogged: Any, loss: float, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(log_file=None, interactive=False)
+    console = unlogged()
     console.evaluation({"step": 1, "val_loss": loss})
     assert f"val_ppl {shown}" in capsys.readouterr().out
 
@@ -229,9 +250,9 @@ def test_perplexity_of_any_loss(
     ],
 )
 def test_N18_N21_how_a_plain_line_ends(
-    changes: dict[str, float | None], end: str, capsys: pytest.CaptureFixture[str]
+    unlogged: Any, changes: dict[str, float | None], end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Console(log_file=None, interactive=False).train({**ROW, **changes})
+    unlogged().train({**ROW, **changes})
     assert capsys.readouterr().out.endswith(f"  {end}\n")
 
 
@@ -239,9 +260,9 @@ def test_N18_N21_how_a_plain_line_ends(
     ("loss", "shown"), [(99.99, "99.9900"), (123.456, "123.46"), (12_345.6, "12.3k")]
 )
 def test_a_huge_loss_keeps_the_columns(
-    loss: float, shown: str, capsys: pytest.CaptureFixture[str]
+    unlogged: Any, loss: float, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = Console(log_file=None, interactive=False)
+    console = unlogged()
     console.train(ROW)
     console.train({**ROW, "loss": loss})
     usual, huge = capsys.readouterr().out.splitlines()
@@ -249,22 +270,24 @@ def test_a_huge_loss_keeps_the_columns(
     assert huge.index("lr ") == usual.index("lr ")
 
 
-def test_missing_values_are_not_available(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(log_file=None, interactive=False).train({"step": 1, "loss": 5.0})
+def test_missing_values_are_not_available(
+    unlogged: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlogged().train({"step": 1, "loss": 5.0})
     out = capsys.readouterr().out
     assert out.count("n/a") == 6
     assert "loss  5.0000" in out
 
 
 def test_progress_costs_next_to_nothing_when_it_does_not_draw(
-    monkeypatch: pytest.MonkeyPatch,
+    unlogged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of 5 ms must not feel it: a call that does not draw looks at the clock, no more."""
     now, stream = [0.0], Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr("fasttrain.log.console.time.monotonic", lambda: now[0])
-    console = Console(log_file=None, interactive=True)
+    console = unlogged()
     for step in range(1000):
         console.progress(step, 2000, 64 * step, step / 2000, 9.0)
         now[0] += 0.005
@@ -289,20 +312,26 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     ],
 )
 def test_N21_the_bar_says_how_far_the_run_is(
-    total: int | None, left_s: float | None, shown: str, monkeypatch: pytest.MonkeyPatch
+    unlogged: Any,
+    total: int | None,
+    left_s: float | None,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stream = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "stdout", stream)
-    console = Console(log_file=None, interactive=True)
+    console = unlogged()
     console.progress(1100, total, 9_011_200, 0.55, left_s)
     console.close()
     assert shown in stream.getvalue()
 
 
-def test_a_long_line_of_a_sample_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(log_file=None).sample(7, "a" * 90, "b" * 200 + "\n\nc")
+def test_a_long_line_of_a_sample_is_folded(
+    unlogged: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlogged().sample(7, "a" * 90, "b" * 200 + "\n\nc")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["sample, step 7", *(f"  | {s}" for s in ("a" * 90 + "b" * 6, "b" * 96)),
                      "  | " + "b" * 96, "  | bb", "  | ", "  | c"]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasttrain.log import metrics
-from fasttrain.log.metrics import LossTracker, mfu, peak_flops, peak_memory_gib
+from fasttrain.log.metrics import mfu, peak_flops, peak_memory_gib, smoothed
 
 
 @pytest.mark.parametrize(
@@ -74,33 +74,16 @@ def test_mfu() -> None:
     assert mfu(1000.0, 5e9, None) is None
 
 
-def test_loss_tracker_starts_at_the_first_loss_and_follows() -> None:
-    tracker = LossTracker()
-    assert tracker.value is None
-    assert tracker.update(4.0) == 4.0
-    assert tracker.update(2.0) == pytest.approx(3.8)
-    assert tracker.update(2.0) == pytest.approx(3.62)
+def test_the_smoothed_loss_starts_at_the_first_and_follows() -> None:
+    assert smoothed(None, 4.0) == 4.0
+    assert smoothed(4.0, 2.0) == pytest.approx(3.8)
+    assert smoothed(3.8, 2.0) == pytest.approx(3.62)
 
 
-def test_loss_tracker_leaves_out_what_is_not_finite() -> None:
-    tracker = LossTracker()
-    assert tracker.update(math.nan) is None
-    tracker.update(3.0)
-    assert tracker.update(math.inf) == 3.0
-    assert tracker.update(math.nan) == 3.0
-
-
-def test_loss_tracker_goes_on_from_its_value() -> None:
-    whole, first, second = LossTracker(), LossTracker(), LossTracker()
-    losses = [5.0, 4.5, 4.2, 3.9, 3.7]
-    for loss in losses:
-        whole.update(loss)
-    for loss in losses[:2]:
-        first.update(loss)
-    second.value = first.value
-    for loss in losses[2:]:
-        second.update(loss)
-    assert second.value == whole.value
+def test_the_smoothed_loss_leaves_out_what_is_not_finite() -> None:
+    assert smoothed(None, math.nan) is None
+    assert smoothed(3.0, math.inf) == 3.0
+    assert smoothed(3.0, math.nan) == 3.0
 
 
 def test_peak_memory_of_the_process_rises_with_use() -> None:

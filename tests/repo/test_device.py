@@ -76,7 +76,7 @@ def test_S3_the_kernel_of_attention_goes_by_the_gpu(
 
 def test_S3_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) -> None:
     assert resolve_attention("auto", CPU, deterministic=False) is None
-    with pytest.raises(UserError, match=r"'flash' needs a CUDA device, got cpu; use auto"):
+    with pytest.raises(UserError, match=r'"flash" needs a CUDA device, got cpu; use auto'):
         resolve_attention("flash", CPU, deterministic=False)
     with pytest.raises(UserError, match=r"'fa3': .*flash_attn_interface.*hopper.*or use auto"):
         resolve_attention("fa3", CUDA, deterministic=False)

@@ -35,9 +35,16 @@ def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_config(tmp_path)
 
 
-def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
-    lines: list[str] = []
-    assert preflight(load_config(config_path), show=lines.append)
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What preflight prints."""
+    printed: list[str] = []
+    monkeypatch.setattr(preflight_plan, "print", printed.append, raising=False)
+    return printed
+
+
+def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> None:
+    assert preflight(load_config(config_path))
     text = "\n".join(lines)
     told = {line.split()[0]: line for line in lines}
     # 2 layers of 12·32² in matrices (SwiGLU: 3·32·128 of 4·32²), the head and the table of 320·32.
@@ -82,29 +89,30 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
 
 
-def test_without_a_probe_nothing_is_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_probe_nothing_is_run(
+    lines: list[str], config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(preflight_plan, "probe_step", lambda *_, **__: pytest.fail("it ran"))
-    lines: list[str] = []
-    assert preflight(load_config(config_path), probe=False, show=lines.append)
+    assert preflight(load_config(config_path), probe=False)
     assert not any(line.startswith(("speed", "time")) for line in lines)
 
 
 def test_a_step_of_minutes_is_not_measured_on_a_cpu(
-    config_path: Path, monkeypatch: pytest.MonkeyPatch
+    lines: list[str], config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight_plan, "probe_step", lambda *_, **__: pytest.fail("it ran"))
     monkeypatch.setattr(preflight_plan, "CPU_FLOPS", 1e3)
-    lines: list[str] = []
-    assert preflight(load_config(config_path, ["run.device=cpu"]), show=lines.append)
+    assert preflight(load_config(config_path, ["run.device=cpu"]))
     (line,) = (line for line in lines if line.startswith("speed"))
     assert "FLOPs takes minutes on a CPU" in line
     assert not any(line.startswith("time") for line in lines)
 
 
-def test_what_does_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_tried(
+    lines: list[str], config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**20)
-    lines: list[str] = []
-    assert not preflight(load_config(config_path), show=lines.append)
+    assert not preflight(load_config(config_path))
     assert "does not fit" in lines[-1]
     assert "lower train.micro_batch" in lines[-1]
 
@@ -229,10 +237,11 @@ def test_N7_what_cannot_be_told_without_data_is_an_error_or_left_open(
     assert main([str(config_path), "data.path=nowhere", "model.vocab_size=500", "--diagnose"]) == 2
 
 
-def test_N7_both_vocabularies_are_shown_where_they_differ(config_path: Path) -> None:
-    lines: list[str] = []
+def test_N7_both_vocabularies_are_shown_where_they_differ(
+    lines: list[str], config_path: Path
+) -> None:
     config = load_config(config_path, ["model.vocab_size=50304"])
-    assert preflight(config, probe=False, show=lines.append)
+    assert preflight(config, probe=False)
     (data,) = (line for line in lines if line.startswith("data "))
     assert "vocabulary 50,304 of the model, 257 of the data" in data
     told = "50,047 of the 50,304 rows of the embedding are never used, as no token is above 256"
@@ -268,10 +277,11 @@ def test_N18_several_processes_where_there_is_one_are_told(
     assert "no effect" not in capsys.readouterr().out
 
 
-def test_N18_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(config_path: Path) -> None:
-    lines: list[str] = []
+def test_N18_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(
+    lines: list[str], config_path: Path
+) -> None:
     overrides = ["model.vocab_size=100000", "model.n_layers=1", "train.micro_batch=64"]
-    preflight(load_config(config_path, overrides), probe=False, show=lines.append)
+    preflight(load_config(config_path, overrides), probe=False)
     assert "    gradients     none then" in lines
     assert not any(" 0.0 MiB" in line for line in lines)
 
@@ -388,9 +398,8 @@ def test_a_run_settles_it_once_and_keeps_it_when_resumed(
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_the_checklist_passes_on_a_sound_run(config_path: Path) -> None:
-    lines: list[str] = []
-    assert diagnose_run(load_config(config_path, ["schedule.warmup_steps=10"]), show=lines.append)
+def test_the_checklist_passes_on_a_sound_run(lines: list[str], config_path: Path) -> None:
+    assert diagnose_run(load_config(config_path, ["schedule.warmup_steps=10"]))
     assert "pass  causality" in lines[-1]
     assert "pass  learning rate: 0.003" in lines[-1]
 

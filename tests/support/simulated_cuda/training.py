@@ -141,7 +141,7 @@ def test_every_operation_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(kernel_check, "resolve_precision", lambda *_: fp32)
     n_ops = len(kernel_check.CHOICES) - 1  # the last is AdamW's step of four million parameters
     reports = list(islice(kernel_check.check_kernels(CUDA, compiled=False), n_ops))
-    assert [report for report in reports if not report.right] == []
+    assert [report for report in reports if not report.error <= report.tolerance] == []
 
 
 class Custom(nn.Module):
