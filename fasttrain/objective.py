@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
-from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import SharedError, World
 from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
@@ -170,27 +170,22 @@ class Objective:
         self, loader: Iterable[Any], metrics: Mapping[str, Criterion], world: World
     ) -> dict[str, float]:
         """Return the means over all targets of all ranks; see `fasttrain.library.Trainer`."""
-        was_training = self.model.training
-        self.model.eval()
         totals = torch.zeros(2 + len(metrics), dtype=torch.float64, device=self.device)
-        try:
-            with gathered(self.model, world):
-                for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
-                    batch = self.prepare(raw)
-                    if not (batch.n_targets or world.sharded):
-                        continue
-                    with self.precision.autocast():
-                        logits = self._logits(batch)
-                        loss = self._loss_sum(logits, batch)
-                    if not batch.n_targets:  # other ranks had waited for this one's forward
-                        continue
-                    keep = batch.targets != self.ignore_index
-                    kept = logits[keep], batch.targets[keep]
-                    values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
-                    numbers = [loss, batch.n_targets, *values]
-                    totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model, world):
+            for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
+                batch = self.prepare(raw)
+                if not (batch.n_targets or world.sharded):
+                    continue
+                with self.precision.autocast():
+                    logits = self._logits(batch)
+                    loss = self._loss_sum(logits, batch)
+                if not batch.n_targets:  # other ranks had waited for this one's forward
+                    continue
+                keep = batch.targets != self.ignore_index
+                kept = logits[keep], batch.targets[keep]
+                values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
+                numbers = [loss, batch.n_targets, *values]
+                totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
         loss_sum, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")

@@ -20,7 +20,6 @@ from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimi
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
-from fasttrain.model.runtime import resolve_compile
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
@@ -168,19 +167,11 @@ class Saver:
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        state, device = self.state, self.train_step.loss.device
-        self.saved_at = None
-        groups = collect(self.train_step, self.world.rank, rng)
-        facts = {
-            **state.saved(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "run.compile": resolve_compile(self.config, device),
-            **self.recorded,
-        }
+        state, self.saved_at = self.state, None
+        groups, facts = collect(self.train_step, self.world.rank, rng), state.saved()
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
-            path = self.writer.save(state.step, groups, facts, toml, metric=metric)
+            path = self.writer.save(state.step, groups, facts | self.recorded, toml, metric=metric)
         self.saved_at = state.step
         return path
 

@@ -21,7 +21,7 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep
-from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World, steady
 from fasttrain.engine.evaluation import evaluate
 from fasttrain.engine.faults import Recovery
@@ -334,10 +334,8 @@ class Trainer:
         with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
             result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
             if result and score_tasks:
-                self.model.eval()
-                with gathered(self.model, self.world):
+                with evaluating(self.model, self.world):
                     found = score_tasks(self.model, should_stop)
-                self.model.train()
                 scores, result = found or {}, {} if found is None else result
         state.eval_due, state.last_eval = not result, result
         if state.eval_due:  # it was cut off: it is made up for when the run is resumed
@@ -354,9 +352,7 @@ class Trainer:
         """Let the model continue the next of the prompts."""
         every = self.config.eval.sample_every_steps
         number = self.state.step // every if every else 0
-        self.model.eval()
         opened, measured = self.guard.opened(), self.state.account.measure("sample")
-        with self.train_step.ema.in_use(), opened, measured, gathered(self.model, self.world):
+        with self.train_step.ema.in_use(), opened, measured, evaluating(self.model, self.world):
             prompt, text = sampler(self.model, number)
-        self.model.train()
         self.reporter.sample(prompt, text)

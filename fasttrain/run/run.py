@@ -13,7 +13,7 @@ from fasttrain_kernels._torch import spare_compiler
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
-from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
+from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
@@ -96,13 +96,17 @@ def run(
             check_packages(config)
             # The run folder, and what is continued
             folder = RunFolder(config, name, resume, world)
-            if folder.source is not None:
-                config, branch_of = resuming.settle_branch(config, folder.source), None
-            elif branch_of is not None:
-                config = resuming.decaying_from(config, branch_of)
-                allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
+            source = None
+            with world.failing_together():
+                if folder.source is not None:
+                    source = checkpoint.parse(folder.source)
+                    config = resuming.settle_branch(config, source)
+                elif branch_of is not None:
+                    source = checkpoint.parse(branch_of)
+                    config = resuming.decaying_from(config, source)
+                    allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
             options = {"--stop-at-step": stop_at_step}
-            trainer = _build(config, world, device, folder, allow_change, branch_of, options)
+            trainer = _build(config, world, device, folder, allow_change, source, options)
             if stop_at_step is not None:
                 if stop_at_step <= (step := trainer.state.step):
                     raise UserError(
@@ -168,10 +172,10 @@ def _build(
     device: torch.device,
     folder: RunFolder,
     allow_change: Sequence[str],
-    branch_of: Path | None,
+    source: checkpoint.Checkpoint | None,
     options: dict[str, int | None],
 ) -> Trainer:
-    run_dir, source = folder.path, folder.source or branch_of
+    run_dir = folder.path
     # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
@@ -181,10 +185,10 @@ def _build(
     if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(config, recorded["data"], options))
     # What "auto" stands for, and whether the checkpoint may be continued
-    precision, state = resolve_precision(config.run.dtype, device), dict[str, Any]()
+    precision, state = resolve_precision(config.run.dtype, device), source.state if source else {}
     if isinstance(rows := config.train.micro_batch, str):
         if source is not None:
-            rows = load_config(source / "config.toml").train.micro_batch
+            rows = source.config.train.micro_batch
         else:
             from fasttrain.engine.memory import best_micro_batch  # half a second of imports
 
@@ -201,16 +205,19 @@ def _build(
             config = replace(config, eval=replace(config.eval, prompts=prompts))
         shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
-            state = resuming.check_resumable(
+            recorded["history"] = resuming.check_resumable(
                 source, config, recorded["data"], allow_change, shape.samples * world.size
             )
-            recorded["history"] = state["history"]
         if world.leads:
-            recorded["provenance"] = provenance(device, source)
-            mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
-            other = {"run.compile": mode, "threads": torch.get_num_threads()}
+            made_by = provenance(device, source and source.path)
+            other = {
+                "torch": made_by["torch"],
+                "threads": torch.get_num_threads() if device.type == "cpu" else None,
+                "run.compile": resolve_compile(config, device),  # what this machine makes of it
+            }
+            recorded |= {"provenance": made_by, **other}
             exact = source is None or device.type == "cpu" or config.run.deterministic
-            if said := resuming.made_otherwise(state, recorded["provenance"] | other, exact=exact):
+            if said := resuming.made_otherwise(state, made_by | other, exact=exact):
                 folder.warn(said)
     # The model, as the ranks hold it, and its optimizers
     torch.manual_seed(config.run.seed)
@@ -233,7 +240,9 @@ def _build(
     sampler = None
     with world.failing_together():
         if world.leads:
-            n_bytes = _checkpoint_bytes(model, optimizers, config)
+            copies = 1 if config.train.ema_decay is None else 2
+            n_bytes = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
+            n_bytes += sum(map(state_bytes, optimizers))
             held = config.checkpoint.keep_last + bool(folder.mirror)  # one is kept to be copied
             check_disk(run_dir, n_bytes, held)
             if folder.mirror:  # takes the name there, before the first step
@@ -265,15 +274,14 @@ def _build(
     )
     if source is not None:
         try:
-            trainer.saver.load(source)
-            if branch_of is not None:
-                resuming.begin_branch(trainer.state, config, branch_of)
+            trainer.saver.load(source.path)
+            if folder.source is None:
+                resuming.begin_branch(trainer.state, config, source.path)
                 trainer.saver.saved_at = None
         except UserError:
             trainer.close()
             raise
-        total = trainer.state.total_steps
-        jump = None if branch_of else resuming.lr_jump(source, state, config, total)
+        jump = folder.source and resuming.lr_jump(source, config, trainer.state.total_steps)
         if world.leads and jump:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left
@@ -281,15 +289,6 @@ def _build(
     if world.leads:
         (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
     return trainer
-
-
-def _checkpoint_bytes(
-    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig
-) -> int:
-    """Return the size of a checkpoint: the model, its average and the optimizers' state."""
-    copies = 1 if config.train.ema_decay is None else 2
-    size: int = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
-    return size + sum(map(state_bytes, optimizers))
 
 
 def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:

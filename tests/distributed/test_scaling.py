@@ -143,8 +143,8 @@ def test_bytes_sent_are_those_of_the_collectives(reshard: bool) -> None:
         config, distributed=DistributedConfig(mode="fsdp", reshard_after_forward=reshard)
     )
     with memory._pretended(config.distributed, 4, "fsdp") as world, Sent(4) as sent:
-        model, _ = memory._trace(config, ROWS, 2, device=CPU, precision=PRECISION, world=world)
-    foreseen = traffic(config, model, mode="fsdp", n_ranks=4, n_micro=2)
+        trace = memory._trace(config, ROWS, 2, device=CPU, precision=PRECISION, world=world)
+    foreseen = traffic(config, trace.model, mode="fsdp", n_ranks=4, n_micro=2)
     assert sent.bytes["all_gather"] == pytest.approx(foreseen.all_gather, rel=0.01)
     assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen.reduce_scatter, rel=0.01)
 
