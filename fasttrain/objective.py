@@ -6,7 +6,7 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -101,16 +101,13 @@ class Objective:
             shifted = shifted.masked_fill(mask == 0, self.ignore_index)
         kept = shifted.masked_fill(shifted == self.ignore_index, 0)
         target_range, is_new = _range(kept) if kept.is_cpu else (0, 0), self._is_new(tokens)
-        targets = shifted.to(self.device, non_blocking=True).flatten()
-        others = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in rest.items()
-        }
+        moved = partial(Tensor.to, device=self.device, non_blocking=True)
+        targets = moved(shifted).flatten()
+        others = {k: moved(v) if isinstance(v, Tensor) else v for k, v in rest.items()}
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
         n_targets = (targets != self.ignore_index).sum()
-        tokens = tokens.to(self.device, non_blocking=True)
-        return Batch(tokens, targets, n_targets, target_range, is_new, others)
+        return Batch(moved(tokens), targets, n_targets, target_range, is_new, others)
 
     def _is_new(self, tokens: Tensor) -> bool:
         if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
@@ -279,16 +276,12 @@ def _checked_tables(model: nn.Module) -> Iterator[None]:
                 "larger table, for positions shorter sequences"
             )
 
-    handles = [
-        module.register_forward_pre_hook(partial(check, name))
-        for name, module in model.named_modules()
-        if type(module) in (nn.Embedding, Embedding)  # others may make rows of what they are given
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            # Other tables may make rows of what they are given.
+            if type(module) in (nn.Embedding, Embedding):
+                hooks.enter_context(module.register_forward_pre_hook(partial(check, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

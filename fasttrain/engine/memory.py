@@ -147,17 +147,11 @@ def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
 
 
 def _trace(
-    config: TrainConfig,
-    rows: int,
-    n_micro: int,
-    *,
-    device: torch.device,
-    precision: Precision,
-    world: World | None = None,
+    config: TrainConfig, rows: int, n_micro: int, precision: Precision, world: World | None = None
 ) -> _Trace:
     """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
     world, seq_len = world or World(), config.data.seq_len
-    criterion = default_criterion(config)
+    criterion, device = default_criterion(config), torch.device(precision.device_type)
     with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
         shard(model, world, config.distributed)
@@ -167,7 +161,8 @@ def _trace(
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
         plain = not (config.train.z_loss or config.model.logit_softcap)
-        with _Trace(model, tokens, targets, plain=plain) as trace:
+        trace = _Trace(model, tokens, targets, plain=plain)
+        with trace:
             # With gradients accumulated, the second forward pass meets those of the first.
             for n_left in reversed(range(n_micro)):
                 set_gradient_sync(model, world, sync=n_left == 0)
@@ -205,10 +200,11 @@ def estimate_memory(
     decides which attention runs and how the loss is split.
     """
     rows, seq_len = micro_batch, config.data.seq_len
-    step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
+    step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
+    step_rows = step.samples // n_ranks
     n_micro = 2 if step_rows > rows else 1
     run = partial(_trace, config, rows, n_micro)
-    trace = run(device=device, precision=precision)
+    trace = run(precision)
     parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in trace.model.buffers()) + 16 * max(step_rows, rows) * seq_len
@@ -220,10 +216,10 @@ def estimate_memory(
     activations = others - logits
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
-        cpu, precision = torch.device("cpu"), replace(precision, device_type="cpu")
-        alone = run(device=cpu, precision=precision)
+        precision = replace(precision, device_type="cpu")
+        alone = run(precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
-            trace = run(device=cpu, precision=precision, world=world)
+            trace = run(precision, world)
             held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
         others, gradients, _ = trace.peak
@@ -254,7 +250,8 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
+    peak: int = max(accumulate((change for _, change in changes), initial=0))
+    return peak
 
 
 def device_memory(device: torch.device) -> int:
@@ -289,7 +286,7 @@ def probe_step(
     ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
     """
     seq_len = config.data.seq_len
-    rows, n_micro = step_shape(config.train, seq_len)
+    rows, n_micro, *_ = step_shape(config.train, seq_len)
     assert config.model.vocab_size is not None
     # By default fork_rng takes every GPU of the machine, and warns where there are several.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -337,7 +334,7 @@ def best_micro_batch(
     a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
     """
     free, seq_len = USABLE * device_memory(device), config.data.seq_len
-    rows = step_shape(config.train, seq_len, n_ranks).samples
+    rows = step_shape(config.train, seq_len, n_ranks).samples // n_ranks
     loop = replace(config.train, tokens_per_step=rows * seq_len)
 
     def rows_per_s(size: int) -> float:

@@ -28,19 +28,16 @@ def build_optimizers(
     Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
     (Dettmers et al. 2021, arXiv:2110.02861): torchao.
     """
-    modules, is_muon = list(model.modules()), config.name == "muon"
+    modules, is_muon = model.modules(), config.name == "muon"
     tables = {id(p) for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = id(model.head_weight) if isinstance(model, Transformer) else None  # a table where tied
-    decay, table_scale, head_scale = config.weight_decay, 1.0, 1.0
-    table_decay = decay if config.decay_embeddings else 0.0
-    if is_muon:
-        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
+    decay, table_decay = config.weight_decay, config.weight_decay * config.decay_embeddings
     groups: dict[str, dict[str, Any]] = {
-        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale}
+        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale if is_muon else 1.0}
         for kind, own_decay, scale in (
             ("matrices", decay, 1.0),
-            ("tables", table_decay, table_scale),
-            ("head", table_decay if head in tables else decay, head_scale),
+            ("tables", table_decay, config.muon_embedding_lr_scale),
+            ("head", table_decay if head in tables else decay, config.muon_head_lr_scale),
             ("vectors", 0.0, 1.0),
             ("hidden", decay, 1.0),
         )
@@ -119,12 +116,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _parts(tensor: Tensor) -> list[str]:
-    """Return the names of the plain tensors that a quantized tensor consists of, else none."""
-    if type(tensor).__module__.startswith("torchao."):
-        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        return names
-    return []
+def _parts(tensor: Any) -> dict[str, Tensor]:
+    """Return the plain tensors that a quantized tensor consists of, by name, else none."""
+    quantized = type(tensor).__module__.startswith("torchao.")
+    return {n: getattr(tensor, n) for n in (tensor.__tensor_flatten__()[0] if quantized else ())}
 
 
 def optimizer_tensors(
@@ -144,7 +139,7 @@ def optimizer_tensors(
                 if value is None:  # not made yet
                     continue
                 whole = torch.as_tensor(value)
-                parts = {f"/{part}": getattr(whole, part) for part in _parts(whole)}
+                parts = {f"/{part}": tensor for part, tensor in _parts(whole).items()}
                 for part, tensor in (parts or {"": whole}).items():
                     tensors[f"{name}/{key}{part}"] = tensor
     return tensors
@@ -220,10 +215,9 @@ def _whole(
         buffer = new and new(p, signed=key == "exp_avg")
         if buffer is None or not _parts(buffer):
             raise KeyError(f"quantized optimizer state {key!r}, for which this optimizer has none")
-        for part in _parts(buffer):
-            old, new_part = saved[f"{key}/{part}"], getattr(buffer, part)
-            if (old.shape, old.dtype) != (new_part.shape, new_part.dtype):
-                raise RuntimeError(f"optimizer state {key}/{part} has another shape or type")
-            new_part.copy_(old)
+        for part, tensor in _parts(buffer).items():
+            found = saved[f"{key}/{part}"]
+            check_tensors(f"optimizer state {key}/", {part: found}, {part: tensor})
+            tensor.copy_(found)
         state[key] = buffer
     return state

@@ -168,10 +168,11 @@ class Saver:
     def save(self, rng: dict[str, Tensor] | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
         state, self.saved_at = self.state, None
-        groups, facts = collect(self.train_step, self.world.rank, rng), state.saved()
+        groups = collect(self.train_step, self.world.rank, rng)
+        facts = {**state.saved(), **self.recorded}
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
-            path = self.writer.save(state.step, groups, facts | self.recorded, toml, metric=metric)
+            path = self.writer.save(state.step, groups, facts, toml, metric=metric)
         self.saved_at = state.step
         return path
 

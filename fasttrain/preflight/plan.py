@@ -29,13 +29,14 @@ from fasttrain.engine.memory import (
     probe_step,
 )
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
+from fasttrain.engine.plan import plan_run, warnings_at_start
 from fasttrain.engine.schedule import lr_at, step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight.scaling import scaling_lines, traffic
+from fasttrain.preflight.warnings import warnings_of
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
@@ -90,7 +91,7 @@ def preflight(
     if isinstance(loop.micro_batch, str):
         best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=show)
         loop = replace(loop, micro_batch=best)
-    rows, n_micro = step_shape(loop, seq_len, n_ranks)
+    rows, n_micro, *_ = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
     share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
     alone = replace(config, train=share)  # what one rank does

@@ -96,9 +96,10 @@ def check_resumable(
         )
     check_model(config, source.group("model"), path)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
-    return state.get("history", []) + [
+    allowed = (
         {**when, "key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes
-    ]
+    )
+    return [*state.get("history", []), *allowed]
 
 
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fasttrain_kernels._torch import spare_compiler
+from tokenizers import Tokenizer
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
@@ -34,7 +35,7 @@ from fasttrain.distributed.sharding import make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.trainer import Sampler, TaskScorer, Trainer
+from fasttrain.engine.trainer import TaskScorer, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
@@ -120,13 +121,9 @@ def run(
         if status != EXIT_FAILED:
             stop(world)
         return status
-    except (UserError, KeyboardInterrupt) as error:
-        if folder is not None:
-            folder.remove_unused()
-        if isinstance(error, SharedError):  # rank 0 raises what the command line prints
-            record(f"error: {error}")
-            return EXIT_BAD_INPUT
-        raise
+    except SharedError as error:  # rank 0 raises what the command line prints
+        record(f"error: {error}")
+        return EXIT_BAD_INPUT
     finally:
         if folder is not None:
             folder.close()
@@ -200,16 +197,17 @@ def _build(
             rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
-        if config.eval.prompts is None and train.tokenizer_path is not None:
-            prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
+        tokenizer = load_tokenizer(train.tokenizer_path) if train.tokenizer_path else None
+        if config.eval.prompts is None and tokenizer is not None:
+            prompts = beginnings(val, tokenizer)
             config = replace(config, eval=replace(config.eval, prompts=prompts))
         shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
             recorded["history"] = resuming.check_resumable(
-                source, config, recorded["data"], allow_change, shape.samples * world.size
+                source, config, recorded["data"], allow_change, shape.samples
             )
         if world.leads:
-            made_by = provenance(device, source and source.path)
+            made_by = provenance(device, source.path if source else None)
             other = {
                 "torch": made_by["torch"],
                 "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -237,7 +235,7 @@ def _build(
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
-    sampler = None
+    sampler = partial(_sample, config, tokenizer) if config.eval.prompts and tokenizer else None
     with world.failing_together():
         if world.leads:
             copies = 1 if config.train.ema_decay is None else 2
@@ -247,13 +245,9 @@ def _build(
             check_disk(run_dir, n_bytes, held)
             if folder.mirror:  # takes the name there, before the first step
                 folder.mirror.put("config.toml", config_to_toml(config, redact).encode())
-        if train.tokenizer_path is not None:
-            if folder.source is None and world.leads:
+            if train.tokenizer_path is not None and folder.source is None:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
-            sampler = _sampler(config, train.tokenizer_path, device)
-        score_tasks = _task_scorer(
-            config, train.tokenizer_path, folder.warn, precision=precision, world=world
-        )
+        score_tasks = _task_scorer(config, tokenizer, folder.warn, precision=precision, world=world)
         order = LoaderOptions.of(
             config, micro_batch=shape.rows, rank=world.rank, world_size=world.size
         )
@@ -291,44 +285,39 @@ def _build(
     return trainer
 
 
-def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:
-    prompts = config.eval.prompts
-    if not prompts:
-        return None
-    tokenizer = load_tokenizer(tokenizer_path)
-
-    def sample(model: Transformer, number: int) -> tuple[str, str]:
-        prompt = prompts[number % len(prompts)]
-        # A prompt of which the tokenizer knows nothing starts like a new document.
-        ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
-        out = generate(
-            model,
-            torch.tensor([ids], device=device),
-            max_new_tokens=config.eval.sample_tokens,
-            temperature=config.eval.temperature,
-            top_k=config.eval.top_k,
-            generator=torch.Generator(device).manual_seed(config.run.seed + number),
-        )
-        return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
-
-    return sample
+def _sample(
+    config: TrainConfig, tokenizer: Tokenizer, model: Transformer, number: int
+) -> tuple[str, str]:
+    wanted, device = config.eval, model.embedding.weight.device
+    prompts = wanted.prompts or ("",)
+    prompt = prompts[number % len(prompts)]
+    # A prompt of which the tokenizer knows nothing starts like a new document.
+    ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+    out = generate(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens=wanted.sample_tokens,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        generator=torch.Generator(device).manual_seed(config.run.seed + number),
+    )
+    return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
 
 
 def _task_scorer(
-    config: TrainConfig, tokenizer_path: Path | None, warn: Callable[[str], None], **options: Any
+    config: TrainConfig, tokenizer: Tokenizer | None, warn: Callable[[str], None], **options: Any
 ) -> TaskScorer | None:
     if not config.eval.tasks:
         return None
-    if tokenizer_path is None:
+    if tokenizer is None:
         raise UserError("eval.tasks needs the dataset's tokenizer.json; there is none, so unset it")
     from fasttrain.harness import HarnessModel, Stopped, load_tasks, scores
 
     tasks = load_tasks(config.eval.tasks, config.eval.tasks_path, quiet=True)
-    options["tokenizer"] = load_tokenizer(tokenizer_path)
     options["batch_size"] = config.eval.batch_size or config.train.micro_batch
 
     def score(model: Transformer, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        lm = HarnessModel(model=model, should_stop=should_stop, **options)
+        lm = HarnessModel(model=model, tokenizer=tokenizer, should_stop=should_stop, **options)
         try:
             return scores(lm.run(tasks, config.eval.tasks_limit))
         except Stopped:

@@ -14,9 +14,8 @@ from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed.world import World
 from fasttrain.engine import trainer
-from fasttrain.engine.schedule import HOURS_ESTIMATE_AT
 from fasttrain.engine.state import rng_state
-from fasttrain.engine.trainer import Trainer
+from fasttrain.engine.trainer import HOURS_ESTIMATE_AT, Trainer
 from fasttrain.run.resume import begin_branch
 from tests.support import toy_trainer
 from tests.support.faults import Faults
