@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def evaluate(
     dataset: TokenDataset,
     config: TrainConfig,
     should_stop: Callable[[], bool] | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Run the model over the split, or ``eval.tokens`` of it; no token is a target twice.
 
     Rows are those of training (see `evaluation_batches`): where they are documents, the first token

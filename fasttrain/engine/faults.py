@@ -6,7 +6,6 @@ checkpoint and continue behind the offending batches, or to stop; and it writes 
 """
 
 import json
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,9 +123,7 @@ class Recovery:
             return None
         raise FloatingPointError(self.reason(decision, loader))
 
-    def judge(
-        self, first_step: int, positions: Sequence[int], steps: Sequence[StepNumbers]
-    ) -> Decision:
+    def judge(self, first_step: int, positions: list[int], steps: list[StepNumbers]) -> Decision:
         """Decide about the steps from ``first_step`` on; ``positions``: their first samples."""
         counts, warning = self.state.faults, ""
         found: list[Fault] = []

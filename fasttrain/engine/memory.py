@@ -201,13 +201,12 @@ def estimate_memory(
     """
     rows, seq_len = micro_batch, config.data.seq_len
     step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
-    step_rows = step.samples // n_ranks
-    n_micro = 2 if step_rows > rows else 1
-    run = partial(_trace, config, rows, n_micro)
+    run = partial(_trace, config, rows, min(step.n_micro, 2))
     trace = run(precision)
     parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
-    buffers = sum(b.nbytes for b in trace.model.buffers()) + 16 * max(step_rows, rows) * seq_len
+    buffers = sum(b.nbytes for b in trace.model.buffers())
+    buffers += 16 * max(step.samples // n_ranks, rows) * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak

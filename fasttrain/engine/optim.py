@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fasttrain.config import OptimConfig, UserError
 from fasttrain.config.keys import refuse
@@ -16,7 +17,7 @@ from fasttrain.model.transformer import Transformer
 
 def build_optimizers(
     model: nn.Module, config: OptimConfig, compute: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """Return the optimizers of ``model``; each parameter is in exactly one group of one of them.
 
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
@@ -64,7 +65,7 @@ def build_optimizers(
     return optimizers
 
 
-def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     """Return the optimizer of all parameters that Muon does not take."""
     lr = config.peak_lr
     if config.name == "sgd":
@@ -82,14 +83,13 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
                 f"optim.name = 'adamw8bit' needs torchao ({error}); install it with pip install "
                 "torchao, or use optim.name=adamw"
             ) from error
-        eight_bit: torch.optim.Optimizer = made(groups, lr=lr, betas=config.betas, eps=config.eps)
-        return eight_bit
+        return cast(Optimizer, made(groups, lr=lr, betas=config.betas, eps=config.eps))
     if config.name in ("adamw", "muon"):
         return FusedAdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
     refuse("optim.name", config.name, "is not implemented; add it to engine/optim.py")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         value = lr * group.get("lr_scale", 1.0)
@@ -99,7 +99,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
     total = 0
     for p in _parameters(optimizer):
@@ -112,7 +112,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -122,9 +122,7 @@ def _parts(tensor: Any) -> dict[str, Tensor]:
     return {n: getattr(tensor, n) for n in (tensor.__tensor_flatten__()[0] if quantized else ())}
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied.
 
     A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``.
@@ -147,7 +145,7 @@ def optimizer_tensors(
 
 def load_optimizer_tensors(
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     tensors: Mapping[str, Tensor],
     *,
     stepped: bool = False,
@@ -189,7 +187,7 @@ def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
             raise RuntimeError(f"{what}{name} is {there} there and {here} here")
 
 
-def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:
+def _expected(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor] | None:
     """Return the state that a step makes for a parameter, on the meta device; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     step = torch.empty((), device="meta")
@@ -204,9 +202,7 @@ def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] 
     return None
 
 
-def _whole(
-    optimizer: torch.optim.Optimizer, p: Tensor, saved: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _whole(optimizer: Optimizer, p: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of one parameter, quantized tensors assembled from their parts."""
     state = {key: tensor for key, tensor in saved.items() if "/" not in key}
     for key in sorted({key.partition("/")[0] for key in saved if "/" in key}):

@@ -28,9 +28,10 @@ class Reporter:
         samples_per_epoch: int,
         run_dir: Path,
         console: Console | None,
+        mirror: Mirror | None,
         made_by: dict[str, Any] | None,
     ) -> None:
-        self.state, self.console = state, console
+        self.state, self.console, self.mirror = state, console, mirror
         self.samples_per_epoch = samples_per_epoch
         self.train_step, self.config = train_step, config
         self.device = train_step.loss.device
@@ -38,7 +39,6 @@ class Reporter:
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
         self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
-        self.mirror: Mirror | None = None
         self._session_has_line = False
 
     def train(self, numbers: Numbers, *, stopped: bool) -> None:

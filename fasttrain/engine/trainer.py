@@ -58,8 +58,8 @@ class Trainer:
         config: TrainConfig,
         *,
         train_loader: Loader,
+        val_dataset: TokenDataset,
         run_dir: Path,
-        val_dataset: TokenDataset | None = None,
         console: Console | None = None,
         sampler: Sampler | None = None,
         score_tasks: TaskScorer | None = None,
@@ -89,11 +89,11 @@ class Trainer:
         self.guard = StateGuard(device)
         step.before_update = self.guard.close
         self.lockstep = Lockstep(world, config.distributed.timeout_s)
-        profiled = config.log.profile_steps if world.leads else ()
-        self.profiler = StepProfiler(run_dir, profiled, device)
+        profile_dir = run_dir if world.leads else None
+        self.profiler = StepProfiler(profile_dir, config.log.profile_steps, device)
         made_by = recorded.get("provenance")
-        self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
-        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded, mirror)
+        self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, mirror, made_by)
+        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
         self.recovery = Recovery(self.saver, self.guard, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
@@ -180,8 +180,7 @@ class Trainer:
                 log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
-                    numbers = self._look()
-                    if numbers is None:
+                    if (numbers := self._look()) is None:
                         continue
                     if log or stopping:
                         self.reporter.train(numbers, stopped=not log)
@@ -271,8 +270,8 @@ class Trainer:
             progress = state.progress()
             self.console.progress(state.step, state.total_steps, state.tokens, *progress)
         state.last_eval, best = {}, state.best_val_loss
-        if self.val_dataset is not None and (state.due(config.eval.every_steps) or last):
-            self._evaluate(self.val_dataset, last=last)
+        if state.due(config.eval.every_steps) or last:
+            self._evaluate(last=last)
         if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
         self.lockstep.watchdog.beat()
@@ -285,7 +284,7 @@ class Trainer:
             self.reporter.sample(prompt, text)
             self.lockstep.watchdog.beat()
 
-    def _evaluate(self, dataset: TokenDataset, *, last: bool) -> None:
+    def _evaluate(self, *, last: bool) -> None:
         """Evaluate on the validation split and log it (see `evaluation.evaluate`).
 
         Every ``eval.tasks_every_evals`` times, and the ``last`` time, log scores on tasks as well.
@@ -300,7 +299,7 @@ class Trainer:
 
         state.eval_due = True
         with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
-            result: dict[str, Any] = evaluate(self.train_step, dataset, self.config, should_stop)
+            result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
             if result and score_tasks:
                 with evaluating(self.model, self.world):
                     found = score_tasks(self.model, should_stop)

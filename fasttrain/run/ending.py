@@ -130,7 +130,6 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     """Show what is about to run, and warn of what will hurt it."""
     console, val, state = folder.console, trainer.val_dataset, trainer.state
     assert console is not None
-    assert val is not None
     config, world, step = trainer.config, trainer.world, trainer.train_step
     train = trainer.train_loader.dataset
     # How it computes

@@ -96,10 +96,8 @@ def check_resumable(
         )
     check_model(config, source.group("model"), path)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
-    allowed = (
-        {**when, "key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes
-    )
-    return [*state.get("history", []), *allowed]
+    shown = ({"key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes)
+    return [*state.get("history", []), *({**when, **change} for change in shown)]
 
 
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:

@@ -184,17 +184,16 @@ def _build(
     # What "auto" stands for, and whether the checkpoint may be continued
     precision, state = resolve_precision(config.run.dtype, device), source.state if source else {}
     if isinstance(rows := config.train.micro_batch, str):
-        if source is not None:
-            rows = source.config.train.micro_batch
-        else:
-            from fasttrain.engine.memory import best_micro_batch  # half a second of imports
+        with world.failing_together():
+            if source is not None:
+                rows = source.config.train.micro_batch
+            elif world.leads:
+                from fasttrain.engine.memory import best_micro_batch  # half a second of imports
 
-            with world.failing_together():
-                if world.leads:
-                    rows = best_micro_batch(
-                        config, world.size, device=device, precision=precision, report=folder.note
-                    )
-            rows = world.share(rows)
+                rows = best_micro_batch(
+                    config, world.size, device=device, precision=precision, report=folder.note
+                )
+        rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
         tokenizer = load_tokenizer(train.tokenizer_path) if train.tokenizer_path else None
@@ -235,6 +234,7 @@ def _build(
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
+    order = LoaderOptions.of(config, micro_batch=shape.rows, rank=world.rank, world_size=world.size)
     sampler = partial(_sample, config, tokenizer) if config.eval.prompts and tokenizer else None
     with world.failing_together():
         if world.leads:
@@ -248,9 +248,6 @@ def _build(
             if train.tokenizer_path is not None and folder.source is None:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
         score_tasks = _task_scorer(config, tokenizer, folder.warn, precision=precision, world=world)
-        order = LoaderOptions.of(
-            config, micro_batch=shape.rows, rank=world.rank, world_size=world.size
-        )
         loader = Loader(train, order, device=device, position=state.get("position", 0))
     trainer = Trainer(
         model,
