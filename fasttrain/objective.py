@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from fasttrain_kernels import cross_entropy
@@ -47,7 +47,9 @@ class Objective:
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.model, self.criterion, self.loop = model, criterion, config.train
+        self.model, self.criterion, loop = model, criterion, config.train
+        # Of the default criterion
+        self.options: Any = {"label_smoothing": loop.label_smoothing, "z_loss": loop.z_loss}
         self.run: Callable[..., Any] = model
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
         mode = config.run.compile
@@ -146,16 +148,8 @@ class Objective:
 
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.criterion is None:
-            loss = cross_entropy(
-                logits,
-                batch.targets,
-                ignore_index=self.ignore_index,
-                reduction="sum",
-                label_smoothing=self.loop.label_smoothing,
-                z_loss=self.loop.z_loss,
-            )
-            assert isinstance(loss, Tensor)
-            return loss
+            options = {"ignore_index": self.ignore_index, **self.options}
+            return cast(Tensor, cross_entropy(logits, batch.targets, reduction="sum", **options))
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets)
         if not batch.n_targets:  # the mean over no target is nan

@@ -103,9 +103,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.alive[id(storage)] = storage
         # Measured anew each time, as FSDP2 shrinks and grows storages that live on.
         held = sum(storage.nbytes() for storage in self.alive.values())
-        scratch = 0
-        if func._schema.name.endswith("::linear_cross_entropy_forward"):
-            scratch = _loss_scratch(args[0], args[1], plain=self.plain)
+        is_loss = func._schema.name.endswith("::linear_cross_entropy_forward")
+        scratch = _loss_scratch(args[0], args[1], plain=self.plain) if is_loss else 0
         if held + scratch > self.peak_apart[0]:  # else it is neither
             gradients = self.gradients()
             now = (held + scratch - gradients, gradients, scratch)
@@ -249,8 +248,7 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    peak: int = max(accumulate((change for _, change in changes), initial=0))
-    return peak
+    return int(max(accumulate((change for _, change in changes), initial=0)))
 
 
 def device_memory(device: torch.device) -> int:

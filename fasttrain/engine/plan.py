@@ -36,10 +36,7 @@ class RunPlan:
 
 
 def plan_run(
-    config: TrainConfig,
-    train: TokenDataset | None,
-    n_ranks: int = 1,
-    model: Transformer | None = None,
+    config: TrainConfig, train: TokenDataset | None, n_ranks: int, model: Transformer | None = None
 ) -> RunPlan:
     """Return the size of a run of ``n_ranks`` processes.
 

@@ -180,7 +180,6 @@ class StateGuard:
         self.rng: dict[str, Tensor] = {}  # at the beginning of what is being computed
         self.is_open = False  # whether the training thread only computes now
         self._device = device
-        # Steps by the events at which the device begins them
         self._begun: deque[tuple[Any, tuple[int, ...], dict[str, Tensor]]] = deque()
         self._lock = threading.Lock()
         self._training = False

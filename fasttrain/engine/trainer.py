@@ -215,8 +215,7 @@ class Trainer:
         twice = every is not None and (state.step + 1) % every == 0
         with self.profiler.step(state.step + 1):
             (self.train_step.recheck if twice else self.train_step)(batches, state.lr)
-        # The step is issued: count it, and skip samples that are not trained on again. The loader
-        # knows the tokens, the device is not asked.
+        # The step is issued: count it, no sync, and skip samples that are not trained on again.
         n_tokens = sum(batch.n_tokens for batch in batches)
         state.tokens, state.fresh_tokens = state.tokens + n_tokens, state.fresh_tokens + n_tokens
         wait_s = self.train_loader.wait_s - waited
@@ -255,13 +254,11 @@ class Trainer:
         if state.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
             step_s = (pace.steady_s + pace.steady_wait_s) / pace.n_steady
             state.total_steps = self.world.share(state.step + int(state.left_s / step_s))
-        if self.lockstep.time_over or (self.world.size == 1 and state.left_s <= 0):
-            return True
+        time_over = self.lockstep.time_over or (self.world.size == 1 and state.left_s <= 0)
         # The validation loss no longer falls, or the last step is done.
         patience, min_change = self.config.eval.patience, self.config.eval.min_change
-        if patience is not None and n_stale(state.val_losses, min_change) >= patience:
-            return True
-        return state.total_steps is not None and state.step >= state.total_steps
+        stale = patience is not None and n_stale(state.val_losses, min_change) >= patience
+        return time_over or stale or state.step >= state.horizon
 
     def _after_step(self, last: bool) -> None:
         """Evaluate, save and sample where that is due."""

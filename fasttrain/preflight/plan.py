@@ -168,7 +168,7 @@ def diagnose_run(config: TrainConfig, *, show: Callable[[str], None] = print) ->
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     config, train, _ = open_splits(config, show)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train)
+    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     optimizers = build_optimizers(model, config.optim, precision.compute)

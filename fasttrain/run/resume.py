@@ -199,9 +199,8 @@ def decaying_from(config: TrainConfig, source: Checkpoint) -> TrainConfig:
 
 def settle_branch(config: TrainConfig, source: Checkpoint) -> TrainConfig:
     """Return the config for resuming at ``source``: its decay begins at the step that it had."""
-    begun = source.config.schedule.decay_start_step
-    if begun is None or config.schedule.decay_start_step is not None:
-        return config
+    begun, own = (c.schedule.decay_start_step for c in (source.config, config))
+    begun = begun if own is None else own
     return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
 
 

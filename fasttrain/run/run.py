@@ -290,14 +290,10 @@ def _sample(
     prompt = prompts[number % len(prompts)]
     # A prompt of which the tokenizer knows nothing starts like a new document.
     ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
-    out = generate(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens=wanted.sample_tokens,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        generator=torch.Generator(device).manual_seed(config.run.seed + number),
-    )
+    options: dict[str, Any] = {"temperature": wanted.temperature, "top_k": wanted.top_k}
+    options["generator"] = torch.Generator(device).manual_seed(config.run.seed + number)
+    tokens = torch.tensor([ids], device=device)
+    out = generate(model, tokens, max_new_tokens=wanted.sample_tokens, **options)
     return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
 
 

@@ -55,7 +55,7 @@ def test_it_tells_sizes_memory_and_time(config_path: Path) -> None:
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, train, _ = open_splits(load_config(config_path), print)
-    plan = plan_run(config, train)
+    plan = plan_run(config, train, 1)
     model = Transformer(config.model, seq_len=16)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token == model.flops_per_token()
@@ -77,7 +77,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = plan_run(config, train)
+    plan = plan_run(config, train, 1)
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
