@@ -262,9 +262,7 @@ class TrainStep:
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
         self.keeps_grads = world.mode == "ddp" and accumulates
-        if (
-            world.mode == "ddp"
-        ):  # which hooks into a module that holds the model and returns the loss
+        if world.mode == "ddp":  # its module holds the model and returns the loss
             objective = nn.ModuleDict({"model": model})
             objective.forward = self.loss_fn
             ddp = replicate(objective, accumulates=accumulates, sync_buffers=custom)

@@ -58,7 +58,7 @@ class RunFolder:
             )
         new = not path.exists()
         self._lock = lock_run_dir(path)
-        self.path, self.new = path, new
+        self.path = path
         self.console = Console(log_file=path / "train.log")
         if resume == "auto" and self.mirror and not restarted:
             self.mirror.fetch()
@@ -68,6 +68,7 @@ class RunFolder:
         elif resume is not None:
             target = path if resume == "auto" else Path(resume)
             self.source = checkpoint.resolve(target, report=self.warn)
+        self.new = new
 
     def note(self, text: str) -> None:
         """Print a remark, once for all ranks."""
