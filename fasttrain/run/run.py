@@ -95,19 +95,10 @@ def run(
             if resolve_compile(config, device) in ("off", "c++"):
                 spare_compiler()
             check_packages(config)
-            # The run folder, and what is continued
+            # The run
             folder = RunFolder(config, name, resume, world)
-            source = None
-            with world.failing_together():
-                if folder.source is not None:
-                    source = checkpoint.parse(folder.source)
-                    config = resuming.settle_branch(config, source)
-                elif branch_of is not None:
-                    source = checkpoint.parse(branch_of)
-                    config = resuming.decaying_from(config, source)
-                    allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
             options = {"--stop-at-step": stop_at_step}
-            trainer = _build(config, world, device, folder, allow_change, source, options)
+            trainer = _build(config, world, device, folder, allow_change, branch_of, options)
             if stop_at_step is not None:
                 if stop_at_step <= (step := trainer.state.step):
                     raise UserError(
@@ -169,10 +160,18 @@ def _build(
     device: torch.device,
     folder: RunFolder,
     allow_change: Sequence[str],
-    source: checkpoint.Checkpoint | None,
+    branch_of: Path | None,
     options: dict[str, int | None],
 ) -> Trainer:
-    run_dir = folder.path
+    run_dir, source = folder.path, None  # the checkpoint that is continued; its files are mapped
+    with world.failing_together():
+        if folder.source is not None:
+            source = checkpoint.parse(folder.source)
+            config = resuming.settle_branch(config, source)
+        elif branch_of is not None:
+            source = checkpoint.parse(branch_of)
+            config = resuming.decaying_from(config, source)
+            allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
     # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
@@ -196,7 +195,8 @@ def _build(
         rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
-        tokenizer = load_tokenizer(train.tokenizer_path) if train.tokenizer_path else None
+        path = train.tokenizer_path if config.eval.tasks or config.eval.prompts != () else None
+        tokenizer = load_tokenizer(path) if path else None
         if config.eval.prompts is None and tokenizer is not None:
             prompts = beginnings(val, tokenizer)
             config = replace(config, eval=replace(config.eval, prompts=prompts))
