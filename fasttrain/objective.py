@@ -6,10 +6,10 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from fasttrain_kernels import cross_entropy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
-from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import SharedError, World
 from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
@@ -47,7 +47,9 @@ class Objective:
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.model, self.criterion, self.loop = model, criterion, config.train
+        self.model, self.criterion, loop = model, criterion, config.train
+        # Of the default criterion
+        self.options: Any = {"label_smoothing": loop.label_smoothing, "z_loss": loop.z_loss}
         self.run: Callable[..., Any] = model
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
         mode = config.run.compile
@@ -101,16 +103,13 @@ class Objective:
             shifted = shifted.masked_fill(mask == 0, self.ignore_index)
         kept = shifted.masked_fill(shifted == self.ignore_index, 0)
         target_range, is_new = _range(kept) if kept.is_cpu else (0, 0), self._is_new(tokens)
-        targets = shifted.to(self.device, non_blocking=True).flatten()
-        others = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in rest.items()
-        }
+        moved = partial(Tensor.to, device=self.device, non_blocking=True)
+        targets = moved(shifted).flatten()
+        others = {k: moved(v) if isinstance(v, Tensor) else v for k, v in rest.items()}
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
         n_targets = (targets != self.ignore_index).sum()
-        tokens = tokens.to(self.device, non_blocking=True)
-        return Batch(tokens, targets, n_targets, target_range, is_new, others)
+        return Batch(moved(tokens), targets, n_targets, target_range, is_new, others)
 
     def _is_new(self, tokens: Tensor) -> bool:
         if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
@@ -149,16 +148,8 @@ class Objective:
 
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.criterion is None:
-            loss = cross_entropy(
-                logits,
-                batch.targets,
-                ignore_index=self.ignore_index,
-                reduction="sum",
-                label_smoothing=self.loop.label_smoothing,
-                z_loss=self.loop.z_loss,
-            )
-            assert isinstance(loss, Tensor)
-            return loss
+            options = {"ignore_index": self.ignore_index, **self.options}
+            return cast(Tensor, cross_entropy(logits, batch.targets, reduction="sum", **options))
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets)
         if not batch.n_targets:  # the mean over no target is nan
@@ -170,27 +161,22 @@ class Objective:
         self, loader: Iterable[Any], metrics: Mapping[str, Criterion], world: World
     ) -> dict[str, float]:
         """Return the means over all targets of all ranks; see `fasttrain.library.Trainer`."""
-        was_training = self.model.training
-        self.model.eval()
         totals = torch.zeros(2 + len(metrics), dtype=torch.float64, device=self.device)
-        try:
-            with gathered(self.model, world):
-                for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
-                    batch = self.prepare(raw)
-                    if not (batch.n_targets or world.sharded):
-                        continue
-                    with self.precision.autocast():
-                        logits = self._logits(batch)
-                        loss = self._loss_sum(logits, batch)
-                    if not batch.n_targets:  # other ranks had waited for this one's forward
-                        continue
-                    keep = batch.targets != self.ignore_index
-                    kept = logits[keep], batch.targets[keep]
-                    values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
-                    numbers = [loss, batch.n_targets, *values]
-                    totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model, world):
+            for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
+                batch = self.prepare(raw)
+                if not (batch.n_targets or world.sharded):
+                    continue
+                with self.precision.autocast():
+                    logits = self._logits(batch)
+                    loss = self._loss_sum(logits, batch)
+                if not batch.n_targets:  # other ranks had waited for this one's forward
+                    continue
+                keep = batch.targets != self.ignore_index
+                kept = logits[keep], batch.targets[keep]
+                values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
+                numbers = [loss, batch.n_targets, *values]
+                totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
         loss_sum, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")
@@ -284,16 +270,12 @@ def _checked_tables(model: nn.Module) -> Iterator[None]:
                 "larger table, for positions shorter sequences"
             )
 
-    handles = [
-        module.register_forward_pre_hook(partial(check, name))
-        for name, module in model.named_modules()
-        if type(module) in (nn.Embedding, Embedding)  # others may make rows of what they are given
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            # Other tables may make rows of what they are given.
+            if type(module) in (nn.Embedding, Embedding):
+                hooks.enter_context(module.register_forward_pre_hook(partial(check, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

@@ -328,7 +328,7 @@ class Change(TypedDict):  # of a setting, on purpose, when the run was resumed
     new: str
 
 
-class Faults(TypedDict):  # what `engine.faults.FaultPolicy` keeps
+class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
     skipped_steps: int
     spikes: int
     rollbacks: int

@@ -148,24 +148,24 @@ def make_sharded(
 
 
 @contextmanager
-def gathered(model: nn.Module, world: World) -> Iterator[None]:
-    """Use a model without training it; at the end, gathered parameters are freed.
+def evaluating(model: nn.Module, world: World) -> Iterator[None]:
+    """Use a model without training it: in evaluation mode, sharded parameters gathered.
 
     All ranks must enter it together and call the model equally often.
     """
-    if not world.sharded:
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
+    was_training, sharded = model.training, list[Any]()
+    if world.sharded:
+        from torch.distributed.fsdp import FSDPModule
 
-    assert isinstance(model, FSDPModule)
-    model.unshard()
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        sharded[0].unshard()  # the model's own
+    model.eval()
     try:
         yield
     finally:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in sharded:
+            module.reshard()
+        model.train(was_training)
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import Precision
-from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.sharding import evaluating
 from fasttrain.engine.step import IGNORE_INDEX, TrainStep, summed_loss
 from fasttrain.model.runtime import compile_function, compiles_evaluation
 from fasttrain.model.transformer import Transformer
@@ -25,7 +25,7 @@ def evaluate(
     dataset: TokenDataset,
     config: TrainConfig,
     should_stop: Callable[[], bool] | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Run the model over the split, or ``eval.tokens`` of it; no token is a target twice.
 
     Rows are those of training (see `evaluation_batches`): where they are documents, the first token
@@ -38,8 +38,6 @@ def evaluate(
     batch, on which ranks agree, said yes.
     """
     model, device, world = cast(Transformer, step.model), step.loss.device, step.world
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     seq_len, fraction = config.data.seq_len, config.eval.stride_fraction
     stride = None if fraction is None else max(round(fraction * seq_len), 1)
@@ -50,16 +48,12 @@ def evaluate(
     batches = evaluation_batches(dataset, options, device, n_tokens=config.eval.tokens)
     one_graph = step.compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
     totals_of = _compiled(_totals) if one_graph else _totals
-    try:
-        with gathered(model, world):
-            for batch in batches:
-                if should_stop is not None and should_stop():
-                    return {}
-                totals += totals_of(
-                    model, batch.tokens, batch.targets, batch.doc_starts, step.precision
-                )
-    finally:
-        model.train(was_training)
+    with evaluating(model, world):
+        for batch in batches:
+            if should_stop is not None and should_stop():
+                return {}
+            inputs = (batch.tokens, batch.targets, batch.doc_starts)
+            totals += totals_of(model, *inputs, step.precision)
     loss_sum, n_right, n_targets = world.sum(totals).tolist()
     loss = loss_sum / n_targets
     n_bytes = dataset.n_bytes

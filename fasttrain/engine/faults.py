@@ -6,20 +6,18 @@ checkpoint and continue behind the offending batches, or to stop; and it writes 
 """
 
 import json
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fasttrain.config import LoopConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.state import Fault, FaultCounts, StateGuard
+from fasttrain.engine.state import Fault, StateGuard
 from fasttrain.engine.step import FINE, Numbers, StepNumbers
 from fasttrain.log.metrics import NormWatch
 
@@ -37,97 +35,6 @@ class Decision(NamedTuple):
     offending: list[Fault]
     reported: list[Fault]
     warning: str = ""
-
-
-class FaultPolicy:
-    """Decides by the keys ``on_nonfinite``, ``on_spike`` and ``max_rollbacks``, and counts."""
-
-    def __init__(
-        self, loop: LoopConfig, samples_per_step: int, counts: FaultCounts | None = None
-    ) -> None:
-        self.loop, self.samples_per_step = loop, samples_per_step
-        self.counts = counts or FaultCounts()
-        self.norms = NormWatch()
-
-    def judge(
-        self, first_step: int, positions: Sequence[int], steps: Sequence[StepNumbers]
-    ) -> Decision:
-        """Decide about the steps from ``first_step`` on; ``positions``: their first samples."""
-        counts, warning = self.counts, ""
-        found: list[Fault] = []
-        for number, (position, step) in enumerate(zip(positions, steps, strict=True), first_step):
-            if step.verdict == FINE:
-                counts.row.clear()
-                if usual := self.norms.update(step.norm):
-                    warning = (
-                        f"step {number}: the gradient explodes, its norm is {step.norm:.3g} and "
-                        f"was {usual:.3g} on average; lower optim.lr, raise schedule.warmup_steps, "
-                        "or set train.on_spike"
-                    )
-                continue
-            kind = KINDS[step.verdict]
-            fault = Fault(number, position, kind, step.loss, step.norm)
-            counts.skipped_steps += 1
-            counts.spikes += kind == "spike"
-            counts.row.append(fault)
-            if kind != "overflow":
-                found.append(fault)
-        # The strictest wish holds; a row of skipped steps goes back even where none wishes it.
-        limit = self.loop.max_rollbacks
-        if fatal := [f for f in found if self._wish(f)[1] == "stop"]:
-            return Decision("stop", fatal, found)
-        undone = [f for f in found if self._wish(f)[1] == "rollback"]
-        if not undone and len(counts.row) >= MAX_SKIPPED_IN_A_ROW:
-            undone, limit = list(counts.row), min(1, limit)
-        if undone:
-            return Decision("roll back" if counts.rollbacks < limit else "stop", undone, found)
-        return Decision("go on", [], found, warning)
-
-    def _wish(self, fault: Fault) -> tuple[str, str]:  # the key that decides, and its value
-        name = "on_spike" if fault.kind == "spike" else "on_nonfinite"
-        return name, getattr(self.loop, name)
-
-    def rolled_back(self, offending: Sequence[Fault]) -> None:
-        """Count a rollback; samples that are to blame are not trained on again."""
-        counts = self.counts
-        counts.rollbacks += 1
-        blamed = (f.position for f in offending if not f.of_machine)
-        counts.passed_over = sorted({*counts.passed_over, *blamed})
-        counts.row.clear()
-
-    def reason(self, decision: Decision, loader: Loader) -> str:
-        """Return why the run stops, in one line that names samples and remedies."""
-        first, last = decision.offending[0], decision.offending[-1]
-        n, n_rollbacks = len(decision.offending), self.counts.rollbacks
-        if decision.action == "roll back":
-            why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
-        elif n_rollbacks:
-            why = f"the run went back to a checkpoint {counted(n_rollbacks, 'time')} already"
-        elif n >= MAX_SKIPPED_IN_A_ROW:
-            why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
-        else:
-            why = "train.{} = {!r}".format(*self._wish(first))
-        several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
-        if first.of_machine:
-            remedy = (
-                "test this machine's memory and device; if an operation of this run is not "
-                "deterministic, unset train.recheck_every_steps"
-            )
-        else:
-            ids = loader.sample_ids(first.position, self.samples_per_step).tolist()
-            shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-            remedy = (
-                f"the first one's batch holds the samples {shown}. Look at them, lower optim.lr, "
-                "raise schedule.warmup_steps or use run.dtype=bf16"
-            )
-        return f"{first}{several}; {why}. No update was made: {remedy}"
-
-    def next_position(self, position: int) -> int:
-        """Return the first global sample index from ``position`` on that is not passed over."""
-        for start in self.counts.passed_over:
-            if start <= position < start + self.samples_per_step:
-                position = start + self.samples_per_step
-        return position
 
 
 def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Path) -> Path | None:
@@ -164,17 +71,15 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
 
 
 class Recovery:
-    """Acts on the verdicts on the steps of a run."""
+    """Acts on the verdicts on the steps of a run.
 
-    def __init__(
-        self, saver: Saver, guard: StateGuard, n_micro_batches: int, run_dir: Path
-    ) -> None:
+    The keys ``on_nonfinite``, ``on_spike`` and ``max_rollbacks`` decide.
+    """
+
+    def __init__(self, saver: Saver, guard: StateGuard, run_dir: Path) -> None:
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
-        self.state, self.train_step = saver.state, saver.train_step
-        self.policy = FaultPolicy(
-            saver.config.train, saver.state.samples_per_step, saver.state.faults
-        )
-        self.n_micro_batches, self.run_dir = n_micro_batches, run_dir
+        self.state, self.train_step, self.loop = saver.state, saver.train_step, saver.config.train
+        self.run_dir, self.norms = run_dir, NormWatch()
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
@@ -189,10 +94,11 @@ class Recovery:
         """
         with self.guard.opened():
             numbers = self.train_step.numbers()
-        for name in ("forward_backward", "optimizer", "communication"):
-            self.state.account.add(name, getattr(numbers, f"{name}_s"))
+        names = ("forward_backward", "optimizer", "communication")
+        for name, seconds in zip(names, numbers.seconds, strict=True):
+            self.state.account.add(name, seconds)
         first_unseen = self.state.step - len(self.unseen) + 1
-        decision = self.policy.judge(first_unseen, self.unseen, numbers.steps)
+        decision = self.judge(first_unseen, self.unseen, numbers.steps)
         self.unseen.clear()
         # What they mean for this run
         if rng is not None and decision.action == "go on":
@@ -207,7 +113,7 @@ class Recovery:
             return None
         first = decision.offending[0].step
         if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
-            self.policy.rolled_back(decision.offending)
+            self.state.faults.rolled_back(decision.offending)
             self._alike_at = self.state.step  # all have read the same files
             steps = counted(sum(not f.of_machine for f in decision.offending), "step")
             self.reporter.warn(
@@ -215,7 +121,70 @@ class Recovery:
                 f"without the samples of {steps} from step {first} on"
             )
             return None
-        raise FloatingPointError(self.policy.reason(decision, loader))
+        raise FloatingPointError(self.reason(decision, loader))
+
+    def judge(self, first_step: int, positions: list[int], steps: list[StepNumbers]) -> Decision:
+        """Decide about the steps from ``first_step`` on; ``positions``: their first samples."""
+        counts, warning = self.state.faults, ""
+        found: list[Fault] = []
+        for number, (position, step) in enumerate(zip(positions, steps, strict=True), first_step):
+            if step.verdict == FINE:
+                counts.row.clear()
+                if usual := self.norms.update(step.norm):
+                    warning = (
+                        f"step {number}: the gradient explodes, its norm is {step.norm:.3g} and "
+                        f"was {usual:.3g} on average; lower optim.lr, raise schedule.warmup_steps, "
+                        "or set train.on_spike"
+                    )
+                continue
+            kind = KINDS[step.verdict]
+            fault = Fault(number, position, kind, step.loss, step.norm)
+            counts.skipped_steps += 1
+            counts.spikes += kind == "spike"
+            counts.row.append(fault)
+            if kind != "overflow":
+                found.append(fault)
+        # The strictest wish holds; a row of skipped steps goes back even where none wishes it.
+        limit = self.loop.max_rollbacks
+        if fatal := [f for f in found if self._wish(f)[1] == "stop"]:
+            return Decision("stop", fatal, found)
+        undone = [f for f in found if self._wish(f)[1] == "rollback"]
+        if not undone and len(counts.row) >= MAX_SKIPPED_IN_A_ROW:
+            undone, limit = list(counts.row), min(1, limit)
+        if undone:
+            return Decision("roll back" if counts.rollbacks < limit else "stop", undone, found)
+        return Decision("go on", [], found, warning)
+
+    def _wish(self, fault: Fault) -> tuple[str, str]:  # the key that decides, and its value
+        name = "on_spike" if fault.kind == "spike" else "on_nonfinite"
+        return name, getattr(self.loop, name)
+
+    def reason(self, decision: Decision, loader: Loader) -> str:
+        """Return why the run stops, in one line that names samples and remedies."""
+        first, last = decision.offending[0], decision.offending[-1]
+        n, n_rollbacks = len(decision.offending), self.state.faults.rollbacks
+        if decision.action == "roll back":
+            why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
+        elif n_rollbacks:
+            why = f"the run went back to a checkpoint {counted(n_rollbacks, 'time')} already"
+        elif n >= MAX_SKIPPED_IN_A_ROW:
+            why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
+        else:
+            why = "train.{} = {!r}".format(*self._wish(first))
+        several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
+        if first.of_machine:
+            remedy = (
+                "test this machine's memory and device; if an operation of this run is not "
+                "deterministic, unset train.recheck_every_steps"
+            )
+        else:
+            ids = loader.sample_ids(first.position, self.state.samples_per_step).tolist()
+            shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+            remedy = (
+                f"the first one's batch holds the samples {shown}. Look at them, lower optim.lr, "
+                "raise schedule.warmup_steps or use run.dtype=bf16"
+            )
+        return f"{first}{several}; {why}. No update was made: {remedy}"
 
     def check_copies(self) -> None:
         """Raise FloatingPointError on all ranks where their copies of the parameters differ."""
@@ -246,7 +215,7 @@ class Recovery:
             where = ""
             if not fault.of_machine:
                 try:
-                    path = write_report(fault, loader, self.n_micro_batches, self.run_dir)
+                    path = write_report(fault, loader, self.train_step.n_micro, self.run_dir)
                     where = f"; its samples: {path}" if path else ""
                 except (OSError, DataError) as error:
                     where = f"; its samples could not be written down: {error}"

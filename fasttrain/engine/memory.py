@@ -22,9 +22,11 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -34,9 +36,9 @@ import torch.distributed as dist
 from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
 from fasttrain_kernels.grad_norm import local_tensor
 from fasttrain_kernels.linear_cross_entropy import _is_small, chunk_rows
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasttrain.config import DistributedConfig, TrainConfig, UserError
+from fasttrain.config import DistributedConfig, OptimConfig, TrainConfig, UserError
 from fasttrain.config.keys import counted, divisors
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision
@@ -76,13 +78,16 @@ class StepMemory:
         return sum(astuple(self))
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operations make; knows what was alive when most was."""
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations make; knows what was alive when most was.
 
-    def __init__(self, model: nn.Module, *, plain: bool = True) -> None:
+    ``plain``: the loss is without z-loss and softcap. ``given``: what is there besides the model.
+    """
+
+    def __init__(self, model: Transformer, *given: Tensor, plain: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters, self.plain = list(model.parameters()), plain
-        held = map(local_tensor, (*self.parameters, *model.buffers()))
+        self.model, self.plain = model, plain
+        held = map(local_tensor, (*model.parameters(), *model.buffers(), *given))
         self.known = {id(tensor.untyped_storage()) for tensor in held}
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         # When most is held, and when most is held besides gradients: bytes of all but gradients, of
@@ -98,26 +103,28 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.alive[id(storage)] = storage
         # Measured anew each time, as FSDP2 shrinks and grows storages that live on.
         held = sum(storage.nbytes() for storage in self.alive.values())
-        scratch = 0
-        if func._schema.name.endswith("::linear_cross_entropy_forward"):
-            scratch = _loss_scratch(args[0], args[1], plain=self.plain)
+        is_loss = func._schema.name.endswith("::linear_cross_entropy_forward")
+        scratch = _loss_scratch(args[0], args[1], plain=self.plain) if is_loss else 0
         if held + scratch > self.peak_apart[0]:  # else it is neither
-            gradients = gradient_bytes(self.parameters)
+            gradients = self.gradients()
             now = (held + scratch - gradients, gradients, scratch)
             self.peak = max(self.peak, now, key=lambda moment: moment[0] + moment[1])
             self.peak_apart = max(self.peak_apart, now, key=lambda moment: moment[0])
         return out
 
+    def gradients(self) -> int:
+        """Return the bytes of the gradients that are there, of this rank's shards."""
+        found = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return sum(local_tensor(grad).nbytes for grad in found)
 
-def _scratch_bytes(optimizers: Iterable[torch.optim.Optimizer], n_ranks: int = 1) -> int:
-    """Return the most that an update holds beside the state; only Muon's holds anything."""
-    found = (getattr(optimizer, "scratch_bytes", lambda _: 0)(n_ranks) for optimizer in optimizers)
-    return max(found, default=0)
-
-
-def gradient_bytes(parameters: Iterable[Tensor]) -> int:
-    """Return the bytes of the gradients that are there, of this rank's shards."""
-    return sum(local_tensor(p.grad).nbytes for p in parameters if p.grad is not None)
+    def sizes(self, config: OptimConfig, precision: Precision, n_ranks: int) -> tuple[int, ...]:
+        """Return the bytes of parameters, gradients, optimizer state and an update's scratch."""
+        parameters = sum(local_tensor(p).nbytes for p in self.model.parameters())
+        optimizers = build_optimizers(self.model, config, precision.compute)
+        # Only Muon's update holds anything beside its state.
+        scratch = (getattr(o, "scratch_bytes", lambda _: 0)(n_ranks) for o in optimizers)
+        state = sum(map(state_bytes, optimizers))
+        return parameters, self.gradients(), state, max(scratch, default=0)
 
 
 def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
@@ -139,17 +146,11 @@ def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
 
 
 def _trace(
-    config: TrainConfig,
-    rows: int,
-    n_micro: int,
-    *,
-    device: torch.device,
-    precision: Precision,
-    world: World | None = None,
-) -> tuple[Transformer, _Live]:
+    config: TrainConfig, rows: int, n_micro: int, precision: Precision, world: World | None = None
+) -> _Trace:
     """Run forward and backward of a step on fake tensors; return what lived meanwhile."""
     world, seq_len = world or World(), config.data.seq_len
-    criterion = default_criterion(config)
+    criterion, device = default_criterion(config), torch.device(precision.device_type)
     with fake_tensors(), device:
         model = Transformer(config.model, seq_len=seq_len)
         shard(model, world, config.distributed)
@@ -159,17 +160,16 @@ def _trace(
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
         plain = not (config.train.z_loss or config.model.logit_softcap)
-        live = _Live(model, plain=plain)
-        live.known |= {id(t.untyped_storage()) for t in (tokens, targets)}
-        with live:
+        trace = _Trace(model, tokens, targets, plain=plain)
+        with trace:
             # With gradients accumulated, the second forward pass meets those of the first.
-            for n_left in reversed(range(min(n_micro, 2))):
+            for n_left in reversed(range(n_micro)):
                 set_gradient_sync(model, world, sync=n_left == 0)
                 with precision.autocast():
                     loss = criterion(model, tokens, targets, doc_starts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
-    return model, live
+    return trace
 
 
 @contextmanager
@@ -199,35 +199,28 @@ def estimate_memory(
     decides which attention runs and how the loss is split.
     """
     rows, seq_len = micro_batch, config.data.seq_len
-    step_rows = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks).samples
-    n_micro = 2 if step_rows > rows else 1
-    model, live = _trace(config, rows, n_micro, device=device, precision=precision)
-    parameters = sum(p.nbytes for p in model.parameters())
-    all_gradients = gradient_bytes(model.parameters())
-    optimizers = build_optimizers(model, config.optim, precision.compute)
-    state, scratch = sum(map(state_bytes, optimizers)), _scratch_bytes(optimizers)
+    step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
+    run = partial(_trace, config, rows, min(step.n_micro, 2))
+    trace = run(precision)
+    parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
-    buffers = sum(b.nbytes for b in model.buffers()) + 2 * 8 * max(step_rows, rows) * seq_len
+    buffers = sum(b.nbytes for b in trace.model.buffers())
+    buffers += 16 * max(step.samples // n_ranks, rows) * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
-    gathered, (others, gradients, logits) = 0, live.peak
+    gathered, (others, gradients, logits) = 0, trace.peak
     if mode != "single":  # DDP's buckets hold all gradients from the first step on
-        (others, _, logits), gradients = live.peak_apart, all_gradients
+        (others, _, logits), gradients = trace.peak_apart, all_gradients
     activations = others - logits
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
-        cpu, precision = torch.device("cpu"), replace(precision, device_type="cpu")
-        _, alone = _trace(config, rows, n_micro, device=cpu, precision=precision)
+        precision = replace(precision, device_type="cpu")
+        alone = run(precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
-            model, live = _trace(
-                config, rows, n_micro, device=cpu, precision=precision, world=world
-            )
-            held = sum(local_tensor(p).nbytes for p in model.parameters())
-            optimizers = build_optimizers(model, config.optim, precision.compute)
-            scratch = _scratch_bytes(optimizers, world.size)
-            all_gradients = gradient_bytes(model.parameters())
+            trace = run(precision, world)
+            held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
-        others, gradients, _ = live.peak
+        others, gradients, _ = trace.peak
         gathered = max(0, others - alone.peak_apart[0])
     if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
         gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
@@ -255,20 +248,7 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-def release_memory() -> None:
-    """Free what only reference cycles hold, as a model and its compiled step do, and torch's cache.
-
-    After an out-of-memory error, outside its handler: the traceback holds the failed step.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()
+    return int(max(accumulate((change for _, change in changes), initial=0)))
 
 
 def device_memory(device: torch.device) -> int:
@@ -303,7 +283,7 @@ def probe_step(
     ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
     """
     seq_len = config.data.seq_len
-    rows, n_micro = step_shape(config.train, seq_len)
+    rows, n_micro, *_ = step_shape(config.train, seq_len)
     assert config.model.vocab_size is not None
     # By default fork_rng takes every GPU of the machine, and warns where there are several.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -351,7 +331,7 @@ def best_micro_batch(
     a CPU the one beyond which tokens/s no longer grow. The loss does not depend on it.
     """
     free, seq_len = USABLE * device_memory(device), config.data.seq_len
-    rows = step_shape(config.train, seq_len, n_ranks).samples
+    rows = step_shape(config.train, seq_len, n_ranks).samples // n_ranks
     loop = replace(config.train, tokens_per_step=rows * seq_len)
 
     def rows_per_s(size: int) -> float:
@@ -359,8 +339,7 @@ def best_micro_batch(
         # One micro-batch is enough: in a step of many each takes the same.
         one = replace(loop, micro_batch=size, tokens_per_step=size * seq_len)
         tried = replace(config, run=run, train=one)
-        probe = probe_step(tried, device=device, precision=precision, memory=False)
-        return size / probe.step_s
+        return size / probe_step(tried, device=device, precision=precision, memory=False).step_s
 
     def fits(size: int) -> bool:
         sized = replace(config, train=replace(loop, micro_batch=size))
@@ -373,7 +352,9 @@ def best_micro_batch(
                 rows_per_s(size)
                 best = size
                 break
-            release_memory()  # the error no longer holds the attempt's model
+            # The error no longer holds the attempt's model, but reference cycles do.
+            gc.collect()
+            torch.cuda.empty_cache()
     else:
         for size in divisors(rows):
             if best is not None and size < 2 * best:

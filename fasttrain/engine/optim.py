@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fasttrain.config import OptimConfig, UserError
 from fasttrain.config.keys import refuse
@@ -16,7 +17,7 @@ from fasttrain.model.transformer import Transformer
 
 def build_optimizers(
     model: nn.Module, config: OptimConfig, compute: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """Return the optimizers of ``model``; each parameter is in exactly one group of one of them.
 
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
@@ -28,19 +29,16 @@ def build_optimizers(
     Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
     (Dettmers et al. 2021, arXiv:2110.02861): torchao.
     """
-    modules, is_muon = list(model.modules()), config.name == "muon"
+    modules, is_muon = model.modules(), config.name == "muon"
     tables = {id(p) for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = id(model.head_weight) if isinstance(model, Transformer) else None  # a table where tied
-    decay, table_scale, head_scale = config.weight_decay, 1.0, 1.0
-    table_decay = decay if config.decay_embeddings else 0.0
-    if is_muon:
-        table_scale, head_scale = config.muon_embedding_lr_scale, config.muon_head_lr_scale
+    decay, table_decay = config.weight_decay, config.weight_decay * config.decay_embeddings
     groups: dict[str, dict[str, Any]] = {
-        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale}
+        kind: {"params": [], "weight_decay": own_decay, "lr_scale": scale if is_muon else 1.0}
         for kind, own_decay, scale in (
             ("matrices", decay, 1.0),
-            ("tables", table_decay, table_scale),
-            ("head", table_decay if head in tables else decay, head_scale),
+            ("tables", table_decay, config.muon_embedding_lr_scale),
+            ("head", table_decay if head in tables else decay, config.muon_head_lr_scale),
             ("vectors", 0.0, 1.0),
             ("hidden", decay, 1.0),
         )
@@ -67,7 +65,7 @@ def build_optimizers(
     return optimizers
 
 
-def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     """Return the optimizer of all parameters that Muon does not take."""
     lr = config.peak_lr
     if config.name == "sgd":
@@ -85,14 +83,13 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
                 f"optim.name = 'adamw8bit' needs torchao ({error}); install it with pip install "
                 "torchao, or use optim.name=adamw"
             ) from error
-        eight_bit: torch.optim.Optimizer = made(groups, lr=lr, betas=config.betas, eps=config.eps)
-        return eight_bit
+        return cast(Optimizer, made(groups, lr=lr, betas=config.betas, eps=config.eps))
     if config.name in ("adamw", "muon"):
         return FusedAdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
     refuse("optim.name", config.name, "is not implemented; add it to engine/optim.py")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         value = lr * group.get("lr_scale", 1.0)
@@ -102,7 +99,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
     total = 0
     for p in _parameters(optimizer):
@@ -115,21 +112,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _parts(tensor: Tensor) -> list[str]:
-    """Return the names of the plain tensors that a quantized tensor consists of, else none."""
-    if type(tensor).__module__.startswith("torchao."):
-        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        return names
-    return []
+def _parts(tensor: Any) -> dict[str, Tensor]:
+    """Return the plain tensors that a quantized tensor consists of, by name, else none."""
+    quantized = type(tensor).__module__.startswith("torchao.")
+    return {n: getattr(tensor, n) for n in (tensor.__tensor_flatten__()[0] if quantized else ())}
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Return all optimizer state as ``<parameter name>/<key>`` → tensor, not copied.
 
     A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``.
@@ -144,7 +137,7 @@ def optimizer_tensors(
                 if value is None:  # not made yet
                     continue
                 whole = torch.as_tensor(value)
-                parts = {f"/{part}": getattr(whole, part) for part in _parts(whole)}
+                parts = {f"/{part}": tensor for part, tensor in _parts(whole).items()}
                 for part, tensor in (parts or {"": whole}).items():
                     tensors[f"{name}/{key}{part}"] = tensor
     return tensors
@@ -152,7 +145,7 @@ def optimizer_tensors(
 
 def load_optimizer_tensors(
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     tensors: Mapping[str, Tensor],
     *,
     stepped: bool = False,
@@ -194,7 +187,7 @@ def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
             raise RuntimeError(f"{what}{name} is {there} there and {here} here")
 
 
-def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] | None:
+def _expected(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor] | None:
     """Return the state that a step makes for a parameter, on the meta device; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     step = torch.empty((), device="meta")
@@ -209,9 +202,7 @@ def _expected(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor] 
     return None
 
 
-def _whole(
-    optimizer: torch.optim.Optimizer, p: Tensor, saved: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _whole(optimizer: Optimizer, p: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of one parameter, quantized tensors assembled from their parts."""
     state = {key: tensor for key, tensor in saved.items() if "/" not in key}
     for key in sorted({key.partition("/")[0] for key in saved if "/" in key}):
@@ -220,10 +211,9 @@ def _whole(
         buffer = new and new(p, signed=key == "exp_avg")
         if buffer is None or not _parts(buffer):
             raise KeyError(f"quantized optimizer state {key!r}, for which this optimizer has none")
-        for part in _parts(buffer):
-            old, new_part = saved[f"{key}/{part}"], getattr(buffer, part)
-            if (old.shape, old.dtype) != (new_part.shape, new_part.dtype):
-                raise RuntimeError(f"optimizer state {key}/{part} has another shape or type")
-            new_part.copy_(old)
+        for part, tensor in _parts(buffer).items():
+            found = saved[f"{key}/{part}"]
+            check_tensors(f"optimizer state {key}/", {part: found}, {part: tensor})
+            tensor.copy_(found)
         state[key] = buffer
     return state

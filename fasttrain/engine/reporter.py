@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from fasttrain.checkpoint import Mirror
 from fasttrain.command import redact
 from fasttrain.config import TrainConfig
-from fasttrain.data.loader import Batch
 from fasttrain.engine.state import RunState
 from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log import metrics
@@ -29,9 +28,10 @@ class Reporter:
         samples_per_epoch: int,
         run_dir: Path,
         console: Console | None,
+        mirror: Mirror | None,
         made_by: dict[str, Any] | None,
     ) -> None:
-        self.state, self.console = state, console
+        self.state, self.console, self.mirror = state, console, mirror
         self.samples_per_epoch = samples_per_epoch
         self.train_step, self.config = train_step, config
         self.device = train_step.loss.device
@@ -39,15 +39,7 @@ class Reporter:
         self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
         self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
-        self.mirror: Mirror | None = None
         self._session_has_line = False
-        self._n_fresh = 0  # tokens since the last line
-
-    def count(self, batches: Sequence[Batch]) -> None:
-        """Count the tokens of a step; the loader knows them, the device is not asked."""
-        n_tokens = sum(batch.n_tokens for batch in batches)
-        self.state.tokens += n_tokens
-        self._n_fresh += n_tokens
 
     def train(self, numbers: Numbers, *, stopped: bool) -> None:
         """Write a line for the step just done, with the numbers of the steps since the last line.
@@ -58,7 +50,7 @@ class Reporter:
         state, loss = self.state, numbers.steps[-1].loss
         if not stopped:
             state.loss_ema = metrics.smoothed(state.loss_ema, loss)
-        per_step, self._n_fresh = self._n_fresh / max(state.account.n_steps, 1), 0
+        per_step, state.fresh_tokens = state.fresh_tokens / max(state.account.n_steps, 1), 0
         times = state.account.line(state.step)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
         of_one = tokens_per_s / self.train_step.world.size
@@ -94,23 +86,19 @@ class Reporter:
         if self.console:
             self.console.train(row)
 
-    def evaluation(self, result: dict[str, float | None]) -> None:
-        """Write the result of an evaluation."""
-        row = {"step": self.state.step, **result}
+    def evaluation(self, result: dict[str, Any], scores: dict[str, float]) -> None:
+        """Write the result of an evaluation, and scores on ``eval.tasks`` if there are any."""
+        step, best = self.state.step, self.state.best_val_loss
         if self.sinks:
-            self.sinks.write("eval", row)
+            self.sinks.write("eval", {"step": step, **result})
+            if scores:
+                self.sinks.write("tasks", {"step": step, **scores})
         if self.console:
-            loss, lowest = result["val_loss"], self.state.best_val_loss
-            best = loss is not None and loss < lowest < math.inf  # the first says nothing
-            self.console.evaluation({**row, "best": best})
-
-    def tasks(self, scores: dict[str, float]) -> None:
-        """Write scores on ``eval.tasks``."""
-        if self.sinks:
-            self.sinks.write("tasks", {"step": self.state.step, **scores})
-        if self.console:
-            shown = (f"{name} {score:.4f}" for name, score in scores.items())
-            self.console.note(f"tasks {self.state.step:>7}  {'  '.join(shown)}")
+            is_best = result["val_loss"] < best < math.inf  # the first says nothing
+            self.console.evaluation({"step": step, **result, "best": is_best})
+            if scores:
+                shown = (f"{name} {score:.4f}" for name, score in scores.items())
+                self.console.note(f"tasks {step:>7}  {'  '.join(shown)}")
 
     def sample(self, prompt: str, text: str) -> None:
         """Write a prompt and how the model continued it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, Mirror, load
+from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
@@ -20,7 +20,6 @@ from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimi
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
-from fasttrain.model.runtime import resolve_compile
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
@@ -79,17 +78,12 @@ class Saver:
     """Saves and restores one run."""
 
     def __init__(
-        self,
-        reporter: Reporter,
-        watchdog: Watchdog,
-        run_dir: Path,
-        recorded: Mapping[str, Any],
-        mirror: Mirror | None = None,
+        self, reporter: Reporter, watchdog: Watchdog, run_dir: Path, recorded: Mapping[str, Any]
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
         self.config = config = reporter.config
-        self.world = world = reporter.train_step.world
+        self.world, self.mirror = world, mirror = reporter.train_step.world, reporter.mirror
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
         self.saved_at: int | None = None  # the step of the newest save, unless that failed
@@ -106,7 +100,6 @@ class Saver:
             warn=reporter.warn,
             mirror=mirror,
         )
-        self.mirror = reporter.mirror = mirror
         if mirror:
             mirror.wake()  # of a resumed run what was cut off
 
@@ -152,15 +145,12 @@ class Saver:
             self.failed_saves = 0
 
     def _fails(self, save: Callable[[], object], *, again: bool = False) -> bool:
-        """Save, or wait for a save, and return whether that failed; too many failures are raised.
-
-        ``again``: another failure of this step was counted.
-        """
+        """Save, or wait for a save; return whether that failed, and raise what fails too often."""
         try:
             save()
             return False
         except CheckpointError as error:
-            self.failed_saves += not again
+            self.failed_saves += not again  # where another failure of this step was counted
             if self.failed_saves >= MAX_FAILED_SAVES:
                 raise
             self.reporter.warn(f"{error} (training goes on)")
@@ -168,29 +158,21 @@ class Saver:
 
     def save(self, rng: dict[str, Tensor] | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
-        state, device = self.state, self.train_step.loss.device
-        self.saved_at = None
+        state, self.saved_at = self.state, None
         groups = collect(self.train_step, self.world.rank, rng)
-        facts = {
-            **state.saved(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "run.compile": resolve_compile(self.config, device),
-            **self.recorded,
-        }
+        facts = {**state.saved(), **self.recorded}
         toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
             path = self.writer.save(state.step, groups, facts, toml, metric=metric)
         self.saved_at = state.step
         return path
 
-    def load(self, path: Path) -> Checkpoint:
+    def load(self, path: Path) -> None:
         """Restore what was saved, but for the loader: build it at that position."""
         checkpoint = load(path)
         self._restore(checkpoint)
         same_hours = self.config.train.hours == checkpoint.config.train.hours
         self.state.resume(checkpoint.state, same_hours=same_hours)
-        return checkpoint
 
     def kept(self, before: int) -> list[Path]:
         """Return the checkpoints from before a step, the newest first."""

@@ -115,34 +115,13 @@ def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: i
     return length if 2 * length >= most else seq_len
 
 
-# With train.hours the number of steps is estimated once, from the time that steps took up to here.
-HOURS_ESTIMATE_AT = 20
-
-
-def n_steps(loop: LoopConfig, *, seq_len: int, samples: int, per_epoch: int) -> int | None:
-    """Return the steps of a run, each of so many ``samples``, of which an epoch has ``per_epoch``.
-
-    None with ``train.hours``, which must be measured.
-    """
-    if loop.steps is not None:
-        return loop.steps
-    if loop.tokens is not None:
-        return math.ceil(loop.tokens / (samples * seq_len))
-    if loop.epochs is not None:
-        return math.ceil(math.ceil(loop.epochs * per_epoch) / samples)
-    return None
-
-
 class StepShape(NamedTuple):
-    """The sequences of one micro-batch and the micro-batches of one step, on each rank."""
+    """The size of a step."""
 
-    rows: int
-    n_micro: int
-
-    @property
-    def samples(self) -> int:
-        """The sequences of one step, on each rank."""
-        return self.rows * self.n_micro
+    rows: int  # sequences of a micro-batch
+    n_micro: int  # micro-batches on each rank
+    samples: int  # sequences of all ranks
+    tokens: int  # of all ranks
 
 
 def step_shape(loop: LoopConfig, seq_len: int, n_ranks: int = 1) -> StepShape:
@@ -151,10 +130,21 @@ def step_shape(loop: LoopConfig, seq_len: int, n_ranks: int = 1) -> StepShape:
     A rank takes the nearest number of whole sequences, and as many at a time as divide it, up to
     ``train.micro_batch``, which may be ``auto``; the loss does not depend on that split.
     """
-    if loop.tokens_per_step is None:
-        return StepShape(loop.micro_batch, 1)
-    unit = seq_len * n_ranks
-    samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
-    most = samples if isinstance(loop.micro_batch, str) else min(loop.micro_batch, samples)
-    rows = next(n for n in range(most, 0, -1) if samples % n == 0)
-    return StepShape(rows, samples // rows)
+    rows, unit = loop.micro_batch, seq_len * n_ranks
+    samples = rows
+    if loop.tokens_per_step is not None:
+        samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
+        most = samples if isinstance(rows, str) else min(rows, samples)
+        rows = next(n for n in range(most, 0, -1) if samples % n == 0)
+    return StepShape(rows, samples // rows, samples * n_ranks, samples * unit)
+
+
+def n_steps(loop: LoopConfig, step: StepShape, samples_per_epoch: int) -> int | None:
+    """Return the steps of a run; None with ``train.hours``, which must be measured."""
+    if loop.steps is not None:
+        return loop.steps
+    if loop.tokens is not None:
+        return math.ceil(loop.tokens / step.tokens)
+    if loop.epochs is not None:
+        return math.ceil(math.ceil(loop.epochs * samples_per_epoch) / step.samples)
+    return None

@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -63,6 +63,13 @@ class FaultCounts:
         row = [Fault(*what[:3], *map(float, what[3:])) for what in saved["row"]]
         vars(self).update(saved, row=row)
 
+    def rolled_back(self, offending: Sequence[Fault]) -> None:
+        """Count a rollback; samples that are to blame are not trained on again."""
+        self.rollbacks += 1
+        blamed = (fault.position for fault in offending if not fault.of_machine)
+        self.passed_over = sorted({*self.passed_over, *blamed})
+        self.row.clear()
+
 
 @dataclass
 class RunState:
@@ -82,9 +89,10 @@ class RunState:
     faults: FaultCounts = field(default_factory=FaultCounts)
     # Of this session
     limit_s: float = math.inf  # how long the run may train
-    last_eval: dict[str, float | None] = field(default_factory=dict)  # of this step, or empty
+    last_eval: dict[str, Any] = field(default_factory=dict)  # of this step, or empty
     lr: float = 0.0  # of the last step
-    first_step_s: float | None = None  # with compilation
+    first_step_s: float | None = None  # with compilation; None until it is done
+    fresh_tokens: int = 0  # since the last line of the log
     account: TimeAccount = field(default_factory=lambda: TimeAccount(0))
 
     def saved(self) -> dict[str, Any]:
@@ -115,6 +123,15 @@ class RunState:
     def due(self, every: int | None) -> bool:
         """Return whether something that happens every so many steps happens after this one."""
         return every is not None and self.step % every == 0
+
+    @property
+    def next_position(self) -> int:
+        """The first global sample index from ``position`` on that is not passed over."""
+        position = self.position
+        for start in self.faults.passed_over:
+            if start <= position < start + self.samples_per_step:
+                position = start + self.samples_per_step
+        return position
 
     @property
     def horizon(self) -> int:
@@ -150,11 +167,6 @@ def restore_rng(rng: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(rng["cuda"].clone(), device)
 
 
-def _made(event: torch.cuda.Event) -> bool:
-    """Return whether the device has come to an event."""
-    return bool(event.query())  # type: ignore[no-untyped-call]
-
-
 class StateGuard:
     """Reserves the state of a run for the training thread, except while that only reads it.
 
@@ -166,7 +178,7 @@ class StateGuard:
         self.rng: dict[str, Tensor] = {}  # at the beginning of what is being computed
         self.is_open = False  # whether the training thread only computes now
         self._device = device
-        self._begun: deque[tuple[torch.cuda.Event, tuple[int, ...], dict[str, Tensor]]] = deque()
+        self._begun: deque[tuple[Any, tuple[int, ...], dict[str, Tensor]]] = deque()
         self._lock = threading.Lock()
         self._training = False
 
@@ -196,7 +208,7 @@ class StateGuard:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._begun.append((event, where, self.rng))
-            while len(self._begun) > 1 and _made(self._begun[1][0]):
+            while len(self._begun) > 1 and self._begun[1][0].query():
                 self._begun.popleft()
 
     def close(self) -> None:
@@ -227,10 +239,11 @@ class StateGuard:
             yield None
             return
         torch.cuda.set_device(self._device)
-        now, reached = torch.cuda.Event(), None  # type: ignore[no-untyped-call]
+        now: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         now.record(torch.cuda.default_stream(self._device))
-        if not _made(now) and self._begun:
-            while not _made(self._begun[-1][0]):
+        reached = None
+        if not now.query() and self._begun:
+            while not self._begun[-1][0].query():
                 self._begun.pop()
             _, reached, self.rng = self._begun[-1]
         with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]

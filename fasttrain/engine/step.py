@@ -189,20 +189,7 @@ class Numbers(NamedTuple):
 
     steps: list[StepNumbers]
     grad_scale: float
-    forward_backward_s: float
-    optimizer_s: float
-    communication_s: float
-
-
-class _Objective(nn.Module):
-    """The loss as a module that holds the model: DDP hooks into both."""
-
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, *inputs: Any) -> Tensor:
-        return self.loss(*inputs)
+    seconds: list[float]  # of forward and backward, optimizer, communication
 
 
 class TrainStep:
@@ -213,7 +200,6 @@ class TrainStep:
             ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
         n_micro: micro-batches of a step; None: as the config says.
         ignore_index: the target that does not count.
-        judges: False: every step is made, whatever its numbers are.
     """
 
     def __init__(
@@ -228,7 +214,6 @@ class TrainStep:
         criterion: Criterion | None = None,
         n_micro: int | None = None,
         ignore_index: int = IGNORE_INDEX,
-        judges: bool = True,
     ) -> None:
         self.world = world = world or World()
         self.model, self.optimizers, self.precision = model, list(optimizers), precision
@@ -237,14 +222,14 @@ class TrainStep:
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
         self.ema = Ema(model, loop.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
-        self.ignore_index, self.judges = ignore_index, judges
+        self.ignore_index = ignore_index
+        self.judges = True  # False: every step is made, whatever its numbers are
         custom = criterion is not None
         self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
         self.compile_mode = "off" if custom else resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
-        if n_micro is None:
-            n_micro = step_shape(loop, config.data.seq_len, world.size).n_micro
-        accumulates, mode = n_micro > 1, self.compile_mode
+        self.n_micro = n_micro or step_shape(loop, config.data.seq_len, world.size).n_micro
+        accumulates, mode = self.n_micro > 1, self.compile_mode
         if accumulates and mode in ("cuda-graphs", "max-autotune"):
             # A graph's gradients live in its own pool: the next micro-batch overwrites them.
             other = "default" if mode == "cuda-graphs" else "max-autotune-no-cudagraphs"
@@ -277,8 +262,9 @@ class TrainStep:
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
         self.keeps_grads = world.mode == "ddp" and accumulates
-        if world.mode == "ddp":
-            objective = _Objective(model, self.loss_fn)
+        if world.mode == "ddp":  # its module holds the model and returns the loss
+            objective = nn.ModuleDict({"model": model})
+            objective.forward = self.loss_fn
             ddp = replicate(objective, accumulates=accumulates, sync_buffers=custom)
             self.network = self.loss_fn = ddp
         # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
@@ -364,8 +350,7 @@ class TrainStep:
         """Judge the step and update; ``found`` is what `recheck` has found."""
         self.loss, self.norm = loss, norm
         self.before_update()
-        verdict = self._judge() if found == FINE else torch.full_like(loss, float(found))
-        self.verdict = verdict
+        self.verdict = verdict = self._judge() if found == FINE else torch.full_like(loss, found)
         bad = (verdict != FINE).float()
         clip = 1 / self.grad_unit
         if self.max_grad_norm is not None:
@@ -440,7 +425,7 @@ class TrainStep:
         self.n_unread = 0  # not before: while this thread waits, another may ask
         rows = (flat[i * n : (i + 1) * n] for i in range(3))
         steps = [StepNumbers(loss, norm, int(v)) for loss, norm, v in zip(*rows, strict=True)]
-        return Numbers(steps, flat[-1], *self.clock.read())
+        return Numbers(steps, flat[-1], self.clock.read())
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs."""

@@ -20,28 +20,23 @@ from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
-from fasttrain.distributed.lockstep import Lockstep
-from fasttrain.distributed.sharding import gathered
+from fasttrain.distributed.lockstep import Lockstep, call_ranks
+from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World, steady
 from fasttrain.engine.evaluation import evaluate
 from fasttrain.engine.faults import Recovery
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.schedule import (
-    HOURS_ESTIMATE_AT,
-    context_at,
-    lr_at,
-    n_plateaus,
-    n_stale,
-    n_steps,
-    step_shape,
-)
+from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps, step_shape
 from fasttrain.engine.state import RunState, StateGuard, restore_rng
 from fasttrain.engine.step import Numbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
 from fasttrain.model.runtime import compile_cache_use
 from fasttrain.model.transformer import Transformer
+
+# With train.hours the number of steps is estimated once, from the time that steps took up to here.
+HOURS_ESTIMATE_AT = 20
 
 Outcome = Literal["done", "stopped"]
 Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number → prompt, text
@@ -63,8 +58,8 @@ class Trainer:
         config: TrainConfig,
         *,
         train_loader: Loader,
+        val_dataset: TokenDataset,
         run_dir: Path,
-        val_dataset: TokenDataset | None = None,
         console: Console | None = None,
         sampler: Sampler | None = None,
         score_tasks: TaskScorer | None = None,
@@ -86,14 +81,10 @@ class Trainer:
         )
         # The size of a step and of the run
         shape = step_shape(config.train, config.data.seq_len, world.size)
-        self.accumulation, samples = shape.n_micro, shape.samples * world.size
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position
-        total_steps = n_steps(
-            config.train, seq_len=config.data.seq_len, samples=samples, per_epoch=per_epoch
-        )
-        self.state = state = RunState(samples, total_steps, position, regular=position == 0)
-        if config.train.hours is not None:
-            state.limit_s = config.train.hours * 3600
+        total_steps = n_steps(config.train, shape, per_epoch)
+        self.state = state = RunState(shape.samples, total_steps, position, regular=position == 0)
+        state.limit_s = 3600 * (config.train.hours or math.inf)
         # What acts on the state
         self.guard = StateGuard(device)
         step.before_update = self.guard.close
@@ -101,12 +92,11 @@ class Trainer:
         profiled = config.log.profile_steps if world.leads else ()
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
-        self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, made_by)
-        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded, mirror)
-        self.recovery = Recovery(self.saver, self.guard, self.accumulation, run_dir)
+        self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, mirror, made_by)
+        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
+        self.recovery = Recovery(self.saver, self.guard, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
-        self.compiling = True
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -127,6 +117,7 @@ class Trainer:
         self.stop_reason = reason
         if self.world.size == 1:
             self.request_stop()
+        call_ranks(self.world)
 
     def _decide_together(self) -> bool:
         """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
@@ -152,8 +143,7 @@ class Trainer:
                 self._after_step(self._finished())
                 self.saver.save_once()  # or the next session would make up for it once more
             self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
-            several = self.world.n_copies > 1
-            check_every = config.distributed.check_every_steps if several else None
+            check_every = config.distributed.check_every_steps
             if check_every:
                 self.recovery.check_copies()
             while not self._finished():
@@ -169,7 +159,7 @@ class Trainer:
                     log = self._step()
                 except Exception as error:
                     # What ends this run may have ended the compiler as well, or another rank.
-                    ended = self.compiling or self.world.size == 1
+                    ended = state.first_step_s is None or self.world.size == 1
                     if not (ended and self.stop_reason and self.guard.is_open):
                         raise
                     self.guard.close()
@@ -177,8 +167,7 @@ class Trainer:
                     self.request_stop()
                     self.reporter.warn(f"the step under way was given up: {error}")
                     continue
-                if self.compiling:  # the first step of this process is done
-                    self.compiling = False
+                if state.first_step_s is None:
                     self._synchronize()
                     steady(config.distributed, self.world)
                     state.first_step_s = time.perf_counter() - started_s
@@ -191,8 +180,7 @@ class Trainer:
                 log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
-                    numbers = self._look()
-                    if numbers is None:
+                    if (numbers := self._look()) is None:
                         continue
                     if log or stopping:
                         self.reporter.train(numbers, stopped=not log)
@@ -216,7 +204,7 @@ class Trainer:
         state, config = self.state, self.config
         started, waited = time.perf_counter(), self.train_loader.wait_s
         self.guard.begin(state.step, state.position, state.tokens)
-        batches = list(islice(self.train_loader, self.accumulation))  # fewer at the end of epochs
+        batches = list(islice(self.train_loader, self.train_step.n_micro))  # fewer at the end
         schedule, seq_len, peak = config.schedule, config.data.seq_len, config.optim.peak_lr
         k = n_plateaus(state.val_losses, schedule.plateau_evals, config.eval.min_change)
         state.lr = lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
@@ -227,20 +215,21 @@ class Trainer:
         twice = every is not None and (state.step + 1) % every == 0
         with self.profiler.step(state.step + 1):
             (self.train_step.recheck if twice else self.train_step)(batches, state.lr)
-        # The step is issued: count it, and skip samples that are not trained on again.
-        self.reporter.count(batches)
+        # The step is issued: count it, no sync, and skip samples that are not trained on again.
+        n_tokens = sum(batch.n_tokens for batch in batches)
+        state.tokens, state.fresh_tokens = state.tokens + n_tokens, state.fresh_tokens + n_tokens
         wait_s = self.train_loader.wait_s - waited
         state.step += 1
         self.recovery.unseen.append(state.position)
         state.position += state.samples_per_step
-        if self.recovery.policy.next_position(state.position) != state.position:
+        if state.next_position != state.position:
             self._move()
         log = state.due(config.log.every_steps) or state.step in (1, HOURS_ESTIMATE_AT)
         if log or state.account.n_steady == HOURS_ESTIMATE_AT - 2:  # the pace is known after it
             self._synchronize()
         elapsed = time.perf_counter() - started
         state.trained_s += elapsed
-        state.account.add_step(elapsed, wait_s, first=self.compiling)
+        state.account.add_step(elapsed, wait_s, first=state.first_step_s is None)
         return log
 
     def _look(self) -> Numbers | None:
@@ -252,7 +241,7 @@ class Trainer:
 
     def _move(self) -> None:
         """Put position and loader at the next sample that is trained on."""
-        self.state.position = self.recovery.policy.next_position(self.state.position)
+        self.state.position = self.state.next_position
         with self.train_loader as loader:
             self.train_loader = loader.at(self.state.position)
 
@@ -265,13 +254,11 @@ class Trainer:
         if state.total_steps is None and pace.n_steady >= HOURS_ESTIMATE_AT - 1:
             step_s = (pace.steady_s + pace.steady_wait_s) / pace.n_steady
             state.total_steps = self.world.share(state.step + int(state.left_s / step_s))
-        if self.lockstep.time_over or (self.world.size == 1 and state.left_s <= 0):
-            return True
+        time_over = self.lockstep.time_over or (self.world.size == 1 and state.left_s <= 0)
         # The validation loss no longer falls, or the last step is done.
         patience, min_change = self.config.eval.patience, self.config.eval.min_change
-        if patience is not None and n_stale(state.val_losses, min_change) >= patience:
-            return True
-        return state.total_steps is not None and state.step >= state.total_steps
+        stale = patience is not None and n_stale(state.val_losses, min_change) >= patience
+        return time_over or stale or state.step >= state.horizon
 
     def _after_step(self, last: bool) -> None:
         """Evaluate, save and sample where that is due."""
@@ -280,15 +267,46 @@ class Trainer:
             progress = state.progress()
             self.console.progress(state.step, state.total_steps, state.tokens, *progress)
         state.last_eval, best = {}, state.best_val_loss
-        if self.val_dataset is not None and (state.due(config.eval.every_steps) or last):
-            self.evaluate(last=last)
+        if state.due(config.eval.every_steps) or last:
+            self._evaluate(last=last)
         if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
         self.lockstep.watchdog.beat()
-        samples = state.due(config.eval.sample_every_steps) or last
-        if self.sampler and samples and not state.eval_due:
-            self._sample(self.sampler)
+        every = config.eval.sample_every_steps
+        if self.sampler and (state.due(every) or last) and not state.eval_due:
+            opened, measured = self.guard.opened(), state.account.measure("sample")
+            in_use, used = self.train_step.ema.in_use(), evaluating(self.model, self.world)
+            with in_use, opened, measured, used:  # the model continues the next of the prompts
+                prompt, text = self.sampler(self.model, state.step // every if every else 0)
+            self.reporter.sample(prompt, text)
             self.lockstep.watchdog.beat()
+
+    def _evaluate(self, *, last: bool) -> None:
+        """Evaluate on the validation split and log it (see `evaluation.evaluate`).
+
+        Every ``eval.tasks_every_evals`` times, and the ``last`` time, log scores on tasks as well.
+        """
+        gc.collect()
+        state, score_tasks, scores = self.state, self.score_tasks, dict[str, float]()
+        if not last and (len(state.val_losses) + 1) % self.config.eval.tasks_every_evals:
+            score_tasks = None
+
+        def should_stop() -> bool:
+            return self._decide_together() and self.guard.is_open
+
+        state.eval_due = True
+        with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
+            result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
+            if result and score_tasks:
+                with evaluating(self.model, self.world):
+                    found = score_tasks(self.model, should_stop)
+                scores, result = found or {}, {} if found is None else result
+        state.eval_due, state.last_eval = not result, result
+        if state.eval_due:  # it was cut off: it is made up for when the run is resumed
+            return
+        self.reporter.evaluation(result, scores)
+        state.val_losses.append(result["val_loss"])
+        state.best_val_loss = min(state.best_val_loss, state.val_losses[-1])
 
     def close(self) -> None:
         """Wait for the checkpoint being written, which may fail; end the threads, close files."""
@@ -313,50 +331,3 @@ class Trainer:
                 state.step, state.position, state.tokens = reached
             self.recovery.look(self.train_loader, self.guard.rng)
         return True
-
-    # ---- evaluation, samples -------------------------------------------------------------------
-
-    def evaluate(self, *, last: bool = False) -> dict[str, float | None]:
-        """Evaluate on the validation split, log it and return it (see `evaluation.evaluate`).
-
-        Every ``eval.tasks_every_evals`` times, and the ``last`` time, log scores on tasks as well.
-        """
-        assert self.val_dataset is not None
-        gc.collect()
-        state, score_tasks, scores = self.state, self.score_tasks, dict[str, float]()
-        if not last and (len(state.val_losses) + 1) % self.config.eval.tasks_every_evals:
-            score_tasks = None
-
-        def should_stop() -> bool:
-            return self._decide_together() and self.guard.is_open
-
-        state.eval_due = True
-        with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
-            result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
-            if result and score_tasks:
-                self.model.eval()
-                with gathered(self.model, self.world):
-                    found = score_tasks(self.model, should_stop)
-                self.model.train()
-                scores, result = found or {}, {} if found is None else result
-        state.eval_due, state.last_eval = not result, result
-        if state.eval_due:  # it was cut off: it is made up for when the run is resumed
-            return {}
-        self.reporter.evaluation(result)
-        if scores:
-            self.reporter.tasks(scores)
-        loss = state.last_eval["val_loss"]
-        state.val_losses.append(math.inf if loss is None else loss)
-        state.best_val_loss = min(state.best_val_loss, state.val_losses[-1])
-        return state.last_eval
-
-    def _sample(self, sampler: Sampler) -> None:
-        """Let the model continue the next of the prompts."""
-        every = self.config.eval.sample_every_steps
-        number = self.state.step // every if every else 0
-        self.model.eval()
-        opened, measured = self.guard.opened(), self.state.account.measure("sample")
-        with self.train_step.ema.in_use(), opened, measured, gathered(self.model, self.world):
-            prompt, text = sampler(self.model, number)
-        self.model.train()
-        self.reporter.sample(prompt, text)

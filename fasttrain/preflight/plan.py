@@ -21,12 +21,13 @@ from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
+from fasttrain.engine.plan import plan_run, warnings_at_start
 from fasttrain.engine.schedule import lr_at, step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight.warnings import warnings_of
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
@@ -68,7 +69,7 @@ def preflight(
     if isinstance(loop.micro_batch, str):
         best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=print)
         loop = replace(loop, micro_batch=best)
-    rows, n_micro = step_shape(loop, seq_len, n_ranks)
+    rows, n_micro, *_ = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
     share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
     alone = replace(config, train=share)  # what one rank does
@@ -148,7 +149,7 @@ def diagnose_run(config: TrainConfig) -> bool:
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     config, train, _ = open_splits(config, print)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train)
+    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     optimizers = build_optimizers(model, config.optim, precision.compute)

@@ -61,14 +61,10 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             folder.warn(str(error))
         end_at_once(status)
 
-    def stop(reason: str) -> None:
-        trainer.stop_for(reason)
-        call_ranks(world)
-
     signals = stop_signals(
-        stop=stop,
+        stop=trainer.stop_for,
         rescue=rescue,
-        patience_s=lambda: PATIENCE_COMPILING_S if trainer.compiling else PATIENCE_S,
+        patience_s=lambda: PATIENCE_S if state.first_step_s else PATIENCE_COMPILING_S,
         echo_s=ECHO_S if world.size > 1 else 0.0,
     )
     try:
@@ -116,7 +112,7 @@ def describe(
         outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
         tokens = f"{train.n_tokens:,} tokens to train on{outside}, {val.n_tokens:,} to validate"
         rows["data"] = f"{redact(named)}: {tokens}; {vocabulary}"
-    n_rows, n_micro = step_shape(loop, seq_len, plan.n_ranks)
+    n_rows, n_micro, *_ = step_shape(loop, seq_len, plan.n_ranks)
     ranks = f" on each of {plan.n_ranks} ranks" if plan.n_ranks > 1 else ""
     micro = f"{n_micro} × {counted(n_rows, 'row')} × {seq_len}{ranks}"
     rows["step"], rows["run"] = f"{plan.tokens_per_step:,} tokens: {micro}", f"{loop.hours} h"
@@ -134,7 +130,6 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     """Show what is about to run, and warn of what will hurt it."""
     console, val, state = folder.console, trainer.val_dataset, trainer.state
     assert console is not None
-    assert val is not None
     config, world, step = trainer.config, trainer.world, trainer.train_step
     train = trainer.train_loader.dataset
     # How it computes

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -36,16 +37,17 @@ class RunFolder:
         self.mirror: Mirror | None = None
         self._lock: TextIO | None = None
         self.new = False  # whether this process made the folder
+        self.path = Path()
+        self.source: Path | None = None  # the verified checkpoint that is continued
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
             with world.failing_together():
-                found = self._claim(config, name, resume) if world.leads else None
+                if world.leads:
+                    self._claim(config, name, resume)
             failed.pop_all()
-        path, source = world.share(found)
-        # The folder, and the verified checkpoint that is continued
-        self.path, self.source = Path(path), source and Path(source)
+        self.path, self.source = world.share((self.path, self.source))
 
-    def _claim(self, config: TrainConfig, name: str, resume: str | None) -> tuple[str, str | None]:
+    def _claim(self, config: TrainConfig, name: str, resume: str | None) -> None:
         if restarted := _restarted_run_dir(config, name):
             path, resume = restarted, "auto"
         else:
@@ -54,19 +56,19 @@ class RunFolder:
             self.mirror = Mirror(
                 address, path, config.checkpoint.keep_last, note=self.note, warn=self.warn
             )
-        self.new = not path.exists()
+        new = not path.exists()
         self._lock = lock_run_dir(path)
+        self.path = path
         self.console = Console(path / "train.log")
-        source = None
         if resume == "auto" and self.mirror and not restarted:
             self.mirror.fetch()
         if resume == "auto" and not _was_saved(path):
-            how = "starting a new run" if self.new else "starting over in this folder"
+            how = "starting a new run" if new else "starting over in this folder"
             self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
         elif resume is not None:
             target = path if resume == "auto" else Path(resume)
-            source = str(checkpoint.resolve(target, report=self.warn))
-        return str(path), source
+            self.source = checkpoint.resolve(target, report=self.warn)
+        self.new = new
 
     def note(self, text: str) -> None:
         """Print a remark, once for all ranks."""
@@ -80,13 +82,11 @@ class RunFolder:
         else:
             tell(f"rank {self.world.rank}: {text}")
 
-    def remove_unused(self) -> None:
-        """Remove the folder of a new run that never began."""
-        if self.new and not _has_rows(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
-
     def close(self) -> None:
-        """Give console and folder back."""
+        """Give console and folder back; remove the folder of a new run that never began."""
+        failed = isinstance(sys.exception(), UserError | KeyboardInterrupt)
+        if failed and self.new and not _has_rows(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
         if self.console:
             self.console.close()
         if self._lock:
@@ -170,17 +170,16 @@ def lock_run_dir(run_dir: Path) -> TextIO:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
-        ) from error
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         lock.close()
         raise UserError(
             f"{run_dir} is in use by another trainer; wait for it or set another run.name "
             "(of fasttrain.Trainer: run_dir)"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
         ) from error
     lock.truncate(0)
     lock.write(_job())

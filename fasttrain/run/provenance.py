@@ -21,7 +21,6 @@ from fasttrain.command import redact
 PACKAGES = ("triton", "numpy", "tokenizers", "safetensors")
 _ROOT = Path(__file__).parents[2]  # of the checkout, where the package lies in one
 _DRIVER = r"(\d+\.\d+(\.\d+)?)"
-_GIT_S = 2.0  # on a file system that hangs
 
 
 def provenance(device: torch.device, parent: Path | None = None) -> dict[str, str | bool | None]:
@@ -75,8 +74,8 @@ def _checkout(root: Path) -> tuple[str | None, bool | None]:
     command += ["--", "fasttrain", "kernels"]
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
     try:
-        shown = subprocess.run(command, timeout=_GIT_S, env=environment, **options).stdout
-    except (OSError, subprocess.SubprocessError):  # no git, say
+        shown = subprocess.run(command, timeout=2.0, env=environment, **options).stdout
+    except (OSError, subprocess.SubprocessError):  # no git, or a file system that hangs
         return None, None
     head, *changes = (x for x in shown.splitlines() if x[0] != "#" or "branch.oid" in x)
     commit = head.split()[-1]

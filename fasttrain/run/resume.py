@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fasttrain import checkpoint
+from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
 from fasttrain.checkpoint.reading import misfits_of
-from fasttrain.config import TrainConfig, UserError, config_difference, config_to_dict, load_config
+from fasttrain.config import TrainConfig, UserError, config_difference, config_to_dict
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import cut
@@ -35,13 +35,13 @@ MAY_CHANGE_IF_UNUSED = ("eval.every_steps", "eval.batch_size", "eval.stride_frac
 
 
 def check_resumable(
-    source: Path,
+    source: Checkpoint,
     config: TrainConfig,
     data: dict[str, dict[str, Any]],
     allow_change: Sequence[str],
     samples_per_step: int,
-) -> dict[str, Any]:
-    """Return the state of the checkpoint ``source``, allowed changes added to its history.
+) -> list[dict[str, Any]]:
+    """Return the history of the checkpoint ``source``, allowed changes added.
 
     Raises UserError where the config, the facts of the ``data`` or the samples of a step are not
     those of the checkpoint and ``allow_change`` does not name the key (it names all of them), or
@@ -54,12 +54,11 @@ def check_resumable(
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "it takes section.key"
             raise UserError(f"--allow-change {key}: there is no such key; {hint}")
-    parts = checkpoint.parse(source)
-    state = parts.state
+    state, path = source.state, source.path
     if "position" not in state or "data" not in state:
         raise UserError(
-            f"{source} holds a model, and no run to go on with; start one with "
-            f"model.init_from={source} and without --resume"
+            f"{path} holds a model, and no run to go on with; start one with "
+            f"model.init_from={path} and without --resume"
         )
     # What differs in config, batch and data, but for keys that change no number: the key, its old
     # and new value, and how they differ where the values do not say it
@@ -67,7 +66,7 @@ def check_resumable(
     harmless = MAY_CHANGE + (MAY_CHANGE_IF_UNUSED if unused else ())
     changes = [
         (key, old, new, "")
-        for key, old, new in config_difference(parts.config, config)
+        for key, old, new in config_difference(source.config, config)
         if not key.startswith(harmless)
     ]
     before = state.get("samples_per_step", samples_per_step)
@@ -92,15 +91,13 @@ def check_resumable(
     ]
     if refused:
         raise UserError(
-            f"{source} was made with other settings: {'; '.join(refused)}; put them back, or allow "
+            f"{path} was made with other settings: {'; '.join(refused)}; put them back, or allow "
             "each with --allow-change KEY; of another run: --resume RUN"
         )
-    checkpoint.check_model(config, parts.group("model"), source)
+    check_model(config, source.group("model"), path)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
-    state["history"] = state.get("history", []) + [
-        {**when, "key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes
-    ]
-    return state
+    shown = ({"key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes)
+    return [*state.get("history", []), *({**when, **change} for change in shown)]
 
 
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
@@ -128,12 +125,10 @@ def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: 
     return None
 
 
-def lr_jump(
-    source: Path, state: dict[str, Any], config: TrainConfig, total_steps: int | None
-) -> str | None:
+def lr_jump(source: Checkpoint, config: TrainConfig, total_steps: int | None) -> str | None:
     """Return a warning where another horizon makes the learning rate jump at the next step."""
-    old_config, peak = load_config(source / "config.toml"), config.optim.peak_lr
-    named = old_config.schedule != config.schedule or old_config.optim.peak_lr != peak
+    state, peak = source.state, config.optim.peak_lr
+    named = source.config.schedule != config.schedule or source.config.optim.peak_lr != peak
     if named or total_steps is None or state["total_steps"] is None:
         return None
     totals = (state["total_steps"], total_steps)
@@ -177,7 +172,7 @@ BRANCH_MAY_CHANGE = (
 
 def start_from(model: nn.Module, path: str | Path) -> None:
     """Give ``model`` the parameters of another run, as ``model.init_from`` says."""
-    _, found = checkpoint.saved_parameters(Path(path))
+    _, found = saved_parameters(Path(path))
     wanted = model.state_dict()
     if misfits := misfits_of(wanted, found):
         raise UserError(
@@ -187,26 +182,25 @@ def start_from(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
 
 
-def decaying_from(config: TrainConfig, source: Path) -> TrainConfig:
+def decaying_from(config: TrainConfig, source: Checkpoint) -> TrainConfig:
     """Return the config of a branch that decays from the checkpoint ``source`` to its horizon."""
     if config.schedule.name != "wsd":
         raise UserError(
             f"--decay-from: schedule.name = {config.schedule.name} has no decay of its own; set "
             "schedule.name=wsd"
         )
-    state = checkpoint.load(source, only=()).state
-    if "position" not in state:
+    path = source.path
+    if "position" not in source.state:
         raise UserError(
-            f"--decay-from {source}: holds parameters but no run; use model.init_from={source}"
+            f"--decay-from {path}: holds parameters but no run; use model.init_from={path}"
         )
-    return replace(config, schedule=replace(config.schedule, decay_start_step=state["step"]))
+    return replace(config, schedule=replace(config.schedule, decay_start_step=source.step))
 
 
-def settle_branch(config: TrainConfig, source: Path) -> TrainConfig:
+def settle_branch(config: TrainConfig, source: Checkpoint) -> TrainConfig:
     """Return the config for resuming at ``source``: its decay begins at the step that it had."""
-    begun = load_config(source / "config.toml").schedule.decay_start_step
-    if begun is None or config.schedule.decay_start_step is not None:
-        return config
+    begun, own = (c.schedule.decay_start_step for c in (source.config, config))
+    begun = begun if own is None else own
     return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
 
 

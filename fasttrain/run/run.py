@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from fasttrain_kernels._torch import spare_compiler
+from tokenizers import Tokenizer
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
-from fasttrain.config import TrainConfig, UserError, config_to_toml, load_config
+from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
@@ -34,7 +35,7 @@ from fasttrain.distributed.sharding import make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.trainer import Sampler, TaskScorer, Trainer
+from fasttrain.engine.trainer import TaskScorer, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
 from fasttrain.model.runtime import keep_compiled, resolve_compile
@@ -93,13 +94,8 @@ def run(
             if resolve_compile(config, device) in ("off", "c++"):
                 spare_compiler()
             check_packages(config)
-            # The run folder, and what is continued
+            # The run
             folder = RunFolder(config, name, resume, world)
-            if folder.source is not None:
-                config, branch_of = resuming.settle_branch(config, folder.source), None
-            elif branch_of is not None:
-                config = resuming.decaying_from(config, branch_of)
-                allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
             options = {"--stop-at-step": stop_at_step}
             trainer = _build(config, world, device, folder, allow_change, branch_of, options)
             if stop_at_step is not None:
@@ -115,13 +111,9 @@ def run(
         if status != EXIT_FAILED:
             stop(world)
         return status
-    except (UserError, KeyboardInterrupt) as error:
-        if folder is not None:
-            folder.remove_unused()
-        if isinstance(error, SharedError):  # rank 0 raises what the command line prints
-            record(f"error: {error}")
-            return EXIT_BAD_INPUT
-        raise
+    except SharedError as error:  # rank 0 raises what the command line prints
+        record(f"error: {error}")
+        return EXIT_BAD_INPUT
     finally:
         if folder is not None:
             folder.close()
@@ -170,7 +162,15 @@ def _build(
     branch_of: Path | None,
     options: dict[str, int | None],
 ) -> Trainer:
-    run_dir, source = folder.path, folder.source or branch_of
+    run_dir, source = folder.path, None  # the checkpoint that is continued; its files are mapped
+    with world.failing_together():
+        if folder.source is not None:
+            source = checkpoint.parse(folder.source)
+            config = resuming.settle_branch(config, source)
+        elif branch_of is not None:
+            source = checkpoint.parse(branch_of)
+            config = resuming.decaying_from(config, source)
+            allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
     # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
@@ -180,36 +180,40 @@ def _build(
     if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(config, recorded["data"], options))
     # What "auto" stands for, and whether the checkpoint may be continued
-    precision, state = resolve_precision(config.run.dtype, device), dict[str, Any]()
+    precision, state = resolve_precision(config.run.dtype, device), source.state if source else {}
     if isinstance(rows := config.train.micro_batch, str):
-        if source is not None:
-            rows = load_config(source / "config.toml").train.micro_batch
-        else:
-            from fasttrain.engine.memory import best_micro_batch  # half a second of imports
+        with world.failing_together():
+            if source is not None:
+                rows = source.config.train.micro_batch
+            elif world.leads:
+                from fasttrain.engine.memory import best_micro_batch  # half a second of imports
 
-            with world.failing_together():
-                if world.leads:
-                    rows = best_micro_batch(
-                        config, world.size, device=device, precision=precision, report=folder.note
-                    )
-            rows = world.share(rows)
+                rows = best_micro_batch(
+                    config, world.size, device=device, precision=precision, report=folder.note
+                )
+        rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
-        if config.eval.prompts is None and train.tokenizer_path is not None:
-            prompts = beginnings(val, load_tokenizer(train.tokenizer_path))
+        path = train.tokenizer_path if config.eval.tasks or config.eval.prompts != () else None
+        tokenizer = load_tokenizer(path) if path else None
+        if config.eval.prompts is None and tokenizer is not None:
+            prompts = beginnings(val, tokenizer)
             config = replace(config, eval=replace(config.eval, prompts=prompts))
         shape = step_shape(config.train, config.data.seq_len, world.size)
         if source is not None:
-            state = resuming.check_resumable(
-                source, config, recorded["data"], allow_change, shape.samples * world.size
+            recorded["history"] = resuming.check_resumable(
+                source, config, recorded["data"], allow_change, shape.samples
             )
-            recorded["history"] = state["history"]
         if world.leads:
-            recorded["provenance"] = provenance(device, source)
-            mode = resolve_compile(config, device)  # of auto or c++, what this machine makes of it
-            other = {"run.compile": mode, "threads": torch.get_num_threads()}
+            made_by = provenance(device, source.path if source else None)
+            other = {
+                "torch": made_by["torch"],
+                "threads": torch.get_num_threads() if device.type == "cpu" else None,
+                "run.compile": resolve_compile(config, device),  # what this machine makes of it
+            }
+            recorded |= {"provenance": made_by, **other}
             exact = source is None or device.type == "cpu" or config.run.deterministic
-            if said := resuming.made_otherwise(state, recorded["provenance"] | other, exact=exact):
+            if said := resuming.made_otherwise(state, made_by | other, exact=exact):
                 folder.warn(said)
     # The model, as the ranks hold it, and its optimizers
     torch.manual_seed(config.run.seed)
@@ -229,24 +233,20 @@ def _build(
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
-    sampler = None
+    order = LoaderOptions.of(config, micro_batch=shape.rows, rank=world.rank, world_size=world.size)
+    sampler = partial(_sample, config, tokenizer) if config.eval.prompts and tokenizer else None
     with world.failing_together():
         if world.leads:
-            n_bytes = _checkpoint_bytes(model, optimizers, config)
+            copies = 1 if config.train.ema_decay is None else 2
+            n_bytes = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
+            n_bytes += sum(map(state_bytes, optimizers))
             held = config.checkpoint.keep_last + bool(folder.mirror)  # one is kept to be copied
             check_disk(run_dir, n_bytes, held)
             if folder.mirror:  # takes the name there, before the first step
                 folder.mirror.put("config.toml", config_to_toml(config, redact).encode())
-        if train.tokenizer_path is not None:
-            if folder.source is None and world.leads:
+            if train.tokenizer_path is not None and folder.source is None:
                 shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
-            sampler = _sampler(config, train.tokenizer_path, device)
-        score_tasks = _task_scorer(
-            config, train.tokenizer_path, folder.warn, precision=precision, world=world
-        )
-        order = LoaderOptions.of(
-            config, micro_batch=shape.rows, rank=world.rank, world_size=world.size
-        )
+        score_tasks = _task_scorer(config, tokenizer, folder.warn, precision=precision, world=world)
         loader = Loader(train, order, device=device, position=state.get("position", 0))
     trainer = Trainer(
         model,
@@ -264,15 +264,14 @@ def _build(
     )
     if source is not None:
         try:
-            trainer.saver.load(source)
-            if branch_of is not None:
-                resuming.begin_branch(trainer.state, config, branch_of)
+            trainer.saver.load(source.path)
+            if folder.source is None:
+                resuming.begin_branch(trainer.state, config, source.path)
                 trainer.saver.saved_at = None
         except UserError:
             trainer.close()
             raise
-        total = trainer.state.total_steps
-        jump = None if branch_of else resuming.lr_jump(source, state, config, total)
+        jump = folder.source and resuming.lr_jump(source, config, trainer.state.total_steps)
         if world.leads and jump:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left
@@ -282,53 +281,35 @@ def _build(
     return trainer
 
 
-def _checkpoint_bytes(
-    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig
-) -> int:
-    """Return the size of a checkpoint: the model, its average and the optimizers' state."""
-    copies = 1 if config.train.ema_decay is None else 2
-    size: int = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
-    return size + sum(map(state_bytes, optimizers))
-
-
-def _sampler(config: TrainConfig, tokenizer_path: Path, device: torch.device) -> Sampler | None:
-    prompts = config.eval.prompts
-    if not prompts:
-        return None
-    tokenizer = load_tokenizer(tokenizer_path)
-
-    def sample(model: Transformer, number: int) -> tuple[str, str]:
-        prompt = prompts[number % len(prompts)]
-        # A prompt of which the tokenizer knows nothing starts like a new document.
-        ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
-        out = generate(
-            model,
-            torch.tensor([ids], device=device),
-            max_new_tokens=config.eval.sample_tokens,
-            temperature=config.eval.temperature,
-            top_k=config.eval.top_k,
-            generator=torch.Generator(device).manual_seed(config.run.seed + number),
-        )
-        return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
-
-    return sample
+def _sample(
+    config: TrainConfig, tokenizer: Tokenizer, model: Transformer, number: int
+) -> tuple[str, str]:
+    wanted, device = config.eval, model.embedding.weight.device
+    prompts = wanted.prompts or ("",)
+    prompt = prompts[number % len(prompts)]
+    # A prompt of which the tokenizer knows nothing starts like a new document.
+    ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+    options: dict[str, Any] = {"temperature": wanted.temperature, "top_k": wanted.top_k}
+    options["generator"] = torch.Generator(device).manual_seed(config.run.seed + number)
+    tokens = torch.tensor([ids], device=device)
+    out = generate(model, tokens, max_new_tokens=wanted.sample_tokens, **options)
+    return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
 
 
 def _task_scorer(
-    config: TrainConfig, tokenizer_path: Path | None, warn: Callable[[str], None], **options: Any
+    config: TrainConfig, tokenizer: Tokenizer | None, warn: Callable[[str], None], **options: Any
 ) -> TaskScorer | None:
     if not config.eval.tasks:
         return None
-    if tokenizer_path is None:
+    if tokenizer is None:
         raise UserError("eval.tasks needs the dataset's tokenizer.json; there is none, so unset it")
     from fasttrain.harness import HarnessModel, Stopped, load_tasks, scores
 
     tasks = load_tasks(config.eval.tasks, config.eval.tasks_path, quiet=True)
-    options["tokenizer"] = load_tokenizer(tokenizer_path)
     options["batch_size"] = config.eval.batch_size or config.train.micro_batch
 
     def score(model: Transformer, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        lm = HarnessModel(model=model, should_stop=should_stop, **options)
+        lm = HarnessModel(model=model, tokenizer=tokenizer, should_stop=should_stop, **options)
         try:
             return scores(lm.run(tasks, config.eval.tasks_limit))
         except Stopped:

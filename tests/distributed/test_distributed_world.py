@@ -46,7 +46,10 @@ def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
     tokens: int | None, micro_batch: Any, seq_len: int, n_ranks: int, shape: tuple[int, int]
 ) -> None:
     loop = LoopConfig(steps=1, tokens_per_step=tokens, micro_batch=micro_batch)
-    assert step_shape(loop, seq_len, n_ranks) == shape
+    step = step_shape(loop, seq_len, n_ranks)
+    assert (step.rows, step.n_micro) == shape
+    assert step.samples == shape[0] * shape[1] * n_ranks
+    assert step.tokens == step.samples * seq_len
 
 
 def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:

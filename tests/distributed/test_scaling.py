@@ -143,8 +143,8 @@ def test_bytes_sent_are_those_of_the_collectives(reshard: bool) -> None:
         config, distributed=DistributedConfig(mode="fsdp", reshard_after_forward=reshard)
     )
     with memory._pretended(config.distributed, 4, "fsdp") as world, Sent(4) as sent:
-        model, _ = memory._trace(config, ROWS, 2, device=CPU, precision=PRECISION, world=world)
-    foreseen = traffic(config, model, mode="fsdp", n_ranks=4, n_micro=2, width=4)
+        trace = memory._trace(config, ROWS, 2, PRECISION, world)
+    foreseen = traffic(config, trace.model, mode="fsdp", n_ranks=4, n_micro=2, width=4)
     assert sent.bytes["all_gather"] == pytest.approx(foreseen["all-gather"], rel=0.01)
     assert sent.bytes["reduce_scatter"] == pytest.approx(foreseen["reduce-scatter"], rel=0.01)
 
@@ -174,7 +174,7 @@ def test_C5_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
 
     def dtypes_of(world: World) -> set[tuple[str, tuple[torch.dtype, ...]]]:
         with Dtypes() as dtypes:
-            memory._trace(config, ROWS, 1, device=CPU, precision=precision, world=world)
+            memory._trace(config, ROWS, 1, precision, world)
         return dtypes.seen
 
     alone = dtypes_of(World())

@@ -3,8 +3,11 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from fasttrain.config.schema import LoopConfig
 from fasttrain.data.format import open_dataset
@@ -14,15 +17,15 @@ from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.faults import (
     MAX_REPORTS,
     MAX_SKIPPED_IN_A_ROW,
-    FaultPolicy,
+    Recovery,
     write_report,
 )
-from fasttrain.engine.state import Fault
+from fasttrain.engine.state import Fault, RunState, StateGuard
 from fasttrain.engine.step import FINE, NONFINITE, OVERFLOW, SPIKE, StepNumbers
 from tests.support.toy import write_dataset
 
 
-def judged(policy: FaultPolicy, *verdicts: int, first: int = 1) -> tuple[str, list[int], list[int]]:
+def judged(policy: Recovery, *verdicts: int, first: int = 1) -> tuple[str, list[int], list[int]]:
     """Return the action, the offending steps and the reported ones; a step has four samples."""
     steps = [StepNumbers(3.0 if v in (FINE, SPIKE) else math.nan, 1.0, v) for v in verdicts]
     positions = [4 * (first - 1 + i) for i in range(len(steps))]
@@ -31,8 +34,11 @@ def judged(policy: FaultPolicy, *verdicts: int, first: int = 1) -> tuple[str, li
     return decision.action, offending, [fault.step for fault in decision.reported]
 
 
-def policy(**keys: object) -> FaultPolicy:
-    return FaultPolicy(LoopConfig(steps=1, **keys), samples_per_step=4)  # type: ignore[arg-type]
+def policy(**keys: Any) -> Recovery:
+    config = SimpleNamespace(train=LoopConfig(steps=1, **keys))
+    state = RunState(samples_per_step=4, total_steps=None, position=0, regular=True)
+    saver: Any = SimpleNamespace(config=config, state=state, train_step=None, reporter=None)
+    return Recovery(saver, StateGuard(torch.device("cpu")), Path())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_R18_the_config_decides(keys: dict[str, object], verdict: int, action: s
     offending = [] if action == "go on" else [2]
     reported = [] if verdict == OVERFLOW else [2]
     assert judged(bad, FINE, verdict, FINE) == (action, offending, reported)
-    assert (bad.counts.skipped_steps, bad.counts.spikes) == (1, int(verdict == SPIKE))
+    assert (bad.state.faults.skipped_steps, bad.state.faults.spikes) == (1, int(verdict == SPIKE))
 
 
 ODD = [*[0.5] * 19, 0.02, *[0.5] * 10]
@@ -80,12 +86,14 @@ def test_R18_a_row_of_bad_steps_rolls_back_once_then_stops() -> None:
     assert judged(bad, *[NONFINITE] * 5)[0] == "go on"
     assert judged(bad, FINE, *[NONFINITE] * (MAX_SKIPPED_IN_A_ROW - 1), first=6)[0] == "go on"
     first = 7
-    bad.counts.load(json.loads(json.dumps(bad.counts.saved())))  # a row goes on after a resume
+    bad.state.faults.load(
+        json.loads(json.dumps(bad.state.faults.saved()))
+    )  # a row goes on after a resume
     action, offending, _ = judged(bad, OVERFLOW, first=26)
     assert (action, offending) == ("roll back", list(range(first, 27)))
-    bad.rolled_back(bad.counts.row.copy())
-    assert bad.counts.rollbacks == 1
-    assert bad.counts.row == []
+    bad.state.faults.rolled_back(bad.state.faults.row.copy())
+    assert bad.state.faults.rollbacks == 1
+    assert bad.state.faults.row == []
     assert judged(bad, *[NONFINITE] * MAX_SKIPPED_IN_A_ROW)[0] == "stop"
 
 
@@ -94,18 +102,21 @@ def test_R18_rollbacks_are_limited_and_counted_over_resumes() -> None:
     for n in (1, 2):
         decision = bad.judge(5 * n, [20 * n], [StepNumbers(9.0, 1.0, SPIKE)])
         assert decision.action == "roll back"
-        bad.rolled_back(decision.offending)
-        bad.counts.load(json.loads(json.dumps(bad.counts.saved())))
-    assert bad.counts.passed_over == [20, 40]
+        bad.state.faults.rolled_back(decision.offending)
+        bad.state.faults.load(json.loads(json.dumps(bad.state.faults.saved())))
+    assert bad.state.faults.passed_over == [20, 40]
     assert judged(bad, SPIKE)[0] == "stop"
 
 
 def test_positions_jump_over_what_is_passed_over() -> None:
     bad = policy()
-    bad.rolled_back([Fault(n, at, "spike", 9.0, 1.0) for n, at in ((6, 20), (3, 8), (4, 12))])
-    assert [bad.next_position(n) for n in (0, 7, 8, 11, 12, 15, 16, 20, 24)] == [
-        *(0, 7, 16, 16, 16, 16, 16, 24, 24)
-    ]
+    bad.state.faults.rolled_back(
+        [Fault(n, at, "spike", 9.0, 1.0) for n, at in ((6, 20), (3, 8), (4, 12))]
+    )
+    found = []
+    for bad.state.position in (0, 7, 8, 11, 12, 15, 16, 20, 24):
+        found.append(bad.state.next_position)
+    assert found == [0, 7, 16, 16, 16, 16, 16, 24, 24]
 
 
 @pytest.fixture

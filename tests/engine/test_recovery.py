@@ -142,7 +142,7 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
         if trainer.state.step == 7:  # in the bad step, whose verdict nobody has seen
             trainer.request_stop()
 
-    for name in ("numbers", "state", "load", "ema"):
+    for name in ("numbers", "state", "load", "ema", "n_micro"):
         setattr(stopping, name, getattr(step, name))
     trainer.train_step = stopping  # type: ignore[assignment]
     trainer.train_step.loss = step.loss  # type: ignore[misc]

@@ -14,9 +14,8 @@ from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed.world import World
 from fasttrain.engine import trainer
-from fasttrain.engine.schedule import HOURS_ESTIMATE_AT
 from fasttrain.engine.state import rng_state
-from fasttrain.engine.trainer import Trainer
+from fasttrain.engine.trainer import HOURS_ESTIMATE_AT, Trainer
 from fasttrain.run.resume import begin_branch
 from tests.support import toy_trainer
 from tests.support.faults import Faults
@@ -33,7 +32,7 @@ def test_R12_a_validation_loss_that_is_not_finite_hinders_no_save(
     results = iter([4.0, loss, 3.0])
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"val_loss": next(results)})
     run = build(toy, "eval.every_steps=1", "checkpoint.every_steps=1", "train.steps=3")
-    run.reporter.evaluation = lambda result: None  # type: ignore[assignment, method-assign]
+    run.reporter.evaluation = lambda *_: None  # type: ignore[assignment, method-assign]
     assert run.fit() == "done"
     assert run.state.val_losses == pytest.approx([4.0, loss, 3.0], nan_ok=True)
     run.close()

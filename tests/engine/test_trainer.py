@@ -70,7 +70,7 @@ def test_an_epoch_ends_with_a_partial_step_that_counts_every_sample_once(toy: Pa
     trainer.train_step = counting  # type: ignore[assignment]
     vars(counting).update(vars(one_step), numbers=one_step.numbers, state=one_step.state)
     trainer.fit()
-    assert trainer.accumulation == 3
+    assert trainer.train_step.n_micro == 3
     n_samples = trainer.train_loader.samples_per_epoch
     assert n_samples % 12 != 0  # so that the last step is a partial one
     assert seen == n_samples * 16

@@ -419,18 +419,16 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
 
 
 def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:
-    source = save(tmp_path, 1)
+    source = checkpoint.parse(save(tmp_path, 1))
     with pytest.raises(UserError, match=r"no run to go on with.*model\.init_from="):
-        check_resumable(source, load_config(source / "config.toml"), {}, (), 4)
+        check_resumable(source, source.config, {}, (), 4)
 
 
 def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stopped: Path) -> None:
-    source = checkpoint.resolve(stopped / "runs/a")
-    config = load_config(source / "config.toml")
-    data = json.loads((source / "state.json").read_text())["data"]
-    assert check_resumable(source, config, data, (), 4)["history"] == []
+    source = checkpoint.parse(checkpoint.resolve(stopped / "runs/a"))
+    config, data = source.config, source.state["data"]
+    assert check_resumable(source, config, data, (), 4) == []
     with pytest.raises(UserError, match=r"train.tokens_per_step: a step took 4 samples.* 8"):
         check_resumable(source, config, data, (), 8)
-    allowed = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
-    [change] = allowed["history"]
+    [change] = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
     assert (change["key"], change["old"], change["new"]) == ("train.tokens_per_step", "4", "8")

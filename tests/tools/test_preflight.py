@@ -16,12 +16,13 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start, warnings_of
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.plan import diagnose_run, preflight
+from fasttrain.preflight.warnings import warnings_of
 from fasttrain.run.run import open_splits
 from fasttrain.train import main as train_main
 from tests.support.toy import start, write_config
@@ -61,7 +62,7 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, train, _ = open_splits(load_config(config_path), print)
-    plan = plan_run(config, train)
+    plan = plan_run(config, train, 1)
     model = Transformer(config.model, seq_len=16)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token == model.flops_per_token()
@@ -83,7 +84,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = plan_run(config, train)
+    plan = plan_run(config, train, 1)
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
