@@ -267,11 +267,11 @@ def load_model(
     Raises:
         UserError: there is no such folder, no checkpoint in it, or it is damaged.
     """
-    return _load(Path(run_or_checkpoint), torch.device(device), which)[0]
+    return load(Path(run_or_checkpoint), torch.device(device), which)[0]
 
 
-def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
-    """Return the model and the checkpoint's folder."""
+def load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
+    """Return what `load_model` returns, and the folder of the run."""
     loaded, parameters = saved_parameters(path, which)
     config = loaded.config
     check_model(config, parameters, loaded.path)
@@ -281,15 +281,14 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     model.load_state_dict(parameters)
-    return model.to(device).eval(), loaded.path
+    return model.to(device).eval(), loaded.path.parent.parent
 
 
 def load_with_tokenizer(
     run: Path, device: torch.device, which: str, path: Path | None
 ) -> tuple[Transformer, Tokenizer]:
     """Return what `load_model` returns, and the run's tokenizer, or the one at ``path``."""
-    model, folder = _load(run, device, which)
-    run_dir = folder.parent.parent
+    model, run_dir = load(run, device, which)
     if path is None and not (run_dir / "tokenizer.json").is_file():
         raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
     path = path or run_dir / "tokenizer.json"
@@ -330,8 +329,10 @@ def _run(options: argparse.Namespace) -> None:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         return stream_texts(model, tokenizer, encoded, generator=generator, **sampling)
 
-    def say(prompt: str) -> None:
-        for _, piece in pieces(prompt):
+    def say(prompt: str, before: str = "") -> None:
+        drawn = pieces(prompt)  # raises before anything is shown
+        print(before, end="", flush=True)
+        for _, piece in drawn:
             print(shown(piece), end="", flush=True)
         print()
 
@@ -346,9 +347,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"{where}; give it in UTF-8") from None
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
-        encode_prompt(tokenizer, prompts[0])  # raise before it is shown
-        print(prompts[0], end="", flush=True)
-        say(prompts[0])
+        say(prompts[0], prompts[0])
         return
     texts = list(prompts)
     for i, piece in pieces(*prompts):
