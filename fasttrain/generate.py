@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.checkpoint import check_model, saved_parameters
+from fasttrain.checkpoint.files import candidates
 from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
@@ -267,12 +268,7 @@ def load_model(
     Raises:
         UserError: there is no such folder, no checkpoint in it, or it is damaged.
     """
-    return load(Path(run_or_checkpoint), torch.device(device), which)[0]
-
-
-def load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
-    """Return what `load_model` returns, and the folder of the run."""
-    loaded, parameters = saved_parameters(path, which)
+    loaded, parameters = saved_parameters(Path(run_or_checkpoint), which)
     config = loaded.config
     check_model(config, parameters, loaded.path)
     if bad := [name for name, t in parameters.items() if not torch.isfinite(t).all()]:
@@ -281,14 +277,15 @@ def load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pat
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     model.load_state_dict(parameters)
-    return model.to(device).eval(), loaded.path.parent.parent
+    return model.to(device).eval()
 
 
 def load_with_tokenizer(
     run: Path, device: torch.device, which: str, path: Path | None
 ) -> tuple[Transformer, Tokenizer]:
     """Return what `load_model` returns, and the run's tokenizer, or the one at ``path``."""
-    model, run_dir = load(run, device, which)
+    model = load_model(run, device=device, which=which)
+    run_dir = candidates(run)[0].parent.parent
     if path is None and not (run_dir / "tokenizer.json").is_file():
         raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
     path = path or run_dir / "tokenizer.json"

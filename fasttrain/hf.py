@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, check_model
-from fasttrain.checkpoint.files import FILE, map_tensors
+from fasttrain.checkpoint.files import FILE, candidates, map_tensors
 from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
-from fasttrain.generate import load
+from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -219,8 +219,9 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
-    model, run_dir = load(Path(run), torch.device("cpu"), "best")
-    model_type, tokenizer_file = _model_type_of(model), run_dir / "tokenizer.json"
+    model = load_model(run)
+    model_type = _model_type_of(model)
+    tokenizer_file = candidates(Path(run))[0].parent.parent / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.is_file() else None
     eot = end_of_text_id(tokenizer) if tokenizer is not None else None
     files: dict[str, Any] = {
@@ -308,10 +309,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     if run.exists():
         raise UserError(f"{run} exists already; name a new folder")
     hf = read_json(folder / "config.json", REMEDY)
-    try:
-        config = _our_config(hf, folder, run, seq_len)
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
+    config = _our_config(hf, folder, run, seq_len)
     tensors = _our_tensors(config, hf["model_type"], folder)
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)
@@ -347,8 +345,10 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         if kind != "default":
             raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
         hf["rope_theta"] = rope.get("rope_theta") or hf["rope_theta"]
-    model = {ours: hf[theirs] for ours, (theirs,) in _names(_KEYS, family).items()}
-    model |= family.settings
+    keys = {ours: theirs for ours, (theirs,) in _names(_KEYS, family).items()}
+    if missing := [key for key in keys.values() if key not in hf]:
+        raise UserError(f"{folder / 'config.json'}: {missing[0]!r} is missing; {REMEDY}")
+    model = {ours: hf[theirs] for ours, theirs in keys.items()} | family.settings
     positions = model.pop("seq_len")
     for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
         if problem := misfit(int, value, name):

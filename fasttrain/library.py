@@ -295,12 +295,11 @@ class Trainer:
                         "that has some (an iterator is empty after one pass)"
                     )
             self._record()
-            if self._why:  # there may be no time to evaluate
-                return self.metrics
-            if val_loader is not None and not self._last_result:
-                self._evaluated(val_loader, extra=True)
-            if self.writer is not None:
-                self.save_checkpoint()
+            if not self._why:  # else there may be no time to evaluate
+                if val_loader is not None and not self._last_result:
+                    self._evaluated(val_loader, extra=True)
+                if self.writer is not None:
+                    self.save_checkpoint()
         return self.metrics
 
     def train_epoch(self, loader: Batches) -> float:
@@ -398,8 +397,8 @@ class Trainer:
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
         told = self.world.gather(self._told)
-        signals = [reason for reason in (told[self.world.rank], *told) if reason.startswith("SIG")]
-        self._why = signals[0] if signals else ""
+        said = (told[self.world.rank], *told)
+        self._why = next((what for what in said if what.startswith("SIG")), "")
         return any(told)
 
     def _over(self) -> bool:
@@ -524,8 +523,7 @@ class Trainer:
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
         rows = self.train_step.numbers().steps
-        first = self.step - len(rows) + 1
-        for number, (loss, norm, bad) in enumerate(rows, start=first):
+        for number, (loss, norm, bad) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
             if bad and self.config.train.on_nonfinite == "stop":

@@ -134,9 +134,9 @@ def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     # A schedule moves these; of a tensor, so are the defaults, which are the same object.
     moved = {"params", "param_names", "lr", "momentum", "betas"}
     plain = {key: v for key, v in optimizer.defaults.items() if not isinstance(v, Tensor)}
-    facts = {f"optimizer {key}": _shown(value) for key, value in plain.items()}
-    facts["optimizer"] = type(optimizer).__name__
+    facts = {"optimizer": type(optimizer).__name__}
     facts["optimizer groups"] = str(len(optimizer.param_groups))
+    facts |= {f"optimizer {key}": _shown(value) for key, value in plain.items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for n, group in enumerate(optimizer.param_groups):
         extra = sorted(group.keys() - optimizer.defaults.keys() - moved)

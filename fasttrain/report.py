@@ -186,23 +186,22 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     train, evals = [run.train for run in runs], [run.evals for run in runs]
     # The first line of a session has the step that compiles: it would dwarf all others.
     steady = [[row for row in rows if "first_step_s" not in row] for rows in train]
+    scored = [run.tasks for run in runs]
+    tasks = dict.fromkeys(k for rows in scored for row in rows for k in row if "/" in k)
     for title, key, scale, lines in (
         ("validation perplexity", "val_ppl", "log", evals),
         ("validation accuracy", "val_accuracy", "normal", evals),
         ("learning rate", "lr", "tozero", train),
         ("gradient norm", "grad_norm", "log", train),
         ("tokens a second", "tokens_per_s", "tozero", steady),
+        *((name, name, "normal", scored) for name in tasks),
     ):
-        kind = "points" if lines is evals else "line"
+        kind = "points" if lines is evals or lines is scored else "line"
         curves = [Curve(n, rows, _column(rows, key), kind) for n, rows in enumerate(lines)]
         known = [y for curve in curves for y in curve.y if math.isfinite(y)] or [0.0]
         if scale == "log" and max(known) < 3 * min(known):  # there would be a tick or none
             scale = "normal"
         found.append(Panel(title, curves, scale))
-    scored = [run.tasks for run in runs]
-    for name in dict.fromkeys(k for rows in scored for row in rows for k in row if "/" in k):
-        curves = [Curve(n, rows, _column(rows, name), "points") for n, rows in enumerate(scored)]
-        found.append(Panel(name, curves))
     for n, rows in enumerate(steady):
         if any(row.get("optimizer_ms") for row in rows):
             of = f": {runs[n].name}" if len(runs) > 1 else ""
