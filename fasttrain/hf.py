@@ -314,8 +314,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    state = {"step": 0, "imported": redact(str(folder))}
-    writer.save(0, {"model": tensors}, state, text)
+    writer.save(0, {"model": tensors}, {"step": 0, "imported": redact(str(folder))}, text)
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():

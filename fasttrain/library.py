@@ -325,9 +325,8 @@ class Trainer:
                 from fasttrain.run.signals import stop_signals
 
                 stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
-                stack.enter_context(
-                    stop_signals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
-                )
+                signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
+                stack.enter_context(signals)
             self._meet(loader, val_loader)
             if self.run_dir is not None and self.world.leads:
                 sinks = Sinks(self.config, self.run_dir, self.made_by)
@@ -642,9 +641,8 @@ class Trainer:
             place = {name: rest[name] for name in ("random", "loader")}
             loader_facts = dict(saved["loader_facts"])
             counters = {name: int(state[name]) for name in COUNTERS}
-            self.model.load_state_dict(
-                {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
-            )
+            parameters = {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
+            self.model.load_state_dict(parameters)
             self.ema.load(loaded.group("ema"))
             states.restore_optimizer(self.optimizer, self.model, moments, update)
             if self.scheduler is not None:

@@ -102,8 +102,7 @@ def read_run(path: Path) -> Run:
         from fasttrain.model.transformer import Transformer
 
         with torch.device("meta"):  # shapes alone: nothing is allocated
-            model = Transformer(config.model, seq_len=config.data.seq_len)
-        per_token = model.flops_per_token()
+            per_token = Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
