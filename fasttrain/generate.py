@@ -30,8 +30,6 @@ from fasttrain.model.transformer import Transformer
 
 EXIT_INTERRUPTED = 130
 
-# ---- tokens --------------------------------------------------------------------------------------
-
 
 def sample_tokens(
     logits: Tensor,
@@ -296,9 +294,6 @@ def load_with_tokenizer(
             "give the tokenizer that its data was made with"
         )
     return model, tokenizer
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def _run(options: argparse.Namespace) -> None:

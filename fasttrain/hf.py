@@ -31,8 +31,6 @@ REMEDY = "give the folder of a downloaded model"
 # Settings that Hugging Face's three architectures lack.
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
 
-# ---- names ---------------------------------------------------------------------------------------
-
 
 class Family(NamedTuple):
     """An architecture of Hugging Face as ours."""
@@ -83,7 +81,7 @@ _GPT2 = Family(
     column=1,
     layers="transformer.h",
     defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    settings={"mlp": "gelu", "norm": "layer", "positions": "learned", "bias": True},
+    settings=dict(mlp="gelu", norm="layer", positions="learned", qk_norm=False, bias=True),
     only={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
@@ -103,7 +101,7 @@ _LLAMA = Family(
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
-    settings={"mlp": "swiglu", "norm": "rms", "positions": "rope", "qk_norm": False},
+    settings=dict(mlp="swiglu", norm="rms", positions="rope", qk_norm=False),
     only={"hidden_act": ("silu",), "use_sliding_window": (False,)},
 )
 _QWEN3 = _LLAMA._replace(
@@ -143,23 +141,22 @@ def _model_type_of(model: Transformer) -> str:
     """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
     c = model.config
     odd: list[tuple[str, ...]] = [(k,) for k in OURS_ALONE if getattr(c, k) not in (None, False)]
-    parts = (c.positions, c.norm, c.mlp)
-    gpt2 = parts == ("learned", "layer", "gelu") and not c.qk_norm
-    gpt2 &= c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
-    llama = parts == ("rope", "rms", "swiglu")
+    parts = {k: getattr(c, k) for k in ("positions", "norm", "mlp", "qk_norm")}
+    types = [name for name, f in _FAMILIES.items() if parts.items() <= f.settings.items()]
+    plain = c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
     if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
         odd.append(("sliding_window_tokens",))
-    if not (gpt2 or llama):
-        odd.append(("positions", "norm", "mlp", "qk_norm"))
+    if not types or (types == ["gpt2"] and not plain):
+        odd.append(tuple(parts))
     faults = [" with ".join(f"model.{k} = {getattr(c, k)}" for k in keys) for keys in odd]
-    if llama and c.qk_norm and c.bias:
+    if types == ["qwen3"] and c.bias:
         faults.append("model.bias = true together with model.qk_norm")
     if faults:
         raise UserError(
             f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
             f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
         )
-    return "gpt2" if gpt2 else "qwen3" if c.qk_norm else "llama"
+    return types[0]
 
 
 def _hf_config(
@@ -364,9 +361,6 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         return config_from_dict({**sections, "model": model, "train": {"epochs": 1.0}})
     except ConfigError as error:
         raise UserError(f"{folder}: its config.json cannot be: {error}") from error
-
-
-# ---- command line --------------------------------------------------------------------------------
 
 
 @command

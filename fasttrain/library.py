@@ -234,8 +234,7 @@ class Trainer:
                     _lock(self.run_dir, stack)
                 check_packages(config)
             self.writer = self._writer_of(self.run_dir / "checkpoints", config.checkpoint.keep_last)
-        self.step = self.skipped_steps = self.batch_in_epoch = 0
-        self.epoch = 0  # passes that are done
+        self.step = self.skipped_steps = self.epoch = self.batch_in_epoch = 0  # that are done
         self.val_losses: list[float] = []
         self._last_result: dict[str, float] = {}  # of an evaluation after this step
         self._logged_at = (time.perf_counter(), 0)

@@ -182,7 +182,7 @@ def _parts(loader: Any, name: str) -> dict[str, Any]:
 
 def facts_of_loader(loader: Any) -> dict[str, str]:
     """Return the classes and lengths of a loader and its parts, and how it makes batches."""
-    facts = {"generators": str(sorted(_held(loader, "loader")))}
+    facts = {"generators": str(sorted(_generators_of(loader, "loader")))}
     for place, part in _parts(loader, "loader").items():
         facts[place] = type(part).__name__
         facts[f"{place} length"] = str(operator.length_hint(part, -1))
@@ -244,7 +244,7 @@ def own_values(loader: Any) -> dict[str, Any]:
     }
 
 
-def _held(loader: Any, name: str) -> dict[str, Any]:
+def _generators_of(loader: Any, name: str) -> dict[str, Any]:
     """Return the generators that a loader, its samplers and its data sets hold themselves."""
     found: dict[str, Any] = {}
     for place, part in _parts(loader, name).items():
@@ -259,7 +259,7 @@ def generators(device: torch.device, **loaders: Any) -> dict[str, Any]:
     found = {"cpu": torch.default_generator, "python": random, "numpy": np.random}
     found |= {"cuda": device} if device.type == "cuda" else {}
     for name, loader in loaders.items():
-        found |= _held(loader, name)
+        found |= _generators_of(loader, name)
     return found
 
 
