@@ -9,7 +9,7 @@ Legend: B batch, T sequence, V vocabulary.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -113,7 +113,7 @@ def diagnose(
     Memory: two copies of the model, of which one with AdamW's state, and its logits.
     """
     report = Diagnosis()
-    checks = _Checks(report, model, *_unpack(report, batch, ignore_index), ignore_index)
+    checks = _Checks(report.add, model, *_unpack(report, batch, ignore_index), ignore_index)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         if checks.data() and checks.forward():
@@ -145,7 +145,7 @@ def _unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, T
 class _Checks:
     """The checks of one model on one batch; where one returns False, the rest is meaningless."""
 
-    report: Diagnosis
+    add: Callable[..., bool]  # of the report
     model: nn.Module
     tokens: Tensor
     targets: Tensor
@@ -153,7 +153,7 @@ class _Checks:
 
     def data(self) -> bool:
         """Check shape, range and labels; return whether the model can be run on the batch."""
-        add, tokens, targets = self.report.add, self.tokens, self.targets
+        add, tokens, targets = self.add, self.tokens, self.targets
         if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
             found = f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
             return add("shape", "fail", found, "give both as (B, T) with at least one token")
@@ -175,18 +175,17 @@ class _Checks:
         elif tokens.shape[0] > 1 and (tokens == tokens[:1]).all():
             add("variety", "warn", "all rows are the same", "look at how batches are drawn")
         if (inner := targets[:, :-1] != self.ignore_index).any():
-            self.labels(targets[:, :-1][inner], tokens[:, 1:][inner], tokens[:, :-1][inner])
+            own, following = (
+                (targets[:, :-1] == side)[inner].float().mean().item()
+                for side in (tokens[:, :-1], tokens[:, 1:])
+            )
+            status: Status = "pass" if following == 1.0 else "warn" if following > 0.5 else "fail"
+            detail = f"{following:.1%} of the targets are the next token"
+            if own > max(following, 0.99):
+                status = "fail"
+                detail = "each target is the very token it stands at: the model would learn to copy"
+            add("labels", status, detail)
         return True
-
-    def labels(self, targets: Tensor, following: Tensor, same: Tensor) -> None:
-        """Check that the targets are the next tokens, and not the tokens at their own places."""
-        share = (targets == following).float().mean().item()
-        status: Status = "pass" if share == 1.0 else "warn" if share > 0.5 else "fail"
-        detail = f"{share:.1%} of the targets are the next token"
-        if (targets == same).float().mean().item() > max(share, 0.99):
-            status = "fail"
-            detail = "each target is the very token it stands at: the model would learn to copy"
-        self.report.add("labels", status, detail)
 
     def loss(self, logits: Tensor) -> Tensor:
         flat, targets = logits.float().flatten(0, 1), self.targets.flatten()
@@ -195,9 +194,15 @@ class _Checks:
     @torch.no_grad()
     def forward(self) -> bool:
         """Check parameters, activations, the shape of the logits and the first loss."""
-        add, tokens = self.report.add, self.tokens
+        add, tokens, seen = self.add, self.tokens, list[tuple[str, float]]()
         probe = copy.deepcopy(self.model).eval()
-        seen = _record_outputs(probe)
+
+        def record(name: str, module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and out.is_floating_point():
+                seen.append((name, out.float().square().mean().sqrt().item()))
+
+        for name, module in probe.named_modules():
+            module.register_forward_hook(partial(record, name or "the model"))
         try:
             logits = _logits(probe, tokens)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -244,11 +249,11 @@ class _Checks:
         narrow = torch.is_autocast_enabled(tokens.device.type) or a.dtype != torch.float32
         tolerance = (5e-2 if narrow else 1e-4) * max(a.abs().max().item(), 1e-3)
         if largest <= tolerance:
-            self.report.add("causality", "pass", "no position depends on a later token")
+            self.add("causality", "pass", "no position depends on a later token")
             return
         moved = ((a - b).abs().amax(dim=(0, 2)) > tolerance).nonzero()[0].item()
         detail = f"logits at position {moved} change by {largest:.3g} with tokens from {middle} on"
-        self.report.add("causality", "fail", detail)
+        self.add("causality", "fail", detail)
 
     def step(self, probe: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> float:
         """Train a copy on the batch for a step; return the loss. The gradients stay."""
@@ -263,7 +268,7 @@ class _Checks:
 
     def training(self) -> None:
         """Train a copy on the batch: gradients everywhere, of a sane size, and a falling loss."""
-        add = self.report.add
+        add = self.add
         if frozen := [n for n, p in self.model.named_parameters() if not p.requires_grad]:
             add("frozen", "warn", f"no gradient for {_named(frozen)}")
         probe = copy.deepcopy(self.model).train()
@@ -295,16 +300,16 @@ class _Checks:
             # Backward runs from the end: the last of these layers was the first to break.
             last = [n for n, v in norms.items() if not math.isfinite(v)][-1]
             remedy = "look for a root, norm or division of zero there, or train in bf16"
-            return self.report.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
+            return self.add("gradient norm", "fail", f"not finite, first in {last}", remedy)
         detail = f"{total:.3g}, most of it in {max(norms, key=lambda n: norms[n])}"
-        self.report.add("gradient norm", _graded(total, NORM_WARN, NORM_FAIL), detail)
+        self.add("gradient norm", _graded(total, NORM_WARN, NORM_FAIL), detail)
         return True
 
     def optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Check learning rates, and that a step changes every parameter that it should."""
         if not optimizers:
             return
-        add, groups = self.report.add, [g for o in optimizers for g in o.param_groups]
+        add, groups = self.add, [g for o in optimizers for g in o.param_groups]
         held = {id(p) for g in groups for p in g["params"]}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if outside := [n for n, p in trained.items() if id(p) not in held]:
@@ -321,11 +326,11 @@ class _Checks:
             self.step(probe, steppers)
         after = dict(probe.named_parameters())
         same = [n for n, p in trained.items() if torch.equal(after[n], p) and n not in outside]
-        if not same:
+        if same:
+            status = "warn" if 0.0 in rates else "fail"
+            add("update", status, f"3 steps do not change {_named(same)}")
+        else:
             add("update", "pass", "a step changes every parameter")
-            return
-        status = "fail" if 0.0 not in rates else "warn"
-        add("update", status, f"3 steps do not change {_named(same)}")
 
 
 def _graded(value: float, warn: float, fail: float) -> Status:
@@ -348,16 +353,3 @@ def _vocab_size(model: nn.Module) -> int | None:
 def _logits(model: nn.Module, tokens: Tensor) -> Any:
     torch.clear_autocast_cache()  # it would hold old weights
     return logits_of(model(tokens))
-
-
-def _record_outputs(model: nn.Module) -> list[tuple[str, float]]:
-    """Collect the name and the output's root mean square of each module, innermost first."""
-    seen: list[tuple[str, float]] = []
-
-    def record(name: str, module: nn.Module, args: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and out.is_floating_point():
-            seen.append((name, out.detach().float().square().mean().sqrt().item()))
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(partial(record, name or "the model"))
-    return seen

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.checkpoint import check_model, saved_parameters
+from fasttrain.checkpoint.files import candidates
 from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
@@ -28,8 +29,6 @@ from fasttrain.log.console import clean
 from fasttrain.model.transformer import Transformer
 
 EXIT_INTERRUPTED = 130
-
-# ---- tokens --------------------------------------------------------------------------------------
 
 
 def sample_tokens(
@@ -267,12 +266,7 @@ def load_model(
     Raises:
         UserError: there is no such folder, no checkpoint in it, or it is damaged.
     """
-    return _load(Path(run_or_checkpoint), torch.device(device), which)[0]
-
-
-def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Path]:
-    """Return the model and the checkpoint's folder."""
-    loaded, parameters = saved_parameters(path, which)
+    loaded, parameters = saved_parameters(Path(run_or_checkpoint), which)
     config = loaded.config
     check_model(config, parameters, loaded.path)
     if bad := [name for name, t in parameters.items() if not torch.isfinite(t).all()]:
@@ -281,15 +275,15 @@ def _load(path: Path, device: torch.device, which: str) -> tuple[Transformer, Pa
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config.model, seq_len=config.data.seq_len)
     model.load_state_dict(parameters)
-    return model.to(device).eval(), loaded.path
+    return model.to(device).eval()
 
 
 def load_with_tokenizer(
     run: Path, device: torch.device, which: str, path: Path | None
 ) -> tuple[Transformer, Tokenizer]:
     """Return what `load_model` returns, and the run's tokenizer, or the one at ``path``."""
-    model, folder = _load(run, device, which)
-    run_dir = folder.parent.parent
+    model = load_model(run, device=device, which=which)
+    run_dir = candidates(run)[0].parent.parent
     if path is None and not (run_dir / "tokenizer.json").is_file():
         raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
     path = path or run_dir / "tokenizer.json"
@@ -300,9 +294,6 @@ def load_with_tokenizer(
             "give the tokenizer that its data was made with"
         )
     return model, tokenizer
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -330,8 +321,10 @@ def _run(options: argparse.Namespace) -> None:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         return stream_texts(model, tokenizer, encoded, generator=generator, **sampling)
 
-    def say(prompt: str) -> None:
-        for _, piece in pieces(prompt):
+    def say(prompt: str, before: str = "") -> None:
+        drawn = pieces(prompt)  # raises before anything is shown
+        print(before, end="", flush=True)
+        for _, piece in drawn:
             print(shown(piece), end="", flush=True)
         print()
 
@@ -346,9 +339,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"{where}; give it in UTF-8") from None
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     if len(prompts) == 1:
-        encode_prompt(tokenizer, prompts[0])  # raise before it is shown
-        print(prompts[0], end="", flush=True)
-        say(prompts[0])
+        say(prompts[0], prompts[0])
         return
     texts = list(prompts)
     for i, piece in pieces(*prompts):

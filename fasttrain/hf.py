@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, check_model
-from fasttrain.checkpoint.files import FILE, map_tensors
+from fasttrain.checkpoint.files import FILE, candidates, map_tensors
 from fasttrain.command import command, make_parser, redact
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
@@ -31,12 +31,11 @@ REMEDY = "give the folder of a downloaded model"
 # Settings that Hugging Face's three architectures lack.
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
 
-# ---- names ---------------------------------------------------------------------------------------
-
 
 class Family(NamedTuple):
     """An architecture of Hugging Face as ours."""
 
+    name: str  # of its class
     column: int  # its names in the tables below
     layers: str  # the prefix of the blocks
     defaults: dict[str, Any]  # of their keys that may be missing
@@ -78,10 +77,11 @@ _KEYS: Names = (  # of the config
     ("vocab_size", "vocab_size", "vocab_size"),
 )
 _GPT2 = Family(
+    name="GPT2LMHeadModel",
     column=1,
     layers="transformer.h",
     defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    settings={"mlp": "gelu", "norm": "layer", "positions": "learned", "bias": True},
+    settings=dict(mlp="gelu", norm="layer", positions="learned", qk_norm=False, bias=True),
     only={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
@@ -90,6 +90,7 @@ _GPT2 = Family(
     },
 )
 _LLAMA = Family(
+    name="LlamaForCausalLM",
     column=2,
     layers="model.layers",
     defaults={
@@ -100,11 +101,15 @@ _LLAMA = Family(
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
-    settings={"mlp": "swiglu", "norm": "rms", "positions": "rope"},
+    settings=dict(mlp="swiglu", norm="rms", positions="rope", qk_norm=False),
     only={"hidden_act": ("silu",), "use_sliding_window": (False,)},
 )
-_FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _LLAMA}
-_CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_QWEN3 = _LLAMA._replace(
+    name="Qwen3ForCausalLM",
+    settings=_LLAMA.settings | {"qk_norm": True},
+    only=_LLAMA.only | {"attention_bias": (False,)},
+)
+_FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _QWEN3}
 
 
 def _names(table: Names, family: Family) -> dict[str, list[str]]:
@@ -135,26 +140,23 @@ def _turned(ours: str, tensor: Tensor, family: Family) -> Tensor:
 def _model_type_of(model: Transformer) -> str:
     """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
     c = model.config
-
-    def shown(*keys: str) -> str:
-        return " with ".join(f"model.{k} = {getattr(c, k)}" for k in keys)
-
-    faults = [shown(k) for k in OURS_ALONE if getattr(c, k) not in (None, False)]
-    gpt2 = c.positions == "learned" and c.norm == "layer" and c.mlp == "gelu" and not c.qk_norm
-    gpt2 &= c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
-    llama = c.positions == "rope" and c.norm == "rms" and c.mlp == "swiglu"
+    odd: list[tuple[str, ...]] = [(k,) for k in OURS_ALONE if getattr(c, k) not in (None, False)]
+    parts = {k: getattr(c, k) for k in ("positions", "norm", "mlp", "qk_norm")}
+    types = [name for name, f in _FAMILIES.items() if parts.items() <= f.settings.items()]
+    plain = c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
     if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
-        faults.append(shown("sliding_window_tokens"))
-    if llama and c.qk_norm and c.bias:
+        odd.append(("sliding_window_tokens",))
+    if not types or (types == ["gpt2"] and not plain):
+        odd.append(tuple(parts))
+    faults = [" with ".join(f"model.{k} = {getattr(c, k)}" for k in keys) for keys in odd]
+    if types == ["qwen3"] and c.bias:
         faults.append("model.bias = true together with model.qk_norm")
-    if not (gpt2 or llama):
-        faults.append(shown("positions", "norm", "mlp", "qk_norm"))
     if faults:
         raise UserError(
             f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
             f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
         )
-    return "gpt2" if gpt2 else "qwen3" if c.qk_norm else "llama"
+    return types[0]
 
 
 def _hf_config(
@@ -165,7 +167,7 @@ def _hf_config(
     ours |= {"head_dim": model.head_dim, "hidden_dim": hidden_dim(c)}
     config = {
         "model_type": model_type,
-        "architectures": [_CLASSES[model_type]],
+        "architectures": [family.name],
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         "bos_token_id": eot,
@@ -216,53 +218,44 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
         raise UserError(f"{out} exists already; name a new folder")
     model = load_model(run)
     model_type = _model_type_of(model)
-    folders = (Path(run), Path(run).parent.parent)  # of a run, of a checkpoint
-    tokenizer_files = [path for f in folders if (path := f / "tokenizer.json").is_file()]
-    tokenizer = load_tokenizer(tokenizer_files[0]) if tokenizer_files else None
+    tokenizer_file = candidates(Path(run))[0].parent.parent / "tokenizer.json"
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.is_file() else None
     eot = end_of_text_id(tokenizer) if tokenizer is not None else None
     files: dict[str, Any] = {
         "config.json": _hf_config(model, model_type, DTYPES[dtype], eot),
         "generation_config.json": {"bos_token_id": eot, "eos_token_id": eot},
     }
+    out.mkdir(parents=True)
     if tokenizer is not None:
-        described = {
+        files["tokenizer_config.json"] = described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.seq_len,
             "clean_up_tokenization_spaces": False,
         }
         if eot is not None:
             described |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(eot))
-        files["tokenizer_config.json"] = described
-    out.mkdir(parents=True)
+        shutil.copyfile(tokenizer_file, out / "tokenizer.json")
     tensors = _hf_tensors(model, model_type, DTYPES[dtype])
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer_files[0], out / "tokenizer.json")
     return out
 
 
 # ---- import --------------------------------------------------------------------------------------
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    weight_map: Any = read_json(index, REMEDY).get("weight_map")
-    if problem := misfit(dict[str, str], weight_map, "weight_map"):
-        raise UserError(f"{index}: {problem}; {REMEDY}")
-    names = sorted(set(weight_map.values()))
-    if odd := [name for name in names if not FILE.fullmatch(name)]:
-        raise UserError(f"{index}: {odd[0]!r} is no file of the folder; {REMEDY}")
-    return [folder / name for name in names]
-
-
 def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:
     """Return the tensors by their names in ``transformers``; files are mapped, not read."""
-    found: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    index, names, found = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    if index.exists():
+        weight_map: Any = read_json(index, REMEDY).get("weight_map")
+        if problem := misfit(dict[str, str], weight_map, "weight_map"):
+            raise UserError(f"{index}: {problem}; {REMEDY}")
+        names = sorted(set(weight_map.values()))
+        if odd := [name for name in names if not FILE.fullmatch(name)]:
+            raise UserError(f"{index}: {odd[0]!r} is no file of the folder; {REMEDY}")
+    for path in map(folder.joinpath, names):
         if not path.is_file():
             remedy = REMEDY
             if any(folder.glob("*.bin")):
@@ -313,17 +306,12 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     if run.exists():
         raise UserError(f"{run} exists already; name a new folder")
     hf = read_json(folder / "config.json", REMEDY)
-    try:
-        config = _our_config(hf, folder, run, seq_len)
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: {error} is missing; {REMEDY}") from error
+    config = _our_config(hf, folder, run, seq_len)
     tensors = _our_tensors(config, hf["model_type"], folder)
-    config = replace(config, run=replace(config.run, name=run.name, out_dir=str(run.parent)))
     run.mkdir(parents=True)
     text = config_to_toml(config, redact)
     writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    state = {"step": 0, "imported": redact(str(folder))}
-    writer.save(0, {"model": tensors}, state, text)
+    writer.save(0, {"model": tensors}, {"step": 0, "imported": redact(str(folder))}, text)
     writer.close()
     (run / "config.toml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").is_file():
@@ -339,17 +327,24 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         )
     family = _FAMILIES[model_type]
     hf = family.defaults | dict(hf)
-    only = family.only | ({"attention_bias": (False,)} if model_type == "qwen3" else {})
-    for k, values in only.items():
+    for k, values in family.only.items():
         if hf.get(k, values[0]) not in values:
             known = " or ".join(map(show, values))
             raise UserError(f"{folder}: {k} = {show(hf[k])} is not supported, only {known}")
     if model_type == "llama" and hf.get("mlp_bias", False) != hf["attention_bias"]:
         raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
-    if family is _LLAMA:
-        hf["rope_theta"] = _rope_theta(hf, folder) or hf["rope_theta"]
-    model = {ours: hf[theirs] for ours, (theirs,) in _names(_KEYS, family).items()}
-    model |= family.settings | {"qk_norm": model_type == "qwen3"}
+    if family is not _GPT2:  # in version 5 of transformers among the parameters of the positions
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
+        hf["rope_theta"] = rope.get("rope_theta") or hf["rope_theta"]
+    keys = {ours: theirs for ours, (theirs,) in _names(_KEYS, family).items()}
+    if missing := [key for key in keys.values() if key not in hf]:
+        raise UserError(f"{folder / 'config.json'}: {missing[0]!r} is missing; {REMEDY}")
+    model = {ours: hf[theirs] for ours, theirs in keys.items()} | family.settings
     positions = model.pop("seq_len")
     for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
         if problem := misfit(int, value, name):
@@ -358,25 +353,14 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
     if seq_len is not None and model_type == "gpt2" and seq_len != positions:
         raise UserError(f"--seq-len {seq_len}: a GPT-2 has {positions} learned positions; omit it")
-    data = {"seq_len": seq_len or positions, "path": str(run / "data")}
+    sections = {
+        "run": {"name": run.name, "out_dir": str(run.parent)},
+        "data": {"seq_len": seq_len or positions, "path": str(run / "data")},
+    }
     try:
-        return config_from_dict({"model": model, "data": data, "train": {"epochs": 1.0}})
+        return config_from_dict({**sections, "model": model, "train": {"epochs": 1.0}})
     except ConfigError as error:
         raise UserError(f"{folder}: its config.json cannot be: {error}") from error
-
-
-def _rope_theta(hf: Mapping[str, Any], folder: Path) -> Any:
-    """Return rope_theta where it is among the parameters of the rotary positions."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
-    return rope.get("rope_theta")
-
-
-# ---- command line --------------------------------------------------------------------------------
 
 
 @command

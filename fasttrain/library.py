@@ -64,6 +64,8 @@ OBEYED = {
     "log.tensorboard log.wandb_project log.wandb_mode",
     "criterion=None": "train.label_smoothing train.z_loss",
 }
+# A torch.amp.GradScaler's names, which a checkpoint has, of numbers of the step
+SCALER = {"scale": "grad_scale", "_growth_tracker": "growth_tracker"}
 COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
 ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
 Batches = Iterable[Any]
@@ -227,14 +229,12 @@ class Trainer:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.writer: checkpoint.CheckpointWriter | None = None
         if self.run_dir is not None:
-            with self.world.failing_together():
+            with self.world.failing_together(), ExitStack() as stack:
                 if self.world.leads:
-                    with _locked(self.run_dir):
-                        pass
+                    _lock(self.run_dir, stack)
                 check_packages(config)
             self.writer = self._writer_of(self.run_dir / "checkpoints", config.checkpoint.keep_last)
-        self.step = self.skipped_steps = self.batch_in_epoch = 0
-        self.epoch = 0  # passes that are done
+        self.step = self.skipped_steps = self.epoch = self.batch_in_epoch = 0  # that are done
         self.val_losses: list[float] = []
         self._last_result: dict[str, float] = {}  # of an evaluation after this step
         self._logged_at = (time.perf_counter(), 0)
@@ -249,7 +249,7 @@ class Trainer:
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
         self._own_values: dict[str, Any] = {}
-        self._random = states.random_sources(self.device)
+        self._random = states.generators(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
         self._facts = {  # what a checkpoint is bound to, beside the loader
@@ -294,12 +294,11 @@ class Trainer:
                         "that has some (an iterator is empty after one pass)"
                     )
             self._record()
-            if self._why:  # there may be no time to evaluate
-                return self.metrics
-            if val_loader is not None and not self._last_result:
-                self._evaluated(val_loader, extra=True)
-            if self.writer is not None:
-                self.save_checkpoint()
+            if not self._why:  # else there may be no time to evaluate
+                if val_loader is not None and not self._last_result:
+                    self._evaluated(val_loader, extra=True)
+                if self.writer is not None:
+                    self.save_checkpoint()
         return self.metrics
 
     def train_epoch(self, loader: Batches) -> float:
@@ -325,9 +324,8 @@ class Trainer:
                 from fasttrain.run.signals import stop_signals
 
                 stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
-                stack.enter_context(
-                    stop_signals(stop=stop, rescue=lambda: None, patience_s=wait, echo_s=ECHO_S)
-                )
+                signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
+                stack.enter_context(signals)
             self._meet(loader, val_loader)
             if self.run_dir is not None and self.world.leads:
                 sinks = Sinks(self.config, self.run_dir, self.made_by)
@@ -336,9 +334,8 @@ class Trainer:
                     sinks.drop_after(self.step)
             yield
             self._agree()
-            if self._why:
-                path = self.save_checkpoint()
-        if self._why:
+            path = self.save_checkpoint() if self._why else None
+        if path is not None:
             if self.world.leads:
                 remedy = "to go on, have the same script call load_checkpoint() before train()"
                 tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
@@ -353,7 +350,7 @@ class Trainer:
         with ExitStack() as stack:
             with self.world.failing_together():
                 if self.world.leads:
-                    stack.enter_context(_locked(self.run_dir))
+                    _lock(self.run_dir, stack)
                     self._refuse_other_run(self.run_dir)
             self._held = True
             try:
@@ -392,14 +389,14 @@ class Trainer:
             warnings.warn(f"Trainer: {doubt}", stacklevel=5)
         self._loader, self._loader_facts, self._tried = loader, facts, False
         self._own_values = states.own_values(loader)
-        self._random = states.random_sources(self.device, loader=loader, val_loader=val_loader)
+        self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
         told = self.world.gather(self._told)
-        signals = [reason for reason in (told[self.world.rank], *told) if reason.startswith("SIG")]
-        self._why = signals[0] if signals else ""
+        said = (told[self.world.rank], *told)
+        self._why = next((what for what in said if what.startswith("SIG")), "")
         return any(told)
 
     def _over(self) -> bool:
@@ -524,8 +521,7 @@ class Trainer:
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
         rows = self.train_step.numbers().steps
-        first = self.step - len(rows) + 1
-        for number, (loss, norm, bad) in enumerate(rows, start=first):
+        for number, (loss, norm, bad) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
             if bad and self.config.train.on_nonfinite == "stop":
@@ -559,17 +555,16 @@ class Trainer:
                 a checkpoint, the disk is full, or the state of the scheduler, optimizer or loader
                 cannot be written.
         """
-        if path is None and self.writer is None:
+        writer = self.writer
+        if path is not None:
+            if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
+                said = "is a run folder or a checkpoint; give another folder"
+                raise UserError(f"save_checkpoint: {path} {said}")
+            writer = self._writer_of(Path(path), sys.maxsize)
+        if writer is None:
             raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
         with self._holding_run_dir() if path is None else nullcontext():
-            writer = self.writer
-            if path is not None:
-                if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
-                    said = "is a run folder or a checkpoint; give another folder"
-                    raise UserError(f"save_checkpoint: {path} {said}")
-                writer = self._writer_of(Path(path), sys.maxsize)
-            assert writer is not None
             groups, state = self._snapshot()
             text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
             saved = writer.save(self.step, groups, state, text, metric=metric)
@@ -578,36 +573,28 @@ class Trainer:
         return saved
 
     def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
-        rank, size, word = self.world.rank, self.world.size, self.world.share(secrets.token_hex(8))
+        world, word = self.world, self.world.share(secrets.token_hex(8))
         return checkpoint.CheckpointWriter(
-            folder, keep_last=keep_last, rank=rank, world_size=size, session=word
+            folder, keep_last=keep_last, rank=world.rank, world_size=world.size, session=word
         )
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
         self._warn_of_own_values()
-        loader = self._loaded.get("loader")
-        if states.is_stateful(self._loader):
-            loader = self._loader.state_dict()
-        step, scaler = self.train_step, {}
-        if self.precision.scaled:  # as a torch.amp.GradScaler names them
-            scaler = {
-                "scale": step.grad_scale.item(),
-                "_growth_tracker": step.growth_tracker.item(),
-            }
+        step, rank = self.train_step, self.world.rank
+        names = SCALER if self.precision.scaled else {}
         rest = {
             "val_losses": self.val_losses,
-            "scaler": scaler,
+            "scaler": {name: getattr(step, ours).item() for name, ours in names.items()},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
-        drawn = states.read(self._random) | self._loaded.get("random", {})
-        own = {
-            "random": drawn,
+        loader, loaded = self._loader, self._loaded
+        own = {  # of this rank
+            "random": states.read(self._random) | loaded.get("random", {}),
             "epoch_random": self._epoch_random,
-            "loader": loader,
-        }  # of this rank
-        rank = self.world.rank
+            "loader": loader.state_dict() if states.is_stateful(loader) else loaded.get("loader"),
+        }
         tensors, mine = dict[str, Tensor](), dict[str, Tensor]()
         shared = {key: states.encode(value, tensors, key) for key, value in rest.items()}
         ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
@@ -648,22 +635,20 @@ class Trainer:
             if rank:
                 mine = {n.removesuffix(f"@{rank}"): t for n, t in tensors.items() if "@" in n}
                 rest |= states.decode(saved["ranks"][rank - 1], mine, self.device)
-            names = ("optimizer", "scheduler", "scaler", "val_losses", "loader", "random")
-            update, schedule, scaler, val_losses, place, drawn = (rest[name] for name in names)
-            epoch_random, loader_facts = rest["epoch_random"], dict(saved["loader_facts"])
+            names = ("optimizer", "scheduler", "scaler", "val_losses", "epoch_random")
+            update, schedule, scaler, val_losses, epoch_random = (rest[name] for name in names)
+            place = {name: rest[name] for name in ("random", "loader")}
+            loader_facts = dict(saved["loader_facts"])
             counters = {name: int(state[name]) for name in COUNTERS}
-            self._loaded = {"random": drawn, "loader": place}
-            self.model.load_state_dict(
-                {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
-            )
+            parameters = {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
+            self.model.load_state_dict(parameters)
             self.ema.load(loaded.group("ema"))
             states.restore_optimizer(self.optimizer, self.model, moments, update)
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(schedule)
-            if scaler:
-                self.train_step.grad_scale.fill_(scaler["scale"])
-                self.train_step.growth_tracker.fill_(scaler["_growth_tracker"])
-            states.write(self._random, drawn)
+            for name in scaler:
+                getattr(self.train_step, SCALER[name]).fill_(scaler[name])
+            states.write(self._random, place["random"])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{loaded.path}: holds no state of such a training"
             raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
@@ -672,9 +657,8 @@ class Trainer:
         if said := made_otherwise(state, self.made_by, exact=exact):
             warnings.warn(said, stacklevel=2)
         vars(self).update(counters, val_losses=val_losses)
-        self._loader_facts, self._epoch_random = loader_facts, epoch_random
-        self.train_step.n_unread = 0
-        self._verdict, self._last_result = None, {}
+        self._loaded, self._loader_facts, self._epoch_random = place, loader_facts, epoch_random
+        self._verdict, self._last_result, self.train_step.n_unread = None, {}, 0
         self._logged_at = (time.perf_counter(), self.step)
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
             self._left_bytes = _n_bytes(self.run_dir)
@@ -702,22 +686,17 @@ def _n_bytes(run_dir: Path) -> int:
     return rows.stat().st_size if rows.exists() else 0
 
 
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Make the run folder and hold its lock, where there are locks."""
+def _lock(run_dir: Path, stack: ExitStack) -> None:
+    """Make the run folder; where there are locks, ``stack`` holds its lock."""
     if not HAS_FCNTL:
         run_dir.mkdir(parents=True, exist_ok=True)
-        yield
         return
     import fcntl
 
     from fasttrain.run.folder import lock_run_dir
 
-    with lock_run_dir(run_dir) as lock:
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # the loader's processes have the file open as well
+    lock = stack.enter_context(lock_run_dir(run_dir))
+    stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # the loader's processes have it open as well
 
 
 def train_loop(
@@ -736,12 +715,10 @@ def train_loop(
     FSDP2; a loss is then the mean over the batches of all ranks.
 
     Args:
-        model: its output, or that output's ``logits`` or first element, is logits (B, T, V); moved
-            to ``device``, left in training mode.
-        train_dataloader: batches as `Trainer` takes them: mappings with ``input_ids`` and
-            ``target_ids`` or ``labels``, or pairs of input ids and targets, integers (B, T) each; a
-            target of −100 is left out of the loss. Iterated anew each epoch; the ``set_epoch`` of
-            its sampler is called, as a `DistributedSampler` needs it.
+        model: as `Trainer` takes it; moved to ``device``, left in training mode.
+        train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
+            Iterated anew each epoch; the ``set_epoch`` of its sampler is called, as a
+            `DistributedSampler` needs it.
         optimizer: over the model's parameters; a schedule may change its learning rate outside,
             for instance from a hook on ``optimizer.step``.
         num_epochs: passes over the data, at least 0.

@@ -10,8 +10,7 @@ import math
 import operator
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,9 @@ BINDING = (
     *("train.on_nonfinite", "train.label_smoothing", "train.z_loss"),
     *("eval.every_steps", "eval.min_change"),
 )
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 KIND = "!"  # the key that marks what JSON does not know
-MAPPINGS: dict[str, type[dict[Any, Any]]] = {
-    kind.__name__: kind for kind in (dict, Counter, OrderedDict)
-}
+MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
 
 
 def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
@@ -44,22 +42,18 @@ def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     content: Any = None
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
-    if kind in (list, tuple):
-        content = [encode(v, tensors, f"{at}.{n}") for n, v in enumerate(value)]
-        return content if kind is list else {KIND: "tuple", "is": content}
+    if kind is list:
+        return [encode(v, tensors, f"{at}.{n}") for n, v in enumerate(value)]
     if kind is dict and all(type(k) is str for k in value) and KIND not in value:
         return {k: encode(v, tensors, f"{at}.{k}") for k, v in value.items()}
-    if kind in MAPPINGS.values():
-        content = [
-            [encode(k, tensors, f"{at}.key {n}"), encode(v, tensors, f"{at}.{n}")]
-            for n, (k, v) in enumerate(value.items())
-        ]
-    elif kind is float:
-        content = repr(value)  # inf, -inf or nan
-    elif kind is bytes:
-        content = value.hex()
-    elif kind is torch.dtype:
-        content = str(value).removeprefix("torch.")
+    if kind is tuple:
+        content = encode(list(value), tensors, at)
+    elif kind in MAPPINGS.values():
+        keys = encode(list(value), tensors, f"{at}.key")
+        values = encode(list(value.values()), tensors, at)
+        content = [[k, v] for k, v in zip(keys, values, strict=True)]
+    elif kind in (float, bytes, torch.dtype):  # of floats inf, -inf and nan
+        content = value.hex() if kind is bytes else str(value).removeprefix("torch.")
     elif isinstance(value, Tensor):
         tensors[at], content, kind = value.detach(), [at, value.is_cpu], Tensor
     elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
@@ -139,17 +133,15 @@ def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     """Return its class and defaults, its groups, and which parameter is in which."""
     # A schedule moves these; of a tensor, so are the defaults, which are the same object.
     moved = {"params", "param_names", "lr", "momentum", "betas"}
+    plain = {key: v for key, v in optimizer.defaults.items() if not isinstance(v, Tensor)}
     facts = {"optimizer": type(optimizer).__name__}
     facts["optimizer groups"] = str(len(optimizer.param_groups))
-    for key, value in optimizer.defaults.items():
-        if not isinstance(value, Tensor):
-            facts[f"optimizer {key}"] = _shown(value)
+    facts |= {f"optimizer {key}": _shown(value) for key, value in plain.items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for n, group in enumerate(optimizer.param_groups):
         extra = sorted(group.keys() - optimizer.defaults.keys() - moved)
         facts[f"group {n}"] = f"{len(group['params'])} parameters with {extra or 'no further keys'}"
-        for key in group.keys() - moved:
-            facts[f"group {n} {key}"] = _shown(group[key])
+        facts |= {f"group {n} {key}": _shown(group[key]) for key in group.keys() - moved}
         for p in group["params"]:
             if id(p) not in names:
                 raise UserError(
@@ -190,7 +182,7 @@ def _parts(loader: Any, name: str) -> dict[str, Any]:
 
 def facts_of_loader(loader: Any) -> dict[str, str]:
     """Return the classes and lengths of a loader and its parts, and how it makes batches."""
-    facts = {"generators": str(sorted(_generators(loader, "loader")))}
+    facts = {"generators": str(sorted(_generators_of(loader, "loader")))}
     for place, part in _parts(loader, "loader").items():
         facts[place] = type(part).__name__
         facts[f"{place} length"] = str(operator.length_hint(part, -1))
@@ -252,70 +244,55 @@ def own_values(loader: Any) -> dict[str, Any]:
     }
 
 
-Source = tuple[Callable[[], Any], Callable[[Any], object]]
-
-
-def _source(value: Any) -> Source | None:
-    """Return how the state of a generator is read, for `encode`, and written."""
-    if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
-    if isinstance(value, np.random.RandomState):
-        return partial(value.get_state, legacy=False), value.set_state
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
-    return _python(value) if isinstance(value, random.Random) else None
-
-
-def _generators(loader: Any, name: str) -> dict[str, Source]:
+def _generators_of(loader: Any, name: str) -> dict[str, Any]:
     """Return the generators that a loader, its samplers and its data sets hold themselves."""
-    found: dict[str, Source] = {}
-    seen: set[int] = set()
+    found: dict[str, Any] = {}
     for place, part in _parts(loader, name).items():
         for key, value in getattr(part, "__dict__", {}).items():
-            if id(value) not in seen and (source := _source(value)) is not None:
-                seen.add(id(value))
-                found[f"{place}.{key}"] = source
+            if isinstance(value, GENERATORS) and not any(value is g for g in found.values()):
+                found[f"{place}.{key}"] = value
     return found
 
 
-def _python(generator: Any) -> Source:
-    """Return how the state of ``random`` or a `random.Random` is read, as an array, and written."""
-
-    def get() -> tuple[int, Any, float | None]:
-        version, words, gauss = generator.getstate()
-        return version, np.array(words, np.uint32), gauss
-
-    def put(state: tuple[int, Any, float | None]) -> None:
-        generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
-
-    return get, put
-
-
-def random_sources(device: torch.device, **loaders: Any) -> dict[str, Source]:
-    """Return how each generator that a training draws from is read and written, by name."""
-    found: dict[str, Source] = {
-        "cpu": (torch.get_rng_state, torch.set_rng_state),
-        "python": _python(random),
-        "numpy": (partial(np.random.get_state, legacy=False), np.random.set_state),
-    }
-    if device.type == "cuda":
-        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-        found["cuda"] = partial(get, device), partial(put, device=device)
+def generators(device: torch.device, **loaders: Any) -> dict[str, Any]:
+    """Return what a training draws from, by name: generators, their modules and the GPU."""
+    found = {"cpu": torch.default_generator, "python": random, "numpy": np.random}
+    found |= {"cuda": device} if device.type == "cuda" else {}
     for name, loader in loaders.items():
-        found |= _generators(loader, name)
+        found |= _generators_of(loader, name)
     return found
 
 
-def read(sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Return the state of each generator."""
-    return {name: get() for name, (get, _) in sources.items()}
+def read(generators: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of each generator, for `encode`."""
+    states: dict[str, Any] = {}
+    for name, generator in generators.items():
+        if isinstance(generator, torch.device):
+            states[name] = torch.cuda.get_rng_state(generator)
+        elif isinstance(generator, torch.Generator):
+            states[name] = generator.get_state()
+        elif isinstance(generator, np.random.Generator):
+            states[name] = generator.bit_generator.state
+        elif hasattr(generator, "get_state"):
+            states[name] = generator.get_state(legacy=False)
+        else:
+            version, words, gauss = generator.getstate()
+            states[name] = version, np.array(words, np.uint32), gauss
+    return states
 
 
-def write(sources: Mapping[str, Source], states: Mapping[str, Any]) -> None:
+def write(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     """Put back the states that there are."""
-    for name in sources.keys() & states.keys():
-        sources[name][1](states[name])
+    for name in generators.keys() & states.keys():
+        generator, state = generators[name], states[name]
+        if isinstance(generator, torch.device):
+            torch.cuda.set_rng_state(state, generator)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif hasattr(generator, "set_state"):
+            generator.set_state(state)
+        else:
+            generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

@@ -95,8 +95,14 @@ def read_run(path: Path) -> Run:
     if problem := misfit(list[_Row], rows, "lines"):
         raise UserError(f"{file}: of its {problem}; remove that line")
     run = Run(path.resolve().name, config, [], [], made_by)
-    per_token = _flops_per_token(config) if config and config.model.vocab_size else math.nan
-    minutes, before = 0.0, 0
+    minutes, before, per_token = 0.0, 0, math.nan
+    if config and config.model.vocab_size:
+        import torch
+
+        from fasttrain.model.transformer import Transformer
+
+        with torch.device("meta"):  # shapes alone: nothing is allocated
+            per_token = Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
@@ -116,15 +122,6 @@ def read_run(path: Path) -> Run:
         parts = samples.read_text(encoding="utf-8", errors="replace").split("--- step ")
         run.samples = [part for part in parts if part.strip()][-SAMPLES_SHOWN:]
     return run
-
-
-def _flops_per_token(config: TrainConfig) -> float:
-    import torch
-
-    from fasttrain.model.transformer import Transformer
-
-    with torch.device("meta"):  # shapes alone: nothing is allocated
-        return Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -188,23 +185,22 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     train, evals = [run.train for run in runs], [run.evals for run in runs]
     # The first line of a session has the step that compiles: it would dwarf all others.
     steady = [[row for row in rows if "first_step_s" not in row] for rows in train]
+    scored = [run.tasks for run in runs]
+    tasks = dict.fromkeys(k for rows in scored for row in rows for k in row if "/" in k)
     for title, key, scale, lines in (
         ("validation perplexity", "val_ppl", "log", evals),
         ("validation accuracy", "val_accuracy", "normal", evals),
         ("learning rate", "lr", "tozero", train),
         ("gradient norm", "grad_norm", "log", train),
         ("tokens a second", "tokens_per_s", "tozero", steady),
+        *((name, name, "normal", scored) for name in tasks),
     ):
-        kind = "points" if lines is evals else "line"
+        kind = "points" if lines is evals or lines is scored else "line"
         curves = [Curve(n, rows, _column(rows, key), kind) for n, rows in enumerate(lines)]
         known = [y for curve in curves for y in curve.y if math.isfinite(y)] or [0.0]
         if scale == "log" and max(known) < 3 * min(known):  # there would be a tick or none
             scale = "normal"
         found.append(Panel(title, curves, scale))
-    scored = [run.tasks for run in runs]
-    for name in dict.fromkeys(k for rows in scored for row in rows for k in row if "/" in k):
-        curves = [Curve(n, rows, _column(rows, name), "points") for n, rows in enumerate(scored)]
-        found.append(Panel(name, curves))
     for n, rows in enumerate(steady):
         if any(row.get("optimizer_ms") for row in rows):
             of = f": {runs[n].name}" if len(runs) > 1 else ""
@@ -226,9 +222,8 @@ def _number(value: float | None, digits: str = ".4f") -> str:
 
 def facts(run: Run, n_steps: int) -> dict[str, str]:
     """Return a run's column of the table, losses smoothed over ``n_steps`` steps."""
-    last, best = run.train[-1], {}
-    if finite := [row for row in run.evals if row["val_loss"] is not None]:
-        best = min(finite, key=lambda row: row["val_loss"])
+    last, finite = run.train[-1], [row for row in run.evals if row["val_loss"] is not None]
+    best = min(finite, key=lambda row: row["val_loss"], default=dict[str, Any]())
     times = [r["time"] for r in (*run.train, *run.evals) if "time" in r]
     shown = ["n/a"]
     with contextlib.suppress(ValueError, OverflowError):  # no dates, or none that a calendar has
@@ -364,12 +359,13 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     """Return the report as one HTML page that needs nothing else."""
-    title = html.escape(", ".join(run.name for run in runs))
+    names = [html.escape(run.name) for run in runs]
+    title = ", ".join(names)
     box = '<input type="checkbox" checked onchange="show({}, this.checked)">'
-    names = [
+    heads = [
         f"<label>{box.format(n) if len(runs) > 1 else ''}{_swatch(COLOURS[n % len(COLOURS)])}"
-        f"{html.escape(run.name)}</label>"
-        for n, run in enumerate(runs)
+        f"{name}</label>"
+        for n, name in enumerate(names)
     ]
     columns = [facts(run, window_steps(runs)) for run in runs]
     rows = {key: [cells[key] for cells in columns] for key in columns[0]}
@@ -379,21 +375,19 @@ def page(runs: Sequence[Run]) -> str:
         for axis in axes(runs)
     ]
     choices.append("<small>Drag to zoom in, double-click to zoom out.</small>")
-    parts = [f"<h1>{title}</h1>", _table(names, rows), *choices, '<div class="plots">']
+    parts = [f"<h1>{title}</h1>", _table(heads, rows), *choices, '<div class="plots">']
     parts += [_plot(panel, runs, number) for number, panel in enumerate(panels(runs))]
     parts.append("</div>")
     made = [provenance(run) for run in runs]
-    if known := {name for cells in made for name in cells}:
-        rows = {name: [cells.get(name, "n/a") for cells in made] for name in sorted(known)}
-        table = _table([html.escape(run.name) for run in runs], rows)
-        parts.append(f'<h2>Made by</h2><div class="made">{table}</div>')
-    configs = {html.escape(run.name): run.config for run in runs if run.config is not None}
+    if known := {key for cells in made for key in cells}:
+        rows = {key: [cells.get(key, "n/a") for cells in made] for key in sorted(known)}
+        parts.append(f'<h2>Made by</h2><div class="made">{_table(names, rows)}</div>')
+    configs = {name: run.config for name, run in zip(names, runs, strict=True) if run.config}
     if len(configs) > 1:
         differing = differences(list(configs.values()))
         parts.append("<h2>Where the configs differ</h2>")
         parts.append(_table([*configs], differing) if differing else "<p>In nothing.</p>")
-    for run in runs:
-        name = html.escape(run.name)
+    for name, run in zip(names, runs, strict=True):
         if run.samples:
             parts.append(f"<h2>Samples: {name}</h2>")
             parts += [f"<pre>step {html.escape(sample.strip())}</pre>" for sample in run.samples]

@@ -92,6 +92,15 @@ def test_round_trip_is_exact(name: str, tmp_path: Path, tokens: torch.Tensor) ->
     assert (tmp_path / "again/tokenizer.json").is_file()
 
 
+def test_an_export_has_the_tokenizer_of_its_run_alone(tmp_path: Path) -> None:
+    run = tmp_path / "runs/one"
+    make_run(run, **MODELS["llama"])
+    for n, source in enumerate((run, run / "checkpoints", run / "checkpoints/step-00000001")):
+        assert (export_model(source, tmp_path / f"out{n}") / "tokenizer.json").is_file()
+    (run / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert not (export_model(run, tmp_path / "without") / "tokenizer.json").exists()
+
+
 def test_their_generate_and_tokenizer_work_on_the_export(tmp_path: Path, transformers: Any) -> None:
     model = make_run(tmp_path / "run", **MODELS["qwen3"])
     out = export_model(tmp_path / "run", tmp_path / "out")
