@@ -173,11 +173,8 @@ class World:
             raise error
         for rank, message in enumerate(messages):
             if message:
-                raise self._error(f"rank {rank}: {message}") from error
-
-    @property
-    def _error(self) -> type[UserError]:
-        return UserError if self.leads else SharedError
+                kind = UserError if self.leads else SharedError
+                raise kind(f"rank {rank}: {message}") from error
 
 
 def facts_of_rank(

@@ -133,7 +133,10 @@ def run_dir_above(path: Path) -> Path:
     for run_dir in (path, path.parent, path.parent.parent):
         if (run_dir / "checkpoints").is_dir():
             return run_dir
-    raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
+    raise UserError(
+        f"--resume {path}: not a run or checkpoint folder; name one of those, or auto or the run's "
+        "address if it lies in checkpoint.mirror"
+    )
 
 
 def _was_saved(run_dir: Path) -> bool:
