@@ -206,18 +206,14 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
         bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(1, -1)
         for dim in (0, 1):
             sums[dim].append(bits.sum(dim, dtype=torch.int64))
-    columns, rows = (_weighted(torch.cat(of_all)) for of_all in sums)
+    weighted = []
+    for values in map(torch.cat, sums):  # each times an odd number that follows no pattern
+        # Source: the finalizer of splitmix64 (Steele et al. 2014), modulo 2^64
+        x = torch.arange(1, len(values) + 1, device=values.device) * -0x61C8864680B583EB
+        x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+        weighted.append((values * ((x ^ (x >> 27)) | 1)).sum())
+    columns, rows = weighted
     return rows + 2 * columns  # a factor that is odd: no flip of one bit comes to 0
-
-
-def _weighted(values: Tensor) -> Tensor:
-    """Return the sum of int64 values (N,), each times an odd number that follows no pattern.
-
-    Source: the finalizer of splitmix64 (Steele et al. 2014), modulo 2^64.
-    """
-    x = torch.arange(1, len(values) + 1, device=values.device) * -0x61C8864680B583EB
-    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-    return (values * ((x ^ (x >> 27)) | 1)).sum()
 
 
 def _told(value: Any) -> str:
