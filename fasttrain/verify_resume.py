@@ -53,18 +53,18 @@ def verify_resume(
     base += ["log.every_steps=1", "run.deterministic=true", "checkpoint.mirror=none"]
     if config.run.threads is None:  # with other numbers of processors they would sum differently
         base += [f"run.threads={torch.get_num_threads()}"]
-    parts = [
-        ("one", n_steps, f"{n_steps} steps in one go"),
-        ("two", n_steps // 2, counted(n_steps // 2, "step")),
-        ("two", n_steps, f"{n_steps - n_steps // 2} more in a fresh process"),
+    half, resumed = n_steps // 2, ["--resume", "auto"]
+    parts: list[tuple[str, int, list[str], str]] = [
+        ("one", n_steps, [], f"{n_steps} steps in one go"),
+        ("two", half, [], counted(half, "step")),
+        ("two", n_steps, resumed, f"{n_steps - half} more in a fresh process"),
     ]
     keep = False
     try:
-        for number, (name, stop, what) in enumerate(parts):
+        for name, stop, more, what in parts:
             started = time.perf_counter()
             print(f"{what} … ", end="", flush=True)
-            arguments = [*base, f"run.name={name}", "--stop-at-step", str(stop)]
-            status, errors = _train([*arguments, "--resume", "auto"] if number == 2 else arguments)
+            status, errors = _train([*base, f"run.name={name}", f"--stop-at-step={stop}", *more])
             print(format_duration(time.perf_counter() - started), flush=True)
             if status not in (EXIT_DONE, EXIT_STOPPED):
                 keep = status != EXIT_BAD_INPUT  # which leaves nothing to look at

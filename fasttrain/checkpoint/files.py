@@ -84,12 +84,10 @@ def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     with failing(f"cannot read {folder}"):
         names = {name for name in os.listdir(folder) if STEP.fullmatch(name)}
     manifests: dict[Path, dict[str, Any] | None] = {}
-    for name in names:
-        if name.startswith(".old-") and name.removeprefix(".old-") in names:
-            continue
-        manifests[folder / name] = None
+    for path in map(folder.joinpath, names - {f".old-{name}" for name in names}):
+        manifests[path] = None
         with contextlib.suppress(CheckpointError):
-            manifests[folder / name] = read_manifest(folder / name)
+            manifests[path] = read_manifest(path)
     commits = [(m["step"], m["commit"]) for m in manifests.values() if m]
 
     def age(path: Path) -> tuple[float, int]:

@@ -130,8 +130,6 @@ class Mirror:
     def _pass_over(self, problem: str) -> None:
         self._warn(f"passing over a damaged checkpoint: {problem}")
 
-    # ---- the thread that copies ----------------------------------------------------------------
-
     def wake(self) -> None:
         """Have the newest and the best checkpoint copied; waits for nothing."""
         with self._lock:

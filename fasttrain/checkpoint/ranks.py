@@ -180,10 +180,10 @@ class Ranks:
                 raise CheckpointError(
                     failed.read_text(errors="replace") or f"{path} was not saved; see rank 0"
                 )
-            saved = None
             with contextlib.suppress(OSError):
                 saved = json.loads((path / disk.MANIFEST).read_text()).get("save")
-            return not here and bool(saved == partial.name)
+                return not here and bool(saved == partial.name)
+            return False
 
         late = f"rank 0 did not commit it within {self.patience_s:g} s"
         self._wait(done, path, late, time.monotonic() + self.patience_s)

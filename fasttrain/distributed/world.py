@@ -230,7 +230,7 @@ def start(config: DistributedConfig, device: torch.device) -> World:
 
     Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return World()
     try:
         world = World(
@@ -340,16 +340,6 @@ def choose_mode(
         mesh = {"replicate": world.size // inner, "shard": inner}
     made = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
     return replace(world, mode=mode, why=why, mesh=made)
-
-
-def unused_mode(config: DistributedConfig, size: int) -> str | None:
-    """Return a warning if a mode is set but there is one process only."""
-    if size > 1 or config.mode == "auto":
-        return None
-    return (
-        f"distributed.mode = {config.mode} has no effect in one process; start several: torchrun "
-        "--nproc-per-node N -m fasttrain.train …"
-    )
 
 
 def preferred_mode(

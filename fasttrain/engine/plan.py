@@ -12,7 +12,6 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
 from fasttrain.data.remote import in_gib, n_bytes
-from fasttrain.distributed.world import unused_mode
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
 
@@ -110,8 +109,11 @@ def warnings_at_start(
             f"{in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
             "micro-batches that wait in memory"
         )
-    if unused := unused_mode(config.distributed, n_ranks):
-        yield unused
+    if n_ranks == 1 and config.distributed.mode != "auto":
+        yield (
+            f"distributed.mode = {config.distributed.mode} has no effect in one process; start "
+            "several: torchrun --nproc-per-node N -m fasttrain.train …"
+        )
 
 
 def warnings_of(

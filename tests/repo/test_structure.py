@@ -21,11 +21,11 @@ MAX_FILE_LINES = 800
 BUDGETS = {
     "benchmarks": 2_460,
     "fasttrain": 4_390,
-    "fasttrain/checkpoint": 1_520,
+    "fasttrain/checkpoint": 1_500,
     "fasttrain/config": 1_120,
     "fasttrain/data": 2_390,
     "fasttrain/data/prepare": 1_460,
-    "fasttrain/distributed": 850,
+    "fasttrain/distributed": 840,
     "fasttrain/engine": 2_760,
     "fasttrain/log": 1_020,
     "fasttrain/model": 920,
