@@ -100,7 +100,7 @@ class Mirror:
         if (best := disk.best(copies)) and (best == newest or self._fetch(best, copies)):
             pointers = {"best": best, **pointers}
         for name in names_at(self.address).keys() & _BESIDE:
-            remote(f"{self.address}/{name}", "get_file", str(part := self.run_dir / f".tmp-{name}"))
+            remote(f"{self.address}/{name}", "get_file", str(part := self.folder / f".tmp-{name}"))
             os.replace(part, self.run_dir / name)
         # The newest comes last: cut off before it, all of this is done again.
         for pointer, name in pointers.items():
