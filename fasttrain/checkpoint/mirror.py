@@ -52,11 +52,6 @@ class Mirror:
         fs, path = file_system(self.address)
         if "file" in fs.protocol and Path(path).resolve() == run_dir.resolve():
             raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
-        if "***" in address:
-            raise UserError(
-                f"checkpoint.mirror = {address}: a config that was saved has *** in place of "
-                "secrets; give the whole address, as in checkpoint.mirror=…"
-            )
 
     def copies(self) -> _Copies:
         """Return the copies, the newest commit first."""

@@ -111,10 +111,11 @@ def test_an_address_whose_password_was_not_saved_is_refused(toy: Path, capsys: C
     mirror = f"checkpoint.mirror=faulty://me:hunter22@{toy.parent}/m"
     assert main([str(toy), *KEYS, mirror, "--stop-at-step", "2"]) == 75
     folders = sorted(toy.parent.iterdir())
-    assert main(["--resume", "runs/toy"]) == 2
-    said = capsys.readouterr().err
-    assert f"checkpoint.mirror = faulty://***@{toy.parent}/m: " in said
-    assert "give the whole address" in said
+    for command in (["--resume", "runs/toy"], ["runs/toy/config.toml", "--resume", "auto"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"checkpoint.mirror = faulty://***@{toy.parent}/m: " in said
+        assert "give the whole address" in said
     assert main(["--resume", "runs/toy", mirror, "--stop-at-step", "4"]) == 75
     assert sorted(toy.parent.iterdir()) == folders  # nothing was copied elsewhere
 
