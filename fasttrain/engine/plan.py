@@ -109,11 +109,9 @@ def warnings_at_start(
             f"{in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
             "micro-batches that wait in memory"
         )
-    if n_ranks == 1 and config.distributed.mode != "auto":
-        yield (
-            f"distributed.mode = {config.distributed.mode} has no effect in one process; start "
-            "several: torchrun --nproc-per-node N -m fasttrain.train …"
-        )
+    if n_ranks == 1 and (mode := config.distributed.mode) != "auto":
+        how = "torchrun --nproc-per-node N -m fasttrain.train …"
+        yield f"distributed.mode = {mode} has no effect in one process; start several: {how}"
 
 
 def warnings_of(
