@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add("--tokenizer", type=Path, help="tokenizer.json, if the run has none")
     options = parser.parse_args(argv)
-    for flag, n in (("--limit", options.limit), ("--batch-size", options.batch_size)):
-        if n is not None and n < 1:
-            raise UserError(f"{flag} must be at least 1, got {n}")
+    for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        if (n := getattr(options, name)) is not None and n < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {n}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluation needs the package lm_eval; pip install lm_eval")
     device = resolve_device(options.device)

@@ -5,6 +5,7 @@ requests, answers a share of them, and then has the answers of all.
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +176,8 @@ def load_tasks(
     if quiet:  # without progress bars
         harness.tqdm = harness_task.tqdm = lambda items, **_: items
         harness_task.datasets.disable_progress_bars()
+    if folder and not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; name one that holds task files (YAML)")
     failure = ""
     for defaults in (False, True)[folder is None :]:  # its own are 14,000 files
         manager = TaskManager(include_path=folder, include_defaults=defaults)

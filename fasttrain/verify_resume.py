@@ -12,12 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, prog, tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.log.console import format_duration
@@ -46,28 +45,26 @@ def verify_resume(
             "--verify-resume: train.hours makes the learning rate depend on the clock; give the "
             "length otherwise, as in train.hours=none train.steps=1000"
         )
-    if config.train.steps is not None and n_steps > config.train.steps:
-        raise UserError(
-            f"--verify-resume {n_steps}: the run has {config.train.steps} steps; name fewer"
-        )
+    if (n_all := config.train.steps) is not None and n_steps > n_all:
+        raise UserError(f"--verify-resume {n_steps}: the run has {n_all} steps; name fewer")
     out_dir = Path(config.run.out_dir)
     is_new, folder = not out_dir.exists(), out_dir / f"verify-resume-{secrets.token_hex(4)}"
     base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
     base += ["log.every_steps=1", "run.deterministic=true", "checkpoint.mirror=none"]
     if config.run.threads is None:  # with other numbers of processors they would sum differently
         base += [f"run.threads={torch.get_num_threads()}"]
-    parts = [
-        ("one", n_steps, f"{n_steps} steps in one go"),
-        ("two", n_steps // 2, counted(n_steps // 2, "step")),
-        ("two", n_steps, f"{n_steps - n_steps // 2} more in a fresh process"),
+    half, resumed = n_steps // 2, ["--resume", "auto"]
+    parts: list[tuple[str, int, list[str], str]] = [
+        ("one", n_steps, [], f"{n_steps} steps in one go"),
+        ("two", half, [], counted(half, "step")),
+        ("two", n_steps, resumed, f"{n_steps - half} more in a fresh process"),
     ]
     keep = False
     try:
-        for number, (name, stop, what) in enumerate(parts):
+        for name, stop, more, what in parts:
             started = time.perf_counter()
             print(f"{what} … ", end="", flush=True)
-            arguments = [*base, f"run.name={name}", "--stop-at-step", str(stop)]
-            status, errors = _train([*arguments, "--resume", "auto"] if number == 2 else arguments)
+            status, errors = _train([*base, f"run.name={name}", f"--stop-at-step={stop}", *more])
             print(format_duration(time.perf_counter() - started), flush=True)
             if status not in (EXIT_DONE, EXIT_STOPPED):
                 keep = status != EXIT_BAD_INPUT  # which leaves nothing to look at
@@ -89,18 +86,16 @@ def verify_resume(
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-            if is_new:
-                with contextlib.suppress(OSError):  # it is not there, or another run is in it
-                    out_dir.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not there, or a run is in it
+                out_dir.rmdir()
 
 
 def _train(arguments: Sequence[str]) -> tuple[int, str]:
     """Train in a child process; return its exit status and what it wrote to stderr."""
     command = [sys.executable, "-m", "fasttrain.train", *arguments]
     with interruptible():
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return done.returncode, done.stderr
 
 
@@ -108,10 +103,10 @@ def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
     """Return the first difference of two run folders in words, or None, and what was compared."""
     a, b = _record(one), _record(two)
     for name in a | b:
-        values = [record.get(name, "missing") for record in (a, b)]
-        if values[0] != values[1]:
-            shown = [value[:24] for value in values]  # a loss, or 16 digits of a hash
-            return f"{name}: {shown[0]} in one go, {shown[1]} resumed", ""
+        # Of a hash, 16 digits
+        whole, resumed = (record.get(name, "missing")[:24] for record in (a, b))
+        if a.get(name) != b.get(name):
+            return f"{name}: {whole} in one go, {resumed} resumed", ""
     kinds = Counter(name.split()[0].partition(".")[0] for name in a)
     losses, parameters, moments = (kinds.pop(kind) for kind in ("loss", "model", "optimizer"))
     return None, (
@@ -123,8 +118,7 @@ def first_difference(one: Path, two: Path) -> tuple[str | None, str]:
 def _record(run_dir: Path) -> dict[str, str]:
     """Return each loss of a run in hexadecimal digits, and the SHA-256 of each tensor saved."""
     record = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row: dict[str, Any] = json.loads(line)
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()):
         if row["kind"] == "train":
             loss = "none" if row["loss"] is None else float(row["loss"]).hex()
             record[f"loss of step {row['step']}"] = loss
@@ -134,3 +128,7 @@ def _record(run_dir: Path) -> dict[str, str]:
         data = tensor.contiguous().flatten().view(torch.uint8)
         record[name] = f"SHA-256 {hashlib.sha256(data.numpy().data).hexdigest()}"
     return record
+
+
+if __name__ == "__main__":
+    sys.exit(f"usage: {prog('train')} CONFIG --verify-resume N")

@@ -6,19 +6,17 @@ from pathlib import Path
 
 from fasttrain.checkpoint import CheckpointError, verify
 from fasttrain.checkpoint import files as disk
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, command, prog
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, command, make_parser
 from fasttrain.config import config_to_toml
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """List and verify; 0 if all is well, 1 if anything is damaged, 2 if there is nothing."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(f"usage: {prog('checkpoint')} RUN_OR_CHECKPOINT_FOLDER")
-        return EXIT_DONE if list(arguments) in (["-h"], ["--help"]) else EXIT_BAD_INPUT
+    parser = make_parser("checkpoint", "List and verify a checkpoint, or all those of a run.")
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT_FOLDER")
     damaged, shown = False, False
-    for path in disk.candidates(Path(arguments[0])):
+    for path in disk.candidates(parser.parse_args(arguments).path):
         print(path)
         found, verdict = None, "every byte is as it was written; config and state can be resumed"
         try:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -80,17 +81,13 @@ def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
 
     By commit, not by step: a run that went back to an older step must not resume its old future.
     """
-    try:
+    with failing(f"cannot read {folder}"):
         names = {name for name in os.listdir(folder) if STEP.fullmatch(name)}
-    except OSError as error:
-        raise failure(f"cannot read {folder}", error) from error
     manifests: dict[Path, dict[str, Any] | None] = {}
-    for name in names:
-        if name.startswith(".old-") and name.removeprefix(".old-") in names:
-            continue
-        manifests[folder / name] = None
+    for path in map(folder.joinpath, names - {f".old-{name}" for name in names}):
+        manifests[path] = None
         with contextlib.suppress(CheckpointError):
-            manifests[folder / name] = read_manifest(folder / name)
+            manifests[path] = read_manifest(path)
     commits = [(m["step"], m["commit"]) for m in manifests.values() if m]
 
     def age(path: Path) -> tuple[float, int]:
@@ -99,6 +96,12 @@ def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
         return (manifest["commit"] if manifest else before + 0.5, step)
 
     return [(path, manifests[path]) for path in sorted(manifests, key=age, reverse=True)]
+
+
+def best(manifests: Mapping[Any, dict[str, Any] | None]) -> Any:
+    """Return the key of the lowest metric, of the oldest if several have it; None without one."""
+    rated = [(m["metric"], m["commit"], key) for key, m in manifests.items() if m]
+    return min((r for r in rated if r[0] is not None), default=(0, 0, None))[2]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if odd := sorted(expected ^ found.keys()):
         problem = "missing" if odd[0] in expected else "does not belong here; remove it"
         raise CheckpointError(f"{path / odd[0]}: {problem}")
-    if odd := sorted(expected - {name for name, is_file in found.items() if is_file}):
+    if odd := sorted(name for name, is_file in found.items() if not is_file):
         raise CheckpointError(f"{path / odd[0]}: not a regular file")
     return manifest
 
@@ -126,7 +129,7 @@ def parse_manifest(file: Path | str, text: bytes) -> dict[str, Any]:
     if seal(manifest) != text:
         raise CheckpointError(f"{file}: damaged: it does not match its own SHA-256")
     made_by = SEVERAL if "ranks" in manifest else FORMAT
-    if any(manifest.get(key) != value for key, value in made_by.items()):
+    if not made_by.items() <= manifest.items():
         raise CheckpointError(
             f"{file}: written by another version; use the fasttrain that wrote it"
         )
@@ -171,21 +174,18 @@ def refuse_foreign(path: Path) -> None:
 
 def read_file(path: Path, entry: dict[str, Any] | None = None) -> bytes:
     """Check a file against its entry in the manifest; return its text, nothing if it is tensors."""
-    try:
-        # A link could lead out of the folder, and opening a pipe would block.
-        with open(os.open(path, _READING), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if entry is not None and size != entry["bytes"]:
-                raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
-            if path.suffix == ".safetensors":
-                text, digest = b"", hashlib.file_digest(file, "sha256")
-            elif size > JSON_LIMIT:
-                raise CheckpointError(f"{path}: {size} bytes, at most {JSON_LIMIT} are credible")
-            else:
-                text = file.read(JSON_LIMIT)
-                digest = hashlib.sha256(text)
-    except OSError as error:
-        raise failure(f"{path}: cannot be read", error) from error
+    # A link could lead out of the folder, and opening a pipe would block.
+    with failing(f"{path}: cannot be read"), open(os.open(path, _READING), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if entry is not None and size != entry["bytes"]:
+            raise CheckpointError(f"{path}: damaged: {size} bytes, should be {entry['bytes']}")
+        if path.suffix == ".safetensors":
+            text, digest = b"", hashlib.file_digest(file, "sha256")
+        elif size > JSON_LIMIT:
+            raise CheckpointError(f"{path}: {size} bytes, at most {JSON_LIMIT} are credible")
+        else:
+            text = file.read(JSON_LIMIT)
+            digest = hashlib.sha256(text)
     if entry is not None and digest.hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}")
     return text
@@ -193,19 +193,17 @@ def read_file(path: Path, entry: dict[str, Any] | None = None) -> bytes:
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, whose bytes are read when they are used."""
-    try:
-        with open(path, "rb") as raw:
-            if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
-                raise CheckpointError(f"{path}: damaged: header of {length} bytes")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for tensor in tensors.values():
-            torch.empty(tensor.shape, device="meta")  # refuses (0, 2**62, 2**62), as a model would
-        return tensors
-    except OSError as error:
-        raise failure(f"{path}: cannot be read", error) from error
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
+    with failing(f"{path}: cannot be read"), open(path, "rb") as raw:
+        if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
+            raise CheckpointError(f"{path}: damaged: header of {length} bytes")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for tensor in tensors.values():
+                torch.empty(tensor.shape, device="meta")  # refuses (0, 2**62, 2**62), as models do
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from error
+    return tensors
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -275,11 +273,16 @@ def signature(path: Path) -> object:
     return [(name, s.st_size, s.st_ctime_ns, s.st_ino) for name, s in stats]
 
 
-def failure(what: str, error: OSError) -> CheckpointError:
-    remedy = _REMEDIES.get(error.errno or 0, "check the file system")
-    result = CheckpointError(f"{what}: {error}; {remedy}")
-    result.errno = error.errno
-    return result
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Make an error of the system a CheckpointError that says what failed, and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "check the file system")
+        failure = CheckpointError(f"{what}: {error}; {remedy}")
+        failure.errno = error.errno
+        raise failure from error
 
 
 def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:

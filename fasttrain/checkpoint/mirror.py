@@ -88,18 +88,24 @@ class Mirror:
         self._note(f"{self.shown} holds {counted(len(newer), 'newer checkpoint')}")
         newest = next((name for name in newer if self._fetch(name, copies)), None)
         if newest is None:
-            if not last and any(manifest is None for manifest in copies.values()):
+            if not last and None in copies.values():
                 raise CheckpointError(f"{self.shown}: no checkpoint verifies; use another run.name")
             return
-        disk.point(self.folder / "latest", newest)
-        if (best := _best(copies)) and (best == newest or self._fetch(best, copies)):
-            disk.point(self.folder / "best", best)
+        pointers = {"latest": newest}
+        if (best := disk.best(copies)) and (best == newest or self._fetch(best, copies)):
+            pointers = {"best": best, **pointers}
         for name in names_at(self.address).keys() & _BESIDE:
-            if not (self.run_dir / name).exists():
-                remote(f"{self.address}/{name}", "get_file", str(self.run_dir / name))
+            remote(f"{self.address}/{name}", "get_file", str(part := self.folder / f".tmp-{name}"))
+            os.replace(part, self.run_dir / name)
+        # The newest comes last: cut off before it, all of this is done again.
+        for pointer, name in pointers.items():
+            if (part := self.folder / f".tmp-{name}").exists():
+                disk.remove(self.folder / name)  # it is damaged, or it would not be fetched
+                os.rename(part, self.folder / name)
+            disk.point(self.folder / pointer, name)
 
     def _fetch(self, name: str, copies: _Copies) -> bool:
-        """Bring a copy; if it is damaged warn, mark it and return false."""
+        """Bring a copy to ``.tmp-…``; if it is damaged warn, mark it and return false."""
         where, part = f"{self.address}/checkpoints/{name}", self.folder / f".tmp-{name}"
         disk.remove(part)
         part.mkdir(parents=True)
@@ -114,15 +120,10 @@ class Mirror:
             self._pass_over(shown(str(error).replace(str(part), where)))
             disk.remove(part)
             copies[name] = None
-            return False
-        disk.remove(self.folder / name)  # it is damaged, or it would not be fetched
-        os.rename(part, self.folder / name)
-        return True
+        return copies[name] is not None
 
     def _pass_over(self, problem: str) -> None:
         self._warn(f"passing over a damaged checkpoint: {problem}")
-
-    # ---- the thread that copies ----------------------------------------------------------------
 
     def wake(self) -> None:
         """Have the newest and the best checkpoint copied; waits for nothing."""
@@ -160,7 +161,7 @@ class Mirror:
         copies, best = self.copies(), disk.pointed(self.folder / "best")
         saved = [(path, m) for path, m in disk.history(self.folder) if m]
         wanted = [(path, m) for path, m in saved if path == saved[0][0] or path.name == best]
-        missing = [(path, m) for path, m in wanted if not copies.get(_name(m))]
+        missing = [(path, m) for path, m in wanted if copies.get(_name(m)) != m]
         for self.copying, manifest in missing:
             self._copy(self.copying, manifest)
         # Nothing is removed unless what has come is seen there, of the sizes that it should have.
@@ -168,7 +169,7 @@ class Mirror:
         if short := [_name(m) for _, m in missing if copies.get(_name(m), {}) is None]:
             raise CheckpointError(f"{self.shown}: {short[0]} did not come there whole")
         whole = [name for name, manifest in copies.items() if manifest]
-        for name in copies.keys() - {*whole[: self.keep_last], _best(copies)} if whole else ():
+        for name in copies.keys() - {*whole[: self.keep_last], disk.best(copies)} if whole else ():
             self._remove(name)
 
     def _copy(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -234,12 +235,6 @@ def _if_there(address: str, operation: str, **options: Any) -> Any:
 
 def _name(manifest: dict[str, Any]) -> str:
     return f"step-{manifest['step']:08d}-c{manifest['commit']}"
-
-
-def _best(copies: _Copies) -> str | None:
-    """Return the name of the copy of the lowest metric, if any was evaluated."""
-    rated = [(m["metric"], m["commit"], name) for name, m in copies.items() if m]
-    return min((r for r in rated if r[0] is not None), default=(0, 0, None))[2]
 
 
 def _check(file: Path, n_bytes: int, _: object) -> None:

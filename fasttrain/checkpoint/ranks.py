@@ -30,7 +30,8 @@ from fasttrain.checkpoint.files import CheckpointError, RankRecord
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import Slice, locate
 
-Slices = dict[str, dict[str, Slice]]  # file or group → tensor → where it lies in the whole
+Slices = dict[str, dict[str, Slice]]  # file → tensor → where it lies in the whole
+SliceNumbers = dict[str, dict[str, list[int]]]  # the same as in a RankRecord, or by group
 
 _RECORD = re.compile(r"rank-(\d{5})\.json")
 _POLLS_S = (0.002, 0.2)  # between two looks: at first, at last
@@ -38,14 +39,14 @@ _POLLS_S = (0.002, 0.2)  # between two looks: at first, at last
 
 def own_slices(
     groups: Mapping[str, Mapping[str, Tensor]], rank: int
-) -> tuple[dict[str, dict[str, Tensor]], Slices]:
+) -> tuple[dict[str, dict[str, Tensor]], SliceNumbers]:
     """Return what this rank writes, as ordinary tensors, and which of them are slices.
 
     These are its slices of DTensors that no lower rank holds too, and on rank 0 all other tensors,
     on another rank those whose name ends in ``@`` and its number.
     """
     own: dict[str, dict[str, Tensor]] = {}
-    slices: Slices = {}
+    slices: SliceNumbers = {}
     for group, tensors in groups.items():
         own[group], slices[group] = {}, {}
         for name, tensor in tensors.items():
@@ -63,8 +64,8 @@ def own_slices(
                 )
             if first and (local.numel() or (rank == 0 and not tensor.numel())):
                 own[group][name] = local
-                if not part.is_whole and tensor.numel():
-                    slices[group][name] = part
+                if local.shape != tensor.shape and tensor.numel():
+                    slices[group][name] = [part.dim, part.begin, part.end, *part.shape]
     return own, slices
 
 
@@ -179,10 +180,10 @@ class Ranks:
                 raise CheckpointError(
                     failed.read_text(errors="replace") or f"{path} was not saved; see rank 0"
                 )
-            saved = None
             with contextlib.suppress(OSError):
                 saved = json.loads((path / disk.MANIFEST).read_text()).get("save")
-            return not here and bool(saved == partial.name)
+                return not here and bool(saved == partial.name)
+            return False
 
         late = f"rank 0 did not commit it within {self.patience_s:g} s"
         self._wait(done, path, late, time.monotonic() + self.patience_s)

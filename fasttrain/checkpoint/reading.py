@@ -47,8 +47,7 @@ def parse(path: Path) -> Checkpoint:
     manifest = disk.read_manifest(path)
     entries = manifest["files"]
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
-    others = [(name, entry) for name, entry in entries.items() if name not in files]
-    texts = {n: disk.read_file(path / n, e) for n, e in others}
+    texts = {n: disk.read_file(path / n, e) for n, e in entries.items() if n not in files}
     stored = {name: disk.map_tensors(path / name) for name in files}
     slices = read_slices(path, manifest, texts, stored)
     file = path / "config.toml"
@@ -119,11 +118,10 @@ def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
     for name, stored in found.stored.items():
         stem = name.partition(".")[0]
         for key, tensor in stored.items() if only is None or stem in only else ():
-            if part := found.slices.get(name, {}).get(key):
-                whole = tensors.setdefault(f"{stem}.{key}", tensor.new_empty(part.shape))
-                part.of(whole).copy_(tensor)
-            else:
-                tensors[f"{stem}.{key}"] = tensor.clone()  # the file may soon be removed
+            part = found.slices.get(name, {}).get(key)
+            whole = tensor.new_empty(part.shape if part else tensor.shape)
+            whole = tensors.setdefault(f"{stem}.{key}", whole)
+            (part.of(whole) if part else whole).copy_(tensor)  # the file may soon be removed
     return replace(found, tensors=tensors)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
 from fasttrain.checkpoint.mirror import Mirror
-from fasttrain.checkpoint.ranks import Ranks, own_slices
+from fasttrain.checkpoint.ranks import Ranks, SliceNumbers, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
 
@@ -37,10 +37,9 @@ class _Save:
     path: Path
     partial: Path
     names: dict[str, str]  # of this rank's files, by group
-    slices: dict[str, dict[str, list[int]]]  # by file
+    slices: SliceNumbers
     texts: dict[str, bytes]
     metric: float | None
-    copied: list[torch.cuda.Event]
 
 
 class CheckpointWriter:
@@ -79,11 +78,9 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
-        try:
+        with disk.failing(f"cannot make the checkpoint folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             disk.fsync_folder(self.folder.parent)
-        except OSError as error:
-            raise disk.failure(f"cannot make the checkpoint folder {self.folder}", error) from error
 
     def save(
         self,
@@ -126,15 +123,11 @@ class CheckpointWriter:
             path=path,
             partial=self._ranks.partial(path, self._n_begun),
             names=names,
-            slices={
-                name: {n: [p.dim, p.begin, p.end, *p.shape] for n, p in slices[stem].items()}
-                for stem, name in names.items()
-                if slices[stem]
-            },
+            slices={name: slices[stem] for stem, name in names.items() if slices[stem]},
             texts={"state.json": state_json, "config.toml": config_toml.encode()},
             metric=float(metric) if metric is not None and math.isfinite(metric) else None,
-            copied=self._snapshot(own),
         )
+        self._snapshot(own)
         if self.asynchronous:
             run, name = self._write_in_background, f"checkpoint of rank {rank}"
             self._thread = threading.Thread(target=run, args=(save,), name=name)
@@ -163,7 +156,7 @@ class CheckpointWriter:
         finally:
             self._snapshots.clear()
 
-    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
+    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         for stem, tensors in groups.items():
             kept = self._snapshots.get(stem)
             if kept is None or kept.signature != Snapshot.describe(tensors):
@@ -177,45 +170,40 @@ class CheckpointWriter:
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             for stem, tensors in groups.items():
                 self._snapshots[stem].copy_from(tensors)
-        events = [self._streams[device].record_event() for device in devices]
-        for event, device in zip(events, devices, strict=True):
-            # The next update may not overwrite what is still being copied.
-            torch.cuda.current_stream(device).wait_event(event)
-        return events
+        for device in devices:  # the next update may not overwrite what is still being copied
+            torch.cuda.current_stream(device).wait_stream(self._streams[device])
 
     def _write_in_background(self, save: _Save) -> None:
         try:
             for device in self._streams:  # to wait in another's context would open one there
                 torch.cuda.set_device(device)
-            n_bytes = sum(self._snapshots[stem].content.nbytes for stem in save.names)
-            if n_bytes > _BULKY:
+            if sum(self._snapshots[stem].content.nbytes for stem in save.names) > _BULKY:
                 disk.give_way()
             self._write(save)
         except BaseException as error:
             self._error = error
 
     def _write(self, save: _Save) -> None:
-        for event in save.copied:
-            event.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()
         if self._ranks.rank == 0:
             self._commit(save)
             if self.mirror:
                 self.mirror.wake()
             return
-        try:
-            self._write_part(save)
-        except FileNotFoundError:
-            pass  # rank 0 has given up, and says why
-        except (OSError, CheckpointError) as error:
-            with contextlib.suppress(OSError):
-                for name in save.names.values():
-                    disk.remove(save.partial / name)
-            with contextlib.suppress(OSError):
-                save.partial.mkdir(exist_ok=True)
-                self._ranks.hand_in(save.partial, error=str(error))
-            if isinstance(error, OSError):
-                raise disk.failure(f"{save.path} was not saved", error) from error
-            raise
+        with disk.failing(f"{save.path} was not saved"):
+            try:
+                self._write_part(save)
+            except FileNotFoundError:
+                pass  # rank 0 has given up, and says why
+            except (OSError, CheckpointError) as error:
+                with contextlib.suppress(OSError):
+                    for name in save.names.values():
+                        disk.remove(save.partial / name)
+                with contextlib.suppress(OSError):
+                    save.partial.mkdir(exist_ok=True)
+                    self._ranks.hand_in(save.partial, error=str(error))
+                raise
         self._ranks.await_commit(save.partial, save.path)
 
     def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
@@ -237,63 +225,61 @@ class CheckpointWriter:
     def _commit(self, save: _Save) -> None:
         path, partial = save.path, save.partial
         old = self.folder / f".old-{path.name}"
-        committed = False
         try:
-            disk.sweep(self.folder, spare=self._ranks.spared(partial))
-            older = disk.history(self.folder)
-            files = self._write_part(save)
-            for name, text in save.texts.items():
-                files[name] = disk.write_file(partial / name, text)
-            commits = [m["commit"] for _, m in older if m]
-            commits += [self.mirror.last_commit] if self.mirror else []
-            manifest = {
-                **disk.FORMAT,
-                "commit": 1 + max(commits, default=0),
-                "step": save.step,
-                "metric": save.metric,
-                "files": files,
-            }
-            if self._ranks.size > 1:
-                files |= self._ranks.collect(partial, path)
-                manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
-            disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
-            try:
-                parse(partial)
-            except CheckpointError as error:
-                reason = str(error).removeprefix(f"{partial}{os.sep}")
-                raise CheckpointError(
-                    f"{path} was not saved, because no run could resume from it: {reason}"
-                ) from error
-            disk.fsync_folder(partial)
-            if path.exists():
-                os.rename(path, old)
+            with disk.failing(f"{path} was not saved"):
+                self._write_whole(save)
+                if path.exists():
+                    os.rename(path, old)
+                    disk.fsync_folder(self.folder)
+                os.rename(partial, path)
                 disk.fsync_folder(self.folder)
-            os.rename(partial, path)
-            disk.fsync_folder(self.folder)
-            committed = True
-            self._verified[path] = disk.signature(path)
-            disk.point(self.folder / "latest", path.name)
-            self._retain(path)
-            disk.remove(old)
-            self._ranks.committed()
-        except (OSError, CheckpointError) as error:
-            shown = error
-            if isinstance(error, OSError):
-                done = "is complete, but tidying up failed" if committed else "was not saved"
-                shown = disk.failure(f"{path} {done}", error)
-            if committed:  # on the other ranks it is saved as well
-                self._warn(str(shown))
-                return
+        except CheckpointError as error:
             with contextlib.suppress(OSError):
-                self._ranks.give_up(partial, shown)
+                self._ranks.give_up(partial, error)
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
                     os.rename(old, path)
             with contextlib.suppress(OSError):
                 disk.remove(partial)
-            if shown is error:
-                raise
-            raise shown from error
+            raise
+        try:  # it is saved, on the other ranks as well: no failure here is one of the save
+            with disk.failing(f"{path} is complete, but tidying up failed"):
+                self._verified[path] = disk.signature(path)
+                disk.point(self.folder / "latest", path.name)
+                self._retain(path)
+                disk.remove(old)
+                self._ranks.committed()
+        except CheckpointError as error:
+            self._warn(str(error))
+
+    def _write_whole(self, save: _Save) -> None:
+        """Write all but what other ranks write, and check that a run could resume from it."""
+        partial = save.partial
+        disk.sweep(self.folder, spare=self._ranks.spared(partial))
+        files = self._write_part(save)
+        for name, text in save.texts.items():
+            files[name] = disk.write_file(partial / name, text)
+        commits = [m["commit"] for _, m in disk.history(self.folder) if m]
+        commits += [self.mirror.last_commit] if self.mirror else []
+        manifest = {
+            **disk.FORMAT,
+            "commit": 1 + max(commits, default=0),
+            "step": save.step,
+            "metric": save.metric,
+            "files": files,
+        }
+        if self._ranks.size > 1:
+            files |= self._ranks.collect(partial, save.path)
+            manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
+        disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
+        try:
+            parse(partial)
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{partial}{os.sep}")
+            raise CheckpointError(
+                f"{save.path} was not saved, because no run could resume from it: {reason}"
+            ) from error
+        disk.fsync_folder(partial)
 
     def _is_sound(self, path: Path) -> bool:
         """Hash a folder once; again only if the system has seen one of its files change."""
@@ -310,8 +296,7 @@ class CheckpointWriter:
         """Move `best`, then remove what is older than the last `keep_last` verified ones."""
         found = disk.history(self.folder)
         good = [(path, m) for path, m in found if m and self._is_sound(path)]
-        rated = [(m["metric"], m["commit"], path) for path, m in good if m["metric"] is not None]
-        best = min(rated)[2] if rated else None
+        best = disk.best(dict(good))
         if best is not None and disk.pointed(self.folder / "best") != best.name:
             disk.point(self.folder / "best", best.name)
         if len(good) < self.keep_last:

@@ -25,10 +25,6 @@ class Slice:
         """Return this slice of a whole tensor, a view."""
         return whole.narrow(self.dim, self.begin, self.end - self.begin) if self.shape else whole
 
-    @property
-    def is_whole(self) -> bool:
-        return self.local_shape == self.shape
-
 
 def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
     """Return where the local tensor of a DTensor lies in the whole; None for any other tensor.

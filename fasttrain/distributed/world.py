@@ -173,11 +173,8 @@ class World:
             raise error
         for rank, message in enumerate(messages):
             if message:
-                raise self._error(f"rank {rank}: {message}") from error
-
-    @property
-    def _error(self) -> type[UserError]:
-        return UserError if self.leads else SharedError
+                kind = UserError if self.leads else SharedError
+                raise kind(f"rank {rank}: {message}") from error
 
 
 def facts_of_rank(
@@ -209,18 +206,14 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
         bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(1, -1)
         for dim in (0, 1):
             sums[dim].append(bits.sum(dim, dtype=torch.int64))
-    columns, rows = (_weighted(torch.cat(of_all)) for of_all in sums)
+    weighted = []
+    for values in map(torch.cat, sums):  # each times an odd number that follows no pattern
+        # Source: the finalizer of splitmix64 (Steele et al. 2014), modulo 2^64
+        x = torch.arange(1, len(values) + 1, device=values.device) * -0x61C8864680B583EB
+        x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+        weighted.append((values * ((x ^ (x >> 27)) | 1)).sum())
+    columns, rows = weighted
     return rows + 2 * columns  # a factor that is odd: no flip of one bit comes to 0
-
-
-def _weighted(values: Tensor) -> Tensor:
-    """Return the sum of int64 values (N,), each times an odd number that follows no pattern.
-
-    Source: the finalizer of splitmix64 (Steele et al. 2014), modulo 2^64.
-    """
-    x = torch.arange(1, len(values) + 1, device=values.device) * -0x61C8864680B583EB
-    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-    return (values * ((x ^ (x >> 27)) | 1)).sum()
 
 
 def _told(value: Any) -> str:
@@ -237,7 +230,7 @@ def start(config: DistributedConfig, device: torch.device) -> World:
 
     Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return World()
     try:
         world = World(
@@ -347,16 +340,6 @@ def choose_mode(
         mesh = {"replicate": world.size // inner, "shard": inner}
     made = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
     return replace(world, mode=mode, why=why, mesh=made)
-
-
-def unused_mode(config: DistributedConfig, size: int) -> str | None:
-    """Return a warning if a mode is set but there is one process only."""
-    if size > 1 or config.mode == "auto":
-        return None
-    return (
-        f"distributed.mode = {config.mode} has no effect in one process; start several: torchrun "
-        "--nproc-per-node N -m fasttrain.train …"
-    )
 
 
 def preferred_mode(

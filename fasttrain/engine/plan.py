@@ -12,7 +12,6 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
 from fasttrain.data.remote import in_gib, n_bytes
-from fasttrain.distributed.world import unused_mode
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
 
@@ -101,5 +100,6 @@ def warnings_at_start(
             f"{in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
             "micro-batches that wait in memory"
         )
-    if unused := unused_mode(config.distributed, n_ranks):
-        yield unused
+    if n_ranks == 1 and (mode := config.distributed.mode) != "auto":
+        how = "torchrun --nproc-per-node N -m fasttrain.train …"
+        yield f"distributed.mode = {mode} has no effect in one process; start several: {how}"

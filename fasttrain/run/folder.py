@@ -48,14 +48,18 @@ class RunFolder:
         self.path, self.source = world.share((self.path, self.source))
 
     def _claim(self, config: TrainConfig, name: str, resume: str | None) -> None:
+        address, keep_last = config.checkpoint.mirror or "", config.checkpoint.keep_last
+        if "***" in address:
+            raise UserError(
+                f"checkpoint.mirror = {address}: a config that was saved has *** in place of "
+                "secrets; give the whole address, as in checkpoint.mirror=…"
+            )
         if restarted := _restarted_run_dir(config, name):
             path, resume = restarted, "auto"
         else:
             path = run_dir_of(config, name, resume)
-        if address := config.checkpoint.mirror:
-            self.mirror = Mirror(
-                address, path, config.checkpoint.keep_last, note=self.note, warn=self.warn
-            )
+        if address:
+            self.mirror = Mirror(address, path, keep_last, note=self.note, warn=self.warn)
         new = not path.exists()
         self._lock = lock_run_dir(path)
         self.path = path
@@ -133,7 +137,8 @@ def run_dir_above(path: Path) -> Path:
     for run_dir in (path, path.parent, path.parent.parent):
         if (run_dir / "checkpoints").is_dir():
             return run_dir
-    raise UserError(f"--resume {path}: not a run or checkpoint folder; name one of those")
+    remedy = "name one of those, or auto or the run's address if it lies in checkpoint.mirror"
+    raise UserError(f"--resume {path}: not a run or checkpoint folder; {remedy}")
 
 
 def _was_saved(run_dir: Path) -> bool:

@@ -262,5 +262,6 @@ def test_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "DAMAGED" in shown
     assert str(path / "optimizer.safetensors") in shown
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert main([]) == 2
-    assert main(["--help"]) == 0
+    for arguments, status in (([], "2"), (["--help"], "0")):
+        with pytest.raises(SystemExit, match=status):
+            main(arguments)

@@ -192,6 +192,56 @@ def test_R5_what_a_folder_holds_is_on_its_disk_before_the_manifest(
     assert copy in synced[first:]
 
 
+def test_R5_crash_at_every_file_that_is_brought_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next time everything is brought back: the newest, the best and all of the log."""
+    run, there = Run(tmp_path), tmp_path / "elsewhere/a"
+    (tmp_path / "runs/a/metrics.jsonl").write_text("a row\nanother\n")
+    for step in (1, 2, 3):
+        run.save(step)
+        run.copy()
+
+    def get_file(self: Faulty, source: str, target: str, **_: Any) -> None:
+        content = Path(self._strip_protocol(source)).read_bytes()
+        left[0] -= 1
+        if left[0] == 0:
+            Path(target).write_bytes(content[: len(content) // 2])
+            raise Crash
+        Path(target).write_bytes(content)
+
+    monkeypatch.setattr(Faulty, "get_file", get_file, raising=False)
+    crashed, left, number = True, [0], 0
+    while crashed:
+        crashed, number = False, number + 1
+        shutil.rmtree(there, ignore_errors=True)
+        for left[0] in (number, 0):
+            try:
+                Mirror(run.address, there, 1, note=run.noted.append, warn=run.warned.append).fetch()
+            except Crash:
+                crashed = True
+        assert is_intact(resolve(there)) == 3
+        assert is_intact(resolve(there, "best")) == 2
+        assert (there / "metrics.jsonl").read_text() == "a row\nanother\n"
+    assert number > 8
+    assert run.warned == []
+
+
+def test_a_copy_of_this_name_that_another_machine_made_is_replaced(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    shutil.copytree(tmp_path / "runs", tmp_path / "old")
+    run.save(2)
+    run.copy()
+    shutil.rmtree(tmp_path / "runs")
+    os.rename(tmp_path / "old", tmp_path / "runs")
+    stale = Run(tmp_path)
+    stale.save(2, version=8)  # before it has looked there: the second commit too
+    stale.copy()
+    assert json.loads((stale.fetch() / "state.json").read_text()) == {"version": 8}
+    assert stale.names() == ["step-00000002-c2"]
+
+
 @pytest.mark.parametrize("flips", [200])
 def test_R14_bit_flips_over_every_file(flips: int, tmp_path: Path) -> None:
     run, draw = Run(tmp_path, keep_last=2), random.Random(14)

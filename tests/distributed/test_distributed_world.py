@@ -85,6 +85,11 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="'RANK' is missing"):
         start(DistributedConfig(), CPU)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=r"'two' is missing or no number"):
+        start(DistributedConfig(), CPU)
 
 
 def test_a_model_that_does_not_fit_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,32 @@ def test_R14_the_newest_of_both_sides_that_is_sound_is_taken(toy: Path, capsys: 
     assert "runs/toy/checkpoints/step-00000005-c4 at step 5" in capsys.readouterr().out
 
 
+def test_a_machine_that_lags_behind_gets_the_log_too(toy: Path, capsys: Capture) -> None:
+    command = [str(toy), *KEYS, f"checkpoint.mirror={toy.parent / 'm'}", "--resume", "auto"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    shutil.copytree("runs", "old")
+    assert main([*command, "--stop-at-step", "4"]) == 75
+    shutil.rmtree("runs")
+    assert main([*command[:-1], "runs/toy"]) == 2  # by its folder, which is gone
+    assert "auto or the run's address if it lies in checkpoint.mirror" in capsys.readouterr().err
+    shutil.move("old", "runs")
+    assert main([*command, "--stop-at-step", "5"]) == 75
+    assert [row["step"] for row in rows(Path("runs/toy"))] == [1, 2, 3, 4, 5]
+
+
+def test_an_address_whose_password_was_not_saved_is_refused(toy: Path, capsys: Capture) -> None:
+    mirror = f"checkpoint.mirror=faulty://me:hunter22@{toy.parent}/m"
+    assert main([str(toy), *KEYS, mirror, "--stop-at-step", "2"]) == 75
+    folders = sorted(toy.parent.iterdir())
+    for command in (["--resume", "runs/toy"], ["runs/toy/config.toml", "--resume", "auto"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"checkpoint.mirror = faulty://***@{toy.parent}/m: " in said
+        assert "give the whole address" in said
+    assert main(["--resume", "runs/toy", mirror, "--stop-at-step", "4"]) == 75
+    assert sorted(toy.parent.iterdir()) == folders  # nothing was copied elsewhere
+
+
 def test_a_bucket_that_fails_does_not_end_the_run(toy: Path, capsys: Capture) -> None:
     def fail(what: str, half: object) -> None:
         if "checkpoints/step-" in what:

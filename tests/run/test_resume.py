@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +388,13 @@ def test_C1_a_deterministic_run_says_so_to_torch_before_cuda_starts(
     assert seen == [(False, None), (True, ":4096:8")]
     with pytest.raises(UserError, match=r"speed of the moment; use run\.compile=auto"):
         load_config(toy, ["run.deterministic=true", "run.compile=max-autotune"])
+
+
+def test_verify_resume_as_a_command_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fasttrain.verify_resume")
+    usage = r"usage: python -m fasttrain\.train CONFIG --verify-resume N"
+    with pytest.raises(SystemExit, match=usage):
+        runpy.run_module("fasttrain.verify_resume", run_name="__main__")
 
 
 def test_verify_resume_is_of_one_process(

@@ -224,8 +224,10 @@ def test_the_example_task_is_sound(
     [
         (["--tasks", "choises"], "'choises' is not a registered task"),
         (["--tasks", "lost"], "nowhere.jsonl"),
+        (["--tasks", "choices", "--include-path", "nowhere"], "nowhere: no such folder; name one"),
         (["--tasks", "choices", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--tasks", "choices", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot must be at least 0, got -1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
