@@ -92,8 +92,9 @@ def _build(
                 shutil.rmtree(killed, ignore_errors=True)
         building = tempfile.mkdtemp(dir=parent, prefix=PREFIX)
         stack.callback(shutil.rmtree, building, ignore_errors=True)
-        made = prepare(
-            Path(building, "dataset"),
+        made = Path(building, "dataset")
+        prepare(
+            made,
             inputs,
             files=files,
             tokenizer=f"bpe:{vocab_size}",

@@ -16,6 +16,7 @@ from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
+TRANSFER_S = 3600.0  # the same for a whole file; what stalls is ended sooner by the store's client
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
@@ -93,6 +94,33 @@ def _lasts(error: Exception) -> bool:
     lasting = FileNotFoundError | PermissionError | NotImplementedError | TypeError
     said = isinstance(error, lasting) and (cause is error or response is not None)
     return said or "Credentials" in type(error).__name__
+
+
+def if_there(address: str, operation: str, **options: Any) -> Any:
+    """Return what the operation returns; None if there is nothing at the address."""
+    try:
+        return remote(address, operation, **options)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def names_at(address: str) -> dict[str, int]:
+    """Return what lies in a folder at an address, with its bytes; nothing if it is missing."""
+    file_system(address)[0].invalidate_cache()
+    found = if_there(address, "ls", detail=True) or ()
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found}
+
+
+def put(address: str, content: Path | bytes) -> None:
+    """Write a file at an address."""
+    if not file_system(address)[0].async_impl:  # object stores have no folders
+        remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
+    if isinstance(content, bytes):
+        remote(address, "pipe_file", content)
+    else:
+        remote(address, "put_file", before=(str(content),), timeout_s=TRANSFER_S)
 
 
 def read_range(address: str, start: int, end: int, size: int) -> bytes:

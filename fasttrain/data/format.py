@@ -127,7 +127,7 @@ def open_dataset(
     for files without header, `end_of_text` for folders without `dataset.json`.
     """
     cache = cache_folder(cache_dir)
-    folder = _fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
+    folder = fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if not folder.is_dir():
@@ -198,7 +198,7 @@ def open_dataset(
     )
 
 
-def _fetch_description(address: str, cache: Path) -> Path:
+def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
     folder = cache / "remote" / shown(address).replace("://", "/")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ from fasttrain.data.prepare.encode import (
     Splitter,
     encoded,
 )
+from fasttrain.data.prepare.place import building, parts_of, place_of
 from fasttrain.data.prepare.sources import PIECE_CHARS, File, Source, find_files
 from fasttrain.data.prepare.writer import Asked, Partial, ShardWriter
 from fasttrain.data.tokenizer import (
@@ -53,7 +53,7 @@ SPLITS = ("train", "val")
 
 
 def prepare(
-    out: Path,
+    out: Path | str,
     inputs: Sequence[str],
     *,
     files: Sequence[File | None] | None = None,
@@ -68,8 +68,8 @@ def prepare(
     shard_of: str | None = None,
     note: Callable[[str], None] = print,
     progress: bool = False,
-) -> Path:
-    """Make the dataset folder `out` from text; the arguments are the options of the command.
+) -> None:
+    """Make the dataset `out` from text; the arguments are the options of the command.
 
     `files` are those that `inputs` mean, where the caller has found them; `pattern` is that of the
     words of a BPE. `note` is called with each line that a user should see; `progress` is shown on
@@ -80,10 +80,10 @@ def prepare(
     words.
     """
     begin = time.perf_counter()
-    out = Path(os.path.abspath(out))
     number, n_parts = _part(shard_of or "1/1")
+    place = place_of(out)
     if shard_of:
-        out = parts_folder(out) / f"{number}-of-{n_parts}"
+        place = f"{parts_of(place)}/{number}-of-{n_parts}"
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
@@ -114,10 +114,9 @@ def prepare(
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     try:
-        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
-            if partial.complete:
-                note(f"{out} is complete already")
-                return out
+        with building(place, asked, resume=resume, note=note) as partial:
+            if partial is None:
+                return
             with Bar(source.n_bytes, progress) as bar:
                 splitter = Splitter(source, val_fraction)
                 if splitter.held_out_smallest:
@@ -168,17 +167,10 @@ def prepare(
             "a worker process ended: out of memory? --resume continues from here, with fewer "
             "--workers if need be"
         ) from error
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
-    for line in [*said, f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)"]:
+    speed = f"in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)"
+    for line in [*said, f"Wrote {shown(place)} {speed}"]:
         note(line)
-    return out
-
-
-def parts_folder(out: Path) -> Path:
-    """Return where the parts of the dataset `out` lie until they are merged."""
-    return out.parent / f"{out.name}.parts"
 
 
 def _part(shard_of: str) -> tuple[int, int]:

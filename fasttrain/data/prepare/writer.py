@@ -191,7 +191,7 @@ class ShardWriter:
 class Partial:
     """The folder in which a dataset is built, held by this process alone.
 
-    `asked` is everything that shapes the output, input files included.
+    `asked` is everything that shapes the output, input files included; `out` holds nothing yet.
     """
 
     def __init__(
@@ -202,11 +202,6 @@ class Partial:
         self._progress, self.asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}  # of the last `save`
         self._held = ExitStack()  # the lock
-        # Whether `out` is there already, made as asked.
-        self.complete = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if self.complete:
-            self._check_made(resume)
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
@@ -238,24 +233,6 @@ class Partial:
                 path.unlink()
             self._held = stack.pop_all()
 
-    def _check_made(self, resume: bool) -> None:
-        """Refuse what is in the place of `out`, unless a finished run is resumed."""
-        if not (self.out / DATASET_JSON).is_file():
-            raise DataError(
-                f"{self.out}: exists already and is not empty; name a new folder or remove it"
-            )
-        record, other = self.out / PREPARED_JSON, ""
-        if resume and not record.exists():  # made by an earlier fasttrain
-            other = " that has no record of the files it was made of"
-        elif resume:
-            other = other_than(read_json(record, ANEW, DataError), self.asked, record)
-            other = other and f" made of something else: it had {other}"
-        if other or not resume:
-            raise DataError(
-                f"{self.out}: exists already and holds a dataset{other}; train on it as it is, "
-                "remove it, or name a new folder"
-            )
-
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
         self.state |= state
@@ -276,6 +253,23 @@ class Partial:
         if not self.state:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._held.close()
+
+
+def check_made(folder: Path, asked: Asked, *, resume: bool, name: str) -> None:
+    """Refuse a folder that holds something, unless the run that made it as asked is resumed."""
+    if not (folder / DATASET_JSON).is_file():
+        raise DataError(f"{name}: exists already and is not empty; name a new folder or remove it")
+    record, other = folder / PREPARED_JSON, ""
+    if resume and not record.exists():  # made by an earlier fasttrain
+        other = " that has no record of the files it was made of"
+    elif resume:
+        other = other_than(read_json(record, ANEW, DataError), asked, record)
+        other = other and f" made of something else: it had {other}"
+    if other or not resume:
+        raise DataError(
+            f"{name}: exists already and holds a dataset{other}; train on it as it is, remove it, "
+            "or name a new folder"
+        )
 
 
 def other_than(before: Any, asked: Asked, path: Path) -> str:
