@@ -4,8 +4,6 @@ Some 12 MB of real text with structure to learn, no download, and the same files
 dataset. It is made once and cached under a hash of the text and of everything that shapes it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -11,8 +11,6 @@ pieces and never held; the folder appears under its name when it is complete, an
 depend on how many processes made it, nor on how often they were interrupted.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 import tempfile
@@ -25,9 +23,8 @@ from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, shown
 from fasttrain.data.format import DATASET_JSON, Split, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import prepare
+from fasttrain.data.prepare.build import merge, prepare
 from fasttrain.data.prepare.encode import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
-from fasttrain.data.prepare.merge import merge
 from fasttrain.data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 4 << 20  # counted at once by --inspect

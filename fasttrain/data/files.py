@@ -1,7 +1,5 @@
 """What every part of the data path needs of the file system."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os
@@ -9,6 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,18 +160,16 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         temporary = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}"
         choices = [Path(home) / "fasttrain", temporary]
-    reason = ""
     for folder in choices:
-        try:
+        with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            reason = str(error)
-            continue
-        # In a shared folder for temporary files, a folder of that name may be somebody else's.
-        if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
-            return folder
-        reason = f"{folder} is not writable"
-    raise DataError(f"no folder to cache in ({reason}); name a writable one with data.cache_dir")
+            # In a shared folder for temporary files, a folder of that name may be somebody else's.
+            if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
+                return folder
+    raise DataError(
+        f"no folder to cache in ({' and '.join(map(str, choices))} cannot be written); name a "
+        "writable one with data.cache_dir"
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

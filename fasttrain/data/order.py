@@ -10,8 +10,6 @@ Sources: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (unbalanc
 walking); Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators" (the mixer).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

@@ -19,8 +19,7 @@ from tokenizers import Tokenizer, models
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build
-from fasttrain.data.prepare import merge as merging
-from fasttrain.data.prepare.merge import merge
+from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.sources import Source
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError
@@ -32,7 +31,7 @@ from tests.support.toy_mirror import At
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "BATCH_CHARS", 700)  # batches of one run and of parts differ
-    monkeypatch.setattr(merging, "BLOCK_TOKENS", 333)
+    monkeypatch.setattr(build, "BLOCK_TOKENS", 333)
 
 
 def write_inputs(folder: Path, n_files: int = 9) -> str:

@@ -16,7 +16,7 @@ from fasttrain.data import files
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build, sources
-from fasttrain.data.prepare.merge import merge
+from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.sources import find_files
 from fasttrain.prepare import main, prepare
 from tests.support.faulty_server import (
@@ -68,11 +68,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "three.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "five.md").write_text("short")
     (folder / "picture.png").write_bytes(b"no text")
-    if zstandard := pytest.importorskip("zstandard", reason="needs the extra data"):
-        packed = zstandard.ZstdCompressor().compress("".join(texts(60, 2)).encode())
-        (folder / "a/six.txt.zst").write_bytes(packed)
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra data")
-    table = pytest.importorskip("pyarrow").table({"n": list(range(300)), "text": texts(300, 3)})
+    arrow = pytest.importorskip("pyarrow")
+    packed = arrow.Codec("zstd").compress("".join(texts(60, 2)).encode(), asbytes=True)
+    (folder / "a/six.txt.zst").write_bytes(packed)
+    table = arrow.table({"n": list(range(300)), "text": texts(300, 3)})
     parquet.write_table(table, folder / "seven.parquet", row_group_size=70)
     return folder
 

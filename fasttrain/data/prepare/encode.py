@@ -1,7 +1,5 @@
 """Splits, and encoding in several processes whose number changes nothing but the time."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import multiprocessing
