@@ -22,8 +22,8 @@ import numpy as np
 from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError, shown
-from fasttrain.data.format import DATASET_JSON, Split, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import merge, prepare
+from fasttrain.data.format import DATASET_JSON, open_dataset, read_dataset_json
+from fasttrain.data.prepare.build import SPLITS, merge, prepare
 from fasttrain.data.prepare.encode import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.data.tokenizer import load_tokenizer
 
@@ -39,11 +39,10 @@ def inspect(folder: Path) -> Iterator[str]:
             "fasttrain.prepare wrote can be inspected"
         )
     meta = read_dataset_json(folder)
-    splits: tuple[Split, ...] = ("train", "val")
     with tempfile.TemporaryDirectory() as fresh:  # every file is read, whatever a cache says
         datasets = {
             split: open_dataset(folder, split, cache_dir=Path(fresh))
-            for split in splits
+            for split in SPLITS
             if split in meta["splits"]
         }
     for dataset in datasets.values():

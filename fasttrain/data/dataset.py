@@ -69,7 +69,7 @@ class Shard:
 
     def _read_header(self, dtype: str | None) -> tuple[np.dtype[Any], int, int]:
         size = os.fstat(self._fd).st_size
-        raw = os.pread(self._fd, HEADER_BYTES, 0)
+        raw = os.pread(self._fd, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
         magic = int.from_bytes(raw[:4], "little")
         if magic not in KINDS:
             if dtype is None:
@@ -85,8 +85,6 @@ class Shard:
                     "cut off or data.dtype is wrong"
                 )
             return bare, 0, size // bare.itemsize
-        if len(raw) < HEADER_BYTES:
-            raise DataError(f"{self.path}: cut off inside its header, at {len(raw)} bytes")
         header = np.frombuffer(raw, dtype="<i4")
         version, kind = KINDS[magic]
         count = int(header[2])

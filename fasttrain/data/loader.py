@@ -133,7 +133,7 @@ class _Slot:
     copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
 
 
-class Loader(contextlib.AbstractContextManager["Loader"]):
+class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
     """Iterator over the training batches of one rank.
 
     Row b of the m-th micro-batch from `position` on has the global sample index
@@ -260,9 +260,6 @@ class Loader(contextlib.AbstractContextManager["Loader"]):
         if self._ends is not None and slot.doc_starts is not None:
             marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
             marks[:] = document_starts(self._ends, starts, self.options.seq_len)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self.device.type != "cuda":

@@ -110,7 +110,10 @@ def prepare(
     words.
     """
     begin = time.perf_counter()
-    number, n_parts = _part(shard_of or "1/1")
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of or "1/1")
+    number, n_parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= n_parts:
+        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
     place = place_of(out)
     if shard_of:
         place += f".parts/{number}-of-{n_parts}"
@@ -199,14 +202,6 @@ def prepare(
         ) from error
     seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
     note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
-
-
-def _part(shard_of: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of)
-    number, n_parts = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= n_parts:
-        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
-    return number, n_parts
 
 
 def publish(

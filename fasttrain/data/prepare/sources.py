@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -249,7 +249,12 @@ class Source:
         ]
 
     def _spooled(self) -> Path:
-        self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
+        """Copy standard input; its first line says whether it is JSON lines."""
+        first, kind = sys.stdin.buffer.readline(), ".txt"
+        with suppress(ValueError, RecursionError):
+            kind = ".jsonl" if isinstance(json.loads(first), dict) else kind
+        self._spool = tempfile.NamedTemporaryFile(suffix=kind)  # noqa: SIM115
+        self._spool.write(first)
         shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
         self._spool.flush()
         self._standard_input = Path(self._spool.name)
@@ -273,7 +278,7 @@ class Source:
             with self._reading(path):
                 if kind == ".parquet":
                     yield from self._rows(path)
-                elif kind == ".jsonl" or (kind not in TEXT and self._looks_like_jsonl(path)):
+                elif kind == ".jsonl":
                     yield from self._lines(path, compression, before)
                 else:
                     yield from self._plain(path, compression, before)
@@ -289,16 +294,6 @@ class Source:
             cut_off = isinstance(error, EOFError) or "Truncated compressed" in str(error)
             why = "it is cut off: its compressed data has no end; get it anew" if cut_off else error
             raise DataError(f"{self._name(path)}: cannot be read ({why})") from error
-
-    def _looks_like_jsonl(self, path: File) -> bool:
-        """Return whether standard input holds JSON lines, by its first line."""
-        if path != self._standard_input:
-            return False
-        with path.open("rb") as file:
-            try:
-                return isinstance(json.loads(file.readline()), dict)
-            except (ValueError, RecursionError):
-                return False
 
     def _plain(self, path: File, compression: str, before: int) -> Iterator[Document]:
         name = self._name(path)

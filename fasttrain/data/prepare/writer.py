@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypedDict, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,29 +87,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
         self._files: list[BinaryIO] = []  # tokens and ends of the shard that is being written
-        self._restore(state or {"shards": [], "in_shard": 0, "ends_in_shard": 0})
-
-    def _path(self, suffix: str, later: int = 0) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
-
-    def _open(self, mode: str) -> None:
-        self._files = [
-            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
-            for suffix in SUFFIXES
-        ]
-
-    def _sync(self) -> None:
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def state(self) -> dict[str, Any]:
-        """Put everything on disk and return how far that is, for a later writer."""
-        self._sync()
-        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
-        return {"shards": self.shards, **in_shard}
-
-    def _restore(self, state: dict[str, Any]) -> None:
+        state = state or {"shards": [], "in_shard": 0, "ends_in_shard": 0}
         self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
         self._ends_in_shard = state["ends_in_shard"]
         self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
@@ -133,6 +111,26 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             of_split = path.name.startswith((f"{self.split}_", f".{self.split}_"))
             if of_split and path.name not in keep:
                 path.unlink()
+
+    def _path(self, suffix: str, later: int = 0) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
+
+    def _open(self, mode: str) -> None:
+        self._files = [
+            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
+            for suffix in SUFFIXES
+        ]
+
+    def _sync(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        """Put everything on disk and return how far that is, for a later writer."""
+        self._sync()
+        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
+        return {"shards": self.shards, **in_shard}
 
     def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
         """Append tokens, with the ends of documents as ascending offsets into them."""
@@ -215,7 +213,7 @@ class Partial:
         self.state: dict[str, Any] = {}  # of the last `save`
 
     @contextmanager
-    def held(self, *, resume: bool, note: Note) -> Iterator[Self]:
+    def held(self, *, resume: bool, note: Note) -> Iterator[None]:
         """Hold the folder, for this process alone; remove it unless it can be resumed from."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -249,7 +247,7 @@ class Partial:
             for path in self.dataset.glob(".*"):  # files that were being written
                 path.unlink()
             try:
-                yield self
+                yield
             finally:
                 if not self.state:
                     shutil.rmtree(self.folder, ignore_errors=True)
@@ -285,19 +283,22 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
     folder = Path(place)
     if at_address:
         folder = cache_folder() / "prepare" / shown(place).replace("://", "/")
-        if _is_there(place, asked, resume):
+        there = _is_there(place, asked, resume)
+        if there or not resume:  # what was copied, or never was
+            shutil.rmtree(folder, ignore_errors=True)
+        if there:
             note(f"{shown(place)} is complete already")
             yield None
             return
+    partial = Partial(folder, asked)
     try:
-        if at_address and not resume:  # what was never copied
-            shutil.rmtree(folder, ignore_errors=True)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             check_made(folder, asked, resume=resume, name=str(folder))
             note(f"{folder} is complete already")
+            shutil.rmtree(partial.folder, ignore_errors=True)  # of what was killed at its end
             yield None
         else:
-            with Partial(folder, asked).held(resume=resume, note=note) as partial:
+            with partial.held(resume=resume, note=note):
                 yield partial
         if at_address:
             note(f"Copying it to {shown(place)}")
