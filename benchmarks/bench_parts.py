@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -95,6 +96,34 @@ def source_texts(n_bytes: int) -> list[str]:
     texts = [path.read_text("utf-8", errors="ignore") for path in paths]
     once = sum(len(text.encode()) for text in texts)
     return (texts * (n_bytes // once + 1))[: len(texts) * n_bytes // once]
+
+
+@pytest.mark.figures("data")
+def test_data_wait(tmp_path: Path, compare: Any) -> None:
+    """What a step of 5 ms waits for a batch: at an address with a warm cache, and on the disk."""
+    pytest.importorskip("fsspec", reason="needs the optional package fsspec")
+    (tmp_path / "in.txt").write_text("".join(source_texts(12 * 10**6)), "utf-8")
+    given: Any = {"tokenizer": "bytes", "shard_tokens": 10**6, "note": [].append}
+    prepare(tmp_path / "data", [str(tmp_path / "in.txt")], **given)
+    places = {f"{OURS}, cache warm": f"file://{tmp_path}/data", "disk": str(tmp_path / "data")}
+    options = LoaderOptions(seq_len=LENGTH, micro_batch=BATCH)
+
+    def wait(loader: Loader) -> float:
+        before = loader.wait_s
+        for _ in range(n_batches := 64):
+            next(loader)
+            time.sleep(0.005)
+        return (loader.wait_s - before) / n_batches
+
+    with ExitStack() as stack:
+        ways = {}
+        for name, place in places.items():
+            dataset = open_dataset(place, "train", cache_dir=tmp_path / "cache")
+            dataset.read(0, dataset.n_tokens)  # fetches each shard
+            loader = Loader(dataset, options, device="cpu")
+            ways[name] = partial(wait, stack.enter_context(loader))
+            next(loader)
+        compare(ways, rounds=rounds_within(3.0))
 
 
 @pytest.mark.figures("prepare")

@@ -4,8 +4,6 @@ Some 12 MB of real text with structure to learn, no download, and the same files
 dataset. It is made once and cached under a hash of the text and of everything that shapes it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -92,8 +90,9 @@ def _build(
                 shutil.rmtree(killed, ignore_errors=True)
         building = tempfile.mkdtemp(dir=parent, prefix=PREFIX)
         stack.callback(shutil.rmtree, building, ignore_errors=True)
-        made = prepare(
-            Path(building, "dataset"),
+        made = Path(building, "dataset")
+        prepare(
+            made,
             inputs,
             files=files,
             tokenizer=f"bpe:{vocab_size}",

@@ -11,8 +11,6 @@ pieces and never held; the folder appears under its name when it is complete, an
 depend on how many processes made it, nor on how often they were interrupted.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 import tempfile
@@ -23,11 +21,10 @@ import numpy as np
 
 from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError
-from fasttrain.data.format import DATASET_JSON, Split, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import prepare
+from fasttrain.data.files import DataError, shown
+from fasttrain.data.format import DATASET_JSON, open_dataset, read_dataset_json
+from fasttrain.data.prepare.build import SPLITS, merge, prepare
 from fasttrain.data.prepare.encode import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
-from fasttrain.data.prepare.merge import merge
 from fasttrain.data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
@@ -42,11 +39,10 @@ def inspect(folder: Path) -> Iterator[str]:
             "fasttrain.prepare wrote can be inspected"
         )
     meta = read_dataset_json(folder)
-    splits: tuple[Split, ...] = ("train", "val")
     with tempfile.TemporaryDirectory() as fresh:  # every file is read, whatever a cache says
         datasets = {
             split: open_dataset(folder, split, cache_dir=Path(fresh))
-            for split in splits
+            for split in SPLITS
             if split in meta["splits"]
         }
     for dataset in datasets.values():
@@ -57,7 +53,7 @@ def inspect(folder: Path) -> Iterator[str]:
         yield f"  {key}: {value}"
     tokenizer = load_tokenizer(folder / meta["tokenizer"]["file"])
 
-    def shown(tokens: list[int]) -> str:
+    def text(tokens: list[int]) -> str:
         return repr(tokenizer.decode(tokens, skip_special_tokens=False))
 
     for name, dataset in datasets.items():
@@ -76,11 +72,11 @@ def inspect(folder: Path) -> Iterator[str]:
         for token in np.argsort(-counts, kind="stable")[:MOST_FREQUENT].tolist():
             if counts[token]:
                 share = 100 * counts[token] / dataset.n_tokens
-                yield f"  {token:8d} {share:6.2f} %  {shown([token])}"
+                yield f"  {token:8d} {share:6.2f} %  {text([token])}"
         for number in range(SAMPLES):
             start = max(dataset.n_tokens - SAMPLE_TOKENS, 0) * number // (SAMPLES - 1)
             tokens = dataset.read(start, min(SAMPLE_TOKENS, dataset.n_tokens - start))
-            yield f"  from token {start:,}: {shown(tokens.tolist())}"
+            yield f"  from token {start:,}: {text(tokens.tolist())}"
     yield f"All {n_files} files have the SHA-256 that {DATASET_JSON} records."
 
 
@@ -90,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "Make a dataset folder of token shards from text, or inspect one."
     parser = make_parser("prepare", what)
     add = parser.add_argument
-    add("out", nargs="?", type=Path, metavar="OUT", help="the folder to make")
+    add("out", nargs="?", metavar="OUT", help="the folder to make; also in a bucket (s3://, gs://)")
     named = "files, folders and globs, also at addresses (s3://, gs://, hf://, https://); - is "
     add("--input", nargs="+", metavar="PATH", help=f"{named}standard input")
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
@@ -119,11 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in inspect(folder):
                 print(line)
             return 0
-        if out is not None and ":/" in str(out):  # what `Path` leaves of an address
-            raise DataError(
-                f"{out}: a dataset is made in a folder of this machine; copy it there when it is "
-                "complete, with aws s3 sync, gcloud storage rsync or hf upload"
-            )
         if merges:
             if out is None or inputs or options["shard_of"]:
                 parser.error("--merge makes OUT of its parts: leave --input and --shard-of out")
@@ -132,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("name the folder to make and the text: OUT --input PATH...")
         else:
             prepare(out, inputs, **options, progress=True)
-        path = shlex.quote(str(out))
+        path = shlex.quote(shown(out))
         if options["shard_of"]:
             print(f"When all parts are there: python -m fasttrain.prepare {path} --merge")
             return 0

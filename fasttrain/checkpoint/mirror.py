@@ -22,11 +22,10 @@ from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError, file_system, remote, shown
+from fasttrain.data.files import TRANSFER_S, file_system, if_there, names_at, put, remote, shown
 
 # What else of its folder a run continues on another machine, or generates text with.
 _BESIDE = {"metrics.jsonl", "samples.txt", "tokenizer.json"}
-_TRANSFER_S = 3600.0  # for one file; what stalls is ended sooner by the store's client
 
 _Tell = Callable[[str], None]
 _Copies = dict[str, dict[str, Any] | None]  # manifests by folder; {}: cut off; None: damaged
@@ -112,7 +111,7 @@ class Mirror:
         manifest = copies[name] or {}
         for file, entry in manifest["files"].items():
             source, check = f"{where}/{file}", partial(_check, part / file, entry["bytes"])
-            remote(source, "get_file", str(part / file), check=check, timeout_s=_TRANSFER_S)
+            remote(source, "get_file", str(part / file), check=check, timeout_s=TRANSFER_S)
         disk.write_file(part / MANIFEST, disk.seal(manifest))
         try:
             verify(part)
@@ -192,12 +191,7 @@ class Mirror:
     def put(self, name: str, content: Path | bytes) -> None:
         """Write a file under the address of the run."""
         fs, path = file_system(address := f"{self.address}/{name}")
-        if not fs.async_impl:  # object stores have no folders, and would make a bucket
-            remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
-        if isinstance(content, bytes):
-            remote(address, "pipe_file", content)
-        else:
-            remote(address, "put_file", before=(str(content),), timeout_s=_TRANSFER_S)
+        put(address, content)
         if "file" in fs.protocol:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -205,8 +199,8 @@ class Mirror:
                 disk.fsync_folder(folder)
 
     def _remove(self, name: str) -> None:
-        _if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")
-        _if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
+        if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")
+        if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
 
 
 def config_at(address: str) -> str:
@@ -214,23 +208,6 @@ def config_at(address: str) -> str:
     path = os.path.join(tempfile.mkdtemp(), "config.toml")
     remote(f"{address}/config.toml", "get_file", path)
     return path
-
-
-def names_at(address: str) -> dict[str, int]:
-    """Return what lies in a folder at an address, with its bytes; nothing if it is missing."""
-    file_system(address)[0].invalidate_cache()
-    found = _if_there(address, "ls", detail=True) or ()
-    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found}
-
-
-def _if_there(address: str, operation: str, **options: Any) -> Any:
-    """Return what the operation returns; None if there is nothing at the address."""
-    try:
-        return remote(address, operation, **options)
-    except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
 
 
 def _name(manifest: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Token data: shards on disk, their order, and batches ready for the step.
 
-shards.py     a shard file: header, reading without SIGBUS, range check
-dataset.py    a split: its shards as one long array, where its documents end; several as one
+dataset.py    shard files, read without SIGBUS; a split: its shards as one long array of tokens
 format.py     dataset folders: `dataset.json`, `open_dataset`
 order.py      which tokens each sample of a run holds: permutation, mixing, batching
 remote.py     shards at an address: fetched ahead into a bounded folder

@@ -1,9 +1,19 @@
-"""A split of a dataset: its shards as one long array of tokens, and where its documents end."""
+"""A split of a dataset: its shards as one long array of tokens, and where its documents end.
 
-from __future__ import annotations
+A shard has little-endian token ids behind a 1,024-byte llm.c header, or bare ones (nanoGPT). The
+header is 256 int32: magic, version, token count, then zeros. Magic 20240520 with version 1 is
+uint16, magic 20240801 with version 7 is uint32; llm.c and modded-nanogpt read and write the same.
+Files are read with `preadv`, never mapped: a file that shrinks under a mapping kills the process
+with SIGBUS.
+"""
 
+import hashlib
+import json
+import os
+import stat
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +22,193 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.files import DataError
-from fasttrain.data.shards import Shard
+from fasttrain.data.files import DataError, write_atomically
 
+HEADER_BYTES = 1024
+KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
+BLOCK_BYTES = 8 << 20  # of a scan: large enough that Python's share of it is nothing
 SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """The smallest dtype a shard can have for ids below `vocab_size`."""
+    if not 0 < vocab_size <= 2**32:
+        raise DataError(f"vocab_size must be from 1 to 2**32, got {vocab_size}")
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+class Shard:
+    """An open shard file, read only; `dtype` is for files without header."""
+
+    sha256: str  # of the file, header included, as hex; known when it has been scanned
+    max_token: int  # −1 without tokens; known when it has been scanned
+    # The file that says where its documents end, its SHA-256, and how many they are.
+    ends: tuple[Path, str, int] | None = None
+
+    def __init__(self, path: Path, *, dtype: str | None = None) -> None:
+        if dtype not in (None, "uint16", "uint32"):
+            raise DataError(f"data.dtype must be uint16 or uint32, got {dtype!r}")
+        self.path = Path(path)
+        try:
+            # A pipe is opened at once, so that it can be refused.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise DataError(f"{self.path}: not a file; put the shard itself there")
+            self.identity = _identity(os.fstat(self._fd))
+            self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
+
+    def __del__(self) -> None:
+        if (fd := self.__dict__.get("_fd")) is not None:  # unset where opening failed
+            os.close(fd)
+
+    def _read_header(self, dtype: str | None) -> tuple[np.dtype[Any], int, int]:
+        size = os.fstat(self._fd).st_size
+        raw = os.pread(self._fd, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+        magic = int.from_bytes(raw[:4], "little")
+        if magic not in KINDS:
+            if dtype is None:
+                raise DataError(
+                    f"{self.path}: not a token shard: its first number is {magic}, expected "
+                    f"{' or '.join(map(str, KINDS))}; for a headerless .bin name the type of its "
+                    'tokens: data.dtype = "uint16" or "uint32"'
+                )
+            bare: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
+            if size % bare.itemsize:
+                raise DataError(
+                    f"{self.path}: {size} bytes are no whole number of {dtype} tokens; the file is "
+                    "cut off or data.dtype is wrong"
+                )
+            return bare, 0, size // bare.itemsize
+        header = np.frombuffer(raw, dtype="<i4")
+        version, kind = KINDS[magic]
+        count = int(header[2])
+        if header[1] != version:
+            raise DataError(
+                f"{self.path}: version {header[1]} of format {magic}, expected {version}; write "
+                "the shard again with a current tool"
+            )
+        if dtype is not None and kind != np.dtype(dtype):
+            raise DataError(
+                f"{self.path}: its header says {kind.name}, data.dtype says {dtype}; remove "
+                "data.dtype, it is for files without header"
+            )
+        expected = HEADER_BYTES + count * kind.itemsize
+        if count < 0 or size != expected or header[3:].any():
+            raise DataError(
+                f"{self.path}: damaged: its header announces {count} tokens, {expected} bytes, and "
+                f"the file has {size} bytes; prepare or download it again"
+            )
+        return kind, HEADER_BYTES, count
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was truncated, written to or replaced since it was opened.
+
+        One `stat`, cheap enough for every batch; what was range-checked stays what is read.
+        """
+        try:
+            same = _identity(os.stat(self.path)) == self.identity
+        except OSError:
+            same = False
+        if not same:
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.path}: truncated, replaced or removed while it was read; restore the file "
+            "and resume from the last checkpoint"
+        )
+
+    def read_into(self, row: memoryview, start: int) -> None:
+        """Fill `row`, a writable buffer of bytes, with the tokens from `start` on.
+
+        Call `check_unchanged` after reading: a file that was replaced still reads as it was.
+        """
+        at = self.offset_bytes + start * self.dtype.itemsize
+        try:
+            while row:
+                n = os.preadv(self._fd, (row,), at)
+                if n == 0:
+                    raise self._changed()
+                row, at = row[n:], at + n
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def document_ends(self) -> NDArray[np.int64]:
+        """Return where the documents in it end, ascending offsets into its tokens."""
+        assert self.ends is not None
+        path, sha256, documents = self.ends
+        try:
+            found = path.stat()
+            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * documents
+            raw = path.read_bytes() if fits else b""
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        ends = np.frombuffer(raw, "<u8")
+        sound = hashlib.sha256(raw).hexdigest() == sha256 and len(ends) == documents
+        if not sound or (ends[1:] < ends[:-1]).any() or (ends > self.n_tokens).any():
+            raise DataError(
+                f"{path}: not the document ends of its shard: damaged or replaced; restore the "
+                "file or prepare the text again"
+            )
+        return ends.astype(np.int64)
+
+    def _blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield all tokens in blocks, each with the offset of its first token."""
+        buffer = np.empty(BLOCK_BYTES // self.dtype.itemsize, self.dtype)
+        for start in range(0, self.n_tokens, len(buffer)):
+            block = buffer[: self.n_tokens - start]
+            self.read_into(block.data.cast("B"), start)
+            yield start, block
+
+    def check_tokens(self, vocab_size: int, origin: str, name: str = "") -> None:
+        """Refuse a token beyond the vocabulary, if the scan has found one."""
+        if self.max_token < vocab_size:
+            return
+        for start, block in self._blocks():
+            if (beyond := np.flatnonzero(block >= vocab_size)).size:
+                index = start + int(beyond[0])
+                raise DataError(
+                    f"{name or self.path}: token {block[beyond[0]]} at offset {index} (byte "
+                    f"{self.offset_bytes + index * self.dtype.itemsize}) is outside the vocabulary "
+                    f"of {vocab_size} {origin}; it must be at least {self.max_token + 1}"
+                )
+        raise self._changed()
+
+    def scan(self, cache: Path) -> None:
+        """Find hash and largest token of the whole file, from `cache` if the file is unchanged.
+
+        An entry is void once the file's device, inode, size or one of its times has changed.
+        """
+        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns]
+        entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
+        # No entry, or one that cannot be used, costs a scan.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(entry.read_text())
+            if kept["identity"] == identity and kept["dtype"] == self.dtype.str:
+                self.sha256, self.max_token = str(kept["sha256"]), int(kept["max_token"])
+                return
+        digest = hashlib.sha256(os.pread(self._fd, self.offset_bytes, 0))
+        self.max_token = -1
+        for _, block in self._blocks():
+            digest.update(block.data)
+            self.max_token = max(self.max_token, int(block.max()))
+        self.sha256 = digest.hexdigest()
+        self.check_unchanged()
+        kept = {"identity": identity, "dtype": self.dtype.str, "path": str(self.path)}
+        kept |= {"sha256": self.sha256, "max_token": self.max_token}
+        with suppress(OSError):  # a cache that cannot be written costs the next start one scan
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(entry, json.dumps(kept).encode())
+
+
+def _identity(found: os.stat_result) -> list[int]:
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 @dataclass(eq=False, repr=False)
@@ -30,7 +223,7 @@ class TokenDataset:
     end_of_text: int | None = None  # the id that ends each document
     tokenizer_path: Path | None = None  # None for imports
     tokenizer_sha256: str | None = None
-    joined: Sequence[TokenDataset] = ()  # the datasets that this one consists of, in order
+    joined: Sequence["TokenDataset"] = ()  # the datasets that this one consists of, in order
 
     def __post_init__(self) -> None:
         self.dtype: np.dtype[Any] = self.shards[0].dtype
@@ -66,10 +259,9 @@ class TokenDataset:
             return np.concatenate(
                 [p.document_ends + base for p, base in zip(self.joined, bases, strict=False)]
             )
-        found: list[NDArray[np.int64]] = []
         if self.shards[0].ends is not None:
-            for shard, base in zip(self.shards, self._starts, strict=False):
-                found.append(shard.document_ends() + base)
+            shards = zip(self.shards, self._starts, strict=False)
+            found = [shard.document_ends() + base for shard, base in shards]
         elif self.end_of_text is None:
             raise DataError(
                 f"{self.shards[0].path.parent}: nothing says where its documents end; name the "
@@ -77,7 +269,7 @@ class TokenDataset:
                 "with python -m fasttrain.prepare"
             )
         else:
-            in_front = int(self.read(0, 1)[0]) == self.end_of_text
+            found, in_front = [], int(self.read(0, 1)[0]) == self.end_of_text
             for start in range(0, self.n_tokens, SCAN_TOKENS):
                 block = self.read(start, min(SCAN_TOKENS, self.n_tokens - start))
                 at = np.flatnonzero(block == self.end_of_text) + start

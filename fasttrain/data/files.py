@@ -1,7 +1,5 @@
 """What every part of the data path needs of the file system."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os
@@ -9,6 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
+TRANSFER_S = 3600.0  # the same for a whole file; what stalls is ended sooner by the store's client
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
@@ -95,6 +95,33 @@ def _lasts(error: Exception) -> bool:
     return said or "Credentials" in type(error).__name__
 
 
+def if_there(address: str, operation: str, **options: Any) -> Any:
+    """Return what the operation returns; None if there is nothing at the address."""
+    try:
+        return remote(address, operation, **options)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def names_at(address: str) -> dict[str, int]:
+    """Return what lies in a folder at an address, with its bytes; nothing if it is missing."""
+    file_system(address)[0].invalidate_cache()
+    found = if_there(address, "ls", detail=True) or ()
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found}
+
+
+def put(address: str, content: Path | bytes) -> None:
+    """Write a file at an address."""
+    if not file_system(address)[0].async_impl:  # object stores have no folders
+        remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
+    if isinstance(content, bytes):
+        remote(address, "pipe_file", content)
+    else:
+        remote(address, "put_file", before=(str(content),), timeout_s=TRANSFER_S)
+
+
 def read_range(address: str, start: int, end: int, size: int) -> bytes:
     """Return bytes [start, end) of a file of `size` bytes: all of them, or a DataError."""
 
@@ -133,18 +160,16 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         temporary = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}"
         choices = [Path(home) / "fasttrain", temporary]
-    reason = ""
     for folder in choices:
-        try:
+        with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            reason = str(error)
-            continue
-        # In a shared folder for temporary files, a folder of that name may be somebody else's.
-        if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
-            return folder
-        reason = f"{folder} is not writable"
-    raise DataError(f"no folder to cache in ({reason}); name a writable one with data.cache_dir")
+            # In a shared folder for temporary files, a folder of that name may be somebody else's.
+            if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
+                return folder
+    raise DataError(
+        f"no folder to cache in ({' and '.join(map(str, choices))} cannot be written); name a "
+        "writable one with data.cache_dir"
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

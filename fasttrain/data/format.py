@@ -9,8 +9,6 @@ A folder may come from anywhere: nothing in it is executed, no file outside it i
 shard is hashed and its tokens checked against the vocabulary before the first one is used.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -20,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.dataset import Shard, TokenDataset, dtype_for
 from fasttrain.data.files import (
     DataError,
     cache_folder,
@@ -31,7 +29,6 @@ from fasttrain.data.files import (
     write_atomically,
 )
 from fasttrain.data.remote import RemoteShard, ShardCache, beside
-from fasttrain.data.shards import Shard, dtype_for
 
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
@@ -127,7 +124,7 @@ def open_dataset(
     for files without header, `end_of_text` for folders without `dataset.json`.
     """
     cache = cache_folder(cache_dir)
-    folder = _fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
+    folder = fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if not folder.is_dir():
@@ -198,7 +195,7 @@ def open_dataset(
     )
 
 
-def _fetch_description(address: str, cache: Path) -> Path:
+def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
     folder = cache / "remote" / shown(address).replace("://", "/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,13 +239,8 @@ def _scan(
     """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
     for shard in shards:
         shard.scan(cache / "scans")
-        if vocab_size is not None and shard.max_token >= vocab_size:
-            index, token = shard.first_token_from(vocab_size)
-            raise DataError(
-                f"{shard.path}: token {token} at offset {index} (byte "
-                f"{shard.offset_bytes + index * shard.dtype.itemsize}) is outside the vocabulary "
-                f"of {vocab_size} {origin}; it must be at least {shard.max_token + 1}"
-            )
+        if vocab_size is not None:
+            shard.check_tokens(vocab_size, origin)
     if not any(shard.n_tokens for shard in shards):
         what = "has no tokens" if shards else "is empty"
         raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")

@@ -13,8 +13,6 @@ second).
 Legend: B rows of a batch, T tokens of a row.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import math
@@ -33,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.dataset import Shard, TokenDataset
 from fasttrain.data.files import DataError
 from fasttrain.data.order import (
     Array,
@@ -44,7 +42,6 @@ from fasttrain.data.order import (
     row_lengths,
 )
 from fasttrain.data.remote import RemoteShard, ShardCache
-from fasttrain.data.shards import Shard
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
 DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
@@ -62,15 +59,15 @@ class Batch:
     position: int  # global sample index after this batch; a loader built with it continues here
     n_tokens: int = 0  # targets in it and in the same micro-batch of other ranks; 0: not counted
 
-    def cut(self, length: int) -> Batch:
+    def cut(self, length: int) -> Self:
         """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
         return self._with(lambda tensor: tensor.view(-1, length))
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """Return the batch on a CUDA device, copied from pinned memory."""
         return self._with(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
         starts = None if self.doc_starts is None else change(self.doc_starts)
         tokens, targets = change(self.tokens), change(self.targets)
         return replace(self, tokens=tokens, targets=targets, doc_starts=starts)
@@ -136,7 +133,7 @@ class _Slot:
     copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
 
 
-class Loader:
+class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
     """Iterator over the training batches of one rank.
 
     Row b of the m-th micro-batch from `position` on has the global sample index
@@ -193,7 +190,7 @@ class Loader:
         self._thread = threading.Thread(target=self._fill, name="fasttrain-loader", daemon=True)
         self._thread.start()
 
-    def at(self, position: int) -> Loader:
+    def at(self, position: int) -> "Loader":
         """Another loader of the same samples in the same order, starting at `position`."""
         return Loader(self.dataset, self.options, device=self.device, position=position)
 
@@ -263,9 +260,6 @@ class Loader:
         if self._ends is not None and slot.doc_starts is not None:
             marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
             marks[:] = document_starts(self._ends, starts, self.options.seq_len)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self.device.type != "cuda":
@@ -358,9 +352,6 @@ class Loader:
         self._free.put(None)
         self._thread.join(timeout=5.0)  # a hung read does not hold up the end of the run
         self._staged = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

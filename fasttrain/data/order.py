@@ -10,8 +10,6 @@ Sources: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (unbalanc
 walking); Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators" (the mixer).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -35,32 +33,29 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
-class Permutation:
-    """A bijection on [0, n), 0 < n ≤ 2**62, chosen by a key, any integer."""
+def permute(indices: Array, n: int, key: int) -> Array:
+    """Return where a bijection on [0, n) sends `indices`, about 0.1 µs each.
 
-    def __init__(self, n: int, key: int) -> None:
-        self.n = n
-        self._a = math.isqrt(n - 1) + 1
-        self._b = -(-n // self._a)
-        digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
-        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    0 < n ≤ 2**62; the key, any integer, chooses the bijection.
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
-    def take(self, indices: Array) -> Array:
-        """Return where each of `indices`, from 0 to n - 1, goes, about 0.1 µs each."""
-        out = self._once(indices.astype(np.uint64).ravel())
-        while (outside := np.flatnonzero(out >= self.n)).size:
-            out[outside] = self._once(out[outside])
-        return out.astype(np.int64).reshape(indices.shape)
-
-    def _once(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        a, b = np.uint64(self._a), np.uint64(self._b)
-        y, x = np.divmod(values, a)
-        for number, key in enumerate(self._keys):
+    def once(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        y, x = np.divmod(values, np.uint64(a))
+        for number, key in enumerate(keys):
             if number % 2:
-                y = (y + _mix(x, key) % b) % b
+                y = (y + _mix(x, key) % np.uint64(b)) % np.uint64(b)
             else:
-                x = (x + _mix(y, key) % a) % a
-        return x + y * a
+                x = (x + _mix(y, key) % np.uint64(a)) % np.uint64(a)
+        return x + y * np.uint64(a)
+
+    out = once(indices.astype(np.uint64).ravel())
+    while (outside := np.flatnonzero(out >= n)).size:
+        out[outside] = once(out[outside])
+    return out.astype(np.int64).reshape(indices.shape)
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
@@ -79,7 +74,7 @@ def sample_ids(first: int, count: int, seed: int, *, n: int) -> Array:
     """
 
     def in_epoch(at: int, part: int, key: int) -> Array:
-        return Permutation(n, key).take(np.arange(at, at + part))
+        return permute(np.arange(at, at + part), n, key)
 
     return _by_epoch(first, count, n, seed, in_epoch)
 
@@ -231,45 +226,39 @@ def _documents(dataset: TokenDataset) -> tuple[Array, Array]:
     return (ends - sizes)[sizes > 1], sizes[sizes > 1]
 
 
-class _Buckets:
-    """The order of samples by length: groups of `GROUP` of one bucket, all buckets mixed.
+def _bucketed(lengths: Array, limits: Sequence[int]) -> Callable[[int, int, int], Array]:
+    """Return what gives the order of samples by length: `(first, count, seed)` to sample ids.
 
-    A bucket's samples are permuted, then cut into groups, and the groups of all buckets permuted.
-    What fills no group comes at the end of the epoch, bucket after bucket.
+    Samples of one bucket are permuted, then cut into groups of `GROUP`, and the groups of all
+    buckets permuted. What fills no group comes at the end of the epoch, bucket after bucket.
     """
+    bucket = np.searchsorted(limits, lengths)
+    by_bucket = np.argsort(bucket, kind="stable")
+    sizes = np.bincount(bucket, minlength=len(limits))
+    groups = sizes // GROUP
+    rests = sizes - groups * GROUP
+    first_id, first_group, first_rest = (np.cumsum(n) - n for n in (sizes, groups, rests))
+    n_groups = int(groups.sum())
 
-    def __init__(self, lengths: Array, limits: Sequence[int]) -> None:
-        bucket = np.searchsorted(limits, lengths)
-        self._by_bucket = np.argsort(bucket, kind="stable")
-        self._sizes = np.bincount(bucket, minlength=len(limits))
-        self._first = np.cumsum(self._sizes) - self._sizes
-        self._groups = self._sizes // GROUP
-        self._first_group = np.cumsum(self._groups) - self._groups
-        rest = self._sizes - self._groups * GROUP
-        self._first_rest = np.cumsum(rest) - rest
-        self._n, self._n_groups = len(lengths), int(self._groups.sum())
-
-    def order(self, first: int, count: int, seed: int) -> Array:
-        return _by_epoch(first, count, self._n, seed, self._in_epoch)
-
-    def _in_epoch(self, first: int, count: int, key: int) -> Array:
+    def in_epoch(first: int, count: int, key: int) -> Array:
         at = np.arange(first, first + count)
-        n_grouped = self._n_groups * GROUP
-        group, within = np.divmod(at[at < n_grouped], GROUP)
+        group, within = np.divmod(at[at < n_groups * GROUP], GROUP)
         if group.size:
-            group = Permutation(self._n_groups, key).take(group)
-        of_group = np.searchsorted(self._first_group, group, side="right") - 1
-        rank = (group - self._first_group[of_group]) * GROUP + within
-        rest = at[at >= n_grouped] - n_grouped
-        of_rest = np.searchsorted(self._first_rest, rest, side="right") - 1
-        rest = rest - self._first_rest[of_rest] + self._groups[of_rest] * GROUP
+            group = permute(group, n_groups, key)
+        of_group = np.searchsorted(first_group, group, side="right") - 1
+        rank = (group - first_group[of_group]) * GROUP + within
+        rest = at[at >= n_groups * GROUP] - n_groups * GROUP
+        of_rest = np.searchsorted(first_rest, rest, side="right") - 1
+        rest = rest - first_rest[of_rest] + groups[of_rest] * GROUP
         bucket, rank = np.concatenate([of_group, of_rest]), np.concatenate([rank, rest])
         found = np.empty(count, np.int64)
         for number in np.unique(bucket).tolist():
             here = bucket == number
-            order = Permutation(int(self._sizes[number]), ((number + 1) << 200) + key)
-            found[here] = self._by_bucket[self._first[number] + order.take(rank[here])]
+            place = permute(rank[here], int(sizes[number]), ((number + 1) << 200) + key)
+            found[here] = by_bucket[first_id[number] + place]
         return found
+
+    return lambda first, count, seed: _by_epoch(first, count, len(lengths), seed, in_epoch)
 
 
 class Plan:
@@ -320,7 +309,7 @@ class Plan:
                 n, dropped = len(counts), int((n_tokens - counts).sum())
                 documents.append((begins + base, counts))
                 if batching == "bucketed":
-                    order = _Buckets(counts - 1, self._lengths).order
+                    order = _bucketed(counts - 1, self._lengths)
             sizes.append(n)
             self._orders.append(order or partial(sample_ids, n=n))
             self.dropped_tokens += dropped

@@ -6,8 +6,6 @@ full size from the beginning. Room is made by what this process does not need so
 first; whatever reads an evicted file has it open, and reads on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -21,8 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fasttrain.data.dataset import HEADER_BYTES, Shard
 from fasttrain.data.files import DataError, lock, read_range, shown
-from fasttrain.data.shards import HEADER_BYTES, Shard
 
 FETCHERS = 8  # threads that fetch ahead, each a file
 PIECE_BYTES = 8 << 20  # of one request: 140 kB/s are enough for it not to count as stalled
@@ -143,14 +141,14 @@ class ShardCache:
                     out.truncate(n_bytes)
             return excess <= 0
 
-    def fetch_ahead(self, shards: Sequence[RemoteShard]) -> None:
+    def fetch_ahead(self, shards: Sequence["RemoteShard"]) -> None:
         """Begin to fetch what is missing of `shards`, in the order of their use, as far as fits."""
         with self._lock:
             self._coming = list(shards)
             self._missing = {shard for shard in shards if not shard.file.path.exists()}
             self._start_threads()
 
-    def advance(self, shard: RemoteShard) -> None:
+    def advance(self, shard: "RemoteShard") -> None:
         """Note that a shard is read now, and those before it were."""
         with self._lock:
             if shard in self._coming:
@@ -164,7 +162,7 @@ class ShardCache:
             name = "fasttrain-fetch"  # a daemon: a hung read does not keep the process from ending
             threading.Thread(target=self._run, args=(shard,), name=name, daemon=True).start()
 
-    def _next(self) -> RemoteShard | None:
+    def _next(self) -> "RemoteShard | None":
         """Return what is to be fetched next, unless it would evict what is read before it."""
         room = self.limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
         for shard in self._coming if self._missing else []:
@@ -175,7 +173,7 @@ class ShardCache:
                 return shard
         return None
 
-    def _run(self, shard: RemoteShard | None) -> None:
+    def _run(self, shard: "RemoteShard | None") -> None:
         while shard is not None:
             with suppress(Exception):  # the reader tries again, and raises it
                 shard.fetch()
@@ -196,10 +194,8 @@ class RemoteShard(Shard):
         self.file = cache.file(beside(address, entry["file"]), entry["sha256"], n_bytes)
         documents, sha256 = entry["documents"], entry["ends_sha256"]
         self.ends_file = cache.file(beside(address, entry["ends_file"]), sha256, 8 * documents)
-        self.path, self.ends = (
-            Path(shown(self.file.address)),
-            (self.ends_file.path, sha256, documents),
-        )
+        self.path = Path(shown(self.file.address))
+        self.ends = (self.ends_file.path, sha256, documents)
         self.sha256, self.max_token = entry["sha256"], vocab_size - 1  # at most
         self._verified: list[int] = []  # the identity of the file that was
         self._local: Shard | None = None  # while it is read
@@ -218,12 +214,7 @@ class RemoteShard(Shard):
             found = local.sha256, local.dtype, local.n_tokens
             if found != (self.sha256, self.dtype, self.n_tokens):
                 raise DataError(f"{name}: not what dataset.json describes; upload it again")
-            if local.max_token > self.max_token:
-                index, token = local.first_token_from(self.max_token + 1)
-                raise DataError(
-                    f"{name}: token {token} at offset {index} is outside the vocabulary of "
-                    f"{self.max_token + 1} in its dataset.json; prepare the text again"
-                )
+            local.check_tokens(self.max_token + 1, "of its dataset.json", name)
             self._verified = local.identity
         return local
 

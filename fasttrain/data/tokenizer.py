@@ -5,20 +5,15 @@ one special token, `<|endoftext|>`, which ends each document and never comes out
 text itself says `<|endoftext|>`, it is encoded as ordinary characters.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,8 +218,8 @@ class FastBpe:
 
     def encode(self, text: str) -> NDArray[np.uint32] | None:
         """The ids of a text, or None where they would be uncertain."""
-        # Of each character once: the expression takes 90 ns for a character, the set 15.
-        if not text.isascii() and _new_characters().search("".join(set(text))):
+        # Newer than this Python's Unicode, or beyond the last ideographs, where no words are.
+        if not text.isascii() and any(c > "\U000323af" or category(c) == "Cn" for c in set(text)):
             return None
         try:
             ranks = self._tiktoken.encode_to_numpy(
@@ -264,16 +259,6 @@ class FastBpe:
         tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
         words = [token.translate(_BYTE_OF).encode("latin-1") for token in tokens]
         return words, [vocab[token] for token in tokens]
-
-
-@cache
-def _new_characters() -> re.Pattern[str]:
-    """Finds a character that this Python's Unicode does not know yet."""
-    end = 0x323B0  # beyond the last ideographs little is assigned, and nothing that words are of
-    runs = groupby(range(end), lambda point: unicodedata.category(chr(point)) == "Cn")
-    points = (list(run) for unknown, run in runs if unknown)
-    ranges = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in points)
-    return re.compile(f"[{ranges}{chr(end)}-\U0010ffff]")
 
 
 def _pattern(state: dict[str, Any]) -> str:
@@ -322,6 +307,7 @@ class Encoder:
         self.not_fast = ""  # why a BPE is encoded by `tokenizers`
         self.losses = Losses(tokenizer)
         if kind == "chars":
+            self.losses.what = ""  # refused
             points = [ord(token) for token in vocab if len(token) == 1]
             self._points = np.array(sorted(points), dtype="<u4")  # in order of id, as they are made
         elif kind != "bytes" and use_tiktoken:
@@ -351,26 +337,20 @@ class Encoder:
 
     def _compare(self, texts: Sequence[str]) -> None:
         """Encodes one stretch of the text both ways; which, depends on the texts alone."""
-        n_chars = sum(map(len, texts))
-        wanted = max(SAMPLE_CHARS, n_chars // SAMPLE_EVERY)
-        first = n_chars % max(1, len(texts))
-        for text in [*texts[first:], *texts[:first]]:
-            start = 7919 * n_chars % max(1, len(text) - wanted)
-            part = text[start : start + wanted]
-            wanted -= len(part)
-            fast = self._fast.encode(part) if self._fast else None
-            exact = self._encode_exactly([part])[0]
-            if fast is not None and not np.array_equal(fast, exact):
-                n = min(fast.size, exact.size)
-                differ = np.flatnonzero(fast[:n] != exact[:n])
-                at = int(differ[0]) if differ.size else n
-                before = self.tokenizer.decode(exact[max(0, at - 5) : at].tolist())
-                raise OtherIdsError(
-                    f"after {before!r} by tiktoken {fast[at : at + 5].tolist()}, "
-                    f"by the tokenizer itself {exact[at : at + 5].tolist()}"
-                )
-            if wanted <= 0:
-                return
+        text = "".join(texts)
+        n_chars = max(SAMPLE_CHARS, len(text) // SAMPLE_EVERY)
+        start = 7919 * len(text) % max(1, len(text) - n_chars)
+        part = text[start : start + n_chars]
+        fast = self._fast.encode(part) if self._fast else None
+        exact = self._encode_exactly([part])[0]
+        if fast is not None and not np.array_equal(fast, exact):
+            n = min(fast.size, exact.size)
+            at = int(np.flatnonzero(np.append(fast[:n] != exact[:n], True))[0])
+            before = self.tokenizer.decode(exact[max(0, at - 5) : at].tolist())
+            raise OtherIdsError(
+                f"after {before!r} by tiktoken {fast[at : at + 5].tolist()}, "
+                f"by the tokenizer itself {exact[at : at + 5].tolist()}"
+            )
 
     def _places(self, text: str) -> NDArray[np.uint32]:
         points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -380,9 +360,6 @@ class Encoder:
             unknown = chr(int(points[~known][0]))
             raise DataError(f"the character {unknown!r} is not among those of the tokenizer")
         return places.astype(np.uint32)
-
-
-_SPACES = {" ", "▁", "Ġ"}  # and what is written for it, also where a step only puts it in front
 
 
 class Losses:
@@ -398,12 +375,9 @@ class Losses:
         model: dict[str, Any] = state["model"]
         vocab: Any = model["vocab"]
         # What is lost and what becomes of it, in words; empty where nothing can be lost.
-        self.what, self._unknown_id = "", model.get("unk_id")
-        unknown = model.get("unk_token")
-        if unknown is not None:
+        self.what, self._unknown_id, self._left_out = "", model.get("unk_id"), False
+        if (unknown := model.get("unk_token")) is not None:
             self._unknown_id = tokenizer.token_to_id(unknown)
-        self._alphabet: set[str] = set()
-        self._has_token = cache(self._is_in_alphabet)
         if self._unknown_id is not None:
             name = tokenizer.id_to_token(self._unknown_id)
             self.what = f"places that the tokenizer has no token for (encoded as {name})"
@@ -411,43 +385,25 @@ class Losses:
             byte_level = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["normalizer"]])
             if byte_level and vocab.keys() >= set(BYTE_CHARACTERS):
                 return
-            before = model["continuing_subword_prefix"] or ""
-            behind = model["end_of_word_suffix"] or ""
-            bare = (t.removeprefix(before).removesuffix(behind) for t in vocab)
-            self._alphabet = {token for token in bare if len(token) == 1}
             self.what = "characters that the tokenizer has no token for (left out)"
+            # A tokenizer that has a token for them tells where they are.
+            self._left_out = True
+            self._unknown_id = 1 + max(tokenizer.get_vocab().values())
+            vocab[_RESERVED], model["unk_token"] = self._unknown_id, _RESERVED
+            self._tokenizer = Tokenizer.from_str(json.dumps(state))
+            self._tokenizer.encode_special_tokens = True
 
     def count(self, text: str, ids: NDArray[np.unsignedinteger[Any]]) -> int:
         """How much of a text is lost in its `ids`."""
         if not self.what:
             return 0
-        if self._unknown_id is not None:
-            return int(np.count_nonzero(ids == self._unknown_id))
-        text = self._normalized(text)
-        return sum(text.count(c) for c in set(text) if not self._has_token(c))
+        return len(self.places(text)) if self._left_out else int((ids == self._unknown_id).sum())
 
-    def first(self, text: str) -> tuple[int, int]:
-        """Where in a text the first thing lost is; the whole of it where that is hard to say."""
-        if self._unknown_id is not None:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-            if self._unknown_id in found.ids:
-                begin, end = found.offsets[found.ids.index(self._unknown_id)]
-                return int(begin), int(end)
-        else:
-            normalized = set(self._normalized(text))
-            for place, character in enumerate(text):
-                if character in normalized and not self._has_token(character):
-                    return place, place + 1
-        return 0, len(text)
-
-    def _normalized(self, text: str) -> str:
-        normalizer = self._tokenizer.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
-
-    def _is_in_alphabet(self, character: str) -> bool:
-        steps = self._tokenizer.pre_tokenizer
-        words = [character] if steps is None else [w for w, _ in steps.pre_tokenize_str(character)]
-        symbols = set("".join(words))
-        if character not in _SPACES:
-            symbols -= _SPACES
-        return symbols <= self._alphabet
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Where in a text something is lost, in order: offsets of its begin and end."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = list(zip(found.ids, found.offsets, strict=True))
+        # Of a character that has one, a pre-tokenizer may have put a space in front.
+        kept = {at for token, span in spans if token != self._unknown_id for at in range(*span)}
+        lost = {span for token, span in spans if token == self._unknown_id}
+        return sorted((begin, end) for begin, end in lost if begin not in kept)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TextIO
 
 from fasttrain import checkpoint
-from fasttrain.checkpoint.mirror import Mirror, names_at
+from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.data.files import names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fasttrain.data import dataset as dataset_module
-from fasttrain.data.dataset import TokenDataset, join
+from fasttrain.data.dataset import Shard, TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.shards import Shard
 from tests.support.toy_data import write_tokens
 
 

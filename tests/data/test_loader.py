@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain.data import loader as loader_module
+from fasttrain.data.dataset import Shard
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
 from fasttrain.data.loader import IGNORE, Batch, Loader, evaluation_batches, to_batch
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
-from fasttrain.data.shards import Shard
 from fasttrain.model.attention import attention_mask
 
 N_TOKENS = 1000

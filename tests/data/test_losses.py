@@ -126,7 +126,8 @@ def with_affixes() -> Tokenizer:
         (without_accents(), "The é 1", 1),
         (some_bytes(), "the ab", 1),
         (some_bytes(), "é", 1),
-        (with_affixes(), "abcd", 0),
+        (with_affixes(), "abd", 0),
+        (with_affixes(), "abcd", 1),  # it has one for c at the beginning of a word
         (with_affixes(), "abx", 1),
     ],
 )
@@ -137,12 +138,12 @@ def test_only_what_the_model_has_no_token_for_counts(
     assert encoder.losses.count(text, encoder.encode([text])[0]) == lost
 
 
-def test_the_first_loss_is_found_in_the_text() -> None:
-    assert Losses(letters()).first("ab\nAc") == (3, 4)
-    assert Losses(letters(unk_token="<unk>")).first("ab\nAc") == (3, 4)
+def test_losses_are_found_in_the_text() -> None:
+    assert Losses(letters()).places("ab\nAcB") == [(3, 4), (5, 6)]
+    assert Losses(letters(unk_token="<unk>")).places("ab\nAcB") == [(3, 4), (5, 6)]
     tokenizer = letters()
     tokenizer.normalizer = normalizers.Replace("x", "%")
-    assert Losses(tokenizer).first("abx") == (0, 3)  # the text does not have it
+    assert Losses(tokenizer).places("abx") == [(2, 3)]  # what the text has in its place
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -247,7 +247,7 @@ def package_or_skip(name: str) -> object:
 
 
 def as_zst(data: bytes) -> bytes:
-    return package_or_skip("zstandard").ZstdCompressor().compress(data)  # type: ignore[attr-defined]
+    return package_or_skip("pyarrow").Codec("zstd").compress(data, asbytes=True)  # type: ignore
 
 
 @pytest.mark.parametrize("packed", [gzip.compress, as_zst], ids=["gz", "zst"])
@@ -292,7 +292,7 @@ def test_F7_compressed_text_that_is_cut_off_is_refused(
         assert main([*arguments, *["--strict"] * strict]) == 2, size
         assert capsys.readouterr().err.startswith(f"error: {path}: cannot be read (it is cut off")
         assert not (tmp_path / "out").exists()
-    path.write_bytes(whole + bytes(3000))  # padded, as gzip allows
+    path.write_bytes(whole + bytes(3000) * (ending == ".gz"))  # padded, as gzip allows
     assert main(arguments) == 0
 
 
@@ -502,9 +502,7 @@ def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(tmp_path: Pat
         find_files([str(tmp_path / "none")])
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
-)
+@pytest.mark.parametrize(("name", "package"), [("a.txt.zst", "pyarrow"), ("a.parquet", "pyarrow")])
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
 ) -> None:

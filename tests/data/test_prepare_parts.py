@@ -7,7 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -15,19 +19,19 @@ from tokenizers import Tokenizer, models
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build
-from fasttrain.data.prepare import merge as merging
-from fasttrain.data.prepare.merge import merge
+from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.sources import Source
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError
-from fasttrain.prepare import main, prepare
+from fasttrain.prepare import prepare
+from tests.support.toy_mirror import At
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "BATCH_CHARS", 700)  # batches of one run and of parts differ
-    monkeypatch.setattr(merging, "BLOCK_TOKENS", 333)
+    monkeypatch.setattr(build, "BLOCK_TOKENS", 333)
 
 
 def write_inputs(folder: Path, n_files: int = 9) -> str:
@@ -45,7 +49,7 @@ def write_inputs(folder: Path, n_files: int = 9) -> str:
     return str(folder / "in")
 
 
-def make(out: Path, source: str, **options: object) -> list[str]:
+def make(out: Path | str, source: str, **options: object) -> list[str]:
     notes: list[str] = []
     options = {"tokenizer": "bytes", "shard_tokens": 1000} | options
     prepare(out, [source], note=notes.append, **options)  # type: ignore[arg-type]
@@ -255,6 +259,42 @@ def test_a_part_that_tiktoken_splits_otherwise_is_not_encoded_in_another_way_tha
         make(tmp_path / "out", source, tokenizer="bpe:300", shard_of="1/2")
 
 
-def test_a_dataset_is_not_made_at_an_address(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["s3://bucket/out", "--input", "x"]) == 2
-    assert "made in a folder of this machine; copy it there" in capsys.readouterr().err
+def test_parts_and_dataset_come_to_an_address_however_often_the_copies_are_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, there = write_inputs(tmp_path), tmp_path / "there"
+    address = f"faulty://{there}/out"
+    make(tmp_path / "whole", source)
+    n_points = 0
+
+    def interrupted_everywhere(work: Callable[[bool], object], folder: Path) -> None:
+        """Each time one operation later, which leaves half of a file; and then not at all."""
+        nonlocal n_points
+        for n in count():
+            point = At(n, Mock(side_effect=KeyboardInterrupt))
+            with suppress(KeyboardInterrupt):
+                work(n > 0)
+            if not point.done:
+                break
+            n_points += 1
+            if (folder / "dataset.json").exists():  # cut off itself
+                assert point.n_done == n + 1
+                with pytest.raises(DataError, match=r"dataset\.json: not valid JSON"):
+                    open_dataset(f"faulty://{folder}", "train")
+            elif folder.parent != there:
+                with pytest.raises(DataError, match=r"out\.parts: has .*not 1-of-N"):
+                    merge(address)
+
+    for number in (1, 2):
+        part = {"shard_of": f"{number}/2"}
+        interrupted_everywhere(
+            lambda resume, part=part: make(address, source, resume=resume, **part),
+            there / f"out.parts/{number}-of-2",
+        )
+    interrupted_everywhere(
+        lambda resume: merge(address, resume=resume, note=lambda line: None), there / "out"
+    )
+    assert content(there / "out") == content(tmp_path / "whole")
+    assert n_points > 30
+    assert open_dataset(address, "train").n_documents == 139
+    assert not list((tmp_path / "cache/fasttrain/prepare").rglob("*.*n")), "nothing is left here"

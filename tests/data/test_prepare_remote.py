@@ -8,17 +8,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fasttrain.data import files
 from fasttrain.data.files import DataError
+from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build, sources
-from fasttrain.data.prepare.merge import merge
+from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.sources import find_files
 from fasttrain.prepare import main, prepare
 from tests.support.faulty_server import (
     FAULTS,
+    Answer,
     FaultyServer,
     folder_upstream,
     gcs_upstream,
@@ -65,11 +68,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "three.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "five.md").write_text("short")
     (folder / "picture.png").write_bytes(b"no text")
-    if zstandard := pytest.importorskip("zstandard", reason="needs the extra data"):
-        packed = zstandard.ZstdCompressor().compress("".join(texts(60, 2)).encode())
-        (folder / "a/six.txt.zst").write_bytes(packed)
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra data")
-    table = pytest.importorskip("pyarrow").table({"n": list(range(300)), "text": texts(300, 3)})
+    arrow = pytest.importorskip("pyarrow")
+    packed = arrow.Codec("zstd").compress("".join(texts(60, 2)).encode(), asbytes=True)
+    (folder / "a/six.txt.zst").write_bytes(packed)
+    table = arrow.table({"n": list(range(300)), "text": texts(300, 3)})
     parquet.write_table(table, folder / "seven.parquet", row_group_size=70)
     return folder
 
@@ -360,6 +363,84 @@ def test_parts_of_remote_text_are_what_one_run_of_local_text_makes(
         make(tmp_path / "out", f"{web.url}/", tokenizer="bpe:300", shard_of=f"{number}/3")
     merge(tmp_path / "out", note=lambda line: None)
     assert content(tmp_path / "local") == content(tmp_path / "out")
+
+
+def failing(server: FaultyServer, name: str, times: float, *, late: bool = False) -> list[str]:
+    """Answer 500 to so many uploads of a file, before or after it is stored; return their paths."""
+    upstream, failed = server.upstream, list[str]()
+
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        fails = method == "PUT" and name in target and len(failed) < times
+        found = (500, {}, b"") if fails and not late else upstream(method, target, headers, body)
+        if fails:
+            failed.append(target)
+        return (500, {}, b"") if fails else found
+
+    server.upstream = answer
+    return failed
+
+
+def test_parts_are_made_and_merged_in_a_bucket(
+    tmp_path: Path, corpus: Path, s3: FaultyServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "whole", corpus, tokenizer="bpe:300")
+    out = "s3://texts/made/corpus"
+    command = [out, "--tokenizer", "bpe:300", "--val-fraction", "0.1"]
+    command += ["--shard-tokens", "20000", "--input", str(corpus), "--shard-of"]
+    first = "s3://texts/made/corpus.parts/1-of-3"
+    refused = failing(s3, "3-of-3/train_000000.bin", files.ATTEMPTS - 1)
+    lost = failing(s3, "2-of-3/dataset.json", 2, late=True)
+    for number in (3, 2):
+        assert main([*command, f"{number}/3"]) == 0
+    assert (len(refused), len(lost)) == (files.ATTEMPTS - 1, 2)
+    assert "--merge" in capsys.readouterr().out
+    failed = failing(s3, "1-of-3/train_000000.ends", files.ATTEMPTS)
+    assert main([*command, "1/3"]) == 2
+    assert len(failed) == files.ATTEMPTS
+    said = capsys.readouterr().err
+    assert f"error: {first}/train_000000.ends: put_file failed (" in said
+    assert "5 attempts failed; --resume continues the copy of" in said
+    assert main([out, "--merge"]) == 2
+    assert "corpus.parts: has 2-of-3, 3-of-3, not 1-of-N to N-of-N" in capsys.readouterr().err
+    assert main([*command, "1/3"]) == 2
+    assert f"{first}: exists already and is not empty; --resume" in capsys.readouterr().err
+    before = len(s3.requests)
+    assert main([*command, "1/3", "--resume"]) == 0
+    sent = [path.rpartition("/")[2] for method, path in s3.requests[before:] if method == "PUT"]
+    assert sent[0] == "train_000000.ends", "what was there is not sent again"
+    assert sent[-1] == "dataset.json"
+    assert main([*command, "1/3", "--resume"]) == 0
+    assert f"{first} is complete already" in capsys.readouterr().out
+    assert main([*command, "1/3"]) == 2
+    assert f"{first}: exists already and holds a dataset; train" in capsys.readouterr().err
+    assert main([*command, "1/3", "--text-field", "x", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"{first}: exists already and holds a dataset made of something else: it" in said
+    assert main([out, "--merge"]) == 0
+    assert f"Train on it: python -m fasttrain.train base data.path={out}" in capsys.readouterr().out
+    for path in (tmp_path / "whole").iterdir():
+        assert files.remote(f"{out}/{path.name}", "cat_file") == path.read_bytes(), path.name
+    assert files.names_at(out).keys() == {path.name for path in (tmp_path / "whole").iterdir()}
+    there, here = (open_dataset(at, "train") for at in (out, tmp_path / "whole"))
+    assert there.read(0, there.n_tokens).tolist() == here.read(0, here.n_tokens).tolist()
+    left = tmp_path / "cache/fasttrain/prepare"
+    assert not [path for path in left.rglob("*") if path.is_file()]
+
+
+def test_a_copy_goes_only_where_it_may(
+    tmp_path: Path, corpus: Path, web: FaultyServer, s3: FaultyServer
+) -> None:
+    with pytest.raises(DataError, match="out: cannot be written to; name a folder or a bucket"):
+        make(f"{web.url}/out", corpus)  # type: ignore[arg-type]
+    files.put("s3://texts/taken/mine.txt", b"mine")
+    out: Any = "s3://texts/taken"
+    with pytest.raises(DataError, match="taken: exists already and is not empty; --resume cont"):
+        make(out, corpus)
+    with pytest.raises(DataError, match="taken: holds something else; remove it"):
+        make(out, corpus, resume=True)
+    assert files.names_at("s3://texts/taken") == {"mine.txt": 4}
+    with pytest.raises(DataError, match=r"no-such-bucket/x/prepared\.json: put_file failed \("):
+        make("s3://no-such-bucket/x", corpus)  # type: ignore[arg-type]
 
 
 READ = """

@@ -18,14 +18,13 @@ import torch
 
 from fasttrain.config import load_config
 from fasttrain.data import files, loader, remote
-from fasttrain.data.dataset import TokenDataset, join
+from fasttrain.data.dataset import Shard, TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import absent, open_dataset, write_dataset_json
 from fasttrain.data.loader import Batch, Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.remote import ShardCache, beside, n_bytes
-from fasttrain.data.shards import Shard
 from fasttrain.engine.plan import warnings_at_start
 from tests.support.faulty_server import (
     FAULTS,

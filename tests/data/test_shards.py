@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fasttrain.data.dataset import HEADER_BYTES, Shard, dtype_for
 from fasttrain.data.files import DataError, cache_folder
 from fasttrain.data.prepare.writer import ShardWriter
-from fasttrain.data.shards import HEADER_BYTES, Shard, dtype_for
 
 VOCAB = 1000
 

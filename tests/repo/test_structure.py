@@ -19,12 +19,12 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_460,
-    "fasttrain": 4_280,
-    "fasttrain/checkpoint": 1_500,
+    "benchmarks": 2_490,
+    "fasttrain": 4_270,
+    "fasttrain/checkpoint": 1_470,
     "fasttrain/config": 1_070,
-    "fasttrain/data": 2_390,
-    "fasttrain/data/prepare": 1_460,
+    "fasttrain/data": 2_320,
+    "fasttrain/data/prepare": 1_510,
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,
     "fasttrain/log": 950,

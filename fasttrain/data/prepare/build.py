@@ -1,17 +1,19 @@
-"""Text to a dataset folder: a pass to split it, one to train its tokenizer, one to encode it."""
+"""Text to a dataset: a pass to split it, one to train its tokenizer, one to encode it.
 
-from __future__ import annotations
+Several machines may each make a part, of which `merge` makes what a single one would make.
+"""
 
-import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,8 +21,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError, sha256_of, shown, write_atomically
-from fasttrain.data.format import write_dataset_json
+from fasttrain.config.untrusted import read_json
+from fasttrain.data.files import (
+    DataError,
+    cache_folder,
+    is_address,
+    names_at,
+    remote,
+    sha256_of,
+    shown,
+    write_atomically,
+)
+from fasttrain.data.format import (
+    DATASET_JSON,
+    Split,
+    fetch_description,
+    open_dataset,
+    read_dataset_json,
+    write_dataset_json,
+)
 from fasttrain.data.prepare.encode import (
     FEW_VAL_TOKENS,
     MAX_VAL_FRACTION,
@@ -32,7 +51,17 @@ from fasttrain.data.prepare.encode import (
     encoded,
 )
 from fasttrain.data.prepare.sources import PIECE_CHARS, File, Source, find_files
-from fasttrain.data.prepare.writer import Asked, Partial, ShardWriter
+from fasttrain.data.prepare.writer import (
+    PREPARED_JSON,
+    Asked,
+    Note,
+    Partial,
+    ShardWriter,
+    building,
+    other_than,
+    place_of,
+)
+from fasttrain.data.remote import ShardCache, beside
 from fasttrain.data.tokenizer import (
     TEXT_PATTERN,
     Encoder,
@@ -49,11 +78,12 @@ WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it tak
 CHECKPOINT_S = 5.0  # work that an interruption can cost
 LINE_S = 15.0  # between lines of progress where there is no terminal
 SPEED_S = 30.0  # the time left is that at the speed of the last
-SPLITS = ("train", "val")
+BLOCK_TOKENS = 4 << 20  # copied at once from a part
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def prepare(
-    out: Path,
+    out: Path | str,
     inputs: Sequence[str],
     *,
     files: Sequence[File | None] | None = None,
@@ -66,10 +96,10 @@ def prepare(
     workers: int = 1,
     resume: bool = False,
     shard_of: str | None = None,
-    note: Callable[[str], None] = print,
+    note: Note = print,
     progress: bool = False,
-) -> Path:
-    """Make the dataset folder `out` from text; the arguments are the options of the command.
+) -> None:
+    """Make the dataset `out` from text; the arguments are the options of the command.
 
     `files` are those that `inputs` mean, where the caller has found them; `pattern` is that of the
     words of a BPE. `note` is called with each line that a user should see; `progress` is shown on
@@ -80,10 +110,13 @@ def prepare(
     words.
     """
     begin = time.perf_counter()
-    out = Path(os.path.abspath(out))
-    number, n_parts = _part(shard_of or "1/1")
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of or "1/1")
+    number, n_parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= n_parts:
+        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
+    place = place_of(out)
     if shard_of:
-        out = parts_folder(out) / f"{number}-of-{n_parts}"
+        place += f".parts/{number}-of-{n_parts}"
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
@@ -114,10 +147,9 @@ def prepare(
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     try:
-        with closing(Partial(out, asked, resume=resume, note=note)) as partial:
-            if partial.complete:
-                note(f"{out} is complete already")
-                return out
+        with building(place, asked, resume=resume, note=note) as partial:
+            if partial is None:
+                return
             with Bar(source.n_bytes, progress) as bar:
                 splitter = Splitter(source, val_fraction)
                 if splitter.held_out_smallest:
@@ -162,31 +194,14 @@ def prepare(
                     encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
                     result = write_splits(partial, splitter, encoder, *how)
             facts = (encoder.vocab_size, encoder.end_of_text, source.problems)
-            said = list(publish(partial, result, *facts))
+            publish(partial, result, *facts, note)
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process ended: out of memory? --resume continues from here, with fewer "
             "--workers if need be"
         ) from error
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
-    for line in [*said, f"Wrote {out} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)"]:
-        note(line)
-    return out
-
-
-def parts_folder(out: Path) -> Path:
-    """Return where the parts of the dataset `out` lie until they are merged."""
-    return out.parent / f"{out.name}.parts"
-
-
-def _part(shard_of: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of)
-    number, n_parts = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= n_parts:
-        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
-    return number, n_parts
+    note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
 
 
 def publish(
@@ -195,8 +210,9 @@ def publish(
     vocab_size: int,
     end_of_text: int | None,
     problems: Mapping[str, int],
-) -> Iterator[str]:
-    """Give a dataset its `dataset.json` and its name; yield what to say of it."""
+    note: Note,
+) -> None:
+    """Give a dataset its `dataset.json` and its name; say what is in it."""
     source, n_val = partial.asked["source"], result["val"][0].n_tokens
     is_part, fraction = "part" in source, source["val_fraction"]
     if not result["train"][0].n_tokens and not is_part:
@@ -210,9 +226,9 @@ def publish(
     )
     partial.publish()
     for reason, count in sorted(problems.items()):
-        yield f"{reason}: {count:,}"
+        note(f"{reason}: {count:,}")
     for split, (writer, n_bytes) in result.items():
-        yield (
+        note(
             f"{split:5}  {counted(writer.n_tokens, 'token')}, "
             f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
             f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
@@ -220,11 +236,11 @@ def publish(
     if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
         enough = fraction == "auto" or fraction >= MAX_VAL_FRACTION
         remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
-        yield f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}"
+        note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
 
 
 def _make_tokenizer(
-    name: str, pattern: str, splitter: Splitter, note: Callable[[str], None], bar: Bar
+    name: str, pattern: str, splitter: Splitter, note: Note, bar: "Bar"
 ) -> tokenizers.Tokenizer:
     """The tokenizer that a command names, trained on the training split if it is to be."""
     if name == "bytes":
@@ -253,7 +269,7 @@ def _make_tokenizer(
     return tokenizer
 
 
-def _sample(splitter: Splitter, bar: Bar) -> Iterator[str]:
+def _sample(splitter: Splitter, bar: "Bar") -> Iterator[str]:
     """Training text for a tokenizer: all of it, or pieces evenly spread over a large input."""
     every = max(1, splitter.source.n_bytes // BPE_BYTES)
     taken = 0
@@ -324,7 +340,8 @@ def write_splits(
                     n_bytes[split] += len(piece.text.encode())
                     if lost := encoder.losses.count(piece.text, tokens):
                         if splitter.source.strict:
-                            begin, end = encoder.losses.first(piece.text)
+                            places = encoder.losses.places(piece.text)
+                            begin, end = next(iter(places), (0, len(piece.text)))
                             raise DataError(
                                 f"{piece.where}: the tokenizer has no token for "
                                 f"{piece.text[begin:end]!r} after "
@@ -351,6 +368,86 @@ def write_splits(
     return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
 
 
+def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
+    """Make the dataset `out` of its parts, whose hashes are verified and which stay.
+
+    Parts are runs of the input in its order, so that their tokens follow on each other; where these
+    are cut into shards is new, which is why they are copied.
+    """
+    place = place_of(out)
+    parts = _parts(f"{place}.parts")
+    folders = [_description(part) for part in parts]
+    metas = [read_dataset_json(folder) for folder in folders]
+    asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
+    for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
+        other = other_than(part, asked[0], folder / PREPARED_JSON)
+        if meta["tokenizer"] != metas[0]["tokenizer"]:
+            other = other or "another tokenizer"
+        if (name := part["source"].get("part")) != f"{number}/{len(folders)}":
+            other = other or f"part = {name}"
+        if other:
+            raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
+    del asked[0]["source"]["part"]
+    problems = sum((Counter(meta["source"]["problems"]) for meta in metas), Counter[str]())
+    with building(place, asked[0], resume=resume, note=note) as partial:
+        if partial is None:
+            return
+        tokenizer = (folders[0] / "tokenizer.json").read_bytes()
+        write_atomically(partial.dataset / "tokenizer.json", tokenizer)
+        result = {str(split): _joined(partial, split, parts, metas) for split in SPLITS}
+        facts = (metas[0]["vocab_size"], metas[0]["end_of_text"], problems)
+        publish(partial, result, *facts, note)
+    note(f"Merged {shown(place)}; {shown(place)}.parts is no longer needed")
+
+
+def _parts(place: str) -> list[str]:
+    """Return the parts in a folder or at an address, in order and all of them."""
+    if is_address(place):
+        names = [name for name in names_at(place) if DATASET_JSON in names_at(f"{place}/{name}")]
+    else:
+        names = [path.name for path in Path(place).glob("*")]
+    found = sorted(name for name in names if re.fullmatch(r"\d+-of-\d+", name))
+    wanted = [f"{number}-of-{len(found)}" for number in range(1, len(found) + 1)]
+    if not found or set(found) != set(wanted):
+        raise DataError(
+            f"{shown(place)}: has {', '.join(found) or 'no parts'}, not 1-of-N to N-of-N; make "
+            "what is missing (--resume continues a part that was interrupted), remove what is "
+            "too many"
+        )
+    return [f"{place}/{name}" for name in wanted]
+
+
+def _description(part: str) -> Path:
+    """Return a folder of this machine with all of a part but its tokens."""
+    if not is_address(part):
+        return Path(part)
+    folder = fetch_description(part, cache_folder())
+    record = remote(beside(part, PREPARED_JSON), "cat_file")
+    write_atomically(folder / PREPARED_JSON, record)
+    return folder
+
+
+def _joined(
+    partial: Partial, split: Split, parts: list[str], metas: list[dict[str, Any]]
+) -> tuple[ShardWriter, int]:
+    """Write a split's tokens of all parts; return its closed writer and the bytes of its text."""
+    size, tokens = metas[0]["vocab_size"], partial.asked["source"]["shard_tokens"]
+    with ShardWriter(partial.dataset, split, vocab_size=size, shard_tokens=tokens) as writer:
+        fetched = ShardCache(partial.folder, 1 + 24 * tokens / 2**30)  # two shards and their ends
+        for part, meta in zip(parts, metas, strict=True):
+            if not meta["splits"][split]["tokens"]:
+                continue
+            dataset, base = open_dataset(part, split, shard_cache=fetched), 0
+            for shard in dataset.shards:
+                ends = shard.document_ends()
+                for start in range(0, shard.n_tokens, BLOCK_TOKENS):
+                    stop = min(start + BLOCK_TOKENS, shard.n_tokens)
+                    low, high = np.searchsorted(ends, (start, stop), "right")
+                    writer.write(dataset.read(base + start, stop - start), ends[low:high] - start)
+                base += shard.n_tokens
+    return writer, sum(meta["splits"][split]["bytes"] for meta in metas)
+
+
 class Bar(Progress):
     """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
 
@@ -372,14 +469,12 @@ class Bar(Progress):
     def show(self, what: str, done_bytes: int | None) -> None:
         """What is being done, and how much of the input is; None: for a time nobody knows."""
         (task,) = self.tasks
-        if done_bytes is None:  # the bar only moves to and fro
-            self.remove_task(task.id)
-            self.add_task(what, total=None)
-            return
-        if task.total is None or done_bytes < task.completed:  # another pass
-            self.remove_task(task.id)
-            self.add_task(what, total=self.n_bytes)
+        if done_bytes is None or task.total is None or done_bytes < task.completed:
+            self.remove_task(task.id)  # another pass; of unknown length, the bar moves to and fro
+            self.add_task(what, total=None if done_bytes is None else self.n_bytes)
             (task,) = self.tasks
+        if done_bytes is None:
+            return
         self.update(task.id, completed=done_bytes)
         left = "–" if task.time_remaining is None else timedelta(seconds=task.time_remaining)
         digits = 0 if self.n_bytes >= 10e6 else 1

@@ -1,7 +1,5 @@
 """Splits, and encoding in several processes whose number changes nothing but the time."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import multiprocessing
@@ -10,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -43,16 +41,13 @@ def encoded(
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     pool = ProcessPoolExecutor(workers, spawn, _start, (tokenizer_file, not encoder.not_fast))
-    ahead: deque[tuple[Batch, Future[Ids]]] = deque()
+    coming = ((b, pool.submit(_encode, [piece.text for piece in b[0]])) for b in batches)
     try:
-        for batch in batches:
-            ahead.append((batch, pool.submit(_encode, [piece.text for piece in batch[0]])))
-            if len(ahead) > workers + 2:
-                done, future = ahead.popleft()
-                yield done, future.result()
+        ahead = deque(islice(coming, workers + 2))
         while ahead:
-            done, future = ahead.popleft()
-            yield done, future.result()
+            batch, future = ahead.popleft()
+            ahead.extend(islice(coming, 1))
+            yield batch, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

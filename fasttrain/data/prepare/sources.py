@@ -6,10 +6,9 @@ What cannot be read as asked is counted under its reason, or, if strict, ends th
 line.
 """
 
-from __future__ import annotations
-
 import codecs
 import glob
+import gzip
 import importlib
 import io
 import json
@@ -22,7 +21,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -40,8 +39,6 @@ from fasttrain.data.files import (
 )
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
-# Of a compressed file, unpacked at once: at zstandard's densest 32 MB of text.
-PACKED_BYTES = 1 << 10
 RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
 LISTING_S = 600.0  # that a remote folder may take to be listed
 TEXT = (".txt", ".text", ".md", ".rst")
@@ -252,7 +249,12 @@ class Source:
         ]
 
     def _spooled(self) -> Path:
-        self._spool = tempfile.NamedTemporaryFile(prefix="fasttrain-stdin-")  # noqa: SIM115
+        """Copy standard input; its first line says whether it is JSON lines."""
+        first, kind = sys.stdin.buffer.readline(), ".txt"
+        with suppress(ValueError, RecursionError):
+            kind = ".jsonl" if isinstance(json.loads(first), dict) else kind
+        self._spool = tempfile.NamedTemporaryFile(suffix=kind)  # noqa: SIM115
+        self._spool.write(first)
         shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
         self._spool.flush()
         self._standard_input = Path(self._spool.name)
@@ -276,7 +278,7 @@ class Source:
             with self._reading(path):
                 if kind == ".parquet":
                     yield from self._rows(path)
-                elif kind == ".jsonl" or (kind not in TEXT and self._looks_like_jsonl(path)):
+                elif kind == ".jsonl":
                     yield from self._lines(path, compression, before)
                 else:
                     yield from self._plain(path, compression, before)
@@ -286,23 +288,12 @@ class Source:
     @contextmanager
     def _reading(self, path: File) -> Iterator[None]:
         """Name the file in errors of reading it, also where a document is read later."""
-        errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-        if "zstandard" in sys.modules:
-            errors += (sys.modules["zstandard"].ZstdError,)
         try:
             yield
-        except errors as error:
-            raise DataError(f"{self._name(path)}: cannot be read ({error})") from error
-
-    def _looks_like_jsonl(self, path: File) -> bool:
-        """Return whether standard input holds JSON lines, by its first line."""
-        if path != self._standard_input:
-            return False
-        with path.open("rb") as file:
-            try:
-                return isinstance(json.loads(file.readline()), dict)
-            except (ValueError, RecursionError):
-                return False
+        except (OSError, EOFError, zlib.error) as error:
+            cut_off = isinstance(error, EOFError) or "Truncated compressed" in str(error)
+            why = "it is cut off: its compressed data has no end; get it anew" if cut_off else error
+            raise DataError(f"{self._name(path)}: cannot be read ({why})") from error
 
     def _plain(self, path: File, compression: str, before: int) -> Iterator[Document]:
         name = self._name(path)
@@ -387,45 +378,15 @@ def _package(name: str, path: File) -> Any:
         raise DataError(f"{path}: to read it run: pip install {package}") from error
 
 
-class _Unpacked(io.RawIOBase):
-    """What the frames of a compressed file hold; EOFError where the last one is cut off.
-
-    zstandard's own reader takes a frame that is cut off for a whole one. `new_frame` makes what
-    unpacks one frame, as `zlib.decompressobj` does.
-    """
-
-    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:
-        self._blocks, self._rest = self._unpacked(raw, new_frame), memoryview(b"")
-
-    @staticmethod
-    def _unpacked(raw: IO[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
-        frame, within = new_frame(), True  # an empty file lacks its first frame
-        while block := raw.read(PACKED_BYTES):
-            while block := block if within else block.lstrip(b"\0"):  # zeros may follow a frame
-                yield frame.decompress(block)
-                within = not frame.eof
-                block, frame = (b"", frame) if within else (frame.unused_data, new_frame())
-        if within:
-            raise EOFError("it is cut off: its compressed data has no end; get it anew")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest and (block := next(self._blocks, None)) is not None:
-            self._rest = memoryview(block)
-        n = min(len(buffer), len(self._rest))
-        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
-        return n
-
-
 def _decompressed(raw: IO[bytes], path: File, compression: str) -> IO[bytes]:
     if not compression:
         return raw
+    if not raw.read(1):  # which would count as no text
+        raise EOFError
+    raw.seek(0)
     if compression == ".gz":
-        unpacked = _Unpacked(raw, lambda: zlib.decompressobj(wbits=31))
-    else:
-        unpacked = _Unpacked(raw, _package("zstandard", path).ZstdDecompressor().decompressobj)
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    unpacked = _package("pyarrow", path).CompressedInputStream(raw, "zstd")
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 

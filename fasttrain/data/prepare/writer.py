@@ -9,29 +9,46 @@ A dataset OUT is built in `.OUT.partial` beside it:
 `progress.json` is replaced only when everything that it names is on disk. To resume, the input is
 read again from its beginning, which takes little, and not encoded up to there. OUT keeps what was
 asked for in `prepared.json`.
-"""
 
-from __future__ import annotations
+What is to lie at an address is made on this machine and copied when it is complete. `prepared.json`
+goes first: by it a repeated copy knows that the files there are its own. `dataset.json` goes last,
+and makes a dataset of them: what was cut off is never taken for one.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypedDict, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.files import DataError, lock, sha256_of, write_atomically
-from fasttrain.data.format import DATASET_JSON, ShardInfo
-from fasttrain.data.shards import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.data.files import (
+    DataError,
+    cache_folder,
+    file_system,
+    is_address,
+    lock,
+    names_at,
+    put,
+    remote,
+    sha256_of,
+    shown,
+    write_atomically,
+)
+from fasttrain.data.format import DATASET_JSON, ShardInfo, read_dataset_json
+from fasttrain.data.remote import beside
 
 SUFFIXES = (".bin", ".ends")
 PREPARED_JSON = "prepared.json"
 ANEW = "start anew without --resume"
+Note = Callable[[str], None]  # called with each line that a user should see
 
 
 class Asked(TypedDict):
@@ -43,7 +60,7 @@ class Asked(TypedDict):
     recipe: list[Any]
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes one split as shards `<split>_000000.bin` …, with the ends of documents beside each.
 
     A shard becomes visible under its name only when it is complete and on disk. Documents run on
@@ -70,29 +87,7 @@ class ShardWriter:
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
         self._files: list[BinaryIO] = []  # tokens and ends of the shard that is being written
-        self._restore(state or {"shards": [], "in_shard": 0, "ends_in_shard": 0})
-
-    def _path(self, suffix: str, later: int = 0) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
-
-    def _open(self, mode: str) -> None:
-        self._files = [
-            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
-            for suffix in SUFFIXES
-        ]
-
-    def _sync(self) -> None:
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def state(self) -> dict[str, Any]:
-        """Put everything on disk and return how far that is, for a later writer."""
-        self._sync()
-        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
-        return {"shards": self.shards, **in_shard}
-
-    def _restore(self, state: dict[str, Any]) -> None:
+        state = state or {"shards": [], "in_shard": 0, "ends_in_shard": 0}
         self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
         self._ends_in_shard = state["ends_in_shard"]
         self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
@@ -116,6 +111,26 @@ class ShardWriter:
             of_split = path.name.startswith((f"{self.split}_", f".{self.split}_"))
             if of_split and path.name not in keep:
                 path.unlink()
+
+    def _path(self, suffix: str, later: int = 0) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
+
+    def _open(self, mode: str) -> None:
+        self._files = [
+            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
+            for suffix in SUFFIXES
+        ]
+
+    def _sync(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        """Put everything on disk and return how far that is, for a later writer."""
+        self._sync()
+        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
+        return {"shards": self.shards, **in_shard}
 
     def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
         """Append tokens, with the ends of documents as ascending offsets into them."""
@@ -178,9 +193,6 @@ class ShardWriter:
             self._finish()
         return self.shards
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.close()
@@ -189,30 +201,28 @@ class ShardWriter:
 
 
 class Partial:
-    """The folder in which a dataset is built, held by this process alone.
+    """The folder in which a dataset is built.
 
-    `asked` is everything that shapes the output, input files included.
+    `asked` is everything that shapes the output, input files included; `out` holds nothing yet.
     """
 
-    def __init__(
-        self, out: Path, asked: Asked, *, resume: bool, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, out: Path, asked: Asked) -> None:
         self.out, self.folder = out, out.parent / f".{out.name}.partial"
         self.dataset = self.folder / "dataset"  # what will be `out`
         self._progress, self.asked = self.folder / "progress.json", asked
         self.state: dict[str, Any] = {}  # of the last `save`
-        self._held = ExitStack()  # the lock
-        # Whether `out` is there already, made as asked.
-        self.complete = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if self.complete:
-            self._check_made(resume)
-            return
+
+    @contextmanager
+    def held(self, *, resume: bool, note: Note) -> Iterator[None]:
+        """Hold the folder, for this process alone; remove it unless it can be resumed from."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
                 stack.callback(os.close, lock(self.folder / "lock"))
             except BlockingIOError:
-                raise DataError(f"{out}: another process is preparing it; wait for it") from None
+                raise DataError(
+                    f"{self.out}: another process is preparing it; wait for it"
+                ) from None
             except OSError:  # a file system without locks
                 pass
             if self._progress.exists() and resume:
@@ -236,25 +246,11 @@ class Partial:
             self.dataset.mkdir(exist_ok=True)
             for path in self.dataset.glob(".*"):  # files that were being written
                 path.unlink()
-            self._held = stack.pop_all()
-
-    def _check_made(self, resume: bool) -> None:
-        """Refuse what is in the place of `out`, unless a finished run is resumed."""
-        if not (self.out / DATASET_JSON).is_file():
-            raise DataError(
-                f"{self.out}: exists already and is not empty; name a new folder or remove it"
-            )
-        record, other = self.out / PREPARED_JSON, ""
-        if resume and not record.exists():  # made by an earlier fasttrain
-            other = " that has no record of the files it was made of"
-        elif resume:
-            other = other_than(read_json(record, ANEW, DataError), self.asked, record)
-            other = other and f" made of something else: it had {other}"
-        if other or not resume:
-            raise DataError(
-                f"{self.out}: exists already and holds a dataset{other}; train on it as it is, "
-                "remove it, or name a new folder"
-            )
+            try:
+                yield
+            finally:
+                if not self.state:
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
@@ -271,11 +267,104 @@ class Partial:
         _sync(self.out.parent)
         self.state = {}
 
-    def close(self) -> None:
-        """Release the lock; remove the folder unless it can be resumed from."""
-        if not self.state:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._held.close()
+
+def place_of(out: Path | str) -> str:
+    """Return the absolute path of a folder, or its address without a slash at the end."""
+    return str(out).rstrip("/") if is_address(out) else os.path.abspath(out)
+
+
+@contextmanager
+def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[Partial | None]:
+    """Yield the folder in which to build what was asked for; None: it is complete.
+
+    Behind that, what was built for an address is copied there.
+    """
+    at_address = is_address(place)
+    folder = Path(place)
+    if at_address:
+        folder = cache_folder() / "prepare" / shown(place).replace("://", "/")
+        there = _is_there(place, asked, resume)
+        if there or not resume:  # what was copied, or never was
+            shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            note(f"{shown(place)} is complete already")
+            yield None
+            return
+    partial = Partial(folder, asked)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            check_made(folder, asked, resume=resume, name=str(folder))
+            note(f"{folder} is complete already")
+            shutil.rmtree(partial.folder, ignore_errors=True)  # of what was killed at its end
+            yield None
+        else:
+            with partial.held(resume=resume, note=note):
+                yield partial
+        if at_address:
+            note(f"Copying it to {shown(place)}")
+            _copy(folder, place)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _is_there(address: str, asked: Asked, resume: bool) -> bool:
+    """Return whether a dataset made as asked is at an address; refuse to write over others."""
+    if "https" in file_system(address)[0].protocol:
+        raise DataError(f"{shown(address)}: cannot be written to; name a folder or a bucket")
+    there = names_at(address)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in there.keys() & {DATASET_JSON, PREPARED_JSON}:
+            Path(folder, name).write_bytes(remote(beside(address, name), "cat_file"))
+        try:
+            read_dataset_json(Path(folder))
+        except DataError:  # there is none, or it was cut off
+            if there and not resume:
+                raise DataError(
+                    f"{shown(address)}: exists already and is not empty; --resume continues an "
+                    "interrupted copy, else name a new folder or remove it"
+                ) from None
+            return False
+        check_made(Path(folder), asked, resume=resume, name=shown(address))
+    return True
+
+
+def _copy(folder: Path, address: str) -> None:
+    """Copy a dataset to an address, less what an earlier copy of the same has left there."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    names = [PREPARED_JSON, *sorted(sizes.keys() - {PREPARED_JSON, DATASET_JSON}), DATASET_JSON]
+    try:
+        there = names_at(address)
+        if there.keys() - {PREPARED_JSON}:  # which may be cut off itself
+            same = PREPARED_JSON in there and remote(beside(address, PREPARED_JSON), "cat_file")
+            if same != (folder / PREPARED_JSON).read_bytes():
+                raise DataError(f"{shown(address)}: holds something else; remove it")
+        for name in names:
+            if name == DATASET_JSON:
+                there = names_at(address)
+                if short := [n for n in names[:-1] if there.get(n) != sizes[n]]:
+                    raise DataError(f"{shown(address)}: {short[0]} did not come there whole")
+            if there.get(name) != sizes[name]:
+                put(beside(address, name), folder / name)
+    except DataError as error:
+        raise DataError(f"{error}; --resume continues the copy of {folder}") from error
+
+
+def check_made(folder: Path, asked: Asked, *, resume: bool, name: str) -> None:
+    """Refuse a folder that holds something, unless the run that made it as asked is resumed."""
+    if not (folder / DATASET_JSON).is_file():
+        raise DataError(f"{name}: exists already and is not empty; name a new folder or remove it")
+    record, other = folder / PREPARED_JSON, ""
+    if resume and not record.exists():  # made by an earlier fasttrain
+        other = " that has no record of the files it was made of"
+    elif resume:
+        other = other_than(read_json(record, ANEW, DataError), asked, record)
+        other = other and f" made of something else: it had {other}"
+    if other or not resume:
+        raise DataError(
+            f"{name}: exists already and holds a dataset{other}; train on it as it is, remove it, "
+            "or name a new folder"
+        )
 
 
 def other_than(before: Any, asked: Asked, path: Path) -> str:
