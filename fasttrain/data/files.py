@@ -113,13 +113,17 @@ def names_at(address: str) -> dict[str, int]:
 
 
 def put(address: str, content: Path | bytes) -> None:
-    """Write a file at an address."""
-    if not file_system(address)[0].async_impl:  # object stores have no folders
+    """Write a file at an address, all of it or nothing."""
+    fs, path = file_system(address)
+    part = address if fs.async_impl else f"{address}.part"  # object stores see to it themselves
+    if part != address:  # and have no folders
         remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
     if isinstance(content, bytes):
-        remote(address, "pipe_file", content)
+        remote(part, "pipe_file", content)
     else:
-        remote(address, "put_file", before=(str(content),), timeout_s=TRANSFER_S)
+        remote(part, "put_file", before=(str(content),), timeout_s=TRANSFER_S)
+    if part != address:
+        remote(part, "mv", path)
 
 
 def read_range(address: str, start: int, end: int, size: int) -> bytes:

@@ -30,8 +30,9 @@ class Faulty(LocalFileSystem):
     happens: Happens = staticmethod(lambda what, half: None)
 
     def _happens(self, what: str, path: str, half: Callable[[], object]) -> None:
-        Faulty.log.append(f"{what} {path}")
-        Faulty.happens(f"{what} {path}", half)
+        done = f"{what} {path.removesuffix('.part')}"
+        Faulty.log.append(done)
+        Faulty.happens(done, half)
 
     def _write(self, path: str, content: bytes) -> None:
         path = self._strip_protocol(path)

@@ -335,7 +335,7 @@ def _copy(folder: Path, address: str) -> None:
     names = [PREPARED_JSON, *sorted(sizes.keys() - {PREPARED_JSON, DATASET_JSON}), DATASET_JSON]
     try:
         there = names_at(address)
-        if there.keys() - {PREPARED_JSON}:  # which may be cut off itself
+        if there.keys() - {f"{PREPARED_JSON}.part"}:  # the first, cut off
             same = PREPARED_JSON in there and remote(beside(address, PREPARED_JSON), "cat_file")
             if same != (folder / PREPARED_JSON).read_bytes():
                 raise DataError(f"{shown(address)}: holds something else; remove it")
