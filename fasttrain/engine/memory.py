@@ -86,8 +86,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: Transformer, *given: Tensor, plain: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.plain = model, plain
-        held = map(local_tensor, (*model.parameters(), *model.buffers(), *given))
+        self.model, self.parameters, self.plain = model, list(model.parameters()), plain
+        held = map(local_tensor, (*self.parameters, *model.buffers(), *given))
         self.known = {id(tensor.untyped_storage()) for tensor in held}
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         # When most is held, and when most is held besides gradients: bytes of all but gradients, of
@@ -114,12 +114,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def gradients(self) -> int:
         """Return the bytes of the gradients that are there, of this rank's shards."""
-        found = (p.grad for p in self.model.parameters() if p.grad is not None)
+        found = (p.grad for p in self.parameters if p.grad is not None)
         return sum(local_tensor(grad).nbytes for grad in found)
 
     def sizes(self, config: OptimConfig, precision: Precision, n_ranks: int) -> tuple[int, ...]:
         """Return the bytes of parameters, gradients, optimizer state and an update's scratch."""
-        parameters = sum(local_tensor(p).nbytes for p in self.model.parameters())
+        parameters = sum(local_tensor(p).nbytes for p in self.parameters)
         optimizers = build_optimizers(self.model, config, precision.compute)
         # Only Muon's update holds anything beside its state.
         scratch = (getattr(o, "scratch_bytes", lambda _: 0)(n_ranks) for o in optimizers)

@@ -215,7 +215,7 @@ class Trainer:
         twice = every is not None and (state.step + 1) % every == 0
         with self.profiler.step(state.step + 1):
             (self.train_step.recheck if twice else self.train_step)(batches, state.lr)
-        # The step is issued: count it, no sync, and skip samples that are not trained on again.
+        # The step is issued: count it, and skip samples that are not trained on again. No sync.
         n_tokens = sum(batch.n_tokens for batch in batches)
         state.tokens, state.fresh_tokens = state.tokens + n_tokens, state.fresh_tokens + n_tokens
         wait_s = self.train_loader.wait_s - waited
