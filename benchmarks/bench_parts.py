@@ -102,7 +102,7 @@ def source_texts(n_bytes: int) -> list[str]:
 def test_data_wait(tmp_path: Path, compare: Any) -> None:
     """What a step of 5 ms waits for a batch: at an address with a warm cache, and on the disk."""
     pytest.importorskip("fsspec", reason="needs the optional package fsspec")
-    (tmp_path / "in.txt").write_text("".join(source_texts(12 * 10**6)), "utf-8")
+    (tmp_path / "in.txt").write_text("".join(source_texts(4 * 10**6)), "utf-8")
     given: Any = {"tokenizer": "bytes", "shard_tokens": 10**6, "note": [].append}
     prepare(tmp_path / "data", [str(tmp_path / "in.txt")], **given)
     places = {f"{OURS}, cache warm": f"file://{tmp_path}/data", "disk": str(tmp_path / "data")}
