@@ -139,12 +139,23 @@ class TensorTable:
         self.chunks = torch.stack([tensor, index], 1).to(device, torch.int32)  # (n_chunks, 2)
         self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
         self._pointers = DeviceNumbers((n_columns, self.n_tensors), torch.int64, device)
+        self._registers: dict[int, int] = {}  # of each kernel launched
 
     def on_device(self, pointers: list[int]) -> Tensor:
         """Return the addresses, column by column, (n_columns, n_tensors) on the device."""
         if capturing(self.device):
             keep_for_graph(self)
         return self._pointers.on_device(pointers)
+
+    def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        """Launch a kernel over the chunks, in as many programs as the device holds at a time."""
+        used = self._registers.get(id(kernel), REGISTERS)
+        options |= {"CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": block_warps(self.chunks)}
+        with torch.cuda.device_of(self.chunks):
+            compiled = kernel[(launch_grid(self.n_chunks, self.device, used),)](
+                *arguments, **options
+            )
+        self._registers[id(kernel)] = registers_of(compiled)
 
 
 _tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()

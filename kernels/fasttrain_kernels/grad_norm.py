@@ -120,17 +120,6 @@ def _grad_norm_cpp(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
 
 
 def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
-    norm = math.sqrt(_sum_squares_cpu(tensors))
-    ratio = max_norm / (norm + _EPS)
-    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
-    return GradNorm(
-        torch.tensor(norm, dtype=torch.float32),
-        torch.tensor(0.0 if math.isfinite(norm) else 1.0),
-        torch.tensor(coefficient, dtype=torch.float32),
-    )
-
-
-def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
     sums: list[float] = []
     for tensor in tensors:
         flat = _flat(tensor)
@@ -144,7 +133,11 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
         for chunk in chunks:
             chunk = chunk.float() if half else chunk
             sums.append(torch.dot(chunk, chunk).item())
-    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
+    norm = math.sqrt(math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums))
+    ratio = max_norm / (norm + _EPS)
+    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
+    numbers = norm, 0.0 if math.isfinite(norm) else 1.0, coefficient
+    return GradNorm(*(torch.tensor(x, dtype=torch.float32) for x in numbers))
 
 
 @triton.jit
