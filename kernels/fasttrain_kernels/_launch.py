@@ -10,7 +10,7 @@ from ._dispatch import use_triton
 from ._triton import tl, triton
 
 # The kernels accumulate in fp32; other dtypes (float64) take the plain torch path on every device.
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
 
 

@@ -37,9 +37,7 @@ from .grad_norm import local_tensor
 _PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Columns of the table of group hyper-parameters, and of the table of a tensor's coefficients.
-_HYPER = 10
-_COEFS = 10
+_HYPER, _COEFS = 10, 10  # columns of the tables: of groups, and of coefficients of tensors
 
 
 @torch.no_grad()

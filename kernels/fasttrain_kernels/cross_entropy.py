@@ -13,7 +13,6 @@ only otherwise computes the gradient again from the logits (4 more bytes, and ro
 With ``reduction="none"``, for fp16 (whose range a gradient divided by N leaves) and under
 `torch.compile` (which must not see buffers reused) the gradient is computed in backward: 6 bytes.
 
-Softmax, loss and gradient are computed in fp32 (fp64 for fp64 logits), the gradient rounded once.
 Every sum has a fixed order: reruns agree bit for bit. No host sync on a GPU.
 
 Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); z-loss, Chowdhery et al. 2022
@@ -23,6 +22,7 @@ Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); z-loss, C
 Legend: N rows (tokens), V vocabulary.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -189,12 +189,10 @@ def compute_cross_entropy(
     """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
     dtype = accumulation_dtype(logits.dtype)
     n_rows, n_cols = logits.shape
-    losses, correct = logits.new_empty(0, dtype=dtype), logits.new_empty(0, dtype=dtype)
     want_losses = lse is None
-    if lse is None:
-        lse, losses = (logits.new_empty(n_rows, dtype=dtype) for _ in range(2))
-    if want_correct:
-        correct = logits.new_empty(n_rows, dtype=dtype)
+    losses = logits.new_empty(n_rows if want_losses else 0, dtype=dtype)
+    correct = logits.new_empty(n_rows if want_correct else 0, dtype=dtype)
+    lse = logits.new_empty(n_rows, dtype=dtype) if lse is None else lse
     if use_triton(logits) and logits.dtype != torch.float64:
         class_weight = options.class_weight
         launch_cross_entropy(
@@ -231,13 +229,9 @@ def compute_cross_entropy(
             correct[rows] = result.correct
         if grad is None:
             continue
-        factor = result.factor
-        if upstream is not None:
-            part = upstream if upstream.dim() == 0 else upstream[rows]
-            factor = part if factor is None else factor * part
-        if scale is not None:
-            factor = scale if factor is None else factor * scale
-        if factor is not None:
+        part = upstream[rows] if upstream is not None and upstream.dim() else upstream
+        if factors := [f for f in (result.factor, part, scale) if f is not None]:
+            factor = reduce(torch.mul, factors)
             out.mul_(factor.unsqueeze(1) if factor.dim() else factor)
         if direct is None:
             grad[rows] = out

@@ -10,8 +10,7 @@ instead of two reads and a write, and nothing waits for the device.
 
 Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU and in fp32 by a
 single program on CUDA. In C++, which large fp32 tensors on a CPU go through, all of it is fp64. The
-order of every sum is fixed, so two runs agree bit for bit. A sum of squares that overflows fp32 (a
-norm above 1.8e19) counts as non-finite.
+order of every sum is fixed, so two runs agree bit for bit.
 """
 
 import ctypes
@@ -232,7 +231,7 @@ def grad_norm(
         ValueError: the tensors lie on several devices, or max_norm is negative.
 
     Numerics: sums in fp32, or fp64 in C++, in a fixed order; found_inf is 1 where any element is
-        inf or NaN, and where the sum of squares overflows fp32.
+        inf or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
     Memory: one fp32 per chunk.
     """
     if max_norm < 0:

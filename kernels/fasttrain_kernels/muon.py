@@ -8,8 +8,9 @@ The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`
 and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
 
 Matrices of a group with equal shapes are orthogonalised as one batch. On CUDA one launch before it
-brings momenta up to date and stacks the directions, one after it changes the weights: 24 bytes an
-fp32 parameter with products in bf16, whatever clipping, decay and a flag to skip the step ask for.
+brings momenta up to date and stacks the directions, one after it changes the weights: 14 and 10
+bytes an fp32 parameter with products in half precision, whatever clipping, decay and a flag to skip
+the step ask for. Their arithmetic is fp32; each number is rounded once, when it is stored.
 
 DTensor parameters sharded by rows (FSDP2) keep their momentum sharded; each matrix is gathered by
 one rank, orthogonalised there, and handed back in shards.
@@ -19,6 +20,7 @@ Training, arXiv:2502.16982 (the AdamW-matching scale).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,13 +29,68 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._multi_tensor import TensorTable, triton_dtype
-from ._muon_kernels import muon_apply_kernel, muon_direction_kernel
+from ._multi_tensor import TensorTable, load_pointer, triton_dtype
 from ._optimizer import Plan, PlannedOptimizer
+from ._triton import tl, triton
 from .grad_norm import local_tensor
 from .newton_schulz import Quintic, newton_schulz, products_dtype, quintics
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
+
+
+@triton.jit
+def muon_direction_kernel(
+    pointers_ptr, chunks_ptr, out_ptr, clip_ptr, found_inf_ptr,
+    n_tensors, n_chunks, n_elements, blend,
+    G: tl.constexpr, M: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
+    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m ← m + (1 − μ)(g − m); write m, with Nesterov one step ahead, to the stack."""
+    if HAS_FOUND_INF:  # a loop over no chunks writes nothing
+        n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        t = tl.load(chunks_ptr + 2 * k).to(tl.int64)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        g_ptr = load_pointer(pointers_ptr, t, G, ALIGNED)
+        m_ptr = load_pointer(pointers_ptr + n_tensors, t, M, ALIGNED)
+        for i in range(0, CHUNK, BLOCK):
+            offsets = start + i + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32)
+            if HAS_CLIP:
+                g *= tl.load(clip_ptr)
+            m = tl.load(m_ptr + offsets, mask=mask).to(tl.float32)
+            m += blend * (g - m)
+            tl.store(m_ptr + offsets, m.to(M), mask=mask)
+            if NESTEROV:
+                m += blend * (g - m)
+            out = t * n_elements + offsets
+            tl.store(out_ptr + out, m.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def muon_apply_kernel(
+    pointers_ptr, chunks_ptr, change_ptr, lr_ptr, found_inf_ptr,
+    n_tensors, n_chunks, n_elements, lr, weight_decay, scale,
+    W: tl.constexpr, HAS_LR: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """w ← (1 − lr·λ) w − lr·scale·change."""
+    if HAS_FOUND_INF:
+        n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
+    if HAS_LR:
+        lr = tl.load(lr_ptr).to(tl.float32)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        t = tl.load(chunks_ptr + 2 * k).to(tl.int64)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        w_ptr = load_pointer(pointers_ptr + 2 * n_tensors, t, W, ALIGNED)
+        for i in range(0, CHUNK, BLOCK):
+            offsets = start + i + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            w = tl.load(w_ptr + offsets, mask=mask).to(tl.float32)
+            change = tl.load(change_ptr + t * n_elements + offsets, mask=mask).to(tl.float32)
+            w = w * (1 - lr * weight_decay) - change * (lr * scale)
+            tl.store(w_ptr + offsets, w.to(W), mask=mask)
 
 
 def _shape_scale(scale: str, rows: int, cols: int) -> float:
@@ -179,13 +236,11 @@ class Batch:
         if clip is not None:
             here = list(torch._foreach_mul(here, clip))
         torch._foreach_lerp_(self.momenta, here, 1 - beta)
-        here = (
-            list(torch._foreach_lerp(here, self.momenta, beta))
-            if self.group["nesterov"]
-            else self.momenta
-        )
+        ahead = self.momenta
+        if self.group["nesterov"]:
+            ahead = list(torch._foreach_lerp(here, ahead, beta))
         turned = [self.ranks is None and w.shape[0] > w.shape[1] for w in weights]  # to be wide
-        pairs = zip(here, turned, strict=True)
+        pairs = zip(ahead, turned, strict=True)
         stacked = torch.stack([x.mT if turn else x for x, turn in pairs])
         changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
         pairs = zip(changes.unbind(), turned, strict=True)
@@ -262,19 +317,16 @@ class Muon(PlannedOptimizer):
 
     def scratch_bytes(self, n_ranks: int = 1) -> int:
         """Return the most bytes that a step holds beside the state, on each of ``n_ranks``."""
-        most = 0
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], int] = {}
+        held: Counter[Any] = Counter()  # for the matrices of a group and shape
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 rows, cols = sorted(p.shape)
-                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
-                # and three Gram matrices.
-                held = 3 * (rows * cols + rows * rows) * p.element_size()
+                # The stack of gradients, two copies in the iteration and three Gram matrices.
+                own = 3 * (rows * cols + rows * rows) * p.element_size()
                 if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
-                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
-                by_shape[tuple(p.shape)] = by_shape.get(tuple(p.shape), 0) + held
-            most = max([most, *by_shape.values()])
-        return most
+                    own = (2 * own + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
+                held[number, tuple(p.shape)] += own
+        return max(held.values(), default=0)
 
     def _build_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Plan:
         plan = _Plan(params, grads)

@@ -223,9 +223,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
                 f"apply_rope: {name} must have shape (T, K/2) = ({t}, {half}) or (B, T, K/2), cos "
                 f"and sin alike, got {tuple(table.shape)}; slice the table to the positions of q."
             )
-    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
+    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if x.device != q.device:
             raise ValueError(f"apply_rope: {name} is on {x.device} and q on {q.device}; move one.")
-    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not x.is_floating_point():
             raise ValueError(f"apply_rope: {name} must be floating point, got {x.dtype}.")
