@@ -182,8 +182,7 @@ def newton_schulz(
     restarts = range(1, steps)  # the direct form
     if dtype is not torch.bfloat16 and 2 * cols > 3 * rows:
         restarts = range(2, steps, 3) if dtype is torch.float16 else range(5, steps, 5)
-    out = _iterate(batch, polynomials, restarts)
-    out = out.view(x.shape)
+    out = _iterate(batch, polynomials, restarts).view(x.shape)
     return out.mT if transposed else out
 
 
@@ -206,7 +205,8 @@ def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return x times fp32 factors, which may lie outside the range of fp16, rounded once."""
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(x, factor, out=out)
 
 
 def _iterate(x: Tensor, polynomials: Sequence[Quintic], restarts: Sequence[int]) -> Tensor:

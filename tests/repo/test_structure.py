@@ -31,7 +31,7 @@ BUDGETS = {
     "fasttrain/model": 920,
     "fasttrain/preflight": 540,
     "fasttrain/run": 1_180,
-    "kernels": 6_290,
+    "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_800,
 }
 
