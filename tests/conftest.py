@@ -98,6 +98,14 @@ def triton_device() -> Iterator[torch.device]:
         yield torch.device("cpu")
 
 
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symmetric products go through their kernel also where they are too small for it."""
+    module = importlib.import_module("fasttrain_kernels.symmetric")
+    monkeypatch.setattr(module, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(module, "_LEAST_ELEMENTS", 0)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device on which each of the two paths of an op runs."""

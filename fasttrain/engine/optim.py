@@ -23,8 +23,8 @@ def build_optimizers(
     Weight decay applies to matrices only: not to norms, biases and, unless ``decay_embeddings``,
     not to embeddings. With ``name = "muon"`` the matrices inside the blocks go to Muon and the rest
     to AdamW. The trainer sets a group's learning rate to the schedule's times its ``lr_scale``.
-    ``compute`` is the dtype of the run's matrix products: Muon's are in bf16 where it is that, else
-    in fp32, as fp16 has too few exponent bits for them.
+    ``compute`` is the dtype of the run's matrix products: Muon's are in half precision where it is
+    bf16, in fp16 on a GPU (see `newton_schulz`), else in fp32.
 
     Source: SGD, Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): torch.optim; 8-bit moments
     (Dettmers et al. 2021, arXiv:2110.02861): torchao.
@@ -59,7 +59,7 @@ def build_optimizers(
     optimizers = [_optimizer([*groups.values()], config)] if groups else []
     if hidden is not None:
         lr, momentum, ns_steps = config.peak_lr, config.muon_momentum, config.muon_ns_steps
-        dtype = torch.bfloat16 if compute is torch.bfloat16 else torch.float32
+        dtype = None if compute is torch.bfloat16 else torch.float32
         muon = Muon([hidden], lr=lr, momentum=momentum, ns_steps=ns_steps, ns_dtype=dtype)
         optimizers.append(muon)
     return optimizers

@@ -95,10 +95,7 @@ def _update(
     g = _load(g_ptr + offsets, mask, MASKED) * tl.load(coefs_ptr + 8)
     m = _load(m_ptr + offsets, mask, MASKED)
     v = _load(v_ptr + offsets, mask, MASKED)
-    if HAS_MASTER:
-        p = _load(master_ptr + offsets, mask, MASKED)
-    else:
-        p = _load(p_ptr + offsets, mask, MASKED)
+    p = _load(master_ptr + offsets, mask, MASKED)  # the parameter itself where there is none
     m = tl.load(coefs_ptr + 3) * m + tl.load(coefs_ptr + 4) * g
     v = tl.load(coefs_ptr + 5) * v + tl.load(coefs_ptr + 6) * g * g
     denominator = tl.sqrt(v) * tl.load(coefs_ptr + 2) + tl.load(coefs_ptr + 7)

@@ -26,26 +26,6 @@ class RowResult(NamedTuple):
     factor: Tensor | None  # what the gradient's rows must still be multiplied by
 
 
-def _fix_underflow(
-    nll: Tensor,
-    lse: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    x_t: Tensor,
-    p_t: Tensor,
-    softcap: float,
-) -> None:
-    """Compute ``nll`` and ``lse`` anew for rows whose target probability is not a normal number."""
-    tiny = torch.finfo(p_t.dtype).tiny
-    if p_t.amin().item() >= tiny:
-        return
-    rows = (p_t < tiny).nonzero().squeeze(1)
-    full = logits_of(rows).to(nll.dtype)
-    if softcap:
-        full = (full / softcap).tanh() * softcap
-    lse[rows] = torch.logsumexp(full, dim=1)
-    nll[rows] = lse[rows] - x_t[rows]
-
-
 def cross_entropy_rows(
     logits: Tensor,
     targets: Tensor,
@@ -91,7 +71,13 @@ def cross_entropy_rows(
     p_t = out.gather(1, index).squeeze(1)
     nll = p_t.log().neg_()
     lse = x_t + nll
-    _fix_underflow(nll, lse, logits_of, x_t, p_t, softcap)
+    if p_t.amin().item() < (tiny := torch.finfo(p_t.dtype).tiny):
+        rows = (p_t < tiny).nonzero().squeeze(1)
+        full = logits_of(rows).to(nll.dtype)
+        if softcap:
+            full = (full / softcap).tanh() * softcap
+        lse[rows] = torch.logsumexp(full, dim=1)
+        nll[rows] = lse[rows] - x_t[rows]
 
     row_weight = token_weight
     if class_weight is not None:

@@ -99,23 +99,13 @@ def define_op(
                 return backward(ctx, *grads)
             with torch.no_grad():
                 result = backward(ctx, *grads)
-            return once(result, name.removesuffix("_forward"))
+            # `once_differentiable` sees none to refuse where the incoming gradient is constant.
+            given = [g if g is None else g.detach().requires_grad_() for g in result]
+            return _Last.apply(name.removesuffix("_forward"), *given)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
         plain = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
     return lambda *inputs: (op if is_traced(inputs[0]) else plain)(*inputs)
-
-
-def once(grads: tuple[torch.Tensor | None, ...], name: str) -> tuple[torch.Tensor | None, ...]:
-    """Return gradients whose own gradients are an error.
-
-    Torch's `once_differentiable` sees none to refuse where the incoming gradient is constant.
-    """
-    if not torch.is_grad_enabled():
-        return grads
-    given = [g if g is None else g.detach().requires_grad_() for g in grads]
-    refused: tuple[torch.Tensor | None, ...] = _Last.apply(name, *given)
-    return refused
 
 
 class _Last(torch.autograd.Function):

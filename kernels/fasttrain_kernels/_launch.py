@@ -1,7 +1,7 @@
 """What launches share: how kernels see a tensor and a device, and a scaling by a scalar on it."""
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,27 +10,25 @@ from ._dispatch import use_triton
 from ._triton import tl, triton
 
 # The kernels accumulate in fp32; other dtypes (float64) take the plain torch path on every device.
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _BLOCK = 4096  # 8 KiB of bf16 a program at 8 warps: two 16-byte accesses a thread
 
 
-def on_device(tensor: Tensor, launch: Callable[[], object]) -> None:
-    """Launch on the tensor's device, which need not be the current one, as Triton assumes."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            launch()
-    else:
-        launch()
+def target(tensor: Tensor) -> Any:
+    """Return Triton's `GPUTarget` of a launch on ``tensor``, None for the interpreter."""
+    try:  # a CPU tensor: a target set for ahead-of-time compilation, or the interpreter
+        with torch.cuda.device_of(tensor):
+            return triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return None
 
 
 def warp_size(tensor: Tensor) -> int:
     """Return the threads of a warp on the device that a launch on ``tensor`` compiles for."""
     if tensor.is_cuda:
         return 64 if torch.version.hip else 32
-    try:  # a CPU tensor: a target set for ahead-of-time compilation, or the interpreter
-        return int(triton.runtime.driver.active.get_current_target().warp_size)
-    except RuntimeError:
-        return 32
+    found = target(tensor)
+    return found.warp_size if found else 32
 
 
 @functools.lru_cache
@@ -81,6 +79,7 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         return
     if use_triton(x) and x.dtype != torch.float64:
         grid = (triton.cdiv(x.numel(), _BLOCK),)
-        on_device(x, lambda: _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8))
+        with torch.cuda.device_of(x):
+            _scale_kernel[grid](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)
     elif factor.item() != 1.0:
         x.mul_(factor)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launch import n_multiprocessors, warp_size
+from ._launch import TRITON_DTYPES, n_multiprocessors, warp_size
 from ._triton import tl, triton
 
 # 2**13 elements: at 1e8 parameters each of some 500 resident programs gets about 25 chunks, so the
@@ -25,12 +25,6 @@ REGISTERS = 64  # of a thread, until a kernel's are known: 4 programs a multipro
 _CPU_PROGRAMS = 4
 _CACHED_TABLES = 8
 
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
 
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Return Triton's name of a storage dtype.
@@ -38,12 +32,12 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     Raises:
         TypeError: the kernels do not support it.
     """
-    if dtype not in _TRITON_DTYPES:
+    if dtype not in TRITON_DTYPES:
         raise TypeError(
             f"fasttrain_kernels: optimizer kernels support float32, bfloat16 and float16, got "
             f"{dtype}; keep float64 tensors on the CPU"
         )
-    return _TRITON_DTYPES[dtype]
+    return TRITON_DTYPES[dtype]
 
 
 # What a CUDA graph reads must outlive it, and its end cannot be observed: a few hundred KiB each.
@@ -71,11 +65,6 @@ def launch_grid(n_chunks: int, device: torch.device, registers: int = REGISTERS)
         of_registers = 65536 // (-(-registers // 8) * 8 * 256)
         n_programs = max(1, min(of_threads, of_registers)) * n_multiprocessors(device)
     return max(1, min(n_chunks, n_programs))
-
-
-def registers_of(compiled: Any) -> int:
-    """Return the registers of a thread of what a launch returned; the interpreter's has none."""
-    return getattr(compiled, "n_regs", None) or REGISTERS
 
 
 def block_warps(tensor: Tensor) -> int:
@@ -139,12 +128,23 @@ class TensorTable:
         self.chunks = torch.stack([tensor, index], 1).to(device, torch.int32)  # (n_chunks, 2)
         self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
         self._pointers = DeviceNumbers((n_columns, self.n_tensors), torch.int64, device)
+        self._registers: dict[int, int | None] = {}  # of each kernel; the interpreter's have none
 
     def on_device(self, pointers: list[int]) -> Tensor:
         """Return the addresses, column by column, (n_columns, n_tensors) on the device."""
         if capturing(self.device):
             keep_for_graph(self)
         return self._pointers.on_device(pointers)
+
+    def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        """Launch a kernel over the chunks, in as many programs as the device holds at a time."""
+        used = self._registers.get(id(kernel)) or REGISTERS
+        options |= {"CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": block_warps(self.chunks)}
+        with torch.cuda.device_of(self.chunks):
+            compiled = kernel[(launch_grid(self.n_chunks, self.device, used),)](
+                *arguments, **options
+            )
+        self._registers[id(kernel)] = getattr(compiled, "n_regs", None)
 
 
 _tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()

@@ -5,11 +5,12 @@ An op on CPU tensors needs no kernel. `use_triton` raises where one would be lau
 
 from typing import Any
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "tl", "triton"]
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
@@ -24,4 +25,4 @@ except ImportError:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self
 
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()

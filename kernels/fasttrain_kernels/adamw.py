@@ -19,7 +19,7 @@ Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.0
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce, wraps
-from operator import is_, or_
+from operator import or_
 from typing import Any
 
 import torch
@@ -28,19 +28,8 @@ from torch.optim import Optimizer
 
 from ._adamw_kernels import adamw_kernel, advance_kernel
 from ._dispatch import use_triton
-from ._multi_tensor import (
-    BLOCK,
-    CHUNK,
-    REGISTERS,
-    DeviceNumbers,
-    TensorTable,
-    block_warps,
-    capturing,
-    keep_for_graph,
-    launch_grid,
-    registers_of,
-    triton_dtype,
-)
+from ._multi_tensor import DeviceNumbers, TensorTable, capturing, keep_for_graph, triton_dtype
+from ._optimizer import Plan, PlannedOptimizer
 from ._torch import is_step_observed
 from ._triton import triton
 from .grad_norm import local_tensor
@@ -48,9 +37,7 @@ from .grad_norm import local_tensor
 _PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Columns of the table of group hyper-parameters, and of the table of a tensor's coefficients.
-_HYPER = 10
-_COEFS = 10
+_HYPER, _COEFS = 10, 10  # columns of the tables: of groups, and of coefficients of tensors
 
 
 @torch.no_grad()
@@ -93,15 +80,10 @@ class TritonClass:
         device = self.device = first[0].device
         self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
         self.has_master, self.aligned = len(first) == 5, aligned
-        self.registers = REGISTERS
         self.table = TensorTable([o[0].numel() for o in operands], len(first), device)
-        self.groups: list[dict[str, Any]] = []
-        rows = []
-        for group in groups:
-            if not any(group is other for other in self.groups):
-                self.groups.append(group)
-            rows.append(next(i for i, other in enumerate(self.groups) if other is group))
-        n = len(self.groups)
+        self.groups = list({id(group): group for group in groups}.values())
+        n, ids = len(self.groups), [id(group) for group in self.groups]
+        rows = [ids.index(id(group)) for group in groups]
         self.group_of = torch.tensor(rows, dtype=torch.int32).to(device)
         self.hyper = DeviceNumbers((n, _HYPER), torch.float32, device)
         self.lr_pointers = DeviceNumbers((n,), torch.int64, device)
@@ -151,20 +133,16 @@ class TritonClass:
                 HAS_SCALE=scale is not None, HAS_FOUND_INF=found_inf is not None, BLOCK=1024,
                 num_warps=4,
             )  # fmt: skip
-            if table.n_chunks > 0:
-                p, g, m, v = self.dtypes
-                grid = (launch_grid(table.n_chunks, self.device, self.registers),)
-                compiled = adamw_kernel[grid](
-                    addresses, table.lengths, table.chunks, self.coefs,
-                    self.coefs if found_inf is None else found_inf, table.n_tensors,
-                    table.n_chunks, 0 if seed is None else seed,
-                    P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
-                    HAS_FOUND_INF=found_inf is not None,
-                    ALIGNED=self.aligned[0], GRAD_ALIGNED=self.aligned[1],
-                    ROUND=seed is not None, CHUNK=CHUNK, BLOCK=BLOCK,
-                    num_warps=block_warps(self.coefs),
-                )  # fmt: skip
-                self.registers = registers_of(compiled)
+        if table.n_chunks > 0:
+            p, g, m, v = self.dtypes
+            table.launch(
+                adamw_kernel, addresses, table.lengths, table.chunks, self.coefs,
+                self.coefs if found_inf is None else found_inf, table.n_tensors,
+                table.n_chunks, 0 if seed is None else seed,
+                P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
+                HAS_FOUND_INF=found_inf is not None,
+                ALIGNED=self.aligned[0], GRAD_ALIGNED=self.aligned[1], ROUND=seed is not None,
+            )  # fmt: skip
         del held
 
 
@@ -237,16 +215,6 @@ def _one_order(operands: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def update_native(
-    group: dict[str, Any], indices: list[int], params: list[Tensor], grads: list[Any],
-    states: list[dict[str, Any]], scale: float,
-) -> None:  # fmt: skip
-    """Update parameters that torch's fused kernel takes as they are: same group, same dtype."""
-    first, second, steps = ([state[key] for state in states] for key in (*_MOMENTS, "step"))
-    ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
-    torch._fused_adamw_(ours, theirs, first, second, [], steps, **_arguments(group, scale))
-
-
 def update_staged(
     group: dict[str, Any], param: Tensor, grad: Any, state: dict[str, Any], scale: float,
     seed: int | None,
@@ -301,35 +269,22 @@ def round_stochastic_(target: Tensor, value: Tensor, *, seed: int) -> None:
     target.copy_(torch.where(value.isfinite(), rounded, value))
 
 
-class _Plan:
-    """What depends only on which parameters have gradients; kept from step to step."""
+class _Plan(Plan):
+    """Which way each parameter is updated."""
 
-    def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
-        self.params = params
-        self.has_grad = has_grad
+    def __init__(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        super().__init__(params, grads, "step")
         self.on_triton = use_triton(_PROBE)
-        self.active: list[Tensor] = []  # those with a gradient, and their state
-        self.states: list[dict[str, Any]] = []
-        self.steps: list[Tensor] = []
         self.dense: list[int] = []  # indices of the parameters in `native`
         self.counters: list[Tensor] = []  # one vector of step counts a device
         self.native: list[tuple[dict[str, Any], list[int], list[dict[str, Any]]]] = []
         self.staged: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
         self.triton: TritonUpdate | None = None
 
-    def fits(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        has_grad: list[bool],
-        state: dict[Tensor, dict[str, Any]],
-    ) -> bool:
-        """Whether nothing that the plan relies on has changed since it was made."""
+    def fits(self, params: list[Tensor], grads: list[Tensor | None], state: dict[Any, Any]) -> bool:
+        """Return whether nothing that the plan relies on has changed since it was made."""
         return (
-            has_grad == self.has_grad
-            and all(map(is_, params, self.params))
-            and all(map(is_, map(state.get, self.active), self.states))
-            and all(map(is_, [s.get("step") for s in self.states], self.steps))
+            super().fits(params, grads, state)
             and self.on_triton == use_triton(_PROBE)
             and all(params[i].is_contiguous() for i in self.dense)
             and all(g.is_contiguous() for i in self.dense if (g := grads[i]) is not None)
@@ -353,7 +308,7 @@ def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
     return step_or_hooked
 
 
-class FusedAdamW(Optimizer):
+class FusedAdamW(PlannedOptimizer):
     """AdamW in one pass over parameters, gradients and moments.
 
     Args:
@@ -380,7 +335,9 @@ class FusedAdamW(Optimizer):
     Memory: two moments a parameter, and 4 bytes an element with master weights.
     """
 
-    reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
+    _pickled = ("_state_dtype", "_master_weights", "_rounding", "_seed")
+    # torch.amp.GradScaler then leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -402,13 +359,10 @@ class FusedAdamW(Optimizer):
                 f"FusedAdamW: state_dtype must be float32 or bfloat16, got {state_dtype}; "
                 "float16 underflows in the second moment"
             )
-        self._plan: _Plan | None = None
         self._state_dtype = state_dtype
         self._master_weights = master_weights
         self._rounding = stochastic_rounding
         self._seed = seed
-        # torch.amp.GradScaler then leaves unscaling and skipping to the step.
-        self._step_supports_amp_scaling = True
         # The keys of torch.optim.AdamW's groups. fused=True, because a torch.optim.AdamW that
         # loads this state must keep its step counts on the device.
         defaults = {
@@ -418,30 +372,10 @@ class FusedAdamW(Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its hyper-parameters override the defaults."""
-        super().add_param_group(param_group)
-        self._plan = None
-        group = self.param_groups[-1]
-        try:
-            _check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
             group["fused"], group["foreach"] = True, None
-            _check_group(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        options = ("_state_dtype", "_master_weights", "_rounding", "_seed")
-        state = {key: self.__dict__[key] for key in (*options, "_step_supports_amp_scaling")}
-        return {**super().__getstate__(), **state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -487,10 +421,8 @@ class FusedAdamW(Optimizer):
             state["master"] = param.detach().to(torch.float32, copy=True)
         return state
 
-    def _build_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], has_grad: list[bool]
-    ) -> _Plan:
-        plan = _Plan(params, has_grad)
+    def _build_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Plan:
+        plan = _Plan(params, grads)
         groups = [group for group in self.param_groups for _ in group["params"]]
         sets: dict[tuple[torch.device, bool], list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -505,44 +437,37 @@ class FusedAdamW(Optimizer):
             local = local_tensor(param)
             triton = use_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
             sets.setdefault((local.device, triton), []).append(i)
-        step_of: dict[int, Tensor] = {}
-        launched: list[int] = []
+        entries: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+        batches: dict[tuple[int, torch.dtype, torch.device], Any] = {}
         for (device, triton), indices in sets.items():
             counts = [self.state[params[i]]["step"].to(device, torch.float32) for i in indices]
             counter = torch.stack([count.reshape(()) for count in counts])
-            step_of.update(zip(indices, counter.unbind(), strict=True))
-            if triton:
-                launched += indices
-            else:
+            if not triton:
                 plan.counters.append(counter)
-        entries: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
-        batches: dict[tuple[int, torch.dtype, torch.device], Any] = {}
-        for i, step in step_of.items():
-            param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
-            state["step"] = step
-            plan.active.append(param)
-            plan.states.append(state)
-            plan.steps.append(step)
-            if i in launched:
-                entries.append((i, state, group))
-                continue
-            stored = (param, grad, *(state[key] for key in _MOMENTS))
-            tensors = [local_tensor(t) for t in stored if t is not None]
-            plain = (
-                len({t.dtype for t in tensors}) == 1
-                and all(t.is_contiguous() for t in tensors)
-                and tensors[0] is param  # not a DTensor
-                and "master" not in state
-                and not (self._rounding and param.dtype == torch.bfloat16)
-            )
-            if not plain:
-                plan.staged.append((group, i, state))
-                continue
-            key = (id(group), tensors[0].dtype, tensors[0].device)
-            plan.dense.append(i)
-            _, members, states = batches.setdefault(key, (group, [], []))
-            members.append(i)
-            states.append(state)
+            for i, step in zip(indices, counter.unbind(), strict=True):
+                param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
+                state["step"] = step
+                plan.add(param, state)
+                if triton:
+                    entries.append((i, state, group))
+                    continue
+                stored = (param, grad, *(state[key] for key in _MOMENTS))
+                tensors = [local_tensor(t) for t in stored if t is not None]
+                plain = (
+                    len({t.dtype for t in tensors}) == 1
+                    and all(t.is_contiguous() for t in tensors)
+                    and tensors[0] is param  # not a DTensor
+                    and "master" not in state
+                    and not (self._rounding and param.dtype == torch.bfloat16)
+                )
+                if not plain:
+                    plan.staged.append((group, i, state))
+                    continue
+                key = (id(group), tensors[0].dtype, tensors[0].device)
+                plan.dense.append(i)
+                _, members, states = batches.setdefault(key, (group, [], []))
+                members.append(i)
+                states.append(state)
         plan.native = list(batches.values())
         plan.triton = TritonUpdate(entries) if entries else None
         return plan
@@ -573,19 +498,10 @@ class FusedAdamW(Optimizer):
         Numerics: on the CPU the gradients are scaled in place (the update reads them anyway, and
             torch's kernel offers no other way); on CUDA they are only read.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
-
-        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        has_grad = [grad is not None for grad in grads]
-        plan = self._plan
-        if plan is None or not plan.fits(params, grads, has_grad, self.state):
-            plan = self._plan = self._build_plan(params, grads, has_grad)
+        params, grads, plan = self._planned()
         if plan.triton is not None:
             scalars = (clip_coefficient, grad_scale, found_inf)
             seed = self._seed if self._rounding else None
@@ -598,30 +514,29 @@ class FusedAdamW(Optimizer):
         for counter in plan.counters:
             counter.add_(1)
         for group, indices, states in plan.native:
-            update_native(group, indices, params, grads, states, scale)
+            # Parameters that torch's fused kernel takes as they are: same group, same dtype.
+            first, second, steps = ([s[key] for s in states] for key in (*_MOMENTS, "step"))
+            ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
+            options = _arguments(group, scale)
+            torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
         for group, i, state in plan.staged:
             seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
             update_staged(group, params[i], grads[i], state, scale, seed)
         return loss
 
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"FusedAdamW: a tensor lr must have one element, got {lr.numel()}")
-    elif not lr >= 0.0:
-        raise ValueError(f"FusedAdamW: lr must be >= 0, got {lr}")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"FusedAdamW: {name} must be in [0, 1), got {beta}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"FusedAdamW: {name} must be >= 0, got {group[name]}")
-    if group["amsgrad"] or group["differentiable"]:
-        raise ValueError("FusedAdamW: amsgrad and differentiable are not supported; use torch's")
-    for param in group["params"]:
-        if param.dtype not in _DTYPES:
-            raise TypeError(
-                f"FusedAdamW: parameters must be {[str(d) for d in _DTYPES]}, got {param.dtype}"
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"FusedAdamW: {name} must be in [0, 1), got {beta}")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"FusedAdamW: eps must be >= 0, got {group['eps']}")
+        if group["amsgrad"] or group["differentiable"]:
+            raise ValueError(
+                "FusedAdamW: amsgrad and differentiable are not supported; use torch's"
             )
+        for param in group["params"]:
+            if param.dtype not in _DTYPES:
+                raise TypeError(
+                    f"FusedAdamW: parameters must be {[str(d) for d in _DTYPES]}, got {param.dtype}"
+                )

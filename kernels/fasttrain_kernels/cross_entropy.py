@@ -13,7 +13,6 @@ only otherwise computes the gradient again from the logits (4 more bytes, and ro
 With ``reduction="none"``, for fp16 (whose range a gradient divided by N leaves) and under
 `torch.compile` (which must not see buffers reused) the gradient is computed in backward: 6 bytes.
 
-Softmax, loss and gradient are computed in fp32 (fp64 for fp64 logits), the gradient rounded once.
 Every sum has a fixed order: reruns agree bit for bit. No host sync on a GPU.
 
 Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); z-loss, Chowdhery et al. 2022
@@ -23,6 +22,7 @@ Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); z-loss, C
 Legend: N rows (tokens), V vocabulary.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ._cross_entropy_cpu import cross_entropy_rows
 from ._cross_entropy_kernels import cross_entropy_kernel
-from ._dispatch import NAMESPACE, use_triton
-from ._launch import on_device, scale_unless_one_
+from ._dispatch import define_op, use_triton
+from ._launch import scale_unless_one_
 from ._loss_options import (
     SCHEMA,
     LossOptions,
@@ -160,23 +160,17 @@ def launch_cross_entropy(
     single, block, rest, num_warps = _configuration(logits, has_edges, has_options)
     out = logits if grad is None else grad
     per_row = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-    arguments = (
-        logits, out, targets, lse if losses is None else losses, lse,
-        lse if correct is None else correct,
-        lse if class_weight is None else class_weight,
-        lse if class_weight_sum is None else class_weight_sum,
-        lse if token_weight is None else token_weight,
-        lse if scale is None else scale,
-        lse if upstream is None else upstream,
-        n_cols, ignore_index,
-        logits.stride(0), out.stride(0),
-        0 if token_weight is None else token_weight.stride(0), per_row,
-        label_smoothing, z_loss, softcap,
-    )  # fmt: skip
 
-    def launch() -> None:
+    def given(x: Tensor | None) -> Tensor:
+        return lse if x is None else x  # any pointer: it is not read
+
+    with torch.cuda.device_of(logits):
         cross_entropy_kernel[(n_rows,)](
-            *arguments,
+            logits, out, targets, given(losses), lse, given(correct), given(class_weight),
+            given(class_weight_sum), given(token_weight), given(scale), given(upstream),
+            n_cols, ignore_index, logits.stride(0), out.stride(0),
+            0 if token_weight is None else token_weight.stride(0), per_row,
+            label_smoothing, z_loss, softcap,
             BLOCK_N=block, REST=rest, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
             COMPUTE_LOSS=losses is not None, WRITE_GRAD=grad is not None, SKIP_UNIT=skip_unit,
             HAS_UPSTREAM=upstream is not None, HAS_SCALE=scale is not None,
@@ -185,8 +179,6 @@ def launch_cross_entropy(
             HAS_Z_LOSS=z_loss != 0.0, HAS_SOFTCAP=softcap != 0.0,
             HAS_CORRECT=correct is not None, num_warps=num_warps,
         )  # fmt: skip
-
-    on_device(logits, launch)
 
 
 def compute_cross_entropy(
@@ -197,12 +189,10 @@ def compute_cross_entropy(
     """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
     dtype = accumulation_dtype(logits.dtype)
     n_rows, n_cols = logits.shape
-    losses, correct = logits.new_empty(0, dtype=dtype), logits.new_empty(0, dtype=dtype)
     want_losses = lse is None
-    if lse is None:
-        lse, losses = (logits.new_empty(n_rows, dtype=dtype) for _ in range(2))
-    if want_correct:
-        correct = logits.new_empty(n_rows, dtype=dtype)
+    losses = logits.new_empty(n_rows if want_losses else 0, dtype=dtype)
+    correct = logits.new_empty(n_rows if want_correct else 0, dtype=dtype)
+    lse = logits.new_empty(n_rows, dtype=dtype) if lse is None else lse
     if use_triton(logits) and logits.dtype != torch.float64:
         class_weight = options.class_weight
         launch_cross_entropy(
@@ -221,19 +211,14 @@ def compute_cross_entropy(
             return losses, lse, correct
     options, scale = options.to(dtype), options.scale
     block = max(1, min(n_rows, _CPU_BLOCK_BYTES // (n_cols * dtype.itemsize)))
-    direct = grad is not None and grad.dtype == dtype
-    scratch = None if direct else logits.new_empty((block, n_cols), dtype=dtype)
+    direct = grad if grad is not None and grad.dtype == dtype else None
+    scratch = logits.new_empty((block if direct is None else 0, n_cols), dtype=dtype)
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         x = logits[rows]
-        if direct:
-            assert grad is not None
-            out = grad[rows]
-            # An in-place gradient would leave nothing to compute an underflowing row from.
-            source = x.clone() if out.data_ptr() == x.data_ptr() else x
-        else:
-            assert scratch is not None
-            out, source = scratch[: x.shape[0]], x
+        out = scratch[: x.shape[0]] if direct is None else direct[rows]
+        # An in-place gradient would leave nothing to compute an underflowing row from.
+        source = x.clone() if out.data_ptr() == x.data_ptr() else x
         result = cross_entropy_rows(
             source, targets[rows], out, options.of(rows), want_grad=grad is not None,
             want_correct=want_correct, logits_of=source.__getitem__,
@@ -244,15 +229,11 @@ def compute_cross_entropy(
             correct[rows] = result.correct
         if grad is None:
             continue
-        factor = result.factor
-        if upstream is not None:
-            part = upstream if upstream.dim() == 0 else upstream[rows]
-            factor = part if factor is None else factor * part
-        if scale is not None:
-            factor = scale if factor is None else factor * scale
-        if factor is not None:
+        part = upstream[rows] if upstream is not None and upstream.dim() else upstream
+        if factors := [f for f in (result.factor, part, scale) if f is not None]:
+            factor = reduce(torch.mul, factors)
             out.mul_(factor.unsqueeze(1) if factor.dim() else factor)
-        if not direct:
+        if direct is None:
             grad[rows] = out
     if want_losses and scale is not None:
         losses.mul_(scale)
@@ -260,13 +241,7 @@ def compute_cross_entropy(
 
 
 # In an op's arguments the options are flat.
-@torch.library.custom_op(
-    f"{NAMESPACE}::cross_entropy_forward",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor targets, {SCHEMA}, bool reduce, bool want_grad, "
-    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(logits: Tensor, targets: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+def _compute(logits: Tensor, targets: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     *options, reduce, want_grad, want_correct = flat
     grad = empty_grad(logits) if want_grad else None
     losses, lse, correct = compute_cross_entropy(
@@ -279,8 +254,7 @@ def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if grad is None else grad
 
 
-@_forward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, reduce, want_grad, want_correct = args[0], *args[-3:]
     dtype, n_rows = accumulation_dtype(logits.dtype), logits.shape[0]
     return (
@@ -291,40 +265,18 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::cross_entropy_backward",
-    mutates_args=(),
-    schema=f"(Tensor upstream, Tensor logits, Tensor targets, Tensor lse, {SCHEMA}) -> Tensor",
-)
-def _backward(upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any) -> Tensor:
+def _differentiate(
+    upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any
+) -> Tensor:
     grad = empty_grad(logits)
     compute_cross_entropy(logits, targets, grad, LossOptions(*flat), lse=lse, upstream=upstream)
     return grad
 
 
-@_backward.register_fake
-def _(*args: Any) -> Tensor:
-    return empty_grad(args[1])
-
-
-@torch.library.custom_op(
-    f"{NAMESPACE}::cross_entropy_rescale_",
-    mutates_args=("grad",),
-    schema="(Tensor(a0!) grad, Tensor upstream, Tensor logits, Tensor targets, Tensor lse, "
-    f"{SCHEMA}) -> ()",
-)
-def _rescale_(
-    grad: Tensor, upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any
-) -> None:
-    """Make ``grad``, computed for an incoming gradient of 1, that for ``upstream``."""
-    compute_cross_entropy(
-        logits, targets, grad, LossOptions(*flat), lse=lse, upstream=upstream, skip_unit=True
-    )
-
-
-@_rescale_.register_fake
-def _(*_args: Any) -> None:
-    return None
+_backward = define_op(
+    "cross_entropy_backward", _differentiate, lambda *args: empty_grad(args[1]),
+    schema=f"(Tensor upstream, Tensor logits, Tensor targets, Tensor lse, {SCHEMA}) -> Tensor",
+)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -342,17 +294,24 @@ def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
     if upstream is None:
         return (None,) * 12
     grad, ctx.grad = ctx.grad, None
-    arguments = (upstream, *ctx.saved_tensors, *ctx.numbers)
     # Computed here where it was not in forward, where it was handed out before (a retained graph),
     # and where a graph is traced, which must not write to buffers of another op.
     if grad is None or type(upstream) is not Tensor:
-        grad = _backward(*arguments)
+        grad = _backward(upstream, *ctx.saved_tensors, *ctx.numbers)
     else:
-        _rescale_(grad, *arguments)
+        logits, targets, lse, *tensors = ctx.saved_tensors
+        compute_cross_entropy(
+            logits, targets, grad, LossOptions(*tensors, *ctx.numbers), lse=lse,
+            upstream=upstream, skip_unit=True,
+        )  # fmt: skip
     return (grad, *(None,) * 11)
 
 
-_forward.register_autograd(_backward_formula, setup_context=_setup_context)
+_forward = define_op(
+    "cross_entropy_forward", _compute, _allocate, _setup_context, _backward_formula,
+    schema=f"(Tensor logits, Tensor targets, {SCHEMA}, bool reduce, bool want_grad, "
+    "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 class _InPlace(torch.autograd.Function):

@@ -10,8 +10,7 @@ instead of two reads and a write, and nothing waits for the device.
 
 Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU and in fp32 by a
 single program on CUDA. In C++, which large fp32 tensors on a CPU go through, all of it is fp64. The
-order of every sum is fixed, so two runs agree bit for bit. A sum of squares that overflows fp32 (a
-norm above 1.8e19) counts as non-finite.
+order of every sum is fixed, so two runs agree bit for bit.
 """
 
 import ctypes
@@ -119,17 +118,6 @@ def _grad_norm_cpp(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
 
 
 def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
-    norm = math.sqrt(_sum_squares_cpu(tensors))
-    ratio = max_norm / (norm + _EPS)
-    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
-    return GradNorm(
-        torch.tensor(norm, dtype=torch.float32),
-        torch.tensor(0.0 if math.isfinite(norm) else 1.0),
-        torch.tensor(coefficient, dtype=torch.float32),
-    )
-
-
-def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
     sums: list[float] = []
     for tensor in tensors:
         flat = _flat(tensor)
@@ -143,7 +131,11 @@ def _sum_squares_cpu(tensors: Sequence[Tensor]) -> float:
         for chunk in chunks:
             chunk = chunk.float() if half else chunk
             sums.append(torch.dot(chunk, chunk).item())
-    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
+    norm = math.sqrt(math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums))
+    ratio = max_norm / (norm + _EPS)
+    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
+    numbers = norm, 0.0 if math.isfinite(norm) else 1.0, coefficient
+    return GradNorm(*(torch.tensor(x, dtype=torch.float32) for x in numbers))
 
 
 @triton.jit
@@ -238,7 +230,7 @@ def grad_norm(
         ValueError: the tensors lie on several devices, or max_norm is negative.
 
     Numerics: sums in fp32, or fp64 in C++, in a fixed order; found_inf is 1 where any element is
-        inf or NaN, and where the sum of squares overflows fp32.
+        inf or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
     Memory: one fp32 per chunk.
     """
     if max_norm < 0:

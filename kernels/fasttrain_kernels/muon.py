@@ -8,8 +8,9 @@ The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`
 and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
 
 Matrices of a group with equal shapes are orthogonalised as one batch. On CUDA one launch before it
-brings momenta up to date and stacks the directions, one after it changes the weights: 24 bytes an
-fp32 parameter with products in bf16, whatever clipping, decay and a flag to skip the step ask for.
+brings momenta up to date and stacks the directions, one after it changes the weights: 14 and 10
+bytes an fp32 parameter with products in half precision, whatever clipping, decay and a flag to skip
+the step ask for. Their arithmetic is fp32; each number is rounded once, when it is stored.
 
 DTensor parameters sharded by rows (FSDP2) keep their momentum sharded; each matrix is gathered by
 one rank, orthogonalised there, and handed back in shards.
@@ -19,31 +20,77 @@ Training, arXiv:2502.16982 (the AdamW-matching scale).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ._dispatch import use_triton
-from ._multi_tensor import (
-    BLOCK,
-    CHUNK,
-    REGISTERS,
-    TensorTable,
-    block_warps,
-    launch_grid,
-    registers_of,
-    triton_dtype,
-)
-from ._muon_kernels import muon_apply_kernel, muon_direction_kernel
+from ._multi_tensor import TensorTable, load_pointer, triton_dtype
+from ._optimizer import Plan, PlannedOptimizer
+from ._triton import tl, triton
 from .grad_norm import local_tensor
 from .newton_schulz import Quintic, newton_schulz, products_dtype, quintics
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
+
+
+@triton.jit
+def muon_direction_kernel(
+    pointers_ptr, chunks_ptr, out_ptr, clip_ptr, found_inf_ptr,
+    n_tensors, n_chunks, n_elements, blend,
+    G: tl.constexpr, M: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
+    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m ← m + (1 − μ)(g − m); write m, with Nesterov one step ahead, to the stack."""
+    if HAS_FOUND_INF:  # a loop over no chunks writes nothing
+        n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        t = tl.load(chunks_ptr + 2 * k).to(tl.int64)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        g_ptr = load_pointer(pointers_ptr, t, G, ALIGNED)
+        m_ptr = load_pointer(pointers_ptr + n_tensors, t, M, ALIGNED)
+        for i in range(0, CHUNK, BLOCK):
+            offsets = start + i + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32)
+            if HAS_CLIP:
+                g *= tl.load(clip_ptr)
+            m = tl.load(m_ptr + offsets, mask=mask).to(tl.float32)
+            m += blend * (g - m)
+            tl.store(m_ptr + offsets, m.to(M), mask=mask)
+            if NESTEROV:
+                m += blend * (g - m)
+            out = t * n_elements + offsets
+            tl.store(out_ptr + out, m.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def muon_apply_kernel(
+    pointers_ptr, chunks_ptr, change_ptr, lr_ptr, found_inf_ptr,
+    n_tensors, n_chunks, n_elements, lr, weight_decay, scale,
+    W: tl.constexpr, HAS_LR: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """w ← (1 − lr·λ) w − lr·scale·change."""
+    if HAS_FOUND_INF:
+        n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
+    if HAS_LR:
+        lr = tl.load(lr_ptr).to(tl.float32)
+    for k in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        t = tl.load(chunks_ptr + 2 * k).to(tl.int64)
+        start = tl.load(chunks_ptr + 2 * k + 1).to(tl.int64) * CHUNK
+        w_ptr = load_pointer(pointers_ptr + 2 * n_tensors, t, W, ALIGNED)
+        for i in range(0, CHUNK, BLOCK):
+            offsets = start + i + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            w = tl.load(w_ptr + offsets, mask=mask).to(tl.float32)
+            change = tl.load(change_ptr + t * n_elements + offsets, mask=mask).to(tl.float32)
+            w = w * (1 - lr * weight_decay) - change * (lr * scale)
+            tl.store(w_ptr + offsets, w.to(W), mask=mask)
 
 
 def _shape_scale(scale: str, rows: int, cols: int) -> float:
@@ -73,6 +120,11 @@ def shard_group(param: Any) -> dist.ProcessGroup | None:
     return group
 
 
+def _stack_dtype(products: torch.dtype) -> torch.dtype:
+    """Return that of stacked directions: fp16 has no room for what is not scaled yet."""
+    return torch.bfloat16 if products is torch.float16 else products
+
+
 class Batch:
     """Matrices of one group, shape and layout, of which this rank holds some rows each, or all.
 
@@ -91,15 +143,11 @@ class Batch:
         ranks: dist.ProcessGroup | None,
         first_owner: int,
     ) -> None:
-        self.group = group
-        self.scale = scale
-        self.shape = shape
-        self.ranks = ranks
-        self.first_owner = first_owner
+        self.group, self.scale, self.shape = group, scale, shape
+        self.ranks, self.first_owner = ranks, first_owner
         self.indices: list[int] = []
         self.momenta: list[Tensor] = []  # the local rows, (local r, c) each
         self.table: TensorTable | None = None
-        self.registers = [REGISTERS, REGISTERS]  # of the two kernels
         world = 1 if ranks is None else dist.get_world_size(ranks)
         chunk = -(-shape[0] // world)
         self.rank = 0 if ranks is None else dist.get_rank(ranks)
@@ -116,14 +164,11 @@ class Batch:
 
     def orthogonalise(self, stacked: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows of the orthogonalised matrices, given theirs, (n, local r, c)."""
-        cols, steps, coefficients = (
-            self.shape[1],
-            self.group["ns_steps"],
-            self.group["coefficients"],
-        )
+        cols, steps = self.shape[1], self.group["ns_steps"]
+        coefficients = self.group["coefficients"]
         if self.ranks is None:
             return newton_schulz(stacked, steps, coefficients, dtype=dtype)
-        world, stacked = len(self.bounds) - 1, stacked.to(dtype)
+        world, stacked = len(self.bounds) - 1, stacked.to(_stack_dtype(dtype))
         # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
         owned = [stacked[(k - self.first_owner) % world :: world] for k in range(world)]
         rows = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
@@ -149,41 +194,34 @@ class Batch:
         work = [[t.contiguous() for t in column] for column in columns]
         if self.table is None:
             self.table = TensorTable([size] * len(weights), len(columns), device)
-        table, used = self.table, self.registers
+        table, group = self.table, self.group
         pointers = [t.data_ptr() for column in work for t in column]
         addresses = table.on_device(pointers)
-        lr, options = self.group["lr"], {"CHUNK": CHUNK, "BLOCK": BLOCK}
-        options |= {
-            "ALIGNED": not any(p % 16 for p in pointers),
-            "num_warps": block_warps(grads[0]),
-        }
-        options["HAS_FOUND_INF"] = found_inf is not None
-        # fp16 has no room for what the iteration has not scaled yet.
-        stack_dtype = torch.float32 if dtype is torch.float16 else dtype
-        stacked = torch.empty(len(weights), *weights[0].shape, dtype=stack_dtype, device=device)
+        flags = {"ALIGNED": not any(p % 16 for p in pointers)}
+        flags["HAS_FOUND_INF"] = found_inf is not None
+        stack = len(weights), *weights[0].shape
+        stacked = torch.empty(stack, dtype=_stack_dtype(dtype), device=device)
         clip, flag = (
             None if x is None else x.to(device, torch.float32, non_blocking=True)
             for x in (clip, found_inf)
         )
+        lr = group["lr"]
         lr_ptr = lr if isinstance(lr, Tensor) and lr.device == device else None
         shape = table.n_tensors, table.n_chunks, size
-        with torch.cuda.device_of(stacked):
-            first = muon_direction_kernel[(launch_grid(table.n_chunks, device, used[0]),)](
-                addresses, table.chunks, stacked, stacked if clip is None else clip,
-                stacked if flag is None else flag,
-                *shape, 1 - self.group["momentum"],
-                G=triton_dtype(grads[0].dtype), M=triton_dtype(self.momenta[0].dtype),
-                HAS_CLIP=clip is not None, NESTEROV=self.group["nesterov"], **options,
-            )  # fmt: skip
+        table.launch(
+            muon_direction_kernel, addresses, table.chunks, stacked,
+            stacked if clip is None else clip, stacked if flag is None else flag,
+            *shape, 1 - group["momentum"],
+            G=triton_dtype(grads[0].dtype), M=triton_dtype(self.momenta[0].dtype),
+            HAS_CLIP=clip is not None, NESTEROV=group["nesterov"], **flags,
+        )  # fmt: skip
         changes = self.orthogonalise(stacked, dtype).contiguous()
-        with torch.cuda.device_of(stacked):
-            last = muon_apply_kernel[(launch_grid(table.n_chunks, device, used[1]),)](
-                addresses, table.chunks, changes, changes if lr_ptr is None else lr_ptr,
-                changes if flag is None else flag,
-                *shape, 0.0 if lr_ptr is not None else float(lr), self.group["weight_decay"],
-                self.scale, W=triton_dtype(weights[0].dtype), HAS_LR=lr_ptr is not None, **options,
-            )  # fmt: skip
-        self.registers = [registers_of(first), registers_of(last)]
+        table.launch(
+            muon_apply_kernel, addresses, table.chunks, changes,
+            changes if lr_ptr is None else lr_ptr, changes if flag is None else flag,
+            *shape, 0.0 if lr_ptr is not None else float(lr), group["weight_decay"], self.scale,
+            W=triton_dtype(weights[0].dtype), HAS_LR=lr_ptr is not None, **flags,
+        )  # fmt: skip
         for originals, copies in zip(columns[1:], work[1:], strict=True):
             for original, copy in zip(originals, copies, strict=True):
                 if original is not copy:
@@ -198,13 +236,11 @@ class Batch:
         if clip is not None:
             here = list(torch._foreach_mul(here, clip))
         torch._foreach_lerp_(self.momenta, here, 1 - beta)
-        here = (
-            list(torch._foreach_lerp(here, self.momenta, beta))
-            if self.group["nesterov"]
-            else self.momenta
-        )
+        ahead = self.momenta
+        if self.group["nesterov"]:
+            ahead = list(torch._foreach_lerp(here, ahead, beta))
         turned = [self.ranks is None and w.shape[0] > w.shape[1] for w in weights]  # to be wide
-        pairs = zip(here, turned, strict=True)
+        pairs = zip(ahead, turned, strict=True)
         stacked = torch.stack([x.mT if turn else x for x, turn in pairs])
         changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
         pairs = zip(changes.unbind(), turned, strict=True)
@@ -220,31 +256,15 @@ def _is_for_triton(weight: Tensor) -> bool:
     return use_triton(weight) and weight.dtype != torch.float64
 
 
-class _Plan:
-    """What depends only on which parameters have gradients; kept from step to step."""
+class _Plan(Plan):
+    """The batches of matrices that are updated together."""
 
-    def __init__(self, params: list[Tensor], has_grad: list[bool]) -> None:
-        self.params = params
-        self.has_grad = has_grad
+    def __init__(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        super().__init__(params, grads, "momentum_buffer")
         self.batches: list[Batch] = []
-        self.active: list[Tensor] = []
-        self.buffers: list[Tensor] = []
-
-    def fits(
-        self, params: list[Tensor], has_grad: list[bool], state: dict[Tensor, dict[str, Any]]
-    ) -> bool:
-        """Whether nothing that the plan relies on has changed since it was made."""
-        return (
-            has_grad == self.has_grad
-            and all(map(is_, params, self.params))
-            and all(
-                state.get(param, {}).get("momentum_buffer") is buffer
-                for param, buffer in zip(self.active, self.buffers, strict=True)
-            )
-        )
 
 
-class Muon(Optimizer):
+class Muon(PlannedOptimizer):
     """Muon for the matrices of a model; embeddings, heads and vectors belong to `FusedAdamW`.
 
     Args:
@@ -269,7 +289,7 @@ class Muon(Optimizer):
     Source: kellerjordan.github.io/posts/muon; arXiv:2502.16982.
     """
 
-    reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
+    _pickled = ("_ns_dtype",)
 
     def __init__(
         self,
@@ -284,7 +304,6 @@ class Muon(Optimizer):
         scale: str = "match_adamw",
         ns_dtype: torch.dtype | None = None,
     ) -> None:
-        self._plan: _Plan | None = None
         self._ns_dtype = ns_dtype
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
@@ -292,51 +311,25 @@ class Muon(Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its hyper-parameters override the defaults."""
-        super().add_param_group(param_group)
-        self._plan = None
-        try:
-            _check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ns_dtype": self._ns_dtype}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plan = None
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            _check_group(group)
-
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Return the state that the first step makes for a parameter, which may be on meta."""
         return {"momentum_buffer": torch.zeros_like(param)}
 
     def scratch_bytes(self, n_ranks: int = 1) -> int:
         """Return the most bytes that a step holds beside the state, on each of ``n_ranks``."""
-        most = 0
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], int] = {}
+        held: Counter[Any] = Counter()  # for the matrices of a group and shape
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 rows, cols = sorted(p.shape)
-                # Of all matrices of a shape: the stack of gradients, two copies in the iteration
-                # and three Gram matrices.
-                held = 3 * (rows * cols + rows * rows) * p.element_size()
+                # The stack of gradients, two copies in the iteration and three Gram matrices.
+                own = 3 * (rows * cols + rows * rows) * p.element_size()
                 if n_ranks > 1:  # of the shards two, of the matrices gathered here three more
-                    held = (2 * held + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
-                by_shape[tuple(p.shape)] = by_shape.get(tuple(p.shape), 0) + held
-            most = max([most, *by_shape.values()])
-        return most
+                    own = (2 * own + 2 * p.nbytes + 3 * p.nbytes) // n_ranks
+                held[number, tuple(p.shape)] += own
+        return max(held.values(), default=0)
 
-    def _build_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], has_grad: list[bool]
-    ) -> _Plan:
-        plan = _Plan(params, has_grad)
+    def _build_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Plan:
+        plan = _Plan(params, grads)
         groups = [group for group in self.param_groups for _ in group["params"]]
         batches: dict[tuple[Any, ...], Batch] = {}
         n_sharded = 0  # deals out shapes of few matrices to different ranks
@@ -359,8 +352,7 @@ class Muon(Optimizer):
                 state |= self.new_state(param)
             batches[key].indices.append(i)
             batches[key].momenta.append(local_tensor(state["momentum_buffer"]))
-            plan.active.append(param)
-            plan.buffers.append(state["momentum_buffer"])
+            plan.add(param, state)
         plan.batches = list(batches.values())
         return plan
 
@@ -385,16 +377,8 @@ class Muon(Optimizer):
         Returns:
             The closure's loss, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        has_grad = [grad is not None for grad in grads]
-        plan = self._plan
-        if plan is None or not plan.fits(params, has_grad, self.state):
-            plan = self._plan = self._build_plan(params, grads, has_grad)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        params, grads, plan = self._planned()
         for batch in plan.batches:
             weights = [local_tensor(params[i]) for i in batch.indices]
             here = [local_tensor(g) for i in batch.indices if (g := grads[i]) is not None]
@@ -405,24 +389,16 @@ class Muon(Optimizer):
                 batch.update_in_torch(weights, here, dtype, clip_coefficient)
         return loss
 
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Muon: a tensor lr must have one element, got {lr.numel()}")
-    elif not lr >= 0.0:
-        raise ValueError(f"Muon: lr must be >= 0, got {lr}")
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"Muon: momentum must be in [0, 1), got {group['momentum']}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Muon: weight_decay must be >= 0, got {group['weight_decay']}")
-    if group["scale"] not in MUON_SCALES:
-        raise ValueError(f"Muon: scale must be one of {MUON_SCALES}, got {group['scale']!r}")
-    quintics(group["coefficients"], group["ns_steps"])
-    for param in group["params"]:
-        if param.ndim != 2 or not param.is_floating_point():
-            raise ValueError(
-                f"Muon: parameters must be floating-point matrices, got shape "
-                f"{tuple(param.shape)} and {param.dtype}; give others to FusedAdamW"
-            )
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Muon: momentum must be in [0, 1), got {group['momentum']}")
+        if group["scale"] not in MUON_SCALES:
+            raise ValueError(f"Muon: scale must be one of {MUON_SCALES}, got {group['scale']!r}")
+        quintics(group["coefficients"], group["ns_steps"])
+        for param in group["params"]:
+            if param.ndim != 2 or not param.is_floating_point():
+                raise ValueError(
+                    f"Muon: parameters must be floating-point matrices, got shape "
+                    f"{tuple(param.shape)} and {param.dtype}; give others to FusedAdamW"
+                )

@@ -10,12 +10,9 @@ Bound by memory. Bytes an element for 16-bit tensors: forward 4 (read x, write y
 (read x and residual, write h and y); backward 6 (read dy and x, write dx), with residual 8. Rows
 longer than 8192 columns (forward: 16384) are read twice, the second time out of L2.
 
-Everything is computed in fp32 from the stored inputs and rounded once, on the store. Saved for
-backward: h, the weight, and rstd (4 bytes a row). The weight gradient is summed in fp32 by
-persistent programs, each over its own rows in a fixed order, and a second kernel adds their
-partial sums in a fixed order: two runs on one device agree bit for bit.
-
-Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467.
+The weight gradient is summed in fp32 by persistent programs, each over its own rows in a fixed
+order, and a second kernel adds their partial sums in a fixed order: two runs on one device agree
+bit for bit.
 
 Legend: R rows (all leading dimensions), D dim. A row's offset is int64.
 """
@@ -306,7 +303,7 @@ def rms_norm(
         Saves x (or the sum, which is an output), the weight and 4 bytes a row. Under
         `torch.compile` it is a plain composition that the compiler fuses with its neighbours.
 
-    Source: https://arxiv.org/abs/1910.07467
+    Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
     _check(x, weight, residual)
     if torch.compiler.is_compiling():

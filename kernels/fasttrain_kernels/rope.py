@@ -7,14 +7,11 @@ The pairs are (i, i + K/2), the convention of Llama and of Hugging Face's `rotat
 
 The backward is the rotation by −θ: the same kernel with the sign of s turned.
 
-Bound by memory. Bytes an element for 16-bit tensors: 4 forward (read x, write y), 4 backward; the
-tables, read by every head of a token, come out of the cache. Computed in fp32, rounded once on the
-store. Only the tables are saved. Elementwise, so bit for bit reproducible.
+Bound by memory; the tables, read by every head of a token, come out of the cache. Elementwise, so
+bit for bit reproducible.
 
 Under `torch.compile` it is a plain composition on every device: the compiler moves the same bytes
 and can fuse the neighbours (a QK-norm, a cast, the layout attention wants) as well.
-
-Source: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 
 Legend: B batch, T sequence, H heads, K head_dim. A row is one head of one token.
 """
@@ -196,7 +193,7 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     Memory:
         Saves the tables alone. Moves 4 bytes an element each way (16-bit tensors).
 
-    Source: https://arxiv.org/abs/2104.09864
+    Source: Su et al., RoFormer, arXiv:2104.09864.
     """
     _check(q, k, cos, sin)
     cos, sin = cos.detach(), sin.detach()
@@ -226,9 +223,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
                 f"apply_rope: {name} must have shape (T, K/2) = ({t}, {half}) or (B, T, K/2), cos "
                 f"and sin alike, got {tuple(table.shape)}; slice the table to the positions of q."
             )
-    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
+    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if x.device != q.device:
             raise ValueError(f"apply_rope: {name} is on {x.device} and q on {q.device}; move one.")
-    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not x.is_floating_point():
             raise ValueError(f"apply_rope: {name} must be floating point, got {x.dtype}.")

@@ -4,17 +4,9 @@
                    dg = dy·u·σ(g)·(1 + g·(1 − σ(g)))          du = dy·silu(g)
     relu_squared:  y = relu(x)²                               dx = 2·dy·relu(x)
 
-Bound by memory. Bytes an element for 16-bit tensors: swiglu 6 forward (read g and u, write y) and
-10 backward (read dy, g and u, write dg and du); relu_squared 4 and 6.
-
-Everything is computed in fp32 and rounded once, on the store. Nothing but the inputs is saved:
-the activation is computed again in backward. Elementwise, so bit for bit reproducible.
-
-Under `torch.compile` both are plain compositions on every device: the compiler moves the same bytes
-and can fuse the neighbours as well. Kernels are for eager execution.
-
-Sources: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202;
-So et al., "Primer", https://arxiv.org/abs/2109.08668.
+Bound by memory. The activation is computed again in backward. Elementwise, so bit for bit
+reproducible. Under `torch.compile` both are plain compositions on every device: the compiler moves
+the same bytes and can fuse the neighbours as well. Kernels are for eager execution.
 """
 
 from collections.abc import Callable
@@ -123,10 +115,6 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
         kernel[grid](*inputs, *outputs, *strides, n_cols, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Callable[..., Tensor]:
     """Return an op that is one kernel each way and saves its inputs, which have one shape."""
 
@@ -150,7 +138,7 @@ def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Call
     schema = f"(Tensor dy, {arguments}) -> Tensor[]"
     backward = define_op(f"{name}_backward", differentiate, allocate_grads, schema=schema)
     return define_op(
-        name, activate, allocate, _save_inputs,
+        name, activate, allocate, lambda ctx, inputs, _: ctx.save_for_backward(*inputs),
         lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), schema=f"({arguments}) -> Tensor",
     )  # fmt: skip
 
@@ -222,7 +210,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Memory:
         Saves gate and up. Moves 6 bytes an element forward and 10 backward (16-bit tensors).
 
-    Source: https://arxiv.org/abs/2002.05202
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     if gate.shape != up.shape or gate.device != up.device:
         raise ValueError(
@@ -257,7 +245,7 @@ def relu_squared(x: Tensor) -> Tensor:
     Memory:
         Saves x. Moves 4 bytes an element forward and 6 backward (16-bit tensors).
 
-    Source: https://arxiv.org/abs/2109.08668
+    Source: So et al., Primer, arXiv:2109.08668.
     """
     _check_floating("relu_squared", x)
     if torch.compiler.is_compiling():

@@ -2,10 +2,11 @@
 
     out = α X Xᵀ + β C,  C symmetric
 
-On CUDA a Triton kernel computes the tiles of the lower triangle and stores each twice, the second
-time transposed. On the CPU the rows are cut into strips and each strip is multiplied from the
-diagonal on. Off the diagonal tiles the result is therefore symmetric bit for bit. Accumulation is
-fp32; the sum is rounded once on CUDA. Two runs agree bit for bit.
+On a Hopper GPU a Triton kernel computes the tiles of 128 × 256 on and below the diagonal, loaded by
+TMA, and stores each but those on the diagonal twice, the second time transposed. On the CPU the
+rows are cut into strips, each multiplied from the diagonal on. Elsewhere, in fp32 and for what
+`_pays` excludes the product is cuBLAS's or torch's own, in full. Accumulation is fp32; the kernel
+and cuBLAS round the sum once. Two runs agree bit for bit.
 
 Legend: n matrices, r rows, c columns.
 """
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._launch import warp_size
-from ._triton import tl, triton
+from ._launch import target
+from ._triton import TensorDescriptor, tl, triton
 
 # On one core of an EPYC 7003 four strips of 64 rows take 0.90 (r = c) to 0.77 (c = 3 r) of a full
 # product at r = 256, and 0.73 to 0.69 at r = 768; at r = 128 strips do not pay for square products.
 _MIN_STRIP_ROWS = 256
 _STRIPS = 4
+# Tiles of the kernel. A step along c is 4 wgmma.m64n256k16 for each of two warp groups, 1024 cycles
+# of the tensor cores, in 88 instructions of a warp (SASS); three stages take 147 KiB.
+_BLOCK_I, _BLOCK_J, _BLOCK_C = 128, 256, 64
+_LEAST_ROWS, _LEAST_ELEMENTS = 1024, 1 << 25  # of what is given to the kernel
 
 
 def symmetric_matmul_reference(
@@ -34,83 +39,100 @@ def symmetric_matmul_reference(
 
 @triton.jit
 def _symmetric_kernel(
-    x_ptr, add_ptr, out_ptr,
-    n_rows, n_cols, n_tiles, alpha, beta,
-    HAS_ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    a_desc, b_desc, add_desc, out_desc, mirror_desc,
+    n_cols, n_tiles, alpha, beta,
+    HAS_ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Compute tile (i, j ≤ i) of one matrix and store it at (i, j) and, transposed, at (j, i)."""
-    matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
+    """Compute one of the two tiles of pair (p, j ≤ p) of one matrix: rows 2p or 2p + 1, columns j.
+
+    It is stored there and, off the diagonal, transposed at the mirrored place; the two tiles of a
+    pair on the diagonal cover both.
+    """
+    matrix = tl.program_id(0) // n_tiles
     tile = tl.program_id(0) % n_tiles
-    # Tile number i (i + 1) / 2 + j; the square root may be off by one.
-    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
-    j = tile - i * (i + 1) // 2
-    rows_i = i * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows_j = j * BLOCK_R + tl.arange(0, BLOCK_R)
-    x_ptr += matrix * n_rows * n_cols
-    at_i = x_ptr + rows_i.to(tl.int64)[:, None] * n_cols
-    at_j = x_ptr + rows_j.to(tl.int64)[:, None] * n_cols
-    inside_i = rows_i[:, None] < n_rows
-    inside_j = rows_j[:, None] < n_rows
-    acc = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
+    # Pair number p (p + 1) / 2 + j; the square root may be off by one.
+    pair = tile // 2
+    p = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) / 2.0).to(tl.int32)
+    p = tl.where(p * (p + 1) // 2 > pair, p - 1, p)
+    p = tl.where((p + 1) * (p + 2) // 2 <= pair, p + 1, p)
+    j = pair - p * (p + 1) // 2
+    row, col = (2 * p + tile % 2) * BLOCK_I, j * BLOCK_J
+    acc = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
     for k in range(0, n_cols, BLOCK_C):
-        cols = k + tl.arange(0, BLOCK_C)[None, :]
-        a = tl.load(at_i + cols, mask=inside_i & (cols < n_cols), other=0.0)
-        b = tl.load(at_j + cols, mask=inside_j & (cols < n_cols), other=0.0)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    base = matrix * n_rows * n_rows
-    offsets = base + rows_i.to(tl.int64)[:, None] * n_rows + rows_j[None, :]
-    mask = inside_i & (rows_j[None, :] < n_rows)
+        a = a_desc.load([matrix, row, k]).reshape(BLOCK_I, BLOCK_C)
+        b = b_desc.load([matrix, col, k]).reshape(BLOCK_J, BLOCK_C)
+        acc = tl.dot(a, b.T, acc)
     acc *= alpha
     if HAS_ADD:
-        acc += beta * tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    value = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, value, mask=mask)
-    if i != j:
-        mirrored = base + rows_j.to(tl.int64)[:, None] * n_rows + rows_i[None, :]
-        mask = inside_j & (rows_i[None, :] < n_rows)
-        tl.store(out_ptr + mirrored, tl.trans(value), mask=mask)
+        acc += beta * add_desc.load([matrix, row, col]).reshape(BLOCK_I, BLOCK_J).to(tl.float32)
+    value = acc.to(out_desc.dtype)
+    out_desc.store([matrix, row, col], value.reshape(1, BLOCK_I, BLOCK_J))
+    if j < p:
+        mirror_desc.store([matrix, col, row], value.T.reshape(1, BLOCK_J, BLOCK_I))
 
 
-def _launch(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
-    n, rows, cols = x.shape
-    x = x.contiguous()
-    add = None if add is None else add.contiguous()
-    out = torch.empty(n, rows, rows, dtype=x.dtype, device=x.device)
-    if n == 0 or rows == 0:
-        return out
-    # fp32 operands are twice as wide and "ieee" needs registers for the split products.
-    block_r, block_c, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
-    side = triton.cdiv(rows, block_r)
-    tiles = side * (side + 1) // 2
-    with torch.cuda.device_of(x):
-        _symmetric_kernel[(n * tiles,)](
-            x, out if add is None else add, out, rows, cols, tiles, alpha, beta,
-            HAS_ADD=add is not None, PRECISION="ieee", BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=warps,
-            num_stages=3 if warp_size(x) == 32 else 2,  # a third stage overflows AMD's LDS
+def _pays(a: Tensor) -> bool:
+    """Return whether the kernel is predicted ahead of cuBLAS: never measured, see the figures.
+
+    On an H100 or H200, in half precision. Without multicast a step of a tile takes 48 KiB from L2,
+    1.2 µs at 5.5 TB/s over 132 multiprocessors, where cuBLAS takes 1.0 at 565 TFLOP/s; the tiles
+    are 0.67 of all at 768 rows, 0.62 at 1024, 0.56 at 2048. In whole rounds of 132 tiles 12
+    matrices of 768² take 1.4 times as long as cuBLAS, 24 of 1024² 0.96, 16 of 2048² 0.75, and of
+    2048 × 8192 0.70. A B200's tensor cores are too fast for what L2 gives such tiles (1.35 times as
+    long), an A100 has no TMA: descriptors in software spill. fp32 is cuBLAS's, as torch is set to.
+    """
+    n, rows, cols = a.shape
+    fits = a.dtype in (torch.float16, torch.bfloat16) and rows % 8 == cols % 8 == 0 < cols
+    if not fits or rows < _LEAST_ROWS or n * rows**2 < _LEAST_ELEMENTS or not use_triton(a):
+        return False
+    return getattr(target(a), "arch", 90) == 90  # the interpreter's has none
+
+
+def _launch(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+    n, rows, cols = a.shape
+    out = torch.empty(n, rows, rows, dtype=a.dtype, device=a.device)
+    side = triton.cdiv(rows, _BLOCK_J)
+
+    def tiles(of: Tensor, *block: int) -> object:
+        of = of.contiguous()
+        of = of.clone() if of.data_ptr() % 16 else of  # where TMA cannot begin
+        return TensorDescriptor.from_tensor(of, [1, *block])
+
+    with torch.cuda.device_of(a):
+        _symmetric_kernel[(n * side * (side + 1),)](
+            tiles(a, _BLOCK_I, _BLOCK_C), tiles(b, _BLOCK_J, _BLOCK_C),
+            tiles(out if add is None else add, _BLOCK_I, _BLOCK_J), tiles(out, _BLOCK_I, _BLOCK_J),
+            tiles(out, _BLOCK_J, _BLOCK_I), cols, side * (side + 1), alpha, beta,
+            HAS_ADD=add is not None, BLOCK_I=_BLOCK_I, BLOCK_J=_BLOCK_J, BLOCK_C=_BLOCK_C,
+            num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
 
 
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply (n, r, c) by (n, c, r) whose product is symmetric in exact arithmetic.
+def symmetric_product(
+    a: Tensor, b: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Return α A Bᵀ + β add for (n, r, c) factors whose product is symmetric but for rounding.
 
-    b is aᵀ, or a polynomial of the same symmetric matrix as a. Plain torch.
+    B is A, or both are polynomials of one symmetric matrix.
     """
+    if _pays(a):
+        return _launch(a, b, add, alpha, beta)
     rows = a.shape[1]
     if rows < _MIN_STRIP_ROWS or a.device.type != "cpu":
-        return torch.bmm(a, b)
+        if add is None:
+            add, beta = a.new_empty(1), 0.0  # is not read
+        return torch.baddbmm(add, a, b.mT, beta=beta, alpha=alpha)
     out = torch.empty(a.shape[0], rows, rows, dtype=a.dtype, device=a.device)
     strip = -(-rows // _STRIPS)
     for start in range(0, rows, strip):
         end = min(start + strip, rows)
-        block = torch.bmm(a[:, start:end], b[:, :, start:])
+        block = torch.bmm(a[:, start:end], b[:, start:].mT)
         out[:, start:end, start:] = block
         out[:, end:, start:end] = block[:, :, end - start :].mT
-    return out
+    if alpha != 1.0:
+        out.mul_(alpha)
+    return out if add is None else out.add_(add, alpha=beta)
 
 
 @torch.no_grad()
@@ -120,7 +142,7 @@ def symmetric_matmul(
     """Return α X Xᵀ + β add for matrices X.
 
     Args:
-        x: (..., rows, cols), fp32, bf16 or fp16 (fp64 on the CPU).
+        x: (..., rows, cols), fp32, bf16, fp16 or fp64.
         add: (..., rows, rows), symmetric, of x's dtype.
         alpha: factor of the product.
         beta: factor of ``add``.
@@ -143,10 +165,5 @@ def symmetric_matmul(
             f"got {tuple(add.shape)} and {add.dtype}"
         )
     batch = x.reshape(-1, *x.shape[-2:])
-    if use_triton(x) and x.dtype != torch.float64:
-        added = None if add is None else add.reshape(-1, *shape[-2:])
-        return _launch(batch, added, alpha, beta).view(shape)
-    out = symmetric_product(batch, batch.mT).view(shape)
-    if alpha != 1.0:
-        out.mul_(alpha)
-    return out if add is None else out.add_(add, alpha=beta)
+    added = None if add is None else add.reshape(-1, *shape[-2:])
+    return symmetric_product(batch, batch, added, alpha, beta).view(shape)

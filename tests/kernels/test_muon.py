@@ -4,7 +4,6 @@ import contextlib
 import copy
 import importlib
 import math
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,13 +141,13 @@ def test_zero_and_empty_matrices() -> None:
 @settings(max_examples=8)
 @given(
     n=st.integers(1, 2),
-    rows=st.sampled_from([1, 7, 64, 65, 130]),
-    cols=st.integers(1, 70),
+    rows=st.sampled_from([8, 136, 264, 520]),
+    cols=st.sampled_from([8, 64, 72, 200]),
     half=st.booleans(),
     with_add=st.booleans(),
 )
 def test_symmetric_matmul_matches_fp64(
-    n: int, rows: int, cols: int, half: bool, with_add: bool
+    any_size: None, n: int, rows: int, cols: int, half: bool, with_add: bool
 ) -> None:
     dtype = torch.float16 if half else torch.float32
     x = torch.randn(n, rows, cols, device=DEVICE).to(dtype)
@@ -161,8 +160,33 @@ def test_symmetric_matmul_matches_fp64(
     floor = 1e-3 if half else 1e-5
     limit = 2 * (plain.double() - expected).abs().max() + floor * expected.abs().max()
     assert (out.double() - expected).abs().max() <= limit
-    tile = 128 if half else 64  # a tile off the diagonal and its mirror image are the same numbers
-    assert torch.equal(out[:, :tile, tile:], out[:, tile:, :tile].mT)
+    if half:  # a tile off the diagonal and its mirror image are the same numbers
+        assert torch.equal(out[:, :256, 256:], out[:, 256:, :256].mT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "is_launched"),
+    [
+        (torch.float16, (16, 2048, 64), True),
+        (torch.bfloat16, (2, 4096, 64), True),
+        (torch.bfloat16, (24, 1024, 64), False),  # too few tiles
+        (torch.bfloat16, (64, 768, 64), False),  # too many of all tiles are on the diagonal
+        (torch.bfloat16, (2, 4096, 60), False),  # rows that TMA cannot read
+        (torch.float32, (2, 4096, 64), False),
+    ],
+)
+@pytest.mark.parametrize("arch", [80, 90, 100, "gfx90a"])
+def test_S11_the_kernel_runs_where_it_is_predicted_ahead_of_cublas(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    is_launched: bool,
+    arch: Any,
+) -> None:
+    module = importlib.import_module("fasttrain_kernels.symmetric")
+    monkeypatch.setattr(module, "target", lambda _: SimpleNamespace(arch=arch))
+    with fasttrain_kernels.triton_on_cpu():
+        assert module._pays(torch.empty(shape, dtype=dtype)) == (is_launched and arch == 90)
 
 
 @pytest.mark.parametrize("rows", [5, 256, 301])
@@ -175,14 +199,39 @@ def test_symmetric_matmul_on_the_cpu(rows: int) -> None:
         symmetric_matmul(x, add=x)
 
 
-def test_newton_schulz_through_the_triton_product(triton_device: torch.device) -> None:
-    g = conditioned(1, 70, 80, 0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        module = sys.modules["fasttrain_kernels.newton_schulz"]
-        patch.setattr(module, "_SYMMETRIC_MIN_ROWS", 32)
-        out = newton_schulz(g, 3, dtype=torch.float32)
+def test_newton_schulz_through_the_triton_product(
+    any_size: None, triton_device: torch.device
+) -> None:
+    g = conditioned(1, 136, 400, 0.1).to(triton_device)
+    with fasttrain_kernels.triton_on_cpu():
+        out = newton_schulz(g, 3, dtype=torch.float16)
     reference = newton_schulz_reference(g, 3)
-    assert (out - reference).norm() <= 2e-3 * reference.norm()
+    assert (out - reference).norm() <= 1e-2 * reference.norm()
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "quintic"])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6])
+def test_gram_newton_schulz_in_fp16_is_nearer_than_the_direct_form_in_bf16(
+    smallest: float, coefficients: str
+) -> None:
+    """Without the restart it is NaN, or 38 times as large, from 1e-3 on."""
+    g = conditioned(1, 96, 384, smallest)
+    reference = newton_schulz_reference(g, 5, coefficients)
+    far = newton_schulz(g, 5, coefficients, dtype=torch.bfloat16).double() - reference
+    near = newton_schulz(g, 5, coefficients, dtype=torch.float16).double() - reference
+    assert near.norm() <= 0.25 * far.norm()
+    assert near.norm() <= 0.06 * reference.norm()
+
+
+@pytest.mark.parametrize("steps", [5, 8, 10])
+@pytest.mark.parametrize("coefficients", ["polar_express", "quintic"])
+def test_gram_newton_schulz_in_fp32_does_not_drift(steps: int, coefficients: str) -> None:
+    """Without a restart eight of Jordan's steps end 13 times as large."""
+    g = conditioned(1, 96, 10, 0.1) @ conditioned(1, 10, 288, 0.1)
+    g = g + 1e-6 * conditioned(1, 96, 288, 0.1)
+    reference = newton_schulz_reference(g, steps, coefficients)
+    out = newton_schulz(g, steps, coefficients, dtype=torch.float32)
+    assert (out - reference).norm() <= 0.05 * reference.norm()
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -298,8 +347,11 @@ def test_S5_shards_go_through_the_kernels(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_S5_a_step_moves_few_bytes_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 bytes a parameter outside the products, with bf16 products and shapes as of GPT-2.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_S5_a_step_moves_few_bytes_and_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """40 bytes a parameter outside the products in half precision, with shapes as of GPT-2.
 
     What the two kernels move, 14 and 10 bytes, test_bytes counts; here they do not run.
     """
@@ -314,10 +366,9 @@ def test_S5_a_step_moves_few_bytes_and_does_not_wait(monkeypatch: pytest.MonkeyP
             name = func.overloadpacket.__name__
             assert name not in {"_local_scalar_dense", "nonzero", "equal", "index"}
             if not (func.is_view or "empty" in name or "bmm" in name):
-                written = name == "copy_"  # and not read
-                tensors = [
-                    t for t in tree_leaves((args[written:], kwargs, out)) if torch.is_tensor(t)
-                ]
+                written = name == "copy_"  # and not read; out= is what is returned
+                read = args[written:], {k: v for k, v in (kwargs or {}).items() if k != "out"}
+                tensors = [t for t in tree_leaves((read, out)) if torch.is_tensor(t)]
                 self.moved += sum(t.nbytes for t in tensors)
                 self.calls += 1
             return out
@@ -326,10 +377,11 @@ def test_S5_a_step_moves_few_bytes_and_does_not_wait(monkeypatch: pytest.MonkeyP
     for name in ("muon_direction_kernel", "muon_apply_kernel"):
         kernel = {(1,): lambda *_, name=name, **__: launched.append(name)}
         monkeypatch.setattr(module, name, kernel)
-    monkeypatch.setattr(module, "launch_grid", lambda *_: 1)
+    tables = importlib.import_module("fasttrain_kernels._multi_tensor")
+    monkeypatch.setattr(tables, "launch_grid", lambda *_: 1)
     shapes = [(192, 64), (64, 64), (256, 64), (64, 256)] * 3
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = Muon(params, torch.tensor(0.1), weight_decay=0.1, ns_dtype=torch.bfloat16)
+    optimizer = Muon(params, torch.tensor(0.1), weight_decay=0.1, ns_dtype=dtype)
     set_grads(params, 0)
     with fasttrain_kernels.triton_on_cpu():
         for mode in (contextlib.nullcontext(), Counting()):  # the first step makes tables

@@ -1,7 +1,6 @@
 """Compiled code, executed: the PTX of every kernel runs in an emulator, against fp64.
 
-A process beside this one holds the kernels, decorated for the compiler. Kernels with matrix
-products are those of sm_80, all others those of sm_90.
+A process beside this one holds the kernels, decorated for the compiler and compiled for sm_90.
 """
 
 import itertools
@@ -28,8 +27,8 @@ KERNELS = {
     "adamw": ["advance_kernel", "adamw_kernel"],
     "muon": ["muon_direction_kernel", "muon_apply_kernel"],
     "grad_norm": ["_sum_squares_kernel", "_finish_kernel"],
-    "symmetric_matmul": ["_symmetric_kernel"],
 }
+NOT_EMULATED = {"_symmetric_kernel"}  # TMA and wgmma
 NO_BARRIER = {"_scale_kernel", "_rope_kernel", "adamw_kernel"}
 NO_BARRIER |= {*KERNELS["swiglu"], *KERNELS["relu_squared"], *KERNELS["muon"]}
 FIRST = list({name.split()[0]: name for name in reversed(SMALL_NAMES)}.values())
@@ -50,7 +49,7 @@ def test_every_kernel_is_among_them() -> None:
     package = Path(__file__).parents[2] / "kernels/fasttrain_kernels"
     source = "\n".join(path.read_text("utf-8") for path in package.glob("*.py"))
     defined = set(re.findall(r"@triton\.jit\s+def (\w+_kernel)\(", source))
-    assert set(PLANTED) == defined
+    assert set(PLANTED) | NOT_EMULATED == defined
 
 
 @pytest.mark.parametrize("name", SMALL_NAMES)
@@ -93,12 +92,6 @@ def test_any_removed_barrier_is_found(run: Run, kernel: str) -> None:
 def test_removed_masks_are_found(run: Run, kernel: str, access: str) -> None:
     with pytest.raises(Fault, match=kernel):
         run(PLANTED[kernel], kernel, rf"@!?%p\d+ ({access}\.global)", r"\1")
-
-
-def test_an_asynchronous_copy_that_is_not_waited_for_is_found(run: Run) -> None:
-    kernel = "_symmetric_kernel"
-    with pytest.raises((Fault, AssertionError), match="symmetric"):
-        run(PLANTED[kernel], kernel, r"cp\.async\.wait_group\s+\d+;")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])

@@ -31,7 +31,7 @@ BUDGETS = {
     "fasttrain/model": 890,
     "fasttrain/preflight": 530,
     "fasttrain/run": 1_150,
-    "kernels": 6_290,
+    "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_660,
 }
 

@@ -53,9 +53,9 @@ def no_races() -> Iterator[list[str]]:
         assert program < PROGRAMS
         accesses[kind].append(units.ravel() * PROGRAMS + program)
 
-    def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         note("load", self, pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         note("store", self, pointers, mask)

@@ -23,7 +23,6 @@ from fasttrain_kernels.catalogue import (
     results,
     rms_norm,
     swiglu,
-    symmetric_matmul,
 )
 from torch import Tensor
 
@@ -73,8 +72,6 @@ SMALL: list[tuple[Callable[..., Op], dict[str, Any]]] = [
     (muon, {"dtype": "fp32", "rows": 97, "cols": 101, "scalars": True}),
     (muon, {"dtype": "bf16", "rows": 40, "cols": 24}),
     (grad_norm, {"dtype": "bf16", "sizes": (16389, 8195, 1)}),
-    (symmetric_matmul, {"dtype": "bf16", "rows": 136, "cols": 72}),
-    (symmetric_matmul, {"dtype": "fp32", "rows": 67, "cols": 41, "add": True}),
 ]
 
 
@@ -101,9 +98,6 @@ def _large() -> Iterator[tuple[Callable[..., Op], dict[str, Any]]]:
             yield grad_norm, {"dtype": dtype, "sizes": (n, 8195, 1), "offset": offset}
         for rows, cols, scalars in ((1, 1, False), (33, 20, True), (128, 192, False)):
             yield muon, {"dtype": dtype, "rows": rows, "cols": cols, "scalars": scalars}
-        for rows, cols in ((16, 16), (128, 64), (129, 65), (256, 320), (300, 200)):
-            for add in (False, True):
-                yield symmetric_matmul, {"dtype": dtype, "rows": rows, "cols": cols, "add": add}
     yield adamw, {"dtype": "fp32", "n": 20005, "state_dtype": torch.bfloat16}
     for options in ({"master_weights": True, "state_dtype": torch.float32},
                     {"stochastic_rounding": True}):  # fmt: skip
@@ -125,8 +119,3 @@ def op_named(name: str) -> Op:
     torch.manual_seed(0)
     op, options = _BY_NAME[name]
     return op(**options)
-
-
-def target_of(name: str) -> str:
-    """Return for what to compile a call: an emulator can follow the matrix products of sm_80."""
-    return "sm_80" if name.startswith("symmetric") else "sm_90"

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -58,15 +59,12 @@ class Launch(NamedTuple):
     """One distinct specialisation of a kernel, as a launch asked for it."""
 
     kernel: str
-    case: str
+    case: Case
     function: Any  # the JITFunction
     signature: dict[str, str]
     constants: dict[Any, Any]
     attributes: dict[Any, Any]
     options: dict[str, int]
-    aligned: bool
-    elements: int
-    columns: int
     position: int  # of the launch in its case
 
     @property
@@ -150,9 +148,8 @@ def capture(target: GPUTarget, cases: Sequence[Case] = CASES) -> list[Launch]:
             options = {name: entry[name] for name in ("num_warps", "num_stages", "num_ctas")}
             function = entry["function"]
             launch = Launch(
-                function.__name__, case.name, function, entry["signature"], entry["constants"],
-                entry["configs"][0], options, case.aligned, case.elements,
-                case.columns, index,
+                function.__name__, case, function, entry["signature"], entry["constants"],
+                entry["configs"][0], options, index,
             )  # fmt: skip
             key = (launch.kernel, *map(str, launch[3:7]))
             launches.setdefault(str(key), launch)
@@ -183,6 +180,9 @@ def _ptx_width(ptx: str, access: str) -> int:
     """Return the widest ``ld`` or ``st`` of global memory in bytes."""
     pattern = rf"\b{access}\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b"
     widths = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, ptx)]
+    tma = {"ld": r"shared::\w+\.global", "st": r"global\.shared"}[access]
+    if re.search(rf"cp\.async\.bulk\.tensor\.\dd\.{tma}", ptx):
+        widths.append(16)
     if access == "ld":
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x\w+|\d+)\b", ptx)
         widths += [int(size, 0) for size in copies]
@@ -215,7 +215,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         ptx = compiled.asm["ptx"]
         load, store = _ptx_width(ptx, "ld"), _ptx_width(ptx, "st")
         if report["floor"]:
-            columns = launch.flags.get("N_COLS") or launch.columns
+            columns = launch.flags.get("N_COLS") or launch.case.columns
             issue = issue_of(
                 sass, launch.flags, launch.options["num_warps"], registers, report["shared"],
                 columns, DEVICES[target], report["floor"],
@@ -263,12 +263,6 @@ def narrow_offsets(ttir: str) -> tuple[str, ...]:
     return tuple(sorted(narrow))
 
 
-def _start_counting(cases: Sequence[Case]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", f"{__package__}.traffic", *(case.name for case in cases)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
 _work: list[tuple[Launch, str]] = []  # inherited by the workers: a JITFunction cannot be pickled
 
 
@@ -289,7 +283,11 @@ def reports(
     target.
     """
     torch.set_num_threads(1)  # the workers are forked, which threads would not survive
-    counting = _start_counting(cases) if count else None
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", f"{__package__}.traffic", *(case.name for case in cases)]
+    counting = None
+    if count:
+        counting = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     _work[:] = [(launch, name) for name in targets for launch in capture(TARGETS[name], cases)]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         measured = pool.map(_compile_item, range(len(_work)), chunksize=1)
@@ -302,13 +300,14 @@ def reports(
     rows = []
     for (launch, target), found in zip(_work, measured, strict=True):
         every = distinct = None
-        if launch.case in counts:
-            kernel, bulk, once, _ = counts[launch.case][launch.position]
-            assert kernel == launch.kernel, f"{launch.case}: {kernel} is not {launch.kernel}"
+        case = launch.case
+        if case.name in counts:
+            kernel, bulk, once, _ = counts[case.name][launch.position]
+            assert kernel == launch.kernel, f"{case.name}: {kernel} is not {launch.kernel}"
             if found["floor"] is not None:
-                every, distinct = bulk / launch.elements, once / launch.elements
-        fields = {"bytes": every, "distinct": distinct, "aligned": launch.aligned, **found}
-        rows.append(Report(launch.kernel, launch.case, launch.configuration, target, **fields))
+                every, distinct = bulk / case.elements, once / case.elements
+        fields = {"bytes": every, "distinct": distinct, "aligned": case.aligned, **found}
+        rows.append(Report(launch.kernel, case.name, launch.configuration, target, **fields))
     return rows
 
 
@@ -321,17 +320,11 @@ def _counted(row: Report) -> str:
 
 
 Columns = Mapping[str, Callable[[Report], object]]
+_FIELDS = ("configuration", "target", "registers", "shared", "spills", "local", "load", "store")
 COSTS: Columns = {
-    "kernel": lambda row: row.kernel,
-    "first seen in": lambda row: row.case,
-    "configuration": lambda row: row.configuration,
-    "target": lambda row: row.target,
-    "registers": lambda row: row.registers,
-    "shared": lambda row: row.shared,
-    "spills": lambda row: row.spills,
-    "local": lambda row: row.local,
-    "load": lambda row: row.load,
-    "store": lambda row: row.store,
+    "kernel": attrgetter("kernel"),
+    "first seen in": attrgetter("case"),
+    **{name: attrgetter(name) for name in _FIELDS},
     "bytes an element": _counted,
     "floor": lambda row: "" if row.floor is None else row.floor,
 }
