@@ -11,7 +11,7 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,36 @@ def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, 
     return angle.cos().float(), angle.sin().float()
 
 
+def in_gpu_graph(x: Tensor) -> bool:
+    """Return whether x is part of a graph that is compiled for a GPU."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class _Biased(torch.autograd.Function):
+    """Returns y as it is; a bias, which y has in it, gets its gradient, summed in two stages.
+
+    The compiler makes the first stage part of the kernel that writes the gradient of y; of a sum
+    over all rows at once it makes another pass. Both are in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.sum(1, dtype=torch.float32).sum(0)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Map x (B, T, D) by a linear layer whose gradient a generated kernel of a GPU writes."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    if bias is None or type(layer) is not nn.Linear or not in_gpu_graph(x):
+        y: Tensor = layer(x)
+        return y
+    return cast(Tensor, _Biased.apply(F.linear(x, layer.weight, bias.detach()), bias))
+
+
 class LayerCache(NamedTuple):
     """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
 
@@ -173,7 +203,7 @@ class Attention(nn.Module):
         """
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        qkv = self.qkv(x)
+        qkv = linear(self.qkv, x)
         q, k, v = qkv.split(sizes, dim=-1)
         q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
         k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)

@@ -28,7 +28,7 @@ BUDGETS = {
     "fasttrain/distributed": 850,
     "fasttrain/engine": 2_760,
     "fasttrain/log": 1_020,
-    "fasttrain/model": 920,
+    "fasttrain/model": 960,
     "fasttrain/preflight": 540,
     "fasttrain/run": 1_180,
     "kernels": 6_290,
