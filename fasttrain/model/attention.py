@@ -11,7 +11,7 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,13 +129,16 @@ class _Biased(torch.autograd.Function):
         return dy, dy.sum(1, dtype=torch.float32).sum(0)
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Map x (B, T, D) by a linear layer whose gradient a generated kernel of a GPU writes."""
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Map x (B, T, D); for a layer that a generated kernel of a GPU follows, not a product."""
+    bias: Tensor | None = layer.bias
+    y: Tensor
     if bias is None or type(layer) is not nn.Linear or not in_gpu_graph(x):
-        y: Tensor = layer(x)
-        return y
-    return cast(Tensor, _Biased.apply(F.linear(x, layer.weight, bias.detach()), bias))
+        y = layer(x)
+    else:
+        y = F.linear(x, layer.weight, bias.detach())
+        y = _Biased.apply(y, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 class LayerCache(NamedTuple):
@@ -204,7 +207,7 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         qkv = linear(self.qkv, x)
-        q, k, v = qkv.split(sizes, dim=-1)
+        q, k, v = qkv.split(sizes, dim=-1)  # type: ignore[no-untyped-call]
         q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
         k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
         v = v.view(b, t, self.n_kv_heads, self.head_dim)
