@@ -108,6 +108,39 @@ def rope_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, 
     return angle.cos().float(), angle.sin().float()
 
 
+def in_gpu_graph(x: Tensor) -> bool:
+    """Return whether x is part of a graph that is compiled for a GPU."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class _Biased(torch.autograd.Function):
+    """Returns y as it is; a bias, which y has in it, gets its gradient, summed in two stages.
+
+    The compiler makes the first stage part of the kernel that writes the gradient of y; of a sum
+    over all rows at once it makes another pass. Both are in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.sum(1, dtype=torch.float32).sum(0)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Map x (B, T, D); for a layer that a generated kernel of a GPU follows, not a product."""
+    bias: Tensor | None = layer.bias
+    y: Tensor
+    if bias is None or type(layer) is not nn.Linear or not in_gpu_graph(x):
+        y = layer(x)
+    else:
+        y = F.linear(x, layer.weight, bias.detach())
+        y = _Biased.apply(y, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
 class LayerCache(NamedTuple):
     """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
 
@@ -173,8 +206,8 @@ class Attention(nn.Module):
         """
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        qkv = self.qkv(x)
-        q, k, v = qkv.split(sizes, dim=-1)
+        qkv = linear(self.qkv, x)
+        q, k, v = qkv.split(sizes, dim=-1)  # type: ignore[no-untyped-call]
         q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
         k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
         v = v.view(b, t, self.n_kv_heads, self.head_dim)

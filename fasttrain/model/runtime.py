@@ -116,9 +116,6 @@ def compile_function(fn: Callable[P, R], mode: str) -> Callable[P, R]:
         "size_asserts": False,
         "alignment_asserts": False,
         "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,
-        # On a GPU the backward pass of a norm and the cast of its result, which has another shape,
-        # become one kernel: 16 bytes an element, not 20. Code for a CPU stays as it is.
-        "loop_ordering_after_fusion": False,
     }
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 

@@ -24,6 +24,8 @@ from fasttrain.model.attention import (
     LayerCache,
     Mask,
     attention_mask,
+    in_gpu_graph,
+    linear,
     rope_tables,
 )
 
@@ -45,7 +47,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the rows of x."""
-        if x.is_cuda and x.dtype == torch.float32 and torch.compiler.is_compiling():
+        if x.dtype == torch.float32 and in_gpu_graph(x):
             return layer_norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
@@ -92,7 +94,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, D) to (B, T, D)."""
-        h = self.up(x)
+        h = linear(self.up, x)
         if self.kind == "swiglu":
             gate, value = h.chunk(2, dim=-1)  # (B, T, F) each
             h = swiglu(gate, value)
@@ -103,6 +105,18 @@ class FeedForward(nn.Module):
         else:
             refuse("model.mlp", self.kind, "is not implemented; add it to FeedForward.forward")
         return F.dropout(self.down(h), self.dropout, self.training)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x (B, T, D) as (B·T, D) in a graph for a GPU, elsewhere as it is.
+
+    So products take it, and what a norm writes for them becomes part of the norm's kernel.
+    """
+    return x.flatten(0, 1) if in_gpu_graph(x) else x
+
+
+def _unrolled(x: Tensor, shape: torch.Size) -> Tensor:
+    return x if x.shape == shape else x.view(shape)
 
 
 class Block(nn.Module):
@@ -117,9 +131,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Map x (B, T, D) to (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self.attention(self.attention_norm(x), *rest)
-        y: Tensor = self.mlp(self.mlp_norm(x))
-        return x + y
+        shape = x.shape
+        x = _rows(x)
+        x = x + _rows(self.attention(_unrolled(self.attention_norm(x), shape), *rest))
+        y: Tensor = self.mlp(_unrolled(self.mlp_norm(x), shape))
+        return _unrolled(x + _rows(y), shape)
 
 
 def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
@@ -144,7 +160,7 @@ def run_blocks(
         cache = None if caches is None else caches[i]
         value = None if values is None else values[i]
         x = run(block, x, rope, mask, cache, start, value)
-    return x if last_norm is None else last_norm(x)
+    return x if last_norm is None else _unrolled(last_norm(_rows(x)), x.shape)
 
 
 def _restarted(doc_starts: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain.config import ConfigError, ModelConfig, load_config
+from fasttrain.model.attention import _Biased
 from fasttrain.model.transformer import Transformer, gelu_tanh, hidden_dim, layer_norm
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -256,6 +257,49 @@ def test_S1_the_layer_norm_that_is_compiled_on_a_gpu_is_torchs(mean: float) -> N
         error, allowed = ((t.double() - exact).abs().max() for t in (ours, torchs))
         assert error <= 2 * allowed + 1e-6 * exact.abs().max()
     assert torch.equal(layer_norm(*inputs[:2], None, 1e-5) + inputs[2], layer_norm(*inputs, 1e-5))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_S1_what_a_gpu_compiles_computes_as_is_run_otherwise(
+    style: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residual stream in rows, biases summed in two stages: as exact, and in bf16 more so."""
+    model = build(STYLES[style])
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(0, 128, (3, 24))
+
+    def run(model: Transformer, *, autocast: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.hidden(tokens).square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        return grads | {"loss": loss.double()}
+
+    plain = run(model, autocast=bf16)
+    seen: list[Tensor] = []
+    for module in ("attention", "transformer"):
+        monkeypatch.setattr(f"fasttrain.model.{module}.in_gpu_graph", lambda x: not seen.append(x))
+    ours = run(model, autocast=bf16)
+    monkeypatch.undo()
+    assert seen
+    truth = run(model.double(), autocast=False)
+    for name, exact in truth.items():
+        error, theirs = ((grads[name] - exact).norm() for grads in (ours, plain))
+        assert error <= 1.5 * theirs + 1e-5 * exact.norm(), name
+
+
+def test_a_bias_is_summed_in_fp32_over_all_rows() -> None:
+    y = torch.zeros(4, 4096, 3, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(3, requires_grad=True)
+    _Biased.apply(y, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.dtype == torch.float32
+    assert bias.grad.tolist() == [4 * 4096.0] * 3  # bf16 ends at 256, adding ones one by one
+    assert torch.equal(torch.autograd.grad(_Biased.apply(y, bias).sum(), y)[0], torch.ones_like(y))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")

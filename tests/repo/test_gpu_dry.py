@@ -86,6 +86,17 @@ def test_S1_a_norm_costs_no_pass_of_its_own(case: str, dim: int) -> None:
         assert not [k for k in kernels if k["name"].endswith("fused__to_copy_view")]  # its cast
 
 
+def test_S1_a_bias_is_summed_by_the_kernel_that_writes_its_gradient() -> None:
+    """That of GELU, and that which lays the gradients of q, k and v side by side."""
+    entry = ENTRIES["gpt2-124m"]
+    n_elements = entry["rows"] * entry["seq_len"] * 768
+    kernels = [k for k in entry["kernels"] if k["graph"] == "backward" and k["a_layer"]]
+    for name, n_bytes in (("gelu_backward", 4 * 6), ("cat", 3 * 4)):
+        found = [k["bytes"] for k in kernels if name in k["name"]]
+        assert max(found) == pytest.approx(n_bytes * n_elements, rel=0.01), name
+        assert sum(found) - max(found) < 0.01 * n_elements, f"{name}: {found}"
+
+
 def test_S4_no_pass_over_the_heads_gradient_multiplies_it() -> None:
     """What a table that is no head needs, zeros to add to, is all of that size."""
     entry = ENTRIES["llama-350m"]

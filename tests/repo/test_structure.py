@@ -28,7 +28,7 @@ BUDGETS = {
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,
     "fasttrain/log": 950,
-    "fasttrain/model": 890,
+    "fasttrain/model": 940,
     "fasttrain/preflight": 530,
     "fasttrain/run": 1_150,
     "kernels": 6_100,
