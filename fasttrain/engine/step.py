@@ -230,12 +230,13 @@ class TrainStep:
         self.loss_fn: Callable[..., Tensor] = self._loss
         self.n_micro = n_micro or step_shape(loop, config.data.seq_len, world.size).n_micro
         accumulates, mode = self.n_micro > 1, self.compile_mode
-        if accumulates and mode in ("cuda-graphs", "max-autotune"):
-            # A graph's gradients live in its own pool: the next micro-batch overwrites them.
+        captures = mode in ("cuda-graphs", "max-autotune")
+        if accumulates and captures and world.mode == "ddp":
             other = "default" if mode == "cuda-graphs" else "max-autotune-no-cudagraphs"
             raise UserError(
-                f"run.compile = {mode!r} does not accumulate gradients; raise train.micro_batch "
-                f"until one makes the step, or use run.compile={other}"
+                f"run.compile = {mode!r} does not accumulate gradients with distributed.mode = "
+                "'ddp'; raise train.micro_batch until one makes the step, or use "
+                f"run.compile={other}"
             )
         one_graph = mode == "cuda-graphs" or (custom and config.run.compile == "default")
         if sharded and (one_graph or config.run.fp8):
@@ -261,7 +262,7 @@ class TrainStep:
         if self.compile_mode not in ("off", "c++", "blocks"):
             self.loss_fn = compile_function(self._loss, self.compile_mode)
         self.network: nn.Module = model
-        self.keeps_grads = world.mode == "ddp" and accumulates
+        self.keeps_grads = accumulates and (world.mode == "ddp" or (captures and not sharded))
         if world.mode == "ddp":  # its module holds the model and returns the loss
             objective = nn.ModuleDict({"model": model})
             objective.forward = self.loss_fn
@@ -327,6 +328,11 @@ class TrainStep:
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
         counting = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
         loss, weight = torch.zeros_like(self.loss), None
+        if self.keeps_grads and self.world.mode != "ddp":
+            # A CUDA graph's gradients live in its own pool, where the next micro-batch overwrites
+            # them: they are added to buffers outside of it.
+            for p in (p for p in self.parameters if p.grad is None):
+                p.grad = torch.zeros_like(p)
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
+from fasttrain.engine import step as step_module
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
 from fasttrain.engine.step import FINE, IGNORE_INDEX, NONFINITE, OVERFLOW, SPIKE, Ema, TrainStep
@@ -310,6 +311,48 @@ def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_ord
     assert called.count("fasttrain.embedding_backward.default") == n_look_ups
     assert not [name for name in called if "index_put" in name]
     assert not [name for name in autograd_nodes(expected) if name.startswith("Index")]
+
+
+class _Captured(torch.autograd.Function):
+    """A loss whose gradients lie where those of the call before lay, as a CUDA graph's do."""
+
+    @staticmethod
+    def forward(ctx: Any, loss_of: Any, pool: list[Tensor], *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            loss = loss_of()
+            ctx.grads = torch.autograd.grad(loss, parameters)
+        ctx.pool = pool
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        for place, value in zip(ctx.pool, ctx.grads, strict=True):
+            place.copy_(value)
+        return None, None, *(place.detach() for place in ctx.pool)
+
+
+def test_gradients_of_cuda_graphs_accumulate_in_buffers_outside_their_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches, more = split(uneven_rows(), 4), {"micro_batch": 2, "tokens_per_step": 96}
+    expected = gradients(make(**more), batches)
+    monkeypatch.setattr(step_module, "resolve_compile", lambda config, device: "cuda-graphs")
+    monkeypatch.setattr(step_module, "compile_function", lambda fn, mode: fn)
+    step = make(**more)
+    pool, loss_fn = [torch.empty_like(p) for p in step.parameters], step.loss_fn
+    step.loss_fn = lambda *inputs: _Captured.apply(
+        lambda: loss_fn(*inputs), pool, *step.parameters
+    )
+    optimizers, step.optimizers = step.optimizers, []
+    places = set()
+    for _ in range(2):
+        step(batches, 0.0)
+        places.add(tuple(p.grad.data_ptr() for p in step.parameters))
+        for p, grad in zip(step.parameters, expected, strict=True):
+            torch.testing.assert_close(p.grad / step.grad_unit, grad)
+        step._drop_gradients(*optimizers)
+        assert not any(p.grad.any() for p in step.parameters)
+    assert len(places) == 1
 
 
 # torch's own tracing looks at .grad of the hidden states, and warns of it.

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend
 from fasttrain import device as device_module
 from fasttrain.config import UserError, config_from_dict
 from fasttrain.device import resolve_attention, resolve_device, resolve_precision
+from fasttrain.distributed.world import World
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
 from fasttrain.model.runtime import compile_function, resolve_compile
@@ -119,21 +120,21 @@ def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ("mode", "remedy"),
     [("cuda-graphs", "default"), ("max-autotune", "max-autotune-no-cudagraphs")],
 )
-def test_C13_graphs_that_would_overwrite_accumulated_gradients_are_refused(
-    mode: str, remedy: str
-) -> None:
+def test_C13_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy: str) -> None:
     config = config_from_dict(
         {
             "run": {"compile": mode},
             "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
             "data": {"path": "unused", "seq_len": 8},
-            "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 32},
+            "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 64},
         }
     )
     model = Transformer(config.model, seq_len=8)
     precision = resolve_precision("fp32", CPU)
-    with pytest.raises(UserError, match=f"does not accumulate.*run.compile={remedy}$"):
-        TrainStep(model, [], config, device=CUDA, precision=precision)
+    with pytest.raises(UserError, match=f"does not accumulate.*'ddp'.*run.compile={remedy}$"):
+        TrainStep(
+            model, [], config, device=CUDA, precision=precision, world=World(size=2, mode="ddp")
+        )
 
 
 def test_C13_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
