@@ -101,12 +101,10 @@ def source_texts(n_bytes: int) -> list[str]:
 @pytest.mark.figures("data")
 def test_data_wait(tmp_path: Path, compare: Any) -> None:
     """What a step of 5 ms waits for a batch: at an address with a warm cache, and on the disk."""
-    pytest.importorskip("fsspec", reason="needs the optional package fsspec")
     (tmp_path / "in.txt").write_text("".join(source_texts(4 * 10**6)), "utf-8")
     given: Any = {"tokenizer": "bytes", "shard_tokens": 10**6, "note": [].append}
     prepare(tmp_path / "data", [str(tmp_path / "in.txt")], **given)
     places = {f"{OURS}, cache warm": f"file://{tmp_path}/data", "disk": str(tmp_path / "data")}
-    options = LoaderOptions(seq_len=LENGTH, micro_batch=BATCH)
 
     def wait(loader: Loader) -> float:
         before = loader.wait_s
@@ -120,7 +118,7 @@ def test_data_wait(tmp_path: Path, compare: Any) -> None:
         for name, place in places.items():
             dataset = open_dataset(place, "train", cache_dir=tmp_path / "cache")
             dataset.read(0, dataset.n_tokens)  # fetches each shard
-            loader = Loader(dataset, options, device="cpu")
+            loader = Loader(dataset, LoaderOptions(seq_len=LENGTH, micro_batch=BATCH), device="cpu")
             ways[name] = partial(wait, stack.enter_context(loader))
             next(loader)
         compare(ways, rounds=rounds_within(3.0))
