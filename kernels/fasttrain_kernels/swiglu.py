@@ -138,7 +138,7 @@ def _define(name: str, arguments: str, fwd_kernel: Any, bwd_kernel: Any) -> Call
     schema = f"(Tensor dy, {arguments}) -> Tensor[]"
     backward = define_op(f"{name}_backward", differentiate, allocate_grads, schema=schema)
     return define_op(
-        name, activate, allocate, lambda ctx, inputs, _: ctx.save_for_backward(*inputs),
+        name, activate, allocate, lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
         lambda ctx, dy: tuple(backward(dy, *ctx.saved_tensors)), schema=f"({arguments}) -> Tensor",
     )  # fmt: skip
 

@@ -122,6 +122,30 @@ def test_C18_sharded_muon_indexes_by_slices(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_sharded_directions_below_the_range_of_fp16_survive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    be_one_of_one_rank(monkeypatch)
+    directions = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    group = {"ns_steps": 5, "coefficients": "polar_express"}
+    batch = importlib.import_module("fasttrain_kernels.muon").Batch(
+        group, 1.0, (8, 24), object(), 0
+    )
+    got = batch.orthogonalise(1e-9 * directions, torch.float16)
+    expected = newton_schulz(directions, dtype=torch.float32)
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_products_are_in_half_precision_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool
+) -> None:
+    module = importlib.import_module("fasttrain_kernels.newton_schulz")
+    monkeypatch.setattr(module, "native_bf16", lambda _: is_native)
+    found = [module.products_dtype(torch.device(kind)) for kind in ("cuda", "cpu")]
+    assert found == ([torch.float16, torch.bfloat16] if is_native else [torch.float32] * 2)
+
+
 def test_batched_equals_single_and_reruns_are_identical() -> None:
     g = conditioned(3, 40, 100, 0.01)
     whole = newton_schulz(g, dtype=torch.float32)
@@ -162,6 +186,12 @@ def test_symmetric_matmul_matches_fp64(
     assert (out.double() - expected).abs().max() <= limit
     if half:  # a tile off the diagonal and its mirror image are the same numbers
         assert torch.equal(out[:, :256, 256:], out[:, 256:, :256].mT)
+
+
+def test_S11_operands_need_not_be_aligned(any_size: None, triton_device: torch.device) -> None:
+    """TMA reads from multiples of 16 bytes on."""
+    x = torch.randn(8 * 64 + 1, device=triton_device).half()[1:].view(1, 8, 64)
+    torch.testing.assert_close(symmetric_matmul(x), x @ x.mT, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(
