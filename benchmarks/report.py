@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks import gpu_model
 from benchmarks.harness import ROOT, Document, processor_of, read_all
 
-PAGE = ROOT / "docs/benchmarks.md"
+PAGE, KERNELS = ROOT / "docs/benchmarks.md", ROOT / "kernels/README.md"
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
@@ -133,6 +133,29 @@ def _processor_text(processor: str, documents: Sequence[Document]) -> str:
     )
 
 
+def kernels_table(document: Document) -> str:
+    """Return our kernels beside others', and where another is better than ours."""
+    head = ("op", "of", "options", "dtypes", "memory", "bytes", "instructions")
+    costs = ("programs", "registers", "shared", "spills")
+    rows, better, ours = [], [], {}
+    for entry in document["benchmarks"]:
+        op, peer, kernels = entry["op"], entry["peer"], entry["kernels"]
+        figures = {key: entry.get(key) for key in ("memory", "bytes")}
+        figures["instructions"] = sum(kernel["instructions"] for kernel in kernels)
+        for key, own in ours.setdefault(op, figures).items():
+            if own and figures[key] and figures[key] < 0.98 * own:
+                better.append(f"{peer} in {key} of {op} ({figures[key]:.3g}, ours {own:.3g})")
+        shown = [op, peer, ", ".join(entry["options"]), ", ".join(entry["dtypes"])]
+        shown += ["" if value is None else f"{value:.3g}" for value in figures.values()]
+        rows.append([*shown, *(" / ".join(str(k[cost]) for k in kernels) for cost in costs)])
+    made = document["machine"]
+    versions = {name: made[name] for name in ("torch", "triton")}
+    versions |= {name: made["peers"][name] for name in ("liger-kernel", "flash-attn")}
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = table((*head, "programs an SM", *costs[1:]), rows)
+    return f"{text}\nBetter than ours: {'; '.join(better)}.\n\nCompiled with {listed}.\n"
+
+
 def _compiled(document: Document) -> str:
     """Return what `benchmarks.gpu_dry` counted: of a layer, and of what is around the layers."""
     rows = []
@@ -143,9 +166,11 @@ def _compiled(document: Document) -> str:
         spilling = [k for k in entry["kernels"] if k["spills"]]
         spills = ", ".join(f"{k['spills']} in {k['name'].split('_fused_')[-1]}" for k in spilling)
         row = [entry["name"], f"{entry['rows']} × {entry['seq_len']}"]
-        row += [f"{layer['bytes'] / 1e9:.4g}", layer["launches"], calls]
+        casts = [k["bytes"] * k["a_layer"] for k in entry["kernels"] if "_scaled_mm" in k["name"]]
+        row += [f"{layer['bytes'] / 1e9:.4g}", f"{sum(casts) / 1e9:.4g}", layer["launches"], calls]
         rows.append([*row, f"{rest['bytes'] / 1e9:.4g}", rest["launches"], spills or "none"])
-    head = ("config", "tokens", "GB a layer", "launches a layer", "other kernels a layer")
+    head = ("config", "tokens", "GB a layer", "of it in kernels that cast to fp8")
+    head += ("launches a layer", "other kernels a layer")
     head += ("GB of the rest", "launches of the rest", "spills")
     machine = document["machine"]
     return (
@@ -171,7 +196,7 @@ def render(documents: Sequence[Document]) -> str:
         if rest := rows[len(first) :]:
             summary = "<details><summary>Ops, loader, checkpoints</summary>"
             parts.append(f"{summary}\n\n{table(HEAD, rest)}\n</details>\n")
-    parts += [_compiled(d) for d in documents if d["machine"]["kind"] == "compiled"]
+    parts += [_compiled(d) for d in documents if d["suite"] == "gpu_dry"]
     if predicted := gpu_model.table(documents):
         parts.append(predicted)
     return "\n".join(parts)
@@ -201,4 +226,9 @@ if __name__ == "__main__":
     documents = read_all()
     text = PART.sub(lambda _: render(documents), PAGE.read_text("utf-8"))
     PAGE.write_text(text, "utf-8")
+    (found,) = (d for d in documents if d["suite"] == "kernel_peers")
+    before, rest = KERNELS.read_text("utf-8").split("<!-- peers: begin -->\n")
+    end = rest[rest.index("<!-- peers: end -->") :]
+    text = f"{before}<!-- peers: begin -->\n{kernels_table(found)}{end}"
+    KERNELS.write_text(text, "utf-8")
     print(f"{PAGE.relative_to(ROOT)} from {len(documents)} files")

@@ -103,6 +103,14 @@ def test_C1_a_deterministic_step_adds_nothing_by_atomics() -> None:
     assert "fasttrain.embedding_backward" in exact["extern"]
 
 
+def test_in_fp8_a_layer_multiplies_nothing_in_bf16() -> None:
+    pytest.importorskip("torchao")
+    for found in compiled(["gpt2-124m, fp8", "llama-1b, fp8"]).values():
+        assert "error" not in found, found["error"]
+        assert "_scaled_mm" in found["extern"]
+        assert not {"mm", "addmm", "bmm"} & {*found["extern"]}
+
+
 @pytest.mark.soak
 def test_S1_so_do_fp8_checkpointing_and_documents() -> None:
     pytest.importorskip("torchao")

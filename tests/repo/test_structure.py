@@ -19,14 +19,14 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_460,
+    "benchmarks": 2_740,
     "fasttrain": 4_390,
     "fasttrain/checkpoint": 1_520,
     "fasttrain/config": 1_120,
     "fasttrain/data": 2_390,
     "fasttrain/data/prepare": 1_460,
     "fasttrain/distributed": 850,
-    "fasttrain/engine": 2_760,
+    "fasttrain/engine": 2_770,
     "fasttrain/log": 1_020,
     "fasttrain/model": 920,
     "fasttrain/preflight": 540,
