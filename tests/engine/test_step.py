@@ -340,9 +340,7 @@ def test_gradients_of_cuda_graphs_accumulate_in_buffers_outside_their_pool(
     monkeypatch.setattr(step_module, "compile_function", lambda fn, mode: fn)
     step = make(**more)
     pool, loss_fn = [torch.empty_like(p) for p in step.parameters], step.loss_fn
-    step.loss_fn = lambda *inputs: _Captured.apply(
-        lambda: loss_fn(*inputs), pool, *step.parameters
-    )
+    step.loss_fn = lambda *inputs: _Captured.apply(lambda: loss_fn(*inputs), pool, *step.parameters)
     optimizers, step.optimizers = step.optimizers, []
     places = set()
     for _ in range(2):
