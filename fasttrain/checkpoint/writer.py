@@ -40,6 +40,7 @@ class _Save:
     slices: SliceNumbers
     texts: dict[str, bytes]
     metric: float | None
+    copied: list[torch.cuda.Event]
 
 
 class CheckpointWriter:
@@ -126,8 +127,8 @@ class CheckpointWriter:
             slices={name: slices[stem] for stem, name in names.items() if slices[stem]},
             texts={"state.json": state_json, "config.toml": config_toml.encode()},
             metric=float(metric) if metric is not None and math.isfinite(metric) else None,
+            copied=self._snapshot(own),
         )
-        self._snapshot(own)
         if self.asynchronous:
             run, name = self._write_in_background, f"checkpoint of rank {rank}"
             self._thread = threading.Thread(target=run, args=(save,), name=name)
@@ -156,7 +157,7 @@ class CheckpointWriter:
         finally:
             self._snapshots.clear()
 
-    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
         for stem, tensors in groups.items():
             kept = self._snapshots.get(stem)
             if kept is None or kept.signature != Snapshot.describe(tensors):
@@ -170,8 +171,11 @@ class CheckpointWriter:
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             for stem, tensors in groups.items():
                 self._snapshots[stem].copy_from(tensors)
-        for device in devices:  # the next update may not overwrite what is still being copied
-            torch.cuda.current_stream(device).wait_stream(self._streams[device])
+        events = [self._streams[device].record_event() for device in devices]
+        for event, device in zip(events, devices, strict=True):
+            # The next update may not overwrite what is still being copied.
+            torch.cuda.current_stream(device).wait_event(event)
+        return events
 
     def _write_in_background(self, save: _Save) -> None:
         try:
@@ -184,8 +188,8 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, save: _Save) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+        for event in save.copied:
+            event.synchronize()
         if self._ranks.rank == 0:
             self._commit(save)
             if self.mirror:
