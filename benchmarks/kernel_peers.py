@@ -210,10 +210,12 @@ def entries(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 with suppress(Exception):  # of an implementation that does not take it
                     aot.capture(aot.TARGETS[TARGET], [case_of(name, call, dtype, FEW)])
                     dtypes.append(dtype)
-            known = {"op": name, "peer": peer, "options": options, "dtypes": dtypes}
+            known = {"name": f"{name}, {peer}", "op": name, "peer": peer}
+            known |= {"options": options, "dtypes": dtypes}
             known |= {"memory": peak_bytes(case) / case.elements, "kernels": kernels_of(case)}
             yield known | {"bytes": json.loads(counting.result())[name][peer]}
-        yield {"op": name, "peer": "torch.compile", "options": [], "dtypes": []} | by_torch(name)
+        known = {"name": f"{name}, torch.compile", "op": name, "peer": "torch.compile"}
+        yield known | {"options": [], "dtypes": []} | by_torch(name)
 
 
 def main() -> None:
