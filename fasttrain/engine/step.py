@@ -260,7 +260,8 @@ class TrainStep:
                 dtype=precision.compute,
             )
         if self.compile_mode not in ("off", "c++", "blocks"):
-            self.loss_fn = compile_function(self._loss, self.compile_mode)
+            bias = config.model.bias
+            self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self.network: nn.Module = model
         self.keeps_grads = accumulates and (world.mode == "ddp" or (captures and not sharded))
         if world.mode == "ddp":  # its module holds the model and returns the loss
