@@ -176,7 +176,8 @@ class ShardCache:
     def _run(self, shard: "RemoteShard | None") -> None:
         while shard is not None:
             with suppress(Exception):  # the reader tries again, and raises it
-                shard.fetch()
+                if shard in self._coming:  # else it was read meanwhile
+                    shard.fetch()
             with self._lock:
                 shard = self._next()
                 self._n_threads -= shard is None

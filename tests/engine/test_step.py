@@ -337,7 +337,7 @@ def test_gradients_of_cuda_graphs_accumulate_in_buffers_outside_their_pool(
     batches, more = split(uneven_rows(), 4), {"micro_batch": 2, "tokens_per_step": 96}
     expected = gradients(make(**more), batches)
     monkeypatch.setattr(step_module, "resolve_compile", lambda config, device: "cuda-graphs")
-    monkeypatch.setattr(step_module, "compile_function", lambda fn, mode: fn)
+    monkeypatch.setattr(step_module, "compile_function", lambda fn, mode, **_: fn)
     step = make(**more)
     pool, loss_fn = [torch.empty_like(p) for p in step.parameters], step.loss_fn
     step.loss_fn = lambda *inputs: _Captured.apply(lambda: loss_fn(*inputs), pool, *step.parameters)
