@@ -2,8 +2,8 @@
 
 A file is kept under the SHA-256 that `dataset.json` names. The processes of a machine share the
 folder: one fetches a file while the others wait for it, and a file that is being fetched has its
-full size from the beginning. Room is made by what this process does not need soon, the oldest
-first; whatever reads an evicted file has it open, and reads on.
+full size from the beginning. Room is made by what this process does not need, the oldest first,
+then by what it needs last; whatever reads an evicted file has it open, and reads on.
 """
 
 import hashlib
@@ -117,8 +117,9 @@ class ShardCache:
     def _reserve(self, part: Path, n_bytes: int) -> bool:
         """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
 
-        def order(path: Path) -> tuple[bool, bool, float]:
-            return path.stem in needed, path.suffix == ".bin", found[path].st_mtime
+        def order(path: Path) -> tuple[float, bool, float]:
+            """What is never needed goes first, then what is needed last."""
+            return -uses.get(path.stem, math.inf), path.suffix == ".bin", found[path].st_mtime
 
         def may_go(path: Path) -> bool:
             if path.suffix == ".part" and path.stem[:2] != part.stem[:2]:  # ours nobody else writes
@@ -129,7 +130,7 @@ class ShardCache:
             return path.suffix != ""
 
         with open(lock(self.folder / "lock", wait=True)):
-            needed = {shard.sha256 for shard in self._coming}
+            uses = {shard.sha256: n for n, shard in enumerate(self._coming)}
             found = {path: path.stat() for path in self.folder.iterdir()}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
             for path in sorted(found, key=order):
@@ -146,7 +147,7 @@ class ShardCache:
         with self._lock:
             self._coming = list(shards)
             self._missing = {shard for shard in shards if not shard.file.path.exists()}
-            self._start_threads()
+            self._start_thread()
 
     def advance(self, shard: "RemoteShard") -> None:
         """Note that a shard is read now, and those before it were."""
@@ -154,13 +155,13 @@ class ShardCache:
             if shard in self._coming:
                 del self._coming[: self._coming.index(shard)]
             self.progress += 1
-            self._start_threads()
+            self._start_thread()
 
-    def _start_threads(self) -> None:
-        while self._n_threads < FETCHERS and (shard := self._next()):
+    def _start_thread(self) -> None:
+        if self._n_threads < FETCHERS and self._next():
             self._n_threads += 1
             name = "fasttrain-fetch"  # a daemon: a hung read does not keep the process from ending
-            threading.Thread(target=self._run, args=(shard,), name=name, daemon=True).start()
+            threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _next(self) -> "RemoteShard | None":
         """Return what is to be fetched next, unless it would evict what is read before it."""
@@ -169,18 +170,19 @@ class ShardCache:
             if (room := room - shard.file.n_bytes) < 0:
                 break
             if shard in self._missing:
-                self._missing.remove(shard)
                 return shard
         return None
 
-    def _run(self, shard: "RemoteShard | None") -> None:
-        while shard is not None:
+    def _run(self) -> None:
+        while True:
+            with self._lock:  # not before: what was next when the thread was started may be read
+                if (shard := self._next()) is None:
+                    self._n_threads -= 1
+                    return
+                self._missing.remove(shard)
+                self._start_thread()
             with suppress(Exception):  # the reader tries again, and raises it
-                if shard in self._coming:  # else it was read meanwhile
-                    shard.fetch()
-            with self._lock:
-                shard = self._next()
-                self._n_threads -= shard is None
+                shard.fetch()
 
 
 class RemoteShard(Shard):

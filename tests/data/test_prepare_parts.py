@@ -24,7 +24,7 @@ from fasttrain.data.prepare.sources import Source
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError
 from fasttrain.prepare import prepare
-from tests.support.toy_mirror import At
+from tests.support.toy_mirror import At, Faulty
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "BATCH_CHARS", 700)  # batches of one run and of parts differ
     monkeypatch.setattr(build, "BLOCK_TOKENS", 333)
+    monkeypatch.setattr(Faulty, "happens", Faulty.happens)  # the last `At` must not outlive a test
 
 
 def write_inputs(folder: Path, n_files: int = 9) -> str:

@@ -20,13 +20,14 @@ LIMIT_S = 300.0  # on a machine that does other things as well
 
 
 def compilers(pid: int) -> list[int]:
-    """Return the compilers and Inductor's workers of a run, without the programs it asks first."""
+    """Return the compilers and Inductor's workers of a run, not those that test a compiler."""
 
     def works(child: int) -> bool:
         with contextlib.suppress(OSError):
-            name = Path(f"/proc/{child}/comm").read_text().strip()
             options = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            return name not in ("git", "uname") and b"-fsyntax-only" not in options
+            name = options[0].rpartition(b"/")[2]
+            compiles = name in (b"cc1plus", b"clang++") and b"-fsyntax-only" not in options
+            return compiles or any(b"compile_worker" in option for option in options)
         return False
 
     return [child for child in signals._descendants(pid) if works(child)]
