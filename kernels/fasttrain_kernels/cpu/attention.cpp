@@ -69,15 +69,13 @@ static void forward(const Shape& s, const T* heads, T* y, float* lse) {
         const T* queries = s.at(heads, n, b, first, h);
         for (long j = 0; j <= block; j++)
           multiply(rows, SIDE, s.dim, queries, n, keys + j * SIDE * s.dim, SIDE, scores + j * SIDE,
-                   t_end, false);
+                   t_end, nullptr);
         float sums[SIDE], peak;
         for (long i = 0; i < rows; i++) {
           sums[i] = soften(scores + i * t_end, first + i + 1, end, scale, p + i * t_end, peak);
           lse[(b * s.n_heads + h) * s.t + first + i] = peak * scale + std::log(sums[i]);
         }
-        for (long j = 0; j <= block; j++)
-          multiply(rows, s.dim, SIDE, p + j * SIDE, t_end, values + j * SIDE * s.dim, s.dim, out,
-                   s.dim, j > 0);
+        multiply(rows, s.dim, end, p, t_end, values, s.dim, out, s.dim, nullptr);
         for (long i = 0; i < rows; i++) {
           T* to = s.at(y, s.q(), b, first + i, h);
           const float factor = 1 / sums[i];
@@ -134,18 +132,19 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
         for (long j = 0; j <= block; j++) {
           const long n_keys = s.count(j);
           multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, key), n, qt, SIDE, x, SIDE,
-                   false);
+                   nullptr);
           multiply(n_keys, SIDE, s.dim, s.at(heads, n, b, j * SIDE, value), n, dyt, SIDE, dp, SIDE,
-                   false);
+                   nullptr);
           for (long i = 0; i < n_keys; i++)
             differentiate(x + i * SIDE, dp + i * SIDE, lse1, delta, j < block ? 0 : i, scale,
                           p + i * SIDE, d + i * SIDE);
           std::fill(d + n_keys * SIDE, d + SIDE * SIDE, T{});
           turn(d, SIDE, SIDE, SIDE, d_turned, SIDE);
           multiply(rows, s.dim, SIDE, d_turned, SIDE, packed_keys + j * side, s.dim, dqueries,
-                   s.dim, j > 0);
-          multiply(n_keys, s.dim, SIDE, d, SIDE, q_packed, s.dim, dkeys + j * side, s.dim, true);
-          multiply(n_keys, s.dim, SIDE, p, SIDE, dy_packed, s.dim, dvalues + j * side, s.dim, true);
+                   s.dim, j ? dqueries : nullptr);
+          float *dk = dkeys + j * side, *dv = dvalues + j * side;
+          multiply(n_keys, s.dim, SIDE, d, SIDE, q_packed, s.dim, dk, s.dim, dk);
+          multiply(n_keys, s.dim, SIDE, p, SIDE, dy_packed, s.dim, dv, s.dim, dv);
         }
         for (long i = 0; i < rows; i++)
           convert(dqueries + i * s.dim, s.dim, s.at(dheads, n, b, first + i, h));

@@ -136,47 +136,68 @@ enum { GELU, RELU2, SWIGLU };
 
 static const long STRIP = 64;  // hidden columns that are activated while they are in the cache
 
-// Activations a (rows, n) of a strip of the hidden states h (rows, n), behind which lie SwiGLU's
-// factors (rows, n). Forward keeps them for backward, which makes of da also dh, whose halves lie F
-// apart.
-template <int MLP, bool BACK>
-static void activate(long rows, long n, long f, In h, T* kept, In da, T* a, long a_row, T* dh) {
+// The activation of x, of SwiGLU times `factor`; its derivatives by both
+template <int MLP>
+static inline Lanes activation(Lanes x, Lanes factor, Lanes* dx, Lanes* dfactor) {
+  if (MLP == RELU2) {
+    const Lanes positive = larger(x, Lanes{});
+    *dx = 2 * positive;
+    return positive * positive;
+  }
   const float slope = 2 * std::sqrt(2 / (float)M_PI);
-  const long dh_row = MLP == SWIGLU ? 2 * f : f;
-  T* factors = kept + rows * n;
-  for (long r = 0; r < rows; r++, a += a_row, dh += BACK ? dh_row : 0)
+  const Lanes square = x * x;
+  const Lanes z = MLP == GELU ? x * (slope + slope * 0.044715f * square) : x;
+  const Lanes s = inverse(1 + exponential(-z)), y = x * s;
+  if (MLP == GELU) {
+    *dx = s + (y - y * s) * (slope + slope * 0.134145f * square);
+    return y;
+  }
+  *dx = factor * (s + y - y * s);
+  *dfactor = y;
+  return y * factor;
+}
+
+// Activations a, in rows of F, of a strip of n columns of the hidden states h (rows, n), behind
+// which lie SwiGLU's factors (rows, n); all are kept for backward.
+template <int MLP>
+static void activate(const Shape* s, long rows, long n, In h, T* kept, T* a) {
+  for (long r = 0; r < rows; r++)
     for (long i = 0, at = r * n; i < n; i += LANES, at += LANES) {
-      const Lanes x = BACK ? get(kept + at) : get(h + at), d = BACK ? get(da + at) : x;
-      if (!BACK) set(kept + at, x);
-      if (MLP == RELU2) {
-        const Lanes positive = larger(x, Lanes{});
-        set(a + i, positive * positive);
-        if (BACK) set(dh + i, 2 * d * positive);
-        continue;
-      }
-      const Lanes square = x * x;
-      const Lanes z = MLP == GELU ? x * (slope + slope * 0.044715f * square) : x;
-      const Lanes s = inverse(1 + exponential(-z)), y = x * s;
-      if (MLP == GELU) {
-        set(a + i, y);
-        if (BACK) set(dh + i, d * (s + (y - y * s) * (slope + slope * 0.134145f * square)));
-      } else {
-        const Lanes factor = BACK ? get(factors + at) : get(h + rows * n + at);
-        if (!BACK) set(factors + at, factor);
-        set(a + i, y * factor);
-        if (BACK) set(dh + i, d * factor * (s + y - y * s));
-        if (BACK) set(dh + f + i, d * y);
-      }
+      const Lanes x = get(h + at), factor = MLP == SWIGLU ? get(h + rows * n + at) : x;
+      Lanes dx, dfactor;
+      set(kept + at, x);
+      if (MLP == SWIGLU) set(kept + rows * n + at, factor);
+      set(a + r * s->hidden + i, activation<MLP>(x, factor, &dx, &dfactor));
     }
 }
 
-template <bool BACK>
-static void activate(const Shape* s, long rows, long n, In h, T* kept, In da, T* a, long a_row,
-                     T* dh = nullptr) {
-  (s->mlp == GELU    ? activate<GELU, BACK>
-   : s->mlp == RELU2 ? activate<RELU2, BACK>
-                     : activate<SWIGLU, BACK>)(rows, n, s->hidden, h, kept, da, a, a_row, dh);
+// Of da (rows, n) the gradients dh of the strip, in rows of E, and these and the activations from
+// the first row on of panels (M, n); behind them zeros up to `end` rows
+template <int MLP>
+static void activate_back(const Shape* s, long rows, long n, long first, long end, const T* kept,
+                          In da, T* dh, T* acts, T* packed) {
+  const long m = s->even(), f = s->hidden;
+  for (long r = 0; r < end; r += PAIR)
+    for (long i = 0; i < n; i += LANES) {
+      const long panel = i / PANEL * PANEL, width = std::min(PANEL, n - panel);
+      const long to = panel * m + (first + r) * width + (i - panel) * PAIR;
+      Lanes a[PAIR] = {}, dx[PAIR] = {}, dfactor[PAIR] = {};
+      for (long p = 0; p < PAIR && r + p < rows; p++) {
+        const long at = (r + p) * n + i;
+        const Lanes x = get(kept + at), d = get(da + at);
+        a[p] = activation<MLP>(x, MLP == SWIGLU ? get(kept + rows * n + at) : x, dx + p,
+                               dfactor + p);
+        set(dh + (r + p) * s->up() + i, dx[p] *= d);
+        if (MLP == SWIGLU) set(dh + (r + p) * s->up() + f + i, dfactor[p] *= d);
+      }
+      set_rows(acts + to, a);
+      set_rows(packed + to, dx);
+      if (MLP == SWIGLU) set_rows(packed + f * m + to, dfactor);
+    }
 }
+
+#define OF_MLP(s, function) \
+  (s->mlp == GELU ? function<GELU> : s->mlp == RELU2 ? function<RELU2> : function<SWIGLU>)
 
 // What is to be the gradient of a weight, or TURNED its transpose: aᵀ·b of a turned (n_rows, M) and
 // b packed (M, n). The narrower operand is the one to be turned.
@@ -328,19 +349,17 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
     float* left = (p->last_norm ? made.left : y) + first * d;
-    std::copy_n(p->x + first * d, rows * d, middle);
-    product(rows, d, q, made.attended + first * q, q, space.out, middle, d, true);
+    product(rows, d, q, made.attended + first * q, q, space.out, middle, d, p->x + first * d);
     normalise(rows, middle, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * first, normed);
     for (long j = 0; j < f; j += STRIP) {
       const long width = std::min(STRIP, f - j);
       for (long half = 0; half < s->halves(); half++)
         product(rows, width, d, normed, d, space.up + (half * f + j) * d,
                 hidden + half * rows * width, width);
-      activate<false>(s, rows, width, hidden, made.hidden + first * e + j * rows * s->halves(),
-                      nullptr, acts + j, f);
+      OF_MLP(s, activate)(s, rows, width, hidden,
+                          made.hidden + first * e + j * rows * s->halves(), acts + j);
     }
-    std::copy_n(middle, rows * d, left);
-    product(rows, d, f, acts, f, space.down, left, d, true);
+    product(rows, d, f, acts, f, space.down, left, d, middle);
     if (p->last_norm)
       normalise(rows, left, d, s->centred, s->eps, p->last_norm, made.last_stat + 2 * first,
                 y + first * d);
@@ -351,14 +370,16 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
                        In dy, const Backward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden, m = s->turned();
   const auto then = [&] {
+    const long factors = (s->halves() - 1) * f;  // columns, whose panels begin anew
     weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
-                         {space.normed, space.dhidden, d, e, o->up, true},
+                         {space.normed, space.dhidden, d, f, o->up, true},
+                         {space.normed, space.dhidden + f * s->even(), d, factors, o->up + f * d,
+                          true},
                          {space.dmid, space.attended, d, q, o->out}});
   };
   share(s->chunks(), s->threads, then, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
-    T *narrow = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * STRIP);
-    T* dhidden = SCRATCH(T)(rows * e);
+    T *narrow = SCRATCH(T)(rows * d), *dhidden = SCRATCH(T)(rows * e);
     float *wide = SCRATCH(float)(rows * std::max({d, q, STRIP})), *dx = o->x + first * d;
     float *dmid = space.dmiddle + first * d, *sums = space.sums + chunk * s->vectors();
     In dleft = p->last_norm ? dx : dy + first * d;
@@ -372,11 +393,10 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     for (long j = 0; j < f; j += STRIP) {
       const long width = std::min(STRIP, f - j);
       product(rows, width, d, narrow, d, space.down + j * d, wide, width);
-      activate<true>(s, rows, width, nullptr, made.hidden + first * e + j * rows * s->halves(),
-                     wide, acts, width, dhidden + j);
-      pack(acts, width, rows, end, width, first, s->even(), space.acts + j * s->even());
+      OF_MLP(s, activate_back)(s, rows, width, first, end,
+                               made.hidden + first * e + j * rows * s->halves(), wide, dhidden + j,
+                               space.acts + j * s->even(), space.dhidden + j * s->even());
     }
-    pack(dhidden, e, rows, end, e, first, s->even(), space.dhidden);
     product(rows, d, e, dhidden, e, space.up, wide, d);
     for (long r = 0; r < rows; r++) {
       In x = made.middle + (first + r) * d, stat = made.mlp_stat + 2 * (first + r);

@@ -162,9 +162,10 @@ static void leave(const Shape* s, const Tensors* t, const Space& made, long part
       for (long r = 0; r < some; r++)
         (s->softcap ? differentiate<true> : differentiate<false>)(
             x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
+      float* sums = made.sums + (part * s->chunk + first) * d;
       if (t->dhidden)
-        product(some, d, end, (const T*)x, x_row, made.weight + column * d,
-                made.sums + (part * s->chunk + first) * d, d, block > from);
+        product(some, d, end, (const T*)x, x_row, made.weight + column * d, sums, d,
+                block > from ? sums : nullptr);
     }
   }
 }
@@ -178,8 +179,9 @@ static void weigh(const Shape* s, const Tensors* t, const Space& made, long bloc
   T* turned = SCRATCH(T)(n * row);
   turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
        rows, n, turned, row);
-  product(n, to - from, depth, turned, row, made.packed + from * depth,
-          t->dweight + block * s->width * d + from, d, add);
+  float* dweight = t->dweight + block * s->width * d + from;
+  product(n, to - from, depth, turned, row, made.packed + from * depth, dweight, d,
+          add ? dweight : nullptr);
 }
 
 // Of the rows that are kept

@@ -7,7 +7,7 @@
 // rows are interleaved, and rows that only one of them has are zeros up to WHOLE. Operands begin
 // with a line of the cache: else products of bf16 take twice the time. One core of a Xeon with AMX,
 // GFLOP/s of tiles of 64 rows: fp32 160 to 180 in panels of 32 columns (150 unpacked, 84 to 111
-// held to AVX2), bf16 1,400 to 1,600 from the second cache, of 3,100 that AMX makes of registers.
+// held to AVX2), bf16 1,550 to 1,850 from the second cache, 1,050 from the third, of 2,600.
 // Sums over 2,048 rows of B in fp32 make 180 in parts of DEPTH, 160 at once.
 #include <omp.h>
 
@@ -39,7 +39,7 @@ typedef c10::BFloat16 Bf16;
 
 #ifdef BF16
 typedef Bf16 T;
-static const long PAIR = 2, PANEL = 64, DEPTH = 256, WHOLE = 32;  // of a tile of AMX
+static const long PAIR = 2, PANEL = 32, DEPTH = 256, WHOLE = 32;  // of a tile of AMX
 #else
 typedef float T;
 static const long PAIR = 1, PANEL = 32, DEPTH = 512, WHOLE = 1;
@@ -72,14 +72,29 @@ static inline Lanes get(const Bf16* x) {
 
 static inline void set(float* y, Lanes x) { std::memcpy(y, &x, sizeof x); }
 
-static inline void set(Bf16* y, Lanes x) {  // rounds to nearest, ties to even
+static inline Halves rounded(Lanes x) {  // to the nearest bf16, ties to even
 #ifdef __AVX512BF16__
-  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
   const Bits bits = (Bits)x, rounded = bits + 0x7fff + (bits >> 16 & 1), nan = Bits{} + 0x7fc00000;
-  const Halves halves = __builtin_convertvector((x != x ? nan : rounded) >> 16, Halves);
+  return __builtin_convertvector((x != x ? nan : rounded) >> 16, Halves);
 #endif
+}
+
+static inline void set(Bf16* y, Lanes x) {
+  const Halves halves = rounded(x);
   std::memcpy(y, &halves, sizeof halves);
+}
+
+// Numbers of PAIR rows, one behind the other in x, as they lie in a panel
+static inline void set_rows(T* y, const Lanes* x) {
+#ifdef BF16
+  const Bits low = __builtin_convertvector(rounded(x[0]), Bits);
+  const Bits words = low | __builtin_convertvector(rounded(x[1]), Bits) << 16;
+  std::memcpy(y, &words, sizeof words);
+#else
+  set(y, x[0]);
+#endif
 }
 
 static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
@@ -178,8 +193,8 @@ struct Tiles {
 // C (16·SIDE, 16·SIDE), SIDE 1 or 2; distances of rows, and of pairs of rows of B, are in bytes
 template <int SIDE>
 static inline void multiply_tiles(long k, const char* a, long a_row, const char* b, long b_row,
-                                  char* c, long c_row, bool add) {
-#define EACH(DO)                       \
+                                  char* c, long c_row, const char* add) {
+#define EACH(DO, c)                    \
   DO(0, c, c_row);                     \
   if (SIDE == 2) {                     \
     DO(1, c + 64, c_row);              \
@@ -189,9 +204,9 @@ static inline void multiply_tiles(long k, const char* a, long a_row, const char*
 #define ZERO(tile, at, row) _tile_zero(tile)
   asm volatile("" ::: "memory");
   if (add) {
-    EACH(_tile_loadd)
+    EACH(_tile_loadd, add)
   } else {
-    EACH(ZERO)
+    EACH(ZERO, add)
   }
   for (; k > 0; k -= 32, a += 64, b += 16 * b_row) {
     _tile_loadd(4, a, a_row);
@@ -204,7 +219,7 @@ static inline void multiply_tiles(long k, const char* a, long a_row, const char*
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  EACH(_tile_stored)
+  EACH(_tile_stored, c)
 }
 #else
 struct Tiles {
@@ -212,27 +227,27 @@ struct Tiles {
 };
 #endif
 
-// C (m, n) = A (m, k) · B (k, n), or added to it
+// C (m, n) = A (m, k) · B (k, n), added to what `add` has, whose rows lie as those of C, or to null
 static void multiply(long m, long n, long k, const T* a, long a_row, const T* b, long b_row,
-                     float* c, long c_row, bool add) {
+                     float* c, long c_row, In add) {
 #ifdef __AMX_BF16__
   // Without oneDNN's 60 ns a call a training step of GPT-2, 128 wide, takes 0.95 of the time, and
   // of Llama, 256 wide, 0.97 (two cores of a Xeon with AMX, torch 2.13).
-  if (m % 16 || k % 32) {
-    brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, true);
-    brgemm_release(true);  // it would take its tiles for still configured
-    return Tiles::configure();
-  }
-  for (long j = 0; j < n; j += 32)
+  const bool tiled = m % 16 == 0 && k % 32 == 0;
+  for (long j = 0; tiled && j < n; j += 32)
     for (long i = 0; i < m; i += 32) {
       const bool whole = i + 32 <= m && j + 32 <= n;
       for (long down = i; down < std::min(i + 32, m); down += whole ? 32 : 16)
         for (long right = j; right < std::min(j + 32, n); right += whole ? 32 : 16)
           (whole ? multiply_tiles<2> : multiply_tiles<1>)(
               k, (const char*)(a + down * a_row), 2 * a_row, (const char*)(b + 2 * right),
-              4 * b_row, (char*)(c + down * c_row + right), 4 * c_row, add);
+              4 * b_row, (char*)(c + down * c_row + right), 4 * c_row,
+              add ? (const char*)(add + down * c_row + right) : nullptr);
     }
-#elif defined(BF16) && !defined(__AVX512BF16__)
+  if (tiled) return;
+#endif
+  for (long i = 0; add && add != c && i < m; i++) std::copy_n(add + i * c_row, n, c + i * c_row);
+#if defined(BF16) && !defined(__AVX512BF16__)
   // Without instructions for bf16 its products are those of fp32: slow, for tests.
   float *wide_a = SCRATCH(float)(m * k), *wide_b = SCRATCH(float)(k * n);
   for (long i = 0; i < m; i++) convert(a + i * a_row, k, wide_a + i * k);
@@ -245,16 +260,20 @@ static void multiply(long m, long n, long k, const T* a, long a_row, const T* b,
 #else
   brgemm(m, n, k, a_row, b_row, c_row, add, a, b, c, PAIR == 2);
 #endif
+#ifdef __AMX_BF16__
+  brgemm_release(true);  // it would take its tiles for still configured
+  Tiles::configure();
+#endif
 }
 
-// C (m, n) = A (m, depth) · B (depth, n) of panels, or added to it; depth is a multiple of PAIR
+// The same for B (depth, n) of panels; depth is a multiple of PAIR
 static void product(long m, long n, long depth, const T* a, long a_row, const T* panels, float* c,
-                    long c_row, bool add = false) {
+                    long c_row, In add = nullptr) {
   for (long k = 0; k < depth; k += DEPTH)
     for (long j = 0; j < n; j += PANEL) {
       const long width = std::min(PANEL, n - j);
       multiply(m, width, std::min(DEPTH, depth - k), a + k, a_row, panels + j * depth + k * width,
-               width, c + j, c_row, add || k);
+               width, c + j, c_row, k ? c + j : add ? add + j : nullptr);
     }
 }
 
