@@ -271,7 +271,7 @@ class LoopConfig(Section):
         "maximum sequences per forward pass on each device; with tokens_per_step, the largest "
         "number that divides a device's share is used (auto: the largest that fits, if faster)",
         ge=1,
-        words=("auto",),
+        choices="auto",
     )
     tokens_per_step: int | None = key(
         None,
