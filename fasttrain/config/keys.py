@@ -84,17 +84,18 @@ def _kind(f: Field[Any]) -> tuple[Any, bool, int | None]:
 
 
 def accepts(f: Field[Any], value: Any) -> bool:
-    """Return whether ``value`` has the field's type; an int is a float, a bool is no number."""
+    """Return whether ``value`` has the field's type."""
     kind, optional, length = _kind(f)
     if value is None:
         return optional
     if length is None:
-        return _is(kind, value) or value in f.metadata["choices"]
+        return is_a(kind, value) or value in f.metadata["choices"]
     is_list = isinstance(value, list | tuple) and length in (0, len(value))
-    return is_list and all(_is(kind, v) for v in value)
+    return is_list and all(is_a(kind, v) for v in value)
 
 
-def _is(kind: type, value: Any) -> bool:
+def is_a(kind: type, value: Any) -> bool:
+    """Return whether a value has a type; an int is a float, a bool is no number."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -112,7 +113,7 @@ def allowed(f: Field[Any]) -> str:
     if kind is str and f.metadata["choices"]:
         return f"one of {', '.join(f.metadata['choices'])}"
     if f.metadata["pattern"]:
-        text = f.metadata["pattern"][1]
+        text = str(f.metadata["pattern"][1])
     elif length is None:
         text = _NAMES[kind]
     else:
@@ -124,8 +125,11 @@ def allowed(f: Field[Any]) -> str:
 def check_value(name: str, value: Any, f: Field[Any]) -> Any:
     """Return ``value`` in the field's type, or refuse it; ``name`` is the key's, for the message.
 
-    An int becomes a float, and a list a tuple, where the field has these.
+    An int becomes a float, and a list a tuple, where the field has these. TOML has no null: "none"
+    and "null" unset a key that takes no such text.
     """
+    if str(value).lower() in ("none", "null") and not accepts(f, value):
+        value = None
     kind, optional, length = _kind(f)
     takes = f"it takes {allowed(f)}{', or none to unset it' if optional else ''}"
     if not accepts(f, value):

@@ -186,10 +186,7 @@ def _config_of(flat: Mapping[str, Any]) -> TrainConfig:
     tables: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
         section, _, k = name.partition(".")
-        # TOML has no null, and an optional number may need to be unset.
-        f, is_none = _FIELDS[name], isinstance(value, str) and value.lower() in ("none", "null")
-        unset = is_none and accepts(f, None) and not accepts(f, "")
-        tables.setdefault(section, {})[k] = None if unset else value
+        tables.setdefault(section, {})[k] = value
     return TrainConfig(**{section: SECTIONS[section](**table) for section, table in tables.items()})
 
 

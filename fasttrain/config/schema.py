@@ -120,10 +120,8 @@ class ModelConfig(Section):
             yield "dim", f"{problem}; change either, or set model.head_dim"
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             sizes = ", ".join(map(str, divisors(self.n_heads)))
-            yield (
-                "n_kv_heads",
-                f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}",
-            )
+            problem = f"does not divide model.n_heads = {self.n_heads}"
+            yield "n_kv_heads", f"{problem}; use one of {sizes}"
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
             problem = f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs"

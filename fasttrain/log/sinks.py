@@ -140,33 +140,23 @@ class JsonlLogger:
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
 
-        Also dropped: rows that an uninterrupted run does not have, and what made none of the rest.
+        Also dropped: rows that an uninterrupted run does not have.
         """
-        if self._head not in self._file.keep(partial(_kept_rows, step)):
-            self._head = ""
-        self._begin = step
+        kept = self._file.keep(lambda lines: [_row_stays(step, line) for line in lines])
+        self._head, self._begin = self._head if self._head in kept else "", step
 
     def close(self) -> None:
         self._file.close()
 
 
-def _kept_rows(step: int, lines: list[str]) -> list[bool]:
-    """Return which lines stay; one that says what made rows stays with the first of these."""
-    kept: list[bool] = []
-    has_rows = False  # behind the line
-    for line in reversed(lines):
-        row = keep = None
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line) if line.endswith("\n") else None
-        if not isinstance(row, dict) or row.get("stopped"):
-            keep = False
-        elif row.get("kind") == "run":
-            keep, has_rows = has_rows, False
-        else:
-            keep = isinstance(at := row.get("step", 0), int) and at <= step
-            has_rows |= keep
-        kept.append(keep)
-    return kept[::-1]
+def _row_stays(step: int, line: str) -> bool:
+    row = None
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line) if line.endswith("\n") else None
+    if not isinstance(row, dict) or row.get("stopped"):
+        return False
+    at, is_head = row.get("step", 0), row.get("kind") == "run"  # a head says before which step
+    return isinstance(at, int) and at + is_head <= step
 
 
 def _json_line(kind: str, row: Row) -> str:
