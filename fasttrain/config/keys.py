@@ -47,6 +47,11 @@ def key(
     return field(default=default, metadata=metadata | {"bounds": bounds})
 
 
+def choice(words: str, meaning: str) -> Any:
+    """Return the field of a key that takes one of several words; the first is its default."""
+    return key(words.split()[0], meaning, choices=words)
+
+
 def refuse(name: str, value: Any, problem: str) -> NoReturn:
     """Raise a ConfigError: key, value, and what is wrong with it; after a semicolon the remedy."""
     raise ConfigError(f"{name} = {show(value)} {problem}")

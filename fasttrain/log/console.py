@@ -27,7 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fasttrain.command import redact
-from fasttrain.log.sinks import NO_SPACE, LogFile
+from fasttrain.log.sinks import LogFile
 
 _REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20
@@ -277,10 +277,8 @@ class Console:
         else:
             try:
                 print(plain, flush=True)
-            except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            except OSError as error:  # the disk of a redirected output is full: training continues
-                if error.errno not in NO_SPACE:
-                    raise
+            except OSError as error:  # training continues without a reader or space on the disk
+                if isinstance(error, BrokenPipeError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         now = datetime.now().isoformat(" ", "seconds")
         self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

@@ -49,8 +49,8 @@ class LogFile:
                     tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
             self._full = True
 
-    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> list[str]:
-        """Drop lines in place, which also works on a full disk, and return those that stay.
+    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> None:
+        """Drop lines in place, which also works on a full disk.
 
         ``choose`` says of each line whether it stays; one that was cut off lacks its end.
         """
@@ -63,7 +63,6 @@ class LogFile:
             os.truncate(self.path, sum(map(len, lines[:n_first])))
             self.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
             self.close()
-        return list(compress(texts, kept))
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -126,15 +125,14 @@ class JsonlLogger:
     def __init__(self, path: Path, made_by: Row | None = None) -> None:
         self._file, self._made_by = LogFile(path), made_by
         path.touch()  # a run folder is known by it
-        self._head = ""  # that line, once it is in the file
-        self._begin = 0  # the step that these rows begin after
+        self._begin, self._has_head = 0, False  # the step that these rows begin after
 
     def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
         lines = _json_line(kind, row)
-        if self._made_by and not self._head:
-            self._head = _json_line("run", {"step": self._begin, **self._made_by})
-            lines = self._head + lines
+        if self._made_by and not self._has_head:
+            lines = _json_line("run", {"step": self._begin, **self._made_by}) + lines
+            self._has_head = True
         self._file.write(lines)
 
     def drop_after(self, step: int) -> None:
@@ -142,8 +140,9 @@ class JsonlLogger:
 
         Also dropped: rows that an uninterrupted run does not have.
         """
-        kept = self._file.keep(lambda lines: [_row_stays(step, line) for line in lines])
-        self._head, self._begin = self._head if self._head in kept else "", step
+        self._file.keep(lambda lines: [_row_stays(step, line) for line in lines])
+        if step <= self._begin or not self._has_head:
+            self._begin, self._has_head = step, False
 
     def close(self) -> None:
         self._file.close()
