@@ -189,6 +189,7 @@ def test_refusal_names_key_value_and_remedy(config_file, overrides, parts):
         ("[modle]\ndim = 3", ["bad.toml", "modle.dim", "did you mean model.dim?"]),
         ("[zzzzzzz]\ndim = 3", ["bad.toml", "zzzzzzz.dim", "did you mean model.dim?"]),
         ("model = 3", ["bad.toml", "model = 3", "write [model]"]),
+        ("a." * 6001 + "a = 1", ["bad.toml", "6,001 dots, at most 6,000 are credible"]),
         ("[modle]", ["bad.toml", "modle", "did you mean model."]),
         ("[zzz]", ["bad.toml", "zzz", "the sections are run, model"]),
         ("steps = 3", ["bad.toml", "steps", "did you mean train.steps?"]),

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,20 @@ def test_a_reader_that_is_gone_ends_nothing(
         "two",
         "",
     ]
+
+
+def test_R12_a_full_disk_behind_the_output_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", stream)
+    with closing(Console(tmp_path / "train.log")) as console:
+        console.note("one")
+        console.note("two")
+    with suppress(OSError):
+        stream.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[-3:] for line in lines] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
