@@ -118,15 +118,11 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, math.ceil(quota))
 
 
-def prog(name: str) -> str:
-    """Return how a command is called, for its usage: through the script, or as a module."""
-    by_script = Path(sys.argv[0]).stem == "fasttrain"
-    return f"fasttrain {name}" if by_script else f"python -m fasttrain.{name}"
-
-
 def make_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
-    """Return the parser of a command's arguments."""
-    return argparse.ArgumentParser(prog=prog(name), description=description, **options)
+    """Return the parser of a command's arguments; its usage names the script or the module."""
+    by_script = Path(sys.argv[0]).stem == "fasttrain"
+    prog = f"fasttrain {name}" if by_script else f"python -m fasttrain.{name}"
+    return argparse.ArgumentParser(prog=prog, description=description, **options)
 
 
 def tell(text: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from fasttrain_kernels._torch import compile_deterministically, native_bf16, prefer_attention
 
-from fasttrain.config import UserError
 from fasttrain.config.keys import refuse
 
 
@@ -20,8 +19,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
         if device.index >= n_cuda:
-            found = f"no such CUDA device ({n_cuda or 'none'} found)"
-            raise UserError(f"run.device = {name!r}: {found}; use run.device=cpu or auto")
+            found = f"names no CUDA device of this machine ({n_cuda or 'none'} found)"
+            refuse("run.device", name, f"{found}; use run.device=cpu or auto")
     return device
 
 
@@ -104,10 +103,9 @@ def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -
         try:
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as e:
-            raise UserError(
-                f"run.attention = 'fa3': {e}; install flash_attn_interface, which is built from "
-                "the folder hopper of github.com/Dao-AILab/flash-attention, or use auto"
-            ) from e
+            remedy = "install flash_attn_interface, which is built from the folder hopper of "
+            remedy += "github.com/Dao-AILab/flash-attention, or use auto"
+            refuse("run.attention", name, f"cannot be used ({e}); {remedy}")
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     order = [flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, cudnn]  # torch's
     order = [cudnn, *order[:3]] if name == "cudnn" else order

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, prog, tell
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.log.console import format_duration
@@ -131,4 +131,4 @@ def _record(run_dir: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(f"usage: {prog('train')} CONFIG --verify-resume N")
+    sys.exit("usage: python -m fasttrain.train CONFIG --verify-resume N")

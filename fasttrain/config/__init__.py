@@ -5,7 +5,6 @@ from fasttrain.config.load import (
     config_difference,
     config_from_dict,
     config_reference,
-    config_to_dict,
     config_to_toml,
     help_text,
     load_config,
@@ -31,6 +30,6 @@ __all__ = [
     "SECTIONS", "CheckpointConfig", "ConfigError", "DataConfig", "DistributedConfig",
     "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
     "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
-    "config_reference", "config_to_dict", "config_to_toml", "help_text", "load_config",
+    "config_reference", "config_to_toml", "help_text", "load_config",
     "nearest_keys", "shipped_configs",
 ]  # fmt: skip

@@ -33,19 +33,23 @@ def key(
     meaning: str,
     *,
     choices: str = "",
-    words: tuple[str, ...] = (),
     pattern: tuple[str, str] | None = None,
     **bounds: float,
 ) -> Any:
     """Return the dataclass field of a config key.
 
     ``meaning`` is its line in ``--help`` and the reference table. ``choices`` are words, separated
-    by spaces. ``words`` stand for a value of the key's type until it is known. ``pattern`` is a
-    regular expression that the whole string must match, and how to say it. ``bounds`` are ``ge``,
-    ``gt``, ``le`` and ``lt``, in a tuple of each element.
+    by spaces: all that a string may be, or what else a number may be until it is known. ``pattern``
+    is a regular expression that the whole string must match, and how to say it. ``bounds`` are
+    ``ge``, ``gt``, ``le`` and ``lt``, in a tuple of each element.
     """
-    metadata = {"meaning": meaning, "choices": tuple(choices.split()), "words": words}
-    return field(default=default, metadata=metadata | {"pattern": pattern, "bounds": bounds})
+    metadata = {"meaning": meaning, "choices": choices.split(), "pattern": pattern}
+    return field(default=default, metadata=metadata | {"bounds": bounds})
+
+
+def choice(words: str, meaning: str) -> Any:
+    """Return the field of a key that takes one of several words; the first is its default."""
+    return key(words.split()[0], meaning, choices=words)
 
 
 def refuse(name: str, value: Any, problem: str) -> NoReturn:
@@ -85,19 +89,18 @@ def _kind(f: Field[Any]) -> tuple[Any, bool, int | None]:
 
 
 def accepts(f: Field[Any], value: Any) -> bool:
-    """Return whether ``value`` has the field's type; an int is a float, a bool is no number."""
+    """Return whether ``value`` has the field's type."""
     kind, optional, length = _kind(f)
     if value is None:
         return optional
-    if isinstance(value, str) and value in f.metadata["words"]:
-        return True
     if length is None:
-        return _is(kind, value)
+        return is_a(kind, value) or value in f.metadata["choices"]
     is_list = isinstance(value, list | tuple) and length in (0, len(value))
-    return is_list and all(_is(kind, v) for v in value)
+    return is_list and all(is_a(kind, v) for v in value)
 
 
-def _is(kind: type, value: Any) -> bool:
+def is_a(kind: type, value: Any) -> bool:
+    """Return whether a value has a type; an int is a float, a bool is no number."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -112,30 +115,33 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a s
 def allowed(f: Field[Any]) -> str:
     """Return in words what a key takes besides none, as in ``an integer ≥ 1``."""
     kind, _, length = _kind(f)
-    if f.metadata["choices"]:
-        text = f"one of {', '.join(f.metadata['choices'])}"
-    elif f.metadata["pattern"]:
-        text = f.metadata["pattern"][1]
+    if kind is str and f.metadata["choices"]:
+        return f"one of {', '.join(f.metadata['choices'])}"
+    if f.metadata["pattern"]:
+        text = str(f.metadata["pattern"][1])
     elif length is None:
         text = _NAMES[kind]
     else:
         text = f"a list of {length or ''} {_NAMES[kind].split()[1]}s".replace("  ", " ")
     text += " and".join(f" {_SIGNS[name]} {n}" for name, n in f.metadata["bounds"].items())
-    return text + "".join(f', or "{word}"' for word in f.metadata["words"])
+    return text + "".join(f', or "{word}"' for word in f.metadata["choices"])
 
 
 def check_value(name: str, value: Any, f: Field[Any]) -> Any:
     """Return ``value`` in the field's type, or refuse it; ``name`` is the key's, for the message.
 
-    An int becomes a float, and a list a tuple, where the field has these.
+    An int becomes a float, and a list a tuple, where the field has these. TOML has no null: "none"
+    and "null" unset a key that takes no such text.
     """
+    if str(value).lower() in ("none", "null") and not accepts(f, value):
+        value = None
     kind, optional, length = _kind(f)
     takes = f"it takes {allowed(f)}{', or none to unset it' if optional else ''}"
     if not accepts(f, value):
         refuse(name, value, f"has the wrong type; {takes}")
-    if value is None or (isinstance(value, str) and value in f.metadata["words"]):
-        return value
     choices, pattern = f.metadata["choices"], f.metadata["pattern"]
+    if value is None or value in choices:
+        return value
     for element in [value] if length is None else value:
         if isinstance(element, str):
             if choices and element not in choices:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
-from fasttrain.config.keys import Section, divisors, key, refuse
+from fasttrain.config.keys import Section, choice, divisors, key, refuse
 
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
 _PATH = (r"[^\0]+", "a path")
@@ -33,21 +33,18 @@ class RunConfig(Section):
         "device to train on (auto: CUDA if there is one)",
         pattern=(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N"),
     )
-    dtype: str = key(
-        "auto",
+    dtype: str = choice(
+        "auto fp32 tf32 bf16 fp16",
         "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
-        choices="auto fp32 tf32 bf16 fp16",
     )
-    compile: str = key(
-        "auto",
+    compile: str = choice(
+        "auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
         "torch.compile mode (c++: no compilation, blocks in C++ on a CPU; auto: c++ if it can "
         "run the model)",
-        choices="auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
     )
-    attention: str = key(
-        "auto",
+    attention: str = choice(
+        "auto flash cudnn fa3",
         "SDPA's kernel on CUDA (auto: cudnn on an H100 or B200, else flash; fa3: FlashAttention-3)",
-        choices="auto flash cudnn fa3",
     )
     deterministic: bool = key(False, "bitwise identical runs on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
@@ -90,10 +87,10 @@ class ModelConfig(Section):
     hidden_dim: int | None = key(
         None, "MLP width (none: 4·dim; swiglu: 8/3·dim up to a multiple of 64)", ge=1, le=2**24
     )
-    mlp: str = key("swiglu", "MLP activation", choices="swiglu gelu relu2")
-    norm: str = key("rms", "RMSNorm or LayerNorm", choices="rms layer")
+    mlp: str = choice("swiglu gelu relu2", "MLP activation")
+    norm: str = choice("rms layer", "RMSNorm or LayerNorm")
     norm_eps: float = key(1e-6, "added to the variance in the norms", gt=0)
-    positions: str = key("rope", "rotary or learned positions", choices="rope learned")
+    positions: str = choice("rope learned", "rotary or learned positions")
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
     bias: bool = key(False, "biases in linear layers and LayerNorm")
     qk_norm: bool = key(False, "RMSNorm on queries and keys")
@@ -120,10 +117,8 @@ class ModelConfig(Section):
             yield "dim", f"{problem}; change either, or set model.head_dim"
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             sizes = ", ".join(map(str, divisors(self.n_heads)))
-            yield (
-                "n_kv_heads",
-                f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}",
-            )
+            problem = f"does not divide model.n_heads = {self.n_heads}"
+            yield "n_kv_heads", f"{problem}; use one of {sizes}"
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
             problem = f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs"
@@ -150,12 +145,11 @@ class DataConfig(Section):
     weights: tuple[float, ...] = key(
         (), "exact share of each of data.paths ([]: all of their sequences, in one order)", gt=0
     )
-    batching: str = key(
-        "packed",
+    batching: str = choice(
+        "packed sliding padded bucketed",
         "adjacent windows, overlapping windows, or one document per sequence, in any "
         "order or grouped by length; padding counts in train.tokens and "
         "train.tokens_per_step, but not in logged numbers",
-        choices="packed sliding padded bucketed",
     )
     stride_tokens: int | None = key(
         None, "tokens between the starts of sliding windows (none: half of seq_len)", ge=1
@@ -199,10 +193,9 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """The optimizer."""
 
-    name: str = key(
-        "adamw",
+    name: str = choice(
+        "adamw muon sgd adafactor adamw8bit",
         "muon uses adamw for all but the matrices of the blocks; adamw8bit is torchao's",
-        choices="adamw muon sgd adafactor adamw8bit",
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
     muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
@@ -231,10 +224,8 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate schedule."""
 
-    name: str = key(
-        "cosine",
-        "shape after the warmup",
-        choices="cosine linear constant wsd step cosine_restarts plateau",
+    name: str = choice(
+        "cosine linear constant wsd step cosine_restarts plateau", "shape after the warmup"
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
@@ -271,7 +262,7 @@ class LoopConfig(Section):
         "maximum sequences per forward pass on each device; with tokens_per_step, the largest "
         "number that divides a device's share is used (auto: the largest that fits, if faster)",
         ge=1,
-        words=("auto",),
+        choices="auto",
     )
     tokens_per_step: int | None = key(
         None,
@@ -290,11 +281,10 @@ class LoopConfig(Section):
     )
     label_smoothing: float = key(0.0, "target probability spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
-    on_nonfinite: str = key(
-        "skip",
+    on_nonfinite: str = choice(
+        "skip rollback stop",
         "what to do after a non-finite loss or gradient, besides making no update; skip "
         "returns to a checkpoint after 20 in a row",
-        choices="skip rollback stop",
     )
     recheck_every_steps: int | None = key(
         None,
@@ -302,19 +292,17 @@ class LoopConfig(Section):
         "for bit; on_nonfinite decides what follows a mismatch (none: never)",
         ge=1,
     )
-    on_spike: str = key(
-        "off",
+    on_spike: str = choice(
+        "off skip rollback",
         "what to do after a loss or gradient norm far above the previous ones (off: a warning)",
-        choices="off skip rollback",
     )
     spike_sigmas: float = key(10.0, "standard deviations above the mean that define a spike", gt=0)
     spike_window_steps: int = key(128, "previous steps to compare with; half of them suffice", ge=8)
     max_rollbacks: int = key(3, "maximum number of rollbacks; then the run stops", ge=0)
-    activation_checkpointing: str = key(
-        "none",
+    activation_checkpointing: str = choice(
+        "none full selective",
         "what a block saves for its backward pass (none: everything; full: its input; "
         "selective: also results of matrix products and attention); it recomputes the rest",
-        choices="none full selective",
     )
 
 
@@ -391,7 +379,7 @@ class LogConfig(Section):
         "Weights & Biases project (none: not used)",
         pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
     )
-    wandb_mode: str = key("online", "offline: log to the run folder only", choices="online offline")
+    wandb_mode: str = choice("online offline", "offline: log to the run folder only")
     profile_steps: tuple[int, ...] = key(
         (),
         "first and last step of a profiler trace, under profile in the run folder ([]: none)",
@@ -408,11 +396,10 @@ class LogConfig(Section):
 class DistributedConfig(Section):
     """How processes started by torchrun share the work; unused without torchrun."""
 
-    mode: str = key(
-        "auto",
+    mode: str = choice(
+        "auto ddp fsdp hsdp",
         "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
         "auto: ddp where it fits",
-        choices="auto ddp fsdp hsdp",
     )
     shard_ranks: int | None = key(None, "hsdp: ranks that share one model (none: a node's)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")

@@ -8,13 +8,12 @@ import json
 import os
 import reprlib
 import stat
-import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from fasttrain.config.keys import UserError
+from fasttrain.config.keys import UserError, is_a
 
 MAX_BYTES = 32 << 20  # 100,000 shards or tensors
 _MAX_VALUES = 2_000_000
@@ -96,11 +95,9 @@ def misfit(kind: Any, value: Any, name: str = "") -> str | None:
         if fits:
             parts = ((kinds[i % len(kinds)], v, f"{name}[{i}]") for i, v in enumerate(value))
     else:
-        fits, wanted = type(value) is kind, _NAMES[kind]
+        fits, wanted = is_a(kind, value), _NAMES[kind]
         if kind is int:
             fits = fits and 0 <= value < 2**53
-        elif kind is float:
-            fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
     if not fits:
         return f"{name or 'it'} is {reprlib.repr(value)}, which is no {wanted}"
     return next((found for part in parts if (found := misfit(*part)) is not None), None)

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from fasttrain.config import DistributedConfig, TrainConfig, UserError, config_to_dict
+from fasttrain.config import DistributedConfig, TrainConfig, UserError
 from fasttrain.config.keys import show
 
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
@@ -181,7 +181,7 @@ def facts_of_rank(
     config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what must be the same on all ranks, by name; ``data`` identifies each split."""
-    tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    tables = asdict(config) | {f"data.{split}": facts for split, facts in data.items()}
     facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
     facts = {name: value for name, value in facts.items() if not name.startswith(OF_ONE_RANK)}
     for package in (Path(__file__).parents[1], Path(fasttrain_kernels.__file__).parent):

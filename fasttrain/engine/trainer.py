@@ -229,7 +229,7 @@ class Trainer:
             self._synchronize()
         elapsed = time.perf_counter() - started
         state.trained_s += elapsed
-        state.account.add_step(elapsed, wait_s, first=state.first_step_s is None)
+        state.account.add_step(elapsed, wait_s)
         return log
 
     def _look(self) -> Numbers | None:

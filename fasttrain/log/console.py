@@ -8,6 +8,7 @@ so that short steps do not share their processor with it.
 import math
 import os
 import sys
+import textwrap
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
@@ -21,16 +22,16 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
 from rich.text import Text
 
 from fasttrain.command import redact
-from fasttrain.log.sinks import NO_SPACE, LogFile
+from fasttrain.log.sinks import LogFile
 
 _REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20
 _LONG_WAIT = 0.05  # of a step's time: from here on a line says how long it waited for data
-_PLAIN_SAMPLE_WIDTH = 96  # characters: a model that has learnt no line ends writes long ones
 _COUNTERS = ("skipped_steps", "spikes", "rollbacks", "failed_copies")  # shown where not zero
 
 
@@ -76,16 +77,15 @@ def _shown(text: str) -> str:
     return clean(redact(text))
 
 
-def _perplexity(loss: float) -> str:
-    value = math.inf if loss >= 700.0 else math.exp(loss)
-    return f"{value:.2f}" if value < 9999.995 else format_count(value)
-
-
 def _fixed(digits: int, value: float) -> str:
     """Format with ``digits`` decimals, and shorter if that would not fit a column."""
-    if abs(value) < 1000.0:
+    if abs(value) < 9999.995:
         return f"{value:.{digits if abs(value) < 100.0 else 2}f}"
     return format_count(value)
+
+
+def _perplexity(loss: float) -> str:
+    return _fixed(2, math.inf if loss >= 700.0 else math.exp(loss))
 
 
 def _milliseconds(value: float) -> str:
@@ -170,30 +170,28 @@ class Console:
             grid.add_row(Text(label), Text(value))
         self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, style: str = "dim") -> None:
         """Print a remark."""
         line = _shown(text)
-        self._emit(line, Text(line, style="dim"))
+        self._emit(line, Text(line, style=style))
 
     def warn(self, text: str) -> None:
         """Print a warning that stands out."""
-        line = f"warning: {_shown(text)}"
-        self._emit(line, Text(line, style="bold yellow"))
+        self.note(f"warning: {text}", "bold yellow")
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
         plain_columns = [c for c in known if c in _PLAIN_COLUMNS]
         cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in plain_columns]
-        remarks = [f"{name} {row[name]}" for name in _COUNTERS if row.get(name)]
         wait_ms = row.get("data_wait_ms") or 0.0
-        if wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf):
-            remarks.insert(0, f"wait {_milliseconds(wait_ms)}")
-        plain = "  ".join(cells + remarks)
+        waited = wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf)
+        remarked = f"  wait {_milliseconds(wait_ms)}" if waited else ""
+        remarked += "".join(f"  {name} {row[name]}" for name in _COUNTERS if row.get(name))
+        plain = "  ".join(cells) + remarked
         if self._rich is None:
             self._emit(plain, None)
             return
-        remarked = "".join(f"  {remark}" for remark in remarks)
         ends, width = list(accumulate(c.width for c in known)), self._rich.width
         n_fit = bisect_left(ends, width)
         n_shown = max(2, bisect_left(ends, width - len(remarked)))
@@ -231,14 +229,9 @@ class Console:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a sample from the model: ``text`` is what it wrote after ``prompt``."""
-        prompt, text = _shown(prompt), _shown(text)
-        lines = [
-            line[start : start + _PLAIN_SAMPLE_WIDTH]
-            for line in (prompt + text).split("\n")
-            for start in range(0, len(line) or 1, _PLAIN_SAMPLE_WIDTH)
-        ]
-        plain = "\n".join([f"sample, step {step}", *(f"  | {line}" for line in lines)])
-        body = Text.assemble((prompt, "bold"), text.rstrip("\n"), overflow="fold")
+        prompt, text = _shown(prompt), _shown(text).rstrip("\n")
+        plain = f"sample, step {step}\n" + textwrap.indent(prompt + text, "  | ", lambda _: True)
+        body = Text.assemble((prompt, "bold"), text, overflow="fold")
         self._emit(plain, _boxed(body, Text(f"sample · step {step}", style="dim"), "dim"))
         self._rows_since_heading = _ROWS_PER_HEADING
 
@@ -260,14 +253,10 @@ class Console:
             self._live.start()
         of_total = f"/{total}" if total else ""
         left = "" if left_s is None else f"  {_left(left_s)} left"
-        tail = f" {_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
-        width = max(0, min(40, self._rich.width - len(tail) - 2))
-        fill, rest = ("━", "─") if self._rich.encoding.startswith("utf") else ("#", "-")
-        n = int(done * width)
-        bar = Text.assemble(
-            " ", (fill * n, "green"), (rest * (width - n), "bright_black"), tail,
-            no_wrap=True, overflow="crop",
-        )  # fmt: skip
+        tail = f"{_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
+        columns = Column(max_width=40), Column(no_wrap=True, overflow="crop")
+        bar = Table.grid(*columns, padding=(0, 1))
+        bar.add_row(ProgressBar(1.0, done), tail)
         self._live.update(bar, refresh=True)
 
     def clear_progress(self) -> None:
@@ -288,10 +277,8 @@ class Console:
         else:
             try:
                 print(plain, flush=True)
-            except BrokenPipeError:  # nobody reads any more, as after `| head`: training continues
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            except OSError as error:  # the disk of a redirected output is full: training continues
-                if error.errno not in NO_SPACE:
-                    raise
+            except OSError as error:  # training continues without a reader or space on the disk
+                if isinstance(error, BrokenPipeError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         now = datetime.now().isoformat(" ", "seconds")
         self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

@@ -49,8 +49,8 @@ class LogFile:
                     tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
             self._full = True
 
-    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> list[str]:
-        """Drop lines in place, which also works on a full disk, and return those that stay.
+    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> None:
+        """Drop lines in place, which also works on a full disk.
 
         ``choose`` says of each line whether it stays; one that was cut off lacks its end.
         """
@@ -63,7 +63,6 @@ class LogFile:
             os.truncate(self.path, sum(map(len, lines[:n_first])))
             self.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
             self.close()
-        return list(compress(texts, kept))
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -126,47 +125,37 @@ class JsonlLogger:
     def __init__(self, path: Path, made_by: Row | None = None) -> None:
         self._file, self._made_by = LogFile(path), made_by
         path.touch()  # a run folder is known by it
-        self._head = ""  # that line, once it is in the file
-        self._begin = 0  # the step that these rows begin after
+        self._begin, self._has_head = 0, False  # the step that these rows begin after
 
     def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
         lines = _json_line(kind, row)
-        if self._made_by and not self._head:
-            self._head = _json_line("run", {"step": self._begin, **self._made_by})
-            lines = self._head + lines
+        if self._made_by and not self._has_head:
+            lines = _json_line("run", {"step": self._begin, **self._made_by}) + lines
+            self._has_head = True
         self._file.write(lines)
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
 
-        Also dropped: rows that an uninterrupted run does not have, and what made none of the rest.
+        Also dropped: rows that an uninterrupted run does not have.
         """
-        if self._head not in self._file.keep(partial(_kept_rows, step)):
-            self._head = ""
-        self._begin = step
+        self._file.keep(lambda lines: [_row_stays(step, line) for line in lines])
+        if step <= self._begin or not self._has_head:
+            self._begin, self._has_head = step, False
 
     def close(self) -> None:
         self._file.close()
 
 
-def _kept_rows(step: int, lines: list[str]) -> list[bool]:
-    """Return which lines stay; one that says what made rows stays with the first of these."""
-    kept: list[bool] = []
-    has_rows = False  # behind the line
-    for line in reversed(lines):
-        row = keep = None
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line) if line.endswith("\n") else None
-        if not isinstance(row, dict) or row.get("stopped"):
-            keep = False
-        elif row.get("kind") == "run":
-            keep, has_rows = has_rows, False
-        else:
-            keep = isinstance(at := row.get("step", 0), int) and at <= step
-            has_rows |= keep
-        kept.append(keep)
-    return kept[::-1]
+def _row_stays(step: int, line: str) -> bool:
+    row = None
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line) if line.endswith("\n") else None
+    if not isinstance(row, dict) or row.get("stopped"):
+        return False
+    at, is_head = row.get("step", 0), row.get("kind") == "run"  # a head says before which step
+    return isinstance(at, int) and at + is_head <= step
 
 
 def _json_line(kind: str, row: Row) -> str:

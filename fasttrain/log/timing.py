@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,12 @@ class TimeAccount:
     def add(self, name: str, seconds: float) -> None:
         self._window[name] += seconds
 
-    def add_step(self, seconds: float, wait_s: float, *, first: bool) -> None:
+    def add_step(self, seconds: float, wait_s: float) -> None:
         """Add a step; ``wait_s`` is the part of it that it waited for data."""
         self.n_steps += 1
         self.add("step", seconds)
         self.add("data_wait", wait_s)
-        if first:
+        if self._paced_from_s is None:
             self._paced_from_s = time.perf_counter()
         else:
             self.steady_s += seconds - wait_s
@@ -182,10 +182,8 @@ class StepProfiler:
         if number == self._first:
             self.close()  # a rollback may have come back
             self._start()
-        if self._first <= number <= self._last:
-            with torch.profiler.record_function(f"step {number}"):
-                yield
-        else:
+        profiled = self._first <= number <= self._last
+        with torch.profiler.record_function(f"step {number}") if profiled else nullcontext():
             yield
         if number == self._last:
             self.close()

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
 from fasttrain.checkpoint.reading import misfits_of
-from fasttrain.config import TrainConfig, UserError, config_difference, config_to_dict
+from fasttrain.config import TrainConfig, UserError, config_difference
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import cut
@@ -47,7 +47,7 @@ def check_resumable(
     those of the checkpoint and ``allow_change`` does not name the key (it names all of them), or
     where the checkpoint holds another model than the config describes.
     """
-    tables = config_to_dict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    tables = asdict(config) | {f"data.{split}": facts for split, facts in data.items()}
     known = [f"{table}.{key}" for table, keys in tables.items() for key in keys]
     for key in allow_change:
         if key not in known:

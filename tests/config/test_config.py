@@ -23,7 +23,6 @@ from fasttrain.config import (
     config_difference,
     config_from_dict,
     config_reference,
-    config_to_dict,
     config_to_toml,
     help_text,
     load_config,
@@ -187,9 +186,12 @@ def test_refusal_names_key_value_and_remedy(config_file, overrides, parts):
     ("text", "parts"),
     [
         ("[model]\ndmi = 3", ["bad.toml", "model.dmi", "did you mean model.dim?"]),
-        ("[modle]\ndim = 3", ["bad.toml", "[modle]", "did you mean [model]?"]),
-        ("[zzzzzzz]\ndim = 3", ["bad.toml", "[zzzzzzz]", "there are run, model"]),
+        ("[modle]\ndim = 3", ["bad.toml", "modle.dim", "did you mean model.dim?"]),
+        ("[zzzzzzz]\ndim = 3", ["bad.toml", "zzzzzzz.dim", "did you mean model.dim?"]),
         ("model = 3", ["bad.toml", "model = 3", "write [model]"]),
+        ("a." * 6001 + "a = 1", ["bad.toml", "6,001 dots, at most 6,000 are credible"]),
+        ("[modle]", ["bad.toml", "modle", "did you mean model."]),
+        ("[zzz]", ["bad.toml", "zzz", "the sections are run, model"]),
         ("steps = 3", ["bad.toml", "steps", "did you mean train.steps?"]),
         ("[model\n", ["bad.toml", "not valid TOML", "line 1"]),
         ("[model]\ndim = 1\ndim = 2", ["bad.toml", "not valid TOML", "overwrite"]),
@@ -351,7 +353,7 @@ def test_difference(config_file):
 
 def test_round_trip_of_every_kind_of_value(tmp_path, config_file):
     hard = 'q"u\\o\te\n\x7f\x00 größe 🎉 ’'
-    values = config_to_dict(load_config(config_file))
+    values = dataclasses.asdict(load_config(config_file))
     values["eval"]["prompts"] = [hard, "", "none"]
     values["train"] |= {"max_grad_norm": None, "z_loss": 1e-300}
     values["optim"] |= {"lr": math.nextafter(1.0, 2.0), "betas": [0, 1e-5], "eps": 1e-08}
@@ -361,7 +363,7 @@ def test_round_trip_of_every_kind_of_value(tmp_path, config_file):
     path = tmp_path / "again.toml"
     path.write_text(config_to_toml(config), encoding="utf-8")
     assert load_config(path) == config
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @given(
@@ -410,7 +412,7 @@ def test_any_override_is_taken_or_refused_with_a_message(tmp_path, text):
             message = str(error)
             assert message.isprintable()
         else:
-            assert config_from_dict(config_to_dict(config)) == config
+            assert config_from_dict(dataclasses.asdict(config)) == config
 
 
 def test_a_bad_config_fails_fast_and_without_torch(tmp_path):

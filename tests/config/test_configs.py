@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from fasttrain.config import (
     OptimConfig,
     ScheduleConfig,
     config_from_dict,
-    config_to_dict,
     load_config,
 )
 from fasttrain.config.keys import check_value, counted
@@ -157,12 +156,12 @@ REFUSED = {
 
 def others() -> dict[str, list[str]]:
     """Return for every key what it may be set to by its declaration, as overrides."""
-    base = config_to_dict(load_config(BASE))
+    base = json.loads(json.dumps(asdict(load_config(BASE))))
     found = {}
     for section, cls in SECTIONS.items():
         for f in fields(cls):
             name, legal = f"{section}.{f.name}", []
-            for value in (*f.metadata["choices"], *f.metadata["words"], *VALUES):
+            for value in (*f.metadata["choices"], *VALUES):
                 try:
                     check_value(name, value, f)
                 except ConfigError:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,6 @@ eval      240  val_loss 2.8134  val_ppl 16.67  change -0.100  best
 sample, step 120
   | def main(args):
   | \\x1b[31m\\r    return é
-  |\x20
 done:
   time        2m 13s
   checkpoint  runs/base/checkpoints/step-00000240
@@ -182,6 +181,20 @@ def test_a_reader_that_is_gone_ends_nothing(
         "two",
         "",
     ]
+
+
+def test_R12_a_full_disk_behind_the_output_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", stream)
+    with closing(Console(tmp_path / "train.log")) as console:
+        console.note("one")
+        console.note("two")
+    with suppress(OSError):
+        stream.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[-3:] for line in lines] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -328,10 +341,9 @@ def test_N21_the_bar_says_how_far_the_run_is(
     assert shown in stream.getvalue()
 
 
-def test_a_long_line_of_a_sample_is_folded(
+def test_every_line_of_a_sample_is_marked(
     unlogged: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unlogged().sample(7, "a" * 90, "b" * 200 + "\n\nc")
+    unlogged().sample(7, "a", "b\n\nc\n\n")
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["sample, step 7", *(f"  | {s}" for s in ("a" * 90 + "b" * 6, "b" * 96)),
-                     "  | " + "b" * 96, "  | bb", "  | ", "  | c"]  # fmt: skip
+    assert lines == ["sample, step 7", "  | ab", "  | ", "  | c"]

@@ -97,7 +97,7 @@ def test_a_line_says_nothing_of_communication_where_nothing_was_sent(time: Time)
     account = TimeAccount(0)
     for seconds in (0.0, 3.0):
         for _ in range(2):
-            account.add_step(8.0, 0.0, first=False)
+            account.add_step(8.0, 0.0)
         account.add("communication", seconds)
         assert account.line(2)["communication_ms"] == (1500.0 if seconds else None)
 
@@ -106,11 +106,11 @@ def test_N21_the_time_left_is_judged_from_all_that_followed_the_first_step(time:
     """A resumed run that took 10 s for 100 steps and an evaluation needs 90 s for 900 more."""
     account = TimeAccount(999)
     time.now_s += 60  # it compiles
-    account.add_step(60.0, 0.0, first=True)
+    account.add_step(60.0, 0.0)
     assert account.left_s(1000, 2000) is None
     for _ in range(100):
         time.now_s += 0.08
-        account.add_step(0.08, 0.0, first=False)
+        account.add_step(0.08, 0.0)
     time.now_s += 2  # an evaluation
     assert account.left_s(1100, 2000) == pytest.approx(90.0)
     assert account.left_s(2001, 2000) == 0.0

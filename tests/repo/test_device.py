@@ -79,7 +79,9 @@ def test_S3_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]
     assert resolve_attention("auto", CPU, deterministic=False) is None
     with pytest.raises(UserError, match=r'"flash" needs a CUDA device, got cpu; use auto'):
         resolve_attention("flash", CPU, deterministic=False)
-    with pytest.raises(UserError, match=r"'fa3': .*flash_attn_interface.*hopper.*or use auto"):
+    with pytest.raises(
+        UserError, match=r'"fa3" cannot .*flash_attn_interface.*hopper.*or use auto'
+    ):
         resolve_attention("fa3", CUDA, deterministic=False)
     for run, remedy in (
         ({"attention": "cudnn", "deterministic": True}, "use run.attention=flash or auto"),

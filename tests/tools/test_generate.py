@@ -316,7 +316,7 @@ def test_an_empty_prompt_starts_a_document(
         (["RUN", "--top-k", "0"], "top_k must be at least 1"),
         (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
         (["RUN", "--max-tokens", "0"], "--max-tokens must be at least 1"),
-        (["RUN", "--device", "cuda:99"], "no such CUDA device"),
+        (["RUN", "--device", "cuda:99"], "names no CUDA device"),
         (["RUN", "--tokenizer", "missing.json"], "no such tokenizer"),
         (["RUN/checkpoints/step-00000030"], "no such folder"),
     ],
