@@ -96,7 +96,7 @@ def test_two_builds_are_byte_identical_and_a_third_is_cached(
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     said.clear()
-    monkeypatch.setattr(corpus, "_build", None)  # would fail if it were called
+    monkeypatch.setattr(corpus, "prepare", None)  # would fail if it were called
     assert build(tmp_path, "one", report=said.append) == first
     assert said == []
 
