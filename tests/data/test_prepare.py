@@ -235,6 +235,8 @@ def test_text_that_tiktoken_splits_otherwise_is_encoded_by_tokenizers(
     package_or_skip("tiktoken")
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(300))
     options = {"tokenizer": "bpe:300", "shard_tokens": 1000}
+    monkeypatch.setattr(build, "BATCH_CHARS", 9000)
+    monkeypatch.setattr(build, "CHECKPOINT_S", 0.0)
     run(tmp_path / "one", source, **options)
     compare, n_batches = Encoder._compare, 0
 
@@ -245,8 +247,6 @@ def test_text_that_tiktoken_splits_otherwise_is_encoded_by_tokenizers(
             raise OtherIdsError("after 'x'")
         compare(self, texts)
 
-    monkeypatch.setattr(build, "BATCH_CHARS", 9000)
-    monkeypatch.setattr(build, "CHECKPOINT_S", 0.0)
     monkeypatch.setattr(Encoder, "_compare", other)
     notes = run(tmp_path / "two", source, **options)
     assert any("after 'x'. Encoding all of it with tokenizers" in note for note in notes)

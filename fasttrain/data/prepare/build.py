@@ -355,10 +355,10 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
     asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
     for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
         other = other_than(part, asked[0], folder / PREPARED_JSON)
-        if meta["tokenizer"] != metas[0]["tokenizer"]:
-            other = other or "another tokenizer"
-        if (name := part["source"].get("part")) != f"{number}/{len(folders)}":
-            other = other or f"part = {name}"
+        if not other and meta["tokenizer"] != metas[0]["tokenizer"]:
+            other = "another tokenizer"
+        if not other and (name := part["source"].get("part")) != f"{number}/{len(folders)}":
+            other = f"part = {name}"
         if other:
             raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
     del asked[0]["source"]["part"]

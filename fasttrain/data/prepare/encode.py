@@ -97,14 +97,14 @@ class Piece:
     where: str  # its document's file, and line or row
 
 
-def _size_and_share(document: Document) -> tuple[int, float]:
-    """Return a document's bytes, and its place in [0, 1) by its content alone."""
-    digest, size = hashlib.sha256(), 0
+def _measured(document: Document) -> tuple[int, int, float]:
+    """Return a document's characters, bytes, and place in [0, 1) by its content alone."""
+    digest, n_chars, n_bytes = hashlib.sha256(), 0, 0
     for text in document.pieces():
         content = text.encode()
         digest.update(content)
-        size += len(content)
-    return size, int.from_bytes(digest.digest()[:4]) / 2**32
+        n_chars, n_bytes = n_chars + len(text), n_bytes + len(content)
+    return n_chars, n_bytes, int.from_bytes(digest.digest()[:4]) / 2**32
 
 
 class Splitter:
@@ -127,14 +127,14 @@ class Splitter:
         self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
         # No document fell below the fraction, and the nearest to it is held out.
         self.threshold, self.held_out_smallest = self.val_fraction, False
-        # Bytes: documents of more are not held out whole.
-        self._limit = 0 if first_two == 1 or not self.val_fraction else math.inf
-        self._cuts_large = self.val_fraction != 0
+        # Bytes: documents of more are not held out whole, but cut if `_cuts_large`.
+        self._limit, self._cuts_large = 0 if first_two == 1 else math.inf, True
         # Ends at the first that is below, after 1 / val_fraction documents as a rule; but a small
         # text is read to its end.
         small, total, smallest, sizes, shares = val_fraction is None, 0, 1.0, array("q"), array("d")
-        for document in source.documents() if small or self._limit else ():
-            size, share = _size_and_share(document)
+        searches = bool(self._limit and self.val_fraction)
+        for document in source.documents() if small or searches else ():
+            _, size, share = _measured(document)
             total, smallest = total + size, min(smallest, share)
             if small := small and total < SMALL_BYTES:
                 sizes.append(size)
@@ -143,7 +143,7 @@ class Splitter:
                 break
         if small:
             self._fit(np.array(sizes), np.array(shares))
-        elif self._limit and smallest >= self.val_fraction:
+        elif searches and smallest >= self.val_fraction:
             self.threshold, self.held_out_smallest = smallest + 2**-33, True
 
     def _fit(self, sizes: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
@@ -177,8 +177,10 @@ class Splitter:
 
     def _border(self, document: Document) -> float:
         """How many characters of a document are for training; infinite: all."""
-        size, share = _size_and_share(document) if self._limit else (1, 1.0)
-        if size > self._limit and self._cuts_large:
-            total = sum(len(text) for text in document.pieces())
-            return total - max(int(total * self.val_fraction), 1)
-        return 0 if size <= self._limit and share < self.threshold else math.inf
+        if not self.val_fraction:
+            return math.inf
+        n_chars, size, share = _measured(document)
+        if size > self._limit:
+            held_out = max(int(n_chars * self.val_fraction), 1)
+            return n_chars - held_out if self._cuts_large else math.inf
+        return 0 if share < self.threshold else math.inf

@@ -42,8 +42,7 @@ from fasttrain.data.files import (
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
 LISTING_S = 600.0  # that a remote folder may take to be listed
-TEXT = (".txt", ".text", ".md", ".rst")
-KNOWN = (".jsonl", ".parquet", *TEXT)
+KNOWN = (".jsonl", ".parquet", ".txt", ".text", ".md", ".rst")
 COMPRESSED = (".gz", ".zst")
 # Where a text may be cut so that no word of a byte-level BPE spans the cut: after a line's end and
 # before something that is not space; in a line too long for that, before a single space.
@@ -209,7 +208,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[File], list[File]]:
             is_folder = path.is_dir()
             matches = sorted(path.rglob("*")) if is_folder else [path]
             if not path.exists():
-                matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+                matches = list(map(Path, sorted(glob.glob(str(path), recursive=True))))
             files = [local_file(file) for file in matches if file.is_file()]
         if is_folder:
             passed_over += [file for file in files if file.kind()[0] not in KNOWN]
@@ -236,6 +235,7 @@ class Source:
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
         self.done_bytes = 0  # of `n_bytes`, read by this pass
+        self._before = 0  # of these, in the files before this one
 
     def take(self, number: int, count: int) -> int:
         """Keep the files whose middle lies in part `number` of `count`; return their bytes."""
@@ -256,19 +256,12 @@ class Source:
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
         self.problems.clear()
-        before = 0
+        self.done_bytes = self._before = 0
         for file in self.files:
-            self.done_bytes = before
-            kind, compression = file.kind()
+            read = {".parquet": self._rows, ".jsonl": self._lines}.get(file.kind()[0], self._plain)
             with self._reading(file):
-                if kind == ".parquet":
-                    yield from self._rows(file)
-                elif kind == ".jsonl":
-                    yield from self._lines(file, compression, before)
-                else:
-                    yield from self._plain(file, compression, before)
-            before += file.size
-            self.done_bytes = before
+                yield from read(file)
+            self.done_bytes = self._before = self._before + file.size
 
     @contextmanager
     def _reading(self, file: File) -> Iterator[None]:
@@ -280,26 +273,26 @@ class Source:
             why = "it is cut off: its compressed data has no end; get it anew" if cut_off else error
             raise DataError(f"{file}: cannot be read ({why})") from error
 
-    def _plain(self, file: File, compression: str, before: int) -> Iterator[Document]:
+    def _plain(self, file: File) -> Iterator[Document]:
         told: list[int] = []
 
         def pieces() -> Iterator[str]:
             with self._reading(file):
-                yield from _pieces(self._decoded(file, compression, before, told))
+                yield from _pieces(self._decoded(file, told))
 
         if next(pieces(), None) is None:
             self._problem(EMPTY, str(file))
         else:
             yield Document(str(file), pieces)
 
-    def _decoded(self, file: File, compression: str, before: int, told: list[int]) -> Iterator[str]:
+    def _decoded(self, file: File, told: list[int]) -> Iterator[str]:
         """A file's text, block by block; what is not UTF-8 becomes U+FFFD.
 
         `told` keeps the line of the first, which counts once, however often the text is read.
         """
         decoder, line, block = codecs.getincrementaldecoder("utf-8-sig")(), 1, b"-"
         with file.open() as raw:
-            unpacked = _decompressed(raw, file, compression)
+            unpacked = _decompressed(raw, file)
             while block:
                 block, state = unpacked.read(PIECE_CHARS), decoder.getstate()
                 try:
@@ -313,12 +306,12 @@ class Source:
                     text = decoder.decode(block, not block)
                 line += text.count("\n")
                 yield text
-                self.done_bytes = before + raw.tell()
+                self.done_bytes = self._before + raw.tell()
 
-    def _lines(self, file: File, compression: str, before: int) -> Iterator[Document]:
+    def _lines(self, file: File) -> Iterator[Document]:
         with file.open() as raw:
-            for number, line in enumerate(_decompressed(raw, file, compression), 1):
-                self.done_bytes = before + raw.tell()
+            for number, line in enumerate(_decompressed(raw, file), 1):
+                self.done_bytes = self._before + raw.tell()
                 where = f"{file}:{number}"
                 if not line.strip():
                     continue
@@ -327,10 +320,9 @@ class Source:
                 except UnicodeDecodeError:
                     self._problem(INVALID_UTF8, where)
                     content = line.decode(errors="replace")
-                try:
+                record = None
+                with suppress(ValueError, RecursionError):
                     record = json.loads(content)
-                except (ValueError, RecursionError):
-                    record = None
                 if not isinstance(record, dict):
                     self._problem(NOT_JSON, where)
                     continue
@@ -339,7 +331,7 @@ class Source:
     def _rows(self, file: File) -> Iterator[Document]:
         parquet = _package("pyarrow.parquet", file)
         try:
-            table = parquet.ParquetFile(file.open())
+            table = parquet.ParquetFile(file.path if isinstance(file.path, Path) else file.open())
             if self.field not in (names := table.schema_arrow.names):
                 remedy = f"name one: --text-field {', '.join(names)}"
                 raise DataError(f"{file}: no column {self.field!r}; {remedy}")
@@ -362,8 +354,8 @@ class Source:
         if not text:
             self._problem(EMPTY, where)
             return
-        whole = text
-        yield Document(where, lambda: _pieces(iter([whole])))
+        whole = [text]
+        yield Document(where, lambda: _pieces(iter(whole)))
 
 
 def _package(name: str, file: File) -> Any:
@@ -374,7 +366,8 @@ def _package(name: str, file: File) -> Any:
         raise DataError(f"{file}: to read it run: pip install {package}") from error
 
 
-def _decompressed(raw: IO[bytes], file: File, compression: str) -> IO[bytes]:
+def _decompressed(raw: IO[bytes], file: File) -> IO[bytes]:
+    _, compression = file.kind()
     if not compression:
         return raw
     if not raw.read(1):  # which would count as no text
