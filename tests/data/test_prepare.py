@@ -518,7 +518,7 @@ def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(
     for name in ("b.txt", "a.md", "sub/c.jsonl", "sub/d.TXT.gz", "image.png", "code.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    files, passed_over = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-"])
+    files, passed_over = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-", "-"])
     names = ["a.md", "b.txt", "c.jsonl", "d.TXT.gz", "standard input"]
     assert [Path(str(file)).name for file in files] == names
     assert [Path(file.path).name for file in passed_over] == ["code.py", "image.png"]

@@ -125,7 +125,6 @@ def prepare(
             some = ", ".join(PurePath(str(file)).name for file in skipped[:3])
             some += ", …" * (len(skipped) > 3)
             note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {some}")
-    tokenizer_file = Path(tokenizer).expanduser()
     source = Source(files, field=text_field, strict=strict)
     if val_fraction is None and source.n_bytes >= SMALL_BYTES:
         val_fraction = VAL_FRACTION
@@ -141,7 +140,7 @@ def prepare(
             **({"part": f"{number}/{n_parts}"} if shard_of else {}),
         },
         "files": [file.identity() for file in files],
-        "tokenizer_sha256": sha256_of(tokenizer_file) if tokenizer_file.is_file() else "",
+        "tokenizer_sha256": sha256_of(p) if (p := Path(tokenizer).expanduser()).is_file() else "",
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     with building(place, asked, resume=resume, note=note) as partial:

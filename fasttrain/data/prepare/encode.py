@@ -129,10 +129,10 @@ class Splitter:
         self.threshold, self.held_out_smallest = self.val_fraction, False
         # Bytes: documents of more are not held out whole, but cut if `_cuts_large`.
         self._limit, self._cuts_large = 0 if first_two == 1 else math.inf, True
-        # Ends at the first that is below, after 1 / val_fraction documents as a rule; but a small
-        # text is read to its end.
-        small, total, smallest, sizes, shares = val_fraction is None, 0, 1.0, array("q"), array("d")
-        searches = bool(self._limit and self.val_fraction)
+        # A small text is read to its end. The search for a document below the fraction takes
+        # 1 / val_fraction documents as a rule.
+        small, searches = val_fraction is None, bool(self._limit and self.val_fraction)
+        total, smallest, sizes, shares = 0, 1.0, array("q"), array("d")
         for document in source.documents() if small or searches else ():
             _, size, share = _measured(document)
             total, smallest = total + size, min(smallest, share)

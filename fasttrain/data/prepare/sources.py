@@ -198,7 +198,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[File], list[File]]:
     """
     found: dict[File, None] = {}
     passed_over: list[File] = []
-    for name in inputs:
+    for name in dict.fromkeys(inputs):
         if name == "-":
             is_folder, files = False, [_standard_input()]
         elif is_address(name):
@@ -362,8 +362,7 @@ def _package(name: str, file: File) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
-        raise DataError(f"{file}: to read it run: pip install {package}") from error
+        raise DataError(f"{file}: to read it run: pip install pyarrow") from error
 
 
 def _decompressed(raw: IO[bytes], file: File) -> IO[bytes]:

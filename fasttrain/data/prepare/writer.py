@@ -257,8 +257,7 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
 
     Behind that, what was built for an address is copied there.
     """
-    at_address = is_address(place)
-    folder = Path(place)
+    folder, at_address = Path(place), is_address(place)
     if at_address:
         folder = cache_folder() / "prepare" / shown(place).replace("://", "/")
         there = _is_there(place, asked, resume)
