@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import tokenizers
 from fasttrain.data.files import DataError, cache_folder, lock
 from fasttrain.data.format import DATASET_JSON
 from fasttrain.data.prepare.build import prepare
+from fasttrain.data.prepare.sources import local_file
 from fasttrain.data.tokenizer import CODE_PATTERN
 
 RECIPE = 1  # raise it when anything below changes the tokens
@@ -48,7 +49,7 @@ def build_default_corpus(
     files, n_bytes = [], 0
     for name, content in _source_files(root):
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        files.append(root / name)
+        files.append(local_file(root / name))
         n_bytes += len(content)
     if n_bytes < MIN_BYTES:
         raise DataError(
@@ -67,7 +68,30 @@ def build_default_corpus(
         f"the source of Python {sys.version.split()[0]}'s standard library ({root})"
     )
     try:
-        _build(parent, folder, [f"{root}/**/*.py"], files, vocab_size)
+        with ExitStack() as stack:  # one process at a time where the file system has locks
+            with suppress(OSError):
+                stack.callback(os.close, lock(parent / LOCK, wait=True))
+                if (folder / DATASET_JSON).is_file():  # made meanwhile
+                    return folder
+                for killed in parent.glob(f"{PREFIX}*"):
+                    shutil.rmtree(killed, ignore_errors=True)
+            building = tempfile.mkdtemp(dir=parent, prefix=PREFIX)
+            stack.callback(shutil.rmtree, building, ignore_errors=True)
+            made = Path(building, "dataset")
+            prepare(
+                made,
+                [f"{root}/**/*.py"],
+                files=files,
+                tokenizer=f"bpe:{vocab_size}",
+                pattern=CODE_PATTERN,
+                val_fraction=VAL_FRACTION,
+                note=lambda line: None,
+            )
+            try:
+                os.rename(made, folder)
+            except OSError:  # without locks another process may have been faster
+                if not (folder / DATASET_JSON).is_file():
+                    raise
     except (OSError, DataError) as error:
         raise DataError(
             f"the default text cannot be made: {error}; free some space or name another folder "
@@ -77,50 +101,15 @@ def build_default_corpus(
     return folder
 
 
-def _build(
-    parent: Path, folder: Path, inputs: list[str], files: list[Path], vocab_size: int
-) -> None:
-    """Make `folder` in `parent`, one process at a time where the file system has locks."""
-    with ExitStack() as stack:
-        with suppress(OSError):
-            stack.callback(os.close, lock(parent / LOCK, wait=True))
-            if (folder / DATASET_JSON).is_file():  # made meanwhile
-                return
-            for killed in parent.glob(f"{PREFIX}*"):
-                shutil.rmtree(killed, ignore_errors=True)
-        building = tempfile.mkdtemp(dir=parent, prefix=PREFIX)
-        stack.callback(shutil.rmtree, building, ignore_errors=True)
-        made = Path(building, "dataset")
-        prepare(
-            made,
-            inputs,
-            files=files,
-            tokenizer=f"bpe:{vocab_size}",
-            pattern=CODE_PATTERN,
-            val_fraction=VAL_FRACTION,
-            note=lambda line: None,
-        )
-        try:
-            os.rename(made, folder)
-        except OSError:
-            # Without locks another process may have been faster, and its folder is as good. One
-            # without dataset.json is in the way, which nothing here leaves behind.
-            if not (folder / DATASET_JSON).is_file():
-                raise
-
-
-def _source_files(root: Path) -> list[tuple[str, bytes]]:
+def _source_files(root: Path) -> Iterator[tuple[str, bytes]]:
     """(relative posix path, content) of every source file that is UTF-8 and not empty, sorted."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    documents = []
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
         # What is unreadable, or a sample of some other encoding, is left out.
         with suppress(OSError, UnicodeDecodeError):
             content = path.read_bytes()
-            content.decode()
-            if content:
-                documents.append((name, content))
-    return documents
+            if content.decode():
+                yield name, content

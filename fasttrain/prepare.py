@@ -124,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             prepare(out, inputs, **options, progress=True)
         path = shlex.quote(shown(out))
+        done = f"Train on it: python -m fasttrain.train base data.path={path}"
         if options["shard_of"]:
-            print(f"When all parts are there: python -m fasttrain.prepare {path} --merge")
-            return 0
-        print(f"Train on it: python -m fasttrain.train base data.path={path}")
+            done = f"When all parts are there: python -m fasttrain.prepare {path} --merge"
+        print(done)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -17,8 +17,8 @@ from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build, sources
 from fasttrain.data.prepare.encode import Splitter
-from fasttrain.data.prepare.sources import Source, find_files
-from fasttrain.data.tokenizer import char_tokenizer, train_bpe
+from fasttrain.data.prepare.sources import Source, find_files, local_file
+from fasttrain.data.tokenizer import Encoder, OtherIdsError, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
 WORDS = ["the", "model", "reads", "", "line", "of", "words,", "12", "345", "tokens;", "naïve"]
@@ -170,7 +170,7 @@ def test_N6_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
         found = [
             [
                 piece.where
-                for piece in Splitter(Source([path]), fraction).pieces()
+                for piece in Splitter(Source([local_file(path)]), fraction).pieces()
                 if piece.split == "val"
             ]
             for fraction in (None, 0.005)
@@ -227,6 +227,32 @@ def test_any_tokenizer_json_and_two_equal_runs(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=match):
             run(tmp_path / "out", source, tokenizer=wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_that_tiktoken_splits_otherwise_is_encoded_by_tokenizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_or_skip("tiktoken")
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(300))
+    options = {"tokenizer": "bpe:300", "shard_tokens": 1000}
+    monkeypatch.setattr(build, "BATCH_CHARS", 9000)
+    monkeypatch.setattr(build, "CHECKPOINT_S", 0.0)
+    run(tmp_path / "one", source, **options)
+    compare, n_batches = Encoder._compare, 0
+
+    def other(self: Encoder, texts: list[str]) -> None:
+        nonlocal n_batches
+        n_batches += 1
+        if n_batches == 3:  # after shards, and a place to resume from, were written
+            raise OtherIdsError("after 'x'")
+        compare(self, texts)
+
+    monkeypatch.setattr(Encoder, "_compare", other)
+    notes = run(tmp_path / "two", source, **options)
+    assert any("after 'x'. Encoding all of it with tokenizers" in note for note in notes)
+    assert n_batches == 3
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_a_tokenizer_without_an_end_of_text_is_used_and_said(tmp_path: Path) -> None:
@@ -395,7 +421,7 @@ def test_pieces_of_a_large_text_give_the_tokens_of_the_whole(
     tokenizer.save(str(tmp_path / "t.json"))
     (tmp_path / "in.txt").write_text(text)
     monkeypatch.setattr(sources, "PIECE_CHARS", piece_chars)
-    pieces = list(next(Source([tmp_path / "in.txt"]).documents()).pieces())
+    pieces = list(next(Source([local_file(tmp_path / "in.txt")]).documents()).pieces())
     assert len(pieces) > len(text) // piece_chars // 2 > 50
     assert "".join(pieces) == text
     run(tmp_path / "out", tmp_path / "in.txt", tokenizer=str(tmp_path / "t.json"), val_fraction=0)
@@ -485,15 +511,19 @@ def test_memory_stays_flat(tmp_path: Path, megabytes: int) -> None:
     assert open_dataset(tmp_path / "out", "train").n_tokens > 990_000 * megabytes
 
 
-def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(tmp_path: Path) -> None:
+def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
     for name in ("b.txt", "a.md", "sub/c.jsonl", "sub/d.TXT.gz", "image.png", "code.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    files, passed_over = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-"])
-    assert [f and f.name for f in files] == ["a.md", "b.txt", "c.jsonl", "d.TXT.gz", None]
-    assert [file.name for file in passed_over] == ["code.py", "image.png"]
+    files, passed_over = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-", "-"])
+    names = ["a.md", "b.txt", "c.jsonl", "d.TXT.gz", "standard input"]
+    assert [Path(str(file)).name for file in files] == names
+    assert [Path(file.path).name for file in passed_over] == ["code.py", "image.png"]
     files, _ = find_files([str(tmp_path / "**" / "*.py")])
-    assert [f and f.name for f in files] == ["code.py"]
+    assert [Path(file.path).name for file in files] == ["code.py"]
     for name in ("missing.txt", "*.doc"):
         with pytest.raises(DataError, match="no such file or folder"):
             find_files([str(tmp_path / name)])
@@ -512,4 +542,4 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(sources.importlib, "import_module", missing)
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
-        list(Source([tmp_path / name]).documents())
+        list(Source([local_file(tmp_path / name)]).documents())

@@ -20,7 +20,7 @@ from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build
 from fasttrain.data.prepare.build import merge
-from fasttrain.data.prepare.sources import Source
+from fasttrain.data.prepare.sources import Source, local_file
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError
 from fasttrain.prepare import prepare
@@ -113,9 +113,9 @@ def test_each_file_is_in_one_part_and_parts_are_about_equal(tmp_path: Path) -> N
     for n_parts in (1, 2, 3, 7, 40):
         files = []
         for number in range(1, n_parts + 1):
-            source = Source(paths)
+            source = Source([local_file(path) for path in paths])
             assert abs(source.take(number, n_parts) - total / n_parts) <= 100
-            files += source.files
+            files += [file.path for file in source.files]
         assert files == paths
 
 

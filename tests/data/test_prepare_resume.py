@@ -201,7 +201,7 @@ def test_a_shard_that_is_cut_short_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, inputs = interrupted(tmp_path, monkeypatch)
-    (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin.partial")
+    (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin")
     os.truncate(shard, 1100)
     monkeypatch.setattr(build, "BATCH_CHARS", 1500)
     with pytest.raises(DataError, match="missing or cut short"):

@@ -20,19 +20,19 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_770,
-    "fasttrain": 4_262,
+    "fasttrain": 4_250,
     "fasttrain/checkpoint": 1_480,
-    "fasttrain/config": 1_032,
+    "fasttrain/config": 1_040,
     "fasttrain/data": 2_330,
-    "fasttrain/data/prepare": 1_510,
+    "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,
-    "fasttrain/log": 923,
+    "fasttrain/log": 930,
     "fasttrain/model": 940,
     "fasttrain/preflight": 530,
     "fasttrain/run": 1_150,
     "kernels": 6_100,
-    "kernels/fasttrain_kernels/cpu": 1_660,
+    "kernels/fasttrain_kernels/cpu": 1_700,
 }
 
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of

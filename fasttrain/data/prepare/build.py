@@ -8,11 +8,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from fasttrain.data.files import (
     cache_folder,
     is_address,
     names_at,
-    remote,
     sha256_of,
     shown,
     write_atomically,
@@ -35,7 +33,6 @@ from fasttrain.data.files import (
 from fasttrain.data.format import (
     DATASET_JSON,
     Split,
-    fetch_description,
     open_dataset,
     read_dataset_json,
     write_dataset_json,
@@ -58,10 +55,11 @@ from fasttrain.data.prepare.writer import (
     Partial,
     ShardWriter,
     building,
+    described,
     other_than,
     place_of,
 )
-from fasttrain.data.remote import ShardCache, beside
+from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import (
     TEXT_PATTERN,
     Encoder,
@@ -86,7 +84,7 @@ def prepare(
     out: Path | str,
     inputs: Sequence[str],
     *,
-    files: Sequence[File | None] | None = None,
+    files: Sequence[File] | None = None,
     text_field: str = "text",
     tokenizer: str = "bpe:32768",
     pattern: str = TEXT_PATTERN,
@@ -124,10 +122,9 @@ def prepare(
     if files is None:
         files, skipped = find_files(inputs)
         if skipped:
-            some = ", ".join(Path(str(file)).name for file in skipped[:3])
+            some = ", ".join(PurePath(str(file)).name for file in skipped[:3])
             some += ", …" * (len(skipped) > 3)
             note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {some}")
-    tokenizer_file = Path(tokenizer).expanduser()
     source = Source(files, field=text_field, strict=strict)
     if val_fraction is None and source.n_bytes >= SMALL_BYTES:
         val_fraction = VAL_FRACTION
@@ -142,96 +139,81 @@ def prepare(
             "shard_tokens": shard_tokens,
             **({"part": f"{number}/{n_parts}"} if shard_of else {}),
         },
-        "files": source.fingerprint(),
-        "tokenizer_sha256": sha256_of(tokenizer_file) if tokenizer_file.is_file() else "",
+        "files": [file.identity() for file in files],
+        "tokenizer_sha256": sha256_of(p) if (p := Path(tokenizer).expanduser()).is_file() else "",
         "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
-    try:
-        with building(place, asked, resume=resume, note=note) as partial:
-            if partial is None:
-                return
-            with Bar(source.n_bytes, progress) as bar:
-                splitter = Splitter(source, val_fraction)
-                if splitter.held_out_smallest:
-                    note(
-                        f"No document fell into validation at --val-fraction {val_fraction}: the "
-                        "one with the smallest hash is held out"
-                    )
-                path = partial.dataset / "tokenizer.json"
-                if not partial.state:
-                    made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
-                    made.encode_special_tokens = False
-                    write_atomically(path, made.to_str(pretty=False).encode())
-                    if tokenizer.startswith("bpe:"):
-                        partial.save(exact=False)
-                # Split and tokenizer are those of all the text.
-                bar.n_bytes = source.take(number, n_parts)
-                kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
+    with building(place, asked, resume=resume, note=note) as partial:
+        if partial is None:
+            return
+        with Bar(source.n_bytes, progress) as bar:
+            splitter = Splitter(source, val_fraction)
+            if splitter.held_out_smallest:
+                note(
+                    f"No document fell into validation at --val-fraction {val_fraction}: the one "
+                    "with the smallest hash is held out"
+                )
+            path = partial.dataset / "tokenizer.json"
+            if not partial.state:
+                made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
+                made.encode_special_tokens = False
+                write_atomically(path, made.to_str(pretty=False).encode())
+                if tokenizer.startswith("bpe:"):
+                    partial.save(exact=False)
+            # Split and tokenizer are those of all the text.
+            bar.n_bytes = source.take(number, n_parts)
+            kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
+            processes = max(1, min(workers, source.n_bytes // WORKER_BYTES)) if kind == "bpe" else 1
+            writers: dict[str, ShardWriter] = {}
+            while not writers:
                 exact = partial.state.get("exact", False)
                 encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
                 if encoder.end_of_text is None:
                     note("The tokenizer has no end-of-text token: documents are not separated")
                 if encoder.not_fast and source.n_bytes > WORKER_BYTES:
                     note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
-                processes = 1
-                if kind == "bpe":
-                    processes = max(1, min(workers, source.n_bytes // WORKER_BYTES))
-                how = (shard_tokens, processes, bar.show)
                 try:
-                    result = write_splits(partial, splitter, encoder, *how)
+                    writers = write_splits(partial, splitter, encoder, processes, bar.show)
                 except OtherIdsError as error:
+                    problem = f"tiktoken does not split this text as its tokenizer does: {error}"
                     if shard_of:
-                        raise DataError(
-                            f"tiktoken does not split this text as its tokenizer does: {error}; "
-                            "make all parts anew where tiktoken is not installed"
-                        ) from error
-                    note(
-                        f"tiktoken does not split this text as its tokenizer does: {error}. "
-                        "Encoding all of it with tokenizers instead, which is slower"
-                    )
+                        remedy = "make all parts anew where tiktoken is not installed"
+                        raise DataError(f"{problem}; {remedy}") from error
+                    note(f"{problem}. Encoding all of it with tokenizers instead, which is slower")
                     partial.state = {}
                     partial.save(exact=True)
-                    encoder = Encoder(encoder.tokenizer, use_tiktoken=False)
-                    result = write_splits(partial, splitter, encoder, *how)
-            facts = (encoder.vocab_size, encoder.end_of_text, source.problems)
-            publish(partial, result, *facts, note)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process ended: out of memory? --resume continues from here, with fewer "
-            "--workers if need be"
-        ) from error
-    seconds, total = time.perf_counter() - begin, sum(n for _, n in result.values())
+        publish(partial, writers, encoder.end_of_text, source.problems, note)
+    seconds, total = time.perf_counter() - begin, sum(w.n_bytes for w in writers.values())
     note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
 
 
 def publish(
     partial: Partial,
-    result: Mapping[str, tuple[ShardWriter, int]],
-    vocab_size: int,
+    writers: Mapping[str, ShardWriter],
     end_of_text: int | None,
     problems: Mapping[str, int],
     note: Note,
 ) -> None:
     """Give a dataset its `dataset.json` and its name; say what is in it."""
-    source, n_val = partial.asked["source"], result["val"][0].n_tokens
+    source, n_val = partial.asked["source"], writers["val"].n_tokens
     is_part, fraction = "part" in source, source["val_fraction"]
-    if not result["train"][0].n_tokens and not is_part:
+    if not writers["train"].n_tokens and not is_part:
         raise DataError("all text fell into validation; lower --val-fraction or add text")
     write_dataset_json(
         partial.dataset,
-        vocab_size=vocab_size,
+        vocab_size=writers["train"].vocab_size,
         end_of_text=end_of_text,
-        splits={k: (w.shards, n) for k, (w, n) in result.items() if w.n_tokens or is_part},
+        splits={k: (w.shards, w.n_bytes) for k, w in writers.items() if w.n_tokens or is_part},
         source=source | {"problems": dict(sorted(problems.items()))},
     )
     partial.publish()
     for reason, count in sorted(problems.items()):
         note(f"{reason}: {count:,}")
-    for split, (writer, n_bytes) in result.items():
+    for split, writer in writers.items():
         note(
             f"{split:5}  {counted(writer.n_tokens, 'token')}, "
-            f"{counted(writer.n_documents, 'document')}, {counted(n_bytes, 'byte')}, "
-            f"{n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
+            f"{counted(writer.n_documents, 'document')}, {counted(writer.n_bytes, 'byte')}, "
+            f"{writer.n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
     if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
         enough = fraction == "auto" or fraction >= MAX_VAL_FRACTION
@@ -258,10 +240,9 @@ def _make_tokenizer(
                 "tokenizer.json, or bpe:N, bytes or chars"
             )
         return load_tokenizer(path)
-    try:
-        wanted = int(name.removeprefix("bpe:"))
-    except ValueError:
-        raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768") from None
+    if not name[4:].isdecimal():
+        raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768")
+    wanted = int(name[4:])
     note(f"Training a BPE of {wanted} tokens")
     tokenizer = train_bpe(_sample(splitter, bar), wanted, pattern=pattern)
     if tokenizer.get_vocab_size() < wanted:
@@ -296,35 +277,32 @@ def _batches(splitter: Splitter) -> Iterator[Batch]:
         yield pieces, splitter.source.done_bytes
 
 
+def _writer(partial: Partial, split: Split, vocab_size: int) -> ShardWriter:
+    state = partial.state.get("splits", {}).get(split)
+    shard_tokens = partial.asked["source"]["shard_tokens"]
+    return ShardWriter(
+        partial.dataset, split, vocab_size=vocab_size, shard_tokens=shard_tokens, state=state
+    )
+
+
 def write_splits(
     partial: Partial,
     splitter: Splitter,
     encoder: Encoder,
-    shard_tokens: int,
     workers: int,
     show: Callable[[str, int], None],
-) -> dict[str, tuple[ShardWriter, int]]:
+) -> dict[str, ShardWriter]:
     """Encode what is not yet encoded, and write it; call `show` with each state and bytes read.
 
-    Return for each split its closed writer and the bytes of its text. `OtherIdsError` says that
-    tiktoken cannot be used on this text.
+    Return the closed writer of each split. `OtherIdsError` says that tiktoken cannot be used on
+    this text.
     """
-    before = partial.state.get("splits", dict.fromkeys(SPLITS, (None, 0)))
     n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
-    n_bytes = {split: before[split][1] for split in SPLITS}
     tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
     batches = _batches(splitter)
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                ShardWriter(
-                    partial.dataset,
-                    split,
-                    vocab_size=encoder.vocab_size,
-                    shard_tokens=shard_tokens,
-                    state=before[split][0],
-                )
-            )
+        writers: dict[str, ShardWriter] = {
+            split: stack.enter_context(_writer(partial, split, encoder.vocab_size))
             for split in SPLITS
         }
         for _, done_bytes in islice(batches, n_batches):
@@ -332,40 +310,35 @@ def write_splits(
         results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
         saved = time.monotonic()
         for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
+            for piece, tokens in zip(pieces, ids, strict=True):
+                if lost := encoder.losses.count(piece.text, tokens):
+                    n_lost += lost
+                    if splitter.source.strict:
+                        places = encoder.losses.places(piece.text)
+                        begin, end = next(iter(places), (0, len(piece.text)))
+                        raise DataError(
+                            f"{piece.where}: the tokenizer has no token for "
+                            f"{piece.text[begin:end]!r} after "
+                            f"{piece.text[:begin][-30:]!r}, and --strict was asked for"
+                        )
             for split, writer in writers.items():
-                parts, ends, at = [np.empty(0, np.uint32)], [], 0
-                for piece, tokens in zip(pieces, ids, strict=True):
-                    if piece.split != split:
-                        continue
-                    n_bytes[split] += len(piece.text.encode())
-                    if lost := encoder.losses.count(piece.text, tokens):
-                        if splitter.source.strict:
-                            places = encoder.losses.places(piece.text)
-                            begin, end = next(iter(places), (0, len(piece.text)))
-                            raise DataError(
-                                f"{piece.where}: the tokenizer has no token for "
-                                f"{piece.text[begin:end]!r} after "
-                                f"{piece.text[max(0, begin - 30) : begin]!r}, and --strict was "
-                                "asked for"
-                            )
-                        n_lost += lost
-                    parts += [tokens, tail] if piece.last else [tokens]
-                    at += tokens.size + (tail.size if piece.last else 0)
-                    if piece.last:
-                        ends.append(at)
-                writer.write(np.concatenate(parts), ends)
+                mine = [n for n, piece in enumerate(pieces) if piece.split == split]
+                parts = [np.append(ids[n], tail) if pieces[n].last else ids[n] for n in mine]
+                ends = np.cumsum([part.size for part in parts], dtype=np.int64)
+                last = np.array([pieces[n].last for n in mine], bool)
+                n_bytes = sum(len(pieces[n].text.encode()) for n in mine)
+                writer.write(np.concatenate([tail[:0], *parts]), ends[last], n_bytes)
             n_batches += 1
             if time.monotonic() - saved >= CHECKPOINT_S:
-                states = {split: (writers[split].state(), n_bytes[split]) for split in SPLITS}
+                states = {split: writer.state() for split, writer in writers.items()}
                 partial.save(batches=n_batches, splits=states, lost=n_lost)
                 saved = time.monotonic()
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             n_documents = sum(writer.n_documents for writer in writers.values())
-            done = f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}"
-            show(done, done_bytes)
+            show(f"{counted(n_tokens, 'token')}  {counted(n_documents, 'document')}", done_bytes)
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
-    return {split: (writer, n_bytes[split]) for split, writer in writers.items()}
+    return writers
 
 
 def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
@@ -376,15 +349,15 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
     """
     place = place_of(out)
     parts = _parts(f"{place}.parts")
-    folders = [_description(part) for part in parts]
+    folders = [described(p, cache_folder()) if is_address(p) else Path(p) for p in parts]
     metas = [read_dataset_json(folder) for folder in folders]
     asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
     for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
         other = other_than(part, asked[0], folder / PREPARED_JSON)
-        if meta["tokenizer"] != metas[0]["tokenizer"]:
-            other = other or "another tokenizer"
-        if (name := part["source"].get("part")) != f"{number}/{len(folders)}":
-            other = other or f"part = {name}"
+        if not other and meta["tokenizer"] != metas[0]["tokenizer"]:
+            other = "another tokenizer"
+        if not other and (name := part["source"].get("part")) != f"{number}/{len(folders)}":
+            other = f"part = {name}"
         if other:
             raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
     del asked[0]["source"]["part"]
@@ -394,9 +367,8 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
             return
         tokenizer = (folders[0] / "tokenizer.json").read_bytes()
         write_atomically(partial.dataset / "tokenizer.json", tokenizer)
-        result = {str(split): _joined(partial, split, parts, metas) for split in SPLITS}
-        facts = (metas[0]["vocab_size"], metas[0]["end_of_text"], problems)
-        publish(partial, result, *facts, note)
+        writers = {str(split): _joined(partial, split, parts, metas) for split in SPLITS}
+        publish(partial, writers, metas[0]["end_of_text"], problems, note)
     note(f"Merged {shown(place)}; {shown(place)}.parts is no longer needed")
 
 
@@ -417,23 +389,14 @@ def _parts(place: str) -> list[str]:
     return [f"{place}/{name}" for name in wanted]
 
 
-def _description(part: str) -> Path:
-    """Return a folder of this machine with all of a part but its tokens."""
-    if not is_address(part):
-        return Path(part)
-    folder = fetch_description(part, cache_folder())
-    record = remote(beside(part, PREPARED_JSON), "cat_file")
-    write_atomically(folder / PREPARED_JSON, record)
-    return folder
-
-
 def _joined(
     partial: Partial, split: Split, parts: list[str], metas: list[dict[str, Any]]
-) -> tuple[ShardWriter, int]:
-    """Write a split's tokens of all parts; return its closed writer and the bytes of its text."""
-    size, tokens = metas[0]["vocab_size"], partial.asked["source"]["shard_tokens"]
-    with ShardWriter(partial.dataset, split, vocab_size=size, shard_tokens=tokens) as writer:
-        fetched = ShardCache(partial.folder, 1 + 24 * tokens / 2**30)  # two shards and their ends
+) -> ShardWriter:
+    """Write a split's tokens of all parts; return its closed writer."""
+    with _writer(partial, split, metas[0]["vocab_size"]) as writer:
+        writer.n_bytes = sum(meta["splits"][split]["bytes"] for meta in metas)
+        shard_bytes = 12 * writer.shard_tokens
+        fetched = ShardCache(partial.folder, 1 + 2 * shard_bytes / 2**30)  # with their ends
         for part, meta in zip(parts, metas, strict=True):
             if not meta["splits"][split]["tokens"]:
                 continue
@@ -445,7 +408,7 @@ def _joined(
                     low, high = np.searchsorted(ends, (start, stop), "right")
                     writer.write(dataset.read(base + start, stop - start), ends[low:high] - start)
                 base += shard.n_tokens
-    return writer, sum(meta["splits"][split]["bytes"] for meta in metas)
+    return writer
 
 
 class Bar(Progress):
@@ -469,13 +432,11 @@ class Bar(Progress):
     def show(self, what: str, done_bytes: int | None) -> None:
         """What is being done, and how much of the input is; None: for a time nobody knows."""
         (task,) = self.tasks
-        if done_bytes is None or task.total is None or done_bytes < task.completed:
-            self.remove_task(task.id)  # another pass; of unknown length, the bar moves to and fro
-            self.add_task(what, total=None if done_bytes is None else self.n_bytes)
-            (task,) = self.tasks
         if done_bytes is None:
-            return
-        self.update(task.id, completed=done_bytes)
+            return self.update(task.id, description=what)
+        if done_bytes < task.completed:  # another pass
+            self.reset(task.id)
+        self.update(task.id, total=self.n_bytes, completed=done_bytes)
         left = "–" if task.time_remaining is None else timedelta(seconds=task.time_remaining)
         digits = 0 if self.n_bytes >= 10e6 else 1
         done, total = (f"{n / 1e6:,.{digits}f}" for n in (done_bytes, self.n_bytes))

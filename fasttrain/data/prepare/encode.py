@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,7 @@ Batch = tuple[list["Piece"], int]
 def encoded(
     batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Generator[tuple[Batch, Ids]]:
-    """Yield each batch with the ids of its pieces, in the order of the batches.
-
-    Raises:
-        BrokenProcessPool: A worker was killed.
-    """
+    """Yield each batch with the ids of its pieces, in the order of the batches."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder.encode([piece.text for piece in batch[0]])
@@ -48,6 +46,11 @@ def encoded(
             batch, future = ahead.popleft()
             ahead.extend(islice(coming, 1))
             yield batch, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended: out of memory? --resume continues from here, with fewer "
+            "--workers if need be"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -94,16 +97,14 @@ class Piece:
     where: str  # its document's file, and line or row
 
 
-def _share(document: Document) -> float:
-    """The document's place in [0, 1), by its content alone."""
-    digest = hashlib.sha256()
+def _measured(document: Document) -> tuple[int, int, float]:
+    """Return a document's characters, bytes, and place in [0, 1) by its content alone."""
+    digest, n_chars, n_bytes = hashlib.sha256(), 0, 0
     for text in document.pieces():
-        digest.update(text.encode())
-    return int.from_bytes(digest.digest()[:4]) / 2**32
-
-
-def _n_bytes(document: Document) -> int:
-    return sum(len(text.encode()) for text in document.pieces())
+        content = text.encode()
+        digest.update(content)
+        n_chars, n_bytes = n_chars + len(text), n_bytes + len(content)
+    return n_chars, n_bytes, int.from_bytes(digest.digest()[:4]) / 2**32
 
 
 class Splitter:
@@ -123,45 +124,37 @@ class Splitter:
         if not first_two:
             reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
             raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
-        single = first_two == 1
         self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
         # No document fell below the fraction, and the nearest to it is held out.
         self.threshold, self.held_out_smallest = self.val_fraction, False
-        # Bytes: documents of more are not held out whole.
-        self._limit = 0 if single else math.inf
-        self._cuts_large = val_fraction != 0
-        small = val_fraction is None and source.n_bytes < SMALL_BYTES
-        if small and (total := self._total()) < SMALL_BYTES:
-            self._fit(total)
-        elif self.val_fraction and not single:
-            # Ends at the first that is below, after 1 / val_fraction documents as a rule.
-            smallest = 1.0
-            for document in source.documents():
-                smallest = min(smallest, _share(document))
-                if smallest < self.val_fraction:
-                    break
-            if smallest >= self.val_fraction:
-                self.threshold, self.held_out_smallest = smallest + 2**-33, True
-
-    def _total(self) -> int:
-        """Bytes of the text, or of the first documents that are not small together."""
-        total = 0
-        for document in self.source.documents():
-            total += _n_bytes(document)
-            if total >= SMALL_BYTES:
+        # Bytes: documents of more are not held out whole, but cut if `_cuts_large`.
+        self._limit, self._cuts_large = 0 if first_two == 1 else math.inf, True
+        # A small text is read to its end. The search for a document below the fraction takes
+        # 1 / val_fraction documents as a rule.
+        small, searches = val_fraction is None, bool(self._limit and self.val_fraction)
+        total, smallest, sizes, shares = 0, 1.0, array("q"), array("d")
+        for document in source.documents() if small or searches else ():
+            _, size, share = _measured(document)
+            total, smallest = total + size, min(smallest, share)
+            if small := small and total < SMALL_BYTES:
+                sizes.append(size)
+                shares.append(share)
+            elif smallest < self.val_fraction:
                 break
-        return total
+        if small:
+            self._fit(np.array(sizes), np.array(shares))
+        elif searches and smallest >= self.val_fraction:
+            self.threshold, self.held_out_smallest = smallest + 2**-33, True
 
-    def _fit(self, total: int) -> None:
+    def _fit(self, sizes: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
         """Choose what is held out of a small text."""
+        total = int(sizes.sum())
         self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
         wanted = self.val_fraction * total
         self._limit = min(self._limit, wanted)
-        by_share = [0] * _BINS
-        for document in self.source.documents():
-            if (size := _n_bytes(document)) <= wanted:
-                by_share[int(_share(document) * _BINS)] += size
-        n_bins = next((n for n, held in enumerate(accumulate(by_share), 1) if held >= wanted), 0)
+        bins = (shares * _BINS).astype(np.int64)
+        held = np.cumsum(np.bincount(bins, sizes * (sizes <= wanted), _BINS))
+        n_bins = 1 + int(np.searchsorted(held, wanted)) if held[-1] >= wanted else 0
         self.threshold, self._cuts_large = n_bins / _BINS, n_bins == 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -184,9 +177,10 @@ class Splitter:
 
     def _border(self, document: Document) -> float:
         """How many characters of a document are for training; infinite: all."""
-        large = self._limit == 0 or (self._limit < math.inf and _n_bytes(document) > self._limit)
-        if large and self._cuts_large:
-            total = sum(len(text) for text in document.pieces())
-            return total - max(int(total * self.val_fraction), 1)
-        held_out = not large and self.threshold and _share(document) < self.threshold
-        return 0 if held_out else math.inf
+        if not self.val_fraction:
+            return math.inf
+        n_chars, size, share = _measured(document)
+        if size > self._limit:
+            held_out = max(int(n_chars * self.val_fraction), 1)
+            return n_chars - held_out if self._cuts_large else math.inf
+        return 0 if share < self.threshold else math.inf

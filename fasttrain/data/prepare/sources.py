@@ -6,6 +6,7 @@ What cannot be read as asked is counted under its reason, or, if strict, ends th
 line.
 """
 
+import atexit
 import codecs
 import glob
 import gzip
@@ -41,8 +42,7 @@ from fasttrain.data.files import (
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
 LISTING_S = 600.0  # that a remote folder may take to be listed
-TEXT = (".txt", ".text", ".md", ".rst")
-KNOWN = (".jsonl", ".parquet", *TEXT)
+KNOWN = (".jsonl", ".parquet", ".txt", ".text", ".md", ".rst")
 COMPRESSED = (".gz", ".zst")
 # Where a text may be cut so that no word of a byte-level BPE spans the cut: after a line's end and
 # before something that is not space; in a line too long for that, before a single space.
@@ -63,31 +63,64 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file at an address; its string is what may be shown of that."""
+class File:
+    """A file to read; its string is what may be shown of it."""
 
-    address: str
+    path: Path | str  # a string is an address
     size: int
-    version: str  # says, as its server does, when the content is another
+    version: int | str  # another one where the content is
+    name: str = ""  # where the path does not say it
 
     def __str__(self) -> str:
-        return shown(self.address)
+        return self.name or shown(str(self.path))
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
+    def open(self) -> IO[bytes]:
+        if isinstance(self.path, Path):
+            return self.path.open("rb")
         return cast(IO[bytes], io.BufferedReader(_Ranges(self), 1 << 20))
+
+    def kind(self) -> tuple[str, str]:
+        """Return format and compression by the endings of its name, as in (".jsonl", ".gz")."""
+        suffixes = ["", "", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
+        if suffixes[-1] in COMPRESSED:
+            return suffixes[-2], suffixes[-1]
+        return suffixes[-1], ""
+
+    def identity(self) -> list[str | int]:
+        """Return name, size, and time of change, version or content."""
+        is_local = isinstance(self.path, Path) and not self.name
+        return [os.path.abspath(self.path) if is_local else str(self), self.size, self.version]
+
+
+def local_file(path: Path) -> File:
+    found = path.stat()
+    return File(path, found.st_size, found.st_mtime_ns)
+
+
+def _standard_input() -> File:
+    """Copy standard input; its first line says whether it is JSON lines."""
+    first, kind = sys.stdin.buffer.readline(), ".txt"
+    with suppress(ValueError, RecursionError):
+        kind = ".jsonl" if isinstance(json.loads(first), dict) else kind
+    with tempfile.NamedTemporaryFile(suffix=kind, delete=False) as copy:
+        path = Path(copy.name)
+        atexit.register(path.unlink, missing_ok=True)
+        copy.write(first)
+        shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
+    return File(path, path.stat().st_size, sha256_of(path), "standard input")
 
 
 @lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
-def _range(file: RemoteFile, number: int) -> memoryview:
+def _range(file: File, number: int) -> memoryview:
     start = number * RANGE_BYTES
     stop = min(start + RANGE_BYTES, file.size)
-    return memoryview(read_range(file.address, start, stop, file.size))
+    return memoryview(read_range(str(file.path), start, stop, file.size))
 
 
 class _Ranges(io.RawIOBase):
     """The bytes of a remote file, fetched when they are read."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: File) -> None:
         self._file, self._at = file, 0
 
     def readable(self) -> bool:
@@ -109,16 +142,16 @@ class _Ranges(io.RawIOBase):
         return len(part)
 
 
-def _remote_file(address: str, info: dict[str, Any]) -> RemoteFile:
+def _remote_file(address: str, info: dict[str, Any]) -> File:
     if info.get("size") is None:  # a link on a page
         info = remote(address, "info")
     if info.get("size") is None:
         raise DataError(f"{shown(address)}: its server does not say how long it is; download it")
     names = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime")
-    return RemoteFile(address, info["size"], next((str(info[n]) for n in names if info.get(n)), ""))
+    return File(address, info["size"], next((str(info[n]) for n in names if info.get(n)), ""))
 
 
-def _remote_files(address: str) -> tuple[bool, list[RemoteFile]]:
+def _remote_files(address: str) -> tuple[bool, list[File]]:
     """Return whether an address is a folder's, and the files that it means, as those of a disk."""
     file_system(address)[0].invalidate_cache()  # what this process may have listed before
     web = address.startswith("http")
@@ -129,7 +162,7 @@ def _remote_files(address: str) -> tuple[bool, list[RemoteFile]]:
         if info["type"] == "file" and not path.endswith("/"):
             return False, [_remote_file(address, info)]
         found = [_remote_file(*entry) for entry in _listed(path.rstrip("/") + "/", math.inf)]
-        return True, sorted(found, key=lambda file: PurePosixPath(file.address))
+        return True, sorted(found, key=lambda file: PurePosixPath(file.path))
     root = path[: path.rindex("/", 0, magic.start()) + 1]
     pattern = path[len(root) :]
     fits = re.compile(importlib.import_module("fsspec.utils").glob_translate(pattern)).match
@@ -158,56 +191,36 @@ def _listed(root: str, depth: float) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _listed(name.rstrip("/") + "/", depth - 1)
 
 
-File = Path | RemoteFile
-
-
-def find_files(inputs: Sequence[str]) -> tuple[list[File | None], list[File]]:
+def find_files(inputs: Sequence[str]) -> tuple[list[File], list[File]]:
     """Return the files that the inputs mean, and those in folders whose endings are unknown.
 
-    In the order of the inputs, sorted within each, each once; None for standard input.
+    In the order of the inputs, sorted within each, each once.
     """
-    found: dict[File | None, None] = {}
+    found: dict[File, None] = {}
     passed_over: list[File] = []
-    for name in inputs:
+    for name in dict.fromkeys(inputs):
         if name == "-":
-            found[None] = None
-            continue
-        files: Sequence[File]
-        if is_address(name):
+            is_folder, files = False, [_standard_input()]
+        elif is_address(name):
             is_folder, files = _remote_files(name)
         else:
             path = Path(name).expanduser()
             is_folder = path.is_dir()
             matches = sorted(path.rglob("*")) if is_folder else [path]
             if not path.exists():
-                matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            files = [file for file in matches if file.is_file()]
+                matches = list(map(Path, sorted(glob.glob(str(path), recursive=True))))
+            files = [local_file(file) for file in matches if file.is_file()]
         if is_folder:
-            passed_over += [file for file in files if _endings(file)[0] not in KNOWN]
-            files = [file for file in files if _endings(file)[0] in KNOWN]
-        if not files and is_folder:
-            raise DataError(
-                f"--input {shown(name)}: no file in it ends in {', '.join(KNOWN)} (or one of these "
-                f"and {' or '.join(COMPRESSED)}); name others: --input '{shown(name)}/**/*.py'"
-            )
+            passed_over += [file for file in files if file.kind()[0] not in KNOWN]
+            files = [file for file in files if file.kind()[0] in KNOWN]
         if not files:
-            raise DataError(
-                f"--input {shown(name)}: no such file or folder, and no file matches it"
-            )
+            at, problem = shown(name), "no such file or folder, and no file matches it"
+            if is_folder:
+                problem = f"no file in it ends in {', '.join(KNOWN)} (or one of these and "
+                problem += f"{' or '.join(COMPRESSED)}); name others: --input '{at}/**/*.py'"
+            raise DataError(f"--input {at}: {problem}")
         found |= dict.fromkeys(files)
     return list(found), passed_over
-
-
-def _endings(file: File) -> tuple[str, str]:
-    """(kind, compression) from a file's name, as in (".jsonl", ".gz")."""
-    suffixes = [suffix.lower() for suffix in Path(str(file)).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        return (suffixes[-2] if len(suffixes) > 1 else ""), suffixes[-1]
-    return (suffixes[-1] if suffixes else ""), ""
-
-
-def _n_bytes(file: File) -> int:
-    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 class Source:
@@ -216,52 +229,24 @@ class Source:
     If `strict`, what would be counted as a problem is a DataError instead.
     """
 
-    def __init__(
-        self, files: Sequence[File | None], *, field: str = "text", strict: bool = False
-    ) -> None:
-        self._standard_input: Path | None = None  # where a copy of it lies
-        self.files: list[File] = [file or self._spooled() for file in files]
-        self.n_bytes = sum(map(_n_bytes, self.files))
+    def __init__(self, files: Sequence[File], *, field: str = "text", strict: bool = False) -> None:
+        self.files = files
+        self.n_bytes = sum(file.size for file in files)
         self.field, self.strict = field, strict
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
         self.done_bytes = 0  # of `n_bytes`, read by this pass
+        self._before = 0  # of these, in the files before this one
 
     def take(self, number: int, count: int) -> int:
         """Keep the files whose middle lies in part `number` of `count`; return their bytes."""
-        ends, total = accumulate(map(_n_bytes, self.files)), max(self.n_bytes, 1)
+        ends, total = accumulate(file.size for file in self.files), max(self.n_bytes, 1)
         self.files = [
             file
             for file, end in zip(self.files, ends, strict=True)
-            if min((2 * end - _n_bytes(file)) * count // (2 * total), count - 1) == number - 1
+            if min((2 * end - file.size) * count // (2 * total), count - 1) == number - 1
         ]
-        self.n_bytes = sum(map(_n_bytes, self.files))
+        self.n_bytes = sum(file.size for file in self.files)
         return self.n_bytes
-
-    def fingerprint(self) -> list[list[str | int]]:
-        """Return what identifies the files: name, size and time of change, version or content."""
-        return [
-            [str(file), file.size, file.version]
-            if isinstance(file, RemoteFile)
-            else [self._name(file), _n_bytes(file), sha256_of(file)]
-            if file == self._standard_input
-            else [os.path.abspath(file), _n_bytes(file), file.stat().st_mtime_ns]
-            for file in self.files
-        ]
-
-    def _spooled(self) -> Path:
-        """Copy standard input; its first line says whether it is JSON lines."""
-        first, kind = sys.stdin.buffer.readline(), ".txt"
-        with suppress(ValueError, RecursionError):
-            kind = ".jsonl" if isinstance(json.loads(first), dict) else kind
-        self._spool = tempfile.NamedTemporaryFile(suffix=kind)  # noqa: SIM115
-        self._spool.write(first)
-        shutil.copyfileobj(sys.stdin.buffer, self._spool, 1 << 20)
-        self._spool.flush()
-        self._standard_input = Path(self._spool.name)
-        return self._standard_input
-
-    def _name(self, path: File) -> str:
-        return "standard input" if path == self._standard_input else str(path)
 
     def _problem(self, reason: str, where: str) -> None:
         if self.strict:
@@ -271,58 +256,63 @@ class Source:
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
         self.problems.clear()
-        before = 0
-        for path in self.files:
-            self.done_bytes = before
-            kind, compression = _endings(path)
-            with self._reading(path):
-                if kind == ".parquet":
-                    yield from self._rows(path)
-                elif kind == ".jsonl":
-                    yield from self._lines(path, compression, before)
-                else:
-                    yield from self._plain(path, compression, before)
-            before += _n_bytes(path)
-            self.done_bytes = before
+        self.done_bytes = self._before = 0
+        for file in self.files:
+            read = {".parquet": self._rows, ".jsonl": self._lines}.get(file.kind()[0], self._plain)
+            with self._reading(file):
+                yield from read(file)
+            self.done_bytes = self._before = self._before + file.size
 
     @contextmanager
-    def _reading(self, path: File) -> Iterator[None]:
+    def _reading(self, file: File) -> Iterator[None]:
         """Name the file in errors of reading it, also where a document is read later."""
         try:
             yield
         except (OSError, EOFError, zlib.error) as error:
             cut_off = isinstance(error, EOFError) or "Truncated compressed" in str(error)
             why = "it is cut off: its compressed data has no end; get it anew" if cut_off else error
-            raise DataError(f"{self._name(path)}: cannot be read ({why})") from error
+            raise DataError(f"{file}: cannot be read ({why})") from error
 
-    def _plain(self, path: File, compression: str, before: int) -> Iterator[Document]:
-        name = self._name(path)
-        unchecked = True
-
-        def blocks() -> Iterator[str]:
-            nonlocal unchecked
-            for block, position in _decoded(path, compression):
-                if unchecked and "\ufffd" in block:
-                    unchecked = False  # once a pass, however often the pieces are asked for
-                    if (line := _first_invalid_line(path, compression)) is not None:
-                        self._problem(INVALID_UTF8, f"{name}:{line}")
-                yield block
-                self.done_bytes = before + position
+    def _plain(self, file: File) -> Iterator[Document]:
+        told: list[int] = []
 
         def pieces() -> Iterator[str]:
-            with self._reading(path):
-                yield from _pieces(blocks())
+            with self._reading(file):
+                yield from _pieces(self._decoded(file, told))
 
         if next(pieces(), None) is None:
-            self._problem(EMPTY, name)
+            self._problem(EMPTY, str(file))
         else:
-            yield Document(name, pieces)
+            yield Document(str(file), pieces)
 
-    def _lines(self, path: File, compression: str, before: int) -> Iterator[Document]:
-        with path.open("rb") as raw:
-            for number, line in enumerate(_decompressed(raw, path, compression), 1):
-                self.done_bytes = before + raw.tell()
-                where = f"{self._name(path)}:{number}"
+    def _decoded(self, file: File, told: list[int]) -> Iterator[str]:
+        """A file's text, block by block; what is not UTF-8 becomes U+FFFD.
+
+        `told` keeps the line of the first, which counts once, however often the text is read.
+        """
+        decoder, line, block = codecs.getincrementaldecoder("utf-8-sig")(), 1, b"-"
+        with file.open() as raw:
+            unpacked = _decompressed(raw, file)
+            while block:
+                block, state = unpacked.read(PIECE_CHARS), decoder.getstate()
+                try:
+                    text = decoder.decode(block, not block)
+                except UnicodeDecodeError as error:
+                    if not told:
+                        told.append(line + error.object[: error.start].count(b"\n"))
+                        self._problem(INVALID_UTF8, f"{file}:{told[0]}")
+                    decoder.errors = "replace"
+                    decoder.setstate(state)
+                    text = decoder.decode(block, not block)
+                line += text.count("\n")
+                yield text
+                self.done_bytes = self._before + raw.tell()
+
+    def _lines(self, file: File) -> Iterator[Document]:
+        with file.open() as raw:
+            for number, line in enumerate(_decompressed(raw, file), 1):
+                self.done_bytes = self._before + raw.tell()
+                where = f"{file}:{number}"
                 if not line.strip():
                     continue
                 try:
@@ -330,29 +320,27 @@ class Source:
                 except UnicodeDecodeError:
                     self._problem(INVALID_UTF8, where)
                     content = line.decode(errors="replace")
-                try:
+                record = None
+                with suppress(ValueError, RecursionError):
                     record = json.loads(content)
-                except (ValueError, RecursionError):
-                    record = None
                 if not isinstance(record, dict):
                     self._problem(NOT_JSON, where)
                     continue
                 yield from self._record(record.get(self.field), where)
 
-    def _rows(self, path: File) -> Iterator[Document]:
-        parquet = _package("pyarrow.parquet", path)
+    def _rows(self, file: File) -> Iterator[Document]:
+        parquet = _package("pyarrow.parquet", file)
         try:
-            file = parquet.ParquetFile(path if isinstance(path, Path) else path.open())
-            if self.field not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column {self.field!r}; name one: --text-field {names}")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield from self._record(value, f"{path}: row {number}")
-        except _package("pyarrow", path).ArrowException as error:
-            raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
+            table = parquet.ParquetFile(file.path if isinstance(file.path, Path) else file.open())
+            if self.field not in (names := table.schema_arrow.names):
+                remedy = f"name one: --text-field {', '.join(names)}"
+                raise DataError(f"{file}: no column {self.field!r}; {remedy}")
+            batches = table.iter_batches(batch_size=256, columns=[self.field])
+            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            for number, value in enumerate(values, 1):
+                yield from self._record(value, f"{file}: row {number}")
+        except _package("pyarrow", file).ArrowException as error:
+            raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
 
     def _record(self, text: object, where: str) -> Iterator[Document]:
         if not isinstance(text, str):
@@ -366,19 +354,19 @@ class Source:
         if not text:
             self._problem(EMPTY, where)
             return
-        whole = text
-        yield Document(where, lambda: _pieces(iter([whole])))
+        whole = [text]
+        yield Document(where, lambda: _pieces(iter(whole)))
 
 
-def _package(name: str, path: File) -> Any:
+def _package(name: str, file: File) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
-        raise DataError(f"{path}: to read it run: pip install {package}") from error
+        raise DataError(f"{file}: to read it run: pip install pyarrow") from error
 
 
-def _decompressed(raw: IO[bytes], path: File, compression: str) -> IO[bytes]:
+def _decompressed(raw: IO[bytes], file: File) -> IO[bytes]:
+    _, compression = file.kind()
     if not compression:
         return raw
     if not raw.read(1):  # which would count as no text
@@ -386,18 +374,8 @@ def _decompressed(raw: IO[bytes], path: File, compression: str) -> IO[bytes]:
     raw.seek(0)
     if compression == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    unpacked = _package("pyarrow", path).CompressedInputStream(raw, "zstd")
+    unpacked = _package("pyarrow", file).CompressedInputStream(raw, "zstd")
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
-
-
-def _decoded(path: File, compression: str, errors: str = "replace") -> Iterator[tuple[str, int]]:
-    """A file's text, block by block, with the bytes read; what is not UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
-    with path.open("rb") as raw:
-        file = _decompressed(raw, path, compression)
-        while block := file.read(PIECE_CHARS):
-            yield decoder.decode(block), raw.tell()
-        yield decoder.decode(b"", final=True), raw.tell()
 
 
 def _pieces(blocks: Iterator[str]) -> Iterator[str]:
@@ -415,14 +393,3 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
         rest = rest[start:]
     if rest:
         yield rest
-
-
-def _first_invalid_line(path: File, compression: str) -> int | None:
-    """The line with the first byte that is not UTF-8; None: U+FFFD is what the file says."""
-    line = 1
-    try:
-        for block, _ in _decoded(path, compression, errors="strict"):
-            line += block.count("\n")
-    except UnicodeDecodeError as error:
-        return line + error.object[: error.start].count(b"\n")
-    return None

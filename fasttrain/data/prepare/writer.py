@@ -19,10 +19,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict, cast
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from fasttrain.data.files import (
     DataError,
     cache_folder,
     file_system,
+    if_there,
     is_address,
     lock,
     names_at,
@@ -42,10 +43,9 @@ from fasttrain.data.files import (
     shown,
     write_atomically,
 )
-from fasttrain.data.format import DATASET_JSON, ShardInfo, read_dataset_json
+from fasttrain.data.format import DATASET_JSON, ShardInfo, fetch_description
 from fasttrain.data.remote import beside
 
-SUFFIXES = (".bin", ".ends")
 PREPARED_JSON = "prepared.json"
 ANEW = "start anew without --resume"
 Note = Callable[[str], None]  # called with each line that a user should see
@@ -63,12 +63,12 @@ class Asked(TypedDict):
 class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes one split as shards `<split>_000000.bin` …, with the ends of documents beside each.
 
-    A shard becomes visible under its name only when it is complete and on disk. Documents run on
-    over the border of two shards; an end lies beside the shard in which its document ends, as
-    uint64 offset of the token after the document's last one, in `<split>_000000.ends`.
+    Documents run on over the border of two shards; an end lies beside the shard in which its
+    document ends, as uint64 offset of the token after the document's last one, in
+    `<split>_000000.ends`.
 
-    With the `state` of a writer that is gone, it continues from there, else from nothing; whatever
-    of the split is in the folder beyond that is removed.
+    With the `state` of a writer that is gone, it continues from there; else it removes what is in
+    the folder of the split.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         *,
         vocab_size: int,
         shard_tokens: int = 100_000_000,
-        state: dict[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
             raise DataError(
@@ -86,118 +86,96 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             )
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
-        self._files: list[BinaryIO] = []  # tokens and ends of the shard that is being written
-        state = state or {"shards": [], "in_shard": 0, "ends_in_shard": 0}
-        self.shards, self._in_shard = list(state["shards"]), state["in_shard"]
-        self._ends_in_shard = state["ends_in_shard"]
-        self.n_tokens = sum(shard["tokens"] for shard in self.shards) + self._in_shard
-        self.n_documents = sum(s["documents"] for s in self.shards) + self._ends_in_shard
-        keep = {name for shard in self.shards for name in (shard["file"], shard["ends_file"])}
-        if self._in_shard:
-            sizes = (HEADER_BYTES + self._in_shard * self.dtype.itemsize, 8 * self._ends_in_shard)
-            for suffix, size in zip(SUFFIXES, sizes, strict=True):
-                path = self._path(f"{suffix}.partial")
-                if self._path(suffix).exists():  # finished since
-                    os.replace(self._path(suffix), path)
-                small = not path.is_file() or path.stat().st_size < size
-                if small or self._in_shard >= self.shard_tokens:
-                    raise DataError(f"{path}: missing or cut short; {ANEW}")
-                os.truncate(path, size)
-                keep.add(path.name)
-            self._open("r+b")
-            for file in self._files:
-                file.seek(0, os.SEEK_END)
-        for path in self.folder.iterdir():
-            of_split = path.name.startswith((f"{self.split}_", f".{self.split}_"))
-            if of_split and path.name not in keep:
-                path.unlink()
+        for path in self.folder.glob(f"{split}_*") if not state else ():
+            path.unlink()
+        state = state or {"shards": [], "in_shard": (0, 0), "n_bytes": 0}
+        self.shards: list[ShardInfo] = list(state["shards"])
+        # Of the shard that is being written.
+        self._tokens, self._documents = map(int, state["in_shard"])
+        self.n_bytes = state["n_bytes"]  # of the text
+        sizes = (HEADER_BYTES + self._tokens * self.dtype.itemsize, 8 * self._documents)
+        for path, size in zip(self._paths(), sizes, strict=True) if self._tokens else ():
+            if not path.is_file() or path.stat().st_size < size:
+                raise DataError(f"{path}: missing or cut short; {ANEW}")
+            os.truncate(path, size)
 
-    def _path(self, suffix: str, later: int = 0) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards) + later:06d}{suffix}"
+    @property
+    def n_tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.shards) + self._tokens
 
-    def _open(self, mode: str) -> None:
-        self._files = [
-            cast(BinaryIO, self._path(f"{suffix}.partial").open(mode, buffering=1 << 20))
-            for suffix in SUFFIXES
-        ]
+    @property
+    def n_documents(self) -> int:
+        return sum(shard["documents"] for shard in self.shards) + self._documents
 
-    def _sync(self) -> None:
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+    def _paths(self) -> tuple[Path, Path]:
+        name = f"{self.split}_{len(self.shards):06d}"
+        return self.folder / f"{name}.bin", self.folder / f"{name}.ends"
 
     def state(self) -> dict[str, Any]:
         """Put everything on disk and return how far that is, for a later writer."""
-        self._sync()
-        in_shard = {"in_shard": self._in_shard, "ends_in_shard": self._ends_in_shard}
-        return {"shards": self.shards, **in_shard}
+        for path in self._paths() if self._tokens else ():
+            _sync(path)
+        in_shard = (self._tokens, self._documents)
+        return {"shards": self.shards, "in_shard": in_shard, "n_bytes": self.n_bytes}
 
-    def write(self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = ()) -> None:
-        """Append tokens, with the ends of documents as ascending offsets into them."""
+    def write(
+        self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = (), n_bytes: int = 0
+    ) -> None:
+        """Append tokens, with the ends of documents as ascending offsets into them.
+
+        `n_bytes` are those of their text.
+        """
+        self.n_bytes += n_bytes
         ids, stops = np.asarray(tokens), np.asarray(ends, dtype=np.int64)
         if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
-            later, offset = divmod(self._in_shard + first, self.shard_tokens)
+            number, offset = divmod(self.n_tokens + first, self.shard_tokens)
             raise DataError(
-                f"{self._path('.bin', later)}: token {int(ids[first])} at offset {offset} is "
-                f"outside the vocabulary of {self.vocab_size}; use the tokenizer that the "
-                "vocabulary belongs to"
+                f"{self.folder / self.split}_{number:06d}.bin: token {int(ids[first])} at offset "
+                f"{offset} is outside the vocabulary of {self.vocab_size}; use the tokenizer that "
+                "the vocabulary belongs to"
             )
         done = 0
         while done < ids.size:
-            part = ids[done : done + self.shard_tokens - self._in_shard]
-            if not self._files:
-                self._open("wb")
-                self._files[0].write(bytes(HEADER_BYTES))
-            here = stops[(stops > done) & (stops <= done + part.size)]
-            self._files[0].write(np.ascontiguousarray(part, dtype=self.dtype).data)
-            self._files[1].write((here - done + self._in_shard).astype("<u8").tobytes())
+            path, ends_path = self._paths()
+            mode = "ab" if self._tokens else "wb"
+            with path.open(mode) as file, ends_path.open(mode) as ends_file:
+                if not self._tokens:
+                    file.write(bytes(HEADER_BYTES))
+                part = ids[done : done + self.shard_tokens - self._tokens]
+                here = stops[(stops > done) & (stops <= done + part.size)]
+                file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
+                ends_file.write((here - done + self._tokens).astype("<u8").tobytes())
             done += part.size
-            self._in_shard += part.size
-            self._ends_in_shard += here.size
-            self.n_tokens += part.size
-            self.n_documents += here.size
-            if self._in_shard == self.shard_tokens:
-                self._finish()
-
-    def _finish(self) -> None:
-        magic = next(m for m, (_, dtype) in KINDS.items() if dtype == self.dtype)
-        header = np.array([magic, KINDS[magic][0], self._in_shard], "<i4")
-        self._files[0].seek(0)
-        self._files[0].write(header.tobytes())
-        self._sync()
-        self._close_files()
-        path, ends_path = (self._path(suffix) for suffix in SUFFIXES)
-        for suffix in reversed(SUFFIXES):  # the ends first: a shard that is there has its ends
-            os.replace(self._path(f"{suffix}.partial"), self._path(suffix))
-        self.shards.append(
-            ShardInfo(
-                file=path.name,
-                tokens=self._in_shard,
-                sha256=sha256_of(path),
-                documents=self._ends_in_shard,
-                ends_file=ends_path.name,
-                ends_sha256=sha256_of(ends_path),
-            )
-        )
-        self._in_shard = self._ends_in_shard = 0
-
-    def _close_files(self) -> None:
-        for file in self._files:
-            file.close()
-        self._files = []
+            self._tokens += part.size
+            self._documents += here.size
+            if self._tokens == self.shard_tokens:
+                self.close()
 
     def close(self) -> list[ShardInfo]:
-        """Finish the last shard; return all that were written, in order."""
-        if self._files:
-            self._finish()
+        """Finish the shard that is being written; return all that were written, in order."""
+        if self._tokens:
+            path, ends_path = self._paths()
+            magic = next(m for m, (_, dtype) in KINDS.items() if dtype == self.dtype)
+            with path.open("r+b") as file:
+                file.write(np.array([magic, KINDS[magic][0], self._tokens], "<i4").tobytes())
+            self.state()
+            self.shards.append(
+                ShardInfo(
+                    file=path.name,
+                    tokens=self._tokens,
+                    sha256=sha256_of(path),
+                    documents=self._documents,
+                    ends_file=ends_path.name,
+                    ends_sha256=sha256_of(ends_path),
+                )
+            )
+            self._tokens = self._documents = 0
         return self.shards
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.close()
-        else:
-            self._close_files()
 
 
 class Partial:
@@ -231,7 +209,7 @@ class Partial:
                     raise DataError(
                         f"--resume: the interrupted run had {other}; repeat its command, or {ANEW}"
                     )
-                self.state = left["state"]
+                self.state = left.get("done", {})  # an earlier fasttrain kept another one
                 note(f"Continuing with what an interrupted run left in {self.folder}")
             elif self._progress.exists():
                 note(
@@ -255,7 +233,7 @@ class Partial:
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
         self.state |= state
-        content = json.dumps({"asked": self.asked, "state": self.state})
+        content = json.dumps({"asked": self.asked, "done": self.state})
         write_atomically(self._progress, content.encode())
 
     def publish(self) -> None:
@@ -279,8 +257,7 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
 
     Behind that, what was built for an address is copied there.
     """
-    at_address = is_address(place)
-    folder = Path(place)
+    folder, at_address = Path(place), is_address(place)
     if at_address:
         folder = cache_folder() / "prepare" / shown(place).replace("://", "/")
         there = _is_there(place, asked, resume)
@@ -308,16 +285,22 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
+def described(address: str, cache: Path) -> Path:
+    """Return a folder of this machine with all of a dataset at an address but its tokens."""
+    folder = fetch_description(address, cache)
+    if (record := if_there(beside(address, PREPARED_JSON), "cat_file")) is not None:
+        write_atomically(folder / PREPARED_JSON, record)
+    return folder
+
+
 def _is_there(address: str, asked: Asked, resume: bool) -> bool:
     """Return whether a dataset made as asked is at an address; refuse to write over others."""
     if "https" in file_system(address)[0].protocol:
         raise DataError(f"{shown(address)}: cannot be written to; name a folder or a bucket")
     there = names_at(address)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in there.keys() & {DATASET_JSON, PREPARED_JSON}:
-            Path(folder, name).write_bytes(remote(beside(address, name), "cat_file"))
+    with tempfile.TemporaryDirectory() as cache:
         try:
-            read_dataset_json(Path(folder))
+            folder = described(address, Path(cache))
         except DataError:  # there is none, or it was cut off
             if there and not resume:
                 raise DataError(
@@ -325,27 +308,22 @@ def _is_there(address: str, asked: Asked, resume: bool) -> bool:
                     "interrupted copy, else name a new folder or remove it"
                 ) from None
             return False
-        check_made(Path(folder), asked, resume=resume, name=shown(address))
+        check_made(folder, asked, resume=resume, name=shown(address))
     return True
 
 
 def _copy(folder: Path, address: str) -> None:
     """Copy a dataset to an address, less what an earlier copy of the same has left there."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    names = [PREPARED_JSON, *sorted(sizes.keys() - {PREPARED_JSON, DATASET_JSON}), DATASET_JSON]
+    order = {PREPARED_JSON: 0, DATASET_JSON: 2}
     try:
         there = names_at(address)
         if there.keys() - {f"{PREPARED_JSON}.part"}:  # the first, cut off
             same = PREPARED_JSON in there and remote(beside(address, PREPARED_JSON), "cat_file")
             if same != (folder / PREPARED_JSON).read_bytes():
                 raise DataError(f"{shown(address)}: holds something else; remove it")
-        for name in names:
-            if name == DATASET_JSON:
-                there = names_at(address)
-                if short := [n for n in names[:-1] if there.get(n) != sizes[n]]:
-                    raise DataError(f"{shown(address)}: {short[0]} did not come there whole")
-            if there.get(name) != sizes[name]:
-                put(beside(address, name), folder / name)
+        for path in sorted(folder.iterdir(), key=lambda path: (order.get(path.name, 1), path)):
+            if there.get(path.name) != path.stat().st_size:
+                put(beside(address, path.name), path)
     except DataError as error:
         raise DataError(f"{error}; --resume continues the copy of {folder}") from error
 
@@ -389,9 +367,9 @@ def _facts(asked: Asked) -> dict[str, Any]:
     return options | files | {"tokenizer's SHA-256": asked["tokenizer_sha256"]} | others
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
