@@ -23,7 +23,7 @@ BUDGETS = {
     "fasttrain": 4_270,
     "fasttrain/checkpoint": 1_480,
     "fasttrain/config": 1_070,
-    "fasttrain/data": 2_330,
+    "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_510,
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,
