@@ -190,9 +190,6 @@ class RemoteShard(Shard):
         self._verified: list[int] = []  # the identity of the file that was
         self._local: Shard | None = None  # while it is read
 
-    def verify(self, cache: Path, vocab_size: int | None) -> None:
-        """Do nothing: it is verified when it is fetched."""
-
     def fetch(self) -> Shard:
         """Return the shard's file, opened; fetch it if it is not here."""
         return self.cache.get(self.file, self._open)
