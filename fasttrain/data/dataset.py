@@ -11,26 +11,28 @@ import hashlib
 import json
 import os
 import stat
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.data.files import DataError, write_atomically
 
+Array = NDArray[np.int64]
+
 HEADER_BYTES = 1024
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
 }
-BLOCK_BYTES = 8 << 20  # of a scan: large enough that Python's share of it is nothing
-SCAN_TOKENS = 4 << 20  # of a block read for its end-of-text tokens
+BLOCK_TOKENS = 4 << 20  # read at once of a whole file: Python's share of the time is nothing
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
 
@@ -41,82 +43,85 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
+class ShardInfo(TypedDict):
+    """What `dataset.json` says of a shard."""
+
+    file: str
+    tokens: int
+    sha256: str
+    documents: int
+    ends_file: str
+    ends_sha256: str
+
+
 class Shard:
-    """An open shard file, read only; `dtype` is for files without header."""
+    """An open shard file, read only.
+
+    `dtype` is for files without header, `said` for what `dataset.json` lists, `name` for errors.
+    """
 
     sha256: str  # of the file, header included, as hex; known when it has been scanned
     max_token: int  # −1 without tokens; known when it has been scanned
-    # The file that says where its documents end, its SHA-256, and how many they are.
-    ends: tuple[Path, str, int] | None = None
+    ends_path: Path  # the file that says where its documents end; known with `said`
 
-    def __init__(self, path: Path, *, dtype: str | None = None) -> None:
-        if dtype not in (None, "uint16", "uint32"):
-            raise DataError(f"data.dtype must be uint16 or uint32, got {dtype!r}")
-        self.path = Path(path)
+    def __init__(
+        self, path: Path, *, dtype: str | None = None, said: ShardInfo | None = None, name: str = ""
+    ) -> None:
+        self.path, self.said, self.name = path, said, name or str(path)
+        if said is not None:
+            self.ends_path = path.parent / said["ends_file"]
         try:
             # A pipe is opened at once, so that it can be refused.
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                raise DataError(f"{self.path}: not a file; put the shard itself there")
-            self.identity = _identity(os.fstat(self._fd))
-            self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            weakref.finalize(self, os.close, self._fd).atexit = False
+            found = os.fstat(self._fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise DataError(f"{path}: not a file; put the shard itself there")
+            self.identity = _identity(found)
+            self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype, found.st_size)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
+            raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
 
-    def __del__(self) -> None:
-        if (fd := self.__dict__.get("_fd")) is not None:  # unset where opening failed
-            os.close(fd)
-
-    def _read_header(self, dtype: str | None) -> tuple[np.dtype[Any], int, int]:
-        size = os.fstat(self._fd).st_size
+    def _read_header(self, dtype: str | None, size: int) -> tuple[np.dtype[Any], int, int]:
         raw = os.pread(self._fd, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
-        magic = int.from_bytes(raw[:4], "little")
-        if magic not in KINDS:
-            if dtype is None:
-                raise DataError(
-                    f"{self.path}: not a token shard: its first number is {magic}, expected "
-                    f"{' or '.join(map(str, KINDS))}; for a headerless .bin name the type of its "
-                    'tokens: data.dtype = "uint16" or "uint32"'
-                )
-            bare: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
-            if size % bare.itemsize:
-                raise DataError(
-                    f"{self.path}: {size} bytes are no whole number of {dtype} tokens; the file is "
-                    "cut off or data.dtype is wrong"
-                )
-            return bare, 0, size // bare.itemsize
-        header = np.frombuffer(raw, dtype="<i4")
-        version, kind = KINDS[magic]
-        count = int(header[2])
-        if header[1] != version:
+        header = np.frombuffer(raw, "<i4")
+        magic, version, count = header[:3].tolist()
+        bare = None if dtype is None else np.dtype(dtype).newbyteorder("<")
+        current, kind = KINDS.get(magic, (version, bare))
+        if kind is None:
             raise DataError(
-                f"{self.path}: version {header[1]} of format {magic}, expected {version}; write "
+                f"{self.path}: not a token shard: its first number is {magic}, expected "
+                f"{' or '.join(map(str, KINDS))}; for a headerless .bin name the type of its "
+                'tokens: data.dtype = "uint16" or "uint32"'
+            )
+        if version != current:
+            raise DataError(
+                f"{self.path}: version {version} of format {magic}, expected {current}; write "
                 "the shard again with a current tool"
             )
-        if dtype is not None and kind != np.dtype(dtype):
+        if bare not in (None, kind):
             raise DataError(
                 f"{self.path}: its header says {kind.name}, data.dtype says {dtype}; remove "
                 "data.dtype, it is for files without header"
             )
-        expected = HEADER_BYTES + count * kind.itemsize
-        if count < 0 or size != expected or header[3:].any():
+        offset, count = (HEADER_BYTES, count) if magic in KINDS else (0, size // kind.itemsize)
+        expected = offset + count * kind.itemsize
+        if count < 0 or size != expected or (offset and header[3:].any()):
             raise DataError(
-                f"{self.path}: damaged: its header announces {count} tokens, {expected} bytes, and "
-                f"the file has {size} bytes; prepare or download it again"
+                f"{self.path}: damaged, or data.dtype is wrong: {count} tokens of {kind.name} are "
+                f"{expected} bytes, and the file has {size}; prepare or download it again"
             )
-        return kind, HEADER_BYTES, count
+        return kind, offset, count
 
     def check_unchanged(self) -> None:
         """Refuse a file that was truncated, written to or replaced since it was opened.
 
         One `stat`, cheap enough for every batch; what was range-checked stays what is read.
         """
-        try:
-            same = _identity(os.stat(self.path)) == self.identity
-        except OSError:
-            same = False
-        if not same:
-            raise self._changed()
+        with suppress(OSError):
+            if _identity(os.stat(self.path)) == self.identity:
+                return
+        raise self._changed()
 
     def _changed(self) -> DataError:
         return DataError(
@@ -139,72 +144,74 @@ class Shard:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
 
-    def document_ends(self) -> NDArray[np.int64]:
+    def document_ends(self) -> Array:
         """Return where the documents in it end, ascending offsets into its tokens."""
-        assert self.ends is not None
-        path, sha256, documents = self.ends
+        said, path = self.said, self.ends_path
+        assert said is not None
         try:
             found = path.stat()
-            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * documents
+            fits = stat.S_ISREG(found.st_mode) and found.st_size == 8 * said["documents"]
             raw = path.read_bytes() if fits else b""
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         ends = np.frombuffer(raw, "<u8")
-        sound = hashlib.sha256(raw).hexdigest() == sha256 and len(ends) == documents
+        sound = fits and hashlib.sha256(raw).hexdigest() == said["ends_sha256"]
         if not sound or (ends[1:] < ends[:-1]).any() or (ends > self.n_tokens).any():
             raise DataError(
-                f"{path}: not the document ends of its shard: damaged or replaced; restore the "
+                f"{path}: not the document ends of {self.name}: damaged or replaced; restore the "
                 "file or prepare the text again"
             )
         return ends.astype(np.int64)
 
-    def _blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yield all tokens in blocks, each with the offset of its first token."""
-        buffer = np.empty(BLOCK_BYTES // self.dtype.itemsize, self.dtype)
-        for start in range(0, self.n_tokens, len(buffer)):
-            block = buffer[: self.n_tokens - start]
-            self.read_into(block.data.cast("B"), start)
-            yield start, block
-
-    def check_tokens(self, vocab_size: int, origin: str, name: str = "") -> None:
-        """Refuse a token beyond the vocabulary, if the scan has found one."""
-        if self.max_token < vocab_size:
-            return
-        for start, block in self._blocks():
-            if (beyond := np.flatnonzero(block >= vocab_size)).size:
-                index = start + int(beyond[0])
+    def verify(self, cache: Path, vocab_size: int | None) -> None:
+        """Refuse what is not as `dataset.json` says, or has a token beyond the vocabulary."""
+        self.scan(cache)
+        if (said := self.said) and vocab_size is not None:
+            expected = (said["sha256"], said["tokens"], dtype_for(vocab_size))
+            if (self.sha256, self.n_tokens, self.dtype) != expected:
                 raise DataError(
-                    f"{name or self.path}: token {block[beyond[0]]} at offset {index} (byte "
-                    f"{self.offset_bytes + index * self.dtype.itemsize}) is outside the vocabulary "
-                    f"of {vocab_size} {origin}; it must be at least {self.max_token + 1}"
+                    f"{self.name}: its SHA-256 is {self.sha256[:16]}…, dataset.json says "
+                    f"{said['sha256'][:16]}… and {said['tokens']} tokens of {expected[2].name}: "
+                    "damaged or replaced; restore it or prepare the text again"
                 )
-        raise self._changed()
+        if vocab_size is not None and self.max_token >= vocab_size:
+            at_byte = self.offset_bytes + self._max_at * self.dtype.itemsize
+            whose = "of its dataset.json" if said else 'set by "model.vocab_size"'
+            raise DataError(
+                f"{self.name}: token {self.max_token} at offset {self._max_at} (byte {at_byte}) is "
+                f"outside the vocabulary of {vocab_size} {whose}; it must be at least "
+                f"{self.max_token + 1}"
+            )
 
     def scan(self, cache: Path) -> None:
         """Find hash and largest token of the whole file, from `cache` if the file is unchanged.
 
         An entry is void once the file's device, inode, size or one of its times has changed.
         """
-        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns]
+        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns, self.dtype.str]
         entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
         # No entry, or one that cannot be used, costs a scan.
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(entry.read_text())
-            if kept["identity"] == identity and kept["dtype"] == self.dtype.str:
+            if kept["identity"] == identity:
                 self.sha256, self.max_token = str(kept["sha256"]), int(kept["max_token"])
+                self._max_at = int(kept["max_at"])
                 return
         digest = hashlib.sha256(os.pread(self._fd, self.offset_bytes, 0))
-        self.max_token = -1
-        for _, block in self._blocks():
+        self.max_token, self._max_at = -1, 0
+        buffer = np.empty(BLOCK_TOKENS, self.dtype)
+        for start in range(0, self.n_tokens, len(buffer)):
+            block = buffer[: self.n_tokens - start]
+            self.read_into(block.data.cast("B"), start)
             digest.update(block.data)
-            self.max_token = max(self.max_token, int(block.max()))
+            if (largest := int(block.max())) > self.max_token:
+                self.max_token, self._max_at = largest, start + int(block.argmax())
         self.sha256 = digest.hexdigest()
         self.check_unchanged()
-        kept = {"identity": identity, "dtype": self.dtype.str, "path": str(self.path)}
-        kept |= {"sha256": self.sha256, "max_token": self.max_token}
+        found = {"sha256": self.sha256, "max_token": self.max_token, "max_at": self._max_at}
         with suppress(OSError):  # a cache that cannot be written costs the next start one scan
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(entry, json.dumps(kept).encode())
+            write_atomically(entry, json.dumps({"identity": identity, **found}).encode())
 
 
 def _identity(found: os.stat_result) -> list[int]:
@@ -243,11 +250,11 @@ class TokenDataset:
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Return tokens [start, start + count), across shards, in a new array."""
         out = np.empty(count, self.dtype)
-        self.read_windows([start], out.reshape(1, count))
+        self.read_windows(np.array([start]), out.reshape(1, count), np.array([count]))
         return out
 
     @cached_property
-    def document_ends(self) -> NDArray[np.int64]:
+    def document_ends(self) -> Array:
         """Ascending offsets, each just after a document's last token; the last one is `n_tokens`.
 
         From the files beside the shards, which are checked; without these by the end-of-text token,
@@ -256,10 +263,8 @@ class TokenDataset:
         """
         if self.joined:
             bases = np.cumsum([0, *(part.n_tokens for part in self.joined)])
-            return np.concatenate(
-                [p.document_ends + base for p, base in zip(self.joined, bases, strict=False)]
-            )
-        if self.shards[0].ends is not None:
+            found = [p.document_ends + base for p, base in zip(self.joined, bases, strict=False)]
+        elif self.shards[0].said is not None:
             shards = zip(self.shards, self._starts, strict=False)
             found = [shard.document_ends() + base for shard, base in shards]
         elif self.end_of_text is None:
@@ -270,30 +275,24 @@ class TokenDataset:
             )
         else:
             found, in_front = [], int(self.read(0, 1)[0]) == self.end_of_text
-            for start in range(0, self.n_tokens, SCAN_TOKENS):
-                block = self.read(start, min(SCAN_TOKENS, self.n_tokens - start))
+            for start in range(0, self.n_tokens, BLOCK_TOKENS):
+                block = self.read(start, min(BLOCK_TOKENS, self.n_tokens - start))
                 at = np.flatnonzero(block == self.end_of_text) + start
                 found.append(at if in_front else at + 1)
         ends = np.concatenate([*found, [self.n_tokens]])
         return np.unique(ends[ends > 0])
 
-    def read_windows(
-        self,
-        starts: Sequence[int] | NDArray[np.int64],
-        out: NDArray[Any],
-        counts: NDArray[np.int64] | None = None,
-    ) -> None:
+    def read_windows(self, begins: Array, out: NDArray[Any], counts: Array) -> None:
         """Read one window per row of `out`, (rows, length), C-contiguous, of `self.dtype`.
 
-        A window has `counts` tokens, at most `length` (None: all of them); what is right of these
-        in a row is left as it is. Shard after shard is read, each once.
+        A window has `counts` tokens, at most `length`; what is right of these in a row is left as
+        it is. Shard after shard is read, each once.
         """
         assert out.dtype == self.dtype
         if not out.size:
             return
         length, size, raw = out.shape[1], self.dtype.itemsize, out.data.cast("B")
-        begins = np.asarray(starts, np.int64)
-        ends = begins + (length if counts is None else counts)
+        ends = begins + counts
         low, high = int(begins.min()), int(ends.max())
         if low < 0 or high > self.n_tokens:
             raise DataError(f"tokens {low} to {high} were asked for; the split has {self.n_tokens}")
@@ -316,7 +315,7 @@ class TokenDataset:
             shard.check_unchanged()
         self.reading = None
 
-    def shards_of(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[Shard]:
+    def shards_of(self, begins: Array, ends: Array) -> list[Shard]:
         """Return the shards that hold the first and the last token of windows, in order."""
         tokens = np.concatenate([begins, ends - 1])
         numbers = np.unique(np.searchsorted(self._starts, tokens, side="right") - 1)
@@ -327,13 +326,13 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
     """Return several datasets, one behind the other, as one."""
     first, *others = datasets
     for other in others:
-        for what in ("tokenizer_sha256", "vocab_size", "end_of_text", "dtype"):
-            one, two = getattr(first, what), getattr(other, what)
+        for what in ("tokenizer", "vocab_size", "end_of_text", "dtype"):
+            one, two = first.facts[what], other.facts[what]
             if one != two:
                 raise DataError(
                     f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
-                    f"differ in {what.removesuffix('_sha256')} ({str(one)[:16]}, {str(two)[:16]}); "
-                    "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
+                    f"differ in {what} ({str(one)[:16]}, {str(two)[:16]}); prepare them with one "
+                    "tokenizer: --tokenizer FIRST/tokenizer.json"
                 )
 
     def total(name: str) -> int | None:

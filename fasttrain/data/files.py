@@ -158,12 +158,10 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     `cache_dir` if it is named, else $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain, else
     fasttrain-<uid> in the folder for temporary files.
     """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    choices = [Path(home, "fasttrain"), Path(tempfile.gettempdir(), f"fasttrain-{os.getuid()}")]
     if cache_dir is not None:
         choices = [Path(cache_dir).expanduser()]
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        temporary = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}"
-        choices = [Path(home) / "fasttrain", temporary]
     for folder in choices:
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.dataset import Shard, TokenDataset, dtype_for
+from fasttrain.data.dataset import Shard, ShardInfo, TokenDataset, dtype_for
 from fasttrain.data.files import (
     DataError,
     cache_folder,
@@ -50,15 +50,6 @@ class TokenizerInfo(TypedDict):
     sha256: str
 
 
-class ShardInfo(TypedDict):
-    file: str
-    tokens: int
-    sha256: str
-    documents: int
-    ends_file: str
-    ends_sha256: str
-
-
 class SplitInfo(TypedDict):
     tokens: int
     documents: int
@@ -84,11 +75,13 @@ def absent(path: str | Path, vocab_size: int | None) -> str | None:
     `vocab_size` is the model's vocabulary where it is known: the dataset must be in it.
     """
     folder = Path(path).expanduser()
-    if is_address(path) or folder.exists():
+    if is_address(path) or folder.is_dir():
         return None
-    return (
-        f"data.path: {folder} does not exist; make it: {_how_to_make(folder, 'TEXT', vocab_size)}"
-    )
+    problem, new, text = "does not exist; make it", str(folder), "TEXT"
+    if folder.exists():
+        problem = "is a file, not a dataset folder; if it is text, make one of it"
+        new, text = "NEW_FOLDER", str(folder)
+    return f"data.path: {folder} {problem}: {_how_to_make(new, text, vocab_size)}"
 
 
 def _how_to_make(folder: Path | str, text: Path | str, vocab_size: int | None) -> str:
@@ -127,72 +120,48 @@ def open_dataset(
     folder = fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
-    if not folder.is_dir():
-        if folder.exists():
-            raise DataError(
-                f"data.path: {folder} is a file, not a dataset folder; if it is text, make one of "
-                f"it: {_how_to_make('NEW_FOLDER', folder, vocab_size)}"
-            )
-        raise DataError(str(absent(folder, vocab_size)))
+    if problem := absent(folder, vocab_size):
+        raise DataError(problem)
+    others: dict[str, Any] = {}
     if not (folder / DATASET_JSON).exists():
-        paths = _imported_files(folder, split, vocab_size)
-        shards = [Shard(file, dtype=dtype) for file in paths]
+        shards = [Shard(f, dtype=dtype) for f in _imported_files(folder, split, vocab_size)]
         if len({shard.dtype for shard in shards}) > 1:
             raise DataError(f"{folder}: shards of {split} mix uint16 and uint32; separate them")
-        _scan(shards, cache, vocab_size, 'set by "model.vocab_size"', folder, split)
-        return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text)
-
-    meta = read_dataset_json(folder)
-    vocab: int = meta["vocab_size"]
-    if vocab_size is not None and vocab_size < vocab:
-        raise DataError(
-            f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has {vocab} "
-            "tokens; leave model.vocab_size out or make it at least that"
-        )
-    if end_of_text not in (None, meta["end_of_text"]):
-        raise DataError(
-            f"data.end_of_text = {end_of_text}, but {folder / DATASET_JSON} says "
-            f"{meta['end_of_text']}; remove data.end_of_text, it is for folders that do not say"
-        )
-    if split not in meta["splits"]:
-        raise DataError(
-            f"{folder / DATASET_JSON}: no split {split!r}, only {sorted(meta['splits'])}; prepare "
-            "the text again with a --val-fraction above 0"
-        )
-    listed = meta["splits"][split]
-    shards = []
-    shard_cache = shard_cache or ShardCache(cache, DataConfig().cache_gib)
-    for entry in listed["shards"]:
-        file, ends_file = inside(folder, entry["file"]), inside(folder, entry["ends_file"])
-        if is_address(path):
-            shards.append(RemoteShard(str(path), shard_cache, entry, meta["dtype"], vocab))
-            continue
-        shard = Shard(file)
-        if shard.n_tokens != entry["tokens"] or shard.dtype.name != meta["dtype"]:
+    else:
+        meta = read_dataset_json(folder)
+        if vocab_size is not None and vocab_size < meta["vocab_size"]:
             raise DataError(
-                f"{shard.path}: {shard.n_tokens} tokens of {shard.dtype.name}, {DATASET_JSON} says "
-                f"{entry['tokens']} of {meta['dtype']}; the folder is mixed up, prepare it again"
+                f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has "
+                f"{meta['vocab_size']} tokens; leave model.vocab_size out or make it at least that"
             )
-        shard.ends = (ends_file, entry["ends_sha256"], entry["documents"])
-        shards.append(shard)
-    _scan(shards, cache, vocab, f"of {folder / DATASET_JSON}", folder, split)
-    for shard, entry in zip(shards, listed["shards"], strict=True):
-        if shard.sha256 != entry["sha256"]:
+        if end_of_text not in (None, meta["end_of_text"]):
             raise DataError(
-                f"{shard.path}: its SHA-256 is {shard.sha256[:16]}…, {DATASET_JSON} says "
-                f"{entry['sha256'][:16]}…: damaged or replaced; restore it or prepare the text "
-                "again"
+                f"data.end_of_text = {end_of_text}, but {folder / DATASET_JSON} says "
+                f"{meta['end_of_text']}; remove data.end_of_text, it is for folders that do not say"
             )
-    tokenizer_path, tokenizer_sha256 = _check_tokenizer(folder, meta["tokenizer"], vocab)
-    return TokenDataset(
-        shards,
-        vocab_size=vocab,
-        n_bytes=listed["bytes"],
-        n_documents=listed["documents"],
-        end_of_text=meta["end_of_text"],
-        tokenizer_path=tokenizer_path,
-        tokenizer_sha256=tokenizer_sha256,
-    )
+        if split not in meta["splits"]:
+            raise DataError(
+                f"{folder / DATASET_JSON}: no split {split!r}, only {sorted(meta['splits'])}; "
+                "prepare the text again with a --val-fraction above 0"
+            )
+        vocab_size, end_of_text = meta["vocab_size"], meta["end_of_text"]
+        listed, shards = meta["splits"][split], []
+        shard_cache = shard_cache or ShardCache(cache, DataConfig().cache_gib)
+        for said in listed["shards"]:
+            file, _ = inside(folder, said["file"]), inside(folder, said["ends_file"])
+            if is_address(path):
+                shards.append(RemoteShard(str(path), shard_cache, said, meta["vocab_size"]))
+            else:
+                shards.append(Shard(file, said=said))
+        others = {"tokenizer_path": _check_tokenizer(folder, meta)}
+        others |= {"tokenizer_sha256": meta["tokenizer"]["sha256"]}
+        others |= {"n_bytes": listed["bytes"], "n_documents": listed["documents"]}
+    for shard in [] if is_address(path) else shards:  # those are verified when they are fetched
+        shard.verify(cache / "scans", vocab_size)
+    if not any(shard.n_tokens for shard in shards):
+        what = "has no tokens" if shards else "is empty"
+        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
+    return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text, **others)
 
 
 def fetch_description(address: str, cache: Path) -> Path:
@@ -228,30 +197,12 @@ def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[
     return found
 
 
-def _scan(
-    shards: Sequence[Shard],
-    cache: Path,
-    vocab_size: int | None,
-    origin: str,
-    folder: Path,
-    split: str,
-) -> None:
-    """Read the shards of a split; refuse a token beyond the vocabulary, and a split without any."""
-    for shard in shards:
-        shard.scan(cache / "scans")
-        if vocab_size is not None:
-            shard.check_tokens(vocab_size, origin)
-    if not any(shard.n_tokens for shard in shards):
-        what = "has no tokens" if shards else "is empty"
-        raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
-
-
-def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tuple[Path, str]:
+def _check_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Path:
+    entry, vocab = meta["tokenizer"], meta["vocab_size"]
     path = inside(folder, entry["file"])
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
-    sha256 = sha256_of(path)
-    if sha256 != entry["sha256"]:
+    if (sha256 := sha256_of(path)) != entry["sha256"]:
         raise DataError(
             f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
             f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
@@ -261,7 +212,7 @@ def _check_tokenizer(folder: Path, entry: Mapping[str, Any], vocab: int) -> tupl
             f"{folder / DATASET_JSON}: vocab_size is {vocab}, which no tokenizer of {n_bytes} "
             "bytes has; prepare the text again"
         )
-    return path, sha256
+    return path
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -281,18 +232,17 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     path = folder / DATASET_JSON
     remedy = "prepare the text again"
     meta = read_json(path, remedy, DataError)
-    made_by = {"format": FORMAT, "version": VERSION}
-    if any(meta.get(key) != value for key, value in made_by.items()):
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; prepare it with this fasttrain")
     if problem := misfit(DatasetJson, meta):
         raise DataError(f"{path}: {problem}; {remedy}")
     vocab_size, dtype, end = meta["vocab_size"], meta["dtype"], meta.setdefault("end_of_text", None)
-    if not 0 < vocab_size <= 2**32:
-        raise DataError(f"{path}: vocab_size is {vocab_size}, which it cannot be")
-    if dtype != dtype_for(vocab_size).name:
-        raise DataError(f"{path}: dtype {dtype!r} does not go with {vocab_size} tokens")
-    if end is not None and end >= vocab_size:
-        raise DataError(f"{path}: end_of_text {end} is outside the vocabulary of {vocab_size}")
+    fits = 0 < vocab_size <= 2**32 and dtype == dtype_for(vocab_size).name
+    if not fits or (end is not None and end >= vocab_size):
+        raise DataError(
+            f"{path}: vocab_size {vocab_size}, dtype {dtype!r} and end_of_text {end} do not go "
+            f"together; {remedy}"
+        )
     return meta
 
 

@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -31,16 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fasttrain.data.dataset import Shard, TokenDataset
+from fasttrain.data.dataset import Array, Shard, TokenDataset
 from fasttrain.data.files import DataError
-from fasttrain.data.order import (
-    Array,
-    LoaderOptions,
-    Plan,
-    document_rows,
-    document_starts,
-    row_lengths,
-)
+from fasttrain.data.order import LoaderOptions, Plan, document_rows, document_starts
 from fasttrain.data.remote import RemoteShard, ShardCache
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
@@ -61,13 +54,10 @@ class Batch:
 
     def cut(self, length: int) -> Self:
         """The same targets, each row (of a multiple of `length` tokens) in pieces, as views."""
-        return self._with(lambda tensor: tensor.view(-1, length))
+        return self.map(lambda tensor: tensor.view(-1, length))
 
-    def to(self, device: torch.device | str) -> Self:
-        """Return the batch on a CUDA device, copied from pinned memory."""
-        return self._with(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a batch of what `change` makes of each tensor."""
         starts = None if self.doc_starts is None else change(self.doc_starts)
         tokens, targets = change(self.tokens), change(self.targets)
         return replace(self, tokens=tokens, targets=targets, doc_starts=starts)
@@ -98,39 +88,24 @@ def to_batch(
     return Batch(tokens, targets, doc_starts, position, n_tokens)
 
 
-class _Rows(NamedTuple):
-    """This rank's rows of a micro-batch."""
+class _Slot(NamedTuple):
+    """A buffer of the ring, for the rows of K batches; pinned on CUDA."""
 
-    starts: Array  # first token of each
-    counts: Array | None  # tokens of each; None: T + 1
-    n_rows: int  # before the end of the run; those behind it get no targets
+    ids: Tensor  # as stored, (K·B, T + 1)
+    n_targets: Tensor  # int64 (K·B)
+    doc_starts: Tensor | None  # bool (K·B, T)
+
+
+class _Read(NamedTuple):
+    """A batch that has been read, in its place of a buffer."""
+
+    ids: Tensor
+    n_targets: Tensor | None  # None: no padding
+    doc_starts: Tensor | None
     length: int  # T
     n_tokens: int  # as in Batch
     position: int  # as in Batch
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no padding."""
-        return self.counts is None and self.n_rows == len(self.starts)
-
-
-def _windows(batches: Sequence[_Rows]) -> tuple[Array, Array | None]:
-    """First token and number of tokens of all rows of batches; None: all are T + 1."""
-    counts = [batch.counts for batch in batches if batch.counts is not None]
-    starts = np.concatenate([batch.starts for batch in batches])
-    return starts, np.concatenate(counts) if counts else None
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A buffer of the ring: up to K batches that were read together."""
-
-    ids: Tensor  # as stored, (K, B, T + 1); pinned on CUDA
-    n_targets: Tensor  # int64 (K, B), of each row; pinned on CUDA
-    doc_starts: Tensor | None  # bool (K, B, T); pinned on CUDA
-    batches: Sequence[_Rows] = ()  # in it
-    n_taken: int = 0  # batches of it that next() has had
-    copied: torch.cuda.Event | None = None  # the copy to CUDA that was issued last is done
+    slot: _Slot | None  # what can be filled again after it; None: more batches of the buffer follow
 
 
 class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
@@ -159,31 +134,30 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         self.sample_ids, self.samples_per_epoch = self.plan.ids, self.plan.samples_per_epoch
         marked = options.separate_documents and options.of_windows
         self._ends = dataset.document_ends if marked else None
-        self.end = options.end  # sample index to stop before
+        self.end: int | None = None  # sample index to stop before; rows from it on have no targets
         if options.epochs is not None:
             self.end = math.ceil(options.epochs * self.samples_per_epoch)
         self.wait_s = 0.0  # that next() has waited for the thread, in total
         remote = (s.cache for s in dataset.shards if isinstance(s, RemoteShard))
         self._cache: ShardCache | None = next(remote, None)
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
-        self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Read | BaseException] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._current: _Slot | None = None
-        self._in_copy: _Slot | None = None
+        self._in_copy: tuple[_Slot, torch.cuda.Event] | None = None  # free after the event
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
         cuda = self.device.type == "cuda"
         if cuda:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._per_slot = max(options.prefetch // 2, 1)
-        shape, seq_len = (self._per_slot, options.micro_batch), options.seq_len
+        n_rows, seq_len = self._per_slot * options.micro_batch, options.seq_len
         empty = partial(torch.empty, pin_memory=cuda)
         kind: torch.dtype = getattr(torch, dataset.dtype.name)
         # One more is being filled, and on CUDA one copied.
         for _ in range(-(-options.prefetch // self._per_slot) + 1 + cuda):
-            ids = empty(*shape, seq_len + 1, dtype=kind)
-            starts = empty(*shape, seq_len, dtype=torch.bool) if marked else None
-            self._free.put(_Slot(ids, empty(shape, dtype=torch.int64), starts))
+            ids = empty(n_rows, seq_len + 1, dtype=kind)
+            starts = empty(n_rows, seq_len, dtype=torch.bool) if marked else None
+            self._free.put(_Slot(ids, empty(n_rows, dtype=torch.int64), starts))
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
@@ -194,41 +168,59 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         """Another loader of the same samples in the same order, starting at `position`."""
         return Loader(self.dataset, self.options, device=self.device, position=position)
 
-    def _rows(self, position: int) -> Iterator[_Rows]:
-        """This rank's rows, micro-batch by micro-batch, to the end of the run."""
-        options, plan = self.options, self.plan
+    def _slots(self) -> Iterator[tuple[Array, Array, list[tuple[int, bool, int]], list[Shard]]]:
+        """Yield, to the end of the run, what one buffer after the other is to hold.
+
+        First token and number of tokens of this rank's rows in its batches; of each batch T,
+        whether it has padding, and `n_tokens`; where there are remote shards, those of the rows.
+        """
+        options, position, shards = self.options, self.position, list[Shard]()
         rows, stride = options.micro_batch, options.micro_batch * options.world_size
-        before = options.rank * rows  # in each stride, those of other ranks
-        block = max(min(ORDER_BLOCK, plan.samples_per_epoch) // stride, 1) * stride
+        mine, lengths = slice(options.rank * rows, (options.rank + 1) * rows), options.lengths
+        n_slots = max(min(ORDER_BLOCK, self.samples_per_epoch) // (stride * self._per_slot), 1)
         while True:
-            starts, counts = plan.rows(position, block)
-            for first in range(0, block, stride):
-                n = stride if self.end is None else min(self.end - position, stride)
-                if n <= 0:
+            found = self.plan.rows(position, n_slots * self._per_slot * stride)
+            starts, counts = (array.reshape(-1, stride) for array in found)
+            length = np.array(lengths)[np.searchsorted(lengths, counts[:, mine].max(1) - 1)]
+            if self.end is not None:  # no row behind it has a target
+                counts.flat[max(self.end - position, 0) :] = 1
+            n_tokens, counts = (counts - 1).sum(1), counts[:, mine]
+            padded = counts.min(1) <= length
+            for k in range(0, len(starts), self._per_slot):
+                here = slice(k, k + np.count_nonzero(n_tokens[k : k + self._per_slot]))
+                facts = (array[here].tolist() for array in (length, padded, n_tokens))
+                if here.start == here.stop:
                     return
-                position += stride
-                here = slice(first + before, first + before + rows)
-                n_rows = min(max(n - before, 0), rows)
-                mine, n_tokens = None, n * options.seq_len
-                if counts is not None:
-                    mine, n_tokens = counts[here], int(counts[first : first + n].sum()) - n
-                yield _Rows(starts[here], mine, n_rows, plan.length(mine), n_tokens, position)
+                start, count = starts[here, mine].ravel(), counts[here].ravel()
+                if self._cache:
+                    shards = self.dataset.shards_of(start, start + count)
+                yield start, count, list(zip(*facts, strict=True)), shards
+            position += len(starts) * stride
 
     def _fill(self) -> None:
         """Read batches, in the thread, until the run's end, an error or `close`."""
-        slots = self._slots()
+        slots, position, rows = self._slots(), self.position, self.options.micro_batch
         try:
             coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
             while coming:
                 if self._cache:
-                    shards = chain.from_iterable(shards for _, shards in coming)
-                    self._cache.fetch_ahead(list(dict.fromkeys(shards)))
-                batches, _ = coming.popleft()
+                    self._cache.fetch_ahead(chain.from_iterable(shards for *_, shards in coming))
+                starts, counts, facts, _ = coming.popleft()
                 slot = self._free.get()
                 if slot is None or self._over is not None:  # close()
                     return
-                self._read(slot, batches)
-                self._ready.put(slot)
+                n = len(starts)
+                self.dataset.read_windows(starts, slot.ids.numpy()[:n], counts)
+                slot.n_targets.numpy()[:n] = counts - 1
+                if self._ends is not None and (marks := slot.doc_starts) is not None:
+                    marks.numpy()[:n] = document_starts(self._ends, starts, marks.shape[1])
+                for k, (length, padded, n_tokens) in enumerate(facts):
+                    here = slice(k * rows, (k + 1) * rows)
+                    ids, n_targets = slot.ids[here], slot.n_targets[here] if padded else None
+                    marks = None if slot.doc_starts is None else slot.doc_starts[here]
+                    free = slot if k + 1 == len(facts) else None
+                    position += rows * self.options.world_size
+                    self._ready.put(_Read(ids, n_targets, marks, length, n_tokens, position, free))
                 coming.extend(islice(slots, 1))
             self._ready.put(StopIteration())
         except BaseException as error:  # next() raises it where it can be handled
@@ -237,51 +229,21 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
             if self._cache:
                 self._cache.fetch_ahead([])
 
-    def _slots(self) -> Iterator[tuple[list[_Rows], list[RemoteShard]]]:
-        """Yield the batches of one buffer after the other, and the remote shards that they need."""
-        rows, shards = self._rows(self.position), list[Shard]()
-        while batches := list(islice(rows, self._per_slot)):
-            if self._cache:
-                starts, counts = _windows(batches)
-                ends = starts + (self.options.seq_len + 1 if counts is None else counts)
-                shards = self.dataset.shards_of(starts, ends)
-            yield batches, [shard for shard in shards if isinstance(shard, RemoteShard)]
-
-    def _read(self, slot: _Slot, batches: Sequence[_Rows]) -> None:
-        """Fill a buffer with batches."""
-        slot.n_taken, slot.batches = 0, batches
-        for batch, n_targets in zip(batches, slot.n_targets.numpy(), strict=False):
-            if not batch.full:
-                n_targets[:] = batch.length if batch.counts is None else batch.counts - 1
-                n_targets[batch.n_rows :] = 0
-        starts, counts = _windows(batches)
-        rows = slot.ids.numpy()[: len(batches)].reshape(len(starts), -1)
-        self.dataset.read_windows(starts, rows, counts)
-        if self._ends is not None and slot.doc_starts is not None:
-            marks = slot.doc_starts.numpy()[: len(batches)].reshape(len(starts), -1)
-            marks[:] = document_starts(self._ends, starts, self.options.seq_len)
-
     def __next__(self) -> Batch:
         if self.device.type != "cuda":
-            slot, k = self._get()
-            rows, starts = slot.batches[k], slot.doc_starts
-            batch = to_batch(
-                slot.ids.numpy()[k, :, : rows.length + 1],
-                None if rows.full else slot.n_targets[k],
-                None if starts is None else starts[k].clone(),
-                rows.position,
-                rows.n_tokens,
-            )
-            self.position = rows.position
-            if self._current is None:
+            ids, n_targets, marks, length, n_tokens, self.position, slot = self._get()
+            marks = None if marks is None else marks.clone()
+            stored = ids.numpy()[:, : length + 1]
+            batch = to_batch(stored, n_targets, marks, self.position, n_tokens)
+            if slot is not None:
                 self._free.put(slot)
             return batch
-        batch, copied = self._staged or self._stage(*self._get())
+        batch, copied = self._staged or self._stage(self._get())
         self._staged = None
-        if (self._current is not None or not self._ready.empty()) and self._over is None:
+        if not self._ready.empty() and self._over is None:
             # An end or an error is kept: the next call raises it, this batch is good.
             with contextlib.suppress(StopIteration, DataError):
-                self._staged = self._stage(*self._get())
+                self._staged = self._stage(self._get())
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for tensor in (batch.tokens, batch.targets, batch.doc_starts):
@@ -290,60 +252,50 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         self.position = batch.position
         return batch
 
-    def _get(self) -> tuple[_Slot, int]:
-        """The next batch: its buffer and its place there. Waits for it, and measures the wait."""
+    def _get(self) -> _Read:
+        """The next batch. Waits for it, and measures the wait."""
         if self._over is not None:
             raise self._over
-        if self._current is None:
-            begin, item = time.perf_counter(), None
-            while item is None:
-                before = self._cache.progress if self._cache else 0
-                try:
-                    item = self._ready.get(timeout=DEADLINE_S)
-                except queue.Empty:
-                    if self._cache and self._cache.progress > before:
-                        continue  # the network is slow, and does not hang
-                    file = self.dataset.reading or "the dataset"
-                    item = DataError(
-                        f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "
-                        "that holds it hangs. Resume from the last checkpoint once it answers"
-                    )
-            self.wait_s += time.perf_counter() - begin
-            if not isinstance(item, _Slot):
-                self._over = item
-                raise item
-            self._current = item
-        slot = self._current
-        k, slot.n_taken = slot.n_taken, slot.n_taken + 1
-        if slot.n_taken == len(slot.batches):
-            self._current = None
-        return slot, k
+        begin, item = time.perf_counter(), None
+        while item is None:
+            before = self._cache.progress if self._cache else 0
+            try:
+                item = self._ready.get(timeout=DEADLINE_S)
+            except queue.Empty:
+                if self._cache and self._cache.progress > before:
+                    continue  # the network is slow, and does not hang
+                file = self.dataset.reading or "the dataset"
+                item = DataError(
+                    f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "
+                    "that holds it hangs. Resume from the last checkpoint once it answers"
+                )
+        self.wait_s += time.perf_counter() - begin
+        if isinstance(item, BaseException):
+            self._over = item
+            raise item
+        return item
 
-    def _stage(self, slot: _Slot, k: int) -> tuple[Batch, torch.cuda.Event]:
+    def _stage(self, item: _Read) -> tuple[Batch, torch.cuda.Event]:
         """Starts the copy of a batch to the device."""
+        ids, n_targets, marks, length, n_tokens, position, slot = item
+        copied, done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+        copy = partial(torch.Tensor.to, device=self.device, non_blocking=True)
         with torch.cuda.stream(self._stream):
-            stored = slot.ids[k].to(self.device, non_blocking=True)
-            rows, starts = slot.batches[k], slot.doc_starts
-            if starts is not None:
-                starts = starts[k].to(self.device, non_blocking=True)
-            n_targets = None
-            if not rows.full:
-                n_targets = slot.n_targets[k].to(self.device, non_blocking=True)
-            slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.copied.record(self._stream)
-            ids = stored[:, : rows.length + 1].to(torch.int64)
-            tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            stored = copy(ids)
+            n_targets, marks = (None if part is None else copy(part) for part in (n_targets, marks))
+            copied.record(self._stream)
+            wide = stored[:, : length + 1].to(torch.int64)
+            tokens, targets = wide[:, :-1].contiguous(), wide[:, 1:].contiguous()
             if n_targets is not None:
                 pad(tokens, targets, n_targets)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         # The copy issued a step ago is long done; only that one is waited for, never this one.
         if self._in_copy is not None:
-            assert self._in_copy.copied is not None
-            self._in_copy.copied.synchronize()
-            self._free.put(self._in_copy)
-        self._in_copy = slot if self._current is None else None
-        return Batch(tokens, targets, starts, rows.position, rows.n_tokens), done
+            free, event = self._in_copy
+            event.synchronize()
+            self._free.put(free)
+        self._in_copy = None if slot is None else (slot, copied)
+        return Batch(tokens, targets, marks, position, n_tokens), done
 
     def close(self) -> None:
         """Ends the thread; the loader gives no more batches. May be called again."""
@@ -375,9 +327,7 @@ def evaluation_batches(
     token 0 with target −100. `position` counts rows. A file may turn out damaged while iterating.
     """
     seq_len, batch_size = options.seq_len, options.micro_batch
-    on_cuda = torch.device(device).type == "cuda"
-    ends = None
-    n_seen = 0  # tokens of a window that were targets of the one before
+    ends, n_seen = None, 0  # tokens of a window that were targets of the one before
     if options.of_windows:
         n_seen = seq_len - (options.stride_tokens or seq_len)
         end = dataset.n_tokens - 1
@@ -399,22 +349,20 @@ def evaluation_batches(
     if options.batching == "bucketed":
         by_length = np.argsort(counts, kind="stable")
         starts, counts = starts[by_length], counts[by_length]
-    lengths = row_lengths(options.batching, seq_len)
+    stride = batch_size * options.world_size
+    beyond = (0, -len(starts) % stride)
+    starts, counts = np.pad(starts, beyond, "edge"), np.pad(counts, beyond, constant_values=1)
 
     def batch(first: int) -> Batch:
-        here = slice(first, first + batch_size)
-        n_rows = len(starts[here])
-        start, count = np.zeros((2, batch_size), np.int64)  # what is beyond has no tokens
-        start[:n_rows], count[:n_rows] = starts[here], counts[here]
-        length = next(n for n in lengths if n >= count.max() - 1)
+        start, count = starts[first : first + batch_size], counts[first : first + batch_size]
+        length = next(n for n in options.lengths if n >= count.max() - 1)
         stored = np.zeros((batch_size, length + 1), dataset.dtype)
-        dataset.read_windows(start[:n_rows], stored[:n_rows], count[:n_rows])
+        dataset.read_windows(start, stored, count)
         marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
-        valid = torch.from_numpy(np.maximum(count - 1, 0))
-        found = to_batch(stored, valid, marks, first + batch_size)
+        found = to_batch(stored, torch.from_numpy(count - 1), marks, first + batch_size)
         found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
-        return found.to(device) if on_cuda else found
+        if torch.device(device).type == "cuda":
+            return found.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        return found
 
-    stride = batch_size * options.world_size
-    first = options.rank * batch_size
-    return (batch(at + first) for at in range(0, len(starts), stride))
+    return (batch(at) for at in range(options.rank * batch_size, len(starts), stride))

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -23,14 +22,12 @@ from numpy.typing import NDArray
 
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import refuse
-from fasttrain.data.dataset import TokenDataset
+from fasttrain.data.dataset import Array, TokenDataset
 from fasttrain.data.files import DataError
 
-Array = NDArray[np.int64]
+Order = Callable[[Array, int, int], Array]  # called as `permute` is
 
 ROUNDS = 8  # even, so that both halves are mixed alike; four already pass the suite's tests
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 def permute(indices: Array, n: int, key: int) -> Array:
@@ -41,15 +38,13 @@ def permute(indices: Array, n: int, key: int) -> Array:
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     digest = hashlib.shake_256(f"fasttrain order {key}".encode()).digest(8 * ROUNDS)
-    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    keys = np.frombuffer(digest, "<u8").reshape(-1, 2)
 
     def once(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         y, x = np.divmod(values, np.uint64(a))
-        for number, key in enumerate(keys):
-            if number % 2:
-                y = (y + _mix(x, key) % np.uint64(b)) % np.uint64(b)
-            else:
-                x = (x + _mix(y, key) % np.uint64(a)) % np.uint64(a)
+        for of_x, of_y in keys:
+            x = (x + _mix(y, of_x) % np.uint64(a)) % np.uint64(a)
+            y = (y + _mix(x, of_y) % np.uint64(b)) % np.uint64(b)
         return x + y * np.uint64(a)
 
     out = once(indices.astype(np.uint64).ravel())
@@ -61,34 +56,23 @@ def permute(indices: Array, n: int, key: int) -> Array:
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """A hash of each value under a key, uniform on 64 bits."""
     z = values ^ key  # distinct values stay distinct: every step is a bijection
-    z = (z ^ (z >> _SHIFTS[0])) * _MIX[0]
-    z = (z ^ (z >> _SHIFTS[1])) * _MIX[1]
-    return z ^ (z >> _SHIFTS[2])
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
-def sample_ids(first: int, count: int, seed: int, *, n: int) -> Array:
+def sample_ids(first: int, count: int, seed: int, *, n: int, order: Order = permute) -> Array:
     """Return which sample each of `count` global sample indices from `first` on is.
 
     The indices count from 0 over the whole run, of epochs of `n` samples: for index i it is the
     sample that the order of epoch i // n puts at i mod n.
     """
-
-    def in_epoch(at: int, part: int, key: int) -> Array:
-        return permute(np.arange(at, at + part), n, key)
-
-    return _by_epoch(first, count, n, seed, in_epoch)
-
-
-def _by_epoch(
-    first: int, count: int, n: int, seed: int, in_epoch: Callable[[int, int, int], Array]
-) -> Array:
-    """Join what `in_epoch(first, count, key)` returns for each epoch in [first, first + count)."""
     parts = [np.empty(0, np.int64)]
     while count > 0:
         epoch, at = divmod(first, n)
         part = min(count, n - at)
         # One integer of which (seed, epoch) can be read back: no two share a key.
-        parts.append(in_epoch(at, part, (seed << 64) + epoch))
+        parts.append(order(np.arange(at, at + part), n, (seed << 64) + epoch))
         first, count = first + part, count - part
     return np.concatenate(parts)
 
@@ -118,15 +102,13 @@ class Interleave:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not weights or min(weights) <= 0:
-            raise ValueError(f"Interleave: weights must be above 0, got {list(weights)}")
         self.turns = np.array(_whole(weights), np.int64)  # of each in one period
         turns: list[int] = self.turns.tolist()
         period, n = sum(turns), len(turns)
         slack = max(2 * n - 2, 1)
         common = math.lcm(*turns)
         done = [0] * n
-        source, index = np.empty(period, np.int64), np.empty(period, np.int64)
+        self._source, self._index = np.empty((2, period), np.int64)
         for t in range(period):
             # What each is owed at the end of this turn, times period·slack; due from `period` on.
             owed = [(turns[i] * (t + 1) - done[i] * period) * slack for i in range(n)]
@@ -136,9 +118,8 @@ class Interleave:
                 for i in range(n)
                 if owed[i] >= period or n == 1
             )
-            source[t], index[t] = chosen, done[chosen]
+            self._source[t], self._index[t] = chosen, done[chosen]
             done[chosen] += 1
-        self._source, self._index = source, index
 
     def locate(self, first: int, count: int) -> tuple[Array, Array]:
         """Return the dataset of each position from `first` on, and its earlier turns."""
@@ -163,8 +144,7 @@ class LoaderOptions:
     stride_tokens: int | None = None  # between the starts of sliding windows; None: half of T
     weights: Sequence[float] = ()  # of the datasets that were joined; empty: taken as one
     separate_documents: bool = False  # mark in `doc_starts` where documents begin in a window
-    end: int | None = None  # sample index to stop before; rows from it on have no targets
-    epochs: float | None = None  # the same as passes over the split
+    epochs: float | None = None  # passes over the split, after which the batches end; None: never
     rank: int = 0
     world_size: int = 1
     prefetch: int = 16  # batches held ready; half of them are read at a time
@@ -184,12 +164,11 @@ class LoaderOptions:
             refuse("data.batching", self.batching, "is not implemented; add it to LoaderOptions")
         return self.batching in ("packed", "sliding")
 
-
-def row_lengths(batching: str, seq_len: int) -> tuple[int, ...]:
-    """The lengths T that batches may have, ascending."""
-    if batching != "bucketed":
-        return (seq_len,)
-    return tuple(sorted({-(-seq_len // part) for part in (8, 4, 2, 1)}))
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths T that batches may have, ascending."""
+        parts = (8, 4, 2, 1) if self.batching == "bucketed" else (1,)
+        return tuple(sorted({-(-self.seq_len // part) for part in parts}))
 
 
 def document_starts(ends: Array, starts: Array, length: int) -> NDArray[np.bool_]:
@@ -226,8 +205,8 @@ def _documents(dataset: TokenDataset) -> tuple[Array, Array]:
     return (ends - sizes)[sizes > 1], sizes[sizes > 1]
 
 
-def _bucketed(lengths: Array, limits: Sequence[int]) -> Callable[[int, int, int], Array]:
-    """Return what gives the order of samples by length: `(first, count, seed)` to sample ids.
+def _bucketed(lengths: Array, limits: Sequence[int]) -> Order:
+    """Return what permutes samples of these lengths by their length.
 
     Samples of one bucket are permuted, then cut into groups of `GROUP`, and the groups of all
     buckets permuted. What fills no group comes at the end of the epoch, bucket after bucket.
@@ -240,8 +219,7 @@ def _bucketed(lengths: Array, limits: Sequence[int]) -> Callable[[int, int, int]
     first_id, first_group, first_rest = (np.cumsum(n) - n for n in (sizes, groups, rests))
     n_groups = int(groups.sum())
 
-    def in_epoch(first: int, count: int, key: int) -> Array:
-        at = np.arange(first, first + count)
+    def order(at: Array, n: int, key: int) -> Array:
         group, within = np.divmod(at[at < n_groups * GROUP], GROUP)
         if group.size:
             group = permute(group, n_groups, key)
@@ -251,14 +229,14 @@ def _bucketed(lengths: Array, limits: Sequence[int]) -> Callable[[int, int, int]
         of_rest = np.searchsorted(first_rest, rest, side="right") - 1
         rest = rest - first_rest[of_rest] + groups[of_rest] * GROUP
         bucket, rank = np.concatenate([of_group, of_rest]), np.concatenate([rank, rest])
-        found = np.empty(count, np.int64)
+        found = np.empty(len(at), np.int64)
         for number in np.unique(bucket).tolist():
             here = bucket == number
             place = permute(rank[here], int(sizes[number]), ((number + 1) << 200) + key)
             found[here] = by_bucket[first_id[number] + place]
         return found
 
-    return lambda first, count, seed: _by_epoch(first, count, len(lengths), seed, in_epoch)
+    return order
 
 
 class Plan:
@@ -269,80 +247,65 @@ class Plan:
 
     def __init__(self, dataset: TokenDataset, options: LoaderOptions) -> None:
         batching, seq_len, weights = options.batching, options.seq_len, options.weights
-        if weights and len(weights) != len(dataset.joined):
-            raise ValueError(
-                f"Plan: {len(weights)} weights for {len(dataset.joined)} joined datasets"
-            )
         parts = dataset.joined if weights else [dataset]
         self._interleave = Interleave(weights) if weights else None
-        self._seed, self._lengths = options.seed, row_lengths(batching, seq_len)
-        self._stride = seq_len
+        self._options, self._stride = options, seq_len
         if batching == "sliding":
             self._stride = options.stride_tokens or max(seq_len // 2, 1)
-        self._first_tokens = np.cumsum([0, *(part.n_tokens for part in parts)])
-        # Tokens that no row holds: the end of the split, too short for a window, or what documents
-        # have beyond T + 1.
-        self.dropped_tokens = 0
-        # Of each part: how many samples it has, and which of them come at some positions.
-        sizes: list[int] = []
-        self._orders: list[Callable[[int, int, int], Array]] = []
-        documents: list[tuple[Array, Array]] = []
-        for part, base in zip(parts, self._first_tokens.tolist(), strict=False):
-            order = None
-            if options.of_windows:
-                if part.n_tokens <= seq_len:
-                    raise DataError(
-                        f"data.seq_len = {seq_len} is longer than the data: the split has "
-                        f"{part.n_tokens} tokens, {seq_len + 1} make one sample; shorten "
-                        f"data.seq_len to at most {max(part.n_tokens - 1, 0)} or add text"
-                    )
-                n, dropped = divmod(part.n_tokens - 1 - seq_len, self._stride)
-                n += 1
-            else:
-                begins, n_tokens = _documents(part)
-                if not len(begins):
+        n_tokens = np.array([part.n_tokens for part in parts])
+        self._first_tokens = np.cumsum([0, *n_tokens])
+        # First token and number of tokens of each document; None: windows, which are computed.
+        self._documents: tuple[Array, Array] | None = None
+        if options.of_windows:
+            if (least := int(n_tokens.min())) <= seq_len:
+                raise DataError(
+                    f"data.seq_len = {seq_len} is longer than the data: the split has {least} "
+                    f"tokens, {seq_len + 1} make one sample; shorten data.seq_len to at most "
+                    f"{max(least - 1, 0)} or add text"
+                )
+            last, dropped = np.divmod(n_tokens - 1 - seq_len, self._stride)
+            self._first_ids = np.cumsum([0, *(last + 1)])
+        else:
+            begins, sizes = _documents(dataset)
+            counts = np.minimum(sizes, seq_len + 1)
+            self._documents, dropped = (begins, counts), sizes - counts
+            self._first_ids = np.searchsorted(begins, self._first_tokens)
+            for part, n in zip(parts, np.diff(self._first_ids), strict=True):
+                if not n:
                     raise DataError(
                         f"data.batching = {batching!r}: no document of "
                         f"{part.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
                     )
-                counts = np.minimum(n_tokens, seq_len + 1)
-                n, dropped = len(counts), int((n_tokens - counts).sum())
-                documents.append((begins + base, counts))
-                if batching == "bucketed":
-                    order = _bucketed(counts - 1, self._lengths)
-            sizes.append(n)
-            self._orders.append(order or partial(sample_ids, n=n))
-            self.dropped_tokens += dropped
-        self._first_ids = np.cumsum([0, *sizes])
+        # Tokens that no row holds: the end of the split, too short for a window, or what documents
+        # have beyond T + 1.
+        self.dropped_tokens = int(dropped.sum())
         self.samples_per_epoch = int(self._first_ids[-1])
-        # First token and number of tokens of each sample; empty: windows, which are computed.
-        self._documents = [np.concatenate(arrays) for arrays in zip(*documents, strict=True)]
+        self._orders: list[Order] = [permute] * len(parts)
+        if batching == "bucketed":
+            cuts = self._first_ids[1:-1]
+            self._orders = [_bucketed(c - 1, options.lengths) for c in np.split(counts, cuts)]
 
     def ids(self, first: int, count: int) -> Array:
         """Samples at positions [first, first + count): each sample of the split has a number."""
+        seed, sizes = self._options.seed, np.diff(self._first_ids).tolist()
         if self._interleave is None:
-            return self._orders[0](first, count, self._seed)
+            return sample_ids(first, count, seed, n=sizes[0], order=self._orders[0])
         found = np.empty(count, np.int64)
         source, index = self._interleave.locate(first, count)
         for number in np.unique(source).tolist():
             at = np.flatnonzero(source == number)
             # A dataset's own samples come one after the other. The first has the run's seed.
-            seed = (number << 64) + self._seed
-            ids = self._orders[number](int(index[at[0]]), len(at), seed)
+            stretch = (int(index[at[0]]), len(at), (number << 64) + seed)
+            ids = sample_ids(*stretch, n=sizes[number], order=self._orders[number])
             found[at] = self._first_ids[number] + ids
         return found
 
-    def rows(self, first: int, count: int) -> tuple[Array, Array | None]:
-        """First token and number of tokens at [first, first + count); None: all are T + 1."""
+    def rows(self, first: int, count: int) -> tuple[Array, Array]:
+        """First token and number of tokens, up to T + 1, of samples [first, first + count)."""
         ids = self.ids(first, count)
-        if self._documents:
+        if self._documents is not None:
             begins, counts = self._documents
             return begins[ids], counts[ids]
         part = np.searchsorted(self._first_ids, ids, side="right") - 1
-        return self._first_tokens[part] + (ids - self._first_ids[part]) * self._stride, None
-
-    def length(self, counts: Array | None) -> int:
-        """T of a batch of rows of so many tokens: the shortest of `row_lengths` that holds them."""
-        if counts is None or len(self._lengths) == 1:
-            return self._lengths[-1]
-        return next(length for length in self._lengths if length >= int(counts.max()) - 1)
+        starts = self._first_tokens[part] + (ids - self._first_ids[part]) * self._stride
+        return starts, np.full(count, self._options.seq_len + 1)

@@ -6,20 +6,17 @@ full size from the beginning. Room is made by what this process does not need, t
 then by what it needs last; whatever reads an evicted file has it open, and reads on.
 """
 
-import hashlib
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
-
-from fasttrain.data.dataset import HEADER_BYTES, Shard
+from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
 from fasttrain.data.files import DataError, lock, read_range, shown
 
 FETCHERS = 8  # threads that fetch ahead, each a file
@@ -49,7 +46,10 @@ class RemoteFile(NamedTuple):
 
 
 class ShardCache:
-    """A folder of at most `gib` GiB for files that are fetched when they are needed, or before."""
+    """A folder of at most `gib` GiB for files that are fetched when they are needed, or before.
+
+    Whatever uses one verifies it: what is damaged is fetched again, in all `ATTEMPTS` times.
+    """
 
     def __init__(self, folder: Path, gib: float) -> None:
         self.folder, self.scans = folder / "shards", folder / "scans"
@@ -94,32 +94,19 @@ class ShardCache:
         while not self._reserve(part, file.n_bytes):
             time.sleep(0.02)
         try:
-            for _ in range(ATTEMPTS):
-                digest = hashlib.sha256()
-                with part.open("r+b") as out:
-                    for start in range(0, file.n_bytes, PIECE_BYTES):
-                        end = min(start + PIECE_BYTES, file.n_bytes)
-                        piece = read_range(file.address, start, end, file.n_bytes)
-                        digest.update(piece)
-                        out.write(piece)
-                        self.progress += 1
-                if digest.hexdigest() == file.sha256:
-                    with open(lock(full, wait=True)):
-                        return os.replace(part, file.path)
+            with part.open("r+b") as out:
+                for start in range(0, file.n_bytes, PIECE_BYTES):
+                    end = min(start + PIECE_BYTES, file.n_bytes)
+                    out.write(read_range(file.address, start, end, file.n_bytes))
+                    self.progress += 1
+            with open(lock(full, wait=True)):
+                os.replace(part, file.path)
         finally:
             with open(lock(full, wait=True)):
                 part.unlink(missing_ok=True)
-        raise DataError(
-            f"{shown(file.address)}: its SHA-256 is {digest.hexdigest()[:16]}…, dataset.json says "
-            f"{file.sha256[:16]}… ({ATTEMPTS} attempts): damaged or replaced; upload it again"
-        )
 
     def _reserve(self, part: Path, n_bytes: int) -> bool:
         """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
-
-        def order(path: Path) -> tuple[float, bool, float]:
-            """What is never needed goes first, then what is needed last."""
-            return -uses.get(path.stem, math.inf), path.suffix == ".bin", found[path].st_mtime
 
         def may_go(path: Path) -> bool:
             if path.suffix == ".part" and path.stem[:2] != part.stem[:2]:  # ours nobody else writes
@@ -133,7 +120,9 @@ class ShardCache:
             uses = {shard.sha256: n for n, shard in enumerate(self._coming)}
             found = {path: path.stat() for path in self.folder.iterdir()}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
-            for path in sorted(found, key=order):
+            # What is never needed goes first, then what is needed last.
+            last = {p: (-uses.get(p.stem, math.inf), p.suffix == ".bin") for p in found}
+            for path in sorted(found, key=lambda path: (last[path], found[path].st_mtime)):
                 if excess > 0 and may_go(path):
                     path.unlink()
                     excess -= found[path].st_size
@@ -142,11 +131,11 @@ class ShardCache:
                     out.truncate(n_bytes)
             return excess <= 0
 
-    def fetch_ahead(self, shards: Sequence["RemoteShard"]) -> None:
+    def fetch_ahead(self, shards: Iterable[Shard]) -> None:
         """Begin to fetch what is missing of `shards`, in the order of their use, as far as fits."""
         with self._lock:
-            self._coming = list(shards)
-            self._missing = {shard for shard in shards if not shard.file.path.exists()}
+            self._coming = [s for s in dict.fromkeys(shards) if isinstance(s, RemoteShard)]
+            self._missing = {shard for shard in self._coming if not shard.file.path.exists()}
             self._start_thread()
 
     def advance(self, shard: "RemoteShard") -> None:
@@ -188,36 +177,27 @@ class ShardCache:
 class RemoteShard(Shard):
     """A shard at an address; it is fetched, verified and opened when it is read."""
 
-    def __init__(
-        self, address: str, cache: ShardCache, entry: Mapping[str, Any], dtype: str, vocab_size: int
-    ) -> None:
-        self.cache, self.dtype = cache, np.dtype(dtype).newbyteorder("<")
-        self.offset_bytes, self.n_tokens = HEADER_BYTES, entry["tokens"]
+    def __init__(self, address: str, cache: ShardCache, said: ShardInfo, vocab_size: int) -> None:
+        self.cache, self.said, self.dtype = cache, said, dtype_for(vocab_size)
+        self.offset_bytes, self.n_tokens = HEADER_BYTES, said["tokens"]
         n_bytes = HEADER_BYTES + self.n_tokens * self.dtype.itemsize
-        self.file = cache.file(beside(address, entry["file"]), entry["sha256"], n_bytes)
-        documents, sha256 = entry["documents"], entry["ends_sha256"]
-        self.ends_file = cache.file(beside(address, entry["ends_file"]), sha256, 8 * documents)
-        self.path = Path(shown(self.file.address))
-        self.ends = (self.ends_file.path, sha256, documents)
-        self.sha256, self.max_token = entry["sha256"], vocab_size - 1  # at most
+        self.file = cache.file(beside(address, said["file"]), said["sha256"], n_bytes)
+        ends = (beside(address, said["ends_file"]), said["ends_sha256"], 8 * said["documents"])
+        self.ends_file = cache.file(*ends)
+        self.name, self.ends_path = shown(self.file.address), self.ends_file.path
+        self.path = Path(self.name)
+        self.sha256, self.max_token = said["sha256"], vocab_size - 1  # at most
         self._verified: list[int] = []  # the identity of the file that was
         self._local: Shard | None = None  # while it is read
-
-    def scan(self, cache: Path) -> None:
-        """Do nothing: it is scanned when it is fetched."""
 
     def fetch(self) -> Shard:
         """Return the shard's file, opened; fetch it if it is not here."""
         return self.cache.get(self.file, self._open)
 
     def _open(self) -> Shard:
-        local, name = Shard(self.file.path), shown(self.file.address)
+        local = Shard(self.file.path, said=self.said, name=self.name)
         if local.identity != self._verified:
-            local.scan(self.cache.scans)
-            found = local.sha256, local.dtype, local.n_tokens
-            if found != (self.sha256, self.dtype, self.n_tokens):
-                raise DataError(f"{name}: not what dataset.json describes; upload it again")
-            local.check_tokens(self.max_token + 1, "of its dataset.json", name)
+            local.verify(self.cache.scans, self.max_token + 1)
             self._verified = local.identity
         return local
 
@@ -233,8 +213,8 @@ class RemoteShard(Shard):
         """Close the file, so that it may be evicted; a change is found when it is opened again."""
         self._local = None
 
-    def document_ends(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return where the documents in it end, ascending offsets into its tokens."""
+    def document_ends(self) -> Array:
+        """Return where the documents in it end; fetch the file if it is not here."""
         return self.cache.get(self.ends_file, super().document_ends)
 
 

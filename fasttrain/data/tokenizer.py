@@ -99,7 +99,6 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A `tokenizer.json`, without the padding and truncation that it may ask for."""
-    path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such tokenizer file; name an existing tokenizer.json")
     if path.stat().st_size > MAX_BYTES:
@@ -169,10 +168,6 @@ _RESERVED = "<|reserved|>"
 _QUADRATIC = tuple(f"0.{minor}." for minor in range(13))
 
 
-class NotFastError(Exception):
-    """Why a tokenizer cannot go through tiktoken, in words that complete "because …"."""
-
-
 class FastBpe:
     """Byte-level BPE through tiktoken: the ids that `tokenizers` gives, several times as fast.
 
@@ -191,19 +186,35 @@ class FastBpe:
     words, which two libraries execute, each with the Unicode tables of its time. Text with
     characters that are newer than this Python's table is therefore left to `tokenizers`, and
     `Encoder` compares the ids on a sample of what it encodes.
+
+    A tokenizer for which this fails raises a DataError that completes "because …".
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         try:
             tiktoken, now = importlib.import_module("tiktoken"), version("tiktoken")
         except ImportError:
-            raise NotFastError("tiktoken is not installed (pip install tiktoken)") from None
+            raise DataError("tiktoken is not installed (pip install tiktoken)") from None
         if now.startswith(_QUADRATIC):
-            raise NotFastError(f"tiktoken {now} is slow (pip install 'tiktoken>=0.13')")
+            raise DataError(f"tiktoken {now} is slow (pip install 'tiktoken>=0.13')")
         state = json.loads(tokenizer.to_str())
-        pattern = _pattern(state)
-        words, ids = self.ranks(state["model"])
-        self._ids = np.array(ids, np.uint32)
+        model, pattern = state["model"], _pattern(state)
+        plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
+            raise DataError("its model is not a plain byte-level BPE")
+        # The tokens in order of rank, and the three conditions.
+        vocab: dict[str, int] = model["vocab"]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        alone, known = models.BPE(vocab, merges), dict.fromkeys(BYTE_CHARACTERS)
+        agree = known.keys() <= vocab.keys()
+        for left, right in merges:
+            made_once = left in known and right in known and left + right not in known
+            agree = agree and made_once and len(alone.tokenize(left + right)) == 1
+            known[left + right] = None
+        if not agree or (model.get("ignore_merges") and vocab.keys() - known.keys()):
+            raise DataError("its merges could give other ids there")
+        words = [token.translate(_BYTE_OF).encode("latin-1") for token in known]
+        self._ids = np.array([vocab[token] for token in known], np.uint32)
         self._n_bytes = np.array([len(word) for word in words], np.uint32)
         try:
             # Without any special token its search for them stops at every character.
@@ -214,7 +225,7 @@ class FastBpe:
                 special_tokens={_RESERVED: len(words)},
             )
         except Exception as error:  # a ValueError of its own or of the regular expression's
-            raise NotFastError(f"tiktoken does not take it ({error})") from None
+            raise DataError(f"tiktoken does not take it ({error})") from None
 
     def encode(self, text: str) -> NDArray[np.uint32] | None:
         """The ids of a text, or None where they would be uncertain."""
@@ -233,45 +244,13 @@ class FastBpe:
         ids: NDArray[np.uint32] = self._ids[ranks]
         return ids
 
-    @staticmethod
-    def ranks(model: dict[str, Any]) -> tuple[list[bytes], list[int]]:
-        """The tokens of a tokenizer's model in order of rank, as bytes, and their ids."""
-        plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-        if model["type"] != "BPE" or any(model.get(key) for key in plain) or model["byte_fallback"]:
-            raise NotFastError("its model is not a plain byte-level BPE")
-        vocab: dict[str, int] = model["vocab"]
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        products = {left + right for left, right in merges}
-        known = set(BYTE_CHARACTERS)
-        if not known <= vocab.keys():
-            raise NotFastError("its vocabulary lacks some bytes")
-        if len(products) < len(merges) or products & known:
-            raise NotFastError("two of its merges have the same product")
-        if model.get("ignore_merges") and vocab.keys() - products - known:
-            raise NotFastError("it has whole words that no merge makes")
-        alone = models.BPE(vocab, merges)
-        for left, right in merges:
-            if left not in known or right not in known:
-                raise NotFastError("its merges are out of order")
-            known.add(left + right)
-            if len(alone.tokenize(left + right)) != 1:
-                raise NotFastError("some of its tokens never come out of its merges")
-        tokens = [*BYTE_CHARACTERS, *(left + right for left, right in merges)]
-        words = [token.translate(_BYTE_OF).encode("latin-1") for token in tokens]
-        return words, [vocab[token] for token in tokens]
-
 
 def _pattern(state: dict[str, Any]) -> str:
     """The regular expression of a tokenizer's words, if its words are all that shapes the ids."""
-    if state["normalizer"] is not None:
-        raise NotFastError("it normalizes the text")
-    if state["truncation"] is not None:
-        raise NotFastError("it truncates the text")
-    if any(not token["special"] for token in state["added_tokens"]):
-        raise NotFastError("it has added tokens that are not special")
     step = state["pre_tokenizer"] or {"type": "none"}
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
-    match steps:
+    words_alone = state["normalizer"] is None and all(t["special"] for t in state["added_tokens"])
+    match steps if words_alone else []:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return _GPT2_PATTERN
         case [
@@ -279,7 +258,7 @@ def _pattern(state: dict[str, Any]) -> str:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
             return str(regex)
-    raise NotFastError("it splits the text in a way of its own")
+    raise DataError("it normalizes or splits the text in a way of its own")
 
 
 class OtherIdsError(Exception):
@@ -313,7 +292,7 @@ class Encoder:
         elif kind != "bytes" and use_tiktoken:
             try:
                 self._fast = FastBpe(tokenizer)
-            except NotFastError as reason:
+            except DataError as reason:
                 self.not_fast = str(reason)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:

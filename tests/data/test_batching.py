@@ -13,14 +13,7 @@ from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE, Loader
-from fasttrain.data.order import (
-    GROUP,
-    LoaderOptions,
-    Plan,
-    document_rows,
-    document_starts,
-    row_lengths,
-)
+from fasttrain.data.order import GROUP, LoaderOptions, Plan, document_rows, document_starts
 from fasttrain.data.prepare.writer import ShardWriter
 
 SEQ_LEN = 16
@@ -129,8 +122,7 @@ def test_R28_any_stretch_of_the_order_is_that_of_the_whole(
         assert plan.ids(first + at, cut).tolist() == ids[here].tolist()
         part_starts, part_counts = plan.rows(first + at, cut)
         assert part_starts.tolist() == starts[here].tolist()
-        if counts is not None and part_counts is not None:
-            assert part_counts.tolist() == counts[here].tolist()
+        assert part_counts.tolist() == counts[here].tolist()
         at += cut
 
 
@@ -138,7 +130,7 @@ def test_sliding_windows_begin_every_stride(dataset: TokenDataset) -> None:
     for stride, expected in ((5, 5), (None, 8), (SEQ_LEN, SEQ_LEN)):
         plan = Plan(dataset, options_of(batching="sliding", stride_tokens=stride))
         starts, counts = plan.rows(0, plan.samples_per_epoch)
-        assert counts is None
+        assert set(counts.tolist()) == {SEQ_LEN + 1}
         assert np.diff(np.sort(starts)).tolist() == [expected] * (len(starts) - 1)
         assert starts.max() + SEQ_LEN + 1 + plan.dropped_tokens == dataset.n_tokens
         assert plan.dropped_tokens < expected
@@ -182,15 +174,15 @@ def test_a_row_is_a_document_cut_off_or_padded_and_each_comes_once(
 
 
 def test_bucketed_rows_come_with_their_like_and_in_few_shapes(dataset: TokenDataset) -> None:
-    assert row_lengths("bucketed", 1024) == (128, 256, 512, 1024)
-    assert row_lengths("bucketed", 3) == (1, 2, 3)
-    assert row_lengths("padded", 1024) == (1024,)
+    assert options_of(batching="bucketed", seq_len=1024).lengths == (128, 256, 512, 1024)
+    assert options_of(batching="bucketed", seq_len=3).lengths == (1, 2, 3)
+    assert options_of(batching="padded", seq_len=1024).lengths == (1024,)
     cost = {}
     for batching in ("padded", "bucketed"):
         with make(dataset, batching=batching, micro_batch=16, epochs=1) as loader:
             lengths = [batch.tokens.shape[1] for batch in loader]
         cost[batching] = sum(lengths)
-        assert set(lengths) <= set(row_lengths(batching, SEQ_LEN))
+        assert set(lengths) <= set(options_of(batching=batching).lengths)
         if batching == "bucketed":
             groups = [lengths[at : at + GROUP // 16] for at in range(0, len(lengths), GROUP // 16)]
             same = [len(set(group)) == 1 for group in groups]
@@ -261,7 +253,7 @@ def test_R27_batches_say_where_documents_begin(mix: TokenDataset, batching: str)
         assert next(loader).doc_starts is None
 
 
-def test_what_cannot_be_batched_is_refused(tmp_path: Path, dataset: TokenDataset) -> None:
+def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
     np.arange(1, 100, dtype="<u2").tofile(tmp_path / "train.bin")
     bare = open_dataset(tmp_path, "train", dtype="uint16", cache_dir=tmp_path / "cache")
     for options in ({"batching": "padded"}, {"batching": "packed", "separate_documents": True}):
@@ -270,5 +262,3 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path, dataset: TokenDataset
     ones = write(tmp_path / "ones", [1] * 20)
     with pytest.raises(DataError, match=r"no document of .*ones has two tokens"):
         Plan(ones, options_of(batching="bucketed"))
-    with pytest.raises(ValueError, match="2 weights for 0 joined datasets"):
-        Plan(dataset, options_of(weights=(1, 2)))

@@ -33,7 +33,7 @@ def test_documents_run_on_over_the_border_of_shards(tmp_path: Path) -> None:
 def test_documents_are_found_by_the_token_behind_or_in_front_of_them(
     tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_module, "SCAN_TOKENS", block)
+    monkeypatch.setattr(dataset_module, "BLOCK_TOKENS", block)
     behind = bare(tmp_path / "nanogpt", [1, 2, 9, 3, 9, 9, 4, 5], 9)
     assert behind.document_ends.tolist() == [3, 5, 6, 8]
     in_front = bare(tmp_path / "llm.c", [9, 1, 2, 9, 3, 9, 4, 5], 9)
@@ -57,7 +57,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (flip, "not the document ends of its shard"),
+        (flip, "not the document ends of .*train_000000"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), "not the document ends"),
         (lambda path: path.write_bytes(path.read_bytes() + bytes(8)), "not the document ends"),
         (lambda path: path.unlink(), "cannot be read"),

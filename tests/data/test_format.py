@@ -64,10 +64,12 @@ def test_what_is_written_is_read_back_across_shards(
         assert dataset.max_token == expected.max()
         assert dataset.tokenizer_path == tmp_path / "data" / "tokenizer.json"
         np.testing.assert_array_equal(dataset.read(0, dataset.n_tokens), expected)
-    starts = [0, 1990, 1999, 2000, 3999, 4900]  # inside a shard, over a border, from a border on
+    starts = np.array(
+        [0, 1990, 1999, 2000, 3999, 4900]
+    )  # inside a shard, over a border, from a border on
     out = np.empty((len(starts), 100), dtype)
     dataset = open_dataset(tmp_path / "data", "train", cache_dir=cache)
-    dataset.read_windows(starts, out)
+    dataset.read_windows(starts, out, np.full(len(starts), 100))
     for row, start in zip(out, starts, strict=True):
         np.testing.assert_array_equal(row, tokens["train"][start : start + 100])
     np.testing.assert_array_equal(dataset.read(1000, 3500), tokens["train"][1000:4500])
@@ -90,7 +92,7 @@ def test_R22_reader_refuses_a_token_outside_the_vocabulary(tmp_path: Path, cache
     np.arange(3000, dtype="<u2").tofile(tmp_path / "train.bin")
     for _ in range(2):  # fresh, then from the cached scan
         with pytest.raises(
-            DataError, match=r"train\.bin: token 2000 at offset 2000 \(byte 4000\).*2000.*3000"
+            DataError, match=r"train\.bin: token 2999 at offset 2999 \(byte 5998\).*2000.*3000"
         ):
             open_dataset(tmp_path, "train", dtype="uint16", vocab_size=2000, cache_dir=cache)
     dataset = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=3000, cache_dir=cache)
@@ -276,7 +278,7 @@ def test_nanogpt_and_llm_c_folders_are_datasets_as_they_are(tmp_path: Path, cach
     np.testing.assert_array_equal(dataset.read(0, 500), np.arange(500))
     assert (dataset.vocab_size, dataset.n_bytes, dataset.tokenizer_path) == (512, None, None)
     (nanogpt / "val.bin").write_bytes(b"12345")
-    with pytest.raises(DataError, match="no whole number of uint32"):
+    with pytest.raises(DataError, match=r"val\.bin: damaged, or data\.dtype is wrong"):
         open_dataset(nanogpt, "val", dtype="uint32", cache_dir=cache)
 
     llm_c = tmp_path / "fineweb10B"
@@ -317,7 +319,6 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, cache: Path) 
     refused("split 'train' has no tokens", dtype="uint16")
     refused("no .bin file with val in its name; it has 1 of the other split", "val")
     refused("split must be", "test")
-    refused("must be uint16 or uint32, got 'int64'", dtype="int64")
     make_dataset(tmp_path / "data")
     refused("model.vocab_size = 999 is too small: .* has 1000", vocab_size=999)
     edit_json(tmp_path / "data", lambda meta: meta["splits"].pop("val"))

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 def make(
     dataset: TokenDataset, *, position: int = 0, device: str = "cpu", **others: object
 ) -> Loader:
+    if isinstance(end := others.pop("end", None), int):  # before which sample, of epochs of 99
+        others["epochs"] = Fraction(end, (N_TOKENS - 1) // 10)
     options = LoaderOptions(**{"seq_len": 10, "micro_batch": 4, "seed": 7} | others)  # type: ignore[arg-type]
     return Loader(dataset, options, device=device, position=position)
 
@@ -311,7 +314,8 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(
     with ShardWriter(tmp_path, "train", vocab_size=vocab_size) as writer:
         writer.write(tokens)
     data = open_dataset(tmp_path, "train", vocab_size=vocab_size, cache_dir=tmp_path / "cache")
-    options = {"seq_len": 128, "micro_batch": 8, "end": 2 * 390 + 3, "prefetch": prefetch}
+    epochs = Fraction(2 * 390 + 3, 390)
+    options = {"seq_len": 128, "micro_batch": 8, "epochs": epochs, "prefetch": prefetch}
     with make(data, **options) as here, make(data, device="cuda", **options) as there:
         kept = list(there)
         for expected, batch in zip(here, kept, strict=True):

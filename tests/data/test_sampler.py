@@ -5,7 +5,6 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -162,9 +161,3 @@ def test_the_mix_is_this_one_on_every_machine() -> None:
     source, index = Interleave([0.5, 0.3, 0.2]).locate(0, 10)
     assert source.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0]
     assert index.tolist() == [0, 0, 1, 0, 2, 1, 3, 1, 2, 4]
-
-
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0, 2.0]])
-def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="weights must be above 0"):
-        Interleave(weights)

@@ -23,7 +23,7 @@ BUDGETS = {
     "fasttrain": 4_250,
     "fasttrain/checkpoint": 1_480,
     "fasttrain/config": 1_040,
-    "fasttrain/data": 2_330,
+    "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,

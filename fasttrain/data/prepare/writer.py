@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, dtype_for
+from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, ShardInfo, dtype_for
 from fasttrain.data.files import (
     DataError,
     cache_folder,
@@ -43,7 +43,7 @@ from fasttrain.data.files import (
     shown,
     write_atomically,
 )
-from fasttrain.data.format import DATASET_JSON, ShardInfo, fetch_description
+from fasttrain.data.format import DATASET_JSON, fetch_description
 from fasttrain.data.remote import beside
 
 PREPARED_JSON = "prepared.json"
