@@ -21,7 +21,7 @@ MAX_FILE_LINES = 800
 BUDGETS = {
     "benchmarks": 2_770,
     "fasttrain": 4_270,
-    "fasttrain/checkpoint": 1_480,
+    "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_070,
     "fasttrain/data": 2_330,
     "fasttrain/data/prepare": 1_510,
@@ -30,7 +30,7 @@ BUDGETS = {
     "fasttrain/log": 950,
     "fasttrain/model": 940,
     "fasttrain/preflight": 530,
-    "fasttrain/run": 1_150,
+    "fasttrain/run": 1_115,
     "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_660,
 }
