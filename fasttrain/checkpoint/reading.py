@@ -159,7 +159,7 @@ def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[
     return loaded, loaded.group("model") | loaded.group("ema")
 
 
-def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) -> None:
+def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: object) -> None:
     """Refuse a config whose model is not that of a checkpoint, before any of the model is made.
 
     Raises UserError if parameters have other shapes, or buffers are out of proportion.

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
-from fasttrain.checkpoint.reading import misfits_of
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_dict
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
@@ -167,15 +166,11 @@ BRANCH_MAY_CHANGE = (
 )
 
 
-def start_from(model: nn.Module, path: str | Path) -> None:
+def start_from(model: nn.Module, config: TrainConfig, path: str) -> None:
     """Give ``model`` the parameters of another run, as ``model.init_from`` says."""
     _, found = saved_parameters(Path(path))
+    check_model(config, found, f"model.init_from = {path}")
     wanted = model.state_dict()
-    if misfits := misfits_of(wanted, found):
-        raise UserError(
-            f"model.init_from = {path}: the model there has another shape: {misfits}; set [model] "
-            "and data.seq_len as in its config.toml"
-        )
     model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
 
 

@@ -221,7 +221,7 @@ def _build(
         model = make().to(device)
     with world.failing_together():
         if config.model.init_from is not None and source is None:
-            resuming.start_from(model, config.model.init_from)
+            resuming.start_from(model, config, config.model.init_from)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
