@@ -30,7 +30,7 @@ BUDGETS = {
     "fasttrain/log": 950,
     "fasttrain/model": 940,
     "fasttrain/preflight": 530,
-    "fasttrain/run": 1_115,
+    "fasttrain/run": 1_110,
     "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_660,
 }
