@@ -9,7 +9,6 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 
 import importlib.util
 import os
-import secrets
 import sys
 import threading
 import time
@@ -573,10 +572,7 @@ class Trainer:
         return saved
 
     def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
-        world, word = self.world, self.world.share(secrets.token_hex(8))
-        return checkpoint.CheckpointWriter(
-            folder, keep_last=keep_last, rank=world.rank, world_size=world.size, session=word
-        )
+        return checkpoint.CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""

@@ -4,6 +4,7 @@ Only the config is loaded until it is known to be good; torch comes after.
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -90,14 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fasttrain.run.signals import interruptible
 
         # At once: an import in C may swallow an exception and stay half done.
-        with interruptible(lambda number, _: os._exit(interrupted(number))):
+        with (
+            interruptible(lambda number, _: os._exit(interrupted(number))),
+            contextlib.ExitStack() as fetched,
+        ):
             if "://" in (address := arguments.resume or ""):
                 from fasttrain.checkpoint.mirror import config_at
 
                 mirror, _, run_name = address.rstrip("/").rpartition("/")
                 keys = {"checkpoint.mirror": mirror, "run.name": run_name}
                 arguments.overrides += [f"{k}={json.dumps(v)}" for k, v in keys.items()]
-                given, arguments.resume = given or config_at(address), "auto"
+                given = given or fetched.enter_context(config_at(address))
+                arguments.resume = "auto"
             path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
             config = load_config(path, arguments.overrides)
             if arguments.resume == "auto" and not only_looks:
@@ -113,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verify_resume is not None:
             from fasttrain.verify_resume import verify_resume
 
-            return verify_resume(config, path, arguments.overrides, arguments.verify_resume)
+            return verify_resume(config, arguments.verify_resume)
         return run(
             config,
             name=name or path.stem,

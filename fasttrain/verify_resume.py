@@ -8,6 +8,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,15 +18,13 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
-from fasttrain.config import TrainConfig, UserError
+from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import counted
 from fasttrain.log.console import format_duration
 from fasttrain.run.signals import interruptible
 
 
-def verify_resume(
-    config: TrainConfig, config_path: Path, overrides: Sequence[str], n_steps: int
-) -> int:
+def verify_resume(config: TrainConfig, n_steps: int) -> int:
     """Train ``n_steps`` in one process and, the same, in two; print whether they end alike.
 
     Compared are the losses of all steps and, at the end, every tensor of the checkpoint:
@@ -49,22 +48,24 @@ def verify_resume(
         raise UserError(f"--verify-resume {n_steps}: the run has {n_all} steps; name fewer")
     out_dir = Path(config.run.out_dir)
     is_new, folder = not out_dir.exists(), out_dir / f"verify-resume-{secrets.token_hex(4)}"
-    base = [str(config_path), *overrides, f"run.out_dir={json.dumps(str(folder))}"]
-    base += ["log.every_steps=1", "run.deterministic=true", "checkpoint.mirror=none"]
+    keys = [f"run.out_dir={json.dumps(str(folder))}", "log.every_steps=1"]
+    keys += ["run.deterministic=true", "checkpoint.mirror=none"]
     if config.run.threads is None:  # with other numbers of processors they would sum differently
-        base += [f"run.threads={torch.get_num_threads()}"]
-    half, resumed = n_steps // 2, ["--resume", "auto"]
-    parts: list[tuple[str, int, list[str], str]] = [
-        ("one", n_steps, [], f"{n_steps} steps in one go"),
-        ("two", half, [], counted(half, "step")),
-        ("two", n_steps, resumed, f"{n_steps - half} more in a fresh process"),
+        keys += [f"run.threads={torch.get_num_threads()}"]
+    half, keep = n_steps // 2, False
+    parts = [
+        ("one", n_steps, f"{n_steps} steps in one go"),
+        ("two", half, counted(half, "step")),
+        ("two", n_steps, f"{n_steps - half} more in a fresh process"),
     ]
-    keep = False
+    temporary = tempfile.TemporaryDirectory()
     try:
-        for name, stop, more, what in parts:
+        (given := Path(temporary.name) / "config.toml").write_text(config_to_toml(config), "utf-8")
+        for name, stop, what in parts:
             started = time.perf_counter()
             print(f"{what} … ", end="", flush=True)
-            status, errors = _train([*base, f"run.name={name}", f"--stop-at-step={stop}", *more])
+            part = [f"run.name={name}", f"--stop-at-step={stop}", "--resume=auto"]
+            status, errors = _train([str(given), *keys, *part])
             print(format_duration(time.perf_counter() - started), flush=True)
             if status not in (EXIT_DONE, EXIT_STOPPED):
                 keep = status != EXIT_BAD_INPUT  # which leaves nothing to look at
@@ -84,6 +85,7 @@ def verify_resume(
         print(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
         return EXIT_FAILED
     finally:
+        temporary.cleanup()
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
         if is_new:

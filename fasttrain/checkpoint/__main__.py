@@ -33,10 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found and not shown:
             shown = True
             for change in found.state.get("history", []):
-                print(
-                    f"  changed at step {change['step']}: {change['key']}: {change['old']} → "
-                    f"{change['new']} ({change['when']})"
-                )
+                print("  changed at step {step}: {key}: {old} → {new} ({when})".format(**change))
             print(config_to_toml(found.config))
     return EXIT_FAILED if damaged else EXIT_DONE
 

@@ -58,9 +58,7 @@ _REMEDIES = {
 
 
 class CheckpointError(UserError):
-    """A checkpoint was not written, is damaged, or is none; `errno` is the system's, if any."""
-
-    errno: int | None = None
+    """A checkpoint was not written, is damaged, or is none; its cause is the system's, if any."""
 
 
 def candidates(path: Path) -> list[Path]:
@@ -113,12 +111,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: of step {manifest['step']}: folders or files were swapped")
     expected = {MANIFEST, *manifest["files"]}
     with os.scandir(path) as entries:
-        found = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
-    if odd := sorted(expected ^ found.keys()):
-        problem = "missing" if odd[0] in expected else "does not belong here; remove it"
+        regular = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    found = {name for name, is_file in regular.items() if is_file or name not in expected}
+    if odd := sorted(expected ^ found):
+        problem = "missing, or no file" if odd[0] in expected else "does not belong here; remove it"
         raise CheckpointError(f"{path / odd[0]}: {problem}")
-    if odd := sorted(name for name, is_file in found.items() if not is_file):
-        raise CheckpointError(f"{path / odd[0]}: not a regular file")
     return manifest
 
 
@@ -280,25 +277,17 @@ def failing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "check the file system")
-        failure = CheckpointError(f"{what}: {error}; {remedy}")
-        failure.errno = error.errno
-        raise failure from error
+        raise CheckpointError(f"{what}: {error}; {remedy}") from error
 
 
-def sweep(folder: Path, spare: tuple[str, ...] = ()) -> None:
-    """Remove what earlier saves left unfinished, but names that begin with one of `spare`.
-
-    No failure here hinders the next save.
-    """
-    for name in os.listdir(folder):
-        if not name.startswith((".tmp-", ".old-")) or name.startswith(spare):
-            continue
+def sweep(folder: Path, spare: str) -> None:
+    """Remove what saves left unfinished, but names that hold ``spare``; put back what was moved."""
+    for name in sorted(os.listdir(folder)):
         target = folder / name.removeprefix(".old-")
-        with contextlib.suppress(OSError):
-            if name.startswith(".old-step-") and not target.exists():
-                os.rename(folder / name, target)
-            else:
-                remove(folder / name)
+        if name.startswith(".old-step-") and not target.exists():
+            os.rename(folder / name, target)
+        elif name.startswith((".tmp-", ".old-")) and spare not in name:
+            remove(folder / name)
 
 
 # What JSON of a checkpoint has to hold.

@@ -12,7 +12,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,19 @@ class Mirror:
 
     def copies(self) -> _Copies:
         """Return the copies, the newest commit first."""
-        names = filter(STEP.fullmatch, names_at(f"{self.address}/checkpoints"))
-        found = {name: self._manifest(name) for name in names}
+        found: _Copies = {}
+        for name in filter(STEP.fullmatch, names_at(f"{self.address}/checkpoints")):
+            sizes = names_at(where := f"{self.address}/checkpoints/{name}")
+            found[name] = None if MANIFEST in sizes else {}
+            if sizes.get(MANIFEST, disk.JSON_LIMIT + 1) <= disk.JSON_LIMIT:
+                with contextlib.suppress(CheckpointError):
+                    text = remote(f"{where}/{MANIFEST}", "cat_file")
+                    files = (manifest := disk.parse_manifest(where, text))["files"]
+                    whole = all(sizes.get(file) == entry["bytes"] for file, entry in files.items())
+                    found[name] = manifest if whole and name == _name(manifest) else None
         commits = {name: manifest["commit"] for name, manifest in found.items() if manifest}
         self.last_commit = max([self.last_commit, *commits.values()])
         return {n: found[n] for n in sorted(found, key=lambda n: -commits.get(n, 0))}
-
-    def _manifest(self, name: str) -> dict[str, Any] | None:
-        sizes = names_at(where := f"{self.address}/checkpoints/{name}")
-        if MANIFEST not in sizes:
-            return {}
-        with contextlib.suppress(CheckpointError):
-            small = sizes[MANIFEST] <= disk.JSON_LIMIT
-            text = remote(f"{where}/{MANIFEST}", "cat_file") if small else b""
-            manifest = disk.parse_manifest(where, text)
-            whole = all(sizes.get(file) == e["bytes"] for file, e in manifest["files"].items())
-            return manifest if whole and name == _name(manifest) else None
-        return None
 
     def fetch(self) -> None:
         """Bring the newest copy that verifies, if none here that verifies is as new.
@@ -82,7 +78,8 @@ class Mirror:
         with contextlib.suppress(CheckpointError):
             last = disk.read_manifest(resolve(self.folder, report=lambda _: None))["commit"]
         for name in [name for name, manifest in copies.items() if manifest is None]:
-            self._pass_over(f"{self.shown}/checkpoints/{name}: its manifest or a file is damaged")
+            problem = f"{self.shown}/checkpoints/{name}: its manifest or a file is damaged"
+            self._warn(f"passing over a damaged checkpoint: {problem}")
         newer = [name for name, m in copies.items() if m and m["commit"] > last]
         self._note(f"{self.shown} holds {counted(len(newer), 'newer checkpoint')}")
         newest = next((name for name in newer if self._fetch(name, copies)), None)
@@ -110,19 +107,17 @@ class Mirror:
         part.mkdir(parents=True)
         manifest = copies[name] or {}
         for file, entry in manifest["files"].items():
-            source, check = f"{where}/{file}", partial(_check, part / file, entry["bytes"])
-            remote(source, "get_file", str(part / file), check=check, timeout_s=TRANSFER_S)
+            check = partial(_check, target := part / file, entry["bytes"])
+            remote(f"{where}/{file}", "get_file", str(target), check=check, timeout_s=TRANSFER_S)
         disk.write_file(part / MANIFEST, disk.seal(manifest))
         try:
             verify(part)
         except CheckpointError as error:
-            self._pass_over(shown(str(error).replace(str(part), where)))
+            problem = shown(str(error).replace(str(part), where))
+            self._warn(f"passing over a damaged checkpoint: {problem}")
             disk.remove(part)
             copies[name] = None
         return copies[name] is not None
-
-    def _pass_over(self, problem: str) -> None:
-        self._warn(f"passing over a damaged checkpoint: {problem}")
 
     def wake(self) -> None:
         """Have the newest and the best checkpoint copied; waits for nothing."""
@@ -203,11 +198,12 @@ class Mirror:
         if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
 
 
-def config_at(address: str) -> str:
-    """Return a copy of the config of the run at an address, in a folder for temporary files."""
-    path = os.path.join(tempfile.mkdtemp(), "config.toml")
-    remote(f"{address}/config.toml", "get_file", path)
-    return path
+@contextlib.contextmanager
+def config_at(address: str) -> Iterator[str]:
+    """Yield the path of a copy of the config of the run at an address."""
+    with tempfile.TemporaryDirectory() as folder:
+        remote(f"{address}/config.toml", "get_file", path := os.path.join(folder, "config.toml"))
+        yield path
 
 
 def _name(manifest: dict[str, Any]) -> str:

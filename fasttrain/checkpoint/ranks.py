@@ -12,25 +12,26 @@ and commits. If that fails, it leaves `.tmp-failed-…`; the other ranks wait fo
 the manifest of this very save.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError, RankRecord
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import Slice, locate
+from fasttrain.distributed.world import World
 
-Slices = dict[str, dict[str, Slice]]  # file → tensor → where it lies in the whole
+Slices = dict[str, dict[str, Slice]]  # file → tensor → where it lies in the whole, or all of it
 SliceNumbers = dict[str, dict[str, list[int]]]  # the same as in a RankRecord, or by group
 
 _RECORD = re.compile(r"rank-(\d{5})\.json")
@@ -42,18 +43,19 @@ def own_slices(
 ) -> tuple[dict[str, dict[str, Tensor]], SliceNumbers]:
     """Return what this rank writes, as ordinary tensors, and which of them are slices.
 
-    These are its slices of DTensors that no lower rank holds too, and on rank 0 all other tensors,
-    on another rank those whose name ends in ``@`` and its number.
+    Both by file. These are its slices of DTensors that no lower rank holds too, and on rank 0 all
+    other tensors, on another rank those whose name ends in ``@`` and its number.
     """
     own: dict[str, dict[str, Tensor]] = {}
     slices: SliceNumbers = {}
     for group, tensors in groups.items():
-        own[group], slices[group] = {}, {}
+        mine: dict[str, Tensor] = {}
+        parts: dict[str, list[int]] = {}
         for name, tensor in tensors.items():
             located = locate(tensor)
             if located is None:
                 if rank == 0 or name.endswith(f"@{rank}"):
-                    own[group][name] = tensor
+                    mine[name] = tensor
                 continue
             part, first = located
             local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
@@ -63,9 +65,13 @@ def own_slices(
                     f"on rank {rank}, not {part.local_shape}; shard it evenly, as FSDP2 does"
                 )
             if first and (local.numel() or (rank == 0 and not tensor.numel())):
-                own[group][name] = local
+                mine[name] = local
                 if local.shape != tensor.shape and tensor.numel():
-                    slices[group][name] = [part.dim, part.begin, part.end, *part.shape]
+                    parts[name] = [part.dim, part.begin, part.end, *part.shape]
+        mark = f".rank-{rank:05d}" if rank or parts else ""
+        file = f"{group}{mark}.safetensors"
+        own |= {file: mine} if mine or not rank else {}
+        slices |= {file: parts} if parts else {}
     return own, slices
 
 
@@ -74,37 +80,46 @@ def read_slices(
     manifest: Mapping[str, Any],
     texts: Mapping[str, bytes],
     stored: Mapping[str, Mapping[str, Tensor]],
-) -> Slices:
-    """Return the slices in each file; CheckpointError unless those of each tensor are complete.
+) -> tuple[dict[str, Tensor], Slices]:
+    """Return all tensors, on the device ``meta``, and where in them lies what is ``stored``.
 
-    ``texts`` hold the records of the ranks; ``stored`` is what lies in each file.
+    The records of the ranks, among the ``texts``, say what is a slice. Raises CheckpointError
+    unless the slices of each tensor are complete.
     """
     records = sorted(filter(_RECORD.fullmatch, texts)) if "ranks" in manifest else []
     if len(records) != manifest.get("ranks", 0):
         raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
-    slices: Slices = {}
-    tensors: dict[str, list[Slice]] = {}
+    slices = {place: {n: _all_of(t) for n, t in found.items()} for place, found in stored.items()}
     for file in (path / name for name in records):
         record = disk.parse_json(file, texts[file.name])
         if problem := misfit(RankRecord, record):
             raise CheckpointError(f"{file}: malformed: {problem}")
         for place, parts_of_file in record["slices"].items():
-            slices[place] = {}
             for name, numbers in parts_of_file.items():
                 part = _slice_of(numbers, stored.get(place, {}).get(name))
                 if part is None:
                     problem = f"no tensor {name} in {place} can be the slice {numbers}"
                     raise CheckpointError(f"{file}: malformed: {problem}")
                 slices[place][name] = part
-                tensors.setdefault(f"{place.partition('.')[0]}.{name}", []).append(part)
-    for name, parts in tensors.items():
-        parts.sort(key=lambda p: p.begin)
-        ends = [0, *(p.end for p in parts)]
-        shape, dim = parts[0].shape, parts[0].dim
-        found = [(p.shape, p.dim, p.begin) for p in parts]
-        if found != [(shape, dim, end) for end in ends[:-1]] or ends[-1] != shape[dim]:
+    parts: dict[str, list[tuple[Slice, torch.dtype]]] = {}
+    for place, found in stored.items():
+        for name, tensor in found.items():
+            piece = slices[place][name], tensor.dtype
+            parts.setdefault(f"{place.partition('.')[0]}.{name}", []).append(piece)
+    tensors: dict[str, Tensor] = {}
+    for name, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[0].begin)
+        ends = [0, *(part.end for part, _ in pieces)]
+        (shape, dim, dtype), *others = {(part.shape, part.dim, kind) for part, kind in pieces}
+        begins = [*(part.begin for part, _ in pieces), shape[dim] if shape else 1]
+        if others or begins != ends:
             raise CheckpointError(f"{path}: malformed: the slices of {name} are not all there")
-    return slices
+        tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return tensors, slices
+
+
+def _all_of(tensor: Tensor) -> Slice:
+    return Slice(tuple(tensor.shape), 0, 0, tensor.shape[0] if tensor.dim() else 1)
 
 
 def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:
@@ -117,35 +132,29 @@ def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:
 
 
 class Ranks:
-    """The ranks that write one checkpoint together, seen from one of them.
+    """The ranks that write checkpoints together, seen from one of them.
 
-    No earlier ranks had their ``session``; ``patience_s`` is how long a rank waits for the others.
+    ``patience_s`` is how long a rank waits for the others; ``mark`` is part of the names of what
+    they write, and of none that other ranks wrote earlier.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int, session: str, patience_s: float) -> None:
-        self.rank, self.size, self.session = rank, size, session
-        self.patience_s = patience_s
+    def __init__(self, world: World, patience_s: float) -> None:
+        self.rank, self.size, self.patience_s = world.rank, world.size, patience_s
+        self.mark = f"-{world.share(secrets.token_hex(8))}-"
         self.abandoned = threading.Event()
-        self._folder = folder
-
-    def partial(self, path: Path, number: int) -> Path:
-        """Return the temporary folder of a checkpoint, the same on all ranks."""
-        mark = f"{self.session}-{number}" if self.size > 1 else os.getpid()
-        return self._folder / f".tmp-{path.name}-{mark}"
-
-    def spared(self, partial: Path) -> tuple[str, ...]:
-        """Return the beginnings of names that no sweep may remove: others may be writing there."""
-        return (partial.name, self._failed("").name) if self.size > 1 else ()
 
     def hand_in(self, partial: Path, **record: Any) -> None:
         """Tell rank 0 that this rank's files are on the disk, or why they are not."""
-        if self.size > 1:
-            name = f"rank-{self.rank:05d}.json"
-            hidden = partial / f".{name}"
-            disk.remove(hidden)
-            disk.write_file(hidden, disk.seal({"save": partial.name, **record}))
-            # Nothing may fail after it; rank 0 fsyncs the folder.
-            os.replace(hidden, partial / name)
+        name = f"rank-{self.rank:05d}.json"
+        disk.write_file(partial / f".{name}", disk.seal({"save": partial.name, **record}))
+        os.replace(partial / f".{name}", partial / name)  # nothing may fail after it
+
+    def fail(self, partial: Path, error: Exception) -> None:
+        """Tell rank 0 why this rank's files are not there, and make room for that."""
+        partial.mkdir(exist_ok=True)
+        for file in partial.glob(f"*rank-{self.rank:05d}*"):
+            disk.remove(file)
+        self.hand_in(partial, error=str(error))
 
     def collect(self, partial: Path, path: Path) -> dict[str, dict[str, Any]]:
         """On rank 0: wait until all ranks have handed in; return the entries of their files."""
@@ -153,8 +162,7 @@ class Ranks:
         end = time.monotonic() + self.patience_s
         for rank in range(self.size):
             file = partial / f"rank-{rank:05d}.json"
-            late = f"rank {rank} did not write its part within {self.patience_s:g} s"
-            self._wait(file.exists, path, late, end)
+            self._wait(file.exists, path, f"rank {rank} did not write its part", end)
             text = file.read_bytes()
             record = disk.parse_json(file, text)
             if error := record.get("error"):
@@ -163,39 +171,23 @@ class Ranks:
             entries |= {**record["files"], file.name: entry}
         return entries
 
-    def give_up(self, partial: Path, error: BaseException) -> None:
+    def give_up(self, partial: Path, error: Exception) -> None:
         """On rank 0: tell the others that there is no checkpoint."""
         if self.size > 1:
-            failed = self._failed(partial.name)
-            disk.remove(failed)
-            disk.write_file(failed, str(error).encode())
+            disk.point(self._failed(partial), str(error))
 
     def await_commit(self, partial: Path, path: Path) -> None:
         """On another rank: wait until rank 0 has committed; CheckpointError if it did not."""
 
         def done() -> bool:
-            here = partial.exists()  # looked at first: a failure written before it went is seen
-            failed = self._failed(partial.name)
-            if failed.exists():
-                raise CheckpointError(
-                    failed.read_text(errors="replace") or f"{path} was not saved; see rank 0"
-                )
-            with contextlib.suppress(OSError):
-                saved = json.loads((path / disk.MANIFEST).read_text()).get("save")
-                return not here and bool(saved == partial.name)
-            return False
+            if problem := disk.pointed(self._failed(partial)):
+                raise CheckpointError(problem)
+            return partial.name in disk.pointed(path / disk.MANIFEST)
 
-        late = f"rank 0 did not commit it within {self.patience_s:g} s"
-        self._wait(done, path, late, time.monotonic() + self.patience_s)
+        self._wait(done, path, "rank 0 did not commit it", time.monotonic() + self.patience_s)
 
-    def committed(self) -> None:
-        """On rank 0, after a commit: no rank waits any more for what failed earlier."""
-        if self.size > 1:
-            for failed in self._folder.glob(f"{self._failed('').name}*"):
-                disk.remove(failed)
-
-    def _failed(self, partial_name: str) -> Path:
-        return self._folder / f".tmp-failed-{self.session}{partial_name}"
+    def _failed(self, partial: Path) -> Path:
+        return partial.with_name(f".tmp-failed{self.mark}{partial.name.rpartition('-')[2]}")
 
     def _wait(self, done: Callable[[], bool], path: Path, late: str, end: float) -> None:
         pause, longest = _POLLS_S
@@ -203,5 +195,8 @@ class Ranks:
             if self.abandoned.wait(pause):
                 raise CheckpointError(f"{path} was not saved: the run ended before it was")
             if time.monotonic() > end:
-                raise CheckpointError(f"{path} was not saved: {late}; see what became of that rank")
+                raise CheckpointError(
+                    f"{path} was not saved: {late} within {self.patience_s:g} s; see what became "
+                    "of that rank"
+                )
             pause = min(1.5 * pause, longest)

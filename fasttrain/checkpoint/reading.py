@@ -30,7 +30,7 @@ class Checkpoint:
     config: TrainConfig
     files: dict[str, Any]  # those of tensors, with their bytes and hashes
     stored: dict[str, dict[str, Tensor]]  # what lies in each file, read when it is used
-    slices: Slices  # by file, of the tensors that are not whole in it
+    slices: Slices  # where that lies in the tensors
 
     def group(self, stem: str) -> dict[str, Tensor]:
         """Return the tensors of a group, by the names they were saved under."""
@@ -49,7 +49,7 @@ def parse(path: Path) -> Checkpoint:
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
     texts = {n: disk.read_file(path / n, e) for n, e in entries.items() if n not in files}
     stored = {name: disk.map_tensors(path / name) for name in files}
-    slices = read_slices(path, manifest, texts, stored)
+    tensors, slices = read_slices(path, manifest, texts, stored)
     file = path / "config.toml"
     try:
         config = load_config(file)
@@ -61,16 +61,6 @@ def parse(path: Path) -> Checkpoint:
     problem = misfit(disk.RunState if "position" in state else kind, state)
     if problem := problem or _contradiction(state, manifest["step"], config):
         raise CheckpointError(f"{file}: malformed: {problem}")
-    tensors: dict[str, Tensor] = {}
-    for name, found in stored.items():
-        for key, local in found.items():
-            part = slices.get(name, {}).get(key)
-            whole = local.new_empty(part.shape if part else local.shape, device="meta")
-            known = tensors.setdefault(f"{name.partition('.')[0]}.{key}", whole)
-            alike = part is not None and (known.shape, known.dtype) == (whole.shape, whole.dtype)
-            if known is not whole and not alike:
-                file = path / name
-                raise CheckpointError(f"{file}: malformed: {key} is not the part that it should be")
     return Checkpoint(
         path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
         files=files, stored=stored, slices=slices,
@@ -118,10 +108,9 @@ def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
     for name, stored in found.stored.items():
         stem = name.partition(".")[0]
         for key, tensor in stored.items() if only is None or stem in only else ():
-            part = found.slices.get(name, {}).get(key)
-            whole = tensor.new_empty(part.shape if part else tensor.shape)
-            whole = tensors.setdefault(f"{stem}.{key}", whole)
-            (part.of(whole) if part else whole).copy_(tensor)  # the file may soon be removed
+            full = f"{stem}.{key}"
+            whole = tensors.setdefault(full, torch.empty_like(found.tensors[full], device="cpu"))
+            found.slices[name][key].of(whole).copy_(tensor)  # the file may soon be removed
     return replace(found, tensors=tensors)
 
 
@@ -170,7 +159,7 @@ def saved_parameters(path: Path, which: str = "best") -> tuple[Checkpoint, dict[
     return loaded, loaded.group("model") | loaded.group("ema")
 
 
-def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: Path) -> None:
+def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: object) -> None:
     """Refuse a config whose model is not that of a checkpoint, before any of the model is made.
 
     Raises UserError if parameters have other shapes, or buffers are out of proportion.

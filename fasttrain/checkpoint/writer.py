@@ -12,9 +12,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,33 +24,33 @@ from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.ranks import Ranks, SliceNumbers, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
+from fasttrain.distributed.world import World
 
 _BULKY = 64 << 20  # bytes; fewer take some milliseconds, and are better written soon
+_ALONE = World()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Save:
+class _Save(NamedTuple):
     """What one save writes, beside the snapshots."""
 
-    step: int
     path: Path
     partial: Path
-    names: dict[str, str]  # of this rank's files, by group
-    slices: SliceNumbers
+    facts: dict[str, Any]  # for the manifest
     texts: dict[str, bytes]
-    metric: float | None
+    slices: SliceNumbers
     copied: list[torch.cuda.Event]
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run folder; keeps the last `keep_last` verified and the best.
 
-    Unless `asynchronous`, `save` returns after the commit. With several ranks each has a writer,
-    all with one new `session`; they save at the same steps, and wait `patience_s` for each other.
-    `warn` is called, in any thread, if a checkpoint is complete but older ones could not be
-    removed. A `mirror`, on rank 0, is told of each commit.
+    Unless `asynchronous`, `save` returns after the commit. Of several ranks of a `world` each has a
+    writer, made and called at the same steps; they wait `patience_s` for each other. `warn` is
+    called, in any thread, if a checkpoint is complete but older ones could not be removed. A
+    `mirror`, on rank 0, is told of each commit.
 
-    Memory: one host copy of what is saved (pinned for CUDA tensors), kept for the next save.
+    Memory: one host copy of what is saved (pinned for CUDA tensors, unless the first save is
+    synchronous), kept for the next save.
     """
 
     def __init__(
@@ -60,22 +59,16 @@ class CheckpointWriter:
         *,
         keep_last: int,
         asynchronous: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        session: str = "",
+        world: World = _ALONE,
         patience_s: float = 600.0,
         warn: Callable[[str], None] = tell,
         mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.mirror = Path(folder), mirror
-        self.keep_last = keep_last
-        self.asynchronous = asynchronous
-        self._ranks = Ranks(self.folder, rank, world_size, session, patience_s)
-        self.pinned = True  # buffers for CUDA tensors; else copies to them take longer
-        self._warn = warn
+        self.keep_last, self.asynchronous = keep_last, asynchronous
+        self._ranks, self._warn = Ranks(world, patience_s), warn
         self._n_begun = 0
-        self._snapshots: dict[str, Snapshot] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._snapshots: dict[str, Snapshot] = {}  # by file
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
@@ -112,29 +105,22 @@ class CheckpointWriter:
                 f"checkpoint: state is not JSON ({error}); use finite numbers, strings, lists and "
                 "string-keyed dicts, null for what is unknown"
             ) from error
-        rank = self._ranks.rank
-        own, slices = own_slices(groups, rank)
-        if rank:
-            own = {stem: tensors for stem, tensors in own.items() if tensors}
-        mark = f".rank-{rank:05d}"
-        names = {s: f"{s}{mark if rank or slices[s] else ''}.safetensors" for s in own}
+        metric = float(metric) if metric is not None and math.isfinite(metric) else None
+        own, slices = own_slices(groups, self._ranks.rank)
         path = self.folder / f"step-{step:08d}"
         save = _Save(
-            step=step,
-            path=path,
-            partial=self._ranks.partial(path, self._n_begun),
-            names=names,
-            slices={name: slices[stem] for stem, name in names.items() if slices[stem]},
+            path,
+            partial=self.folder / f".tmp-{path.name}{self._ranks.mark}{self._n_begun}",
+            facts={"step": step, "metric": metric},
             texts={"state.json": state_json, "config.toml": config_toml.encode()},
-            metric=float(metric) if metric is not None and math.isfinite(metric) else None,
+            slices=slices,
             copied=self._snapshot(own),
         )
-        if self.asynchronous:
-            run, name = self._write_in_background, f"checkpoint of rank {rank}"
-            self._thread = threading.Thread(target=run, args=(save,), name=name)
-            self._thread.start()
-        else:
-            self._write(save)
+        name = f"checkpoint of rank {self._ranks.rank}"
+        self._thread = threading.Thread(target=self._write, args=(save,), name=name)
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
         return path
 
     def wait(self) -> None:
@@ -157,78 +143,64 @@ class CheckpointWriter:
         finally:
             self._snapshots.clear()
 
-    def _snapshot(self, groups: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
-        for stem, tensors in groups.items():
-            kept = self._snapshots.get(stem)
-            if kept is None or kept.signature != Snapshot.describe(tensors):
-                self._snapshots[stem] = Snapshot(stem, tensors, pinned=self.pinned)
-        devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
-        with contextlib.ExitStack() as stack:
-            for device in devices - self._streams.keys():
-                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for device in devices:
-                self._streams[device].wait_stream(torch.cuda.current_stream(device))
-                stack.enter_context(torch.cuda.stream(self._streams[device]))
-            for stem, tensors in groups.items():
-                self._snapshots[stem].copy_from(tensors)
-        events = [self._streams[device].record_event() for device in devices]
-        for event, device in zip(events, devices, strict=True):
-            # The next update may not overwrite what is still being copied.
-            torch.cuda.current_stream(device).wait_event(event)
-        return events
+    def _snapshot(self, files: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
+        """Begin to copy; return what happens when that is done."""
+        kept, self._snapshots = self._snapshots, {}
+        for file, tensors in files.items():
+            snapshot = kept.get(file)
+            if snapshot is None or snapshot.signature != Snapshot.describe(tensors):
+                snapshot = Snapshot(file.partition(".")[0], tensors, pinned=self.asynchronous)
+            snapshot.copy_from(tensors)  # the next update, on the same stream, comes after it
+            self._snapshots[file] = snapshot
+        devices = {t.device for tensors in files.values() for t in tensors.values() if t.is_cuda}
+        return [torch.cuda.current_stream(device).record_event() for device in devices]
 
-    def _write_in_background(self, save: _Save) -> None:
+    def _write(self, save: _Save) -> None:
+        """Write what this rank writes of a checkpoint, in a thread of its own."""
         try:
-            for device in self._streams:  # to wait in another's context would open one there
-                torch.cuda.set_device(device)
-            if sum(self._snapshots[stem].content.nbytes for stem in save.names) > _BULKY:
+            for event in save.copied:
+                torch.cuda.set_device(event.device)  # waiting would open a context on another
+                event.synchronize()
+            n_bytes = sum(snapshot.content.nbytes for snapshot in self._snapshots.values())
+            if self.asynchronous and n_bytes > _BULKY:
                 disk.give_way()
-            self._write(save)
+            with disk.failing(f"{save.path} was not saved"):
+                if self._ranks.rank == 0:
+                    self._commit(save)
+                else:
+                    try:
+                        self._write_part(save)
+                    except (OSError, CheckpointError) as error:
+                        self._ranks.fail(save.partial, error)
+                    self._ranks.await_commit(save.partial, save.path)
+            if self.mirror:
+                self.mirror.wake()
         except BaseException as error:
             self._error = error
 
-    def _write(self, save: _Save) -> None:
-        for event in save.copied:
-            event.synchronize()
-        if self._ranks.rank == 0:
-            self._commit(save)
-            if self.mirror:
-                self.mirror.wake()
-            return
-        with disk.failing(f"{save.path} was not saved"):
-            try:
-                self._write_part(save)
-            except FileNotFoundError:
-                pass  # rank 0 has given up, and says why
-            except (OSError, CheckpointError) as error:
-                with contextlib.suppress(OSError):
-                    for name in save.names.values():
-                        disk.remove(save.partial / name)
-                with contextlib.suppress(OSError):
-                    save.partial.mkdir(exist_ok=True)
-                    self._ranks.hand_in(save.partial, error=str(error))
-                raise
-        self._ranks.await_commit(save.partial, save.path)
-
-    def _write_part(self, save: _Save) -> dict[str, dict[str, Any]]:
-        """Write this rank's tensors."""
-        for stem in save.names:
-            if name := self._snapshots[stem].first_nonfinite():
+    def _write_part(self, save: _Save) -> dict[str, Any]:
+        """Write this rank's tensors; return the entries of their files."""
+        save.partial.mkdir(exist_ok=True)  # another rank may have made it
+        for file, snapshot in self._snapshots.items():
+            if name := snapshot.first_nonfinite():
                 raise CheckpointError(
-                    f"checkpoint: {stem}.{name} is not finite at step {save.step}: not saved; "
-                    "resume from the last checkpoint with a lower learning rate or other data"
+                    f"checkpoint: {file.partition('.')[0]}.{name} is not finite at step "
+                    f"{save.facts['step']}: not saved; resume from the last checkpoint with a "
+                    "lower learning rate or other data"
                 )
-        save.partial.mkdir(exist_ok=self._ranks.size > 1)  # another rank may have made it
         files = {
-            name: disk.write_file(save.partial / name, self._snapshots[stem].content.numpy())
-            for stem, name in save.names.items()
+            file: disk.write_file(save.partial / file, snapshot.content.numpy())
+            for file, snapshot in self._snapshots.items()
         }
-        self._ranks.hand_in(save.partial, files=files, slices=save.slices)
+        if self._ranks.size > 1:
+            self._ranks.hand_in(save.partial, files=files, slices=save.slices)
         return files
 
     def _commit(self, save: _Save) -> None:
-        path, partial = save.path, save.partial
+        ranks, path, partial = self._ranks, save.path, save.partial
         old = self.folder / f".old-{path.name}"
+        with contextlib.suppress(OSError):
+            disk.sweep(self.folder, spare=ranks.mark)
         try:
             with disk.failing(f"{path} was not saved"):
                 self._write_whole(save)
@@ -239,39 +211,32 @@ class CheckpointWriter:
                 disk.fsync_folder(self.folder)
         except CheckpointError as error:
             with contextlib.suppress(OSError):
-                self._ranks.give_up(partial, error)
+                disk.remove(partial)
+            with contextlib.suppress(OSError):
+                ranks.give_up(partial, error)
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
                     os.rename(old, path)
-            with contextlib.suppress(OSError):
-                disk.remove(partial)
             raise
         try:  # it is saved, on the other ranks as well: no failure here is one of the save
             with disk.failing(f"{path} is complete, but tidying up failed"):
                 self._verified[path] = disk.signature(path)
                 disk.point(self.folder / "latest", path.name)
-                self._retain(path)
-                disk.remove(old)
-                self._ranks.committed()
+                self._retain()
+                # No rank waits any more for what failed earlier; some may have begun the next.
+                disk.sweep(self.folder, spare=f"{ranks.mark}{self._n_begun + 1}")
         except CheckpointError as error:
             self._warn(str(error))
 
     def _write_whole(self, save: _Save) -> None:
         """Write all but what other ranks write, and check that a run could resume from it."""
-        partial = save.partial
-        disk.sweep(self.folder, spare=self._ranks.spared(partial))
-        files = self._write_part(save)
+        partial, files = save.partial, self._write_part(save)
         for name, text in save.texts.items():
             files[name] = disk.write_file(partial / name, text)
         commits = [m["commit"] for _, m in disk.history(self.folder) if m]
         commits += [self.mirror.last_commit] if self.mirror else []
-        manifest = {
-            **disk.FORMAT,
-            "commit": 1 + max(commits, default=0),
-            "step": save.step,
-            "metric": save.metric,
-            "files": files,
-        }
+        manifest = {**disk.FORMAT, **save.facts, "commit": 1 + max(commits, default=0)}
+        manifest["files"] = files
         if self._ranks.size > 1:
             files |= self._ranks.collect(partial, save.path)
             manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
@@ -288,16 +253,15 @@ class CheckpointWriter:
     def _is_sound(self, path: Path) -> bool:
         """Hash a folder once; again only if the system has seen one of its files change."""
         now = disk.signature(path)
-        if self._verified.get(path) != now:
-            try:
+        with contextlib.suppress(CheckpointError):
+            if self._verified.get(path) != now:
                 verify(path)
-            except CheckpointError:
-                return False
-            self._verified[path] = now
-        return True
+                self._verified[path] = now
+            return True
+        return False
 
-    def _retain(self, newest: Path) -> None:
-        """Move `best`, then remove what is older than the last `keep_last` verified ones."""
+    def _retain(self) -> None:
+        """Move `best`, then discard what is older than the last `keep_last` verified ones."""
         found = disk.history(self.folder)
         good = [(path, m) for path, m in found if m and self._is_sound(path)]
         best = disk.best(dict(good))
@@ -305,15 +269,11 @@ class CheckpointWriter:
             disk.point(self.folder / "best", best.name)
         if len(good) < self.keep_last:
             return
-        kept = {path for path, _ in good[: self.keep_last]} | {newest, best}
-        kept |= {self.mirror.copying} if self.mirror else set()
-        paths = [path for path, _ in found]
-        for path in paths[paths.index(good[self.keep_last - 1][0]) :]:
-            if path not in kept:
-                # Renamed first: a crash half-way leaves a stale partial folder, not a damaged one.
-                doomed = self.folder / f".tmp-removed-{path.name}"
-                os.rename(path, doomed)
-                disk.remove(doomed)
+        spared = {best, self.mirror and self.mirror.copying}
+        for path, _ in found[found.index(good[self.keep_last - 1]) + 1 :]:
+            if path not in spared:
+                # To be swept: a crash half-way leaves a stale partial folder, not a damaged one.
+                os.rename(path, self.folder / f".tmp-removed-{path.name}")
 
 
 class Snapshot:

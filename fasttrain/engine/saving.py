@@ -1,7 +1,6 @@
 """When a run saves, what its checkpoint holds, and how that is restored."""
 
 import hashlib
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,9 +92,7 @@ class Saver:
             run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
-            rank=world.rank,
-            world_size=world.size,
-            session=world.share(secrets.token_hex(8)),
+            world=world,
             patience_s=self.patience_s,
             warn=reporter.warn,
             mirror=mirror,
@@ -123,8 +120,8 @@ class Saver:
         """Save this step with these random states; return when it is committed."""
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
+        # Nor is memory pinned, which may wait for what hangs on the device.
         self.writer.asynchronous = False
-        self.writer.pinned = False  # to pin memory may wait for what hangs on the device
         if problem := differing_step(self.world, self.state.step):
             raise CheckpointError(f"the state before this step was not saved: {problem}")
         try:

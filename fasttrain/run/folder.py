@@ -116,9 +116,8 @@ def run_dir_of(config: TrainConfig, name: str, resume: str | None) -> Path:
         return path.exists() or path.name in there
 
     def was_saved(path: Path) -> bool:
-        return _was_saved(path) or bool(
-            path.name in there and names_at(f"{address}/{path.name}/checkpoints")
-        )
+        copies = path.name in there and names_at(f"{address}/{path.name}/checkpoints")
+        return bool(copies) or _was_saved(path)
 
     found = [next(paths), *itertools.takewhile(exists, paths)]
     if resume == "auto":

@@ -9,9 +9,9 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,19 +47,17 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def _first(pattern: str, file: str) -> str | None:
     """Return what the group of ``pattern`` matches in a file, None where there is no such thing."""
-    try:
-        found = re.search(pattern, Path(file).read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return None
-    return found[1] if found else None
+    with suppress(OSError):
+        if found := re.search(pattern, Path(file).read_text(encoding="utf-8", errors="replace")):
+            return found[1]
+    return None
 
 
 def _checkout(root: Path) -> tuple[str | None, bool | None]:
@@ -72,11 +70,11 @@ def _checkout(root: Path) -> tuple[str | None, bool | None]:
     command = ["git", "-C", str(root), "-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
     command += ["--no-optional-locks", "status", "--porcelain=v2", "--branch", "--no-ahead-behind"]
     command += ["--", "fasttrain", "kernels"]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-    try:
-        shown = subprocess.run(command, timeout=2.0, env=environment, **options).stdout
-    except (OSError, subprocess.SubprocessError):  # no git, or a file system that hangs
-        return None, None
-    head, *changes = (x for x in shown.splitlines() if x[0] != "#" or "branch.oid" in x)
-    commit = head.split()[-1]
-    return None if commit == "(initial)" else commit, bool(changes)
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or a file system that hangs
+        shown = subprocess.check_output(
+            command, timeout=2.0, env=environment, text=True, stderr=subprocess.DEVNULL
+        )
+        head, *changes = (x for x in shown.splitlines() if x[0] != "#" or "branch.oid" in x)
+        commit = head.split()[-1]
+        return None if commit == "(initial)" else commit, bool(changes)
+    return None, None

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
-from fasttrain.checkpoint.reading import misfits_of
 from fasttrain.config import TrainConfig, UserError, config_difference
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
@@ -58,7 +57,7 @@ def check_resumable(
     if "position" not in state or "data" not in state:
         raise UserError(
             f"{path} holds a model, and no run to go on with; start one with "
-            f"model.init_from={path} and without --resume"
+            f"model.init_from={path}, without --resume or --decay-from"
         )
     # What differs in config, batch and data, but for keys that change no number: the key, its old
     # and new value, and how they differ where the values do not say it
@@ -69,14 +68,11 @@ def check_resumable(
         for key, old, new in config_difference(source.config, config)
         if not key.startswith(harmless)
     ]
-    before = state.get("samples_per_step", samples_per_step)
+    before, now = state.get("samples_per_step", samples_per_step), samples_per_step
     shape = {"train.tokens_per_step", "train.micro_batch", "data.seq_len"}
-    if before != samples_per_step and not shape & {key for key, *_ in changes}:
-        ranks = (
-            f"a step took {counted(before, 'sample')}, and on this number of ranks it takes "
-            f"{samples_per_step}"
-        )
-        changes.append(("train.tokens_per_step", before, samples_per_step, ranks))
+    if before != now and not shape & {key for key, *_ in changes}:
+        how = f"a step took {counted(before, 'sample')}, and on this number of ranks it takes {now}"
+        changes.append(("train.tokens_per_step", before, now, how))
     for split, facts in data.items():
         for key, new in facts.items():
             old = state["data"].get(split, {}).get(key)
@@ -170,38 +166,25 @@ BRANCH_MAY_CHANGE = (
 )
 
 
-def start_from(model: nn.Module, path: str | Path) -> None:
+def start_from(model: nn.Module, config: TrainConfig, path: str) -> None:
     """Give ``model`` the parameters of another run, as ``model.init_from`` says."""
     _, found = saved_parameters(Path(path))
+    check_model(config, found, f"model.init_from = {path}")
     wanted = model.state_dict()
-    if misfits := misfits_of(wanted, found):
-        raise UserError(
-            f"model.init_from = {path}: the model there has another shape: {misfits}; set [model] "
-            "and data.seq_len as in its config.toml"
-        )
     model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
 
 
-def decaying_from(config: TrainConfig, source: Checkpoint) -> TrainConfig:
-    """Return the config of a branch that decays from the checkpoint ``source`` to its horizon."""
-    if config.schedule.name != "wsd":
+def settle_decay(config: TrainConfig, source: Checkpoint, *, branches: bool) -> TrainConfig:
+    """Return the config with the step where its decay begins: where it ``branches``, or as set."""
+    schedule = config.schedule
+    if branches and schedule.name != "wsd":
         raise UserError(
-            f"--decay-from: schedule.name = {config.schedule.name} has no decay of its own; set "
+            f"--decay-from: schedule.name = {schedule.name} has no decay of its own; set "
             "schedule.name=wsd"
         )
-    path = source.path
-    if "position" not in source.state:
-        raise UserError(
-            f"--decay-from {path}: holds parameters but no run; use model.init_from={path}"
-        )
-    return replace(config, schedule=replace(config.schedule, decay_start_step=source.step))
-
-
-def settle_branch(config: TrainConfig, source: Checkpoint) -> TrainConfig:
-    """Return the config for resuming at ``source``: its decay begins at the step that it had."""
-    begun, own = (c.schedule.decay_start_step for c in (source.config, config))
-    begun = begun if own is None else own
-    return replace(config, schedule=replace(config.schedule, decay_start_step=begun))
+    begun = source.step if branches else schedule.decay_start_step
+    begun = source.config.schedule.decay_start_step if begun is None else begun
+    return replace(config, schedule=replace(schedule, decay_start_step=begun))
 
 
 def begin_branch(state: RunState, config: TrainConfig, source: Path) -> None:

@@ -96,8 +96,7 @@ def run(
             check_packages(config)
             # The run
             folder = RunFolder(config, name, resume, world)
-            options = {"--stop-at-step": stop_at_step}
-            trainer = _build(config, world, device, folder, allow_change, branch_of, options)
+            trainer = _build(config, world, device, folder, allow_change, branch_of, stop_at_step)
             if stop_at_step is not None:
                 if stop_at_step <= (step := trainer.state.step):
                     raise UserError(
@@ -160,17 +159,14 @@ def _build(
     folder: RunFolder,
     allow_change: Sequence[str],
     branch_of: Path | None,
-    options: dict[str, int | None],
+    stop_at_step: int | None,
 ) -> Trainer:
     run_dir, source = folder.path, None  # the checkpoint that is continued; its files are mapped
     with world.failing_together():
-        if folder.source is not None:
-            source = checkpoint.parse(folder.source)
-            config = resuming.settle_branch(config, source)
-        elif branch_of is not None:
-            source = checkpoint.parse(branch_of)
-            config = resuming.decaying_from(config, source)
-            allow_change = (*allow_change, *resuming.BRANCH_MAY_CHANGE)
+        if path := folder.source or branch_of:
+            source, branches = checkpoint.parse(path), folder.source is None
+            config = resuming.settle_decay(config, source, branches=branches)
+            allow_change = [*allow_change, *(resuming.BRANCH_MAY_CHANGE if branches else ())]
     # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
@@ -178,7 +174,7 @@ def _build(
                 config, train, val = open_splits(config, folder.note)
     recorded: dict[str, Any] = {"data": {"train": train.facts, "val": val.facts}, "history": []}
     if world.size > 1:  # before any collective that one of them may have reason to skip
-        world.agree(facts_of_rank(config, recorded["data"], options))
+        world.agree(facts_of_rank(config, recorded["data"], {"--stop-at-step": stop_at_step}))
     # What "auto" stands for, and whether the checkpoint may be continued
     precision, state = resolve_precision(config.run.dtype, device), source.state if source else {}
     if isinstance(rows := config.train.micro_batch, str):
@@ -206,12 +202,9 @@ def _build(
             )
         if world.leads:
             made_by = provenance(device, source.path if source else None)
-            other = {
-                "torch": made_by["torch"],
-                "threads": torch.get_num_threads() if device.type == "cpu" else None,
-                "run.compile": resolve_compile(config, device),  # what this machine makes of it
-            }
-            recorded |= {"provenance": made_by, **other}
+            threads = torch.get_num_threads() if device.type == "cpu" else None
+            other = {"threads": threads, "run.compile": resolve_compile(config, device)}
+            recorded |= {"provenance": made_by, "torch": made_by["torch"], **other}
             exact = source is None or device.type == "cpu" or config.run.deterministic
             if said := resuming.made_otherwise(state, made_by | other, exact=exact):
                 folder.warn(said)
@@ -228,7 +221,7 @@ def _build(
         model = make().to(device)
     with world.failing_together():
         if config.model.init_from is not None and source is None:
-            resuming.start_from(model, config.model.init_from)
+            resuming.start_from(model, config, config.model.init_from)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)

@@ -7,6 +7,7 @@ a pipe, and a thread that reads this pipe asks the run to stop.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,6 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_FORCED = 1
-_OVER, _CALLED = 0, 255  # no signals have these numbers
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -54,35 +54,25 @@ def stop_signals(
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # as `signal.set_wakeup_fd` demands
-    called_for = ""
+    lock, first_s = threading.Lock(), math.inf
+    late: threading.Timer | None = None
 
     def call(reason: str) -> None:
-        nonlocal called_for
-        called_for = reason
-        with contextlib.suppress(OSError):  # the run is over
-            os.write(write_end, bytes([_CALLED]))
-
-    def watch() -> None:
-        first_s = 0.0
-        late: threading.Timer | None = None
-        while True:
-            for number in os.read(read_end, 64):
-                if number == _OVER:
-                    if late is not None:
-                        late.cancel()
-                        late.join()
-                    return
-                if number not in (*SIGNALS, _CALLED):
-                    continue
-                if late is not None:
-                    if number != _CALLED and time.monotonic() - first_s >= echo_s:
-                        end_at_once(EXIT_FORCED)  # checkpoints on disk stay whole
-                    continue
+        nonlocal first_s, late
+        with lock:
+            if late is None:
                 first_s = time.monotonic()
-                stop(called_for if number == _CALLED else signal.Signals(number).name)
+                stop(reason)
                 late = threading.Timer(patience_s(), rescue)
                 late.daemon = True
                 late.start()
+
+    def watch() -> None:
+        while number := os.read(read_end, 1)[0]:
+            if number in SIGNALS and time.monotonic() - first_s >= echo_s:
+                end_at_once(EXIT_FORCED)  # checkpoints on disk stay whole
+            elif number in SIGNALS:
+                call(signal.Signals(number).name)
 
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
@@ -92,10 +82,13 @@ def stop_signals(
             yield call
     finally:
         signal.set_wakeup_fd(previous_fd)
-        os.write(write_end, bytes([_OVER]))
+        os.write(write_end, b"\0")  # no signal has this number
         watcher.join()
         os.close(read_end)
         os.close(write_end)
+        if late is not None:
+            late.cancel()
+            late.join()
 
 
 def end_at_once(status: int) -> None:
@@ -111,13 +104,9 @@ def end_at_once(status: int) -> None:
 
 def _descendants(ancestor: int) -> list[int]:
     """Return the processes that a process started, and those that they started; [] off Linux."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            # pid (command) state ppid …, where the command may hold spaces and parentheses
-            rest = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            parents[int(folder.name)] = int(rest[1])
     found = [ancestor]
     for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):  # by thread
+            with contextlib.suppress(OSError):
+                found += map(int, file.read_text().split())
     return found[1:]

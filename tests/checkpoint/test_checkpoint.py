@@ -195,7 +195,7 @@ def test_R17_pointers_move_after_everything_is_fsynced(step: int, tmp_path: Path
         save(tmp_path, step, metric=1.0)
     log = faults.log
     name = f"step-0000000{step}"
-    partial = f".tmp-{name}-{os.getpid()}"
+    partial = next(line.split()[1] for line in log if line.startswith("mkdir .tmp-step"))
     for file in os.listdir(tmp_path / name):
         assert log.index(f"write {partial}/{file}") < log.index(f"fsync {partial}/{file}")
         assert log.index(f"fsync {partial}/{file}") < log.index(f"fsync {partial}")

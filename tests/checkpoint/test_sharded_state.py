@@ -29,6 +29,7 @@ from fasttrain.engine.optim import build_optimizers
 from fasttrain.distributed.sharding import make_sharded, set_gradient_sync
 from fasttrain.engine.saving import collect, restore
 from fasttrain.engine.step import Ema
+from tests.support.toy_checkpoints import world_of
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -122,10 +123,9 @@ class Run:
         return found
 
     def save(self, name, asynchronous=True):
-        own = 0 if self.world.size == 1 else rank
         writer = CheckpointWriter(
             folder / name, keep_last=1, asynchronous=asynchronous, patience_s=60,
-            rank=own, world_size=self.world.size, session=name,
+            world=world_of(0 if self.world.size == 1 else rank, self.world.size, name),
         )
         path = writer.save(1, self.collect(), {"mode": self.world.mode}, "[train]\\nsteps = 1\\n")
         expected = self.whole()
@@ -253,6 +253,7 @@ from fasttrain.distributed.slices import cut
 from tests.checkpoint.test_sharded_checkpoint import (
     CONFIG, is_intact, on_rank, save, values, writers,
 )
+from tests.support.toy_checkpoints import world_of
 from tests.support.toy_kills import REAL, Stops
 
 torch.set_num_threads(1)
@@ -281,9 +282,8 @@ for number in range(rounds):
         if ranks[rank] == 0:
             os.close(told)
             step = before
-            writer = CheckpointWriter(
-                folder, keep_last=2, rank=rank, world_size=2, session=f"s{number}"
-            )
+            world = world_of(rank, 2, f"s{number}")
+            writer = CheckpointWriter(folder, keep_last=2, world=world)
             if rank == victims[0]:  # it stops at another operation of its saves each round
                 Stops(1 + 13 * number % (24 if rank else 80))
             while True:

@@ -21,7 +21,7 @@ MAX_FILE_LINES = 800
 BUDGETS = {
     "benchmarks": 2_770,
     "fasttrain": 4_250,
-    "fasttrain/checkpoint": 1_480,
+    "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_040,
     "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_410,
@@ -30,7 +30,7 @@ BUDGETS = {
     "fasttrain/log": 930,
     "fasttrain/model": 940,
     "fasttrain/preflight": 530,
-    "fasttrain/run": 1_150,
+    "fasttrain/run": 1_110,
     "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }

@@ -1,6 +1,7 @@
 """Runs with ``checkpoint.mirror``: resumed where their folder is gone, whatever the bucket does."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror(toy: Path, capsys: C
     assert [path.name for path in Path("runs").iterdir()] == ["toy-2"]
 
 
-def test_a_run_is_named_by_its_address_without_a_config(toy: Path, capsys: Capture) -> None:
+def test_a_run_is_named_by_its_address_without_a_config(
+    toy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary := toy.parent / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert main([str(toy), *KEYS, "run.out_dir=whole"]) == 0
     mirror = f"file://{toy.parent}/m"
     keys = [*KEYS, f"checkpoint.mirror={mirror}", "run.name=a"]
@@ -70,6 +75,7 @@ def test_a_run_is_named_by_its_address_without_a_config(toy: Path, capsys: Captu
     assert main(["--resume", f"{mirror}/a/"]) == 0
     equal("whole/toy", "runs/a")
     assert Path("m/a/checkpoints/step-00000008-c5").is_dir()  # it is copied there again
+    assert not [*temporary.rglob("config.toml")]
 
 
 def test_R14_the_newest_of_both_sides_that_is_sound_is_taken(toy: Path, capsys: Capture) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def save(folder: Path, *steps: int, keep_last: int = 3, metric: float | None = N
         path = writer.save(step, groups(step), {"step": step}, CONFIG, metric=metric)
     writer.close()
     return path
+
+
+def world_of(rank: int, size: int, session: str) -> Any:
+    """One of several ranks in this process, which can only agree on the name of their session."""
+    return SimpleNamespace(rank=rank, size=size, share=lambda value: session)
 
 
 def reseal(path: Path, **changes: Any) -> None:
