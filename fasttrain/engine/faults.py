@@ -18,7 +18,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.state import Fault, StateGuard
-from fasttrain.engine.step import FINE, Numbers, StepNumbers
+from fasttrain.engine.step import FINE, StepNumbers
 from fasttrain.log.metrics import NormWatch
 
 # Steps in a row that may be skipped. An fp16 scale halves at each overflow, so that 2^16 is down to
@@ -83,22 +83,21 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(self, loader: Loader, rng: dict[str, Tensor] | None = None) -> Numbers | None:
+    def look(self, loader: Loader, rng: dict[str, Tensor] | None = None) -> list[StepNumbers] | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
-        None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
+        Returns them. None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
 
         With ``rng``, another thread ends the run in place of the one that trains, and saves it with
         these random states. Where the run is to go back it saves nothing: from the last checkpoint
         on the resumed run meets the bad steps again.
         """
         with self.guard.opened():
-            numbers = self.train_step.numbers()
+            steps, seconds = self.train_step.numbers(), self.train_step.clock.read()
         names = ("forward_backward", "optimizer", "communication")
-        for name, seconds in zip(names, numbers.seconds, strict=True):
-            self.state.account.add(name, seconds)
-        first_unseen = self.state.step - len(self.unseen) + 1
-        decision = self.judge(first_unseen, self.unseen, numbers.steps)
+        for name, spent_s in zip(names, seconds, strict=True):
+            self.state.account.add(name, spent_s)
+        decision = self.judge(self.state.step - len(self.unseen) + 1, self.unseen, steps)
         self.unseen.clear()
         # What they mean for this run
         if rng is not None and decision.action == "go on":
@@ -107,7 +106,7 @@ class Recovery:
             self.saver.close()  # what is being saved is from before the bad steps
         self._report(decision, loader)  # reads their samples, which may take long
         if decision.action == "go on":
-            return numbers
+            return steps
         if decision.action == "roll back" and rng is not None:
             self.reporter.warn("the steps since the last checkpoint are not saved")
             return None

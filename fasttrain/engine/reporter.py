@@ -10,7 +10,7 @@ from fasttrain.checkpoint import Mirror
 from fasttrain.command import redact
 from fasttrain.config import TrainConfig
 from fasttrain.engine.state import RunState
-from fasttrain.engine.step import Numbers, TrainStep
+from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log import metrics
 from fasttrain.log.console import Console
 from fasttrain.log.sinks import LogFile, Sinks
@@ -41,15 +41,15 @@ class Reporter:
         self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
         self._session_has_line = False
 
-    def train(self, numbers: Numbers, *, stopped: bool) -> None:
-        """Write a line for the step just done, with the numbers of the steps since the last line.
+    def train(self, step: StepNumbers, *, stopped: bool) -> None:
+        """Write a line for the step just done.
 
         ``stopped``: there is a line only because the run stops here. Its loss is not averaged, and
         a resumed run drops it: both are as if it had not stopped.
         """
-        state, loss = self.state, numbers.steps[-1].loss
+        state = self.state
         if not stopped:
-            state.loss_ema = metrics.smoothed(state.loss_ema, loss)
+            state.loss_ema = metrics.smoothed(state.loss_ema, step.loss)
         per_step, state.fresh_tokens = state.fresh_tokens / max(state.account.n_steps, 1), 0
         times = state.account.line(state.step)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
@@ -61,10 +61,10 @@ class Reporter:
             "left_s": left_s,
             "tokens": state.tokens,
             "epoch": state.position / self.samples_per_epoch,
-            "loss": loss,
+            "loss": step.loss,
             "loss_ema": state.loss_ema,
             "lr": state.lr,
-            "grad_norm": numbers.steps[-1].norm,
+            "grad_norm": step.norm,
             "tokens_per_s": tokens_per_s,
             **times,
             "mfu": metrics.mfu(of_one, self.flops_per_token, self.peak_flops),
@@ -74,7 +74,7 @@ class Reporter:
             "rollbacks": state.faults.rollbacks,
         }
         if self.train_step.precision.scaled:
-            row["grad_scale"] = numbers.grad_scale
+            row["grad_scale"] = step.grad_scale
         if self.mirror:
             row["failed_copies"] = self.mirror.failures
         if stopped:

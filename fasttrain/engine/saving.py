@@ -14,7 +14,7 @@ from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, 
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
-from fasttrain.distributed.lockstep import Watchdog, differing_step
+from fasttrain.distributed.lockstep import Lockstep, differing_step
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
@@ -78,10 +78,10 @@ class Saver:
     """Saves and restores one run."""
 
     def __init__(
-        self, reporter: Reporter, watchdog: Watchdog, run_dir: Path, recorded: Mapping[str, Any]
+        self, reporter: Reporter, lockstep: Lockstep, run_dir: Path, recorded: Mapping[str, Any]
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
-        self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
+        self.reporter, self.lockstep, self.recorded = reporter, lockstep, recorded
         self.config = config = reporter.config
         self.world, self.mirror = world, mirror = reporter.train_step.world, reporter.mirror
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
@@ -116,8 +116,8 @@ class Saver:
             self._failed_at = self.state.step
 
     def _expect_to_wait(self) -> None:
-        """Have the watchdog outlast the writer, which says more of what went wrong."""
-        self.watchdog.beat(self.patience_s + self.config.distributed.timeout_s)
+        """Have the lockstep outlast the writer, which says more of what went wrong."""
+        self.lockstep.beat(self.patience_s + self.config.distributed.timeout_s)
 
     def save_now(self, rng: dict[str, Tensor]) -> None:
         """Save this step with these random states; return when it is committed."""

@@ -29,7 +29,7 @@ from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps, step_shape
 from fasttrain.engine.state import RunState, StateGuard, restore_rng
-from fasttrain.engine.step import Numbers, TrainStep
+from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
 from fasttrain.model.runtime import compile_cache_use
@@ -93,7 +93,7 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, mirror, made_by)
-        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
+        self.saver = Saver(self.reporter, self.lockstep, run_dir, recorded)
         self.recovery = Recovery(self.saver, self.guard, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
@@ -142,7 +142,7 @@ class Trainer:
                 self.saver.saved_at = None
                 self._after_step(self._finished())
                 self.saver.save_once()  # or the next session would make up for it once more
-            self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
+            self.lockstep.beat(config.distributed.init_timeout_s)
             check_every = config.distributed.check_every_steps
             if check_every:
                 self.recovery.check_copies()
@@ -180,16 +180,16 @@ class Trainer:
                 log, stopping = log or last, state.step >= self.stop_at
                 saves = state.due(config.checkpoint.every_steps)
                 if log or stopping or saves or state.due(config.eval.every_steps):
-                    if (numbers := self._look()) is None:
+                    if (steps := self._look()) is None:
                         continue
                     if log or stopping:
-                        self.reporter.train(numbers, stopped=not log)
+                        self.reporter.train(steps[-1], stopped=not log)
                 if check_every and (stopping or last or state.due(check_every)):
                     self.recovery.check_copies()
                 self._after_step(last)
             self.saver.save_once()
         finally:
-            self.lockstep.watchdog.pause()
+            self.lockstep.deadline = math.inf  # nothing is due any more
             gc.unfreeze()
             gc.enable()
         return "stopped" if state.eval_due else "done"
@@ -232,12 +232,12 @@ class Trainer:
         state.account.add_step(elapsed, wait_s, first=state.first_step_s is None)
         return log
 
-    def _look(self) -> Numbers | None:
+    def _look(self) -> list[StepNumbers] | None:
         """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
-        numbers = self.recovery.look(self.train_loader)
-        if numbers is None:
+        steps = self.recovery.look(self.train_loader)
+        if steps is None:
             self._move()
-        return numbers
+        return steps
 
     def _move(self) -> None:
         """Put position and loader at the next sample that is trained on."""
@@ -271,7 +271,7 @@ class Trainer:
             self._evaluate(last=last)
         if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
-        self.lockstep.watchdog.beat()
+        self.lockstep.beat()
         every = config.eval.sample_every_steps
         if self.sampler and (state.due(every) or last) and not state.eval_due:
             opened, measured = self.guard.opened(), state.account.measure("sample")
@@ -279,7 +279,7 @@ class Trainer:
             with in_use, opened, measured, used:  # the model continues the next of the prompts
                 prompt, text = self.sampler(self.model, state.step // every if every else 0)
             self.reporter.sample(prompt, text)
-            self.lockstep.watchdog.beat()
+            self.lockstep.beat()
 
     def _evaluate(self, *, last: bool) -> None:
         """Evaluate on the validation split and log it (see `evaluation.evaluate`).

@@ -21,13 +21,12 @@ from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import plan_run, warnings_at_start
+from fasttrain.engine.plan import plan_run, warnings_at_start, warnings_of
 from fasttrain.engine.schedule import lr_at, step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.preflight.warnings import warnings_of
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
