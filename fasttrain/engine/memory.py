@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,9 +89,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = map(local_tensor, (*self.parameters, *model.buffers(), *given))
         self.known = {id(tensor.untyped_storage()) for tensor in held}
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
-        # When most is held, and when most is held besides gradients: bytes of all but gradients, of
-        # gradients, and of what the loss holds inside, which the first counts too
-        self.peak = self.peak_apart = (0, 0, 0)
+        # When most is held: bytes of all but gradients, of gradients, and of what the loss holds
+        # inside, which the first counts too
+        self.peak = (0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -105,11 +104,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = sum(storage.nbytes() for storage in self.alive.values())
         is_loss = func._schema.name.endswith("::linear_cross_entropy_forward")
         scratch = _loss_scratch(args[0], args[1], plain=self.plain) if is_loss else 0
-        if held + scratch > self.peak_apart[0]:  # else it is neither
+        if held + scratch > self.peak[0] + self.peak[1]:
             gradients = self.gradients()
-            now = (held + scratch - gradients, gradients, scratch)
-            self.peak = max(self.peak, now, key=lambda moment: moment[0] + moment[1])
-            self.peak_apart = max(self.peak_apart, now, key=lambda moment: moment[0])
+            self.peak = (held + scratch - gradients, gradients, scratch)
         return out
 
     def gradients(self) -> int:
@@ -200,8 +197,10 @@ def estimate_memory(
     """
     rows, seq_len = micro_batch, config.data.seq_len
     step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
-    run = partial(_trace, config, rows, min(step.n_micro, 2))
-    trace = run(precision)
+    n_micro = min(step.n_micro, 2)
+    # DDP's buckets hold all gradients from the first step on, as a second micro-batch finds them.
+    alone_micro = n_micro if mode == "single" else 2
+    trace = _trace(config, rows, alone_micro, precision)
     parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in trace.model.buffers())
@@ -209,19 +208,17 @@ def estimate_memory(
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak
-    if mode != "single":  # DDP's buckets hold all gradients from the first step on
-        (others, _, logits), gradients = trace.peak_apart, all_gradients
     activations = others - logits
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         precision = replace(precision, device_type="cpu")
-        alone = run(precision)
+        alone = _trace(config, rows, alone_micro, precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
-            trace = run(precision, world)
+            trace = _trace(config, rows, n_micro, precision, world)
             held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
         others, gradients, _ = trace.peak
-        gathered = max(0, others - alone.peak_apart[0])
+        gathered = max(0, others - alone.peak[0])
     if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
         gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)

@@ -3,7 +3,7 @@
 Where the data are missing, a line says how to get them, and the rest is shown.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,6 @@ from fasttrain.run.run import data_paths, open_splits
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
 FP32 = 4
 BACKWARD_SHARE = 2 / 3  # of a step without accumulation
-Traffic = dict[str, float]  # bytes that a rank sends in a step, by kind
 
 
 def _size(n: float) -> str:
@@ -72,7 +71,9 @@ def preflight(
     config = replace(config, train=replace(loop, micro_batch=rows))
     share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
     alone = replace(config, train=share)  # what one rank does
-    plan = plan_run(config, train, n_ranks)
+    with torch.device("meta"):
+        model = Transformer(config.model, seq_len=seq_len)
+    plan = plan_run(config, train, n_ranks, model)
     tell("data", *missing)
     for label, text in describe(config, plan, train, val).items():
         tell(label, text)
@@ -111,8 +112,6 @@ def preflight(
 
     # Communication and speed.
     if n_ranks > 1:
-        with torch.device("meta"):
-            model = Transformer(config.model, seq_len=seq_len)
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
         sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
@@ -148,9 +147,9 @@ def diagnose_run(config: TrainConfig) -> bool:
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     config, train, _ = open_splits(config, print)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
+    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1, model)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     # The highest rate of the run: a warmup may begin close to zero.
     total, schedule = plan.steps or 10**12, config.schedule
@@ -169,8 +168,8 @@ def diagnose_run(config: TrainConfig) -> bool:
 
 def traffic(
     config: TrainConfig, model: Transformer, *, mode: str, n_ranks: int, n_micro: int, width: int
-) -> Traffic:
-    """Return the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+) -> dict[str, float]:
+    """Return by kind the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
 
     They are those of ring algorithms over N ranks, the fewest possible: a reduce-scatter and an
     all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the other. DDP
@@ -207,7 +206,7 @@ def traffic(
 
 
 def scaling_lines(
-    sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, gbps: float | None
+    sent: Mapping[str, float], step_s: float | None, *, mode: str, n_micro: int, gbps: float | None
 ) -> Iterator[str]:
     """Yield lines that tell what sending costs a step that takes ``step_s`` without it.
 

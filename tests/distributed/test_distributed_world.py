@@ -187,7 +187,7 @@ def test_R30_the_ranks_that_drifted_are_those_unlike_most() -> None:
         ("hsdp", [0, 5, 0, 5, 0, 5], []),  # two shards of three copies
         ("hsdp", [0, 5, 0, 6, 1, 5], [3, 4]),
     ):
-        mesh: Any = torch.zeros(3, 2) if mode == "hsdp" else None
+        mesh: Any = torch.zeros((3, 2) if mode == "hsdp" else len(others))
         world = Ranks(mode=mode, size=len(others), mesh=mesh)
         assert world.drifted(parameters) == odd
 

@@ -61,8 +61,8 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, train, _ = open_splits(load_config(config_path), print)
-    plan = plan_run(config, train, 1)
     model = Transformer(config.model, seq_len=16)
+    plan = plan_run(config, train, 1, model)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token == model.flops_per_token()
 
@@ -83,7 +83,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = plan_run(config, train, 1)
+    plan = plan_run(config, train, 1, Transformer(config.model, seq_len=16))
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
