@@ -48,8 +48,6 @@ class Objective:
         precision: Precision,
     ) -> None:
         self.model, self.criterion, loop = model, criterion, config.train
-        # Of the default criterion
-        self.options: Any = {"label_smoothing": loop.label_smoothing, "z_loss": loop.z_loss}
         self.run: Callable[..., Any] = model
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
         mode = config.run.compile
@@ -57,6 +55,9 @@ class Objective:
             self.run = torch.compile(model)
         self.device, self.precision = device, precision
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)
+        # Of the default criterion
+        self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}
+        self.options |= {"label_smoothing": loop.label_smoothing, "reduction": "sum"}
         self.takes = inspect.signature(model.forward).parameters
         self._seen = (0, -1)  # longest row, highest id
         # Hooks that come and go would have a model compiled twice: there, no look at its tables.
@@ -148,8 +149,7 @@ class Objective:
 
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.criterion is None:
-            options = {"ignore_index": self.ignore_index, **self.options}
-            return cast(Tensor, cross_entropy(logits, batch.targets, reduction="sum", **options))
+            return cast(Tensor, cross_entropy(logits, batch.targets, **self.options))
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets)
         if not batch.n_targets:  # the mean over no target is nan

@@ -343,14 +343,11 @@ def preferred_mode(
     if config.mode != "auto":
         return config.mode, f"distributed.mode = {config.mode}"
     need = DDP_BYTES_PER_PARAMETER * n_parameters
-    memory = _device_memory(device) // (1 if device.type == "cuda" else local_size)
+    if device.type == "cuda":
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
     fit = need <= DDP_PART_OF_MEMORY * memory
     mode, fits = ("ddp", "fit") if fit else ("fsdp", "do not fit")
     gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
     return mode, f"{gib} {fits} beside activations in each rank's {memory / 2**30:.1f} GiB"
-
-
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

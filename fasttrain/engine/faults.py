@@ -83,10 +83,12 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(self, loader: Loader, rng: dict[str, Tensor] | None = None) -> list[StepNumbers] | None:
+    def look(
+        self, loader: Loader, rng: dict[str, Tensor] | None = None
+    ) -> list[StepNumbers] | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
-        Returns them. None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
+        None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
 
         With ``rng``, another thread ends the run in place of the one that trains, and saves it with
         these random states. Where the run is to go back it saves nothing: from the last checkpoint

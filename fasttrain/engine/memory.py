@@ -182,7 +182,6 @@ def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[W
 
 def estimate_memory(
     config: TrainConfig,
-    micro_batch: int,
     *,
     device: torch.device,
     precision: Precision,
@@ -191,20 +190,18 @@ def estimate_memory(
 ) -> StepMemory:
     """Estimate the memory of a training step of eager execution; nothing is allocated.
 
-    The step of ``config``, whose vocabulary is set, is shared by ``n_ranks`` in ``mode``: single,
-    ddp, fsdp or hsdp; the last two are refused in a process that has a process group. ``device``
-    decides which attention runs and how the loss is split.
+    The step of ``config``, whose vocabulary and micro-batch are set, is shared by ``n_ranks`` in
+    ``mode``: single, ddp, fsdp or hsdp; the last two are refused in a process that has a process
+    group. ``device`` decides which attention runs and how the loss is split.
     """
-    rows, seq_len = micro_batch, config.data.seq_len
-    step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
-    n_micro = min(step.n_micro, 2)
+    rows, n_micro, *_ = step_shape(config.train, seq_len := config.data.seq_len, n_ranks)
     # DDP's buckets hold all gradients from the first step on, as a second micro-batch finds them.
-    alone_micro = n_micro if mode == "single" else 2
-    trace = _trace(config, rows, alone_micro, precision)
+    n_alone = min(n_micro, 2) if mode == "single" else 2
+    trace = _trace(config, rows, n_alone, precision)
     parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in trace.model.buffers())
-    buffers += 16 * max(step.samples // n_ranks, rows) * seq_len
+    buffers += 16 * rows * n_micro * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak
@@ -212,9 +209,9 @@ def estimate_memory(
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         precision = replace(precision, device_type="cpu")
-        alone = _trace(config, rows, alone_micro, precision)
+        alone = _trace(config, rows, n_alone, precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
-            trace = _trace(config, rows, n_micro, precision, world)
+            trace = _trace(config, rows, min(n_micro, 2), precision, world)
             held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
         others, gradients, _ = trace.peak
@@ -340,7 +337,7 @@ def best_micro_batch(
 
     def fits(size: int) -> bool:
         sized = replace(config, train=replace(loop, micro_batch=size))
-        return estimate_memory(sized, size, device=device, precision=precision).total <= free
+        return estimate_memory(sized, device=device, precision=precision).total <= free
 
     best, speed = None, 0.0
     if device.type == "cuda":

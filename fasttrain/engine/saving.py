@@ -186,15 +186,11 @@ class Saver:
         self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
         for name in self.world.share([path.name for path in self.kept(before)]):
-            checkpoint, problem = None, None
             try:
-                checkpoint = load(self.writer.folder / name)
-            except CheckpointError as error:
-                problem = str(error)
-            # One rank's disk may fail it: all go back to the same step.
-            problems = [p for p in self.world.gather(problem) if p is not None]
-            if checkpoint is None or problems:
-                self.reporter.warn(f"passing over a damaged checkpoint: {problems[0]}")
+                with self.world.failing_together():  # all go back to the same step
+                    checkpoint = load(self.writer.folder / name)
+            except UserError as error:
+                self.reporter.warn(f"passing over a damaged checkpoint: {error}")
                 continue
             self._restore(checkpoint)
             self.saved_at = None  # where the run stops here, its rollback is to be remembered

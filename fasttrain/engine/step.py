@@ -166,9 +166,7 @@ class Ema:
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Restore the average; of a run that had none it begins at the present parameters."""
-        if self.decay is None:
-            return
-        if saved and saved.keys() != self.averages.keys():
+        if self.averages and saved and saved.keys() != self.averages.keys():
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
         sources = saved or self._sources
         with torch.no_grad():
@@ -356,9 +354,16 @@ class TrainStep:
             for grad in grads:
                 local_tensor(grad).clamp_(-limit, limit)
         for optimizer in self.optimizers:
+            step: Any = optimizer.step
             if lr is not None:
                 set_lr(optimizer, lr)
-            self._update(optimizer, clip, bad)
+            if getattr(optimizer, "reads_clip_on_device", False):
+                step(clip_coefficient=clip, found_inf=bad)
+            elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
+                found_grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+                if mine := [local_tensor(g) for g in found_grads if g is not None]:
+                    torch._foreach_mul_(mine, clip)
+                step()
             self._drop_gradients(optimizer)
         self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
@@ -403,16 +408,6 @@ class TrainStep:
             spike = self.window.judge(self.loss, self.norm, finite)
             verdict = torch.where(spike, float(SPIKE), verdict)
         return verdict
-
-    def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
-        step: Any = optimizer.step
-        if getattr(optimizer, "reads_clip_on_device", False):
-            step(clip_coefficient=clip, found_inf=bad)
-        elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            if grads := [local_tensor(g) for g in grads if g is not None]:
-                torch._foreach_mul_(grads, clip)
-            step()
 
     def numbers(self) -> list[StepNumbers]:
         """Bring the numbers of the steps since the last call to the host: one sync."""

@@ -105,8 +105,18 @@ class Trainer:
 
         Raises FloatingPointError if a step is bad, and the run may neither skip it nor go back.
         """
+        # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
+        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         with self.guard.training():
-            return self._train()
+            try:
+                return self._train()
+            finally:
+                self.lockstep.deadline = math.inf  # nothing is due any more
+                gc.unfreeze()
+                gc.enable()
 
     def request_stop(self, at_step: int = 0) -> None:
         """Make the loop end with a checkpoint after ``at_step``, or after the step under way."""
@@ -131,67 +141,57 @@ class Trainer:
     def _train(self) -> Outcome:
         state, config, started_s = self.state, self.config, time.perf_counter()
         self.model.train()
-        # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
-        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        try:
-            # An evaluation that the end of the last session cut off
-            if state.eval_due:
-                self.saver.saved_at = None
-                self._after_step(self._finished())
-                self.saver.save_once()  # or the next session would make up for it once more
-            self.lockstep.beat(config.distributed.init_timeout_s)
-            check_every = config.distributed.check_every_steps
-            if check_every:
-                self.recovery.check_copies()
-            while not self._finished():
-                if state.step >= self.stop_at:
-                    if self._look() is None:
-                        continue
-                    if self.stop_reason and self.console:
-                        self.console.note(f"{self.stop_reason}: ending with a checkpoint")
-                    self.saver.save_once()
-                    return "stopped"
-                # One step
-                try:
-                    log = self._step()
-                except Exception as error:
-                    # What ends this run may have ended the compiler as well, or another rank.
-                    ended = state.first_step_s is None or self.world.size == 1
-                    if not (ended and self.stop_reason and self.guard.is_open):
-                        raise
-                    self.guard.close()
-                    restore_rng(self.guard.rng, self.device)
-                    self.request_stop()
-                    self.reporter.warn(f"the step under way was given up: {error}")
+        # An evaluation that the end of the last session cut off
+        if state.eval_due:
+            self.saver.saved_at = None
+            self._after_step(self._finished())
+            self.saver.save_once()  # or the next session would make up for it once more
+        self.lockstep.beat(config.distributed.init_timeout_s)
+        check_every = config.distributed.check_every_steps
+        if check_every:
+            self.recovery.check_copies()
+        while not self._finished():
+            if state.step >= self.stop_at:
+                if self._look() is None:
                     continue
-                if state.first_step_s is None:
-                    self._synchronize()
-                    steady(config.distributed, self.world)
-                    state.first_step_s = time.perf_counter() - started_s
-                    if self.console and (cache := compile_cache_use()):
-                        took = f"first step after {state.first_step_s:.1f} s"
-                        self.console.note(f"{took} (compile cache {cache})")
-                self._decide_together()
-                # Its verdict, before anything is saved; its line of the log
-                last = self._finished()
-                log, stopping = log or last, state.step >= self.stop_at
-                saves = state.due(config.checkpoint.every_steps)
-                if log or stopping or saves or state.due(config.eval.every_steps):
-                    if (steps := self._look()) is None:
-                        continue
-                    if log or stopping:
-                        self.reporter.train(steps[-1], stopped=not log)
-                if check_every and (stopping or last or state.due(check_every)):
-                    self.recovery.check_copies()
-                self._after_step(last)
-            self.saver.save_once()
-        finally:
-            self.lockstep.deadline = math.inf  # nothing is due any more
-            gc.unfreeze()
-            gc.enable()
+                if self.stop_reason and self.console:
+                    self.console.note(f"{self.stop_reason}: ending with a checkpoint")
+                self.saver.save_once()
+                return "stopped"
+            # One step
+            try:
+                log = self._step()
+            except Exception as error:
+                # What ends this run may have ended the compiler as well, or another rank.
+                ended = state.first_step_s is None or self.world.size == 1
+                if not (ended and self.stop_reason and self.guard.is_open):
+                    raise
+                self.guard.close()
+                restore_rng(self.guard.rng, self.device)
+                self.request_stop()
+                self.reporter.warn(f"the step under way was given up: {error}")
+                continue
+            if state.first_step_s is None:
+                self._synchronize()
+                steady(config.distributed, self.world)
+                state.first_step_s = time.perf_counter() - started_s
+                if self.console and (cache := compile_cache_use()):
+                    took = f"first step after {state.first_step_s:.1f} s"
+                    self.console.note(f"{took} (compile cache {cache})")
+            self._decide_together()
+            # Its verdict, before anything is saved; its line of the log
+            last = self._finished()
+            log, stopping = log or last, state.step >= self.stop_at
+            saves = state.due(config.checkpoint.every_steps)
+            if log or stopping or saves or state.due(config.eval.every_steps):
+                if (steps := self._look()) is None:
+                    continue
+                if log or stopping:
+                    self.reporter.train(steps[-1], stopped=not log)
+            if check_every and (stopping or last or state.due(check_every)):
+                self.recovery.check_copies()
+            self._after_step(last)
+        self.saver.save_once()
         return "stopped" if state.eval_due else "done"
 
     def _synchronize(self) -> None:

@@ -86,7 +86,7 @@ def preflight(
         tell("ranks", f"{n_ranks}, {mode}: {why}")
         if mode == "hsdp" and config.distributed.shard_ranks is None:
             config = replace(config, distributed=replace(config.distributed, shard_ranks=local))
-    estimate = partial(estimate_memory, micro_batch=rows, device=device, precision=precision)
+    estimate = partial(estimate_memory, device=device, precision=precision)
     memory = estimate(config, n_ranks=n_ranks, mode=mode)
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
@@ -132,9 +132,8 @@ def preflight(
             tell("time", f"{format_duration(seconds)} of steps, without evaluation and saves")
 
     # Warnings.
-    where: dict[str, Any] = {"device": device, "dtype": precision.name}
-    tell("warning", *warnings_at_start(config, train, val, n_ranks))
-    tell("warning", *warnings_of(config, plan, train, seconds=seconds, **where))
+    hurts = warnings_of(config, plan, train, device=device, dtype=precision.name, seconds=seconds)
+    tell("warning", *warnings_at_start(config, train, val, n_ranks), *hurts)
     if not fits:
         remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
         remedy += ', or set it to "auto"'
@@ -169,7 +168,7 @@ def diagnose_run(config: TrainConfig) -> bool:
 def traffic(
     config: TrainConfig, model: Transformer, *, mode: str, n_ranks: int, n_micro: int, width: int
 ) -> dict[str, float]:
-    """Return by kind the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+    """Return by kind the bytes that a rank sends in a step of ``n_micro`` micro-batches.
 
     They are those of ring algorithms over N ranks, the fewest possible: a reduce-scatter and an
     all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the other. DDP

@@ -94,7 +94,7 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_does_not_fit_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *_, **__: None)
-    monkeypatch.setattr(distributed, "_device_memory", lambda _: 2**30)
+    monkeypatch.setattr("os.sysconf", lambda _: 2**15)
     world = World(size=8, local_size=4, mode="auto")
     for n_parameters, mode, words in ((2**20, "ddp", "fit beside"), (2**30, "fsdp", "do not fit")):
         chosen = choose_mode(DistributedConfig(), world, n_parameters, CPU)
