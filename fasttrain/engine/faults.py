@@ -116,10 +116,10 @@ class Recovery:
         if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
             self.state.faults.rolled_back(decision.offending)
             self._alike_at = self.state.step  # all have read the same files
-            steps = counted(sum(not f.of_machine for f in decision.offending), "step")
+            blamed = counted(sum(not f.of_machine for f in decision.offending), "step")
             self.reporter.warn(
                 f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
-                f"without the samples of {steps} from step {first} on"
+                f"without the samples of {blamed} from step {first} on"
             )
             return None
         raise FloatingPointError(self.reason(decision, loader))
