@@ -6,7 +6,7 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
@@ -128,7 +129,8 @@ class Objective:
         return self._loss_sum(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
-        with _checked_tables(self.model) if batch.is_new else nullcontext():
+        hooked = register_module_forward_pre_hook
+        with hooked(self._check_table) if batch.is_new else nullcontext():
             logits = logits_of(self.run(batch.tokens, **batch.others))
         if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -146,6 +148,20 @@ class Objective:
                 f"{self.ignore_index} where there is no target"
             )
         return logits.flatten(0, -2)
+
+    def _check_table(self, table: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
+        # Other tables may make rows of what they are given.
+        if type(table) not in (nn.Embedding, Embedding) or not (args and args[0].numel()):
+            return
+        (low, high), n_rows = _range(args[0]), cast(nn.Embedding, table).num_embeddings
+        if low < 0 or high >= n_rows:
+            names = {module: name for name, module in self.model.named_modules()}
+            raise UserError(
+                f"model: index {low if low < 0 else high} is outside the {n_rows} rows of "
+                f"{names.get(table) or 'its table'}; for token ids use the model's own tokenizer "
+                "or a larger table, for positions shorter sequences"
+            )
 
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.criterion is None:
@@ -255,27 +271,6 @@ def logits_of(out: Any) -> Any:
 def _range(ids: Tensor) -> tuple[int, int]:
     low, high = (int(end) for end in ids.aminmax())
     return low, high
-
-
-@contextmanager
-def _checked_tables(model: nn.Module) -> Iterator[None]:
-    """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
-
-    def check(name: str, table: nn.Embedding, args: tuple[Any, ...]) -> None:
-        low, high = _range(args[0]) if args and args[0].numel() else (0, 0)
-        if low < 0 or high >= table.num_embeddings:
-            raise UserError(
-                f"model: index {low if low < 0 else high} is outside the {table.num_embeddings} "
-                f"rows of {name or 'its table'}; for token ids use the model's own tokenizer or a "
-                "larger table, for positions shorter sequences"
-            )
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            # Other tables may make rows of what they are given.
-            if type(module) in (nn.Embedding, Embedding):
-                hooks.enter_context(module.register_forward_pre_hook(partial(check, name)))
-        yield
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

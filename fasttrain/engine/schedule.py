@@ -54,12 +54,7 @@ def lr_at(
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
     if schedule.name == "plateau":
         return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
-    if schedule.name == "cosine_restarts":
-        cycle_steps = schedule.cycle_steps or a_third
-        done = (step - warmup_steps) % cycle_steps / cycle_steps
-        falling = 0.5 * (1.0 - math.cos(math.pi * done))
-        return lr * (1.0 - falling) + schedule.min_lr * falling
-    if schedule.name not in ("cosine", "linear", "wsd"):
+    if schedule.name not in ("cosine", "cosine_restarts", "linear", "wsd"):
         refuse("schedule.name", schedule.name, "is not implemented; add it to engine/schedule.py")
     start = warmup_steps
     if schedule.name == "wsd":
@@ -70,7 +65,10 @@ def lr_at(
     if step <= start:
         return lr
     progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
-    if schedule.name == "cosine":
+    if schedule.name == "cosine_restarts":
+        cycle_steps = schedule.cycle_steps or a_third
+        progress = (step - start) % cycle_steps / cycle_steps
+    if schedule.name.startswith("cosine"):
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     # Weighting both ends, rather than adding a difference to one, makes both exact.
     return lr * (1.0 - progress) + schedule.min_lr * progress
