@@ -125,9 +125,7 @@ def warnings_of(
     # What is not known is no reason to warn.
     share = math.inf if plan.tokens is None else plan.tokens / plan.matmul_parameters
     steps, run = math.inf if plan.steps is None else plan.steps, counted(plan.steps or 0, "step")
-    max_token, mean = -1, math.inf
-    if train is not None:
-        max_token, mean = train.max_token, train.n_tokens / (train.n_documents or 1)
+    mean = math.inf if train is None else train.n_tokens / (train.n_documents or 1)
     every = {s: getattr(config, s).every_steps or 0 for s in ("eval", "checkpoint", "log")}
     for wrong, said in (
         (model.vocab_size % 64,
@@ -160,8 +158,6 @@ def warnings_of(
          "data.attention_across_documents=false"),
         (window is not None and window >= seq_len,
          f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"),
-        (max_token >= model.vocab_size,
-         f"the data hold token {max_token}, model.vocab_size is {model.vocab_size}"),
     ):  # fmt: skip
         if wrong:
             yield said

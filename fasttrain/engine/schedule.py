@@ -38,11 +38,6 @@ def lr_at(
     2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
     (arXiv:2405.18392).
     """
-    if step < 0 or total_steps < 1:
-        raise ValueError(
-            f"lr_at: step must be ≥ 0 and total_steps ≥ 1, got {step} and {total_steps};"
-            " count steps from 0"
-        )
     warmup_steps = schedule.warmup_steps
     if step < warmup_steps:
         return lr * ((step + 1) / warmup_steps)
