@@ -181,12 +181,10 @@ class Objective:
         with evaluating(self.model, world):
             for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
                 batch = self.prepare(raw)
-                if not (batch.n_targets or world.sharded):
-                    continue
                 with self.precision.autocast():
                     logits = self._logits(batch)
                     loss = self._loss_sum(logits, batch)
-                if not batch.n_targets:  # other ranks had waited for this one's forward
+                if not batch.n_targets:  # but other ranks waited for this one's forward
                     continue
                 keep = batch.targets != self.ignore_index
                 kept = logits[keep], batch.targets[keep]
