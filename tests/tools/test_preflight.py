@@ -16,12 +16,12 @@ from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start, warnings_of
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
-from fasttrain.preflight.plan import diagnose_run, preflight
+from fasttrain.preflight.plan import diagnose_run, preflight, warnings_of
 from fasttrain.run.run import open_splits
 from fasttrain.train import main as train_main
 from tests.support.toy import start, write_config
