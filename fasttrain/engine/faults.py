@@ -10,14 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
-
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.state import Fault, StateGuard
+from fasttrain.engine.state import Fault, StateGuard, Tensors
 from fasttrain.engine.step import FINE, StepNumbers
 from fasttrain.log.metrics import NormWatch
 
@@ -83,9 +81,7 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(
-        self, loader: Loader, rng: dict[str, Tensor] | None = None
-    ) -> list[StepNumbers] | None:
+    def look(self, loader: Loader, rng: Tensors | None = None) -> list[StepNumbers] | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
         None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.

@@ -54,7 +54,6 @@ USABLE = 0.9
 # memory and cache.
 LEAST_GAIN = 1.05
 CPU_ROWS = 64  # no more of them are tried
-MIB = 2**20
 
 # ---- estimated ---------------------------------------------------------------------------------
 
@@ -362,7 +361,7 @@ def best_micro_batch(
     if best is None:
         raise UserError(
             f'train.micro_batch = "auto": one row of data.seq_len = {seq_len} needs '
-            f"more than the {free / MIB:,.0f} MiB that may be used on {device}; shrink the model "
+            f"more than the {free / 2**20:,.0f} MiB that may be used on {device}; shrink the model "
             "or the sequence, or use a larger device"
         )
     found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"

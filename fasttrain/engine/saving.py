@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
@@ -18,15 +17,13 @@ from fasttrain.distributed.lockstep import Lockstep, differing_step
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
-from fasttrain.engine.state import restore_rng, rng_state
+from fasttrain.engine.state import Tensors, restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
-def collect(
-    train_step: TrainStep, rank: int = 0, rng: Mapping[str, Tensor] | None = None
-) -> dict[str, dict[str, Tensor]]:
+def collect(train_step: TrainStep, rank: int = 0, rng: Tensors | None = None) -> dict[str, Tensors]:
     """Return all tensors that a run needs to continue, by group, not copied.
 
     ``rng``: random states in place of the present ones, which each rank saves under its own names.
@@ -119,7 +116,7 @@ class Saver:
         """Have the lockstep outlast the writer, which says more of what went wrong."""
         self.lockstep.beat(self.patience_s + self.config.distributed.timeout_s)
 
-    def save_now(self, rng: dict[str, Tensor]) -> None:
+    def save_now(self, rng: Tensors) -> None:
         """Save this step with these random states; return when it is committed."""
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
@@ -156,7 +153,7 @@ class Saver:
             self.reporter.warn(f"{error} (training goes on)")
             return True
 
-    def save(self, rng: dict[str, Tensor] | None = None) -> Path:
+    def save(self, rng: Tensors | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
         state, self.saved_at = self.state, None
         groups = collect(self.train_step, self.world.rank, rng)

@@ -98,7 +98,6 @@ def preflight(
     memory = estimate(config, n_ranks=n_ranks, mode=mode)
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
-    compiles = resolve_compile(config, device)
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
         runs = estimate(alone).total <= free
@@ -133,7 +132,7 @@ def preflight(
         mfu = "n/a" if used is None else f"{used:.1%}"
         on_all = " on all" if n_ranks > 1 else ""
         speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
-        first = f"compile {compiles}, first step {probed.first_s:.1f} s"
+        first = f"compile {resolve_compile(config, device)}, first step {probed.first_s:.1f} s"
         tell("speed", f"{speed} a step, MFU {mfu} ({first})")
         if plan.steps is not None:
             seconds = plan.steps * probed.step_s
