@@ -6,7 +6,7 @@ Legend: B batch, T sequence, N = B·T, V vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.device import Precision
@@ -48,8 +49,6 @@ class Objective:
         precision: Precision,
     ) -> None:
         self.model, self.criterion, loop = model, criterion, config.train
-        # Of the default criterion
-        self.options: Any = {"label_smoothing": loop.label_smoothing, "z_loss": loop.z_loss}
         self.run: Callable[..., Any] = model
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
         mode = config.run.compile
@@ -57,6 +56,9 @@ class Objective:
             self.run = torch.compile(model)
         self.device, self.precision = device, precision
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)
+        # Of the default criterion
+        self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}
+        self.options |= {"label_smoothing": loop.label_smoothing, "reduction": "sum"}
         self.takes = inspect.signature(model.forward).parameters
         self._seen = (0, -1)  # longest row, highest id
         # Hooks that come and go would have a model compiled twice: there, no look at its tables.
@@ -127,7 +129,8 @@ class Objective:
         return self._loss_sum(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
-        with _checked_tables(self.model) if batch.is_new else nullcontext():
+        hooked = register_module_forward_pre_hook
+        with hooked(self._check_table) if batch.is_new else nullcontext():
             logits = logits_of(self.run(batch.tokens, **batch.others))
         if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -146,10 +149,23 @@ class Objective:
             )
         return logits.flatten(0, -2)
 
+    def _check_table(self, table: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
+        # Other tables may make rows of what they are given.
+        if type(table) not in (nn.Embedding, Embedding) or not (args and args[0].numel()):
+            return
+        (low, high), n_rows = _range(args[0]), cast(nn.Embedding, table).num_embeddings
+        if low < 0 or high >= n_rows:
+            names = {module: name for name, module in self.model.named_modules()}
+            raise UserError(
+                f"model: index {low if low < 0 else high} is outside the {n_rows} rows of "
+                f"{names.get(table) or 'its table'}; for token ids use the model's own tokenizer "
+                "or a larger table, for positions shorter sequences"
+            )
+
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.criterion is None:
-            options = {"ignore_index": self.ignore_index, **self.options}
-            return cast(Tensor, cross_entropy(logits, batch.targets, reduction="sum", **options))
+            return cast(Tensor, cross_entropy(logits, batch.targets, **self.options))
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets)
         if not batch.n_targets:  # the mean over no target is nan
@@ -165,12 +181,10 @@ class Objective:
         with evaluating(self.model, world):
             for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
                 batch = self.prepare(raw)
-                if not (batch.n_targets or world.sharded):
-                    continue
                 with self.precision.autocast():
                     logits = self._logits(batch)
                     loss = self._loss_sum(logits, batch)
-                if not batch.n_targets:  # other ranks had waited for this one's forward
+                if not batch.n_targets:  # but other ranks waited for this one's forward
                     continue
                 keep = batch.targets != self.ignore_index
                 kept = logits[keep], batch.targets[keep]
@@ -255,27 +269,6 @@ def logits_of(out: Any) -> Any:
 def _range(ids: Tensor) -> tuple[int, int]:
     low, high = (int(end) for end in ids.aminmax())
     return low, high
-
-
-@contextmanager
-def _checked_tables(model: nn.Module) -> Iterator[None]:
-    """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
-
-    def check(name: str, table: nn.Embedding, args: tuple[Any, ...]) -> None:
-        low, high = _range(args[0]) if args and args[0].numel() else (0, 0)
-        if low < 0 or high >= table.num_embeddings:
-            raise UserError(
-                f"model: index {low if low < 0 else high} is outside the {table.num_embeddings} "
-                f"rows of {name or 'its table'}; for token ids use the model's own tokenizer or a "
-                "larger table, for positions shorter sequences"
-            )
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            # Other tables may make rows of what they are given.
-            if type(module) in (nn.Embedding, Embedding):
-                hooks.enter_context(module.register_forward_pre_hook(partial(check, name)))
-        yield
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What keeps ranks together: decisions made at the same step, and a watchdog for endless waits."""
+"""What keeps ranks together: decisions made at the same step, and an end to endless waits."""
 
 import contextlib
 import ctypes
@@ -89,19 +89,26 @@ def hearing_ranks(world: World, heard: Callable[[int], None]) -> Iterator[None]:
 
 
 class Lockstep:
-    """What the ranks of a run decide together, each time at the same step, without waiting.
+    """Has the ranks of a run decide together, each time at the same step, and make progress.
 
     At each call every rank hands in a number, and all learn the maximum of the call before: the
     reduction runs on the hosts during the step. ``stop``: whether a rank, ``stopped_by``, was told
     to stop. ``time_over``: whether the time that a rank measured is over.
+
+    A process without progress is ended, with every thread's stack on standard error: it would wait
+    forever for a rank that is stopped or out of reach, or in a collective that does not match.
+    torchrun then ends the other ranks.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
         self.stop = self.time_over = False
         self.stopped_by = 0
-        self.watchdog = Watchdog(world, timeout_s)
+        self.timeout_s = self.allowed_s = timeout_s
+        self.deadline = math.inf
         self._world = world
         self._pending: tuple[Tensor, dist.Work | None] = torch.tensor(0), None
+        if world.size > 1:
+            threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
 
     def __call__(self, *, stop: bool, time_over: bool) -> None:
         """Hand in what holds for this rank; learn, on several one call late, what holds for all."""
@@ -112,46 +119,24 @@ class Lockstep:
                 work.wait()
             agreed = int(before)
             self._pending = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group, async_op=True)
-        self.watchdog.beat()
+        self.beat()
         if agreed >= 2:
             self.stop, self.stopped_by = True, agreed - 2
         self.time_over |= agreed == 1
 
-
-class Watchdog:
-    """Ends the process, with every thread's stack on standard error, when it makes no progress.
-
-    Without it ranks would wait forever for one that is stopped or out of reach, or in a collective
-    that does not match. torchrun then ends the other ranks.
-    """
-
-    def __init__(self, world: World, timeout_s: float) -> None:
-        self.world = world
-        self.timeout_s = self._allowed_s = timeout_s
-        self._deadline = math.inf
-        if world.size > 1:
-            threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
-
     def beat(self, timeout_s: float | None = None) -> None:
-        """Note progress; the next beat is due in ``timeout_s`` (None: as set)."""
-        self._allowed_s = timeout_s or self.timeout_s
-        self._deadline = time.monotonic() + self._allowed_s
-
-    def pause(self) -> None:
-        """Expect nothing until the next beat."""
-        self._deadline = math.inf
+        """Note progress; the next is due in ``timeout_s`` (None: as set)."""
+        self.allowed_s = timeout_s or self.timeout_s
+        self.deadline = time.monotonic() + self.allowed_s
 
     def _watch(self) -> None:
-        while True:
+        while time.monotonic() <= self.deadline:
             time.sleep(min(self.timeout_s / 10, 1.0))
-            late_s = time.monotonic() - self._deadline
-            if late_s > 0:
-                message = (
-                    f"rank {self.world.rank}: no step has ended for {self._allowed_s:g} s "
-                    "(distributed.timeout_s; before the first step distributed.init_timeout_s): "
-                    "this rank hangs, or one that it waits for is stopped or out of reach. Where "
-                    "each thread is:\n"
-                )
-                print(message, file=sys.stderr, flush=True, end="")
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(1)
+        message = (
+            f"rank {self._world.rank}: no step has ended for {self.allowed_s:g} s "
+            "(distributed.timeout_s; before the first step distributed.init_timeout_s): this rank "
+            "hangs, or one that it waits for is stopped or out of reach. Where each thread is:\n"
+        )
+        print(message, file=sys.stderr, flush=True, end="")
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)

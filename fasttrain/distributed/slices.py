@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -66,8 +65,7 @@ def cut(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     from torch.distributed.tensor import DTensor
 
-    local = located[0].of(whole)
-    local = torch.empty_like(local, device=like.device).copy_(local).contiguous()
+    local = located[0].of(whole).to(like.device, copy=True).contiguous()
     spread: Any = like
     where: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
     result: Tensor = DTensor.from_local(local, spread.device_mesh, spread.placements, **where)

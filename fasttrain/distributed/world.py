@@ -79,10 +79,7 @@ class World:
     @property
     def n_copies(self) -> int:
         """How many whole copies of the parameters the ranks hold together."""
-        if self.mode == "hsdp":
-            assert self.mesh is not None
-            return self.mesh.size(0)
-        return self.size if self.mode == "ddp" else 1
+        return self.mesh.size(0) if self.mesh is not None and self.mode != "fsdp" else 1
 
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's own device for the one that the config names."""
@@ -289,14 +286,11 @@ def _fresh_store(world: World, patience: timedelta) -> Store:
         store.add(f"{name}/met", 1)
         return PrefixStore(name, store)
     name = f"fasttrain/{word}"
-    answered: dict[int, bytes] = {}
     deadline = time.monotonic() + patience.total_seconds()
     while store.add(f"{name}/met", 0) < world.size - 1:
         for rank in range(1, world.size):
-            key = f"fasttrain/{rank}"
-            if store.check([key]) and (said := store.get(key)) != answered.get(rank):
-                store.set(f"fasttrain/{said.decode()}", name)
-                answered[rank] = said
+            if store.check([key := f"fasttrain/{rank}"]):
+                store.set(f"fasttrain/{store.get(key).decode()}", name)
         if time.monotonic() > deadline:
             raise dist.DistStoreError("not all of them came")
         time.sleep(0.01)
@@ -349,14 +343,11 @@ def preferred_mode(
     if config.mode != "auto":
         return config.mode, f"distributed.mode = {config.mode}"
     need = DDP_BYTES_PER_PARAMETER * n_parameters
-    memory = _device_memory(device) // (1 if device.type == "cuda" else local_size)
+    if device.type == "cuda":
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
     fit = need <= DDP_PART_OF_MEMORY * memory
     mode, fits = ("ddp", "fit") if fit else ("fsdp", "do not fit")
     gib = f"{need / 2**30:.2f} GiB for parameters, gradients and optimizer state"
     return mode, f"{gib} {fits} beside activations in each rank's {memory / 2**30:.1f} GiB"
-
-
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

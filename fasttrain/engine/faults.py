@@ -10,15 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
-
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.state import Fault, StateGuard
-from fasttrain.engine.step import FINE, Numbers, StepNumbers
+from fasttrain.engine.state import Fault, StateGuard, Tensors
+from fasttrain.engine.step import FINE, StepNumbers
 from fasttrain.log.metrics import NormWatch
 
 # Steps in a row that may be skipped. An fp16 scale halves at each overflow, so that 2^16 is down to
@@ -83,7 +81,7 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(self, loader: Loader, rng: dict[str, Tensor] | None = None) -> Numbers | None:
+    def look(self, loader: Loader, rng: Tensors | None = None) -> list[StepNumbers] | None:
         """Bring the numbers of the steps since the last look to the host, and act on them.
 
         None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
@@ -93,12 +91,11 @@ class Recovery:
         on the resumed run meets the bad steps again.
         """
         with self.guard.opened():
-            numbers = self.train_step.numbers()
+            steps, seconds = self.train_step.numbers(), self.train_step.clock.read()
         names = ("forward_backward", "optimizer", "communication")
-        for name, seconds in zip(names, numbers.seconds, strict=True):
-            self.state.account.add(name, seconds)
-        first_unseen = self.state.step - len(self.unseen) + 1
-        decision = self.judge(first_unseen, self.unseen, numbers.steps)
+        for name, spent_s in zip(names, seconds, strict=True):
+            self.state.account.add(name, spent_s)
+        decision = self.judge(self.state.step - len(self.unseen) + 1, self.unseen, steps)
         self.unseen.clear()
         # What they mean for this run
         if rng is not None and decision.action == "go on":
@@ -107,7 +104,7 @@ class Recovery:
             self.saver.close()  # what is being saved is from before the bad steps
         self._report(decision, loader)  # reads their samples, which may take long
         if decision.action == "go on":
-            return numbers
+            return steps
         if decision.action == "roll back" and rng is not None:
             self.reporter.warn("the steps since the last checkpoint are not saved")
             return None
@@ -115,10 +112,10 @@ class Recovery:
         if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
             self.state.faults.rolled_back(decision.offending)
             self._alike_at = self.state.step  # all have read the same files
-            steps = counted(sum(not f.of_machine for f in decision.offending), "step")
+            blamed = counted(sum(not f.of_machine for f in decision.offending), "step")
             self.reporter.warn(
                 f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
-                f"without the samples of {steps} from step {first} on"
+                f"without the samples of {blamed} from step {first} on"
             )
             return None
         raise FloatingPointError(self.reason(decision, loader))

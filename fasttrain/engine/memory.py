@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +54,6 @@ USABLE = 0.9
 # memory and cache.
 LEAST_GAIN = 1.05
 CPU_ROWS = 64  # no more of them are tried
-MIB = 2**20
 
 # ---- estimated ---------------------------------------------------------------------------------
 
@@ -90,9 +88,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = map(local_tensor, (*self.parameters, *model.buffers(), *given))
         self.known = {id(tensor.untyped_storage()) for tensor in held}
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
-        # When most is held, and when most is held besides gradients: bytes of all but gradients, of
-        # gradients, and of what the loss holds inside, which the first counts too
-        self.peak = self.peak_apart = (0, 0, 0)
+        # When most is held: bytes of all but gradients, of gradients, and of what the loss holds
+        # inside, which the first counts too
+        self.peak = (0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -105,11 +103,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = sum(storage.nbytes() for storage in self.alive.values())
         is_loss = func._schema.name.endswith("::linear_cross_entropy_forward")
         scratch = _loss_scratch(args[0], args[1], plain=self.plain) if is_loss else 0
-        if held + scratch > self.peak_apart[0]:  # else it is neither
+        if held + scratch > self.peak[0] + self.peak[1]:
             gradients = self.gradients()
-            now = (held + scratch - gradients, gradients, scratch)
-            self.peak = max(self.peak, now, key=lambda moment: moment[0] + moment[1])
-            self.peak_apart = max(self.peak_apart, now, key=lambda moment: moment[0])
+            self.peak = (held + scratch - gradients, gradients, scratch)
         return out
 
     def gradients(self) -> int:
@@ -185,7 +181,6 @@ def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[W
 
 def estimate_memory(
     config: TrainConfig,
-    micro_batch: int,
     *,
     device: torch.device,
     precision: Precision,
@@ -194,34 +189,32 @@ def estimate_memory(
 ) -> StepMemory:
     """Estimate the memory of a training step of eager execution; nothing is allocated.
 
-    The step of ``config``, whose vocabulary is set, is shared by ``n_ranks`` in ``mode``: single,
-    ddp, fsdp or hsdp; the last two are refused in a process that has a process group. ``device``
-    decides which attention runs and how the loss is split.
+    The step of ``config``, whose vocabulary and micro-batch are set, is shared by ``n_ranks`` in
+    ``mode``: single, ddp, fsdp or hsdp; the last two are refused in a process that has a process
+    group. ``device`` decides which attention runs and how the loss is split.
     """
-    rows, seq_len = micro_batch, config.data.seq_len
-    step = step_shape(replace(config.train, micro_batch=rows), seq_len, n_ranks)
-    run = partial(_trace, config, rows, min(step.n_micro, 2))
-    trace = run(precision)
+    rows, n_micro, *_ = step_shape(config.train, seq_len := config.data.seq_len, n_ranks)
+    # DDP's buckets hold all gradients from the first step on, as a second micro-batch finds them.
+    n_alone = min(n_micro, 2) if mode == "single" else 2
+    trace = _trace(config, rows, n_alone, precision)
     parameters, all_gradients, state, scratch = trace.sizes(config.optim, precision, 1)
     # Batches: of ids as stored those prefetched on the host, as int64 those of one whole step.
     buffers = sum(b.nbytes for b in trace.model.buffers())
-    buffers += 16 * max(step.samples // n_ranks, rows) * seq_len
+    buffers += 16 * rows * n_micro * seq_len
     if device.type == "cpu":
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak
-    if mode != "single":  # DDP's buckets hold all gradients from the first step on
-        (others, _, logits), gradients = trace.peak_apart, all_gradients
     activations = others - logits
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         precision = replace(precision, device_type="cpu")
-        alone = run(precision)
+        alone = _trace(config, rows, n_alone, precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
-            trace = run(precision, world)
+            trace = _trace(config, rows, min(n_micro, 2), precision, world)
             held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
         others, gradients, _ = trace.peak
-        gathered = max(0, others - alone.peak_apart[0])
+        gathered = max(0, others - alone.peak[0])
     if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
         gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
@@ -343,7 +336,7 @@ def best_micro_batch(
 
     def fits(size: int) -> bool:
         sized = replace(config, train=replace(loop, micro_batch=size))
-        return estimate_memory(sized, size, device=device, precision=precision).total <= free
+        return estimate_memory(sized, device=device, precision=precision).total <= free
 
     best, speed = None, 0.0
     if device.type == "cuda":
@@ -368,7 +361,7 @@ def best_micro_batch(
     if best is None:
         raise UserError(
             f'train.micro_batch = "auto": one row of data.seq_len = {seq_len} needs '
-            f"more than the {free / MIB:,.0f} MiB that may be used on {device}; shrink the model "
+            f"more than the {free / 2**20:,.0f} MiB that may be used on {device}; shrink the model "
             "or the sequence, or use a larger device"
         )
     found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"

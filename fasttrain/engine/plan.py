@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
@@ -35,16 +33,9 @@ class RunPlan:
 
 
 def plan_run(
-    config: TrainConfig, train: TokenDataset | None, n_ranks: int, model: Transformer | None = None
+    config: TrainConfig, train: TokenDataset | None, n_ranks: int, model: Transformer
 ) -> RunPlan:
-    """Return the size of a run of ``n_ranks`` processes.
-
-    ``train`` is None where it is missing; ``model`` is the run's own where there is one: to make
-    one on the meta device imports torch's reference operations, which may take a second.
-    """
-    if model is None:
-        with torch.device("meta"):
-            model = Transformer(config.model, seq_len=config.data.seq_len)
+    """Return the size of a run of ``n_ranks`` processes; ``train`` is None where it is missing."""
     loop, data = config.train, config.data
     shape = step_shape(loop, data.seq_len, n_ranks)
     order = None if train is None else Plan(train, LoaderOptions.of(config))

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,46 +11,43 @@ from fasttrain.checkpoint import Mirror
 from fasttrain.command import redact
 from fasttrain.config import TrainConfig
 from fasttrain.engine.state import RunState
-from fasttrain.engine.step import Numbers, TrainStep
+from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log import metrics
 from fasttrain.log.console import Console
 from fasttrain.log.sinks import LogFile, Sinks
 from fasttrain.model.transformer import Transformer
 
 
+@dataclass
 class Reporter:
     """Writes the log of one run; the first rank alone writes files."""
 
-    def __init__(
-        self,
-        state: RunState,
-        train_step: TrainStep,
-        config: TrainConfig,
-        samples_per_epoch: int,
-        run_dir: Path,
-        console: Console | None,
-        mirror: Mirror | None,
-        made_by: dict[str, Any] | None,
-    ) -> None:
-        self.state, self.console, self.mirror = state, console, mirror
-        self.samples_per_epoch = samples_per_epoch
-        self.train_step, self.config = train_step, config
-        self.device = train_step.loss.device
-        self.run_dir = run_dir if train_step.world.leads else None
-        self.sinks = Sinks(config, self.run_dir, made_by) if self.run_dir is not None else None
-        self.flops_per_token = cast(Transformer, train_step.model).flops_per_token()
-        self.peak_flops = metrics.peak_flops(self.device, train_step.precision.name)
+    state: RunState
+    train_step: TrainStep
+    config: TrainConfig
+    samples_per_epoch: int
+    run_dir: Path
+    console: Console | None
+    mirror: Mirror | None
+    made_by: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        step = self.train_step
+        self.sinks = Sinks(self.config, self.run_dir, self.made_by) if step.world.leads else None
+        self.flops_per_token = cast(Transformer, step.model).flops_per_token()
+        self.device = step.loss.device
+        self.peak_flops = metrics.peak_flops(self.device, step.precision.name)
         self._session_has_line = False
 
-    def train(self, numbers: Numbers, *, stopped: bool) -> None:
-        """Write a line for the step just done, with the numbers of the steps since the last line.
+    def train(self, step: StepNumbers, *, stopped: bool) -> None:
+        """Write a line for the step just done.
 
         ``stopped``: there is a line only because the run stops here. Its loss is not averaged, and
         a resumed run drops it: both are as if it had not stopped.
         """
-        state, loss = self.state, numbers.steps[-1].loss
+        state = self.state
         if not stopped:
-            state.loss_ema = metrics.smoothed(state.loss_ema, loss)
+            state.loss_ema = metrics.smoothed(state.loss_ema, step.loss)
         per_step, state.fresh_tokens = state.fresh_tokens / max(state.account.n_steps, 1), 0
         times = state.account.line(state.step)
         tokens_per_s = 1000 * per_step / max(times["step_ms"] or 0.0, 1e-6)
@@ -61,10 +59,10 @@ class Reporter:
             "left_s": left_s,
             "tokens": state.tokens,
             "epoch": state.position / self.samples_per_epoch,
-            "loss": loss,
+            "loss": step.loss,
             "loss_ema": state.loss_ema,
             "lr": state.lr,
-            "grad_norm": numbers.steps[-1].norm,
+            "grad_norm": step.norm,
             "tokens_per_s": tokens_per_s,
             **times,
             "mfu": metrics.mfu(of_one, self.flops_per_token, self.peak_flops),
@@ -74,7 +72,7 @@ class Reporter:
             "rollbacks": state.faults.rollbacks,
         }
         if self.train_step.precision.scaled:
-            row["grad_scale"] = numbers.grad_scale
+            row["grad_scale"] = step.grad_scale
         if self.mirror:
             row["failed_copies"] = self.mirror.failures
         if stopped:
@@ -104,14 +102,14 @@ class Reporter:
         """Write a prompt and how the model continued it."""
         if self.console:
             self.console.sample(self.state.step, prompt, text)
-        if self.run_dir is not None:
+        if self.sinks:
             file = LogFile(self.run_dir / "samples.txt")
             file.write(redact(f"--- step {self.state.step}\n{prompt}{text}\n"))
             file.close()
 
     def drop_after(self, step: int) -> None:
         """Remove the rows and samples of steps after ``step``, from which the run continues."""
-        if self.run_dir is None or self.sinks is None:
+        if not self.sinks:
             return
         self.sinks.drop_after(step)
 

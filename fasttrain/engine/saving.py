@@ -7,25 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
-from fasttrain.distributed.lockstep import Watchdog, differing_step
+from fasttrain.distributed.lockstep import Lockstep, differing_step
 from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
-from fasttrain.engine.state import restore_rng, rng_state
+from fasttrain.engine.state import Tensors, restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 
 
-def collect(
-    train_step: TrainStep, rank: int = 0, rng: Mapping[str, Tensor] | None = None
-) -> dict[str, dict[str, Tensor]]:
+def collect(train_step: TrainStep, rank: int = 0, rng: Tensors | None = None) -> dict[str, Tensors]:
     """Return all tensors that a run needs to continue, by group, not copied.
 
     ``rng``: random states in place of the present ones, which each rank saves under its own names.
@@ -77,10 +74,10 @@ class Saver:
     """Saves and restores one run."""
 
     def __init__(
-        self, reporter: Reporter, watchdog: Watchdog, run_dir: Path, recorded: Mapping[str, Any]
+        self, reporter: Reporter, lockstep: Lockstep, run_dir: Path, recorded: Mapping[str, Any]
     ) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
-        self.reporter, self.watchdog, self.recorded = reporter, watchdog, recorded
+        self.reporter, self.lockstep, self.recorded = reporter, lockstep, recorded
         self.config = config = reporter.config
         self.world, self.mirror = world, mirror = reporter.train_step.world, reporter.mirror
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
@@ -113,10 +110,10 @@ class Saver:
             self._failed_at = self.state.step
 
     def _expect_to_wait(self) -> None:
-        """Have the watchdog outlast the writer, which says more of what went wrong."""
-        self.watchdog.beat(self.patience_s + self.config.distributed.timeout_s)
+        """Have the lockstep outlast the writer, which says more of what went wrong."""
+        self.lockstep.beat(self.patience_s + self.config.distributed.timeout_s)
 
-    def save_now(self, rng: dict[str, Tensor]) -> None:
+    def save_now(self, rng: Tensors) -> None:
         """Save this step with these random states; return when it is committed."""
         self._expect_to_wait()
         # The step that was given up computes on: a thread that gives way to it would take long.
@@ -153,7 +150,7 @@ class Saver:
             self.reporter.warn(f"{error} (training goes on)")
             return True
 
-    def save(self, rng: dict[str, Tensor] | None = None) -> Path:
+    def save(self, rng: Tensors | None = None) -> Path:
         """Save all that the run needs to continue; complete after ``writer.wait()``."""
         state, self.saved_at = self.state, None
         groups = collect(self.train_step, self.world.rank, rng)
@@ -183,15 +180,11 @@ class Saver:
         self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
         for name in self.world.share([path.name for path in self.kept(before)]):
-            checkpoint, problem = None, None
             try:
-                checkpoint = load(self.writer.folder / name)
-            except CheckpointError as error:
-                problem = str(error)
-            # One rank's disk may fail it: all go back to the same step.
-            problems = [p for p in self.world.gather(problem) if p is not None]
-            if checkpoint is None or problems:
-                self.reporter.warn(f"passing over a damaged checkpoint: {problems[0]}")
+                with self.world.failing_together():  # all go back to the same step
+                    checkpoint = load(self.writer.folder / name)
+            except UserError as error:
+                self.reporter.warn(f"passing over a damaged checkpoint: {error}")
                 continue
             self._restore(checkpoint)
             self.saved_at = None  # where the run stops here, its rollback is to be remembered

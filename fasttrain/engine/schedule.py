@@ -38,11 +38,6 @@ def lr_at(
     2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
     (arXiv:2405.18392).
     """
-    if step < 0 or total_steps < 1:
-        raise ValueError(
-            f"lr_at: step must be ≥ 0 and total_steps ≥ 1, got {step} and {total_steps};"
-            " count steps from 0"
-        )
     warmup_steps = schedule.warmup_steps
     if step < warmup_steps:
         return lr * ((step + 1) / warmup_steps)
@@ -54,12 +49,7 @@ def lr_at(
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
     if schedule.name == "plateau":
         return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
-    if schedule.name == "cosine_restarts":
-        cycle_steps = schedule.cycle_steps or a_third
-        done = (step - warmup_steps) % cycle_steps / cycle_steps
-        falling = 0.5 * (1.0 - math.cos(math.pi * done))
-        return lr * (1.0 - falling) + schedule.min_lr * falling
-    if schedule.name not in ("cosine", "linear", "wsd"):
+    if schedule.name not in ("cosine", "cosine_restarts", "linear", "wsd"):
         refuse("schedule.name", schedule.name, "is not implemented; add it to engine/schedule.py")
     start = warmup_steps
     if schedule.name == "wsd":
@@ -70,7 +60,10 @@ def lr_at(
     if step <= start:
         return lr
     progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
-    if schedule.name == "cosine":
+    if schedule.name == "cosine_restarts":
+        cycle_steps = schedule.cycle_steps or a_third
+        progress = (step - start) % cycle_steps / cycle_steps
+    if schedule.name.startswith("cosine"):
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     # Weighting both ends, rather than adding a difference to one, makes both exact.
     return lr * (1.0 - progress) + schedule.min_lr * progress

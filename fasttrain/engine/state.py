@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttrain.log.timing import TimeAccount
 
+Tensors = dict[str, Tensor]  # by name
 # How a fault is described whose step had other results when it was run again.
 _RECHECKED = {
     "transient": "transient error: run again it came out otherwise, a third time as one of the two",
@@ -152,7 +153,7 @@ class RunState:
         return min(self.step / self.total_steps, 1.0), left
 
 
-def rng_state(device: torch.device) -> dict[str, Tensor]:
+def rng_state(device: torch.device) -> Tensors:
     """Return the states of torch's random generators, by the name in the checkpoint."""
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -175,10 +176,10 @@ class StateGuard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rng: dict[str, Tensor] = {}  # at the beginning of what is being computed
+        self.rng: Tensors = {}  # at the beginning of what is being computed
         self.is_open = False  # whether the training thread only computes now
         self._device = device
-        self._begun: deque[tuple[Any, tuple[int, ...], dict[str, Tensor]]] = deque()
+        self._begun: deque[tuple[Any, tuple[int, ...], Tensors]] = deque()
         self._lock = threading.Lock()
         self._training = False
 

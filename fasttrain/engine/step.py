@@ -166,9 +166,7 @@ class Ema:
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Restore the average; of a run that had none it begins at the present parameters."""
-        if self.decay is None:
-            return
-        if saved and saved.keys() != self.averages.keys():
+        if self.averages and saved and saved.keys() != self.averages.keys():
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
         sources = saved or self._sources
         with torch.no_grad():
@@ -177,19 +175,12 @@ class Ema:
 
 
 class StepNumbers(NamedTuple):
-    """A step as the host sees it: mean loss, gradient norm before clipping, verdict."""
+    """A step as the host sees it: mean loss, gradient norm before clipping, verdict, fp16 scale."""
 
     loss: float
     norm: float
     verdict: int
-
-
-class Numbers(NamedTuple):
-    """What `TrainStep.numbers` brings to the host of the steps since it was last asked."""
-
-    steps: list[StepNumbers]
-    grad_scale: float
-    seconds: list[float]  # of forward and backward, optimizer, communication
+    grad_scale: float = 1.0  # of the next step
 
 
 class TrainStep:
@@ -271,8 +262,8 @@ class TrainStep:
             self.network = self.loss_fn = ddp
         # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
         self.loss, self.norm, self.verdict = torch.zeros(3, device=device)
-        # Loss, norm and verdict of the steps since `numbers` was called, up to its last column
-        self.history = torch.zeros(3, config.log.every_steps, device=device)
+        # The `StepNumbers` of the steps since `numbers` was called, up to its last row
+        self.history = torch.zeros(config.log.every_steps, 4, device=device)
         self.n_unread = 0
         # What the gradients are multiples of: the number of targets that their loss sums over, or
         # in fp16, which has no exponents for that, `grad_scale`
@@ -304,22 +295,18 @@ class TrainStep:
         time tells what happens once from what happens each time. Waits for the device.
         """
         self.clock.mark(0)
-        rng, seen = rng_state(self.loss.device), list[list[int]]()
-        for most in (2, 3):
-            while len(seen) < most:
-                if seen:
-                    restore_rng(rng, self.loss.device)
-                    self._drop_gradients()
-                loss, grads = self._backward(batches)
-                measured = self._measure(loss, grads)
-                bits = [checksum([tensor]) for tensor in measured] + [checksum(grads)]
-                seen.append(torch.stack(bits).tolist())
-            found = FINE if seen[0] == seen[1] else PERSISTENT
-            if most == 3:
-                found = TRANSIENT if seen[2] in seen[:2] else PERSISTENT
-            found = max(self.world.gather(found))
-            if found == FINE:
-                break
+        rng, seen, found = rng_state(self.loss.device), list[list[int]](), PERSISTENT
+        while len(seen) < 2 or (len(seen) == 2 and found != FINE):
+            if seen:
+                restore_rng(rng, self.loss.device)
+                self._drop_gradients()
+            loss, grads = self._backward(batches)
+            measured = self._measure(loss, grads)
+            bits = torch.stack([*(checksum([t]) for t in measured), checksum(grads)]).tolist()
+            if seen:
+                alike = FINE if len(seen) == 1 else TRANSIENT
+                found = max(self.world.gather(alike if bits in seen else PERSISTENT))
+            seen.append(bits)
         self.clock.mark(1)
         self._finish(*measured, grads, lr, found)
 
@@ -367,17 +354,24 @@ class TrainStep:
             for grad in grads:
                 local_tensor(grad).clamp_(-limit, limit)
         for optimizer in self.optimizers:
+            step: Any = optimizer.step
             if lr is not None:
                 set_lr(optimizer, lr)
-            self._update(optimizer, clip, bad)
+            if getattr(optimizer, "reads_clip_on_device", False):
+                step(clip_coefficient=clip, found_inf=bad)
+            elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
+                found_grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+                if mine := [local_tensor(g) for g in found_grads if g is not None]:
+                    torch._foreach_mul_(mine, clip)
+                step()
             self._drop_gradients(optimizer)
         self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict >= SPIKE, 0.0, bad)
             torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
-        column = min(self.n_unread, self.history.shape[1] - 1)
-        self.history[:, column] = torch.stack([self.loss, self.norm, verdict])
-        self.n_unread = column + 1
+        row = min(self.n_unread, len(self.history) - 1)
+        self.history[row] = torch.stack([self.loss, self.norm, verdict, self.grad_scale])
+        self.n_unread = row + 1
         self.clock.mark(2)
 
     def _drop_gradients(self, *of: torch.optim.Optimizer) -> None:
@@ -415,24 +409,11 @@ class TrainStep:
             verdict = torch.where(spike, float(SPIKE), verdict)
         return verdict
 
-    def _update(self, optimizer: torch.optim.Optimizer, clip: Tensor, bad: Tensor) -> None:
-        step: Any = optimizer.step
-        if getattr(optimizer, "reads_clip_on_device", False):
-            step(clip_coefficient=clip, found_inf=bad)
-        elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            if grads := [local_tensor(g) for g in grads if g is not None]:
-                torch._foreach_mul_(grads, clip)
-            step()
-
-    def numbers(self) -> Numbers:
+    def numbers(self) -> list[StepNumbers]:
         """Bring the numbers of the steps since the last call to the host: one sync."""
-        n = self.n_unread
-        flat = torch.cat([self.history[:, :n].flatten(), self.grad_scale[None]]).tolist()
+        rows = self.history[: self.n_unread].tolist()
         self.n_unread = 0  # not before: while this thread waits, another may ask
-        rows = (flat[i * n : (i + 1) * n] for i in range(3))
-        steps = [StepNumbers(loss, norm, int(v)) for loss, norm, v in zip(*rows, strict=True)]
-        return Numbers(steps, flat[-1], self.clock.read())
+        return [StepNumbers(loss, norm, int(verdict), scale) for loss, norm, verdict, scale in rows]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs."""

@@ -29,7 +29,7 @@ from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps, step_shape
 from fasttrain.engine.state import RunState, StateGuard, restore_rng
-from fasttrain.engine.step import Numbers, TrainStep
+from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
 from fasttrain.model.runtime import compile_cache_use
@@ -93,7 +93,7 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, mirror, made_by)
-        self.saver = Saver(self.reporter, self.lockstep.watchdog, run_dir, recorded)
+        self.saver = Saver(self.reporter, self.lockstep, run_dir, recorded)
         self.recovery = Recovery(self.saver, self.guard, run_dir)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
@@ -105,8 +105,18 @@ class Trainer:
 
         Raises FloatingPointError if a step is bad, and the run may neither skip it nor go back.
         """
+        # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
+        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         with self.guard.training():
-            return self._train()
+            try:
+                return self._train()
+            finally:
+                self.lockstep.deadline = math.inf  # nothing is due any more
+                gc.unfreeze()
+                gc.enable()
 
     def request_stop(self, at_step: int = 0) -> None:
         """Make the loop end with a checkpoint after ``at_step``, or after the step under way."""
@@ -131,67 +141,57 @@ class Trainer:
     def _train(self) -> Outcome:
         state, config, started_s = self.state, self.config, time.perf_counter()
         self.model.train()
-        # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
-        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        try:
-            # An evaluation that the end of the last session cut off
-            if state.eval_due:
-                self.saver.saved_at = None
-                self._after_step(self._finished())
-                self.saver.save_once()  # or the next session would make up for it once more
-            self.lockstep.watchdog.beat(config.distributed.init_timeout_s)
-            check_every = config.distributed.check_every_steps
-            if check_every:
-                self.recovery.check_copies()
-            while not self._finished():
-                if state.step >= self.stop_at:
-                    if self._look() is None:
-                        continue
-                    if self.stop_reason and self.console:
-                        self.console.note(f"{self.stop_reason}: ending with a checkpoint")
-                    self.saver.save_once()
-                    return "stopped"
-                # One step
-                try:
-                    log = self._step()
-                except Exception as error:
-                    # What ends this run may have ended the compiler as well, or another rank.
-                    ended = state.first_step_s is None or self.world.size == 1
-                    if not (ended and self.stop_reason and self.guard.is_open):
-                        raise
-                    self.guard.close()
-                    restore_rng(self.guard.rng, self.device)
-                    self.request_stop()
-                    self.reporter.warn(f"the step under way was given up: {error}")
+        # An evaluation that the end of the last session cut off
+        if state.eval_due:
+            self.saver.saved_at = None
+            self._after_step(self._finished())
+            self.saver.save_once()  # or the next session would make up for it once more
+        self.lockstep.beat(config.distributed.init_timeout_s)
+        check_every = config.distributed.check_every_steps
+        if check_every:
+            self.recovery.check_copies()
+        while not self._finished():
+            if state.step >= self.stop_at:
+                if self._look() is None:
                     continue
-                if state.first_step_s is None:
-                    self._synchronize()
-                    steady(config.distributed, self.world)
-                    state.first_step_s = time.perf_counter() - started_s
-                    if self.console and (cache := compile_cache_use()):
-                        took = f"first step after {state.first_step_s:.1f} s"
-                        self.console.note(f"{took} (compile cache {cache})")
-                self._decide_together()
-                # Its verdict, before anything is saved; its line of the log
-                last = self._finished()
-                log, stopping = log or last, state.step >= self.stop_at
-                saves = state.due(config.checkpoint.every_steps)
-                if log or stopping or saves or state.due(config.eval.every_steps):
-                    if (numbers := self._look()) is None:
-                        continue
-                    if log or stopping:
-                        self.reporter.train(numbers, stopped=not log)
-                if check_every and (stopping or last or state.due(check_every)):
-                    self.recovery.check_copies()
-                self._after_step(last)
-            self.saver.save_once()
-        finally:
-            self.lockstep.watchdog.pause()
-            gc.unfreeze()
-            gc.enable()
+                if self.stop_reason and self.console:
+                    self.console.note(f"{self.stop_reason}: ending with a checkpoint")
+                self.saver.save_once()
+                return "stopped"
+            # One step
+            try:
+                log = self._step()
+            except Exception as error:
+                # What ends this run may have ended the compiler as well, or another rank.
+                ended = state.first_step_s is None or self.world.size == 1
+                if not (ended and self.stop_reason and self.guard.is_open):
+                    raise
+                self.guard.close()
+                restore_rng(self.guard.rng, self.device)
+                self.request_stop()
+                self.reporter.warn(f"the step under way was given up: {error}")
+                continue
+            if state.first_step_s is None:
+                self._synchronize()
+                steady(config.distributed, self.world)
+                state.first_step_s = time.perf_counter() - started_s
+                if self.console and (cache := compile_cache_use()):
+                    took = f"first step after {state.first_step_s:.1f} s"
+                    self.console.note(f"{took} (compile cache {cache})")
+            self._decide_together()
+            # Its verdict, before anything is saved; its line of the log
+            last = self._finished()
+            log, stopping = log or last, state.step >= self.stop_at
+            saves = state.due(config.checkpoint.every_steps)
+            if log or stopping or saves or state.due(config.eval.every_steps):
+                if (steps := self._look()) is None:
+                    continue
+                if log or stopping:
+                    self.reporter.train(steps[-1], stopped=not log)
+            if check_every and (stopping or last or state.due(check_every)):
+                self.recovery.check_copies()
+            self._after_step(last)
+        self.saver.save_once()
         return "stopped" if state.eval_due else "done"
 
     def _synchronize(self) -> None:
@@ -232,12 +232,12 @@ class Trainer:
         state.account.add_step(elapsed, wait_s)
         return log
 
-    def _look(self) -> Numbers | None:
+    def _look(self) -> list[StepNumbers] | None:
         """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
-        numbers = self.recovery.look(self.train_loader)
-        if numbers is None:
+        steps = self.recovery.look(self.train_loader)
+        if steps is None:
             self._move()
-        return numbers
+        return steps
 
     def _move(self) -> None:
         """Put position and loader at the next sample that is trained on."""
@@ -271,7 +271,7 @@ class Trainer:
             self._evaluate(last=last)
         if state.due(config.checkpoint.every_steps) or last or state.best_val_loss < best:
             self.saver.save_once()
-        self.lockstep.watchdog.beat()
+        self.lockstep.beat()
         every = config.eval.sample_every_steps
         if self.sampler and (state.due(every) or last) and not state.eval_due:
             opened, measured = self.guard.opened(), state.account.measure("sample")
@@ -279,7 +279,7 @@ class Trainer:
             with in_use, opened, measured, used:  # the model continues the next of the prompts
                 prompt, text = self.sampler(self.model, state.step // every if every else 0)
             self.reporter.sample(prompt, text)
-            self.lockstep.watchdog.beat()
+            self.lockstep.beat()
 
     def _evaluate(self, *, last: bool) -> None:
         """Evaluate on the validation split and log it (see `evaluation.evaluate`).

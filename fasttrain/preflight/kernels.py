@@ -83,22 +83,6 @@ def _median_ms(run: Callable[[], object], budget_s: float = 0.5) -> float:
     return 1000 * float(timer.blocked_autorange(min_run_time=budget_s).median)
 
 
-def _check(name: str, op: Op, dtype: torch.dtype, *, compiled: bool) -> OpReport:
-    truth = results(op.reference, op, torch.float64)
-    error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
-    del truth
-    tolerance = 2 * plain + (1e-5 if dtype == torch.float32 else 1e-3)
-    runs: dict[str, Callable[[], object]] = {}
-    if name == "adamw":  # whole steps
-        runs = {"ours": _step(FusedAdamW, op), "torch": _step(torch.optim.AdamW, op)}
-    else:
-        paths = {"ours": op.ours, "torch": op.reference}
-        if compiled:
-            paths["compiled"] = torch.compile(op.reference, dynamic=False)
-        runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
-    return OpReport(name, error, tolerance, {path: _median_ms(run) for path, run in runs.items()})
-
-
 def _step(kind: Callable[..., torch.optim.Optimizer], op: Op) -> Callable[[], object]:
     """Return a step of AdamW on 4 M parameters."""
     shapes = [(1024, 1024)] * 4 + [(1024,)] * 8
@@ -113,9 +97,22 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
 
     ``compiled``: also time what torch.compile makes of it, which takes some seconds each.
     """
-    dtype = resolve_precision("auto", device).compute
-    for name, op in _ops(device, dtype):
-        yield _check(name, op, torch.float32 if name == "adamw" else dtype, compiled=compiled)
+    auto = resolve_precision("auto", device).compute
+    for name, op in _ops(device, auto):
+        dtype = torch.float32 if name == "adamw" else auto
+        truth = results(op.reference, op, torch.float64)
+        error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
+        del truth
+        runs: dict[str, Callable[[], object]] = {}
+        if name == "adamw":  # whole steps
+            runs = {"ours": _step(FusedAdamW, op), "torch": _step(torch.optim.AdamW, op)}
+        else:
+            paths = {"ours": op.ours, "torch": op.reference}
+            if compiled:
+                paths["compiled"] = torch.compile(op.reference, dynamic=False)
+            runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
+        tolerance = 2 * plain + (1e-5 if dtype == torch.float32 else 1e-3)
+        yield OpReport(name, error, tolerance, {path: _median_ms(f) for path, f in runs.items()})
 
 
 def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -3,7 +3,8 @@
 Where the data are missing, a line says how to get them, and the rest is shown.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from fasttrain.command import usable_cores
 from fasttrain.config import TrainConfig
+from fasttrain.config.keys import counted
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.files import cache_folder
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
@@ -21,20 +24,23 @@ from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import plan_run, warnings_at_start
+from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
 from fasttrain.engine.schedule import lr_at, step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import keep_compiled, resolve_compile
 from fasttrain.model.transformer import Transformer
-from fasttrain.preflight.warnings import warnings_of
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
 FP32 = 4
 BACKWARD_SHARE = 2 / 3  # of a step without accumulation
-Traffic = dict[str, float]  # bytes that a rank sends in a step, by kind
+# Hoffmann et al. 2022 (arXiv:2203.15556): about 20 tokens a parameter are best for the compute
+# spent. Muennighoff et al. 2023 (arXiv:2305.16264): up to 4 epochs are almost as good as new text.
+# A first run of base.toml, of some minutes, has 2.6 tokens a parameter and needs no warning.
+BEST_TOKENS, FEW_TOKENS, MANY_EPOCHS = 20.0, 2.5, 4.0
+LONG_RUN_S = 3600.0
 
 
 def _size(n: float) -> str:
@@ -73,7 +79,9 @@ def preflight(
     config = replace(config, train=replace(loop, micro_batch=rows))
     share = replace(config.train, tokens_per_step=rows * n_micro * seq_len)
     alone = replace(config, train=share)  # what one rank does
-    plan = plan_run(config, train, n_ranks)
+    with torch.device("meta"):
+        model = Transformer(config.model, seq_len=seq_len)
+    plan = plan_run(config, train, n_ranks, model)
     tell("data", *missing)
     for label, text in describe(config, plan, train, val).items():
         tell(label, text)
@@ -86,11 +94,10 @@ def preflight(
         tell("ranks", f"{n_ranks}, {mode}: {why}")
         if mode == "hsdp" and config.distributed.shard_ranks is None:
             config = replace(config, distributed=replace(config.distributed, shard_ranks=local))
-    estimate = partial(estimate_memory, micro_batch=rows, device=device, precision=precision)
+    estimate = partial(estimate_memory, device=device, precision=precision)
     memory = estimate(config, n_ranks=n_ranks, mode=mode)
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
-    compiles = resolve_compile(config, device)
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
         runs = estimate(alone).total <= free
@@ -112,8 +119,6 @@ def preflight(
 
     # Communication and speed.
     if n_ranks > 1:
-        with torch.device("meta"):
-            model = Transformer(config.model, seq_len=seq_len)
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
         sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
@@ -127,16 +132,15 @@ def preflight(
         mfu = "n/a" if used is None else f"{used:.1%}"
         on_all = " on all" if n_ranks > 1 else ""
         speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
-        first = f"compile {compiles}, first step {probed.first_s:.1f} s"
+        first = f"compile {resolve_compile(config, device)}, first step {probed.first_s:.1f} s"
         tell("speed", f"{speed} a step, MFU {mfu} ({first})")
         if plan.steps is not None:
             seconds = plan.steps * probed.step_s
             tell("time", f"{format_duration(seconds)} of steps, without evaluation and saves")
 
     # Warnings.
-    where: dict[str, Any] = {"device": device, "dtype": precision.name}
-    tell("warning", *warnings_at_start(config, train, val, n_ranks))
-    tell("warning", *warnings_of(config, plan, train, seconds=seconds, **where))
+    hurts = warnings_of(config, plan, train, device=device, dtype=precision.name, seconds=seconds)
+    tell("warning", *warnings_at_start(config, train, val, n_ranks), *hurts)
     if not fits:
         remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
         remedy += ', or set it to "auto"'
@@ -144,14 +148,73 @@ def preflight(
     return fits
 
 
+def warnings_of(
+    config: TrainConfig,
+    plan: RunPlan,
+    train: TokenDataset | None,
+    *,
+    device: torch.device,
+    dtype: str,
+    seconds: float | None = None,
+) -> Iterator[str]:
+    """Yield what will hurt the run, each with the remedy.
+
+    ``config`` has its vocabulary set; ``dtype`` is a name of `fasttrain.device.Precision`;
+    ``seconds`` is how long the run will take, where that is known.
+    """
+    model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
+    assert model.vocab_size is not None
+    cuda, head_dim = device.type == "cuda", model.head_dim or model.dim // model.n_heads
+    window, epochs = model.sliding_window_tokens, plan.epochs or 0.0
+    # What is not known is no reason to warn.
+    share = math.inf if plan.tokens is None else plan.tokens / plan.matmul_parameters
+    steps, run = math.inf if plan.steps is None else plan.steps, counted(plan.steps or 0, "step")
+    mean = math.inf if train is None else train.n_tokens / (train.n_documents or 1)
+    every = {s: getattr(config, s).every_steps or 0 for s in ("eval", "checkpoint", "log")}
+    for wrong, said in (
+        (model.vocab_size % 64,
+         f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head on "
+         f"tensor cores; set {-(-model.vocab_size // 64) * 64}"),
+        (cuda and (model.dim % 64 or head_dim % 8),
+         f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
+         "want multiples of 64 and of 8"),
+        (cuda and dtype == "fp32",
+         "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"),
+        (share < FEW_TOKENS,
+         f"{share:.2g} tokens for each parameter in matrix products, and about {BEST_TOKENS:.0f} "
+         "make the best of the compute: a smaller model will end better, or train for longer"),
+        (epochs > MANY_EPOCHS,
+         f"{epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and less; add "
+         "text, or watch the validation loss"),
+        (warmup >= steps,
+         f"schedule.warmup_steps = {warmup} is longer than the run of {run}: the peak learning "
+         "rate is never reached; lower it"),
+        (0.2 * steps < warmup < steps,
+         f"schedule.warmup_steps = {warmup} is more than a fifth of the {run}"),
+        *((n > steps, f"{s}.every_steps = {n} is longer than the run of {run}: only at its end")
+          for s, n in every.items()),
+        (config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S,
+         "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
+         "worth of steps"),
+        (mean < seq_len / 2 and config.data.attention_across_documents,
+         f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on average: "
+         "most of what is attended to is another text; shorten it, or set "
+         "data.attention_across_documents=false"),
+        (window is not None and window >= seq_len,
+         f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"),
+    ):  # fmt: skip
+        if wrong:
+            yield said
+
+
 def diagnose_run(config: TrainConfig) -> bool:
     """Run the checklist on the first batch of a run; return whether no line fails."""
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     config, train, _ = open_splits(config, print)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
+    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1, model)
     optimizers = build_optimizers(model, config.optim, precision.compute)
     # The highest rate of the run: a warmup may begin close to zero.
     total, schedule = plan.steps or 10**12, config.schedule
@@ -170,8 +233,8 @@ def diagnose_run(config: TrainConfig) -> bool:
 
 def traffic(
     config: TrainConfig, model: Transformer, *, mode: str, n_ranks: int, n_micro: int, width: int
-) -> Traffic:
-    """Return the bytes that one of ``n_ranks`` sends in a step of ``n_micro`` micro-batches.
+) -> dict[str, float]:
+    """Return by kind the bytes that a rank sends in a step of ``n_micro`` micro-batches.
 
     They are those of ring algorithms over N ranks, the fewest possible: a reduce-scatter and an
     all-gather of S bytes send S·(N − 1)/N each, an all-reduce is one after the other. DDP
@@ -208,7 +271,7 @@ def traffic(
 
 
 def scaling_lines(
-    sent: Traffic, step_s: float | None, *, mode: str, n_micro: int, gbps: float | None
+    sent: Mapping[str, float], step_s: float | None, *, mode: str, n_micro: int, gbps: float | None
 ) -> Iterator[str]:
     """Yield lines that tell what sending costs a step that takes ``step_s`` without it.
 

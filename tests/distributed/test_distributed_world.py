@@ -94,7 +94,7 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_does_not_fit_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *_, **__: None)
-    monkeypatch.setattr(distributed, "_device_memory", lambda _: 2**30)
+    monkeypatch.setattr("os.sysconf", lambda _: 2**15)
     world = World(size=8, local_size=4, mode="auto")
     for n_parameters, mode, words in ((2**20, "ddp", "fit beside"), (2**30, "fsdp", "do not fit")):
         chosen = choose_mode(DistributedConfig(), world, n_parameters, CPU)
@@ -187,7 +187,7 @@ def test_R30_the_ranks_that_drifted_are_those_unlike_most() -> None:
         ("hsdp", [0, 5, 0, 5, 0, 5], []),  # two shards of three copies
         ("hsdp", [0, 5, 0, 6, 1, 5], [3, 4]),
     ):
-        mesh: Any = torch.zeros(3, 2) if mode == "hsdp" else None
+        mesh: Any = torch.zeros((3, 2) if mode == "hsdp" else len(others))
         world = Ranks(mode=mode, size=len(others), mesh=mesh)
         assert world.drifted(parameters) == odd
 

@@ -98,7 +98,7 @@ def test_memory_of_a_rank_is_within_a_tenth_of_what_two_processes_hold(
 ) -> None:
     mode, n_micro = CASES[name]
     config = config_of(mode, n_micro)
-    estimate = estimate_memory(config, ROWS, device=CPU, precision=PRECISION, n_ranks=2, mode=mode)
+    estimate = estimate_memory(config, device=CPU, precision=PRECISION, n_ranks=2, mode=mode)
     assert estimate.total == pytest.approx(measured[name], rel=0.10)
 
 
@@ -110,7 +110,7 @@ def test_more_ranks_hold_smaller_shards() -> None:
     def estimate(n_ranks: int) -> memory.StepMemory:
         config = config_of("fsdp", 1, n_ranks)
         return estimate_memory(
-            config, ROWS, device=CPU, precision=PRECISION, n_ranks=n_ranks, mode="fsdp"
+            config, device=CPU, precision=PRECISION, n_ranks=n_ranks, mode="fsdp"
         )
 
     two, eight = estimate(2), estimate(8)

@@ -47,8 +47,7 @@ CASES = {
 def test_the_estimate_is_within_a_tenth_of_what_is_measured(name: str) -> None:
     config = CASES[name]
     precision = resolve_precision(config.run.dtype, CPU)
-    rows = config.train.micro_batch
-    estimate = estimate_memory(config, rows, device=CPU, precision=precision)
+    estimate = estimate_memory(config, device=CPU, precision=precision)
     peak = probe_step(config, device=CPU, precision=precision).peak_bytes
     assert estimate.total == pytest.approx(peak, rel=0.10)
 
@@ -57,18 +56,19 @@ def test_the_categories_are_what_they_are_called() -> None:
     config = CASES["base with Muon"]
     config = replace(config, train=replace(config.train, z_loss=1e-4))  # so that logits are cut
     precision = resolve_precision("fp32", CPU)
-    estimate = estimate_memory(config, 4, device=CPU, precision=precision)
+    estimate = estimate_memory(config, device=CPU, precision=precision)
     model = Transformer(config.model, seq_len=64)
     n = model.num_parameters()
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     assert estimate.parameters == 4 * n
     assert estimate.optimizer == 8 * (n - hidden) + 4 * hidden
     assert estimate.logits == 4 * 64 * 2048 * 4
-    more = estimate_memory(config, 8, device=CPU, precision=precision)
+    wide = replace(config, train=replace(config.train, micro_batch=8))
+    more = estimate_memory(wide, device=CPU, precision=precision)
     assert more.activations > 1.8 * estimate.activations
     assert (more.parameters, more.optimizer) == (estimate.parameters, estimate.optimizer)
-    accumulated = estimate_memory(CASES["accumulated"], 4, device=CPU, precision=precision)
-    plain = estimate_memory(CASES["llama"], 4, device=CPU, precision=precision)
+    accumulated = estimate_memory(CASES["accumulated"], device=CPU, precision=precision)
+    plain = estimate_memory(CASES["llama"], device=CPU, precision=precision)
     assert accumulated.gradients == accumulated.parameters
     assert plain.gradients == 0  # at the end of the forward pass there are none yet
 
@@ -80,7 +80,7 @@ def test_an_estimate_allocates_nothing_and_moves_no_random_state() -> None:
     estimates = []
     precision = resolve_precision("fp32", CPU)
     peak = measure_peak(
-        lambda: estimates.append(estimate_memory(huge, 4, device=CPU, precision=precision)), CPU
+        lambda: estimates.append(estimate_memory(huge, device=CPU, precision=precision)), CPU
     )
     assert estimates[0].total > 80 * 2**30
     assert peak < 64 * 2**20

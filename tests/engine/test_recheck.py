@@ -64,7 +64,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 def verdict(step: TrainStep) -> int:
-    return step.numbers().steps[-1].verdict
+    return step.numbers()[-1].verdict
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -64,7 +64,7 @@ def split(rows: tuple[Tensor, Tensor], n: int) -> list[Batch]:
 
 def verdicts(step: TrainStep) -> list[int]:
     """Return the verdicts on the steps since this was last called."""
-    return [numbers.verdict for numbers in step.numbers().steps]
+    return [numbers.verdict for numbers in step.numbers()]
 
 
 def gradients(step: TrainStep, batches: Sequence[Batch]) -> list[Tensor]:

@@ -92,9 +92,8 @@ def test_a_step_that_does_not_log_never_waits_for_the_gpu(tmp_path: Path) -> Non
             assert not trainer._step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    numbers = trainer.train_step.numbers()
-    assert len(numbers.steps) == 25
-    assert numbers.forward_backward_s > 0
+    assert len(trainer.train_step.numbers()) == 25
+    assert trainer.train_step.clock.read()[0] > 0
 
 
 class _MallocInfo(ctypes.Structure):

@@ -1,7 +1,6 @@
 """The check of kernels finds a wrong one, and times every path."""
 
 import math
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -89,11 +88,15 @@ def test_C11_the_check_fits_the_memory_that_is_free(
         assert op.inputs[0].shape == (rows, 1024)
 
 
-def test_C11_the_bytes_of_a_logit_are_those_measured() -> None:
+def test_C11_the_bytes_of_a_logit_are_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     n, v = 128, 32768
-    op = catalogue.linear_cross_entropy("fp32", v, 16, n)
-    run = partial(kernel_check._check, "loss", op, torch.float32, compiled=False)
-    per_logit = measure_peak(run, CPU) / (n * v)
+    loss, precision = (
+        catalogue.linear_cross_entropy("fp32", v, 16, n),
+        resolve_precision("fp32", CPU),
+    )
+    monkeypatch.setattr(kernel_check, "resolve_precision", lambda *_: precision)
+    monkeypatch.setattr(kernel_check, "_ops", lambda *_: [("loss", loss)])
+    per_logit = measure_peak(lambda: list(check_kernels(CPU, compiled=False)), CPU) / (n * v)
     assert 0.7 * kernel_check.LOSS_BYTES < per_logit < kernel_check.LOSS_BYTES
 
 

@@ -76,8 +76,8 @@ class Spy:
             if what == "impatient":
                 while not Path("faults.jsonl").exists():
                     time.sleep(0.01)
-                spy.trainer.lockstep.watchdog.timeout_s = 3.0
-                spy.trainer.lockstep.watchdog.beat()
+                spy.trainer.lockstep.timeout_s = 3.0
+                spy.trainer.lockstep.beat()
                 return value
             if what == "flip":  # of the first parameter, as memory may flip it
                 parameter = step.parameters[0].data
