@@ -19,16 +19,16 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_770,
+    "benchmarks": 2_778,
     "fasttrain": 4_270,
     "fasttrain/checkpoint": 1_480,
-    "fasttrain/config": 1_070,
+    "fasttrain/config": 1_076,
     "fasttrain/data": 2_330,
     "fasttrain/data/prepare": 1_510,
     "fasttrain/distributed": 830,
     "fasttrain/engine": 2_560,
     "fasttrain/log": 950,
-    "fasttrain/model": 940,
+    "fasttrain/model": 955,
     "fasttrain/preflight": 530,
     "fasttrain/run": 1_150,
     "kernels": 6_100,
