@@ -136,3 +136,5 @@ def test_S1_so_do_fp8_checkpointing_and_documents() -> None:
     for case, found in compiled(sorted(ENTRIES.keys() - set(CONFIGS))).items():
         check(case, found)
         assert bool(found["atomics"]) != ("deterministic" in case)  # C1
+        # S1: the residual addition is part of a norm, not of a product, which would copy the stream
+        assert "addmm" not in found["extern"] or case.startswith("gpt2"), case
