@@ -166,6 +166,7 @@ _folder._deduce_value = _fold_on_cpu
 # CPU's; on a GPU, `auto` is what goes with everything.
 _SMALL = ("run.compile=auto", "model.vocab_size=2048")
 _EXACT, _DOCUMENTS = "run.deterministic=true", "data.attention_across_documents=false"
+_NARROW = "model.residual_in_fp32=false"
 CASES: dict[str, tuple[str, ...]] = {
     "base": _SMALL,
     "speedrun": _SMALL,
@@ -176,6 +177,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt2-124m, documents": (_DOCUMENTS,),
     "llama-1b, full": ("train.activation_checkpointing=full",),
     "llama-1b, selective": ("train.activation_checkpointing=selective",),
+    "gpt2-124m, bf16 residual": (_NARROW,),
+    "llama-350m, bf16 residual": (_NARROW,),
+    "llama-1b, bf16 residual": (_NARROW,),
     "gpt2-124m, fp8": ("run.fp8=true",),
     "llama-1b, fp8": ("run.fp8=true",),
     "gpt2-124m, deterministic": (_EXACT,),

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import ROOT, Document, read_all, slug
 
-CONFIGS = ("gpt2-124m", "llama-350m", "llama-1b")
+CONFIGS = [
+    name + residual
+    for name in ("gpt2-124m", "llama-350m", "llama-1b")
+    for residual in ("", ", bf16 residual")
+]
 # All assumed, none measured here: microseconds between two launches; what AdamW and the gradient
 # norm move of a parameter, bytes, and at which part of the speed of a generated kernel.
 GAP_US, ADAMW_BYTES, ADAMW_SPEED = 1.5, 32, 0.81
@@ -49,14 +53,14 @@ class Shape(NamedTuple):
 
 
 def shape_of(name: str) -> Shape:
-    """Return the shape of a config in the folder of configs."""
+    """Return the shape of a config in the folder of configs, or of a case of it."""
     import torch
 
     from fasttrain.config import load_config
     from fasttrain.engine.schedule import step_shape
     from fasttrain.model.transformer import Transformer
 
-    config = load_config(ROOT / "configs" / f"{name}.toml", [])
+    config = load_config(ROOT / "configs" / f"{name.split(',')[0]}.toml", [])
     seq_len = config.data.seq_len
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)

@@ -103,6 +103,9 @@ class ModelConfig(Section):
     init_std: float | None = key(None, "std of initial matrices (none: 1/sqrt(fan-in))", gt=0)
     zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
     embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
+    residual_in_fp32: bool = key(
+        True, "keep the residual stream in fp32 where products are in bf16 (false: in bf16 too)"
+    )
     bigram_vocab_size: int | None = key(
         None, "rows of a hashed token-pair table, added to embeddings (none: none)", ge=2, le=2**32
     )
@@ -460,6 +463,9 @@ class TrainConfig:
         for name in ("train.on_nonfinite", "train.on_spike"):
             if attrgetter(name)(self) == "rollback" and self.checkpoint.every_steps is None:
                 yield name, "needs checkpoints; set checkpoint.every_steps"
+        if not self.model.residual_in_fp32 and self.run.dtype not in ("auto", "bf16"):
+            problem = f"needs run.dtype=bf16, not {self.run.dtype}; set that, or leave it true"
+            yield "model.residual_in_fp32", problem
         least = 0 if self.data.path or self.data.paths else self.data.corpus_vocab_size
         if self.model.vocab_size and self.model.vocab_size < least:
             problem = f"is below data.corpus_vocab_size = {least}; leave it unset, or lower that"

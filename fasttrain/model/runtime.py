@@ -56,6 +56,7 @@ def why_unfit(config: TrainConfig) -> str | None:
         f"model.mlp={model.mlp}": model.mlp not in KINDS,
         "model.bias": model.bias,
         "model.dropout": model.dropout > 0,
+        "model.residual_in_fp32=false": precision.name == "bf16" and not model.residual_in_fp32,
         "model.sliding_window_tokens": window is not None and window < config.data.seq_len,
         "data.attention_across_documents=false": not config.data.attention_across_documents,
         "activation checkpointing": config.train.activation_checkpointing != "none",

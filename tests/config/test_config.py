@@ -150,6 +150,11 @@ REFUSALS = [
     ("odd rope", "model.head_dim=15", ["model.head_dim = 15", "positions=learned"]),
     ("dtype, no path", "data.path=none & data.dtype=uint16", ["data.dtype", "set data.path"]),
     ("tf32 on CPU", "run.device=cpu & run.dtype=tf32", ["run.dtype", "run.dtype=fp32"]),
+    (
+        "bf16 residual in fp32",
+        "model.residual_in_fp32=false & run.dtype=fp32",
+        ["model.residual_in_fp32 = false", "needs run.dtype=bf16, not fp32", "leave it true"],
+    ),
     ("graphs on CPU", "run.device=cpu & run.compile=cuda-graphs", ["run.compile", "CUDA"]),
     ("no horizon", "train.steps=none", ["train.steps, train.epochs, train.tokens and train.hours"]),
     (

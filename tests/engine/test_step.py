@@ -35,7 +35,8 @@ LOOK_UPS = {"positions": "learned", "bigram_vocab_size": 8, "value_embeddings": 
 def make(
     dtype: str = "fp32", optimizer: str = "adamw", model: object = None, **train: object
 ) -> TrainStep:
-    values = {**SMALL, "train": {**SMALL["train"], **train}, "optim": {"name": optimizer}}
+    values = {**SMALL, "run": {"compile": "off", "dtype": dtype}, "optim": {"name": optimizer}}
+    values["train"] = {**SMALL["train"], **train}
     config: TrainConfig = config_from_dict({**values, "model": {**SMALL["model"], **(model or {})}})
     torch.manual_seed(0)
     model = Transformer(config.model, seq_len=config.data.seq_len)
@@ -253,8 +254,9 @@ def test_fp16_halves_its_scale_after_an_overflow_and_trains_on() -> None:
     assert step.norm.item() == pytest.approx(full.norm.item(), rel=0.05)
 
 
-def test_bf16_computes_near_fp32_with_fp32_parameters() -> None:
-    half, full = make("bf16"), make("fp32")
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_bf16_computes_near_fp32_with_fp32_parameters(residual_in_fp32: bool) -> None:
+    half, full = make("bf16", model={"residual_in_fp32": residual_in_fp32}), make("fp32")
     batches = split(uneven_rows(), 2)
     half(batches, 0.0)
     full(batches, 0.0)

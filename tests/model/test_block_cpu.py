@@ -187,6 +187,7 @@ def config_of(**sections: dict[str, Any]) -> TrainConfig:
     [
         {"run": {"dtype": "fp16"}},
         {"model": {"bias": True}},
+        {"run": {"dtype": "bf16"}, "model": {"residual_in_fp32": False}},
         {"model": {"dropout": 0.1}},
         {"model": {"dim": 40}},
         {"model": {"hidden_dim": 100}},
@@ -207,6 +208,14 @@ def test_what_it_cannot_do_is_left_to_others(
     assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
     monkeypatch.setattr(runtime, "is_supported", lambda: False)
     assert why_unfit(config_of())
+
+
+def test_with_products_in_fp32_they_need_not_keep_the_residual_stream_in_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "is_supported", lambda: True)
+    monkeypatch.setattr("fasttrain.device.native_bf16", lambda _: False)
+    assert why_unfit(config_of(model={"residual_in_fp32": False})) is None
 
 
 @pytest.mark.parametrize("compiler", [None, "g++"])

@@ -52,6 +52,7 @@ EXTRAS = ModelConfig(
     bigram_vocab_size=50,
     value_embeddings=True,
 )
+BF16 = {"residual_in_fp32": False}
 STYLES = {"gpt2": GPT2, "qwen3": QWEN3, "window": WINDOW, "capped": CAPPED, "extras": EXTRAS}
 
 
@@ -150,6 +151,38 @@ def test_zero_initialised_projections_leave_the_residual_stream_alone() -> None:
     model = build(config)
     tokens = torch.randint(0, 128, (1, 24))
     torch.testing.assert_close(model.hidden(tokens), model.norm(model.embedding(tokens)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "extras"])
+@pytest.mark.parametrize(
+    ("options", "autocast", "expected"),
+    [
+        (BF16, torch.bfloat16, torch.bfloat16),
+        (BF16, torch.float16, torch.float32),
+        (BF16, None, torch.float32),
+        ({}, torch.bfloat16, torch.float32),
+    ],
+)
+def test_S1_the_residual_stream_is_in_bf16_where_asked_for_and_products_are(
+    name: str, options: dict[str, bool], autocast: torch.dtype | None, expected: torch.dtype
+) -> None:
+    """Forward and backward, before and behind each block."""
+    model = build(replace(STYLES[name], **options))
+    streams: list[Tensor] = []
+    gradients: list[torch.dtype] = []
+
+    def look(_: object, given: tuple[Tensor, ...], result: Tensor) -> None:
+        for x in (given[0], result):
+            streams.append(x)
+            x.register_hook(lambda grad: gradients.append(grad.dtype))
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = model.hidden(torch.randint(0, 128, (3, 24))).float().square().sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert [x.dtype for x in streams] == gradients == [expected] * 4
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:
@@ -259,13 +292,14 @@ def test_S1_the_layer_norm_that_is_compiled_on_a_gpu_is_torchs(mean: float) -> N
     assert torch.equal(layer_norm(*inputs[:2], None, 1e-5) + inputs[2], layer_norm(*inputs, 1e-5))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("options", [None, {}, BF16], ids=["fp32", "bf16", "bf16 residual"])
 @pytest.mark.parametrize("style", STYLES)
 def test_S1_what_a_gpu_compiles_computes_as_is_run_otherwise(
-    style: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
+    style: str, options: dict[str, bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Residual stream in rows, biases summed in two stages: as exact, and in bf16 more so."""
-    model = build(STYLES[style])
+    bf16 = options is not None
+    model = build(replace(STYLES[style], **(options or {})))
     for name, p in model.named_parameters():
         if "bias" in name:
             torch.nn.init.normal_(p, std=0.1)

@@ -19,7 +19,7 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_770,
+    "benchmarks": 2_780,
     "fasttrain": 4_240,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_040,
@@ -28,7 +28,7 @@ BUDGETS = {
     "fasttrain/distributed": 810,
     "fasttrain/engine": 2_510,
     "fasttrain/log": 930,
-    "fasttrain/model": 940,
+    "fasttrain/model": 960,
     "fasttrain/preflight": 510,
     "fasttrain/run": 1_110,
     "kernels": 6_100,

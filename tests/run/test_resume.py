@@ -321,8 +321,11 @@ def test_the_summary_of_a_resumed_run_counts_its_own_steps(toy: Path, capsys: Ca
 # ---- --verify-resume -----------------------------------------------------------------------------
 
 
-def test_verify_resume_proves_it_and_leaves_nothing(toy: Path, capfd: Capture) -> None:
-    assert main([str(toy), "model.dropout=0.1", "--verify-resume", "5"]) == 0
+@pytest.mark.parametrize("changes", [[], ["run.dtype=bf16", "model.residual_in_fp32=false"]])
+def test_verify_resume_proves_it_and_leaves_nothing(
+    toy: Path, capfd: Capture, changes: list[str]
+) -> None:
+    assert main([str(toy), "model.dropout=0.1", *changes, "--verify-resume", "5"]) == 0
     shown = capfd.readouterr().out
     assert "resuming is exact: 5 losses" in shown
     assert not (toy.parent / "runs").exists()
