@@ -174,6 +174,10 @@ def load_optimizer_tensors(
                 state[index] = _whole(optimizer, p, slices)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for index, mine in state.items():  # torch has made all floats the parameter's dtype
+            held = optimizer.state[_parameters(optimizer)[index]]
+            other = {key: t for key, t in mine.items() if t.dtype != held[key].dtype}
+            held.update({key: t.to(held[key].device) for key, t in other.items()})
     if of:
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
 
