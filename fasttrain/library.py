@@ -187,8 +187,6 @@ class Trainer:
              "train.on_nonfinite=skip or stop"),
             (run.compile not in ("off", "auto", "c++", "default"),
              "knows no CUDA graphs; use run.compile=default"),
-            (run.fp8 and not isinstance(model, Transformer),
-             "knows run.fp8 of fasttrain.Transformer alone; unset it"),
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
@@ -641,7 +639,6 @@ class Trainer:
                 self.scheduler.load_state_dict(schedule)
             for name in scaler:
                 getattr(self.train_step, SCALER[name]).fill_(scaler[name])
-            states.write(self._random, place["random"])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{loaded.path}: holds no state of such a training"
             raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
@@ -705,17 +702,13 @@ def train_loop(
     Args:
         model: as `Trainer` takes it; moved to ``device``, left in training mode.
         train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
-            Iterated anew each epoch; the ``set_epoch`` of its sampler is called, as a
-            `DistributedSampler` needs it.
-        optimizer: over the model's parameters; a schedule may change its learning rate outside,
-            for instance from a hook on ``optimizer.step``.
+        optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
         log_interval: every so many steps, and after the last, the loss is recorded: the only steps
             that wait for the device.
         device: where to train.
-        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
-            is recorded; epochs count from 0.
+        quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
 
     Returns:
         ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,

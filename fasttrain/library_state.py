@@ -31,6 +31,7 @@ BINDING = (
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 KIND = "!"  # the key that marks what JSON does not know
 MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
+PLAIN: dict[str, Callable[[str], Any]] = {"float": float, "bytes": bytes.fromhex}
 Accessors = tuple[Callable[[], Any], Callable[[Any], object]]  # read and set a state
 
 
@@ -76,10 +77,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
     if KIND not in value:
         return {k: decode(v, tensors, device) for k, v in value.items()}
     kind, content = value[KIND], value["is"]
-    if kind == "float":
-        return float(content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
+    if kind in PLAIN:
+        return PLAIN[kind](content)
     if kind == "dtype" and isinstance(dtype := getattr(torch, content), torch.dtype):
         return dtype
     if kind == "Tensor":
