@@ -98,9 +98,9 @@ def diagnose(
 
     Args:
         model: maps token ids (B, T) to logits (B, T, V).
-        batch: a pair ``(tokens, targets)``, a mapping with ``input_ids`` and ``target_ids`` or
-            ``labels`` (which may be the tokens themselves, as `transformers` has them), or an
-            object with ``tokens`` and ``targets``; integers (B, T) each, on the model's device.
+        batch: a pair ``(tokens, targets)``, or a mapping with ``input_ids`` and ``target_ids`` or
+            ``labels`` (which may be the tokens themselves, as `transformers` has them); integers
+            (B, T) each, on the model's device.
         optimizer: what trains it, with the learning rates that it will use; None: not checked.
         ignore_index: the target of positions that the loss leaves out.
 
@@ -126,8 +126,6 @@ def diagnose(
 
 def _unpack(report: Diagnosis, batch: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return tokens and targets; labels that are the tokens themselves are shifted."""
-    if hasattr(batch, "targets"):
-        return batch.tokens, batch.targets
     given = by_key(batch)
     tokens = given["input_ids"]
     if "target_ids" in given:

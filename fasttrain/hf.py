@@ -129,9 +129,6 @@ def _turned(ours: str, tensor: Tensor, family: Family) -> Tensor:
     return tensor.T if linear else tensor
 
 
-# ---- export --------------------------------------------------------------------------------------
-
-
 def _model_type_of(model: Transformer) -> str:
     """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
     c, lacking = model.config, []
@@ -229,9 +226,6 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     return out
-
-
-# ---- import --------------------------------------------------------------------------------------
 
 
 def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:

@@ -144,12 +144,9 @@ class Trainer:
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
-        config: ``[run]`` device, dtype and, where it is ``default``, compile; ``[train]`` steps or
-            epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
-            ``[log]``; of `fasttrain.Transformer` also ``run.fp8`` and
-            ``train.activation_checkpointing``; under torchrun ``[distributed]``. Also as a dict of
-            sections. A warning names other keys that are set. None, and a dict without a horizon:
-            one epoch.
+        config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
+            and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
+            ``[schedule]``. None, and a dict without a horizon: one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
             one that does not go on from its checkpoints finds it without any.
         accumulate: batches of a step, on each rank.
@@ -244,10 +241,8 @@ class Trainer:
         self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
-        self._tried = False  # to save
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
-        self._own_values: dict[str, Any] = {}
         self._random = states.generators(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
@@ -383,7 +378,7 @@ class Trainer:
             )
         for doubt in doubts:
             warnings.warn(f"Trainer: {doubt}", stacklevel=5)
-        self._loader, self._loader_facts, self._tried = loader, facts, False
+        self._loader, self._loader_facts = loader, facts
         self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
 
@@ -403,7 +398,9 @@ class Trainer:
     def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
         """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
         self.model.train()
-        config, groups = self.config, together(self._batches(loader), self.accumulate, self.world)
+        set_epoch(loader, self.epoch)
+        config, tried, own_values = self.config, self.writer is None, states.own_values(loader)
+        groups = together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
                 group = next(groups, None)
@@ -417,9 +414,15 @@ class Trainer:
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result = {}
-            if self.writer is not None and not self._tried:
-                self._tried = bool(self._snapshot())  # what cannot be saved is told now
-                self._warn_of_own_values()
+            if not tried:  # what cannot be saved is told now
+                tried, now = bool(self._snapshot()), states.own_values(loader)
+                for key in [key for key, new in now.items() if own_values.get(key, new) != new]:
+                    warnings.warn(
+                        f"Trainer: {key} was {own_values[key]!r} and is {now[key]!r}: no "
+                        "checkpoint holds it, and a resumed training may get other batches; give "
+                        "a loader with state_dict() and load_state_dict()",
+                        stacklevel=4,
+                    )
             if self._due(config.log.every_steps):
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
@@ -437,8 +440,6 @@ class Trainer:
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
-        set_epoch(loader, self.epoch)
-        self._own_values = states.own_values(loader)
         within, loaded, self._loaded = self.batch_in_epoch > 0, self._loaded, {}
         if states.is_stateful(loader):
             if within or loaded.get("loader") is not None:
@@ -616,7 +617,7 @@ class Trainer:
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
         # First all that is read and compared, then all that changes.
         state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
-        own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
+        own = self.ema.groups(self.model.state_dict())
         try:
             states.refuse_difference(str(loaded.path), dict(saved["facts"]), self._facts)
             for name, group in own.items():
@@ -634,11 +635,12 @@ class Trainer:
             parameters = loaded.group("model").items()
             self.model.load_state_dict({name: cut(t, own["model"][name]) for name, t in parameters})
             self.ema.load(loaded.group("ema"))
+            moments = loaded.group("optimizer")
             states.restore_optimizer(self.optimizer, self.model, moments, update)
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(schedule)
-            for name in scaler:
-                getattr(self.train_step, SCALER[name]).fill_(scaler[name])
+            for name, value in scaler.items():
+                getattr(self.train_step, SCALER[name]).fill_(value)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{loaded.path}: holds no state of such a training"
             raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
@@ -652,17 +654,6 @@ class Trainer:
         self._logged_at = (time.perf_counter(), self.step)
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
             self._left_bytes = _n_bytes(self.run_dir)
-
-    def _warn_of_own_values(self) -> None:
-        """Name what a loader's parts count by themselves."""
-        now, before = states.own_values(self._loader), self._own_values.items()
-        moved = [f"{k} was {v!r} and is {now[k]!r}" for k, v in before if now.get(k, v) != v]
-        if moved:
-            warnings.warn(
-                f"Trainer: {', '.join(moved)}: no checkpoint holds it, and a resumed training may "
-                "get other batches; give a loader with state_dict() and load_state_dict()",
-                stacklevel=4,
-            )
 
 
 def _n_bytes(run_dir: Path) -> int:

@@ -91,9 +91,6 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
     return tuple(parts) if kind == "tuple" else MAPPINGS[kind](dict(parts))
 
 
-# ---- facts ---------------------------------------------------------------------------------------
-
-
 def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse to go on where facts that both know differ."""
     changes = [f"{k}: {saved[k]} → {v}" for k, v in now.items() if saved.get(k, v) != v]
@@ -179,9 +176,6 @@ def facts_of_loader(loader: Any) -> dict[str, str]:
     return facts
 
 
-# ---- loaders and random numbers ------------------------------------------------------------------
-
-
 def is_stateful(loader: Any) -> bool:
     """Whether a loader saves its own place in the data, as torchdata's StatefulDataLoader."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -254,7 +248,12 @@ def _accessors(generator: Any) -> Accessors:
         return partial(getattr, bits, "state"), partial(setattr, bits, "state")
     if hasattr(generator, "get_state"):
         return generator.get_state, generator.set_state
-    return generator.getstate, lambda s: generator.setstate((s[0], tuple(map(int, s[1])), s[2]))
+
+    def get() -> tuple[Any, ...]:
+        version, words, gauss = generator.getstate()
+        return version, np.array(words, np.uint32), gauss  # not one by one
+
+    return get, lambda s: generator.setstate((s[0], tuple(s[1].tolist()), s[2]))
 
 
 def read(generators: Mapping[str, Accessors]) -> dict[str, Any]:
@@ -266,9 +265,6 @@ def write(generators: Mapping[str, Accessors], states: Mapping[str, Any]) -> Non
     """Put back the states that there are."""
     for name in generators.keys() & states.keys():
         generators[name][1](states[name])
-
-
-# ---- optimizers ----------------------------------------------------------------------------------
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

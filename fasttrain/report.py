@@ -136,9 +136,6 @@ def _extra(name: str) -> Any:
         raise UserError(f"the report needs {package}; pip install plotly matplotlib") from error
 
 
-# ---- what is shown ---------------------------------------------------------------------------
-
-
 def window_steps(runs: Sequence[Run]) -> int:
     """Return over how many steps losses are averaged: 5 % of a run, or more to have ten lines."""
     least = max(r.train[-1]["step"] * max(0.05, min(0.25, 10 / len(r.train))) for r in runs)
@@ -264,8 +261,6 @@ def differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
     keys = {key for other in configs[1:] for key, _, _ in config_difference(configs[0], other)}
     return {key: [show(attrgetter(key)(config)) for config in configs] for key in sorted(keys)}
 
-
-# ---- the page --------------------------------------------------------------------------------
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -396,9 +391,6 @@ def page(runs: Sequence[Run]) -> str:
         f"<style>{_STYLE}</style><script>{_SCRIPT}</script></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
-
-
-# ---- the picture -----------------------------------------------------------------------------
 
 
 def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
