@@ -156,8 +156,6 @@ def generate(
     return torch.cat(columns, dim=1)
 
 
-# ---- text ----------------------------------------------------------------------------------------
-
 N_BEGINNINGS, BEGINNING_TOKENS = 4, 8
 
 
@@ -247,9 +245,6 @@ def stream_texts(
         ended = all(decoder.ended for decoder in decoders)
         if ended if agreed is None else agreed(ended):
             break
-
-
-# ---- the model -----------------------------------------------------------------------------------
 
 
 def load_model(

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from fasttrain.model.transformer import Transformer, hidden_dim
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"
+REQUIRED = ("seq_len", "dim", "n_layers", "n_heads", "vocab_size")  # in a downloaded config
 # Settings that Hugging Face's three architectures lack.
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
 
@@ -38,9 +39,9 @@ class Family(NamedTuple):
     name: str  # of its class
     column: int  # its names in the tables below
     layers: str  # the prefix of the blocks
-    defaults: dict[str, Any]  # of their keys that may be missing
+    defaults: dict[str, Any]  # of their keys, where ours differ
     settings: dict[str, Any]  # ours, which they have no key for
-    only: dict[str, tuple[Any, ...]]  # values of their other keys that ours can compute
+    only: dict[str, tuple[Any, ...]]  # values of their other keys that ours can compute, own first
 
 
 # Names of ours, of GPT-2, of Llama and Qwen3; several are stacked by rows in ours.
@@ -72,7 +73,8 @@ _KEYS: Names = (  # of the config
     ("hidden_dim", "n_inner", "intermediate_size"),
     ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
     ("rope_theta", "", "rope_theta"),
-    ("bias", "", "attention_bias"),
+    ("bias", "", "attention_bias mlp_bias"),
+    ("dropout", "resid_pdrop embd_pdrop attn_pdrop", "attention_dropout"),
     ("tied_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
     ("vocab_size", "vocab_size", "vocab_size"),
 )
@@ -80,7 +82,7 @@ _GPT2 = Family(
     name="GPT2LMHeadModel",
     column=1,
     layers="transformer.h",
-    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     settings=dict(mlp="gelu", norm="layer", positions="learned", qk_norm=False, bias=True),
     only={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -93,20 +95,13 @@ _LLAMA = Family(
     name="LlamaForCausalLM",
     column=2,
     layers="model.layers",
-    defaults={
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    },
+    defaults={"attention_bias": False},
     settings=dict(mlp="swiglu", norm="rms", positions="rope", qk_norm=False),
     only={"hidden_act": ("silu",), "use_sliding_window": (False,)},
 )
 _QWEN3 = _LLAMA._replace(
     name="Qwen3ForCausalLM",
-    settings=_LLAMA.settings | {"qk_norm": True},
+    settings=_LLAMA.settings | {"qk_norm": True, "bias": False},
     only=_LLAMA.only | {"attention_bias": (False,)},
 )
 _FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _QWEN3}
@@ -134,29 +129,26 @@ def _turned(ours: str, tensor: Tensor, family: Family) -> Tensor:
     return tensor.T if linear else tensor
 
 
-# ---- export --------------------------------------------------------------------------------------
-
-
 def _model_type_of(model: Transformer) -> str:
     """Return ``gpt2``, ``llama`` or ``qwen3``, whichever has this model's parts."""
-    c = model.config
-    odd: list[tuple[str, ...]] = [(k,) for k in OURS_ALONE if getattr(c, k) not in (None, False)]
-    parts = {k: getattr(c, k) for k in ("positions", "norm", "mlp", "qk_norm")}
-    types = [name for name, f in _FAMILIES.items() if parts.items() <= f.settings.items()]
-    plain = c.n_kv_heads in (None, c.n_heads) and c.head_dim in (None, c.dim // c.n_heads)
-    if c.sliding_window_tokens is not None and c.sliding_window_tokens < model.seq_len:
-        odd.append(("sliding_window_tokens",))
-    if not types or (types == ["gpt2"] and not plain):
-        odd.append(tuple(parts))
-    faults = [" with ".join(f"model.{k} = {getattr(c, k)}" for k in keys) for keys in odd]
-    if types == ["qwen3"] and c.bias:
-        faults.append("model.bias = true together with model.qk_norm")
-    if faults:
-        raise UserError(
-            f"this model cannot be exported: neither GPT-2, Llama nor Qwen3 has "
-            f"{' nor '.join(faults)}; train one with the parts of base.toml or gpt2-124m.toml"
+    c, lacking = model.config, []
+    plain: dict[str, tuple[Any, ...]] = dict.fromkeys(OURS_ALONE, (None, False))
+    if (c.sliding_window_tokens or 0) < model.seq_len:
+        plain["sliding_window_tokens"] = (None,)
+    gpt2 = {"n_kv_heads": (None, c.n_heads), "head_dim": (None, c.dim // c.n_heads)}
+    for name, family in _FAMILIES.items():
+        known = plain | {key: (value,) for key, value in family.settings.items()}
+        known |= gpt2 | {"bias": (False, True)} if family is _GPT2 else {}
+        odd = [key for key, values in known.items() if getattr(c, key) not in values]
+        if not odd:
+            return name
+        lacking.append(
+            f"{name} has no {', '.join(f'model.{k} = {show(getattr(c, k))}' for k in odd)}"
         )
-    return types[0]
+    raise UserError(
+        f"this model cannot be exported: {'; '.join(lacking)}; "
+        "train one with the parts of base.toml or gpt2-124m.toml"
+    )
 
 
 def _hf_config(
@@ -172,18 +164,12 @@ def _hf_config(
         "use_cache": True,
         "bos_token_id": eot,
         "eos_token_id": eot,
-        **{theirs: ours[name] for name, (theirs,) in _names(_KEYS, family).items()},
+        **{key: values[0] for key, values in family.only.items()},
+        **{key: ours[name] for name, keys in _names(_KEYS, family).items() for key in keys},
     }
-    if model_type == "gpt2":
-        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-        return config | {"activation_function": "gelu_new", **dropouts}
-    return config | {
-        "hidden_act": "silu",
-        # Version 5 of transformers reads this, version 4 rope_theta.
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
-        "mlp_bias": c.bias,
-        "attention_dropout": c.dropout,
-    }
+    if family is not _GPT2:  # version 5 of transformers reads this, version 4 rope_theta
+        config["rope_parameters"] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    return config
 
 
 def _hf_tensors(model: Transformer, model_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -240,9 +226,6 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     return out
-
-
-# ---- import --------------------------------------------------------------------------------------
 
 
 def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:
@@ -340,27 +323,25 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
-        hf["rope_theta"] = rope.get("rope_theta") or hf["rope_theta"]
-    keys = {ours: theirs for ours, (theirs,) in _names(_KEYS, family).items()}
-    if missing := [key for key in keys.values() if key not in hf]:
+        hf |= {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") else {}
+    keys = {ours: theirs for ours, (theirs, *_) in _names(_KEYS, family).items()}
+    del keys["dropout"]  # is not the model's
+    if missing := [keys[ours] for ours in REQUIRED if hf.get(keys[ours]) is None]:
         raise UserError(f"{folder / 'config.json'}: {missing[0]!r} is missing; {REMEDY}")
-    model = {ours: hf[theirs] for ours, theirs in keys.items()} | family.settings
-    positions = model.pop("seq_len")
-    for name, value in (("positions", positions), ("vocab_size", model["vocab_size"])):
-        if problem := misfit(int, value, name):
-            raise UserError(f"{folder}: {problem}; {REMEDY}")
-    if seq_len is not None and seq_len > positions:
-        raise UserError(f"--seq-len {seq_len}: the model was made for {positions} tokens at most")
-    if seq_len is not None and model_type == "gpt2" and seq_len != positions:
-        raise UserError(f"--seq-len {seq_len}: a GPT-2 has {positions} learned positions; omit it")
-    sections = {
-        "run": {"name": run.name, "out_dir": str(run.parent)},
-        "data": {"seq_len": seq_len or positions, "path": str(run / "data")},
-    }
+    model = {o: hf[theirs] for o, theirs in keys.items() if theirs in hf} | family.settings
+    data = {"seq_len": model.pop("seq_len"), "path": str(run / "data")}
+    sections = {"run": {"name": run.name, "out_dir": str(run.parent)}, "train": {"epochs": 1.0}}
     try:
-        return config_from_dict({**sections, "model": model, "train": {"epochs": 1.0}})
+        config = config_from_dict({**sections, "data": data, "model": model})
     except ConfigError as error:
         raise UserError(f"{folder}: its config.json cannot be: {error}") from error
+    positions = config.data.seq_len
+    if seq_len is not None and (seq_len > positions or (family is _GPT2 and seq_len < positions)):
+        learned = ", which are learned" if family is _GPT2 else " at most"
+        raise UserError(
+            f"--seq-len {seq_len}: the model has {positions} positions{learned}; omit it"
+        )
+    return replace(config, data=replace(config.data, seq_len=seq_len or positions))
 
 
 @command

@@ -38,6 +38,7 @@ from fasttrain.config import (
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.sharding import place
 from fasttrain.distributed.slices import cut
+from fasttrain.engine.optim import check_tensors
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
@@ -142,12 +143,9 @@ class Trainer:
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
-        config: ``[run]`` device, dtype and, where it is ``default``, compile; ``[train]`` steps or
-            epochs, clipping, averaging and ``on_nonfinite``; ``[eval]``, ``[checkpoint]`` and
-            ``[log]``; of `fasttrain.Transformer` also ``run.fp8`` and
-            ``train.activation_checkpointing``; under torchrun ``[distributed]``. Also as a dict of
-            sections. A warning names other keys that are set. None, and a dict without a horizon:
-            one epoch.
+        config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
+            and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
+            ``[schedule]``. None, and a dict without a horizon: one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
             one that does not go on from its checkpoints finds it without any.
         accumulate: batches of a step, on each rank.
@@ -185,8 +183,6 @@ class Trainer:
              "train.on_nonfinite=skip or stop"),
             (run.compile not in ("off", "auto", "c++", "default"),
              "knows no CUDA graphs; use run.compile=default"),
-            (run.fp8 and not isinstance(model, Transformer),
-             "knows run.fp8 of fasttrain.Transformer alone; unset it"),
             (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
             (not hasattr(optimizer, "param_groups"),
              f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
@@ -241,13 +237,11 @@ class Trainer:
         # A training that is under way
         self._told = ""  # to stop, on this rank: "stop", or a signal's name
         self._why = ""  # the signal, as all ranks know it
-        self._sinks: Sinks | None = None
+        self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
-        self._tried = False  # to save
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
-        self._own_values: dict[str, Any] = {}
         self._random = states.generators(self.device)
         self._epoch_random: dict[str, Any] = {}  # as it was before the loader shuffled
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
@@ -327,8 +321,9 @@ class Trainer:
                 stack.enter_context(signals)
             self._meet(loader, val_loader)
             if self.run_dir is not None and self.world.leads:
-                sinks = Sinks(self.config, self.run_dir, self.made_by)
-                self._sinks = stack.enter_context(closing(sinks))
+                sinks = stack.enter_context(closing(Sinks(self.config, self.run_dir, self.made_by)))
+                stack.callback(setattr, self, "_write", self._write)
+                self._write = sinks.write
                 if self._loaded:
                     sinks.drop_after(self.step)
             yield
@@ -369,33 +364,27 @@ class Trainer:
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
-        facts, doubts = states.facts_of_loader(loader), []
+        facts, saves = states.facts_of_loader(loader), self.writer is not None
         if self._loaded:
             states.refuse_difference("the checkpoint", self._loader_facts, facts)
-        if self.world.size > 1 and states.is_whole(loader):
+        doubts = states.doubts(loader, n_ranks=self.world.size, saves=saves)
+        doubts += states.doubts(val_loader or [], saves=saves)
+        evaluates = val_loader is not None and self.config.eval.every_steps is not None
+        if saves and isinstance(self.scheduler, ReduceLROnPlateau) and not evaluates:
             doubts.append(
-                "each rank trains on all of the data; give the DataLoader a DistributedSampler"
+                "ReduceLROnPlateau changes nothing without evaluations; give train() a "
+                "val_loader and set eval.every_steps"
             )
-        if self.writer is not None:
-            evaluates = val_loader is not None and self.config.eval.every_steps is not None
-            if isinstance(self.scheduler, ReduceLROnPlateau) and not evaluates:
-                doubts.append(
-                    "ReduceLROnPlateau changes nothing without evaluations; give train() a "
-                    "val_loader and set eval.every_steps"
-                )
-            doubts += [*states.doubts(loader), *states.doubts(val_loader or [])]
         for doubt in doubts:
             warnings.warn(f"Trainer: {doubt}", stacklevel=5)
-        self._loader, self._loader_facts, self._tried = loader, facts, False
-        self._own_values = states.own_values(loader)
+        self._loader, self._loader_facts = loader, facts
         self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
         told = self.world.gather(self._told)
-        said = (told[self.world.rank], *told)
-        self._why = next((what for what in said if what.startswith("SIG")), "")
+        self._why = next((what for what in told if what.startswith("SIG")), "")
         return any(told)
 
     def _over(self) -> bool:
@@ -408,7 +397,9 @@ class Trainer:
     def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
         """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
         self.model.train()
-        config, groups = self.config, together(self._batches(loader), self.accumulate, self.world)
+        set_epoch(loader, self.epoch)
+        config, tried, own_values = self.config, self.writer is None, states.own_values(loader)
+        groups = together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
                 group = next(groups, None)
@@ -422,8 +413,15 @@ class Trainer:
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result = {}
-            if self.writer is not None and not self._tried:
-                self._tried = bool(self._snapshot())  # what cannot be saved is told now
+            if not tried:  # what cannot be saved is told now
+                tried, now = bool(self._snapshot()), states.own_values(loader)
+                for key in [key for key, new in now.items() if own_values.get(key, new) != new]:
+                    warnings.warn(
+                        f"Trainer: {key} was {own_values[key]!r} and is {now[key]!r}: no "
+                        "checkpoint holds it, and a resumed training may get other batches; give "
+                        "a loader with state_dict() and load_state_dict()",
+                        stacklevel=4,
+                    )
             if self._due(config.log.every_steps):
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
@@ -441,7 +439,6 @@ class Trainer:
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of an epoch from where it was left, shuffled as it was then."""
-        set_epoch(loader, self.epoch)
         within, loaded, self._loaded = self.batch_in_epoch > 0, self._loaded, {}
         if states.is_stateful(loader):
             if within or loaded.get("loader") is not None:
@@ -472,7 +469,7 @@ class Trainer:
             self._verdict = self.scheduler, bad.to("cpu", non_blocking=True), copied
             if copied is not None:
                 copied.record()
-            if copied is None or self.callbacks:
+            if self.callbacks:  # which may look at the learning rate
                 self._follow()
 
     def _follow(self) -> None:
@@ -531,10 +528,6 @@ class Trainer:
         row["step_ms"] = 1000 * (now - then) / max(1, self.step - before)
         self._write("train", row)
 
-    def _write(self, kind: Kind, row: dict[str, float]) -> None:
-        if self._sinks is not None and self._held:
-            self._sinks.write(kind, row)
-
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
             if (method := getattr(callback, event, None)) is not None:
@@ -576,7 +569,6 @@ class Trainer:
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
-        self._warn_of_own_values()
         step, rank = self.train_step, self.world.rank
         names = SCALER if self.precision.scaled else {}
         rest = {
@@ -621,11 +613,11 @@ class Trainer:
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
         # First all that is read and compared, then all that changes.
         state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
-        own, moments = self.ema.groups(self.model.state_dict()), loaded.group("optimizer")
-        theirs, facts = {name: loaded.group(name) for name in own}, states.shapes(own)
+        own = self.ema.groups(self.model.state_dict())
         try:
-            found = saved["facts"] | dict.fromkeys(facts, "none") | states.shapes(theirs)
-            states.refuse_difference(str(loaded.path), found, self._facts | facts)
+            states.refuse_difference(str(loaded.path), dict(saved["facts"]), self._facts)
+            for name, group in own.items():
+                check_tensors(f"{name}.", loaded.group(name), group)
             tensors = loaded.group("trainer")
             rest = states.decode(saved["state"], tensors, self.device)
             if rank:
@@ -636,15 +628,15 @@ class Trainer:
             place = {name: rest[name] for name in ("random", "loader")}
             loader_facts = dict(saved["loader_facts"])
             counters = {name: int(state[name]) for name in COUNTERS}
-            parameters = {n: cut(t, own["model"][n]) for n, t in theirs["model"].items()}
-            self.model.load_state_dict(parameters)
+            parameters = loaded.group("model").items()
+            self.model.load_state_dict({name: cut(t, own["model"][name]) for name, t in parameters})
             self.ema.load(loaded.group("ema"))
+            moments = loaded.group("optimizer")
             states.restore_optimizer(self.optimizer, self.model, moments, update)
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(schedule)
-            for name in scaler:
-                getattr(self.train_step, SCALER[name]).fill_(scaler[name])
-            states.write(self._random, place["random"])
+            for name, value in scaler.items():
+                getattr(self.train_step, SCALER[name]).fill_(value)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{loaded.path}: holds no state of such a training"
             raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
@@ -658,22 +650,6 @@ class Trainer:
         self._logged_at = (time.perf_counter(), self.step)
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
             self._left_bytes = _n_bytes(self.run_dir)
-
-    def _warn_of_own_values(self) -> None:
-        """Name what a loader's parts count by themselves; once."""
-        now = states.own_values(self._loader)
-        moved = [
-            f"{key} was {value!r} and is {now[key]!r}"
-            for key, value in self._own_values.items()
-            if now.get(key, value) != value
-        ]
-        if moved:
-            self._own_values = {}
-            warnings.warn(
-                f"Trainer: {', '.join(moved)}: no checkpoint holds it, and a resumed training may "
-                "get other batches; give a loader with state_dict() and load_state_dict()",
-                stacklevel=4,
-            )
 
 
 def _n_bytes(run_dir: Path) -> int:
@@ -713,17 +689,13 @@ def train_loop(
     Args:
         model: as `Trainer` takes it; moved to ``device``, left in training mode.
         train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
-            Iterated anew each epoch; the ``set_epoch`` of its sampler is called, as a
-            `DistributedSampler` needs it.
-        optimizer: over the model's parameters; a schedule may change its learning rate outside,
-            for instance from a hook on ``optimizer.step``.
+        optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
         log_interval: every so many steps, and after the last, the loss is recorded: the only steps
             that wait for the device.
         device: where to train.
-        quiet: do not print a line, such as ``Epoch 0, step 100, loss 2.3456``, for each loss that
-            is recorded; epochs count from 0.
+        quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
 
     Returns:
         ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
@@ -746,28 +718,23 @@ def train_loop(
         raise UserError(said) from error
     losses, steps = list[float](), list[int]()
 
-    def record(epoch: int) -> None:
-        losses.append(trainer.metrics.rows[-1]["loss"])
+    def record(_: Kind, row: dict[str, float]) -> None:
+        losses.append(row["loss"])
         steps.append(trainer.step)
         if not quiet and trainer.world.leads:
-            print(f"Epoch {epoch}, step {trainer.step}, loss {losses[-1]:.4f}", flush=True)
-
-    class Recorder(Callback):
-        def on_step_end(self, trainer: Trainer) -> None:
-            if trainer.step % log_interval == 0:
-                record(trainer.epoch)
+            epoch = min(trainer.epoch, num_epochs - 1)  # the last step is recorded after its epoch
+            print(f"Epoch {epoch}, step {trainer.step}, loss {row['loss']:.4f}", flush=True)
 
     optimizer.zero_grad(set_to_none=True)
     run = {"device": str(where), "dtype": "fp32"}
     loop = {"epochs": max(1, num_epochs)}
     sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
     tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
-    trainer = Trainer(model.train(), optimizer, config=sections, callbacks=[Recorder()])
+    trainer = Trainer(model.train(), optimizer, config=sections)
     torch.set_float32_matmul_precision(tf32)
+    trainer._write = record
     # An optimizer that cannot be judged on the device would wait for it at each step.
     trainer.train_step.judges, trainer.train_step.max_grad_norm = False, max_grad_norm
     if num_epochs:
         trainer.train(train_dataloader)
-        if trainer.step % log_interval:
-            record(num_epochs - 1)
     return {"losses": losses, "steps": steps}

@@ -10,7 +10,8 @@ import math
 import operator
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.distributed.slices import cut
 from fasttrain.engine.optim import load_optimizer_tensors
 
 BINDING = (
@@ -31,6 +31,8 @@ BINDING = (
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 KIND = "!"  # the key that marks what JSON does not know
 MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
+PLAIN: dict[str, Callable[[str], Any]] = {"float": float, "bytes": bytes.fromhex}
+Accessors = tuple[Callable[[], Any], Callable[[Any], object]]  # read and set a state
 
 
 def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
@@ -49,9 +51,7 @@ def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     if kind is tuple:
         content = encode(list(value), tensors, at)
     elif kind in MAPPINGS.values():
-        keys = encode(list(value), tensors, f"{at}.key")
-        values = encode(list(value.values()), tensors, at)
-        content = [[k, v] for k, v in zip(keys, values, strict=True)]
+        content = encode([list(item) for item in value.items()], tensors, at)
     elif kind in (float, bytes, torch.dtype):  # of floats inf, -inf and nan
         content = value.hex() if kind is bytes else str(value).removeprefix("torch.")
     elif isinstance(value, Tensor):
@@ -77,10 +77,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
     if KIND not in value:
         return {k: decode(v, tensors, device) for k, v in value.items()}
     kind, content = value[KIND], value["is"]
-    if kind == "float":
-        return float(content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
+    if kind in PLAIN:
+        return PLAIN[kind](content)
     if kind == "dtype" and isinstance(dtype := getattr(torch, content), torch.dtype):
         return dtype
     if kind == "Tensor":
@@ -91,9 +89,6 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
         return array[()] if is_scalar else array
     parts = decode(content, tensors, device)
     return tuple(parts) if kind == "tuple" else MAPPINGS[kind](dict(parts))
-
-
-# ---- facts ---------------------------------------------------------------------------------------
 
 
 def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -114,16 +109,6 @@ def facts_of_config(config: TrainConfig, scheduler: Any) -> dict[str, str]:
     return {key: str(operator.attrgetter(key)(config)) for key in keys}
 
 
-def shapes(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """Return the facts of a model and its average: names, dtypes and shapes."""
-    facts = {}
-    for group, tensors in groups.items():
-        facts[group] = f"{len(tensors)} tensors"
-        for name, t in tensors.items():
-            facts[f"{group} {name}"] = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-    return facts
-
-
 def _shown(value: Any) -> str:
     plain = isinstance(value, bool | int | float | str | tuple | list | Counter | None)
     return str(value) if plain else getattr(value, "__qualname__", type(value).__name__)
@@ -131,15 +116,14 @@ def _shown(value: Any) -> str:
 
 def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, str]:
     """Return its class and defaults, its groups, and which parameter is in which."""
-    # A schedule moves these; of a tensor, so are the defaults, which are the same object.
+    # A schedule moves these; a tensor among the defaults is moved too, as it is the groups' own.
     moved = {"params", "param_names", "lr", "momentum", "betas"}
-    plain = {key: v for key, v in optimizer.defaults.items() if not isinstance(v, Tensor)}
-    facts = {"optimizer": type(optimizer).__name__}
+    defaults, names = optimizer.defaults, {id(p): name for name, p in model.named_parameters()}
+    facts = {f"optimizer {k}": _shown(v) for k, v in defaults.items() if not isinstance(v, Tensor)}
+    facts["optimizer"] = type(optimizer).__name__
     facts["optimizer groups"] = str(len(optimizer.param_groups))
-    facts |= {f"optimizer {key}": _shown(value) for key, value in plain.items()}
-    names = {id(p): name for name, p in model.named_parameters()}
     for n, group in enumerate(optimizer.param_groups):
-        extra = sorted(group.keys() - optimizer.defaults.keys() - moved)
+        extra = sorted(group.keys() - defaults.keys() - moved)
         facts[f"group {n}"] = f"{len(group['params'])} parameters with {extra or 'no further keys'}"
         facts |= {f"group {n} {key}": _shown(group[key]) for key in group.keys() - moved}
         for p in group["params"]:
@@ -192,34 +176,28 @@ def facts_of_loader(loader: Any) -> dict[str, str]:
     return facts
 
 
-# ---- loaders and random numbers ------------------------------------------------------------------
-
-
 def is_stateful(loader: Any) -> bool:
     """Whether a loader saves its own place in the data, as torchdata's StatefulDataLoader."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def is_whole(loader: Any) -> bool:
-    """Whether a loader gives each rank all of a data set."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    return not (hasattr(loader.sampler, "set_epoch") or hasattr(loader.batch_sampler, "set_epoch"))
-
-
-def doubts(loader: Any) -> list[str]:
-    """Return what may make the batches after a resume others than without one."""
-    if is_stateful(loader):
-        return []
-    found, kind = [], type(loader).__name__
+def doubts(loader: Any, *, n_ranks: int = 1, saves: bool = True) -> list[str]:
+    """Return what may make the batches others than they should be, of ranks or after a resume."""
+    found, kind, dataset = [], type(loader).__name__, getattr(loader, "dataset", None)
+    of_a_map = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    if n_ranks > 1 and of_a_map and not any(hasattr(s, "set_epoch") for s in samplers):
+        found.append(
+            "each rank trains on all of the data; give the DataLoader a DistributedSampler"
+        )
+    if is_stateful(loader) or not saves:
+        return found
     if getattr(loader, "persistent_workers", False):
         found.append(
             f"the {kind}'s persistent workers keep their random numbers from epoch to epoch, and "
             "no checkpoint holds these: a data set that draws some will draw others after a "
             "resume; unset persistent_workers"
         )
-    dataset = getattr(loader, "dataset", None)
-    of_a_map = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
     if not (of_a_map or hasattr(loader, "__getitem__")):
         kind = kind if dataset is None else type(dataset).__name__
         found.append(
@@ -231,71 +209,62 @@ def doubts(loader: Any) -> list[str]:
 
 
 def own_values(loader: Any) -> dict[str, Any]:
-    """Return the numbers and strings that the user's samplers and data sets hold."""
-    if is_stateful(loader):
-        return {}
+    """Return the numbers and strings that a loader, its samplers and its data sets hold."""
+    return {} if is_stateful(loader) else _attributes(loader, "loader", (int, float, str))
+
+
+def _attributes(loader: Any, name: str, kinds: tuple[type, ...]) -> dict[str, Any]:
     return {
         f"{place}.{key}": value
-        for place, part in _parts(loader, "loader").items()
-        if not type(part).__module__.startswith("torch.utils.data.dataloader")
+        for place, part in _parts(loader, name).items()
         for key, value in getattr(part, "__dict__", {}).items()
-        if type(value) in (bool, int, float, str)
-        and not (key == "epoch" and hasattr(part, "set_epoch"))  # the trainer sets it
+        if isinstance(value, kinds)
     }
 
 
 def _generators_of(loader: Any, name: str) -> dict[str, Any]:
-    """Return the generators that a loader, its samplers and its data sets hold themselves."""
+    """Return the generators that a loader, its samplers and its data sets hold, each once."""
     found: dict[str, Any] = {}
-    for place, part in _parts(loader, name).items():
-        for key, value in getattr(part, "__dict__", {}).items():
-            if isinstance(value, GENERATORS) and not any(value is g for g in found.values()):
-                found[f"{place}.{key}"] = value
+    for at, generator in _attributes(loader, name, GENERATORS).items():
+        found |= {} if generator in found.values() else {at: generator}
     return found
 
 
-def generators(device: torch.device, **loaders: Any) -> dict[str, Any]:
-    """Return what a training draws from, by name: generators, their modules and the GPU."""
-    found = {"cpu": torch.default_generator, "python": random, "numpy": np.random}
-    found |= {"cuda": device} if device.type == "cuda" else {}
+def generators(device: torch.device, **loaders: Any) -> dict[str, Accessors]:
+    """Return how to read and set what a training draws from: generators, modules and the GPU."""
+    found: dict[str, Any] = {"cpu": torch.default_generator, "python": random, "numpy": np.random}
     for name, loader in loaders.items():
         found |= _generators_of(loader, name)
-    return found
+    accessors = {name: _accessors(generator) for name, generator in found.items()}
+    if device.type == "cuda":
+        put = partial(torch.cuda.set_rng_state, device=device)
+        accessors["cuda"] = partial(torch.cuda.get_rng_state, device), put
+    return accessors
 
 
-def read(generators: Mapping[str, Any]) -> dict[str, Any]:
+def _accessors(generator: Any) -> Accessors:
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    if hasattr(generator, "get_state"):
+        return generator.get_state, generator.set_state
+
+    def get() -> tuple[Any, ...]:
+        version, words, gauss = generator.getstate()
+        return version, np.array(words, np.uint32), gauss  # not one by one
+
+    return get, lambda s: generator.setstate((s[0], tuple(s[1].tolist()), s[2]))
+
+
+def read(generators: Mapping[str, Accessors]) -> dict[str, Any]:
     """Return the state of each generator, for `encode`."""
-    states: dict[str, Any] = {}
-    for name, generator in generators.items():
-        if isinstance(generator, torch.device):
-            states[name] = torch.cuda.get_rng_state(generator)
-        elif isinstance(generator, torch.Generator):
-            states[name] = generator.get_state()
-        elif isinstance(generator, np.random.Generator):
-            states[name] = generator.bit_generator.state
-        elif hasattr(generator, "get_state"):
-            states[name] = generator.get_state(legacy=False)
-        else:
-            version, words, gauss = generator.getstate()
-            states[name] = version, np.array(words, np.uint32), gauss
-    return states
+    return {name: get() for name, (get, _) in generators.items()}
 
 
-def write(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def write(generators: Mapping[str, Accessors], states: Mapping[str, Any]) -> None:
     """Put back the states that there are."""
     for name in generators.keys() & states.keys():
-        generator, state = generators[name], states[name]
-        if isinstance(generator, torch.device):
-            torch.cuda.set_rng_state(state, generator)
-        elif isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = state
-        elif hasattr(generator, "set_state"):
-            generator.set_state(state)
-        else:
-            generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
-
-
-# ---- optimizers ----------------------------------------------------------------------------------
+        generators[name][1](states[name])
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -318,12 +287,6 @@ def restore_optimizer(
     """Put back `optimizer_tensors` and `optimizer_values`, in the very dtypes that they had."""
     load_optimizer_tensors(model, [optimizer], tensors)
     parameters = dict(model.named_parameters())
-    for full, tensor in tensors.items():
-        name, _, key = full.partition("/")
-        state = optimizer.state[parameters[name]]
-        # torch makes all floats the parameter's dtype. A quantized tensor lies there in parts.
-        if "/" not in key and state[key].dtype != tensor.dtype:
-            state[key] = cut(tensor.to(state[key].device, copy=True), state[key])
     for name, values in rest["values"].items():
         optimizer.state[parameters[name]].update(values)
     for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -137,9 +136,6 @@ def _extra(name: str) -> Any:
         raise UserError(f"the report needs {package}; pip install plotly matplotlib") from error
 
 
-# ---- what is shown ---------------------------------------------------------------------------
-
-
 def window_steps(runs: Sequence[Run]) -> int:
     """Return over how many steps losses are averaged: 5 % of a run, or more to have ten lines."""
     least = max(r.train[-1]["step"] * max(0.05, min(0.25, 10 / len(r.train))) for r in runs)
@@ -224,16 +220,13 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
     """Return a run's column of the table, losses smoothed over ``n_steps`` steps."""
     last, finite = run.train[-1], [row for row in run.evals if row["val_loss"] is not None]
     best = min(finite, key=lambda row: row["val_loss"], default=dict[str, Any]())
-    times = [r["time"] for r in (*run.train, *run.evals) if "time" in r]
-    shown = ["n/a"]
-    with contextlib.suppress(ValueError, OverflowError):  # no dates, or none that a calendar has
-        if dates := [datetime.fromisoformat(time).astimezone() for time in times]:
-            dates[0] -= timedelta(minutes=run.train[0]["minutes"])  # the first line ends some steps
-            shown = [f"{date:%Y-%m-%d %H:%M}" for date in sorted(dates)]
+    rows = (*run.made_by, *run.train, *run.evals)
+    times = [row["time"] for row in rows if isinstance(row.get("time"), str)]
+    shown = [time[:16].replace("T", " ") for time in times] or ["n/a"]
     done = last.get("progress") or 1.0
     return {
         "started": shown[0],
-        "ended": shown[-1],
+        "ended": max(shown),
         "steps": f"{last['step']:,}" + (f" ({done:.0%} of the run)" if done < 1 else ""),
         "tokens": _number(last.get("tokens"), ",.0f"),
         "minutes in steps": _number(last["minutes"], ".1f"),
@@ -268,8 +261,6 @@ def differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
     keys = {key for other in configs[1:] for key, _, _ in config_difference(configs[0], other)}
     return {key: [show(attrgetter(key)(config)) for config in configs] for key in sorted(keys)}
 
-
-# ---- the page --------------------------------------------------------------------------------
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -402,9 +393,6 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-# ---- the picture -----------------------------------------------------------------------------
-
-
 def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
     """Write the curves over ``axis``, a key of `AXES`, as a PNG.
 
@@ -420,18 +408,18 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
     for number, panel in enumerate(shown):
         row, column = divmod(number + 1, 2)
         plot = figure.add_subplot(grid[row, column] if number else grid[0, :])
-        top: Any = 0.0  # of the areas so far
-        for curve in panel.curves:
-            x, colour = _column(curve.rows, AXES[axis]), _colour(curve)
-            if curve.kind == "area":
-                below, top = top, top + np.array(curve.y)
-                plot.fill_between(x, below, top, color=colour, alpha=0.5, lw=0, label=curve.name)
-            else:
-                label = runs[curve.run].name if curve.name == "smoothed" else None
-                alpha = 0.4 if curve.kind == "faint" else 1.0
-                style = ".:" if curve.kind == "points" else "-"
-                plot.plot(x, curve.y, style, color=colour, alpha=alpha, label=label)
-        if not number or panel.curves[0].kind == "area":
+        areas = [curve for curve in panel.curves if curve.kind == "area"]
+        if areas:
+            x, names = _column(areas[0].rows, AXES[axis]), [curve.name for curve in areas]
+            colours, heights = map(_colour, areas), [curve.y for curve in areas]
+            plot.stackplot(x, heights, labels=names, colors=list(colours), alpha=0.5, lw=0)
+        for curve in panel.curves[len(areas) :]:  # a panel has areas or lines
+            label = runs[curve.run].name if curve.name == "smoothed" else None
+            alpha = 0.4 if curve.kind == "faint" else 1.0
+            style = ".:" if curve.kind == "points" else "-"
+            x = _column(curve.rows, AXES[axis])
+            plot.plot(x, curve.y, style, color=_colour(curve), alpha=alpha, label=label)
+        if areas or not number:
             # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
             plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
         plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)

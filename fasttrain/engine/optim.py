@@ -170,10 +170,12 @@ def load_optimizer_tensors(
                     expected = mine or {"state": p}
                 check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
             if mine:
-                slices = {key: cut(tensor, p) for key, tensor in mine.items()}
-                state[index] = _whole(optimizer, p, slices)
+                state[index] = _whole(optimizer, p, {k: cut(t, p) for k, t in mine.items()})
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for index, mine in state.items():  # torch has made all floats the parameter's dtype
+            held = optimizer.state[_parameters(optimizer)[index]]
+            held |= {k: t.to(held[k].device) for k, t in mine.items() if t.dtype != held[k].dtype}
     if of:
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
 

@@ -226,7 +226,7 @@ def diagnose_run(config: TrainConfig) -> bool:
     with Loader(train, options, device=device) as loader:
         batch = next(loader)
     with precision.autocast():
-        report = diagnose(model, batch, optimizer=optimizers)
+        report = diagnose(model, (batch.tokens, batch.targets), optimizer=optimizers)
     print(str(report))
     return not report.failed
 

@@ -197,8 +197,6 @@ def test_data_of_the_wrong_shape_or_kind(batch: tuple[Tensor, Tensor]) -> None:
     assert diagnose(plain(), (tokens, targets[:, 1:])).failed
     assert diagnose(plain(), (tokens.float(), targets)).failed
     assert diagnose(plain(), (tokens, torch.full_like(targets, -100))).failed
-    same = (torch.full_like(tokens, 3), torch.full_like(tokens, 3))
-    assert statuses(diagnose(plain(), same))["variety"] == "warn"
 
 
 def test_a_model_that_raises_is_a_line_too(batch: tuple[Tensor, Tensor]) -> None:

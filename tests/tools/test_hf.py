@@ -153,9 +153,9 @@ def test_command_line_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("options", "message"),
     [
         ({"value_embeddings": True}, "value_embeddings"),
-        ({"mlp": "relu2"}, "mlp = relu2"),
+        ({"mlp": "relu2"}, 'llama has no model.mlp = "relu2"'),
         ({"sliding_window_tokens": 8}, "sliding_window_tokens = 8"),
-        ({"bias": True, "qk_norm": True}, "bias = true together"),
+        ({"bias": True, "qk_norm": True}, "qwen3 has no model.bias = true;"),
     ],
 )
 def test_what_has_no_counterpart_is_named(
@@ -176,7 +176,7 @@ def test_what_has_no_counterpart_is_named(
         ({"num_hidden_layers": 3}, "n_layers = 3"),
         ({"num_hidden_layers": 1}, "unknown"),
         ({"hidden_size": 64, "head_dim": 8}, "do not fit"),
-        ({"hidden_size": None}, "model.dim"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
     ],
 )
 def test_a_foreign_model_is_refused_with_the_reason(

@@ -9,7 +9,7 @@ import pytest
 from tests.support.ranks import run_script
 
 SCRIPT = """
-import json, os, signal, sys, warnings
+import json, os, signal, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -146,6 +146,8 @@ if size > 1:
         def on_step_end(self, trainer):
             if trainer.step == 3 and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+                while not trainer._told:  # a thread learns of it
+                    time.sleep(0.001)
 
     trainer = made(folder / "stopped", Toy, "ddp")
     trainer.callbacks.append(Told())
