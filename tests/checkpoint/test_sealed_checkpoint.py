@@ -83,7 +83,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
     "another key": ("[train]\nstep = 1\n", {}, "train.step is not a config key"),
     "a value out of range": ("[train]\nsteps = 0\n", {}, "out of range"),
     "deep TOML": (f"{CONFIG}x = {'[' * 5000}{']' * 5000}\n", {}, "recursion depth"),
-    "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "tables in tables"),
+    "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "100,000 dots"),
     "much TOML": (f"{CONFIG}#{' ' * 300_000}\n", {}, "are credible"),
     "another step": (CONFIG, {"step": 7}, "step is 7"),
     "a run without its faults": (CONFIG, {"step": 2, "position": 8}, "best_val_loss is missing"),

@@ -147,10 +147,10 @@ def test_R1_an_evaluation_made_up_for_is_not_made_up_for_again(
 def test_the_steps_of_an_hour_are_estimated_from_all_that_the_hour_counts(toy: Path) -> None:
     run = build(toy, "train.steps=none", "train.hours=1", "eval.every_steps=none")
     run.state.step, run.state.trained_s = HOURS_ESTIMATE_AT, 20 * HOURS_ESTIMATE_AT
-    for number in range(HOURS_ESTIMATE_AT):
+    for _ in range(HOURS_ESTIMATE_AT):
         assert not run._finished()
         assert run.state.total_steps is None
-        run.state.account.add_step(20.0, 10.0, first=number == 0)  # of 20 s, 10 s waiting for data
+        run.state.account.add_step(20.0, 10.0)  # of 20 s, 10 s waiting for data
     assert not run._finished()
     assert run.state.total_steps == 3600 // 20
 
