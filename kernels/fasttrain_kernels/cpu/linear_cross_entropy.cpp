@@ -1,9 +1,12 @@
 // A linear layer and its cross-entropy, gradients included. Compiled behind product.h.
 //
-// Logits lie in blocks of `width` columns, each (chunk, width). A task makes those of a block for a
-// group of rows, with maximum and sum of exponentials of each row. When those of all blocks are
-// joined, the gradient takes the place of the logits, in T. That of the hidden states is summed up
-// over a fixed number of parts of the blocks, so that nothing depends on the number of threads.
+// A task makes the logits of a block of `width` columns for a group of rows, which stay in the
+// cache, and keeps their exponentials, the operands of both gradients, in T: by rows, and packed.
+// They are relative to a guess of the target's logit, so that none waits for the sum of its row; by
+// that the gradient of the hidden states is multiplied when it is made, and for that of the weight
+// the hidden states are. What the target adds is made in fp32. The gradient of the hidden states is
+// summed up over a fixed number of parts of the blocks, so that nothing depends on the number of
+// threads.
 
 static const long AT_A_TIME = 128;  // rows for which operands stay in the second cache
 static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
@@ -11,6 +14,7 @@ static const long TASKS = 16;       // at least, of a chunk that has 64 rows for
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
   float smoothing, z_loss, softcap, scale;
+  long even() const { return round_up(chunk, WHOLE); }
   long blocks() const { return (vocab + width - 1) / width; }
   long columns(long block) const { return std::min(width, vocab - block * width); }
   long group() const { return std::max(64L, round_up(chunk * parts / TASKS, 16)); }
@@ -28,13 +32,16 @@ struct Tensors {
 };
 
 struct Stat {
-  float peak, sum, total;  // sum of exp(x - peak); of x
+  float from, sum, total;  // sum of exp(x - from); of x
+  float peak;              // the largest x, and where it is first
+  long at;
 };
 
 struct Row {
-  long of;      // its number among all
-  long target;  // -1: none
-  float peak, slope, base, hit;  // gradient: slope·exp(x - peak) - base, less hit at the target
+  long of;           // its number among all
+  long target;       // -1: none
+  float from, hit;   // a guess of the target's logit, and the logit
+  float slope, own;  // the gradient is slope times what is kept, and `own` at the target
 };
 
 struct Space : Parts {
@@ -42,49 +49,101 @@ struct Space : Parts {
   const Tensors* t;
   Row* rows = take<Row>(s->chunk);
   Stat* stats = take<Stat>(s->blocks() * s->chunk);
-  float* logits = take<float>(s->blocks() * s->chunk * s->width);
+  // What is kept of a block: (chunk, width), and packed with zeros behind the last row
+  T* kept = take<T>(t->dhidden || t->dweight ? s->blocks() * s->chunk * s->width : 0);
+  T* packed = take<T>(t->dweight ? s->blocks() * s->even() * s->width : 0);
   T* hidden = take<T>(s->chunk * s->dim);
-  T* packed = take<T>(t->dweight ? round_up(s->chunk, WHOLE) * s->dim : 0);
+  T* turned = take<T>(t->dweight ? (s->even() + 32) * s->dim : 0);
   // The weight, packed block by block
   T* turned_weight = take<T>(s->blocks() * s->width * s->dim);
   T* weight = take<T>(t->dhidden ? s->blocks() * s->width * s->dim : 0);
   float* sums = take<float>(t->dhidden ? s->parts * s->chunk * s->dim : 0);
 };
 
-// Of n logits, behind which there is space up to a whole vector
-static Stat measure(float* x, long n, const Shape* s) {
-  const long end = round_up(n, LANES);
-  if (s->softcap)
-    for (long i = 0; i < end; i += LANES) {
-      const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / s->softcap);
-      const Lanes capped = s->softcap * (1 - e) / (1 + e);
-      set(x + i, y < 0 ? -capped : capped);
-    }
-  std::fill(x + n, x + end, 0.f);
-  Lanes totals = {}, sums = {};
-  for (long i = 0; s->smoothing && i < end; i += LANES) totals += get(x + i);
-  std::fill(x + n, x + end, -INFINITY);
-  Lanes peaks = get(x);
-  for (long i = LANES; i < end; i += LANES) peaks = larger(get(x + i), peaks);
-  const float peak = largest(peaks), from = peak == -INFINITY ? 0 : peak;
-  for (long i = 0; i < end; i += LANES) sums += exponential(get(x + i) - from);
-  return {peak, sum(sums), sum(totals)};
+static void cap(float* x, long n, float most) {
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / most);
+    const Lanes capped = most * (1 - e) / (1 + e);
+    set(x + i, y < 0 ? -capped : capped);
+  }
 }
 
-// Writes the gradient of n logits over them, in T, and zeros behind it up to the end
+// Writes exp(x - from) of PAIR rows or fewer, each times the slope of its cap, and their sums
 template <bool CAPPED>
-static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
-  const auto gradient = [=](Lanes x, float hit) {
-    const Lanes g = row.slope * exponential(x - row.peak) - row.base - hit;
-    return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
+static void exponentials(In x, const Shape* s, long n, long rows, Stat* stats, T* kept, T* packed,
+                         long depth) {
+  Lanes sums[PAIR] = {};
+  for (long i = 0; i < n; i += LANES) {
+    Lanes e[PAIR] = {};
+#pragma GCC unroll 2
+    for (long p = 0; p < PAIR; p++) {
+      if (p >= rows) break;
+      const Lanes y = get(x + p * s->width + i), part = y / s->softcap;
+      sums[p] += e[p] = exponential(y - stats[p].from);
+      if (CAPPED) e[p] *= 1 - part * part;
+      if (kept) set(kept + p * s->width + i, e[p]);
+    }
+    if (packed) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, e);
+  }
+  for (long p = 0; p < rows; p++) stats[p].sum = sum(sums[p]);
+}
+
+// Where a gradient of a logit lies among those of its block that are packed
+static T& packed_at(T* packed, long depth, long row, long column) {
+  return packed[(column / PANEL * depth + row / PAIR * PAIR) * PANEL + column % PANEL * PAIR +
+                row % PAIR];
+}
+
+static float largest_of(In x, long n) {
+  Lanes peaks = get(x);
+  for (long i = LANES; i < n; i += LANES) peaks = larger(get(x + i), peaks);
+  return largest(peaks);
+}
+
+// What is known and kept of logits of a block in PAIR rows or fewer, from the first on; behind n
+// columns there is space up to a multiple of 32
+static void keep(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+                 long rows, long depth, float* logits) {
+  const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
+  const bool is_kept = t->dhidden || t->dweight;
+  T* kept = is_kept ? made.kept + (block * s->chunk + first) * s->width : nullptr;
+  T* packed = t->dweight ? made.packed + block * s->even() * s->width : nullptr;
+  Stat* stats = made.stats + block * s->chunk + first;
+  for (long p = 0; p < rows; p++) {
+    float *x = logits + p * s->width, *last = x + n;
+    Row& row = made.rows[first + p];
+    Lanes totals = {};
+    if (s->softcap) cap(x, end, s->softcap);
+    std::fill(last, x + end, 0.f);
+    for (long i = 0; s->smoothing && i < end; i += LANES) totals += get(x + i);
+    stats[p] = {row.from, 0, sum(totals)};
+    if (row.target >= column && row.target < column + n) row.hit = x[row.target - column];
+    if (t->correct) {
+      stats[p].peak = *std::max_element(x, last);
+      const float* nan = std::find_if(x, last, [](float y) { return std::isnan(y); });
+      stats[p].at = column + ((nan < last ? nan : std::find(x, last, stats[p].peak)) - x);
+      if (nan < last) stats[p].peak = NAN;
+    }
+    std::fill(last, x + end, row.from - 200);
+  }
+  const auto run = [&] {
+    (s->softcap ? exponentials<true> : exponentials<false>)(
+        logits, s, end, rows, stats, kept, packed ? packed + first * PANEL : nullptr, depth);
   };
-  const long target = row.target - first;
-  const bool hits = target >= 0 && target < n;
-  T at_target[LANES], *d = (T*)x;  // never ahead of what is still to be read
-  if (hits) set(at_target, gradient(Lanes{} + x[target], row.hit));
-  for (long i = 0; i < n; i += LANES) set(d + i, gradient(get(x + i), 0));
-  std::fill(d + n, d + end, T{});
-  if (hits) d[target] = at_target[0];
+  run();
+  bool is_far = false;
+  for (long p = 0; p < rows; p++)
+    if (!(stats[p].sum < 1e30f)) {
+      stats[p].from = largest_of(logits + p * s->width, end);
+      is_far = true;
+    }
+  if (is_far) run();
+  for (long p = 0; is_kept && p < rows; p++) {
+    const long target = made.rows[first + p].target - column;
+    if (target < 0 || target >= n) continue;
+    kept[p * s->width + target] = T{};
+    if (packed) packed_at(packed, depth, first + p, target) = T{};
+  }
 }
 
 // The weight of a block of columns, as logits and as gradients of hidden states take it
@@ -98,75 +157,105 @@ static void pack_weight(const Shape* s, const Tensors* t, const Space& made, lon
     pack(weight, s->weight_row, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
 }
 
-// Logits of a block of columns for rows from the first on, and what is known of each from them
-static void enter(const Shape* s, const Space& made, long block, long first, long end_row) {
-  const long d = s->dim, n = s->columns(block);
+// A row of hidden states, and a guess of its target's logit
+static void begin(const Shape* s, const Tensors* t, const Space& made, long r, long of) {
+  const long d = s->dim, target = t->targets[of];
+  const bool valid = target >= 0 && target < s->vocab;
+  const T *hidden = t->hidden + of * s->hidden_row;
+  const T *weight = t->weight + (valid ? target : 0) * s->weight_row;
+  std::copy_n(hidden, d, made.hidden + r * d);
+  Lanes dots = {};
+  for (long i = 0; i < d; i += LANES) dots += get(hidden + i) * get(weight + i);
+  const float x = sum(dots), guess = s->softcap ? s->softcap * std::tanh(x / s->softcap) : x;
+  made.rows[r] = {of, valid ? target : -1, std::isfinite(guess) ? guess : 0, NAN};
+}
+
+// Logits of a block of columns for rows from the first on, and what is kept of them; behind the
+// last row of a chunk there are zeros
+static void enter(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+                  long end_row, long rows) {
+  const long d = s->dim, n = s->columns(block), depth = round_up(rows, WHOLE);
   const T* panels = made.turned_weight + block * s->width * d;
+  float* logits = SCRATCH(float)(AT_A_TIME * s->width);
   for (; first < end_row; first += AT_A_TIME) {
     const long some = std::min(AT_A_TIME, end_row - first);
-    float* logits = made.logits + (block * s->chunk + first) * s->width;
+    const long last = first + some == rows ? depth - first : some;
     product(some, round_up(n, 16), d, made.hidden + first * d, d, panels, logits, s->width);
-    for (long r = 0; r < some; r++)
-      made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s);
+    for (long r = 0; r < last; r += PAIR)
+      keep(s, t, made, block, first + r, std::clamp(some - r, 0L, PAIR), depth, logits + r * s->width);
   }
 }
 
-static bool is_first_largest(const Shape* s, const Space& made, long r, long target, float value) {
-  for (long i = 0; i < target; i++) {
-    float x = made.logits[(i / s->width * s->chunk + r) * s->width + i % s->width];
-    if (std::isnan(value) ? std::isnan(x) : !(x < value)) return false;
-  }
-  return true;
+// Makes what is kept of a row relative to another logit, and subtracts
+static void amend(const Shape* s, const Tensors* t, const Space& made, long block, long r,
+                  long depth, float factor, float less) {
+  const long n = s->columns(block), target = made.rows[r].target - block * s->width;
+  T* x = made.kept + (block * s->chunk + r) * s->width;
+  for (long i = 0; i < n; i += LANES) set(x + i, get(x + i) * factor - less);
+  std::fill(x + n, x + round_up(n, 32), T{});
+  if (target >= 0 && target < n) x[target] = T{};
+  for (long i = 0; t->dweight && i < n; i++)
+    packed_at(made.packed + block * s->even() * s->width, depth, r, i) = x[i];
 }
 
 // The loss of a row, and what its gradient is made of
-static void join(const Shape* s, const Tensors* t, const Space& made, long r) {
-  Stat all = {-INFINITY, 0, 0};
-  for (long b = 0; b < s->blocks(); b++)
-    all.peak = std::max(all.peak, made.stats[b * s->chunk + r].peak);
-  for (long b = 0; b < s->blocks(); b++) {
-    Stat stat = made.stats[b * s->chunk + r];
-    const bool as_it_is = stat.peak == all.peak || stat.peak == -INFINITY;
-    all.sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - all.peak);
+static void join(const Shape* s, const Tensors* t, const Space& made, long r, long depth) {
+  Row& row = made.rows[r];
+  const auto of = [&](long block) { return made.stats[block * s->chunk + r]; };
+  Stat all = of(0);
+  for (long b = 1; b < s->blocks(); b++) {
+    const Stat stat = of(b);
+    all.from = std::max(all.from, stat.from);
     all.total += stat.total;
+    if (stat.peak > all.peak || (std::isnan(stat.peak) && !std::isnan(all.peak)))
+      all.peak = stat.peak, all.at = stat.at;
   }
-  const long of = made.rows[r].of, target = t->targets[of], block = target / s->width;
-  const bool valid = target >= 0 && target < s->vocab;
-  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
-  const float share = s->smoothing / s->vocab, log_sum = std::log(all.sum);
-  const float lse = all.peak + log_sum, nll = log_sum - (x - all.peak);
+  all.sum = 0;
+  const auto factor = [&](Stat stat) {
+    return stat.from == all.from ? 1 : std::exp(stat.from - all.from);
+  };
+  for (long b = 0; b < s->blocks(); b++) all.sum += of(b).sum * factor(of(b));
+  const float x = row.hit, share = s->smoothing / s->vocab, log_sum = std::log(all.sum);
+  const float lse = all.from + log_sum, nll = log_sum - (x - all.from);
   float loss = nll * (1 - s->smoothing), slope = 1;
   if (s->z_loss) loss += s->z_loss * lse * lse, slope += 2 * s->z_loss * lse;
   if (s->smoothing) loss += s->smoothing * lse - share * all.total;
-  const float weight = (t->token_weight ? t->token_weight[of] : 1) * s->scale;
-  const float factor = valid ? weight * (t->upstream ? t->upstream[of] : 1) : NAN;
-  t->losses[of] = loss * weight;
-  t->lse[of] = lse;
-  made.rows[r] = {of, valid ? target : -1, all.peak, factor * slope / all.sum, factor * share,
-                  factor * (1 - s->smoothing)};
-  const bool is_largest = valid && (x == all.peak || std::isnan(x));
-  if (t->correct) t->correct[of] = is_largest && is_first_largest(s, made, r, target, x);
+  const float weight = (t->token_weight ? t->token_weight[row.of] : 1) * s->scale;
+  const float up = row.target < 0 ? NAN : weight * (t->upstream ? t->upstream[row.of] : 1);
+  const float cap = s->softcap ? 1 - x / s->softcap * (x / s->softcap) : 1;
+  t->losses[row.of] = loss * weight;
+  t->lse[row.of] = lse;
+  if (t->correct) t->correct[row.of] = all.at == row.target;
+  row.slope = up * slope / all.sum;
+  row.own = (row.slope * std::exp(x - all.from) - up * (1 - s->smoothing + share)) * cap;
+  if (!t->dhidden && !t->dweight) return;
+  for (long b = 0; b < s->blocks(); b++)
+    if (s->smoothing || of(b).from != all.from)
+      amend(s, t, made, b, r, depth, factor(of(b)), share * all.sum / slope);
 }
 
-// Gradients of the logits of one part of the blocks in rows from the first on, and what they add to
-// those of the hidden states
-static void leave(const Shape* s, const Tensors* t, const Space& made, long part, long start,
-                  long end_row) {
+// What one part of the blocks adds to the gradient of the hidden states in rows from the first on
+static void leave(const Shape* s, const Space& made, long part, long start, long end_row) {
   const long d = s->dim, from = s->blocks() * part / s->parts;
-  const long to = s->blocks() * (part + 1) / s->parts, x_row = s->width * sizeof(float) / sizeof(T);
-  for (long block = from; block < to; block++) {
-    const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
+  const long to = s->blocks() * (part + 1) / s->parts;
+  for (long block = from; block < to; block++)
     for (long first = start; first < end_row; first += AT_A_TIME) {
-      const long some = std::min(AT_A_TIME, end_row - first);
-      float* x = made.logits + (block * s->chunk + first) * s->width;
-      for (long r = 0; r < some; r++)
-        (s->softcap ? differentiate<true> : differentiate<false>)(
-            x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
       float* sums = made.sums + (part * s->chunk + first) * d;
-      if (t->dhidden)
-        product(some, d, end, (const T*)x, x_row, made.weight + column * d, sums, d,
-                block > from ? sums : nullptr);
+      product(std::min(AT_A_TIME, end_row - first), d, round_up(s->columns(block), 32),
+              made.kept + (block * s->chunk + first) * s->width, s->width,
+              made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
     }
+}
+
+// The gradient of the hidden states of a row
+static void finish(const Shape* s, const Tensors* t, const Space& made, long r) {
+  const long d = s->dim;
+  const Row row = made.rows[r];
+  const T* weight = t->weight + std::max(row.target, 0L) * s->weight_row;
+  for (long i = 0; i < d; i += LANES) {
+    Lanes all = {};
+    for (long p = 0; p < s->parts; p++) all += get(made.sums + (p * s->chunk + r) * d + i);
+    set(t->dhidden + row.of * d + i, row.slope * all + row.own * get(weight + i));
   }
 }
 
@@ -176,12 +265,19 @@ static void weigh(const Shape* s, const Tensors* t, const Space& made, long bloc
   const long d = s->dim, n = s->columns(block), n_panels = (d + PANEL - 1) / PANEL;
   const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, WHOLE);
   const long to = std::min(d, n_panels * (range + 1) / s->ranges() * PANEL), row = depth + 32;
-  T* turned = SCRATCH(T)(n * row);
-  turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
-       rows, n, turned, row);
-  float* dweight = t->dweight + block * s->width * d + from;
-  product(n, to - from, depth, turned, row, made.packed + from * depth, dweight, d,
-          add ? dweight : nullptr);
+  const long end = round_up(n, 32), column = block * s->width;
+  float *turned = SCRATCH(float)((to - from) * end), *dweight = t->dweight + column * d + from;
+  product(to - from, end, depth, made.turned + from * row, row,
+          made.packed + block * s->even() * s->width, turned, end);
+  transpose(turned, end, to - from, n, dweight, d, add);
+  for (long r = 0; r < rows; r++) {
+    const long target = made.rows[r].target - column;
+    if (target < 0 || target >= n) continue;
+    for (long i = from; i < to; i += LANES) {
+      float* y = dweight + target * d + i - from;
+      set(y, get(y) + made.rows[r].own * get(made.hidden + r * d + i));
+    }
+  }
 }
 
 // Of the rows that are kept
@@ -197,44 +293,38 @@ static void compute(const Space& made, const Shape* s, const Tensors* t,
       const long rows = std::min(s->chunk, n - start), depth = round_up(rows, WHOLE);
       const long groups = s->groups(rows), group = s->group();
 #pragma omp for schedule(static)
-      for (long r = 0; r < rows; r++) {
-        made.rows[r].of = kept[start + r];
-        std::copy_n(t->hidden + made.rows[r].of * s->hidden_row, d, made.hidden + r * d);
-      }
-      if (t->dweight) {
-#pragma omp for schedule(static) nowait
-        for (long j = 0; j < d; j += PANEL)
-          pack_rows(made.hidden + j, d, rows, depth, std::min(PANEL, d - j),
-                    made.packed + j * depth);
-      }
+      for (long r = 0; r < rows; r++) begin(s, t, made, r, kept[start + r]);
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < s->blocks() * groups; i++) {
         const long first = i % groups * group;
-        enter(s, made, i / groups, first, std::min(rows, first + group));
+        enter(s, t, made, i / groups, first, std::min(rows, first + group), rows);
       }
 #pragma omp for schedule(static)
-      for (long r = 0; r < rows; r++) join(s, t, made, r);
-      if (!t->dhidden && !t->dweight) continue;
+      for (long r = 0; r < rows; r++) join(s, t, made, r, depth);
+      if (t->dweight) {
+#pragma omp for schedule(static) nowait
+        for (long j = 0; j < d; j += PANEL) {
+          const long width = std::min(PANEL, d - j);
+          T* part = SCRATCH(T)(rows * width);
+          for (long r = 0; r < rows; r++)
+            for (long i = 0; i < width; i += LANES)
+              set(part + r * width + i, made.rows[r].slope * get(made.hidden + r * d + j + i));
+          turn(part, width, rows, width, made.turned + j * (depth + 32), depth + 32);
+        }
+      }
+      if (t->dhidden) {
 #pragma omp for schedule(dynamic)
-      for (long i = 0; i < s->parts * groups; i++) {
-        const long first = i % groups * group;
-        leave(s, t, made, i / groups, first, std::min(rows, first + group));
+        for (long i = 0; i < s->parts * groups; i++) {
+          const long first = i % groups * group;
+          leave(s, made, i / groups, first, std::min(rows, first + group));
+        }
+#pragma omp for schedule(static) nowait
+        for (long r = 0; r < rows; r++) finish(s, t, made, r);
       }
       if (t->dweight) {
 #pragma omp for schedule(dynamic) nowait
         for (long i = 0; i < s->blocks() * s->ranges(); i++)
           weigh(s, t, made, i / s->ranges(), i % s->ranges(), rows, start > 0);
-      }
-      if (t->dhidden) {
-#pragma omp for schedule(static) nowait
-        for (long r = 0; r < rows; r++) {
-          float* sum = made.sums + r * d;
-          for (long p = 1; p < s->parts; p++) {
-            In more = sum + p * s->chunk * d;
-            for (long i = 0; i < d; i++) sum[i] += more[i];
-          }
-          convert(sum, d, t->dhidden + made.rows[r].of * d);
-        }
       }
 #pragma omp barrier
     }

@@ -52,6 +52,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
         and is_fast(hidden.dtype)
         and bias is None
         and options.class_weight is None
+        and not (options.softcap and options.label_smoothing)
         and dim % 16 == 0 < dim
         and (dim <= _WIDEST_OF_AVX512 or torch.backends.cpu.get_cpu_capability() != "AVX512")
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
@@ -64,19 +65,19 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
 
 
 def _layout(
-    n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int
+    n_rows: int, dim: int, n_cols: int, rows: int, dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """Return rows of a chunk, columns of a block, and parts, whatever the threads.
 
     They take the memory of the logits (rows, V). Where columns are few, more is held of hidden
     states than of logits.
     """
-    n_blocks = -(-n_cols // most_columns)
+    n_blocks = -(-n_cols // _WIDTH[dtype])
     n_blocks = n_blocks if n_blocks < 4 else -(-n_blocks // 4) * 4
     width = -(-n_cols // (32 * n_blocks)) * 32
     n_blocks = -(-n_cols // width)
     parts = max(1, min(_PARTS, n_blocks, n_cols // dim, -(-4 * _ROWS // min(n_rows, _ROWS))))
-    held = n_blocks * (width + 3) + (parts + 2) * dim + 8
+    held = n_blocks * (width * dtype.itemsize // 2 + 6) + (parts + 2) * dim + 8
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
     n_chunks = -(-n_rows // most)
@@ -109,7 +110,7 @@ def run_in_cpp(
     shape = struct.pack(
         "10l4f",  # the C++'s Shape
         *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), options.ignore_index),
-        *_layout(n_rows, dim, n_cols, rows, _WIDTH[hidden.dtype]),
+        *_layout(n_rows, dim, n_cols, rows, hidden.dtype),
         torch.get_num_threads(),
         *options[-3:],
         1 if options.scale is None else options.scale.item(),

@@ -281,8 +281,8 @@ static void product(long m, long n, long depth, const T* a, long a_row, const T*
 typedef float Word __attribute__((may_alias));
 typedef float Words __attribute__((vector_size(32), aligned(4), may_alias));
 
-// (8, 8) of yᵀ = x
-static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row) {
+// (8, 8) of yᵀ = x, or to add to
+static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row, bool add) {
   Words r[8], s[8];
 #define MIX __builtin_shufflevector
 #pragma GCC unroll 8
@@ -301,23 +301,28 @@ static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_ro
     }
 #pragma GCC unroll 8
   for (int j = 0; j < 4; j++) {
-    *(Words*)(y + j * y_row) = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    *(Words*)(y + (j + 4) * y_row) = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    Words &low = *(Words*)(y + j * y_row), &high = *(Words*)(y + (j + 4) * y_row);
+    const Words top = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Words bottom = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    low = add ? low + top : top;
+    high = add ? high + bottom : bottom;
   }
 #undef MIX
 }
 
-// y (n, m) = xᵀ of words x (m, n)
-static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row) {
+// y (n, m) = xᵀ of words x (m, n), which of fp32 may be added to what is there
+static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row,
+                      bool add = false) {
   const Word* x = (const Word*)from;
   Word* y = (Word*)to;
   for (long j = 0; j < n; j += 8)  // a line of y is written at once
     for (long i = 0; i < m; i += 8)
       if (i + 8 <= m && j + 8 <= n)
-        transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row);
+        transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row, add);
       else
         for (long r = i; r < std::min(i + 8, m); r++)
-          for (long c = j; c < std::min(j + 8, n); c++) y[c * y_row + r] = x[r * x_row + c];
+          for (long c = j; c < std::min(j + 8, n); c++)
+            y[c * y_row + r] = add ? y[c * y_row + r] + x[r * x_row + c] : x[r * x_row + c];
 }
 
 // `rows` rows of B as they lie in a panel of `width` columns, behind them zeros up to `end` rows, a
