@@ -349,6 +349,9 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
     float* left = (p->last_norm ? made.left : y) + first * d;
+    fetch<0>(made.attended + first * q, rows * q);
+    fetch<0>(p->x + first * d, rows * d);
+    fetch<1>(middle, rows * d);
     product(rows, d, q, made.attended + first * q, q, space.out, middle, d, p->x + first * d);
     normalise(rows, middle, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * first, normed);
     for (long j = 0; j < f; j += STRIP) {
@@ -359,6 +362,7 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
       OF_MLP(s, activate)(s, rows, width, hidden,
                           made.hidden + first * e + j * rows * s->halves(), acts + j);
     }
+    fetch<1>(left, rows * d);
     product(rows, d, f, acts, f, space.down, left, d, middle);
     if (p->last_norm)
       normalise(rows, left, d, s->centred, s->eps, p->last_norm, made.last_stat + 2 * first,

@@ -97,6 +97,12 @@ static inline void set_rows(T* y, const Lanes* x) {
 #endif
 }
 
+template <int WRITE, class X>
+static inline void fetch(const X* x, long n) {
+  for (const char* line = (const char*)x; line < (const char*)(x + n); line += 64)
+    __builtin_prefetch(line, WRITE, 2);
+}
+
 static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
 
 // Sum or maximum of the lanes, in pairs
