@@ -95,8 +95,8 @@ static void normalise(long rows, In x, long n, bool centred, float eps, In w, fl
 }
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
-template <class From>
-static void normalise_back(In dy, const From* x, In stat, In w, long n, bool centred, In given,
+template <class Dy, class From>
+static void normalise_back(const Dy* dy, const From* x, In stat, In w, long n, bool centred, In given,
                            float* dx, float* dw) {
   const float mean = stat[0], scale = stat[1];
   Lanes sums = {}, dots = {};
@@ -349,9 +349,9 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
     float* left = (p->last_norm ? made.left : y) + first * d;
-    fetch<0>(made.attended + first * q, rows * q);
-    fetch<0>(p->x + first * d, rows * d);
-    fetch<1>(middle, rows * d);
+    fetch(made.attended + first * q, rows, q, q);
+    fetch(p->x + first * d, rows, d, d);
+    fetch<1>(middle, rows, d, d);
     product(rows, d, q, made.attended + first * q, q, space.out, middle, d, p->x + first * d);
     normalise(rows, middle, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * first, normed);
     for (long j = 0; j < f; j += STRIP) {
@@ -362,11 +362,11 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
       OF_MLP(s, activate)(s, rows, width, hidden,
                           made.hidden + first * e + j * rows * s->halves(), acts + j);
     }
-    fetch<1>(left, rows * d);
+    fetch<1>(left, rows, d, d);
     product(rows, d, f, acts, f, space.down, left, d, middle);
     if (p->last_norm)
       normalise(rows, left, d, s->centred, s->eps, p->last_norm, made.last_stat + 2 * first,
-                y + first * d);
+                (T*)y + first * d);
   });
 }
 
@@ -389,7 +389,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     In dleft = p->last_norm ? dx : dy + first * d;
     std::fill_n(sums, s->vectors(), 0.f);
     for (long r = 0; p->last_norm && r < rows; r++)
-      normalise_back(dy + (first + r) * d, made.left + (first + r) * d,
+      normalise_back((const T*)dy + (first + r) * d, made.left + (first + r) * d,
                      made.last_stat + 2 * (first + r), p->last_norm, d, s->centred, nullptr,
                      dx + r * d, sums + 2 * d);
     convert(dleft, rows * d, narrow);

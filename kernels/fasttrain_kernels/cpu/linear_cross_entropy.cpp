@@ -23,7 +23,8 @@ struct Shape {
 };
 
 struct Tensors {
-  const T *hidden, *weight;
+  const T* hidden;
+  In weight;
   const int64_t* targets;
   In token_weight, upstream;  // null: 1
   float *losses, *lse, *correct;
@@ -149,20 +150,22 @@ static void keep(const Shape* s, const Tensors* t, const Space& made, long block
 // The weight of a block of columns, as logits and as gradients of hidden states take it
 static void pack_weight(const Shape* s, const Tensors* t, const Space& made, long block) {
   const long d = s->dim, n = s->columns(block), end = round_up(n, 16), start = block * s->width * d;
-  const T* weight = t->weight + block * s->width * s->weight_row;
+  T* weight = SCRATCH(T)(n * d);
+  for (long j = 0; j < n; j++)
+    convert(t->weight + (block * s->width + j) * s->weight_row, d, weight + j * d);
   for (long j = 0; j < end; j += PANEL)
-    pack_turned(weight + j * s->weight_row, s->weight_row, std::min(PANEL, n - j), d,
+    pack_turned(weight + j * d, d, std::min(PANEL, n - j), d,
                 made.turned_weight + start + j * d, std::min(PANEL, end - j));
   if (t->dhidden)
-    pack(weight, s->weight_row, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
+    pack(weight, d, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
 }
 
 // A row of hidden states, and a guess of its target's logit
 static void begin(const Shape* s, const Tensors* t, const Space& made, long r, long of) {
   const long d = s->dim, target = t->targets[of];
   const bool valid = target >= 0 && target < s->vocab;
-  const T *hidden = t->hidden + of * s->hidden_row;
-  const T *weight = t->weight + (valid ? target : 0) * s->weight_row;
+  const T* hidden = t->hidden + of * s->hidden_row;
+  In weight = t->weight + (valid ? target : 0) * s->weight_row;
   std::copy_n(hidden, d, made.hidden + r * d);
   Lanes dots = {};
   for (long i = 0; i < d; i += LANES) dots += get(hidden + i) * get(weight + i);
@@ -251,7 +254,7 @@ static void leave(const Shape* s, const Space& made, long part, long start, long
 static void finish(const Shape* s, const Tensors* t, const Space& made, long r) {
   const long d = s->dim;
   const Row row = made.rows[r];
-  const T* weight = t->weight + std::max(row.target, 0L) * s->weight_row;
+  In weight = t->weight + std::max(row.target, 0L) * s->weight_row;
   for (long i = 0; i < d; i += LANES) {
     Lanes all = {};
     for (long p = 0; p < s->parts; p++) all += get(made.sums + (p * s->chunk + r) * d + i);

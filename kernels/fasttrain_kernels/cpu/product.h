@@ -97,12 +97,6 @@ static inline void set_rows(T* y, const Lanes* x) {
 #endif
 }
 
-template <int WRITE, class X>
-static inline void fetch(const X* x, long n) {
-  for (const char* line = (const char*)x; line < (const char*)(x + n); line += 64)
-    __builtin_prefetch(line, WRITE, 2);
-}
-
 static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
 
 // Sum or maximum of the lanes, in pairs
@@ -124,6 +118,14 @@ static inline float largest(Lanes x) {
 template <class From, class To>
 static void convert(const From* x, long n, To* y) {  // n is a multiple of 16
   for (long i = 0; i < n; i += LANES) set(y + i, get(x + i));
+}
+
+// Rows of n numbers into the second cache, to be read or written by tiles: these wait for each line
+template <int WRITE = 0, class X>
+static inline void fetch(const X* x, long rows, long n, long row) {
+  for (; rows > 0; rows--, x += row)
+    for (const char* line = (const char*)x; line < (const char*)(x + n); line += 64)
+      __builtin_prefetch(line, WRITE, 2);
 }
 
 // 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of
