@@ -224,6 +224,7 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
     const long n = std::min(g->COLUMNS, g->n - column);
     float* to = g->turned ? SCRATCH(float)(rows * n) : g->dw + row * g->n + column;
+    if (!g->turned) fetch<1>(to, rows, n, g->n);
     product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
             to, g->turned ? n : g->n);
     if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);

@@ -244,6 +244,8 @@ static void leave(const Shape* s, const Space& made, long part, long start, long
   for (long block = from; block < to; block++)
     for (long first = start; first < end_row; first += AT_A_TIME) {
       float* sums = made.sums + (part * s->chunk + first) * d;
+      fetch(made.kept + (block * s->chunk + first) * s->width, std::min(AT_A_TIME, end_row - first), s->width, s->width);
+      fetch<1>(sums, std::min(AT_A_TIME, end_row - first), d, d);
       product(std::min(AT_A_TIME, end_row - first), d, round_up(s->columns(block), 32),
               made.kept + (block * s->chunk + first) * s->width, s->width,
               made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
