@@ -9,21 +9,18 @@ device tensors and apply them inside their own pass, so clipping costs one read 
 instead of two reads and a write, and nothing waits for the device.
 
 Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU and in fp32 by a
-single program on CUDA. In C++, which large fp32 tensors on a CPU go through, all of it is fp64. The
-order of every sum is fixed, so two runs agree bit for bit.
+single program on CUDA. The order of every sum is fixed, so two runs agree bit for bit.
 """
 
-import ctypes
 import math
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._dispatch import has_memory, is_traced, use_triton
+from ._dispatch import use_triton
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
@@ -35,7 +32,6 @@ from ._multi_tensor import (
 )
 from ._torch import held_by
 from ._triton import tl, triton
-from .cpu import is_supported, load_or_warn
 
 # torch.dot sums a whole vector in fp32 lanes: over 4e7 random elements three digits are wrong
 # (relative error 2e-3), in chunks none (1e-7), at the same speed; 4e6 equal elements are summed
@@ -44,9 +40,6 @@ CPU_CHUNK = 1 << 16
 # Of a large tensor all threads sum rows, each row one thread: 4.2e6 elements in 0.3 ms, not in 0.8,
 # on two. vector_norm has fewer lanes: rows of 2**14 are as exact as torch.dot's chunks of 2**16.
 CPU_ROW, CPU_LARGE = 1 << 14, 1 << 18
-# Total elements from which C++ is used: fewer are not worth g++'s 0.6 s, once. In a training step
-# C++ takes 0.37 ms for 8e5 elements in 27 tensors, torch 0.65 (two Zen 3 cores, torch 2.13).
-CPU_MANY = 1 << 18
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ uses the same
 
 
@@ -85,36 +78,6 @@ def _flat(tensor: Tensor) -> Tensor:
     if torch.ops.aten.is_non_overlapping_and_dense.default(tensor):
         return tensor.as_strided((tensor.numel(),), (1,))
     return tensor.reshape(-1)
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    return load_or_warn("grad_norm.cpp")
-
-
-def _fits_cpp(tensors: Sequence[Tensor]) -> bool:
-    return (
-        sum(t.numel() for t in tensors) >= CPU_MANY
-        and not any(map(is_traced, tensors))  # nor of another type, which may wrap another tensor
-        and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
-        and all(has_memory(t) for t in tensors if t.numel() > 0)
-        and is_supported()
-        and _library() is not None
-    )
-
-
-def _grad_norm_cpp(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
-    library, out, n = _library(), tensors[0].new_empty(3), len(tensors)
-    assert library is not None
-    library.grad_norm(
-        ctypes.c_long(n),
-        (ctypes.c_void_p * n)(*[t.data_ptr() for t in tensors]),
-        (ctypes.c_long * n)(*[t.numel() for t in tensors]),
-        ctypes.c_double(max_norm),
-        ctypes.c_long(torch.get_num_threads()),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    return GradNorm(*out.unbind())
 
 
 def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
@@ -229,7 +192,7 @@ def grad_norm(
     Raises:
         ValueError: the tensors lie on several devices, or max_norm is negative.
 
-    Numerics: sums in fp32, or fp64 in C++, in a fixed order; found_inf is 1 where any element is
+    Numerics: sums in fp32, in a fixed order; found_inf is 1 where any element is
         inf or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
     Memory: one fp32 per chunk.
     """
@@ -246,10 +209,7 @@ def grad_norm(
                 f"grad_norm: all tensors must be on one device, got {device} and {tensor.device}; "
                 "call it once a device and combine the norms"
             )
-    if use_triton(local[0]):
-        run = _grad_norm_triton
-    else:
-        run = _grad_norm_cpp if _fits_cpp(local) else _grad_norm_torch
+    run = _grad_norm_triton if use_triton(local[0]) else _grad_norm_torch
     result = run(local, max_norm)
     if group is None:
         return result

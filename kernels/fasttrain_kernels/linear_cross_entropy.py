@@ -149,11 +149,12 @@ def compute_linear_cross_entropy(
         if n_rows == 0 and grads.weight is not None:
             grads.weight.zero_()
         exact = grads.weight is None or grads.weight.dtype == dtype
+        results = None
         if not use_triton(hidden) and exact and fits(hidden, weight, bias, options):
             results = run_in_cpp(
                 hidden, weight.float(), targets, options, rows, *grads[:2], upstream, want_correct
             )
-        else:
+        if results is None:
             weight_in = weight.to(hidden.dtype)
             bias_in = None if bias is None else bias.to(hidden.dtype)
             run = _on_kernels if kernels else _on_torch

@@ -73,7 +73,8 @@ class _Blocks(torch.autograd.Function):
         cos, sin, *tensors = ctx.saved_tensors
         library, shape, dy, n = ctx.library, ctx.shape, dy.contiguous(), len(tensors) // (2 + _OWN)
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        dx, grads = torch.empty_like(xs[0]), [None if t is None else torch.empty_like(t) for t in own]
+        dx = torch.empty_like(xs[0])
+        grads = [None if t is None else torch.empty_like(t) for t in own]
         space = dy.new_empty(library.block_space(shape, True), dtype=torch.uint8)
         inputs, outputs = _blocks_of(xs, own, (cos, sin)), _blocks_of([dx] * n, grads)
         start, end = (ctypes.c_void_p(t.data_ptr()) for t in (space, dy))

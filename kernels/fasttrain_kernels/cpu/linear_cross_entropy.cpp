@@ -4,20 +4,21 @@
 // cache, and keeps their exponentials, the operands of both gradients, in T: by rows, and packed.
 // They are relative to a guess of the target's logit, so that none waits for the sum of its row; by
 // that the gradient of the hidden states is multiplied when it is made, and for that of the weight
-// the hidden states are. What the target adds is made in fp32. The gradient of the hidden states is
-// summed up over a fixed number of parts of the blocks, so that nothing depends on the number of
-// threads.
+// the hidden states are. What the target adds is made in fp32. Where a guess is too far from the
+// largest logit, or a target is none, all of it is left to torch.
+// The gradient of the hidden states is summed up over a fixed number of parts of the blocks, so
+// that nothing depends on the number of threads.
 
-static const long AT_A_TIME = 128;  // rows for which operands stay in the second cache
+static const long MOST = 128;       // rows of a task, for which operands stay in the second cache
 static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
-  float smoothing, z_loss, softcap, scale;
+  float z_loss, softcap, scale;
   long even() const { return round_up(chunk, WHOLE); }
   long blocks() const { return (vocab + width - 1) / width; }
   long columns(long block) const { return std::min(width, vocab - block * width); }
-  long group() const { return std::max(64L, round_up(chunk * parts / TASKS, 16)); }
+  long group() const { return std::clamp(round_up(chunk * parts / TASKS, 16), 64L, MOST); }
   long groups(long rows) const { return (rows + group() - 1) / group(); }
   long ranges() const { return std::clamp(TASKS / blocks(), 1L, (dim + PANEL - 1) / PANEL); }
 };
@@ -33,14 +34,12 @@ struct Tensors {
 };
 
 struct Stat {
-  float from, sum, total;  // sum of exp(x - from); of x
-  float peak;              // the largest x, and where it is first
-  long at;
+  float sum, peak;  // sum of exp(x - from), and the largest x
+  long at;          // the column where it is first
 };
 
 struct Row {
-  long of;           // its number among all
-  long target;       // -1: none
+  long of, target;   // its number among all, and a column
   float from, hit;   // a guess of the target's logit, and the logit
   float slope, own;  // the gradient is slope times what is kept, and `own` at the target
 };
@@ -51,7 +50,7 @@ struct Space : Parts {
   Row* rows = take<Row>(s->chunk);
   Stat* stats = take<Stat>(s->blocks() * s->chunk);
   // What is kept of a block: (chunk, width), and packed with zeros behind the last row
-  T* kept = take<T>(t->dhidden || t->dweight ? s->blocks() * s->chunk * s->width : 0);
+  T* kept = take<T>(t->dhidden ? s->blocks() * s->chunk * s->width : 0);
   T* packed = take<T>(t->dweight ? s->blocks() * s->even() * s->width : 0);
   T* hidden = take<T>(s->chunk * s->dim);
   T* turned = take<T>(t->dweight ? (s->even() + 32) * s->dim : 0);
@@ -69,18 +68,18 @@ static void cap(float* x, long n, float most) {
   }
 }
 
-// Writes exp(x - from) of PAIR rows or fewer, each times the slope of its cap, and their sums
+// Writes exp(x - from) of n logits in rows of PAIR or fewer, each times the slope of its cap, by
+// rows and packed, and their sums
 template <bool CAPPED>
-static void exponentials(In x, const Shape* s, long n, long rows, Stat* stats, T* kept, T* packed,
-                         long depth) {
+static void exponentials(In x, const Shape* s, long n, long rows, const Row* of, Stat* stats,
+                         T* kept, T* packed, long depth) {
   Lanes sums[PAIR] = {};
   for (long i = 0; i < n; i += LANES) {
     Lanes e[PAIR] = {};
 #pragma GCC unroll 2
-    for (long p = 0; p < PAIR; p++) {
-      if (p >= rows) break;
+    for (long p = 0; p < PAIR && p < rows; p++) {
       const Lanes y = get(x + p * s->width + i), part = y / s->softcap;
-      sums[p] += e[p] = exponential(y - stats[p].from);
+      sums[p] += e[p] = exponential(y - of[p].from);
       if (CAPPED) e[p] *= 1 - part * part;
       if (kept) set(kept + p * s->width + i, e[p]);
     }
@@ -89,61 +88,30 @@ static void exponentials(In x, const Shape* s, long n, long rows, Stat* stats, T
   for (long p = 0; p < rows; p++) stats[p].sum = sum(sums[p]);
 }
 
-// Where a gradient of a logit lies among those of its block that are packed
-static T& packed_at(T* packed, long depth, long row, long column) {
-  return packed[(column / PANEL * depth + row / PAIR * PAIR) * PANEL + column % PANEL * PAIR +
-                row % PAIR];
-}
-
-static float largest_of(In x, long n) {
-  Lanes peaks = get(x);
-  for (long i = LANES; i < n; i += LANES) peaks = larger(get(x + i), peaks);
-  return largest(peaks);
-}
-
 // What is known and kept of logits of a block in PAIR rows or fewer, from the first on; behind n
 // columns there is space up to a multiple of 32
 static void keep(const Shape* s, const Tensors* t, const Space& made, long block, long first,
                  long rows, long depth, float* logits) {
   const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
-  const bool is_kept = t->dhidden || t->dweight;
-  T* kept = is_kept ? made.kept + (block * s->chunk + first) * s->width : nullptr;
-  T* packed = t->dweight ? made.packed + block * s->even() * s->width : nullptr;
+  T* kept = t->dhidden ? made.kept + (block * s->chunk + first) * s->width : nullptr;
+  T* packed = t->dweight ? made.packed + block * s->even() * s->width + first * PANEL : nullptr;
   Stat* stats = made.stats + block * s->chunk + first;
+  Row* of = made.rows + first;
   for (long p = 0; p < rows; p++) {
-    float *x = logits + p * s->width, *last = x + n;
-    Row& row = made.rows[first + p];
-    Lanes totals = {};
+    float* x = logits + p * s->width;
     if (s->softcap) cap(x, end, s->softcap);
-    std::fill(last, x + end, 0.f);
-    for (long i = 0; s->smoothing && i < end; i += LANES) totals += get(x + i);
-    stats[p] = {row.from, 0, sum(totals)};
-    if (row.target >= column && row.target < column + n) row.hit = x[row.target - column];
-    if (t->correct) {
-      stats[p].peak = *std::max_element(x, last);
-      const float* nan = std::find_if(x, last, [](float y) { return std::isnan(y); });
-      stats[p].at = column + ((nan < last ? nan : std::find(x, last, stats[p].peak)) - x);
-      if (nan < last) stats[p].peak = NAN;
-    }
-    std::fill(last, x + end, row.from - 200);
+    if (of[p].target >= column && of[p].target < column + n) of[p].hit = x[of[p].target - column];
+    const long at = t->correct ? std::max_element(x, x + n) - x : 0;
+    stats[p] = {0, x[at], column + at};
+    std::fill(x + n, x + end, of[p].from - 200);
   }
-  const auto run = [&] {
-    (s->softcap ? exponentials<true> : exponentials<false>)(
-        logits, s, end, rows, stats, kept, packed ? packed + first * PANEL : nullptr, depth);
-  };
-  run();
-  bool is_far = false;
-  for (long p = 0; p < rows; p++)
-    if (!(stats[p].sum < 1e30f)) {
-      stats[p].from = largest_of(logits + p * s->width, end);
-      is_far = true;
-    }
-  if (is_far) run();
-  for (long p = 0; is_kept && p < rows; p++) {
-    const long target = made.rows[first + p].target - column;
-    if (target < 0 || target >= n) continue;
-    kept[p * s->width + target] = T{};
-    if (packed) packed_at(packed, depth, first + p, target) = T{};
+  (s->softcap ? exponentials<true> : exponentials<false>)(logits, s, end, rows, of, stats, kept,
+                                                          packed, depth);
+  for (long p = 0; p < rows; p++) {
+    const long i = of[p].target - column;
+    if (i < 0 || i >= n) continue;
+    if (kept) kept[p * s->width + i] = T{};
+    if (packed) packed[i / PANEL * PANEL * depth + i % PANEL * PAIR + p] = T{};
   }
 }
 
@@ -162,101 +130,69 @@ static void pack_weight(const Shape* s, const Tensors* t, const Space& made, lon
 
 // A row of hidden states, and a guess of its target's logit
 static void begin(const Shape* s, const Tensors* t, const Space& made, long r, long of) {
-  const long d = s->dim, target = t->targets[of];
-  const bool valid = target >= 0 && target < s->vocab;
+  const long d = s->dim, target = std::clamp(t->targets[of], 0L, s->vocab - 1);
   const T* hidden = t->hidden + of * s->hidden_row;
-  In weight = t->weight + (valid ? target : 0) * s->weight_row;
   std::copy_n(hidden, d, made.hidden + r * d);
   Lanes dots = {};
-  for (long i = 0; i < d; i += LANES) dots += get(hidden + i) * get(weight + i);
-  const float x = sum(dots), guess = s->softcap ? s->softcap * std::tanh(x / s->softcap) : x;
-  made.rows[r] = {of, valid ? target : -1, std::isfinite(guess) ? guess : 0, NAN};
+  for (long i = 0; i < d; i += LANES)
+    dots += get(hidden + i) * get(t->weight + target * s->weight_row + i);
+  const float x = sum(dots);
+  made.rows[r] = {of, target, s->softcap ? s->softcap * std::tanh(x / s->softcap) : x};
 }
 
 // Logits of a block of columns for rows from the first on, and what is kept of them; behind the
 // last row of a chunk there are zeros
 static void enter(const Shape* s, const Tensors* t, const Space& made, long block, long first,
                   long end_row, long rows) {
-  const long d = s->dim, n = s->columns(block), depth = round_up(rows, WHOLE);
-  const T* panels = made.turned_weight + block * s->width * d;
-  float* logits = SCRATCH(float)(AT_A_TIME * s->width);
-  for (; first < end_row; first += AT_A_TIME) {
-    const long some = std::min(AT_A_TIME, end_row - first);
-    const long last = first + some == rows ? depth - first : some;
-    product(some, round_up(n, 16), d, made.hidden + first * d, d, panels, logits, s->width);
-    for (long r = 0; r < last; r += PAIR)
-      keep(s, t, made, block, first + r, std::clamp(some - r, 0L, PAIR), depth, logits + r * s->width);
-  }
+  const long d = s->dim, some = end_row - first, depth = round_up(rows, WHOLE);
+  float* logits = SCRATCH(float)(some * s->width);
+  product(some, round_up(s->columns(block), 16), d, made.hidden + first * d, d,
+          made.turned_weight + block * s->width * d, logits, s->width);
+  for (long r = first; r < (end_row == rows ? depth : end_row); r += PAIR)
+    keep(s, t, made, block, r, std::clamp(end_row - r, 0L, PAIR), depth,
+         logits + (r - first) * s->width);
 }
 
-// Makes what is kept of a row relative to another logit, and subtracts
-static void amend(const Shape* s, const Tensors* t, const Space& made, long block, long r,
-                  long depth, float factor, float less) {
-  const long n = s->columns(block), target = made.rows[r].target - block * s->width;
-  T* x = made.kept + (block * s->chunk + r) * s->width;
-  for (long i = 0; i < n; i += LANES) set(x + i, get(x + i) * factor - less);
-  std::fill(x + n, x + round_up(n, 32), T{});
-  if (target >= 0 && target < n) x[target] = T{};
-  for (long i = 0; t->dweight && i < n; i++)
-    packed_at(made.packed + block * s->even() * s->width, depth, r, i) = x[i];
-}
-
-// The loss of a row, and what its gradient is made of
-static void join(const Shape* s, const Tensors* t, const Space& made, long r, long depth) {
+// The loss of a row, and what its gradient is made of; returns whether they are right
+static bool join(const Shape* s, const Tensors* t, const Space& made, long r) {
   Row& row = made.rows[r];
-  const auto of = [&](long block) { return made.stats[block * s->chunk + r]; };
-  Stat all = of(0);
+  Stat all = made.stats[r];
   for (long b = 1; b < s->blocks(); b++) {
-    const Stat stat = of(b);
-    all.from = std::max(all.from, stat.from);
-    all.total += stat.total;
-    if (stat.peak > all.peak || (std::isnan(stat.peak) && !std::isnan(all.peak)))
-      all.peak = stat.peak, all.at = stat.at;
+    const Stat stat = made.stats[b * s->chunk + r];
+    const float sum = all.sum + stat.sum;
+    if (stat.peak > all.peak) all = stat;
+    all.sum = sum;
   }
-  all.sum = 0;
-  const auto factor = [&](Stat stat) {
-    return stat.from == all.from ? 1 : std::exp(stat.from - all.from);
-  };
-  for (long b = 0; b < s->blocks(); b++) all.sum += of(b).sum * factor(of(b));
-  const float x = row.hit, share = s->smoothing / s->vocab, log_sum = std::log(all.sum);
-  const float lse = all.from + log_sum, nll = log_sum - (x - all.from);
-  float loss = nll * (1 - s->smoothing), slope = 1;
-  if (s->z_loss) loss += s->z_loss * lse * lse, slope += 2 * s->z_loss * lse;
-  if (s->smoothing) loss += s->smoothing * lse - share * all.total;
+  const float x = row.hit, log_sum = std::log(all.sum), lse = row.from + log_sum;
   const float weight = (t->token_weight ? t->token_weight[row.of] : 1) * s->scale;
-  const float up = row.target < 0 ? NAN : weight * (t->upstream ? t->upstream[row.of] : 1);
+  const float up = weight * (t->upstream ? t->upstream[row.of] : 1);
   const float cap = s->softcap ? 1 - x / s->softcap * (x / s->softcap) : 1;
-  t->losses[row.of] = loss * weight;
+  t->losses[row.of] = (log_sum - (x - row.from) + s->z_loss * lse * lse) * weight;
   t->lse[row.of] = lse;
   if (t->correct) t->correct[row.of] = all.at == row.target;
-  row.slope = up * slope / all.sum;
-  row.own = (row.slope * std::exp(x - all.from) - up * (1 - s->smoothing + share)) * cap;
-  if (!t->dhidden && !t->dweight) return;
-  for (long b = 0; b < s->blocks(); b++)
-    if (s->smoothing || of(b).from != all.from)
-      amend(s, t, made, b, r, depth, factor(of(b)), share * all.sum / slope);
+  row.slope = up * (1 + 2 * s->z_loss * lse) / all.sum;
+  row.own = (row.slope * std::exp(x - row.from) - up) * cap;
+  return all.sum < 1e30f && row.target == t->targets[row.of];
 }
 
 // What one part of the blocks adds to the gradient of the hidden states in rows from the first on
-static void leave(const Shape* s, const Space& made, long part, long start, long end_row) {
-  const long d = s->dim, from = s->blocks() * part / s->parts;
-  const long to = s->blocks() * (part + 1) / s->parts;
-  for (long block = from; block < to; block++)
-    for (long first = start; first < end_row; first += AT_A_TIME) {
-      float* sums = made.sums + (part * s->chunk + first) * d;
-      fetch(made.kept + (block * s->chunk + first) * s->width, std::min(AT_A_TIME, end_row - first), s->width, s->width);
-      fetch<1>(sums, std::min(AT_A_TIME, end_row - first), d, d);
-      product(std::min(AT_A_TIME, end_row - first), d, round_up(s->columns(block), 32),
-              made.kept + (block * s->chunk + first) * s->width, s->width,
-              made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
-    }
+static void leave(const Shape* s, const Space& made, long part, long first, long end_row) {
+  const long d = s->dim, some = end_row - first, from = s->blocks() * part / s->parts;
+  float* sums = made.sums + (part * s->chunk + first) * d;
+  fetch<1>(sums, some, d, d);
+  for (long block = from; block < s->blocks() * (part + 1) / s->parts; block++) {
+    const T* kept = made.kept + (block * s->chunk + first) * s->width;
+    fetch(kept, some, s->width, s->width);
+    product(some, d, round_up(s->columns(block), 32), kept, s->width,
+            made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
+  }
 }
 
 // The gradient of the hidden states of a row
 static void finish(const Shape* s, const Tensors* t, const Space& made, long r) {
   const long d = s->dim;
   const Row row = made.rows[r];
-  In weight = t->weight + std::max(row.target, 0L) * s->weight_row;
+  In weight = t->weight + row.target * s->weight_row;
   for (long i = 0; i < d; i += LANES) {
     Lanes all = {};
     for (long p = 0; p < s->parts; p++) all += get(made.sums + (p * s->chunk + r) * d + i);
@@ -285,10 +221,11 @@ static void weigh(const Shape* s, const Tensors* t, const Space& made, long bloc
   }
 }
 
-// Of the rows that are kept
-static void compute(const Space& made, const Shape* s, const Tensors* t,
+// Of the rows that are kept; returns whether all is right
+static bool compute(const Space& made, const Shape* s, const Tensors* t,
                     const std::vector<long>& kept) {
   const long d = s->dim, n = kept.size();
+  std::atomic<bool> right{true};
 #pragma omp parallel num_threads(s->threads)
   {
     const Tiles tiles;
@@ -305,7 +242,8 @@ static void compute(const Space& made, const Shape* s, const Tensors* t,
         enter(s, t, made, i / groups, first, std::min(rows, first + group), rows);
       }
 #pragma omp for schedule(static)
-      for (long r = 0; r < rows; r++) join(s, t, made, r, depth);
+      for (long r = 0; r < rows; r++)
+        if (!join(s, t, made, r)) right = false;
       if (t->dweight) {
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < d; j += PANEL) {
@@ -334,13 +272,15 @@ static void compute(const Space& made, const Shape* s, const Tensors* t,
 #pragma omp barrier
     }
   }
+  return right;
 }
 
 extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  // in bytes
   return Space{{nullptr}, s, t}.next - (char*)nullptr;
 }
 
-extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
+// Returns whether all is right
+extern "C" bool linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
   std::vector<long> kept;
   for (long r = 0; r < s->n; r++) {
     if (t->targets[r] != s->ignored) kept.push_back(r);
@@ -350,5 +290,5 @@ extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, char* spa
     if (t->dhidden) std::fill_n(t->dhidden + r * s->dim, s->dim, T{});
   }
   if (kept.empty() && t->dweight) std::fill_n(t->dweight, s->vocab * s->dim, 0.f);
-  if (!kept.empty()) compute({{space}, s, t}, s, t, kept);
+  return kept.empty() || compute({{space}, s, t}, s, t, kept);
 }
