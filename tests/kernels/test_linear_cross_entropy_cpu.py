@@ -185,7 +185,7 @@ def test_it_takes_the_memory_of_a_chunk_of_logits(
     """Besides the packed weight."""
     n, dim, n_cols = shape
     chunk, width, parts = in_cpp._layout(n, dim, n_cols, rows, dtype)
-    held = chunk * (8 + -(-n_cols // width) * (width * dtype.itemsize // 2 + 6) + (parts + 2) * dim)
+    held = chunk * (8 + -(-n_cols // width) * (width * dtype.itemsize // 2 + 6) + (parts + 3) * dim)
     assert held <= rows * n_cols
     assert (chunk % 16, width % 32, width <= in_cpp._WIDTH[dtype]) == (0, 0, True)
     assert min(parts, chunk / 16) >= 4

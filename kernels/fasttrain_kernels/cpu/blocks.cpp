@@ -114,13 +114,6 @@ static void normalise_back(const Dy* dy, const From* x, In stat, In w, long n, b
   }
 }
 
-// The sum of vectors of n numbers, each `distance` behind the one before
-static void add_up(In all, long n_vectors, long distance, long n, float* sum) {
-  std::copy_n(all, n, sum);
-  for (long v = 1; v < n_vectors; v++)
-    for (long i = 0; i < n; i++) sum[i] += all[v * distance + i];
-}
-
 // x of one head turned by the angles of its position, or back
 static void rotate(float* x, In cos, In sin, long dim, float sign) {
   float* other = x + dim / 2;
@@ -460,6 +453,10 @@ extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* c
     float* vectors[] = {o[i].norm,   o[i].mlp_norm, o[i].last_norm,
                         o[i].q_norm, o[i].k_norm,   o[i].mix};
     for (int v = 0; v < 6; sums += sizes[v++])
-      if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
+      for (long j = 0; vectors[v] && j < sizes[v]; j++) {
+        vectors[v][j] = 0;
+        for (long chunk = 0; chunk < s->chunks(); chunk++)
+          vectors[v][j] += sums[chunk * s->vectors() + j];
+      }
   }
 }

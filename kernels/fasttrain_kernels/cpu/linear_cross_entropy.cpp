@@ -4,13 +4,12 @@
 // cache, and keeps their exponentials, the operands of both gradients, in T: by rows, and packed.
 // They are relative to a guess of the target's logit, so that none waits for the sum of its row; by
 // that the gradient of the hidden states is multiplied when it is made, and for that of the weight
-// the hidden states are. What the target adds is made in fp32. Where a guess is too far from the
-// largest logit, or a target is none, all of it is left to torch.
-// The gradient of the hidden states is summed up over a fixed number of parts of the blocks, so
-// that nothing depends on the number of threads.
+// the hidden states are. What the target adds is made in fp32. Where a guess is far below a logit,
+// or a target is none, all is left to torch. The gradient of the hidden states is summed up over a
+// fixed number of parts of the blocks, so that nothing depends on the number of threads.
 
-static const long MOST = 128;       // rows of a task, for which operands stay in the second cache
-static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
+static const long MOST = 128;  // rows of a task, for which operands stay in the second cache
+static const long TASKS = 16;  // at least, of a chunk that has 64 rows for each
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
@@ -53,6 +52,7 @@ struct Space : Parts {
   T* kept = take<T>(t->dhidden ? s->blocks() * s->chunk * s->width : 0);
   T* packed = take<T>(t->dweight ? s->blocks() * s->even() * s->width : 0);
   T* hidden = take<T>(s->chunk * s->dim);
+  T* scaled = take<T>(s->chunk * s->dim);
   T* turned = take<T>(t->dweight ? (s->even() + 32) * s->dim : 0);
   // The weight, packed block by block
   T* turned_weight = take<T>(s->blocks() * s->width * s->dim);
@@ -70,7 +70,6 @@ static void cap(float* x, long n, float most) {
 
 // Writes exp(x - from) of n logits in rows of PAIR or fewer, each times the slope of its cap, by
 // rows and packed, and their sums
-template <bool CAPPED>
 static void exponentials(In x, const Shape* s, long n, long rows, const Row* of, Stat* stats,
                          T* kept, T* packed, long depth) {
   Lanes sums[PAIR] = {};
@@ -78,9 +77,9 @@ static void exponentials(In x, const Shape* s, long n, long rows, const Row* of,
     Lanes e[PAIR] = {};
 #pragma GCC unroll 2
     for (long p = 0; p < PAIR && p < rows; p++) {
-      const Lanes y = get(x + p * s->width + i), part = y / s->softcap;
+      const Lanes y = get(x + p * s->width + i);
       sums[p] += e[p] = exponential(y - of[p].from);
-      if (CAPPED) e[p] *= 1 - part * part;
+      if (s->softcap) e[p] *= 1 - y / s->softcap * (y / s->softcap);
       if (kept) set(kept + p * s->width + i, e[p]);
     }
     if (packed) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, e);
@@ -105,8 +104,7 @@ static void keep(const Shape* s, const Tensors* t, const Space& made, long block
     stats[p] = {0, x[at], column + at};
     std::fill(x + n, x + end, of[p].from - 200);
   }
-  (s->softcap ? exponentials<true> : exponentials<false>)(logits, s, end, rows, of, stats, kept,
-                                                          packed, depth);
+  exponentials(logits, s, end, rows, of, stats, kept, packed, depth);
   for (long p = 0; p < rows; p++) {
     const long i = of[p].target - column;
     if (i < 0 || i >= n) continue;
@@ -172,7 +170,9 @@ static bool join(const Shape* s, const Tensors* t, const Space& made, long r) {
   if (t->correct) t->correct[row.of] = all.at == row.target;
   row.slope = up * (1 + 2 * s->z_loss * lse) / all.sum;
   row.own = (row.slope * std::exp(x - row.from) - up) * cap;
-  return all.sum < 1e30f && row.target == t->targets[row.of];
+  for (long i = r * s->dim; t->dweight && i < (r + 1) * s->dim; i += LANES)
+    set(made.scaled + i, row.slope * get(made.hidden + i));
+  return all.sum < 1e20f && row.target == t->targets[row.of];
 }
 
 // What one part of the blocks adds to the gradient of the hidden states in rows from the first on
@@ -245,15 +245,10 @@ static bool compute(const Space& made, const Shape* s, const Tensors* t,
       for (long r = 0; r < rows; r++)
         if (!join(s, t, made, r)) right = false;
       if (t->dweight) {
-#pragma omp for schedule(static) nowait
-        for (long j = 0; j < d; j += PANEL) {
-          const long width = std::min(PANEL, d - j);
-          T* part = SCRATCH(T)(rows * width);
-          for (long r = 0; r < rows; r++)
-            for (long i = 0; i < width; i += LANES)
-              set(part + r * width + i, made.rows[r].slope * get(made.hidden + r * d + j + i));
-          turn(part, width, rows, width, made.turned + j * (depth + 32), depth + 32);
-        }
+#pragma omp for schedule(static)
+        for (long j = 0; j < d; j += PANEL)
+          turn(made.scaled + j, d, rows, std::min(PANEL, d - j), made.turned + j * (depth + 32),
+               depth + 32);
       }
       if (t->dhidden) {
 #pragma omp for schedule(dynamic)

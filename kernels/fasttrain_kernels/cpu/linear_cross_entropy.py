@@ -18,8 +18,7 @@ from . import is_fast, load, pointers
 
 # Columns of a block: its logits of 128 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
-# The gradient of the hidden states is summed up in so many parts at most, one thread each. Their
-# memory is that of the logits at most.
+# In so many parts at most, one thread each, the gradient of the hidden states is summed up.
 _PARTS = 16
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
@@ -62,8 +61,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
         and n_rows * n_cols > (_LEAST_OF_FEW[hidden.dtype] if few else _LEAST)
         and hidden.stride(1) == weight.stride(1) == 1
-        and has_memory(hidden)
-        and has_memory(weight)
+        and all(map(has_memory, (hidden, weight)))
         and _library(hidden.dtype) is not None
     )
 
@@ -81,7 +79,7 @@ def _layout(
     width = -(-n_cols // (32 * n_blocks)) * 32
     n_blocks = -(-n_cols // width)
     parts = max(1, min(_PARTS, n_blocks, n_cols // dim, -(-4 * _ROWS // min(n_rows, _ROWS))))
-    held = n_blocks * (width * dtype.itemsize // 2 + 6) + (parts + 2) * dim + 8
+    held = n_blocks * (width * dtype.itemsize // 2 + 6) + (parts + 3) * dim + 8
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
     n_chunks = -(-n_rows // most)
@@ -101,7 +99,7 @@ def run_in_cpp(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return losses, lse and hits, each (N,), and write the gradients that are given, contiguous.
 
-    None: torch's operations are to do it, as a logit is not finite, a loss is above 69, or a target
+    None: torch's operations are to do it, as a logit is not finite, a loss is above 46, or a target
     is not below V. Hidden states and weight must `fit`, the weight in fp32. The space is that of
     ``rows`` rows of logits at most, but for few rows. Reruns agree bit for bit, on any number of
     threads.
