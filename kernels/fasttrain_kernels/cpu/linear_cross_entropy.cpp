@@ -73,13 +73,14 @@ static void cap(float* x, long n, float most) {
 static void exponentials(In x, const Shape* s, long n, long rows, const Row* of, Stat* stats,
                          T* kept, T* packed, long depth) {
   Lanes sums[PAIR] = {};
+  const float cap = s->softcap;
   for (long i = 0; i < n; i += LANES) {
     Lanes e[PAIR] = {};
 #pragma GCC unroll 2
     for (long p = 0; p < PAIR && p < rows; p++) {
       const Lanes y = get(x + p * s->width + i);
       sums[p] += e[p] = exponential(y - of[p].from);
-      if (s->softcap) e[p] *= 1 - y / s->softcap * (y / s->softcap);
+      if (cap) e[p] *= 1 - y / cap * (y / cap);
       if (kept) set(kept + p * s->width + i, e[p]);
     }
     if (packed) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, e);
