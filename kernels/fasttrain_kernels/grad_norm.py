@@ -9,21 +9,18 @@ device tensors and apply them inside their own pass, so clipping costs one read 
 instead of two reads and a write, and nothing waits for the device.
 
 Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU and in fp32 by a
-single program on CUDA. In C++, which large fp32 tensors on a CPU go through, all of it is fp64. The
-order of every sum is fixed, so two runs agree bit for bit.
+single program on CUDA. The order of every sum is fixed, so two runs agree bit for bit.
 """
 
-import ctypes
 import math
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._dispatch import has_memory, is_traced, use_triton
+from ._dispatch import use_triton
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
@@ -35,18 +32,11 @@ from ._multi_tensor import (
 )
 from ._torch import held_by
 from ._triton import tl, triton
-from .cpu import is_supported, load_or_warn
 
-# torch.dot sums a whole vector in fp32 lanes: over 4e7 random elements three digits are wrong
-# (relative error 2e-3), in chunks none (1e-7), at the same speed; 4e6 equal elements are summed
-# with an error of 4e-5 in chunks of 2**18 and 2e-5 in chunks of 2**16 (EPYC 7003, torch 2.13).
-CPU_CHUNK = 1 << 16
-# Of a large tensor all threads sum rows, each row one thread: 4.2e6 elements in 0.3 ms, not in 0.8,
-# on two. vector_norm has fewer lanes: rows of 2**14 are as exact as torch.dot's chunks of 2**16.
-CPU_ROW, CPU_LARGE = 1 << 14, 1 << 18
-# Total elements from which C++ is used: fewer are not worth g++'s 0.6 s, once. In a training step
-# C++ takes 0.37 ms for 8e5 elements in 27 tensors, torch 0.65 (two Zen 3 cores, torch 2.13).
-CPU_MANY = 1 << 18
+# Each row of a tensor on a CPU is summed by one thread, so that the norm does not depend on their
+# number, as torch.dot's does. Of 4e6 equal elements it is wrong by 2e-5, relatively; of longer rows
+# by more.
+CPU_ROW = 1 << 14
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ uses the same
 
 
@@ -87,55 +77,17 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    return load_or_warn("grad_norm.cpp")
-
-
-def _fits_cpp(tensors: Sequence[Tensor]) -> bool:
-    return (
-        sum(t.numel() for t in tensors) >= CPU_MANY
-        and not any(map(is_traced, tensors))  # nor of another type, which may wrap another tensor
-        and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
-        and all(has_memory(t) for t in tensors if t.numel() > 0)
-        and is_supported()
-        and _library() is not None
-    )
-
-
-def _grad_norm_cpp(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
-    library, out, n = _library(), tensors[0].new_empty(3), len(tensors)
-    assert library is not None
-    library.grad_norm(
-        ctypes.c_long(n),
-        (ctypes.c_void_p * n)(*[t.data_ptr() for t in tensors]),
-        (ctypes.c_long * n)(*[t.numel() for t in tensors]),
-        ctypes.c_double(max_norm),
-        ctypes.c_long(torch.get_num_threads()),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    return GradNorm(*out.unbind())
-
-
 def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
-    sums: list[float] = []
-    for tensor in tensors:
-        flat = _flat(tensor)
-        half = flat.dtype not in (torch.float32, torch.float64)
+    norms: list[Tensor] = []
+    for flat in map(_flat, tensors):
+        dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
         whole = flat.numel() // CPU_ROW * CPU_ROW
-        if whole >= CPU_LARGE and not half:
-            norms = torch.linalg.vector_norm(flat[:whole].view(-1, CPU_ROW), dim=1)
-            sums.append(norms.double().square().sum().item())
-            flat = flat[whole:]
-        chunks = (flat,) if flat.numel() <= CPU_CHUNK else torch.split(flat, CPU_CHUNK)
-        for chunk in chunks:
-            chunk = chunk.float() if half else chunk
-            sums.append(torch.dot(chunk, chunk).item())
-    norm = math.sqrt(math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums))
-    ratio = max_norm / (norm + _EPS)
-    coefficient = 1.0 if ratio > 1 else ratio  # NaN stays NaN
-    numbers = norm, 0.0 if math.isfinite(norm) else 1.0, coefficient
-    return GradNorm(*(torch.tensor(x, dtype=torch.float32) for x in numbers))
+        if whole > 0:
+            rows = flat[:whole].view(-1, CPU_ROW)
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
+        rest = flat[whole:] if whole > 0 else flat
+        norms.append(torch.linalg.vector_norm(rest, dtype=dtype).view(1))
+    return _finish(torch.cat(norms).double().square().sum().sqrt().float(), max_norm)
 
 
 @triton.jit
@@ -229,7 +181,7 @@ def grad_norm(
     Raises:
         ValueError: the tensors lie on several devices, or max_norm is negative.
 
-    Numerics: sums in fp32, or fp64 in C++, in a fixed order; found_inf is 1 where any element is
+    Numerics: sums in fp32, in a fixed order; found_inf is 1 where any element is
         inf or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
     Memory: one fp32 per chunk.
     """
@@ -246,10 +198,7 @@ def grad_norm(
                 f"grad_norm: all tensors must be on one device, got {device} and {tensor.device}; "
                 "call it once a device and combine the norms"
             )
-    if use_triton(local[0]):
-        run = _grad_norm_triton
-    else:
-        run = _grad_norm_cpp if _fits_cpp(local) else _grad_norm_torch
+    run = _grad_norm_triton if use_triton(local[0]) else _grad_norm_torch
     result = run(local, max_norm)
     if group is None:
         return result

@@ -137,8 +137,6 @@ def compute_linear_cross_entropy(
     # Autocast would cast the operands of the products below once more, to a dtype of its own.
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        weight_in = weight.to(hidden.dtype)
-        bias_in = None if bias is None else bias.to(hidden.dtype)
         kernels = use_triton(hidden) and hidden.dtype != torch.float64
         n_rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
         grads = Gradients(
@@ -151,11 +149,14 @@ def compute_linear_cross_entropy(
         if n_rows == 0 and grads.weight is not None:
             grads.weight.zero_()
         exact = grads.weight is None or grads.weight.dtype == dtype
-        if not use_triton(hidden) and exact and fits(hidden, weight_in, bias, options):
+        results = None
+        if not use_triton(hidden) and exact and fits(hidden, weight, bias, options):
             results = run_in_cpp(
-                hidden, weight_in, targets, options, rows, *grads[:2], upstream, want_correct
+                hidden, weight.float(), targets, options, rows, *grads[:2], upstream, want_correct
             )
-        else:
+        if results is None:
+            weight_in = weight.to(hidden.dtype)
+            bias_in = None if bias is None else bias.to(hidden.dtype)
             run = _on_kernels if kernels else _on_torch
             results = run(
                 hidden, weight_in, bias_in, targets, options, rows, grads, lse, upstream,

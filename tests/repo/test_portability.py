@@ -119,7 +119,6 @@ FOLDER = Path(cpu.__file__).parent
 SOURCES = {
     "blocks": ("product.h", "attention.cpp", "blocks.cpp"),
     "loss": ("product.h", "linear_cross_entropy.cpp"),
-    "norm": ("grad_norm.cpp",),
 }
 
 

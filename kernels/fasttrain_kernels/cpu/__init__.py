@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -97,16 +96,6 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
         raise RuntimeError(f"{' '.join(e.cmd)}: {e.stderr or e}") from e
     except OSError as e:
         raise RuntimeError(f"{path}: {e}") from e
-
-
-def load_or_warn(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
-    """Return what `load` does, or None where it cannot be built: torch's operations do without."""
-    try:
-        return load(*sources, dtype=dtype)
-    except RuntimeError as e:
-        name = Path(sources[-1]).stem
-        warnings.warn(f"{name} is slower, its C++ was not built: {e}", stacklevel=2)
-        return None
 
 
 def pointers(tensors: Iterable[Tensor | None]) -> Any:

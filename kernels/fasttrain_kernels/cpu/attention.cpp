@@ -42,7 +42,11 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
   std::fill(x + n, x + whole, -INFINITY);
   Lanes peaks = get(x), sums = {};
   for (long i = LANES; i < whole; i += LANES) peaks = larger(get(x + i), peaks);
-  const float peak = most = largest(peaks);
+  float part[LANES];
+  set(part, peaks);
+  for (long half = LANES / 2; half; half /= 2)
+    for (long i = 0; i < half; i++) part[i] = std::max(part[i], part[i + half]);
+  const float peak = most = part[0];
   for (long i = 0; i < whole; i += LANES) {
     const Lanes e = exponential((get(x + i) - peak) * scale);
     sums += e;
@@ -61,6 +65,9 @@ static void forward(const Shape& s, const T* heads, T* y, float* lse) {
     T *keys = SCRATCH(T)(t_end * s.dim), *values = SCRATCH(T)(t_end * s.dim);
     T* p = SCRATCH(T)(SIDE * t_end);
     float *scores = SCRATCH(float)(SIDE * t_end), *out = SCRATCH(float)(SIDE * s.dim);
+    for (long head : {s.n_heads + g, s.n_heads + s.n_kv + g})
+      fetch(s.at(heads, n, b, 0, head), s.t, s.dim, n);
+    fetch(s.at(heads, n, b, 0, g * n_group), s.t, s.dim * n_group, n);
     pack_blocks<true>(s, s.at(heads, n, b, 0, s.n_heads + g), n, keys);
     pack_blocks<false>(s, s.at(heads, n, b, 0, s.n_heads + s.n_kv + g), n, values);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)
@@ -110,6 +117,9 @@ static void backward(const Shape& s, const T* heads, const T* y, In lse, const T
           *x = SCRATCH(float)(2 * SIDE * SIDE);
     float *dvalues = dkeys + s.blocks() * side, *dqueries = dvalues + s.blocks() * side;
     float *dp = x + SIDE * SIDE, delta[SIDE], lse1[SIDE];
+    for (long head : {key, value}) fetch(s.at(heads, n, b, 0, head), s.t, s.dim, n);
+    fetch(s.at(heads, n, b, 0, g * n_group), s.t, s.dim * n_group, n);
+    for (const T* x : {y, dy}) fetch(s.at(x, q, b, 0, g * n_group), s.t, s.dim * n_group, q);
     pack_blocks<false>(s, s.at(heads, n, b, 0, key), n, packed_keys);
     std::fill_n(dkeys, 2 * s.blocks() * side, 0.f);
     for (long h = g * n_group; h < (g + 1) * n_group; h++)

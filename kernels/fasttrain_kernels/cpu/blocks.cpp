@@ -95,8 +95,8 @@ static void normalise(long rows, In x, long n, bool centred, float eps, In w, fl
 }
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
-template <class From>
-static void normalise_back(In dy, const From* x, In stat, In w, long n, bool centred, In given,
+template <class Dy, class From>
+static void normalise_back(const Dy* dy, const From* x, In stat, In w, long n, bool centred, In given,
                            float* dx, float* dw) {
   const float mean = stat[0], scale = stat[1];
   Lanes sums = {}, dots = {};
@@ -112,13 +112,6 @@ static void normalise_back(In dy, const From* x, In stat, In w, long n, bool cen
     const Lanes d = (get(dy + i) * get(w + i) - shift - unit * slope) * scale;
     set(dx + i, given ? get(given + i) + d : d);
   }
-}
-
-// The sum of vectors of n numbers, each `distance` behind the one before
-static void add_up(In all, long n_vectors, long distance, long n, float* sum) {
-  std::copy_n(all, n, sum);
-  for (long v = 1; v < n_vectors; v++)
-    for (long i = 0; i < n; i++) sum[i] += all[v * distance + i];
 }
 
 // x of one head turned by the angles of its position, or back
@@ -224,6 +217,7 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
     const long n = std::min(g->COLUMNS, g->n - column);
     float* to = g->turned ? SCRATCH(float)(rows * n) : g->dw + row * g->n + column;
+    if (!g->turned) fetch<1>(to, rows, n, g->n);
     product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
             to, g->turned ? n : g->n);
     if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);
@@ -349,6 +343,9 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
     float* left = (p->last_norm ? made.left : y) + first * d;
+    fetch(made.attended + first * q, rows, q, q);
+    fetch(p->x + first * d, rows, d, d);
+    fetch<1>(middle, rows, d, d);
     product(rows, d, q, made.attended + first * q, q, space.out, middle, d, p->x + first * d);
     normalise(rows, middle, d, s->centred, s->eps, p->mlp_norm, made.mlp_stat + 2 * first, normed);
     for (long j = 0; j < f; j += STRIP) {
@@ -359,10 +356,11 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
       OF_MLP(s, activate)(s, rows, width, hidden,
                           made.hidden + first * e + j * rows * s->halves(), acts + j);
     }
+    fetch<1>(left, rows, d, d);
     product(rows, d, f, acts, f, space.down, left, d, middle);
     if (p->last_norm)
       normalise(rows, left, d, s->centred, s->eps, p->last_norm, made.last_stat + 2 * first,
-                y + first * d);
+                (T*)y + first * d);
   });
 }
 
@@ -385,7 +383,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     In dleft = p->last_norm ? dx : dy + first * d;
     std::fill_n(sums, s->vectors(), 0.f);
     for (long r = 0; p->last_norm && r < rows; r++)
-      normalise_back(dy + (first + r) * d, made.left + (first + r) * d,
+      normalise_back((const T*)dy + (first + r) * d, made.left + (first + r) * d,
                      made.last_stat + 2 * (first + r), p->last_norm, d, s->centred, nullptr,
                      dx + r * d, sums + 2 * d);
     convert(dleft, rows * d, narrow);
@@ -455,6 +453,10 @@ extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* c
     float* vectors[] = {o[i].norm,   o[i].mlp_norm, o[i].last_norm,
                         o[i].q_norm, o[i].k_norm,   o[i].mix};
     for (int v = 0; v < 6; sums += sizes[v++])
-      if (vectors[v]) add_up(sums, s->chunks(), s->vectors(), sizes[v], vectors[v]);
+      for (long j = 0; vectors[v] && j < sizes[v]; j++) {
+        vectors[v][j] = 0;
+        for (long chunk = 0; chunk < s->chunks(); chunk++)
+          vectors[v][j] += sums[chunk * s->vectors() + j];
+      }
   }
 }

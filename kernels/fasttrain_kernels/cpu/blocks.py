@@ -52,10 +52,11 @@ def _blocks_of(
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: ctypes.CDLL, shape: bytes, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, dtype: torch.dtype, shape: bytes, *tensors: Any) -> Tensor:
         (x, cos, sin), own = tensors[:3], tensors[3:]
-        n = len(own) // _OWN
-        *xs, y = (x, *(torch.empty_like(x) for _ in range(n)))
+        n, library = len(own) // _OWN, build(dtype)
+        xs = [x, *(torch.empty_like(x) for _ in range(n - 1))]
+        y = torch.empty_like(x, dtype=torch.float32 if own[-1] is None else dtype)
         inputs = _blocks_of(xs, own, (cos, sin))
         sizes = [library.block_saved(shape, inputs, i) for i in range(n)]
         saved = [x.new_empty(size, dtype=torch.uint8) for size in sizes]
@@ -72,7 +73,8 @@ class _Blocks(torch.autograd.Function):
         cos, sin, *tensors = ctx.saved_tensors
         library, shape, dy, n = ctx.library, ctx.shape, dy.contiguous(), len(tensors) // (2 + _OWN)
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        dx, grads = torch.empty_like(dy), [None if t is None else torch.empty_like(t) for t in own]
+        dx = torch.empty_like(xs[0])
+        grads = [None if t is None else torch.empty_like(t) for t in own]
         space = dy.new_empty(library.block_space(shape, True), dtype=torch.uint8)
         inputs, outputs = _blocks_of(xs, own, (cos, sin)), _blocks_of([dx] * n, grads)
         start, end = (ctypes.c_void_p(t.data_ptr()) for t in (space, dy))
@@ -105,13 +107,12 @@ def run_blocks_on_cpu(
         values: fp32 (B, T, G·K) of each block, mixed into its values; or None.
 
     Returns:
-        fp32 (B, T, D), differentiable once.
+        (B, T, D), differentiable once: fp32, or behind ``last_norm`` in the dtype of the products.
 
     Numerics: reruns agree bit for bit, on any number of threads.
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + F (SwiGLU 2F) numbers
         a token and block in the dtype of the products, and 2·D in fp32; in backward about as much
-        again, of one block, for a moment. The
-        gradients of all weights come at once: where they accumulate, that is a second copy.
+        again, of one block, for a moment. Gradients of weights that accumulate are held twice.
     """
     if mask is not None or caches is not None or start or x.numel() == 0:
         raise ValueError(
@@ -143,5 +144,5 @@ def run_blocks_on_cpu(
                 f"run_blocks_on_cpu: takes fp32 on a CPU, not {tensor.dtype} on {tensor.device}; "
                 "set model.blocks_fn = fasttrain.model.run_blocks"
             )
-    y: Tensor = _Blocks.apply(build(dtype), shape, *tensors)
+    y: Tensor = _Blocks.apply(dtype, shape, *tensors)
     return y

@@ -1,25 +1,30 @@
 // A linear layer and its cross-entropy, gradients included. Compiled behind product.h.
 //
-// Logits lie in blocks of `width` columns, each (chunk, width). A task makes those of a block for a
-// group of rows, with maximum and sum of exponentials of each row. When those of all blocks are
-// joined, the gradient takes the place of the logits, in T. That of the hidden states is summed up
-// over a fixed number of parts of the blocks, so that nothing depends on the number of threads.
+// A task makes the logits of a block of `width` columns for a group of rows, which stay in the
+// cache, and keeps their exponentials, the operands of both gradients, in T: by rows, and packed.
+// They are relative to a guess of the target's logit, so that none waits for the sum of its row; by
+// that the gradient of the hidden states is multiplied when it is made, and for that of the weight
+// the hidden states are. What the target adds is made in fp32. Where a guess is far below a logit,
+// or a target is none, all is left to torch. The gradient of the hidden states is summed up over a
+// fixed number of parts of the blocks, so that nothing depends on the number of threads.
 
-static const long AT_A_TIME = 128;  // rows for which operands stay in the second cache
-static const long TASKS = 16;       // at least, of a chunk that has 64 rows for each
+static const long MOST = 128;  // rows of a task, for which operands stay in the second cache
+static const long TASKS = 16;  // at least, of a chunk that has 64 rows for each
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
-  float smoothing, z_loss, softcap, scale;
+  float z_loss, softcap, scale;
+  long even() const { return round_up(chunk, WHOLE); }
   long blocks() const { return (vocab + width - 1) / width; }
   long columns(long block) const { return std::min(width, vocab - block * width); }
-  long group() const { return std::max(64L, round_up(chunk * parts / TASKS, 16)); }
+  long group() const { return std::clamp(round_up(chunk * parts / TASKS, 16), 64L, MOST); }
   long groups(long rows) const { return (rows + group() - 1) / group(); }
   long ranges() const { return std::clamp(TASKS / blocks(), 1L, (dim + PANEL - 1) / PANEL); }
 };
 
 struct Tensors {
-  const T *hidden, *weight;
+  const T* hidden;
+  In weight;
   const int64_t* targets;
   In token_weight, upstream;  // null: 1
   float *losses, *lse, *correct;
@@ -28,13 +33,14 @@ struct Tensors {
 };
 
 struct Stat {
-  float peak, sum, total;  // sum of exp(x - peak); of x
+  float sum, peak;  // sum of exp(x - from), and the largest x
+  long at;          // the column where it is first
 };
 
 struct Row {
-  long of;      // its number among all
-  long target;  // -1: none
-  float peak, slope, base, hit;  // gradient: slope·exp(x - peak) - base, less hit at the target
+  long of, target;   // its number among all, and a column
+  float from, hit;   // a guess of the target's logit, and the logit
+  float slope, own;  // the gradient is slope times what is kept, and `own` at the target
 };
 
 struct Space : Parts {
@@ -42,131 +48,156 @@ struct Space : Parts {
   const Tensors* t;
   Row* rows = take<Row>(s->chunk);
   Stat* stats = take<Stat>(s->blocks() * s->chunk);
-  float* logits = take<float>(s->blocks() * s->chunk * s->width);
+  // What is kept of a block: (chunk, width), and packed with zeros behind the last row
+  T* kept = take<T>(t->dhidden ? s->blocks() * s->chunk * s->width : 0);
+  T* packed = take<T>(t->dweight ? s->blocks() * s->even() * s->width : 0);
   T* hidden = take<T>(s->chunk * s->dim);
-  T* packed = take<T>(t->dweight ? round_up(s->chunk, WHOLE) * s->dim : 0);
+  T* scaled = take<T>(s->chunk * s->dim);
+  T* turned = take<T>(t->dweight ? (s->even() + 32) * s->dim : 0);
   // The weight, packed block by block
   T* turned_weight = take<T>(s->blocks() * s->width * s->dim);
   T* weight = take<T>(t->dhidden ? s->blocks() * s->width * s->dim : 0);
   float* sums = take<float>(t->dhidden ? s->parts * s->chunk * s->dim : 0);
 };
 
-// Of n logits, behind which there is space up to a whole vector
-static Stat measure(float* x, long n, const Shape* s) {
-  const long end = round_up(n, LANES);
-  if (s->softcap)
-    for (long i = 0; i < end; i += LANES) {
-      const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / s->softcap);
-      const Lanes capped = s->softcap * (1 - e) / (1 + e);
-      set(x + i, y < 0 ? -capped : capped);
-    }
-  std::fill(x + n, x + end, 0.f);
-  Lanes totals = {}, sums = {};
-  for (long i = 0; s->smoothing && i < end; i += LANES) totals += get(x + i);
-  std::fill(x + n, x + end, -INFINITY);
-  Lanes peaks = get(x);
-  for (long i = LANES; i < end; i += LANES) peaks = larger(get(x + i), peaks);
-  const float peak = largest(peaks), from = peak == -INFINITY ? 0 : peak;
-  for (long i = 0; i < end; i += LANES) sums += exponential(get(x + i) - from);
-  return {peak, sum(sums), sum(totals)};
+static void cap(float* x, long n, float most) {
+  for (long i = 0; i < n; i += LANES) {
+    const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / most);
+    const Lanes capped = most * (1 - e) / (1 + e);
+    set(x + i, y < 0 ? -capped : capped);
+  }
 }
 
-// Writes the gradient of n logits over them, in T, and zeros behind it up to the end
-template <bool CAPPED>
-static void differentiate(float* x, long n, long end, Row row, float softcap, long first) {
-  const auto gradient = [=](Lanes x, float hit) {
-    const Lanes g = row.slope * exponential(x - row.peak) - row.base - hit;
-    return CAPPED ? g * (1 - x / softcap * (x / softcap)) : g;
-  };
-  const long target = row.target - first;
-  const bool hits = target >= 0 && target < n;
-  T at_target[LANES], *d = (T*)x;  // never ahead of what is still to be read
-  if (hits) set(at_target, gradient(Lanes{} + x[target], row.hit));
-  for (long i = 0; i < n; i += LANES) set(d + i, gradient(get(x + i), 0));
-  std::fill(d + n, d + end, T{});
-  if (hits) d[target] = at_target[0];
+// Writes exp(x - from) of n logits in rows of PAIR or fewer, each times the slope of its cap, by
+// rows and packed, and their sums
+static void exponentials(In x, const Shape* s, long n, long rows, const Row* of, Stat* stats,
+                         T* kept, T* packed, long depth) {
+  Lanes sums[PAIR] = {};
+  const float cap = s->softcap;
+  for (long i = 0; i < n; i += LANES) {
+    Lanes e[PAIR] = {};
+#pragma GCC unroll 2
+    for (long p = 0; p < PAIR && p < rows; p++) {
+      const Lanes y = get(x + p * s->width + i);
+      sums[p] += e[p] = exponential(y - of[p].from);
+      if (cap) e[p] *= 1 - y / cap * (y / cap);
+      if (kept) set(kept + p * s->width + i, e[p]);
+    }
+    if (packed) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, e);
+  }
+  for (long p = 0; p < rows; p++) stats[p].sum = sum(sums[p]);
+}
+
+// What is known and kept of logits of a block in PAIR rows or fewer, from the first on; behind n
+// columns there is space up to a multiple of 32
+static void keep(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+                 long rows, long depth, float* logits) {
+  const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
+  T* kept = t->dhidden ? made.kept + (block * s->chunk + first) * s->width : nullptr;
+  T* packed = t->dweight ? made.packed + block * s->even() * s->width + first * PANEL : nullptr;
+  Stat* stats = made.stats + block * s->chunk + first;
+  Row* of = made.rows + first;
+  for (long p = 0; p < rows; p++) {
+    float* x = logits + p * s->width;
+    if (s->softcap) cap(x, end, s->softcap);
+    if (of[p].target >= column && of[p].target < column + n) of[p].hit = x[of[p].target - column];
+    const long at = t->correct ? std::max_element(x, x + n) - x : 0;
+    stats[p] = {0, x[at], column + at};
+    std::fill(x + n, x + end, of[p].from - 200);
+  }
+  exponentials(logits, s, end, rows, of, stats, kept, packed, depth);
+  for (long p = 0; p < rows; p++) {
+    const long i = of[p].target - column;
+    if (i < 0 || i >= n) continue;
+    if (kept) kept[p * s->width + i] = T{};
+    if (packed) packed[i / PANEL * PANEL * depth + i % PANEL * PAIR + p] = T{};
+  }
 }
 
 // The weight of a block of columns, as logits and as gradients of hidden states take it
 static void pack_weight(const Shape* s, const Tensors* t, const Space& made, long block) {
   const long d = s->dim, n = s->columns(block), end = round_up(n, 16), start = block * s->width * d;
-  const T* weight = t->weight + block * s->width * s->weight_row;
+  T* weight = SCRATCH(T)(n * d);
+  for (long j = 0; j < n; j++)
+    convert(t->weight + (block * s->width + j) * s->weight_row, d, weight + j * d);
   for (long j = 0; j < end; j += PANEL)
-    pack_turned(weight + j * s->weight_row, s->weight_row, std::min(PANEL, n - j), d,
+    pack_turned(weight + j * d, d, std::min(PANEL, n - j), d,
                 made.turned_weight + start + j * d, std::min(PANEL, end - j));
   if (t->dhidden)
-    pack(weight, s->weight_row, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
+    pack(weight, d, n, round_up(n, 32), d, 0, round_up(n, 32), made.weight + start);
 }
 
-// Logits of a block of columns for rows from the first on, and what is known of each from them
-static void enter(const Shape* s, const Space& made, long block, long first, long end_row) {
-  const long d = s->dim, n = s->columns(block);
-  const T* panels = made.turned_weight + block * s->width * d;
-  for (; first < end_row; first += AT_A_TIME) {
-    const long some = std::min(AT_A_TIME, end_row - first);
-    float* logits = made.logits + (block * s->chunk + first) * s->width;
-    product(some, round_up(n, 16), d, made.hidden + first * d, d, panels, logits, s->width);
-    for (long r = 0; r < some; r++)
-      made.stats[block * s->chunk + first + r] = measure(logits + r * s->width, n, s);
+// A row of hidden states, and a guess of its target's logit
+static void begin(const Shape* s, const Tensors* t, const Space& made, long r, long of) {
+  const long d = s->dim, target = std::clamp(t->targets[of], 0L, s->vocab - 1);
+  const T* hidden = t->hidden + of * s->hidden_row;
+  std::copy_n(hidden, d, made.hidden + r * d);
+  Lanes dots = {};
+  for (long i = 0; i < d; i += LANES)
+    dots += get(hidden + i) * get(t->weight + target * s->weight_row + i);
+  const float x = sum(dots);
+  made.rows[r] = {of, target, s->softcap ? s->softcap * std::tanh(x / s->softcap) : x};
+}
+
+// Logits of a block of columns for rows from the first on, and what is kept of them; behind the
+// last row of a chunk there are zeros
+static void enter(const Shape* s, const Tensors* t, const Space& made, long block, long first,
+                  long end_row, long rows) {
+  const long d = s->dim, some = end_row - first, depth = round_up(rows, WHOLE);
+  float* logits = SCRATCH(float)(some * s->width);
+  product(some, round_up(s->columns(block), 16), d, made.hidden + first * d, d,
+          made.turned_weight + block * s->width * d, logits, s->width);
+  for (long r = first; r < (end_row == rows ? depth : end_row); r += PAIR)
+    keep(s, t, made, block, r, std::clamp(end_row - r, 0L, PAIR), depth,
+         logits + (r - first) * s->width);
+}
+
+// The loss of a row, and what its gradient is made of; returns whether they are right
+static bool join(const Shape* s, const Tensors* t, const Space& made, long r) {
+  Row& row = made.rows[r];
+  Stat all = made.stats[r];
+  for (long b = 1; b < s->blocks(); b++) {
+    const Stat stat = made.stats[b * s->chunk + r];
+    const float sum = all.sum + stat.sum;
+    if (stat.peak > all.peak) all = stat;
+    all.sum = sum;
+  }
+  const float x = row.hit, log_sum = std::log(all.sum), lse = row.from + log_sum;
+  const float weight = (t->token_weight ? t->token_weight[row.of] : 1) * s->scale;
+  const float up = weight * (t->upstream ? t->upstream[row.of] : 1);
+  const float cap = s->softcap ? 1 - x / s->softcap * (x / s->softcap) : 1;
+  t->losses[row.of] = (log_sum - (x - row.from) + s->z_loss * lse * lse) * weight;
+  t->lse[row.of] = lse;
+  if (t->correct) t->correct[row.of] = all.at == row.target;
+  row.slope = up * (1 + 2 * s->z_loss * lse) / all.sum;
+  row.own = (row.slope * std::exp(x - row.from) - up) * cap;
+  for (long i = r * s->dim; t->dweight && i < (r + 1) * s->dim; i += LANES)
+    set(made.scaled + i, row.slope * get(made.hidden + i));
+  return all.sum < 1e20f && row.target == t->targets[row.of];
+}
+
+// What one part of the blocks adds to the gradient of the hidden states in rows from the first on
+static void leave(const Shape* s, const Space& made, long part, long first, long end_row) {
+  const long d = s->dim, some = end_row - first, from = s->blocks() * part / s->parts;
+  float* sums = made.sums + (part * s->chunk + first) * d;
+  fetch<1>(sums, some, d, d);
+  for (long block = from; block < s->blocks() * (part + 1) / s->parts; block++) {
+    const T* kept = made.kept + (block * s->chunk + first) * s->width;
+    fetch(kept, some, s->width, s->width);
+    product(some, d, round_up(s->columns(block), 32), kept, s->width,
+            made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
   }
 }
 
-static bool is_first_largest(const Shape* s, const Space& made, long r, long target, float value) {
-  for (long i = 0; i < target; i++) {
-    float x = made.logits[(i / s->width * s->chunk + r) * s->width + i % s->width];
-    if (std::isnan(value) ? std::isnan(x) : !(x < value)) return false;
-  }
-  return true;
-}
-
-// The loss of a row, and what its gradient is made of
-static void join(const Shape* s, const Tensors* t, const Space& made, long r) {
-  Stat all = {-INFINITY, 0, 0};
-  for (long b = 0; b < s->blocks(); b++)
-    all.peak = std::max(all.peak, made.stats[b * s->chunk + r].peak);
-  for (long b = 0; b < s->blocks(); b++) {
-    Stat stat = made.stats[b * s->chunk + r];
-    const bool as_it_is = stat.peak == all.peak || stat.peak == -INFINITY;
-    all.sum += as_it_is ? stat.sum : stat.sum * std::exp(stat.peak - all.peak);
-    all.total += stat.total;
-  }
-  const long of = made.rows[r].of, target = t->targets[of], block = target / s->width;
-  const bool valid = target >= 0 && target < s->vocab;
-  const float x = valid ? made.logits[(block * s->chunk + r) * s->width + target % s->width] : NAN;
-  const float share = s->smoothing / s->vocab, log_sum = std::log(all.sum);
-  const float lse = all.peak + log_sum, nll = log_sum - (x - all.peak);
-  float loss = nll * (1 - s->smoothing), slope = 1;
-  if (s->z_loss) loss += s->z_loss * lse * lse, slope += 2 * s->z_loss * lse;
-  if (s->smoothing) loss += s->smoothing * lse - share * all.total;
-  const float weight = (t->token_weight ? t->token_weight[of] : 1) * s->scale;
-  const float factor = valid ? weight * (t->upstream ? t->upstream[of] : 1) : NAN;
-  t->losses[of] = loss * weight;
-  t->lse[of] = lse;
-  made.rows[r] = {of, valid ? target : -1, all.peak, factor * slope / all.sum, factor * share,
-                  factor * (1 - s->smoothing)};
-  const bool is_largest = valid && (x == all.peak || std::isnan(x));
-  if (t->correct) t->correct[of] = is_largest && is_first_largest(s, made, r, target, x);
-}
-
-// Gradients of the logits of one part of the blocks in rows from the first on, and what they add to
-// those of the hidden states
-static void leave(const Shape* s, const Tensors* t, const Space& made, long part, long start,
-                  long end_row) {
-  const long d = s->dim, from = s->blocks() * part / s->parts;
-  const long to = s->blocks() * (part + 1) / s->parts, x_row = s->width * sizeof(float) / sizeof(T);
-  for (long block = from; block < to; block++) {
-    const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
-    for (long first = start; first < end_row; first += AT_A_TIME) {
-      const long some = std::min(AT_A_TIME, end_row - first);
-      float* x = made.logits + (block * s->chunk + first) * s->width;
-      for (long r = 0; r < some; r++)
-        (s->softcap ? differentiate<true> : differentiate<false>)(
-            x + r * s->width, n, end, made.rows[first + r], s->softcap, column);
-      float* sums = made.sums + (part * s->chunk + first) * d;
-      if (t->dhidden)
-        product(some, d, end, (const T*)x, x_row, made.weight + column * d, sums, d,
-                block > from ? sums : nullptr);
-    }
+// The gradient of the hidden states of a row
+static void finish(const Shape* s, const Tensors* t, const Space& made, long r) {
+  const long d = s->dim;
+  const Row row = made.rows[r];
+  In weight = t->weight + row.target * s->weight_row;
+  for (long i = 0; i < d; i += LANES) {
+    Lanes all = {};
+    for (long p = 0; p < s->parts; p++) all += get(made.sums + (p * s->chunk + r) * d + i);
+    set(t->dhidden + row.of * d + i, row.slope * all + row.own * get(weight + i));
   }
 }
 
@@ -176,18 +207,26 @@ static void weigh(const Shape* s, const Tensors* t, const Space& made, long bloc
   const long d = s->dim, n = s->columns(block), n_panels = (d + PANEL - 1) / PANEL;
   const long from = n_panels * range / s->ranges() * PANEL, depth = round_up(rows, WHOLE);
   const long to = std::min(d, n_panels * (range + 1) / s->ranges() * PANEL), row = depth + 32;
-  T* turned = SCRATCH(T)(n * row);
-  turn((const T*)(made.logits + block * s->chunk * s->width), s->width * sizeof(float) / sizeof(T),
-       rows, n, turned, row);
-  float* dweight = t->dweight + block * s->width * d + from;
-  product(n, to - from, depth, turned, row, made.packed + from * depth, dweight, d,
-          add ? dweight : nullptr);
+  const long end = round_up(n, 32), column = block * s->width;
+  float *turned = SCRATCH(float)((to - from) * end), *dweight = t->dweight + column * d + from;
+  product(to - from, end, depth, made.turned + from * row, row,
+          made.packed + block * s->even() * s->width, turned, end);
+  transpose(turned, end, to - from, n, dweight, d, add);
+  for (long r = 0; r < rows; r++) {
+    const long target = made.rows[r].target - column;
+    if (target < 0 || target >= n) continue;
+    for (long i = from; i < to; i += LANES) {
+      float* y = dweight + target * d + i - from;
+      set(y, get(y) + made.rows[r].own * get(made.hidden + r * d + i));
+    }
+  }
 }
 
-// Of the rows that are kept
-static void compute(const Space& made, const Shape* s, const Tensors* t,
+// Of the rows that are kept; returns whether all is right
+static bool compute(const Space& made, const Shape* s, const Tensors* t,
                     const std::vector<long>& kept) {
   const long d = s->dim, n = kept.size();
+  std::atomic<bool> right{true};
 #pragma omp parallel num_threads(s->threads)
   {
     const Tiles tiles;
@@ -197,55 +236,47 @@ static void compute(const Space& made, const Shape* s, const Tensors* t,
       const long rows = std::min(s->chunk, n - start), depth = round_up(rows, WHOLE);
       const long groups = s->groups(rows), group = s->group();
 #pragma omp for schedule(static)
-      for (long r = 0; r < rows; r++) {
-        made.rows[r].of = kept[start + r];
-        std::copy_n(t->hidden + made.rows[r].of * s->hidden_row, d, made.hidden + r * d);
-      }
-      if (t->dweight) {
-#pragma omp for schedule(static) nowait
-        for (long j = 0; j < d; j += PANEL)
-          pack_rows(made.hidden + j, d, rows, depth, std::min(PANEL, d - j),
-                    made.packed + j * depth);
-      }
+      for (long r = 0; r < rows; r++) begin(s, t, made, r, kept[start + r]);
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < s->blocks() * groups; i++) {
         const long first = i % groups * group;
-        enter(s, made, i / groups, first, std::min(rows, first + group));
+        enter(s, t, made, i / groups, first, std::min(rows, first + group), rows);
       }
 #pragma omp for schedule(static)
-      for (long r = 0; r < rows; r++) join(s, t, made, r);
-      if (!t->dhidden && !t->dweight) continue;
+      for (long r = 0; r < rows; r++)
+        if (!join(s, t, made, r)) right = false;
+      if (t->dweight) {
+#pragma omp for schedule(static)
+        for (long j = 0; j < d; j += PANEL)
+          turn(made.scaled + j, d, rows, std::min(PANEL, d - j), made.turned + j * (depth + 32),
+               depth + 32);
+      }
+      if (t->dhidden) {
 #pragma omp for schedule(dynamic)
-      for (long i = 0; i < s->parts * groups; i++) {
-        const long first = i % groups * group;
-        leave(s, t, made, i / groups, first, std::min(rows, first + group));
+        for (long i = 0; i < s->parts * groups; i++) {
+          const long first = i % groups * group;
+          leave(s, made, i / groups, first, std::min(rows, first + group));
+        }
+#pragma omp for schedule(static) nowait
+        for (long r = 0; r < rows; r++) finish(s, t, made, r);
       }
       if (t->dweight) {
 #pragma omp for schedule(dynamic) nowait
         for (long i = 0; i < s->blocks() * s->ranges(); i++)
           weigh(s, t, made, i / s->ranges(), i % s->ranges(), rows, start > 0);
       }
-      if (t->dhidden) {
-#pragma omp for schedule(static) nowait
-        for (long r = 0; r < rows; r++) {
-          float* sum = made.sums + r * d;
-          for (long p = 1; p < s->parts; p++) {
-            In more = sum + p * s->chunk * d;
-            for (long i = 0; i < d; i++) sum[i] += more[i];
-          }
-          convert(sum, d, t->dhidden + made.rows[r].of * d);
-        }
-      }
 #pragma omp barrier
     }
   }
+  return right;
 }
 
 extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  // in bytes
   return Space{{nullptr}, s, t}.next - (char*)nullptr;
 }
 
-extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
+// Returns whether all is right
+extern "C" bool linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
   std::vector<long> kept;
   for (long r = 0; r < s->n; r++) {
     if (t->targets[r] != s->ignored) kept.push_back(r);
@@ -255,5 +286,5 @@ extern "C" void linear_cross_entropy(const Shape* s, const Tensors* t, char* spa
     if (t->dhidden) std::fill_n(t->dhidden + r * s->dim, s->dim, T{});
   }
   if (kept.empty() && t->dweight) std::fill_n(t->dweight, s->vocab * s->dim, 0.f);
-  if (!kept.empty()) compute({{space}, s, t}, s, t, kept);
+  return kept.empty() || compute({{space}, s, t}, s, t, kept);
 }

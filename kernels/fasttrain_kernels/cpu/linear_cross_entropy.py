@@ -6,6 +6,7 @@ in fp32; the products are those of product.h. Legend: N rows, D dim, V vocabular
 
 import ctypes
 import struct
+import warnings
 from functools import cache
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from .._dispatch import has_memory
 from .._loss_options import LossOptions
-from . import is_fast, load_or_warn, pointers
+from . import is_fast, load, pointers
 
 # Columns of a block: its logits of 128 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
-# The gradient of the hidden states is summed up in so many parts at most, one thread each. Their
-# memory is that of the logits at most.
+# In so many parts at most, one thread each, the gradient of the hidden states is summed up.
 _PARTS = 16
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
@@ -36,9 +36,13 @@ _WIDEST_OF_AVX512 = 512
 
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    library = load_or_warn("product.h", "linear_cross_entropy.cpp", dtype=dtype)
-    if library is not None:
-        library.linear_cross_entropy_space.restype = ctypes.c_long
+    try:
+        library = load("product.h", "linear_cross_entropy.cpp", dtype=dtype)
+    except RuntimeError as e:  # torch's operations do without
+        warnings.warn(f"linear_cross_entropy is slower, its C++ was not built: {e}", stacklevel=2)
+        return None
+    library.linear_cross_entropy_space.restype = ctypes.c_long
+    library.linear_cross_entropy.restype = ctypes.c_bool
     return library
 
 
@@ -47,36 +51,35 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
     (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
     few = n_cols <= _FEW
     return (
-        hidden.dtype == weight.dtype
-        and hidden.device.type == "cpu"
+        hidden.device.type == "cpu"
         and is_fast(hidden.dtype)
         and bias is None
         and options.class_weight is None
+        and not options.label_smoothing
         and dim % 16 == 0 < dim
         and (dim <= _WIDEST_OF_AVX512 or torch.backends.cpu.get_cpu_capability() != "AVX512")
         and (n_cols * dim <= _LARGEST_OF_FEW if few else n_cols >= 4 * dim)
         and n_rows * n_cols > (_LEAST_OF_FEW[hidden.dtype] if few else _LEAST)
         and hidden.stride(1) == weight.stride(1) == 1
-        and has_memory(hidden)
-        and has_memory(weight)
+        and all(map(has_memory, (hidden, weight)))
         and _library(hidden.dtype) is not None
     )
 
 
 def _layout(
-    n_rows: int, dim: int, n_cols: int, rows: int, most_columns: int
+    n_rows: int, dim: int, n_cols: int, rows: int, dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """Return rows of a chunk, columns of a block, and parts, whatever the threads.
 
     They take the memory of the logits (rows, V). Where columns are few, more is held of hidden
     states than of logits.
     """
-    n_blocks = -(-n_cols // most_columns)
+    n_blocks = -(-n_cols // _WIDTH[dtype])
     n_blocks = n_blocks if n_blocks < 4 else -(-n_blocks // 4) * 4
     width = -(-n_cols // (32 * n_blocks)) * 32
     n_blocks = -(-n_cols // width)
     parts = max(1, min(_PARTS, n_blocks, n_cols // dim, -(-4 * _ROWS // min(n_rows, _ROWS))))
-    held = n_blocks * (width + 3) + (parts + 2) * dim + 8
+    held = n_blocks * (width * dtype.itemsize // 2 + 6) + (parts + 3) * dim + 8
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
     n_chunks = -(-n_rows // most)
@@ -93,11 +96,13 @@ def run_in_cpp(
     weight_grad: Tensor | None,
     upstream: Tensor | None,
     want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return losses, lse and hits, each (N,), and write the gradients that are given, contiguous.
 
-    Hidden states and weight must `fit`. The space is that of ``rows`` rows of logits at most, but
-    for few rows. Reruns agree bit for bit, on any number of threads.
+    None: torch's operations are to do it, as a logit is not finite, a loss is above 46, or a target
+    is not below V. Hidden states and weight must `fit`, the weight in fp32. The space is that of
+    ``rows`` rows of logits at most, but for few rows. Reruns agree bit for bit, on any number of
+    threads.
     """
     (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
     losses, lse = (hidden.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
@@ -107,11 +112,12 @@ def run_in_cpp(
         for x in (options.token_weight, upstream)
     ]
     shape = struct.pack(
-        "10l4f",  # the C++'s Shape
+        "10l3f",  # the C++'s Shape
         *(n_rows, dim, n_cols, hidden.stride(0), weight.stride(0), options.ignore_index),
-        *_layout(n_rows, dim, n_cols, rows, _WIDTH[hidden.dtype]),
+        *_layout(n_rows, dim, n_cols, rows, hidden.dtype),
         torch.get_num_threads(),
-        *options[-3:],
+        options.z_loss,
+        options.softcap,
         1 if options.scale is None else options.scale.item(),
     )
     longs = targets.long()
@@ -121,5 +127,5 @@ def run_in_cpp(
     assert library is not None
     size = library.linear_cross_entropy_space(shape, tensors)
     space = hidden.new_empty(size, dtype=torch.uint8)
-    library.linear_cross_entropy(shape, tensors, ctypes.c_void_p(space.data_ptr()))
-    return losses, lse, correct
+    right = library.linear_cross_entropy(shape, tensors, ctypes.c_void_p(space.data_ptr()))
+    return (losses, lse, correct) if right else None

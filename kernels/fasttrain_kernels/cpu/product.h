@@ -8,7 +8,6 @@
 // with a line of the cache: else products of bf16 take twice the time. One core of a Xeon with AMX,
 // GFLOP/s of tiles of 64 rows: fp32 160 to 180 in panels of 32 columns (150 unpacked, 84 to 111
 // held to AVX2), bf16 1,550 to 1,850 from the second cache, 1,050 from the third, of 2,600.
-// Sums over 2,048 rows of B in fp32 make 180 in parts of DEPTH, 160 at once.
 #include <omp.h>
 
 #include <algorithm>
@@ -16,7 +15,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -99,25 +97,25 @@ static inline void set_rows(T* y, const Lanes* x) {
 
 static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
 
-// Sum or maximum of the lanes, in pairs
-template <class Join>
-static inline float join(Lanes x, Join of) {
+static inline float sum(Lanes x) {
   float part[LANES];
   set(part, x);
   for (long half = LANES / 2; half; half /= 2)
-    for (long i = 0; i < half; i++) part[i] = of(part[i], part[i + half]);
+    for (long i = 0; i < half; i++) part[i] += part[i + half];
   return part[0];
-}
-
-static inline float sum(Lanes x) { return join(x, std::plus<>()); }
-
-static inline float largest(Lanes x) {
-  return join(x, [](float a, float b) { return a > b ? a : b; });
 }
 
 template <class From, class To>
 static void convert(const From* x, long n, To* y) {  // n is a multiple of 16
   for (long i = 0; i < n; i += LANES) set(y + i, get(x + i));
+}
+
+// Rows of n numbers into the second cache, to be read or written by tiles: these wait for each line
+template <int WRITE = 0, class X>
+static inline void fetch(const X* x, long rows, long n, long row) {
+  for (; rows > 0; rows--, x += row)
+    for (const char* line = (const char*)x; line < (const char*)(x + n); line += 64)
+      __builtin_prefetch(line, WRITE, 2);
 }
 
 // 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. The polynomial, of
@@ -222,9 +220,7 @@ static inline void multiply_tiles(long k, const char* a, long a_row, const char*
   EACH(_tile_stored, c)
 }
 #else
-struct Tiles {
-  Tiles() {}
-};
+struct Tiles { Tiles() {} };
 #endif
 
 // C (m, n) = A (m, k) · B (k, n), added to what `add` has, whose rows lie as those of C, or to null
@@ -281,8 +277,8 @@ static void product(long m, long n, long depth, const T* a, long a_row, const T*
 typedef float Word __attribute__((may_alias));
 typedef float Words __attribute__((vector_size(32), aligned(4), may_alias));
 
-// (8, 8) of yᵀ = x
-static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row) {
+// (8, 8) of yᵀ = x, or to add to
+static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row, bool add) {
   Words r[8], s[8];
 #define MIX __builtin_shufflevector
 #pragma GCC unroll 8
@@ -301,23 +297,28 @@ static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_ro
     }
 #pragma GCC unroll 8
   for (int j = 0; j < 4; j++) {
-    *(Words*)(y + j * y_row) = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    *(Words*)(y + (j + 4) * y_row) = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    Words &low = *(Words*)(y + j * y_row), &high = *(Words*)(y + (j + 4) * y_row);
+    const Words top = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Words bottom = MIX(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    low = add ? low + top : top;
+    high = add ? high + bottom : bottom;
   }
 #undef MIX
 }
 
-// y (n, m) = xᵀ of words x (m, n)
-static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row) {
+// y (n, m) = xᵀ of words x (m, n), which of fp32 may be added to what is there
+static void transpose(const void* from, long x_row, long m, long n, void* to, long y_row,
+                      bool add = false) {
   const Word* x = (const Word*)from;
   Word* y = (Word*)to;
   for (long j = 0; j < n; j += 8)  // a line of y is written at once
     for (long i = 0; i < m; i += 8)
       if (i + 8 <= m && j + 8 <= n)
-        transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row);
+        transpose_eight(x + i * x_row + j, x_row, y + j * y_row + i, y_row, add);
       else
         for (long r = i; r < std::min(i + 8, m); r++)
-          for (long c = j; c < std::min(j + 8, n); c++) y[c * y_row + r] = x[r * x_row + c];
+          for (long c = j; c < std::min(j + 8, n); c++)
+            y[c * y_row + r] = add ? y[c * y_row + r] + x[r * x_row + c] : x[r * x_row + c];
 }
 
 // `rows` rows of B as they lie in a panel of `width` columns, behind them zeros up to `end` rows, a
