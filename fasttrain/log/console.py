@@ -18,7 +18,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.panel import Panel
@@ -137,7 +136,7 @@ _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that 
 
 
 def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
-    return Panel(body, title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+    return Panel(body, title=title, title_align="left", border_style=colour)
 
 
 class Console:
@@ -149,11 +148,11 @@ class Console:
     def __init__(self, log_file: Path) -> None:
         plain = ("dumb", "unknown")
         self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
-        self._rich = RichConsole(force_terminal=True) if self.interactive else None
+        self._rich = RichConsole(force_terminal=self.interactive)
+        self._bar = Live(console=self._rich, auto_refresh=False, transient=True)
+        self._redraw_s = 0.0  # when the bar may be drawn anew
         self._log = LogFile(log_file)
         self._log.write("")  # it is there from now on
-        self._live: Live | None = None
-        self._drawn_s = 0.0
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
@@ -163,9 +162,8 @@ class Console:
         rows = [(_shown(label), _shown(value)) for label, value in rows]
         width = max((len(label) for label, _ in rows), default=0)
         plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
+        columns = Column(style="dim", no_wrap=True), Column(overflow="fold")
+        grid = Table.grid(*columns, padding=(0, 2))
         for label, value in rows:
             grid.add_row(Text(label), Text(value))
         self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
@@ -188,15 +186,11 @@ class Console:
         waited = wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf)
         remarked = f"  wait {_milliseconds(wait_ms)}" if waited else ""
         remarked += "".join(f"  {name} {row[name]}" for name in _COUNTERS if row.get(name))
-        plain = "  ".join(cells) + remarked
-        if self._rich is None:
-            self._emit(plain, None)
-            return
         ends, width = list(accumulate(c.width for c in known)), self._rich.width
-        n_fit = bisect_left(ends, width)
         n_shown = max(2, bisect_left(ends, width - len(remarked)))
-        if self._rows_since_heading >= _ROWS_PER_HEADING:
-            heading = "".join(f"{c.heading:>{c.width}}" for c in known[:n_fit])
+        if self.interactive and self._rows_since_heading >= _ROWS_PER_HEADING:
+            shown = known[: bisect_left(ends, width)]
+            heading = "".join(f"{c.heading:>{c.width}}" for c in shown)
             self._rich.print(Text(heading, style="dim"), no_wrap=True, overflow="crop", crop=True)
             self._rows_since_heading = 0
         self._rows_since_heading += 1
@@ -208,7 +202,7 @@ class Console:
                 style = "bold red"
             line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
         line.append(remarked, style="yellow")
-        self._emit(plain, line)
+        self._emit("  ".join(cells) + remarked, line)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
@@ -242,37 +236,31 @@ class Console:
 
         ``done`` is a part in [0, 1]; ``total`` steps and ``left_s`` are None until they are known.
         """
-        if self._rich is None:
+        if not self.interactive or ((now := time.monotonic()) < self._redraw_s and done < 1.0):
             return
-        now = time.monotonic()
-        if self._live is not None and now - self._drawn_s < _REFRESH_S and done < 1.0:
-            return
-        self._drawn_s = now
-        if self._live is None:
-            self._live = Live(console=self._rich, auto_refresh=False, transient=True)
-            self._live.start()
+        self._redraw_s = now + _REFRESH_S
         of_total = f"/{total}" if total else ""
         left = "" if left_s is None else f"  {_left(left_s)} left"
         tail = f"{_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
         columns = Column(max_width=40), Column(no_wrap=True, overflow="crop")
-        bar = Table.grid(*columns, padding=(0, 1))
-        bar.add_row(ProgressBar(1.0, done), tail)
-        self._live.update(bar, refresh=True)
+        line = Table.grid(*columns, padding=(0, 1))
+        line.add_row(ProgressBar(1.0, done), tail)
+        self._bar.start()
+        self._bar.update(line, refresh=True)
 
     def clear_progress(self) -> None:
         """Remove the progress bar; the next `progress` draws it anew."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._bar.stop()
+        self._redraw_s = 0.0
 
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""
         self.clear_progress()
         self._log.close()
 
-    def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
+    def _emit(self, plain: str, drawn: Text | Panel) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
-        if self._rich is not None:
+        if self.interactive:
             self._rich.print(drawn)
         else:
             try:

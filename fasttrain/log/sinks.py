@@ -5,7 +5,6 @@ import csv
 import errno
 import importlib.util
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal, TextIO, get_args
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import refuse
+from fasttrain.log.metrics import json_line
 
 Kind = Literal["train", "eval", "tasks"]
 Row = Mapping[str, Any]
@@ -129,11 +129,12 @@ class JsonlLogger:
 
     def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
-        lines = _json_line(kind, row)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        rows = [{"kind": kind, "time": now, **row}]
         if self._made_by and not self._has_head:
-            lines = _json_line("run", {"step": self._begin, **self._made_by}) + lines
+            rows = [{"kind": "run", "time": now, "step": self._begin, **self._made_by}, *rows]
             self._has_head = True
-        self._file.write(lines)
+        self._file.write("".join(map(json_line, rows)))
 
     def drop_after(self, step: int) -> None:
         """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
@@ -156,12 +157,6 @@ def _row_stays(step: int, line: str) -> bool:
         return False
     at, is_head = row.get("step", 0), row.get("kind") == "run"  # a head says before which step
     return isinstance(at, int) and at + is_head <= step
-
-
-def _json_line(kind: str, row: Row) -> str:
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps({"kind": kind, "time": now, **row, **odd}, allow_nan=False) + "\n"
 
 
 class CsvLogger:
