@@ -104,6 +104,7 @@ class _Column(NamedTuple):
     heading: str
     width: int
     format: Callable[[float], str]
+    style: str = ""
 
     def cell(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
@@ -112,9 +113,9 @@ class _Column(NamedTuple):
 
 # In order of importance: what does not fit the terminal's width is left out from the right.
 _COLUMNS = (
-    _Column("step", "step", 10, "{:d}".format),
-    _Column("loss", "loss", 9, partial(_fixed, 4)),
-    _Column("lr", "lr", 10, "{:.2e}".format),
+    _Column("step", "step", 10, "{:d}".format, "bold"),
+    _Column("loss", "loss", 9, partial(_fixed, 4), "bold"),
+    _Column("lr", "lr", 10, "{:.2e}".format, "dim"),
     _Column("grad_norm", "grad", 8, partial(_fixed, 3)),
     _Column("tokens_per_s", "tok/s", 8, format_count),
     _Column("tokens", "tokens", 8, format_count),
@@ -131,7 +132,8 @@ _COLUMNS = (
     _Column("optimizer_ms", "optim", 9, _milliseconds),
     _Column("communication_ms", "comm", 9, _milliseconds),
 )
-_PLAIN_COLUMNS = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_PLAIN = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_ODD = {"n/a": "dim", "nan": "bold red", "inf": "bold red", "-inf": "bold red"}  # cells' styles
 _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
 
 
@@ -146,9 +148,8 @@ class Console:
     """
 
     def __init__(self, log_file: Path) -> None:
-        plain = ("dumb", "unknown")
-        self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
-        self._rich = RichConsole(force_terminal=self.interactive)
+        self._rich = RichConsole(force_terminal=sys.stdout.isatty())
+        self.interactive = self._rich.is_interactive  # a terminal that is not dumb
         self._bar = Live(console=self._rich, auto_refresh=False, transient=True)
         self._redraw_s = 0.0  # when the bar may be drawn anew
         self._log = LogFile(log_file)
@@ -180,8 +181,7 @@ class Console:
     def train(self, row: Mapping[str, Any]) -> None:
         """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
-        plain_columns = [c for c in known if c in _PLAIN_COLUMNS]
-        cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in plain_columns]
+        cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in known if c in _PLAIN]
         wait_ms = row.get("data_wait_ms") or 0.0
         waited = wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf)
         remarked = f"  wait {_milliseconds(wait_ms)}" if waited else ""
@@ -197,10 +197,7 @@ class Console:
         line = Text(no_wrap=True, overflow="crop")
         for column in known[:n_shown]:
             cell = column.cell(row)
-            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.heading, "")
-            if cell in ("nan", "inf", "-inf"):
-                style = "bold red"
-            line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
+            line.append(f"{cell:>{column.width}}", style=_ODD.get(cell, column.style))
         line.append(remarked, style="yellow")
         self._emit("  ".join(cells) + remarked, line)
 
