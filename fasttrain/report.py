@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -40,7 +40,6 @@ _Number = float | None  # a value of a row; all else in it is not shown
 
 class _Row(TypedDict):
     step: int
-    time: NotRequired[str]
 
 
 @dataclass(slots=True)

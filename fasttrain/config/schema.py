@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
-from fasttrain.config.keys import Section, choice, divisors, key, refuse
+from fasttrain.config.keys import Section, choice, divisors, key
 
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
 _PATH = (r"[^\0]+", "a path")
@@ -386,7 +386,7 @@ class DistributedConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The whole configuration of a run.
 
     Raises:
@@ -404,11 +404,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
-    def __post_init__(self) -> None:
-        for name, problem in self._problems():
-            refuse(name, attrgetter(name)(self), problem)
-
-    def _problems(self) -> Problems:
+    def problems(self) -> Problems:
         horizon = {k: v for k in HORIZON if (v := attrgetter(k)(self)) is not None}
         if not horizon:
             yield "train.steps", f"leaves the run's length open; set one of {', '.join(HORIZON)}"
