@@ -11,8 +11,11 @@ from typing import Any
 from fasttrain.config.keys import Section, choice, divisors, key
 
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
+# What a whole string must match, and how to say it.
 _PATH = (r"[^\0]+", "a path")
 _FOLDER = (r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes")
+_DEVICE = (r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")
+_PROJECT = (r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :")
 HORIZON = ("train.steps", "train.epochs", "train.tokens", "train.hours")  # one of them is set
 _ONE_EVALUATION = "evaluations, but there is only one, at the end; set eval.every_steps"
 Problems = Iterator[tuple[str, str]]  # a key, and what is wrong with its value; the remedy
@@ -27,11 +30,7 @@ class RunConfig(Section):
     )
     out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
     seed: int = key(1337, "seed of initialization, data order and dropout", ge=0, le=2**63 - 1)
-    device: str = key(
-        "auto",
-        "device to train on (auto: CUDA if there is one)",
-        pattern=(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N"),
-    )
+    device: str = key("auto", "device to train on (auto: CUDA if there is one)", pattern=_DEVICE)
     dtype: str = choice(
         "auto fp32 tf32 bf16 fp16",
         "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
@@ -98,7 +97,7 @@ class ModelConfig(Section):
     embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
     residual_in_fp32: bool = key(True, "fp32 residual stream beside bf16 products (false: bf16)")
     bigram_vocab_size: int | None = key(
-        None, "rows of a hashed token-pair table, added to embeddings (none: none)", ge=2, le=2**32
+        None, "rows of a hashed token-pair table, added to embeddings (none: off)", ge=2, le=2**32
     )
     value_embeddings: bool = key(False, "mix learned per-token embeddings into all layers' values")
     init_from: str | None = key(
@@ -138,33 +137,23 @@ class DataConfig(Section):
         "several dataset folders or addresses that share a tokenizer, in place of data.path",
         pattern=(r"[^\0]+", "a list of paths"),
     )
-    weights: tuple[float, ...] = key(
-        (), "exact share of each of data.paths ([]: all of their sequences, in one order)", gt=0
-    )
+    weights: tuple[float, ...] = key((), "exact share of each of data.paths ([]: by size)", gt=0)
     batching: str = choice(
         "packed sliding padded bucketed",
         "adjacent windows, overlapping windows, or one document per sequence, in any "
         "order or grouped by length; padding counts in train.tokens and "
         "train.tokens_per_step, but not in logged numbers",
     )
-    stride_tokens: int | None = key(
-        None, "tokens between the starts of sliding windows (none: half of seq_len)", ge=1
-    )
-    attention_across_documents: bool = key(
-        True, "packed and sliding: tokens attend to earlier documents in the sequence"
-    )
+    stride_tokens: int | None = key(None, "sliding: stride in tokens (none: seq_len / 2)", ge=1)
+    attention_across_documents: bool = key(True, "packed, sliding: attend to earlier documents too")
     end_of_text: int | None = key(
         None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
     )
     dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
-    cache_dir: str | None = key(
-        None, "where built datasets are stored (none: the user's cache folder)", pattern=_PATH
-    )
+    cache_dir: str | None = key(None, "built datasets' folder (none: user's cache)", pattern=_PATH)
     cache_gib: float = key(32.0, "GiB in data.cache_dir for shards fetched from an address", gt=0)
-    corpus_vocab_size: int = key(
-        4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
-    )
+    corpus_vocab_size: int = key(4096, "tokenizer's vocabulary without data.path", ge=257, le=65536)
 
     def problems(self) -> Problems:
         if self.path is not None and self.paths:
@@ -351,11 +340,7 @@ class LogConfig(Section):
     every_steps: int = key(10, "steps between log lines", ge=1)
     csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
     tensorboard: bool = key(False, "write TensorBoard files into the run folder")
-    wandb_project: str | None = key(
-        None,
-        "Weights & Biases project (none: not used)",
-        pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
-    )
+    wandb_project: str | None = key(None, "Weights & Biases project (none: off)", pattern=_PROJECT)
     wandb_mode: str = choice("online offline", "offline: log to the run folder only")
     profile_steps: tuple[int, ...] = key(
         (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1

@@ -22,7 +22,7 @@ BUDGETS = {
     "benchmarks": 2_780,
     "fasttrain": 4_110,
     "fasttrain/checkpoint": 1_400,
-    "fasttrain/config": 1_010,
+    "fasttrain/config": 990,
     "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 810,
