@@ -1,9 +1,8 @@
 """The command ``fasttrain``, also ``python -m fasttrain``: `fasttrain.NAME` is its command NAME."""
 
 import difflib
-import importlib
+import runpy
 import sys
-from typing import Any
 
 from fasttrain import __version__
 
@@ -19,15 +18,8 @@ COMMANDS = {
 }
 
 
-def module_of(name: str) -> Any:
-    """Return the module of a command: of a package its ``__main__``."""
-    module = importlib.import_module(f"fasttrain.{name}")
-    is_package = hasattr(module, "__path__")
-    return importlib.import_module(f"fasttrain.{name}.__main__") if is_package else module
-
-
 def main() -> int:
-    """Run the command that is named first; its exit status, or 2 where there is none such."""
+    """Run the command that is named first, and exit as it does; 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …\n")
@@ -42,11 +34,9 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
         return 2
-    module = module_of(name)
-    status: int = module.main(arguments)
-    if hasattr(module, "leave"):  # a rank that failed does not wait for the others
-        module.leave(status)
-    return status
+    sys.argv[1:] = arguments
+    runpy.run_module(f"fasttrain.{name}", run_name="__main__")  # it exits
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -40,7 +40,6 @@ _Number = float | None  # a value of a row; all else in it is not shown
 
 class _Row(TypedDict):
     step: int
-    time: NotRequired[str]
 
 
 @dataclass(slots=True)
@@ -94,7 +93,7 @@ def read_run(path: Path) -> Run:
     if problem := misfit(list[_Row], rows, "lines"):
         raise UserError(f"{file}: of its {problem}; remove that line")
     run = Run(path.resolve().name, config, [], [], made_by)
-    minutes, before, per_token = 0.0, 0, math.nan
+    per_token = math.nan
     if config and config.model.vocab_size:
         import torch
 
@@ -102,16 +101,15 @@ def read_run(path: Path) -> Run:
 
         with torch.device("meta"):  # shapes alone: nothing is allocated
             per_token = Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
+    last: dict[str, Any] = {"step": 0, "minutes": 0.0}
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
-            minutes += (row.get("step_ms") or 0.0) * max(row["step"] - before, 0) / 60_000
-            before = row["step"]
+            spent_ms = (row.get("step_ms") or 0.0) * max(row["step"] - last["step"], 0)
             tokens = math.nan if row.get("tokens") is None else row["tokens"]
-            row |= {"minutes": minutes, "flops": tokens * per_token}
-            run.train.append(row)
+            row |= {"minutes": last["minutes"] + spent_ms / 60_000, "flops": tokens * per_token}
+            run.train.append(last := row)
         elif run.train:
-            last = run.train[-1]
             row |= {k: last.get(k) for k in ("tokens", "minutes", "flops")}
             (run.evals if "val_loss" in row else run.tasks).append(row)
     if not run.train:
@@ -202,7 +200,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
             of = f": {runs[n].name}" if len(runs) > 1 else ""
             times = zip(PARTS, zip(*map(_parts, rows), strict=True), strict=True)
             areas = [Curve(n, rows, ms, "area", name) for name, ms in times if any(ms)]
-            found.append(Panel(f"where a step's time goes, ms{of}", areas))
+            found.append(Panel(f"where a step's time goes, ms{of}", areas, "tozero"))
     return [p for p in found if any(math.isfinite(y) for curve in p.curves for y in curve.y)]
 
 
@@ -253,16 +251,18 @@ def provenance(run: Run) -> dict[str, str]:
             if row[name] != last.get(name):
                 found[name] = f"{found.get(name, '')}{since}{row[name]}".removeprefix("; ")
         last |= row
-    return found
+    return dict(sorted(found.items()))
 
 
-def differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    """Return the keys in which configs differ, with the value of each."""
+def differences(configs: Sequence[TrainConfig]) -> list[dict[str, str]]:
+    """Return of each config the values of the keys in which they differ."""
     keys = {key for other in configs[1:] for key, _, _ in config_difference(configs[0], other)}
-    return {key: [show(attrgetter(key)(config)) for config in configs] for key in sorted(keys)}
+    return [{key: show(attrgetter(key)(config)) for key in sorted(keys)} for config in configs]
 
 
-_STYLE = """
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1200px; margin: 2em auto; padding: 0 1em }
@@ -272,29 +272,31 @@ td { padding: .2em .8em .2em 0; vertical-align: top; min-width: 5em;
      border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
 .made td { overflow-wrap: anywhere; font-size: .9em }
 pre { background: #f6f6f4; padding: .8em 1em; white-space: pre-wrap; overflow-wrap: anywhere }
-.swatch { display: inline-block; width: .8em; height: .8em; margin: 0 .4em }
 label { margin-right: 1em; overflow-wrap: anywhere } small { opacity: .75 }
 .plots { display: grid; gap: 1.5em; margin-top: 1em;
          grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) }
 figure { margin: 0; min-width: 0 } figure:first-child { grid-column: 1 / -1 }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #1b1b1b } pre { background: #282828 } td { border-color: #444 }
-  .plotly-graph-div, .swatch { filter: invert(.9) hue-rotate(180deg) }
+  .plotly-graph-div, b { filter: invert(.9) hue-rotate(180deg) }
 }
-"""
-_SCRIPT = """
+</style>
+<script>
 const plots = () => [...document.querySelectorAll('.plotly-graph-div')]
 const over = axis => plots().forEach(plot => Plotly.update(plot,
   {x: plot.data.map(curve => curve.meta[axis])},
   {'xaxis.title.text': axis, 'xaxis.autorange': true}))
 const show = (run, visible) => plots().forEach(plot => plot.data.forEach((curve, i) =>
   curve.meta.run === run && Plotly.restyle(plot, {visible}, [i])))
+</script>
 """
-_KINDS: dict[str, dict[str, Any]] = {
-    "line": {},
-    "faint": {"opacity": 0.4, "line_width": 1, "hoverinfo": "skip", "hovertemplate": None},
-    "points": {"mode": "lines+markers", "line_dash": "dot"},
-    "area": {"line_width": 0, "stackgroup": "time"},
+_MARK = '<b style="color:{}">■</b> {}'
+# How page and picture draw each kind of curve: arguments of plotly, and of matplotlib.
+_KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "line": ({}, {}),
+    "faint": ({"opacity": 0.4, "line_width": 1, "hoverinfo": "skip"}, {"alpha": 0.4}),
+    "points": ({"mode": "lines+markers", "line_dash": "dot"}, {"ls": ":", "marker": "."}),
+    "area": ({"line_width": 0, "stackgroup": "time"}, {"alpha": 0.5, "lw": 0}),
 }
 _TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 3, 5, 7)]
 _LOG = {"type": "log", "tickvals": _TICKS}
@@ -319,30 +321,28 @@ def _plot(panel: Panel, runs: Sequence[Run], number: int) -> str:
         name = html.escape(", ".join(filter(None, (curve.name, runs[curve.run].name))))
         meta: dict[str, Any] = {x: _column(curve.rows, key) for x, key in axes(runs).items()}
         look = {"line_color": _colour(curve), "hovertemplate": f"%{{y:.5g}}<extra>{name}</extra>"}
-        look |= {"mode": "lines", "meta": meta | {"run": curve.run}} | _KINDS[curve.kind]
+        look |= {"mode": "lines", "meta": meta | {"run": curve.run}} | _KINDS[curve.kind][0]
         figure.add_scatter(x=meta["steps"], y=curve.y, **look)
     config = {"displayModeBar": False, "responsive": True}
     drawn = figure.to_html(full_html=False, include_plotlyjs=not number, config=config)
-    areas = [_swatch(_colour(c)) + html.escape(c.name) for c in panel.curves if c.kind == "area"]
-    note = html.escape(panel.note) or " ".join(reversed(areas))
-    caption = f"<figcaption>{html.escape(panel.title)}<br><small>{note}</small></figcaption>"
-    return f"<figure>{caption}{drawn}</figure>"
+    areas = [curve for curve in reversed(panel.curves) if curve.kind == "area"]
+    marks = " ".join(_MARK.format(_colour(area), html.escape(area.name)) for area in areas)
+    caption = f"{html.escape(panel.title)}<br><small>{html.escape(panel.note)}{marks}</small>"
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
 
 
 def _colour(curve: Curve) -> str:
-    return PARTS[curve.name] if curve.kind == "area" else COLOURS[curve.run % len(COLOURS)]
+    return PARTS.get(curve.name, COLOURS[curve.run % len(COLOURS)])
 
 
-def _swatch(colour: str) -> str:
-    return f'<span class="swatch" style="background:{colour}"></span>'
-
-
-def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+def _table(heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
     """Return a table with a column for each run; ``heads`` are HTML, the rest is text.
 
     Rows without a value for any run are left out.
     """
-    known = [(name, *cells) for name, cells in rows.items() if {*cells} != {"n/a"}]
+    names = dict.fromkeys(name for cells in columns for name in cells)
+    rows = [(name, *(cells.get(name, "n/a") for cells in columns)) for name in names]
+    known = [row for row in rows if {*row[1:]} != {"n/a"}]
     lines = [["", *heads], *(map(html.escape, line) for line in known)]
     text = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
     return f'<div class="wide"><table>{text}</table></div>'
@@ -352,32 +352,28 @@ def page(runs: Sequence[Run]) -> str:
     """Return the report as one HTML page that needs nothing else."""
     names = [html.escape(run.name) for run in runs]
     title = ", ".join(names)
-    box = '<input type="checkbox" checked onchange="show({}, this.checked)">'
+    box = '<input type="checkbox" checked onchange="show({}, this.checked)">' * (len(runs) > 1)
     heads = [
-        f"<label>{box.format(n) if len(runs) > 1 else ''}{_swatch(COLOURS[n % len(COLOURS)])}"
-        f"{name}</label>"
+        f"<label>{box.format(n)}{_MARK.format(COLOURS[n % len(COLOURS)], name)}</label>"
         for n, name in enumerate(names)
     ]
     columns = [facts(run, window_steps(runs)) for run in runs]
-    rows = {key: [cells[key] for cells in columns] for key in columns[0]}
     choices = [
         f'<label><input type="radio" name="over" onchange="over(\'{axis}\')"'
         f"{' checked' if axis == 'steps' else ''}> over {axis}</label>"
         for axis in axes(runs)
     ]
     choices.append("<small>Drag to zoom in, double-click to zoom out.</small>")
-    parts = [f"<h1>{title}</h1>", _table(heads, rows), *choices, '<div class="plots">']
+    parts = [f"<h1>{title}</h1>", _table(heads, columns), *choices, '<div class="plots">']
     parts += [_plot(panel, runs, number) for number, panel in enumerate(panels(runs))]
     parts.append("</div>")
-    made = [provenance(run) for run in runs]
-    if known := {key for cells in made for key in cells}:
-        rows = {key: [cells.get(key, "n/a") for cells in made] for key in sorted(known)}
-        parts.append(f'<h2>Made by</h2><div class="made">{_table(names, rows)}</div>')
+    if any(made := [provenance(run) for run in runs]):
+        parts.append(f'<h2>Made by</h2><div class="made">{_table(names, made)}</div>')
     configs = {name: run.config for name, run in zip(names, runs, strict=True) if run.config}
     if len(configs) > 1:
         differing = differences(list(configs.values()))
         parts.append("<h2>Where the configs differ</h2>")
-        parts.append(_table([*configs], differing) if differing else "<p>In nothing.</p>")
+        parts.append(_table([*configs], differing) if any(differing) else "<p>In nothing.</p>")
     for name, run in zip(names, runs, strict=True):
         if run.samples:
             parts.append(f"<h2>Samples: {name}</h2>")
@@ -385,12 +381,7 @@ def page(runs: Sequence[Run]) -> str:
         if name in configs:
             config = html.escape(config_to_toml(configs[name]))
             parts.append(f"<details><summary>Config: {name}</summary><pre>{config}</pre></details>")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style><script>{_SCRIPT}</script></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    return f"{_HEAD}<title>{title}</title>{''.join(parts)}\n"
 
 
 def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
@@ -406,20 +397,18 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
     figure = _extra("matplotlib.figure").Figure(figsize=(12, 3 + 3 * n_rows), layout="constrained")
     grid = figure.add_gridspec(n_rows, 2, height_ratios=(1.6, *[1] * (n_rows - 1)))
     for number, panel in enumerate(shown):
-        row, column = divmod(number + 1, 2)
-        plot = figure.add_subplot(grid[row, column] if number else grid[0, :])
-        areas = [curve for curve in panel.curves if curve.kind == "area"]
-        if areas:
-            x, names = _column(areas[0].rows, AXES[axis]), [curve.name for curve in areas]
-            colours, heights = map(_colour, areas), [curve.y for curve in areas]
-            plot.stackplot(x, heights, labels=names, colors=list(colours), alpha=0.5, lw=0)
-        for curve in panel.curves[len(areas) :]:  # a panel has areas or lines
-            label = runs[curve.run].name if curve.name == "smoothed" else None
-            alpha = 0.4 if curve.kind == "faint" else 1.0
-            style = ".:" if curve.kind == "points" else "-"
+        plot = figure.add_subplot(grid[divmod(number + 1, 2)] if number else grid[0, :])
+        below, stacked = np.zeros(1), panel.curves[0].kind == "area"
+        for curve in panel.curves:
             x = _column(curve.rows, AXES[axis])
-            plot.plot(x, curve.y, style, color=_colour(curve), alpha=alpha, label=label)
-        if areas or not number:
+            look = {"color": _colour(curve)} | _KINDS[curve.kind][1]
+            if stacked:
+                plot.fill_between(x, below, below + curve.y, label=curve.name, **look)
+                below = below + curve.y
+            else:
+                label = runs[curve.run].name if curve.name == "smoothed" else None
+                plot.plot(x, curve.y, label=label, **look)
+        if stacked or not number:
             # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
             plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
         plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
-from fasttrain.config import UserError, help_text, load_config, nearest_keys, shipped_configs
+from fasttrain.config import UserError, load_config
+from fasttrain.config.load import help_text, nearest_keys, shipped_configs
 
 
 def _parser() -> argparse.ArgumentParser:

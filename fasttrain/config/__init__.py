@@ -6,10 +6,7 @@ from fasttrain.config.load import (
     config_from_dict,
     config_reference,
     config_to_toml,
-    help_text,
     load_config,
-    nearest_keys,
-    shipped_configs,
 )
 from fasttrain.config.schema import (
     SECTIONS,
@@ -30,6 +27,5 @@ __all__ = [
     "SECTIONS", "CheckpointConfig", "ConfigError", "DataConfig", "DistributedConfig",
     "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
     "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
-    "config_reference", "config_to_toml", "help_text", "load_config",
-    "nearest_keys", "shipped_configs",
+    "config_reference", "config_to_toml", "load_config",
 ]  # fmt: skip

@@ -164,17 +164,17 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One TOML table; every value is checked when the section is made."""
+    """One TOML table, or all of them; every value is checked when it is made."""
 
-    section: ClassVar[str]  # its name: that of the field of `TrainConfig`
+    section: ClassVar[str] = ""  # its name: that of the field of `TrainConfig`, which has none
 
     def __post_init__(self) -> None:
-        for f in fields(self):
+        for f in fields(self) if self.section else ():
             value = check_value(f"{self.section}.{f.name}", getattr(self, f.name), f)
             object.__setattr__(self, f.name, value)
         for k, problem in self.problems():
-            refuse(f"{self.section}.{k}", getattr(self, k), problem)
+            refuse(f"{self.section}.{k}".lstrip("."), operator.attrgetter(k)(self), problem)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        """Yield impossible combinations of values: a key of the section, and what is wrong."""
+        """Yield impossible combinations of values: a key below this, and what is wrong."""
         return ()

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
-from fasttrain.config.keys import Section, choice, divisors, key, refuse
+from fasttrain.config.keys import Section, choice, divisors, key
 
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
+# What a whole string must match, and how to say it.
 _PATH = (r"[^\0]+", "a path")
+_FOLDER = (r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes")
+_DEVICE = (r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")
+_PROJECT = (r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :")
 HORIZON = ("train.steps", "train.epochs", "train.tokens", "train.hours")  # one of them is set
 _ONE_EVALUATION = "evaluations, but there is only one, at the end; set eval.every_steps"
 Problems = Iterator[tuple[str, str]]  # a key, and what is wrong with its value; the remedy
@@ -22,25 +26,18 @@ class RunConfig(Section):
     """Where the run is written and what it runs on."""
 
     name: str | None = key(
-        None,
-        "name of the run folder (none: the config file's stem)",
-        pattern=(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+", "a folder name without slashes"),
+        None, "name of the run folder (none: the config file's stem)", pattern=_FOLDER
     )
     out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
     seed: int = key(1337, "seed of initialization, data order and dropout", ge=0, le=2**63 - 1)
-    device: str = key(
-        "auto",
-        "device to train on (auto: CUDA if there is one)",
-        pattern=(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N"),
-    )
+    device: str = key("auto", "device to train on (auto: CUDA if there is one)", pattern=_DEVICE)
     dtype: str = choice(
         "auto fp32 tf32 bf16 fp16",
         "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
     )
     compile: str = choice(
         "auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
-        "torch.compile mode (c++: no compilation, blocks in C++ on a CPU; auto: c++ if it can "
-        "run the model)",
+        "torch.compile mode (c++: C++ blocks on a CPU instead; auto: c++ if it runs the model)",
     )
     attention: str = choice(
         "auto flash cudnn fa3",
@@ -48,13 +45,14 @@ class RunConfig(Section):
     )
     deterministic: bool = key(False, "bitwise identical runs on a GPU too, at some cost in speed")
     fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
-    threads: int | None = key(
-        None, "CPU threads of torch (none: one per core that the process may use)", ge=1
-    )
+    threads: int | None = key(None, "CPU threads of torch (none: one per usable core)", ge=1)
 
     def problems(self) -> Problems:
-        if self.fp8 and self.device == "cpu":
-            yield "fp8", "needs a CUDA device; unset it, or use run.device=cuda"
+        of_cuda = {"fp8": "True", "dtype": "tf32", "compile": "cuda-graphs"}
+        for k, values in (of_cuda | {"attention": "flash cudnn fa3"}).items():
+            if self.device == "cpu" and str(getattr(self, k)) in values.split():
+                default = "false" if k == "fp8" else "auto"
+                yield k, f"needs a CUDA device; use {default} or run.device=cuda"
         if self.fp8 and self.dtype not in ("auto", "bf16"):
             yield "fp8", f"needs run.dtype=bf16, not {self.dtype}; set that, or unset fp8"
         if self.fp8 and self.compile in ("off", "c++"):
@@ -64,12 +62,6 @@ class RunConfig(Section):
             yield "deterministic", f"{problem} speed of the moment; use run.compile=auto"
         if self.deterministic and self.attention in ("cudnn", "fa3"):
             yield "attention", "is not deterministic; use run.attention=flash or auto"
-        if self.device == "cpu" and self.attention != "auto":
-            yield "attention", "is of a CUDA device; use auto or run.device=cuda"
-        if self.device == "cpu" and self.dtype == "tf32":
-            yield "dtype", "needs a CUDA device; use run.dtype=fp32 or run.device=cuda"
-        if self.device == "cpu" and self.compile == "cuda-graphs":
-            yield "compile", "needs a CUDA device; use run.compile=default or off"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,11 +95,9 @@ class ModelConfig(Section):
     init_std: float | None = key(None, "std of initial matrices (none: 1/sqrt(fan-in))", gt=0)
     zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
     embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
-    residual_in_fp32: bool = key(
-        True, "keep the residual stream in fp32 where products are in bf16 (false: in bf16 too)"
-    )
+    residual_in_fp32: bool = key(True, "fp32 residual stream beside bf16 products (false: bf16)")
     bigram_vocab_size: int | None = key(
-        None, "rows of a hashed token-pair table, added to embeddings (none: none)", ge=2, le=2**32
+        None, "rows of a hashed token-pair table, added to embeddings (none: off)", ge=2, le=2**32
     )
     value_embeddings: bool = key(False, "mix learned per-token embeddings into all layers' values")
     init_from: str | None = key(
@@ -120,8 +110,10 @@ class ModelConfig(Section):
             yield "dim", f"{problem}; change either, or set model.head_dim"
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             sizes = ", ".join(map(str, divisors(self.n_heads)))
-            problem = f"does not divide model.n_heads = {self.n_heads}"
-            yield "n_kv_heads", f"{problem}; use one of {sizes}"
+            yield (
+                "n_kv_heads",
+                f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}",
+            )
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
             problem = f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs"
@@ -145,35 +137,23 @@ class DataConfig(Section):
         "several dataset folders or addresses that share a tokenizer, in place of data.path",
         pattern=(r"[^\0]+", "a list of paths"),
     )
-    weights: tuple[float, ...] = key(
-        (), "exact share of each of data.paths ([]: all of their sequences, in one order)", gt=0
-    )
+    weights: tuple[float, ...] = key((), "exact share of each of data.paths ([]: by size)", gt=0)
     batching: str = choice(
         "packed sliding padded bucketed",
         "adjacent windows, overlapping windows, or one document per sequence, in any "
         "order or grouped by length; padding counts in train.tokens and "
         "train.tokens_per_step, but not in logged numbers",
     )
-    stride_tokens: int | None = key(
-        None, "tokens between the starts of sliding windows (none: half of seq_len)", ge=1
-    )
-    attention_across_documents: bool = key(
-        True, "packed and sliding: tokens attend to earlier documents in the sequence"
-    )
+    stride_tokens: int | None = key(None, "sliding: stride in tokens (none: seq_len / 2)", ge=1)
+    attention_across_documents: bool = key(True, "packed, sliding: attend to earlier documents too")
     end_of_text: int | None = key(
         None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
     )
     dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
-    cache_dir: str | None = key(
-        None, "where built datasets are stored (none: the user's cache folder)", pattern=_PATH
-    )
-    cache_gib: float = key(
-        32.0, "room in data.cache_dir for shards that are fetched from an address, GiB", gt=0
-    )
-    corpus_vocab_size: int = key(
-        4096, "vocabulary of the tokenizer trained when data.path is unset", ge=257, le=65536
-    )
+    cache_dir: str | None = key(None, "built datasets' folder (none: user's cache)", pattern=_PATH)
+    cache_gib: float = key(32.0, "GiB in data.cache_dir for shards fetched from an address", gt=0)
+    corpus_vocab_size: int = key(4096, "tokenizer's vocabulary without data.path", ge=257, le=65536)
 
     def problems(self) -> Problems:
         if self.path is not None and self.paths:
@@ -188,8 +168,7 @@ class DataConfig(Section):
         if self.stride_tokens is not None and self.batching != "sliding":
             yield "stride_tokens", "is a key of sliding windows; set data.batching=sliding"
         if (self.stride_tokens or 0) > self.seq_len:
-            limit = f"use at most data.seq_len = {self.seq_len}"
-            yield "stride_tokens", f"would leave tokens out; {limit}"
+            yield "stride_tokens", f"leaves tokens out; use at most data.seq_len = {self.seq_len}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,9 +212,7 @@ class ScheduleConfig(Section):
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
     decay_fraction: float = key(0.2, "wsd: fraction of the run that decays, at its end", gt=0, le=1)
-    decay_start_step: int | None = key(
-        None, "wsd: first step of the decay (none: from decay_fraction)", ge=0
-    )
+    decay_start_step: int | None = key(None, "wsd: first decay step (none: decay_fraction)", ge=0)
     decay_every_steps: int | None = key(None, "step: steps between decays (none: run / 3)", ge=1)
     decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
     plateau_evals: int = key(3, "plateau: evaluations without improvement before each decay", ge=1)
@@ -268,26 +245,18 @@ class LoopConfig(Section):
         choices="auto",
     )
     tokens_per_step: int | None = key(
-        None,
-        "tokens per optimizer step over all devices, rounded to whole sequences on each "
-        "(none: one micro-batch each)",
-        ge=1,
+        None, "tokens per step on all devices, in whole sequences (none: a micro-batch each)", ge=1
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (none: never)", gt=0)
     max_grad_value: float | None = key(None, "then clip its elements to ± this (none: never)", gt=0)
     ema_decay: float | None = key(
-        None,
-        "keep a moving average of the parameters with this decay per step, and evaluate and "
-        "sample with it (none: off)",
-        gt=0,
-        lt=1,
+        None, "decay per step of averaged parameters to evaluate and sample (none: off)", gt=0, lt=1
     )
     label_smoothing: float = key(0.0, "target probability spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
     on_nonfinite: str = choice(
         "skip rollback stop",
-        "what to do after a non-finite loss or gradient, besides making no update; skip "
-        "returns to a checkpoint after 20 in a row",
+        "after a non-finite loss or gradient, besides no update (skip: 20 in a row roll back)",
     )
     recheck_every_steps: int | None = key(
         None,
@@ -314,9 +283,7 @@ class EvalConfig(Section):
     """Evaluation on the validation split, and samples."""
 
     every_steps: int | None = key(None, "steps between evaluations (none: only at the end)", ge=1)
-    tokens: int | None = key(
-        None, "targets per evaluation, always the same, spread over the split (none: all)", ge=1
-    )
+    tokens: int | None = key(None, "targets per evaluation, fixed and spread out (none: all)", ge=1)
     batch_size: int | None = key(None, "sequences per forward pass (none: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,
@@ -333,9 +300,7 @@ class EvalConfig(Section):
     sample_tokens: int = key(128, "tokens per sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
     top_k: int | None = key(50, "sample from the k most likely tokens (none: from all)", ge=1)
-    tasks: tuple[str, ...] = key(
-        (), "tasks of lm-evaluation-harness, its groups, tags or patterns of names ([]: none)"
-    )
+    tasks: tuple[str, ...] = key((), "tasks, groups, tags or patterns of lm-evaluation-harness")
     tasks_path: str | None = key(
         None, "folder of task files (YAML) that come before the harness's own", pattern=_PATH
     )
@@ -344,9 +309,7 @@ class EvalConfig(Section):
     patience: int | None = key(
         None, "end the run after this many evaluations without an improvement (none: never)", ge=1
     )
-    min_change: float = key(
-        0.0, "nats by which the loss must improve, for eval.patience and the plateau schedule", ge=0
-    )
+    min_change: float = key(0.0, "nats that count as improvement for patience and plateau", ge=0)
 
     def problems(self) -> Problems:
         if self.patience is not None and self.every_steps is None:
@@ -377,16 +340,10 @@ class LogConfig(Section):
     every_steps: int = key(10, "steps between log lines", ge=1)
     csv: bool = key(False, "write train.csv and eval.csv beside metrics.jsonl")
     tensorboard: bool = key(False, "write TensorBoard files into the run folder")
-    wandb_project: str | None = key(
-        None,
-        "Weights & Biases project (none: not used)",
-        pattern=(r"[^/\\#?%:]+", "a name without /, \\, #, ?, %, :"),
-    )
+    wandb_project: str | None = key(None, "Weights & Biases project (none: off)", pattern=_PROJECT)
     wandb_mode: str = choice("online offline", "offline: log to the run folder only")
     profile_steps: tuple[int, ...] = key(
-        (),
-        "first and last step of a profiler trace, under profile in the run folder ([]: none)",
-        ge=1,
+        (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
     )
 
     def problems(self) -> Problems:
@@ -407,17 +364,14 @@ class DistributedConfig(Section):
     shard_ranks: int | None = key(None, "hsdp: ranks that share one model (none: a node's)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     check_every_steps: int | None = key(
-        1000,
-        "ddp and hsdp: steps between bitwise comparisons of the ranks' parameters, also done "
-        "at the end (none: never)",
-        ge=1,
+        1000, "ddp, hsdp: steps between bitwise checks of ranks, and at the end (none: never)", ge=1
     )
     timeout_s: float = key(300.0, "a step that takes longer than this ends the job", gt=0)
     init_timeout_s: float = key(900.0, "how long ranks wait for each other before step 1", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The whole configuration of a run.
 
     Raises:
@@ -435,15 +389,10 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
-    def __post_init__(self) -> None:
-        for name, problem in self._problems():
-            refuse(name, attrgetter(name)(self), problem)
-
-    def _problems(self) -> Problems:
+    def problems(self) -> Problems:
         horizon = {k: v for k in HORIZON if (v := attrgetter(k)(self)) is not None}
         if not horizon:
-            remedy = f"set one of {', '.join(HORIZON[:-1])} and {HORIZON[-1]}"
-            yield "train.steps", f"leaves the length of the run open; {remedy}"
+            yield "train.steps", f"leaves the run's length open; set one of {', '.join(HORIZON)}"
         first, *others = horizon
         if others:
             also = " and ".join(f"{k} = {horizon[k]}" for k in others)

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -109,18 +108,14 @@ class Reporter:
 
     def drop_after(self, step: int) -> None:
         """Remove the rows and samples of steps after ``step``, from which the run continues."""
-        if not self.sinks:
-            return
-        self.sinks.drop_after(step)
 
-        def kept(lines: list[str]) -> Iterator[bool]:
-            at = 0
-            for line in lines:
-                if head := re.fullmatch(r"--- step (\d+)\n", line):
-                    at = int(head[1])
-                yield at <= step
+        def step_of(line: str) -> int | None:
+            head = re.fullmatch(r"--- step (\d+)\n", line)
+            return int(head[1]) if head else None
 
-        LogFile(self.run_dir / "samples.txt").keep(kept)
+        if self.sinks:
+            self.sinks.drop_after(step)
+            LogFile(self.run_dir / "samples.txt").drop_after(step, step_of)
 
     def warn(self, text: str) -> None:
         """Show a warning."""

@@ -18,7 +18,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.panel import Panel
@@ -105,6 +104,7 @@ class _Column(NamedTuple):
     heading: str
     width: int
     format: Callable[[float], str]
+    style: str = ""
 
     def cell(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
@@ -113,9 +113,9 @@ class _Column(NamedTuple):
 
 # In order of importance: what does not fit the terminal's width is left out from the right.
 _COLUMNS = (
-    _Column("step", "step", 10, "{:d}".format),
-    _Column("loss", "loss", 9, partial(_fixed, 4)),
-    _Column("lr", "lr", 10, "{:.2e}".format),
+    _Column("step", "step", 10, "{:d}".format, "bold"),
+    _Column("loss", "loss", 9, partial(_fixed, 4), "bold"),
+    _Column("lr", "lr", 10, "{:.2e}".format, "dim"),
     _Column("grad_norm", "grad", 8, partial(_fixed, 3)),
     _Column("tokens_per_s", "tok/s", 8, format_count),
     _Column("tokens", "tokens", 8, format_count),
@@ -132,12 +132,13 @@ _COLUMNS = (
     _Column("optimizer_ms", "optim", 9, _milliseconds),
     _Column("communication_ms", "comm", 9, _milliseconds),
 )
-_PLAIN_COLUMNS = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_PLAIN = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
+_ODD = {"n/a": "dim", "nan": "bold red", "inf": "bold red", "-inf": "bold red"}  # cells' styles
 _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
 
 
 def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
-    return Panel(body, title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+    return Panel(body, title=title, title_align="left", border_style=colour)
 
 
 class Console:
@@ -147,13 +148,12 @@ class Console:
     """
 
     def __init__(self, log_file: Path) -> None:
-        plain = ("dumb", "unknown")
-        self.interactive = sys.stdout.isatty() and os.environ.get("TERM") not in plain
-        self._rich = RichConsole(force_terminal=True) if self.interactive else None
+        self._rich = RichConsole(force_terminal=sys.stdout.isatty())
+        self.interactive = self._rich.is_interactive  # a terminal that is not dumb
+        self._bar = Live(console=self._rich, auto_refresh=False, transient=True)
+        self._redraw_s = 0.0  # when the bar may be drawn anew
         self._log = LogFile(log_file)
         self._log.write("")  # it is there from now on
-        self._live: Live | None = None
-        self._drawn_s = 0.0
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
@@ -163,9 +163,8 @@ class Console:
         rows = [(_shown(label), _shown(value)) for label, value in rows]
         width = max((len(label) for label, _ in rows), default=0)
         plain = "\n".join([f"{title}:", *(f"  {label:<{width}}  {value}" for label, value in rows)])
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
+        columns = Column(style="dim", no_wrap=True), Column(overflow="fold")
+        grid = Table.grid(*columns, padding=(0, 2))
         for label, value in rows:
             grid.add_row(Text(label), Text(value))
         self._emit(plain, _boxed(grid, Text(title, style=f"bold {colour}"), colour))
@@ -182,33 +181,25 @@ class Console:
     def train(self, row: Mapping[str, Any]) -> None:
         """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
         known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
-        plain_columns = [c for c in known if c in _PLAIN_COLUMNS]
-        cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in plain_columns]
+        cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in known if c in _PLAIN]
         wait_ms = row.get("data_wait_ms") or 0.0
         waited = wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf)
         remarked = f"  wait {_milliseconds(wait_ms)}" if waited else ""
         remarked += "".join(f"  {name} {row[name]}" for name in _COUNTERS if row.get(name))
-        plain = "  ".join(cells) + remarked
-        if self._rich is None:
-            self._emit(plain, None)
-            return
         ends, width = list(accumulate(c.width for c in known)), self._rich.width
-        n_fit = bisect_left(ends, width)
         n_shown = max(2, bisect_left(ends, width - len(remarked)))
-        if self._rows_since_heading >= _ROWS_PER_HEADING:
-            heading = "".join(f"{c.heading:>{c.width}}" for c in known[:n_fit])
+        if self.interactive and self._rows_since_heading >= _ROWS_PER_HEADING:
+            shown = known[: bisect_left(ends, width)]
+            heading = "".join(f"{c.heading:>{c.width}}" for c in shown)
             self._rich.print(Text(heading, style="dim"), no_wrap=True, overflow="crop", crop=True)
             self._rows_since_heading = 0
         self._rows_since_heading += 1
         line = Text(no_wrap=True, overflow="crop")
         for column in known[:n_shown]:
             cell = column.cell(row)
-            style = {"step": "bold", "loss": "bold", "lr": "dim"}.get(column.heading, "")
-            if cell in ("nan", "inf", "-inf"):
-                style = "bold red"
-            line.append(f"{cell:>{column.width}}", style="dim" if cell == "n/a" else style)
+            line.append(f"{cell:>{column.width}}", style=_ODD.get(cell, column.style))
         line.append(remarked, style="yellow")
-        self._emit(plain, line)
+        self._emit("  ".join(cells) + remarked, line)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Print an eval row of ``metrics.jsonl``; ``best`` true in it marks the lowest loss."""
@@ -242,37 +233,31 @@ class Console:
 
         ``done`` is a part in [0, 1]; ``total`` steps and ``left_s`` are None until they are known.
         """
-        if self._rich is None:
+        if not self.interactive or ((now := time.monotonic()) < self._redraw_s and done < 1.0):
             return
-        now = time.monotonic()
-        if self._live is not None and now - self._drawn_s < _REFRESH_S and done < 1.0:
-            return
-        self._drawn_s = now
-        if self._live is None:
-            self._live = Live(console=self._rich, auto_refresh=False, transient=True)
-            self._live.start()
+        self._redraw_s = now + _REFRESH_S
         of_total = f"/{total}" if total else ""
         left = "" if left_s is None else f"  {_left(left_s)} left"
         tail = f"{_percent(done):>4}{left}  step {step}{of_total}  {format_count(n_tokens)} tokens"
         columns = Column(max_width=40), Column(no_wrap=True, overflow="crop")
-        bar = Table.grid(*columns, padding=(0, 1))
-        bar.add_row(ProgressBar(1.0, done), tail)
-        self._live.update(bar, refresh=True)
+        line = Table.grid(*columns, padding=(0, 1))
+        line.add_row(ProgressBar(1.0, done), tail)
+        self._bar.start()
+        self._bar.update(line, refresh=True)
 
     def clear_progress(self) -> None:
         """Remove the progress bar; the next `progress` draws it anew."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._bar.stop()
+        self._redraw_s = 0.0
 
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""
         self.clear_progress()
         self._log.close()
 
-    def _emit(self, plain: str, drawn: Text | Panel | None) -> None:
+    def _emit(self, plain: str, drawn: Text | Panel) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
-        if self._rich is not None:
+        if self.interactive:
             self._rich.print(drawn)
         else:
             try:

@@ -8,7 +8,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +67,12 @@ def smoothed(average: float | None, loss: float) -> float | None:
     if not math.isfinite(loss):
         return average
     return 0.9 * (loss if average is None else average) + (1.0 - 0.9) * loss
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of JSON, in which a number that is not finite is null."""
+    odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**row, **odd}, allow_nan=False) + "\n"
 
 
 class NormWatch:
@@ -140,10 +148,7 @@ class TrainingMetrics:
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write a JSON object a row; what is not finite becomes null."""
-        with open(path, "w", encoding="utf-8") as file:
-            for row in self.rows:
-                finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        Path(path).write_text("".join(map(json_line, self.rows)), encoding="utf-8")
 
     def to_csv(self, path: str | Path) -> None:
         """Write a table with a column for each name."""

@@ -8,9 +8,8 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
@@ -18,6 +17,7 @@ from typing import Any, Literal, TextIO, get_args
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import refuse
+from fasttrain.log.metrics import json_line
 
 Kind = Literal["train", "eval", "tasks"]
 Row = Mapping[str, Any]
@@ -49,15 +49,18 @@ class LogFile:
                     tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
             self._full = True
 
-    def keep(self, choose: Callable[[list[str]], Iterable[bool]]) -> None:
-        """Drop lines in place, which also works on a full disk.
+    def drop_after(self, step: int, step_of: Callable[[str], float | None]) -> None:
+        """Drop lines of steps after ``step``, and one cut off by a crash; also on a full disk.
 
-        ``choose`` says of each line whether it stays; one that was cut off lacks its end.
+        ``step_of`` returns the step of a line, None where it goes on with that of the line before.
         """
         self.close()
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         texts = [line.decode("utf-8", "replace") for line in lines]
-        kept = list(choose(texts))
+        at, kept = 0.0, []
+        for text in texts:
+            at = at if (its := step_of(text)) is None else its
+            kept.append(at <= step and text.endswith(("\n", "\r")))
         n_first = [*kept, False].index(False)
         if n_first < len(lines):
             os.truncate(self.path, sum(map(len, lines[:n_first])))
@@ -129,18 +132,16 @@ class JsonlLogger:
 
     def write(self, kind: Kind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
-        lines = _json_line(kind, row)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        rows = [{"kind": kind, "time": now, **row}]
         if self._made_by and not self._has_head:
-            lines = _json_line("run", {"step": self._begin, **self._made_by}) + lines
+            rows = [{"kind": "run", "time": now, "step": self._begin, **self._made_by}, *rows]
             self._has_head = True
-        self._file.write(lines)
+        self._file.write("".join(map(json_line, rows)))
 
     def drop_after(self, step: int) -> None:
-        """Drop rows of steps after ``step`` and lines cut off by a crash: each row stands once.
-
-        Also dropped: rows that an uninterrupted run does not have.
-        """
-        self._file.keep(lambda lines: [_row_stays(step, line) for line in lines])
+        """Drop rows of steps after ``step``: each stands once, as in an uninterrupted run."""
+        self._file.drop_after(step, _step_of_row)
         if step <= self._begin or not self._has_head:
             self._begin, self._has_head = step, False
 
@@ -148,20 +149,13 @@ class JsonlLogger:
         self._file.close()
 
 
-def _row_stays(step: int, line: str) -> bool:
+def _step_of_row(line: str) -> float:
     row = None
     with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(line) if line.endswith("\n") else None
-    if not isinstance(row, dict) or row.get("stopped"):
-        return False
-    at, is_head = row.get("step", 0), row.get("kind") == "run"  # a head says before which step
-    return isinstance(at, int) and at + is_head <= step
-
-
-def _json_line(kind: str, row: Row) -> str:
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps({"kind": kind, "time": now, **row, **odd}, allow_nan=False) + "\n"
+        row = json.loads(line)
+    if not isinstance(row, dict) or row.get("stopped") or type(at := row.get("step", 0)) is not int:
+        return math.inf
+    return at + (row.get("kind") == "run")  # a head says before which step
 
 
 class CsvLogger:
@@ -184,21 +178,19 @@ class CsvLogger:
         self._tables[kind].writerow(row)
 
     def drop_after(self, step: int) -> None:
-        """Drop rows of steps after ``step``, lines cut off, and all if the first line was."""
+        """Drop rows of steps after ``step``."""
         self._tables.clear()
         for file in self._files.values():
-            file.keep(partial(_kept_cells, step))
+            file.drop_after(step, _step_of_cells)
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
 
-def _kept_cells(step: int, lines: list[str]) -> Iterator[bool]:
-    for number, line in enumerate(lines):
-        at = line.partition(",")[0]
-        fits = at.isdigit() and int(at) <= step if number else at.rstrip("\n") == "step"
-        yield line.endswith("\n") and fits
+def _step_of_cells(line: str) -> float:
+    at = line.partition(",")[0].rstrip("\n")
+    return int(at) if at.isdigit() else 0 if at == "step" else math.inf
 
 
 class _TensorBoard:

@@ -136,15 +136,10 @@ class TimeAccount:
     def line(self, step: int) -> dict[str, float | None]:
         """Return the account since the last line, and begin the next; ``step`` steps are done.
 
-        The ``_ms`` are means over steps, of which ``data_wait_ms``, ``forward_backward_ms`` and
-        ``optimizer_ms`` are parts; the ``_s`` are sums. ``communication_ms``, in which parameters
-        were gathered or gradients reduced over ranks, lies within ``forward_backward_ms``, on a GPU
-        mostly beneath computation; it leaves out sums of single numbers and Muon's exchange, and is
-        None where nothing was sent.
-
-        ``goodput`` is the part of the session's wall clock that its steps need at their steady pace
-        without waiting for data; compilation, waits, evaluation, samples, saves and steps that a
-        rollback undid are the rest. None while there is no steady step.
+        The ``_ms`` are means over steps, the ``_s`` sums. ``communication_ms``, which lies within
+        ``forward_backward_ms``, leaves out sums of single numbers and Muon's exchange; it is None
+        where nothing was sent. ``goodput`` is the part of the session's wall clock that its steps
+        need at their steady pace without waiting for data; None while there is no steady step.
         """
         spent = self._window
         n = max(self.n_steps, 1)

@@ -24,10 +24,9 @@ from fasttrain.config import (
     config_from_dict,
     config_reference,
     config_to_toml,
-    help_text,
     load_config,
-    shipped_configs,
 )
+from fasttrain.config.load import help_text, shipped_configs
 from fasttrain.engine.schedule import context_at
 
 ROOT = Path(__file__).parents[2]
@@ -149,14 +148,18 @@ REFUSALS = [
     ("KV heads", "model.n_kv_heads=3", ["n_kv_heads = 3", "n_heads = 4", "use one of 1, 2, 4"]),
     ("odd rope", "model.head_dim=15", ["model.head_dim = 15", "positions=learned"]),
     ("dtype, no path", "data.path=none & data.dtype=uint16", ["data.dtype", "set data.path"]),
-    ("tf32 on CPU", "run.device=cpu & run.dtype=tf32", ["run.dtype", "run.dtype=fp32"]),
+    (
+        "tf32 on CPU",
+        "run.device=cpu & run.dtype=tf32",
+        ["run.dtype", "use auto or run.device=cuda"],
+    ),
     (
         "bf16 residual in fp32",
         "model.residual_in_fp32=false & run.dtype=fp32",
         ["model.residual_in_fp32 = false", "needs run.dtype=bf16, not fp32", "leave it true"],
     ),
     ("graphs on CPU", "run.device=cpu & run.compile=cuda-graphs", ["run.compile", "CUDA"]),
-    ("no horizon", "train.steps=none", ["train.steps, train.epochs, train.tokens and train.hours"]),
+    ("no horizon", "train.steps=none", ["train.steps, train.epochs, train.tokens, train.hours"]),
     (
         "two horizons",
         "train.steps=100 & train.hours=1",
@@ -202,7 +205,7 @@ def test_refusal_names_key_value_and_remedy(config_file, overrides, parts):
         ("[model]\ndim = 1\ndim = 2", ["bad.toml", "not valid TOML", "overwrite"]),
         ("[model]\ndim = nonsense", ["bad.toml", "not valid TOML", "line 2"]),
         ('[model]\ndim = "none"\n[train]\nsteps = 1', ["model.dim = ", "an integer"]),
-        ("", ["leaves the length of the run open", "set one of train.steps"]),
+        ("", ["leaves the run's length open", "set one of train.steps"]),
     ],
 )
 def test_bad_file(tmp_path, text, parts):

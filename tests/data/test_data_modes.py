@@ -182,7 +182,7 @@ def test_llm_c_shards_are_trained_on_as_they_are(data: Path, train: Run, tmp_pat
     [
         (["data.batching=bagged"], "did you mean padded?"),
         (["data.stride_tokens=4"], "set data.batching=sliding"),
-        (["data.batching=sliding", "data.stride_tokens=17"], "would leave tokens out"),
+        (["data.batching=sliding", "data.stride_tokens=17"], "leaves tokens out"),
         (["data.path=a", "data.paths=['a', 'b']"], "data.path both name the data; unset one"),
         (["data.path=none", "data.paths=['a']"], "write data.path=a"),
         (["data.weights=[1.0]"], "must be one for each of data.paths; give 0"),

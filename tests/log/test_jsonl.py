@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.config import LogConfig, LoopConfig, TrainConfig
-from fasttrain.log.sinks import JsonlLogger, Sinks
+from fasttrain.log.sinks import JsonlLogger, LogFile, Sinks
 
 ROW = {"step": 120, "loss": 3.4521, "lr": 1e-3, "mfu": None}
 
@@ -127,3 +127,16 @@ def test_what_made_the_rows_stands_before_the_first_of_each_session(tmp_path: Pa
     last.drop_after(0)
     last.close()
     assert told() == []
+
+
+def test_a_line_goes_with_the_one_before_and_one_that_was_cut_off_alone(tmp_path: Path) -> None:
+    path = tmp_path / "samples.txt"
+    path.write_bytes(b"--- 1\na\rb\n--- 2\nc\n--- 3\nd\n--- 2\ncut o")
+
+    def step_of(line: str) -> int | None:
+        return int(line[4:]) if line.startswith("--- ") else None
+
+    LogFile(path).drop_after(2, step_of)
+    assert path.read_bytes() == b"--- 1\na\rb\n--- 2\nc\n--- 2\n"
+    LogFile(path).drop_after(1, step_of)
+    assert path.read_bytes() == b"--- 1\na\rb\n"

@@ -341,6 +341,23 @@ def test_N21_the_bar_says_how_far_the_run_is(
     assert shown in stream.getvalue()
 
 
+def test_a_bar_that_was_removed_is_drawn_anew_at_once(
+    unlogged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = unlogged()
+    for step in (1, 2):
+        console.progress(step, 9, 64, step / 9, None)
+        assert f"step {step}/9" in stream.getvalue()
+        console.clear_progress()
+        console.clear_progress()
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h") == 2
+    console.close()
+
+
 def test_every_line_of_a_sample_is_marked(
     unlogged: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import fasttrain
-from fasttrain.__main__ import COMMANDS, main, module_of
-from tests.support.toy import ENV, start, wait_until, write_config
+from fasttrain.__main__ import COMMANDS, main
+from fasttrain.command import EXIT_FAILED
+from tests.support.toy import ENV, module_of, start, wait_until, write_config
 
 SCRIPT = """
 import sys
@@ -92,12 +93,18 @@ def test_N10_a_signal_ends_a_run_of_the_package_with_a_checkpoint(tmp_path: Path
     assert (tmp_path / "runs/toy/checkpoints/latest").exists()
 
 
-def test_N10_a_rank_that_failed_leaves_as_that_of_the_module(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_N10_a_command_runs_and_leaves_as_its_module_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that failed does not wait for the others: `fasttrain.train` says how it leaves."""
+    monkeypatch.delitem(sys.modules, "fasttrain.train", raising=False)
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "train", "base", "optim.lr=x"])
+    monkeypatch.setattr("fasttrain.command.EXIT_BAD_INPUT", 7)
+    with pytest.raises(SystemExit, match="7"):
+        main()
     left: list[int] = []
-    monkeypatch.setattr(sys, "argv", ["fasttrain", "train", "base"])
-    monkeypatch.setattr("fasttrain.train.main", lambda arguments: len(arguments))
-    monkeypatch.setattr("fasttrain.train.leave", left.append)
-    assert main() == 1
-    assert left == [1]
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "train", "base", "optim.lr=x"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("fasttrain.command.EXIT_BAD_INPUT", EXIT_FAILED)
+    monkeypatch.setattr("fasttrain.run.signals.end_at_once", left.append)
+    with pytest.raises(SystemExit):
+        main()
+    assert left == [EXIT_FAILED]

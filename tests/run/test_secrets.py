@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain import report
-from fasttrain.__main__ import COMMANDS, module_of
+from fasttrain.__main__ import COMMANDS
 from fasttrain.command import command, redact
 from fasttrain.config import (
     EvalConfig,
@@ -25,7 +25,7 @@ from fasttrain.config import (
 )
 from fasttrain.run import run as session
 from fasttrain.train import main
-from tests.support.toy import write_config
+from tests.support.toy import module_of, write_config
 
 SECRET = "s3cr3t-0123456789abcdef"
 SECRETS = {

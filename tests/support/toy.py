@@ -1,11 +1,13 @@
 """A dataset and a config small enough to train in a second, shared by tests."""
 
+import importlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 300.0) -> Non
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def module_of(name: str) -> Any:
+    """Return the module of a command: of a package its ``__main__``."""
+    module = importlib.import_module(f"fasttrain.{name}")
+    is_package = hasattr(module, "__path__")
+    return importlib.import_module(f"fasttrain.{name}.__main__") if is_package else module
 
 
 def alive(pid: int) -> bool:

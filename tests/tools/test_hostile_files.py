@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.toy import ENV, ROOT, write_config
+from tests.support.toy import ENV, ROOT, module_of, write_config
 from tests.support.toy_checkpoints import reseal
 
 N_CASES = {"checkpoint": 110, "hf": 80, "data": 80, "tokenizer": 60, "planted": 3}
@@ -183,8 +183,6 @@ def mutate_file(path: Path, others: list[Path], chance: random.Random) -> str:
 
 
 def call(command: str, *arguments: str | Path) -> Callable[[], int]:
-    from fasttrain.__main__ import module_of
-
     main = module_of(command).main
     return lambda: int(main(list(map(str, arguments))))
 

@@ -440,7 +440,7 @@ def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
 
     def spy(section: Section, name: str) -> Any:
         value = object.__getattribute__(section, name)
-        if name in type(section).__dataclass_fields__:
+        if type(section).section and name in type(section).__dataclass_fields__:
             read.add(f"{type(section).section}.{name}")
         return value
 
