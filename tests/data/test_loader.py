@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fasttrain.data import loader as loader_module
 from fasttrain.data.dataset import Shard
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
-from fasttrain.data.loader import IGNORE, Batch, Loader, evaluation_batches, to_batch
+from fasttrain.data.loader import IGNORE, Batch, Loader, Stored, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.model.attention import attention_mask
@@ -381,14 +381,14 @@ def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
         evaluation_batches(single, LoaderOptions(seq_len=4, micro_batch=2), "cpu")
 
 
-STORED = np.arange(2 * 13, dtype=np.uint16).reshape(2, 13)
+STORED = torch.arange(2 * 13).reshape(2, 13).to(torch.uint16)
 
 
 def of_twelve(starts_at: tuple[int, ...]) -> Batch:
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[:, 0] = True
     starts[0, list(starts_at)] = True
-    return to_batch(STORED, torch.tensor([12, 5]), starts, 7)
+    return Stored(STORED, torch.tensor([12, 5]), starts, 12, padded=True, position=7).batch()
 
 
 def test_a_cut_batch_has_the_same_targets_in_shorter_rows() -> None:
