@@ -1,10 +1,9 @@
 """Batches: rows of a split, in the order of the run, on the device before they are asked for.
 
-A background thread reads rows into a ring of buffers, ids as stored (2 or 4 bytes);
-it makes no CUDA call, so that a graph may be captured meanwhile. `next()` widens them to int64: on
-the CPU right into the tensors it returns (35 µs for 64 windows of 1,024; made ahead instead, 8
-times the memory waits in the ring and is cold when it is used), on CUDA after it has issued the
-copy of the batch after the one it returns, from pinned memory on a side stream.
+A background thread reads rows into a ring of buffers, ids as stored (2 or 4 bytes); it makes no
+CUDA call, so that a graph may be captured meanwhile. `next()` widens them to int64 (made ahead, 8
+times the memory would wait in the ring, cold when it is used); on CUDA it copies them first, from
+pinned memory on a side stream, one batch ahead of the one that it returns.
 
 A buffer holds several batches, read by one call: handing a batch over to another thread takes as
 long as reading it from page cache (each 0.1 ms; 16 ahead, 8 at a time, give 1.9 times the tokens a
@@ -63,38 +62,27 @@ class Batch:
 
 
 class Stored(NamedTuple):
-    """A batch as it is stored, on the device where it is to be widened."""
+    """Rows as they are stored: a buffer for those of K batches, or a batch in its part of one."""
 
-    ids: Tensor  # uint16 or uint32, (B, T + 1 or more)
-    n_targets: Tensor  # int64 (B); what follows in a row is padding
+    ids: Tensor  # uint16 or uint32, (rows, T + 1 or more)
+    n_targets: Tensor  # int64 (rows); what follows in a row is padding
     doc_starts: Tensor | None  # as in Batch
-    length: int  # T
-    padded: bool  # whether any row has padding
-    position: int  # as in Batch
+    # Of a batch
+    length: int = 0  # T
+    padded: bool = False  # whether any row has padding
+    position: int = 0  # as in Batch
     n_tokens: int = 0  # as in Batch
+    buffer: "Stored | None" = None  # what can be filled again after it; None: more batches follow
 
     def batch(self) -> Batch:
         """Return it in fresh tensors; padding is token 0 without target."""
-        ids, n_targets, doc_starts, length, padded, *counts = self
-        parts = ids[:, :length], ids[:, 1 : length + 1]
+        parts = self.ids[:, : self.length], self.ids[:, 1 : self.length + 1]
         tokens, targets = (part.to(torch.int64) for part in parts)
-        if padded:
-            beyond = torch.arange(length, device=ids.device) >= n_targets[:, None]
+        if self.padded:
+            beyond = torch.arange(self.length, device=tokens.device) >= self.n_targets[:, None]
             targets.masked_fill_(beyond, IGNORE)
             tokens.masked_fill_(beyond, 0)
-        return Batch(tokens, targets, doc_starts, *counts)
-
-
-class _Slot(NamedTuple):
-    """A buffer of the ring, for the rows of K batches; pinned on CUDA."""
-
-    ids: Tensor  # as stored, (K·B, T + 1)
-    n_targets: Tensor  # int64 (K·B)
-    doc_starts: Tensor | None  # bool (K·B, T)
-
-
-# A batch that was read; the buffer that can be filled again after it, None: it holds more batches.
-_Read = tuple[Stored, _Slot | None]
+        return Batch(tokens, targets, self.doc_starts, self.position, self.n_tokens)
 
 
 class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
@@ -130,23 +118,23 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         remote = (s.cache for s in dataset.shards if isinstance(s, RemoteShard))
         self._cache: ShardCache | None = next(remote, None)
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
-        self._ready: queue.SimpleQueue[_Read | BaseException] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._in_copy: tuple[_Slot, torch.cuda.Event] | None = None  # free after the event
+        self._ready: queue.SimpleQueue[Stored | BaseException] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Stored | None] = queue.SimpleQueue()
+        self._in_copy: tuple[Stored, torch.cuda.Event] | None = None  # free after the event
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
         cuda = self.device.type == "cuda"
         if cuda:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._per_slot = max(options.prefetch // 2, 1)
-        n_rows, seq_len = self._per_slot * options.micro_batch, options.seq_len
+        self._per_buffer = max(options.prefetch // 2, 1)
+        n_rows, seq_len = self._per_buffer * options.micro_batch, options.seq_len
         empty = partial(torch.empty, pin_memory=cuda)
         kind: torch.dtype = getattr(torch, dataset.dtype.name)
         # One more is being filled, and on CUDA one copied.
-        for _ in range(-(-options.prefetch // self._per_slot) + 1 + cuda):
+        for _ in range(-(-options.prefetch // self._per_buffer) + 1 + cuda):
             ids = empty(n_rows, seq_len + 1, dtype=kind)
             starts = empty(n_rows, seq_len, dtype=torch.bool) if marked else None
-            self._free.put(_Slot(ids, empty(n_rows, dtype=torch.int64), starts))
+            self._free.put(Stored(ids, empty(n_rows, dtype=torch.int64), starts))
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
@@ -157,7 +145,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         """Another loader of the same samples in the same order, starting at `position`."""
         return Loader(self.dataset, self.options, device=self.device, position=position)
 
-    def _slots(self) -> Iterator[tuple[Array, Array, list[tuple[Any, ...]], list[Shard]]]:
+    def _contents(self) -> Iterator[tuple[Array, Array, list[tuple[Any, ...]], list[Shard]]]:
         """Yield, to the end of the run, what one buffer after the other is to hold.
 
         First token and number of tokens of this rank's rows in its batches; of each batch what
@@ -166,11 +154,11 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         options, position, shards = self.options, self.position, list[Shard]()
         rows, stride = options.micro_batch, options.micro_batch * options.world_size
         mine, lengths = slice(options.rank * rows, (options.rank + 1) * rows), options.lengths
-        per_slot = stride * self._per_slot
-        n_slots = max(min(ORDER_BLOCK, self.samples_per_epoch) // per_slot, 1)
+        per_buffer = stride * self._per_buffer
+        n_buffers = max(min(ORDER_BLOCK, self.samples_per_epoch) // per_buffer, 1)
         while True:
-            found = self.plan.rows(position, n_slots * per_slot)
-            starts, counts = (array.reshape(n_slots, -1, stride) for array in found)
+            found = self.plan.rows(position, n_buffers * per_buffer)
+            starts, counts = (array.reshape(n_buffers, -1, stride) for array in found)
             length = np.array(lengths)[np.searchsorted(lengths, counts[..., mine].max(2) - 1)]
             if self.end is not None:  # no row behind it has a target
                 counts.flat[max(self.end - position, 0) :] = 1
@@ -185,31 +173,32 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
                     shards = self.dataset.shards_of(start, start + count)
                 facts = (array[k, :n].tolist() for array in (length, padded, after, n_tokens))
                 yield start, count, list(zip(*facts, strict=True)), shards
-            position += n_slots * per_slot
+            position += n_buffers * per_buffer
 
     def _fill(self) -> None:
         """Read batches, in the thread, until the run's end, an error or `close`."""
-        slots, rows = self._slots(), self.options.micro_batch
+        contents, rows = self._contents(), self.options.micro_batch
         try:
-            coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
+            coming = deque(islice(contents, 1 + (AHEAD if self._cache else 0)))
             while coming:
                 if self._cache:
                     self._cache.fetch_ahead(chain.from_iterable(shards for *_, shards in coming))
                 starts, counts, batches, _ = coming.popleft()
-                slot = self._free.get()
-                if slot is None or self._over is not None:  # close()
+                buffer = self._free.get()
+                if buffer is None or self._over is not None:  # close()
                     return
                 n = len(starts)
-                self.dataset.read_windows(starts, slot.ids.numpy()[:n], counts)
-                slot.n_targets.numpy()[:n] = counts - 1
-                if self._ends is not None and (marks := slot.doc_starts) is not None:
+                self.dataset.read_windows(starts, buffer.ids.numpy()[:n], counts)
+                buffer.n_targets.numpy()[:n] = counts - 1
+                if self._ends is not None and (marks := buffer.doc_starts) is not None:
                     marks.numpy()[:n] = document_starts(self._ends, starts, marks.shape[1])
                 for k, facts in enumerate(batches):
                     here = slice(k * rows, (k + 1) * rows)
-                    marks = None if slot.doc_starts is None else slot.doc_starts[here]
-                    stored = Stored(slot.ids[here], slot.n_targets[here], marks, *facts)
-                    self._ready.put((stored, slot if k + 1 == len(batches) else None))
-                coming.extend(islice(slots, 1))
+                    marks = None if buffer.doc_starts is None else buffer.doc_starts[here]
+                    batch = Stored(buffer.ids[here], buffer.n_targets[here], marks, *facts)
+                    last = k + 1 == len(batches)
+                    self._ready.put(batch._replace(buffer=buffer) if last else batch)
+                coming.extend(islice(contents, 1))
             self._ready.put(StopIteration())
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
@@ -219,19 +208,19 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self.device.type != "cuda":
-            stored, slot = self._get()
+            stored = self._get()
             if (marks := stored.doc_starts) is not None:
                 stored = stored._replace(doc_starts=marks.clone())
             batch = stored.batch()
-            if slot is not None:
-                self._free.put(slot)
+            if stored.buffer is not None:
+                self._free.put(stored.buffer)
         else:
-            batch, copied = self._staged or self._stage(*self._get())
+            batch, copied = self._staged or self._stage(self._get())
             self._staged = None
             if not self._ready.empty() and self._over is None:
                 # An end or an error is kept: the next call raises it, this batch is good.
                 with contextlib.suppress(StopIteration, DataError):
-                    self._staged = self._stage(*self._get())
+                    self._staged = self._stage(self._get())
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             for tensor in (batch.tokens, batch.targets, batch.doc_starts):
@@ -240,7 +229,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         self.position = batch.position
         return batch
 
-    def _get(self) -> _Read:
+    def _get(self) -> Stored:
         """The next batch. Waits for it, and measures the wait."""
         if self._over is not None:
             raise self._over
@@ -263,7 +252,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
             raise item
         return item
 
-    def _stage(self, stored: Stored, slot: _Slot | None) -> tuple[Batch, torch.cuda.Event]:
+    def _stage(self, stored: Stored) -> tuple[Batch, torch.cuda.Event]:
         """Starts the copy of a batch to the device."""
         copied, done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         copy = partial(torch.Tensor.to, device=self.device, non_blocking=True)
@@ -278,7 +267,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
             free, event = self._in_copy
             event.synchronize()
             self._free.put(free)
-        self._in_copy = None if slot is None else (slot, copied)
+        self._in_copy = None if stored.buffer is None else (stored.buffer, copied)
         return batch, done
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -238,13 +238,13 @@ def test_R9_a_hung_read_is_named_and_fatal_within_its_deadline(
 ) -> None:
     mine = own_copy(dataset, tmp_path)
     hang = threading.Event()
-    read_into = Shard.read_into
+    read = Shard.read
 
-    def slow(shard: Shard, row: memoryview, start: int) -> None:
+    def slow(shard: Shard, pieces: Iterable[tuple[int, memoryview]]) -> None:
         hang.wait(300)
-        read_into(shard, row, start)
+        read(shard, pieces)
 
-    monkeypatch.setattr(Shard, "read_into", slow)
+    monkeypatch.setattr(Shard, "read", slow)
     monkeypatch.setattr(loader_module, "DEADLINE_S", 0.3)
     loader = make(mine)
     begin = time.monotonic()
