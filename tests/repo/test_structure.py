@@ -23,7 +23,7 @@ BUDGETS = {
     "fasttrain": 4_130,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_040,
-    "fasttrain/data": 2_150,
+    "fasttrain/data": 2_060,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 810,
     "fasttrain/engine": 2_510,
