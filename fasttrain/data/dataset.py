@@ -13,9 +13,9 @@ import os
 import stat
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -57,7 +57,7 @@ class ShardInfo(TypedDict):
 class Shard:
     """An open shard file, read only.
 
-    `dtype` is for files without header, `said` for what `dataset.json` lists, `name` for errors.
+    `dtype` is for files without header, `said` for what `dataset.json` lists, `name` for copies.
     """
 
     sha256: str  # of the file, header included, as hex; known when it has been scanned
@@ -78,6 +78,7 @@ class Shard:
             if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{path}: not a file; put the shard itself there")
             self.identity = _identity(found)
+            self._watched = self._fd if name else path  # a copy may be evicted while it is read
             self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype, found.st_size)
         except OSError as error:
             raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
@@ -113,36 +114,27 @@ class Shard:
             )
         return kind, offset, count
 
-    def check_unchanged(self) -> None:
-        """Refuse a file that was truncated, written to or replaced since it was opened.
+    def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill each buffer of bytes with the tokens from its place on; refuse a file that changed.
 
-        One `stat`, cheap enough for every batch; what was range-checked stays what is read.
+        One `stat` tells, cheap enough for every batch; what was range-checked stays what is read.
         """
+        whole = True
+        try:
+            for start, piece in pieces:
+                at = self.offset_bytes + start * self.dtype.itemsize
+                while piece and (n := os.preadv(self._fd, (piece,), at)):
+                    piece, at = piece[n:], at + n
+                whole = whole and not piece
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         with suppress(OSError):
-            if _identity(os.stat(self.path)) == self.identity:
+            if whole and _identity(os.stat(self._watched)) == self.identity:
                 return
-        raise self._changed()
-
-    def _changed(self) -> DataError:
-        return DataError(
+        raise DataError(
             f"{self.path}: truncated, replaced or removed while it was read; restore the file "
             "and resume from the last checkpoint"
         )
-
-    def read_into(self, row: memoryview, start: int) -> None:
-        """Fill `row`, a writable buffer of bytes, with the tokens from `start` on.
-
-        Call `check_unchanged` after reading: a file that was replaced still reads as it was.
-        """
-        at = self.offset_bytes + start * self.dtype.itemsize
-        try:
-            while row:
-                n = os.preadv(self._fd, (row,), at)
-                if n == 0:
-                    raise self._changed()
-                row, at = row[n:], at + n
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def document_ends(self) -> Array:
         """Return where the documents in it end, ascending offsets into its tokens."""
@@ -202,12 +194,11 @@ class Shard:
         buffer = np.empty(BLOCK_TOKENS, self.dtype)
         for start in range(0, self.n_tokens, len(buffer)):
             block = buffer[: self.n_tokens - start]
-            self.read_into(block.data.cast("B"), start)
+            self.read([(start, block.data.cast("B"))])
             digest.update(block.data)
             if (largest := int(block.max())) > self.max_token:
                 self.max_token, self._max_at = largest, start + int(block.argmax())
         self.sha256 = digest.hexdigest()
-        self.check_unchanged()
         found = {"sha256": self.sha256, "max_token": self.max_token, "max_at": self._max_at}
         with suppress(OSError):  # a cache that cannot be written costs the next start one scan
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -218,12 +209,11 @@ def _identity(found: os.stat_result) -> list[int]:
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class TokenDataset:
     """One split of a dataset: its shards as one long array of tokens, read from disk on demand."""
 
     shards: Sequence[Shard]
-    _: KW_ONLY
     vocab_size: int | None  # every id is below it; None: neither dataset nor caller say
     n_bytes: int | None = None  # UTF-8 bytes of the text; None: not recorded
     n_documents: int | None = None
@@ -308,11 +298,8 @@ class TokenDataset:
                 pieces[number].append((begin - borders[number], raw[at:until]))
                 number, begin, at = number + 1, stop, until
         for number in sorted(pieces):
-            shard = self.shards[number]
-            self.reading = shard.path
-            for begin, piece in pieces[number]:
-                shard.read_into(piece, begin)
-            shard.check_unchanged()
+            self.reading = self.shards[number].path
+            self.shards[number].read(pieces[number])
         self.reading = None
 
     def shards_of(self, begins: Array, ends: Array) -> list[Shard]:
@@ -339,10 +326,6 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
         values = [getattr(dataset, name) for dataset in datasets]
         return None if None in values else sum(values)
 
-    return replace(
-        first,
-        shards=[shard for dataset in datasets for shard in dataset.shards],
-        n_bytes=total("n_bytes"),
-        n_documents=total("n_documents"),
-        joined=datasets,
-    )
+    shards = [shard for dataset in datasets for shard in dataset.shards]
+    totals: dict[str, Any] = {name: total(name) for name in ("n_bytes", "n_documents")}
+    return replace(first, shards=shards, joined=datasets, **totals)

@@ -40,13 +40,12 @@ def file_system(address: str) -> tuple[Any, str]:
     Credentials are those that s3fs, gcsfs, huggingface_hub and fsspec's own settings find.
     """
     try:
-        fs, path = importlib.import_module("fsspec.core").url_to_fs(address)
+        return cast(tuple[Any, str], importlib.import_module("fsspec.core").url_to_fs(address))
     except ImportError as error:
         package = _PACKAGES.get(address.partition(":")[0], "aiohttp")
         raise DataError(f"{shown(address)}: run: pip install {package} ({error})") from error
     except ValueError as error:
         raise DataError(f"{shown(address)}: cannot be opened ({shown(str(error))})") from error
-    return fs, path
 
 
 def remote(
@@ -176,17 +175,16 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that a reader sees whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
+        try:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+            os.chmod(out.name, 0o644)
+            os.replace(out.name, path)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
 
 
 def sha256_of(path: Path) -> str:

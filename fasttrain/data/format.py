@@ -116,12 +116,13 @@ def open_dataset(
     when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype` is
     for files without header, `end_of_text` for folders without `dataset.json`.
     """
-    cache = cache_folder(cache_dir)
-    folder = fetch_description(str(path), cache) if is_address(path) else Path(path).expanduser()
+    cache, at_address = cache_folder(cache_dir), is_address(path)
+    folder = fetch_description(str(path), cache) if at_address else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if problem := absent(folder, vocab_size):
         raise DataError(problem)
+    shards: list[Shard]
     others: dict[str, Any] = {}
     if not (folder / DATASET_JSON).exists():
         shards = [Shard(f, dtype=dtype) for f in _imported_files(folder, split, vocab_size)]
@@ -145,23 +146,21 @@ def open_dataset(
                 "prepare the text again with a --val-fraction above 0"
             )
         vocab_size, end_of_text = meta["vocab_size"], meta["end_of_text"]
-        listed, shards = meta["splits"][split], []
-        shard_cache = shard_cache or ShardCache(cache, DataConfig().cache_gib)
-        for said in listed["shards"]:
-            file, _ = inside(folder, said["file"]), inside(folder, said["ends_file"])
-            if is_address(path):
-                shards.append(RemoteShard(str(path), shard_cache, said, meta["vocab_size"]))
-            else:
-                shards.append(Shard(file, said=said))
-        others = {"tokenizer_path": _check_tokenizer(folder, meta)}
-        others |= {"tokenizer_sha256": meta["tokenizer"]["sha256"]}
-        others |= {"n_bytes": listed["bytes"], "n_documents": listed["documents"]}
-    for shard in [] if is_address(path) else shards:  # those are verified when they are fetched
+        listed = meta["splits"][split]
+        if at_address:
+            kept = shard_cache or ShardCache(cache, DataConfig().cache_gib)
+            shards = [RemoteShard(str(path), kept, said, vocab_size) for said in listed["shards"]]
+        else:
+            shards = [Shard(folder / said["file"], said=said) for said in listed["shards"]]
+        others = {"n_bytes": listed["bytes"], "n_documents": listed["documents"]}
+        others["tokenizer_path"] = _check_tokenizer(folder, meta)
+        others["tokenizer_sha256"] = meta["tokenizer"]["sha256"]
+    for shard in [] if at_address else shards:  # those are verified when they are fetched
         shard.verify(cache / "scans", vocab_size)
     if not any(shard.n_tokens for shard in shards):
         what = "has no tokens" if shards else "is empty"
         raise DataError(f"{folder}: split {split!r} {what}; prepare it from more text")
-    return TokenDataset(shards, vocab_size=vocab_size, end_of_text=end_of_text, **others)
+    return TokenDataset(shards=shards, vocab_size=vocab_size, end_of_text=end_of_text, **others)
 
 
 def fetch_description(address: str, cache: Path) -> Path:
@@ -170,7 +169,7 @@ def fetch_description(address: str, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / DATASET_JSON, remote(beside(address, DATASET_JSON), "cat_file"))
     entry = read_dataset_json(folder)["tokenizer"]
-    path = inside(folder, entry["file"])
+    path = folder / entry["file"]
     if not path.is_file() or sha256_of(path) != entry["sha256"]:
         write_atomically(path, remote(beside(address, entry["file"]), "cat_file"))
     return folder
@@ -199,7 +198,7 @@ def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[
 
 def _check_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Path:
     entry, vocab = meta["tokenizer"], meta["vocab_size"]
-    path = inside(folder, entry["file"])
+    path: Path = folder / entry["file"]
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
     if (sha256 := sha256_of(path)) != entry["sha256"]:
@@ -211,18 +210,6 @@ def _check_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Path:
         raise DataError(
             f"{folder / DATASET_JSON}: vocab_size is {vocab}, which no tokenizer of {n_bytes} "
             "bytes has; prepare the text again"
-        )
-    return path
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Return the file `name` of `folder`; refuse a name that leads elsewhere, also by a link."""
-    path = folder / name
-    plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
-    if not plain or path.resolve().parent != folder.resolve():
-        raise DataError(
-            f"{folder / DATASET_JSON}: file {name!r} is not inside the folder; a dataset may only "
-            "name its own files"
         )
     return path
 
@@ -243,6 +230,14 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
             f"{path}: vocab_size {vocab_size}, dtype {dtype!r} and end_of_text {end} do not go "
             f"together; {remedy}"
         )
+    # No name of a file leads elsewhere, also not by a link.
+    shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
+    for name in [meta["tokenizer"]["file"], *(s[k] for s in shards for k in ("file", "ends_file"))]:
+        if any(c in name for c in "/\\\0") or (folder / name).resolve().parent != folder.resolve():
+            raise DataError(
+                f"{path}: file {name!r} is not inside the folder; a dataset may only name its own "
+                "files"
+            )
     return meta
 
 

@@ -1,10 +1,9 @@
 """Batches: rows of a split, in the order of the run, on the device before they are asked for.
 
-A background thread reads rows into a ring of buffers, ids as stored (2 or 4 bytes);
-it makes no CUDA call, so that a graph may be captured meanwhile. `next()` widens them to int64: on
-the CPU right into the tensors it returns (35 µs for 64 windows of 1,024; made ahead instead, 8
-times the memory waits in the ring and is cold when it is used), on CUDA after it has issued the
-copy of the batch after the one it returns, from pinned memory on a side stream.
+A background thread reads rows into a ring of buffers, ids as stored (2 or 4 bytes); it makes no
+CUDA call, so that a graph may be captured meanwhile. `next()` widens them to int64 (made ahead, 8
+times the memory would wait in the ring, cold when it is used); on CUDA it copies them first, from
+pinned memory on a side stream, one batch ahead of the one that it returns.
 
 A buffer holds several batches, read by one call: handing a batch over to another thread takes as
 long as reading it from page cache (each 0.1 ms; 16 ahead, 8 at a time, give 1.9 times the tokens a
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fasttrain.data.dataset import Array, Shard, TokenDataset
@@ -63,49 +61,28 @@ class Batch:
         return replace(self, tokens=tokens, targets=targets, doc_starts=starts)
 
 
-def pad(tokens: Tensor, targets: Tensor, n_targets: Tensor) -> None:
-    """Make padding, token 0 without target, of what follows the `n_targets` (B,) of each row."""
-    beyond = torch.arange(targets.shape[1], device=targets.device) >= n_targets[:, None]
-    targets.masked_fill_(beyond, IGNORE)
-    tokens.masked_fill_(beyond, 0)
+class Stored(NamedTuple):
+    """Rows as they are stored: a buffer for those of K batches, or a batch in its part of one."""
 
+    ids: Tensor  # uint16 or uint32, (rows, T + 1 or more)
+    n_targets: Tensor  # int64 (rows); what follows in a row is padding
+    doc_starts: Tensor | None  # as in Batch
+    # Of a batch
+    length: int = 0  # T
+    padded: bool = False  # whether any row has padding
+    position: int = 0  # as in Batch
+    n_tokens: int = 0  # as in Batch
+    buffer: "Stored | None" = None  # what can be filled again after it; None: more batches follow
 
-def to_batch(
-    stored: NDArray[Any],
-    n_targets: Tensor | None,
-    doc_starts: Tensor | None,
-    position: int,
-    n_tokens: int = 0,
-) -> Batch:
-    """A batch on the CPU, in fresh tensors, of ids (B, T + 1) as stored; no `n_targets`: T each."""
-    rows, length = stored.shape
-    tokens = torch.empty(rows, length - 1, dtype=torch.int64)
-    targets = torch.empty_like(tokens)
-    tokens.numpy()[:] = stored[:, :-1]
-    targets.numpy()[:] = stored[:, 1:]
-    if n_targets is not None:
-        pad(tokens, targets, n_targets)
-    return Batch(tokens, targets, doc_starts, position, n_tokens)
-
-
-class _Slot(NamedTuple):
-    """A buffer of the ring, for the rows of K batches; pinned on CUDA."""
-
-    ids: Tensor  # as stored, (K·B, T + 1)
-    n_targets: Tensor  # int64 (K·B)
-    doc_starts: Tensor | None  # bool (K·B, T)
-
-
-class _Read(NamedTuple):
-    """A batch that has been read, in its place of a buffer."""
-
-    ids: Tensor
-    n_targets: Tensor | None  # None: no padding
-    doc_starts: Tensor | None
-    length: int  # T
-    n_tokens: int  # as in Batch
-    position: int  # as in Batch
-    slot: _Slot | None  # what can be filled again after it; None: more batches of the buffer follow
+    def batch(self) -> Batch:
+        """Return it in fresh tensors; padding is token 0 without target."""
+        parts = self.ids[:, : self.length], self.ids[:, 1 : self.length + 1]
+        tokens, targets = (part.to(torch.int64) for part in parts)
+        if self.padded:
+            beyond = torch.arange(self.length, device=tokens.device) >= self.n_targets[:, None]
+            targets.masked_fill_(beyond, IGNORE)
+            tokens.masked_fill_(beyond, 0)
+        return Batch(tokens, targets, self.doc_starts, self.position, self.n_tokens)
 
 
 class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
@@ -141,23 +118,23 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         remote = (s.cache for s in dataset.shards if isinstance(s, RemoteShard))
         self._cache: ShardCache | None = next(remote, None)
         # Simple queues, which are C; what bounds the thread is that there are so many buffers.
-        self._ready: queue.SimpleQueue[_Read | BaseException] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._in_copy: tuple[_Slot, torch.cuda.Event] | None = None  # free after the event
+        self._ready: queue.SimpleQueue[Stored | BaseException] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Stored | None] = queue.SimpleQueue()
+        self._in_copy: tuple[Stored, torch.cuda.Event] | None = None  # free after the event
         self._staged: tuple[Batch, torch.cuda.Event] | None = None
         self._over: BaseException | None = None
         cuda = self.device.type == "cuda"
         if cuda:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._per_slot = max(options.prefetch // 2, 1)
-        n_rows, seq_len = self._per_slot * options.micro_batch, options.seq_len
+        self._per_buffer = max(options.prefetch // 2, 1)
+        n_rows, seq_len = self._per_buffer * options.micro_batch, options.seq_len
         empty = partial(torch.empty, pin_memory=cuda)
         kind: torch.dtype = getattr(torch, dataset.dtype.name)
         # One more is being filled, and on CUDA one copied.
-        for _ in range(-(-options.prefetch // self._per_slot) + 1 + cuda):
+        for _ in range(-(-options.prefetch // self._per_buffer) + 1 + cuda):
             ids = empty(n_rows, seq_len + 1, dtype=kind)
             starts = empty(n_rows, seq_len, dtype=torch.bool) if marked else None
-            self._free.put(_Slot(ids, empty(n_rows, dtype=torch.int64), starts))
+            self._free.put(Stored(ids, empty(n_rows, dtype=torch.int64), starts))
         # A daemon, so that a hung read cannot keep the interpreter from ending; closed at exit,
         # because a daemon that is cut off inside torch's C++ aborts the process.
         atexit.register(self.close)
@@ -168,60 +145,60 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         """Another loader of the same samples in the same order, starting at `position`."""
         return Loader(self.dataset, self.options, device=self.device, position=position)
 
-    def _slots(self) -> Iterator[tuple[Array, Array, list[tuple[int, bool, int]], list[Shard]]]:
+    def _contents(self) -> Iterator[tuple[Array, Array, list[tuple[Any, ...]], list[Shard]]]:
         """Yield, to the end of the run, what one buffer after the other is to hold.
 
-        First token and number of tokens of this rank's rows in its batches; of each batch T,
-        whether it has padding, and `n_tokens`; where there are remote shards, those of the rows.
+        First token and number of tokens of this rank's rows in its batches; of each batch what
+        `Stored` says of it; where there are remote shards, those of the rows.
         """
         options, position, shards = self.options, self.position, list[Shard]()
         rows, stride = options.micro_batch, options.micro_batch * options.world_size
         mine, lengths = slice(options.rank * rows, (options.rank + 1) * rows), options.lengths
-        n_slots = max(min(ORDER_BLOCK, self.samples_per_epoch) // (stride * self._per_slot), 1)
+        per_buffer = stride * self._per_buffer
+        n_buffers = max(min(ORDER_BLOCK, self.samples_per_epoch) // per_buffer, 1)
         while True:
-            found = self.plan.rows(position, n_slots * self._per_slot * stride)
-            starts, counts = (array.reshape(-1, stride) for array in found)
-            length = np.array(lengths)[np.searchsorted(lengths, counts[:, mine].max(1) - 1)]
+            found = self.plan.rows(position, n_buffers * per_buffer)
+            starts, counts = (array.reshape(n_buffers, -1, stride) for array in found)
+            length = np.array(lengths)[np.searchsorted(lengths, counts[..., mine].max(2) - 1)]
             if self.end is not None:  # no row behind it has a target
                 counts.flat[max(self.end - position, 0) :] = 1
-            n_tokens, counts = (counts - 1).sum(1), counts[:, mine]
-            padded = counts.min(1) <= length
-            for k in range(0, len(starts), self._per_slot):
-                here = slice(k, k + np.count_nonzero(n_tokens[k : k + self._per_slot]))
-                facts = (array[here].tolist() for array in (length, padded, n_tokens))
-                if here.start == here.stop:
+            n_tokens, starts, counts = (counts - 1).sum(2), starts[..., mine], counts[..., mine]
+            padded = counts.min(2) <= length
+            after = position + stride * np.arange(1, n_tokens.size + 1).reshape(n_tokens.shape)
+            for k, n in enumerate(np.count_nonzero(n_tokens, axis=1).tolist()):
+                if not n:
                     return
-                start, count = starts[here, mine].ravel(), counts[here].ravel()
+                start, count = starts[k, :n].ravel(), counts[k, :n].ravel()
                 if self._cache:
                     shards = self.dataset.shards_of(start, start + count)
+                facts = (array[k, :n].tolist() for array in (length, padded, after, n_tokens))
                 yield start, count, list(zip(*facts, strict=True)), shards
-            position += len(starts) * stride
+            position += n_buffers * per_buffer
 
     def _fill(self) -> None:
         """Read batches, in the thread, until the run's end, an error or `close`."""
-        slots, position, rows = self._slots(), self.position, self.options.micro_batch
+        contents, rows = self._contents(), self.options.micro_batch
         try:
-            coming = deque(islice(slots, 1 + (AHEAD if self._cache else 0)))
+            coming = deque(islice(contents, 1 + (AHEAD if self._cache else 0)))
             while coming:
                 if self._cache:
                     self._cache.fetch_ahead(chain.from_iterable(shards for *_, shards in coming))
-                starts, counts, facts, _ = coming.popleft()
-                slot = self._free.get()
-                if slot is None or self._over is not None:  # close()
+                starts, counts, batches, _ = coming.popleft()
+                buffer = self._free.get()
+                if buffer is None or self._over is not None:  # close()
                     return
                 n = len(starts)
-                self.dataset.read_windows(starts, slot.ids.numpy()[:n], counts)
-                slot.n_targets.numpy()[:n] = counts - 1
-                if self._ends is not None and (marks := slot.doc_starts) is not None:
+                self.dataset.read_windows(starts, buffer.ids.numpy()[:n], counts)
+                buffer.n_targets.numpy()[:n] = counts - 1
+                if self._ends is not None and (marks := buffer.doc_starts) is not None:
                     marks.numpy()[:n] = document_starts(self._ends, starts, marks.shape[1])
-                for k, (length, padded, n_tokens) in enumerate(facts):
+                for k, facts in enumerate(batches):
                     here = slice(k * rows, (k + 1) * rows)
-                    ids, n_targets = slot.ids[here], slot.n_targets[here] if padded else None
-                    marks = None if slot.doc_starts is None else slot.doc_starts[here]
-                    free = slot if k + 1 == len(facts) else None
-                    position += rows * self.options.world_size
-                    self._ready.put(_Read(ids, n_targets, marks, length, n_tokens, position, free))
-                coming.extend(islice(slots, 1))
+                    marks = None if buffer.doc_starts is None else buffer.doc_starts[here]
+                    batch = Stored(buffer.ids[here], buffer.n_targets[here], marks, *facts)
+                    last = k + 1 == len(batches)
+                    self._ready.put(batch._replace(buffer=buffer) if last else batch)
+                coming.extend(islice(contents, 1))
             self._ready.put(StopIteration())
         except BaseException as error:  # next() raises it where it can be handled
             self._ready.put(error)
@@ -231,28 +208,28 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self.device.type != "cuda":
-            ids, n_targets, marks, length, n_tokens, self.position, slot = self._get()
-            marks = None if marks is None else marks.clone()
-            stored = ids.numpy()[:, : length + 1]
-            batch = to_batch(stored, n_targets, marks, self.position, n_tokens)
-            if slot is not None:
-                self._free.put(slot)
-            return batch
-        batch, copied = self._staged or self._stage(self._get())
-        self._staged = None
-        if not self._ready.empty() and self._over is None:
-            # An end or an error is kept: the next call raises it, this batch is good.
-            with contextlib.suppress(StopIteration, DataError):
-                self._staged = self._stage(self._get())
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(copied)
-        for tensor in (batch.tokens, batch.targets, batch.doc_starts):
-            if tensor is not None:  # allocated on the side stream, freed on this one
-                tensor.record_stream(current)
+            stored = self._get()
+            if (marks := stored.doc_starts) is not None:
+                stored = stored._replace(doc_starts=marks.clone())
+            batch = stored.batch()
+            if stored.buffer is not None:
+                self._free.put(stored.buffer)
+        else:
+            batch, copied = self._staged or self._stage(self._get())
+            self._staged = None
+            if not self._ready.empty() and self._over is None:
+                # An end or an error is kept: the next call raises it, this batch is good.
+                with contextlib.suppress(StopIteration, DataError):
+                    self._staged = self._stage(self._get())
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for tensor in (batch.tokens, batch.targets, batch.doc_starts):
+                if tensor is not None:  # allocated on the side stream, freed on this one
+                    tensor.record_stream(current)
         self.position = batch.position
         return batch
 
-    def _get(self) -> _Read:
+    def _get(self) -> Stored:
         """The next batch. Waits for it, and measures the wait."""
         if self._over is not None:
             raise self._over
@@ -275,27 +252,23 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
             raise item
         return item
 
-    def _stage(self, item: _Read) -> tuple[Batch, torch.cuda.Event]:
+    def _stage(self, stored: Stored) -> tuple[Batch, torch.cuda.Event]:
         """Starts the copy of a batch to the device."""
-        ids, n_targets, marks, length, n_tokens, position, slot = item
         copied, done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         copy = partial(torch.Tensor.to, device=self.device, non_blocking=True)
         with torch.cuda.stream(self._stream):
-            stored = copy(ids)
-            n_targets, marks = (None if part is None else copy(part) for part in (n_targets, marks))
+            marks = None if stored.doc_starts is None else copy(stored.doc_starts)
+            there = Stored(copy(stored.ids), copy(stored.n_targets), marks, *stored[3:])
             copied.record(self._stream)
-            wide = stored[:, : length + 1].to(torch.int64)
-            tokens, targets = wide[:, :-1].contiguous(), wide[:, 1:].contiguous()
-            if n_targets is not None:
-                pad(tokens, targets, n_targets)
+            batch = there.batch()
             done.record(self._stream)
         # The copy issued a step ago is long done; only that one is waited for, never this one.
         if self._in_copy is not None:
             free, event = self._in_copy
             event.synchronize()
             self._free.put(free)
-        self._in_copy = None if slot is None else (slot, copied)
-        return Batch(tokens, targets, marks, position, n_tokens), done
+        self._in_copy = None if stored.buffer is None else (stored.buffer, copied)
+        return batch, done
 
     def close(self) -> None:
         """Ends the thread; the loader gives no more batches. May be called again."""
@@ -356,10 +329,11 @@ def evaluation_batches(
     def batch(first: int) -> Batch:
         start, count = starts[first : first + batch_size], counts[first : first + batch_size]
         length = next(n for n in options.lengths if n >= count.max() - 1)
-        stored = np.zeros((batch_size, length + 1), dataset.dtype)
-        dataset.read_windows(start, stored, count)
+        ids = np.zeros((batch_size, length + 1), dataset.dtype)
+        dataset.read_windows(start, ids, count)
         marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
-        found = to_batch(stored, torch.from_numpy(count - 1), marks, first + batch_size)
+        n_targets, end = torch.from_numpy(count - 1), first + batch_size
+        found = Stored(torch.from_numpy(ids), n_targets, marks, length, True, end).batch()
         found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
         if torch.device(device).type == "cuda":
             return found.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))

@@ -113,11 +113,8 @@ class Interleave:
             # What each is owed at the end of this turn, times period·slack; due from `period` on.
             owed = [(turns[i] * (t + 1) - done[i] * period) * slack for i in range(n)]
             # The sooner its debt reaches slack − 1, the less its turn may be put off.
-            _, chosen = min(
-                (((slack - 1) * period - owed[i]) * (common // turns[i]), i)
-                for i in range(n)
-                if owed[i] >= period or n == 1
-            )
+            due = (i for i in range(n) if owed[i] >= period)
+            chosen = min(due, key=lambda i: ((slack - 1) * period - owed[i]) * (common // turns[i]))
             self._source[t], self._index[t] = chosen, done[chosen]
             done[chosen] += 1
 
@@ -186,23 +183,19 @@ def document_starts(ends: Array, starts: Array, length: int) -> NDArray[np.bool_
     return found
 
 
-def document_rows(dataset: TokenDataset, seq_len: int) -> tuple[Array, Array]:
+def document_rows(dataset: TokenDataset, seq_len: int, whole: bool = True) -> tuple[Array, Array]:
     """Return all documents in pieces of at most T targets: each token but the first is one.
 
-    First token of each piece, and its tokens, one more than it has targets.
+    First token of each piece, and its tokens, one more than it has targets; if not `whole`, of the
+    first piece of each document alone.
     """
-    begins, sizes = _documents(dataset)
-    n = -(-(sizes - 1) // seq_len)
-    which = np.repeat(np.arange(len(n)), n)
-    skipped = (np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n)) * seq_len
-    return begins[which] + skipped, np.minimum(sizes[which] - skipped, seq_len + 1)
-
-
-def _documents(dataset: TokenDataset) -> tuple[Array, Array]:
-    """First token and number of tokens of the documents; of two tokens at least."""
     ends = dataset.document_ends
     sizes = np.diff(ends, prepend=0)
-    return (ends - sizes)[sizes > 1], sizes[sizes > 1]
+    n = -(-(sizes - 1) // seq_len) if whole else np.minimum(sizes - 1, 1)
+    which = np.repeat(np.arange(len(n)), n)
+    skipped = (np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n)) * seq_len
+    begins = ends[which] - sizes[which] + skipped
+    return begins, np.minimum(sizes[which] - skipped, seq_len + 1)
 
 
 def _bucketed(lengths: Array, limits: Sequence[int]) -> Order:
@@ -212,28 +205,24 @@ def _bucketed(lengths: Array, limits: Sequence[int]) -> Order:
     buckets permuted. What fills no group comes at the end of the epoch, bucket after bucket.
     """
     bucket = np.searchsorted(limits, lengths)
-    by_bucket = np.argsort(bucket, kind="stable")
-    sizes = np.bincount(bucket, minlength=len(limits))
-    groups = sizes // GROUP
-    rests = sizes - groups * GROUP
-    first_id, first_group, first_rest = (np.cumsum(n) - n for n in (sizes, groups, rests))
-    n_groups = int(groups.sum())
+    by_bucket, sizes = np.argsort(bucket, kind="stable"), np.bincount(bucket)
+    # The parts of an epoch: the groups of each bucket, then what is left of each.
+    grouped = sizes - sizes % GROUP
+    parts, n_grouped = np.concatenate([grouped, sizes - grouped]), int(grouped.sum())
+    ranks = np.concatenate([0 * grouped, grouped])  # in its bucket, of each part's first sample
+    begins, first_ids = np.cumsum(parts) - parts, np.cumsum(sizes) - sizes
 
     def order(at: Array, n: int, key: int) -> Array:
-        group, within = np.divmod(at[at < n_groups * GROUP], GROUP)
-        if group.size:
-            group = permute(group, n_groups, key)
-        of_group = np.searchsorted(first_group, group, side="right") - 1
-        rank = (group - first_group[of_group]) * GROUP + within
-        rest = at[at >= n_groups * GROUP] - n_groups * GROUP
-        of_rest = np.searchsorted(first_rest, rest, side="right") - 1
-        rest = rest - first_rest[of_rest] + groups[of_rest] * GROUP
-        bucket, rank = np.concatenate([of_group, of_rest]), np.concatenate([rank, rest])
+        group, within = np.divmod(at[at < n_grouped], GROUP)
+        group = permute(group, max(n_grouped // GROUP, 1), key)
+        at = np.concatenate([group * GROUP + within, at[at >= n_grouped]])
+        part = np.searchsorted(begins, at, side="right") - 1
+        bucket, rank = part % len(sizes), ranks[part] + at - begins[part]
         found = np.empty(len(at), np.int64)
         for number in np.unique(bucket).tolist():
             here = bucket == number
             place = permute(rank[here], int(sizes[number]), ((number + 1) << 200) + key)
-            found[here] = by_bucket[first_id[number] + place]
+            found[here] = by_bucket[first_ids[number] + place]
         return found
 
     return order
@@ -246,9 +235,9 @@ class Plan:
     """
 
     def __init__(self, dataset: TokenDataset, options: LoaderOptions) -> None:
-        batching, seq_len, weights = options.batching, options.seq_len, options.weights
-        parts = dataset.joined if weights else [dataset]
-        self._interleave = Interleave(weights) if weights else None
+        batching, seq_len = options.batching, options.seq_len
+        parts = dataset.joined if options.weights else [dataset]
+        self._interleave = Interleave(options.weights or [1])
         self._options, self._stride = options, seq_len
         if batching == "sliding":
             self._stride = options.stride_tokens or max(seq_len // 2, 1)
@@ -266,9 +255,8 @@ class Plan:
             last, dropped = np.divmod(n_tokens - 1 - seq_len, self._stride)
             self._first_ids = np.cumsum([0, *(last + 1)])
         else:
-            begins, sizes = _documents(dataset)
-            counts = np.minimum(sizes, seq_len + 1)
-            self._documents, dropped = (begins, counts), sizes - counts
+            begins, counts = self._documents = document_rows(dataset, seq_len, whole=False)
+            dropped = dataset.n_tokens - counts.sum()
             self._first_ids = np.searchsorted(begins, self._first_tokens)
             for part, n in zip(parts, np.diff(self._first_ids), strict=True):
                 if not n:
@@ -276,8 +264,7 @@ class Plan:
                         f"data.batching = {batching!r}: no document of "
                         f"{part.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
                     )
-        # Tokens that no row holds: the end of the split, too short for a window, or what documents
-        # have beyond T + 1.
+        # Tokens in no row: an end too short for a window, documents of one, others' beyond T + 1.
         self.dropped_tokens = int(dropped.sum())
         self.samples_per_epoch = int(self._first_ids[-1])
         self._orders: list[Order] = [permute] * len(parts)
@@ -287,15 +274,12 @@ class Plan:
 
     def ids(self, first: int, count: int) -> Array:
         """Samples at positions [first, first + count): each sample of the split has a number."""
-        seed, sizes = self._options.seed, np.diff(self._first_ids).tolist()
-        if self._interleave is None:
-            return sample_ids(first, count, seed, n=sizes[0], order=self._orders[0])
-        found = np.empty(count, np.int64)
+        found, sizes = np.empty(count, np.int64), np.diff(self._first_ids).tolist()
         source, index = self._interleave.locate(first, count)
         for number in np.unique(source).tolist():
             at = np.flatnonzero(source == number)
             # A dataset's own samples come one after the other. The first has the run's seed.
-            stretch = (int(index[at[0]]), len(at), (number << 64) + seed)
+            stretch = (int(index[at[0]]), len(at), (number << 64) + self._options.seed)
             ids = sample_ids(*stretch, n=sizes[number], order=self._orders[number])
             found[at] = self._first_ids[number] + ids
         return found

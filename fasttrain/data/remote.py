@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
 from fasttrain.data.files import DataError, lock, read_range, shown
@@ -36,20 +36,8 @@ def in_gib(n_bytes: int) -> str:
     return f"{math.ceil(n_bytes / 2**30 * 1000) / 1000:g}"
 
 
-class RemoteFile(NamedTuple):
-    """A file of a dataset at an address, and where it is kept."""
-
-    address: str
-    n_bytes: int
-    sha256: str
-    path: Path
-
-
 class ShardCache:
-    """A folder of at most `gib` GiB for files that are fetched when they are needed, or before.
-
-    Whatever uses one verifies it: what is damaged is fetched again, in all `ATTEMPTS` times.
-    """
+    """A folder of at most `gib` GiB for files that are fetched when they are needed, or before."""
 
     def __init__(self, folder: Path, gib: float) -> None:
         self.folder, self.scans = folder / "shards", folder / "scans"
@@ -60,52 +48,7 @@ class ShardCache:
         self._coming: list[RemoteShard] = []  # in the order of their use, from what is read now on
         self._missing: set[RemoteShard] = set()  # of these, what no thread has begun to fetch
 
-    def file(self, address: str, sha256: str, n_bytes: int) -> RemoteFile:
-        """Describe a file; refuse what is none, or never fits."""
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise DataError(f"{shown(address)}: {sha256[:80]!r} is not a SHA-256")
-        if n_bytes > self.limit:
-            raise DataError(
-                f"data.cache_gib = {self.gib:g} does not hold {shown(address)}; set it to at least "
-                f"{in_gib(n_bytes)}"
-            )
-        return RemoteFile(address, n_bytes, sha256, self.folder / f"{sha256}.bin")
-
-    def get(self, file: RemoteFile, use: Callable[[], T]) -> T:
-        """Return what `use` makes of a file; it raises DataError if that is missing or damaged."""
-        for _ in range(ATTEMPTS):
-            with suppress(DataError):
-                return use()
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with open(lock(self.folder / f"lock-{file.sha256[:2]}", wait=True)):
-                    with suppress(DataError):
-                        return use()  # meanwhile another thread or process has fetched it
-                    self._fetch(file)
-            except OSError as error:
-                raise DataError(
-                    f"{self.folder}: {error.strerror}; free some space, lower data.cache_gib or "
-                    "name another folder with data.cache_dir"
-                ) from error
-        return use()
-
-    def _fetch(self, file: RemoteFile) -> None:
-        part, full = file.path.with_suffix(".part"), self.folder / "lock"  # held to count files
-        while not self._reserve(part, file.n_bytes):
-            time.sleep(0.02)
-        try:
-            with part.open("r+b") as out:
-                for start in range(0, file.n_bytes, PIECE_BYTES):
-                    end = min(start + PIECE_BYTES, file.n_bytes)
-                    out.write(read_range(file.address, start, end, file.n_bytes))
-                    self.progress += 1
-            with open(lock(full, wait=True)):
-                os.replace(part, file.path)
-        finally:
-            with open(lock(full, wait=True)):
-                part.unlink(missing_ok=True)
-
-    def _reserve(self, part: Path, n_bytes: int) -> bool:
+    def reserve(self, part: Path, n_bytes: int) -> bool:
         """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
 
         def may_go(path: Path) -> bool:
@@ -174,25 +117,77 @@ class ShardCache:
                 shard.fetch()
 
 
+class RemoteFile:
+    """A file of a dataset at an address, kept in a cache; refused if it is none or never fits."""
+
+    def __init__(self, cache: ShardCache, address: str, sha256: str, n_bytes: int) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DataError(f"{shown(address)}: {sha256[:80]!r} is not a SHA-256")
+        if n_bytes > cache.limit:
+            raise DataError(
+                f"data.cache_gib = {cache.gib:g} does not hold {shown(address)}; set it to at "
+                f"least {in_gib(n_bytes)}"
+            )
+        self.cache, self.address, self.sha256, self.n_bytes = cache, address, sha256, n_bytes
+        self.path = cache.folder / f"{sha256}.bin"
+
+    def get(self, use: Callable[[], T]) -> T:
+        """Return what `use` makes of the file; it raises DataError if that is missing or damaged.
+
+        What is damaged is fetched again, in all `ATTEMPTS` times.
+        """
+        folder = self.cache.folder
+        for _ in range(ATTEMPTS):
+            with suppress(DataError):
+                return use()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(lock(folder / f"lock-{self.sha256[:2]}", wait=True)):
+                    with suppress(DataError):
+                        return use()  # meanwhile another thread or process has fetched it
+                    self._fetch()
+            except OSError as error:
+                raise DataError(
+                    f"{folder}: {error.strerror}; free some space, lower data.cache_gib or name "
+                    "another folder with data.cache_dir"
+                ) from error
+        return use()
+
+    def _fetch(self) -> None:
+        part, full = self.path.with_suffix(".part"), self.cache.folder / "lock"
+        while not self.cache.reserve(part, self.n_bytes):
+            time.sleep(0.02)
+        try:
+            with part.open("r+b") as out:
+                for start in range(0, self.n_bytes, PIECE_BYTES):
+                    end = min(start + PIECE_BYTES, self.n_bytes)
+                    out.write(read_range(self.address, start, end, self.n_bytes))
+                    self.cache.progress += 1
+            with open(lock(full, wait=True)):  # held to count files
+                os.replace(part, self.path)
+        finally:
+            with open(lock(full, wait=True)):
+                part.unlink(missing_ok=True)
+
+
 class RemoteShard(Shard):
     """A shard at an address; it is fetched, verified and opened when it is read."""
 
     def __init__(self, address: str, cache: ShardCache, said: ShardInfo, vocab_size: int) -> None:
-        self.cache, self.said, self.dtype = cache, said, dtype_for(vocab_size)
-        self.offset_bytes, self.n_tokens = HEADER_BYTES, said["tokens"]
+        self.cache, self.said = cache, said
+        self.dtype, self.n_tokens = dtype_for(vocab_size), said["tokens"]
         n_bytes = HEADER_BYTES + self.n_tokens * self.dtype.itemsize
-        self.file = cache.file(beside(address, said["file"]), said["sha256"], n_bytes)
-        ends = (beside(address, said["ends_file"]), said["ends_sha256"], 8 * said["documents"])
-        self.ends_file = cache.file(*ends)
+        self.file = RemoteFile(cache, beside(address, said["file"]), said["sha256"], n_bytes)
+        ends = beside(address, said["ends_file"])
+        self.ends_file = RemoteFile(cache, ends, said["ends_sha256"], 8 * said["documents"])
         self.name, self.ends_path = shown(self.file.address), self.ends_file.path
         self.path = Path(self.name)
         self.sha256, self.max_token = said["sha256"], vocab_size - 1  # at most
         self._verified: list[int] = []  # the identity of the file that was
-        self._local: Shard | None = None  # while it is read
 
     def fetch(self) -> Shard:
         """Return the shard's file, opened; fetch it if it is not here."""
-        return self.cache.get(self.file, self._open)
+        return self.file.get(self._open)
 
     def _open(self) -> Shard:
         local = Shard(self.file.path, said=self.said, name=self.name)
@@ -201,21 +196,14 @@ class RemoteShard(Shard):
             self._verified = local.identity
         return local
 
-    def read_into(self, row: memoryview, start: int) -> None:
-        """Fill `row` with the tokens from `start` on; fetch and open the file if need be."""
-        local = self._local
-        if local is None:
-            self.cache.advance(self)
-            local = self._local = self.fetch()
-        local.read_into(row, start)
-
-    def check_unchanged(self) -> None:
-        """Close the file, so that it may be evicted; a change is found when it is opened again."""
-        self._local = None
+    def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill each buffer, as `Shard.read` does; fetch the file if need be, open it only now."""
+        self.cache.advance(self)
+        self.fetch().read(pieces)
 
     def document_ends(self) -> Array:
         """Return where the documents in it end; fetch the file if it is not here."""
-        return self.cache.get(self.ends_file, super().document_ends)
+        return self.ends_file.get(super().document_ends)
 
 
 def n_bytes(*datasets: Sequence[Shard]) -> int:

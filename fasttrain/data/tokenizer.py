@@ -48,9 +48,8 @@ MAX_WORD_CHARS = 1024
 def _byte_level(vocab: dict[str, int] | None, *patterns: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, [] if vocab is not None else None))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -70,12 +69,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = TEXT_PATT
             f"{vocab_size}; use the tokenizer `bytes` for no merges at all"
         )
     tokenizer = _byte_level(None, pattern, rf"[\s\S]{{1,{MAX_WORD_CHARS}}}")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
+    trainer.initial_alphabet = BYTE_CHARACTERS
+    trainer.show_progress = False
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = _byte_level(None, pattern).pre_tokenizer
     return tokenizer
@@ -157,9 +153,9 @@ def end_of_text_id(tokenizer: Tokenizer) -> int | None:
 
 # The ByteLevel step writes byte b as one printable character: itself where it is printable Latin-1,
 # and U+0100, U+0101 … for the others in order.
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_OTHERS = sorted({*range(256)} - _PRINTABLE)
-BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 256 + _OTHERS.index(b)) for b in range(256)]
+_ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+_OTHERS = iter(sorted(c for c in _ALPHABET if c > "\xff"))
+BYTE_CHARACTERS = [c if (c := chr(b)) in _ALPHABET else next(_OTHERS) for b in range(256)]
 _BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_CHARACTERS)}
 # What ByteLevel with use_regex = true splits by: the words of GPT-2.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -218,12 +214,9 @@ class FastBpe:
         self._n_bytes = np.array([len(word) for word in words], np.uint32)
         try:
             # Without any special token its search for them stops at every character.
-            self._tiktoken = tiktoken.Encoding(
-                "fasttrain",
-                pat_str=pattern,
-                mergeable_ranks={word: rank for rank, word in enumerate(words)},
-                special_tokens={_RESERVED: len(words)},
-            )
+            ranks = {word: rank for rank, word in enumerate(words)}
+            tokens = {"mergeable_ranks": ranks, "special_tokens": {_RESERVED: len(words)}}
+            self._tiktoken = tiktoken.Encoding("fasttrain", pat_str=pattern, **tokens)
         except Exception as error:  # a ValueError of its own or of the regular expression's
             raise DataError(f"tiktoken does not take it ({error})") from None
 
@@ -233,16 +226,13 @@ class FastBpe:
         if not text.isascii() and any(c > "\U000323af" or category(c) == "Cn" for c in set(text)):
             return None
         try:
-            ranks = self._tiktoken.encode_to_numpy(
-                text, allowed_special=set(), disallowed_special=()
-            )
+            ranks: NDArray[np.uint32] = self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # the regular expression was given up
             return None
         # A pattern that does not match everything: tiktoken leaves the rest out.
         if int(self._n_bytes[ranks].sum()) != len(text.encode()):
             return None
-        ids: NDArray[np.uint32] = self._ids[ranks]
-        return ids
+        return self._ids.take(ranks)
 
 
 def _pattern(state: dict[str, Any]) -> str:
@@ -287,8 +277,9 @@ class Encoder:
         self.losses = Losses(tokenizer)
         if kind == "chars":
             self.losses.what = ""  # refused
-            points = [ord(token) for token in vocab if len(token) == 1]
-            self._points = np.array(sorted(points), dtype="<u4")  # in order of id, as they are made
+            ids = {ord(token): number for token, number in vocab.items() if len(token) == 1}
+            self._id_of: NDArray[np.int32] = np.full(0x110000, -1, np.int32)  # of each code point
+            self._id_of[list(ids)] = list(ids.values())
         elif kind != "bytes" and use_tiktoken:
             try:
                 self._fast = FastBpe(tokenizer)
@@ -300,14 +291,12 @@ class Encoder:
         if self.kind == "bytes":
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         if self.kind == "chars":
-            return [self._places(text) for text in texts]
+            return [self._ids_of_characters(text) for text in texts]
         if self._fast is None:
             return self._encode_exactly(texts)
         self._compare(texts)
-        return [
-            ids if (ids := self._fast.encode(text)) is not None else self._encode_exactly([text])[0]
-            for text in texts
-        ]
+        found = zip(texts, map(self._fast.encode, texts), strict=True)
+        return [self._encode_exactly([t])[0] if ids is None else ids for t, ids in found]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
         with _refusing("the tokenizer cannot encode this text"):
@@ -331,14 +320,12 @@ class Encoder:
                 f"by the tokenizer itself {exact[at : at + 5].tolist()}"
             )
 
-    def _places(self, text: str) -> NDArray[np.uint32]:
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        places = np.searchsorted(self._points, points)
-        known = np.take(self._points, places, mode="clip") == points
-        if not known.all():
-            unknown = chr(int(points[~known][0]))
-            raise DataError(f"the character {unknown!r} is not among those of the tokenizer")
-        return places.astype(np.uint32)
+    def _ids_of_characters(self, text: str) -> NDArray[np.uint32]:
+        ids = self._id_of.take(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"))
+        if (unknown := ids < 0).any():
+            character = text[int(unknown.argmax())]
+            raise DataError(f"the character {character!r} is not among those of the tokenizer")
+        return ids.astype(np.uint32)
 
 
 class Losses:

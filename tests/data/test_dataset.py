@@ -1,7 +1,7 @@
 """A split: where its documents end, by files or by token, and several datasets as one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,16 @@ def test_datasets_of_two_tokenizers_are_not_joined(tmp_path: Path) -> None:
             join([first, dataset])
 
 
+def test_R23_a_file_that_ends_too_early_is_refused_whatever_stat_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's file system, whose answers to `stat` are old."""
+    dataset = write_tokens(tmp_path / "data", list(range(7)), [])
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced or removed"):
+        dataset.read(0, 7)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_R23_a_file_cut_off_while_it_is_read_is_a_typed_error(
     tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
@@ -103,12 +113,12 @@ def test_R23_a_file_cut_off_while_it_is_read_is_a_typed_error(
     tokens = list(range(7)) if shards == 1 else list(range(21))
     dataset = write_tokens(tmp_path / "data", tokens, [])
     assert len(dataset.shards) == shards
-    read_into = Shard.read_into
+    read = Shard.read
 
-    def cut_off_first(shard: Shard, row: memoryview, start: int) -> None:
+    def cut_off_first(shard: Shard, pieces: Iterable[tuple[int, memoryview]]) -> None:
         os.truncate(tmp_path / "data" / "train_000000.bin", 1030)  # within what is read
-        read_into(shard, row, start)
+        read(shard, pieces)
 
-    monkeypatch.setattr(Shard, "read_into", cut_off_first)
+    monkeypatch.setattr(Shard, "read", cut_off_first)
     with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced or removed"):
         dataset.read(0, 7)

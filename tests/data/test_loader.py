@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fasttrain.data import loader as loader_module
 from fasttrain.data.dataset import Shard
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
-from fasttrain.data.loader import IGNORE, Batch, Loader, evaluation_batches, to_batch
+from fasttrain.data.loader import IGNORE, Batch, Loader, Stored, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.model.attention import attention_mask
@@ -238,13 +238,13 @@ def test_R9_a_hung_read_is_named_and_fatal_within_its_deadline(
 ) -> None:
     mine = own_copy(dataset, tmp_path)
     hang = threading.Event()
-    read_into = Shard.read_into
+    read = Shard.read
 
-    def slow(shard: Shard, row: memoryview, start: int) -> None:
+    def slow(shard: Shard, pieces: Iterable[tuple[int, memoryview]]) -> None:
         hang.wait(300)
-        read_into(shard, row, start)
+        read(shard, pieces)
 
-    monkeypatch.setattr(Shard, "read_into", slow)
+    monkeypatch.setattr(Shard, "read", slow)
     monkeypatch.setattr(loader_module, "DEADLINE_S", 0.3)
     loader = make(mine)
     begin = time.monotonic()
@@ -381,14 +381,14 @@ def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
         evaluation_batches(single, LoaderOptions(seq_len=4, micro_batch=2), "cpu")
 
 
-STORED = np.arange(2 * 13, dtype=np.uint16).reshape(2, 13)
+STORED = torch.arange(2 * 13).reshape(2, 13).to(torch.uint16)
 
 
 def of_twelve(starts_at: tuple[int, ...]) -> Batch:
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[:, 0] = True
     starts[0, list(starts_at)] = True
-    return to_batch(STORED, torch.tensor([12, 5]), starts, 7)
+    return Stored(STORED, torch.tensor([12, 5]), starts, 12, padded=True, position=7).batch()
 
 
 def test_a_cut_batch_has_the_same_targets_in_shorter_rows() -> None:

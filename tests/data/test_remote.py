@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,15 +311,14 @@ def test_a_file_may_be_evicted_while_it_is_read(
 ) -> None:
     there = opened(server, tmp_path / "cache")
     first, expected = there.shards[0].file.path, there.read(0, 5).tolist()
-    read_into = Shard.read_into
+    read = Shard.read
 
-    def evicted(shard: Shard, row: memoryview, start: int) -> None:
-        read_into(shard, row, start)
-        if first.exists():
-            first.unlink()
-            monkeypatch.undo()
+    def evicted(shard: Shard, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        first.unlink()
+        monkeypatch.undo()
+        read(shard, pieces)
 
-    monkeypatch.setattr(Shard, "read_into", evicted)
+    monkeypatch.setattr(Shard, "read", evicted)
     assert there.read(0, 5).tolist() == expected, "it is open"
     assert not first.exists()
     assert there.read(0, 5).tolist() == expected, "it is fetched again"

@@ -23,15 +23,15 @@ BUDGETS = {
     "fasttrain": 4_110,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 990,
-    "fasttrain/data": 2_150,
+    "fasttrain/data": 2_060,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 810,
-    "fasttrain/engine": 2_510,
+    "fasttrain/engine": 2_500,
     "fasttrain/log": 900,
     "fasttrain/model": 960,
     "fasttrain/preflight": 510,
     "fasttrain/run": 1_110,
-    "kernels": 6_100,
+    "kernels": 6_050,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }
 
