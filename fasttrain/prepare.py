@@ -64,8 +64,7 @@ def inspect(folder: Path) -> Iterator[str]:
         for start in range(0, dataset.n_tokens, BLOCK_TOKENS):
             block = dataset.read(start, min(BLOCK_TOKENS, dataset.n_tokens - start))
             counts += np.bincount(block, minlength=len(counts))
-        unused = int((counts == 0).sum())
-        yield f"  {unused:,} of the {meta['vocab_size']:,} tokens do not occur; most frequent:"
+        yield f"  {(counts < 1).sum():,} of the {len(counts):,} tokens do not occur; most frequent:"
         for token in np.argsort(-counts, kind="stable")[:MOST_FREQUENT].tolist():
             if counts[token]:
                 share = 100 * counts[token] / dataset.n_tokens
