@@ -4,11 +4,8 @@
     python -m fasttrain.prepare OUT --input PATH... --shard-of I/N, then OUT --merge
     python -m fasttrain.prepare --inspect OUT
 
-Documents go to validation by a hash of their text, so that a document stays where it is when others
-come, and no text is in both splits; a text of one document is cut by position instead. Of a small
-text more is held out than of a large one, unless --val-fraction is given. The input is read in
-pieces and never held; the folder appears under its name when it is complete, and does not
-depend on how many processes made it, nor on how often they were interrupted.
+The input is read in pieces and never held. The folder appears under its name when it is complete,
+and does not depend on how many processes made it, nor on how often they were interrupted.
 """
 
 import shlex
@@ -21,13 +18,13 @@ import numpy as np
 
 from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
+from fasttrain.data.dataset import BLOCK_TOKENS
 from fasttrain.data.files import DataError, shown
-from fasttrain.data.format import DATASET_JSON, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import SPLITS, merge, prepare
-from fasttrain.data.prepare.encode import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
+from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset, read_dataset_json
+from fasttrain.data.prepare.build import merge, prepare
+from fasttrain.data.prepare.sources import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.data.tokenizer import load_tokenizer
 
-BLOCK_TOKENS = 4 << 20  # counted at once by --inspect
 MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
 
 
@@ -67,8 +64,7 @@ def inspect(folder: Path) -> Iterator[str]:
         for start in range(0, dataset.n_tokens, BLOCK_TOKENS):
             block = dataset.read(start, min(BLOCK_TOKENS, dataset.n_tokens - start))
             counts += np.bincount(block, minlength=len(counts))
-        unused = int((counts == 0).sum())
-        yield f"  {unused:,} of the {meta['vocab_size']:,} tokens do not occur; most frequent:"
+        yield f"  {(counts < 1).sum():,} of the {len(counts):,} tokens do not occur; most frequent:"
         for token in np.argsort(-counts, kind="stable")[:MOST_FREQUENT].tolist():
             if counts[token]:
                 share = 100 * counts[token] / dataset.n_tokens
@@ -106,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what it contains")
     options = vars(parser.parse_args(arguments))
     check_system()
-    names = ("inspect", "out", "input", "merge")
-    folder, out, inputs, merges = (options.pop(name) for name in names)
+    folder, out, inputs, merges = map(options.pop, ("inspect", "out", "input", "merge"))
     try:
         if folder is not None:
             if out is not None or inputs:

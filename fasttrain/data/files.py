@@ -202,7 +202,7 @@ def lock(path: Path, *, wait: bool = False) -> int:
     """
     import fcntl  # Windows has none
 
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
@@ -33,6 +33,7 @@ from fasttrain.data.remote import RemoteShard, ShardCache, beside
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_IN_NAME = {
     "train": re.compile(r"(?:^|[^a-z])train(?:ing)?(?:$|[^a-z])"),
     "val": re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:$|[^a-z])"),

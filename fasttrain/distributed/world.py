@@ -174,13 +174,18 @@ class World:
                 raise kind(f"rank {rank}: {message}") from error
 
 
+def facts_by_name(config: TrainConfig, data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the values of a config, and the facts that identify each split of its data."""
+    tables = asdict(config) | {f"data.{split}": facts for split, facts in data.items()}
+    return {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
+
+
 def facts_of_rank(
     config: TrainConfig, data: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what must be the same on all ranks, by name; ``data`` identifies each split."""
-    tables = asdict(config) | {f"data.{split}": facts for split, facts in data.items()}
-    facts = {f"{table}.{k}": v for table, found in tables.items() for k, v in found.items()}
-    facts = {name: value for name, value in facts.items() if not name.startswith(OF_ONE_RANK)}
+    named = facts_by_name(config, data).items()
+    facts = {name: value for name, value in named if not name.startswith(OF_ONE_RANK)}
     for package in (Path(__file__).parents[1], Path(fasttrain_kernels.__file__).parent):
         for file in sorted(package.rglob("*")):
             if file.suffix in (".py", ".cpp", ".h"):

@@ -8,7 +8,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
-from fasttrain.data.prepare.encode import FEW_VAL_TOKENS
+from fasttrain.data.prepare.sources import FEW_VAL_TOKENS
 from fasttrain.data.remote import in_gib, n_bytes
 from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer

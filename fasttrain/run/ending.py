@@ -184,11 +184,9 @@ def show_end(
     rows.append(("checkpoint", str(checkpoint.resolve(run_dir, which="latest"))))
     if outcome == "done":
         prompt = next(iter(trainer.config.eval.prompts or ()), "")
-        # After a space, one that begins with a dash would be taken for an option.
-        prompt = ("=" if prompt.startswith("-") else " ") + shlex.quote(prompt)
         tokenizer = "" if (run_dir / "tokenizer.json").is_file() else " --tokenizer PATH"
         command = f"python -m fasttrain.generate {shlex.quote(str(run_dir))}"
-        rows.append(("generate", f"{command} --prompt{prompt}{tokenizer}"))
+        rows.append(("generate", f"{command} --prompt={shlex.quote(prompt)}{tokenizer}"))
     else:
         rows.append(("resume", "the same command with --resume auto"))
     console.panel(outcome, rows, "green")

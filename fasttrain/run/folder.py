@@ -4,7 +4,6 @@ With several ranks the first one finds and locks it, and shares its path.
 """
 
 import contextlib
-import fcntl
 import glob
 import itertools
 import os
@@ -18,7 +17,7 @@ from fasttrain import checkpoint
 from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.data.files import names_at
+from fasttrain.data.files import lock, names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 
@@ -36,7 +35,7 @@ class RunFolder:
         self.world = world
         self.console: Console | None = None  # of the first rank alone, as is the mirror
         self.mirror: Mirror | None = None
-        self._lock: TextIO | None = None
+        self._held = contextlib.ExitStack()  # its lock and its console
         self.new = False  # whether this process made the folder
         self.path = Path()
         self.source: Path | None = None  # the verified checkpoint that is continued
@@ -62,9 +61,10 @@ class RunFolder:
         if address:
             self.mirror = Mirror(address, path, keep_last, note=self.note, warn=self.warn)
         new = not path.exists()
-        self._lock = lock_run_dir(path)
+        self._held.enter_context(lock_run_dir(path))
         self.path = path
         self.console = Console(path / "train.log")
+        self._held.callback(self.console.close)
         if resume == "auto" and self.mirror and not restarted:
             self.mirror.fetch()
         if resume == "auto" and not _was_saved(path):
@@ -92,10 +92,7 @@ class RunFolder:
         failed = isinstance(sys.exception(), UserError | KeyboardInterrupt)
         if failed and self.new and not _has_rows(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
-        if self.console:
-            self.console.close()
-        if self._lock:
-            self._lock.close()
+        self._held.close()
 
 
 def run_dir_of(config: TrainConfig, name: str, resume: str | None) -> Path:
@@ -166,18 +163,16 @@ def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     locks = Path(config.run.out_dir).glob(f"{glob.escape(config.run.name or name)}*/.lock")
-    ours = [lock for lock in locks if lock.read_text(encoding="utf-8") == _job()]
-    return max(ours, key=lambda lock: lock.stat().st_mtime).parent if ours else None
+    ours = [file for file in locks if file.read_text(encoding="utf-8") == _job()]
+    return max(ours, key=lambda file: file.stat().st_mtime).parent if ours else None
 
 
 def lock_run_dir(run_dir: Path) -> TextIO:
     """Make the run folder and lock it until this process ends, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open(lock(run_dir / ".lock"), "w", encoding="utf-8")  # noqa: SIM115
     except BlockingIOError as error:
-        lock.close()
         raise UserError(
             f"{run_dir} is in use by another trainer; wait for it or set another run.name "
             "(of fasttrain.Trainer: run_dir)"
@@ -186,10 +181,10 @@ def lock_run_dir(run_dir: Path) -> TextIO:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
         ) from error
-    lock.truncate(0)
-    lock.write(_job())
-    lock.flush()
-    return lock
+    file.truncate(0)
+    file.write(_job())
+    file.flush()
+    return file
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:

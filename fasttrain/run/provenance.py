@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -37,19 +37,13 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
         "uncommitted_changes": changed,  # of the code
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **{package: _version(package) for package in PACKAGES},
+        **{name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if on_gpu else processor or platform.machine(),
         "cuda": (torch.version.cuda or torch.version.hip) if on_gpu else None,
         "driver": _first(_DRIVER, "/proc/driver/nvidia/version") if on_gpu else None,
         "command": redact(shlex.join(sys.orig_argv)),
         "parent": redact(str(parent)) if parent else None,
     }
-
-
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return None
 
 
 def _first(pattern: str, file: str) -> str | None:

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
-from fasttrain.config import TrainConfig, UserError, config_difference
+from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.slices import cut
+from fasttrain.distributed.world import facts_by_name
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState
 
@@ -23,9 +24,8 @@ LR_JUMP = 0.1  # of the peak; a larger jump between two steps is warned of
 # Keys that may differ when a run is resumed: they change where it runs, writes and what it shows,
 # never what it computes.
 MAY_CHANGE = (
-    *("run.name", "run.out_dir", "run.device", "run.threads", "model.init_from"),
-    "run.deterministic",
-    *("data.path", "data.prefetch", "data.cache_", "checkpoint.", "log."),
+    *("run.name", "run.out_dir", "run.device", "run.threads", "run.deterministic"),
+    *("model.init_from", "data.path", "data.prefetch", "data.cache_", "checkpoint.", "log."),
     *("eval.sample", "eval.prompts", "eval.temperature", "eval.top_k", "eval.tasks"),
     *("distributed.", "train.activation_checkpointing", "train.recheck_every_steps"),
 )
@@ -46,45 +46,34 @@ def check_resumable(
     those of the checkpoint and ``allow_change`` does not name the key (it names all of them), or
     where the checkpoint holds another model than the config describes.
     """
-    tables = asdict(config) | {f"data.{split}": facts for split, facts in data.items()}
-    known = [f"{table}.{key}" for table, keys in tables.items() for key in keys]
-    for key in allow_change:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "it takes section.key"
-            raise UserError(f"--allow-change {key}: there is no such key; {hint}")
     state, path = source.state, source.path
     if "position" not in state or "data" not in state:
         raise UserError(
             f"{path} holds a model, and no run to go on with; start one with "
             f"model.init_from={path}, without --resume or --decay-from"
         )
-    # What differs in config, batch and data, but for keys that change no number: the key, its old
-    # and new value, and how they differ where the values do not say it
+    before, now = facts_by_name(source.config, state["data"]), facts_by_name(config, data)
+    for key in allow_change:
+        if key not in now:
+            near = difflib.get_close_matches(key, now, n=1)
+            hint = f"did you mean {near[0]}?" if near else "it takes section.key"
+            raise UserError(f"--allow-change {key}: there is no such key; {hint}")
+    # What differs, but for keys that change no number
     unused = config.schedule.name != "plateau" and config.eval.patience is None
     harmless = MAY_CHANGE + (MAY_CHANGE_IF_UNUSED if unused else ())
     changes = [
-        (key, old, new, "")
-        for key, old, new in config_difference(source.config, config)
-        if not key.startswith(harmless)
+        (key, before.get(key), value)
+        for key, value in now.items()
+        if before.get(key) != value and not key.startswith(harmless)
     ]
-    before, now = state.get("samples_per_step", samples_per_step), samples_per_step
+    refused = [f"{k}: {_difference(old, new)}" for k, old, new in changes if k not in allow_change]
+    took, takes = state.get("samples_per_step", samples_per_step), samples_per_step
     shape = {"train.tokens_per_step", "train.micro_batch", "data.seq_len"}
-    if before != now and not shape & {key for key, *_ in changes}:
-        how = f"a step took {counted(before, 'sample')}, and on this number of ranks it takes {now}"
-        changes.append(("train.tokens_per_step", before, now, how))
-    for split, facts in data.items():
-        for key, new in facts.items():
-            old = state["data"].get(split, {}).get(key)
-            if old != new:
-                lists = key == "shards" and misfit(list[str], old) is None
-                how = _list_difference(old, new) if lists else ""
-                changes.append((f"data.{split}.{key}", old, new, how))
-    refused = [
-        f"{key}: {how or f'{_short(old)} → {_short(new)}'}"
-        for key, old, new, how in changes
-        if key not in allow_change
-    ]
+    if took != takes and not shape & {key for key, *_ in changes}:
+        if (key := "train.tokens_per_step") not in allow_change:
+            how = f"a step took {counted(took, 'sample')}, and on this number of ranks it takes"
+            refused.append(f"{key}: {how} {takes}")
+        changes.append((key, took, takes))
     if refused:
         raise UserError(
             f"{path} was made with other settings: {'; '.join(refused)}; put them back, or allow "
@@ -92,8 +81,8 @@ def check_resumable(
         )
     check_model(config, source.group("model"), path)
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "step": state["step"]}
-    shown = ({"key": key, "old": _short(old), "new": _short(new)} for key, old, new, _ in changes)
-    return [*state.get("history", []), *({**when, **change} for change in shown)]
+    shown = ({"key": key, "old": _short(old), "new": _short(new)} for key, old, new in changes)
+    return [*state.get("history", []), *(when | change for change in shown)]
 
 
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
@@ -141,12 +130,12 @@ def lr_jump(source: Checkpoint, config: TrainConfig, total_steps: int | None) ->
     )
 
 
-def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
-    """Say how two lists of hashes differ."""
+def _difference(old: Any, new: Any) -> str:
+    """Say how two values differ, and of as many hashes which."""
+    if misfit(list[str], old) or misfit(list[str], new) or len(old) != len(new):
+        return f"{_short(old)} → {_short(new)}"
     if sorted(old) == sorted(new):
         return "the same files in another order"
-    if len(old) != len(new):
-        return f"{counted(len(old), 'file')} → {counted(len(new), 'file')}"
     at = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
     return f"file {at + 1} of {len(old)}: {_short(old[at])} → {_short(new[at])}"
 

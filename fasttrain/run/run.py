@@ -18,7 +18,7 @@ from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import cache_folder
-from fasttrain.data.format import Split, open_dataset
+from fasttrain.data.format import SPLITS, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.remote import ShardCache
@@ -99,10 +99,8 @@ def run(
             trainer = _build(config, world, device, folder, allow_change, branch_of, stop_at_step)
             if stop_at_step is not None:
                 if stop_at_step <= (step := trainer.state.step):
-                    raise UserError(
-                        f"--stop-at-step {stop_at_step}: the run is at step {step}; name a later "
-                        "step"
-                    )
+                    problem = f"the run is at step {step}; name a later step"
+                    raise UserError(f"--stop-at-step {stop_at_step}: {problem}")
                 trainer.request_stop(stop_at_step)
             if folder.console:
                 show_start(folder, trainer)
@@ -131,15 +129,14 @@ def open_splits(
 ) -> tuple[TrainConfig, TokenDataset, TokenDataset]:
     """Open or build the dataset; return the config with its vocabulary, and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
-    cache_dir = Path(data.cache_dir) if data.cache_dir else None
+    cache = cache_folder(data.cache_dir)
     paths: Sequence[str | Path] = data_paths(config) or [
-        build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache_dir, report=report)
+        build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache, report=report)
     ]
     options: dict[str, Any] = {"dtype": data.dtype, "end_of_text": data.end_of_text}
-    options |= {"vocab_size": vocab_size, "cache_dir": cache_dir}
-    options["shard_cache"] = ShardCache(cache_folder(cache_dir), data.cache_gib)
-    splits: tuple[Split, ...] = ("train", "val")
-    opened = [[open_dataset(path, split, **options) for path in paths] for split in splits]
+    options |= {"vocab_size": vocab_size, "cache_dir": cache}
+    options["shard_cache"] = ShardCache(cache, data.cache_gib)
+    opened = [[open_dataset(path, split, **options) for path in paths] for split in SPLITS]
     train, val = (found[0] if len(found) == 1 else join(found) for found in opened)
     if vocab_size is None:
         if train.vocab_size is None:

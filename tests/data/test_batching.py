@@ -1,6 +1,7 @@
 """Batching: every token or document once an epoch, whatever the mode, the mix and the batches."""
 
 import itertools
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def write(folder: Path, sizes: list[int], first: int = 0, vocab_size: int = 30_0
     folder.mkdir()
     (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
     ends = np.cumsum(sizes)
-    with ShardWriter(folder, "train", vocab_size=vocab_size, shard_tokens=700) as writer:
+    with closing(ShardWriter(folder, "train", vocab_size=vocab_size, shard_tokens=700)) as writer:
         writer.write(first + np.arange(ends[-1]), ends)
     splits = {"train": (writer.shards, int(ends[-1]))}
     write_dataset_json(folder, vocab_size=vocab_size, end_of_text=0, splits=splits, source={})

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write_documents(folder: Path, seed: int) -> Path:
     words = [b"alpha ", b"beta ", b"gamma ", b"delta ", b"\n"]
     splits = {}
     for split, n in (("train", 150), ("val", 20)):
-        with ShardWriter(folder, split, vocab_size=VOCAB, shard_tokens=1500) as writer:
+        with closing(ShardWriter(folder, split, vocab_size=VOCAB, shard_tokens=1500)) as writer:
             n_bytes = 0
             for _ in range(n):
                 text = b"".join(words[i] for i in rng.integers(0, 5, rng.integers(1, 12)))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,9 @@ def make_dataset(
     tokens, splits = {}, {}
     for split, count in (("train", train), ("val", val)):
         tokens[split] = rng.integers(0, vocab, count)
-        with ShardWriter(folder, split, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
+        with closing(
+            ShardWriter(folder, split, vocab_size=vocab, shard_tokens=shard_tokens)
+        ) as writer:
             half = count // 2
             writer.write(tokens[split][:half], [half // 2, half])
             writer.write(tokens[split][half:], [count - half])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,7 +34,7 @@ N_TOKENS = 1000
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     """Tokens 0 … 999 in three shards, so that a token says where it lies."""
     folder = tmp_path_factory.mktemp("data")
-    with ShardWriter(folder, "train", vocab_size=N_TOKENS, shard_tokens=400) as writer:
+    with closing(ShardWriter(folder, "train", vocab_size=N_TOKENS, shard_tokens=400)) as writer:
         writer.write(np.arange(N_TOKENS))
     return open_dataset(folder, "train", vocab_size=N_TOKENS, cache_dir=folder / "cache")
 
@@ -208,7 +209,7 @@ def test_half_of_the_batches_ahead_are_read_together(dataset: TokenDataset) -> N
 
 
 def own_copy(dataset: TokenDataset, folder: Path) -> TokenDataset:
-    with ShardWriter(folder, "train", vocab_size=N_TOKENS) as writer:
+    with closing(ShardWriter(folder, "train", vocab_size=N_TOKENS)) as writer:
         writer.write(dataset.read(0, N_TOKENS))
     return open_dataset(folder, "train", vocab_size=N_TOKENS, cache_dir=folder / "cache")
 
@@ -311,7 +312,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(
     tmp_path: Path, vocab_size: int, prefetch: int
 ) -> None:
     tokens = np.random.default_rng(0).integers(0, vocab_size, 50_000)
-    with ShardWriter(tmp_path, "train", vocab_size=vocab_size) as writer:
+    with closing(ShardWriter(tmp_path, "train", vocab_size=vocab_size)) as writer:
         writer.write(tokens)
     data = open_dataset(tmp_path, "train", vocab_size=vocab_size, cache_dir=tmp_path / "cache")
     epochs = Fraction(2 * 390 + 3, 390)
@@ -374,7 +375,7 @@ def test_overlapping_windows_have_every_target_once_after_its_context(
 
 
 def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "val", vocab_size=5) as writer:
+    with closing(ShardWriter(tmp_path, "val", vocab_size=5)) as writer:
         writer.write(np.array([1]))
     single = open_dataset(tmp_path, "val", vocab_size=5, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="1 tokens has nothing to predict"):

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import build, sources
-from fasttrain.data.prepare.encode import Splitter
-from fasttrain.data.prepare.sources import Source, find_files, local_file
+from fasttrain.data.prepare.sources import Source, Splitter, find_files, local_file
 from fasttrain.data.tokenizer import Encoder, OtherIdsError, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 

@@ -303,6 +303,14 @@ def test_a_wrong_length_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_not_as_empty_as_was_said_is_an_error(
+    tmp_path: Path, web: FaultyServer
+) -> None:
+    web.added_length = -len("short")
+    with pytest.raises(DataError, match=r"five\.md: cat_file failed"):
+        make(tmp_path / "out", f"{web.url}/five.md")
+
+
 @pytest.mark.parametrize(
     ("kind", "pattern"), [("http", ""), ("http", "**/*.jsonl"), ("http", "*/*.*"), ("s3", "**/*.*")]
 )

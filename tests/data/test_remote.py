@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def write(folder: Path, *, vocab: int = 100, largest: int = 100) -> Path:
     rng, splits = np.random.default_rng(1), {}
     for split, n in (("train", N_SHARDS * SHARD_TOKENS), ("val", 2 * SHARD_TOKENS)):
         tokens = rng.integers(0, largest, n)
-        with ShardWriter(folder, split, vocab_size=vocab, shard_tokens=SHARD_TOKENS) as writer:
+        with closing(
+            ShardWriter(folder, split, vocab_size=vocab, shard_tokens=SHARD_TOKENS)
+        ) as writer:
             for start in range(0, n, 16):
                 writer.write(tokens[start : start + 16], [5, 16])
         splits[split] = (writer.shards, n)

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ VOCAB = 1000
 
 
 def write_shard(folder: Path, count: int) -> None:
-    with ShardWriter(folder, "train", vocab_size=VOCAB) as writer:
+    with closing(ShardWriter(folder, "train", vocab_size=VOCAB)) as writer:
         writer.write(np.arange(count) % VOCAB)
 
 
 def test_document_ends_lie_beside_the_shard_they_end_in(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "train", vocab_size=10, shard_tokens=4) as writer:
+    with closing(ShardWriter(tmp_path, "train", vocab_size=10, shard_tokens=4)) as writer:
         writer.write(np.array([1, 2, 0, 3, 4]), [3])
         writer.write(np.array([5, 0, 6]), [2, 3])
     ends = [np.fromfile(tmp_path / f"train_00000{i}.ends", "<u8").tolist() for i in range(2)]
@@ -35,7 +36,7 @@ def test_document_ends_lie_beside_the_shard_they_end_in(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [VOCAB, 70_000, -1])
 def test_R22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value: int) -> None:
-    with ShardWriter(tmp_path, "train", vocab_size=VOCAB, shard_tokens=50) as writer:
+    with closing(ShardWriter(tmp_path, "train", vocab_size=VOCAB, shard_tokens=50)) as writer:
         writer.write(np.arange(40))
         tokens = np.zeros(30, np.int64)
         tokens[17] = value

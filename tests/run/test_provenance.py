@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,10 +95,9 @@ def test_a_run_and_its_checkpoints_say_what_made_them(
     monkeypatch.setattr(sys, "orig_argv", ["python", "first"])
     command = [str(write_config(tmp_path)), "run.name=a", "log.every_steps=2", "log.csv=true"]
     assert main([*command, "--stop-at-step", "5"]) == 75
-    versions = {"tokenizers": "9.9"}
     with monkeypatch.context() as other:
-        real = module.version
-        other.setattr(module, "version", lambda name: versions.get(name) or real(name))
+        real, newer = module.distributions, {"tokenizers": [SimpleNamespace(version="9.9")]}
+        other.setattr(module, "distributions", lambda name: newer.get(name) or real(name=name))
         other.setattr(sys, "orig_argv", ["python", "second"])
         capsys.readouterr()
         assert main([*command, "--resume", "auto"]) == 0

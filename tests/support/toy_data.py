@@ -1,5 +1,6 @@
 """Datasets of a few tokens, shared by tests."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ def write_tokens(
     """Write tokens in shards of seven, their documents ending at ``ends``, and open them."""
     folder.mkdir()
     (folder / "tokenizer.json").write_text(tokenizer)
-    with ShardWriter(folder, "train", vocab_size=vocab, shard_tokens=7) as writer:
+    with closing(ShardWriter(folder, "train", vocab_size=vocab, shard_tokens=7)) as writer:
         writer.write(np.array(tokens), ends)
     splits = {"train": (writer.shards, 10)}
     write_dataset_json(folder, vocab_size=vocab, end_of_text=0, splits=splits, source={})

@@ -3,12 +3,18 @@
 Several machines may each make a part, of which `merge` makes what a single one would make.
 """
 
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path, PurePath
@@ -16,11 +22,13 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import read_json
+from fasttrain.data.dataset import BLOCK_TOKENS, TokenDataset
 from fasttrain.data.files import (
     DataError,
     cache_folder,
@@ -32,22 +40,24 @@ from fasttrain.data.files import (
 )
 from fasttrain.data.format import (
     DATASET_JSON,
+    SPLITS,
     Split,
     open_dataset,
     read_dataset_json,
     write_dataset_json,
 )
-from fasttrain.data.prepare.encode import (
+from fasttrain.data.prepare.sources import (
     FEW_VAL_TOKENS,
     MAX_VAL_FRACTION,
+    PIECE_CHARS,
     SMALL_BYTES,
     VAL_FRACTION,
-    Batch,
+    File,
     Piece,
+    Source,
     Splitter,
-    encoded,
+    find_files,
 )
-from fasttrain.data.prepare.sources import PIECE_CHARS, File, Source, find_files
 from fasttrain.data.prepare.writer import (
     PREPARED_JSON,
     Asked,
@@ -76,8 +86,11 @@ WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it tak
 CHECKPOINT_S = 5.0  # work that an interruption can cost
 LINE_S = 15.0  # between lines of progress where there is no terminal
 SPEED_S = 30.0  # the time left is that at the speed of the last
-BLOCK_TOKENS = 4 << 20  # copied at once from a part
-SPLITS: tuple[Split, ...] = ("train", "val")
+
+# Pieces that are encoded together; how many bytes of the input were read by then.
+Batch = tuple[list[Piece], int]
+Ids = list[NDArray[np.unsignedinteger[Any]]]
+_encoder: Encoder  # of a worker process
 
 
 def prepare(
@@ -112,9 +125,7 @@ def prepare(
     number, n_parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= n_parts:
         raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
-    place = place_of(out)
-    if shard_of:
-        place += f".parts/{number}-of-{n_parts}"
+    place = place_of(out) + (f".parts/{number}-of-{n_parts}" if shard_of else "")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
@@ -164,8 +175,7 @@ def prepare(
             bar.n_bytes = source.take(number, n_parts)
             kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
             processes = max(1, min(workers, source.n_bytes // WORKER_BYTES)) if kind == "bpe" else 1
-            writers: dict[str, ShardWriter] = {}
-            while not writers:
+            while True:
                 exact = partial.state.get("exact", False)
                 encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
                 if encoder.end_of_text is None:
@@ -174,6 +184,7 @@ def prepare(
                     note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
                 try:
                     writers = write_splits(partial, splitter, encoder, processes, bar.show)
+                    break
                 except OtherIdsError as error:
                     problem = f"tiktoken does not split this text as its tokenizer does: {error}"
                     if shard_of:
@@ -189,12 +200,12 @@ def prepare(
 
 def publish(
     partial: Partial,
-    writers: Mapping[str, ShardWriter],
+    writers: Mapping[Split, ShardWriter],
     end_of_text: int | None,
     problems: Mapping[str, int],
     note: Note,
 ) -> None:
-    """Give a dataset its `dataset.json` and its name; say what is in it."""
+    """Finish the shards; give the dataset its `dataset.json` and its name; say what is in it."""
     source, n_val = partial.asked["source"], writers["val"].n_tokens
     is_part, fraction = "part" in source, source["val_fraction"]
     if not writers["train"].n_tokens and not is_part:
@@ -203,7 +214,7 @@ def publish(
         partial.dataset,
         vocab_size=writers["train"].vocab_size,
         end_of_text=end_of_text,
-        splits={k: (w.shards, w.n_bytes) for k, w in writers.items() if w.n_tokens or is_part},
+        splits={k: (w.close(), w.n_bytes) for k, w in writers.items() if w.n_tokens or is_part},
         source=source | {"problems": dict(sorted(problems.items()))},
     )
     partial.publish()
@@ -252,15 +263,14 @@ def _make_tokenizer(
 
 def _sample(splitter: Splitter, bar: "Bar") -> Iterator[str]:
     """Training text for a tokenizer: all of it, or pieces evenly spread over a large input."""
-    every = max(1, splitter.source.n_bytes // BPE_BYTES)
-    taken = 0
-    for number, piece in enumerate(p for p in splitter.pieces() if p.split == "train"):
-        if number % every == 0:
-            taken += len(piece.text)
-            if taken > 2 * BPE_BYTES:  # compressed input holds more than its size says
-                break
-            bar.show("reading for the tokenizer", splitter.source.done_bytes)
-            yield piece.text
+    every, taken = max(1, splitter.source.n_bytes // BPE_BYTES), 0
+    train = (piece.text for piece in splitter.pieces() if piece.split == "train")
+    for text in islice(train, 0, None, every):
+        taken += len(text)
+        if taken > 2 * BPE_BYTES:  # compressed input holds more than its size says
+            break
+        bar.show("reading for the tokenizer", splitter.source.done_bytes)
+        yield text
     bar.show("training the tokenizer", None)
 
 
@@ -277,12 +287,57 @@ def _batches(splitter: Splitter) -> Iterator[Batch]:
         yield pieces, splitter.source.done_bytes
 
 
-def _writer(partial: Partial, split: Split, vocab_size: int) -> ShardWriter:
-    state = partial.state.get("splits", {}).get(split)
-    shard_tokens = partial.asked["source"]["shard_tokens"]
-    return ShardWriter(
-        partial.dataset, split, vocab_size=vocab_size, shard_tokens=shard_tokens, state=state
-    )
+def encoded(
+    batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
+) -> Generator[tuple[Batch, Ids]]:
+    """Yield each batch with the ids of its pieces, in the same order by any number of workers."""
+    if workers == 1:
+        for batch in batches:
+            yield batch, encoder.encode([piece.text for piece in batch[0]])
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+    pool = ProcessPoolExecutor(workers, spawn, _start, (tokenizer_file, not encoder.not_fast))
+    coming = ((b, pool.submit(_encode, [piece.text for piece in b[0]])) for b in batches)
+    try:
+        ahead = deque(islice(coming, workers + 2))
+        while ahead:
+            batch, future = ahead.popleft()
+            ahead.extend(islice(coming, 1))
+            yield batch, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended: out of memory? --resume continues from here, with fewer "
+            "--workers if need be"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(tokenizer_file: Path, use_tiktoken: bool) -> None:
+    """Make a worker process ready."""
+    global _encoder
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # it was killed
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent ends this process
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # The processes are the parallelism; `tokenizers` would add a thread for each core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = Encoder(load_tokenizer(tokenizer_file), use_tiktoken=use_tiktoken)
+
+
+def _encode(texts: Sequence[str]) -> Ids:
+    return _encoder.encode(texts)
+
+
+def _writers(partial: Partial, vocab_size: int) -> dict[Split, ShardWriter]:
+    options = {"vocab_size": vocab_size, "shard_tokens": partial.asked["source"]["shard_tokens"]}
+    states = partial.state.get("splits", {})
+    return {s: ShardWriter(partial.dataset, s, state=states.get(s), **options) for s in SPLITS}
 
 
 def write_splits(
@@ -291,36 +346,30 @@ def write_splits(
     encoder: Encoder,
     workers: int,
     show: Callable[[str, int], None],
-) -> dict[str, ShardWriter]:
+) -> dict[Split, ShardWriter]:
     """Encode what is not yet encoded, and write it; call `show` with each state and bytes read.
 
-    Return the closed writer of each split. `OtherIdsError` says that tiktoken cannot be used on
-    this text.
+    Return the writer of each split. `OtherIdsError` says that tiktoken cannot be used on this text.
     """
     n_batches, n_lost = partial.state.get("batches", 0), partial.state.get("lost", 0)
     tail = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], dtype=np.uint32)
     batches = _batches(splitter)
-    with ExitStack() as stack:
-        writers: dict[str, ShardWriter] = {
-            split: stack.enter_context(_writer(partial, split, encoder.vocab_size))
-            for split in SPLITS
-        }
-        for _, done_bytes in islice(batches, n_batches):
-            show("finding the place", done_bytes)
-        results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
-        saved = time.monotonic()
-        for (pieces, done_bytes), ids in stack.enter_context(closing(results)):
+    for _, done_bytes in islice(batches, n_batches):
+        show("finding the place", done_bytes)
+    results = encoded(batches, encoder, partial.dataset / "tokenizer.json", workers)
+    writers, saved = _writers(partial, encoder.vocab_size), time.monotonic()
+    with closing(results):
+        for (pieces, done_bytes), ids in results:
             for piece, tokens in zip(pieces, ids, strict=True):
-                if lost := encoder.losses.count(piece.text, tokens):
-                    n_lost += lost
-                    if splitter.source.strict:
-                        places = encoder.losses.places(piece.text)
-                        begin, end = next(iter(places), (0, len(piece.text)))
-                        raise DataError(
-                            f"{piece.where}: the tokenizer has no token for "
-                            f"{piece.text[begin:end]!r} after "
-                            f"{piece.text[:begin][-30:]!r}, and --strict was asked for"
-                        )
+                lost = encoder.losses.count(piece.text, tokens)
+                if lost and splitter.source.strict:
+                    places = encoder.losses.places(piece.text)
+                    begin, end = next(iter(places), (0, len(piece.text)))
+                    raise DataError(
+                        f"{piece.where}: the tokenizer has no token for {piece.text[begin:end]!r} "
+                        f"after {piece.text[:begin][-30:]!r}, and --strict was asked for"
+                    )
+                n_lost += lost
             for split, writer in writers.items():
                 mine = [n for n, piece in enumerate(pieces) if piece.split == split]
                 parts = [np.append(ids[n], tail) if pieces[n].last else ids[n] for n in mine]
@@ -367,7 +416,14 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
             return
         tokenizer = (folders[0] / "tokenizer.json").read_bytes()
         write_atomically(partial.dataset / "tokenizer.json", tokenizer)
-        writers = {str(split): _joined(partial, split, parts, metas) for split in SPLITS}
+        writers = _writers(partial, metas[0]["vocab_size"])
+        shard_bytes = 12 * asked[0]["source"]["shard_tokens"]  # with their ends
+        fetched = ShardCache(partial.folder, 1 + 2 * shard_bytes / 2**30)
+        for split, writer in writers.items():
+            writer.n_bytes = sum(meta["splits"][split]["bytes"] for meta in metas)
+            for part, meta in zip(parts, metas, strict=True):
+                if meta["splits"][split]["tokens"]:
+                    _copy_tokens(open_dataset(part, split, shard_cache=fetched), writer)
         publish(partial, writers, metas[0]["end_of_text"], problems, note)
     note(f"Merged {shown(place)}; {shown(place)}.parts is no longer needed")
 
@@ -389,26 +445,15 @@ def _parts(place: str) -> list[str]:
     return [f"{place}/{name}" for name in wanted]
 
 
-def _joined(
-    partial: Partial, split: Split, parts: list[str], metas: list[dict[str, Any]]
-) -> ShardWriter:
-    """Write a split's tokens of all parts; return its closed writer."""
-    with _writer(partial, split, metas[0]["vocab_size"]) as writer:
-        writer.n_bytes = sum(meta["splits"][split]["bytes"] for meta in metas)
-        shard_bytes = 12 * writer.shard_tokens
-        fetched = ShardCache(partial.folder, 1 + 2 * shard_bytes / 2**30)  # with their ends
-        for part, meta in zip(parts, metas, strict=True):
-            if not meta["splits"][split]["tokens"]:
-                continue
-            dataset, base = open_dataset(part, split, shard_cache=fetched), 0
-            for shard in dataset.shards:
-                ends = shard.document_ends()
-                for start in range(0, shard.n_tokens, BLOCK_TOKENS):
-                    stop = min(start + BLOCK_TOKENS, shard.n_tokens)
-                    low, high = np.searchsorted(ends, (start, stop), "right")
-                    writer.write(dataset.read(base + start, stop - start), ends[low:high] - start)
-                base += shard.n_tokens
-    return writer
+def _copy_tokens(dataset: TokenDataset, writer: ShardWriter) -> None:
+    base = 0
+    for shard in dataset.shards:
+        ends = shard.document_ends()
+        for start in range(0, shard.n_tokens, BLOCK_TOKENS):
+            stop = min(start + BLOCK_TOKENS, shard.n_tokens)
+            low, high = np.searchsorted(ends, (start, stop), "right")
+            writer.write(dataset.read(base + start, stop - start), ends[low:high] - start)
+        base += shard.n_tokens
 
 
 class Bar(Progress):

@@ -3,13 +3,14 @@
 One plain file is one document; a line of JSON or a row of Parquet is one. Nothing is held that
 grows with the input: a large file is read, decoded and given out in pieces, again for each pass.
 What cannot be read as asked is counted under its reason, or, if strict, ends the run with file and
-line.
+line. `Splitter` says which pieces are for training, and which for validation.
 """
 
 import atexit
 import codecs
 import glob
 import gzip
+import hashlib
 import importlib
 import io
 import json
@@ -20,14 +21,19 @@ import shutil
 import sys
 import tempfile
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fasttrain.data.files import (
     DataError,
@@ -48,6 +54,13 @@ COMPRESSED = (".gz", ".zst")
 # before something that is not space; in a line too long for that, before a single space.
 _CUT_LINE = re.compile(r"\n(?=\S)")
 _CUT_WORD = re.compile(r"(?<=\S)(?= \S)")
+
+FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
+# Held out where nobody says how much: 0.5 %, of a text that this is too little of 100 kB, which are
+# some 25,000 tokens, but never more than a tenth.
+VAL_FRACTION, VAL_BYTES, MAX_VAL_FRACTION = 0.005, 100_000, 0.1
+SMALL_BYTES = 20_000_000  # from here on 0.5 % are 100 kB
+_BINS = 4096
 
 INVALID_UTF8 = "documents with invalid UTF-8 (the bytes replaced by U+FFFD)"
 EMPTY = "empty documents (left out)"
@@ -77,14 +90,18 @@ class File:
     def open(self) -> IO[bytes]:
         if isinstance(self.path, Path):
             return self.path.open("rb")
-        return cast(IO[bytes], io.BufferedReader(_Ranges(self), 1 << 20))
+        if not self.size:
+            _range(self, 0, 0)  # it must be as empty as was said
+        # A file of fsspec, and all that it asks of its file system.
+        ranges = SimpleNamespace(cat_file=lambda _, start, end: _range(self, start, end))
+        spec = importlib.import_module("fsspec.spec")
+        raw = spec.AbstractBufferedFile(ranges, str(self), cache_type="none", size=self.size)
+        return cast(IO[bytes], io.BufferedReader(raw, RANGE_BYTES))
 
     def kind(self) -> tuple[str, str]:
         """Return format and compression by the endings of its name, as in (".jsonl", ".gz")."""
-        suffixes = ["", "", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
-        if suffixes[-1] in COMPRESSED:
-            return suffixes[-2], suffixes[-1]
-        return suffixes[-1], ""
+        *_, first, last = ["", "", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
+        return (first, last) if last in COMPRESSED else (last, "")
 
     def identity(self) -> list[str | int]:
         """Return name, size, and time of change, version or content."""
@@ -111,35 +128,9 @@ def _standard_input() -> File:
 
 
 @lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
-def _range(file: File, number: int) -> memoryview:
-    start = number * RANGE_BYTES
-    stop = min(start + RANGE_BYTES, file.size)
-    return memoryview(read_range(str(file.path), start, stop, file.size))
-
-
-class _Ranges(io.RawIOBase):
-    """The bytes of a remote file, fetched when they are read."""
-
-    def __init__(self, file: File) -> None:
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = (0, self._at, self._file.size)[whence] + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        if self._at >= self._file.size > 0:
-            return 0
-        number, begin = divmod(self._at, RANGE_BYTES)
-        part = _range(self._file, number)[begin : begin + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+def _range(file: File, start: int, end: int) -> bytes:
+    end = min(end, start + RANGE_BYTES, file.size)
+    return read_range(str(file.path), start, end, file.size)
 
 
 def _remote_file(address: str, info: dict[str, Any]) -> File:
@@ -354,8 +345,7 @@ class Source:
         if not text:
             self._problem(EMPTY, where)
             return
-        whole = [text]
-        yield Document(where, lambda: _pieces(iter(whole)))
+        yield Document(where, partial(_pieces, [text]))
 
 
 def _package(name: str, file: File) -> Any:
@@ -369,16 +359,15 @@ def _decompressed(raw: IO[bytes], file: File) -> IO[bytes]:
     _, compression = file.kind()
     if not compression:
         return raw
-    if not raw.read(1):  # which would count as no text
+    if not file.size:  # which would count as no text
         raise EOFError
-    raw.seek(0)
     if compression == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     unpacked = _package("pyarrow", file).CompressedInputStream(raw, "zstd")
     return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
 
 
-def _pieces(blocks: Iterator[str]) -> Iterator[str]:
+def _pieces(blocks: Iterable[str]) -> Iterator[str]:
     """Joins and cuts a text into pieces of about `PIECE_CHARS`, between words where possible."""
     rest = ""
     for block in blocks:
@@ -393,3 +382,101 @@ def _pieces(blocks: Iterator[str]) -> Iterator[str]:
         rest = rest[start:]
     if rest:
         yield rest
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document, and what to do with it."""
+
+    text: str  # at most about half a million characters
+    split: str
+    last: bool  # of its document, in this split
+    where: str  # its document's file, and line or row
+
+
+def _measured(document: Document) -> tuple[int, int, float]:
+    """Return a document's characters, bytes, and place in [0, 1) by its content alone."""
+    digest, n_chars, n_bytes = hashlib.sha256(), 0, 0
+    for text in document.pieces():
+        content = text.encode()
+        digest.update(content)
+        n_chars, n_bytes = n_chars + len(text), n_bytes + len(content)
+    return n_chars, n_bytes, int.from_bytes(digest.digest()[:4]) / 2**32
+
+
+class Splitter:
+    """Assigns documents to train and val, in the same way in each pass.
+
+    Documents go to validation by a hash of their text: one stays where it is when others come, and
+    no text is in both splits. A text of one document is cut by position instead.
+
+    Where no fraction is named and the text is small, the hash decides as well, but so that at least
+    `VAL_BYTES` are held out and less than twice as many: documents that are themselves larger are
+    left to training. Where the others do not suffice, the large ones are cut by position.
+    """
+
+    def __init__(self, source: Source, val_fraction: float | None) -> None:
+        self.source = source
+        first_two = len(list(islice(source.documents(), 2)))
+        if not first_two:
+            reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
+            raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
+        self.val_fraction = self.threshold = VAL_FRACTION if val_fraction is None else val_fraction
+        self.held_out_smallest = False  # where no document falls below the fraction
+        # Documents of more bytes are not held out whole, but cut if `_cuts_large`.
+        self._limit, self._cuts_large = 0 if first_two == 1 else math.inf, True
+        # A small text is read to its end. The search for a document below the fraction takes
+        # 1 / val_fraction documents as a rule.
+        small, searches = val_fraction is None, bool(self._limit and self.val_fraction)
+        total, smallest, sizes, shares = 0, 1.0, array("q"), array("d")
+        for document in source.documents() if small or searches else ():
+            _, size, share = _measured(document)
+            total, smallest = total + size, min(smallest, share)
+            if small := small and total < SMALL_BYTES:
+                sizes.append(size)
+                shares.append(share)
+            elif smallest < self.val_fraction:
+                break
+        if small:
+            self._fit(np.array(sizes), np.array(shares))
+        elif searches and smallest >= self.val_fraction:
+            self.threshold, self.held_out_smallest = smallest + 2**-33, True
+
+    def _fit(self, sizes: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
+        """Choose what is held out of a small text."""
+        total = int(sizes.sum())
+        self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
+        wanted = self.val_fraction * total
+        self._limit = min(self._limit, wanted)
+        bins = (shares * _BINS).astype(np.int64)
+        held = np.cumsum(np.bincount(bins, sizes * (sizes <= wanted), _BINS))
+        n_bins = 1 + int(np.searchsorted(held, wanted)) if held[-1] >= wanted else 0
+        self.threshold, self._cuts_large = n_bins / _BINS, n_bins == 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every document, in order."""
+        for document in self.source.documents():
+            border, at = self._border(document), 0
+            text = split = ""
+            for block in document.pieces():
+                inside = int(min(max(border - at, 0), len(block)))
+                if 0 < inside < len(block):  # the cut: after a line's end if one is near
+                    line = block.rfind("\n", 0, inside) + 1
+                    inside = line if inside - line < 1000 and (line or at) else inside
+                at += len(block)
+                for name, part in (("train", block[:inside]), ("val", block[inside:])):
+                    if part:
+                        if text:
+                            yield Piece(text, split, split != name, document.where)
+                        text, split = part, name
+            yield Piece(text, split, True, document.where)
+
+    def _border(self, document: Document) -> float:
+        """How many characters of a document are for training; infinite: all."""
+        if not self.val_fraction:
+            return math.inf
+        n_chars, size, share = _measured(document)
+        if size > self._limit:
+            held_out = max(int(n_chars * self.val_fraction), 1)
+            return n_chars - held_out if self._cuts_large else math.inf
+        return 0 if share < self.threshold else math.inf

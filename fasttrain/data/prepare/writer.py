@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -60,7 +60,7 @@ class Asked(TypedDict):
     recipe: list[Any]
 
 
-class ShardWriter(AbstractContextManager["ShardWriter"]):
+class ShardWriter:
     """Writes one split as shards `<split>_000000.bin` …, with the ends of documents beside each.
 
     Documents run on over the border of two shards; an end lies beside the shard in which its
@@ -172,10 +172,6 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             )
             self._tokens = self._documents = 0
         return self.shards
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:
-            self.close()
 
 
 class Partial:
@@ -349,7 +345,7 @@ def other_than(before: Any, asked: Asked, path: Path) -> str:
     """Return what was asked for `before`, in the file `path`, and is not in `asked`, in words."""
     if problem := misfit(Asked, before):
         raise DataError(f"{path}: damaged ({problem}); {ANEW}")
-    old, new = _facts(before), _facts(json.loads(json.dumps(asked)))
+    old, new = _facts(before), _facts(asked)
     for name in new | old:
         was, now = old.get(name, "nothing"), new.get(name, "nothing")
         if was != now:
