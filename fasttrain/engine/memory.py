@@ -110,8 +110,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def gradients(self) -> int:
         """Return the bytes of the gradients that are there, of this rank's shards."""
-        found = (p.grad for p in self.parameters if p.grad is not None)
-        return sum(local_tensor(grad).nbytes for grad in found)
+        return sum(local_tensor(p.grad).nbytes for p in self.parameters if p.grad is not None)
 
     def sizes(self, config: OptimConfig, precision: Precision, n_ranks: int) -> tuple[int, ...]:
         """Return the bytes of parameters, gradients, optimizer state and an update's scratch."""
