@@ -63,8 +63,7 @@ def summed_loss(
 
 def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
-    smoothing, z_loss = config.train.label_smoothing, config.train.z_loss
-    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss}
+    options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
 
 
