@@ -186,14 +186,13 @@ class StateGuard:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Hold the state while this thread trains."""
-        self._lock.acquire()
-        self._training = True
-        try:
-            yield
-        finally:
-            self.close()  # waits forever for a thread that has taken over: that ends the process
-            self._training = False
-            self._lock.release()
+        with self._lock:
+            self._training = True
+            try:
+                yield
+            finally:
+                self.close()  # waits forever for a thread that has taken over, to end the process
+                self._training = False
 
     def open(self) -> None:
         """Begin to compute. Does nothing outside of `training`, where nobody else may save."""
