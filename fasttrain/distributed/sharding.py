@@ -9,8 +9,7 @@ Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, PyTorc
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -107,8 +106,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(module)
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """``begin`` to ``end`` of dimension ``dim``, all of the others, of a tensor of ``shape``."""
 
     shape: tuple[int, ...]

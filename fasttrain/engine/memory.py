@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,7 @@ CPU_ROWS = 64  # no more of them are tried
 # ---- estimated ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StepMemory:
+class StepMemory(NamedTuple):
     """Bytes that are held at the moment of a step when most are held."""
 
     parameters: int
@@ -73,7 +72,7 @@ class StepMemory:
     @property
     def total(self) -> int:
         """The sum over the categories."""
-        return sum(astuple(self))
+        return sum(self)
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
