@@ -182,13 +182,21 @@ def load_optimizer_tensors(
     for optimizer in optimizers:
         state: dict[int, dict[str, Tensor]] = {}
         for index, p in enumerate(parameters_of(optimizer)):
-            if (mine := of.pop(names[id(p)], {})) or stepped:
-                new = _new_state(optimizer, p)
-                # Where it is not known, it still cannot be empty.
-                expected = mine or {"state": p} if new is None else _tensors_of(new)
-                check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
-            if mine:
-                state[index] = _assembled(optimizer, p, {k: cut(t, p) for k, t in mine.items()})
+            mine = of.pop(names[id(p)], {})
+            if not (mine or stepped):
+                continue
+            whole = {key: tensor for key, tensor in mine.items() if "/" not in key}
+            parts = mine.keys() - whole.keys()  # of quantized tensors
+            new = _new_state(optimizer, p, p.device if parts else "meta")
+            # Where it is not known, it still cannot be empty, nor in parts.
+            expected = whole or {"state": p} if new is None else _tensors_of(new)
+            check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
+            for part in parts:
+                expected[part].copy_(mine[part])  # into a tensor of `new`
+            if new and parts:
+                whole = new | whole
+            if whole:
+                state[index] = {key: cut(tensor, p) for key, tensor in whole.items()}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         for index, mine in state.items():  # torch has made all floats the parameter's dtype
@@ -205,16 +213,3 @@ def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
         there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
             raise RuntimeError(f"{what}{name} is {there} there and {here} here")
-
-
-def _assembled(optimizer: Optimizer, p: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of one parameter, quantized tensors assembled from their parts."""
-    if not any("/" in key for key in saved):
-        return saved
-    state = _new_state(optimizer, p, p.device)
-    if state is None:
-        raise KeyError("quantized optimizer state, for which this optimizer has none")
-    for key, tensor in _tensors_of(state).items():
-        if "/" in key:
-            tensor.copy_(saved.pop(key))
-    return state | saved

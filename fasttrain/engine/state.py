@@ -121,9 +121,9 @@ class RunState:
         self.faults.load(saved["faults"])
         self.account = TimeAccount(self.step)
 
-    def due(self, every: int | None) -> bool:
-        """Return whether something that happens every so many steps happens after this one."""
-        return every is not None and self.step % every == 0
+    def due(self, *every: int | None) -> bool:
+        """Return whether any of what happens every so many steps happens after this one."""
+        return any(n is not None and self.step % n == 0 for n in every)
 
     @property
     def next_position(self) -> int:

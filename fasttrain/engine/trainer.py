@@ -185,8 +185,7 @@ class Trainer:
             # Its verdict, before anything is saved; its line of the log
             last = self._finished()
             log, stopping = log or last, state.step >= self.stop_at
-            saves = state.due(config.checkpoint.every_steps)
-            if log or stopping or saves or state.due(config.eval.every_steps):
+            if log or stopping or state.due(config.checkpoint.every_steps, config.eval.every_steps):
                 if (steps := self._look()) is None:
                     continue
                 if log or stopping:

@@ -26,7 +26,7 @@ BUDGETS = {
     "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 780,
-    "fasttrain/engine": 2_480,
+    "fasttrain/engine": 2_470,
     "fasttrain/log": 930,
     "fasttrain/model": 960,
     "fasttrain/preflight": 510,
