@@ -104,9 +104,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _new_state(
-    optimizer: Optimizer, p: Tensor, device: torch.device | str = "meta"
-) -> dict[str, Tensor] | None:
+def _new_state(optimizer: Optimizer, p: Tensor, device: Any = "meta") -> dict[str, Tensor] | None:
     """Return the state that a step makes for a parameter; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device=device)
     step = torch.zeros((), device=device)
@@ -118,8 +116,8 @@ def _new_state(
         if p.ndim < 2:
             return {"step": step, "variance": like}
         return {"step": step, "row_var": like[..., :1], "col_var": like[..., :1, :]}
-    make: Any = getattr(optimizer, "_new_buffer", None)
-    if make is not None and not hasattr(p, "placements"):  # of torchao
+    if (make := getattr(optimizer, "_new_buffer", None)) and not hasattr(p, "placements"):
+        # As torchao's optimizers make them; only the first is signed.
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + optimizer.defaults["amsgrad"]]
         return {"step": step, **{name: make(like, signed=name == "exp_avg") for name in names}}
     return None
