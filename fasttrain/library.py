@@ -36,8 +36,7 @@ from fasttrain.config import (
     config_to_toml,
 )
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
-from fasttrain.distributed.sharding import place
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut, place
 from fasttrain.engine.optim import check_tensors
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale

@@ -28,7 +28,7 @@ from torch import Tensor
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError, RankRecord
 from fasttrain.config.untrusted import misfit
-from fasttrain.distributed.slices import Slice, locate
+from fasttrain.distributed.sharding import Slice, locate
 from fasttrain.distributed.world import World
 
 Slices = dict[str, dict[str, Slice]]  # file → tensor → where it lies in the whole, or all of it
@@ -89,7 +89,7 @@ def read_slices(
     records = sorted(filter(_RECORD.fullmatch, texts)) if "ranks" in manifest else []
     if len(records) != manifest.get("ranks", 0):
         raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
-    slices = {place: {n: _all_of(t) for n, t in found.items()} for place, found in stored.items()}
+    slices = {p: {n: Slice.all_of(t) for n, t in found.items()} for p, found in stored.items()}
     for file in (path / name for name in records):
         record = disk.parse_json(file, texts[file.name])
         if problem := misfit(RankRecord, record):
@@ -116,10 +116,6 @@ def read_slices(
             raise CheckpointError(f"{path}: malformed: the slices of {name} are not all there")
         tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
     return tensors, slices
-
-
-def _all_of(tensor: Tensor) -> Slice:
-    return Slice(tuple(tensor.shape), 0, 0, tensor.shape[0] if tensor.dim() else 1)
 
 
 def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:

@@ -1,5 +1,7 @@
 """How a model lies on several ranks: whole on each (DDP), or each block in shards (FSDP2).
 
+Which slice of a whole tensor lies on this rank is found without asking the others.
+
 DDP and FSDP2 average gradients over the ranks: the loss is to be weighted by their number. Sources:
 Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, PyTorch FSDP
 (arXiv:2304.11277).
@@ -7,7 +9,7 @@ Li et al. 2020, PyTorch Distributed (arXiv:2006.15704); Zhao et al. 2023, PyTorc
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,23 +17,17 @@ from fasttrain_kernels._torch import TorchDispatchMode, fsdp_collectives
 from torch import Tensor, nn
 
 from fasttrain.config import DistributedConfig, UserError
-from fasttrain.distributed.slices import cut, locate
 from fasttrain.distributed.world import World, choose_mode, start
 from fasttrain.log.timing import StepClock
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def replicate(objective: nn.Module, *, accumulates: bool, sync_buffers: bool = False) -> nn.Module:
+def replicate(objective: nn.Module, *, sync_buffers: bool) -> nn.Module:
     """Wrap a module, which holds the parameters and returns the loss, in DDP.
 
-    If it ``accumulates`` gradients over micro-batches, they lie in DDP's buckets from the start and
-    must be zeroed, not set to None: otherwise they lie beside the buckets until the last
-    micro-batch, and then in both. With ``sync_buffers`` each forward takes rank 0's buffers.
+    With ``sync_buffers`` each forward takes rank 0's buffers.
     """
-    if accumulates:
-        for p in objective.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
     ddp = nn.parallel.DistributedDataParallel
     if not sync_buffers:  # broadcast_buffers=False is deprecated since torch 2.13
         names = [name for name, _ in objective.named_buffers()]
@@ -110,6 +106,74 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(module)
 
 
+class Slice(NamedTuple):
+    """``begin`` to ``end`` of dimension ``dim``, all of the others, of a tensor of ``shape``."""
+
+    shape: tuple[int, ...]
+    dim: int
+    begin: int
+    end: int
+
+    @classmethod
+    def all_of(cls, whole: Tensor) -> "Slice":
+        """Return the slice that is all of a tensor; a scalar has no dimension to cut."""
+        return cls(tuple(whole.shape), 0, 0, whole.shape[0] if whole.dim() else 1)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        length = self.end - self.begin
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this slice of a whole tensor, a view."""
+        return whole.narrow(self.dim, self.begin, self.end - self.begin) if self.shape else whole
+
+
+def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
+    """Return where the local tensor of a DTensor lies in the whole; None for any other tensor.
+
+    Also whether this rank is the first that holds it. Raises TypeError unless the tensor is
+    replicated or sharded by one dimension, as FSDP2 does it, on a mesh of any shape.
+    """
+    if type(tensor) is Tensor or not hasattr(tensor, "placements"):
+        return None
+    spread: Any = tensor
+    mesh, placements = spread.device_mesh, spread.placements
+    whole, first = Slice.all_of(tensor), True
+    found = whole
+    for size, at, placement in zip(mesh.shape, mesh.get_coordinate(), placements, strict=True):
+        if placement.is_replicate():
+            first = first and at == 0
+        elif type(placement).__name__ == "Shard" and found is whole:
+            length = tensor.shape[placement.dim]
+            step = -(-length // size)  # torch.chunk: the last ones are shorter, or empty
+            begin, dim = min(at * step, length), placement.dim % tensor.dim()
+            found = Slice(whole.shape, dim, begin, min(begin + step, length))
+        else:
+            raise TypeError(
+                f"checkpoint: a DTensor must be replicated or sharded by one dimension, got "
+                f"{tuple(placements)}; redistribute it before saving"
+            )
+    return found, first
+
+
+def cut(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor sharded as ``like`` is, this rank's slice copied; no rank waits.
+
+    It is returned as it is if ``like`` is not a DTensor of its shape.
+    """
+    located = locate(like) if whole.shape == like.shape else None
+    if located is None:
+        return whole
+    from torch.distributed.tensor import DTensor
+
+    local = located[0].of(whole).to(like.device, copy=True).contiguous()
+    spread: Any = like
+    where: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    result: Tensor = DTensor.from_local(local, spread.device_mesh, spread.placements, **where)
+    return result
+
+
 class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives each DTensor its slice of the random numbers, or of the tensor, for the whole of it."""
 
@@ -147,18 +211,21 @@ def make_sharded(
     return model
 
 
+def _gathered(model: nn.Module, world: World) -> list[Any]:
+    """Return the modules that FSDP2 gathers one by one, the model first."""
+    return [m for m in model.modules() if world.sharded and hasattr(m, "unshard")]
+
+
 @contextmanager
 def evaluating(model: nn.Module, world: World) -> Iterator[None]:
     """Use a model without training it: in evaluation mode, sharded parameters gathered.
 
     All ranks must enter it together and call the model equally often.
     """
-    was_training, sharded = model.training, list[Any]()
-    if world.sharded:
-        from torch.distributed.fsdp import FSDPModule
-
-        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = _gathered(model, world)
+    if sharded:
         sharded[0].unshard()  # the model's own
+    was_training = model.training
     model.eval()
     try:
         yield
@@ -198,11 +265,7 @@ class _Timed:
 def time_collectives(network: Any, world: World, clock: StepClock, *, accumulates: bool) -> None:
     """Have a clock measure all collectives of parameters and gradients; not a bit changes."""
 
-    # DDP checks the annotations; torch's stubs do not have this one.
-    def average(
-        _: object,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> torch.futures.Future[Tensor]:
+    def average(_, bucket):  # type: ignore[no-untyped-def]  # DDP takes no other annotation
         gradients = bucket.buffer()
         # As DDP does where it has no hook: gradients that lie in the bucket are divided, others
         # multiplied on the way into it.
@@ -213,22 +276,14 @@ def time_collectives(network: Any, world: World, clock: StepClock, *, accumulate
             clock.end(span)
             return done.value()[0]
 
-        sent: torch.futures.Future[list[Tensor]]
-        sent = dist.all_reduce(gradients, async_op=True).get_future()
-        return sent.then(over)
+        return dist.all_reduce(gradients, async_op=True).get_future().then(over)
 
     if world.mode == "ddp":
         network.register_comm_hook(None, average)
-    elif world.sharded:
-        from torch.distributed.fsdp import FSDPModule
-
-        if (collectives := fsdp_collectives()) is None:
-            return  # communication_ms is then 0
-        timed: Any = [_Timed(collective, clock) for collective in collectives]
-        gather, scatter = timed
-        for module in network.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(gather)
-                module.set_custom_reduce_scatter(scatter)
-                if world.mode == "hsdp":
-                    module.set_all_reduce_hook(scatter.followed)
+    elif world.sharded and (collectives := fsdp_collectives()):  # else communication_ms is 0
+        gather, scatter = (_Timed(collective, clock) for collective in collectives)
+        for module in _gathered(network, world):
+            module.set_custom_all_gather(gather)
+            module.set_custom_reduce_scatter(scatter)
+            if world.mode == "hsdp":
+                module.set_all_reduce_hook(scatter.followed)

@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -99,9 +99,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def begin_sum(self, tensor: Tensor) -> dist.Work | None:
-        """Begin to add a tensor up over all ranks, in place; it is done after ``wait``."""
-        return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+    def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to add a tensor up over all ranks, in place; what is returned waits for it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        return work.wait if work else lambda: None
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank. Waits."""
@@ -115,10 +116,10 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def wait_longer(self, patience_s: float) -> None:
-        """Have `gather` and `share` fail only after ``patience_s`` from now on."""
-        if self.control is not None:
-            set_group_timeout(timedelta(seconds=patience_s), self.control)
+    def set_timeout(self, timeout_s: float) -> None:
+        """Have a collective fail that takes longer than ``timeout_s`` from now on."""
+        for group in (None, self.control) if self.size > 1 else ():  # the devices', the hosts'
+            set_group_timeout(timedelta(seconds=timeout_s), group)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError (SharedError but on rank 0) if ranks hold different facts. Waits.
@@ -306,18 +307,6 @@ def stop(world: World) -> None:
     """Leave the process groups."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def steady(config: DistributedConfig, world: World) -> None:
-    """Fail the job if a collective takes longer than ``distributed.timeout_s`` from now on.
-
-    Called after the first step, which compiles: ranks reach its collectives minutes apart. The
-    limit lies above that of the watchdog, whose message says more.
-    """
-    if world.size > 1:
-        patience = timedelta(seconds=1.5 * config.timeout_s + 1)
-        set_group_timeout(patience)
-        set_group_timeout(patience, world.control)
 
 
 def choose_mode(

@@ -47,7 +47,7 @@ def evaluate(
     )
     batches = evaluation_batches(dataset, options, device, n_tokens=config.eval.tokens)
     one_graph = step.compile_mode not in ("off", "c++", "blocks") and compiles_evaluation(device)
-    totals_of = _compiled(_totals) if one_graph else _totals
+    totals_of = _compiled(_totals, "default") if one_graph else _totals
     with evaluating(model, world):
         for batch in batches:
             if should_stop is not None and should_stop():
@@ -67,9 +67,7 @@ def evaluate(
     }
 
 
-@functools.cache  # what was compiled for one evaluation serves the next
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return compile_function(function, "default")
+_compiled = functools.cache(compile_function)  # for one evaluation; it serves the next
 
 
 def _totals(

@@ -8,7 +8,7 @@ checkpoint and continue behind the offending batches, or to stop; and it writes 
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from fasttrain.config.keys import counted
 from fasttrain.data.files import DataError
@@ -51,18 +51,17 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
         return None
     tokenizer_path = run_dir / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.exists() else None
-    rows, stride = options.micro_batch, options.micro_batch * options.world_size
-    lines = []
+    rows, lines = options.micro_batch, list[str]()
     with loader.at(fault.position) as again:
         for m, batch in enumerate(islice(again, n_micro_batches)):
-            first = fault.position + m * stride + options.rank * rows
+            first = fault.position + (m * options.world_size + options.rank) * rows
             ids = loader.sample_ids(first, rows).tolist()
-            for row, sample in enumerate(ids):
-                tokens = batch.tokens[row].tolist()
-                content: dict[str, Any] = {"tokens": tokens}
-                if tokenizer is not None:
-                    content = {"text": tokenizer.decode(tokens, skip_special_tokens=False)}
-                line = {**fault.saved(), "position": first + row, "sample": sample, **content}
+            for row, (sample, tokens) in enumerate(zip(ids, batch.tokens.tolist(), strict=True)):
+                line = {**fault.saved(), "position": first + row, "sample": sample}
+                if tokenizer is None:
+                    line["tokens"] = tokens
+                else:
+                    line["text"] = tokenizer.decode(tokens, skip_special_tokens=False)
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -74,10 +73,10 @@ class Recovery:
     The keys ``on_nonfinite``, ``on_spike`` and ``max_rollbacks`` decide.
     """
 
-    def __init__(self, saver: Saver, guard: StateGuard, run_dir: Path) -> None:
+    def __init__(self, saver: Saver, guard: StateGuard) -> None:
         self.saver, self.reporter, self.guard = saver, saver.reporter, guard
         self.state, self.train_step, self.loop = saver.state, saver.train_step, saver.config.train
-        self.run_dir, self.norms = run_dir, NormWatch()
+        self.norms = NormWatch()
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
@@ -106,14 +105,14 @@ class Recovery:
         if decision.action == "go on":
             return steps
         if decision.action == "roll back" and rng is not None:
-            self.reporter.warn("the steps since the last checkpoint are not saved")
+            self.reporter.console.warn("the steps since the last checkpoint are not saved")
             return None
         first = decision.offending[0].step
         if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
             self.state.faults.rolled_back(decision.offending)
             self._alike_at = self.state.step  # all have read the same files
             blamed = counted(sum(not f.of_machine for f in decision.offending), "step")
-            self.reporter.warn(
+            self.reporter.console.warn(
                 f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
                 f"without the samples of {blamed} from step {first} on"
             )
@@ -207,13 +206,14 @@ class Recovery:
     def _report(self, decision: Decision, loader: Loader) -> None:
         """Warn of what is not sound, and write the samples of bad steps down."""
         if decision.warning:
-            self.reporter.warn(decision.warning)
+            self.reporter.console.warn(decision.warning)
         for fault in decision.reported:
             where = ""
             if not fault.of_machine:
+                n_micro, run_dir = self.train_step.n_micro, self.reporter.run_dir
                 try:
-                    path = write_report(fault, loader, self.train_step.n_micro, self.run_dir)
+                    path = write_report(fault, loader, n_micro, run_dir)
                     where = f"; its samples: {path}" if path else ""
                 except (OSError, DataError) as error:
                     where = f"; its samples could not be written down: {error}"
-            self.reporter.warn(f"{fault}; no update was made of it{where}")
+            self.reporter.console.warn(f"{fault}; no update was made of it{where}")

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,7 @@ CPU_ROWS = 64  # no more of them are tried
 # ---- estimated ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StepMemory:
+class StepMemory(NamedTuple):
     """Bytes that are held at the moment of a step when most are held."""
 
     parameters: int
@@ -73,7 +72,7 @@ class StepMemory:
     @property
     def total(self) -> int:
         """The sum over the categories."""
-        return sum(astuple(self))
+        return sum(self)
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -110,8 +109,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def gradients(self) -> int:
         """Return the bytes of the gradients that are there, of this rank's shards."""
-        found = (p.grad for p in self.parameters if p.grad is not None)
-        return sum(local_tensor(grad).nbytes for grad in found)
+        return sum(local_tensor(p.grad).nbytes for p in self.parameters if p.grad is not None)
 
     def sizes(self, config: OptimConfig, precision: Precision, n_ranks: int) -> tuple[int, ...]:
         """Return the bytes of parameters, gradients, optimizer state and an update's scratch."""

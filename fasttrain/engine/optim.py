@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fasttrain.config import OptimConfig, UserError
 from fasttrain.config.keys import refuse
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut
 from fasttrain.model.transformer import Transformer
 
 
@@ -99,27 +99,50 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
-    total = 0
-    for p in _parameters(optimizer):
-        if (state := _expected(optimizer, p)) is not None:
-            total += sum(tensor.nbytes for key, tensor in state.items() if key != "step")
-        elif p.numel() < 4096 or p.numel() % 256:
-            total += 2 * p.nbytes
-        else:  # torchao: two moments of a byte, an fp32 scale for each 256 of them and two tables
-            total += 2 * (p.numel() + p.numel() // 64 + 1024)
-    return total
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of an optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _parts(tensor: Any) -> dict[str, Tensor]:
-    """Return the plain tensors that a quantized tensor consists of, by name, else none."""
-    quantized = type(tensor).__module__.startswith("torchao.")
-    return {n: getattr(tensor, n) for n in (tensor.__tensor_flatten__()[0] if quantized else ())}
+def _new_state(optimizer: Optimizer, p: Tensor, device: Any = "meta") -> dict[str, Tensor] | None:
+    """Return the state that a step makes for a parameter; None: not known."""
+    like = torch.empty(p.shape, dtype=p.dtype, device=device)
+    step = torch.zeros((), device=device)
+    if isinstance(optimizer, FusedAdamW | Muon):
+        return optimizer.new_state(like)
+    if type(optimizer) is torch.optim.SGD:
+        return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
+    if type(optimizer) is torch.optim.Adafactor:
+        if p.ndim < 2:
+            return {"step": step, "variance": like}
+        return {"step": step, "row_var": like[..., :1], "col_var": like[..., :1, :]}
+    if (make := getattr(optimizer, "_new_buffer", None)) and not hasattr(p, "placements"):
+        # As torchao's optimizers make them; only the first is signed.
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + optimizer.defaults["amsgrad"]]
+        return {"step": step, **{name: make(like, signed=name == "exp_avg") for name in names}}
+    return None
+
+
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a parameter's state; a quantized one in parts, as ``<key>/<part>``."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if value is not None:  # else it is not made yet
+            whole: Any = torch.as_tensor(value)
+            quantized = type(whole).__module__.startswith("torchao.")
+            parts = whole.__tensor_flatten__()[0] if quantized else ()
+            tensors |= {f"{key}/{part}": getattr(whole, part) for part in parts} or {key: whole}
+    return tensors
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of the moments that `build_optimizers`' ``optimizer`` will hold."""
+    total = 0
+    for p in parameters_of(optimizer):
+        state = _new_state(optimizer, p)
+        moments = {"first": p, "second": p} if state is None else _tensors_of(state)
+        total += sum(tensor.nbytes for key, tensor in moments.items() if key != "step")
+    return total
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -128,19 +151,12 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict
     A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {}
-    for optimizer in optimizers:
-        parameters = _parameters(optimizer)
-        for index, state in optimizer.state_dict()["state"].items():
-            name = names[id(parameters[index])]
-            for key, value in state.items():
-                if value is None:  # not made yet
-                    continue
-                whole = torch.as_tensor(value)
-                parts = {f"/{part}": tensor for part, tensor in _parts(whole).items()}
-                for part, tensor in (parts or {"": whole}).items():
-                    tensors[f"{name}/{key}{part}"] = tensor
-    return tensors
+    return {
+        f"{names[id(p)]}/{key}": tensor
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, tensor in _tensors_of(state).items()
+    }
 
 
 def load_optimizer_tensors(
@@ -163,18 +179,26 @@ def load_optimizer_tensors(
         of.setdefault(name, {})[key] = tensor
     for optimizer in optimizers:
         state: dict[int, dict[str, Tensor]] = {}
-        for index, p in enumerate(_parameters(optimizer)):
-            if (mine := of.pop(names[id(p)], {})) or stepped:
-                expected = _expected(optimizer, p)
-                if expected is None:  # not known, but it cannot be empty
-                    expected = mine or {"state": p}
-                check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
-            if mine:
-                state[index] = _whole(optimizer, p, {k: cut(t, p) for k, t in mine.items()})
+        for index, p in enumerate(parameters_of(optimizer)):
+            mine = of.pop(names[id(p)], {})
+            if not (mine or stepped):
+                continue
+            whole = {key: tensor for key, tensor in mine.items() if "/" not in key}
+            parts = mine.keys() - whole.keys()  # of quantized tensors
+            new = _new_state(optimizer, p, p.device if parts else "meta")
+            # Where it is not known, it still cannot be empty, nor in parts.
+            expected = whole or {"state": p} if new is None else _tensors_of(new)
+            check_tensors(f"optimizer state {names[id(p)]}/", mine, expected)
+            for part in parts:
+                expected[part].copy_(mine[part])  # into a tensor of `new`
+            if new and parts:
+                whole = new | whole
+            if whole:
+                state[index] = {key: cut(tensor, p) for key, tensor in whole.items()}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         for index, mine in state.items():  # torch has made all floats the parameter's dtype
-            held = optimizer.state[_parameters(optimizer)[index]]
+            held = optimizer.state[parameters_of(optimizer)[index]]
             held |= {k: t.to(held[k].device) for k, t in mine.items() if t.dtype != held[k].dtype}
     if of:
         raise KeyError(f"optimizer state for unknown parameters: {sorted(of)[:3]}")
@@ -187,35 +211,3 @@ def check_tensors(what: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
         there, here = ("missing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in found)
         if there != here:
             raise RuntimeError(f"{what}{name} is {there} there and {here} here")
-
-
-def _expected(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor] | None:
-    """Return the state that a step makes for a parameter, on the meta device; None: not known."""
-    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    step = torch.empty((), device="meta")
-    if isinstance(optimizer, FusedAdamW | Muon):
-        return optimizer.new_state(like)
-    if type(optimizer) is torch.optim.SGD:
-        return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
-    if type(optimizer) is torch.optim.Adafactor:
-        if p.ndim < 2:
-            return {"step": step, "variance": like}
-        return {"step": step, "row_var": like[..., :1], "col_var": like[..., :1, :]}
-    return None
-
-
-def _whole(optimizer: Optimizer, p: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of one parameter, quantized tensors assembled from their parts."""
-    state = {key: tensor for key, tensor in saved.items() if "/" not in key}
-    for key in sorted({key.partition("/")[0] for key in saved if "/" in key}):
-        # torchao's optimizers make their buffers so at the first step; only the first is signed.
-        new: Any = getattr(optimizer, "_new_buffer", None)
-        buffer = new and new(p, signed=key == "exp_avg")
-        if buffer is None or not _parts(buffer):
-            raise KeyError(f"quantized optimizer state {key!r}, for which this optimizer has none")
-        for part, tensor in _parts(buffer).items():
-            found = saved[f"{key}/{part}"]
-            check_tensors(f"optimizer state {key}/", {part: found}, {part: tensor})
-            tensor.copy_(found)
-        state[key] = buffer
-    return state

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,14 @@ from fasttrain.log.sinks import LogFile, Sinks
 from fasttrain.model.transformer import Transformer
 
 
+class _Nothing:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+NOTHING: Any = _Nothing()  # a console or file that takes any call, for a rank that has none
+
+
 @dataclass
 class Reporter:
     """Writes the log of one run; the first rank alone writes files."""
@@ -26,13 +35,14 @@ class Reporter:
     config: TrainConfig
     samples_per_epoch: int
     run_dir: Path
-    console: Console | None
+    console: Console
     mirror: Mirror | None
     made_by: dict[str, Any] | None
 
     def __post_init__(self) -> None:
-        step = self.train_step
-        self.sinks = Sinks(self.config, self.run_dir, self.made_by) if step.world.leads else None
+        step, folder, leads = self.train_step, self.run_dir, self.train_step.world.leads
+        self.sinks: Sinks = Sinks(self.config, folder, self.made_by) if leads else NOTHING
+        self.samples: LogFile = LogFile(folder / "samples.txt") if leads else NOTHING
         self.flops_per_token = cast(Transformer, step.model).flops_per_token()
         self.device = step.loss.device
         self.peak_flops = metrics.peak_flops(self.device, step.precision.name)
@@ -78,33 +88,25 @@ class Reporter:
             row["stopped"] = True
         if not self._session_has_line:
             row["first_step_s"], self._session_has_line = state.first_step_s, True
-        if self.sinks:
-            self.sinks.write("train", row)
-        if self.console:
-            self.console.train(row)
+        self.sinks.write("train", row)
+        self.console.train(row)
 
     def evaluation(self, result: dict[str, Any], scores: dict[str, float]) -> None:
         """Write the result of an evaluation, and scores on ``eval.tasks`` if there are any."""
         step, best = self.state.step, self.state.best_val_loss
-        if self.sinks:
-            self.sinks.write("eval", {"step": step, **result})
-            if scores:
-                self.sinks.write("tasks", {"step": step, **scores})
-        if self.console:
-            is_best = result["val_loss"] < best < math.inf  # the first says nothing
-            self.console.evaluation({"step": step, **result, "best": is_best})
-            if scores:
-                shown = (f"{name} {score:.4f}" for name, score in scores.items())
-                self.console.note(f"tasks {step:>7}  {'  '.join(shown)}")
+        row = {"step": step, **result}
+        self.sinks.write("eval", row)
+        is_best = result["val_loss"] < best < math.inf  # the first says nothing
+        self.console.evaluation(row | {"best": is_best})
+        if scores:
+            self.sinks.write("tasks", {"step": step, **scores})
+            named = (f"{name} {score:.4f}" for name, score in scores.items())
+            self.console.note(f"tasks {step:>7}  {'  '.join(named)}")
 
     def sample(self, prompt: str, text: str) -> None:
         """Write a prompt and how the model continued it."""
-        if self.console:
-            self.console.sample(self.state.step, prompt, text)
-        if self.sinks:
-            file = LogFile(self.run_dir / "samples.txt")
-            file.write(redact(f"--- step {self.state.step}\n{prompt}{text}\n"))
-            file.close()
+        self.console.sample(self.state.step, prompt, text)
+        self.samples.write(redact(f"--- step {self.state.step}\n{prompt}{text}\n"))
 
     def drop_after(self, step: int) -> None:
         """Remove the rows and samples of steps after ``step``, from which the run continues."""
@@ -113,16 +115,10 @@ class Reporter:
             head = re.fullmatch(r"--- step (\d+)\n", line)
             return int(head[1]) if head else None
 
-        if self.sinks:
-            self.sinks.drop_after(step)
-            LogFile(self.run_dir / "samples.txt").drop_after(step, step_of)
-
-    def warn(self, text: str) -> None:
-        """Show a warning."""
-        if self.console:
-            self.console.warn(text)
+        self.sinks.drop_after(step)
+        self.samples.drop_after(step, step_of)
 
     def close(self) -> None:
         """Close the files."""
-        if self.sinks:
-            self.sinks.close()
+        self.sinks.close()
+        self.samples.close()

@@ -13,7 +13,7 @@ from fasttrain.checkpoint.files import history
 from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Lockstep, differing_step
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import Tensors, restore_rng, rng_state
@@ -73,25 +73,25 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
 class Saver:
     """Saves and restores one run."""
 
-    def __init__(
-        self, reporter: Reporter, lockstep: Lockstep, run_dir: Path, recorded: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, reporter: Reporter, lockstep: Lockstep, recorded: Mapping[str, Any]) -> None:
         self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.lockstep, self.recorded = reporter, lockstep, recorded
         self.config = config = reporter.config
         self.world, self.mirror = world, mirror = reporter.train_step.world, reporter.mirror
-        # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well.
+        # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well; the
+        # lockstep longer than the writer, which says more of what went wrong.
         self.patience_s = max(600.0, 2 * config.distributed.timeout_s)
+        self._lockstep_s = self.patience_s + config.distributed.timeout_s
         self.saved_at: int | None = None  # the step of the newest save, unless that failed
         self.failed_saves = 0  # in a row
         self._failed_at: int | None = None  # the step whose own save failed
         self.writer = CheckpointWriter(
-            run_dir / "checkpoints",
+            reporter.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
             world=world,
             patience_s=self.patience_s,
-            warn=reporter.warn,
+            warn=reporter.console.warn,
             mirror=mirror,
         )
         if mirror:
@@ -104,18 +104,13 @@ class Saver:
         """
         if self.state.step in (self.saved_at, self._failed_at):
             return
-        self._expect_to_wait()
         failed = self._fails(self.wait)
         if self._fails(self.save, again=failed):
             self._failed_at = self.state.step
 
-    def _expect_to_wait(self) -> None:
-        """Have the lockstep outlast the writer, which says more of what went wrong."""
-        self.lockstep.beat(self.patience_s + self.config.distributed.timeout_s)
-
     def save_now(self, rng: Tensors) -> None:
         """Save this step with these random states; return when it is committed."""
-        self._expect_to_wait()
+        self.lockstep.beat(self._lockstep_s)
         # The step that was given up computes on: a thread that gives way to it would take long.
         # Nor is memory pinned, which may wait for what hangs on the device.
         self.writer.asynchronous = False
@@ -124,13 +119,14 @@ class Saver:
         try:
             self.wait()
         except CheckpointError as error:
-            self.reporter.warn(str(error))
+            self.reporter.console.warn(str(error))
         if self.saved_at != self.state.step:
             self.save(rng)
             self.wait()
 
     def wait(self) -> None:
         """Wait for the save in flight; raises CheckpointError if it failed."""
+        self.lockstep.beat(self._lockstep_s)
         saved_at, self.saved_at = self.saved_at, None
         with self.state.account.measure("checkpoint"):
             self.writer.wait()
@@ -147,7 +143,7 @@ class Saver:
             self.failed_saves += not again  # where another failure of this step was counted
             if self.failed_saves >= MAX_FAILED_SAVES:
                 raise
-            self.reporter.warn(f"{error} (training goes on)")
+            self.reporter.console.warn(f"{error} (training goes on)")
             return True
 
     def save(self, rng: Tensors | None = None) -> Path:
@@ -176,7 +172,6 @@ class Saver:
     def go_back(self, before: int) -> Checkpoint | None:
         """Restore the newest intact checkpoint from before a step, but for time and faults."""
         self._failed_at = None
-        self._expect_to_wait()
         self._fails(self.wait)
         # Rank 0's list: while others wait no longer, it may still remove checkpoints.
         for name in self.world.share([path.name for path in self.kept(before)]):
@@ -184,7 +179,7 @@ class Saver:
                 with self.world.failing_together():  # all go back to the same step
                     checkpoint = load(self.writer.folder / name)
             except UserError as error:
-                self.reporter.warn(f"passing over a damaged checkpoint: {error}")
+                self.reporter.console.warn(f"passing over a damaged checkpoint: {error}")
                 continue
             self._restore(checkpoint)
             self.saved_at = None  # where the run stops here, its rollback is to be remembered
@@ -211,6 +206,6 @@ class Saver:
             self.writer.close()
         finally:
             if self.config.checkpoint.mirror:
-                self.world.wait_longer(2 * self.patience_s)
+                self.world.set_timeout(2 * self.patience_s)
             if self.mirror:
                 self.mirror.finish(self.patience_s)

@@ -38,32 +38,27 @@ def lr_at(
     2024 (MiniCPM, arXiv:2404.06395), here with the linear decay of Hägele et al. 2024
     (arXiv:2405.18392).
     """
-    warmup_steps = schedule.warmup_steps
-    if step < warmup_steps:
-        return lr * ((step + 1) / warmup_steps)
-    if schedule.name == "constant":
-        return lr
-    a_third = -(-total_steps // 3)
-    if schedule.name == "step":
-        n_decays = (step - warmup_steps) // (schedule.decay_every_steps or a_third)
+    name, start, a_third = schedule.name, schedule.warmup_steps, -(-total_steps // 3)
+    if step < start:
+        return lr * ((step + 1) / start)
+    if name in ("step", "plateau"):
+        every = schedule.decay_every_steps or a_third
+        n_decays = (step - start) // every if name == "step" else n_plateaus
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
-    if schedule.name == "plateau":
-        return max(lr * schedule.decay_factor**n_plateaus, schedule.min_lr)
-    if schedule.name not in ("cosine", "cosine_restarts", "linear", "wsd"):
-        refuse("schedule.name", schedule.name, "is not implemented; add it to engine/schedule.py")
-    start = warmup_steps
-    if schedule.name == "wsd":
+    if name not in ("constant", "cosine", "cosine_restarts", "linear", "wsd"):
+        refuse("schedule.name", name, "is not implemented; add it to engine/schedule.py")
+    if name == "wsd":
         begun = schedule.decay_start_step
         if begun is None:
             begun = total_steps - round(schedule.decay_fraction * total_steps)
         start = max(start, begun)
-    if step <= start:
+    if name == "constant" or step <= start:
         return lr
     progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
-    if schedule.name == "cosine_restarts":
+    if name == "cosine_restarts":
         cycle_steps = schedule.cycle_steps or a_third
         progress = (step - start) % cycle_steps / cycle_steps
-    if schedule.name.startswith("cosine"):
+    if name.startswith("cosine"):
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     # Weighting both ends, rather than adding a difference to one, makes both exact.
     return lr * (1.0 - progress) + schedule.min_lr * progress

@@ -121,9 +121,9 @@ class RunState:
         self.faults.load(saved["faults"])
         self.account = TimeAccount(self.step)
 
-    def due(self, every: int | None) -> bool:
-        """Return whether something that happens every so many steps happens after this one."""
-        return every is not None and self.step % every == 0
+    def due(self, *every: int | None) -> bool:
+        """Return whether any of what happens every so many steps happens after this one."""
+        return any(n is not None and self.step % n == 0 for n in every)
 
     @property
     def next_position(self) -> int:
@@ -186,14 +186,13 @@ class StateGuard:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Hold the state while this thread trains."""
-        self._lock.acquire()
-        self._training = True
-        try:
-            yield
-        finally:
-            self.close()  # waits forever for a thread that has taken over: that ends the process
-            self._training = False
-            self._lock.release()
+        with self._lock:
+            self._training = True
+            try:
+                yield
+            finally:
+                self.close()  # waits forever for a thread that has taken over, to end the process
+                self._training = False
 
     def open(self) -> None:
         """Begin to compute. Does nothing outside of `training`, where nobody else may save."""

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, resolve_attention
-from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut, replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import World, checksum
-from fasttrain.engine.optim import set_lr
+from fasttrain.engine.optim import parameters_of, set_lr
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.log.timing import StepClock
@@ -64,8 +63,7 @@ def summed_loss(
 
 def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
-    smoothing, z_loss = config.train.label_smoothing, config.train.z_loss
-    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss}
+    options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
 
 
@@ -209,7 +207,7 @@ class TrainStep:
         self.world = world = world or World()
         self.model, self.optimizers, self.precision = model, list(optimizers), precision
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        loop, sharded = config.train, world.sharded
+        run, loop, sharded = config.run, config.train, world.sharded
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
         self.ema = Ema(model, loop.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
@@ -229,16 +227,15 @@ class TrainStep:
                 "'ddp'; raise train.micro_batch until one makes the step, or use "
                 f"run.compile={other}"
             )
-        one_graph = mode == "cuda-graphs" or (custom and config.run.compile == "default")
-        if sharded and (one_graph or config.run.fp8):
+        one_graph = mode == "cuda-graphs" or (custom and run.compile == "default")
+        if sharded and (one_graph or run.fp8):
             raise UserError(
-                f"run.compile = {config.run.compile!r} with run.fp8 = {config.run.fp8} does not go "
-                f"with distributed.mode = {world.mode!r}; use distributed.mode=ddp, or run.compile="
+                f"run.compile = {run.compile!r} with run.fp8 = {run.fp8} does not go with "
+                f"distributed.mode = {world.mode!r}; use distributed.mode=ddp, or run.compile="
                 f"{'off' if custom else 'auto'} and run.fp8=false"
             )
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
-        run = config.run
         self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
         if isinstance(model, Transformer):
             if run.fp8:
@@ -254,12 +251,16 @@ class TrainStep:
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self.network: nn.Module = model
+        # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
+        # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the
+        # next micro-batch overwrites them.
         self.keeps_grads = accumulates and (world.mode == "ddp" or (captures and not sharded))
+        for p in self.parameters if self.keeps_grads else ():
+            p.grad = torch.zeros_like(p)
         if world.mode == "ddp":  # its module holds the model and returns the loss
             objective = nn.ModuleDict({"model": model})
             objective.forward = self.loss_fn
-            ddp = replicate(objective, accumulates=accumulates, sync_buffers=custom)
-            self.network = self.loss_fn = ddp
+            self.network = self.loss_fn = replicate(objective, sync_buffers=custom)
         # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
         self.loss, self.norm, self.verdict = torch.zeros(3, device=device)
         # The `StepNumbers` of the steps since `numbers` was called, up to its last row
@@ -295,17 +296,17 @@ class TrainStep:
         time tells what happens once from what happens each time. Waits for the device.
         """
         self.clock.mark(0)
-        rng, seen, found = rng_state(self.loss.device), list[list[int]](), PERSISTENT
-        while len(seen) < 2 or (len(seen) == 2 and found != FINE):
+        rng, seen = rng_state(self.loss.device), list[list[int]]()
+        for alike in (PERSISTENT, FINE, TRANSIENT):  # the verdict where it comes out as before
             if seen:
                 restore_rng(rng, self.loss.device)
                 self._drop_gradients()
             loss, grads = self._backward(batches)
             measured = self._measure(loss, grads)
             bits = torch.stack([*(checksum([t]) for t in measured), checksum(grads)]).tolist()
-            if seen:
-                alike = FINE if len(seen) == 1 else TRANSIENT
-                found = max(self.world.gather(alike if bits in seen else PERSISTENT))
+            found = max(self.world.gather(alike if bits in seen else PERSISTENT))
+            if found == FINE:
+                break
             seen.append(bits)
         self.clock.mark(1)
         self._finish(*measured, grads, lr, found)
@@ -314,26 +315,19 @@ class TrainStep:
         """Run forward and backward; return this rank's part of the loss, and the gradients."""
         counts = [(b.targets != self.ignore_index).sum() for b in batches]
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
-        counting = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
+        counted = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
         loss, weight = torch.zeros_like(self.loss), None
-        if self.keeps_grads and self.world.mode != "ddp":
-            # A CUDA graph's gradients live in its own pool, where the next micro-batch overwrites
-            # them: they are added to buffers outside of it.
-            for p in (p for p in self.parameters if p.grad is None):
-                p.grad = torch.zeros_like(p)
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)
             inputs = (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
             part = self.loss_fn(*inputs)
             if self.precision.scaled and weight is None:
-                if counting is not None:
-                    counting.wait()
+                counted()
                 weight = self.grad_scale * self.world.size / n_targets.clamp(min=1)
             part.backward(weight)  # type: ignore[no-untyped-call]
             loss += part.detach()
-        if counting is not None:
-            counting.wait()
+        counted()
         n_targets = n_targets.clamp(min=1)
         self.grad_unit = self.grad_scale if self.precision.scaled else n_targets / self.world.size
         return loss / n_targets, [p.grad for p in self.parameters if p.grad is not None]
@@ -360,7 +354,7 @@ class TrainStep:
             if getattr(optimizer, "reads_clip_on_device", False):
                 step(clip_coefficient=clip, found_inf=bad)
             elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
-                found_grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+                found_grads = (p.grad for p in parameters_of(optimizer))
                 if mine := [local_tensor(g) for g in found_grads if g is not None]:
                     torch._foreach_mul_(mine, clip)
                 step()
@@ -380,19 +374,19 @@ class TrainStep:
             if self.keeps_grads:
                 optimizer.zero_grad(set_to_none=False)
             else:  # as zero_grad does, in a quarter of its 0.1 ms
-                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                for p in parameters_of(optimizer):
                     p.grad = None
 
     def _measure(self, loss: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the step's loss and gradient norm, alike on all ranks, from `_backward`'s."""
         world = self.world
-        reduced = world.begin_sum(loss) if world.mode == "ddp" else None
-        norm = grad_norm(grads).norm
-        if reduced is not None:
-            reduced.wait()
         if world.sharded:
-            loss, squares = world.sum(torch.stack([loss, norm.square()])).unbind()
-            norm = (squares / world.n_copies).sqrt()
+            sums = torch.stack([loss, grad_norm(grads).norm.square()])
+            loss, squares = world.sum(sums).unbind()
+            return loss, (squares / world.n_copies).sqrt() / self.grad_unit
+        summed = world.begin_sum(loss)
+        norm = grad_norm(grads).norm
+        summed()
         return loss, norm / self.grad_unit
 
     def _judge(self) -> Tensor:

@@ -22,10 +22,10 @@ from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import Lockstep, call_ranks
 from fasttrain.distributed.sharding import evaluating
-from fasttrain.distributed.world import World, steady
+from fasttrain.distributed.world import World
 from fasttrain.engine.evaluation import evaluate
 from fasttrain.engine.faults import Recovery
-from fasttrain.engine.reporter import Reporter
+from fasttrain.engine.reporter import NOTHING, Reporter
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps, step_shape
 from fasttrain.engine.state import RunState, StateGuard, restore_rng
@@ -72,7 +72,8 @@ class Trainer:
         self.world = world = world or World()
         self.device = device = world.device(resolve_device(config.run.device))
         precision = resolve_precision(config.run.dtype, device)
-        self.model, self.console = model.to(device), console
+        self.model = model.to(device)
+        self.console = console = console or NOTHING
         self.train_loader, self.val_dataset = train_loader, val_dataset
         self.sampler = sampler if world.leads or world.sharded else None
         self.score_tasks = score_tasks
@@ -93,8 +94,8 @@ class Trainer:
         self.profiler = StepProfiler(run_dir, profiled, device)
         made_by = recorded.get("provenance")
         self.reporter = Reporter(state, step, config, per_epoch, run_dir, console, mirror, made_by)
-        self.saver = Saver(self.reporter, self.lockstep, run_dir, recorded)
-        self.recovery = Recovery(self.saver, self.guard, run_dir)
+        self.saver = Saver(self.reporter, self.lockstep, recorded)
+        self.recovery = Recovery(self.saver, self.guard)
         self.stop_at: float = math.inf
         self.stop_reason: str | None = None
 
@@ -154,7 +155,7 @@ class Trainer:
             if state.step >= self.stop_at:
                 if self._look() is None:
                     continue
-                if self.stop_reason and self.console:
+                if self.stop_reason:
                     self.console.note(f"{self.stop_reason}: ending with a checkpoint")
                 self.saver.save_once()
                 return "stopped"
@@ -169,21 +170,22 @@ class Trainer:
                 self.guard.close()
                 restore_rng(self.guard.rng, self.device)
                 self.request_stop()
-                self.reporter.warn(f"the step under way was given up: {error}")
+                self.console.warn(f"the step under way was given up: {error}")
                 continue
             if state.first_step_s is None:
                 self._synchronize()
-                steady(config.distributed, self.world)
+                # The ranks, which compiled, came to its collectives minutes apart. From now on an
+                # endless one is an error; the watchdog, whose message says more, comes first.
+                self.world.set_timeout(1.5 * config.distributed.timeout_s + 1)
                 state.first_step_s = time.perf_counter() - started_s
-                if self.console and (cache := compile_cache_use()):
+                if cache := compile_cache_use():
                     took = f"first step after {state.first_step_s:.1f} s"
                     self.console.note(f"{took} (compile cache {cache})")
             self._decide_together()
             # Its verdict, before anything is saved; its line of the log
             last = self._finished()
             log, stopping = log or last, state.step >= self.stop_at
-            saves = state.due(config.checkpoint.every_steps)
-            if log or stopping or saves or state.due(config.eval.every_steps):
+            if log or stopping or state.due(config.checkpoint.every_steps, config.eval.every_steps):
                 if (steps := self._look()) is None:
                     continue
                 if log or stopping:
@@ -263,9 +265,7 @@ class Trainer:
     def _after_step(self, last: bool) -> None:
         """Evaluate, save and sample where that is due."""
         state, config = self.state, self.config
-        if self.console:
-            progress = state.progress()
-            self.console.progress(state.step, state.total_steps, state.tokens, *progress)
+        self.console.progress(state.step, state.total_steps, state.tokens, *state.progress())
         state.last_eval, best = {}, state.best_val_loss
         if state.due(config.eval.every_steps) or last:
             self._evaluate(last=last)

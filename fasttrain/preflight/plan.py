@@ -5,7 +5,7 @@ Where the data are missing, a line says how to get them, and the rest is shown.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ def preflight(
     probed = probe_step(alone, device=device, precision=precision) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
-    for name, size in asdict(memory).items():
+    for name, size in memory._asdict().items():
         if size or name != "gathered":  # which one process and DDP do without
             print(f"    {name:<12} {_size(size) if size else 'none then':>10}")
     print(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")

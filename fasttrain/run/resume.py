@@ -14,7 +14,7 @@ from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import misfit
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut
 from fasttrain.distributed.world import facts_by_name
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState

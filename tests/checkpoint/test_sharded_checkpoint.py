@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
 from fasttrain.checkpoint.__main__ import main
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut
 from tests.support.faults import Crash, Faults, flip_bit
 from tests.support.toy_checkpoints import CONFIG, reseal, world_of
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fasttrain.checkpoint import CheckpointWriter, load
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
-from fasttrain.distributed.world import World, steady
+from fasttrain.distributed.world import World
 from fasttrain.engine.memory import measure_peak
 from fasttrain.model.transformer import Transformer
 from fasttrain.engine.optim import build_optimizers
@@ -211,7 +211,7 @@ dist.barrier()
 
 # Once a run is under way, a rank that does not come is not waited for as long as at the start.
 control = dist.new_group(backend="gloo")
-steady(DistributedConfig(timeout_s=0.1), World(rank=rank, size=2, control=control))
+World(rank=rank, size=2, control=control).set_timeout(1.15)
 given_up = [folder / "given up", folder / "given up by control"]
 for group, told in zip((None, control), given_up):
     if rank == 0:
@@ -249,7 +249,7 @@ from pathlib import Path
 import torch
 
 from fasttrain.checkpoint import CheckpointWriter, resolve
-from fasttrain.distributed.slices import cut
+from fasttrain.distributed.sharding import cut
 from tests.checkpoint.test_sharded_checkpoint import (
     CONFIG, is_intact, on_rank, save, values, writers,
 )

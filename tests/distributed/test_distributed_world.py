@@ -67,7 +67,7 @@ def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path
 
 def test_ranks_may_wait_longer_before_the_first_step_than_after_it() -> None:
     config = DistributedConfig()
-    assert config.init_timeout_s > 1.5 * config.timeout_s + 1  # see `steady`
+    assert config.init_timeout_s > 1.5 * config.timeout_s + 1  # see `Trainer._train`
 
 
 def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,8 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode(DistributedConfig(mode="fsdp"), world, 10, CPU) is world
     tensor = torch.ones(2)
     assert world.sum(tensor) is tensor
-    assert world.begin_sum(tensor) is None
+    world.begin_sum(tensor)()
+    assert tensor.tolist() == [1.0, 1.0]
     assert world.gather("a") == ["a"]
     with pytest.raises(UserError, match="no disk"), world.failing_together():
         raise UserError("no disk")

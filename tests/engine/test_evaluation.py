@@ -1,5 +1,6 @@
 """Evaluation: the whole split, in rows as training has them, and the sums it should have."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fasttrain.data.loader import IGNORE, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.distributed.world import World
-from fasttrain.engine.evaluation import _compiled, evaluate
+from fasttrain.engine.evaluation import evaluate
 from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer
 from tests.support.toy_data import write_tokens
@@ -198,10 +199,10 @@ def test_C16_evaluation_is_compiled_where_training_is(
 
         return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
+    monkeypatch.setattr("fasttrain.engine.evaluation._compiled", functools.cache(compile_eagerly))
+    monkeypatch.setattr("fasttrain.model.runtime.compile_function", compile_eagerly)
     for module in ("engine.evaluation", "model.runtime"):  # as on CUDA
-        monkeypatch.setattr(f"fasttrain.{module}.compile_function", compile_eagerly)
         monkeypatch.setattr(f"fasttrain.{module}.compiles_evaluation", lambda device: True)
-    _compiled.cache_clear()
     torch._dynamo.reset()
     expected = evaluated(model, dataset, config_of(2))
     prepare_blocks(model, activation_checkpointing="none", mode=mode, sharded=False)

@@ -38,7 +38,7 @@ def policy(**keys: Any) -> Recovery:
     config = SimpleNamespace(train=LoopConfig(steps=1, **keys))
     state = RunState(samples_per_step=4, total_steps=None, position=0, regular=True)
     saver: Any = SimpleNamespace(config=config, state=state, train_step=None, reporter=None)
-    return Recovery(saver, StateGuard(torch.device("cpu")), Path())
+    return Recovery(saver, StateGuard(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
