@@ -20,7 +20,7 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_780,
-    "fasttrain": 4_130,
+    "fasttrain": 4_090,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_040,
     "fasttrain/data": 2_150,
@@ -28,7 +28,7 @@ BUDGETS = {
     "fasttrain/distributed": 810,
     "fasttrain/engine": 2_510,
     "fasttrain/log": 930,
-    "fasttrain/model": 960,
+    "fasttrain/model": 900,
     "fasttrain/preflight": 510,
     "fasttrain/run": 1_110,
     "kernels": 6_100,
