@@ -11,7 +11,6 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
-from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +72,9 @@ def attention_mask(
     return rule(row, row, query, key)
 
 
-_compiled = cached(partial(torch.compile, dynamic=False))
+@cached
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _flex(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -333,8 +333,7 @@ class Transformer(nn.Module):
             x = x + self.position_embedding.weight[start : start + t]
         else:  # positions in each document
             position = torch.arange(t, device=tokens.device).expand_as(tokens)
-            first = (position * doc_starts).cummax(1).values
-            x = x + self.position_embedding(position - first)
+            x = x + self.position_embedding(position - (position * doc_starts).cummax(1).values)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._pairs(tokens, cache, doc_starts))
         if self.config.embedding_norm:
