@@ -35,7 +35,7 @@ def build_default_corpus(
     *,
     vocab_size: int = 4096,
     cache_dir: Path | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """The dataset folder made from the standard library's source, built if it is not cached.
 
@@ -61,9 +61,8 @@ def build_default_corpus(
     if (folder / DATASET_JSON).is_file():
         return folder
 
-    say = report or (lambda text: None)
     begin = time.perf_counter()
-    say(
+    report(
         f"Preparing the default text once: {n_bytes / 1e6:.1f} MB in {len(files)} files of "
         f"the source of Python {sys.version.split()[0]}'s standard library ({root})"
     )
@@ -97,7 +96,7 @@ def build_default_corpus(
             f"the default text cannot be made: {error}; free some space or name another folder "
             "with data.cache_dir"
         ) from error
-    say(f"Default text ready: {time.perf_counter() - begin:.1f} s, kept in {folder}")
+    report(f"Default text ready: {time.perf_counter() - begin:.1f} s, kept in {folder}")
     return folder
 
 

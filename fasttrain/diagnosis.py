@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.config import UserError
 from fasttrain.config.keys import counted
 from fasttrain.objective import by_key, logits_of, shift
 
@@ -34,10 +35,10 @@ N_STEPS = 8  # on the one batch: with AdamW at 1e-3 the loss of any sound model 
 
 # What to do where a check does not pass, unless the check itself knows better.
 REMEDIES = {
+    "shape": "give both as (B, T) with at least one token, and as integers: .long()",
     "range": "use the model's own tokenizer, or raise its vocabulary size",
     "labels": "take inputs = ids[:, :-1], targets = ids[:, 1:], unless the model shifts itself",
     "forward": "is the batch longer than the model's positions, or on another device?",
-    "logits": "return one row of logits for each token: (B, T, V)",
     "finite": "look for a division, root or logarithm of zero in that layer, or train in bf16",
     "activations": "initialise smaller: normal with 1/sqrt(fan-in), or add norms",
     "first loss": "initialise the head smaller, such as normal with 0.02; or the labels are wrong",
@@ -152,12 +153,11 @@ class _Checks:
     def data(self) -> bool:
         """Check shape, range and labels; return whether the model can be run on the batch."""
         add, tokens, targets = self.add, self.tokens, self.targets
-        if tokens.ndim != 2 or tokens.shape != targets.shape or tokens.numel() == 0:
-            found = f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
-            return add("shape", "fail", found, "give both as (B, T) with at least one token")
-        if tokens.is_floating_point() or targets.is_floating_point():
-            found = f"{tokens.dtype} tokens, {targets.dtype} targets"
-            return add("shape", "fail", found, "use .long()")
+        given = {"tokens": tokens, "targets": targets}
+        shaped = tokens.ndim == 2 and tokens.shape == targets.shape and tokens.numel()
+        if not shaped or any(ids.is_floating_point() for ids in given.values()):
+            found = ", ".join(f"{n} {tuple(ids.shape)} {ids.dtype}" for n, ids in given.items())
+            return add("shape", "fail", found)
         add("shape", "pass", f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens")
         size, kept = _vocab_size(self.model), targets[targets != self.ignore_index]
         if size is not None:
@@ -200,11 +200,9 @@ class _Checks:
         try:
             logits = _logits(probe, tokens)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            detail = f"the model raises {type(error).__name__}: {error}"
-            return add("forward", "fail", detail)
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            return add("logits", "fail", f"{found} for tokens {tuple(tokens.shape)}")
+            return add("forward", "fail", f"the model raises {type(error).__name__}: {error}")
+        except UserError as error:
+            return add("logits", "fail", *str(error).split("; ", 1))
         first = next((name for name, rms in seen if not math.isfinite(rms)), None)
         broken = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
         if broken or first or not logits.isfinite().all():
@@ -341,6 +339,6 @@ def _vocab_size(model: nn.Module) -> int | None:
     return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Any:
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     torch.clear_autocast_cache()  # it would hold old weights
-    return logits_of(model(tokens))
+    return logits_of(model(tokens), tokens)

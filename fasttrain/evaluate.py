@@ -43,12 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = [name for given in options.tasks for name in given.split(",") if name]
     tasks = load_tasks(names, options.include_path, n_fewshot=options.num_fewshot)
-    lm = HarnessModel(
-        model=model,
-        tokenizer=tokenizer,
-        batch_size=options.batch_size,
-        precision=resolve_precision(options.dtype, device),
-    )
+    precision, rows = resolve_precision(options.dtype, device), options.batch_size
+    lm = HarnessModel(model=model, tokenizer=tokenizer, batch_size=rows, precision=precision)
     results = lm.run(tasks, options.limit, n_bootstrap=1000)
     print(make_table(results))
     if options.out:

@@ -25,6 +25,8 @@ from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import resolve_device
+from fasttrain.distributed.sharding import evaluating
+from fasttrain.distributed.world import World
 from fasttrain.log.console import clean
 from fasttrain.model.transformer import Transformer
 
@@ -139,11 +141,9 @@ def generate(
     Numerics: in fp32 a cached step gives the logits of an uncached one to rounding.
     Memory: the cache: two (B, n_kv_heads, min(seq_len, T + max_new_tokens), head_dim) per layer.
     """
-    was_training = model.training
-    model.eval()
     columns = [tokens]
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    try:
+    with evaluating(model, World()):
         for drawn in stream(model, tokens, max_new_tokens=max_new_tokens, **sampling):
             if stop_token is not None:
                 drawn = drawn.masked_fill(finished, stop_token)
@@ -151,8 +151,6 @@ def generate(
             columns.append(drawn[:, None])
             if stop_token is not None and bool(finished.all()):
                 break
-    finally:
-        model.train(was_training)
     return torch.cat(columns, dim=1)
 
 
@@ -278,14 +276,13 @@ def load_with_tokenizer(
 ) -> tuple[Transformer, Tokenizer]:
     """Return what `load_model` returns, and the run's tokenizer, or the one at ``path``."""
     model = load_model(run, device=device, which=which)
-    run_dir = candidates(run)[0].parent.parent
-    if path is None and not (run_dir / "tokenizer.json").is_file():
-        raise UserError(f"{run_dir}: the run has no tokenizer.json; name one with --tokenizer PATH")
-    path = path or run_dir / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
+    file = path or candidates(run)[0].parent.parent / "tokenizer.json"
+    if path is None and not file.is_file():
+        raise UserError(f"{run}: the run has no tokenizer.json; name one with --tokenizer PATH")
+    tokenizer = load_tokenizer(file)
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise UserError(
-            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
+            f"{file}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
             "give the tokenizer that its data was made with"
         )
     return model, tokenizer

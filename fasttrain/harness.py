@@ -76,9 +76,8 @@ class HarnessModel(harness.TemplateLM):  # type: ignore[misc]
         """Return the tokens of a text."""
         ids = encode(self.tokenizer, string, special_tokens=add_special_tokens is not False)
         if string and not ids:
-            raise UserError(
-                f"no token for any of {show(string)}; use tasks in the model's alphabet"
-            )
+            text = show(string)
+            raise UserError(f"no token for any of {text}; use tasks in the model's alphabet")
         return ids
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:

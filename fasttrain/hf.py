@@ -142,9 +142,8 @@ def _model_type_of(model: Transformer) -> str:
         odd = [key for key, values in known.items() if getattr(c, key) not in values]
         if not odd:
             return name
-        lacking.append(
-            f"{name} has no {', '.join(f'model.{k} = {show(getattr(c, k))}' for k in odd)}"
-        )
+        named = (f"model.{k} = {show(getattr(c, k))}" for k in odd)
+        lacking.append(f"{name} has no {', '.join(named)}")
     raise UserError(
         f"this model cannot be exported: {'; '.join(lacking)}; "
         "train one with the parts of base.toml or gpt2-124m.toml"
@@ -305,9 +304,7 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
 def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | None) -> TrainConfig:
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise UserError(
-            f"{folder}: model_type is {show(model_type)}; gpt2, llama and qwen3 can be imported"
-        )
+        raise UserError(f"{folder}: model_type is {show(model_type)}; use gpt2, llama or qwen3")
     family = _FAMILIES[model_type]
     hf = family.defaults | dict(hf)
     for k, values in family.only.items():
@@ -318,9 +315,8 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         raise UserError(f"{folder}: biases in attention or MLP alone are not supported")
     if family is not _GPT2:  # in version 5 of transformers among the parameters of the positions
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{folder}: rotary positions are {show(rope)}, which they cannot be")
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        is_table = isinstance(rope, dict)
+        kind = rope.get("rope_type", rope.get("type", "default")) if is_table else rope
         if kind != "default":
             raise UserError(f"{folder}: rotary positions of type {show(kind)} are not supported")
         hf |= {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") else {}
@@ -335,13 +331,11 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
         config = config_from_dict({**sections, "data": data, "model": model})
     except ConfigError as error:
         raise UserError(f"{folder}: its config.json cannot be: {error}") from error
-    positions = config.data.seq_len
-    if seq_len is not None and (seq_len > positions or (family is _GPT2 and seq_len < positions)):
-        learned = ", which are learned" if family is _GPT2 else " at most"
-        raise UserError(
-            f"--seq-len {seq_len}: the model has {positions} positions{learned}; omit it"
-        )
-    return replace(config, data=replace(config.data, seq_len=seq_len or positions))
+    most, learned = config.data.seq_len, family is _GPT2
+    if seq_len is not None and (seq_len > most or (learned and seq_len < most)):
+        known = f"{most} learned positions" if learned else f"{most} positions at most"
+        raise UserError(f"--seq-len {seq_len}: the model has {known}; omit it")
+    return replace(config, data=replace(config.data, seq_len=seq_len or most))
 
 
 @command

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fasttrain import checkpoint
 from fasttrain import library_state as states
+from fasttrain.checkpoint import CheckpointWriter, load, resolve
 from fasttrain.command import EXIT_STOPPED, redact, tell
 from fasttrain.config import (
     LoopConfig,
@@ -37,14 +37,14 @@ from fasttrain.config import (
 )
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.sharding import cut, place
-from fasttrain.engine.optim import check_tensors
+from fasttrain.engine.optim import check_tensors, load_optimizer_tensors
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
-from fasttrain.objective import Criterion, Objective, set_epoch, together
+from fasttrain.objective import Criterion, Objective, together
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
@@ -221,13 +221,14 @@ class Trainer:
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
         self.run_dir = Path(run_dir) if run_dir is not None else None
-        self.writer: checkpoint.CheckpointWriter | None = None
+        self.writer: CheckpointWriter | None = None
         if self.run_dir is not None:
             with self.world.failing_together(), ExitStack() as stack:
                 if self.world.leads:
                     _lock(self.run_dir, stack)
                 check_packages(config)
-            self.writer = self._writer_of(self.run_dir / "checkpoints", config.checkpoint.keep_last)
+            folder, keep_last = self.run_dir / "checkpoints", config.checkpoint.keep_last
+            self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
         self.step = self.skipped_steps = self.epoch = self.batch_in_epoch = 0  # that are done
         self.val_losses: list[float] = []
         self._last_result: dict[str, float] = {}  # of an evaluation after this step
@@ -356,9 +357,8 @@ class Trainer:
         other = self._left_bytes not in (None, n_bytes)
         if other or (self._left_bytes is None and (n_bytes or saved)):
             found = "another trainer went on in {}" if other else "{} holds an earlier run"
-            remedy = "it was never saved: remove it"
-            if saved:
-                remedy = "call load_checkpoint() to go on with it"
+            go_on = "call load_checkpoint() to go on with it"
+            remedy = go_on if saved else "it was never saved: remove it"
             raise UserError(f"Trainer: {found.format(run_dir)}; {remedy}, or give another run_dir")
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
@@ -366,7 +366,7 @@ class Trainer:
         facts, saves = states.facts_of_loader(loader), self.writer is not None
         if self._loaded:
             states.refuse_difference("the checkpoint", self._loader_facts, facts)
-        doubts = states.doubts(loader, n_ranks=self.world.size, saves=saves)
+        doubts = [*states.doubts(loader, n_ranks=self.world.size, saves=saves)]
         doubts += states.doubts(val_loader or [], saves=saves)
         evaluates = val_loader is not None and self.config.eval.every_steps is not None
         if saves and isinstance(self.scheduler, ReduceLROnPlateau) and not evaluates:
@@ -396,17 +396,17 @@ class Trainer:
     def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
         """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
         self.model.train()
-        set_epoch(loader, self.epoch)
+        for sampler in states.samplers(loader):
+            sampler.set_epoch(self.epoch)
         config, tried, own_values = self.config, self.writer is None, states.own_values(loader)
         groups = together(self._batches(loader), self.accumulate, self.world)
         while True:
             try:
                 group = next(groups, None)
             except RuntimeError:
-                self._agree()
-                if not self._why:  # Ctrl-C ends the loader's processes too
-                    raise
-                return
+                if self._agree() and self._why:  # Ctrl-C ends the loader's processes too
+                    return
+                raise
             if group is None:
                 break
             self._step(group)
@@ -455,8 +455,7 @@ class Trainer:
             return iter(loader)
         states.write(self._random, self._epoch_random)
         batches: Iterator[Any] = iter(loader)
-        for _ in islice(batches, self.batch_in_epoch):
-            pass
+        next(islice(batches, self.batch_in_epoch, self.batch_in_epoch), None)  # passes over them
         states.write(self._random, now)
         return batches
 
@@ -551,7 +550,7 @@ class Trainer:
             if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
                 said = "is a run folder or a checkpoint; give another folder"
                 raise UserError(f"save_checkpoint: {path} {said}")
-            writer = self._writer_of(Path(path), sys.maxsize)
+            writer = CheckpointWriter(Path(path), keep_last=sys.maxsize, world=self.world)
         if writer is None:
             raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
@@ -562,9 +561,6 @@ class Trainer:
             writer.wait()
         self._tell("on_checkpoint", saved)
         return saved
-
-    def _writer_of(self, folder: Path, keep_last: int) -> checkpoint.CheckpointWriter:
-        return checkpoint.CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
@@ -606,7 +602,7 @@ class Trainer:
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = checkpoint.load(checkpoint.resolve(Path(where)))
+        loaded = load(resolve(Path(where)))
         if "library" not in loaded.state:
             remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
@@ -623,15 +619,15 @@ class Trainer:
                 mine = {n.removesuffix(f"@{rank}"): t for n, t in tensors.items() if "@" in n}
                 rest |= states.decode(saved["ranks"][rank - 1], mine, self.device)
             names = ("optimizer", "scheduler", "scaler", "val_losses", "epoch_random")
-            update, schedule, scaler, val_losses, epoch_random = (rest[name] for name in names)
+            values, schedule, scaler, val_losses, epoch_random = (rest[name] for name in names)
             place = {name: rest[name] for name in ("random", "loader")}
             loader_facts = dict(saved["loader_facts"])
             counters = {name: int(state[name]) for name in COUNTERS}
             parameters = loaded.group("model").items()
             self.model.load_state_dict({name: cut(t, own["model"][name]) for name, t in parameters})
             self.ema.load(loaded.group("ema"))
-            moments = loaded.group("optimizer")
-            states.restore_optimizer(self.optimizer, self.model, moments, update)
+            load_optimizer_tensors(self.model, [self.optimizer], loaded.group("optimizer"))
+            states.set_optimizer_values(self.optimizer, self.model, values)
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(schedule)
             for name, value in scaler.items():

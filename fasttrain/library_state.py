@@ -10,7 +10,7 @@ import math
 import operator
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.engine.optim import load_optimizer_tensors
 
 BINDING = (
     *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
@@ -32,7 +31,6 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 KIND = "!"  # the key that marks what JSON does not know
 MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
 PLAIN: dict[str, Callable[[str], Any]] = {"float": float, "bytes": bytes.fromhex}
-Accessors = tuple[Callable[[], Any], Callable[[Any], object]]  # read and set a state
 
 
 def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
@@ -41,7 +39,6 @@ def encode(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     ``at`` says where the value is: the names of its tensors begin with it, errors name it.
     """
     kind: type = type(value)
-    content: Any = None
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
     if kind is list:
@@ -93,8 +90,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
 
 def refuse_difference(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse to go on where facts that both know differ."""
-    changes = [f"{k}: {saved[k]} → {v}" for k, v in now.items() if saved.get(k, v) != v]
-    if changes:
+    if changes := [f"{k}: {saved[k]} → {v}" for k, v in now.items() if saved.get(k, v) != v]:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
         raise UserError(
             f"{where} was made with other settings: {'; '.join(changes[:8])}{more}; put them back "
@@ -129,9 +125,8 @@ def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
         for p in group["params"]:
             if id(p) not in names:
                 raise UserError(
-                    f"Trainer: group {n} of the optimizer has a parameter of shape "
-                    f"{list(p.shape)} that is not the model's, which no checkpoint would hold; "
-                    "make it one of the model's"
+                    f"Trainer: the optimizer's group {n} has a parameter of shape {list(p.shape)} "
+                    "that is not the model's: no checkpoint would hold it; add it to the model"
                 )
             facts[f"group of {names[id(p)]}"] = str(n)
     return facts
@@ -181,31 +176,33 @@ def is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def doubts(loader: Any, *, n_ranks: int = 1, saves: bool = True) -> list[str]:
-    """Return what may make the batches others than they should be, of ranks or after a resume."""
-    found, kind, dataset = [], type(loader).__name__, getattr(loader, "dataset", None)
+def samplers(loader: Any) -> list[Any]:
+    """Return a loader's samplers that are told which epoch begins, as a `DistributedSampler` is."""
+    found = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+    return [sampler for sampler in found if hasattr(sampler, "set_epoch")]
+
+
+def doubts(loader: Any, *, n_ranks: int = 1, saves: bool = True) -> Iterator[str]:
+    """Yield what may make the batches others than they should be, of ranks or after a resume."""
+    kind, dataset = type(loader).__name__, getattr(loader, "dataset", None)
     of_a_map = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
-    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    if n_ranks > 1 and of_a_map and not any(hasattr(s, "set_epoch") for s in samplers):
-        found.append(
-            "each rank trains on all of the data; give the DataLoader a DistributedSampler"
-        )
+    if n_ranks > 1 and of_a_map and not samplers(loader):
+        yield "each rank trains on all of the data; give the DataLoader a DistributedSampler"
     if is_stateful(loader) or not saves:
-        return found
+        return
     if getattr(loader, "persistent_workers", False):
-        found.append(
+        yield (
             f"the {kind}'s persistent workers keep their random numbers from epoch to epoch, and "
             "no checkpoint holds these: a data set that draws some will draw others after a "
             "resume; unset persistent_workers"
         )
     if not (of_a_map or hasattr(loader, "__getitem__")):
         kind = kind if dataset is None else type(dataset).__name__
-        found.append(
+        yield (
             f"a resumed training takes {kind} from its beginning and passes over the batches "
             "that it was trained on, which are the same only where every pass gives the same; "
             "otherwise give a loader with state_dict() and load_state_dict()"
         )
-    return found
 
 
 def own_values(loader: Any) -> dict[str, Any]:
@@ -230,19 +227,19 @@ def _generators_of(loader: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def generators(device: torch.device, **loaders: Any) -> dict[str, Accessors]:
-    """Return how to read and set what a training draws from: generators, modules and the GPU."""
+def generators(device: torch.device, **loaders: Any) -> dict[str, Any]:
+    """Return what a training draws from, by name: generators, modules and the GPU."""
     found: dict[str, Any] = {"cpu": torch.default_generator, "python": random, "numpy": np.random}
     for name, loader in loaders.items():
         found |= _generators_of(loader, name)
-    accessors = {name: _accessors(generator) for name, generator in found.items()}
-    if device.type == "cuda":
-        put = partial(torch.cuda.set_rng_state, device=device)
-        accessors["cuda"] = partial(torch.cuda.get_rng_state, device), put
-    return accessors
+    return found | ({"cuda": device} if device.type == "cuda" else {})
 
 
-def _accessors(generator: Any) -> Accessors:
+def _accessors(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    """Return what reads and what sets a state."""
+    if isinstance(generator, torch.device):
+        put = partial(torch.cuda.set_rng_state, device=generator)
+        return partial(torch.cuda.get_rng_state, generator), put
     if isinstance(generator, np.random.Generator):
         bits = generator.bit_generator
         return partial(getattr, bits, "state"), partial(setattr, bits, "state")
@@ -256,15 +253,15 @@ def _accessors(generator: Any) -> Accessors:
     return get, lambda s: generator.setstate((s[0], tuple(s[1].tolist()), s[2]))
 
 
-def read(generators: Mapping[str, Accessors]) -> dict[str, Any]:
+def read(generators: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of each generator, for `encode`."""
-    return {name: get() for name, (get, _) in generators.items()}
+    return {name: _accessors(generator)[0]() for name, generator in generators.items()}
 
 
-def write(generators: Mapping[str, Accessors], states: Mapping[str, Any]) -> None:
+def write(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     """Put back the states that there are."""
     for name in generators.keys() & states.keys():
-        generators[name][1](states[name])
+        _accessors(generators[name])[1](states[name])
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -278,19 +275,13 @@ def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict
     return {"groups": groups, "values": values}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    rest: Mapping[str, Any],
-) -> None:
-    """Put back `optimizer_tensors` and `optimizer_values`, in the very dtypes that they had."""
-    load_optimizer_tensors(model, [optimizer], tensors)
+def set_optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any) -> None:
+    """Put back `optimizer_values`, once the tensors are."""
     parameters = dict(model.named_parameters())
-    for name, values in rest["values"].items():
+    for name, values in saved["values"].items():
         optimizer.state[parameters[name]].update(values)
-    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
-        for key, value in saved.items():
+    for group, own in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in own.items():
             if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
                 group[key].copy_(value)  # compiled optimizers know it by its address
             else:

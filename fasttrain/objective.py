@@ -24,6 +24,7 @@ from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
+IDS, MASK = ("input_ids", "target_ids", "labels"), "attention_mask"  # keys of a batch
 
 
 class Batch(NamedTuple):
@@ -31,7 +32,6 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # int64 (B, T)
     targets: Tensor  # int64 (N,): for each token the one to predict, or ignore_index
-    n_targets: Tensor  # int64 scalar: those that count
     target_range: tuple[int, int]  # least and greatest target that counts
     is_new: bool  # a row is longer or an id higher than in all batches before, or an id negative
     others: dict[str, Any]  # what else the model's forward is given
@@ -70,30 +70,25 @@ class Objective:
     def prepare(self, batch: Any) -> Batch:
         """Check a batch, move it to the device and find its targets."""
         rest = by_key(batch)
-        tokens = rest.pop("input_ids")
-        if tokens.ndim != 2 or tokens.numel() == 0:
-            raise UserError(
-                f"batch: input_ids has shape {tuple(tokens.shape)}; it needs (B, T) with at least "
-                "one token (a DataLoader makes batches of a Dataset's rows)"
-            )
-        shifted, labels = rest.pop("target_ids", None), rest.pop("labels", None)
-        mask = rest.get("attention_mask")
-        ids = {"input_ids": tokens, "target_ids": shifted, "labels": labels}
-        for name, tensor in {**ids, "attention_mask": mask}.items():
-            if tensor is not None and tensor.shape != tokens.shape:
+        shapes = {name: tuple(rest[name].shape) for name in (*IDS, MASK) if name in rest}
+        for name, shape in shapes.items():
+            if len(shape) != 2 or 0 in shape or shape != shapes["input_ids"]:
                 raise UserError(
-                    f"batch: {name} has shape {tuple(tensor.shape)}, and input_ids "
-                    f"{tuple(tokens.shape)}; each token needs one"
+                    f"batch: its shapes are {shapes}; give (B, T) to each, with at least one token "
+                    "(a DataLoader makes batches of a Dataset's rows)"
                 )
-            if name in ids and tensor is not None and tensor.is_floating_point():
-                raise UserError(f"batch: {name} is {tensor.dtype}; token ids are integers: .long()")
-        if mask is not None and not self._takes("attention_mask"):
+            if name in IDS and rest[name].is_floating_point():
+                found = rest[name].dtype
+                raise UserError(f"batch: {name} is {found}; token ids are integers: .long()")
+        tokens, mask = rest.pop("input_ids"), rest.get(MASK)
+        shifted, labels = rest.pop("target_ids", None), rest.pop("labels", None)
+        if mask is not None and not self._takes(MASK):
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
                 raise UserError(
                     "batch: is padded on the left, and the model's forward takes no "
                     "attention_mask, so that tokens would see the padding; pad on the right"
                 )
-            del rest["attention_mask"]
+            del rest[MASK]
         if unknown := [key for key in rest if not self._takes(key)]:
             raise UserError(
                 f"batch: has {unknown[0]!r}, which the model's forward does not take; name targets "
@@ -110,14 +105,12 @@ class Objective:
         others = {k: moved(v) if isinstance(v, Tensor) else v for k, v in rest.items()}
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
-        n_targets = (targets != self.ignore_index).sum()
-        return Batch(moved(tokens), targets, n_targets, target_range, is_new, others)
+        return Batch(moved(tokens), targets, target_range, is_new, others)
 
     def _is_new(self, tokens: Tensor) -> bool:
         if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
             return False  # of batches on a device only the first: to look waits for it
-        low, high = _range(tokens)
-        before = self._seen
+        (low, high), before = _range(tokens), self._seen
         self._seen = (max(before[0], tokens.shape[1]), max(before[1], high))
         return low < 0 or self._seen != before
 
@@ -131,13 +124,7 @@ class Objective:
     def _logits(self, batch: Batch) -> Tensor:
         hooked = register_module_forward_pre_hook
         with hooked(self._check_table) if batch.is_new else nullcontext():
-            logits = logits_of(self.run(batch.tokens, **batch.others))
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.tokens.shape:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(
-                f"model: returned {found} for tokens {tuple(batch.tokens.shape)}; it must return "
-                "logits (B, T, V), an object with .logits, or a tuple that begins with them"
-            )
+            logits = logits_of(self.run(batch.tokens, **batch.others), batch.tokens)
         low, high = batch.target_range
         if (low < 0 or high >= logits.shape[-1]) and (
             self.criterion is None or isinstance(self.criterion, nn.CrossEntropyLoss)
@@ -168,9 +155,10 @@ class Objective:
             return cast(Tensor, cross_entropy(logits, batch.targets, **self.options))
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets)
-        if not batch.n_targets:  # the mean over no target is nan
+        n_targets = (batch.targets != self.ignore_index).sum()
+        if not n_targets:  # the mean over no target is nan
             return logits.sum() * 0.0
-        return self.criterion(logits, batch.targets) * batch.n_targets
+        return self.criterion(logits, batch.targets) * n_targets
 
     @torch.no_grad()
     def evaluate(
@@ -184,21 +172,20 @@ class Objective:
                 with self.precision.autocast():
                     logits = self._logits(batch)
                     loss = self._loss_sum(logits, batch)
-                if not batch.n_targets:  # but other ranks waited for this one's forward
-                    continue
                 keep = batch.targets != self.ignore_index
-                kept = logits[keep], batch.targets[keep]
-                values = [torch.as_tensor(f(*kept)) * batch.n_targets for f in metrics.values()]
-                numbers = [loss, batch.n_targets, *values]
+                kept, n_kept = (logits[keep], batch.targets[keep]), keep.sum()
+                if not n_kept:  # but other ranks waited for this one's forward
+                    continue
+                values = [torch.as_tensor(f(*kept)) * n_kept for f in metrics.values()]
+                numbers = [loss, n_kept, *values]
                 totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
         loss_sum, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")
         mean = loss_sum / n_targets
         result = {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}
-        return result | {
-            f"val_{name}": value / n_targets for name, value in zip(metrics, sums, strict=True)
-        }
+        others = zip(metrics, sums, strict=True)
+        return result | {f"val_{name}": value / n_targets for name, value in others}
 
 
 def together(batches: Iterable[Any], n: int, world: World) -> Iterator[list[Any]]:
@@ -223,13 +210,6 @@ def together(batches: Iterable[Any], n: int, world: World) -> Iterator[list[Any]
         yield group
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader's sampler, as a `DistributedSampler`, which epoch begins."""
-    for name in ("sampler", "batch_sampler"):
-        if hasattr(sampler := getattr(loader, name, None), "set_epoch"):
-            sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
 def by_key(batch: Any) -> dict[str, Any]:
     """Return a batch by key: a tensor is ``input_ids``, a pair ``input_ids`` and ``target_ids``.
 
@@ -250,25 +230,31 @@ def by_key(batch: Any) -> dict[str, Any]:
             f"batch: has {list(given)} and no input_ids; name the tokens input_ids, and their "
             "targets labels (to be shifted) or target_ids (shifted already)"
         )
-    for name in ("input_ids", "target_ids", "labels", "attention_mask"):
+    for name in (*IDS, MASK):
         if not isinstance(value := given.get(name), Tensor | None):
-            raise UserError(
-                f"batch: {name} is of type {type(value).__name__}; give a tensor of shape (B, T)"
-            )
-        if value is not None and name != "attention_mask" and not value.is_floating_point():
+            kind = type(value).__name__
+            raise UserError(f"batch: {name} is of type {kind}; give a tensor of shape (B, T)")
+        if value is not None and name != MASK and not value.is_floating_point():
             given[name] = value.long()
     return given
 
 
-def logits_of(out: Any) -> Any:
-    """Return what stands for the logits in a model's output; the caller checks that it is some."""
+def logits_of(out: Any, tokens: Tensor) -> Tensor:
+    """Return the logits (B, T, V) of ``tokens`` in a model's output, or raise UserError."""
     out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
-    return out[0] if isinstance(out, list | tuple) and out else out
+    out = out[0] if isinstance(out, list | tuple) and out else out
+    if not isinstance(out, Tensor) or out.shape[:-1] != tokens.shape:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(
+            f"model: returned {found} for tokens {tuple(tokens.shape)}; it must return one row of "
+            "logits for each token: logits (B, T, V), an object with .logits, or a tuple that "
+            "begins with them"
+        )
+    return out
 
 
 def _range(ids: Tensor) -> tuple[int, int]:
-    low, high = (int(end) for end in ids.aminmax())
-    return low, high
+    return int(ids.min()), int(ids.max())
 
 
 def shift(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

@@ -11,7 +11,7 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,20 +45,15 @@ def visible(
 
 
 def attention_mask(
-    start: int,
-    t: int,
-    device: torch.device,
-    *,
-    window: int | None,
-    doc_starts: Tensor | None,
-    flex: bool,
+    tokens: Tensor, *, start: int, window: int | None, doc_starts: Tensor | None, flex: bool
 ) -> Mask | None:
-    """Return what ``t`` queries after ``start`` cached tokens may see; None: plain causal.
+    """Return what ``tokens`` (B, T), after ``start`` cached ones, may see; None: plain causal.
 
     A boolean mask, (T, start + T) or with documents (B, 1, T, T); or with ``flex`` a block mask for
     FlexAttention. ``doc_starts`` (B, T) is true at the first token of each document. Documents and
     ``flex`` need ``start`` = 0.
     """
+    t, device = tokens.shape[1], tokens.device
     windowed = window is not None and window < start + t
     if doc_starts is None and not windowed and (start == 0 or t == 1):
         return None
@@ -141,25 +136,11 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return y
 
 
-class LayerCache(NamedTuple):
-    """Keys and values that a layer has seen: two buffers (B, G, max_tokens, K), filled in place."""
-
-    keys: Tensor
-    values: Tensor
-
-    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, K) at ``start``; return all so far, (B, G, start + T, K)."""
-        end = start + k.shape[2]
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 @dataclass
 class KVCache:
-    """The caches of all layers and the number of tokens that they hold."""
+    """The keys and values that all layers have seen, and of how many tokens."""
 
-    layers: list[LayerCache]
+    layers: list[Tensor]  # (2, B, G, max_tokens, K) each, filled in place
     max_tokens: int
     length: int = 0
     last_tokens: Tensor | None = None  # (B,), what a table of token pairs continues from
@@ -179,7 +160,6 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or config.dim // config.n_heads
-        self.window = config.sliding_window_tokens
         self.dropout = config.dropout
         # One product for q, k and v: one read of the input, one larger matrix product.
         n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
@@ -195,11 +175,11 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         mask: Mask | None,
-        cache: LayerCache | None = None,
+        cache: Tensor | None = None,
         start: int = 0,
         value: Tensor | None = None,
     ) -> Tensor:
-        """Map x (B, T, D) to (B, T, D); with a cache, x also sees the ``start`` tokens in it.
+        """Map x (B, T, D) to (B, T, D); with a layer's cache, x also sees ``start`` tokens in it.
 
         ``rope`` is cos and sin of x's positions, each (T, K/2); ``value`` (B, T, G·K) is mixed into
         the values.
@@ -207,10 +187,8 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         sizes = [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         qkv = linear(self.qkv, x)
-        q, k, v = qkv.split(sizes, dim=-1)  # type: ignore[no-untyped-call]
-        q = q.view(b, t, self.n_heads, self.head_dim)  # (B, T, H, K)
-        k = k.view(b, t, self.n_kv_heads, self.head_dim)  # (B, T, G, K)
-        v = v.view(b, t, self.n_kv_heads, self.head_dim)
+        parts = torch.split(qkv, sizes, dim=-1)
+        q, k, v = (z.view(b, t, -1, self.head_dim) for z in parts)  # (B, T, H or G, K)
         if self.value_mix is not None and value is not None:
             v = self.value_mix[0] * v + self.value_mix[1] * value.view_as(v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -220,7 +198,9 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
         if cache is not None:
-            k, v = cache.extend(k, v, start)
+            cache[0, :, :, start : start + t] = k
+            cache[1, :, :, start : start + t] = v
+            k, v = cache[:, :, :, : start + t]
         grouped = self.n_kv_heads != self.n_heads
         if mask is not None and not isinstance(mask, Tensor):
             from torch.nn.attention.flex_attention import flex_attention

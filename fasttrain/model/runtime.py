@@ -5,7 +5,6 @@ compute as well, and its backward pass computes the rest again, by the same oper
 numbers. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
 """
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -31,7 +30,6 @@ MAX_LAYERS_OF_ONE_CPU_GRAPH = 6
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_Runner = Callable[..., Tensor]
 
 
 def _has_cpp_compiler() -> bool:
@@ -153,18 +151,6 @@ _COSTLY = ["mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"]
 _COSTLY += [f"_scaled_dot_product_{name}_attention" for name in ("flash", "efficient", "cudnn")]
 
 
-def _checkpointed(kind: str, run: _Runner) -> _Runner:
-    if kind == "none":
-        return run
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        kept = [getattr(torch.ops.aten, name).default for name in _COSTLY]
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    elif kind != "full":
-        refuse("train.activation_checkpointing", kind, "is not implemented; add it to runtime.py")
-    return partial(checkpoint, run, **options)
-
-
 def prepare_blocks(
     model: Transformer,
     *,
@@ -179,8 +165,15 @@ def prepare_blocks(
     them, with products in ``dtype``. If the model is sharded, a block's parameters are gathered
     when it is called as a module: what is compiled or computed again lies inside that call.
     """
-    plain: _Runner = Block.forward if sharded else run_block
-    run = _checkpointed(activation_checkpointing, plain)
+    plain: Callable[..., Tensor] = Block.forward if sharded else run_block
+    run, kind = plain, activation_checkpointing
+    if kind in ("full", "selective"):
+        kept = [getattr(torch.ops.aten, name).default for name in _COSTLY]
+        contexts = partial(create_selective_checkpoint_contexts, kept)
+        options: Any = {"context_fn": contexts} if kind == "selective" else {}
+        run = partial(checkpoint, plain, use_reentrant=False, **options)
+    elif kind != "none":
+        refuse("train.activation_checkpointing", kind, "is not implemented; add it to runtime.py")
     if mode == "blocks":
         run = compile_function(run, "default")
     run_plain, run_all = partial(run_blocks, run=plain), partial(run_blocks, run=run)
@@ -241,24 +234,21 @@ def multiply_in_fp8(model: Transformer, device: torch.device, *, emulate: bool =
                 f"{module.in_features}, and fp8 products take multiples of {MULTIPLE}; change "
                 "model.dim, model.head_dim or model.hidden_dim, or unset run.fp8"
             )
-    if importlib.util.find_spec("torchao") is None:
-        lacks = "needs torchao, which is not installed"
-        refuse("run.fp8", True, f"{lacks}; pip install torchao, or unset run.fp8")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        refuse("run.fp8", True, f"needs torchao ({error}); pip install torchao, or unset run.fp8")
     # Padding acts where the tokens of a micro-batch are no multiple of 16.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model.blocks, config=config)
     layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    # One class for all, so that what is compiled for one block holds for the others.
-    kind = _in_training_alone(type(layers[0]))
-    for layer in layers:
-        layer.__class__ = kind
+    fp8_linear = type(layers[0])
 
-
-def _in_training_alone(fp8_linear: type[nn.Linear]) -> type[nn.Linear]:
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
         multiply = fp8_linear.forward if self.training else nn.Linear.forward
         return multiply(self, x)
 
-    return type(f"Training{fp8_linear.__name__}", (fp8_linear,), {"forward": forward})
+    # One class for all, so that what is compiled for one block holds for the others.
+    kind = type(f"Training{fp8_linear.__name__}", (fp8_linear,), {"forward": forward})
+    for layer in layers:
+        layer.__class__ = kind

@@ -412,9 +412,8 @@ def test_attention_in_a_piece_without_a_start_is_that_of_one_document() -> None:
     assert starts is not None
     marked = starts.clone()
     marked[:, 0] = True
-    cpu = torch.device("cpu")
     mask, expected = (
-        attention_mask(0, 4, cpu, window=None, doc_starts=s, flex=False) for s in (starts, marked)
+        attention_mask(s, start=0, window=None, doc_starts=s, flex=False) for s in (starts, marked)
     )
     assert isinstance(mask, torch.Tensor)
     assert isinstance(expected, torch.Tensor)

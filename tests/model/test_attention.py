@@ -27,7 +27,7 @@ def seen(row: int, query: int, key: int, window: int | None) -> bool:
 @pytest.mark.parametrize("window", [None, 1, 4, T, 100])
 def test_the_mask_is_causal_windowed_and_within_the_document(window: int | None) -> None:
     options = {"window": window, "doc_starts": STARTS, "flex": False}
-    mask = attention_mask(0, T, CPU, **options)  # type: ignore[arg-type]
+    mask = attention_mask(torch.zeros(1, T), start=0, **options)  # type: ignore[arg-type]
     assert isinstance(mask, Tensor)
     assert mask.shape == (3, 1, T, T)
     for row in range(3):
@@ -38,7 +38,8 @@ def test_the_mask_is_causal_windowed_and_within_the_document(window: int | None)
 
 def test_without_documents_the_last_row_is_all_the_mask_needs() -> None:
     def mask(start: int, t: int, window: int | None) -> Tensor | None:
-        found = attention_mask(start, t, CPU, window=window, doc_starts=None, flex=False)
+        tokens = torch.zeros(1, t)
+        found = attention_mask(tokens, start=start, window=window, doc_starts=None, flex=False)
         assert not isinstance(found, BlockMask)
         return found
 
@@ -54,7 +55,7 @@ def test_without_documents_the_last_row_is_all_the_mask_needs() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_attention_and_sdpa_see_the_same(window: int | None) -> None:
-    dense = attention_mask(0, T, CPU, window=window, doc_starts=STARTS, flex=False)
+    dense = attention_mask(STARTS, start=0, window=window, doc_starts=STARTS, flex=False)
     rule = visible(window, STARTS.cumsum(1, dtype=torch.int32))
     assert torch.equal(create_mask(rule, 3, 1, T, T, device="cpu"), dense)
 
@@ -80,7 +81,7 @@ def test_attention_by_flex_attention_equals_that_by_sdpa(n_kv_heads: int, docume
         starts[:, 0] = starts[0, 17] = starts[0, 140] = starts[1, 290] = True
 
     def attend(x: Tensor, starts: Tensor | None, flex: bool) -> Tensor:
-        mask = attention_mask(0, t, CPU, window=200, doc_starts=starts, flex=flex)
+        mask = attention_mask(x[:, :, 0], start=0, window=200, doc_starts=starts, flex=flex)
         assert isinstance(mask, BlockMask) == flex
         y: Tensor = attention(x, rope, mask)
         return y
@@ -151,7 +152,7 @@ def test_flex_attention_on_the_gpu_equals_sdpa(n_kv_heads: int) -> None:
             2, 300, 256, device=device, generator=torch.Generator(device).manual_seed(1)
         )
         x.requires_grad_()
-        mask = attention_mask(0, 300, device, window=200, doc_starts=starts, flex=flex)
+        mask = attention_mask(starts, start=0, window=200, doc_starts=starts, flex=flex)
         y = attention(x, rope, mask)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         outputs.append(y.detach())

@@ -1,6 +1,7 @@
 """fp8 in training: who is refused, what changes and what does not. Products are emulated here."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from fasttrain.config import ConfigError, RunConfig, UserError, config_from_dict
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
-from fasttrain.model import runtime as fp8
 from fasttrain.model.runtime import multiply_in_fp8
 from fasttrain.model.transformer import Transformer
 from fasttrain.train import main
@@ -65,7 +65,7 @@ def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fp8.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match="pip install torchao"):
         multiply_in_fp8(make_model(), CUDA)
 

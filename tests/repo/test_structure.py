@@ -20,7 +20,7 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_780,
-    "fasttrain": 4_100,
+    "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 990,
     "fasttrain/data": 2_060,
@@ -28,7 +28,7 @@ BUDGETS = {
     "fasttrain/distributed": 780,
     "fasttrain/engine": 2_470,
     "fasttrain/log": 900,
-    "fasttrain/model": 960,
+    "fasttrain/model": 900,
     "fasttrain/preflight": 510,
     "fasttrain/run": 1_090,
     "kernels": 6_050,

@@ -491,7 +491,7 @@ def test_what_is_wrong_with_model_or_config_is_said(
     model = nn.Embedding(V, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     flat = nn.Sequential(model, nn.Flatten())
-    with pytest.raises(UserError, match="must return logits"):
+    with pytest.raises(UserError, match="must return one row of logits"):
         Trainer(flat, optimizer, config=config()).train([{"input_ids": torch.ones(2, T).long()}])
     with pytest.raises(UserError, match="no batch"):
         Trainer(model, optimizer, config=config()).train([])

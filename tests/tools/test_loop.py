@@ -221,7 +221,7 @@ def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
             r"\['x'\] and no input_ids; name the tokens",
         ),
         (list(batches(targets=torch.zeros(2, T, dtype=torch.long))), "'targets', .* name targets"),
-        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), "each token needs one"),
+        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), "give .B, T. to each"),
         (list(batches(input_ids=torch.zeros(2, T))), r"input_ids is torch.float32; .*\.long\(\)"),
         (list(batches(target_ids=torch.full((2, T), V))), f"a target is {V}, .* {V} logits; use"),
         (
@@ -238,7 +238,7 @@ def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
             r"tuple and length 3; give a pair \(input_ids, target_ids\)",
         ),
         (["text"], "is of type str; give"),
-        (list(batches(labels=torch.zeros(2, T + 1).long())), "labels has shape"),
+        (list(batches(labels=torch.zeros(2, T + 1).long())), r"'labels': \(2, "),
         (list(batches(attention_mask=torch.arange(T).expand(2, T) > 2)), "padded on the left"),
         (list(batches(pixels=torch.ones(2))), "'pixels', which the model's forward"),
         ([], "epoch 1 had no batch; give a DataLoader"),
