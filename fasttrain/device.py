@@ -71,11 +71,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         refuse("run.dtype", name, f"needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
-    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in dtypes:
-        refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
-    return Precision(name, dtypes[name], device.type)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(name, half.get(name, torch.float32), device.type)
 
 
 ATTENTION = {"flash": "FlashAttention", "cudnn": "cuDNN attention", "fa3": "FlashAttention-3"}
@@ -106,10 +103,9 @@ def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -
             remedy = "install flash_attn_interface, which is built from the folder hopper of "
             remedy += "github.com/Dao-AILab/flash-attention, or use auto"
             refuse("run.attention", name, f"cannot be used ({e}); {remedy}")
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    order = [flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, cudnn]  # torch's
-    order = [cudnn, *order[:3]] if name == "cudnn" else order
-    prefer_attention([int(backend) for backend in order])  # type: ignore[call-overload]
+    order = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]  # torch's, and cuDNN
+    order.insert(0 if name == "cudnn" else 3, "CUDNN_ATTENTION")
+    prefer_attention([SDPBackend.__members__[backend].value for backend in order])
     return name
 
 

@@ -84,7 +84,7 @@ def test_C11_the_check_fits_the_memory_that_is_free(
     monkeypatch.setattr(kernel_check, "device_memory", lambda device: free_gib * 2**30)
     with fake_tensors():
         # Without adamw, whose tensors cannot be faked.
-        *_, (_, op) = islice(kernel_check._ops(torch.device("cuda"), torch.bfloat16), 5)
+        *_, (_, op) = islice(kernel_check._ops(torch.device("cuda"), "bf16"), 5)
         assert op.inputs[0].shape == (rows, 1024)
 
 
