@@ -51,8 +51,7 @@ def own_slices(
         mine: dict[str, Tensor] = {}
         parts: dict[str, list[int]] = {}
         for name, tensor in tensors.items():
-            located = locate(tensor)
-            if located is None:
+            if (located := locate(tensor)) is None:
                 if rank == 0 or name.endswith(f"@{rank}"):
                     mine[name] = tensor
                 continue

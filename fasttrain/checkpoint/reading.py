@@ -51,10 +51,7 @@ def parse(path: Path, written: Mapping[str, dict[str, Tensor]] | None = None) ->
     stored = {**(written or {})}
     stored |= {n: disk.map_tensors(path / n) for n in files if n not in stored}
     pieces = read_slices(path, manifest, texts, stored)
-    tensors = {
-        name: torch.empty(part.shape, dtype=tensor.dtype, device="meta")
-        for name, ((part, tensor), *_) in pieces.items()
-    }
+    tensors = {n: t.new_empty(s.shape, device="meta") for n, ((s, t), *_) in pieces.items()}
     file = path / "config.toml"
     try:
         config = load_config(file)

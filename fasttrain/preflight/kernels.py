@@ -8,10 +8,10 @@ backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain 
 Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -91,11 +91,8 @@ def _step(kind: Callable[..., torch.optim.Optimizer], op: Op) -> Callable[[], ob
     return kind(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
 
 
-def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
-    """Check and time each operation on ``device``, in the dtype that the trainer would use there.
-
-    ``compiled``: also time what torch.compile makes of it, which takes some seconds each.
-    """
+def check_kernels(device: torch.device) -> Iterator[OpReport]:
+    """Check and time each operation on ``device``, in the dtype that a run would use there."""
     auto = resolve_precision("auto", device)
     for name, op in _ops(device, auto.name):
         dtype = torch.float32 if name == "adamw" else auto.compute
@@ -103,8 +100,7 @@ def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[Op
         error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
         del truth
         paths = {"ours": op.ours, "torch": op.reference}
-        if compiled:
-            paths["compiled"] = torch.compile(op.reference, dynamic=False)
+        paths["compiled"] = torch.compile(op.reference, dynamic=False)
         runs: dict[str, Callable[[], object]]
         runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
         if name == "adamw":
@@ -125,9 +121,8 @@ def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
     times = {}
     for name, backend in backends.items():
-        with warnings.catch_warnings(), sdpa_kernel(backend), contextlib.suppress(RuntimeError):
-            warnings.simplefilter("ignore")  # of there being no such, torch gives reasons
-            times[name] = _median_ms(run)
+        with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend), suppress(RuntimeError):
+            times[name] = _median_ms(run)  # torch warns of why a kernel does not run here
     return times
 
 

@@ -122,8 +122,7 @@ def preflight(
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
         sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
-        for line in scaling_lines(sent, step_s, gbps=gbps, **given):
-            print(line)
+        print(*scaling_lines(sent, step_s, gbps=gbps, **given), sep="\n")
     seconds = None
     if probed:
         tokens_per_s = plan.tokens_per_step / probed.step_s

@@ -29,7 +29,7 @@ BUDGETS = {
     "fasttrain/engine": 2_510,
     "fasttrain/log": 930,
     "fasttrain/model": 960,
-    "fasttrain/preflight": 510,
+    "fasttrain/preflight": 500,
     "fasttrain/run": 1_110,
     "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_700,
