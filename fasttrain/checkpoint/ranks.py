@@ -102,7 +102,7 @@ def read_slices(
     tensors: dict[str, Pieces] = {}
     for place, found in stored.items():
         for name, tensor in found.items():
-            piece = slices.get((place, name)) or _all_of(tensor), tensor
+            piece = slices.get((place, name)) or Slice.all_of(tensor), tensor
             tensors.setdefault(f"{place.partition('.')[0]}.{name}", []).append(piece)
     for name, pieces in tensors.items():
         pieces.sort(key=lambda piece: piece[0].begin)
@@ -112,10 +112,6 @@ def read_slices(
         if others or begins != ends:
             raise CheckpointError(f"{path}: malformed: the slices of {name} are not all there")
     return tensors
-
-
-def _all_of(tensor: Tensor) -> Slice:
-    return Slice(tuple(tensor.shape), 0, 0, tensor.shape[0] if tensor.dim() else 1)
 
 
 def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:

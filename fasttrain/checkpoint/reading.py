@@ -48,8 +48,7 @@ def parse(path: Path, written: Mapping[str, dict[str, Tensor]] | None = None) ->
     entries = manifest["files"]
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
     texts = {n: disk.read_file(path / n, e) for n, e in entries.items() if n not in files}
-    stored = {**(written or {})}
-    stored |= {n: disk.map_tensors(path / n) for n in files if n not in stored}
+    stored = {n: (written or {}).get(n) or disk.map_tensors(path / n) for n in files}
     pieces = read_slices(path, manifest, texts, stored)
     tensors = {n: t.new_empty(s.shape, device="meta") for n, ((s, t), *_) in pieces.items()}
     file = path / "config.toml"

@@ -15,6 +15,11 @@ class Slice:
     begin: int
     end: int
 
+    @classmethod
+    def all_of(cls, tensor: Tensor) -> "Slice":
+        """Return the slice that is the whole; a scalar has no dimension to cut."""
+        return cls(tuple(tensor.shape), 0, 0, tensor.shape[0] if tensor.ndim else 1)
+
     @property
     def local_shape(self) -> tuple[int, ...]:
         length = self.end - self.begin
@@ -50,9 +55,7 @@ def locate(tensor: Tensor) -> tuple[Slice, bool] | None:
                 f"checkpoint: a DTensor must be replicated or sharded by one dimension, got "
                 f"{tuple(placements)}; redistribute it before saving"
             )
-    if found is None:  # a scalar has no dimension to cut, and is never cut
-        found = Slice(shape, 0, 0, shape[0] if shape else 1)
-    return found, first
+    return found or Slice.all_of(tensor), first
 
 
 def cut(whole: Tensor, like: Tensor) -> Tensor:
