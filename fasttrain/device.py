@@ -71,8 +71,11 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         refuse("run.dtype", name, f"needs a CUDA device, got {device}; use fp32 or auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return Precision(name, half.get(name, torch.float32), device.type)
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
+    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
+    return Precision(name, dtypes[name], device.type)
 
 
 ATTENTION = {"flash": "FlashAttention", "cudnn": "cuDNN attention", "fa3": "FlashAttention-3"}

@@ -6,6 +6,7 @@ The protocol is described in `fasttrain.checkpoint`, that of several ranks in `r
 import contextlib
 import json
 import math
+import mmap
 import os
 import sys
 import weakref
@@ -288,29 +289,35 @@ class Snapshot:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)
         text = len(text).to_bytes(8, "little") + text
-        room = torch.empty(len(text) + end + disk.PAGE, dtype=torch.uint8)
-        self.content = room[-room.data_ptr() % disk.PAGE :][: len(text) + end]
+        size = len(text) + end
+        self.cuda = any(t.is_cuda for t in tensors.values())
+        if self.cuda and pinned:
+            self.content = self._pinned(size)
+        else:
+            room = torch.empty(size + disk.PAGE, dtype=torch.uint8)
+            self.content = room[-room.data_ptr() % disk.PAGE :][:size]
         self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.views: dict[str, Tensor] = {}
         for name, entry in header.items():
             part = self.content[len(text) :][slice(*entry["data_offsets"])]
             self.views[name] = part.view(tensors[name].dtype).view_as(tensors[name])
-        self.cuda = any(t.is_cuda for t in tensors.values())
-        if self.cuda and pinned:
-            self._pin()
 
-    def _pin(self) -> None:
-        """Pin the memory for as long as this object lives, or leave it as it is if that fails.
+    def _pinned(self, size: int) -> Tensor:
+        """Return pinned memory, or ordinary memory if it cannot be pinned.
 
-        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32.
+        Torch's allocator of pinned memory rounds up to a power of two, 17 GiB to 32. Here the pages
+        themselves are registered, for as long as this object lives.
         """
-        runtime, pages = torch.cuda.cudart(), self.content  # type: ignore[no-untyped-call]
-        if int(runtime.cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)) == 0:
-            release = weakref.finalize(self, runtime.cudaHostUnregister, pages.data_ptr())
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room = torch.frombuffer(pages, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(room.data_ptr(), size, 0)) == 0:
+            release = weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr())
             release.atexit = False  # the system does it, and CUDA may be gone
         else:  # copies then make the device wait, and the next launch reports the error again
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda")
+        return room
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether these tensors can be copied into this buffer."""
