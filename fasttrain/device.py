@@ -106,10 +106,9 @@ def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -
             remedy = "install flash_attn_interface, which is built from the folder hopper of "
             remedy += "github.com/Dao-AILab/flash-attention, or use auto"
             refuse("run.attention", name, f"cannot be used ({e}); {remedy}")
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    order = [flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, cudnn]  # torch's
-    order = [cudnn, *order[:3]] if name == "cudnn" else order
-    prefer_attention([int(backend) for backend in order])  # type: ignore[call-overload]
+    order = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]  # torch's, and cuDNN
+    order.insert(0 if name == "cudnn" else 3, "CUDNN_ATTENTION")
+    prefer_attention([SDPBackend.__members__[backend].value for backend in order])
     return name
 
 

@@ -12,7 +12,7 @@ files with a folder's name) move, each by write, fsync, rename, fsync. A step th
 moves the older folder to `.old-…` for that moment; readers take it if its successor is missing.
 
 The training thread is held for one copy of the tensors into reused host buffers that are laid out
-as the files are, so that the background thread hashes and writes them as they lie.
+as the files are. The background thread hashes them and writes them past the page cache as they lie.
 
 `python -m fasttrain.checkpoint PATH` lists and verifies a checkpoint or all those of a run.
 """

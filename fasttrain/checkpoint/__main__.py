@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             damaged, verdict = True, str(error)
         for file in sorted(path.iterdir()) if path.is_dir() else []:
             line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
-            if found and file.name in found.stored:
-                sizes = [tensor.numel() for tensor in found.stored[file.name].values()]
+            if found and file.name in found.files:
+                sizes = [tensor.numel() for tensor in disk.map_tensors(file).values()]
                 line += f" {len(sizes):>7,} tensors {sum(sizes):>15,} parameters"
             print(line)
         print(f"  {'verified' if found else 'DAMAGED'}: {verdict}")

@@ -27,6 +27,8 @@ from fasttrain.config.untrusted import misfit
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
 SEVERAL = {**FORMAT, "version": 2}  # of several ranks: tensors may lie in slices
+PAGE = 4096  # to which writes past the page cache are aligned, in memory and in the file
+_LARGE = 4 << 20  # bytes of a file that is hashed in a thread and written past the cache
 _WRITE = 16 << 20  # bytes handed to the disk at once
 # On a core that training keeps busy, Linux gives a thread of this priority 3.4 % (of 10: 9.7 %),
 # and all that training leaves idle. To hash a GB takes 0.7 s, so that it is written in half a
@@ -41,6 +43,7 @@ _READING, _CREATING = (
     for names in (("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK"), ("O_WRONLY", "O_CREAT", "O_EXCL"))
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+History = list[tuple[Path, dict[str, Any] | None]]
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -74,7 +77,7 @@ def candidates(path: Path) -> list[Path]:
     raise CheckpointError(f"{path}: holds no checkpoint; name another folder or start a new run")
 
 
-def history(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+def history(folder: Path) -> History:
     """Return checkpoint folders, newest commit first, with their manifests (None: damaged).
 
     By commit, not by step: a run that went back to an older step must not resume its old future.
@@ -206,19 +209,42 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 def write_file(path: Path, content: Any) -> dict[str, Any]:
     """Write and fsync a new file, hashing it meanwhile; return its entry in the manifest."""
     rest = view = memoryview(content)
-    digest = hashlib.sha256()
+    digest, large = hashlib.sha256(), len(view) >= _LARGE
     # It releases the GIL for all of it; a priority that was lowered is inherited.
     hashing = threading.Thread(target=digest.update, args=(view,), name="checkpoint hash")
-    hashing.start()
+    (hashing.start if large else hashing.run)()
     descriptor = os.open(path, _CREATING, 0o666)
     try:
+        if large and hasattr(os, "O_DIRECT"):
+            rest = _write_past_cache(descriptor, rest)
         while len(rest):
             rest = rest[os.write(descriptor, rest[:_WRITE]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-        hashing.join()
+        if large:
+            hashing.join()
     return {"bytes": len(view), "sha256": digest.hexdigest()}
+
+
+def _write_past_cache(descriptor: int, view: memoryview) -> memoryview:
+    """Write whole pages past the page cache, if the file system can do it; return what is left.
+
+    On a virtual machine whose host had to find the pages, 1 GB took 0.1 s of a core so, and through
+    the cache 0.5 to 3.4 s. And the data set keeps its place there.
+    """
+    import fcntl  # Windows has none
+
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+        while len(view) >= PAGE:
+            view = view[os.write(descriptor, view[: min(_WRITE, len(view)) // PAGE * PAGE]) :]
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it cannot, or its blocks are larger than ours
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+    return view
 
 
 def give_way() -> None:
@@ -328,16 +354,12 @@ class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
     row: list[tuple[int, int, Kind, Number, Number]]
 
 
-class _Origin(TypedDict, total=False):
+class ModelState(TypedDict, total=False):  # state.json of parameters that belong to no run
     history: list[Change]
     provenance: dict[str, str | bool | None]
 
 
-class ModelState(_Origin):  # state.json of parameters that belong to no run
-    step: NotRequired[int]
-
-
-class RunState(_Origin):  # state.json of `fasttrain.train`
+class RunState(ModelState):  # state.json of `fasttrain.train`
     step: int
     position: int
     total_steps: int | None
@@ -353,7 +375,7 @@ class RunState(_Origin):  # state.json of `fasttrain.train`
     data: NotRequired[dict[str, dict[str, Any]]]
 
 
-class LibraryState(_Origin):  # state.json of `fasttrain.Trainer`, but for torch's classes
+class LibraryState(ModelState):  # state.json of `fasttrain.Trainer`, but for torch's classes
     step: int
     epoch: int
     batch_in_epoch: int

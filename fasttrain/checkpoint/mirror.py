@@ -121,29 +121,24 @@ class Mirror:
 
     def wake(self) -> None:
         """Have the newest and the best checkpoint copied; waits for nothing."""
-        with self._lock:
+        if not self._due:
             self._due = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-                self._thread.start()
+            self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+            self._thread.start()
 
     def finish(self, patience_s: float) -> None:
         """Wait for what is being copied, at most so long, and say so."""
-        if (thread := self._thread) is not None:
+        thread, self._thread = self._thread, None
+        if thread and thread.is_alive():
             self._note(f"copying the last checkpoint to {self.shown}, at most {patience_s:g} s")
             thread.join(patience_s)
             if thread.is_alive():
-                self._thread = None
                 self._warn(f"gave up copying the last checkpoint: what {self.shown} held it holds")
 
     def _work(self) -> None:
         disk.give_way()
-        while True:
-            with self._lock:
-                if not self._due:
-                    self._thread = None
-                    return
-                self._due = False
+        with self._lock:  # one upload at a time; during it at most one other thread waits
+            self._due = False
             try:
                 self._copy_new()
             except Exception as error:  # no failure here ends the run

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
@@ -31,8 +30,8 @@ from fasttrain.config.untrusted import misfit
 from fasttrain.distributed.sharding import Slice, locate
 from fasttrain.distributed.world import World
 
-Slices = dict[str, dict[str, Slice]]  # file → tensor → where it lies in the whole, or all of it
-SliceNumbers = dict[str, dict[str, list[int]]]  # the same as in a RankRecord, or by group
+SliceNumbers = dict[str, dict[str, list[int]]]  # as in a RankRecord
+Pieces = list[tuple[Slice, Tensor]]  # of one tensor: where they lie in it, and as they are stored
 
 _RECORD = re.compile(r"rank-(\d{5})\.json")
 _POLLS_S = (0.002, 0.2)  # between two looks: at first, at last
@@ -52,8 +51,7 @@ def own_slices(
         mine: dict[str, Tensor] = {}
         parts: dict[str, list[int]] = {}
         for name, tensor in tensors.items():
-            located = locate(tensor)
-            if located is None:
+            if (located := locate(tensor)) is None:
                 if rank == 0 or name.endswith(f"@{rank}"):
                     mine[name] = tensor
                 continue
@@ -80,8 +78,8 @@ def read_slices(
     manifest: Mapping[str, Any],
     texts: Mapping[str, bytes],
     stored: Mapping[str, Mapping[str, Tensor]],
-) -> tuple[dict[str, Tensor], Slices]:
-    """Return all tensors, on the device ``meta``, and where in them lies what is ``stored``.
+) -> dict[str, Pieces]:
+    """Return all tensors in the pieces that are ``stored`` in files.
 
     The records of the ranks, among the ``texts``, say what is a slice. Raises CheckpointError
     unless the slices of each tensor are complete.
@@ -89,7 +87,7 @@ def read_slices(
     records = sorted(filter(_RECORD.fullmatch, texts)) if "ranks" in manifest else []
     if len(records) != manifest.get("ranks", 0):
         raise CheckpointError(f"{path / disk.MANIFEST}: malformed: {len(records)} records of ranks")
-    slices = {p: {n: Slice.all_of(t) for n, t in found.items()} for p, found in stored.items()}
+    slices: dict[tuple[str, str], Slice] = {}
     for file in (path / name for name in records):
         record = disk.parse_json(file, texts[file.name])
         if problem := misfit(RankRecord, record):
@@ -100,22 +98,20 @@ def read_slices(
                 if part is None:
                     problem = f"no tensor {name} in {place} can be the slice {numbers}"
                     raise CheckpointError(f"{file}: malformed: {problem}")
-                slices[place][name] = part
-    parts: dict[str, list[tuple[Slice, torch.dtype]]] = {}
+                slices[place, name] = part
+    tensors: dict[str, Pieces] = {}
     for place, found in stored.items():
         for name, tensor in found.items():
-            piece = slices[place][name], tensor.dtype
-            parts.setdefault(f"{place.partition('.')[0]}.{name}", []).append(piece)
-    tensors: dict[str, Tensor] = {}
-    for name, pieces in parts.items():
+            piece = slices.get((place, name)) or Slice.all_of(tensor), tensor
+            tensors.setdefault(f"{place.partition('.')[0]}.{name}", []).append(piece)
+    for name, pieces in tensors.items():
         pieces.sort(key=lambda piece: piece[0].begin)
         ends = [0, *(part.end for part, _ in pieces)]
-        (shape, dim, dtype), *others = {(part.shape, part.dim, kind) for part, kind in pieces}
+        (shape, dim, _), *others = {(part.shape, part.dim, t.dtype) for part, t in pieces}
         begins = [*(part.begin for part, _ in pieces), shape[dim] if shape else 1]
         if others or begins != ends:
             raise CheckpointError(f"{path}: malformed: the slices of {name} are not all there")
-        tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-    return tensors, slices
+    return tensors
 
 
 def _slice_of(numbers: list[int], stored: Tensor | None) -> Slice | None:

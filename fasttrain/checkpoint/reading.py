@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.ranks import Slices, read_slices
+from fasttrain.checkpoint.ranks import Pieces, read_slices
 from fasttrain.command import tell
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.config.untrusted import misfit
@@ -19,7 +19,7 @@ from fasttrain.model.transformer import Transformer
 _SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint, and where on the disk its tensors lie."""
 
@@ -29,8 +29,7 @@ class Checkpoint:
     state: dict[str, Any]
     config: TrainConfig
     files: dict[str, Any]  # those of tensors, with their bytes and hashes
-    stored: dict[str, dict[str, Tensor]]  # what lies in each file, read when it is used
-    slices: Slices  # where that lies in the tensors
+    pieces: dict[str, Pieces]  # of each tensor, read from the files when they are used
 
     def group(self, stem: str) -> dict[str, Tensor]:
         """Return the tensors of a group, by the names they were saved under."""
@@ -38,18 +37,20 @@ class Checkpoint:
         return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
 
 
-def parse(path: Path) -> Checkpoint:
+def parse(path: Path, written: Mapping[str, dict[str, Tensor]] | None = None) -> Checkpoint:
     """Read all but the tensors, which are on the device ``meta``.
 
-    Raises CheckpointError, which names the file, if one cannot be parsed or contradicts another.
+    What was ``written`` by this process, by file, is not looked for on the disk. Raises
+    CheckpointError, which names the file, if one cannot be parsed or contradicts another.
     """
     path = Path(path)
     manifest = disk.read_manifest(path)
     entries = manifest["files"]
     files = {name: e for name, e in entries.items() if name.endswith(".safetensors")}
     texts = {n: disk.read_file(path / n, e) for n, e in entries.items() if n not in files}
-    stored = {name: disk.map_tensors(path / name) for name in files}
-    tensors, slices = read_slices(path, manifest, texts, stored)
+    stored = {n: (written or {}).get(n) or disk.map_tensors(path / n) for n in files}
+    pieces = read_slices(path, manifest, texts, stored)
+    tensors = {n: t.new_empty(s.shape, device="meta") for n, ((s, t), *_) in pieces.items()}
     file = path / "config.toml"
     try:
         config = load_config(file)
@@ -61,10 +62,7 @@ def parse(path: Path) -> Checkpoint:
     problem = misfit(disk.RunState if "position" in state else kind, state)
     if problem := problem or _contradiction(state, manifest["step"], config):
         raise CheckpointError(f"{file}: malformed: {problem}")
-    return Checkpoint(
-        path=path, step=manifest["step"], tensors=tensors, state=state, config=config,
-        files=files, stored=stored, slices=slices,
-    )  # fmt: skip
+    return Checkpoint(path, manifest["step"], tensors, state, config, files, pieces)
 
 
 def _contradiction(state: Mapping[str, Any], step: int, config: TrainConfig) -> str | None:
@@ -105,12 +103,11 @@ def load(path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
     for name, entry in found.files.items():
         disk.read_file(found.path / name, entry)
     tensors: dict[str, Tensor] = {}
-    for name, stored in found.stored.items():
-        stem = name.partition(".")[0]
-        for key, tensor in stored.items() if only is None or stem in only else ():
-            full = f"{stem}.{key}"
-            whole = tensors.setdefault(full, torch.empty_like(found.tensors[full], device="cpu"))
-            found.slices[name][key].of(whole).copy_(tensor)  # the file may soon be removed
+    for name, pieces in found.pieces.items():
+        if only is None or name.partition(".")[0] in only:
+            tensors[name] = torch.empty_like(found.tensors[name], device="cpu")
+            for part, tensor in pieces:
+                part.of(tensors[name]).copy_(tensor)  # the file may soon be removed
     return replace(found, tensors=tensors)
 
 
@@ -164,30 +161,25 @@ def check_model(config: TrainConfig, found: Mapping[str, Tensor], source: object
 
     Raises UserError if parameters have other shapes, or buffers are out of proportion.
     """
-    problem = f"model.n_layers = {config.model.n_layers}"
+    misfits = [f"model.n_layers = {config.model.n_layers}"]
     if len({n.split(".")[1] for n in found if n.startswith("blocks.")}) == config.model.n_layers:
         with torch.device("meta"):
             model = Transformer(config.model, seq_len=config.data.seq_len)
-        problem = misfits_of(model.state_dict(), found)
+        sides = found, model.state_dict()
+        there, here = ({n: tuple(t.shape) for n, t in side.items()} for side in sides)
+        misfits = [
+            f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
+        ]
         n_stored, n_table = sum(t.numel() for t in found.values()), 0  # tables are in no file
         if model.rope_cos is not None:
             n_table = config.data.seq_len * model.head_dim
         if n_table > max(_SMALL_TABLE, n_stored):
-            problem = f"data.seq_len = {config.data.seq_len} with {n_stored:,} parameters"
-    if problem:
+            misfits = [f"data.seq_len = {config.data.seq_len} with {n_stored:,} parameters"]
+    if misfits:
+        more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise UserError(
-            f"{source}: its tensors do not fit [model] and data.seq_len: {problem}; use the "
-            "config that it was trained with"
+            f"{source}: its tensors do not fit [model] and data.seq_len: {'; '.join(misfits[:3])}"
+            f"{more}; use the config that it was trained with"
         )
-
-
-def misfits_of(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Return which parameters have other shapes there than here, at most three of them."""
-    sides = [{n: str(tuple(t.shape)) for n, t in side.items()} for side in (found, wanted)]
-    misfits = []
-    for name in sorted(found.keys() | wanted.keys()):
-        there, here = (side.get(name, "missing") for side in sides)
-        if there != here:
-            misfits.append(f"{name} is {there} there and {here} here")
-    more = f", and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-    return "; ".join(misfits[:3]) + more

@@ -9,9 +9,9 @@ import math
 import mmap
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +69,7 @@ class CheckpointWriter:
         self._ranks, self._warn = Ranks(world, patience_s), warn
         self._n_begun = 0
         self._snapshots: dict[str, Snapshot] = {}  # by file
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._in_flight: Future[None] | None = None
         self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
         with disk.failing(f"cannot make the checkpoint folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,18 +116,17 @@ class CheckpointWriter:
             copied=self._snapshot(own),
         )
         name = f"checkpoint of rank {self._ranks.rank}"
-        self._thread = threading.Thread(target=self._write, args=(save,), name=name)
-        self._thread.start()
+        thread = ThreadPoolExecutor(1, thread_name_prefix=name)  # a new one: priorities only fall
+        self._in_flight = thread.submit(self._write, save)
+        thread.shutdown(wait=False)
         if not self.asynchronous:
             self.wait()
         return path
 
     def wait(self) -> None:
         """Wait until the save in flight is committed; CheckpointError if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
+        error = self._in_flight.exception() if self._in_flight else None
+        self._in_flight = None
         if error is not None:
             raise error
 
@@ -148,7 +146,7 @@ class CheckpointWriter:
         kept, self._snapshots = self._snapshots, {}
         for file, tensors in files.items():
             snapshot = kept.get(file)
-            if snapshot is None or snapshot.signature != Snapshot.describe(tensors):
+            if snapshot is None or not snapshot.fits(tensors):
                 snapshot = Snapshot(file.partition(".")[0], tensors, pinned=self.asynchronous)
             snapshot.copy_from(tensors)  # the next update, on the same stream, comes after it
             self._snapshots[file] = snapshot
@@ -157,30 +155,28 @@ class CheckpointWriter:
 
     def _write(self, save: _Save) -> None:
         """Write what this rank writes of a checkpoint, in a thread of its own."""
-        try:
-            for event in save.copied:
-                torch.cuda.set_device(event.device)  # waiting would open a context on another
-                event.synchronize()
-            n_bytes = sum(snapshot.content.nbytes for snapshot in self._snapshots.values())
-            if self.asynchronous and n_bytes > _BULKY:
-                disk.give_way()
-            with disk.failing(f"{save.path} was not saved"):
-                if self._ranks.rank == 0:
-                    self._commit(save)
-                else:
-                    try:
-                        self._write_part(save)
-                    except (OSError, CheckpointError) as error:
-                        self._ranks.fail(save.partial, error)
-                    self._ranks.await_commit(save.partial, save.path)
-            if self.mirror:
-                self.mirror.wake()
-        except BaseException as error:
-            self._error = error
+        for event in save.copied:
+            torch.cuda.set_device(event.device)  # waiting would open a context on another
+            event.synchronize()
+        n_bytes = sum(snapshot.content.nbytes for snapshot in self._snapshots.values())
+        if self.asynchronous and n_bytes > _BULKY:
+            disk.give_way()
+        with disk.failing(f"{save.path} was not saved"):
+            if self._ranks.rank == 0:
+                self._commit(save)
+            else:
+                try:
+                    self._write_part(save)
+                except (OSError, CheckpointError) as error:
+                    self._ranks.fail(save.partial, error)
+                self._ranks.await_commit(save.partial, save.path)
+        if self.mirror:
+            self.mirror.wake()
 
     def _write_part(self, save: _Save) -> dict[str, Any]:
         """Write this rank's tensors; return the entries of their files."""
         save.partial.mkdir(exist_ok=True)  # another rank may have made it
+        files = {}
         for file, snapshot in self._snapshots.items():
             if name := snapshot.first_nonfinite():
                 raise CheckpointError(
@@ -188,10 +184,7 @@ class CheckpointWriter:
                     f"{save.facts['step']}: not saved; resume from the last checkpoint with a "
                     "lower learning rate or other data"
                 )
-        files = {
-            file: disk.write_file(save.partial / file, snapshot.content.numpy())
-            for file, snapshot in self._snapshots.items()
-        }
+            files[file] = disk.write_file(save.partial / file, snapshot.content.numpy())
         if self._ranks.size > 1:
             self._ranks.hand_in(save.partial, files=files, slices=save.slices)
         return files
@@ -203,7 +196,8 @@ class CheckpointWriter:
             disk.sweep(self.folder, spare=ranks.mark)
         try:
             with disk.failing(f"{path} was not saved"):
-                self._write_whole(save)
+                older = disk.history(self.folder)
+                manifest = self._write_whole(save, older)
                 if path.exists():
                     os.rename(path, old)
                     disk.fsync_folder(self.folder)
@@ -211,29 +205,28 @@ class CheckpointWriter:
                 disk.fsync_folder(self.folder)
         except CheckpointError as error:
             with contextlib.suppress(OSError):
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
                 disk.remove(partial)
             with contextlib.suppress(OSError):
                 ranks.give_up(partial, error)
-            with contextlib.suppress(OSError):
-                if old.exists() and not path.exists():
-                    os.rename(old, path)
             raise
         try:  # it is saved, on the other ranks as well: no failure here is one of the save
             with disk.failing(f"{path} is complete, but tidying up failed"):
                 self._verified[path] = disk.signature(path)
                 disk.point(self.folder / "latest", path.name)
-                self._retain()
+                self._retain([(path, manifest), *(found for found in older if found[0] != path)])
                 # No rank waits any more for what failed earlier; some may have begun the next.
                 disk.sweep(self.folder, spare=f"{ranks.mark}{self._n_begun + 1}")
         except CheckpointError as error:
             self._warn(str(error))
 
-    def _write_whole(self, save: _Save) -> None:
+    def _write_whole(self, save: _Save, older: disk.History) -> dict[str, Any]:
         """Write all but what other ranks write, and check that a run could resume from it."""
         partial, files = save.partial, self._write_part(save)
         for name, text in save.texts.items():
             files[name] = disk.write_file(partial / name, text)
-        commits = [m["commit"] for _, m in disk.history(self.folder) if m]
+        commits = [m["commit"] for _, m in older if m]
         commits += [self.mirror.last_commit] if self.mirror else []
         manifest = {**disk.FORMAT, **save.facts, "commit": 1 + max(commits, default=0)}
         manifest["files"] = files
@@ -242,13 +235,14 @@ class CheckpointWriter:
             manifest |= {**disk.SEVERAL, "ranks": self._ranks.size, "save": partial.name}
         disk.write_file(partial / disk.MANIFEST, disk.seal(manifest))
         try:
-            parse(partial)
+            parse(partial, {file: snapshot.views for file, snapshot in self._snapshots.items()})
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{partial}{os.sep}")
             raise CheckpointError(
                 f"{save.path} was not saved, because no run could resume from it: {reason}"
             ) from error
         disk.fsync_folder(partial)
+        return manifest
 
     def _is_sound(self, path: Path) -> bool:
         """Hash a folder once; again only if the system has seen one of its files change."""
@@ -260,9 +254,8 @@ class CheckpointWriter:
             return True
         return False
 
-    def _retain(self) -> None:
+    def _retain(self, found: disk.History) -> None:
         """Move `best`, then discard what is older than the last `keep_last` verified ones."""
-        found = disk.history(self.folder)
         good = [(path, m) for path, m in found if m and self._is_sound(path)]
         best = disk.best(dict(good))
         if best is not None and disk.pointed(self.folder / "best") != best.name:
@@ -280,12 +273,10 @@ class Snapshot:
     """One group of tensors in a reused host buffer, laid out as its safetensors file."""
 
     def __init__(self, stem: str, tensors: Mapping[str, Tensor], *, pinned: bool = True) -> None:
-        self.signature = self.describe(tensors)
-        # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
-        self.names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
         header: dict[str, Any] = {}
         end = 0
-        for name in self.names:
+        # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
+        for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
             tensor, begin = tensors[name], end
             if tensor.dtype not in disk.DTYPE_NAMES:
                 raise disk.CheckpointError(
@@ -298,15 +289,18 @@ class Snapshot:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)
         text = len(text).to_bytes(8, "little") + text
-        self.cuda = any(t.is_cuda for t in tensors.values())
         size = len(text) + end
-        pinned = self.cuda and pinned
-        self.content = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
+        self.cuda = any(t.is_cuda for t in tensors.values())
+        if self.cuda and pinned:
+            self.content = self._pinned(size)
+        else:
+            room = torch.empty(size + disk.PAGE, dtype=torch.uint8)
+            self.content = room[-room.data_ptr() % disk.PAGE :][:size]
         self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self.buffer = self.content[len(text) :]
-        parts = [self.buffer[slice(*header[name]["data_offsets"])] for name in self.names]
-        like = [tensors[name] for name in self.names]
-        self.views = [p.view(t.dtype).view_as(t) for p, t in zip(parts, like, strict=True)]
+        self.views: dict[str, Tensor] = {}
+        for name, entry in header.items():
+            part = self.content[len(text) :][slice(*entry["data_offsets"])]
+            self.views[name] = part.view(tensors[name].dtype).view_as(tensors[name])
 
     def _pinned(self, size: int) -> Tensor:
         """Return pinned memory, or ordinary memory if it cannot be pinned.
@@ -325,12 +319,15 @@ class Snapshot:
                 torch.ones(1, device="cuda")
         return room
 
-    @staticmethod
-    def describe(tensors: Mapping[str, Tensor]) -> object:
-        return [(n, t.dtype, t.shape, t.is_cuda) for n, t in sorted(tensors.items())]
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether these tensors can be copied into this buffer."""
+        mine, theirs = (
+            {name: (t.dtype, t.shape) for name, t in some.items()} for some in (self.views, tensors)
+        )
+        return mine == theirs and self.cuda == any(t.is_cuda for t in tensors.values())
 
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, view in zip(self.names, self.views, strict=True):
+        for name, view in self.views.items():
             view.copy_(tensors[name].detach(), non_blocking=self.cuda)
 
     def first_nonfinite(self) -> str | None:
@@ -338,7 +335,7 @@ class Snapshot:
 
         Apart from the sign, what is not finite has greater bits than the greatest finite number.
         """
-        for name, view in zip(self.names, self.views, strict=True):
+        for name, view in self.views.items():
             if not view.is_floating_point() or not view.numel():
                 continue
             raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()

@@ -77,6 +77,7 @@ class Saver:
         self.state, self.train_step = reporter.state, reporter.train_step
         self.reporter, self.lockstep, self.recorded = reporter, lockstep, recorded
         self.config = config = reporter.config
+        self.toml = config_to_toml(config, redact)
         self.world, self.mirror = world, mirror = reporter.train_step.world, reporter.mirror
         # How long a rank waits for the others' parts of a checkpoint, on a slow disk as well; the
         # lockstep longer than the writer, which says more of what went wrong.
@@ -151,9 +152,9 @@ class Saver:
         state, self.saved_at = self.state, None
         groups = collect(self.train_step, self.world.rank, rng)
         facts = {**state.saved(), **self.recorded}
-        toml, metric = config_to_toml(self.config, redact), state.last_eval.get("val_loss")
+        metric = state.last_eval.get("val_loss")
         with state.account.measure("checkpoint"):
-            path = self.writer.save(state.step, groups, facts, toml, metric=metric)
+            path = self.writer.save(state.step, groups, facts, self.toml, metric=metric)
         self.saved_at = state.step
         return path
 

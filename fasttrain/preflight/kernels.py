@@ -8,10 +8,10 @@ backward: ``ours`` as `fasttrain_kernels` runs it eagerly, ``torch`` as a plain 
 Legend: N rows, D dim, F hidden_dim, V vocabulary, H heads, K head_dim.
 """
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -50,22 +50,21 @@ class OpReport(NamedTuple):
     ms: dict[str, float]  # median of each path, forward and backward
 
 
-def _ops(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Op]]:
+def _ops(device: torch.device, dtype: str) -> Iterator[tuple[str, Op]]:
     n, d, f, v, k = 2048, 256, 1024, 4096, 64
     if device.type == "cuda":
         d, f, v = 1024, 4096, 32768
         rows = max(int(0.8 * device_memory(device) / (LOSS_BYTES * v)), 16)
         n = min(16384, 1 << rows.bit_length() - 1)
-    (name,) = (name for name, known in catalogue.DTYPES.items() if known == dtype)
     torch.manual_seed(0)
     with device:
-        norm = catalogue.rms_norm(name, d, n)
+        norm = catalogue.rms_norm(dtype, d, n)
         assert norm.torch is not None
         yield "rms_norm", norm._replace(reference=norm.torch)
-        yield "swiglu", catalogue.swiglu(name, f, n)
-        yield "relu_squared", catalogue.relu_squared(name, f, n)
-        yield "rope", catalogue.apply_rope(name, k, n // 8, 8, (d // k, d // k))
-        yield "linear_cross_entropy", catalogue.linear_cross_entropy(name, v, d, n)
+        yield "swiglu", catalogue.swiglu(dtype, f, n)
+        yield "relu_squared", catalogue.relu_squared(dtype, f, n)
+        yield "rope", catalogue.apply_rope(dtype, k, n // 8, 8, (d // k, d // k))
+        yield "linear_cross_entropy", catalogue.linear_cross_entropy(dtype, v, d, n)
         yield "adamw", catalogue.adamw("fp32", 4 << 20)
 
 
@@ -92,25 +91,20 @@ def _step(kind: Callable[..., torch.optim.Optimizer], op: Op) -> Callable[[], ob
     return kind(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step
 
 
-def check_kernels(device: torch.device, *, compiled: bool = True) -> Iterator[OpReport]:
-    """Check and time each operation on ``device``, in the dtype that the trainer would use there.
-
-    ``compiled``: also time what torch.compile makes of it, which takes some seconds each.
-    """
-    auto = resolve_precision("auto", device).compute
-    for name, op in _ops(device, auto):
-        dtype = torch.float32 if name == "adamw" else auto
+def check_kernels(device: torch.device) -> Iterator[OpReport]:
+    """Check and time each operation on ``device``, in the dtype that a run would use there."""
+    auto = resolve_precision("auto", device)
+    for name, op in _ops(device, auto.name):
+        dtype = torch.float32 if name == "adamw" else auto.compute
         truth = results(op.reference, op, torch.float64)
         error, plain = (_error(results(fn, op, dtype), truth) for fn in (op.ours, op.reference))
         del truth
-        runs: dict[str, Callable[[], object]] = {}
-        if name == "adamw":  # whole steps
+        paths = {"ours": op.ours, "torch": op.reference}
+        paths["compiled"] = torch.compile(op.reference, dynamic=False)
+        runs: dict[str, Callable[[], object]]
+        runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
+        if name == "adamw":
             runs = {"ours": _step(FusedAdamW, op), "torch": _step(torch.optim.AdamW, op)}
-        else:
-            paths = {"ours": op.ours, "torch": op.reference}
-            if compiled:
-                paths["compiled"] = torch.compile(op.reference, dynamic=False)
-            runs = {path: functools.partial(results, fn, op, dtype) for path, fn in paths.items()}
         tolerance = 2 * plain + (1e-5 if dtype == torch.float32 else 1e-3)
         yield OpReport(name, error, tolerance, {path: _median_ms(f) for path, f in runs.items()})
 
@@ -127,9 +121,8 @@ def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
     times = {}
     for name, backend in backends.items():
-        with warnings.catch_warnings(), sdpa_kernel(backend), contextlib.suppress(RuntimeError):
-            warnings.simplefilter("ignore")  # of there being no such, torch gives reasons
-            times[name] = _median_ms(run)
+        with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend), suppress(RuntimeError):
+            times[name] = _median_ms(run)  # torch warns of why a kernel does not run here
     return times
 
 

@@ -122,8 +122,7 @@ def preflight(
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
         sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
-        for line in scaling_lines(sent, step_s, gbps=gbps, **given):
-            print(line)
+        print(*scaling_lines(sent, step_s, gbps=gbps, **given), sep="\n")
     seconds = None
     if probed:
         tokens_per_s = plan.tokens_per_step / probed.step_s
@@ -242,7 +241,7 @@ def traffic(
     micro-batch: all of them for the forward pass and, with ``distributed.reshard_after_forward``,
     those of the blocks again for the backward pass; it reduce-scatters the fp32 gradients once a
     step. HSDP all-reduces these shards over the copies. Muon gathers its matrices, in ``width``
-    bytes a number, and scatters the updates. ``mode`` is single, ddp, fsdp or hsdp.
+    bytes a number, and scatters the updates. ``mode`` is ddp, fsdp or hsdp.
 
     Sources: Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of
     Workstations (JPDC 69); Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
@@ -252,8 +251,6 @@ def traffic(
         return (n - 1) / n
 
     total = sum(p.numel() for p in model.parameters())
-    if mode == "single" or n_ranks == 1:
-        return {}
     if mode == "ddp":
         return {"all-reduce": 2 * ring(n_ranks) * FP32 * total}
     # Of HSDP so many ranks share one copy of the parameters.

@@ -1,5 +1,7 @@
 """What checkpoints hold, which are kept, and when the training thread is free (R16, R17)."""
 
+import errno
+import fcntl
 import math
 import os
 import random
@@ -225,11 +227,41 @@ def test_R17_a_large_save_gives_way_to_training(
 def test_R17_buffers_are_reused(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep_last=1, asynchronous=False)
     writer.save(1, groups(1), {}, CONFIG)
-    places = [s.buffer.data_ptr() for s in writer._snapshots.values()]
+    places = [s.content.data_ptr() for s in writer._snapshots.values()]
     writer.save(2, groups(2), {}, CONFIG)
-    assert [s.buffer.data_ptr() for s in writer._snapshots.values()] == places
+    assert [s.content.data_ptr() for s in writer._snapshots.values()] == places
     larger = {"model": {"weight": torch.ones(500)}}
     assert_holds(writer.save(3, larger, {}, CONFIG), larger)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has a page cache alone")
+@pytest.mark.parametrize("refused", ["nothing", "the flag", "writes"])
+def test_R17_a_large_file_leaves_the_page_cache_to_the_data_set(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_write, real_fcntl, n_bytes = os.write, fcntl.fcntl, {True: 0, False: 0}
+
+    def write(descriptor: int, data: memoryview) -> int:
+        direct = bool(real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        if direct and refused == "writes":
+            raise OSError(errno.EINVAL, "its blocks are larger")
+        if len(data) > 1000:
+            n_bytes[direct] += len(data)
+        return real_write(descriptor, data)
+
+    def set_flags(descriptor: int, command: int, flags: int = 0) -> int:
+        if refused == "the flag" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no such thing")
+        return real_fcntl(descriptor, command, flags)
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    large: Groups = {"model": {"w": torch.randn(5 << 18)}, "optimizer": {"m": torch.randn(900)}}
+    path = CheckpointWriter(tmp_path, keep_last=1, asynchronous=False).save(1, large, {}, CONFIG)
+    assert_holds(path, large)
+    size = 5 << 20 if refused == "nothing" else 0
+    assert n_bytes[True] == size
+    assert (3600 < n_bytes[False] < 8000) is (refused == "nothing")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve
+from fasttrain.checkpoint import files as checkpoint_files
 from tests.support.faults import LOSSES, Crash, Faults
 from tests.support.toy import ENV, ROOT
 from tests.support.toy_checkpoints import CONFIG
@@ -147,6 +148,21 @@ def test_R5_crash_at_every_operation(
 ) -> None:
     for where, folder, least in crash_everywhere(scenario, loss, tmp_path / "r"):
         check_after_crash(where, folder, least)
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_R5_crash_at_every_operation_past_the_page_cache(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "__defaults__", (0, 3000))  # two pages and the half of one
+    monkeypatch.setattr(checkpoint_files, "_LARGE", 1)
+    monkeypatch.setattr(checkpoint_files, "_WRITE", 4096)
+    writes = 0
+    for where, folder, least in crash_everywhere(SCENARIOS[1], loss, tmp_path / "r"):
+        check_after_crash(where, folder, least)
+        writes += "write" in where and "model.safetensors" in where
+    assert writes == 3
 
 
 class ForgetfulOfFiles(Faults):

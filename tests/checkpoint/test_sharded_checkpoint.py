@@ -332,7 +332,7 @@ class OfOneRank(Faults):
             super()._changed(path, undo)
 
     def _happens(self, kind: str, path: str, partly: Any = None) -> None:
-        if threading.current_thread().name == self.name:
+        if threading.current_thread().name.startswith(self.name):
             super()._happens(kind, path, partly)
 
 
@@ -355,7 +355,7 @@ def test_R5_a_rank_fails_at_every_operation(
         with faults:
             for r in (1, 0):
                 several[r].save(2, states[r], {"step": 2}, CONFIG, metric=-2)
-            several[rank]._thread.join()
+            several[rank]._in_flight.exception()
             if faults.crashed:  # the job ends
                 several[1 - rank].abandon()
             errors = wait(several)

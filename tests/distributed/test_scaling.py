@@ -201,7 +201,7 @@ def test_formulas_of_the_other_modes() -> None:
     config = config_of("ddp", 1)
     model = Transformer(config.model, seq_len=SEQ_LEN)
     n, one = model.num_parameters(), {"n_micro": 1, "width": 2}
-    assert traffic(config, model, mode="ddp", n_ranks=1, **one) == {}
+    assert traffic(config, model, mode="ddp", n_ranks=1, **one) == {"all-reduce": 0}
     assert traffic(config, model, mode="ddp", n_ranks=4, **one) == {"all-reduce": 2 * 0.75 * 4 * n}
     copies = replace(config, distributed=DistributedConfig(mode="hsdp", shard_ranks=4))
     hsdp = traffic(copies, model, mode="hsdp", n_ranks=8, **one)

@@ -13,7 +13,7 @@ from tests.support.toy import ENV, write_config
 NOT_ON_MACOS = """
 import os, sys
 sys.modules["triton"] = None
-for name in ("sched_getaffinity",):
+for name in ("sched_getaffinity", "O_DIRECT"):
     if hasattr(os, name):
         delattr(os, name)
 """

@@ -29,7 +29,7 @@ BUDGETS = {
     "fasttrain/engine": 2_470,
     "fasttrain/log": 900,
     "fasttrain/model": 900,
-    "fasttrain/preflight": 510,
+    "fasttrain/preflight": 500,
     "fasttrain/run": 1_090,
     "kernels": 6_050,
     "kernels/fasttrain_kernels/cpu": 1_700,

@@ -140,7 +140,7 @@ def test_every_operation_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> No
     fp32 = resolve_precision("fp32", CUDA)  # of 16 rows, whose errors do not cancel in bf16
     monkeypatch.setattr(kernel_check, "resolve_precision", lambda *_: fp32)
     n_ops = len(kernel_check.CHOICES) - 1  # the last is AdamW's step of four million parameters
-    reports = list(islice(kernel_check.check_kernels(CUDA, compiled=False), n_ops))
+    reports = list(islice(kernel_check.check_kernels(CUDA), n_ops))
     assert [report for report in reports if not report.error <= report.tolerance] == []
 
 
