@@ -5,7 +5,6 @@ round, and a speed-up is the median over rounds of the ratio within a round.
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.files import write_atomically
+from fasttrain.run.provenance import _version as version_of
 from fasttrain.run.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +56,6 @@ def machine() -> dict[str, Any]:
     """Return what a measurement depends on: device, threads, load, versions, installed peers."""
     cuda = torch.cuda.is_available()
     made = provenance(torch.device("cuda" if cuda else "cpu"))
-    found = importlib.metadata.distributions()
-    installed = {(d.name or "").lower().replace("_", "-"): d.version for d in found}
     changed = "+" if made["uncommitted_changes"] else ""
     return {
         "commit": made["commit"] and f"{made['commit']:.7}{changed}",
@@ -66,7 +64,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         **{key: made[key] for key in ("python", "torch", "triton")},
-        "peers": {name: installed[name] for name in PEERS if name in installed},
+        "peers": {name: found for name in PEERS if (found := version_of(name))},
     } | ({"cuda": made["cuda"]} if cuda else {"isa": isa()})
 
 
