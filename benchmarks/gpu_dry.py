@@ -23,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -281,7 +282,10 @@ def resources(source: str) -> dict[str, int]:
 
 def entry_of(case: str) -> dict[str, Any]:
     """Return what a layer of a case adds to a step, the rest of it, and every kernel."""
-    one, two = (compile_step(config_of(case, f"model.n_layers={n}")) for n in (1, 2))
+    try:
+        one, two = (compile_step(config_of(case, f"model.n_layers={n}")) for n in (1, 2))
+    except UserError as error:  # fp8 without torchao
+        return {"name": case, "skipped": str(error)}
     layer, rest = two.counts(), one.counts()
     layer.subtract(one.counts())
     rest.subtract(layer)
@@ -317,14 +321,5 @@ def main(suite: str, names: Sequence[str], entries_of: Callable[[Any], Any], **g
         harness.save(arguments.results, harness.document(suite, entries, machine, {}))
 
 
-def entries_of(cases: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the entry of each case."""
-    for case in cases:
-        try:
-            yield entry_of(case)
-        except UserError as error:  # fp8 without torchao
-            yield {"name": case, "skipped": str(error)}
-
-
 if __name__ == "__main__":
-    main("gpu_dry", CASES, entries_of)
+    main("gpu_dry", CASES, partial(map, entry_of))
