@@ -6,10 +6,8 @@ targets, well past the L2 cache. Inputs, references, bytes and FLOPs are the ker
 
 import math
 import pkgutil
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import fasttrain_kernels as kernels
@@ -20,7 +18,8 @@ from fasttrain_kernels import catalogue
 from fasttrain_kernels.catalogue import Op, both_ways, results
 from torch import Tensor, nn
 
-from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, Call, check, gather, run
+from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, Call, check, gather
+from fasttrain.engine.memory import measure_peak
 
 compiled = partial(torch.compile, dynamic=False)
 NAME = "bf16" if CUDA else "fp32"
@@ -241,36 +240,17 @@ def test_op(compare: Any, full: bool, name: str, make: Callable[[], Subject]) ->
     compare(calls, left_out=left_out, **options)
 
 
-def print_growth(name: str) -> None:
-    """Print by how many bytes this process grows for a forward and a backward pass at V=50304."""
-    rows, dim, vocab = (32768, 768, 50304) if CUDA else (2048, 64, 50304)
-    random = partial(torch.randn, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    h, w, t = random(rows, dim), random(vocab, dim), torch.randint(vocab, (rows,), device=DEVICE)
-
-    def loss(*inputs: Tensor) -> Tensor:
-        if name == OURS:
-            return kernels.linear_cross_entropy(*inputs)
-        return F.cross_entropy(F.linear(*inputs[:2]), inputs[2])
-
-    def peak() -> int:  # not ru_maxrss, which a child process inherits
-        if CUDA:
-            return torch.cuda.max_memory_allocated()
-        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
-        return 1024 * int(kilobytes)
-
-    loss(h[:1], w, t[:1]).backward()  # libraries, thread pools and the weight's gradient
-    before = torch.cuda.memory_allocated() if CUDA else peak()
-    loss(h, w, t).backward()
-    print(peak() - before)
-
-
 @pytest.mark.figures("linear_cross_entropy")
 def test_peak_memory(benchmark: Any) -> None:
-    if not CUDA and not Path("/proc/self/status").exists():
-        pytest.skip("the peak memory of a process is read from Linux's /proc")
+    """What forward and backward hold at most beside their inputs, gradients included."""
+    with torch.device(DEVICE):
+        sizes = {"dim": 768, "n_rows": 32768} if CUDA else {"dim": 64, "n_rows": 2048}
+        op = catalogue.linear_cross_entropy(NAME, 50304, **sizes)
+    inputs = [t.requires_grad_() for t in op.inputs]
 
-    def growth(name: str) -> int:
-        return int(run("-c", f"from benchmarks.bench_ops import *; print_growth({name!r})"))
+    def peak(way: Call) -> int:
+        call = partial(both_ways, way, inputs, op.constants, seeds)
+        return measure_peak(call, torch.device(DEVICE))
 
-    peaks = {OURS: benchmark.pedantic(growth, args=(OURS,)), "torch": growth("torch")}
+    peaks = {OURS: benchmark.pedantic(peak, (op.ours,)), "torch": peak(op.torch)}
     benchmark.extra_info["peak_bytes"] = peaks

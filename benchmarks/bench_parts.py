@@ -147,12 +147,11 @@ def test_prepare(compare: Any, tmp_path: Path, full: bool, megabytes: int) -> No
         for start in range(0, len(texts), 500):
             encode(texts[start : start + 500])
 
+    tiktoken = FastBpe(tokenizer)._tiktoken.encode_ordinary_batch
     encoders = {
         "encode_batch": tokenizer.encode_batch,
         "encode_batch_fast": tokenizer.encode_batch_fast,  # without offsets
-        "tiktoken": partial(
-            FastBpe(tokenizer)._tiktoken.encode_ordinary_batch, num_threads=n_cores
-        ),
+        "tiktoken": partial(tiktoken, num_threads=n_cores),
     }
     ways = {"prepare": ours} | {key: partial(by_block, way) for key, way in encoders.items()}
     n_bytes = sum(len(text.encode()) for text in texts)
@@ -182,18 +181,18 @@ def test_stall_of_a_save(compare: Any, rehearse: bool, full: bool, tmp_path: Pat
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
 
-    def async_save(kept: DefaultStager | None = None) -> None:
-        stager = kept or DefaultStager(StagingOptions(**options))
-        pending.append(dcp.async_save(groups, async_stager=stager, **to_dcp))
+    def async_save(stager: Callable[[], DefaultStager]) -> None:
+        pending.append(dcp.async_save(groups, async_stager=stager(), **to_dcp))
+
+    new_stager = partial(DefaultStager, StagingOptions(**options))
+    kept = new_stager()
 
     calls: dict[str, Callable[[], object]] = {
         "save": partial(writer.save, 1, groups, {}, config_to_toml(config_of({}))),
         "torch.save": partial(torch.save, groups, tmp_path / "torch.pt"),
         "dcp.save": partial(dcp.save, groups, **to_dcp),
-        "dcp.async_save": async_save,
-        "dcp.async_save, stager kept": partial(
-            async_save, DefaultStager(StagingOptions(**options))
-        ),
+        "dcp.async_save": partial(async_save, new_stager),
+        "dcp.async_save, stager kept": partial(async_save, lambda: kept),
         "plain copy": plain_copy,  # beside our save in most rounds: the same memory and disk
     }
 

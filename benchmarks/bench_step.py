@@ -5,6 +5,7 @@ All start from the same parameters and train on the same batch. None may be fast
 the other precision, where the device multiplies bf16 natively.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from fasttrain_kernels.catalogue import rotate_half
 from torch import Tensor, nn
 
 from benchmarks.harness import OURS, ROOT
-from fasttrain.config import TrainConfig, config_from_dict, load_config
+from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.engine.optim import build_optimizers
@@ -44,7 +45,7 @@ def shape(dim: int, layers: int, heads: int, vocab: int, seq_len: int, rows: int
 
 GPT2 = {
     "model.mlp": "gelu", "model.norm": "layer", "model.positions": "learned",
-    "model.tied_embeddings": True,
+    "model.tied_embeddings": "true",
 }  # fmt: skip
 LLAMA_LIKE = shape(256, 4, 4, 4096, 256, 8)
 GPT2_CHARS = GPT2 | shape(128, 4, 4, 65, 64, 12)  # nanoGPT's README command for a CPU
@@ -58,14 +59,10 @@ SHAPES: Any = {
 
 def config_of(overrides: Mapping[str, object], file: Path | None = None) -> TrainConfig:
     """Return the config of ``file`` (None: the defaults, 1,000 steps) with ``overrides``."""
-    if file is not None:
-        return load_config(file, [f"{key}={value}" for key, value in overrides.items()])
     # Data is made up here; a path keeps the vocabulary from having to be the default text's.
-    values: dict[str, dict[str, object]] = {"train": {"steps": 1000}, "data": {"path": "none"}}
-    for name, value in overrides.items():
-        section, _, key = name.partition(".")
-        values.setdefault(section, {})[key] = value
-    return config_from_dict(values)
+    defaults = {} if file else {"train.steps": 1000, "data.path": "made-up"}
+    given = [f"{key}={value}" for key, value in (defaults | {**overrides}).items()]
+    return load_config(file or os.devnull, given)
 
 
 def parts_of(config: TrainConfig) -> tuple[Transformer, list[Any], Any, Any]:

@@ -26,6 +26,7 @@ from benchmarks.bench_step import BASE, GPT2, GPT2_CHARS, LLAMA_LIKE, config_of,
 from benchmarks.harness import CUDA, DEVICE, ENV, OURS, ROOT, gather, run, slug
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
+from fasttrain.report import Run, read_run
 
 CONFIGS = ROOT / "configs"
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")
@@ -58,14 +59,12 @@ def run_nanogpt(folder: Path, config: TrainConfig, **more: Any) -> str:
     return run("train.py", "config/train_shakespeare_char.py", *options, cwd=Path(NANOGPT_DIR))
 
 
-def train(folder: Path, config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    """Run our trainer as a process; return the rows that it logged, by their kind."""
+def train(folder: Path, config: Path, *overrides: str, **options: Any) -> Run:
+    """Run our trainer as a process; return what it logged."""
     name = f"r{len(list(folder.glob('runs/*')))}"
     command = ("-m", "fasttrain.train", str(config), f"run.name={name}")
     run(*command, *overrides, cwd=folder, **options)
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
+    return read_run(folder / "runs" / name)
 
 
 def prepare_text(folder: Path, text: Path | None = None) -> int:
@@ -138,8 +137,8 @@ def test_run(benchmark: Any, full: bool, rehearse: bool, tmp_path: Path, name: s
     if rehearse:
         overrides += (*TINY_RUN, *SMALL) if large else TINY_RUN
     arguments = (train, tmp_path, CONFIGS / f"{config}.toml", *overrides)
-    wall_s, rows = benchmark.pedantic(clocked, args=arguments)
-    benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(rows["train"], rows["eval"]))
+    wall_s, made = benchmark.pedantic(clocked, args=arguments)
+    benchmark.extra_info.update({"wall_s": wall_s} | figures_of_run(made.train, made.evals))
 
 
 @pytest.mark.figures("startup")
@@ -177,7 +176,7 @@ def test_trainers(compare: Any, tmp_path: Path, full: bool, rehearse: bool, name
     (tmp_path / "config.toml").write_text(config_to_toml(config), "utf-8")
 
     def ours() -> list[float]:  # as a user starts it
-        return [row["step_ms"] for row in train(tmp_path, tmp_path / "config.toml")["train"]]
+        return [row["step_ms"] for row in train(tmp_path, tmp_path / "config.toml").train]
 
     def nanogpt() -> list[float]:  # on a CPU as its README starts it: fp32, eager
         # With as many warmup_iters as lr_decay_iters, it divides by zero.
@@ -226,7 +225,7 @@ def test_busy(compare: Any, full: bool, rehearse: bool, tmp_path: Path, name: st
     length = TINY_RUN if rehearse else ("train.steps=200", *ALONE)
 
     def step_s(env: dict[str, str], *overrides: str) -> float:
-        rows = train(tmp_path, BASE, *length, *overrides, env=env)["train"]
+        rows = train(tmp_path, BASE, *length, *overrides, env=env).train
         return statistics.mean(row["step_ms"] for row in rows[len(rows) // 10 :]) / 1e3
 
     step_s({}, "train.steps=2")  # makes the dataset, and compiles
@@ -255,8 +254,8 @@ def test_time_to_the_loss_of_nanogpt(compare: Any, full: bool, tmp_path: Path, t
 
     def ours() -> float:
         overrides = ("data.path=data/ours", f"run.seed={len(losses[OURS]) + 1}")
-        took_s, rows = clocked(train, tmp_path, CONFIGS / "chars.toml", *overrides)
-        losses[OURS].append(rows["eval"][-1]["val_loss"])
+        took_s, made = clocked(train, tmp_path, CONFIGS / "chars.toml", *overrides)
+        losses[OURS].append(made.evals[-1]["val_loss"])
         return took_s
 
     def theirs(name: str) -> float:

@@ -146,16 +146,14 @@ def print_changes(old: Entries, new: Entries) -> int:
         if not before.get("times_s"):
             continue
         now = new.get(key, {"skipped": "not in the new results"})
-        label = f"{key[0]} {key[-1]}"
-        missing = [f"{why}: {now[why]}" for why in ("failed", "skipped") if why in now]
-        change = None if missing else change_of(before, now)
-        if change is not None:
-            n_compared += 1
-            verdict = change.verdict
+        label, verdict = f"{key[0]} {key[-1]}", "FAILED" if "failed" in now else "lost"
+        if missing := [f"{why}: {now[why]}" for why in ("failed", "skipped") if why in now]:
+            print(f"{verdict:7} {label}: {'; '.join(missing)}")
+        elif change := change_of(before, now):
+            n_compared, verdict = n_compared + 1, change.verdict
             print(f"{verdict:7} {change.change:+7.1%}  (noise {change.noise:.1%})  {label}")
         else:
-            verdict = "FAILED" if "failed" in now else "lost"
-            print(f"{verdict:7} {label}: {'; '.join(missing) or 'no time in common'}")
+            print(f"{verdict:7} {label}: no time in common")
         bad += [label] * (verdict in ("FAILED", "SLOWER"))
     if not n_compared and not bad:
         print("error: the two have no timed benchmark of one processor in common", file=sys.stderr)

@@ -25,6 +25,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -162,29 +163,21 @@ _folder._deduce_value = _fold_on_cpu
 
 # ---- what is compiled for it ---------------------------------------------------------------------
 
-# Configs that name none train with the vocabulary of their data. Compiled blocks in C++ are a
-# CPU's; on a GPU, `auto` is what goes with everything.
-_SMALL = ("run.compile=auto", "model.vocab_size=2048")
-_EXACT, _DOCUMENTS = "run.deterministic=true", "data.attention_across_documents=false"
-_NARROW = "model.residual_in_fp32=false"
-CASES: dict[str, tuple[str, ...]] = {
-    "base": _SMALL,
-    "speedrun": _SMALL,
-    "chars": ("run.compile=auto", "model.vocab_size=256"),
-    "gpt2-124m": (),
-    "llama-350m": (),
-    "llama-1b": (),
-    "gpt2-124m, documents": (_DOCUMENTS,),
-    "llama-1b, full": ("train.activation_checkpointing=full",),
-    "llama-1b, selective": ("train.activation_checkpointing=selective",),
-    "gpt2-124m, bf16 residual": (_NARROW,),
-    "llama-350m, bf16 residual": (_NARROW,),
-    "llama-1b, bf16 residual": (_NARROW,),
-    "gpt2-124m, fp8": ("run.fp8=true",),
-    "llama-1b, fp8": ("run.fp8=true",),
-    "gpt2-124m, deterministic": (_EXACT,),
-    "gpt2-124m, deterministic, documents": (_EXACT, _DOCUMENTS),
+# Of configs that name none, the vocabulary. They compile blocks in C++, which are a CPU's; on a
+# GPU, `auto` is what goes with everything.
+VOCAB_SIZES = {"base": 2048, "speedrun": 2048, "chars": 256}
+OPTIONS = {
+    "documents": "data.attention_across_documents=false",
+    "full": "train.activation_checkpointing=full",
+    "selective": "train.activation_checkpointing=selective",
+    "bf16 residual": "model.residual_in_fp32=false",
+    "fp8": "run.fp8=true",
+    "deterministic": "run.deterministic=true",
 }
+CASES = [*VOCAB_SIZES, "gpt2-124m", "llama-350m", "llama-1b", "gpt2-124m, documents"]
+CASES += ["llama-1b, full", "llama-1b, selective", "gpt2-124m, bf16 residual"]
+CASES += ["llama-350m, bf16 residual", "llama-1b, bf16 residual", "gpt2-124m, fp8"]
+CASES += ["llama-1b, fp8", "gpt2-124m, deterministic", "gpt2-124m, deterministic, documents"]
 ATOMIC = "tl.atomic_add("  # adds in no fixed order
 
 
@@ -211,9 +204,12 @@ class Program(NamedTuple):
 
 def config_of(case: str, *overrides: str) -> TrainConfig:
     """Return the config of a case; accumulation, which changes nothing compiled, is left out."""
-    path = harness.ROOT / "configs" / f"{case.split(',')[0]}.toml"
-    given = [*CASES[case], "train.tokens_per_step=none", "data.path=none-needed", *overrides]
-    return load_config(path, given)
+    config, *options = case.split(", ")
+    given = [OPTIONS[option] for option in options]
+    if config in VOCAB_SIZES:
+        given += ["run.compile=auto", f"model.vocab_size={VOCAB_SIZES[config]}"]
+    given += ["train.tokens_per_step=none", "data.path=none-needed", *overrides]
+    return load_config(harness.ROOT / "configs" / f"{config}.toml", given)
 
 
 def compile_step(config: TrainConfig) -> Program:
@@ -277,18 +273,19 @@ def resources(source: str) -> dict[str, int]:
 
     Registers of a thread, instructions that access local memory, warps, atomic additions.
     """
-    found = []
-    for result in compile_kernel(source):
-        registers, spills, *_ = _cuda_resources(result.kernel.asm["cubin"])
-        found.append((spills, registers, result.config.num_warps))
-    spills, registers, warps = min(found)
+    made = compile_kernel(source)
+    used = [(*_cuda_resources(x.kernel.asm["cubin"])[1::-1], x.config.num_warps) for x in made]
+    spills, registers, warps = min(used)
     atomics = source.count(ATOMIC)
     return {"registers": registers, "spills": spills, "warps": warps, "atomics": atomics}
 
 
 def entry_of(case: str) -> dict[str, Any]:
     """Return what a layer of a case adds to a step, the rest of it, and every kernel."""
-    one, two = (compile_step(config_of(case, f"model.n_layers={n}")) for n in (1, 2))
+    try:
+        one, two = (compile_step(config_of(case, f"model.n_layers={n}")) for n in (1, 2))
+    except UserError as error:  # fp8 without torchao
+        return {"name": case, "skipped": str(error)}
     layer, rest = two.counts(), one.counts()
     layer.subtract(one.counts())
     rest.subtract(layer)
@@ -309,34 +306,20 @@ def entry_of(case: str) -> dict[str, Any]:
     }
 
 
-def one_layer(case: str) -> dict[str, Any]:
-    """Return bytes and atomic additions of a model with one layer, or why it does not compile."""
-    try:
-        program = compile_step(config_of(case, "model.n_layers=1"))
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    atomics = sum(source.count(ATOMIC) for source in program.sources.values())
-    return {"atomics": atomics, "extern": list(program.extern), **program.counts()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(map(repr, CASES)))
-    parser.add_argument("--results", type=Path, help="folder for the JSON file of all cases")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - CASES.keys():
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    entries: list[dict[str, Any]] = []
-    for case in arguments.cases or CASES:
-        try:
-            entries.append(entry_of(case))
-        except UserError as error:  # fp8 without torchao
-            entries.append({"name": case, "skipped": str(error)})
-        print(json.dumps(entries[-1], indent=1), flush=True)
+def main(suite: str, names: Sequence[str], entries_of: Callable[[Any], Any], **given: Any) -> None:
+    """Print what is known of the names on the command line, all by default, and write a file."""
+    about = sys.modules["__main__"].__doc__ or ""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("names", nargs="*", choices=names, metavar="NAME", help="; ".join(names))
+    parser.add_argument("--results", type=Path, help="folder for a JSON file of all", **given)
+    arguments, entries = parser.parse_args(), []
+    for entry in entries_of(arguments.names or names):
+        print(json.dumps(entry, indent=1), flush=True)
+        entries.append(entry)
     if arguments.results:
         machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
-        harness.save(arguments.results, harness.document("gpu_dry", entries, machine, {}))
+        harness.save(arguments.results, harness.document(suite, entries, machine, {}))
 
 
 if __name__ == "__main__":
-    main()
+    main("gpu_dry", CASES, partial(map, entry_of))

@@ -7,11 +7,15 @@ all generated kernels, gradients added to those of the micro-batches before, and
 launch; a step is its micro-batches and AdamW. Nothing overlaps.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.harness import ROOT, Document, read_all, slug
+import torch
+
+from benchmarks.harness import ROOT, Document, folded, read_all, slug
+from fasttrain.config import load_config
+from fasttrain.engine.schedule import step_shape
+from fasttrain.model.transformer import Transformer
 
 CONFIGS = [
     name + residual
@@ -41,37 +45,18 @@ DEVICES = {
 }
 
 
-class Shape(NamedTuple):
-    """What of a config the prediction needs."""
-
-    parameters: int
-    matmul_parameters: int
-    flops_per_token: float
-    vocab_size: int
-    attention_width: int  # query heads times their width
-    n_micro: int
-
-
-def shape_of(name: str) -> Shape:
-    """Return the shape of a config in the folder of configs, or of a case of it."""
-    import torch
-
-    from fasttrain.config import load_config
-    from fasttrain.engine.schedule import step_shape
-    from fasttrain.model.transformer import Transformer
-
+def model_of(name: str) -> tuple[Transformer, int]:
+    """Return the model of a config or of a case of it, without memory, and its micro-batches."""
     config = load_config(ROOT / "configs" / f"{name.split(',')[0]}.toml", [])
     seq_len = config.data.seq_len
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)
-    return Shape(
-        model.num_parameters(), model.num_matmul_parameters(), model.flops_per_token(),
-        model.vocab_size, config.model.n_heads * model.head_dim,
-        step_shape(config.train, seq_len, 1).n_micro,
-    )  # fmt: skip
+    return model, step_shape(config.train, seq_len, 1).n_micro
 
 
-def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> dict[str, float]:
+def parts_ms(
+    model: Transformer, counts: Document, device: Device, attention: str
+) -> dict[str, float]:
     """Return the milliseconds of the parts of a micro-batch, and of the step's optimizer.
 
     ``counts`` is an entry of gpu_dry.json; ``attention`` is ``flash`` or ``cudnn``.
@@ -79,21 +64,18 @@ def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> 
     n_layers, seq_len = counts["layers"], counts["seq_len"]
     n_tokens = counts["rows"] * seq_len
     layer, rest = counts["layer"], counts["rest"]
-    n_launches = sum(
-        times * (part["launches"] + sum(part["extern"].values()))
-        for times, part in ((n_layers, layer), (1, rest))
-    )
+    in_layer, around = (p["launches"] + sum(p["extern"].values()) for p in (layer, rest))
     # Two products of T × T/2 keys forward, five backward.
-    scores = 7 * n_layers * n_tokens * seq_len * shape.attention_width
+    scores = 7 * n_layers * n_tokens * seq_len * model.config.n_heads * model.head_dim
     tb = 1e9 * device.memory  # bytes in a millisecond
     return {
-        "products": 6 * shape.matmul_parameters * n_tokens / (1e9 * device.products),
+        "products": 6 * model.num_matmul_parameters() * n_tokens / (1e9 * device.products),
         "attention": scores / (1e9 * getattr(device, attention)),
-        "cross-entropy": 4 * n_tokens * shape.vocab_size / tb,
+        "cross-entropy": 4 * n_tokens * model.vocab_size / tb,
         "generated": (n_layers * layer["bytes"] + rest["bytes"]) / tb,
-        "accumulation": 12 * shape.parameters / tb,
-        "gaps": n_launches * GAP_US / 1e3,
-        "optimizer": ADAMW_BYTES * shape.parameters / (ADAMW_SPEED * tb),
+        "accumulation": 12 * model.num_parameters() / tb,
+        "gaps": (n_layers * in_layer + around) * GAP_US / 1e3,
+        "optimizer": ADAMW_BYTES * model.num_parameters() / (ADAMW_SPEED * tb),
     }
 
 
@@ -104,57 +86,56 @@ def tokens_per_s(counts: Document, parts: Mapping[str, float], n_micro: int) -> 
     return 1e3 * float(n_micro * counts["rows"] * counts["seq_len"]) / step_ms
 
 
+def counted(documents: Sequence[Document]) -> dict[str, Any]:
+    """Return what `benchmarks.gpu_dry` counted, by case."""
+    found = (e for d in documents if d["suite"] == "gpu_dry" for e in d["benchmarks"])
+    return {entry["name"]: entry for entry in found if "skipped" not in entry}
+
+
 def measured(documents: Sequence[Document], config: str, device: str) -> str:
     """Return the tokens/s that ``make gpu`` measured with one micro-batch a step, if it did."""
-    suite = f"step-{slug(config)}-bf16"
-    for document in (d for d in documents if d["suite"] == suite):
+    for document in (d for d in documents if d["suite"] == f"run-{slug(config)}-bf16"):
         if device in document["machine"]["device"]:
             for entry in document["benchmarks"]:
-                if rates := entry.get("tokens_per_s"):
-                    return f"{rates['fasttrain']:,.0f}"
+                if rate := entry.get("tokens_per_s"):
+                    return f"{rate:,.0f}"
     return "not measured"
 
 
 def table(documents: Sequence[Document]) -> str:
     """Return predicted and measured tokens/s; nothing where nothing was counted."""
-    counted = [d for d in documents if d["suite"] == "gpu_dry"]
-    entries = {e["name"]: e for d in counted for e in d["benchmarks"] if "skipped" not in e}
-    lines = [
-        "<details><summary>One GPU, <b>predicted</b> from those counts and from assumed speeds "
-        "(benchmarks/gpu_model.py); in bf16, compiled. Not measured but for the last "
-        "column</summary>\n",
-        "| config | GPU | tokens/s, FlashAttention-2 | MFU | tokens/s, cuDNN's attention | MFU "
-        "| one micro-batch a step, FlashAttention-2 | the same, measured |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for config in CONFIGS:
-        if (counts := entries.get(config)) is None:
-            continue
-        shape = shape_of(config)
+    entries = counted(documents)
+    rows = []
+    for config in (name for name in CONFIGS if name in entries):
+        (model, n_micro), counts = model_of(config), entries[config]
         for name, device in DEVICES.items():
+            parts = [parts_ms(model, counts, device, way) for way in ("flash", "cudnn")]
+            rates = [tokens_per_s(counts, part, n_micro) for part in parts]
             cells = [config, name]
-            for attention in ("flash", "cudnn"):
-                parts = parts_ms(shape, counts, device, attention)
-                rate = tokens_per_s(counts, parts, shape.n_micro)
-                mfu = rate * shape.flops_per_token / (1e12 * device.peak)
+            for rate in rates:
+                mfu = rate * model.flops_per_token() / (1e12 * device.peak)
                 cells += [f"{rate:,.0f}", f"{mfu:.0%}"]
-            single = tokens_per_s(counts, parts_ms(shape, counts, device, "flash"), 1)
-            cells += [f"{single:,.0f}", measured(documents, config, name)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "\n</details>\n"]) if len(lines) > 3 else ""
+            single = tokens_per_s(counts, parts[0], 1)
+            rows.append([*cells, f"{single:,.0f}", measured(documents, config, name)])
+    summary = (
+        "One GPU, <b>predicted</b> from those counts and from assumed speeds "
+        "(benchmarks/gpu_model.py); in bf16, compiled. Not measured but for the last column"
+    )
+    head = ("config", "GPU", "tokens/s, FlashAttention-2", "MFU", "tokens/s, cuDNN's attention")
+    head += ("MFU", "one micro-batch a step, FlashAttention-2", "the same, measured")
+    return folded(summary, head, rows) if rows else ""
 
 
-def main() -> int:
+def main() -> None:
     """Print the table, and the parts of a step on an H100."""
     documents = read_all()
     print(table(documents))
-    entries: list[Any] = next(d["benchmarks"] for d in documents if d["suite"] == "gpu_dry")
-    for counts in (e for e in entries if e["name"] in CONFIGS):
-        parts = parts_ms(shape_of(counts["name"]), counts, DEVICES["H100"], "flash")
-        shown = " · ".join(f"{name} {ms:.1f}" for name, ms in parts.items())
-        print(f"{counts['name']}, H100, milliseconds: {shown}")
-    return 0
+    for name, counts in counted(documents).items():
+        if name in CONFIGS:
+            parts = parts_ms(model_of(name)[0], counts, DEVICES["H100"], "flash")
+            shown = " · ".join(f"{part} {ms:.1f}" for part, ms in parts.items())
+            print(f"{name}, H100, milliseconds: {shown}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

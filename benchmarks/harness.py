@@ -5,7 +5,6 @@ round, and a speed-up is the median over rounds of the ratio within a round.
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import truediv
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.data.files import write_atomically
+from fasttrain.run.provenance import _version as version_of
 from fasttrain.run.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +56,6 @@ def machine() -> dict[str, Any]:
     """Return what a measurement depends on: device, threads, load, versions, installed peers."""
     cuda = torch.cuda.is_available()
     made = provenance(torch.device("cuda" if cuda else "cpu"))
-    found = importlib.metadata.distributions()
-    installed = {(d.name or "").lower().replace("_", "-"): d.version for d in found}
     changed = "+" if made["uncommitted_changes"] else ""
     return {
         "commit": made["commit"] and f"{made['commit']:.7}{changed}",
@@ -65,7 +64,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         **{key: made[key] for key in ("python", "torch", "triton")},
-        "peers": {name: installed[name] for name in PEERS if name in installed},
+        "peers": {name: found for name in PEERS if (found := version_of(name))},
     } | ({"cuda": made["cuda"]} if cuda else {"isa": isa()})
 
 
@@ -251,9 +250,7 @@ def write(path: Path, data: Document) -> None:
     text = json.dumps(rounded, indent=1, ensure_ascii=False)
     # Lists of numbers on one line.
     text = re.sub(r"\[\s+([-\d.e+,\s]+?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def save(results: Path, data: Document) -> None:
@@ -265,3 +262,17 @@ def read_all(folder: Path = RESULTS, processor: str = "*") -> list[dict[str, Any
     """Return every file of every processor, or of one folder, in the order of their paths."""
     found = sorted(folder.glob(f"{processor}/*.json"))
     return [json.loads(path.read_text("utf-8")) for path in found]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown; of a row what has a heading."""
+    lines = [f"| {' | '.join(map(str, row[: len(head)]))} |\n" for row in (head, *rows)]
+    return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
+
+
+def folded(summary: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown that is folded away under a summary."""
+    return f"<details><summary>{summary}</summary>\n\n{table(head, rows)}\n</details>\n"

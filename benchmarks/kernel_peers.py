@@ -6,13 +6,11 @@
 Ours, Liger's and FlashAttention's Triton operations are called as `fasttrain_kernels.aot` calls
 ours; torch.compile's kernels are read from what Inductor writes, as in `benchmarks.gpu_dry`. Of the
 configurations that a kernel tries, the one that spills least, then the shortest, counts. Bytes are
-counted in Triton's interpreter (``--count``), or as Inductor counts them: each address once.
+counted in Triton's interpreter, or as Inductor counts them: each address once.
 """
 
-import argparse
 import importlib
 import inspect
-import itertools
 import json
 import math
 import re
@@ -22,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +34,9 @@ from fasttrain_kernels import catalogue as ops
 from fasttrain_kernels._dispatch import triton_on_cpu
 from fasttrain_kernels.aot.issue import DEVICES, issue_of
 from fasttrain_kernels.aot.traffic import mend_interpreter, traffic_of
-from torch.profiler import ProfilerActivity, profile
 from triton.runtime import autotuner, interpreter
+
+from fasttrain.engine.memory import measure_peak
 
 OURS, TARGET = "fasttrain_kernels", "sm_90"
 SIZES: dict[str, dict[str, Any]] = {
@@ -117,7 +116,7 @@ def cost(made: Any, flags: Mapping[str, Any], warps: int, columns: int, floor: i
 
 def best(found: Sequence[Any]) -> Any:
     """Return the configuration that spills least, then the one with the fewest instructions."""
-    return min(found, key=lambda kernel: (kernel["spills"], kernel["instructions"]))
+    return min(found, key=itemgetter("spills", "instructions"))
 
 
 def kernels_of(case: ops.Case) -> list[Any]:
@@ -143,12 +142,9 @@ def peak_bytes(case: ops.Case) -> int:
     """Return what forward and backward allocate at most, outputs and gradients included."""
     op = case.make()
     inputs = [t.requires_grad_() for t in op.inputs]
-    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with aot._captured(aot.TARGETS[TARGET]), triton_on_cpu(), seen:
-        ops.both_ways(op.ours, inputs, op.constants, ops.ones)
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
+    call = partial(ops.both_ways, op.ours, inputs, op.constants, ops.ones)
+    with aot._captured(aot.TARGETS[TARGET]), triton_on_cpu():
+        return measure_peak(call, torch.device("cpu"))
 
 
 def by_torch(name: str) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def count(names: Sequence[str]) -> None:
 
 def entries(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield what is known of each implementation of some ops."""
-    command = ("-m", "benchmarks.kernel_peers", "--count", *names)
+    command = ("-m", "benchmarks.kernel_peers", *names)
     counting = ThreadPoolExecutor().submit(harness.run, *command, env={"TRITON_INTERPRET": "1"})
     for name in names:
         own = (OURS, getattr(fasttrain_kernels, name), None)
@@ -218,18 +214,8 @@ def entries(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield known | {"options": [], "dtypes": []} | by_torch(name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="OP", default=list(SIZES), help=", ".join(SIZES))
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for the file")
-    parser.add_argument("--count", action="store_true", help="count bytes, in the interpreter")
-    arguments = parser.parse_args()
-    if arguments.count:
-        return count(arguments.ops)
-    machine = harness.machine() | {"device": "NVIDIA H100, compiled", "kind": "compiled"}
-    found = harness.document("kernel_peers", entries(arguments.ops), machine, {})
-    harness.save(arguments.results, found)
-
-
 if __name__ == "__main__":
-    main()
+    if triton.knobs.runtime.interpret:
+        count(sys.argv[1:])
+    else:
+        gpu_dry.main("kernel_peers", list(SIZES), entries, default=harness.RESULTS)

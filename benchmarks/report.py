@@ -6,13 +6,13 @@ Nothing in that part is written by hand: what has no file is "not measured".
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import gpu_model
-from benchmarks.harness import ROOT, Document, processor_of, read_all
+from benchmarks.harness import ROOT, Document, folded, processor_of, read_all, table
 
 PAGE, KERNELS = ROOT / "docs/benchmarks.md", ROOT / "kernels/README.md"
-PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
+PART = "(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"  # of a page, that this writes
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
 FIRST = ("chars", "run", "trainers", "busy", "step", "loop", "startup")
@@ -36,16 +36,6 @@ SHOWN = {
 HEAD = ("what", "processor", "fasttrain", "the others take … times as long")
 
 
-class Row(NamedTuple):
-    """A line of a table: one benchmark."""
-
-    what: str
-    processor: str
-    ours: str
-    others: str
-    suite: str
-
-
 def time_text(seconds: float) -> str:
     """Return a time with three digits and its unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
@@ -61,8 +51,8 @@ def _own(value: Any) -> float:
     return float(max(value) if isinstance(value, list) else value)
 
 
-def row_of(document: Document, entry: Document) -> Row:
-    """Return the row for an entry; ``ours`` is empty where it was skipped or failed."""
+def row_of(document: Document, entry: Document) -> list[str]:
+    """Return what `HEAD` names, and the suite; ours is empty where it was skipped or failed."""
     losses, times = entry.get("val_loss"), entry.get("median_s")
     ours, others = [time_text(_own(times))] if times else [], []
     for name, ratio in entry.get("speedup", {}).items():
@@ -82,28 +72,21 @@ def row_of(document: Document, entry: Document) -> Row:
     what = ", ".join(filter(None, (name.replace("_", " "), arguments)))
     shown = () if {"skipped", "failed"} & entry.keys() else ours
     processor = processor_of(document["machine"])
-    return Row(what, processor, ", ".join(shown), ", ".join(others), document["suite"])
+    return [what, processor, ", ".join(shown), ", ".join(others), document["suite"]]
 
 
-def rows_of(documents: Iterable[Document]) -> list[Row]:
+def rows_of(documents: Iterable[Document]) -> list[list[str]]:
     """Return the rows of all entries, whole runs and steps first, processors side by side."""
     found = [row_of(document, entry) for document in documents for entry in document["benchmarks"]]
-    rows = [row for row in found if row.ours]
-    places = {key: n for n, key in reversed([*enumerate((r.suite, r.what) for r in rows)])}
-    return sorted(rows, key=lambda row: (rank(row.suite), places[row.suite, row.what]))
+    rows = [row for row in found if row[2]]
+    names = [(row[-1], row[0]) for row in rows]
+    return sorted(rows, key=lambda row: (rank(row[-1]), names.index((row[-1], row[0]))))
 
 
 def rank(suite: str) -> int:
     """Return where a suite stands among all."""
-    exact = (i for i, name in enumerate(FIRST) if suite == name or suite.startswith(f"{name}-"))
-    return next(exact, len(FIRST))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in Markdown."""
-    lines = [f"| {' | '.join(map(str, row[: len(head)]))} |\n" for row in (head, *rows)]
-    lines.insert(1, f"|{'---|' * len(head)}\n")
-    return "".join(lines)
+    name = suite.split("-")[0]
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def _processor_text(processor: str, documents: Sequence[Document]) -> str:
@@ -173,11 +156,11 @@ def _compiled(document: Document) -> str:
     head += ("launches a layer", "other kernels a layer")
     head += ("GB of the rest", "launches of the rest", "spills")
     machine = document["machine"]
-    return (
-        "<details><summary>Compiled for an H100 without one: what forward and backward of a "
-        f"micro-batch launch and move. PyTorch {machine['torch']}, Triton {machine['triton']}; "
-        f"{document['date'][:10]}</summary>\n\n{table(head, rows)}\n</details>\n"
+    summary = (
+        "Compiled for an H100 without one: what forward and backward of a micro-batch launch and "
+        f"move. PyTorch {machine['torch']}, Triton {machine['triton']}; {document['date'][:10]}"
     )
+    return folded(summary, head, rows)
 
 
 def render(documents: Sequence[Document]) -> str:
@@ -191,11 +174,10 @@ def render(documents: Sequence[Document]) -> str:
             own = [d for d in found if processor_of(d["machine"]) == processor]
             parts.append(f"{title}: {_processor_text(processor, own)}")
         rows = rows_of(found)
-        if first := [row for row in rows if rank(row.suite) < len(FIRST)]:
+        if first := [row for row in rows if rank(row[-1]) < len(FIRST)]:
             parts.append(table(HEAD, first))
         if rest := rows[len(first) :]:
-            summary = "<details><summary>Ops, loader, checkpoints</summary>"
-            parts.append(f"{summary}\n\n{table(HEAD, rest)}\n</details>\n")
+            parts.append(folded("Ops, loader, checkpoints", HEAD, rest))
     parts += [_compiled(d) for d in documents if d["suite"] == "gpu_dry"]
     if predicted := gpu_model.table(documents):
         parts.append(predicted)
@@ -205,7 +187,7 @@ def render(documents: Sequence[Document]) -> str:
 def plain_text(documents: Sequence[Document]) -> str:
     """Return the figures of one processor as a table for a terminal, and what has none."""
     machine = documents[0]["machine"]
-    lines = [(HEAD[0], *HEAD[2:]), *((r.what, r.ours, r.others) for r in rows_of(documents))]
+    lines = [(what, ours, others) for what, _, ours, others, *_ in (HEAD, *rows_of(documents))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     load = f", load average {machine['load']:.1f} at the start" if "load" in machine else ""
     text = [
@@ -224,11 +206,9 @@ def plain_text(documents: Sequence[Document]) -> str:
 
 if __name__ == "__main__":
     documents = read_all()
-    text = PART.sub(lambda _: render(documents), PAGE.read_text("utf-8"))
-    PAGE.write_text(text, "utf-8")
-    (found,) = (d for d in documents if d["suite"] == "kernel_peers")
-    before, rest = KERNELS.read_text("utf-8").split("<!-- peers: begin -->\n")
-    end = rest[rest.index("<!-- peers: end -->") :]
-    text = f"{before}<!-- peers: begin -->\n{kernels_table(found)}{end}"
-    KERNELS.write_text(text, "utf-8")
+    (compared,) = (d for d in documents if d["suite"] == "kernel_peers")
+    texts = (PAGE, "measured", render(documents)), (KERNELS, "peers", kernels_table(compared))
+    for page, name, text in texts:
+        before, after = re.split(PART.format(name), page.read_text("utf-8"), flags=re.S)
+        page.write_text(before + text + after, "utf-8")
     print(f"{PAGE.relative_to(ROOT)} from {len(documents)} files")

@@ -9,7 +9,7 @@ from fasttrain import __version__
 COMMANDS = {
     "train": "train a model from a TOML config; --resume, --verify-resume",
     "prepare": "turn text into a dataset",
-    "preflight": "report parameters, memory and time of a run before it starts",
+    "preflight": "report a run's parameters, memory and time before it starts",
     "generate": "generate text with a trained model",
     "evaluate": "score a trained model on tasks of lm-evaluation-harness",
     "report": "draw the curves of runs as one HTML page",

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("run", type=Path, metavar="RUN_DIR", help="run or checkpoint folder")
     named = "tasks, groups, tags or patterns, separated by commas or spaces"
     add("--tasks", nargs="+", required=True, metavar="TASK", help=named)
-    add("--include-path", metavar="DIR", help="folder of task files (YAML) that come first")
+    add("--include-path", metavar="DIR", help="task files (YAML) that override the harness's")
     add("--limit", type=int, metavar="N", help="use the first N documents of each task")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question")
     add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (%(default)s)")

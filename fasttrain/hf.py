@@ -341,13 +341,13 @@ def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | N
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = make_parser("hf", __doc__)
+    parser = make_parser("hf", "Export to Hugging Face's format, or import from it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="turn a run into a folder for transformers")
+    out = commands.add_parser("export", help="write a run as a folder that transformers loads")
     out.add_argument("run", type=Path)
     out.add_argument("out", type=Path)
     out.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    into = commands.add_parser("import", help="turn a folder for transformers into a run")
+    into = commands.add_parser("import", help="make a run from a downloaded folder")
     into.add_argument("folder", type=Path)
     into.add_argument("run", type=Path)
     into.add_argument("--seq-len", type=int)

@@ -82,23 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "Make a dataset folder of token shards from text, or inspect one."
     parser = make_parser("prepare", what)
     add = parser.add_argument
-    add("out", nargs="?", metavar="OUT", help="the folder to make; also in a bucket (s3://, gs://)")
-    named = "files, folders and globs, also at addresses (s3://, gs://, hf://, https://); - is "
+    add("out", nargs="?", metavar="OUT", help="folder to create; may be in a bucket (s3://, gs://)")
+    named = "files, folders, globs and their addresses (s3://, gs://, hf://, https://); - is "
     add("--input", nargs="+", metavar="PATH", help=f"{named}standard input")
-    add("--text-field", default="text", metavar="NAME", help="field of JSON lines and Parquet")
+    add("--text-field", default="text", metavar="NAME", help="text field of JSON lines and Parquet")
     kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
     add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
     part = f"fraction held out for validation (default: {VAL_FRACTION}; for less than "
-    part += f"{SMALL_BYTES / 1e6:.0f} MB, what amounts to {VAL_BYTES / 1e3:.0f} kB, but at most "
+    part += f"{SMALL_BYTES / 1e6:.0f} MB, enough for {VAL_BYTES / 1e3:.0f} kB, but at most "
     add("--val-fraction", type=float, metavar="F", help=f"{part}{MAX_VAL_FRACTION})")
     tokens = "tokens per shard (default: %(default)s)"
     add("--shard-tokens", type=int, default=100_000_000, metavar="N", help=tokens)
     add("--strict", action="store_true", help="stop at the first problem in the text")
-    time_only = "encoding processes; affects only the time (default: one per core, %(default)s)"
+    time_only = "encoding processes; the result is the same (default: one per core, %(default)s)"
     add("--workers", type=int, default=usable_cores(), metavar="N", help=time_only)
     add("--resume", action="store_true", help="continue an interrupted run")
-    add("--shard-of", metavar="I/N", help="make part I of N of OUT, for --merge; one for a machine")
-    add("--merge", action="store_true", help="make OUT of its N parts")
+    add("--shard-of", metavar="I/N", help="make part I of N of OUT, one per machine; see --merge")
+    add("--merge", action="store_true", help="make OUT from its N parts")
     add("--inspect", type=Path, metavar="FOLDER", help="verify a dataset and show what it contains")
     options = vars(parser.parse_args(arguments))
     check_system()

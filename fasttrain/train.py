@@ -37,16 +37,16 @@ def _parser() -> argparse.ArgumentParser:
         "of a run in a mirror, with its own config unless one is given",
     )
     decay = "start a new run from a run or checkpoint folder, and decay its learning rate (with "
-    decay += "schedule.name=wsd) from there to the end that this config sets"
+    decay += "schedule.name=wsd) from there to the end set by this config"
     add("--decay-from", metavar="PATH", help=decay)
     stop = "stop after step N with a checkpoint and exit status 75"
     add("--stop-at-step", type=int, metavar="N", help=stop)
     change = "a key that may differ from the resumed run's; repeatable"
     add("--allow-change", action="append", default=[], metavar="section.key", help=change)
-    look = "only report what the run needs and what may hurt it, as fasttrain.preflight does"
+    look = "only report what the run needs and what may harm it, as fasttrain.preflight does"
     add("--dry-run", action="store_true", help=look)
-    prove = "only prove that resuming works: N steps in one process and in two must end with the "
-    add("--verify-resume", type=int, metavar="N", help=prove + "same bits")
+    prove = "only prove that resuming works: N steps in one process and in two must give "
+    add("--verify-resume", type=int, metavar="N", help=prove + "identical bits")
     return parser
 
 

@@ -89,13 +89,13 @@ class ModelConfig(Section):
     tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
     logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (none: no cap)", gt=0)
     sliding_window_tokens: int | None = key(
-        None, "tokens that a query attends to, itself included (none: all up to it)", ge=1
+        None, "tokens that each token attends to, including itself (none: all before it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(None, "std of initial matrices (none: 1/sqrt(fan-in))", gt=0)
+    init_std: float | None = key(None, "std of the initial matrices (none: 1/sqrt(fan-in))", gt=0)
     zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
     embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
-    residual_in_fp32: bool = key(True, "fp32 residual stream beside bf16 products (false: bf16)")
+    residual_in_fp32: bool = key(True, "fp32 residual stream when products are in bf16")
     bigram_vocab_size: int | None = key(
         None, "rows of a hashed token-pair table, added to embeddings (none: off)", ge=2, le=2**32
     )
@@ -134,7 +134,7 @@ class DataConfig(Section):
     seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
         (),
-        "several dataset folders or addresses that share a tokenizer, in place of data.path",
+        "several dataset folders or addresses that share a tokenizer, instead of data.path",
         pattern=(r"[^\0]+", "a list of paths"),
     )
     weights: tuple[float, ...] = key((), "exact share of each of data.paths ([]: by size)", gt=0)
@@ -151,9 +151,11 @@ class DataConfig(Section):
     )
     dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
-    cache_dir: str | None = key(None, "built datasets' folder (none: user's cache)", pattern=_PATH)
+    cache_dir: str | None = key(
+        None, "folder of built datasets (none: user's cache)", pattern=_PATH
+    )
     cache_gib: float = key(32.0, "GiB in data.cache_dir for shards fetched from an address", gt=0)
-    corpus_vocab_size: int = key(4096, "tokenizer's vocabulary without data.path", ge=257, le=65536)
+    corpus_vocab_size: int = key(4096, "vocabulary of the default text's BPE", ge=257, le=65536)
 
     def problems(self) -> Problems:
         if self.path is not None and self.paths:
@@ -177,7 +179,7 @@ class OptimConfig(Section):
 
     name: str = choice(
         "adamw muon sgd adafactor adamw8bit",
-        "muon uses adamw for all but the matrices of the blocks; adamw8bit is torchao's",
+        "muon uses adamw for everything except the blocks' matrices; adamw8bit is torchao's",
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
     muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
@@ -211,10 +213,10 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
-    decay_fraction: float = key(0.2, "wsd: fraction of the run that decays, at its end", gt=0, le=1)
+    decay_fraction: float = key(0.2, "wsd: final decay, as a fraction of the run", gt=0, le=1)
     decay_start_step: int | None = key(None, "wsd: first decay step (none: decay_fraction)", ge=0)
     decay_every_steps: int | None = key(None, "step: steps between decays (none: run / 3)", ge=1)
-    decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
+    decay_factor: float = key(0.1, "step, plateau: each decay multiplies by this", gt=0, lt=1)
     plateau_evals: int = key(3, "plateau: evaluations without improvement before each decay", ge=1)
     cycle_steps: int | None = key(None, "cosine_restarts: steps per cycle (none: run / 3)", ge=1)
     context_fractions: tuple[float, ...] = key(
@@ -269,7 +271,7 @@ class LoopConfig(Section):
         "what to do after a loss or gradient norm far above the previous ones (off: a warning)",
     )
     spike_sigmas: float = key(10.0, "standard deviations above the mean that define a spike", gt=0)
-    spike_window_steps: int = key(128, "previous steps to compare with; half of them suffice", ge=8)
+    spike_window_steps: int = key(128, "previous steps to compare with; half are enough", ge=8)
     max_rollbacks: int = key(3, "maximum number of rollbacks; then the run stops", ge=0)
     activation_checkpointing: str = choice(
         "none full selective",
@@ -295,17 +297,17 @@ class EvalConfig(Section):
     )
     sample_every_steps: int | None = key(None, "steps between samples (none: at the end)", ge=1)
     prompts: tuple[str, ...] | None = key(
-        None, "prompts, in turn ([]: no samples; none: beginnings of four validation documents)"
+        None, "prompts, used in turn ([]: no samples; none: starts of four validation documents)"
     )
     sample_tokens: int = key(128, "tokens per sample", ge=1)
     temperature: float = key(0.8, "temperature of the samples", gt=0)
     top_k: int | None = key(50, "sample from the k most likely tokens (none: from all)", ge=1)
     tasks: tuple[str, ...] = key((), "tasks, groups, tags or patterns of lm-evaluation-harness")
     tasks_path: str | None = key(
-        None, "folder of task files (YAML) that come before the harness's own", pattern=_PATH
+        None, "folder of task files (YAML) that override the harness's own", pattern=_PATH
     )
     tasks_every_evals: int = key(1, "run the tasks at every n-th evaluation, and at the last", ge=1)
-    tasks_limit: int | None = key(None, "first documents of each task to use (none: all)", ge=1)
+    tasks_limit: int | None = key(None, "use the first n documents of each task (none: all)", ge=1)
     patience: int | None = key(
         None, "end the run after this many evaluations without an improvement (none: never)", ge=1
     )
@@ -323,7 +325,7 @@ class CheckpointConfig(Section):
     every_steps: int | None = key(
         None, "steps between checkpoints (none: at the end and on interruption)", ge=1
     )
-    keep_last: int = key(2, "number of newest checkpoints kept, besides the best", ge=1)
+    keep_last: int = key(2, "number of newest checkpoints to keep, besides the best", ge=1)
     asynchronous: bool = key(True, "write checkpoints in a background thread")
     mirror: str | None = key(
         None,
@@ -343,7 +345,7 @@ class LogConfig(Section):
     wandb_project: str | None = key(None, "Weights & Biases project (none: off)", pattern=_PROJECT)
     wandb_mode: str = choice("online offline", "offline: log to the run folder only")
     profile_steps: tuple[int, ...] = key(
-        (), "first and last step of a profiler trace, in the run's folder profile ([]: none)", ge=1
+        (), "first and last step of a profiler trace, saved to profile in the run folder", ge=1
     )
 
     def problems(self) -> Problems:
@@ -359,7 +361,7 @@ class DistributedConfig(Section):
     mode: str = choice(
         "auto ddp fsdp hsdp",
         "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
-        "auto: ddp where it fits",
+        "auto: ddp if it fits",
     )
     shard_ranks: int | None = key(None, "hsdp: ranks that share one model (none: a node's)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")

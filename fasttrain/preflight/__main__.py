@@ -17,17 +17,17 @@ from fasttrain.config import load_config
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when all is well, 1 when not, 2 on bad input."""
-    what = "Report what a run needs before it starts, and what may hurt it."
+    what = "Report what a run needs before it starts, and which settings may harm it."
     parser = make_parser("preflight", what)
     add = parser.add_argument
     add("config", type=Path, nargs="?", help="as for fasttrain.train")
     add("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
-    add("--no-probe", action="store_true", help="do not run a step; measures no time or memory")
+    add("--no-probe", action="store_true", help="do not run a step or measure time and memory")
     add("--world-size", type=int, default=1, metavar="N", help="plan for a run of N processes")
-    add("--bandwidth-gbps", type=float, metavar="G", help="send rate of a rank in Gbit/s")
+    add("--bandwidth-gbps", type=float, metavar="G", help="send bandwidth per rank, Gbit/s")
     checklist = "run the checklist for a loss that does not fall, on the first batch"
     add("--diagnose", action="store_true", help=checklist)
-    kernels = "check each fused operation on this device and time its paths; takes no config"
+    kernels = "check and time each fused operation on this device; takes no config"
     add("--kernels", action="store_true", help=kernels)
     add("--device", default="auto", help="device of --kernels: auto, cpu, cuda or cuda:N")
     arguments = parser.parse_intermixed_args(argv)

@@ -28,15 +28,27 @@ pytestmark = [
 
 DETERMINISTIC = "gpt2-124m, deterministic"
 Found = dict[str, dict[str, Any]]
+CODE = """
+import json, sys
+from benchmarks.gpu_dry import ATOMIC, compile_step, config_of
+
+found = {case: {} for case in sys.argv[1:]}
+for case, counts in found.items():
+    try:
+        program = compile_step(config_of(case, "model.n_layers=1"))
+        counts["atomics"] = sum(source.count(ATOMIC) for source in program.sources.values())
+        counts |= {"extern": list(program.extern), **program.counts()}
+    except Exception as error:
+        counts["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
 
 
 def compiled(cases: Sequence[str]) -> Found:
-    """Compile cases with one layer in two processes; return what `one_layer` says of each."""
+    """Compile cases with one layer in two processes; return what `CODE` says of each."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    code = "import json, sys; from benchmarks.gpu_dry import one_layer; "
-    code += "print(json.dumps({case: one_layer(case) for case in sys.argv[1:]}))"
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", CODE]
     processes = [
         subprocess.Popen(
             [*command, *cases[i::2]], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT

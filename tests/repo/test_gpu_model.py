@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_model
-from benchmarks.gpu_model import DEVICES, parts_ms, shape_of, table, tokens_per_s
+from benchmarks import bench_trainers, gpu_model
+from benchmarks.gpu_model import DEVICES, model_of, parts_ms, table, tokens_per_s
 
 # What gpu_dry counted of gpt2-124m at 7e4341b, the code that the review is of.
 BEFORE: dict[str, Any] = {
@@ -19,22 +19,22 @@ DOCUMENT = {
 
 
 def test_the_assumptions_give_what_the_review_found() -> None:
-    shape = shape_of("gpt2-124m")
-    parts = parts_ms(shape, BEFORE, DEVICES["H100"], "flash")
+    model, n_micro = model_of("gpt2-124m")
+    parts = parts_ms(model, BEFORE, DEVICES["H100"], "flash")
     # Its milliseconds: products of blocks and head, FlashAttention-2, cross-entropy, gaps, AdamW.
     found = {"products": 42.9, "attention": 10.2, "cross-entropy": 2.4, "gaps": 0.8}
     found |= {"optimizer": 1.75}
     for name, ms in found.items():
         assert parts[name] == pytest.approx(ms, rel=0.03, abs=0.05), name
-    rate = tokens_per_s(BEFORE, parts, shape.n_micro)
+    rate = tokens_per_s(BEFORE, parts, n_micro)
     assert rate == pytest.approx(455_000, rel=0.02)
-    assert rate * shape.flops_per_token / 989.5e12 == pytest.approx(0.39, abs=0.005)
+    assert rate * model.flops_per_token() / 989.5e12 == pytest.approx(0.39, abs=0.005)
 
 
 def test_fewer_bytes_are_faster_by_the_time_that_they_take() -> None:
-    shape, device = shape_of("gpt2-124m"), DEVICES["H100"]
+    (model, _), device = model_of("gpt2-124m"), DEVICES["H100"]
     half = BEFORE | {"layer": BEFORE["layer"] | {"bytes": BEFORE["layer"]["bytes"] // 2}}
-    ms = [sum(parts_ms(shape, c, device, "flash").values()) for c in (BEFORE, half)]
+    ms = [sum(parts_ms(model, c, device, "flash").values()) for c in (BEFORE, half)]
     assert ms[0] - ms[1] == pytest.approx(12 * 3_667_645_952 / 2 / 2.8e9, rel=1e-6)
 
 
@@ -43,10 +43,17 @@ def test_what_is_predicted_says_so_and_stands_beside_what_was_measured() -> None
     rows = [line for line in table([DOCUMENT]).splitlines() if line.startswith("| gpt2-124m")]
     assert [row.split(" | ")[1] for row in rows] == list(DEVICES)
     assert all(row.endswith("| not measured |") for row in rows)
-    entry = {"name": "step", "tokens_per_s": {"fasttrain": 123_456.7, "torch": 1.0}}
+    rows = [{"step": 40, "tokens_per_s": 123_456.7}]  # as `make gpu` runs it
+    (case,) = (case for case in bench_trainers.suites("gpt2-124m bf16", suite="run-{}"))
+    (suite,) = case.marks[0].args
+    entry = {"name": "gpt2-124m bf16", **bench_trainers.figures_of_run(rows, [])}
     machine = {"device": "NVIDIA H100 80GB HBM3"}
-    step = {"suite": "step-gpt2-124m-bf16", "machine": machine, "benchmarks": [entry]}
+    step = {"suite": suite, "machine": machine, "benchmarks": [entry]}
     rows = [row for row in table([DOCUMENT, step]).splitlines() if "123,457" in row]
     assert [row.split(" | ")[1] for row in rows] == ["H100"]
     assert table([]) == "" == table([DOCUMENT | {"benchmarks": []}])
-    assert gpu_model.main() == 0
+
+
+def test_the_command_shows_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_model.main()
+    assert "gpt2-124m, H100, milliseconds: products 43.0 · attention" in capsys.readouterr().out

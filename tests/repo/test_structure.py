@@ -19,7 +19,7 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_780,
+    "benchmarks": 2_690,
     "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 990,
