@@ -14,13 +14,18 @@ from typing import Any, NamedTuple
 from benchmarks.harness import ROOT, Document, read_all, slug
 
 CONFIGS = [
-    name + residual
+    name + option
     for name in ("gpt2-124m", "llama-350m", "llama-1b")
-    for residual in ("", ", bf16 residual")
+    for option in ("", ", bf16 residual", ", fp8")
 ]
 # All assumed, none measured here: microseconds between two launches; what AdamW and the gradient
 # norm move of a parameter, bytes, and at which part of the speed of a generated kernel.
 GAP_US, ADAMW_BYTES, ADAMW_SPEED = 1.5, 32, 0.81
+# How much faster products are in fp8 than in bf16. On an H100 of 500 W 1,083 to 1,141 TFLOP/s where
+# bf16 had 546 to 585 (pytorch/FBGEMM, pull request 2546): 1.9. Two thirds of them, those of the
+# backward pass, without fast accumulation, where torchao leaves it out: 1.2 times as long
+# (pytorch/ao, issue 2377). Those were 3,584 wide and wider; narrower ones gain less.
+FP8_SPEED = 1.9 / (1 / 3 + 2 / 3 * 1.2)
 
 
 class Device(NamedTuple):
@@ -31,10 +36,11 @@ class Device(NamedTuple):
     flash: float  # FlashAttention-2 forward and backward, half of the scores counted
     cudnn: float  # cuDNN's attention, which an A100 is assumed not to profit from
     memory: float  # generated kernels: 84 % of the datasheet's, as 2.8 of 3.35
+    has_fp8: bool = True
 
 
 DEVICES = {
-    "A100": Device(312.0, 234, 120, 120, 1.7),
+    "A100": Device(312.0, 234, 120, 120, 1.7, has_fp8=False),
     "H100": Device(989.5, 565, 212, 415, 2.8),
     "H200": Device(989.5, 565, 212, 415, 4.0),
     "B200": Device(2250.0, 1280, 300, 900, 6.7),
@@ -46,6 +52,7 @@ class Shape(NamedTuple):
 
     parameters: int
     matmul_parameters: int
+    head_parameters: int  # of them
     flops_per_token: float
     vocab_size: int
     attention_width: int  # query heads times their width
@@ -65,8 +72,8 @@ def shape_of(name: str) -> Shape:
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)
     return Shape(
-        model.num_parameters(), model.num_matmul_parameters(), model.flops_per_token(),
-        model.vocab_size, config.model.n_heads * model.head_dim,
+        model.num_parameters(), model.num_matmul_parameters(), model.head_weight.numel(),
+        model.flops_per_token(), model.vocab_size, config.model.n_heads * model.head_dim,
         step_shape(config.train, seq_len, 1).n_micro,
     )  # fmt: skip
 
@@ -86,8 +93,12 @@ def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> 
     # Two products of T × T/2 keys forward, five backward.
     scores = 7 * n_layers * n_tokens * seq_len * shape.attention_width
     tb = 1e9 * device.memory  # bytes in a millisecond
+    # In fp8 are all products of the layers, forward and backward, but not the head's.
+    speed = FP8_SPEED if "_scaled_mm" in layer["extern"] else 1.0
+    in_layers = shape.matmul_parameters - shape.head_parameters
+    multiplied = shape.head_parameters + in_layers / speed
     return {
-        "products": 6 * shape.matmul_parameters * n_tokens / (1e9 * device.products),
+        "products": 6 * multiplied * n_tokens / (1e9 * device.products),
         "attention": scores / (1e9 * getattr(device, attention)),
         "cross-entropy": 4 * n_tokens * shape.vocab_size / tb,
         "generated": (n_layers * layer["bytes"] + rest["bytes"]) / tb,
@@ -121,8 +132,8 @@ def table(documents: Sequence[Document]) -> str:
     entries = {e["name"]: e for d in counted for e in d["benchmarks"] if "skipped" not in e}
     lines = [
         "<details><summary>One GPU, <b>predicted</b> from those counts and from assumed speeds "
-        "(benchmarks/gpu_model.py); in bf16, compiled. Not measured but for the last "
-        "column</summary>\n",
+        "(benchmarks/gpu_model.py); compiled, in bf16 or fp8; MFU is of the peak in bf16 for both. "
+        "Not measured but for the last column</summary>\n",
         "| config | GPU | tokens/s, FlashAttention-2 | MFU | tokens/s, cuDNN's attention | MFU "
         "| one micro-batch a step, FlashAttention-2 | the same, measured |",
         "|---|---|---|---|---|---|---|---|",
@@ -132,6 +143,8 @@ def table(documents: Sequence[Document]) -> str:
             continue
         shape = shape_of(config)
         for name, device in DEVICES.items():
+            if config.endswith("fp8") and not device.has_fp8:
+                continue
             cells = [config, name]
             for attention in ("flash", "cudnn"):
                 parts = parts_ms(shape, counts, device, attention)

@@ -38,6 +38,23 @@ def test_fewer_bytes_are_faster_by_the_time_that_they_take() -> None:
     assert ms[0] - ms[1] == pytest.approx(12 * 3_667_645_952 / 2 / 2.8e9, rel=1e-6)
 
 
+def test_in_fp8_products_of_layers_are_faster_and_all_that_is_cast_is_counted() -> None:
+    entries = {e["name"]: e for d in gpu_model.read_all() if d["suite"] == "gpu_dry"
+               for e in d["benchmarks"]}  # fmt: skip
+    shape, device = shape_of("llama-1b"), DEVICES["H100"]
+    wide, fp8 = (
+        parts_ms(shape, entries[n], device, "flash") for n in ("llama-1b", "llama-1b, fp8")
+    )
+    head = 6 * 128_256 * 2_048 * 8 * 2_048 / 565e9
+    assert fp8["products"] == pytest.approx(head + (wide["products"] - head) / gpu_model.FP8_SPEED)
+    assert 1.5 < gpu_model.FP8_SPEED < 1.9
+    more = entries["llama-1b, fp8"]["layer"]["bytes"] - entries["llama-1b"]["layer"]["bytes"]
+    assert fp8["generated"] - wide["generated"] == pytest.approx(16 * more / 2.8e9, rel=1e-3)
+    document = DOCUMENT | {"benchmarks": [entries["llama-1b, fp8"]]}
+    rows = [line for line in table([document]).splitlines() if line.startswith("| llama-1b, fp8")]
+    assert [row.split(" | ")[1] for row in rows] == ["H100", "H200", "B200"]  # an A100 has no fp8
+
+
 def test_what_is_predicted_says_so_and_stands_beside_what_was_measured() -> None:
     assert "<b>predicted</b>" in table([DOCUMENT])
     rows = [line for line in table([DOCUMENT]).splitlines() if line.startswith("| gpt2-124m")]
