@@ -4,7 +4,7 @@
 
 A micro-batch is matrix products, attention, the cross-entropy's pass over the logits, the bytes of
 all generated kernels, gradients added to those of the micro-batches before, and a gap for each
-launch; a step is its micro-batches and AdamW. Nothing overlaps.
+launch; a step is its micro-batches, weights rounded for all of them, and AdamW. Nothing overlaps.
 """
 
 import sys
@@ -79,7 +79,7 @@ def shape_of(name: str) -> Shape:
 
 
 def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> dict[str, float]:
-    """Return the milliseconds of the parts of a micro-batch, and of the step's optimizer.
+    """Return the milliseconds of the parts of a micro-batch; rounding and optimizer are a step's.
 
     ``counts`` is an entry of gpu_dry.json; ``attention`` is ``flash`` or ``cudnn``.
     """
@@ -97,21 +97,25 @@ def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> 
     speed = FP8_SPEED if "_scaled_mm" in layer["extern"] else 1.0
     in_layers = shape.matmul_parameters - shape.head_parameters
     multiplied = shape.head_parameters + in_layers / speed
+    rounded = n_layers * layer.get("rounded", 0)  # their gradients are added in bf16
     return {
         "products": 6 * multiplied * n_tokens / (1e9 * device.products),
         "attention": scores / (1e9 * getattr(device, attention)),
         "cross-entropy": 4 * n_tokens * shape.vocab_size / tb,
         "generated": (n_layers * layer["bytes"] + rest["bytes"]) / tb,
-        "accumulation": 12 * shape.parameters / tb,
+        "accumulation": (12 * shape.parameters - 2 * rounded) / tb,
         "gaps": n_launches * GAP_US / 1e3,
+        # Weights, and gradients zeroed, so that the first are added, too
+        "rounding": (4 * rounded + 16 * shape.parameters) / tb if rounded else 0.0,
         "optimizer": ADAMW_BYTES * shape.parameters / (ADAMW_SPEED * tb),
     }
 
 
 def tokens_per_s(counts: Document, parts: Mapping[str, float], n_micro: int) -> float:
     """Return the tokens that a step of so many micro-batches trains in a second."""
-    micro_ms = sum(parts.values()) - parts["optimizer"]
-    step_ms = n_micro * micro_ms + parts["optimizer"] - parts["accumulation"]
+    once_ms = parts["rounding"] + parts["optimizer"]
+    micro_ms = sum(parts.values()) - once_ms
+    step_ms = n_micro * micro_ms + once_ms - parts["accumulation"]
     return 1e3 * float(n_micro * counts["rows"] * counts["seq_len"]) / step_ms
 
 

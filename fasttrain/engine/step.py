@@ -17,6 +17,7 @@ import torch
 from fasttrain_kernels import grad_norm, linear_cross_entropy
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
@@ -217,6 +218,8 @@ class TrainStep:
         self.judges = True  # False: every step is made, whatever its numbers are
         custom = criterion is not None
         self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
+        self.objective = nn.ModuleDict({"model": model})
+        self.objective.forward = partial(self.criterion, model)
         self.compile_mode = "off" if custom else resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
         self.n_micro = n_micro or step_shape(loop, config.data.seq_len, world.size).n_micro
@@ -240,6 +243,10 @@ class TrainStep:
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
         run = config.run
         self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
+        # What gradients are taken of, by name: parameters, or copies of them (`_round_once`)
+        self.copies: dict[str, Tensor] = {}
+        named = self.objective.named_parameters()
+        self.leaves: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad}
         if isinstance(model, Transformer):
             if run.fp8:
                 multiply_in_fp8(model, device)
@@ -254,7 +261,19 @@ class TrainStep:
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self.network: nn.Module = model
-        self.keeps_grads = accumulates and (world.mode == "ddp" or (captures and not sharded))
+        if (
+            self.compile_mode in ("default", "max-autotune-no-cudagraphs")
+            and device.type == "cuda"
+            and precision.compute.itemsize == 2
+            and accumulates
+            and world.size == 1
+            and not run.fp8  # which would round twice
+            and loop.activation_checkpointing == "none"  # which saves the memory of copies
+        ):
+            self._round_once()
+        # Gradients are added to buffers that stay: those of DDP, or ours
+        outside = bool(self.copies) or (captures and not sharded)
+        self.keeps_grads = accumulates and (world.mode == "ddp" or outside)
         if world.mode == "ddp":  # its module holds the model and returns the loss
             objective = nn.ModuleDict({"model": model})
             objective.forward = self.loss_fn
@@ -279,7 +298,21 @@ class TrainStep:
 
     def _loss(self, *inputs: Any) -> Tensor:
         with self.precision.autocast():
+            if self.copies:
+                loss: Tensor = functional_call(self.objective, self.copies, inputs)
+                return loss
             return self.criterion(self.model, *inputs)
+
+    def _round_once(self) -> None:
+        """Have a step round the blocks' matrices once for all of its micro-batches.
+
+        The bits are those of autocast, which rounds each time, and widens each gradient.
+        """
+        dtype = self.precision.compute
+        for name, p in self.leaves.items():
+            if name.startswith("model.blocks.") and p.ndim == 2:
+                self.copies[name] = torch.empty_like(p, dtype=dtype, requires_grad=True)
+        self.leaves |= self.copies
 
     def __call__(self, batches: Sequence[Any], lr: float | None) -> None:
         """Run one step over its micro-batches with learning rate ``lr``; None: the optimizers'."""
@@ -321,6 +354,10 @@ class TrainStep:
             # them: they are added to buffers outside of it.
             for p in (p for p in self.parameters if p.grad is None):
                 p.grad = torch.zeros_like(p)
+        if self.copies:
+            with torch.no_grad():
+                sources = map(self.objective.get_parameter, self.copies)
+                torch._foreach_copy_([*self.copies.values()], [*sources])
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)
@@ -330,7 +367,14 @@ class TrainStep:
                 if counting is not None:
                     counting.wait()
                 weight = self.grad_scale * self.world.size / n_targets.clamp(min=1)
-            part.backward(weight)  # type: ignore[no-untyped-call]
+            if self.keeps_grads and self.world.mode != "ddp":
+                new = torch.autograd.grad(part, [*self.leaves.values()], weight)
+                pairs = [*zip(self.parameters, new, strict=True)]
+                for dtype in {grad.dtype for grad in new}:  # few launches for those in fp32
+                    alike = [(p.grad, grad) for p, grad in pairs if grad.dtype == dtype]
+                    torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+            else:
+                part.backward(weight)  # type: ignore[no-untyped-call]
             loss += part.detach()
         if counting is not None:
             counting.wait()

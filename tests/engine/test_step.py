@@ -315,6 +315,44 @@ def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_ord
     assert not [name for name in autograd_nodes(expected) if name.startswith("Index")]
 
 
+def rounded(step: TrainStep) -> TrainStep:
+    """Have a step round its matrices once, as one that accumulates on a GPU does."""
+    assert not step.copies
+    step._round_once()
+    step.keeps_grads = True
+    return step
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
+    dtype: str, compiled: bool
+) -> None:
+    taken: list[set[torch.dtype]] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        shapes = {(48, 16), (16, 16), (16, 64)}  # of matrices of blocks alone
+        taken.append({t.dtype for t in inputs if hasattr(t, "shape") and (*t.shape,) in shapes})
+        return graph.forward
+
+    more = {"micro_batch": 2, "tokens_per_step": 96, "model": {"mlp": "gelu"}}
+    plain, ours = make(dtype, **more), rounded(make(dtype, **more))
+    names = [(name, id(p)) for name, p in ours.model.named_parameters()]
+    for step in (plain, ours):
+        if compiled:
+            torch._dynamo.reset()
+            step.loss_fn = torch.compile(step._loss, fullgraph=True, dynamic=False, backend=noted)
+    for _ in range(2):
+        for step in (plain, ours):
+            step(split(uneven_rows(), 4), 1e-2)
+        assert ours.loss.item() == plain.loss.item()
+        assert ours.norm.item() == plain.norm.item() > 0
+        assert [(name, id(p)) for name, p in ours.model.named_parameters()] == names
+    assert taken == ([{torch.float32}, {plain.precision.compute}] if compiled else [])
+    for a, b in zip(plain.parameters, ours.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
 class _Captured(torch.autograd.Function):
     """A loss whose gradients lie where those of the call before lay, as a CUDA graph's do."""
 

@@ -38,6 +38,19 @@ def test_fewer_bytes_are_faster_by_the_time_that_they_take() -> None:
     assert ms[0] - ms[1] == pytest.approx(12 * 3_667_645_952 / 2 / 2.8e9, rel=1e-6)
 
 
+def test_matrices_are_rounded_once_and_their_gradients_added_in_bf16() -> None:
+    shape, device = shape_of("gpt2-124m"), DEVICES["H100"]
+    n_rounded, n = 12 * 12 * 768**2, shape.parameters
+    rounding = BEFORE | {"layer": BEFORE["layer"] | {"rounded": 12 * 768**2}}
+    steps = []
+    for counts in (BEFORE, rounding):
+        parts = parts_ms(shape, counts, device, "flash")
+        steps.append(32 * 1024 * 16e3 / tokens_per_s(counts, parts, 16))
+    # Rounding 6 bytes and zeros 4; the first gradients 10 or 12 and not 0, the others 2 fewer.
+    more = 6 * n_rounded + 4 * n + 12 * n - 2 * n_rounded - 15 * 2 * n_rounded
+    assert steps[1] - steps[0] == pytest.approx(more / 2.8e9)
+
+
 def test_in_fp8_products_of_layers_are_faster_and_all_that_is_cast_is_counted() -> None:
     entries = {e["name"]: e for d in gpu_model.read_all() if d["suite"] == "gpu_dry"
                for e in d["benchmarks"]}  # fmt: skip
