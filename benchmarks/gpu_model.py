@@ -98,6 +98,9 @@ def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> 
     in_layers = shape.matmul_parameters - shape.head_parameters
     multiplied = shape.head_parameters + in_layers / speed
     rounded = n_layers * layer.get("rounded", 0)  # their gradients are added in bf16
+    # Rounded, and gradients zeroed, so that the first are added, too; one micro-batch alone casts
+    # matrices and their gradients in the graph.
+    rounding = 12 * rounded if shape.n_micro == 1 else 4 * rounded + 16 * shape.parameters
     return {
         "products": 6 * multiplied * n_tokens / (1e9 * device.products),
         "attention": scores / (1e9 * getattr(device, attention)),
@@ -105,8 +108,7 @@ def parts_ms(shape: Shape, counts: Document, device: Device, attention: str) -> 
         "generated": (n_layers * layer["bytes"] + rest["bytes"]) / tb,
         "accumulation": (12 * shape.parameters - 2 * rounded) / tb,
         "gaps": n_launches * GAP_US / 1e3,
-        # Weights, and gradients zeroed, so that the first are added, too
-        "rounding": (4 * rounded + 16 * shape.parameters) / tb if rounded else 0.0,
+        "rounding": rounding / tb if rounded else 0.0,
         "optimizer": ADAMW_BYTES * shape.parameters / (ADAMW_SPEED * tb),
     }
 
@@ -155,7 +157,8 @@ def table(documents: Sequence[Document]) -> str:
                 rate = tokens_per_s(counts, parts, shape.n_micro)
                 mfu = rate * shape.flops_per_token / (1e12 * device.peak)
                 cells += [f"{rate:,.0f}", f"{mfu:.0%}"]
-            single = tokens_per_s(counts, parts_ms(shape, counts, device, "flash"), 1)
+            alone = shape._replace(n_micro=1)
+            single = tokens_per_s(counts, parts_ms(alone, counts, device, "flash"), 1)
             cells += [f"{single:,.0f}", measured(documents, config, name)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "\n</details>\n"]) if len(lines) > 3 else ""

@@ -1,6 +1,7 @@
 """One step: the same numbers for any split into micro-batches, clipping, skipping, fp16 scaling."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
@@ -351,6 +353,31 @@ def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
     assert taken == ([{torch.float32}, {plain.precision.compute}] if compiled else [])
     for a, b in zip(plain.parameters, ours.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+class _Additions(TorchDispatchMode):
+    """Counts what adds to tensors in place, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_micro_batch_are_added_together() -> None:
+    """Those in fp32, and those of the copies; autograd adds each alone, from the second on."""
+    more = {"micro_batch": 2, "tokens_per_step": 96}
+    found = []
+    for step in (make("bf16", **more), rounded(make("bf16", **more))):
+        with _Additions() as additions:
+            step._backward(split(uneven_rows(), 4))
+        found.append(additions.found)
+    assert found[0]["add_"] - found[1]["add_"] == 3 * len(step.parameters)
+    assert found[1]["_foreach_add_"] == 2 * 4
+    assert found[1]["_foreach_copy_"] == 1
 
 
 class _Captured(torch.autograd.Function):

@@ -49,6 +49,8 @@ def test_matrices_are_rounded_once_and_their_gradients_added_in_bf16() -> None:
     # Rounding 6 bytes and zeros 4; the first gradients 10 or 12 and not 0, the others 2 fewer.
     more = 6 * n_rounded + 4 * n + 12 * n - 2 * n_rounded - 15 * 2 * n_rounded
     assert steps[1] - steps[0] == pytest.approx(more / 2.8e9)
+    alone = parts_ms(shape._replace(n_micro=1), rounding, device, "flash")  # in its graph
+    assert alone["rounding"] == pytest.approx(12 * n_rounded / 2.8e9)
 
 
 def test_in_fp8_products_of_layers_are_faster_and_all_that_is_cast_is_counted() -> None:
