@@ -19,14 +19,14 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_780,
+    "benchmarks": 2_800,
     "fasttrain": 4_130,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_040,
     "fasttrain/data": 2_150,
     "fasttrain/data/prepare": 1_410,
     "fasttrain/distributed": 810,
-    "fasttrain/engine": 2_510,
+    "fasttrain/engine": 2_554,
     "fasttrain/log": 930,
     "fasttrain/model": 960,
     "fasttrain/preflight": 510,
