@@ -195,20 +195,21 @@ class Program(NamedTuple):
     launches: Counter[Kernel]
     extern: Counter[str]
     sources: dict[Kernel, str]
+    rounded: int = 0  # parameters that are rounded once a step, which it does not count
 
     def counts(self) -> Counter[str]:
         """Return what all launches of generated kernels move, and how many they are."""
         moved = sum(kernel.bytes * n for kernel, n in self.launches.items())
-        return Counter(bytes=moved, launches=self.launches.total())
+        return Counter(bytes=moved, launches=self.launches.total(), rounded=self.rounded)
 
 
 def config_of(case: str, *overrides: str) -> TrainConfig:
-    """Return the config of a case; accumulation, which changes nothing compiled, is left out."""
+    """Return the config of a case, with its accumulation."""
     config, *options = case.split(", ")
     given = [OPTIONS[option] for option in options]
     if config in VOCAB_SIZES:
         given += ["run.compile=auto", f"model.vocab_size={VOCAB_SIZES[config]}"]
-    given += ["train.tokens_per_step=none", "data.path=none-needed", *overrides]
+    given += ["data.path=none-needed", *overrides]
     return load_config(harness.ROOT / "configs" / f"{config}.toml", given)
 
 
@@ -230,7 +231,7 @@ def compile_step(config: TrainConfig) -> Program:
         documents = None if config.data.attention_across_documents else starts
         written = written_by(lambda: step.loss_fn(tokens, tokens, documents))
     assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"
-    return read(written)
+    return read(written)._replace(rounded=sum(c.numel() for c in step.copies.values()))
 
 
 def written_by(call: Callable[[], Any]) -> list[str]:

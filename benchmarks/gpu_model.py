@@ -4,7 +4,7 @@
 
 A micro-batch is matrix products, attention, the cross-entropy's pass over the logits, the bytes of
 all generated kernels, gradients added to those of the micro-batches before, and a gap for each
-launch; a step is its micro-batches and AdamW. Nothing overlaps.
+launch; a step is its micro-batches, weights rounded for all of them, and AdamW. Nothing overlaps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,18 @@ from fasttrain.engine.schedule import step_shape
 from fasttrain.model.transformer import Transformer
 
 CONFIGS = [
-    name + residual
+    name + option
     for name in ("gpt2-124m", "llama-350m", "llama-1b")
-    for residual in ("", ", bf16 residual")
+    for option in ("", ", bf16 residual", ", fp8")
 ]
 # All assumed, none measured here: microseconds between two launches; what AdamW and the gradient
 # norm move of a parameter, bytes, and at which part of the speed of a generated kernel.
 GAP_US, ADAMW_BYTES, ADAMW_SPEED = 1.5, 32, 0.81
+# How much faster products are in fp8 than in bf16. On an H100 of 500 W 1,083 to 1,141 TFLOP/s where
+# bf16 had 546 to 585 (pytorch/FBGEMM, pull request 2546): 1.9. Two thirds of them, those of the
+# backward pass, without fast accumulation, where torchao leaves it out: 1.2 times as long
+# (pytorch/ao, issue 2377). Those were 3,584 wide and wider; narrower ones gain less.
+FP8_SPEED = 1.9 / (1 / 3 + 2 / 3 * 1.2)
 
 
 class Device(NamedTuple):
@@ -35,10 +40,11 @@ class Device(NamedTuple):
     flash: float  # FlashAttention-2 forward and backward, half of the scores counted
     cudnn: float  # cuDNN's attention, which an A100 is assumed not to profit from
     memory: float  # generated kernels: 84 % of the datasheet's, as 2.8 of 3.35
+    has_fp8: bool = True
 
 
 DEVICES = {
-    "A100": Device(312.0, 234, 120, 120, 1.7),
+    "A100": Device(312.0, 234, 120, 120, 1.7, has_fp8=False),
     "H100": Device(989.5, 565, 212, 415, 2.8),
     "H200": Device(989.5, 565, 212, 415, 4.0),
     "B200": Device(2250.0, 1280, 300, 900, 6.7),
@@ -55,9 +61,9 @@ def model_of(name: str) -> tuple[Transformer, int]:
 
 
 def parts_ms(
-    model: Transformer, counts: Document, device: Device, attention: str
+    model: Transformer, n_micro: int, counts: Document, device: Device, attention: str
 ) -> dict[str, float]:
-    """Return the milliseconds of the parts of a micro-batch, and of the step's optimizer.
+    """Return the milliseconds of the parts of a micro-batch; rounding and optimizer are a step's.
 
     ``counts`` is an entry of gpu_dry.json; ``attention`` is ``flash`` or ``cudnn``.
     """
@@ -68,21 +74,31 @@ def parts_ms(
     # Two products of T × T/2 keys forward, five backward.
     scores = 7 * n_layers * n_tokens * seq_len * model.config.n_heads * model.head_dim
     tb = 1e9 * device.memory  # bytes in a millisecond
+    # In fp8 are all products of the layers, forward and backward, but not the head's.
+    speed = FP8_SPEED if "_scaled_mm" in layer["extern"] else 1.0
+    head = model.head_weight.numel()
+    multiplied = head + (model.num_matmul_parameters() - head) / speed
+    rounded = n_layers * layer.get("rounded", 0)  # their gradients are added in bf16
+    # Rounded, and gradients zeroed, so that the first are added, too; one micro-batch alone casts
+    # matrices and their gradients in the graph.
+    rounding = 12 * rounded if n_micro == 1 else 4 * rounded + 16 * model.num_parameters()
     return {
-        "products": 6 * model.num_matmul_parameters() * n_tokens / (1e9 * device.products),
+        "products": 6 * multiplied * n_tokens / (1e9 * device.products),
         "attention": scores / (1e9 * getattr(device, attention)),
         "cross-entropy": 4 * n_tokens * model.vocab_size / tb,
         "generated": (n_layers * layer["bytes"] + rest["bytes"]) / tb,
-        "accumulation": 12 * model.num_parameters() / tb,
+        "accumulation": (12 * model.num_parameters() - 2 * rounded) / tb,
         "gaps": (n_layers * in_layer + around) * GAP_US / 1e3,
+        "rounding": rounding / tb if rounded else 0.0,
         "optimizer": ADAMW_BYTES * model.num_parameters() / (ADAMW_SPEED * tb),
     }
 
 
 def tokens_per_s(counts: Document, parts: Mapping[str, float], n_micro: int) -> float:
     """Return the tokens that a step of so many micro-batches trains in a second."""
-    micro_ms = sum(parts.values()) - parts["optimizer"]
-    step_ms = n_micro * micro_ms + parts["optimizer"] - parts["accumulation"]
+    once_ms = parts["rounding"] + parts["optimizer"]
+    micro_ms = sum(parts.values()) - once_ms
+    step_ms = n_micro * micro_ms + once_ms - parts["accumulation"]
     return 1e3 * float(n_micro * counts["rows"] * counts["seq_len"]) / step_ms
 
 
@@ -109,17 +125,21 @@ def table(documents: Sequence[Document]) -> str:
     for config in (name for name in CONFIGS if name in entries):
         (model, n_micro), counts = model_of(config), entries[config]
         for name, device in DEVICES.items():
-            parts = [parts_ms(model, counts, device, way) for way in ("flash", "cudnn")]
+            if config.endswith("fp8") and not device.has_fp8:
+                continue
+            parts = [parts_ms(model, n_micro, counts, device, way) for way in ("flash", "cudnn")]
             rates = [tokens_per_s(counts, part, n_micro) for part in parts]
             cells = [config, name]
             for rate in rates:
                 mfu = rate * model.flops_per_token() / (1e12 * device.peak)
                 cells += [f"{rate:,.0f}", f"{mfu:.0%}"]
-            single = tokens_per_s(counts, parts[0], 1)
+            alone = parts_ms(model, 1, counts, device, "flash")
+            single = tokens_per_s(counts, alone, 1)
             rows.append([*cells, f"{single:,.0f}", measured(documents, config, name)])
     summary = (
         "One GPU, <b>predicted</b> from those counts and from assumed speeds "
-        "(benchmarks/gpu_model.py); in bf16, compiled. Not measured but for the last column"
+        "(benchmarks/gpu_model.py); compiled, in bf16 or fp8; MFU is of the peak in bf16 for both. "
+        "Not measured but for the last column"
     )
     head = ("config", "GPU", "tokens/s, FlashAttention-2", "MFU", "tokens/s, cuDNN's attention")
     head += ("MFU", "one micro-batch a step, FlashAttention-2", "the same, measured")
@@ -132,7 +152,7 @@ def main() -> None:
     print(table(documents))
     for name, counts in counted(documents).items():
         if name in CONFIGS:
-            parts = parts_ms(model_of(name)[0], counts, DEVICES["H100"], "flash")
+            parts = parts_ms(*model_of(name), counts, DEVICES["H100"], "flash")
             shown = " · ".join(f"{part} {ms:.1f}" for part, ms in parts.items())
             print(f"{name}, H100, milliseconds: {shown}")
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import distributions
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.files import write_atomically
-from fasttrain.run.provenance import _version as version_of
 from fasttrain.run.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         **{key: made[key] for key in ("python", "torch", "triton")},
-        "peers": {name: found for name in PEERS if (found := version_of(name))},
+        "peers": {name: d.version for name in PEERS for d in distributions(name=name)},
     } | ({"cuda": made["cuda"]} if cuda else {"isa": isa()})
 
 

@@ -17,6 +17,7 @@ import torch
 from fasttrain_kernels import grad_norm, linear_cross_entropy
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import Batch
@@ -215,6 +216,8 @@ class TrainStep:
         self.judges = True  # False: every step is made, whatever its numbers are
         custom = criterion is not None
         self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
+        self.objective = nn.ModuleDict({"model": model})
+        self.objective.forward = partial(self.criterion, model)
         self.compile_mode = "off" if custom else resolve_compile(config, device)
         self.loss_fn: Callable[..., Tensor] = self._loss
         self.n_micro = n_micro or step_shape(loop, config.data.seq_len, world.size).n_micro
@@ -237,6 +240,10 @@ class TrainStep:
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
         self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
+        # What gradients are taken of, by name: parameters, or copies of them (`_round_once`)
+        self.copies: dict[str, Tensor] = {}
+        named = self.objective.named_parameters()
+        self.leaves: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad}
         if isinstance(model, Transformer):
             if run.fp8:
                 multiply_in_fp8(model, device)
@@ -251,10 +258,21 @@ class TrainStep:
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self.network: nn.Module = model
+        if (
+            self.compile_mode in ("default", "max-autotune-no-cudagraphs")
+            and device.type == "cuda"
+            and precision.compute.itemsize == 2
+            and accumulates
+            and world.size == 1
+            and not run.fp8  # which would round twice
+            and loop.activation_checkpointing == "none"  # which saves the memory of copies
+        ):
+            self._round_once()
         # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
         # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the
         # next micro-batch overwrites them.
-        self.keeps_grads = accumulates and (world.mode == "ddp" or (captures and not sharded))
+        outside = bool(self.copies) or (captures and not sharded)
+        self.keeps_grads = accumulates and (world.mode == "ddp" or outside)
         for p in self.parameters if self.keeps_grads else ():
             p.grad = torch.zeros_like(p)
         if world.mode == "ddp":  # its module holds the model and returns the loss
@@ -280,7 +298,21 @@ class TrainStep:
 
     def _loss(self, *inputs: Any) -> Tensor:
         with self.precision.autocast():
+            if self.copies:
+                loss: Tensor = functional_call(self.objective, self.copies, inputs)
+                return loss
             return self.criterion(self.model, *inputs)
+
+    def _round_once(self) -> None:
+        """Have a step round the blocks' matrices once for all of its micro-batches.
+
+        The bits are those of autocast, which rounds each time, and widens each gradient.
+        """
+        dtype = self.precision.compute
+        for name, p in self.leaves.items():
+            if name.startswith("model.blocks.") and p.ndim == 2:
+                self.copies[name] = torch.empty_like(p, dtype=dtype, requires_grad=True)
+        self.leaves |= self.copies
 
     def __call__(self, batches: Sequence[Any], lr: float | None) -> None:
         """Run one step over its micro-batches with learning rate ``lr``; None: the optimizers'."""
@@ -317,6 +349,10 @@ class TrainStep:
         n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
         counted = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
         loss, weight = torch.zeros_like(self.loss), None
+        if self.copies:
+            with torch.no_grad():
+                sources = map(self.objective.get_parameter, self.copies)
+                torch._foreach_copy_([*self.copies.values()], [*sources])
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)
@@ -325,7 +361,14 @@ class TrainStep:
             if self.precision.scaled and weight is None:
                 counted()
                 weight = self.grad_scale * self.world.size / n_targets.clamp(min=1)
-            part.backward(weight)  # type: ignore[no-untyped-call]
+            if self.keeps_grads and self.world.mode != "ddp":
+                new = torch.autograd.grad(part, [*self.leaves.values()], weight)
+                pairs = [*zip(self.parameters, new, strict=True)]
+                for dtype in {grad.dtype for grad in new}:  # few launches for those in fp32
+                    alike = [(p.grad, grad) for p, grad in pairs if grad.dtype == dtype]
+                    torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+            else:
+                part.backward(weight)  # type: ignore[no-untyped-call]
             loss += part.detach()
         counted()
         n_targets = n_targets.clamp(min=1)

@@ -1,6 +1,7 @@
 """One step: the same numbers for any split into micro-batches, clipping, skipping, fp16 scaling."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
@@ -313,6 +315,69 @@ def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_ord
     assert called.count("fasttrain.embedding_backward.default") == n_look_ups
     assert not [name for name in called if "index_put" in name]
     assert not [name for name in autograd_nodes(expected) if name.startswith("Index")]
+
+
+def rounded(step: TrainStep) -> TrainStep:
+    """Have a step round its matrices once, as one that accumulates on a GPU does."""
+    assert not step.copies
+    step._round_once()
+    step.keeps_grads = True
+    return step
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
+    dtype: str, compiled: bool
+) -> None:
+    taken: list[set[torch.dtype]] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        shapes = {(48, 16), (16, 16), (16, 64)}  # of matrices of blocks alone
+        taken.append({t.dtype for t in inputs if hasattr(t, "shape") and (*t.shape,) in shapes})
+        return graph.forward
+
+    more = {"micro_batch": 2, "tokens_per_step": 96, "model": {"mlp": "gelu"}}
+    plain, ours = make(dtype, **more), rounded(make(dtype, **more))
+    names = [(name, id(p)) for name, p in ours.model.named_parameters()]
+    for step in (plain, ours):
+        if compiled:
+            torch._dynamo.reset()
+            step.loss_fn = torch.compile(step._loss, fullgraph=True, dynamic=False, backend=noted)
+    for _ in range(2):
+        for step in (plain, ours):
+            step(split(uneven_rows(), 4), 1e-2)
+        assert ours.loss.item() == plain.loss.item()
+        assert ours.norm.item() == plain.norm.item() > 0
+        assert [(name, id(p)) for name, p in ours.model.named_parameters()] == names
+    assert taken == ([{torch.float32}, {plain.precision.compute}] if compiled else [])
+    for a, b in zip(plain.parameters, ours.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+class _Additions(TorchDispatchMode):
+    """Counts what adds to tensors in place, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_micro_batch_are_added_together() -> None:
+    """Those in fp32, and those of the copies; autograd adds each alone, from the second on."""
+    more = {"micro_batch": 2, "tokens_per_step": 96}
+    found = []
+    for step in (make("bf16", **more), rounded(make("bf16", **more))):
+        with _Additions() as additions:
+            step._backward(split(uneven_rows(), 4))
+        found.append(additions.found)
+    assert found[0]["add_"] - found[1]["add_"] == 3 * len(step.parameters)
+    assert found[1]["_foreach_add_"] == 2 * 4
+    assert found[1]["_foreach_copy_"] == 1
 
 
 class _Captured(torch.autograd.Function):

@@ -106,6 +106,13 @@ def test_S1_a_norm_costs_no_pass_of_its_own(case: str, dim: int, limits: tuple[i
         assert not [k for k in kernels if k["name"].endswith("fused__to_copy_view")]  # its cast
 
 
+@pytest.mark.parametrize("case", ["gpt2-124m", "llama-350m", "llama-1b"])
+def test_no_weight_is_cast_nor_its_gradient_where_gradients_accumulate(case: str) -> None:
+    kernels = [k for k in ENTRIES[case]["kernels"] if k["a_layer"]]
+    casts = [k["bytes"] for k in kernels if re.search(r"fused__to_copy(_t)?$", k["name"])]
+    assert sum(casts) < 1e5  # biases
+
+
 def test_S1_a_bias_is_summed_by_the_kernel_that_writes_its_gradient() -> None:
     """That of GELU, and that which lays the gradients of q, k and v side by side."""
     entry = ENTRIES["gpt2-124m"]

@@ -19,14 +19,14 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_690,
+    "benchmarks": 2_710,
     "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 990,
     "fasttrain/data": 2_060,
     "fasttrain/data/prepare": 1_350,
     "fasttrain/distributed": 780,
-    "fasttrain/engine": 2_470,
+    "fasttrain/engine": 2_510,
     "fasttrain/log": 900,
     "fasttrain/model": 900,
     "fasttrain/preflight": 500,
