@@ -322,6 +322,8 @@ def rounded(step: TrainStep) -> TrainStep:
     assert not step.copies
     step._round_once()
     step.keeps_grads = True
+    for p in step.parameters:
+        p.grad = torch.zeros_like(p)
     return step
 
 
