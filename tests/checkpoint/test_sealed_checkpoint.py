@@ -17,7 +17,7 @@ from fasttrain import generate, hf
 from fasttrain.checkpoint import CheckpointError, CheckpointWriter, load, resolve, verify
 from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.train import main
-from tests.support.toy import write_config
+from tests.support.toy import OPTIMIZERS, write_config
 from tests.support.toy_checkpoints import CONFIG, groups, reseal, save
 
 Capture = pytest.CaptureFixture[str]
@@ -282,7 +282,7 @@ def test_R24_F17_tensors_of_another_run(
     refused(resume(), capsys, reason)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_R24_F17_moments_of_every_optimizer_are_checked(
     name: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

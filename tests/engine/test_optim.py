@@ -20,7 +20,7 @@ from fasttrain.engine.optim import (
     state_bytes,
 )
 from fasttrain.model.transformer import Transformer
-from tests.support.toy import ENV
+from tests.support.toy import ENV, OPTIMIZERS
 
 SHAPE = {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "qk_norm": True}
 
@@ -88,7 +88,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     assert found["head.weight"][2] == 0.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
 def test_N18_what_is_set_for_muon_does_not_reach_another_optimizer(name: str) -> None:
     muon = {"muon_lr": 0.5, "muon_embedding_lr_scale": 17.0, "muon_head_lr_scale": 3.0}
     config = OptimConfig(name=name, lr=0.25, **muon)
@@ -153,7 +153,7 @@ def test_state_by_name_continues_the_same_trajectory(
 @pytest.mark.parametrize(
     "options",
     [
-        *({"name": name} for name in ("adamw", "muon", "adafactor", "sgd")),
+        *({"name": name} for name in OPTIMIZERS),
         {"name": "sgd", "momentum": 0.0},
     ],
     ids=str,

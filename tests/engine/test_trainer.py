@@ -12,7 +12,7 @@ from fasttrain_kernels.cpu import is_supported
 from fasttrain.checkpoint import resolve, verify
 from fasttrain.config import load_config
 from tests.support import toy_trainer
-from tests.support.toy import write_config, write_dataset
+from tests.support.toy import OPTIMIZERS, write_config, write_dataset
 from tests.support.toy_trainer import build, digest, rows
 
 TRAIN_KEYS = {"step", "tokens", "epoch", "loss", "loss_ema", "lr", "grad_norm", "tokens_per_s"}
@@ -178,7 +178,7 @@ def test_R1_resuming_continues_the_very_same_trajectory(
         assert losses(run_dir) == [(s, loss) for s, loss in losses(tmp_path / "whole") if s > at]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_R1_several_resumes_in_a_row_end_at_the_same_bits(
     toy: Path, tmp_path: Path, optimizer: str
 ) -> None:

@@ -22,13 +22,13 @@ BUDGETS = {
     "benchmarks": 2_710,
     "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_400,
-    "fasttrain/config": 990,
+    "fasttrain/config": 1_000,
     "fasttrain/data": 2_060,
     "fasttrain/data/prepare": 1_350,
     "fasttrain/distributed": 780,
-    "fasttrain/engine": 2_510,
+    "fasttrain/engine": 2_530,
     "fasttrain/log": 900,
-    "fasttrain/model": 900,
+    "fasttrain/model": 910,
     "fasttrain/preflight": 500,
     "fasttrain/run": 1_090,
     "kernels": 6_050,
@@ -127,7 +127,7 @@ def test_no_package_outgrows_its_budget():
                 names = [path.parent, *path.parent.parents]
                 package = next(n for n in map(relative, names) if n in BUDGETS)
                 lines[package] += len(path.read_text("utf-8").splitlines())
-    over = {name: n for name, n in lines.items() if n > BUDGETS[name]}
+    over = {name: f"{n} of {BUDGETS[name]}" for name, n in lines.items() if n > BUDGETS[name]}
     assert not over, f"{over}: shorten what is there, or say why the budget is to grow"
 
 
