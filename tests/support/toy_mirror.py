@@ -100,11 +100,15 @@ def play(folder: Path, points: list[int]) -> dict[str, Any]:
         return ended(forked(lambda told: main(argv), folder / f"{name}.log")[0])
 
     assert train("whole") == 0
-    report: dict[str, Any] = {"fetched": [], "from_nothing": 0, "differences": []}
+    report: dict[str, Any] = {"killed": 0, "fetched": [], "from_nothing": 0, "differences": []}
     for n in points:
         name = f"killed-{n}"
         At(n, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        assert train(name) == -signal.SIGKILL
+        status = train(name)
+        if status == 0:  # a save overtook the copy of the one before, of which there was none
+            break
+        assert status == -signal.SIGKILL
+        report["killed"] += 1
         At(-1, lambda: None)
         copies = folder / f"mirror-{name}" / "toy/checkpoints"
         whole = []
