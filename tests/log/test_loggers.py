@@ -316,6 +316,15 @@ def test_progress_costs_next_to_nothing_when_it_does_not_draw(
     assert len(calls) == 3  # the last is the end of the profile
 
 
+def on_terminal(unlogged: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Terminal]:
+    """Return a console on a terminal of 100 columns."""
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", stream)
+    return unlogged(), stream
+
+
 @pytest.mark.parametrize(
     ("total", "left_s", "shown"),
     [
@@ -331,11 +340,7 @@ def test_N21_the_bar_says_how_far_the_run_is(
     shown: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stream = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stdout", stream)
-    console = unlogged()
+    console, stream = on_terminal(unlogged, monkeypatch)
     console.progress(1100, total, 9_011_200, 0.55, left_s)
     console.close()
     assert shown in stream.getvalue()
@@ -344,11 +349,7 @@ def test_N21_the_bar_says_how_far_the_run_is(
 def test_a_bar_that_was_removed_is_drawn_anew_at_once(
     unlogged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stdout", stream)
-    console = unlogged()
+    console, stream = on_terminal(unlogged, monkeypatch)
     for step in (1, 2):
         console.progress(step, 9, 64, step / 9, None)
         assert f"step {step}/9" in stream.getvalue()

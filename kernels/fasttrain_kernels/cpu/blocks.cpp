@@ -96,8 +96,8 @@ static void normalise(long rows, In x, long n, bool centred, float eps, In w, fl
 
 // dx = given + the gradient of x; dw is added to. dx may be given or dy.
 template <class Dy, class From>
-static void normalise_back(const Dy* dy, const From* x, In stat, In w, long n, bool centred, In given,
-                           float* dx, float* dw) {
+static void normalise_back(const Dy* dy, const From* x, In stat, In w, long n, bool centred,
+                           In given, float* dx, float* dw) {
   const float mean = stat[0], scale = stat[1];
   Lanes sums = {}, dots = {};
   for (long i = 0; i < n; i += LANES) {

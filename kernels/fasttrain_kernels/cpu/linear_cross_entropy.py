@@ -1,7 +1,7 @@
 """Loss and gradients of a linear layer and cross-entropy in C++, for operands in fp32 or bf16.
 
-Logits, softmax statistics and gradients of a block of columns are made while they are in the cache,
-in fp32; the products are those of product.h. Legend: N rows, D dim, V vocabulary.
+Logits of a block of columns and their exponentials are made in fp32 while they are in the cache;
+products take the operands' dtype: product.h. Legend: N rows, D dim, V vocabulary.
 """
 
 import ctypes
@@ -29,8 +29,8 @@ _LEAST = 2**20
 _FEW, _LARGEST_OF_FEW = 1024, 2**20
 _LEAST_OF_FEW = {torch.float32: 2**18, torch.bfloat16: 2**15}
 # With AVX-512 torch's own products of more columns are faster than these in parts. One core of a
-# Xeon with AMX, ms here and by torch: N=2048, D=256, V=4096 87 and 86 in fp32, 28 and 42 in bf16;
-# N=512, D=768, V=8192 154 and 117, 49 and 46. With AVX2 it is 1.13 times as fast (Zen 3).
+# Xeon with AMX, ms here and by torch: N=2048, D=256, V=4096 96 and 92 in fp32, 20 and 53 in bf16;
+# N=512, D=768, V=8192 172 and 124, 53 and 44. With AVX2 it is 1.13 times as fast (Zen 3).
 _WIDEST_OF_AVX512 = 512
 
 
