@@ -18,7 +18,7 @@ bench-results: # longer, with whole runs of base.toml and speedrun.toml, kept in
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --full --results benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
-report: # figures of docs/benchmarks.md, from benchmarks/results
+report: # the parts of the pages that are generated: from benchmarks/results and from code
 	$(PYTHON) -m benchmarks.report
 
 gpu: # tests and benchmarks on a GPU within nine minutes; without one, a rehearsal

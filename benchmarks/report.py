@@ -1,15 +1,18 @@
-"""Figures as tables: the benchmarks' last lines, and the part of docs/benchmarks.md that is
-measured (``make report``).
+"""Tables: the benchmarks' last lines, and what ``make report`` writes into the pages.
 
-Nothing in that part is written by hand: what has no file is "not measured".
+Nothing in those parts is written by hand: what has no file is "not measured".
 """
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import fasttrain_kernels
+
 from benchmarks import gpu_model
 from benchmarks.harness import ROOT, Document, folded, processor_of, read_all, table
+from fasttrain.config import config_reference
 
 PAGE, KERNELS = ROOT / "docs/benchmarks.md", ROOT / "kernels/README.md"
 PART = "(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"  # of a page, that this writes
@@ -204,11 +207,26 @@ def plain_text(documents: Sequence[Document]) -> str:
     return "\n".join(text) + "\n"
 
 
+def signatures() -> str:
+    """Return what the kernels' package exports beside references, with its arguments."""
+    lines = ["| name | signature |", "|---|---|"]
+    for name in fasttrain_kernels.__all__:
+        if not name.endswith("_reference") and name not in ("GradNorm", "triton_on_cpu"):
+            given = inspect.signature(getattr(fasttrain_kernels, name)).parameters.values()
+            bare = inspect.Signature([p.replace(annotation=p.empty) for p in given])
+            lines.append(f"| `{name}` | `{bare}` |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     documents = read_all()
     (compared,) = (d for d in documents if d["suite"] == "kernel_peers")
-    texts = (PAGE, "measured", render(documents)), (KERNELS, "peers", kernels_table(compared))
-    for page, name, text in texts:
+    for page, name, text in (
+        (PAGE, "measured", render(documents)),
+        (KERNELS, "peers", kernels_table(compared)),
+        (KERNELS, "signatures", signatures()),
+        (ROOT / "docs/config.md", "config reference", config_reference()),
+    ):
         before, after = re.split(PART.format(name), page.read_text("utf-8"), flags=re.S)
         page.write_text(before + text + after, "utf-8")
     print(f"{PAGE.relative_to(ROOT)} from {len(documents)} files")

@@ -515,7 +515,7 @@ class Trainer:
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
         rows = self.train_step.numbers()
-        for number, (loss, norm, bad, _) in enumerate(rows, start=self.step - len(rows) + 1):
+        for number, (loss, norm, bad, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
             if bad and self.config.train.on_nonfinite == "stop":

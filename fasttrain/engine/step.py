@@ -282,7 +282,7 @@ class TrainStep:
         # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
         self.loss, self.norm, self.verdict = torch.zeros(3, device=device)
         # The `StepNumbers` of the steps since `numbers` was called, up to its last row
-        self.history = torch.zeros(config.log.every_steps, 4, device=device)
+        self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), device=device)
         self.n_unread = 0
         # What the gradients are multiples of: the number of targets that their loss sums over, or
         # in fp16, which has no exponents for that, `grad_scale`
@@ -407,6 +407,7 @@ class TrainStep:
             inf = torch.where(verdict >= SPIKE, 0.0, bad)
             torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
         row = min(self.n_unread, len(self.history) - 1)
+        # In the order of `StepNumbers`
         self.history[row] = torch.stack([self.loss, self.norm, verdict, self.grad_scale])
         self.n_unread = row + 1
         self.clock.mark(2)
@@ -450,7 +451,7 @@ class TrainStep:
         """Bring the numbers of the steps since the last call to the host: one sync."""
         rows = self.history[: self.n_unread].tolist()
         self.n_unread = 0  # not before: while this thread waits, another may ask
-        return [StepNumbers(loss, norm, int(verdict), scale) for loss, norm, verdict, scale in rows]
+        return [StepNumbers(loss, norm, int(verdict), *more) for loss, norm, verdict, *more in rows]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs."""

@@ -116,27 +116,29 @@ def rms_norm(dtype: str, dim: int, n_rows: int = 7, *, residual: bool = False) -
     return Op(*_both("rms_norm", call), tuple(inputs), (), usual, moved)
 
 
+def _elementwise(name: str, usual: Callable[..., Tensor], *inputs: Tensor) -> Op:
+    moved = 3 * len(inputs) + 2  # x, y; dy, x, dx
+    return Op(*_both(name), inputs, (), usual, moved * inputs[0].nbytes)
+
+
 def swiglu(dtype: str, n_cols: int, n_rows: int = 3, *, halves: bool = False) -> Op:
     """SwiGLU of two tensors, or of the halves of one projection."""
-
-    def usual(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
-
     if halves:
         fused = _normal(dtype, n_rows, 2 * n_cols)
         return Op(*_both("swiglu", lambda fn, x: fn(*x.chunk(2, dim=1))), (fused,))
-    inputs = _normal(dtype, n_rows, n_cols), _normal(dtype, n_rows, n_cols)
-    return Op(*_both("swiglu"), inputs, (), usual, 8 * inputs[0].nbytes)
+    gate, up = _normal(dtype, n_rows, n_cols), _normal(dtype, n_rows, n_cols)
+    return _elementwise("swiglu", lambda gate, up: F.silu(gate) * up, gate, up)
 
 
 def relu_squared(dtype: str, n_cols: int, n_rows: int = 3) -> Op:
     """The squared ReLU."""
-
-    def usual(x: Tensor) -> Tensor:
-        return F.relu(x).square()
-
     x = _normal(dtype, n_rows, n_cols)
-    return Op(*_both("relu_squared"), (x,), (), usual, 5 * x.nbytes)
+    return _elementwise("relu_squared", lambda x: F.relu(x).square(), x)
+
+
+# Those of one shape whose kernels are _<op>_fwd_kernel and _<op>_bwd_kernel: `CASES` and tests
+# take them from here.
+ELEMENTWISE: tuple[Callable[..., Op], ...] = (swiglu, relu_squared)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -295,13 +297,11 @@ def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, A
         return size("G") + 2 * size("M") + size("out_ptr")
     if kernel == "muon_apply_kernel":
         return 2 * size("W") + size("change_ptr")
+    if kernel.startswith(tuple(f"_{op.__name__}_" for op in ELEMENTWISE)):
+        return sum(sizes[kind] for kind in signature.values() if kind.startswith("*"))
     accesses = {
         "_rms_norm_fwd_kernel": 2 + 2 * flags.get("HAS_RESIDUAL", 0),
         "_rms_norm_bwd_kernel": 3 + flags.get("HAS_DH", 0),
-        "_swiglu_fwd_kernel": 3,
-        "_swiglu_bwd_kernel": 5,
-        "_relu_squared_fwd_kernel": 2,
-        "_relu_squared_bwd_kernel": 3,
         "_rope_kernel": 2,
         "_scale_kernel": 0,  # a factor of 1
     }
@@ -354,7 +354,7 @@ def _cases() -> Iterator[Case]:
         aligned = dim * DTYPES[dtype].itemsize % 16 == 0
         yield Case(f"rms_norm {dtype} D={dim}{what}", make, n_rows * dim, aligned)
     for dtype in DTYPES:
-        for op in (swiglu, relu_squared):
+        for op in ELEMENTWISE:
             yield Case(f"{op.__name__} {dtype}", partial(op, dtype, 2048, 4), 4 * 2048)
     make = partial(swiglu, "bf16", 2048, 4, halves=True)
     yield Case("swiglu bf16 halves of one projection", make, 4 * 2048)

@@ -13,16 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fasttrain_kernels.catalogue import ELEMENTWISE
 
 from tests.support.kernel_ops import LARGE_NAMES, SMALL_NAMES
 from tests.support.ptx import Fault, decode, encode, run_op
 
-KERNELS = {
+OF_ELEMENTWISE = {
+    op.__name__: [f"_{op.__name__}_fwd_kernel", f"_{op.__name__}_bwd_kernel"] for op in ELEMENTWISE
+}
+KERNELS = OF_ELEMENTWISE | {
     "cross_entropy": ["cross_entropy_kernel"],
     "linear_cross_entropy": ["cross_entropy_kernel", "_scale_kernel"],
     "rms_norm": ["_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_sum_partials_kernel"],
-    "swiglu": ["_swiglu_fwd_kernel", "_swiglu_bwd_kernel"],
-    "relu_squared": ["_relu_squared_fwd_kernel", "_relu_squared_bwd_kernel"],
     "apply_rope": ["_rope_kernel"],
     "adamw": ["advance_kernel", "adamw_kernel"],
     "muon": ["muon_direction_kernel", "muon_apply_kernel"],
@@ -30,7 +32,7 @@ KERNELS = {
 }
 NOT_EMULATED = {"_symmetric_kernel"}  # TMA and wgmma
 NO_BARRIER = {"_scale_kernel", "_rope_kernel", "adamw_kernel"}
-NO_BARRIER |= {*KERNELS["swiglu"], *KERNELS["relu_squared"], *KERNELS["muon"]}
+NO_BARRIER |= {*KERNELS["muon"], *itertools.chain(*OF_ELEMENTWISE.values())}
 FIRST = list({name.split()[0]: name for name in reversed(SMALL_NAMES)}.values())
 # Of every kernel the first operation that launches it.
 PLANTED = {kernel: name for name in FIRST for kernel in KERNELS[name.split()[0]]}

@@ -1,9 +1,11 @@
-"""swiglu and relu_squared: kernels, eager CPU path, compiled path."""
+"""swiglu, relu_squared and other elementwise ops: kernels, eager CPU path, compiled path."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from fasttrain_kernels.catalogue import ELEMENTWISE, Op
 from fasttrain_kernels.swiglu import (
     relu_squared,
     relu_squared_reference,
@@ -17,19 +19,10 @@ from torch import Tensor
 # The interpreter truncates where bf16 stores round, so bf16 is tested on a GPU alone.
 HALF_DTYPES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-OPS: list[tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = [
-    (swiglu, swiglu_reference, 2),
-    (relu_squared, relu_squared_reference, 1),
-]
-BOTH = pytest.mark.parametrize(("fn", "reference", "arity"), OPS, ids=["swiglu", "relu_squared"])
+EVERY = pytest.mark.parametrize(
+    "op", [make("fp32", 1) for make in ELEMENTWISE], ids=[make.__name__ for make in ELEMENTWISE]
+)
 NAMESPACE = swiglu.__module__.rpartition(".")[0].replace(".", "_")
-
-
-def unfused(*inputs: Tensor) -> Tensor:
-    """What a model would write, in the dtype of its inputs."""
-    if len(inputs) == 2:
-        return torch.nn.functional.silu(inputs[0]) * inputs[1]
-    return torch.relu(inputs[0]).square()
 
 
 def results(
@@ -42,13 +35,13 @@ def results(
 
 
 def assert_as_good_as_torch(
-    fn: Callable[..., Tensor], inputs: list[Tensor], device: torch.device | str
+    op: Op, fn: Callable[..., Any], inputs: list[Tensor], device: torch.device | str
 ) -> None:
     """The error against fp64 is at most twice plain torch's own, plus the dtype's slack."""
     generator = torch.Generator().manual_seed(2)
     dy = torch.randn(inputs[0].shape, generator=generator).to(inputs[0].dtype)
-    exact = results(unfused, [t.double() for t in inputs], dy.double())
-    torch_own = results(unfused, inputs, dy)
+    exact = results(op.torch, [t.double() for t in inputs], dy.double())
+    torch_own = results(op.torch, inputs, dy)
     ours = results(fn, inputs, dy, device)
     for got, own, want in zip(ours, torch_own, exact, strict=True):
         assert got.shape == want.shape
@@ -62,57 +55,44 @@ SHAPES = st.lists(st.integers(0, 9), min_size=0, max_size=2).flatmap(
 )
 
 
-@BOTH
+@EVERY
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=SHAPES, dtype=st.sampled_from([torch.float32, *HALF_DTYPES]), fused=st.booleans())
 def test_kernels_match_fp64(
     triton_device: torch.device,
-    fn: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    arity: int,
+    op: Op,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     fused: bool,
 ) -> None:
     whole = torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(0))
-    parts = whole.to(dtype).chunk(2, dim=-1)[:arity]  # the halves of one fused projection
+    parts = whole.to(dtype).chunk(2, dim=-1)[: len(op.inputs)]  # the halves of one fused projection
     parts = tuple(parts if fused else (p.contiguous() for p in parts))
-    assert_as_good_as_torch(fn, list(parts), triton_device)
+    assert_as_good_as_torch(op, op.ours, list(parts), triton_device)
 
 
-@BOTH
+@EVERY
 @settings(max_examples=20)
 @given(shape=SHAPES, dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_eager_cpu_path_matches_fp64(
-    fn: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    arity: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> None:
+def test_eager_cpu_path_matches_fp64(op: Op, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to(dtype) for _ in range(arity)]
-    assert_as_good_as_torch(fn, inputs, "cpu")
-    assert_as_good_as_torch(reference, inputs, "cpu")
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for _ in op.inputs]
+    assert_as_good_as_torch(op, op.ours, inputs, "cpu")
+    assert_as_good_as_torch(op, op.reference, inputs, "cpu")
 
 
-@BOTH
-def test_strided_inputs_and_gradients(
-    triton_device: torch.device,
-    fn: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    arity: int,
-) -> None:
+@EVERY
+def test_strided_inputs_and_gradients(triton_device: torch.device, op: Op) -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(2, 3, 2, 32, generator=generator).to(triton_device)
     views = [base.transpose(0, 1), base[..., ::2], base[:, :, 1, 3:9], base[0, 0, 0].expand(3, 32)]
     for view in views:
         x = view.detach().requires_grad_()
-        inputs = [x, x.flip(0)][:arity]
+        inputs = [x, x.flip(0)][: len(op.inputs)]
         incoming = torch.ones((), device=triton_device).expand(x.shape)
-        (got,) = torch.autograd.grad(fn(*inputs), x, incoming)
-        (wanted,) = torch.autograd.grad(reference(*inputs), x, incoming)
-        torch.testing.assert_close(fn(*inputs), reference(*inputs))
+        (got,) = torch.autograd.grad(op.ours(*inputs), x, incoming)
+        (wanted,) = torch.autograd.grad(op.reference(*inputs), x, incoming)
+        torch.testing.assert_close(op.ours(*inputs), op.reference(*inputs))
         torch.testing.assert_close(got, wanted)
 
 
@@ -135,27 +115,20 @@ def test_nan_and_saturation(device: torch.device) -> None:
     torch.testing.assert_close(swiglu(x, torch.full_like(x, 2)), wanted, equal_nan=True)
 
 
-@BOTH
-def test_opcheck(
-    triton_device: torch.device,
-    fn: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    arity: int,
-) -> None:
-    namespace = getattr(torch.ops, NAMESPACE)
-    leaves = [torch.randn(3, 20, device=triton_device, requires_grad=True) for _ in range(arity)]
-    torch.library.opcheck(getattr(namespace, fn.__name__).default, leaves)
-    args = [torch.randn(3, 20, device=triton_device) for _ in range(arity + 1)]
-    torch.library.opcheck(getattr(namespace, f"{fn.__name__}_backward").default, args)
+@EVERY
+def test_opcheck(triton_device: torch.device, op: Op) -> None:
+    namespace, name = getattr(torch.ops, NAMESPACE), op.ours.__name__
+    leaves = [torch.randn(3, 20, device=triton_device, requires_grad=True) for _ in op.inputs]
+    torch.library.opcheck(getattr(namespace, name).default, leaves)
+    args = [torch.randn(3, 20, device=triton_device) for _ in (None, *op.inputs)]
+    torch.library.opcheck(getattr(namespace, f"{name}_backward").default, args)
 
 
-@BOTH
-def test_gradcheck_in_fp64(
-    fn: Callable[..., Tensor], reference: Callable[..., Tensor], arity: int
-) -> None:
+@EVERY
+def test_gradcheck_in_fp64(op: Op) -> None:
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in range(arity)]
-    assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in leaves])
+    leaves = [torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in op.inputs]
+    assert torch.autograd.gradcheck(op.ours, [t.requires_grad_() for t in leaves])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -174,30 +147,25 @@ def test_compiles_to_one_graph_and_matches() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@BOTH
+@EVERY
 def test_two_runs_agree_bit_for_bit_also_under_autocast(
-    triton_device: torch.device,
-    fn: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    arity: int,
+    triton_device: torch.device, op: Op
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(9, 50, generator=generator) for _ in range(arity)]
+    inputs = [torch.randn(9, 50, generator=generator) for _ in op.inputs]
     dy = torch.randn(9, 50, generator=generator)
-    first = results(fn, inputs, dy, triton_device)
+    first = results(op.ours, inputs, dy, triton_device)
     with torch.autocast(triton_device.type, dtype=torch.bfloat16):
-        second = results(fn, inputs, dy, triton_device)
+        second = results(op.ours, inputs, dy, triton_device)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@BOTH
-def test_eager_saves_its_inputs_alone(
-    fn: Callable[..., Tensor], reference: Callable[..., Tensor], arity: int
-) -> None:
-    leaves = [torch.randn(8, 16, requires_grad=True) for _ in range(arity)]
+@EVERY
+def test_eager_saves_its_inputs_alone(op: Op) -> None:
+    leaves = [torch.randn(8, 16, requires_grad=True) for _ in op.inputs]
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fn(*leaves)
+        op.ours(*leaves)
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in leaves]
 
 

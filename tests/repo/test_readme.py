@@ -74,9 +74,7 @@ def test_readme_is_short_and_names_every_page() -> None:
 
 def test_config_reference_is_up_to_date() -> None:
     given = part("docs/config.md", "config reference").strip()
-    assert given == config_reference().strip(), (
-        "put the output of fasttrain.config.config_reference() into docs/config.md"
-    )
+    assert given == config_reference().strip(), "run make report"
 
 
 def test_architecture_names_every_package() -> None:

@@ -19,7 +19,7 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
-    "benchmarks": 2_710,
+    "benchmarks": 2_725,
     "fasttrain": 4_060,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_000,
@@ -31,7 +31,7 @@ BUDGETS = {
     "fasttrain/model": 910,
     "fasttrain/preflight": 500,
     "fasttrain/run": 1_090,
-    "kernels": 6_050,
+    "kernels": 6_130,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from fasttrain_kernels.catalogue import (
     DTYPES,
+    ELEMENTWISE,
     Op,
     adamw,
     apply_rope,
@@ -19,10 +20,8 @@ from fasttrain_kernels.catalogue import (
     grad_norm,
     linear_cross_entropy,
     muon,
-    relu_squared,
     results,
     rms_norm,
-    swiglu,
 )
 from torch import Tensor
 
@@ -64,8 +63,7 @@ SMALL: list[tuple[Callable[..., Op], dict[str, Any]]] = [
     (linear_cross_entropy, {"dtype": "bf16", "n_cols": 509}),
     (rms_norm, {"dtype": "bf16", "dim": 1000}),
     (rms_norm, {"dtype": "fp32", "dim": 131, "residual": True}),
-    (swiglu, {"dtype": "bf16", "n_cols": 1003}),
-    (relu_squared, {"dtype": "bf16", "n_cols": 1003}),
+    *((op, {"dtype": "bf16", "n_cols": 1003}) for op in ELEMENTWISE),
     (apply_rope, {"dtype": "bf16", "head_dim": 64, "n_tokens": 13}),
     (adamw, {"dtype": "fp32", "n": 8197, "scalars": True}),
     (adamw, {"dtype": "bf16", "n": 8200}),
@@ -89,7 +87,7 @@ def _large() -> Iterator[tuple[Callable[..., Op], dict[str, Any]]]:
             (1, 64, 128, 131, 768, 1000, 4096, 8192, 16384, 32768), (False, True)
         ):
             yield rms_norm, {"dtype": dtype, "dim": dim, "residual": residual}
-        for op, n_cols in itertools.product((swiglu, relu_squared), (1, 1003, 2048, 4096)):
+        for op, n_cols in itertools.product(ELEMENTWISE, (1, 1003, 2048, 4096)):
             yield op, {"dtype": dtype, "n_cols": n_cols}
         for head_dim in (2, 32, 64, 80, 128):
             yield apply_rope, {"dtype": dtype, "head_dim": head_dim, "n_tokens": 33}
