@@ -174,9 +174,8 @@ def _define(
             raise ValueError(f"{name}: the input must be floating point, got {odd[0]}; convert it.")
         if torch.compiler.is_compiling():
             return reference(*inputs)
-        if use_triton(inputs[0]) and all(t.dtype in TRITON_DTYPES for t in inputs):
-            return fused(*inputs)
-        y: Tensor = _Eager.apply(*eager, *inputs)
+        fits = use_triton(inputs[0]) and all(t.dtype in TRITON_DTYPES for t in inputs)
+        y: Tensor = fused(*inputs) if fits else _Eager.apply(*eager, *inputs)
         return y
 
     return op
