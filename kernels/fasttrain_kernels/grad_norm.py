@@ -85,8 +85,9 @@ def _grad_norm_torch(tensors: Sequence[Tensor], max_norm: float) -> GradNorm:
         if whole > 0:
             rows = flat[:whole].view(-1, CPU_ROW)
             norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
-        rest = flat[whole:] if whole > 0 else flat
-        norms.append(torch.linalg.vector_norm(rest, dtype=dtype).view(1))
+        if whole < flat.numel() or not norms:
+            rest = flat[whole:] if whole > 0 else flat
+            norms.append(torch.linalg.vector_norm(rest, dtype=dtype).view(1))
     return _finish(torch.cat(norms).double().square().sum().float().sqrt(), max_norm)
 
 

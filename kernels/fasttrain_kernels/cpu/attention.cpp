@@ -46,9 +46,9 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
   set(part, peaks);
   for (long half = LANES / 2; half; half /= 2)
     for (long i = 0; i < half; i++) part[i] = std::max(part[i], part[i + half]);
-  const float peak = most = part[0];
+  most = part[0];
   for (long i = 0; i < whole; i += LANES) {
-    const Lanes e = exponential((get(x + i) - peak) * scale);
+    const Lanes e = exponential(get(x + i) * scale - most * scale);
     sums += e;
     set(p + i, e);
   }

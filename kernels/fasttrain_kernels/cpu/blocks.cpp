@@ -16,8 +16,11 @@ struct Shape {
   long up() const { return halves() * hidden; }
   // Weights of norm, mlp_norm, last_norm, q_norm, k_norm and mix, whose gradients are sums of tasks
   long vectors() const { return 3 * dim + 2 * head_dim + 2; }
-  // Rows of a task: with more, packed weights are read less often; with fewer, more threads share
-  long most() const { return std::clamp(round_up(m / 16, 64), 64L, 128L); }
+  // Rows of a task: more where packed weights leave the second cache, to be read again less often
+  long most() const {
+    const bool large = (qkv() + q() + up() + hidden) * dim * sizeof(T) > 2 << 20;
+    return large ? std::clamp(round_up(m / 16, 64), 64L, 128L) : 64;
+  }
   long chunks() const { return (m + most() - 1) / most(); }
   long rows(long chunk) const { return std::min(most(), m - chunk * most()); }
   long even() const { return round_up(m, WHOLE); }
@@ -36,8 +39,15 @@ struct Gradients {  // of Inputs, in their order; of all blocks x may be the sam
   float *x, *value, *norm, *weight, *q_norm, *k_norm, *out, *mlp_norm, *up, *down, *mix, *last_norm;
 };
 
-struct Saved : Parts {  // what forward leaves for backward
+struct Weights : Parts {  // packed
   const Shape* s;
+  T* qkv = take<T>(s->qkv() * s->dim);
+  T* out = take<T>(s->q() * s->dim);
+  T* up = take<T>(s->up() * s->dim);
+  T* down = take<T>(s->hidden * s->dim);
+};
+
+struct Saved : Weights {  // what forward leaves for backward
   const Inputs* p;
   T* heads = take<T>(s->m * s->qkv());
   T* raw = take<T>(p->keeps_raw() ? s->m * s->qkv() : 0);  // before they are normalised or mixed
@@ -51,17 +61,8 @@ struct Saved : Parts {  // what forward leaves for backward
   float* last_stat = take<float>(p->last_norm ? 2 * s->m : 0);
 };
 
-// What each direction needs of memory while it runs, besides what is saved
-struct Forward : Parts {
+struct Backward : Parts {  // what it needs of memory while it runs
   const Shape* s;
-  // Packed weights
-  T* qkv = take<T>(s->qkv() * s->dim);
-  T* out = take<T>(s->q() * s->dim);
-  T* up = take<T>(s->up() * s->dim);
-  T* down = take<T>(s->hidden * s->dim);
-};
-
-struct Backward : Forward {
   float* sums = take<float>(s->chunks() * s->vectors());
   float* dmiddle = take<float>(s->m * s->dim);
   T* dattended = take<T>(s->m * s->q());
@@ -224,39 +225,33 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
   }
 }
 
-// Weights (n_out, n_in) as products x·wᵀ take them, or with BACK dy·w. Called by all threads.
-template <bool BACK>
-static void pack_weight(In w, long n_out, long n_in, T* panels) {
-  const long n = BACK ? n_in : n_out, depth = BACK ? n_out : n_in;
+// A weight (n_out, n_in) as products x·wᵀ take it, and as dy·w does, there from the first row on of
+// `depth`. Called by all threads.
+static void pack_weight(In w, long n_out, long n_in, T* panels, T* back, long first, long depth) {
 #pragma omp for schedule(static) nowait
-  for (long j = 0; j < n; j += PANEL) {
-    const long width = std::min(PANEL, n - j), rows = BACK ? depth : width;
-    const long row = BACK ? width : depth;
-    T* part = SCRATCH(T)(width * depth);
-    for (long r = 0; r < rows; r++)
-      convert(w + (BACK ? r * n_in + j : (j + r) * n_in), row, part + r * row);
-    if (BACK)
-      pack_rows(part, row, depth, depth, width, panels + j * depth);
-    else
-      pack_turned(part, row, width, depth, panels + j * depth, width);
+  for (long j = 0; j < n_out; j += PANEL) {
+    const long width = std::min(PANEL, n_out - j);
+    T* part = SCRATCH(T)(width * n_in);
+    convert(w + j * n_in, width * n_in, part);
+    pack_turned(part, n_in, width, n_in, panels + j * n_in, width);
+    pack(part, n_in, width, width, n_in, first + j, depth, back);
   }
 }
 
-template <bool BACK>
-static void pack_weights(const Shape* s, const Inputs* p, const Forward& space) {
+static void pack_weights(const Shape* s, const Inputs* p, const Weights& to, const Weights& back) {
+  const long d = s->dim, f = s->hidden;
 #pragma omp parallel num_threads(s->threads)
   {
-    pack_weight<BACK>(p->weight, s->qkv(), s->dim, space.qkv);
-    pack_weight<BACK>(p->out, s->dim, s->q(), space.out);
-    for (long half = 0; half < (BACK ? 1 : s->halves()); half++)
-      pack_weight<BACK>(p->up + half * s->hidden * s->dim, BACK ? s->up() : s->hidden, s->dim,
-                        space.up + half * s->hidden * s->dim);
-    pack_weight<BACK>(p->down, s->dim, s->hidden, space.down);
+    pack_weight(p->weight, s->qkv(), d, to.qkv, back.qkv, 0, s->qkv());
+    pack_weight(p->out, d, s->q(), to.out, back.out, 0, d);
+    for (long from = 0; from < s->up(); from += f)
+      pack_weight(p->up + from * d, f, d, to.up + from * d, back.up, from, s->up());
+    pack_weight(p->down, d, f, to.down, back.down, 0, d);
   }
 }
 
 // heads (M, Q) of x (M, D): queries, keys and values as attention takes them
-static void enter(const Shape* s, const Inputs* p, const Saved& made, const Forward& space) {
+static void enter(const Shape* s, const Inputs* p, const Saved& made, const Weights& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
   share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
@@ -322,7 +317,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
       convert(wide, n, dqkv + r * n);
     }
     pack(dqkv, n, rows, end, n, first, s->even(), space.dqkv);
-    product(rows, d, n, dqkv, n, space.qkv, dnormed, d);
+    product(rows, d, n, dqkv, n, made.qkv, dnormed, d);
     for (long r = 0; r < rows; r++) {
       const long row = first + r;
       In x = p->x + row * d, stat = made.stat + 2 * row;
@@ -336,7 +331,7 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
 
 // middle = x + attended·outᵀ, y = middle + activation(hidden)·downᵀ
 static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
-                  const Forward& space) {
+                  const Weights& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
   share(s->chunks(), s->threads, nullptr, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
@@ -390,12 +385,12 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     turn(narrow, d, rows, d, space.dy + first, m);
     for (long j = 0; j < f; j += STRIP) {
       const long width = std::min(STRIP, f - j);
-      product(rows, width, d, narrow, d, space.down + j * d, wide, width);
+      product(rows, width, d, narrow, d, made.down + j * d, wide, width);
       OF_MLP(s, activate_back)(s, rows, width, first, end,
                                made.hidden + first * e + j * rows * s->halves(), wide, dhidden + j,
                                space.acts + j * s->even(), space.dhidden + j * s->even());
     }
-    product(rows, d, e, dhidden, e, space.up, wide, d);
+    product(rows, d, e, dhidden, e, made.up, wide, d);
     for (long r = 0; r < rows; r++) {
       In x = made.middle + (first + r) * d, stat = made.mlp_stat + 2 * (first + r);
       normalise_back(wide + r * d, x, stat, p->mlp_norm, d, s->centred, dleft + r * d, dmid + r * d,
@@ -406,18 +401,18 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     pack(made.attended + first * q, q, rows, end, q, first, s->even(), space.attended);
     convert(dmid, rows * d, narrow);
     turn(narrow, d, rows, d, space.dmid + first, m);
-    product(rows, q, d, narrow, d, space.out, wide, q);
+    product(rows, q, d, narrow, d, made.out, wide, q);
     convert(wide, rows * q, space.dattended + first * q);
   });
 }
 
 // Bytes that forward saves of a block, and that each direction needs while it runs
 extern "C" long block_saved(const Shape* s, const Inputs* p, long block) {
-  return Saved{{nullptr}, s, p + block}.next - (char*)nullptr;
+  return Saved{{{nullptr}, s}, p + block}.next - (char*)nullptr;
 }
 
 extern "C" long block_space(const Shape* s, int back) {
-  return (back ? Backward{{{nullptr}, s}}.next : Forward{{nullptr}, s}.next) - (char*)nullptr;
+  return (back ? Backward{{nullptr}, s}.next : Weights{{nullptr}, s}.next) - (char*)nullptr;
 }
 
 static attention::Shape attention_of(const Shape* s) {
@@ -427,10 +422,10 @@ static attention::Shape attention_of(const Shape* s) {
 // Of n blocks, each of whose x is y of the one before
 extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, char* const* saved,
                                char* start, float* y) {
-  const Forward space{{start}, s};
+  const Weights space{{start}, s};
   for (long i = 0; i < n; i++, p++) {
-    const Saved made{{saved[i]}, s, p};
-    pack_weights<false>(s, p, space);
+    const Saved made{{{saved[i]}, s}, p};
+    pack_weights(s, p, space, made);
     enter(s, p, made, space);
     attention::forward(attention_of(s), made.heads, made.attended, made.lse);
     leave(s, p, made, i + 1 < n ? (float*)p[1].x : y, space);
@@ -440,11 +435,10 @@ extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, char* co
 // The gradient of x may be written where dy is.
 extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* const* saved,
                                 char* start, const Gradients* o, In dy) {
-  const Backward space{{{start}, s}};
+  const Backward space{{start}, s};
   const long d = s->dim, k = s->head_dim, sizes[] = {d, d, d, k, k, 2};
   for (long i = n - 1; i >= 0; dy = o[i--].x) {
-    const Saved made{{saved[i]}, s, p + i};
-    pack_weights<true>(s, p + i, space);
+    const Saved made{{{saved[i]}, s}, p + i};
     leave_back(s, p + i, made, o + i, dy, space);
     attention::backward(attention_of(s), made.heads, made.attended, made.lse, space.dattended,
                         space.dheads);

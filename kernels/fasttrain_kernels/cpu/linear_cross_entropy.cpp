@@ -8,8 +8,8 @@
 // or a target is none, all is left to torch. The gradient of the hidden states is summed up over a
 // fixed number of parts of the blocks, so that nothing depends on the number of threads.
 
-static const long MOST = 128;  // rows of a task, for which operands stay in the second cache
-static const long TASKS = 16;  // at least, of a chunk that has 64 rows for each
+static const long GROUP = 64;  // rows of a task, for which operands stay in the second cache
+static const long TASKS = 16;  // at least, of the gradient of the weight
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
@@ -17,8 +17,6 @@ struct Shape {
   long even() const { return round_up(chunk, WHOLE); }
   long blocks() const { return (vocab + width - 1) / width; }
   long columns(long block) const { return std::min(width, vocab - block * width); }
-  long group() const { return std::clamp(round_up(chunk * parts / TASKS, 16), 64L, MOST); }
-  long groups(long rows) const { return (rows + group() - 1) / group(); }
   long ranges() const { return std::clamp(TASKS / blocks(), 1L, (dim + PANEL - 1) / PANEL); }
 };
 
@@ -234,13 +232,13 @@ static bool compute(const Space& made, const Shape* s, const Tensors* t,
     for (long block = 0; block < s->blocks(); block++) pack_weight(s, t, made, block);
     for (long start = 0; start < n; start += s->chunk) {
       const long rows = std::min(s->chunk, n - start), depth = round_up(rows, WHOLE);
-      const long groups = s->groups(rows), group = s->group();
+      const long groups = (rows + GROUP - 1) / GROUP;
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++) begin(s, t, made, r, kept[start + r]);
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < s->blocks() * groups; i++) {
-        const long first = i % groups * group;
-        enter(s, t, made, i / groups, first, std::min(rows, first + group), rows);
+        const long first = i % groups * GROUP;
+        enter(s, t, made, i / groups, first, std::min(rows, first + GROUP), rows);
       }
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++)
@@ -254,8 +252,8 @@ static bool compute(const Space& made, const Shape* s, const Tensors* t,
       if (t->dhidden) {
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < s->parts * groups; i++) {
-          const long first = i % groups * group;
-          leave(s, made, i / groups, first, std::min(rows, first + group));
+          const long first = i % groups * GROUP;
+          leave(s, made, i / groups, first, std::min(rows, first + GROUP));
         }
 #pragma omp for schedule(static) nowait
         for (long r = 0; r < rows; r++) finish(s, t, made, r);
