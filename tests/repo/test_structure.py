@@ -31,7 +31,7 @@ BUDGETS = {
     "fasttrain/model": 910,
     "fasttrain/preflight": 500,
     "fasttrain/run": 1_090,
-    "kernels": 6_130,
+    "kernels": 6_100,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }
 
