@@ -52,10 +52,9 @@ def build_default_corpus(
         files.append(local_file(root / name))
         n_bytes += len(content)
     if n_bytes < MIN_BYTES:
-        raise DataError(
-            f"{root}: only {n_bytes} bytes of Python source, too little for a default text; name "
-            "a dataset of your own with data.path (python -m fasttrain.prepare makes one)"
-        )
+        problem = f"only {n_bytes} bytes of Python source, too little for a default text"
+        remedy = "name a dataset of your own with data.path (python -m fasttrain.prepare makes one)"
+        raise DataError(f"{root}: {problem}; {remedy}")
     parent = cache_folder(cache_dir)
     folder = parent / f"python-stdlib-{digest.hexdigest()[:16]}"
     if (folder / DATASET_JSON).is_file():

@@ -104,10 +104,9 @@ class Shard:
         offset, count = (HEADER_BYTES, count) if magic in KINDS else (0, size // kind.itemsize)
         expected = offset + count * kind.itemsize
         if count < 0 or size != expected or (offset and header[3:].any()):
-            raise DataError(
-                f"{self.path}: damaged, or data.dtype is wrong: {count} tokens of {kind.name} are "
-                f"{expected} bytes, and the file has {size}; prepare or download it again"
-            )
+            problem = f"{count} tokens of {kind.name} are {expected} bytes, and the file has {size}"
+            remedy = "prepare or download it again"
+            raise DataError(f"{self.path}: damaged, or data.dtype is wrong: {problem}; {remedy}")
         return kind, offset, count
 
     def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
@@ -307,11 +306,10 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
         for what in ("tokenizer", "vocab_size", "end_of_text", "dtype"):
             one, two = first.facts[what], other.facts[what]
             if one != two:
-                raise DataError(
-                    f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
-                    f"differ in {what} ({str(one)[:16]}, {str(two)[:16]}); prepare them with one "
-                    "tokenizer: --tokenizer FIRST/tokenizer.json"
-                )
+                both = f"{first.shards[0].path.parent} and {other.shards[0].path.parent}"
+                problem = f"{both} differ in {what} ({str(one)[:16]}, {str(two)[:16]})"
+                remedy = "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
+                raise DataError(f"data.paths: {problem}; {remedy}")
     shards = [shard for dataset in datasets for shard in dataset.shards]
     totals: dict[str, Any] = {}
     for name in ("n_bytes", "n_documents"):

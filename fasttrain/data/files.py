@@ -171,10 +171,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
             # In a shared folder for temporary files, a folder of that name may be somebody else's.
             if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
                 return folder
-    raise DataError(
-        f"no folder to cache in ({' and '.join(map(str, choices))} cannot be written); name a "
-        "writable one with data.cache_dir"
-    )
+    tried, remedy = " and ".join(map(str, choices)), "name a writable one with data.cache_dir"
+    raise DataError(f"no folder to cache in ({tried} cannot be written); {remedy}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

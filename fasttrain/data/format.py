@@ -125,15 +125,13 @@ def open_dataset(
     else:
         meta = read_dataset_json(folder)
         if vocab_size is not None and vocab_size < meta["vocab_size"]:
-            raise DataError(
-                f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has "
-                f"{meta['vocab_size']} tokens; leave model.vocab_size out or make it at least that"
-            )
+            problem = f"the tokenizer of {folder} has {meta['vocab_size']} tokens"
+            remedy = "leave model.vocab_size out or make it at least that"
+            raise DataError(f"model.vocab_size = {vocab_size} is too small: {problem}; {remedy}")
         if end_of_text not in (None, meta["end_of_text"]):
-            raise DataError(
-                f"data.end_of_text = {end_of_text}, but {folder / DATASET_JSON} says "
-                f"{meta['end_of_text']}; remove data.end_of_text, it is for folders that do not say"
-            )
+            problem = f"but {folder / DATASET_JSON} says {meta['end_of_text']}"
+            remedy = "remove data.end_of_text, it is for folders that do not say"
+            raise DataError(f"data.end_of_text = {end_of_text}, {problem}; {remedy}")
         if split not in meta["splits"]:
             problem = f"no split {split!r}, only {sorted(meta['splits'])}"
             remedy = "prepare the text again with a --val-fraction above 0"
@@ -193,10 +191,9 @@ def _check_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
     if (sha256 := sha256_of(path)) != entry["sha256"]:
-        raise DataError(
-            f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
-            f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
-        )
+        hashes = f"SHA-256 {sha256[:16]}…, {DATASET_JSON} says {entry['sha256'][:16]}…"
+        problem = f"not the tokenizer that made these tokens ({hashes})"
+        raise DataError(f"{path}: {problem}; restore it or prepare the text again")
     if vocab > max(2**17, n_bytes := path.stat().st_size):  # no token is written in a byte
         problem = f"vocab_size is {vocab}, which no tokenizer of {n_bytes} bytes has"
         raise DataError(f"{folder / DATASET_JSON}: {problem}; prepare the text again")

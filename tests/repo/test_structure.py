@@ -23,7 +23,7 @@ BUDGETS = {
     "fasttrain": 4_045,
     "fasttrain/checkpoint": 1_400,
     "fasttrain/config": 1_000,
-    "fasttrain/data": 2_035,
+    "fasttrain/data": 2_025,
     "fasttrain/data/prepare": 1_270,
     "fasttrain/distributed": 780,
     "fasttrain/engine": 2_530,

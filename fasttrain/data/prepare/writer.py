@@ -272,10 +272,9 @@ def _is_there(address: str, asked: Asked, resume: bool) -> bool:
             folder = described(address, Path(cache))
         except DataError:  # there is none, or it was cut off
             if there and not resume:
-                raise DataError(
-                    f"{shown(address)}: exists already and is not empty; --resume continues an "
-                    "interrupted copy, else name a new folder or remove it"
-                ) from None
+                problem = "exists already and is not empty; --resume continues an interrupted copy"
+                remedy = "else name a new folder or remove it"
+                raise DataError(f"{shown(address)}: {problem}, {remedy}") from None
             return False
         check_made(folder, asked, resume=resume, name=shown(address))
     return True
