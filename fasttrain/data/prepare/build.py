@@ -389,7 +389,8 @@ class Bar(Progress):
     """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
 
     def __init__(self, n_bytes: int, visible: bool) -> None:
-        columns, console = (BarColumn(), TextColumn("{task.description}")), Console(stderr=True)
+        columns = BarColumn(), TextColumn("{task.description}")
+        console = Console(stderr=True, get_time=time.monotonic)
         hidden = not (visible and console.is_terminal)
         super().__init__(*columns, console=console, transient=True, disable=hidden)
         self._lines = visible and hidden
