@@ -21,7 +21,7 @@ from fasttrain.config import UserError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
-EXIT_NOT_READ = 141  # as shells show an end by SIGPIPE
+EXIT_INTERRUPTED, EXIT_NOT_READ = 130, 141  # as shells show an end by SIGINT, and by SIGPIPE
 # How often an OpenMP thread that waits looks again before it sleeps; GCC's own 300,000 keep the
 # core from other processes. base.toml in bf16 on two cores of a Xeon with AMX (torch 2.13), medians
 # of six rounds: alone 43.1k tokens/s with GCC's and 42.1k with this; beside two busy processes
@@ -37,8 +37,8 @@ P = ParamSpec("P")
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, any other exception a traceback and status 1. If the
-    reader of its output has gone, as after ``| head``, it ends silently, as other programs do.
+    A `UserError` is one line and status 2, Ctrl-C one and 130, any other exception a traceback and
+    status 1. If the reader of its output has gone, as after ``| head``, it ends silently.
     """
 
     @functools.wraps(main)
@@ -56,6 +56,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             if not record(f"error: {error}") or os.environ.get("RANK") == "0":
                 tell(f"error: {error}")
             return EXIT_BAD_INPUT
+        except KeyboardInterrupt as remedy:
+            tell(f"\ninterrupted{remedy}")
+            return EXIT_INTERRUPTED
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads(out := sys.stdout.fileno()):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), out)

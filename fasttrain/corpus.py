@@ -52,10 +52,9 @@ def build_default_corpus(
         files.append(local_file(root / name))
         n_bytes += len(content)
     if n_bytes < MIN_BYTES:
-        raise DataError(
-            f"{root}: only {n_bytes} bytes of Python source, too little for a default text; name "
-            "a dataset of your own with data.path (python -m fasttrain.prepare makes one)"
-        )
+        problem = f"only {n_bytes} bytes of Python source, too little for a default text"
+        remedy = "name a dataset of your own with data.path (python -m fasttrain.prepare makes one)"
+        raise DataError(f"{root}: {problem}; {remedy}")
     parent = cache_folder(cache_dir)
     folder = parent / f"python-stdlib-{digest.hexdigest()[:16]}"
     if (folder / DATASET_JSON).is_file():
@@ -74,9 +73,8 @@ def build_default_corpus(
                     return folder
                 for killed in parent.glob(f"{PREFIX}*"):
                     shutil.rmtree(killed, ignore_errors=True)
-            building = tempfile.mkdtemp(dir=parent, prefix=PREFIX)
-            stack.callback(shutil.rmtree, building, ignore_errors=True)
-            made = Path(building, "dataset")
+            building = tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX)
+            made = Path(stack.enter_context(building), "dataset")
             prepare(
                 made,
                 [f"{root}/**/*.py"],
@@ -92,10 +90,8 @@ def build_default_corpus(
                 if not (folder / DATASET_JSON).is_file():
                     raise
     except (OSError, DataError) as error:
-        raise DataError(
-            f"the default text cannot be made: {error}; free some space or name another folder "
-            "with data.cache_dir"
-        ) from error
+        remedy = "free some space or name another folder with data.cache_dir"
+        raise DataError(f"the default text cannot be made: {error}; {remedy}") from error
     report(f"Default text ready: {time.perf_counter() - begin:.1f} s, kept in {folder}")
     return folder
 

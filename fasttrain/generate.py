@@ -30,8 +30,6 @@ from fasttrain.distributed.world import World
 from fasttrain.log.console import clean
 from fasttrain.model.transformer import Transformer
 
-EXIT_INTERRUPTED = 130
-
 
 def sample_tokens(
     logits: Tensor,
@@ -51,8 +49,7 @@ def sample_tokens(
     Raises:
         ValueError: an option is out of range.
 
-    Source: top-k: Fan et al. 2018 (arXiv:1805.04833); top-p: Holtzman et al. 2020
-    (arXiv:1904.09751).
+    Source: top-k: Fan et al. 2018, arXiv:1805.04833; top-p: Holtzman et al. 2020, arXiv:1904.09751.
     """
     if temperature < 0.0:
         raise ValueError(f"temperature must be at least 0 (0: greedy), got {temperature}")
@@ -91,10 +88,8 @@ def stream(
     then begins after the shortest prompt, and a longer one continues with its own tokens first.
     """
     if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(
-            f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; start "
-            "an empty prompt with the end-of-text token"
-        )
+        problem = f"tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}"
+        raise ValueError(f"generate: {problem}; start an empty prompt with the end-of-text token")
     limit, (n_rows, longest) = model.seq_len, tokens.shape
     first = min(lengths, default=longest)
     ends = torch.tensor(lengths or [first] * n_rows, device=tokens.device)
@@ -108,10 +103,8 @@ def stream(
         hidden = model.hidden(pending, cache)[:, -1]  # (B, D)
         logits = model.logits(hidden)
         if not torch.isfinite(logits).all():
-            raise UserError(
-                "the model's logits are not finite; use an earlier checkpoint, or train it with "
-                "a lower optim.lr"
-            )
+            remedy = "use an earlier checkpoint, or train it with a lower optim.lr"
+            raise UserError(f"the model's logits are not finite; {remedy}")
         drawn = sample_tokens(logits, **sampling)
         if position < longest:
             drawn = torch.where(position < ends, tokens[:, position], drawn)
@@ -173,10 +166,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt's tokens; an empty one starts a new document."""
     ids, end = encode(tokenizer, prompt), end_of_text_id(tokenizer)
     if not ids and end is None:
-        raise UserError(
-            "the tokenizer has no end-of-text token to start from; give a --prompt, or tasks with "
-            "a context"
-        )
+        remedy = "give a --prompt, or tasks with a context"
+        raise UserError(f"the tokenizer has no end-of-text token to start from; {remedy}")
     return ids or [end or 0]
 
 
@@ -281,10 +272,8 @@ def load_with_tokenizer(
         raise UserError(f"{run}: the run has no tokenizer.json; name one with --tokenizer PATH")
     tokenizer = load_tokenizer(file)
     if tokenizer.get_vocab_size() > model.vocab_size:
-        raise UserError(
-            f"{file}: {tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}; "
-            "give the tokenizer that its data was made with"
-        )
+        problem = f"{tokenizer.get_vocab_size()} tokens, but the model knows {model.vocab_size}"
+        raise UserError(f"{file}: {problem}; give the tokenizer that its data was made with")
     return model, tokenizer
 
 
@@ -360,11 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--which", choices=("best", "latest"), default="best", help="checkpoint (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--tokenizer", type=Path, help="tokenizer.json, if the run has none")
-    try:
-        _run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print()
-        return EXIT_INTERRUPTED
+    _run(parser.parse_args(argv))
     return 0
 
 

@@ -31,17 +31,12 @@ MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
 def inspect(folder: Path) -> Iterator[str]:
     """Yield what is in a prepared dataset, in lines to print, with every hash verified."""
     if not (folder / DATASET_JSON).is_file():
-        raise DataError(
-            f"{folder}: no {DATASET_JSON} in it, so there is nothing to verify; only what "
-            "fasttrain.prepare wrote can be inspected"
-        )
+        remedy = "only what fasttrain.prepare wrote can be inspected"
+        raise DataError(f"{folder}: no {DATASET_JSON} in it, so nothing to verify; {remedy}")
     meta = read_dataset_json(folder)
     with tempfile.TemporaryDirectory() as fresh:  # every file is read, whatever a cache says
-        datasets = {
-            split: open_dataset(folder, split, cache_dir=Path(fresh))
-            for split in SPLITS
-            if split in meta["splits"]
-        }
+        splits = [split for split in SPLITS if split in meta["splits"]]
+        datasets = {split: open_dataset(folder, split, cache_dir=Path(fresh)) for split in splits}
     for dataset in datasets.values():
         _ = dataset.document_ends
     n_files = 1 + sum(2 * len(dataset.shards) for dataset in datasets.values())
@@ -124,8 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done = f"When all parts are there: python -m fasttrain.prepare {path} --merge"
         print(done)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("; the same command with --resume goes on") from None
     return 0
 
 

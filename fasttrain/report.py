@@ -336,10 +336,7 @@ def _colour(curve: Curve) -> str:
 
 
 def _table(heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
-    """Return a table with a column for each run; ``heads`` are HTML, the rest is text.
-
-    Rows without a value for any run are left out.
-    """
+    """Return a table with a column a run, less rows without values; ``heads`` are HTML."""
     names = dict.fromkeys(name for cells in columns for name in cells)
     rows = [(name, *(cells.get(name, "n/a") for cells in columns)) for name in names]
     known = [row for row in rows if {*row[1:]} != {"n/a"}]

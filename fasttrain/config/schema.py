@@ -25,9 +25,7 @@ Problems = Iterator[tuple[str, str]]  # a key, and what is wrong with its value;
 class RunConfig(Section):
     """Where the run is written and what it runs on."""
 
-    name: str | None = key(
-        None, "name of the run folder (none: the config file's stem)", pattern=_FOLDER
-    )
+    name: str | None = key(None, "run folder's name (none: config file's stem)", pattern=_FOLDER)
     out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
     seed: int = key(1337, "seed of initialization, data order and dropout", ge=0, le=2**63 - 1)
     device: str = key("auto", "device to train on (auto: CUDA if there is one)", pattern=_DEVICE)
@@ -109,11 +107,9 @@ class ModelConfig(Section):
             problem = f"is not a multiple of model.n_heads = {self.n_heads}"
             yield "dim", f"{problem}; change either, or set model.head_dim"
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            sizes = ", ".join(map(str, divisors(self.n_heads)))
-            yield (
-                "n_kv_heads",
-                f"does not divide model.n_heads = {self.n_heads}; use one of {sizes}",
-            )
+            problem = f"does not divide model.n_heads = {self.n_heads}"
+            remedy = f"use one of {', '.join(map(str, divisors(self.n_heads)))}"
+            yield "n_kv_heads", f"{problem}; {remedy}"
         head_dim = self.head_dim or self.dim // self.n_heads
         if self.positions == "rope" and head_dim % 2:
             problem = f"makes heads of {head_dim}, which is odd, and rotary positions turn pairs"
@@ -140,9 +136,8 @@ class DataConfig(Section):
     weights: tuple[float, ...] = key((), "exact share of each of data.paths ([]: by size)", gt=0)
     batching: str = choice(
         "packed sliding padded bucketed",
-        "adjacent windows, overlapping windows, or one document per sequence, in any "
-        "order or grouped by length; padding counts in train.tokens and "
-        "train.tokens_per_step, but not in logged numbers",
+        "adjacent or overlapping windows, or one document per sequence, in any order or grouped "
+        "by length; padding counts in train.tokens and train.tokens_per_step, not in log lines",
     )
     stride_tokens: int | None = key(None, "sliding: stride in tokens (none: seq_len / 2)", ge=1)
     attention_across_documents: bool = key(True, "packed, sliding: attend to earlier documents too")
@@ -151,9 +146,7 @@ class DataConfig(Section):
     )
     dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
     prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
-    cache_dir: str | None = key(
-        None, "folder of built datasets (none: user's cache)", pattern=_PATH
-    )
+    cache_dir: str | None = key(None, "folder of built datasets (none: your cache)", pattern=_PATH)
     cache_gib: float = key(32.0, "GiB in data.cache_dir for shards fetched from an address", gt=0)
     corpus_vocab_size: int = key(4096, "vocabulary of the default text's BPE", ge=257, le=65536)
 
@@ -221,10 +214,9 @@ class ScheduleConfig(Section):
     cycle_steps: int | None = key(None, "cosine_restarts: steps per cycle (none: run / 3)", ge=1)
     context_fractions: tuple[float, ...] = key(
         (),
-        "packed and sliding: shorter sequence lengths to start with, as fractions of "
-        "data.seq_len; these and the full length each get an equal part of the run; a length is "
-        "rounded down to a divisor of data.seq_len, and ignored if that more than halves it "
-        "([]: full length throughout)",
+        "packed and sliding: shorter sequences to start with, as fractions of data.seq_len; these "
+        "and the full length each get an equal part of the run; a length is rounded down to a "
+        "divisor of data.seq_len, and ignored if that more than halves it ([]: full length)",
         gt=0,
         le=1,
     )

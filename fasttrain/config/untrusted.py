@@ -4,6 +4,7 @@ Python takes 72 bytes for the three characters of ``{},`` and four for each char
 holds a single emoji. Within these bounds a file costs less than 300 MB. Standard library only.
 """
 
+import contextlib
 import json
 import os
 import reprlib
@@ -62,6 +63,13 @@ def parse_json(
     if level:
         raise error(f"{where}: nested too deep, more than {_MAX_DEPTH} levels; {remedy}")
     return value
+
+
+def json_object(line: str | bytes) -> dict[str, Any] | None:
+    """Return the object that a line of JSON holds; None: it holds none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return value if isinstance(value := json.loads(line), dict) else None
+    return None
 
 
 def misfit(kind: Any, value: Any, name: str = "") -> str | None:

@@ -3,8 +3,7 @@
 A shard has little-endian token ids behind a 1,024-byte llm.c header, or bare ones (nanoGPT). The
 header is 256 int32: magic, version, token count, then zeros. Magic 20240520 with version 1 is
 uint16, magic 20240801 with version 7 is uint32; llm.c and modded-nanogpt read and write the same.
-Files are read with `preadv`, never mapped: a file that shrinks under a mapping kills the process
-with SIGBUS.
+Files are read with `preadv`, never mapped: SIGBUS ends a process whose mapped file shrinks.
 """
 
 import hashlib
@@ -96,22 +95,18 @@ class Shard:
                 'tokens: data.dtype = "uint16" or "uint32"'
             )
         if version != current:
-            raise DataError(
-                f"{self.path}: version {version} of format {magic}, expected {current}; write "
-                "the shard again with a current tool"
-            )
+            problem = f"version {version} of format {magic}, expected {current}"
+            raise DataError(f"{self.path}: {problem}; write the shard again with a current tool")
         if bare not in (None, kind):
-            raise DataError(
-                f"{self.path}: its header says {kind.name}, data.dtype says {dtype}; remove "
-                "data.dtype, it is for files without header"
-            )
+            problem = f"its header says {kind.name}, data.dtype says {dtype}"
+            remedy = "remove data.dtype, it is for files without header"
+            raise DataError(f"{self.path}: {problem}; {remedy}")
         offset, count = (HEADER_BYTES, count) if magic in KINDS else (0, size // kind.itemsize)
         expected = offset + count * kind.itemsize
         if count < 0 or size != expected or (offset and header[3:].any()):
-            raise DataError(
-                f"{self.path}: damaged, or data.dtype is wrong: {count} tokens of {kind.name} are "
-                f"{expected} bytes, and the file has {size}; prepare or download it again"
-            )
+            problem = f"{count} tokens of {kind.name} are {expected} bytes, and the file has {size}"
+            remedy = "prepare or download it again"
+            raise DataError(f"{self.path}: damaged, or data.dtype is wrong: {problem}; {remedy}")
         return kind, offset, count
 
     def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
@@ -131,10 +126,8 @@ class Shard:
         with suppress(OSError):
             if whole and _identity(os.stat(self._watched)) == self.identity:
                 return
-        raise DataError(
-            f"{self.path}: truncated, replaced or removed while it was read; restore the file "
-            "and resume from the last checkpoint"
-        )
+        remedy = "restore the file and resume from the last checkpoint"
+        raise DataError(f"{self.path}: truncated, replaced or removed while it was read; {remedy}")
 
     def document_ends(self) -> Array:
         """Return where the documents in it end, ascending offsets into its tokens."""
@@ -149,10 +142,8 @@ class Shard:
         ends = np.frombuffer(raw, "<u8")
         sound = fits and hashlib.sha256(raw).hexdigest() == said["ends_sha256"]
         if not sound or (ends[1:] < ends[:-1]).any() or (ends > self.n_tokens).any():
-            raise DataError(
-                f"{path}: not the document ends of {self.name}: damaged or replaced; restore the "
-                "file or prepare the text again"
-            )
+            problem = f"not the document ends of {self.name}: damaged or replaced"
+            raise DataError(f"{path}: {problem}; restore the file or prepare the text again")
         return ends.astype(np.int64)
 
     def verify(self, cache: Path, vocab_size: int | None) -> None:
@@ -166,13 +157,12 @@ class Shard:
                     f"{said['sha256'][:16]}… and {said['tokens']} tokens of {expected[2].name}: "
                     "damaged or replaced; restore it or prepare the text again"
                 )
-        if vocab_size is not None and self.max_token >= vocab_size:
+        if vocab_size is not None and (token := self.max_token) >= vocab_size:
             at_byte = self.offset_bytes + self._max_at * self.dtype.itemsize
             whose = "of its dataset.json" if said else 'set by "model.vocab_size"'
             raise DataError(
-                f"{self.name}: token {self.max_token} at offset {self._max_at} (byte {at_byte}) is "
-                f"outside the vocabulary of {vocab_size} {whose}; it must be at least "
-                f"{self.max_token + 1}"
+                f"{self.name}: token {token} at offset {self._max_at} (byte {at_byte}) is outside "
+                f"the vocabulary of {vocab_size} {whose}; it must be at least {token + 1}"
             )
 
     def scan(self, cache: Path) -> None:
@@ -316,16 +306,13 @@ def join(datasets: Sequence[TokenDataset]) -> TokenDataset:
         for what in ("tokenizer", "vocab_size", "end_of_text", "dtype"):
             one, two = first.facts[what], other.facts[what]
             if one != two:
-                raise DataError(
-                    f"data.paths: {first.shards[0].path.parent} and {other.shards[0].path.parent} "
-                    f"differ in {what} ({str(one)[:16]}, {str(two)[:16]}); prepare them with one "
-                    "tokenizer: --tokenizer FIRST/tokenizer.json"
-                )
-
-    def total(name: str) -> int | None:
-        values = [getattr(dataset, name) for dataset in datasets]
-        return None if None in values else sum(values)
-
+                both = f"{first.shards[0].path.parent} and {other.shards[0].path.parent}"
+                problem = f"{both} differ in {what} ({str(one)[:16]}, {str(two)[:16]})"
+                remedy = "prepare them with one tokenizer: --tokenizer FIRST/tokenizer.json"
+                raise DataError(f"data.paths: {problem}; {remedy}")
     shards = [shard for dataset in datasets for shard in dataset.shards]
-    totals: dict[str, Any] = {name: total(name) for name in ("n_bytes", "n_documents")}
+    totals: dict[str, Any] = {}
+    for name in ("n_bytes", "n_documents"):
+        values = [getattr(dataset, name) for dataset in datasets]
+        totals[name] = None if None in values else sum(values)
     return replace(first, shards=shards, joined=datasets, **totals)

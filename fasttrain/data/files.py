@@ -15,6 +15,7 @@ from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
+RANGE_BYTES = 8 << 20  # of a file, asked for at once: 140 kB/s are enough for it not to stall
 TRANSFER_S = 3600.0  # the same for a whole file; what stalls is ended sooner by the store's client
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
@@ -27,6 +28,11 @@ class DataError(UserError):
 def is_address(name: str | Path) -> bool:
     """Return whether a name is an address, as `s3://…`, not a file of this machine."""
     return "://" in str(name)
+
+
+def place_of(name: Path | str) -> str:
+    """Return the absolute path of a folder, or its address without a slash at the end."""
+    return str(name).rstrip("/") if is_address(name) else os.path.abspath(name)
 
 
 def shown(text: str) -> str:
@@ -77,9 +83,8 @@ def remote(
     cause = problem.__cause__ or problem
     reason = shown(f"{type(cause).__name__}: {cause}".rstrip(": "))
     remedy = "address and the credentials" if lasts else f"network; {ATTEMPTS} attempts failed"
-    raise DataError(
-        f"{shown(address)}: {operation} failed ({reason}); check the {remedy}"
-    ) from problem
+    what = f"{shown(address)}: {operation} failed ({reason})"
+    raise DataError(f"{what}; check the {remedy}") from problem
 
 
 def _lasts(error: Exception) -> bool:
@@ -136,9 +141,8 @@ def read_range(address: str, start: int, end: int, size: int) -> bytes:
         response.raise_for_status()
         length = response.content_length
         if response.status != 206 and (length is None or length > end - start):
-            raise NotImplementedError(
-                f"for bytes {start} to {end} its server sends {length or 'any number'}: download it"
-            )
+            comes = f"its server sends {length or 'any number'}"
+            raise NotImplementedError(f"for bytes {start} to {end} {comes}: download it")
 
     fs, _ = file_system(address)
     # One byte beyond the end shows a file that is longer than was said.
@@ -167,10 +171,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
             # In a shared folder for temporary files, a folder of that name may be somebody else's.
             if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
                 return folder
-    raise DataError(
-        f"no folder to cache in ({' and '.join(map(str, choices))} cannot be written); name a "
-        "writable one with data.cache_dir"
-    )
+    tried, remedy = " and ".join(map(str, choices)), "name a writable one with data.cache_dir"
+    raise DataError(f"no folder to cache in ({tried} cannot be written); {remedy}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

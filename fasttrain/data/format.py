@@ -18,16 +18,9 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
+from fasttrain.data import files as store
 from fasttrain.data.dataset import Shard, ShardInfo, TokenDataset, dtype_for
-from fasttrain.data.files import (
-    DataError,
-    cache_folder,
-    is_address,
-    remote,
-    sha256_of,
-    shown,
-    write_atomically,
-)
+from fasttrain.data.files import DataError, is_address, sha256_of, shown, write_atomically
 from fasttrain.data.remote import RemoteShard, ShardCache, beside
 
 DATASET_JSON = "dataset.json"
@@ -117,7 +110,7 @@ def open_dataset(
     when they are read, and checked then. `vocab_size` is the model's, where it is known; `dtype` is
     for files without header, `end_of_text` for folders without `dataset.json`.
     """
-    cache, at_address = cache_folder(cache_dir), is_address(path)
+    cache, at_address = store.cache_folder(cache_dir), is_address(path)
     folder = fetch_description(str(path), cache) if at_address else Path(path).expanduser()
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
@@ -132,20 +125,17 @@ def open_dataset(
     else:
         meta = read_dataset_json(folder)
         if vocab_size is not None and vocab_size < meta["vocab_size"]:
-            raise DataError(
-                f"model.vocab_size = {vocab_size} is too small: the tokenizer of {folder} has "
-                f"{meta['vocab_size']} tokens; leave model.vocab_size out or make it at least that"
-            )
+            problem = f"the tokenizer of {folder} has {meta['vocab_size']} tokens"
+            remedy = "leave model.vocab_size out or make it at least that"
+            raise DataError(f"model.vocab_size = {vocab_size} is too small: {problem}; {remedy}")
         if end_of_text not in (None, meta["end_of_text"]):
-            raise DataError(
-                f"data.end_of_text = {end_of_text}, but {folder / DATASET_JSON} says "
-                f"{meta['end_of_text']}; remove data.end_of_text, it is for folders that do not say"
-            )
+            problem = f"but {folder / DATASET_JSON} says {meta['end_of_text']}"
+            remedy = "remove data.end_of_text, it is for folders that do not say"
+            raise DataError(f"data.end_of_text = {end_of_text}, {problem}; {remedy}")
         if split not in meta["splits"]:
-            raise DataError(
-                f"{folder / DATASET_JSON}: no split {split!r}, only {sorted(meta['splits'])}; "
-                "prepare the text again with a --val-fraction above 0"
-            )
+            problem = f"no split {split!r}, only {sorted(meta['splits'])}"
+            remedy = "prepare the text again with a --val-fraction above 0"
+            raise DataError(f"{folder / DATASET_JSON}: {problem}; {remedy}")
         vocab_size, end_of_text = meta["vocab_size"], meta["end_of_text"]
         listed = meta["splits"][split]
         if at_address:
@@ -168,11 +158,11 @@ def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
     folder = cache / "remote" / shown(address).replace("://", "/")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / DATASET_JSON, remote(beside(address, DATASET_JSON), "cat_file"))
+    write_atomically(folder / DATASET_JSON, store.remote(beside(address, DATASET_JSON), "cat_file"))
     entry = read_dataset_json(folder)["tokenizer"]
     path = folder / entry["file"]
     if not path.is_file() or sha256_of(path) != entry["sha256"]:
-        write_atomically(path, remote(beside(address, entry["file"]), "cat_file"))
+        write_atomically(path, store.remote(beside(address, entry["file"]), "cat_file"))
     return folder
 
 
@@ -190,10 +180,8 @@ def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[
     if not (found := named[split]):
         n_others = sum(map(len, named.values()))
         has = f"; it has {n_others} of the other split" if n_others else ""
-        raise DataError(
-            f"{folder}: no .bin file with {split} in its name{has}; rename its shards to say which "
-            "split they are"
-        )
+        problem = f"no .bin file with {split} in its name{has}"
+        raise DataError(f"{folder}: {problem}; rename its shards after their split")
     return found
 
 
@@ -203,15 +191,12 @@ def _check_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: missing; it belongs to the dataset, copy it back")
     if (sha256 := sha256_of(path)) != entry["sha256"]:
-        raise DataError(
-            f"{path}: not the tokenizer that made these tokens (SHA-256 {sha256[:16]}…, "
-            f"{DATASET_JSON} says {entry['sha256'][:16]}…); restore it or prepare the text again"
-        )
+        hashes = f"SHA-256 {sha256[:16]}…, {DATASET_JSON} says {entry['sha256'][:16]}…"
+        problem = f"not the tokenizer that made these tokens ({hashes})"
+        raise DataError(f"{path}: {problem}; restore it or prepare the text again")
     if vocab > max(2**17, n_bytes := path.stat().st_size):  # no token is written in a byte
-        raise DataError(
-            f"{folder / DATASET_JSON}: vocab_size is {vocab}, which no tokenizer of {n_bytes} "
-            "bytes has; prepare the text again"
-        )
+        problem = f"vocab_size is {vocab}, which no tokenizer of {n_bytes} bytes has"
+        raise DataError(f"{folder / DATASET_JSON}: {problem}; prepare the text again")
     return path
 
 
@@ -227,18 +212,14 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     vocab_size, dtype, end = meta["vocab_size"], meta["dtype"], meta.setdefault("end_of_text", None)
     fits = 0 < vocab_size <= 2**32 and dtype == dtype_for(vocab_size).name
     if not fits or (end is not None and end >= vocab_size):
-        raise DataError(
-            f"{path}: vocab_size {vocab_size}, dtype {dtype!r} and end_of_text {end} do not go "
-            f"together; {remedy}"
-        )
+        problem = f"vocab_size {vocab_size}, dtype {dtype!r} and end_of_text {end} do not match"
+        raise DataError(f"{path}: {problem}; {remedy}")
     # No name of a file leads elsewhere, also not by a link.
     shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
     for name in [meta["tokenizer"]["file"], *(s[k] for s in shards for k in ("file", "ends_file"))]:
         if any(c in name for c in "/\\\0") or (folder / name).resolve().parent != folder.resolve():
-            raise DataError(
-                f"{path}: file {name!r} is not inside the folder; a dataset may only name its own "
-                "files"
-            )
+            problem = f"file {name!r} is not inside the folder"
+            raise DataError(f"{path}: {problem}; a dataset may only name its own files")
     return meta
 
 

@@ -5,9 +5,8 @@ CUDA call, so that a graph may be captured meanwhile. `next()` widens them to in
 times the memory would wait in the ring, cold when it is used); on CUDA it copies them first, from
 pinned memory on a side stream, one batch ahead of the one that it returns.
 
-A buffer holds several batches, read by one call: handing a batch over to another thread takes as
-long as reading it from page cache (each 0.1 ms; 16 ahead, 8 at a time, give 1.9 times the tokens a
-second).
+A buffer holds several batches, read by one call: to hand a batch to another thread takes as long as
+to read it from page cache (0.1 ms each; 16 ahead, 8 at a time, give 1.9 times the tokens a second).
 
 Legend: B rows of a batch, T tokens of a row.
 """
@@ -310,10 +309,8 @@ def evaluation_batches(
     else:
         starts, counts = document_rows(dataset, seq_len)
     if not len(starts):
-        raise DataError(
-            f"a validation split of {dataset.n_tokens} tokens has nothing to predict; prepare it "
-            "with a larger --val-fraction"
-        )
+        problem = f"a validation split of {dataset.n_tokens} tokens has nothing to predict"
+        raise DataError(f"{problem}; prepare it with a larger --val-fraction")
     n_targets = int(counts.sum()) - len(counts) * (1 + n_seen)
     if n_tokens is not None and n_tokens < n_targets:
         n_rows = math.ceil(len(starts) * n_tokens / n_targets)

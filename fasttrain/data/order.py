@@ -247,11 +247,10 @@ class Plan:
         self._documents: tuple[Array, Array] | None = None
         if options.of_windows:
             if (least := int(n_tokens.min())) <= seq_len:
-                raise DataError(
-                    f"data.seq_len = {seq_len} is longer than the data: the split has {least} "
-                    f"tokens, {seq_len + 1} make one sample; shorten data.seq_len to at most "
-                    f"{max(least - 1, 0)} or add text"
-                )
+                problem = f"data.seq_len = {seq_len} is longer than the data"
+                why = f"the split has {least} tokens, {seq_len + 1} make one sample"
+                remedy = f"shorten data.seq_len to at most {max(least - 1, 0)} or add text"
+                raise DataError(f"{problem}: {why}; {remedy}")
             last, dropped = np.divmod(n_tokens - 1 - seq_len, self._stride)
             self._first_ids = np.cumsum([0, *(last + 1)])
         else:
@@ -260,10 +259,9 @@ class Plan:
             self._first_ids = np.searchsorted(begins, self._first_tokens)
             for part, n in zip(parts, np.diff(self._first_ids), strict=True):
                 if not n:
-                    raise DataError(
-                        f"data.batching = {batching!r}: no document of "
-                        f"{part.shards[0].path.parent} has two tokens; use data.batching = 'packed'"
-                    )
+                    problem = f"no document of {part.shards[0].path.parent} has two tokens"
+                    remedy = "use data.batching = 'packed'"
+                    raise DataError(f"data.batching = {batching!r}: {problem}; {remedy}")
         # Tokens in no row: an end too short for a window, documents of one, others' beyond T + 1.
         self.dropped_tokens = int(dropped.sum())
         self.samples_per_epoch = int(self._first_ids[-1])

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
-from fasttrain.data.files import DataError, lock, read_range, shown
+from fasttrain.data.files import RANGE_BYTES, DataError, lock, read_range, shown
 
 FETCHERS = 8  # threads that fetch ahead, each a file
-PIECE_BYTES = 8 << 20  # of one request: 140 kB/s are enough for it not to count as stalled
 ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
 T = TypeVar("T")
 
@@ -124,10 +123,8 @@ class RemoteFile:
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise DataError(f"{shown(address)}: {sha256[:80]!r} is not a SHA-256")
         if n_bytes > cache.limit:
-            raise DataError(
-                f"data.cache_gib = {cache.gib:g} does not hold {shown(address)}; set it to at "
-                f"least {in_gib(n_bytes)}"
-            )
+            problem = f"data.cache_gib = {cache.gib:g} does not hold {shown(address)}"
+            raise DataError(f"{problem}; set it to at least {in_gib(n_bytes)}")
         self.cache, self.address, self.sha256, self.n_bytes = cache, address, sha256, n_bytes
         self.path = cache.folder / f"{sha256}.bin"
 
@@ -147,10 +144,8 @@ class RemoteFile:
                         return use()  # meanwhile another thread or process has fetched it
                     self._fetch()
             except OSError as error:
-                raise DataError(
-                    f"{folder}: {error.strerror}; free some space, lower data.cache_gib or name "
-                    "another folder with data.cache_dir"
-                ) from error
+                remedy = "free some space, lower data.cache_gib or set another data.cache_dir"
+                raise DataError(f"{folder}: {error.strerror}; {remedy}") from error
         return use()
 
     def _fetch(self) -> None:
@@ -159,8 +154,8 @@ class RemoteFile:
             time.sleep(0.02)
         try:
             with part.open("r+b") as out:
-                for start in range(0, self.n_bytes, PIECE_BYTES):
-                    end = min(start + PIECE_BYTES, self.n_bytes)
+                for start in range(0, self.n_bytes, RANGE_BYTES):
+                    end = min(start + RANGE_BYTES, self.n_bytes)
                     out.write(read_range(self.address, start, end, self.n_bytes))
                     self.cache.progress += 1
             with open(lock(full, wait=True)):  # held to count files

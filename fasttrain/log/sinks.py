@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import importlib.util
-import json
 import math
 import os
 import tomllib
@@ -17,6 +16,7 @@ from typing import Any, Literal, TextIO, get_args
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import refuse
+from fasttrain.config.untrusted import json_object
 from fasttrain.log.metrics import json_line
 
 Kind = Literal["train", "eval", "tasks"]
@@ -150,10 +150,8 @@ class JsonlLogger:
 
 
 def _step_of_row(line: str) -> float:
-    row = None
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(line)
-    if not isinstance(row, dict) or row.get("stopped") or type(at := row.get("step", 0)) is not int:
+    row = json_object(line)
+    if row is None or row.get("stopped") or type(at := row.get("step", 0)) is not int:
         return math.inf
     return at + (row.get("kind") == "run")  # a head says before which step
 

@@ -43,7 +43,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "PAUSE_S", 0.01)
     monkeypatch.setattr(files, "STALL_S", 3.0)  # far more than an answer takes here
-    monkeypatch.setattr(sources, "RANGE_BYTES", RANGE_BYTES)
+    monkeypatch.setattr(files, "RANGE_BYTES", RANGE_BYTES)
     yield
     sources._range.cache_clear()  # the next test's server may have the same port
 

@@ -451,7 +451,7 @@ def test_R9_a_slow_network_does_not_hang_and_a_silent_one_is_named(
     data: Path, tmp_path: Path, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "DEADLINE_S", 0.4)
-    monkeypatch.setattr(remote, "PIECE_BYTES", 128)
+    monkeypatch.setattr(remote, "RANGE_BYTES", 128)
     monkeypatch.setattr(remote, "FETCHERS", 1)
     upstream = server.upstream
     wait = threading.Event()

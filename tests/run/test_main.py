@@ -9,7 +9,7 @@ import pytest
 
 import fasttrain
 from fasttrain.__main__ import COMMANDS, main
-from fasttrain.command import EXIT_FAILED
+from fasttrain.command import EXIT_FAILED, command
 from tests.support.toy import ENV, module_of, start, wait_until, write_config
 
 SCRIPT = """
@@ -108,3 +108,14 @@ def test_N10_a_command_runs_and_leaves_as_its_module_does(monkeypatch: pytest.Mo
     with pytest.raises(SystemExit):
         main()
     assert left == [EXIT_FAILED]
+
+
+def test_a_command_that_is_interrupted_says_in_one_line_what_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @command
+    def stopped(*remedy: str) -> int:
+        raise KeyboardInterrupt(*remedy)
+
+    assert stopped() == stopped("; --resume goes on") == 130
+    assert capsys.readouterr().err == "\ninterrupted\n\ninterrupted; --resume goes on\n"

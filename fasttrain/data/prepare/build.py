@@ -27,48 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fasttrain.config.keys import counted
-from fasttrain.config.untrusted import read_json
+from fasttrain.data import files as store
 from fasttrain.data.dataset import BLOCK_TOKENS, TokenDataset
-from fasttrain.data.files import (
-    DataError,
-    cache_folder,
-    is_address,
-    names_at,
-    sha256_of,
-    shown,
-    write_atomically,
-)
-from fasttrain.data.format import (
-    DATASET_JSON,
-    SPLITS,
-    Split,
-    open_dataset,
-    read_dataset_json,
-    write_dataset_json,
-)
-from fasttrain.data.prepare.sources import (
-    FEW_VAL_TOKENS,
-    MAX_VAL_FRACTION,
-    PIECE_CHARS,
-    SMALL_BYTES,
-    VAL_FRACTION,
-    File,
-    Piece,
-    Source,
-    Splitter,
-    find_files,
-)
-from fasttrain.data.prepare.writer import (
-    PREPARED_JSON,
-    Asked,
-    Note,
-    Partial,
-    ShardWriter,
-    building,
-    described,
-    other_than,
-    place_of,
-)
+from fasttrain.data.files import DataError, sha256_of, shown, write_atomically
+from fasttrain.data.format import SPLITS, Split, open_dataset, write_dataset_json
+from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.sources import File, Piece, Source, Splitter, find_files
+from fasttrain.data.prepare.writer import Asked, Note, Partial, ShardWriter, building, parts_of
 from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import (
     TEXT_PATTERN,
@@ -85,7 +50,6 @@ BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little t
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
 CHECKPOINT_S = 5.0  # work that an interruption can cost
 LINE_S = 15.0  # between lines of progress where there is no terminal
-SPEED_S = 30.0  # the time left is that at the speed of the last
 
 # Pieces that are encoded together; how many bytes of the input were read by then.
 Batch = tuple[list[Piece], int]
@@ -117,15 +81,14 @@ def prepare(
     standard error.
 
     Memory: independent of the size of the input, about 0.5 GiB at most and 0.2 GiB for each worker,
-    plus the longest single record of JSON or Parquet and, while a BPE is trained, its table of
-    words.
+    plus the longest record of JSON or Parquet and, while a BPE is trained, its table of words.
     """
     begin = time.perf_counter()
     match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of or "1/1")
     number, n_parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= n_parts:
         raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
-    place = place_of(out) + (f".parts/{number}-of-{n_parts}" if shard_of else "")
+    place = store.place_of(out) + (f".parts/{number}-of-{n_parts}" if shard_of else "")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
@@ -137,8 +100,8 @@ def prepare(
             some += ", …" * (len(skipped) > 3)
             note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {some}")
     source = Source(files, field=text_field, strict=strict)
-    if val_fraction is None and source.n_bytes >= SMALL_BYTES:
-        val_fraction = VAL_FRACTION
+    if val_fraction is None and source.n_bytes >= sources.SMALL_BYTES:
+        val_fraction = sources.VAL_FRACTION
     asked: Asked = {
         "source": {
             "inputs": list(map(shown, inputs)),
@@ -152,7 +115,7 @@ def prepare(
         },
         "files": [file.identity() for file in files],
         "tokenizer_sha256": sha256_of(p) if (p := Path(tokenizer).expanduser()).is_file() else "",
-        "recipe": [1, PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
+        "recipe": [1, sources.PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     with building(place, asked, resume=resume, note=note) as partial:
         if partial is None:
@@ -160,10 +123,8 @@ def prepare(
         with Bar(source.n_bytes, progress) as bar:
             splitter = Splitter(source, val_fraction)
             if splitter.held_out_smallest:
-                note(
-                    f"No document fell into validation at --val-fraction {val_fraction}: the one "
-                    "with the smallest hash is held out"
-                )
+                held = "the one with the smallest hash is held out"
+                note(f"No document fell into validation at --val-fraction {val_fraction}: {held}")
             path = partial.dataset / "tokenizer.json"
             if not partial.state:
                 made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
@@ -226,9 +187,10 @@ def publish(
             f"{counted(writer.n_documents, 'document')}, {counted(writer.n_bytes, 'byte')}, "
             f"{writer.n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
-    if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
-        enough = fraction == "auto" or fraction >= MAX_VAL_FRACTION
-        remedy = "add text" if enough else f"--val-fraction {MAX_VAL_FRACTION} holds out more"
+    if n_val < sources.FEW_VAL_TOKENS and fraction != 0 and not is_part:
+        most = sources.MAX_VAL_FRACTION
+        enough = fraction == "auto" or fraction >= most
+        remedy = "add text" if enough else f"--val-fraction {most} holds out more"
         note(f"Only {counted(n_val, 'token')} to validate on, whose loss says little: {remedy}")
 
 
@@ -246,10 +208,8 @@ def _make_tokenizer(
         return char_tokenizer(characters)
     if not name.startswith("bpe:"):
         if not (path := Path(name).expanduser()).is_file():
-            raise DataError(
-                f"--tokenizer {name}: there is no such tokenizer file; name an existing "
-                "tokenizer.json, or bpe:N, bytes or chars"
-            )
+            remedy = "name an existing tokenizer.json, or bpe:N, bytes or chars"
+            raise DataError(f"--tokenizer {name}: there is no such tokenizer file; {remedy}")
         return load_tokenizer(path)
     if not name[4:].isdecimal():
         raise DataError(f"--tokenizer {name}: expected a number, as in bpe:32768")
@@ -305,10 +265,8 @@ def encoded(
             ahead.extend(islice(coming, 1))
             yield batch, future.result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process ended: out of memory? --resume continues from here, with fewer "
-            "--workers if need be"
-        ) from error
+        remedy = "--resume continues from here, with fewer --workers if need be"
+        raise DataError(f"a worker process ended: out of memory? {remedy}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -396,28 +354,16 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
     Parts are runs of the input in its order, so that their tokens follow on each other; where these
     are cut into shards is new, which is why they are copied.
     """
-    place = place_of(out)
-    parts = _parts(f"{place}.parts")
-    folders = [described(p, cache_folder()) if is_address(p) else Path(p) for p in parts]
-    metas = [read_dataset_json(folder) for folder in folders]
-    asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
-    for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
-        other = other_than(part, asked[0], folder / PREPARED_JSON)
-        if not other and meta["tokenizer"] != metas[0]["tokenizer"]:
-            other = "another tokenizer"
-        if not other and (name := part["source"].get("part")) != f"{number}/{len(folders)}":
-            other = f"part = {name}"
-        if other:
-            raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
-    del asked[0]["source"]["part"]
+    place = store.place_of(out)
+    parts, folders, metas, asked = parts_of(f"{place}.parts")
     problems = sum((Counter(meta["source"]["problems"]) for meta in metas), Counter[str]())
-    with building(place, asked[0], resume=resume, note=note) as partial:
+    with building(place, asked, resume=resume, note=note) as partial:
         if partial is None:
             return
         tokenizer = (folders[0] / "tokenizer.json").read_bytes()
         write_atomically(partial.dataset / "tokenizer.json", tokenizer)
         writers = _writers(partial, metas[0]["vocab_size"])
-        shard_bytes = 12 * asked[0]["source"]["shard_tokens"]  # with their ends
+        shard_bytes = 12 * asked["source"]["shard_tokens"]  # with their ends
         fetched = ShardCache(partial.folder, 1 + 2 * shard_bytes / 2**30)
         for split, writer in writers.items():
             writer.n_bytes = sum(meta["splits"][split]["bytes"] for meta in metas)
@@ -426,23 +372,6 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
                     _copy_tokens(open_dataset(part, split, shard_cache=fetched), writer)
         publish(partial, writers, metas[0]["end_of_text"], problems, note)
     note(f"Merged {shown(place)}; {shown(place)}.parts is no longer needed")
-
-
-def _parts(place: str) -> list[str]:
-    """Return the parts in a folder or at an address, in order and all of them."""
-    if is_address(place):
-        names = [name for name in names_at(place) if DATASET_JSON in names_at(f"{place}/{name}")]
-    else:
-        names = [path.name for path in Path(place).glob("*")]
-    found = sorted(name for name in names if re.fullmatch(r"\d+-of-\d+", name))
-    wanted = [f"{number}-of-{len(found)}" for number in range(1, len(found) + 1)]
-    if not found or set(found) != set(wanted):
-        raise DataError(
-            f"{shown(place)}: has {', '.join(found) or 'no parts'}, not 1-of-N to N-of-N; make "
-            "what is missing (--resume continues a part that was interrupted), remove what is "
-            "too many"
-        )
-    return [f"{place}/{name}" for name in wanted]
 
 
 def _copy_tokens(dataset: TokenDataset, writer: ShardWriter) -> None:
@@ -460,17 +389,11 @@ class Bar(Progress):
     """How far it is, on standard error: a bar in a terminal, now and then a line elsewhere."""
 
     def __init__(self, n_bytes: int, visible: bool) -> None:
-        console = Console(stderr=True)
-        self._lines = visible and not console.is_terminal
-        super().__init__(
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not visible or self._lines,
-            get_time=time.monotonic,
-            speed_estimate_period=SPEED_S,
-        )
+        columns = BarColumn(), TextColumn("{task.description}")
+        console = Console(stderr=True, get_time=time.monotonic)
+        hidden = not (visible and console.is_terminal)
+        super().__init__(*columns, console=console, transient=True, disable=hidden)
+        self._lines = visible and hidden
         self._said, self.n_bytes = time.monotonic(), n_bytes
         self.add_task("reading", total=n_bytes)
 

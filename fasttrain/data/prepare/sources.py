@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import importlib
 import io
-import json
 import math
 import os
 import re
@@ -24,7 +23,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, islice
@@ -35,18 +34,11 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.files import (
-    DataError,
-    file_system,
-    is_address,
-    read_range,
-    remote,
-    sha256_of,
-    shown,
-)
+from fasttrain.config.untrusted import json_object
+from fasttrain.data import files as store
+from fasttrain.data.files import DataError, is_address, read_range, remote, sha256_of, shown
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
-RANGE_BYTES = 8 << 20  # of a remote file, fetched at once: 140 kB/s are enough for it not to stall
 LISTING_S = 600.0  # that a remote folder may take to be listed
 KNOWN = (".jsonl", ".parquet", ".txt", ".text", ".md", ".rst")
 COMPRESSED = (".gz", ".zst")
@@ -96,7 +88,7 @@ class File:
         ranges = SimpleNamespace(cat_file=lambda _, start, end: _range(self, start, end))
         spec = importlib.import_module("fsspec.spec")
         raw = spec.AbstractBufferedFile(ranges, str(self), cache_type="none", size=self.size)
-        return cast(IO[bytes], io.BufferedReader(raw, RANGE_BYTES))
+        return cast(IO[bytes], io.BufferedReader(raw, store.RANGE_BYTES))
 
     def kind(self) -> tuple[str, str]:
         """Return format and compression by the endings of its name, as in (".jsonl", ".gz")."""
@@ -116,9 +108,8 @@ def local_file(path: Path) -> File:
 
 def _standard_input() -> File:
     """Copy standard input; its first line says whether it is JSON lines."""
-    first, kind = sys.stdin.buffer.readline(), ".txt"
-    with suppress(ValueError, RecursionError):
-        kind = ".jsonl" if isinstance(json.loads(first), dict) else kind
+    first = sys.stdin.buffer.readline()
+    kind = ".txt" if json_object(first) is None else ".jsonl"
     with tempfile.NamedTemporaryFile(suffix=kind, delete=False) as copy:
         path = Path(copy.name)
         atexit.register(path.unlink, missing_ok=True)
@@ -129,7 +120,7 @@ def _standard_input() -> File:
 
 @lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
 def _range(file: File, start: int, end: int) -> bytes:
-    end = min(end, start + RANGE_BYTES, file.size)
+    end = min(end, start + store.RANGE_BYTES, file.size)
     return read_range(str(file.path), start, end, file.size)
 
 
@@ -144,7 +135,7 @@ def _remote_file(address: str, info: dict[str, Any]) -> File:
 
 def _remote_files(address: str) -> tuple[bool, list[File]]:
     """Return whether an address is a folder's, and the files that it means, as those of a disk."""
-    file_system(address)[0].invalidate_cache()  # what this process may have listed before
+    store.file_system(address)[0].invalidate_cache()  # what this process may have listed before
     web = address.startswith("http")
     path = address.partition("?")[0] if web else address
     magic = re.search(r"[*\[]" if web else r"[*?\[]", path)
@@ -215,10 +206,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[File], list[File]]:
 
 
 class Source:
-    """The documents of some files, as often as they are asked for.
-
-    If `strict`, what would be counted as a problem is a DataError instead.
-    """
+    """The documents of some files, as often as asked for; if `strict`, a problem is a DataError."""
 
     def __init__(self, files: Sequence[File], *, field: str = "text", strict: bool = False) -> None:
         self.files = files
@@ -311,13 +299,10 @@ class Source:
                 except UnicodeDecodeError:
                     self._problem(INVALID_UTF8, where)
                     content = line.decode(errors="replace")
-                record = None
-                with suppress(ValueError, RecursionError):
-                    record = json.loads(content)
-                if not isinstance(record, dict):
+                if (record := json_object(content)) is None:
                     self._problem(NOT_JSON, where)
-                    continue
-                yield from self._record(record.get(self.field), where)
+                else:
+                    yield from self._record(record.get(self.field), where)
 
     def _rows(self, file: File) -> Iterator[Document]:
         parquet = _package("pyarrow.parquet", file)

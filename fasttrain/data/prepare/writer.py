@@ -17,6 +17,7 @@ and makes a dataset of them: what was cut off is never taken for one.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,22 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config.untrusted import misfit, read_json
+from fasttrain.data import files as store
 from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, ShardInfo, dtype_for
-from fasttrain.data.files import (
-    DataError,
-    cache_folder,
-    file_system,
-    if_there,
-    is_address,
-    lock,
-    names_at,
-    put,
-    remote,
-    sha256_of,
-    shown,
-    write_atomically,
-)
-from fasttrain.data.format import DATASET_JSON, fetch_description
+from fasttrain.data.files import DataError, is_address, remote, sha256_of, shown, write_atomically
+from fasttrain.data.format import DATASET_JSON, fetch_description, read_dataset_json
 from fasttrain.data.remote import beside
 
 PREPARED_JSON = "prepared.json"
@@ -64,8 +53,7 @@ class ShardWriter:
     """Writes one split as shards `<split>_000000.bin` …, with the ends of documents beside each.
 
     Documents run on over the border of two shards; an end lies beside the shard in which its
-    document ends, as uint64 offset of the token after the document's last one, in
-    `<split>_000000.ends`.
+    document ends, in `<split>_000000.ends`: the uint64 offset of the token after the last one.
 
     With the `state` of a writer that is gone, it continues from there; else it removes what is in
     the folder of the split.
@@ -81,9 +69,7 @@ class ShardWriter:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
-            raise DataError(
-                f"shard_tokens must be from 1 to {MAX_SHARD_TOKENS}, got {shard_tokens}"
-            )
+            raise DataError(f"shard_tokens must be 1 to {MAX_SHARD_TOKENS}, got {shard_tokens}")
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
         self.dtype, self.shard_tokens = dtype_for(vocab_size), shard_tokens
         for path in self.folder.glob(f"{split}_*") if not state else ():
@@ -121,10 +107,7 @@ class ShardWriter:
     def write(
         self, tokens: NDArray[Any], ends: Sequence[int] | NDArray[Any] = (), n_bytes: int = 0
     ) -> None:
-        """Append tokens, with the ends of documents as ascending offsets into them.
-
-        `n_bytes` are those of their text.
-        """
+        """Append tokens of `n_bytes` of text, and ends of documents, ascending offsets in them."""
         self.n_bytes += n_bytes
         ids, stops = np.asarray(tokens), np.asarray(ends, dtype=np.int64)
         if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
@@ -192,26 +175,21 @@ class Partial:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.callback(os.close, lock(self.folder / "lock"))
+                stack.callback(os.close, store.lock(self.folder / "lock"))
             except BlockingIOError:
-                raise DataError(
-                    f"{self.out}: another process is preparing it; wait for it"
-                ) from None
+                raise DataError(f"{self.out}: another process is preparing it; wait") from None
             except OSError:  # a file system without locks
                 pass
             if self._progress.exists() and resume:
                 left = read_json(self._progress, ANEW, DataError)
                 if other := other_than(left.get("asked"), self.asked, self._progress):
-                    raise DataError(
-                        f"--resume: the interrupted run had {other}; repeat its command, or {ANEW}"
-                    )
+                    problem = f"the interrupted run had {other}"
+                    raise DataError(f"--resume: {problem}; repeat its command, or {ANEW}")
                 self.state = left.get("done", {})  # an earlier fasttrain kept another one
                 note(f"Continuing with what an interrupted run left in {self.folder}")
             elif self._progress.exists():
-                note(
-                    f"Starting anew: {self.folder} of an interrupted run is replaced (--resume "
-                    "would have continued it)"
-                )
+                also = "(--resume would have continued it)"
+                note(f"Starting anew: {self.folder} of an interrupted run is replaced {also}")
             elif resume:
                 note(f"Nothing to resume: no interrupted run left {self.folder}; starting")
             if not self.state:
@@ -242,11 +220,6 @@ class Partial:
         self.state = {}
 
 
-def place_of(out: Path | str) -> str:
-    """Return the absolute path of a folder, or its address without a slash at the end."""
-    return str(out).rstrip("/") if is_address(out) else os.path.abspath(out)
-
-
 @contextmanager
 def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[Partial | None]:
     """Yield the folder in which to build what was asked for; None: it is complete.
@@ -255,7 +228,7 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
     """
     folder, at_address = Path(place), is_address(place)
     if at_address:
-        folder = cache_folder() / "prepare" / shown(place).replace("://", "/")
+        folder = store.cache_folder() / "prepare" / shown(place).replace("://", "/")
         there = _is_there(place, asked, resume)
         if there or not resume:  # what was copied, or never was
             shutil.rmtree(folder, ignore_errors=True)
@@ -284,25 +257,24 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
 def described(address: str, cache: Path) -> Path:
     """Return a folder of this machine with all of a dataset at an address but its tokens."""
     folder = fetch_description(address, cache)
-    if (record := if_there(beside(address, PREPARED_JSON), "cat_file")) is not None:
+    if (record := store.if_there(beside(address, PREPARED_JSON), "cat_file")) is not None:
         write_atomically(folder / PREPARED_JSON, record)
     return folder
 
 
 def _is_there(address: str, asked: Asked, resume: bool) -> bool:
     """Return whether a dataset made as asked is at an address; refuse to write over others."""
-    if "https" in file_system(address)[0].protocol:
+    if "https" in store.file_system(address)[0].protocol:
         raise DataError(f"{shown(address)}: cannot be written to; name a folder or a bucket")
-    there = names_at(address)
+    there = store.names_at(address)
     with tempfile.TemporaryDirectory() as cache:
         try:
             folder = described(address, Path(cache))
         except DataError:  # there is none, or it was cut off
             if there and not resume:
-                raise DataError(
-                    f"{shown(address)}: exists already and is not empty; --resume continues an "
-                    "interrupted copy, else name a new folder or remove it"
-                ) from None
+                problem = "exists already and is not empty; --resume continues an interrupted copy"
+                remedy = "else name a new folder or remove it"
+                raise DataError(f"{shown(address)}: {problem}, {remedy}") from None
             return False
         check_made(folder, asked, resume=resume, name=shown(address))
     return True
@@ -312,16 +284,48 @@ def _copy(folder: Path, address: str) -> None:
     """Copy a dataset to an address, less what an earlier copy of the same has left there."""
     order = {PREPARED_JSON: 0, DATASET_JSON: 2}
     try:
-        there = names_at(address)
+        there = store.names_at(address)
         if there.keys() - {f"{PREPARED_JSON}.part"}:  # the first, cut off
             same = PREPARED_JSON in there and remote(beside(address, PREPARED_JSON), "cat_file")
             if same != (folder / PREPARED_JSON).read_bytes():
                 raise DataError(f"{shown(address)}: holds something else; remove it")
         for path in sorted(folder.iterdir(), key=lambda path: (order.get(path.name, 1), path)):
             if there.get(path.name) != path.stat().st_size:
-                put(beside(address, path.name), path)
+                store.put(beside(address, path.name), path)
     except DataError as error:
         raise DataError(f"{error}; --resume continues the copy of {folder}") from error
+
+
+def parts_of(place: str) -> tuple[list[str], list[Path], list[dict[str, Any]], Asked]:
+    """Return the parts in a folder or at an address, in order and all of them, of one dataset.
+
+    Their places, what is here of each, its `dataset.json`, and what was asked for of the whole.
+    """
+    if is_address(place):
+        names = [n for n in store.names_at(place) if DATASET_JSON in store.names_at(f"{place}/{n}")]
+    else:
+        names = [path.name for path in Path(place).glob("*")]
+    found = sorted(name for name in names if re.fullmatch(r"\d+-of-\d+", name))
+    wanted = [f"{number}-of-{len(found)}" for number in range(1, len(found) + 1)]
+    if not found or set(found) != set(wanted):
+        raise DataError(
+            f"{shown(place)}: has {', '.join(found) or 'no parts'}, not 1-of-N to N-of-N; make "
+            "what is missing (--resume continues an interrupted part), remove what is too many"
+        )
+    parts = [f"{place}/{name}" for name in wanted]
+    folders = [described(p, store.cache_folder()) if is_address(p) else Path(p) for p in parts]
+    metas = [read_dataset_json(folder) for folder in folders]
+    asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
+    for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
+        other = other_than(part, asked[0], folder / PREPARED_JSON)
+        if not other and meta["tokenizer"] != metas[0]["tokenizer"]:
+            other = "another tokenizer"
+        if not other and (name := part["source"].get("part")) != f"{number}/{len(folders)}":
+            other = f"part = {name}"
+        if other:
+            raise DataError(f"{folder}: not of the dataset of {folders[0].name}: it had {other}")
+    del asked[0]["source"]["part"]
+    return parts, folders, metas, asked[0]
 
 
 def check_made(folder: Path, asked: Asked, *, resume: bool, name: str) -> None:
@@ -335,10 +339,8 @@ def check_made(folder: Path, asked: Asked, *, resume: bool, name: str) -> None:
         other = other_than(read_json(record, ANEW, DataError), asked, record)
         other = other and f" made of something else: it had {other}"
     if other or not resume:
-        raise DataError(
-            f"{name}: exists already and holds a dataset{other}; train on it as it is, remove it, "
-            "or name a new folder"
-        )
+        remedy = "train on it as it is, remove it, or name a new folder"
+        raise DataError(f"{name}: exists already and holds a dataset{other}; {remedy}")
 
 
 def other_than(before: Any, asked: Asked, path: Path) -> str:
