@@ -170,23 +170,26 @@ static void activate(const Shape* s, long rows, long n, In h, T* kept, T* a) {
 template <int MLP>
 static void activate_back(const Shape* s, long rows, long n, long first, long end, const T* kept,
                           In da, T* dh, T* acts, T* packed) {
-  const long m = s->even(), f = s->hidden;
+  const long m = s->even(), f = s->hidden, e = s->up();
   for (long r = 0; r < end; r += PAIR)
-    for (long i = 0; i < n; i += LANES) {
-      const long panel = i / PANEL * PANEL, width = std::min(PANEL, n - panel);
-      const long to = panel * m + (first + r) * width + (i - panel) * PAIR;
-      Lanes a[PAIR] = {}, dx[PAIR] = {}, dfactor[PAIR] = {};
-      for (long p = 0; p < PAIR && r + p < rows; p++) {
-        const long at = (r + p) * n + i;
-        const Lanes x = get(kept + at), d = get(da + at);
-        a[p] = activation<MLP>(x, MLP == SWIGLU ? get(kept + rows * n + at) : x, dx + p,
-                               dfactor + p);
-        set(dh + (r + p) * s->up() + i, dx[p] *= d);
-        if (MLP == SWIGLU) set(dh + (r + p) * s->up() + f + i, dfactor[p] *= d);
+    for (long panel = 0; panel < n; panel += PANEL) {
+      const long width = std::min(PANEL, n - panel);
+      long to = panel * m + (first + r) * width;
+      for (long i = panel; i < panel + width; i += LANES, to += LANES * PAIR) {
+        Lanes a[PAIR] = {}, dx[PAIR] = {}, dfactor[PAIR] = {};
+        for (long p = 0; p < PAIR && r + p < rows; p++) {
+          const long at = (r + p) * n + i;
+          const Lanes x = get(kept + at), d = get(da + at);
+          a[p] = activation<MLP>(x, MLP == SWIGLU ? get(kept + rows * n + at) : x, dx + p,
+                                 dfactor + p);
+          dx[p] *= d;
+          dfactor[p] *= d;
+        }
+        T* row = dh + r * e + i;
+        set_rows(acts + to, nullptr, 0, a);
+        set_rows(packed + to, row, e, dx);
+        if (MLP == SWIGLU) set_rows(packed + f * m + to, row + f, e, dfactor);
       }
-      set_rows(acts + to, a);
-      set_rows(packed + to, dx);
-      if (MLP == SWIGLU) set_rows(packed + f * m + to, dfactor);
     }
 }
 
@@ -372,7 +375,7 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
   };
   share(s->chunks(), s->threads, then, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
-    T *narrow = SCRATCH(T)(rows * d), *dhidden = SCRATCH(T)(rows * e);
+    T *narrow = SCRATCH(T)(rows * d), *dhidden = SCRATCH(T)(end * e);
     float *wide = SCRATCH(float)(rows * std::max({d, q, STRIP})), *dx = o->x + first * d;
     float *dmid = space.dmiddle + first * d, *sums = space.sums + chunk * s->vectors();
     In dleft = p->last_norm ? dx : dy + first * d;

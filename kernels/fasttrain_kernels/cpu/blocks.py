@@ -1,11 +1,9 @@
 """Blocks of the Transformer as one operation on a CPU, written in C++: blocks.cpp.
 
 Tokens go through norm, product, activation and the next product a few at a time, while they are in
-the cache; there is nothing of Python's between. Saved for backward are a block's input, queries,
-keys and values, the attention's output, the hidden states in the middle and those of the
-feed-forward layer before its activation; all else is computed again. Under autocast products take
-bf16, as do the tensors that are saved for them; the residual stream, norms, softmax and sums are
-fp32.
+the cache; there is nothing of Python's between. What products made is saved for backward, all else
+is computed again. Under autocast products take bf16, as do the tensors that are saved for them; the
+residual stream, norms, softmax and sums are fp32.
 
 Source: Dao et al. 2022, FlashAttention (arXiv:2205.14135), for what is recomputed.
 

@@ -28,6 +28,7 @@ struct Tensors {
   float *losses, *lse, *correct;
   T* dhidden;
   float* dweight;  // the last three null where not wanted
+  bool wants_grads() const { return dhidden || dweight; }
 };
 
 struct Stat {
@@ -46,9 +47,9 @@ struct Space : Parts {
   const Tensors* t;
   Row* rows = take<Row>(s->chunk);
   Stat* stats = take<Stat>(s->blocks() * s->chunk);
-  // What is kept of a block: (chunk, width), and packed with zeros behind the last row
-  T* kept = take<T>(t->dhidden ? s->blocks() * s->chunk * s->width : 0);
-  T* packed = take<T>(t->dweight ? s->blocks() * s->even() * s->width : 0);
+  // What is kept of a block: (chunk, width), and packed, with zeros behind the last row
+  T* kept = take<T>(t->wants_grads() ? s->blocks() * s->even() * s->width : 0);
+  T* packed = take<T>(t->wants_grads() ? s->blocks() * s->even() * s->width : 0);
   T* hidden = take<T>(s->chunk * s->dim);
   T* scaled = take<T>(s->chunk * s->dim);
   T* turned = take<T>(t->dweight ? (s->even() + 32) * s->dim : 0);
@@ -72,16 +73,16 @@ static void exponentials(In x, const Shape* s, long n, long rows, const Row* of,
                          T* kept, T* packed, long depth) {
   Lanes sums[PAIR] = {};
   const float cap = s->softcap;
+  const long width = s->width;
   for (long i = 0; i < n; i += LANES) {
     Lanes e[PAIR] = {};
 #pragma GCC unroll 2
     for (long p = 0; p < PAIR && p < rows; p++) {
-      const Lanes y = get(x + p * s->width + i);
+      const Lanes y = get(x + p * width + i);
       sums[p] += e[p] = exponential(y - of[p].from);
       if (cap) e[p] *= 1 - y / cap * (y / cap);
-      if (kept) set(kept + p * s->width + i, e[p]);
     }
-    if (packed) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, e);
+    if (kept) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, kept + i, width, e);
   }
   for (long p = 0; p < rows; p++) stats[p].sum = sum(sums[p]);
 }
@@ -91,8 +92,8 @@ static void exponentials(In x, const Shape* s, long n, long rows, const Row* of,
 static void keep(const Shape* s, const Tensors* t, const Space& made, long block, long first,
                  long rows, long depth, float* logits) {
   const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
-  T* kept = t->dhidden ? made.kept + (block * s->chunk + first) * s->width : nullptr;
-  T* packed = t->dweight ? made.packed + block * s->even() * s->width + first * PANEL : nullptr;
+  T* kept = t->wants_grads() ? made.kept + (block * s->even() + first) * s->width : nullptr;
+  T* packed = made.packed + block * s->even() * s->width + first * PANEL;
   Stat* stats = made.stats + block * s->chunk + first;
   Row* of = made.rows + first;
   for (long p = 0; p < rows; p++) {
@@ -107,8 +108,8 @@ static void keep(const Shape* s, const Tensors* t, const Space& made, long block
   for (long p = 0; p < rows; p++) {
     const long i = of[p].target - column;
     if (i < 0 || i >= n) continue;
-    if (kept) kept[p * s->width + i] = T{};
-    if (packed) packed[i / PANEL * PANEL * depth + i % PANEL * PAIR + p] = T{};
+    T* of_panel = packed + i / PANEL * PANEL * depth + i % PANEL * PAIR + p;
+    if (kept) kept[p * s->width + i] = *of_panel = T{};
   }
 }
 
@@ -180,7 +181,7 @@ static void leave(const Shape* s, const Space& made, long part, long first, long
   float* sums = made.sums + (part * s->chunk + first) * d;
   fetch<1>(sums, some, d, d);
   for (long block = from; block < s->blocks() * (part + 1) / s->parts; block++) {
-    const T* kept = made.kept + (block * s->chunk + first) * s->width;
+    const T* kept = made.kept + (block * s->even() + first) * s->width;
     fetch(kept, some, s->width, s->width);
     product(some, d, round_up(s->columns(block), 32), kept, s->width,
             made.weight + block * s->width * d, sums, d, block > from ? sums : nullptr);
@@ -273,7 +274,6 @@ extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  
   return Space{{nullptr}, s, t}.next - (char*)nullptr;
 }
 
-// Returns whether all is right
 extern "C" bool linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
   std::vector<long> kept;
   for (long r = 0; r < s->n; r++) {

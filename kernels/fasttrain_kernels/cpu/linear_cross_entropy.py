@@ -16,7 +16,7 @@ from .._dispatch import has_memory
 from .._loss_options import LossOptions
 from . import is_fast, load, pointers
 
-# Columns of a block: its logits of 128 rows and a part of the weight share the second cache.
+# Columns of a block: its logits of 64 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
 # In so many parts at most, one thread each, the gradient of the hidden states is summed up.
 _PARTS = 16
@@ -71,8 +71,7 @@ def _layout(
 ) -> tuple[int, int, int]:
     """Return rows of a chunk, columns of a block, and parts, whatever the threads.
 
-    They take the memory of the logits (rows, V). Where columns are few, more is held of hidden
-    states than of logits.
+    They take the memory of the logits (rows, V); where columns are few, of hidden states too.
     """
     n_blocks = -(-n_cols // _WIDTH[dtype])
     n_blocks = n_blocks if n_blocks < 4 else -(-n_blocks // 4) * 4

@@ -1,6 +1,5 @@
-// Matrix products on a CPU, and what operations around them share; the other sources are compiled
-// behind this one. T is the type of the operands: fp32, or bf16 where BF16 is defined. Sums and all
-// else are fp32.
+// Matrix products on a CPU, and what operations around them share; other sources are compiled
+// behind this. T is the operands' type: fp32, or bf16 where BF16 is defined. All else is fp32.
 //
 // C = A · B by tiles of AMX, or by oneDNN's micro-kernels, which libtorch_cpu exports. A lies by
 // rows. B (depth, n) is packed in panels of PANEL columns, one row behind the other; of bf16, PAIR
@@ -56,6 +55,22 @@ typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
+// Of two numbers the second where one is NaN; and 1/x within an ulp or two, x from 1 to 2¹²⁶
+#ifdef __AVX512F__  // g++ 12 makes more instructions than these of the other forms
+static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm512_max_ps((__m512)x, (__m512)y); }
+static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm512_min_ps((__m512)x, (__m512)y); }
+static inline Bits widened(Halves x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); }
+static inline Lanes inverse(Lanes x) {
+  const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
+  return y * (2 - x * y);
+}
+#else
+static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
+static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
+static inline Bits widened(Halves x) { return __builtin_convertvector(x, Bits); }
+static inline Lanes inverse(Lanes x) { return 1 / x; }
+#endif
+
 static inline Lanes get(const float* x) {
   Lanes y;
   std::memcpy(&y, x, sizeof y);
@@ -65,7 +80,7 @@ static inline Lanes get(const float* x) {
 static inline Lanes get(const Bf16* x) {
   Halves y;
   std::memcpy(&y, x, sizeof y);
-  return (Lanes)(__builtin_convertvector(y, Bits) << 16);
+  return (Lanes)(widened(y) << 16);
 }
 
 static inline void set(float* y, Lanes x) { std::memcpy(y, &x, sizeof x); }
@@ -84,23 +99,24 @@ static inline void set(Bf16* y, Lanes x) {
   std::memcpy(y, &halves, sizeof halves);
 }
 
-// Numbers of PAIR rows, one behind the other in x, as they lie in a panel
-static inline void set_rows(T* y, const Lanes* x) {
-#ifdef BF16
-  const Bits low = __builtin_convertvector(rounded(x[0]), Bits);
-  const Bits words = low | __builtin_convertvector(rounded(x[1]), Bits) << 16;
-  std::memcpy(y, &words, sizeof words);
+// Numbers of PAIR rows, one behind the other in x, as they lie in a panel; and by rows, or to null
+static inline void set_rows(T* panel, T* rows, long row, const Lanes* x) {
+#ifndef BF16
+  set(panel, x[0]);
+  if (rows) set(rows, x[0]);
+#elif defined(__AVX512BF16__)
+  typedef uint16_t Pairs __attribute__((vector_size(64)));
+  const Pairs order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+  _mm512_storeu_si512(panel, _mm512_permutexvar_epi16((__m512i)order, halves));
+  if (!rows) return;
+  _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(halves));
+  _mm256_storeu_si256((__m256i*)(rows + row), _mm512_extracti64x4_epi64(halves, 1));
 #else
-  set(y, x[0]);
-#endif
-}
-
-// The other where x is NaN
-static inline Lanes larger(Lanes x, Lanes y) {
-#ifdef __AVX512F__
-  return (Lanes)_mm512_max_ps((__m512)x, (__m512)y);
-#else
-  return x > y ? x : y;
+  const Bits words = widened(rounded(x[0])) | widened(rounded(x[1])) << 16;
+  std::memcpy(panel, &words, sizeof words);
+  for (long p = 0; rows && p < PAIR; p++) set(rows + p * row, x[p]);
 #endif
 }
 
@@ -125,12 +141,11 @@ static inline void fetch(const X* x, long rows, long n, long row) {
       __builtin_prefetch(line, WRITE, 2);
 }
 
-// 0 below −87, and e⁸⁷ above 87; NaN stays NaN, and nothing is denormal. Within 4e-7, relatively; the
-// polynomial's part of it is 1e-7, where |r| <= ln 2 / 2.
+// 0 below −87, e⁸⁷ above 87; NaN stays NaN, nothing is denormal. Within 4e-7, relatively.
 static inline Lanes exponential(Lanes given) {
   const Lanes zero = {}, most = zero + 87.f, least = zero - 87.f;
   const float shift = 12582912;  // 1.5·2²³: what is added to it is rounded to a whole number
-  const Lanes x = -larger(-most, -larger(least, given)), n = x * 1.44269504f + shift;
+  const Lanes x = smaller(most, larger(least, given)), n = x * 1.44269504f + shift;
   const Lanes r = x - (n - shift) * 0.693147182f;
   Lanes p = r * 8.3125250522e-3f + 4.1890113829e-2f;
   p = p * r + 1.6667114466e-1f;
@@ -138,16 +153,6 @@ static inline Lanes exponential(Lanes given) {
   p = p * r + 1.f;
   p = p * r + 1.f;
   return given < least ? zero : (Lanes)((Bits)p + ((Bits)n << 23));
-}
-
-// 1/x within an ulp or two, for x from 1 to 2¹²⁶: a division takes longer than all else of a sigmoid
-static inline Lanes inverse(Lanes x) {
-#ifdef __AVX512F__
-  const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
-  return y * (2 - x * y);
-#else
-  return 1 / x;
-#endif
 }
 
 // Memory of a thread, in lines of the cache, kept from call to call
@@ -231,8 +236,7 @@ struct Tiles { Tiles() {} };
 static void multiply(long m, long n, long k, const T* a, long a_row, const T* b, long b_row,
                      float* c, long c_row, In add) {
 #ifdef __AMX_BF16__
-  // Without oneDNN's 60 ns a call a training step of GPT-2, 128 wide, takes 0.95 of the time, and
-  // of Llama, 256 wide, 0.97 (two cores of a Xeon with AMX, torch 2.13).
+  // Without oneDNN's 60 ns a call steps take 0.95 of the time (GPT-2, 128 wide; Llama 0.97).
   const bool tiled = m % 16 == 0 && k % 32 == 0;
   for (long j = 0; tiled && j < n; j += 32)
     for (long i = 0; i < m; i += 32) {
@@ -373,9 +377,8 @@ static void turn(const T* x, long row, long rows, long n, T* y, long y_row) {
 
 // Threads share the tasks of an operation. Each begins with a part of the tasks that is its own,
 // the same in each operation, so that what it made before lies in its cache; then it helps the
-// others. Blocks at T=64 on two Zen 3 cores: forward takes 0.94 of the time of OpenMP's guided
-// schedule, where the parts change hands by chance, and backward 0.97. When all are done, each
-// thread calls `then`, or there is none: null.
+// others: forward takes 0.94 of the time of OpenMP's guided schedule, backward 0.97 (blocks at
+// T=64, two Zen 3 cores). When all are done, each thread calls `then`, or there is none: null.
 template <class Then, class Task>
 static void share(long n_tasks, long n_threads, Then then, Task task) {
   struct alignas(64) Part {
