@@ -42,11 +42,7 @@ static float soften(float* x, long n, long end, float scale, T* p, float& most) 
   std::fill(x + n, x + whole, -INFINITY);
   Lanes peaks = get(x), sums = {};
   for (long i = LANES; i < whole; i += LANES) peaks = larger(get(x + i), peaks);
-  float part[LANES];
-  set(part, peaks);
-  for (long half = LANES / 2; half; half /= 2)
-    for (long i = 0; i < half; i++) part[i] = std::max(part[i], part[i + half]);
-  most = part[0];
+  most = largest(peaks);
   for (long i = 0; i < whole; i += LANES) {
     const Lanes e = exponential(get(x + i) * scale - most * scale);
     sums += e;

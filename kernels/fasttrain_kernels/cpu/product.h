@@ -64,11 +64,22 @@ static inline Lanes inverse(Lanes x) {
   const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
   return y * (2 - x * y);
 }
+static inline float sum(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float largest(Lanes x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
 static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
 static inline Bits widened(Halves x) { return __builtin_convertvector(x, Bits); }
 static inline Lanes inverse(Lanes x) { return 1 / x; }
+static inline float sum(Lanes x) {
+  for (long half = LANES / 2; half; half /= 2)
+    for (long i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+static inline float largest(Lanes x) {
+  for (long i = 1; i < LANES; i++) x[0] = std::max(x[0], x[i]);
+  return x[0];
+}
 #endif
 
 static inline Lanes get(const float* x) {
@@ -118,14 +129,6 @@ static inline void set_rows(T* panel, T* rows, long row, const Lanes* x) {
   std::memcpy(panel, &words, sizeof words);
   for (long p = 0; rows && p < PAIR; p++) set(rows + p * row, x[p]);
 #endif
-}
-
-static inline float sum(Lanes x) {
-  float part[LANES];
-  set(part, x);
-  for (long half = LANES / 2; half; half /= 2)
-    for (long i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
 }
 
 template <class From, class To>
