@@ -63,6 +63,21 @@ def compiled(cases: Sequence[str]) -> Found:
     return found
 
 
+def test_the_command_takes_all_names_some_or_none_that_is_unknown() -> None:
+    code = """
+import sys
+from benchmarks.gpu_dry import main
+for names in ([], ["two"], ["three"]):
+    sys.argv = ["command", *names]
+    main("suite", ["one", "two"], lambda names: print(names) or [])
+"""
+    command, environment = [sys.executable, "-c", code], {**os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.stdout == "['one', 'two']\n['two']\n"
+    assert result.stderr.endswith("error: no such name: three; there are one; two\n")
+
+
 @cache
 def of_configs() -> Found:
     return compiled([*CONFIGS, DETERMINISTIC])
