@@ -155,12 +155,8 @@ class Memory:
         return held[unit].reshape(at.size, n_units)
 
 
-class Described(NamedTuple):
-    """A tensor as TMA knows it: which box of it is moved, and how that lies in shared memory."""
-
-    tensor: TensorDescriptor
-    box: Sequence[int]
-    swizzle: int  # 1, 2, 3: 16-byte pieces are permuted in lines of 32, 64, 128 bytes
+# A tensor as TMA knows it, and what Triton has it do: which box is moved, how that is swizzled.
+Described = tuple[TensorDescriptor, dict[str, Any]]
 
 
 @dataclass
@@ -175,7 +171,7 @@ class Barrier:
 
 
 def swizzled(address: Array, bits: int) -> Array:
-    """Permute 16-byte pieces of shared memory as TMA and wgmma do, by the number of their line."""
+    """Permute 16-byte pieces of 16 << ``bits`` as TMA and wgmma do, by the number of their line."""
     return address ^ (address >> 7 & (1 << bits) - 1) << 4
 
 
@@ -596,21 +592,20 @@ class Machine:
 
         The last of the three tells which pieces are inside of the tensor; only they have a second.
         """
-        names = [*_names(box), _names(to)[0]]
+        names = [*_names(box), *_names(to)]
         number, *at, start = (
             int(np.broadcast_to(self.get(name, "s32"), self.n)[thread]) for name in names
         )
-        described = self.descriptors[number]
-        tensor, box_shape = described.tensor, [*described.box]
+        tensor, how = self.descriptors[number]
         assert tensor.base.element_size() == 2
         assert all(step % 8 == 0 for step in (*tensor.shape[-1:], *tensor.strides[:-1]))
-        pieces = [*box_shape[:-1], box_shape[-1] // 8]
-        index = np.indices(pieces).reshape(len(pieces), -1)
+        *rest, row = how["block_size"]
+        index = np.indices([*rest, row // 8]).reshape(len(rest) + 1, -1)
         index[-1] *= 8
         index += np.array(at[::-1])[:, None]
         inside = ((index >= 0) & (index < np.array(tensor.shape)[:, None])).all(0)
         offset = 2 * np.array(tensor.strides) @ index[:, inside]
-        shared = swizzled(start + 16 * np.arange(inside.size), described.swizzle)
+        shared = swizzled(start + 16 * np.arange(inside.size), how["swizzle"])
         threads = np.full(inside.size, thread)
         outside = self.memory.find(tensor.base.data_ptr() + offset, 16)
         return self._shared(shared, 16, threads), outside, inside
@@ -719,11 +714,8 @@ def emulated(
         n_blocks, *others = grid
         assert set(others) <= {1}, "blocks are numbered along one axis"
         described = [x for x in map(named.get, kinds) if isinstance(x, TensorDescriptor)]
-        metas = getattr(kernel.metadata, "tensordesc_meta", None) or []
-        descriptors = [
-            Described(x, meta["block_size"], meta["swizzle"])
-            for x, meta in zip(described, metas, strict=True)
-        ]
+        moved = getattr(kernel.metadata, "tensordesc_meta", None) or []
+        descriptors = [*zip(described, moved, strict=True)]
         tensors = [named[name] for name in kinds if isinstance(named[name], Tensor)]
         tensors += [x.base for x in described]
         tables = [named[name] for name in kinds if "pointers" in name]
