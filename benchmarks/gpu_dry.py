@@ -311,9 +311,11 @@ def main(suite: str, names: Sequence[str], entries_of: Callable[[Any], Any], **g
     """Print what is known of the names on the command line, all by default, and write a file."""
     about = sys.modules["__main__"].__doc__ or ""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
-    parser.add_argument("names", nargs="*", choices=names, metavar="NAME", help="; ".join(names))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(names))
     parser.add_argument("--results", type=Path, help="folder for a JSON file of all", **given)
     arguments, entries = parser.parse_args(), []
+    if unknown := set(arguments.names) - set(names):  # `choices` rejects no names before 3.12
+        parser.error(f"no such name: {'; '.join(sorted(unknown))}; there are {'; '.join(names)}")
     for entry in entries_of(arguments.names or names):
         print(json.dumps(entry, indent=1), flush=True)
         entries.append(entry)

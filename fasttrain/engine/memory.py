@@ -11,7 +11,7 @@ fuses and recomputes, and mostly takes less.
     optimizer    `optim.state_bytes`: 8 bytes a parameter for AdamW, 4 for Muon
     activations  all else that is alive at the peak: kept for backward, and temporaries
     logits       one chunk of the fused loss: rows · vocabulary · itemsize (and the head, cast)
-    buffers      tables of the model, batches on the device
+    buffers      tables of the model, batches on the device, matrices rounded once a step
     gathered     of sharded parameters: what is gathered of them, its gradients, and collectives
 
 On several ranks it is the memory of one. DDP keeps all gradients in its buckets throughout. What
@@ -45,7 +45,7 @@ from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
 from fasttrain.engine.optim import build_optimizers, optimizer_tensors, state_bytes
 from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.step import TrainStep, default_criterion
+from fasttrain.engine.step import TrainStep, default_criterion, rounds_once
 from fasttrain.model.transformer import Transformer
 
 # Of the memory that is free: the rest is for evaluation, samples, snapshots and fragmentation.
@@ -203,6 +203,12 @@ def estimate_memory(
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak
     activations = others - logits
+    if mode == "single" and n_micro > 1 and rounds_once(config, device, precision):
+        # Autocast, which is traced instead, holds as much until the backward pass.
+        matrices = (p for p in trace.model.blocks.parameters() if p.ndim == 2)
+        copies = precision.compute.itemsize * sum(p.numel() for p in matrices)
+        activations, buffers = activations - copies, buffers + copies
+        scratch = max(scratch, all_gradients - copies)  # of a micro-batch, before they are added
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         precision = replace(precision, device_type="cpu")

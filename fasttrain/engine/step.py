@@ -62,6 +62,17 @@ def summed_loss(
     )
 
 
+def rounds_once(config: TrainConfig, device: torch.device, precision: Precision) -> bool:
+    """Return whether one rank that accumulates has `TrainStep.copies` of our own model."""
+    return (
+        device.type == "cuda"
+        and resolve_compile(config, device) in ("default", "max-autotune-no-cudagraphs")
+        and precision.compute.itemsize == 2
+        and not config.run.fp8  # which would round twice
+        and config.train.activation_checkpointing == "none"  # which saves the memory of copies
+    )
+
+
 def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
     options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
@@ -258,15 +269,8 @@ class TrainStep:
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self.network: nn.Module = model
-        if (
-            self.compile_mode in ("default", "max-autotune-no-cudagraphs")
-            and device.type == "cuda"
-            and precision.compute.itemsize == 2
-            and accumulates
-            and world.size == 1
-            and not run.fp8  # which would round twice
-            and loop.activation_checkpointing == "none"  # which saves the memory of copies
-        ):
+        alone = world.size == 1 and not custom
+        if accumulates and alone and rounds_once(config, device, precision):
             self._round_once()
         # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
         # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the

@@ -9,6 +9,7 @@ import torch
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.device import resolve_precision
 from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak, probe_step
+from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -71,6 +72,32 @@ def test_the_categories_are_what_they_are_called() -> None:
     plain = estimate_memory(CASES["llama"], device=CPU, precision=precision)
     assert accumulated.gradients == accumulated.parameters
     assert plain.gradients == 0  # at the end of the forward pass there are none yet
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "seq_len"), [(64, 8, 64), (256, 1, 8)], ids=["forward pass", "gradients"]
+)
+def test_matrices_rounded_once_a_step_are_counted(dim: int, rows: int, seq_len: int) -> None:
+    """The peak is the forward pass, in which autocast holds as much, or gradients meet new ones."""
+    run = {"dtype": "bf16", "compile": "default"}
+    train = {"micro_batch": rows, "tokens_per_step": 2 * rows * seq_len}
+    config = config_of({"dim": dim}, run=run, train=train, data={"seq_len": seq_len})
+    eager = replace(config, run=replace(config.run, compile="off"))
+    precision = resolve_precision("bf16", CPU)
+    ours, plain = (
+        estimate_memory(c, device=torch.device("cuda"), precision=precision)
+        for c in (config, eager)
+    )
+    model = Transformer(config.model, seq_len=seq_len)
+    step = TrainStep(model, [], eager, device=CPU, precision=precision)
+    step._round_once()
+    copies = sum(copy.nbytes for copy in step.copies.values())
+    assert ours.buffers - plain.buffers == copies > 0
+    if rows > 1:
+        assert ours.total == plain.total
+    else:
+        gradients = sum(4 * p.numel() for p in model.parameters())
+        assert (ours.gradients, ours.activations) == (gradients, gradients - copies)
 
 
 def test_an_estimate_allocates_nothing_and_moves_no_random_state() -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from fasttrain_kernels.catalogue import ELEMENTWISE
 
-from tests.support.kernel_ops import LARGE_NAMES, SMALL_NAMES
-from tests.support.ptx import Fault, decode, encode, run_op
+from tests.support.kernel_ops import HOPPER_NAMES, LARGE_NAMES, SMALL_NAMES
+from tests.support.ptx import Fault, run_op
+from tests.support.ptx_values import decode, encode
 
 OF_ELEMENTWISE = {
     op.__name__: [f"_{op.__name__}_fwd_kernel", f"_{op.__name__}_bwd_kernel"] for op in ELEMENTWISE
@@ -29,11 +30,13 @@ KERNELS = OF_ELEMENTWISE | {
     "adamw": ["advance_kernel", "adamw_kernel"],
     "muon": ["muon_direction_kernel", "muon_apply_kernel"],
     "grad_norm": ["_sum_squares_kernel", "_finish_kernel"],
+    "symmetric_matmul": ["_symmetric_kernel"],
 }
-NOT_EMULATED = {"_symmetric_kernel"}  # TMA and wgmma
+BY_TMA = {"_symmetric_kernel"}  # which needs no masks; some barriers are not for the data
 NO_BARRIER = {"_scale_kernel", "_rope_kernel", "adamw_kernel"}
 NO_BARRIER |= {*KERNELS["muon"], *itertools.chain(*OF_ELEMENTWISE.values())}
-FIRST = list({name.split()[0]: name for name in reversed(SMALL_NAMES)}.values())
+NAMES = [*SMALL_NAMES, *HOPPER_NAMES]
+FIRST = list({name.split()[0]: name for name in reversed(NAMES)}.values())
 # Of every kernel the first operation that launches it.
 PLANTED = {kernel: name for name in FIRST for kernel in KERNELS[name.split()[0]]}
 
@@ -51,10 +54,10 @@ def test_every_kernel_is_among_them() -> None:
     package = Path(__file__).parents[2] / "kernels/fasttrain_kernels"
     source = "\n".join(path.read_text("utf-8") for path in package.glob("*.py"))
     defined = set(re.findall(r"@triton\.jit\s+def (\w+_kernel)\(", source))
-    assert set(PLANTED) | NOT_EMULATED == defined
+    assert set(PLANTED) == defined
 
 
-@pytest.mark.parametrize("name", SMALL_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_kernels_agree_with_fp64(run: Run, name: str) -> None:
     assert set(run(name)) == set(KERNELS[name.split()[0]])
 
@@ -72,7 +75,7 @@ def test_removed_barriers_are_found(run: Run, kernel: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kernel", sorted(PLANTED.keys() - NO_BARRIER))
+@pytest.mark.parametrize("kernel", sorted(PLANTED.keys() - NO_BARRIER - BY_TMA))
 def test_any_removed_barrier_is_found(run: Run, kernel: str) -> None:
     for nth in itertools.count():
         # Atomic groups: where there are no more, no other way to count them is tried.
@@ -90,10 +93,27 @@ def test_any_removed_barrier_is_found(run: Run, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("access", ["ld", "st"])
-@pytest.mark.parametrize("kernel", sorted(PLANTED))
+@pytest.mark.parametrize("kernel", sorted(PLANTED.keys() - BY_TMA))
 def test_removed_masks_are_found(run: Run, kernel: str, access: str) -> None:
     with pytest.raises(Fault, match=kernel):
         run(PLANTED[kernel], kernel, rf"@!?%p\d+ ({access}\.global)", r"\1")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "to", "error", "message"),
+    [
+        (r"mbarrier\.try_wait[^;]*;", "mov.pred complete, -1;", AssertionError, "error nan"),
+        (r"(expect_tx\S+ _, \S+), 49152", r"\1, 49153", Fault, "does not arrive"),
+        (r"(wgmma\.wait_group\S+) 1", r"\1 4", AssertionError, "error"),
+        (r"(wgmma\.wait_group\S+) 0", r"\1 1", AssertionError, "error"),
+        (r"cp\.async\.bulk\.wait_group\.read\s+0;", "", AssertionError, "error"),
+    ],
+)
+def test_S11_what_is_not_waited_for_is_found(
+    run: Run, pattern: str, to: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(HOPPER_NAMES[-1], "_symmetric_kernel", pattern, to)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])

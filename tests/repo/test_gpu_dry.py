@@ -44,14 +44,18 @@ print(json.dumps(found))
 """
 
 
+def apart() -> dict[str, str]:
+    """Return the environment of a process in which kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return environment | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
 def compiled(cases: Sequence[str]) -> Found:
     """Compile cases with one layer in two processes; return what `CODE` says of each."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CODE]
     processes = [
         subprocess.Popen(
-            [*command, *cases[i::2]], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            [*command, *cases[i::2]], stdout=subprocess.PIPE, text=True, env=apart(), cwd=ROOT
         )
         for i in range(2)
     ]
@@ -61,6 +65,20 @@ def compiled(cases: Sequence[str]) -> Found:
         assert process.returncode == 0
         found |= json.loads(output)
     return found
+
+
+def test_the_command_takes_all_names_some_or_none_that_is_unknown() -> None:
+    code = """
+import sys
+from benchmarks.gpu_dry import main
+for names in ([], ["two"], ["three"]):
+    sys.argv = ["command", *names]
+    main("suite", ["one", "two"], lambda names: print(names) or [])
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=apart(), cwd=ROOT)
+    assert result.stdout == "['one', 'two']\n['two']\n"
+    assert result.stderr.endswith("error: no such name: three; there are one; two\n")
 
 
 @cache

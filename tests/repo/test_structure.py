@@ -26,7 +26,7 @@ BUDGETS = {
     "fasttrain/data": 2_020,
     "fasttrain/data/prepare": 1_260,
     "fasttrain/distributed": 780,
-    "fasttrain/engine": 2_520,
+    "fasttrain/engine": 2_530,
     "fasttrain/log": 900,
     "fasttrain/model": 900,
     "fasttrain/preflight": 500,

@@ -9,7 +9,7 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.support.ptx import Array, decode, encode, flushed
+from tests.support.ptx_values import Array, decode, encode, flushed
 
 BUILDER, EXECUTOR = interpreter.InterpreterBuilder, interpreter.GridExecutor
 UNIT = 2  # bytes: who touched what is noted for so many

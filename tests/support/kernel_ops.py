@@ -22,6 +22,7 @@ from fasttrain_kernels.catalogue import (
     muon,
     results,
     rms_norm,
+    symmetric_matmul,
 )
 from torch import Tensor
 
@@ -71,6 +72,12 @@ SMALL: list[tuple[Callable[..., Op], dict[str, Any]]] = [
     (muon, {"dtype": "bf16", "rows": 40, "cols": 24}),
     (grad_norm, {"dtype": "bf16", "sizes": (16389, 8195, 1)}),
 ]
+# Those whose kernel is for Hopper. Tiles on the diagonal and below it, some partly or all outside;
+# more steps along a row than there are stages.
+HOPPER: list[tuple[Callable[..., Op], dict[str, Any]]] = [
+    (symmetric_matmul, {"dtype": "bf16", "rows": 392, "cols": 72, "n": 1}),
+    (symmetric_matmul, {"dtype": "fp16", "rows": 264, "cols": 264, "add": True}),
+]
 
 
 def _large() -> Iterator[tuple[Callable[..., Op], dict[str, Any]]]:
@@ -107,9 +114,10 @@ def _name(op: Callable[..., Op], options: dict[str, Any]) -> str:
     return " ".join([op.__name__, options["dtype"], *words])
 
 
-_BY_NAME = {_name(*entry): entry for entry in [*SMALL, *_large()]}
+_BY_NAME = {_name(*entry): entry for entry in [*SMALL, *HOPPER, *_large()]}
 SMALL_NAMES = [_name(*entry) for entry in SMALL]
-LARGE_NAMES = [name for name in _BY_NAME if name not in SMALL_NAMES]
+HOPPER_NAMES = [_name(*entry) for entry in HOPPER]
+LARGE_NAMES = [name for name in _BY_NAME if name not in (*SMALL_NAMES, *HOPPER_NAMES)]
 
 
 def op_named(name: str) -> Op:

@@ -4,7 +4,8 @@ Inside `emulated`, launches on CPU tensors are compiled as for a GPU and their P
 the tensors' own memory. A launch raises `Fault` where it touches bytes that belong to none of its
 tensors, is misaligned, reads shared memory that nobody wrote, or where two warps that no barrier
 separates, or two blocks, touch the same bytes, one of them storing. Registers that were not written
-hold NaN, and what ``cp.async`` copies arrives as late as it may.
+hold NaN; what ``cp.async`` and TMA copy arrives, and what ``wgmma`` multiplies is read, as late as
+it may.
 
 Legend: n threads of the blocks that run side by side, 32 of them a warp; m of them that are active.
 """
@@ -15,19 +16,32 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
-from fasttrain_kernels import aot, triton_on_cpu
+from fasttrain_kernels import aot, symmetric, triton_on_cpu
 from torch import Tensor
 from torch.nn import Parameter
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.support import kernel_ops
+from tests.support.ptx_values import (
+    FUNCTIONS,
+    REDUCTIONS,
+    ROUNDINGS,
+    Array,
+    compare,
+    decode,
+    dtype_of,
+    encode,
+    flushed,
+)
 
-Array = np.ndarray
 Mask = Array | None  # of threads, None: all
 MOST_THREADS = 8192  # that run side by side
 UNIT = 2  # bytes, the least that a kernel accesses: who touched what is noted for so many
@@ -39,87 +53,6 @@ class Fault(Exception):
     """Compiled code does what no GPU program may do."""
 
 
-# Values: registers hold unsigned bits, and instructions say what they mean.
-
-
-def dtype_of(kind: str) -> np.dtype[Any]:
-    """Return the numpy type of a PTX type: ``s32``, ``b64``, ``f32``, ``pred``."""
-    letter = {"b": "u", "s": "i"}.get(kind[0], kind[0])
-    return np.dtype(bool if kind == "pred" else f"{letter}{int(kind[1:]) // 8}")
-
-
-def decode(bits: Array, kind: str) -> Array:
-    """Read bits as a PTX type; 16-bit floats become fp32, a pair of them gains an axis."""
-    if kind.endswith("x2"):
-        return decode(np.stack([bits & 0xFFFF, bits >> 16]).astype(np.uint16), kind[:-2])
-    if kind == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    if kind == "f16":
-        return bits.view(np.float16).astype(np.float32)
-    dtype = dtype_of(kind)
-    return bits.view(dtype) if bits.itemsize == dtype.itemsize else bits.astype(dtype)
-
-
-def encode(value: Array, kind: str) -> Array:
-    """Round values to a PTX type, to nearest even; a pair becomes one number."""
-    if kind.endswith("x2"):
-        low, high = encode(value, kind[:-2]).astype(np.uint32)
-        return low | high << 16
-    if kind == "bf16":
-        bits = value.astype(np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
-    if kind == "f16":
-        return value.astype(np.float16).view(np.uint16)
-    return value.astype(dtype_of(kind), copy=False)
-
-
-def flushed(x: Array) -> Array:
-    """Replace subnormal numbers by zeros."""
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
-
-
-def _wide(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Compute in fp64 and round once."""
-    return lambda *v: function(*(x.astype(np.float64) for x in v)).astype(np.float32)
-
-
-def _divide(x: Array, y: Array) -> Array:
-    return x / y if x.dtype.kind == "f" else (x - np.fmod(x, y)) // y
-
-
-def _bit_field(x: Array, start: Array, length: Array) -> Array:
-    unused = (8 * x.itemsize - length).astype(x.dtype)
-    return x << (unused - start.astype(x.dtype)) >> unused
-
-
-COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal,
-}  # fmt: skip
-
-
-def compare(how: str, x: Array, y: Array) -> Array:
-    """Compare as ``setp`` does: with NaN ``ne`` is false and ``neu`` true."""
-    unordered = np.isnan(x) | np.isnan(y) if x.dtype.kind == "f" else np.False_
-    if how in ("nan", "num"):
-        return unordered if how == "nan" else ~unordered
-    found = COMPARISONS[how[:2]](x, y)
-    return found | unordered if len(how) == 3 else found & ~unordered
-
-
-FUNCTIONS: dict[str, Callable[..., Array]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "rem": np.fmod,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
-    "shl": np.left_shift, "shr": np.right_shift, "bfe": _bit_field, "mov": np.asarray,
-    "max": np.fmax, "min": np.fmin, "abs": np.abs, "neg": np.negative, "cvt": np.asarray,
-    "mad": lambda x, y, z: x * y + z, "fma": _wide(lambda x, y, z: x * y + z),
-    "setp": compare, "selp": lambda x, y, chosen: np.where(chosen, x, y),
-    "ex2": _wide(np.exp2), "lg2": _wide(np.log2), "sqrt": _wide(np.sqrt),
-    "rsqrt": _wide(lambda x: 1 / np.sqrt(x)), "rcp": _wide(lambda x: 1 / x),
-}  # fmt: skip
-ROUNDINGS = {"rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil, "rni": np.rint}
-REDUCTIONS: dict[str, Any] = {"min": np.min, "max": np.max, "add": np.sum}
 # Memory: the tensors of a launch and the shared memory of its blocks, in one array.
 
 
@@ -222,6 +155,26 @@ class Memory:
         return held[unit].reshape(at.size, n_units)
 
 
+# A tensor as TMA knows it, and what Triton has it do: which box is moved, how that is swizzled.
+Described = tuple[TensorDescriptor, dict[str, Any]]
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived, and the bytes that they have announced."""
+
+    count: int  # that arrive in a phase
+    arrived: int = 0
+    announced: int = 0
+    phase: int = 0
+    copies: list[tuple[Array, Array]] = field(default_factory=list)  # positions, what arrives there
+
+
+def swizzled(address: Array, bits: int) -> Array:
+    """Permute 16-byte pieces of 16 << ``bits`` as TMA and wgmma do, by the number of their line."""
+    return address ^ (address >> 7 & (1 << bits) - 1) << 4
+
+
 # Programs.
 
 
@@ -241,15 +194,18 @@ class Program:
     def __init__(self, ptx: str) -> None:
         ptx = re.sub(r"//[^\n]*", "", ptx)
         head, body = ptx[ptx.index(".visible .entry") :].split("\n{", 1)
-        body = body.split("\n}")[0]
+        body = body.rsplit("\n}", 1)[0]
         self.name = re.findall(r"\.entry (\w+)", head)[0]
         self.parameters = re.findall(r"\.param \.(\w+)[^\n]*?(\w+_param_\d+)", head)
         self.threads = int(re.findall(r"\.reqntid (\d+)", head)[0])
         self.widths = {name: kind for kind, name in re.findall(r"\.reg \.(\w+)\s+(%\w+)<", body)}
+        for kind, name in {*re.findall(r"\.reg \.(\w+) (\w+);", body)}:  # of blocks in braces
+            body = re.sub(rf"\b{name}\b", f"%{name}", body)
+            self.widths[f"%{name}"] = kind
         self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
+        self.labels: dict[str, int] = {}  # of those in braces the last; none is jumped to here
         lines = (line for line in body.splitlines() if not line.lstrip().startswith("."))
-        for statement in re.sub(r"(\$\w+):", r"\1:;", "\n".join(lines)).split(";"):
+        for statement in re.sub(r"(?m)^\s*([$\w]+):", r"\1:;", "\n".join(lines)).split(";"):
             text = " ".join(statement.split()).lstrip("{} ")
             if text.endswith(":"):
                 self.labels[text[:-1]] = len(self.instructions)
@@ -270,9 +226,10 @@ class Machine:
     """Blocks of a program that run side by side."""
 
     def __init__(
-        self, program: Program, memory: Memory, values: Sequence[int], blocks: Array, grid: int
-    ) -> None:
-        self.program, self.memory = program, memory
+        self, program: Program, memory: Memory, values: Sequence[int], blocks: Array, grid: int,
+        descriptors: Sequence[Described],
+    ) -> None:  # fmt: skip
+        self.program, self.memory, self.descriptors = program, memory, descriptors
         self.blocks, self.threads = blocks, program.threads
         thread, block = np.tile(np.arange(self.threads), len(blocks)), blocks.repeat(self.threads)
         self.n = thread.size
@@ -283,6 +240,10 @@ class Machine:
         }  # fmt: skip
         names = [name for _, name in program.parameters]
         self.values = dict(itertools.zip_longest(names, values, fillvalue=0))
+        self.special |= {  # the address of a descriptor is its number
+            name: np.array([self.values[name]]) for kind, name in program.parameters
+            if kind == "align"
+        }  # fmt: skip
         self.registers: dict[str, Array] = {}
         self.who = block * PER_BLOCK + thread // 32
         self.epoch = np.zeros(self.n, np.int64)
@@ -291,6 +252,11 @@ class Machine:
         self.merges = False  # whether blocks that are elsewhere must keep their registers
         self.copying: list[tuple[Array, Array, Array]] = []  # positions, threads, what is copied
         self.groups: list[list[tuple[Array, Array, Array]]] = []
+        self.barriers: dict[int, Barrier] = {}  # by position
+        self.storing: list[tuple[int, Array, Array, Array]] = []  # threads, boxes
+        # Of wgmma, with its operands; blocks that have some in flight are at the same instruction
+        self.products: list[tuple[Instruction, Array, Array]] = []
+        self.product_groups: list[list[tuple[Instruction, Array, Array]]] = []
 
     def run(self) -> None:
         """Run all blocks to their end."""
@@ -435,6 +401,11 @@ class Machine:
 
     # What the 32 threads of a warp do together.
 
+    def _elect(self, instruction: Instruction, mask: Mask) -> None:
+        leader, elected = instruction.operands[0].split("|")
+        self.put(leader, np.zeros(1, np.uint32), mask)
+        self.put(elected, self.lane == 0, mask)
+
     def _shfl(self, instruction: Instruction, mask: Mask) -> None:
         to, source, by, *_ = instruction.operands
         value = np.broadcast_to(self.get(source, "u32"), self.n).reshape(-1, 32)
@@ -470,6 +441,51 @@ class Machine:
         for name, added, part in zip(_names(to), _names(c), parts, strict=True):
             self.put(name, self.get(added, "f32") + part, mask)
 
+    def _wgmma(self, instruction: Instruction, mask: Mask) -> None:
+        """Multiply tiles in shared memory, four warps together, when they are waited for."""
+        how, operands = instruction.opcode[1], instruction.operands
+        if how == "mma_async":
+            a, b = (np.broadcast_to(self.get(name, "u64"), self.n) for name in operands[1:3])
+            self.products.append((instruction, a, b))
+        elif how == "commit_group":
+            self.product_groups.append(self.products)
+            self.products = []
+        elif how == "wait_group":
+            done = max(len(self.product_groups) - int(operands[0], 0), 0)
+            for product in itertools.chain(*self.product_groups[:done]):
+                self._multiply(*product)
+            self.product_groups = self.product_groups[done:]
+
+    def _multiply(self, instruction: Instruction, a: Array, b: Array) -> None:
+        _, _, _, _, shape, out, *kinds = instruction.opcode
+        names, _, _, scale, *signs = instruction.operands
+        n_cols = int(re.fullmatch(r"m64n(\d+)k16", shape)[1])  # type: ignore[index]
+        if out != "f32" or len({*kinds}) != 1 or signs != ["1", "1", "0", "0"]:
+            raise NotImplementedError(f"PTX: {instruction.text}")
+        left, right = (self._tile(x, n, kinds[0]) for x, n in ((a, 64), (b, n_cols)))
+        product = left @ right.swapaxes(1, 2)
+        # A warp has 16 rows, a thread two of them 8 apart, and of 8 columns two.
+        parts = product.reshape(-1, 4, 2, 8, n_cols // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
+        whole = np.zeros((n_cols // 2, self.n), np.float32)
+        whole[:, self.on] = parts.reshape(len(whole), -1)
+        kept = self.get(scale, "pred")
+        for name, part in zip(_names(names), whole, strict=True):
+            self.put(name, np.where(kept, self.get(name, "f32"), np.float32(0)) + part, None)
+
+    def _tile(self, descriptor: Array, n_rows: int, kind: str) -> Array:
+        """Return (groups of four warps, rows, 16) fp32; rows lie in lines of 128 bytes."""
+        first = np.flatnonzero(self.on)[::128]
+        bits, row = descriptor[first].astype(np.int64)[:, None, None], np.arange(n_rows)[:, None]
+        if (bits >> 62 & 3 != 1).any() or (bits >> 49 & 7).any():
+            raise NotImplementedError("PTX: an operand of wgmma without the swizzle of 128 bytes")
+        eights = (bits >> 32 & 0x3FFF) << 4  # bytes from 8 rows to the next
+        at = ((bits & 0x3FFF) << 4) + row // 8 * eights + row % 8 * 128 + np.array([0, 16])
+        at, each = swizzled(at, 3).reshape(len(first), -1), 2 * n_rows
+        where = self._shared(at.ravel(), 16, first.repeat(each))
+        who = self.who[first].repeat(each) // PER_BLOCK * PER_BLOCK + MANY_WARPS
+        found = self.memory.access(where, 16, who, self.epoch[first].repeat(each))
+        return decode(found, kind).reshape(-1, n_rows, 16)
+
     # Memory.
 
     def _access(
@@ -485,6 +501,9 @@ class Machine:
         address = address + int(offset or "0", 0)
         if space == "global":
             return self.memory.find(address, size)
+        return self._shared(address, size, threads)
+
+    def _shared(self, address: Array, size: int, threads: Array) -> Array:
         if ((address < 0) | (address + size > self.memory.shared)).any():
             raise Fault("an address is not in shared memory")
         return address + self.shared_at[threads]
@@ -521,7 +540,9 @@ class Machine:
     def _cp(self, instruction: Instruction, mask: Mask) -> None:
         """Copy asynchronously: NaN is there at once, and what was copied when it is waited for."""
         how, operands = instruction.opcode[2], instruction.operands
-        if how == "commit_group":
+        if how == "bulk":
+            self._bulk(instruction, mask)
+        elif how == "commit_group":
             self.groups.append(self.copying)
             self.copying = []
         elif how == "wait_group":
@@ -541,6 +562,83 @@ class Machine:
             self._access(operands[0], "shared", size, threads, np.full_like(found, 0x7FFF))
             at = self._positions(operands[0], "shared", size, threads)
             self.copying.append((at, threads, found))
+
+    def _bulk(self, instruction: Instruction, mask: Mask) -> None:
+        """Move boxes of tensors; TMA reads shared memory, and fills it, as late as it may."""
+        how, operands = instruction.opcode[3], instruction.operands
+        if how == "tensor":
+            for thread in self._active(mask):
+                if instruction.opcode[-1] == "bulk_group":
+                    self.storing.append((thread, *self._box(operands[0], operands[1], thread)))
+                    continue
+                shared, outside, inside = self._box(operands[1], operands[0], thread)
+                found = np.zeros((shared.size, 8), np.uint16)
+                found[inside] = self._moved(thread, outside)
+                self._moved(thread, shared, np.full_like(found, 0x7FFF))
+                at = self._positions(operands[2], "shared", 8, np.array([thread]))
+                self.barriers[int(at[0])].copies.append((shared, found))
+        elif how == "wait_group":
+            for thread, shared, outside, inside in self.storing:
+                self._moved(thread, outside, self._moved(thread, shared)[inside])
+            self.storing.clear()
+
+    def _moved(self, thread: int, at: Array, stored: Array | None = None) -> Array:
+        """Load or store pieces of 16 bytes for one thread."""
+        who, epoch = np.full(at.size, self.who[thread]), np.full(at.size, self.epoch[thread])
+        return self.memory.access(at, 16, who, epoch, stored)
+
+    def _box(self, box: str, to: str, thread: int) -> tuple[Array, Array, Array]:
+        """Return positions of a box's pieces in shared memory and the tensor's, which may end.
+
+        The last of the three tells which pieces are inside of the tensor; only they have a second.
+        """
+        names = [*_names(box), *_names(to)]
+        number, *at, start = (
+            int(np.broadcast_to(self.get(name, "s32"), self.n)[thread]) for name in names
+        )
+        tensor, how = self.descriptors[number]
+        assert tensor.base.element_size() == 2
+        assert all(step % 8 == 0 for step in (*tensor.shape[-1:], *tensor.strides[:-1]))
+        *rest, row = how["block_size"]
+        index = np.indices([*rest, row // 8]).reshape(len(rest) + 1, -1)
+        index[-1] *= 8
+        index += np.array(at[::-1])[:, None]
+        inside = ((index >= 0) & (index < np.array(tensor.shape)[:, None])).all(0)
+        offset = 2 * np.array(tensor.strides) @ index[:, inside]
+        shared = swizzled(start + 16 * np.arange(inside.size), how["swizzle"])
+        threads = np.full(inside.size, thread)
+        outside = self.memory.find(tensor.base.data_ptr() + offset, 16)
+        return self._shared(shared, 16, threads), outside, inside
+
+    def _mbarrier(self, instruction: Instruction, mask: Mask) -> None:
+        how, operands, threads = instruction.opcode[1], instruction.operands, self._active(mask)
+        place = next(operand for operand in operands if operand.startswith("["))
+        for at in self._positions(place, "shared", 8, threads).tolist():
+            if how == "init":
+                self.barriers[at] = Barrier(int(operands[1], 0))
+            elif how == "inval":
+                del self.barriers[at]
+            elif how == "arrive":
+                self.barriers[at].arrived += 1
+                self.barriers[at].announced += int(operands[2], 0)
+        if how == "try_wait":
+            parity = np.broadcast_to(self.get(operands[2], "u32"), self.n)[threads]
+            at = self._positions(place, "shared", 8, threads)
+            for here, of in np.unique(np.stack([at, parity]), axis=1).T.tolist():
+                self._finish_phase(self.barriers[here], of)
+            self.put(operands[0], np.array([True]), mask)
+
+    def _finish_phase(self, barrier: Barrier, parity: int) -> None:
+        """Let what is under way arrive, unless the phase of this parity has ended before."""
+        if barrier.phase % 2 != parity:
+            return
+        n_bytes = sum(found.nbytes for _, found in barrier.copies)
+        if (barrier.arrived, n_bytes) != (barrier.count, barrier.announced):
+            raise Fault("waits for what does not arrive")
+        for at, found in barrier.copies:
+            self.memory.bytes.view(np.uint16)[at[:, None] // UNIT + np.arange(8)] = found
+        barrier.arrived, barrier.announced, barrier.phase = 0, 0, barrier.phase + 1
+        barrier.copies.clear()
 
     def _rows(self, instruction: Instruction) -> Array:
         """Return the threads that address rows of the 8x8 matrices, (warps * matrices * 8,)."""
@@ -615,15 +713,24 @@ def emulated(
         program = Program(edit(kernel.asm["ptx"]))
         n_blocks, *others = grid
         assert set(others) <= {1}, "blocks are numbered along one axis"
+        described = [x for x in map(named.get, kinds) if isinstance(x, TensorDescriptor)]
+        moved = getattr(kernel.metadata, "tensordesc_meta", None) or []
+        descriptors = [*zip(described, moved, strict=True)]
         tensors = [named[name] for name in kinds if isinstance(named[name], Tensor)]
+        tensors += [x.base for x in described]
         tables = [named[name] for name in kinds if "pointers" in name]
         tensors += tensors_at([address for table in tables for address in table.flatten().tolist()])
         memory = Memory(tensors, kernel.metadata.shared, n_blocks)
-        values = [_bits(named[name], kind) for name, kind in kinds.items()]
+        values, numbers = list[int](), itertools.count()
+        for name, kind in kinds.items():
+            if isinstance(x := named[name], TensorDescriptor):
+                values += [next(numbers), *x.shape, *x.strides]
+            else:
+                values.append(_bits(x, kind))
         side_by_side = max(1, MOST_THREADS // program.threads)
         for first in range(0, n_blocks, side_by_side):
             blocks = np.arange(first, min(first + side_by_side, n_blocks))
-            Machine(program, memory, values, blocks, n_blocks).run()
+            Machine(program, memory, values, blocks, n_blocks, descriptors).run()
         memory.write_back()
         launched.append(program.name)
         return kernel
@@ -662,7 +769,8 @@ def run_op(name: str, kernel: str = "", pattern: str = "", to: str = "") -> list
         return edited
 
     op = kernel_ops.op_named(name)
-    with emulated("sm_90", edit) as launched:
+    any_size = patch.multiple(symmetric, _LEAST_ROWS=8, _LEAST_ELEMENTS=0)
+    with any_size, emulated("sm_90", edit) as launched:
         kernel_ops.compare(name, op, kernel_ops.results(op.ours, op))
     assert found, f"{kernel}: {pattern} is not there"
     return launched
