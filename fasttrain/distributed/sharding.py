@@ -71,8 +71,7 @@ def place(
     Raises UserError if the ranks do not find each other, the model is wrapped already, or the
     optimizer has made steps.
     """
-    world = start(config, device)
-    device = world.device(device)
+    world, device = start(config, device)
     model.to(device)
     if world.size == 1:
         return world, device

@@ -11,9 +11,7 @@ from typing import Any
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
-from fasttrain.config import TrainConfig, UserError
-from fasttrain.config.keys import counted
-from fasttrain.config.untrusted import misfit
+from fasttrain.config import TrainConfig, UserError, counted, misfit
 from fasttrain.distributed.sharding import cut
 from fasttrain.distributed.world import facts_by_name
 from fasttrain.engine.schedule import lr_at
