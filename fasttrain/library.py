@@ -204,8 +204,7 @@ class Trainer:
         _warn_of_ignored(config, met)
         if run.deterministic:
             make_deterministic()
-        device = resolve_device(run.device)
-        self.world, self.device = place(model, optimizer, config.distributed, device)
+        self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
         self.model, self.metrics = model, TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate

@@ -304,11 +304,7 @@ def probe_step(config: TrainConfig, *, device: torch.device, memory: bool = True
 
 
 def best_micro_batch(
-    config: TrainConfig,
-    n_ranks: int = 1,
-    *,
-    device: torch.device,
-    report: Callable[[str], None] = lambda line: None,
+    config: TrainConfig, n_ranks: int, device: torch.device, report: Callable[[str], object]
 ) -> int:
     """Return the number for ``train.micro_batch = "auto"``; UserError if none fits.
 

@@ -9,43 +9,36 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.sources import FEW_VAL_TOKENS
 from fasttrain.data.remote import in_gib, n_bytes
-from fasttrain.engine.schedule import StepShape, n_steps, step_shape
+from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class RunPlan:
-    """A run and its size, which follows from config and data alone."""
+    """A run of ``n_ranks`` processes and its size, which follows from config and data alone."""
 
     config: TrainConfig
     model: Transformer  # perhaps without its numbers
     train: TokenDataset | None  # None: missing
     val: TokenDataset | None
     n_ranks: int
-    shape: StepShape
-    steps: int | None  # None where ``train.hours`` decides, or ``train.epochs`` of missing data
-    epochs: float | None  # passes over the training split; None: likewise, or it is missing
-    dropped_tokens: int  # of the training split, which lie in no sequence
+
+    def __post_init__(self) -> None:
+        loop, per_epoch, self.dropped_tokens = self.config.train, 0, 0  # which lie in no sequence
+        self.shape = step_shape(loop, self.config.data.seq_len, self.n_ranks)
+        if self.train is not None:
+            order = Plan(self.train, LoaderOptions.of(self.config))
+            per_epoch, self.dropped_tokens = order.samples_per_epoch, order.dropped_tokens
+        self.steps: int | None = None  # with ``train.hours``, or ``train.epochs`` of missing data
+        if per_epoch or loop.epochs is None:
+            self.steps = n_steps(loop, self.shape, per_epoch)
+        self.epochs: float | None = None  # passes over the training split; None: likewise
+        if self.steps is not None and per_epoch:
+            self.epochs = self.steps * self.shape.samples / per_epoch
 
     @property
     def tokens(self) -> int | None:
         return None if self.steps is None else self.steps * self.shape.tokens
-
-
-def plan_run(
-    config: TrainConfig,
-    model: Transformer,
-    train: TokenDataset | None,
-    val: TokenDataset | None,
-    n_ranks: int,
-) -> RunPlan:
-    """Return a run of ``n_ranks`` processes and its size."""
-    loop, shape = config.train, step_shape(config.train, config.data.seq_len, n_ranks)
-    order = None if train is None else Plan(train, LoaderOptions.of(config))
-    per_epoch, dropped = (order.samples_per_epoch, order.dropped_tokens) if order else (0, 0)
-    steps = n_steps(loop, shape, per_epoch) if per_epoch or loop.epochs is None else None
-    epochs = steps * shape.samples / per_epoch if steps is not None and per_epoch else None
-    return RunPlan(config, model, train, val, n_ranks, shape, steps, epochs, dropped)
 
 
 def warnings_at_start(plan: RunPlan) -> Iterator[str]:

@@ -19,8 +19,8 @@ from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
-from fasttrain.engine.schedule import lr_at, step_shape
+from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.schedule import step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import prepare_process, resolve_compile
@@ -67,7 +67,7 @@ def preflight(
         config, train, val = open_splits(config, print)
     seq_len, loop = config.data.seq_len, config.train
     if isinstance(loop.micro_batch, str):
-        best = best_micro_batch(config, n_ranks, device=device, report=print)
+        best = best_micro_batch(config, n_ranks, device, report=print)
         loop = replace(loop, micro_batch=best)
     rows, n_micro, *_ = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
@@ -75,7 +75,7 @@ def preflight(
     alone = replace(config, train=share)  # what one rank does
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)
-    plan = plan_run(config, model, train, val, n_ranks)
+    plan = RunPlan(config, model, train, val, n_ranks)
     tell("data", *missing)
     for label, text in describe(plan).items():
         tell(label, text)
@@ -198,18 +198,12 @@ def diagnose_run(config: TrainConfig) -> bool:
     """Run the checklist on the first batch of a run; return whether no line fails."""
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    config, train, val = open_splits(config, print)
+    config, train, _ = open_splits(config, print)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    one_row = replace(config, train=replace(config.train, micro_batch=1))
-    plan = plan_run(one_row, model, train, val, 1)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    # The highest rate of the run: a warmup may begin close to zero.
-    total, schedule = plan.steps or 10**12, config.schedule
-    step = min(schedule.warmup_steps, total - 1)
-    rate = lr_at(step, total, schedule, config.optim.peak_lr)
-    for optimizer in optimizers:
-        set_lr(optimizer, rate)
+    for optimizer in optimizers:  # the highest rate: a warmup may begin close to zero
+        set_lr(optimizer, config.optim.peak_lr)
     options = LoaderOptions(seq_len=config.data.seq_len, micro_batch=2, seed=config.run.seed)
     with Loader(train, options, device=device) as loader:
         batch = next(loader)

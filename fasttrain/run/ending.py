@@ -15,7 +15,7 @@ from fasttrain.config import UserError, counted
 from fasttrain.data.files import DataError
 from fasttrain.device import ATTENTION
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
@@ -139,7 +139,7 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         compiled += f" · {ATTENTION[step.attention] if plain else 'FlexAttention'}"
     # On what, and for how long
     train, model = trainer.train_loader.dataset, cast(Transformer, step.model)
-    plan = plan_run(config, model, train, trainer.val_dataset, world.size)
+    plan = RunPlan(config, model, train, trainer.val_dataset, world.size)
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),

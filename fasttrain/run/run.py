@@ -168,7 +168,7 @@ def _build(
             elif world.leads:
                 from fasttrain.engine.memory import best_micro_batch  # half a second of imports
 
-                rows = best_micro_batch(config, world.size, device=device, report=folder.note)
+                rows = best_micro_batch(config, world.size, device, report=folder.note)
         rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():

@@ -15,8 +15,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
-from fasttrain.engine.schedule import StepShape
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.console import format_count
 from fasttrain.model.transformer import Transformer
@@ -64,7 +63,7 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, *splits = open_splits(load_config(config_path), print)
     model = Transformer(config.model, seq_len=16)
-    rows = describe(plan_run(config, model, *splits, 1))
+    rows = describe(RunPlan(config, model, *splits, 1))
     assert rows["model"].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters, ")
     assert f"{format_count(model.flops_per_token())} FLOPs a token" in rows["model"]
 
@@ -85,7 +84,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = plan_run(config, Transformer(config.model, seq_len=16), train, None, 1)
+    plan = RunPlan(config, Transformer(config.model, seq_len=16), train, None, 1)
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
@@ -124,12 +123,14 @@ def dataset(**facts: Any) -> Any:
     return SimpleNamespace(**(given | facts))
 
 
-def plan_of(config: TrainConfig, train: Any, val: Any = None, **size: Any) -> RunPlan:
-    model: Any = SimpleNamespace(num_matmul_parameters=lambda: 10**6)
-    size = {"steps": 1000, "epochs": 0.1} | size
-    return RunPlan(
-        config, model, train, val, 1, StepShape(1, 1, 1, 10**5), **size, dropped_tokens=0
-    )
+def plan_of(
+    config: TrainConfig, train: Any, val: Any = None, steps: int = 1000, epochs: float = 0.1
+) -> RunPlan:
+    """Return a plan of a model that has ten parameters for each token of a step."""
+    model: Any = SimpleNamespace(num_matmul_parameters=lambda: 10 * plan.shape.tokens)
+    plan = RunPlan(config, model, None, val, 1)
+    plan.train, plan.steps, plan.epochs = train, steps, epochs
+    return plan
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def auto(config_path: Path) -> TrainConfig:
 
 
 def settle(config: TrainConfig, device: torch.device = CPU) -> int:
-    return best_micro_batch(config, device=device)
+    return best_micro_batch(config, 1, device, print)
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:

@@ -49,7 +49,7 @@ def test_auto_takes_the_most_rows_that_an_allocator_lets_run(
     gc.collect()
     before = used(0)
     with memory_limit(limit):
-        best = memory.best_micro_batch(config, device=CUDA)
+        best = memory.best_micro_batch(config, 1, CUDA, print)
     gc.collect()
     assert best == 2
     assert used(0) == before  # of the attempts nothing is left
