@@ -176,10 +176,9 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(lock(run_dir / ".lock"), "w", encoding="utf-8")  # noqa: SIM115
+        descriptor = lock(run_dir / ".lock")
     except ImportError:
-        yield
-        return
+        descriptor = None
     except BlockingIOError as error:
         raise UserError(
             f"{run_dir} is in use by another trainer; wait for it or set another run.name "
@@ -189,9 +188,12 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
         ) from error
+    if descriptor is None:
+        yield
+        return
     import fcntl
 
-    with file:
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.truncate(0)
         file.write(_job())
         file.flush()
