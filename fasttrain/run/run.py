@@ -25,7 +25,7 @@ from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import die_with_parent
-from fasttrain.distributed.sharding import make_sharded
+from fasttrain.distributed.sharding import cut, make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
@@ -202,8 +202,11 @@ def _build(
     else:
         model = make().to(device)
     with world.failing_together():
-        if config.model.init_from is not None and source is None:
-            resuming.start_from(model, config, config.model.init_from)
+        if (other_run := config.model.init_from) is not None and source is None:
+            _, found = checkpoint.saved_parameters(Path(other_run))
+            checkpoint.check_model(config, found, f"model.init_from = {other_run}")
+            own = model.state_dict()
+            model.load_state_dict({name: cut(tensor, own[name]) for name, tensor in found.items()})
     optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)

@@ -30,7 +30,7 @@ BUDGETS = {
     "fasttrain/log": 900,
     "fasttrain/model": 910,
     "fasttrain/preflight": 490,
-    "fasttrain/run": 1_085,
+    "fasttrain/run": 1_080,
     "kernels": 6_050,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }
