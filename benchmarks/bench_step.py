@@ -65,13 +65,13 @@ def config_of(overrides: Mapping[str, object], file: Path | None = None) -> Trai
     return load_config(file or os.devnull, given)
 
 
-def parts_of(config: TrainConfig) -> tuple[Transformer, list[Any], Any, Any]:
-    """Return model, optimizers, device and precision of a run, the same at every call."""
+def parts_of(config: TrainConfig) -> tuple[Transformer, list[Any], Any]:
+    """Return model, optimizers and device of a run, the same at every call."""
     torch.manual_seed(0)
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device).train()
-    return model, build_optimizers(model, config.optim, precision.compute), device, precision
+    return model, build_optimizers(model, config.optim, precision.compute), device
 
 
 def make_batch(config: TrainConfig) -> Batch:
@@ -84,8 +84,8 @@ def make_batch(config: TrainConfig) -> Batch:
 
 def our_step(config: TrainConfig) -> Step:
     """Return the trainer's step on a batch that stays the same."""
-    model, optimizers, device, precision = parts_of(config)
-    train_step = TrainStep(model, optimizers, config, device=device, precision=precision)
+    model, optimizers, device = parts_of(config)
+    train_step = TrainStep(model, optimizers, config, device=device)
     batch = make_batch(config)
 
     def step() -> Tensor:

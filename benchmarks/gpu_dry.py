@@ -66,7 +66,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import harness
 from fasttrain.config import TrainConfig, UserError, load_config
-from fasttrain.device import make_deterministic, resolve_precision
+from fasttrain.device import make_deterministic
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 
@@ -226,8 +226,7 @@ def compile_step(config: TrainConfig) -> Program:
             model = Transformer(config.model, seq_len=config.data.seq_len).train()
             tokens = torch.empty(shape, dtype=torch.int64)
             starts = torch.empty(shape, dtype=torch.bool)
-        precision = resolve_precision(config.run.dtype, DEVICE)
-        step = TrainStep(model, [], config, device=DEVICE, precision=precision)
+        step = TrainStep(model, [], config, device=DEVICE)
         documents = None if config.data.attention_across_documents else starts
         written = written_by(lambda: step.loss_fn(tokens, tokens, documents))
     assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"

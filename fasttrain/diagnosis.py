@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.config import UserError
-from fasttrain.config.keys import counted
+from fasttrain.config import UserError, counted
 from fasttrain.objective import by_key, logits_of, shift
 
 Status = Literal["pass", "warn", "fail"]

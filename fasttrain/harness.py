@@ -22,8 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 
-from fasttrain.config import UserError
-from fasttrain.config.keys import show
+from fasttrain.config import UserError, show
 from fasttrain.data.tokenizer import encode
 from fasttrain.device import Precision
 from fasttrain.distributed.world import World

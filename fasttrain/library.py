@@ -7,8 +7,8 @@ its batches, however many they are and however many ranks share them.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
-import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
@@ -35,7 +35,7 @@ from fasttrain.config import (
     config_from_dict,
     config_to_toml,
 )
-from fasttrain.device import make_deterministic, resolve_device, resolve_precision
+from fasttrain.device import make_deterministic, resolve_device
 from fasttrain.distributed.sharding import cut, place
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors
 from fasttrain.engine.saving import collect
@@ -45,6 +45,7 @@ from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together
+from fasttrain.run.folder import lock_run_dir, logged_bytes
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
@@ -66,9 +67,7 @@ OBEYED = {
 # A torch.amp.GradScaler's names, which a checkpoint has, of numbers of the step
 SCALER = {"scale": "grad_scale", "_growth_tracker": "growth_tracker"}
 COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
-ECHO_S = 3.0  # the loader's processes may get a signal too, and hand it on
 Batches = Iterable[Any]
-HAS_FCNTL = importlib.util.find_spec("fcntl") is not None  # Windows has neither locks nor signals
 
 
 class Callback:
@@ -205,27 +204,23 @@ class Trainer:
         _warn_of_ignored(config, met)
         if run.deterministic:
             make_deterministic()
-        device = resolve_device(run.device)
-        self.world, self.device = place(model, optimizer, config.distributed, device)
-        self.precision = resolve_precision(run.dtype, self.device)
+        self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
         self.model, self.metrics = model, TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
-        self.objective = Objective(model, criterion, config, self.device, self.precision)
+        self.objective = Objective(model, criterion, config, self.device)
         self.train_step = TrainStep(
-            model, [optimizer], config, device=self.device, precision=self.precision,
-            world=self.world, criterion=self.objective.loss_sum, n_micro=accumulate,
-            ignore_index=self.objective.ignore_index,
+            model, [optimizer], config, device=self.device, world=self.world, n_micro=accumulate,
+            criterion=self.objective.loss_sum, ignore_index=self.objective.ignore_index,
         )  # fmt: skip
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.writer: CheckpointWriter | None = None
         if self.run_dir is not None:
-            with self.world.failing_together(), ExitStack() as stack:
-                if self.world.leads:
-                    _lock(self.run_dir, stack)
+            lock = lock_run_dir(self.run_dir) if self.world.leads else nullcontext()
+            with self.world.failing_together(), lock:
                 check_packages(config)
             folder, keep_last = self.run_dir / "checkpoints", config.checkpoint.keep_last
             self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
@@ -247,7 +242,7 @@ class Trainer:
         self._loaded: dict[str, Any] = {}  # of a checkpoint, until the loaders are known
         self._facts = {  # what a checkpoint is bound to, beside the loader
             **states.facts_of_config(config, scheduler),
-            "precision is scaled": str(self.precision.scaled),
+            "precision is scaled": str(self.train_step.precision.scaled),
             "accumulate": str(accumulate),
             "ranks": str(self.world.size),
             "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
@@ -313,9 +308,10 @@ class Trainer:
         in_main = threading.current_thread() is threading.main_thread()
         with ExitStack() as stack:
             stack.enter_context(self._holding_run_dir())
-            if self.writer is not None and in_main and HAS_FCNTL:
-                from fasttrain.run.signals import stop_signals
+            if self.writer is not None and in_main and hasattr(signal, "SIGUSR1"):  # not on Windows
+                from fasttrain.run.signals import ECHO_S, stop_signals
 
+                # The loader's processes may get a signal too, and hand it on.
                 stop, wait = partial(setattr, self, "_told"), lambda: threading.TIMEOUT_MAX
                 signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
                 stack.enter_context(signals)
@@ -344,16 +340,16 @@ class Trainer:
         with ExitStack() as stack:
             with self.world.failing_together():
                 if self.world.leads:
-                    _lock(self.run_dir, stack)
+                    stack.enter_context(lock_run_dir(self.run_dir))
                     self._refuse_other_run(self.run_dir)
             self._held = True
             try:
                 yield
             finally:
-                self._held, self._left_bytes = False, _n_bytes(self.run_dir)
+                self._held, self._left_bytes = False, logged_bytes(self.run_dir)
 
     def _refuse_other_run(self, run_dir: Path) -> None:
-        n_bytes, saved = _n_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
+        n_bytes, saved = logged_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
         other = self._left_bytes not in (None, n_bytes)
         if other or (self._left_bytes is None and (n_bytes or saved)):
             found = "another trainer went on in {}" if other else "{} holds an earlier run"
@@ -565,7 +561,7 @@ class Trainer:
     def _snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors and the state of a checkpoint."""
         step, rank = self.train_step, self.world.rank
-        names = SCALER if self.precision.scaled else {}
+        names = SCALER if step.precision.scaled else {}
         rest = {
             "val_losses": self.val_losses,
             "scaler": {name: getattr(step, ours).item() for name, ours in names.items()},
@@ -644,26 +640,7 @@ class Trainer:
         self._verdict, self._last_result, self.train_step.n_unread = None, {}, 0
         self._logged_at = (time.perf_counter(), self.step)
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
-            self._left_bytes = _n_bytes(self.run_dir)
-
-
-def _n_bytes(run_dir: Path) -> int:
-    """Return how much a run has logged."""
-    rows = run_dir / "metrics.jsonl"
-    return rows.stat().st_size if rows.exists() else 0
-
-
-def _lock(run_dir: Path, stack: ExitStack) -> None:
-    """Make the run folder; where there are locks, ``stack`` holds its lock."""
-    if not HAS_FCNTL:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return
-    import fcntl
-
-    from fasttrain.run.folder import lock_run_dir
-
-    lock = stack.enter_context(lock_run_dir(run_dir))
-    stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # the loader's processes have it open as well
+            self._left_bytes = logged_bytes(self.run_dir)
 
 
 def train_loop(

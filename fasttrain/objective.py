@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.device import Precision
+from fasttrain.device import resolve_precision
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import SharedError, World
 from fasttrain.model.runtime import resolve_compile
@@ -46,7 +46,6 @@ class Objective:
         criterion: Criterion | None,
         config: TrainConfig,
         device: torch.device,
-        precision: Precision,
     ) -> None:
         self.model, self.criterion, loop = model, criterion, config.train
         self.run: Callable[..., Any] = model
@@ -54,7 +53,7 @@ class Objective:
         mode = config.run.compile
         if mode not in ("auto", "c++") and resolve_compile(config, device) != "off":
             self.run = torch.compile(model)
-        self.device, self.precision = device, precision
+        self.device, self.precision = device, resolve_precision(config.run.dtype, device)
         self.ignore_index: int = getattr(criterion, "ignore_index", -100)
         # Of the default criterion
         self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}

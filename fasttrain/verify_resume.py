@@ -18,8 +18,7 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
-from fasttrain.config import TrainConfig, UserError, config_to_toml
-from fasttrain.config.keys import counted
+from fasttrain.config import TrainConfig, UserError, config_to_toml, counted
 from fasttrain.log.console import format_duration
 from fasttrain.run.signals import interruptible
 

@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fasttrain.config import UserError, untrusted
-from fasttrain.config.untrusted import misfit
+from fasttrain.config import UserError, misfit, untrusted
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}

@@ -20,8 +20,7 @@ from typing import Any
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
-from fasttrain.config import UserError
-from fasttrain.config.keys import counted
+from fasttrain.config import UserError, counted
 from fasttrain.data.files import TRANSFER_S, file_system, if_there, names_at, put, remote, shown
 
 # What else of its folder a run continues on another machine, or generates text with.

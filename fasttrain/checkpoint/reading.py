@@ -12,8 +12,7 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
 from fasttrain.checkpoint.ranks import Pieces, read_slices
 from fasttrain.command import tell
-from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
-from fasttrain.config.untrusted import misfit
+from fasttrain.config import ConfigError, TrainConfig, UserError, load_config, misfit
 from fasttrain.model.transformer import Transformer
 
 _SMALL_TABLE = 1 << 24  # numbers in the rotary tables of any model: 64 MB, 270 MB while computed

@@ -1,6 +1,6 @@
 """The configuration; standard library only, so that a bad one fails before torch is loaded."""
 
-from fasttrain.config.keys import ConfigError, UserError
+from fasttrain.config.keys import ConfigError, UserError, counted, refuse, show
 from fasttrain.config.load import (
     config_difference,
     config_from_dict,
@@ -22,10 +22,11 @@ from fasttrain.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from fasttrain.config.untrusted import misfit
 
 __all__ = [
     "SECTIONS", "CheckpointConfig", "ConfigError", "DataConfig", "DistributedConfig",
     "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
     "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
-    "config_reference", "config_to_toml", "load_config",
+    "config_reference", "config_to_toml", "counted", "load_config", "misfit", "refuse", "show",
 ]  # fmt: skip

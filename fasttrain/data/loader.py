@@ -36,7 +36,7 @@ from fasttrain.data.remote import RemoteShard, ShardCache
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
 DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
 AHEAD = 16  # half rings of batches whose shards are fetched while the ring is full
-IGNORE = -100  # the target of a position that the loss leaves out
+IGNORE_INDEX = -100  # the target of a position that the loss leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Batch:
     """What one micro-batch trains on."""
 
     tokens: Tensor  # int64 (B, T), contiguous, on the loader's device
-    targets: Tensor  # int64 (B, T), contiguous: the next token of each, or IGNORE
+    targets: Tensor  # int64 (B, T), contiguous: the next token of each, or IGNORE_INDEX
     doc_starts: Tensor | None  # bool (B, T), true at a document's first token; None: not marked
     position: int  # global sample index after this batch; a loader built with it continues here
     n_tokens: int = 0  # targets in it and in the same micro-batch of other ranks; 0: not counted
@@ -79,7 +79,7 @@ class Stored(NamedTuple):
         tokens, targets = (part.to(torch.int64) for part in parts)
         if self.padded:
             beyond = torch.arange(self.length, device=tokens.device) >= self.n_targets[:, None]
-            targets.masked_fill_(beyond, IGNORE)
+            targets.masked_fill_(beyond, IGNORE_INDEX)
             tokens.masked_fill_(beyond, 0)
         return Batch(tokens, targets, self.doc_starts, self.position, self.n_tokens)
 
@@ -331,7 +331,7 @@ def evaluation_batches(
         marks = None if ends is None else torch.from_numpy(document_starts(ends, start, length))
         n_targets, end = torch.from_numpy(count - 1), first + batch_size
         found = Stored(torch.from_numpy(ids), n_targets, marks, length, True, end).batch()
-        found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE
+        found.targets[torch.from_numpy(start > 0), :n_seen] = IGNORE_INDEX
         if torch.device(device).type == "cuda":
             return found.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return found

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from fasttrain_kernels._torch import TorchDispatchMode, fsdp_collectives
 from torch import Tensor, nn
 
-from fasttrain.config import DistributedConfig, UserError
+from fasttrain.config import DistributedConfig, TrainConfig, UserError
+from fasttrain.device import resolve_device
 from fasttrain.distributed.world import World, choose_mode, start
 from fasttrain.log.timing import StepClock
 
@@ -60,10 +61,7 @@ def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:
 
 
 def place(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: DistributedConfig,
-    device: torch.device,
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> tuple[World, torch.device]:
     """Move a custom model to its device, under torchrun to this rank's, and wrap it as configured.
 
@@ -71,8 +69,7 @@ def place(
     Raises UserError if the ranks do not find each other, the model is wrapped already, or the
     optimizer has made steps.
     """
-    world = start(config, device)
-    device = world.device(device)
+    world, device = start(config.distributed, resolve_device(config.run.device))
     model.to(device)
     if world.size == 1:
         return world, device
@@ -87,9 +84,10 @@ def place(
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, 0)
-    world = choose_mode(config, world, sum(p.numel() for p in model.parameters()), device)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    world = choose_mode(config.distributed, world, n_parameters, device)
     before = dict(model.named_parameters(remove_duplicate=False))
-    shard(model, world, config)
+    shard(model, world, config.distributed)
     shards = {id(before[n]): p for n, p in model.named_parameters(remove_duplicate=False)}
     for group in optimizer.param_groups:
         group["params"] = [shards.get(id(p), p) for p in group["params"]]

@@ -30,8 +30,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from fasttrain.config import DistributedConfig, TrainConfig, UserError
-from fasttrain.config.keys import show
+from fasttrain.config import DistributedConfig, TrainConfig, UserError, show
 
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
 # rest is left to activations and the allocator.
@@ -228,13 +227,13 @@ def _told(value: Any) -> str:
     return f"(sha256 {digest[:12]})"
 
 
-def start(config: DistributedConfig, device: torch.device) -> World:
-    """Join the processes that torchrun started; return a world of one if it started none.
+def start(config: DistributedConfig, device: torch.device) -> tuple[World, torch.device]:
+    """Join the processes that torchrun started, if any; return them and this rank's own device.
 
     Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return World()
+        return World(), device
     try:
         world = World(
             rank=int(os.environ["RANK"]),
@@ -248,22 +247,22 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             f"WORLD_SIZE is set but {error} is missing or no number; start several processes with "
             "torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from error
-    own = world.device(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    device = world.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if dist.is_initialized():  # by a script, or for an earlier trainer of this process
-        return replace(world, control=dist.new_group(backend="gloo"))
+        return replace(world, control=dist.new_group(backend="gloo")), device
     patience = timedelta(seconds=config.init_timeout_s)
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = _fresh_store(world, patience)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=patience,
-            device_id=own if own.type == "cuda" else None,
+            device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=patience)
     except (dist.DistError, RuntimeError) as error:
@@ -274,7 +273,7 @@ def start(config: DistributedConfig, device: torch.device) -> World:
             "same command, reaches that host and port, and names its network with "
             "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if it has several"
         ) from error
-    return replace(world, control=control, store=store)
+    return replace(world, control=control, store=store), device
 
 
 def _fresh_store(world: World, patience: timedelta) -> Store:

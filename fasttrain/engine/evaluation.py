@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.loader import evaluation_batches
+from fasttrain.data.loader import IGNORE_INDEX, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import Precision
 from fasttrain.distributed.sharding import evaluating
-from fasttrain.engine.step import IGNORE_INDEX, TrainStep, summed_loss
+from fasttrain.engine.step import TrainStep, summed_loss
 from fasttrain.model.runtime import compile_function, compiles_evaluation
 from fasttrain.model.transformer import Transformer
 

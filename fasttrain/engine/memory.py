@@ -40,7 +40,7 @@ from torch import Tensor
 from fasttrain.config import DistributedConfig, OptimConfig, TrainConfig, UserError
 from fasttrain.config.keys import counted, divisors
 from fasttrain.data.loader import Batch
-from fasttrain.device import Precision
+from fasttrain.device import Precision, resolve_precision
 from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
 from fasttrain.engine.optim import build_optimizers, optimizer_tensors, state_bytes
@@ -178,12 +178,7 @@ def _pretended(config: DistributedConfig, n_ranks: int, mode: str) -> Iterator[W
 
 
 def estimate_memory(
-    config: TrainConfig,
-    *,
-    device: torch.device,
-    precision: Precision,
-    n_ranks: int = 1,
-    mode: str = "single",
+    config: TrainConfig, *, device: torch.device, n_ranks: int = 1, mode: str = "single"
 ) -> StepMemory:
     """Estimate the memory of a training step of eager execution; nothing is allocated.
 
@@ -192,6 +187,7 @@ def estimate_memory(
     group. ``device`` decides which attention runs and how the loss is split.
     """
     rows, n_micro, *_ = step_shape(config.train, seq_len := config.data.seq_len, n_ranks)
+    precision = resolve_precision(config.run.dtype, device)
     # DDP's buckets hold all gradients from the first step on, as a second micro-batch finds them.
     n_alone = min(n_micro, 2) if mode == "single" else 2
     trace = _trace(config, rows, n_alone, precision)
@@ -272,9 +268,7 @@ class Probe(NamedTuple):
     first_s: float
 
 
-def probe_step(
-    config: TrainConfig, *, device: torch.device, precision: Precision, memory: bool = True
-) -> Probe:
+def probe_step(config: TrainConfig, *, device: torch.device, memory: bool = True) -> Probe:
     """Run a few steps on random tokens and measure them; a step of many micro-batches by two.
 
     ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
@@ -285,8 +279,9 @@ def probe_step(
     # By default fork_rng takes every GPU of the machine, and warns where there are several.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = Transformer(config.model, seq_len=seq_len).to(device)
+        precision = resolve_precision(config.run.dtype, device)
         optimizers = build_optimizers(model, config.optim, precision.compute)
-        step = TrainStep(model, optimizers, config, device=device, precision=precision)
+        step = TrainStep(model, optimizers, config, device=device)
         ids = torch.randint(config.model.vocab_size, (rows, seq_len + 1), device=device)
     starts = None
     if not config.data.attention_across_documents:
@@ -315,12 +310,7 @@ def probe_step(
 
 
 def best_micro_batch(
-    config: TrainConfig,
-    n_ranks: int = 1,
-    *,
-    device: torch.device,
-    precision: Precision,
-    report: Callable[[str], None] = lambda line: None,
+    config: TrainConfig, n_ranks: int, device: torch.device, report: Callable[[str], object]
 ) -> int:
     """Return the number for ``train.micro_batch = "auto"``; UserError if none fits.
 
@@ -336,11 +326,11 @@ def best_micro_batch(
         # One micro-batch is enough: in a step of many each takes the same.
         one = replace(loop, micro_batch=size, tokens_per_step=size * seq_len)
         tried = replace(config, run=run, train=one)
-        return size / probe_step(tried, device=device, precision=precision, memory=False).step_s
+        return size / probe_step(tried, device=device, memory=False).step_s
 
     def fits(size: int) -> bool:
         sized = replace(config, train=replace(loop, micro_batch=size))
-        return estimate_memory(sized, device=device, precision=precision).total <= free
+        return estimate_memory(sized, device=device).total <= free
 
     best, speed = None, 0.0
     if device.type == "cuda":

@@ -9,8 +9,7 @@ from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fasttrain.config import OptimConfig, UserError
-from fasttrain.config.keys import refuse
+from fasttrain.config import OptimConfig, UserError, refuse
 from fasttrain.distributed.sharding import cut
 from fasttrain.model.transformer import Transformer
 

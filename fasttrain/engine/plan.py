@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fasttrain.config import TrainConfig
-from fasttrain.config.keys import counted
+from fasttrain.config import TrainConfig, counted
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.sources import FEW_VAL_TOKENS
@@ -14,52 +13,38 @@ from fasttrain.engine.schedule import n_steps, step_shape
 from fasttrain.model.transformer import Transformer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class RunPlan:
-    """The size of a run: what follows from config and data alone."""
+    """A run of ``n_ranks`` processes and its size, which follows from config and data alone."""
 
-    parameters: int  # tied ones once
-    matmul_parameters: int  # those in matrix products
-    flops_per_token: float  # forward and backward
-    tokens_per_step: int
-    steps: int | None  # None where ``train.hours`` decides, or ``train.epochs`` of missing data
-    epochs: float | None  # passes over the training split; None: likewise, or it is missing
-    dropped_tokens: int = 0  # of the training split, which lie in no sequence
-    n_ranks: int = 1
+    config: TrainConfig
+    model: Transformer  # perhaps without its numbers
+    train: TokenDataset | None  # None: missing
+    val: TokenDataset | None
+    n_ranks: int
+
+    def __post_init__(self) -> None:
+        loop, per_epoch, self.dropped_tokens = self.config.train, 0, 0  # which lie in no sequence
+        self.shape = step_shape(loop, self.config.data.seq_len, self.n_ranks)
+        if self.train is not None:
+            order = Plan(self.train, LoaderOptions.of(self.config))
+            per_epoch, self.dropped_tokens = order.samples_per_epoch, order.dropped_tokens
+        self.steps: int | None = None  # with ``train.hours``, or ``train.epochs`` of missing data
+        if per_epoch or loop.epochs is None:
+            self.steps = n_steps(loop, self.shape, per_epoch)
+        self.epochs: float | None = None  # passes over the training split; None: likewise
+        if self.steps is not None and per_epoch:
+            self.epochs = self.steps * self.shape.samples / per_epoch
 
     @property
     def tokens(self) -> int | None:
-        return None if self.steps is None else self.steps * self.tokens_per_step
+        return None if self.steps is None else self.steps * self.shape.tokens
 
 
-def plan_run(
-    config: TrainConfig, train: TokenDataset | None, n_ranks: int, model: Transformer
-) -> RunPlan:
-    """Return the size of a run of ``n_ranks`` processes; ``train`` is None where it is missing."""
-    loop, data = config.train, config.data
-    shape = step_shape(loop, data.seq_len, n_ranks)
-    order = None if train is None else Plan(train, LoaderOptions.of(config))
-    per_epoch, steps = order.samples_per_epoch if order else 0, None
-    if per_epoch or loop.epochs is None:
-        steps = n_steps(loop, shape, per_epoch)
-    return RunPlan(
-        parameters=model.num_parameters(),
-        matmul_parameters=model.num_matmul_parameters(),
-        flops_per_token=model.flops_per_token(),
-        tokens_per_step=shape.tokens,
-        steps=steps,
-        epochs=steps * shape.samples / per_epoch if steps is not None and per_epoch else None,
-        dropped_tokens=order.dropped_tokens if order else 0,
-        n_ranks=n_ranks,
-    )
-
-
-def warnings_at_start(
-    config: TrainConfig, train: TokenDataset | None, val: TokenDataset | None, n_ranks: int = 1
-) -> Iterator[str]:
+def warnings_at_start(plan: RunPlan) -> Iterator[str]:
     """Yield what to look at before a run begins, each with the remedy."""
-    loop, seq_len = config.train, config.data.seq_len
-    tokens = step_shape(loop, seq_len, n_ranks).tokens
+    config, train, val, n_ranks = plan.config, plan.train, plan.val, plan.n_ranks
+    loop, tokens = config.train, plan.shape.tokens
     if loop.tokens_per_step is None and n_ranks > 1:
         yield (
             f"train.tokens_per_step is unset, so that {n_ranks} ranks make a step of {tokens:,} "
@@ -68,7 +53,7 @@ def warnings_at_start(
     elif loop.tokens_per_step not in (None, tokens):
         yield (
             f"train.tokens_per_step = {loop.tokens_per_step} is no whole number of sequences of "
-            f"data.seq_len = {seq_len} on each rank: a step has {tokens:,} tokens"
+            f"data.seq_len = {config.data.seq_len} on each rank: a step has {tokens:,} tokens"
         )
     rows, used = config.model.vocab_size or 0, train.max_token + 1 if train else math.inf
     if train and used < rows / 2 and rows - used > 64:  # more than from rounding up

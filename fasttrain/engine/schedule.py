@@ -8,8 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fasttrain.config import LoopConfig, ScheduleConfig
-from fasttrain.config.keys import refuse
+from fasttrain.config import LoopConfig, ScheduleConfig, refuse
 
 
 def lr_at(

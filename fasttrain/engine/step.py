@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fasttrain.config import TrainConfig, UserError
-from fasttrain.data.loader import Batch
-from fasttrain.device import Precision, resolve_attention
+from fasttrain.data.loader import IGNORE_INDEX, Batch
+from fasttrain.device import Precision, resolve_attention, resolve_precision
 from fasttrain.distributed.sharding import cut, replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import World, checksum
 from fasttrain.engine.optim import parameters_of, set_lr
@@ -36,7 +36,6 @@ from fasttrain.model.runtime import (
 )
 from fasttrain.model.transformer import Transformer
 
-IGNORE_INDEX = -100
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
 # smaller scale may still hold. Of a step that was run again and came out otherwise, a third time
 # agreed with one before (transient), or with none.
@@ -210,14 +209,14 @@ class TrainStep:
         config: TrainConfig,
         *,
         device: torch.device,
-        precision: Precision,
         world: World | None = None,
         criterion: Criterion | None = None,
         n_micro: int | None = None,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self.world = world = world or World()
-        self.model, self.optimizers, self.precision = model, list(optimizers), precision
+        self.model, self.optimizers = model, list(optimizers)
+        self.precision = precision = resolve_precision(config.run.dtype, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         run, loop, sharded = config.run, config.train, world.sharded
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
@@ -280,9 +279,8 @@ class TrainStep:
         for p in self.parameters if self.keeps_grads else ():
             p.grad = torch.zeros_like(p)
         if world.mode == "ddp":  # its module holds the model and returns the loss
-            objective = nn.ModuleDict({"model": model})
-            objective.forward = self.loss_fn
-            self.network = self.loss_fn = replicate(objective, sync_buffers=custom)
+            self.objective.forward = self.loss_fn
+            self.network = self.loss_fn = replicate(self.objective, sync_buffers=custom)
         # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
         self.loss, self.norm, self.verdict = torch.zeros(3, device=device)
         # The `StepNumbers` of the steps since `numbers` was called, up to its last row

@@ -19,7 +19,7 @@ from fasttrain.checkpoint import Mirror
 from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device
 from fasttrain.distributed.lockstep import Lockstep, call_ranks
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World
@@ -71,15 +71,12 @@ class Trainer:
         self.config, recorded = config, recorded or {}
         self.world = world = world or World()
         self.device = device = world.device(resolve_device(config.run.device))
-        precision = resolve_precision(config.run.dtype, device)
-        self.model = model.to(device)
+        self.model = model = model.to(device)
         self.console = console = console or NOTHING
         self.train_loader, self.val_dataset = train_loader, val_dataset
         self.sampler = sampler if world.leads or world.sharded else None
         self.score_tasks = score_tasks
-        self.train_step = step = TrainStep(
-            self.model, optimizers, config, device=device, precision=precision, world=world
-        )
+        self.train_step = step = TrainStep(model, optimizers, config, device=device, world=world)
         # The size of a step and of the run
         shape = step_shape(config.train, config.data.seq_len, world.size)
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm, relu_squared, rms_norm, swiglu
 from torch import Tensor, nn
 
-from fasttrain.config import ConfigError, ModelConfig
-from fasttrain.config.keys import refuse
+from fasttrain.config import ConfigError, ModelConfig, refuse
 from fasttrain.model.attention import (
     Attention,
     KVCache,

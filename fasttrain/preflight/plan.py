@@ -6,29 +6,24 @@ Where the data are missing, a line says how to get them, and the rest is shown.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from fasttrain.command import usable_cores
-from fasttrain.config import TrainConfig
-from fasttrain.config.keys import counted
-from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.files import cache_folder
+from fasttrain.config import TrainConfig, counted
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.device import resolve_device, resolve_precision, set_threads
+from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
-from fasttrain.engine.schedule import lr_at, step_shape
+from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.schedule import step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
-from fasttrain.model.runtime import keep_compiled, resolve_compile
+from fasttrain.model.runtime import prepare_process, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
@@ -62,8 +57,7 @@ def preflight(
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    set_threads(config.run.threads, usable_cores())
-    keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
+    prepare_process(config, device)
 
     # The data, the micro-batch and the size of the run.
     vocab_size = config.model.vocab_size
@@ -73,7 +67,7 @@ def preflight(
         config, train, val = open_splits(config, print)
     seq_len, loop = config.data.seq_len, config.train
     if isinstance(loop.micro_batch, str):
-        best = best_micro_batch(config, n_ranks, device=device, precision=precision, report=print)
+        best = best_micro_batch(config, n_ranks, device, report=print)
         loop = replace(loop, micro_batch=best)
     rows, n_micro, *_ = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
@@ -81,33 +75,32 @@ def preflight(
     alone = replace(config, train=share)  # what one rank does
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)
-    plan = plan_run(config, train, n_ranks, model)
+    plan = RunPlan(config, model, train, val, n_ranks)
     tell("data", *missing)
-    for label, text in describe(config, plan, train, val).items():
+    for label, text in describe(plan).items():
         tell(label, text)
 
     # Memory, and a few steps where it suffices.
     local = min(n_ranks, torch.cuda.device_count()) if device.type == "cuda" else n_ranks
     mode = "single"
     if n_ranks > 1:
-        mode, why = preferred_mode(config.distributed, local, plan.parameters, device)
+        mode, why = preferred_mode(config.distributed, local, model.num_parameters(), device)
         tell("ranks", f"{n_ranks}, {mode}: {why}")
         if mode == "hsdp" and config.distributed.shard_ranks is None:
             config = replace(config, distributed=replace(config.distributed, shard_ranks=local))
-    estimate = partial(estimate_memory, device=device, precision=precision)
-    memory = estimate(config, n_ranks=n_ranks, mode=mode)
+    memory = estimate_memory(config, device=device, n_ranks=n_ranks, mode=mode)
     free = device_memory(device) // (1 if device.type == "cuda" else local)
     fits = memory.total <= free
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
-        runs = estimate(alone).total <= free
-    flops = plan.flops_per_token * plan.tokens_per_step / n_ranks
+        runs = estimate_memory(alone, device=device).total <= free
+    flops = model.flops_per_token() * plan.shape.tokens / n_ranks
     if runs and device.type == "cpu" and flops > CPU_FLOPS:
         runs = False
         tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
     if runs:
         print("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
-    probed = probe_step(alone, device=device, precision=precision) if runs else None
+    probed = probe_step(alone, device=device) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
     for name, size in memory._asdict().items():
@@ -125,9 +118,9 @@ def preflight(
         print(*scaling_lines(sent, step_s, gbps=gbps, **given), sep="\n")
     seconds = None
     if probed:
-        tokens_per_s = plan.tokens_per_step / probed.step_s
+        tokens_per_s = plan.shape.tokens / probed.step_s
         peak = metrics.peak_flops(device, precision.name)
-        used = metrics.mfu(tokens_per_s / n_ranks, plan.flops_per_token, peak)
+        used = metrics.mfu(tokens_per_s / n_ranks, model.flops_per_token(), peak)
         mfu = "n/a" if used is None else f"{used:.1%}"
         on_all = " on all" if n_ranks > 1 else ""
         speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
@@ -138,8 +131,8 @@ def preflight(
             tell("time", f"{format_duration(seconds)} of steps, without evaluation and saves")
 
     # Warnings.
-    hurts = warnings_of(config, plan, train, device=device, dtype=precision.name, seconds=seconds)
-    tell("warning", *warnings_at_start(config, train, val, n_ranks), *hurts)
+    hurts = warnings_of(plan, device=device, dtype=precision.name, seconds=seconds)
+    tell("warning", *warnings_at_start(plan), *hurts)
     if not fits:
         remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
         remedy += ', or set it to "auto"'
@@ -148,25 +141,20 @@ def preflight(
 
 
 def warnings_of(
-    config: TrainConfig,
-    plan: RunPlan,
-    train: TokenDataset | None,
-    *,
-    device: torch.device,
-    dtype: str,
-    seconds: float | None = None,
+    plan: RunPlan, *, device: torch.device, dtype: str, seconds: float | None = None
 ) -> Iterator[str]:
     """Yield what will hurt the run, each with the remedy.
 
-    ``config`` has its vocabulary set; ``dtype`` is a name of `fasttrain.device.Precision`;
+    The vocabulary of its config is set; ``dtype`` is a name of `fasttrain.device.Precision`;
     ``seconds`` is how long the run will take, where that is known.
     """
+    config, train = plan.config, plan.train
     model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
     assert model.vocab_size is not None
     cuda, head_dim = device.type == "cuda", model.head_dim or model.dim // model.n_heads
     window, epochs = model.sliding_window_tokens, plan.epochs or 0.0
     # What is not known is no reason to warn.
-    share = math.inf if plan.tokens is None else plan.tokens / plan.matmul_parameters
+    share = math.inf if plan.tokens is None else plan.tokens / plan.model.num_matmul_parameters()
     steps, run = math.inf if plan.steps is None else plan.steps, counted(plan.steps or 0, "step")
     mean = math.inf if train is None else train.n_tokens / (train.n_documents or 1)
     every = {s: getattr(config, s).every_steps or 0 for s in ("eval", "checkpoint", "log")}
@@ -213,14 +201,9 @@ def diagnose_run(config: TrainConfig) -> bool:
     config, train, _ = open_splits(config, print)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
-    plan = plan_run(replace(config, train=replace(config.train, micro_batch=1)), train, 1, model)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    # The highest rate of the run: a warmup may begin close to zero.
-    total, schedule = plan.steps or 10**12, config.schedule
-    step = min(schedule.warmup_steps, total - 1)
-    rate = lr_at(step, total, schedule, config.optim.peak_lr)
-    for optimizer in optimizers:
-        set_lr(optimizer, rate)
+    for optimizer in optimizers:  # the highest rate: a warmup may begin close to zero
+        set_lr(optimizer, config.optim.peak_lr)
     options = LoaderOptions(seq_len=config.data.seq_len, micro_batch=2, seed=config.run.seed)
     with Loader(train, options, device=device) as loader:
         batch = next(loader)

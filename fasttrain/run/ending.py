@@ -11,27 +11,22 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record, redact
-from fasttrain.config import TrainConfig, UserError
-from fasttrain.config.keys import counted
-from fasttrain.data.dataset import TokenDataset
+from fasttrain.config import UserError, counted
 from fasttrain.data.files import DataError
 from fasttrain.device import ATTENTION
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
-from fasttrain.engine.schedule import step_shape
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.runtime import why_unfit
 from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
-from fasttrain.run.signals import end_at_once, stop_signals
+from fasttrain.run.signals import ECHO_S, end_at_once, stop_signals
 
 # Seconds from a signal to the moment from which the step under way is given up. The first step
 # compiles for as long as a minute; later ones, batches of evaluation and samples take less.
 PATIENCE_COMPILING_S, PATIENCE_S = 1.0, 8.0
-# A terminal's Ctrl-C and a scheduler signal torchrun and all ranks, and torchrun signals these too.
-ECHO_S = 3.0
 
 
 def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
@@ -95,14 +90,14 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
             trainer.close()
 
 
-def describe(
-    config: TrainConfig, plan: RunPlan, train: TokenDataset | None, val: TokenDataset | None
-) -> dict[str, str]:
+def describe(plan: RunPlan) -> dict[str, str]:
     """Return in words what a run is made of, by label; of data only those that are there."""
-    m, loop, seq_len = config.model, config.train, config.data.seq_len
-    size = f"{plan.parameters:,} parameters, {plan.matmul_parameters:,} in matrix products"
+    config, step, model, train, val = plan.config, plan.shape, plan.model, plan.train, plan.val
+    m, loop = config.model, config.train
+    n_matmul, flops_per_token = model.num_matmul_parameters(), model.flops_per_token()
+    size = f"{model.num_parameters():,} parameters, {n_matmul:,} in matrix products"
     shape = f"{counted(m.n_layers, 'layer')} × {m.dim}, {counted(m.n_heads, 'head')}"
-    rows = {"model": f"{size}: {shape}; {format_count(plan.flops_per_token)} FLOPs a token"}
+    rows = {"model": f"{size}: {shape}; {format_count(flops_per_token)} FLOPs a token"}
     if train and val:
         named = ", ".join(config.data.paths) or config.data.path or "Python standard library source"
         vocabulary, own = f"vocabulary {m.vocab_size:,}", train.vocab_size
@@ -112,13 +107,12 @@ def describe(
         outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
         tokens = f"{train.n_tokens:,} tokens to train on{outside}, {val.n_tokens:,} to validate"
         rows["data"] = f"{redact(named)}: {tokens}; {vocabulary}"
-    n_rows, n_micro, *_ = step_shape(loop, seq_len, plan.n_ranks)
     ranks = f" on each of {plan.n_ranks} ranks" if plan.n_ranks > 1 else ""
-    micro = f"{n_micro} × {counted(n_rows, 'row')} × {seq_len}{ranks}"
-    rows["step"], rows["run"] = f"{plan.tokens_per_step:,} tokens: {micro}", f"{loop.hours} h"
+    micro = f"{step.n_micro} × {counted(step.rows, 'row')} × {config.data.seq_len}{ranks}"
+    rows["step"], rows["run"] = f"{step.tokens:,} tokens: {micro}", f"{loop.hours} h"
     if plan.tokens is not None:
         epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
-        flops = f"{plan.tokens * plan.flops_per_token:.3g} FLOPs"
+        flops = f"{plan.tokens * flops_per_token:.3g} FLOPs"
         length = f"{counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens"
         rows["run"] = f"{length}, {epochs}{flops}"
     elif loop.epochs is not None:
@@ -128,10 +122,9 @@ def describe(
 
 def show_start(folder: RunFolder, trainer: Trainer) -> None:
     """Show what is about to run, and warn of what will hurt it."""
-    console, val, state = folder.console, trainer.val_dataset, trainer.state
+    console, state = folder.console, trainer.state
     assert console is not None
     config, world, step = trainer.config, trainer.world, trainer.train_step
-    train = trainer.train_loader.dataset
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
@@ -145,11 +138,12 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         plain = config.data.attention_across_documents and window >= config.data.seq_len
         compiled += f" · {ATTENTION[step.attention] if plain else 'FlexAttention'}"
     # On what, and for how long
-    plan = plan_run(config, train, world.size, cast(Transformer, step.model))
+    train, model = trainer.train_loader.dataset, cast(Transformer, step.model)
+    plan = RunPlan(config, model, train, trainer.val_dataset, world.size)
     rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
-        *describe(config, plan, train, val).items(),
+        *describe(plan).items(),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
         ("folder", str(folder.path)),
     ]
@@ -157,7 +151,7 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         left = "" if state.step != state.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
     console.panel("fasttrain", rows, "cyan")
-    for warning in warnings_at_start(config, train, val, world.size):
+    for warning in warnings_at_start(plan):
         console.warn(warning)
     if step.compile_mode not in modes:
         console.note("compiling: the first step waits for it")

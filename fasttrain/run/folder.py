@@ -10,8 +10,8 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint.mirror import Mirror
@@ -90,7 +90,7 @@ class RunFolder:
     def close(self) -> None:
         """Give console and folder back; remove the folder of a new run that never began."""
         failed = isinstance(sys.exception(), UserError | KeyboardInterrupt)
-        if failed and self.new and not _has_rows(self.path):
+        if failed and self.new and not logged_bytes(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         self._held.close()
 
@@ -143,12 +143,13 @@ def _was_saved(run_dir: Path) -> bool:
     folder = run_dir / "checkpoints"
     if folder.is_dir():
         return any(not path.name.startswith(".tmp-") for path in folder.iterdir())
-    return _has_rows(run_dir)  # the folder is made before the first row: it was removed
+    return logged_bytes(run_dir) > 0  # the folder is made before the first row: it was removed
 
 
-def _has_rows(run_dir: Path) -> bool:
-    log = run_dir / "metrics.jsonl"
-    return log.is_file() and log.stat().st_size > 0
+def logged_bytes(run_dir: Path) -> int:
+    """Return how much a run has logged."""
+    rows = run_dir / "metrics.jsonl"
+    return rows.stat().st_size if rows.is_file() else 0
 
 
 def _job() -> str:
@@ -167,11 +168,17 @@ def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
     return max(ours, key=lambda file: file.stat().st_mtime).parent if ours else None
 
 
-def lock_run_dir(run_dir: Path) -> TextIO:
-    """Make the run folder and lock it until this process ends, however it ends."""
+@contextlib.contextmanager
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
+    """Make the run folder and lock it in this block, at most until this process ends.
+
+    On Windows, which has no such locks, it is only made.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(lock(run_dir / ".lock"), "w", encoding="utf-8")  # noqa: SIM115
+        descriptor = lock(run_dir / ".lock")
+    except ImportError:
+        descriptor = None
     except BlockingIOError as error:
         raise UserError(
             f"{run_dir} is in use by another trainer; wait for it or set another run.name "
@@ -181,10 +188,19 @@ def lock_run_dir(run_dir: Path) -> TextIO:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}; set run.out_dir to a writable folder"
         ) from error
-    file.truncate(0)
-    file.write(_job())
-    file.flush()
-    return file
+    if descriptor is None:
+        yield
+        return
+    import fcntl
+
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.truncate(0)
+        file.write(_job())
+        file.flush()
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # processes that a loader started have it open too
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:

@@ -8,13 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from fasttrain.checkpoint import Checkpoint, check_model, saved_parameters
-from fasttrain.config import TrainConfig, UserError
-from fasttrain.config.keys import counted
-from fasttrain.config.untrusted import misfit
-from fasttrain.distributed.sharding import cut
+from fasttrain.checkpoint import Checkpoint, check_model
+from fasttrain.config import TrainConfig, UserError, counted, misfit
 from fasttrain.distributed.world import facts_by_name
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState
@@ -153,14 +148,6 @@ BRANCH_MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
     *("schedule.min_lr", "schedule.decay_fraction", "schedule.decay_start_step"),
 )
-
-
-def start_from(model: nn.Module, config: TrainConfig, path: str) -> None:
-    """Give ``model`` the parameters of another run, as ``model.init_from`` says."""
-    _, found = saved_parameters(Path(path))
-    check_model(config, found, f"model.init_from = {path}")
-    wanted = model.state_dict()
-    model.load_state_dict({name: cut(tensor, wanted[name]) for name, tensor in found.items()})
 
 
 def settle_decay(config: TrainConfig, source: Checkpoint, *, branches: bool) -> TrainConfig:

@@ -13,7 +13,7 @@ from fasttrain_kernels._torch import spare_compiler
 from tokenizers import Tokenizer
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact, usable_cores
+from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
@@ -23,22 +23,16 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
-from fasttrain.device import (
-    keep_freed_memory,
-    make_deterministic,
-    resolve_device,
-    resolve_precision,
-    set_threads,
-)
+from fasttrain.device import make_deterministic, resolve_device, resolve_precision
 from fasttrain.distributed.lockstep import die_with_parent
-from fasttrain.distributed.sharding import make_sharded
+from fasttrain.distributed.sharding import cut, make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.trainer import TaskScorer, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
-from fasttrain.model.runtime import keep_compiled, resolve_compile
+from fasttrain.model.runtime import prepare_process, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.run import resume as resuming
 from fasttrain.run.ending import show_start, train_to_end
@@ -80,17 +74,10 @@ def run(
             make_deterministic()
         with interruptible():
             # The process and its ranks
-            named_device = resolve_device(config.run.device)
-            world = start(config.distributed, named_device)
-            device = world.device(named_device)
+            world, device = start(config.distributed, resolve_device(config.run.device))
             if world.size > 1:
                 die_with_parent()
-            set_threads(config.run.threads, usable_cores())
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            else:
-                keep_freed_memory()
-            keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
+            prepare_process(config, device)
             if resolve_compile(config, device) in ("off", "c++"):
                 spare_compiler()
             check_packages(config)
@@ -181,9 +168,7 @@ def _build(
             elif world.leads:
                 from fasttrain.engine.memory import best_micro_batch  # half a second of imports
 
-                rows = best_micro_batch(
-                    config, world.size, device=device, precision=precision, report=folder.note
-                )
+                rows = best_micro_batch(config, world.size, device, report=folder.note)
         rows = world.share(rows)
         config = replace(config, train=replace(config.train, micro_batch=rows))
     with world.failing_together():
@@ -217,8 +202,11 @@ def _build(
     else:
         model = make().to(device)
     with world.failing_together():
-        if config.model.init_from is not None and source is None:
-            resuming.start_from(model, config, config.model.init_from)
+        if (other_run := config.model.init_from) is not None and source is None:
+            _, found = checkpoint.saved_parameters(Path(other_run))
+            checkpoint.check_model(config, found, f"model.init_from = {other_run}")
+            own = model.state_dict()
+            model.load_state_dict({name: cut(tensor, own[name]) for name, tensor in found.items()})
     optimizers = build_optimizers(model, config.optim, precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)

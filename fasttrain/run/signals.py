@@ -19,6 +19,8 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_FORCED = 1
+# A terminal's Ctrl-C and a scheduler signal torchrun and all ranks, and torchrun signals these too.
+ECHO_S = 3.0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

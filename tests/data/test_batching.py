@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fasttrain.data.dataset import TokenDataset, join
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset, write_dataset_json
-from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.loader import IGNORE_INDEX, Loader
 from fasttrain.data.order import GROUP, LoaderOptions, Plan, document_rows, document_starts
 from fasttrain.data.prepare.writer import ShardWriter
 
@@ -146,7 +146,7 @@ def rows_of(dataset: TokenDataset, **options: object) -> list[list[int]]:
             assert batch.tokens.is_contiguous()
             assert batch.targets.is_contiguous()
             n_tokens += batch.n_tokens
-            counted = batch.targets != IGNORE
+            counted = batch.targets != IGNORE_INDEX
             assert torch.equal(counted, counted.cummin(1).values)  # padding is at the end
             assert not batch.tokens[~counted].any()
             for tokens, targets, valid in zip(batch.tokens, batch.targets, counted, strict=True):

@@ -13,7 +13,7 @@ import pytest
 
 from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset, write_dataset_json
-from fasttrain.data.loader import IGNORE, Loader
+from fasttrain.data.loader import IGNORE_INDEX, Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
@@ -118,7 +118,7 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
             dropped = loader.plan.dropped_tokens
             shown = f"({dropped} in no sequence)" in log
             assert shown == (dropped > 0) == (mode == "padded")
-            real = [int((batch.targets != IGNORE).sum()) for batch in islice(loader, 20)]
+            real = [int((batch.targets != IGNORE_INDEX).sum()) for batch in islice(loader, 20)]
     if mode != "mix":
         for run in (whole, parts):
             lines = [line for line in run if line["kind"] == "train"]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fasttrain.data import loader as loader_module
 from fasttrain.data.dataset import Shard
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
-from fasttrain.data.loader import IGNORE, Batch, Loader, Stored, evaluation_batches
+from fasttrain.data.loader import IGNORE_INDEX, Batch, Loader, Stored, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.model.attention import attention_mask
@@ -79,7 +79,7 @@ def test_rows_are_the_windows_that_the_order_names(dataset: TokenDataset) -> Non
 def test_R3_each_token_is_a_target_once_an_epoch(dataset: TokenDataset) -> None:
     with make(dataset, micro_batch=5, end=2 * 99) as loader:
         targets = torch.cat([batch.targets.flatten() for batch in loader])
-        counts = torch.bincount(targets[targets != IGNORE], minlength=N_TOKENS)
+        counts = torch.bincount(targets[targets != IGNORE_INDEX], minlength=N_TOKENS)
     assert counts[0] == 0
     assert torch.equal(counts[1:991], torch.full((990,), 2))
     assert not counts[991:].any()  # the dropped tail
@@ -139,8 +139,8 @@ def test_rows_beyond_the_end_have_no_targets_and_the_shape_stays(
         batches.append(len(mine))
         for batch in mine:
             assert batch.targets.shape == (4, 10)
-            rows = (batch.targets != IGNORE).all(dim=1)
-            assert torch.equal(rows, (batch.targets != IGNORE).any(dim=1))
+            rows = (batch.targets != IGNORE_INDEX).all(dim=1)
+            assert torch.equal(rows, (batch.targets != IGNORE_INDEX).any(dim=1))
             assert rows.tolist() == sorted(rows.tolist(), reverse=True)
             valid += int(rows.sum())
         assert mine[-1].position == 24
@@ -349,7 +349,7 @@ def test_evaluation_covers_every_target_once_in_order(
     for batches in zip(*per_rank, strict=True):
         for batch in batches:
             assert batch.tokens.shape == batch.targets.shape == (batch_size, seq_len)
-            valid = batch.targets != IGNORE
+            valid = batch.targets != IGNORE_INDEX
             assert torch.equal(batch.tokens[valid] + 1, batch.targets[valid])
             assert not batch.tokens[~valid].any()
             targets += batch.targets[valid].tolist()
@@ -364,7 +364,7 @@ def test_overlapping_windows_have_every_target_once_after_its_context(
     batches = evaluation_batches(dataset, options, "cpu")
     targets = []
     for tokens, row in ((t, r) for b in batches for t, r in zip(b.tokens, b.targets, strict=True)):
-        valid = row != IGNORE
+        valid = row != IGNORE_INDEX
         assert torch.equal(tokens[valid] + 1, row[valid])
         if valid.any() and targets:
             n_before = int(valid.nonzero()[0])
@@ -399,7 +399,7 @@ def test_a_cut_batch_has_the_same_targets_in_shorter_rows() -> None:
     assert cut.position == 7
     assert torch.equal(cut.tokens[:3].flatten(), torch.arange(12))
     assert torch.equal(cut.targets[:3], cut.tokens[:3] + 1)
-    assert cut.targets[3:].flatten().tolist() == [*range(14, 19), *7 * [IGNORE]]
+    assert cut.targets[3:].flatten().tolist() == [*range(14, 19), *7 * [IGNORE_INDEX]]
     assert cut.tokens.data_ptr() == whole.tokens.data_ptr()
     assert cut.doc_starts is not None
     assert cut.doc_starts.nonzero().tolist() == [[0, 0], [0, 3], [2, 1], [3, 0]]

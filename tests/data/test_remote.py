@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from fasttrain.data.loader import Batch, Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.remote import ShardCache, beside, n_bytes
-from fasttrain.engine.plan import warnings_at_start
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from tests.support.faulty_server import (
     FAULTS,
     FaultyServer,
@@ -387,10 +387,13 @@ def test_a_cache_that_is_too_small_says_what_would_do(
     train = opened(server, tmp_path / "cache", gib=5 * SHARD_BYTES / GIB)
     assert n_bytes(train.shards) == N_SHARDS * SHARD_BYTES + 64, "documents end alike in all"
     config = load_config("base", [f"data.cache_gib={5 * SHARD_BYTES / GIB}"])
-    warnings = [w for w in warnings_at_start(config, train, None) if "cache_gib" in w]
+    plan = RunPlan(config, cast(Any, None), None, None, 1)
+    plan.train = train
+    warnings = [w for w in warnings_at_start(plan) if "cache_gib" in w]
     assert "each 8 micro-batches fetch up to 0.001 GiB. Set it to 0.001, or raise" in warnings[0]
     config = load_config("base", ["data.cache_gib=0.001"])
-    assert not [w for w in warnings_at_start(config, train, None) if "cache_gib" in w]
+    plan.config = config
+    assert not [w for w in warnings_at_start(plan) if "cache_gib" in w]
 
 
 def test_files_of_other_datasets_and_killed_processes_make_room(

@@ -19,7 +19,7 @@ from fasttrain.distributed.world import (
     facts_of_rank,
     start,
 )
-from fasttrain.engine.plan import warnings_at_start
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.schedule import step_shape
 from fasttrain.run.folder import RunFolder
 from tests.support.toy import write_config
@@ -55,7 +55,8 @@ def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
 def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:
     def warnings(n_ranks: int, *overrides: str) -> list[str]:
         config = load_config(write_config(tmp_path), overrides)
-        return list(warnings_at_start(config, None, None, n_ranks))
+        model: Any = None
+        return list(warnings_at_start(RunPlan(config, model, None, None, n_ranks)))
 
     assert warnings(1) == warnings(2, "train.tokens_per_step=64") == []
     (grows,) = warnings(2)
@@ -73,8 +74,8 @@ def test_ranks_may_wait_longer_before_the_first_step_than_after_it() -> None:
 def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    world = start(DistributedConfig(), CPU)
-    assert world == World()
+    world, device = start(DistributedConfig(), CPU)
+    assert (world, device) == (World(), CPU)
     assert choose_mode(DistributedConfig(mode="fsdp"), world, 10, CPU) is world
     tensor = torch.ones(2)
     assert world.sum(tensor) is tensor

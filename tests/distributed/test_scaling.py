@@ -54,12 +54,12 @@ def config_of(mode: str, n_micro: int, n_ranks: int = 2) -> TrainConfig:
 def held_at_most(mode: str, n_micro: int) -> int:
     """Return the bytes that this process holds at most in a step."""
     config = config_of(mode, n_micro)
-    world = start(config.distributed, CPU)
+    world, _ = start(config.distributed, CPU)
     model = Transformer(config.model, seq_len=SEQ_LEN)
     world = choose_mode(config.distributed, world, 0, CPU)
     shard(model, world, config.distributed)
     optimizers = build_optimizers(model, config.optim)
-    step = TrainStep(model, optimizers, config, device=CPU, precision=PRECISION, world=world)
+    step = TrainStep(model, optimizers, config, device=CPU, world=world)
     ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
     batches = [Batch(ids, ids.clone(), None, 0)] * n_micro
     for _ in range(2):  # moments, and the buckets that DDP makes anew after its first step
@@ -98,7 +98,7 @@ def test_memory_of_a_rank_is_within_a_tenth_of_what_two_processes_hold(
 ) -> None:
     mode, n_micro = CASES[name]
     config = config_of(mode, n_micro)
-    estimate = estimate_memory(config, device=CPU, precision=PRECISION, n_ranks=2, mode=mode)
+    estimate = estimate_memory(config, device=CPU, n_ranks=2, mode=mode)
     assert estimate.total == pytest.approx(measured[name], rel=0.10)
 
 
@@ -109,9 +109,7 @@ def test_gradients_are_held_once_however_many_micro_batches(measured: dict[str, 
 def test_more_ranks_hold_smaller_shards() -> None:
     def estimate(n_ranks: int) -> memory.StepMemory:
         config = config_of("fsdp", 1, n_ranks)
-        return estimate_memory(
-            config, device=CPU, precision=PRECISION, n_ranks=n_ranks, mode="fsdp"
-        )
+        return estimate_memory(config, device=CPU, n_ranks=n_ranks, mode="fsdp")
 
     two, eight = estimate(2), estimate(8)
     assert eight.parameters == pytest.approx(two.parameters / 4, rel=0.01)
@@ -193,7 +191,7 @@ def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> 
     with memory._pretended(config.distributed, 2, "fsdp") as world:
         model = Transformer(config.model, seq_len=SEQ_LEN)
         shard(model, world, config.distributed)
-        step = TrainStep(model, [], config, device=CPU, precision=PRECISION, world=world)
+        step = TrainStep(model, [], config, device=CPU, world=world)
         assert step.compile_mode == "blocks"
 
 

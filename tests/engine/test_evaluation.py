@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fasttrain.config import DataConfig, EvalConfig, LoopConfig, ModelConfig, TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset
-from fasttrain.data.loader import IGNORE, evaluation_batches
+from fasttrain.data.loader import IGNORE_INDEX, evaluation_batches
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_precision
 from fasttrain.distributed.world import World
@@ -113,7 +113,7 @@ def test_documents_are_evaluated_once_over_all_ranks(
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
-    found = [b.targets[b.targets != IGNORE] for batches in per_rank for b in batches]
+    found = [b.targets[b.targets != IGNORE_INDEX] for batches in per_rank for b in batches]
     firsts = {1, *(dataset.document_ends + 1).tolist()}
     assert sorted(torch.cat(found).tolist()) == [t for t in range(1, 66) if t not in firsts]
 
@@ -151,7 +151,7 @@ def test_C16_a_part_of_the_split_is_spread_over_it_and_always_the_same(
                 stride_tokens=3 if batching == "sliding" else None,
             )  # fmt: skip
             for batch in evaluation_batches(dataset, options, CPU, n_tokens=n_tokens):
-                found += batch.targets[batch.targets != IGNORE].tolist()
+                found += batch.targets[batch.targets != IGNORE_INDEX].tolist()
         return sorted(found)
 
     part, whole = targets(n_tokens), targets(None)

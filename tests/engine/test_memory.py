@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fasttrain.config import TrainConfig, config_from_dict
-from fasttrain.device import resolve_precision
 from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak, probe_step
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
@@ -47,17 +46,15 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_within_a_tenth_of_what_is_measured(name: str) -> None:
     config = CASES[name]
-    precision = resolve_precision(config.run.dtype, CPU)
-    estimate = estimate_memory(config, device=CPU, precision=precision)
-    peak = probe_step(config, device=CPU, precision=precision).peak_bytes
+    estimate = estimate_memory(config, device=CPU)
+    peak = probe_step(config, device=CPU).peak_bytes
     assert estimate.total == pytest.approx(peak, rel=0.10)
 
 
 def test_the_categories_are_what_they_are_called() -> None:
     config = CASES["base with Muon"]
     config = replace(config, train=replace(config.train, z_loss=1e-4))  # so that logits are cut
-    precision = resolve_precision("fp32", CPU)
-    estimate = estimate_memory(config, device=CPU, precision=precision)
+    estimate = estimate_memory(config, device=CPU)
     model = Transformer(config.model, seq_len=64)
     n = model.num_parameters()
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
@@ -65,11 +62,11 @@ def test_the_categories_are_what_they_are_called() -> None:
     assert estimate.optimizer == 8 * (n - hidden) + 4 * hidden
     assert estimate.logits == 4 * 64 * 2048 * 4
     wide = replace(config, train=replace(config.train, micro_batch=8))
-    more = estimate_memory(wide, device=CPU, precision=precision)
+    more = estimate_memory(wide, device=CPU)
     assert more.activations > 1.8 * estimate.activations
     assert (more.parameters, more.optimizer) == (estimate.parameters, estimate.optimizer)
-    accumulated = estimate_memory(CASES["accumulated"], device=CPU, precision=precision)
-    plain = estimate_memory(CASES["llama"], device=CPU, precision=precision)
+    accumulated = estimate_memory(CASES["accumulated"], device=CPU)
+    plain = estimate_memory(CASES["llama"], device=CPU)
     assert accumulated.gradients == accumulated.parameters
     assert plain.gradients == 0  # at the end of the forward pass there are none yet
 
@@ -83,13 +80,9 @@ def test_matrices_rounded_once_a_step_are_counted(dim: int, rows: int, seq_len: 
     train = {"micro_batch": rows, "tokens_per_step": 2 * rows * seq_len}
     config = config_of({"dim": dim}, run=run, train=train, data={"seq_len": seq_len})
     eager = replace(config, run=replace(config.run, compile="off"))
-    precision = resolve_precision("bf16", CPU)
-    ours, plain = (
-        estimate_memory(c, device=torch.device("cuda"), precision=precision)
-        for c in (config, eager)
-    )
+    ours, plain = (estimate_memory(c, device=torch.device("cuda")) for c in (config, eager))
     model = Transformer(config.model, seq_len=seq_len)
-    step = TrainStep(model, [], eager, device=CPU, precision=precision)
+    step = TrainStep(model, [], eager, device=CPU)
     step._round_once()
     copies = sum(copy.nbytes for copy in step.copies.values())
     assert ours.buffers - plain.buffers == copies > 0
@@ -105,10 +98,7 @@ def test_an_estimate_allocates_nothing_and_moves_no_random_state() -> None:
     huge = replace(config, model=replace(config.model, dim=8192, n_layers=8, vocab_size=100_000))
     before = torch.get_rng_state()
     estimates = []
-    precision = resolve_precision("fp32", CPU)
-    peak = measure_peak(
-        lambda: estimates.append(estimate_memory(huge, device=CPU, precision=precision)), CPU
-    )
+    peak = measure_peak(lambda: estimates.append(estimate_memory(huge, device=CPU)), CPU)
     assert estimates[0].total > 80 * 2**30
     assert peak < 64 * 2**20
     assert torch.equal(torch.get_rng_state(), before)

@@ -40,7 +40,7 @@ def make(optimizer: str = "adamw") -> TrainStep:
     model = Transformer(config.model, seq_len=12).train()
     precision = resolve_precision("fp32", CPU)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    return TrainStep(model, optimizers, config, device=CPU, precision=precision)
+    return TrainStep(model, optimizers, config, device=CPU)
 
 
 def batches() -> list[Batch]:

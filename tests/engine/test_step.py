@@ -44,7 +44,7 @@ def make(
     model = Transformer(config.model, seq_len=config.data.seq_len)
     precision = resolve_precision(dtype, CPU)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    return TrainStep(model, optimizers, config, device=CPU, precision=precision)
+    return TrainStep(model, optimizers, config, device=CPU)
 
 
 def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
@@ -439,7 +439,6 @@ def test_one_compiled_block_serves_all_layers_and_computes_the_same() -> None:
             build_optimizers(model, config.optim, precision.compute),
             config,
             device=CPU,
-            precision=precision,
         )
         if mode == "blocks":
             run = torch.compile(run_block, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
-from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
@@ -236,12 +235,11 @@ def test_N5_the_reason_names_what_this_machine_has(
 
 
 def train(compile: str, model_options: dict[str, Any]) -> tuple[list[float], list[Tensor]]:
-    config = config_of(run={"compile": compile}, model=model_options)
+    config = config_of(run={"compile": compile, "dtype": "fp32"}, model=model_options)
     torch.manual_seed(0)
     model = Transformer(config.model, seq_len=32)
     optimizers = build_optimizers(model, config.optim)
-    precision = resolve_precision("fp32", CPU)
-    step = TrainStep(model, optimizers, config, device=CPU, precision=precision)
+    step = TrainStep(model, optimizers, config, device=CPU)
     assert step.compile_mode == ("off" if compile == "off" else "c++")
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

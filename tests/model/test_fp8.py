@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fasttrain.config import ConfigError, RunConfig, UserError, config_from_dict
-from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import multiply_in_fp8
@@ -114,8 +113,7 @@ def test_steps_in_fp8_learn_as_those_in_full_precision() -> None:
         if kind == "fp8":
             multiply_in_fp8(model, CPU, emulate=True)
         optimizers = build_optimizers(model, CONFIG.optim)
-        precision = resolve_precision("fp32", CPU)
-        step = TrainStep(model, optimizers, CONFIG, device=CPU, precision=precision)
+        step = TrainStep(model, optimizers, CONFIG, device=CPU)
         losses[kind] = []
         for _ in range(20):
             step([batch], 3e-3)
@@ -128,7 +126,7 @@ def test_steps_in_fp8_learn_as_those_in_full_precision() -> None:
 def test_a_step_asked_for_fp8_does_not_run_without() -> None:
     config = replace(CONFIG, run=replace(CONFIG.run, fp8=True, **COMPILED))
     with pytest.raises(UserError, match="Hopper"):
-        TrainStep(make_model(), [], config, device=CPU, precision=resolve_precision("fp32", CPU))
+        TrainStep(make_model(), [], config, device=CPU)
 
 
 def test_the_trainer_refuses_before_it_trains(

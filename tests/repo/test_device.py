@@ -125,18 +125,15 @@ def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_C13_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy: str) -> None:
     config = config_from_dict(
         {
-            "run": {"compile": mode},
+            "run": {"compile": mode, "dtype": "fp32"},
             "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2},
             "data": {"path": "unused", "seq_len": 8},
             "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 64},
         }
     )
     model = Transformer(config.model, seq_len=8)
-    precision = resolve_precision("fp32", CPU)
     with pytest.raises(UserError, match=f"does not accumulate.*'ddp'.*run.compile={remedy}$"):
-        TrainStep(
-            model, [], config, device=CUDA, precision=precision, world=World(size=2, mode="ddp")
-        )
+        TrainStep(model, [], config, device=CUDA, world=World(size=2, mode="ddp"))
 
 
 def test_C13_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """How a run begins and ends: disks that are full, locks, failures on the way, what is left."""
 
-import contextlib
 import errno
 import gc
 import os
@@ -140,6 +139,7 @@ import subprocess, sys, time
 from pathlib import Path
 from fasttrain.run.folder import lock_run_dir
 lock = lock_run_dir(Path(sys.argv[1]))
+lock.__enter__()
 child = subprocess.Popen(["sleep", "600"])
 print(child.pid, flush=True)
 time.sleep(600)
@@ -155,11 +155,12 @@ def test_R13_the_lock_dies_with_its_process_though_a_child_lives(tmp_path: Path)
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(UserError, match="in use by another trainer"):
-            lock_run_dir(tmp_path)
+            lock_run_dir(tmp_path).__enter__()
         holder.kill()
         holder.wait()
         os.kill(child, 0)  # it lives
-        lock_run_dir(tmp_path).close()
+        with lock_run_dir(tmp_path):
+            pass
     finally:
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()
@@ -214,5 +215,5 @@ def test_any_other_error_shows_where_and_closes_all_that_is_open(
     monkeypatch.undo()  # the error, held by what raised it, holds the frames of its traceback
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= n_files
-    with contextlib.closing(lock_run_dir(toy.parent / "runs/toy")):
+    with lock_run_dir(toy.parent / "runs/toy"):
         pass

@@ -13,15 +13,16 @@ import torch
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
-from fasttrain.engine.plan import RunPlan, plan_run, warnings_at_start
+from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.step import TrainStep
+from fasttrain.log.console import format_count
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.plan import diagnose_run, preflight, warnings_of
+from fasttrain.run.ending import describe
 from fasttrain.run.run import open_splits
 from fasttrain.train import main as train_main
 from tests.support.toy import start, write_config
@@ -60,11 +61,11 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
-    config, train, _ = open_splits(load_config(config_path), print)
+    config, *splits = open_splits(load_config(config_path), print)
     model = Transformer(config.model, seq_len=16)
-    plan = plan_run(config, train, 1, model)
-    assert plan.parameters == sum(p.numel() for p in model.parameters())
-    assert plan.flops_per_token == model.flops_per_token()
+    rows = describe(RunPlan(config, model, *splits, 1))
+    assert rows["model"].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters, ")
+    assert f"{format_count(model.flops_per_token())} FLOPs a token" in rows["model"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_C20_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = plan_run(config, train, 1, Transformer(config.model, seq_len=16))
+    plan = RunPlan(config, Transformer(config.model, seq_len=16), train, None, 1)
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
@@ -122,14 +123,14 @@ def dataset(**facts: Any) -> Any:
     return SimpleNamespace(**(given | facts))
 
 
-PLAN = RunPlan(
-    parameters=10**6,
-    matmul_parameters=10**6,
-    flops_per_token=6e6,
-    tokens_per_step=10**5,
-    steps=1000,
-    epochs=0.1,
-)
+def plan_of(
+    config: TrainConfig, train: Any, val: Any = None, steps: int = 1000, epochs: float = 0.1
+) -> RunPlan:
+    """Return a plan of a model that has ten parameters for each token of a step."""
+    model: Any = SimpleNamespace(num_matmul_parameters=lambda: 10 * plan.shape.tokens)
+    plan = RunPlan(config, model, None, val, 1)
+    plan.train, plan.steps, plan.epochs = train, steps, epochs
+    return plan
 
 
 @pytest.fixture
@@ -138,9 +139,10 @@ def sound(config_path: Path) -> TrainConfig:
     return replace(config, model=replace(config.model, vocab_size=320))
 
 
-def found(config: TrainConfig, plan: RunPlan = PLAN, data: Any = None, **options: Any) -> list[str]:
+def found(config: TrainConfig, data: Any = None, **options: Any) -> list[str]:
+    size = {k: options.pop(k) for k in ("steps", "epochs") if k in options}
     options = {"device": CPU, "dtype": "fp32"} | options
-    return list(warnings_of(config, plan, data or dataset(), **options))
+    return list(warnings_of(plan_of(config, data or dataset(), **size), **options))
 
 
 def test_a_sound_run_has_no_warning(sound: TrainConfig) -> None:
@@ -168,9 +170,9 @@ def test_settings_that_hurt(
 
 
 def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
-    assert "a smaller model will end better" in found(sound, replace(PLAN, steps=24))[0]
-    assert found(sound, replace(PLAN, steps=26)) == []
-    assert "7.0 epochs" in found(sound, replace(PLAN, epochs=7.0))[0]
+    assert "a smaller model will end better" in found(sound, steps=24)[0]
+    assert found(sound, steps=26) == []
+    assert "7.0 epochs" in found(sound, epochs=7.0)[0]
     assert (
         "longer than the documents, 7 tokens"
         in found(sound, data=dataset(n_documents=10**9 // 7))[0]
@@ -258,7 +260,7 @@ def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     assert told in capsys.readouterr().out
     enough = SimpleNamespace(n_tokens=5_000, shards=())
     settled = load_config(config_path, ["model.vocab_size=320"])
-    assert list(warnings_at_start(settled, dataset(max_token=256), enough)) == []  # type: ignore[arg-type]
+    assert list(warnings_at_start(plan_of(settled, dataset(max_token=256), enough))) == []
 
 
 def test_N18_several_processes_where_there_is_one_are_told(
@@ -295,8 +297,7 @@ def auto(config_path: Path) -> TrainConfig:
 
 
 def settle(config: TrainConfig, device: torch.device = CPU) -> int:
-    precision = resolve_precision("fp32", CPU)
-    return best_micro_batch(config, device=device, precision=precision)
+    return best_micro_batch(config, 1, device, print)
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, rows_per_s: dict[int, float]) -> list[int]:

@@ -109,8 +109,8 @@ def run_blocks_on_cpu(
 
     Numerics: reruns agree bit for bit, on any number of threads.
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + F (SwiGLU 2F) numbers
-        a token and block in the dtype of the products, and 2·D in fp32, and the weights once more in
-        that dtype; in backward about as much again, of one block, for a moment. Gradients of
+        a token and block in the dtype of the products, and 2·D in fp32, and the weights once more
+        in that dtype; in backward about as much again, of one block, for a moment. Gradients of
         weights that accumulate are held twice.
     """
     if mask is not None or caches is not None or start or x.numel() == 0:

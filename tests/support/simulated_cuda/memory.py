@@ -10,7 +10,6 @@ from fasttrain.checkpoint import load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import load_config
-from fasttrain.device import resolve_precision
 from fasttrain.engine import memory
 from fasttrain.train import main
 from tests.support.simulated_cuda.shim import memory_limit, used
@@ -46,11 +45,11 @@ def test_auto_takes_the_most_rows_that_an_allocator_lets_run(
 ) -> None:
     monkeypatch.setattr(memory, "USABLE", 1e9)  # what is estimated always fits
     keys = [*KEYS, "train.micro_batch=auto", "model.vocab_size=320", f"data.path={data}"]
-    config, precision = load_config(CONFIG, keys), resolve_precision("fp32", CUDA)
+    config = load_config(CONFIG, [*keys, "run.dtype=fp32"])
     gc.collect()
     before = used(0)
     with memory_limit(limit):
-        best = memory.best_micro_batch(config, device=CUDA, precision=precision)
+        best = memory.best_micro_batch(config, 1, CUDA, print)
     gc.collect()
     assert best == 2
     assert used(0) == before  # of the attempts nothing is left
