@@ -44,8 +44,6 @@ def lr_at(
         every = schedule.decay_every_steps or a_third
         n_decays = (step - start) // every if name == "step" else n_plateaus
         return max(lr * schedule.decay_factor**n_decays, schedule.min_lr)
-    if name not in ("constant", "cosine", "cosine_restarts", "linear", "wsd"):
-        refuse("schedule.name", name, "is not implemented; add it to engine/schedule.py")
     if name == "wsd":
         begun = schedule.decay_start_step
         if begun is None:
@@ -59,6 +57,8 @@ def lr_at(
         progress = (step - start) % cycle_steps / cycle_steps
     if name.startswith("cosine"):
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    elif name not in ("linear", "wsd"):
+        refuse("schedule.name", name, "is not implemented; add it to engine/schedule.py")
     # Weighting both ends, rather than adding a difference to one, makes both exact.
     return lr * (1.0 - progress) + schedule.min_lr * progress
 

@@ -107,7 +107,7 @@ class _Column(NamedTuple):
     style: str = ""
 
     def cell(self, row: Mapping[str, Any]) -> str:
-        value = row.get(self.key)
+        value = row[self.key]
         return "n/a" if value is None else self.format(value)
 
 
@@ -179,8 +179,9 @@ class Console:
         self.note(f"warning: {text}", "bold yellow")
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """Print a train row of ``metrics.jsonl``; a missing or null value shows as n/a."""
-        known = [c for c in _COLUMNS if c.key not in _WHERE_KNOWN or row.get(c.key) is not None]
+        """Print a train row of ``metrics.jsonl``; a null value shows as n/a."""
+        given = row.keys() - {key for key in _WHERE_KNOWN if row.get(key) is None}
+        known = [column for column in _COLUMNS if column.key in given]
         cells = [f"{c.heading} {c.cell(row):>{c.width - 2}}" for c in known if c in _PLAIN]
         wait_ms = row.get("data_wait_ms") or 0.0
         waited = wait_ms > _LONG_WAIT * (row.get("step_ms") or math.inf)

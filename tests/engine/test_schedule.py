@@ -13,12 +13,14 @@ from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
 TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5
 
+MONOTONIC = ["cosine", "linear", "constant", "wsd"]  # fall from the warmup on, and stay at the end
+
 
 def schedule(name: str, **values: object) -> ScheduleConfig:
     return ScheduleConfig(**{"name": name, "warmup_steps": WARMUP, "min_lr": MIN_LR, **values})
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("name", MONOTONIC)
 def test_warmup_is_linear_and_ends_exactly_at_lr(name):
     config = schedule(name)
     assert lr_at(0, TOTAL, config, LR) == LR / 10
@@ -98,7 +100,7 @@ def test_wsd_that_decays_throughout_is_linear():
     assert rates[0][55] < LR
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("name", MONOTONIC)
 def test_a_run_of_one_step_learns(name):
     assert lr_at(0, 1, ScheduleConfig(name=name), LR) == LR
 
@@ -111,7 +113,7 @@ def test_warmup_longer_than_the_horizon_goes_on():
 
 
 @given(
-    name=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
+    name=st.sampled_from(MONOTONIC),
     total=st.integers(1, 500),
     warmup=st.integers(0, 499),
     fraction=st.floats(0.01, 1.0),

@@ -34,6 +34,7 @@ for step in range(1, 61):
             "tokens_per_s": 1234567.0, "step_ms": 5.1, "data_wait_ms": 0.02, "mfu": MFU,
             "loss_ema": 3.4, "tokens": 10**12, "epoch": 1.5, "peak_memory_gib": 79.1,
             "progress": step / 60, "left_s": 90_000.0, "rollbacks": int(step == 60),
+            "goodput": 0.9, "forward_backward_ms": 4.0,
         })
     if step % 30 == 0:
         console.evaluation({
