@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ class Screen:
             self.cursor_hidden = final == "l"
 
 
+@cache
 def run_on_a_terminal(program: str, columns: int) -> Screen:
     """Run ``program`` on a pseudo-terminal and return its final screen."""
     ours, theirs = pty.openpty()

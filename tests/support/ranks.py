@@ -1,7 +1,6 @@
 """Processes that are ranks, forked from one that has imported everything: that takes seconds."""
 
 import fcntl
-import gc
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from torch.distributed import TCPStore
 
 from fasttrain.run import signals
 from tests.support import toy_ranks
-from tests.support.toy import write_config
+from tests.support.toy import set_imports_aside, write_config
 from tests.support.toy_ranks import environment
 
 PATIENCE_S = 500.0  # on a machine that does other things as well
@@ -82,7 +81,7 @@ def _be(
         os.dup2(file.fileno(), 2)
     os.environ.update(variables)
     warnings.simplefilter("ignore")
-    gc.freeze()  # no collection looks through all that was imported
+    set_imports_aside()
     torch.set_num_threads(1)
     target(*arguments)
 

@@ -25,6 +25,7 @@ from fasttrain.run import ending
 from fasttrain.run import run as session
 from fasttrain.train import main
 from tests.support.faults import Faults
+from tests.support.toy import set_imports_aside
 
 STUCK_AT = 6
 FOREVER_S = 3600.0
@@ -152,6 +153,7 @@ def forked(run: Callable[[Told], int], log: Path) -> tuple[int, int]:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        set_imports_aside()
         told: list[int] = []
         status = run(lambda: (told or (told.append(1), os.write(writing, b"x"))) and None)
     finally:

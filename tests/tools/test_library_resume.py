@@ -1,5 +1,6 @@
 """The library's Trainer goes on to the bit, or refuses before anything is lost (R32)."""
 
+import gc
 import inspect
 import json
 import math
@@ -49,6 +50,15 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Import what a first training imports: some of it seeds Python's `random`."""
     trainer = made(tmp_path_factory.mktemp("warm"), eval={"every_steps": 1})
     trainer.train(DataLoader(rows(), batch_size=4, shuffle=True), [rows(4)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_is_waited_for() -> Iterator[None]:
+    """A DataLoader waits 5 s for each persistent worker, which does not end when it is told to."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
+        gc.collect()  # of the loaders that are left
 
 
 def rows(n: int = 18) -> Tensor:
