@@ -205,7 +205,7 @@ class ScheduleConfig(Section):
         "cosine linear constant wsd step cosine_restarts plateau", "shape after the warmup"
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
-    min_lr: float = key(0.0, "learning rate of the last step (constant: unused)", ge=0)
+    min_lr: float = key(0.0, "lowest learning rate after the warmup (constant: unused)", ge=0)
     decay_fraction: float = key(0.2, "wsd: final decay, as a fraction of the run", gt=0, le=1)
     decay_start_step: int | None = key(None, "wsd: first decay step (none: decay_fraction)", ge=0)
     decay_every_steps: int | None = key(None, "step: steps between decays (none: run / 3)", ge=1)

@@ -30,7 +30,7 @@ from fasttrain.model import runtime
 from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer
 from fasttrain.train import main as train
-from tests.support.toy import OPTIMIZERS, ROOT, SCHEDULES, write_dataset
+from tests.support.toy import MLPS, OPTIMIZERS, ROOT, SCHEDULES, write_dataset
 from tests.support.toy_data import write_tokens
 
 BASE = ROOT / "configs" / "base.toml"
@@ -216,7 +216,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *(f"schedule.name={name}" for name in SCHEDULES),
         *("schedule.warmup_steps=2", "schedule.context_fractions=[0.25, 0.5]"),
         *("model.dim=48", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=1"),
-        *("model.mlp=gelu", "model.mlp=relu2", "model.norm=layer", "model.positions=learned"),
+        *(f"model.mlp={kind}" for kind in MLPS),
+        *("model.norm=layer", "model.positions=learned"),
         *("model.bias=true", "model.qk_norm=false", "model.tied_embeddings=true"),
         *("model.dropout=0.1", "model.value_embeddings=true", "model.bigram_vocab_size=64"),
         *("eval.stride_fraction=0.3", "eval.stride_fraction=none", "eval.batch_size=3"),

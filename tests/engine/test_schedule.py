@@ -13,7 +13,7 @@ from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale
 # 10 warmup steps, then 91 steps from 10 to 100: the middle of the decay is step 55.
 TOTAL, WARMUP, LR, MIN_LR = 101, 10, 6e-4, 6e-5
 
-MONOTONIC = ["cosine", "linear", "constant", "wsd"]  # fall from the warmup on, and stay at the end
+MONOTONIC = ["cosine", "linear", "constant", "wsd"]  # from lr behind the warmup to the end
 
 
 def schedule(name: str, **values: object) -> ScheduleConfig:

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain.config import OptimConfig, ScheduleConfig, TrainConfig, load_config
+from fasttrain.config import ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, load_config
 from fasttrain.data.format import write_dataset_json
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 
 ROOT = Path(__file__).parents[2]
-OPTIMIZERS, SCHEDULES = (
-    next(f.metadata["choices"] for f in fields(section) if f.name == "name")
-    for section in (OptimConfig, ScheduleConfig)
+OPTIMIZERS, SCHEDULES, MLPS = (
+    next(f.metadata["choices"] for f in fields(section) if f.name == key)
+    for section, key in ((OptimConfig, "name"), (ScheduleConfig, "name"), (ModelConfig, "mlp"))
 )
 OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]  # which needs torchao
 

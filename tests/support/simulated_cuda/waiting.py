@@ -15,14 +15,14 @@ from fasttrain.config import load_config
 from fasttrain.engine.trainer import Trainer
 from tests.support.simulated_cuda.shim import waits
 from tests.support.simulated_cuda.training import RUNS, TINY
-from tests.support.toy import ROOT, write_dataset
+from tests.support.toy import OPTIMIZERS, ROOT, write_dataset
 from tests.support.toy_trainer import build
 
 # Where a value is read: of optimizers that are not ours the verdict on the step, on the host.
 READERS = {
-    "optim.name=sgd": ("step.py",),
-    "optim.name=adafactor": ("step.py", "_adafactor.py"),
+    f"optim.name={name}": ["step.py"] for name in OPTIMIZERS if name not in ("adamw", "muon")
 }
+READERS["optim.name=adafactor"] += ["_adafactor.py"]
 CASES = {name: (*run, "run.dtype=fp16") for name, run in RUNS.items()}
 CASES |= {key: (*RUNS["options"], key) for key in (*READERS, "optim.name=muon")}
 
