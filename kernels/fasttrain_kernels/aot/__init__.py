@@ -171,7 +171,7 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int, int, str]:
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         assert found is not None, usage
         registers, stack, local = map(int, found.groups())
-        sass = _tool("nvdisasm", "-c", file.name)
+        sass = _tool("nvdisasm", "-c", "-ndf", file.name)  # whose data flow nobody needs
         spills = len(re.findall(r"\b(?:LDL|STL)\b", sass)) if stack + local else 0
     return registers, spills, stack + local, sass
 
