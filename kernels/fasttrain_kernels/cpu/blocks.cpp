@@ -1,5 +1,4 @@
-// Blocks of the Transformer on a CPU, forward and backward. Compiled behind product.h and
-// attention.cpp.
+// Blocks of the Transformer on a CPU, both ways. Compiled behind product.h and attention.cpp.
 //
 // A task is some rows, of a token each, taken through norm, product and activation in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
@@ -208,7 +207,6 @@ struct WeightGradient {
   long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
 };
 
-// Called by all threads of a team
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
   long n_tasks = 0;
   for (const WeightGradient& g : all) n_tasks += g.n_tasks();

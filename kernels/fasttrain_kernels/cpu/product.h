@@ -55,20 +55,26 @@ typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
-// Of two numbers the second where one is NaN; and 1/x within an ulp or two, x from 1 to 2¹²⁶
-#ifdef __AVX512F__  // g++ 12 makes more instructions than these of the other forms
+// Of two numbers the second where one is NaN. g++ 12 makes more instructions of the plain forms.
+#if defined(__AVX512F__)
 static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm512_max_ps((__m512)x, (__m512)y); }
 static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm512_min_ps((__m512)x, (__m512)y); }
+#elif defined(__AVX2__)
+static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm256_max_ps((__m256)x, (__m256)y); }
+static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm256_min_ps((__m256)x, (__m256)y); }
+#else
+static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
+static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
+#endif
+#ifdef __AVX512F__
 static inline Bits widened(Halves x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); }
-static inline Lanes inverse(Lanes x) {
+static inline Lanes inverse(Lanes x) {  // 1/x within an ulp or two, x from 1 to 2¹²⁶
   const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
   return y * (2 - x * y);
 }
 static inline float sum(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
 static inline float largest(Lanes x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
-static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
-static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
 static inline Bits widened(Halves x) { return __builtin_convertvector(x, Bits); }
 static inline Lanes inverse(Lanes x) { return 1 / x; }
 static inline float sum(Lanes x) {
@@ -76,10 +82,7 @@ static inline float sum(Lanes x) {
     for (long i = 0; i < half; i++) x[i] += x[i + half];
   return x[0];
 }
-static inline float largest(Lanes x) {
-  for (long i = 1; i < LANES; i++) x[0] = std::max(x[0], x[i]);
-  return x[0];
-}
+static inline float largest(Lanes x) { return *std::max_element((float*)&x, (float*)(&x + 1)); }
 #endif
 
 static inline Lanes get(const float* x) {
