@@ -164,7 +164,7 @@ def print_changes(old: Entries, new: Entries) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    said = "a JSON file of benchmarks/results, or a folder; by default all that are there"
+    said = "a JSON file in benchmarks/results, or a folder (default: all files in that folder)"
     parser.add_argument("old", type=Path, nargs="?", default=RESULTS, help=said)
     parser.add_argument("new", type=Path, nargs="?", help="the same suites, measured later")
     arguments = parser.parse_args(argv)

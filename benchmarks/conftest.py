@@ -26,7 +26,7 @@ STARTED = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write figures to this folder, by processor")
-    parser.addoption("--suite", help="run the benchmarks of this suite alone: adamw, rms_norm, …")
+    parser.addoption("--suite", help="run only the benchmarks of this suite: adamw, rms_norm, …")
     parser.addoption("--full", action="store_true", help="more rounds, larger shapes, longer runs")
     parser.addoption("--rehearse", action="store_true", help="call everything once, untimed")
 

@@ -137,12 +137,12 @@ def table(documents: Sequence[Document]) -> str:
             single = tokens_per_s(counts, alone, 1)
             rows.append([*cells, f"{single:,.0f}", measured(documents, config, name)])
     summary = (
-        "One GPU, <b>predicted</b> from those counts and from assumed speeds "
-        "(benchmarks/gpu_model.py); compiled, in bf16 or fp8; MFU is of the peak in bf16 for both. "
-        "Not measured but for the last column"
+        "One GPU, <b>predicted</b> from these counts and assumed speeds "
+        "(benchmarks/gpu_model.py); compiled, in bf16 or fp8; MFU is relative to the bf16 peak. "
+        "Only the last column is measured"
     )
     head = ("config", "GPU", "tokens/s, FlashAttention-2", "MFU", "tokens/s, cuDNN's attention")
-    head += ("MFU", "one micro-batch a step, FlashAttention-2", "the same, measured")
+    head += ("MFU", "one micro-batch per step, FlashAttention-2", "the same, measured")
     return folded(summary, head, rows) if rows else ""
 
 

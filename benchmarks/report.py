@@ -22,7 +22,7 @@ FIRST = ("chars", "run", "trainers", "busy", "step", "loop", "startup")
 # What an entry may hold beside times, and how it reads.
 SHOWN = {
     "tokens_per_s": "{:,.0f} tokens/s",
-    "wall_s": "{:.0f} s in all",
+    "wall_s": "{:.0f} s in total",
     "steps": "{:,.0f} steps",
     "val_loss": "validation loss {:.4f}",
     "val_bpb": "{:.3f} bits per byte",
@@ -34,7 +34,7 @@ SHOWN = {
     "overhead": "overhead {:.1%}",
     "share_of_best": "{:.0%} of the best",
     "first_step_s": "{:.1f} s from `python` to its end",
-    "peak_memory_gib": "{:.2f} GiB at the most",
+    "peak_memory_gib": "{:.2f} GiB peak memory",
 }
 HEAD = ("what", "processor", "fasttrain", "the others take … times as long")
 
@@ -111,9 +111,9 @@ def _processor_text(processor: str, documents: Sequence[Document]) -> str:
     commits = ", ".join(sorted({d["commit"] for d in documents if d["commit"]}))
     return (
         f"**{processor}**{threads}: PyTorch {seen('torch')}{toolkit}, Triton {seen('triton')}, "
-        f"Python {seen('python')}{listed}. In the same runs a copy "
-        f"moved {span('copy_gb_per_s', ',.0f')} GB/s, reads and writes counted, and a "
-        f"{'bf16' if cuda else 'fp32'} matrix product made {span('matmul_tflop_per_s', '.3g')} "
+        f"Python {seen('python')}{listed}. In the same runs, a copy "
+        f"reached {span('copy_gb_per_s', ',.0f')} GB/s (reads plus writes), and "
+        f"{'a bf16' if cuda else 'an fp32'} matmul {span('matmul_tflop_per_s', '.3g')} "
         f"TFLOP/s; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
         + (f"; commits {commits}.\n" if commits else ".\n")
     )
@@ -121,7 +121,7 @@ def _processor_text(processor: str, documents: Sequence[Document]) -> str:
 
 def kernels_table(document: Document) -> str:
     """Return our kernels beside others', and where another is better than ours."""
-    head = ("op", "of", "options", "dtypes", "memory", "bytes", "instructions")
+    head = ("op", "library", "options", "dtypes", "memory", "bytes", "instructions")
     costs = ("programs", "registers", "shared", "spills")
     rows, better, ours = [], [], {}
     for entry in document["benchmarks"]:
@@ -130,7 +130,7 @@ def kernels_table(document: Document) -> str:
         figures["instructions"] = sum(kernel["instructions"] for kernel in kernels)
         for key, own in ours.setdefault(op, figures).items():
             if own and figures[key] and figures[key] < 0.98 * own:
-                better.append(f"{peer} in {key} of {op} ({figures[key]:.3g}, ours {own:.3g})")
+                better.append(f"{peer}, {key} of {op} ({figures[key]:.3g}, ours {own:.3g})")
         shown = [op, peer, ", ".join(entry["options"]), ", ".join(entry["dtypes"])]
         shown += ["" if value is None else f"{value:.3g}" for value in figures.values()]
         rows.append([*shown, *(" / ".join(str(k[cost]) for k in kernels) for cost in costs)])
@@ -138,7 +138,7 @@ def kernels_table(document: Document) -> str:
     versions = {name: made[name] for name in ("torch", "triton")}
     versions |= {name: made["peers"][name] for name in ("liger-kernel", "flash-attn")}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    text = table((*head, "programs an SM", *costs[1:]), rows)
+    text = table((*head, "programs per SM", *costs[1:]), rows)
     return f"{text}\nBetter than ours: {'; '.join(better)}.\n\nCompiled with {listed}.\n"
 
 
@@ -155,13 +155,13 @@ def _compiled(document: Document) -> str:
         casts = [k["bytes"] * k["a_layer"] for k in entry["kernels"] if "_scaled_mm" in k["name"]]
         row += [f"{layer['bytes'] / 1e9:.4g}", f"{sum(casts) / 1e9:.4g}", layer["launches"], calls]
         rows.append([*row, f"{rest['bytes'] / 1e9:.4g}", rest["launches"], spills or "none"])
-    head = ("config", "tokens", "GB a layer", "of it in kernels that cast to fp8")
-    head += ("launches a layer", "other kernels a layer")
-    head += ("GB of the rest", "launches of the rest", "spills")
+    head = ("config", "tokens", "GB per layer", "GB per layer in casts to fp8")
+    head += ("launches per layer", "library calls per layer")
+    head += ("GB outside the layers", "launches outside the layers", "spills")
     machine = document["machine"]
     summary = (
-        "Compiled for an H100 without one: what forward and backward of a micro-batch launch and "
-        f"move. PyTorch {machine['torch']}, Triton {machine['triton']}; {document['date'][:10]}"
+        "Compiled for an H100, without a GPU: launches and traffic of one micro-batch, forward and "
+        f"backward. PyTorch {machine['torch']}, Triton {machine['triton']}; {document['date'][:10]}"
     )
     return folded(summary, head, rows)
 

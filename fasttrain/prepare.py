@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("prepare", what)
     add = parser.add_argument
     add("out", nargs="?", metavar="OUT", help="folder to create; may be in a bucket (s3://, gs://)")
-    named = "files, folders, globs and their addresses (s3://, gs://, hf://, https://); - is "
+    named = "files, folders, globs or addresses (s3://, gs://, hf://, https://); - is "
     add("--input", nargs="+", metavar="PATH", help=f"{named}standard input")
     add("--text-field", default="text", metavar="NAME", help="text field of JSON lines and Parquet")
     kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"

@@ -25,25 +25,25 @@ Problems = Iterator[tuple[str, str]]  # a key, and what is wrong with its value;
 class RunConfig(Section):
     """Where the run is written and what it runs on."""
 
-    name: str | None = key(None, "run folder's name (none: config file's stem)", pattern=_FOLDER)
+    name: str | None = key(None, "run folder name (none: the config file's stem)", pattern=_FOLDER)
     out_dir: str = key("runs", "folder that holds the run folders", pattern=_PATH)
     seed: int = key(1337, "seed of initialization, data order and dropout", ge=0, le=2**63 - 1)
     device: str = key("auto", "device to train on (auto: CUDA if there is one)", pattern=_DEVICE)
     dtype: str = choice(
         "auto fp32 tf32 bf16 fp16",
-        "precision of matrix products (auto: bf16 where native, else fp16 on CUDA, fp32 on CPU)",
+        "precision of matrix products (auto: bf16 if native, else fp16 on CUDA, fp32 on a CPU)",
     )
     compile: str = choice(
         "auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",
-        "torch.compile mode (c++: C++ blocks on a CPU instead; auto: c++ if it runs the model)",
+        "torch.compile mode (c++: C++ blocks on a CPU; auto: c++ if it supports the model)",
     )
     attention: str = choice(
         "auto flash cudnn fa3",
         "SDPA's kernel on CUDA (auto: cudnn on an H100 or B200, else flash; fa3: FlashAttention-3)",
     )
-    deterministic: bool = key(False, "bitwise identical runs on a GPU too, at some cost in speed")
-    fp8: bool = key(False, "the blocks' matrix products in fp8 (Hopper or newer; torchao)")
-    threads: int | None = key(None, "CPU threads of torch (none: one per usable core)", ge=1)
+    deterministic: bool = key(False, "make runs bitwise identical on a GPU too, which is slower")
+    fp8: bool = key(False, "run the blocks' matrix products in fp8 (Hopper or newer; torchao)")
+    threads: int | None = key(None, "number of CPU threads (none: one per usable core)", ge=1)
 
     def problems(self) -> Problems:
         of_cuda = {"fp8": "True", "dtype": "tf32", "compile": "cuda-graphs"}
@@ -75,7 +75,7 @@ class ModelConfig(Section):
     n_kv_heads: int | None = key(None, "key and value heads (none: n_heads)", ge=1, le=_WIDEST)
     head_dim: int | None = key(None, "width of a head (none: dim / n_heads)", ge=1, le=_WIDEST)
     hidden_dim: int | None = key(
-        None, "MLP width (none: 4·dim; swiglu: 8/3·dim up to a multiple of 64)", ge=1, le=2**24
+        None, "MLP width (none: 4·dim; swiglu: 8/3·dim, padded to a multiple of 64)", ge=1, le=2**24
     )
     mlp: str = choice("swiglu gelu relu2", "MLP activation")
     norm: str = choice("rms layer", "RMSNorm or LayerNorm")
@@ -84,16 +84,16 @@ class ModelConfig(Section):
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
     bias: bool = key(False, "biases in linear layers and LayerNorm")
     qk_norm: bool = key(False, "RMSNorm on queries and keys")
-    tied_embeddings: bool = key(False, "one matrix for the embedding and the head")
+    tied_embeddings: bool = key(False, "share one matrix between the embedding and the head")
     logit_softcap: float | None = key(None, "c in c·tanh(logits / c) (none: no cap)", gt=0)
     sliding_window_tokens: int | None = key(
         None, "tokens that each token attends to, including itself (none: all before it)", ge=1
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", ge=0, lt=1)
-    init_std: float | None = key(None, "std of the initial matrices (none: 1/sqrt(fan-in))", gt=0)
-    zero_init_projections: bool = key(False, "initialize projections to the residual stream to 0")
-    embedding_norm: bool = key(False, "RMSNorm without a weight on the embedded tokens")
-    residual_in_fp32: bool = key(True, "fp32 residual stream when products are in bf16")
+    init_std: float | None = key(None, "std of the initial weights (none: 1/sqrt(fan-in))", gt=0)
+    zero_init_projections: bool = key(False, "initialize projections into the residual stream to 0")
+    embedding_norm: bool = key(False, "RMSNorm without a weight on the token embeddings")
+    residual_in_fp32: bool = key(True, "keep the residual stream in fp32 under bf16")
     bigram_vocab_size: int | None = key(
         None, "rows of a hashed token-pair table, added to embeddings (none: off)", ge=2, le=2**32
     )
@@ -127,7 +127,7 @@ class DataConfig(Section):
         "Python's standard library)",
         pattern=_PATH,
     )
-    seq_len: int = key(256, "tokens of a training sequence", ge=1, le=2**32)
+    seq_len: int = key(256, "tokens per training sequence", ge=1, le=2**32)
     paths: tuple[str, ...] = key(
         (),
         "several dataset folders or addresses that share a tokenizer, instead of data.path",
@@ -142,13 +142,13 @@ class DataConfig(Section):
     stride_tokens: int | None = key(None, "sliding: stride in tokens (none: seq_len / 2)", ge=1)
     attention_across_documents: bool = key(True, "packed, sliding: attend to earlier documents too")
     end_of_text: int | None = key(
-        None, "id between documents, for token files that do not record it (GPT-2's is 50256)", ge=0
+        None, "token id between documents, if the files do not record it (GPT-2: 50256)", ge=0
     )
-    dtype: str | None = key(None, "token type of files without a header", choices="uint16 uint32")
-    prefetch: int = key(16, "micro-batches prepared ahead, half of them at a time", ge=1)
-    cache_dir: str | None = key(None, "folder of built datasets (none: your cache)", pattern=_PATH)
-    cache_gib: float = key(32.0, "GiB in data.cache_dir for shards fetched from an address", gt=0)
-    corpus_vocab_size: int = key(4096, "vocabulary of the default text's BPE", ge=257, le=65536)
+    dtype: str | None = key(None, "dtype of token files without a header", choices="uint16 uint32")
+    prefetch: int = key(16, "micro-batches to prepare ahead, half of them at a time", ge=1)
+    cache_dir: str | None = key(None, "cache folder (none: the user's cache folder)", pattern=_PATH)
+    cache_gib: float = key(32.0, "GiB of data.cache_dir for shards fetched from an address", gt=0)
+    corpus_vocab_size: int = key(4096, "BPE vocabulary size for the default text", ge=257, le=65536)
 
     def problems(self) -> Problems:
         if self.path is not None and self.paths:
@@ -176,16 +176,16 @@ class OptimConfig(Section):
     )
     lr: float = key(1e-3, "peak learning rate", gt=0)
     muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "decay rates of AdamW's two averages", ge=0, lt=1)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay rates of AdamW's two moments", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
-    weight_decay: float = key(0.1, "decoupled decay of matrices, times the learning rate", ge=0)
+    weight_decay: float = key(0.1, "decoupled decay of matrices, scaled by the learning rate", ge=0)
     decay_embeddings: bool = key(False, "decay the embedding tables too")
     muon_embedding_lr_scale: float = key(1.0, "muon: embedding lr, relative to the matrices'", ge=0)
     muon_head_lr_scale: float = key(1.0, "muon: head lr, relative to the matrices'", ge=0)
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps of Muon", ge=1)
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
-    nesterov: bool = key(False, "Nesterov momentum in sgd")
+    nesterov: bool = key(False, "use Nesterov momentum in sgd")
 
     @property
     def peak_lr(self) -> float:
@@ -206,10 +206,10 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = key(0, "steps of linear warmup", ge=0)
     min_lr: float = key(0.0, "lowest learning rate after the warmup (constant: unused)", ge=0)
-    decay_fraction: float = key(0.2, "wsd: final decay, as a fraction of the run", gt=0, le=1)
+    decay_fraction: float = key(0.2, "wsd: decay length, as a fraction of the run", gt=0, le=1)
     decay_start_step: int | None = key(None, "wsd: first decay step (none: decay_fraction)", ge=0)
     decay_every_steps: int | None = key(None, "step: steps between decays (none: run / 3)", ge=1)
-    decay_factor: float = key(0.1, "step, plateau: each decay multiplies by this", gt=0, lt=1)
+    decay_factor: float = key(0.1, "step, plateau: factor of each decay", gt=0, lt=1)
     plateau_evals: int = key(3, "plateau: evaluations without improvement before each decay", ge=1)
     cycle_steps: int | None = key(None, "cosine_restarts: steps per cycle (none: run / 3)", ge=1)
     context_fractions: tuple[float, ...] = key(
@@ -239,18 +239,19 @@ class LoopConfig(Section):
         choices="auto",
     )
     tokens_per_step: int | None = key(
-        None, "tokens per step on all devices, in whole sequences (none: a micro-batch each)", ge=1
+        None, "tokens per step in total, in whole sequences (none: a micro-batch per device)", ge=1
     )
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (none: never)", gt=0)
     max_grad_value: float | None = key(None, "then clip its elements to ± this (none: never)", gt=0)
     ema_decay: float | None = key(
-        None, "decay per step of averaged parameters to evaluate and sample (none: off)", gt=0, lt=1
+        None, "per-step decay of averaged weights, to evaluate and sample (none: off)", gt=0, lt=1
     )
     label_smoothing: float = key(0.0, "target probability spread over the vocabulary", ge=0, lt=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", ge=0)
     on_nonfinite: str = choice(
         "skip rollback stop",
-        "after a non-finite loss or gradient, besides no update (skip: 20 in a row roll back)",
+        "what to do, besides skipping the update, after a non-finite loss or gradient (skip: "
+        "continue, but roll back after 20 in a row)",
     )
     recheck_every_steps: int | None = key(
         None,
@@ -260,7 +261,7 @@ class LoopConfig(Section):
     )
     on_spike: str = choice(
         "off skip rollback",
-        "what to do after a loss or gradient norm far above the previous ones (off: a warning)",
+        "what to do after a loss or gradient norm far above the previous ones (off: warn)",
     )
     spike_sigmas: float = key(10.0, "standard deviations above the mean that define a spike", gt=0)
     spike_window_steps: int = key(128, "previous steps to compare with; half are enough", ge=8)
@@ -277,7 +278,7 @@ class EvalConfig(Section):
     """Evaluation on the validation split, and samples."""
 
     every_steps: int | None = key(None, "steps between evaluations (none: only at the end)", ge=1)
-    tokens: int | None = key(None, "targets per evaluation, fixed and spread out (none: all)", ge=1)
+    tokens: int | None = key(None, "targets per evaluation, a fixed subset (none: all)", ge=1)
     batch_size: int | None = key(None, "sequences per forward pass (none: train.micro_batch)", ge=1)
     stride_fraction: float | None = key(
         None,
@@ -303,7 +304,7 @@ class EvalConfig(Section):
     patience: int | None = key(
         None, "end the run after this many evaluations without an improvement (none: never)", ge=1
     )
-    min_change: float = key(0.0, "nats that count as improvement for patience and plateau", ge=0)
+    min_change: float = key(0.0, "minimum improvement in nats for patience and plateau", ge=0)
 
     def problems(self) -> Problems:
         if self.patience is not None and self.every_steps is None:
@@ -317,7 +318,7 @@ class CheckpointConfig(Section):
     every_steps: int | None = key(
         None, "steps between checkpoints (none: at the end and on interruption)", ge=1
     )
-    keep_last: int = key(2, "number of newest checkpoints to keep, besides the best", ge=1)
+    keep_last: int = key(2, "number of newest checkpoints to keep, in addition to the best", ge=1)
     asynchronous: bool = key(True, "write checkpoints in a background thread")
     mirror: str | None = key(
         None,
@@ -337,7 +338,7 @@ class LogConfig(Section):
     wandb_project: str | None = key(None, "Weights & Biases project (none: off)", pattern=_PROJECT)
     wandb_mode: str = choice("online offline", "offline: log to the run folder only")
     profile_steps: tuple[int, ...] = key(
-        (), "first and last step of a profiler trace, saved to profile in the run folder", ge=1
+        (), "first and last step of a profiler trace, saved to profile/ in the run folder", ge=1
     )
 
     def problems(self) -> Problems:
@@ -352,10 +353,10 @@ class DistributedConfig(Section):
 
     mode: str = choice(
         "auto ddp fsdp hsdp",
-        "ddp: a whole model on each rank; fsdp: sharded over all; hsdp: sharded within a node; "
-        "auto: ddp if it fits",
+        "ddp: a full copy on each rank; fsdp: sharded over all ranks; hsdp: sharded within a "
+        "node; auto: ddp if it fits, else fsdp",
     )
-    shard_ranks: int | None = key(None, "hsdp: ranks that share one model (none: a node's)", ge=2)
+    shard_ranks: int | None = key(None, "hsdp: ranks that share one copy (none: one node)", ge=2)
     reshard_after_forward: bool = key(True, "fsdp: gather parameters again for the backward pass")
     check_every_steps: int | None = key(
         1000, "ddp, hsdp: steps between bitwise checks of ranks, and at the end (none: never)", ge=1

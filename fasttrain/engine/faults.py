@@ -199,8 +199,8 @@ class Recovery:
         several = "ranks {} hold" if odd[1:] else "rank {} holds"
         raise FloatingPointError(
             f"{several.format(', '.join(map(str, odd)))} other parameters than the other ranks' "
-            f"copies at step {step}, and they were alike at step {self._alike_at}: a device or its "
-            f"memory is faulty, there or, of two copies, on either rank; {remedy}"
+            f"copies at step {step}, and they were identical at step {self._alike_at}: a device or "
+            f"its memory is faulty, there or, of two copies, on either rank; {remedy}"
         )
 
     def _report(self, decision: Decision, loader: Loader) -> None:

@@ -52,7 +52,7 @@ def warnings_at_start(plan: RunPlan) -> Iterator[str]:
         )
     elif loop.tokens_per_step not in (None, tokens):
         yield (
-            f"train.tokens_per_step = {loop.tokens_per_step} is no whole number of sequences of "
+            f"train.tokens_per_step = {loop.tokens_per_step} is not a whole number of sequences of "
             f"data.seq_len = {config.data.seq_len} on each rank: a step has {tokens:,} tokens"
         )
     rows, used = config.model.vocab_size or 0, train.max_token + 1 if train else math.inf

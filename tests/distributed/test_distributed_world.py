@@ -62,7 +62,7 @@ def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path
     (grows,) = warnings(2)
     assert "tokens_per_step is unset, so that 2 ranks make a step of 128 tokens" in grows
     (rounded,) = warnings(3, "train.tokens_per_step=64")
-    assert "tokens_per_step = 64 is no whole number" in rounded
+    assert "tokens_per_step = 64 is not a whole number" in rounded
     assert "a step has 48 tokens" in rounded
 
 

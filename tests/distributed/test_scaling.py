@@ -246,6 +246,6 @@ def test_preflight_for_several_ranks(
     assert preflight_main([str(path), *overrides, "--world-size", "3"]) == 0
     out = capsys.readouterr().out
     assert "528 tokens: 11 × 1 row × 16 on each of 3 ranks" in out
-    assert "tokens_per_step = 512 is no whole number of sequences of data.seq_len = 16" in out
+    assert "tokens_per_step = 512 is not a whole number of sequences of data.seq_len = 16" in out
     with pytest.raises(SystemExit):
         preflight_main([str(path), "--world-size", "0"])

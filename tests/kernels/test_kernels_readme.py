@@ -77,7 +77,7 @@ def test_the_signatures_are_those_of_the_package() -> None:
 
 
 def test_each_trap_names_tests_that_exist() -> None:
-    section = README.split("## What broke others")[1]
+    section = README.split("## Known pitfalls")[1]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 25
     defined: dict[str, set[str]] = {}

@@ -46,8 +46,8 @@ def test_what_is_better_than_ours_is_said() -> None:
     text = report.kernels_table({**TABLE, "benchmarks": entries})
     better = next(line for line in text.splitlines() if line.startswith("Better than ours"))
     assert better == (
-        "Better than ours: Liger in memory of swiglu (4, ours 6); "
-        "Liger in instructions of swiglu (6, ours 9)."
+        "Better than ours: Liger, memory of swiglu (4, ours 6); "
+        "Liger, instructions of swiglu (6, ours 9)."
     )
 
 

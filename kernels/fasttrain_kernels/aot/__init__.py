@@ -325,15 +325,15 @@ COSTS: Columns = {
     "kernel": attrgetter("kernel"),
     "first seen in": attrgetter("case"),
     **{name: attrgetter(name) for name in _FIELDS},
-    "bytes an element": _counted,
+    "bytes per element": _counted,
     "floor": lambda row: "" if row.floor is None else row.floor,
 }
 ISSUE: Columns = {name: COSTS[name] for name in ("kernel", "first seen in", "target")} | {
     "device": lambda row: DEVICES[row.target].name,
     "registers": lambda row: row.registers,
-    "instructions an element": lambda row: f"{row.instructions:.1f}",
-    "programs an SM": lambda row: row.programs,
-    "KiB in flight an SM": lambda row: f"{(row.in_flight or 0) / 1024:.0f}",
+    "instructions per element": lambda row: f"{row.instructions:.1f}",
+    "programs per SM": lambda row: row.programs,
+    "KiB in flight per SM": lambda row: f"{(row.in_flight or 0) / 1024:.0f}",
     "ceiling TB/s": lambda row: f"{row.ceiling:.2f}",
     "memory TB/s": lambda row: DEVICES[row.target].memory,
 }

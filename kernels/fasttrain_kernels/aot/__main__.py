@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-bytes", action="store_true", help="do not count bytes")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    form.add_argument("--json", action="store_true", help="print one object a row")
+    form.add_argument("--json", action="store_true", help="print one object per row")
     form.add_argument("--write", type=Path, metavar="FILE", help=f"replace what follows {BEGIN!r}")
     chosen = parser.parse_args(arguments)
     rows = reports(chosen.target, chosen.jobs, count=not chosen.no_bytes)
