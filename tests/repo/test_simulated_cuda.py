@@ -18,9 +18,11 @@ OTHERS = (
 )
 GROUPS = {
     "training": [f"{OWN}/training.py"],
-    "waits": [f"{OWN}/waiting.py"],
-    "streams and memory": [f"{OWN}/streams.py", f"{OWN}/memory.py"],
-    "those for a GPU": [*(f"tests/{name}.py" for name in OTHERS), "-k", "not cuda_graph"],
+    "others": [
+        *(f"{OWN}/{name}.py" for name in ("memory", "streams", "waiting")),
+        *(f"tests/{name}.py" for name in OTHERS),
+        *("-k", "not cuda_graph"),
+    ],
 }
 
 
