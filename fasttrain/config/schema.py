@@ -178,9 +178,7 @@ class OptimConfig(Section):
     muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
     betas: tuple[float, float] = key((0.9, 0.95), "decay rates of AdamW's two moments", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
-    weight_decay: float = key(
-        0.1, "decay of matrices, times the rate; decoupled except in sgd", ge=0
-    )
+    weight_decay: float = key(0.1, "decay of matrices, times the rate; not decoupled in sgd", ge=0)
     decay_embeddings: bool = key(False, "decay the embedding tables too")
     muon_embedding_lr_scale: float = key(1.0, "muon: embedding lr, relative to the matrices'", ge=0)
     muon_head_lr_scale: float = key(1.0, "muon: head lr, relative to the matrices'", ge=0)
