@@ -48,7 +48,6 @@ FLOORS = [
     {"run", "hf", "objective", "library_state"},
     {"library", "diagnosis", "verify_resume"},
     {"preflight"},
-    {"train"},
 ]
 HEIGHTS = {package: height for height, floor in enumerate(FLOORS) for package in floor}
 # What of outside the packages may import: config before torch is loaded.
