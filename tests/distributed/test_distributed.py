@@ -320,7 +320,7 @@ def test_R30_a_flipped_bit_in_the_parameters_of_a_rank_is_found(
     assert {result["step"] for result in found} == {6}  # the first even one after it
     told = (
         f"rank {odd} holds other parameters than the other ranks' copies at step 6, and they were "
-        "alike at step 4: "
+        "identical at step 4: "
     )
     before = f"runs/{name}/checkpoints/step-00000004"
     for rank in range(len(found)):
