@@ -28,6 +28,7 @@ from fasttrain.config import (
 )
 from fasttrain.config.load import help_text, shipped_configs
 from fasttrain.engine.schedule import context_at
+from tests.support.toy import MLPS
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"train": {"steps": 100}}
@@ -137,7 +138,7 @@ REFUSALS = [
     ("element out of range", "optim.betas=[0.9, 1]", ["optim.betas = [0.9, 1]", "< 1"]),
     ("above range", "data.corpus_vocab_size=65537", ["65537", "≤ 65536"]),
     ("huge", "run.seed=-1", ["run.seed = -1", "an integer ≥ 0"]),
-    ("unknown choice", "model.mlp=swigl", ['"swigl"', "swiglu, gelu, ", "mean swiglu?"]),
+    ("unknown choice", "model.mlp=swigl", ['"swigl"', ", ".join(MLPS), "mean swiglu?"]),
     ("bad device", "run.device=gpu", ['run.device = "gpu"', "auto, cpu, cuda, cuda:N"]),
     ("slash in name", "run.name=a/b", ['run.name = "a/b"', "without slashes"]),
     ("parent as name", "run.name=..", ['run.name = ".."', "without slashes"]),

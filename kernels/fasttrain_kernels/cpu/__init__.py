@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .._torch import may_use_amx, native_bf16
 
-# Those that do not depend on the machine
 FLAGS = (
     *("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17"),
     *(f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"),

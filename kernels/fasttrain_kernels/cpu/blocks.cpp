@@ -7,7 +7,7 @@
 // saved of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
 
 struct Shape {
-  long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads;
+  long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads, trains;
   float eps;
   long q() const { return heads * head_dim; }
   long qkv() const { return (heads + 2 * kv) * head_dim; }
@@ -226,16 +226,17 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
   }
 }
 
-// A weight (n_out, n_in) as products x·wᵀ take it, and as dy·w does, there from the first row on of
-// `depth`. Called by all threads.
-static void pack_weight(In w, long n_out, long n_in, T* panels, T* back, long first, long depth) {
+// A weight (n_out, n_in) as products x·wᵀ take it, and in training as dy·w does, there from the
+// first row on of `depth`. Called by all threads.
+static void pack_weight(const Shape* s, In w, long n_out, long n_in, T* panels, T* back, long first,
+                        long depth) {
 #pragma omp for schedule(static) nowait
   for (long j = 0; j < n_out; j += PANEL) {
     const long width = std::min(PANEL, n_out - j);
     T* part = SCRATCH(T)(width * n_in);
     convert(w + j * n_in, width * n_in, part);
     pack_turned(part, n_in, width, n_in, panels + j * n_in, width);
-    pack(part, n_in, width, width, n_in, first + j, depth, back);
+    if (s->trains) pack(part, n_in, width, width, n_in, first + j, depth, back);
   }
 }
 
@@ -243,11 +244,11 @@ static void pack_weights(const Shape* s, const Inputs* p, const Weights& to, con
   const long d = s->dim, f = s->hidden;
 #pragma omp parallel num_threads(s->threads)
   {
-    pack_weight(p->weight, s->qkv(), d, to.qkv, back.qkv, 0, s->qkv());
-    pack_weight(p->out, d, s->q(), to.out, back.out, 0, d);
+    pack_weight(s, p->weight, s->qkv(), d, to.qkv, back.qkv, 0, s->qkv());
+    pack_weight(s, p->out, d, s->q(), to.out, back.out, 0, d);
     for (long from = 0; from < s->up(); from += f)
-      pack_weight(p->up + from * d, f, d, to.up + from * d, back.up, from, s->up());
-    pack_weight(p->down, d, f, to.down, back.down, 0, d);
+      pack_weight(s, p->up + from * d, f, d, to.up + from * d, back.up, from, s->up());
+    pack_weight(s, p->down, d, f, to.down, back.down, 0, d);
   }
 }
 

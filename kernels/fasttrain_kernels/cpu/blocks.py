@@ -109,8 +109,8 @@ def run_blocks_on_cpu(
 
     Numerics: reruns agree bit for bit, on any number of threads.
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + F (SwiGLU 2F) numbers
-        a token and block in the dtype of the products, and 2·D in fp32, and the weights once more
-        in that dtype; in backward about as much again, of one block, for a moment. Gradients of
+        a token and block in the dtype of the products, 2·D in fp32, and in training the weights in
+        that dtype; in backward about as much again, of one block, for a moment. Gradients of
         weights that accumulate are held twice.
     """
     if mask is not None or caches is not None or start or x.numel() == 0:
@@ -132,8 +132,8 @@ def run_blocks_on_cpu(
     norm = block.attention_norm  # all have the same shape
     sizes = (b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim)
     kind = (mlp.down.in_features, isinstance(norm, nn.LayerNorm), KINDS.index(mlp.kind))
-    # As the C++'s Shape.
-    shape = struct.pack("10lf", *sizes, *kind, torch.get_num_threads(), norm.eps)
+    run = (torch.get_num_threads(), torch.is_grad_enabled())
+    shape = struct.pack("11lf", *sizes, *kind, *run, norm.eps)  # the C++'s Shape
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
     tensors = [None if t is None else t.contiguous() for t in (x, *(rope or (None,) * 2), *own)]

@@ -242,7 +242,7 @@ struct Tiles { Tiles() {} };
 static void multiply(long m, long n, long k, const T* a, long a_row, const T* b, long b_row,
                      float* c, long c_row, In add) {
 #ifdef __AMX_BF16__
-  // Without oneDNN's 60 ns a call steps take 0.95 of the time (GPT-2, 128 wide; Llama 0.97).
+  // Without oneDNN's 60 ns a call steps of GPT-2 take 0.95, of Llama 0.97 of the time (Xeon, AMX).
   const bool tiled = m % 16 == 0 && k % 32 == 0;
   for (long j = 0; tiled && j < n; j += 32)
     for (long i = 0; i < m; i += 32) {
