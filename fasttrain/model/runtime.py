@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from fasttrain_kernels._torch import compile_cache_counts, native_bf16
+from fasttrain_kernels._torch import compile_cache_counts, has_bf16_instructions
 from fasttrain_kernels.cpu import compiler, is_fast, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def keep_compiled(folder: Path) -> None:
     configs share them. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
     empty folder, 5 s with its own entries; 10.5 s with the trace kept as well (precompilation).
     """
-    bf16 = "-bf16" if native_bf16(torch.device("cpu")) else ""
+    bf16 = "-bf16" if has_bf16_instructions() else ""
     kind = torch.backends.cpu.get_cpu_capability() + bf16
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / kind))
 

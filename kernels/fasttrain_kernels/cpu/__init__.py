@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import may_use_amx, native_bf16
+from .._torch import has_bf16_instructions, may_use_amx
 
 FLAGS = (
     *("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17"),
@@ -53,8 +53,8 @@ def is_supported() -> bool:
 
 @cache
 def is_fast(dtype: torch.dtype) -> bool:
-    """Return whether products in ``dtype`` are made in C++ here, and at full speed."""
-    native = dtype == torch.bfloat16 and native_bf16(torch.device("cpu"))
+    """Return whether products in ``dtype`` are made in C++ here, and not emulated."""
+    native = dtype == torch.bfloat16 and has_bf16_instructions()
     return (native or dtype == torch.float32) and is_supported()
 
 
@@ -73,7 +73,7 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
     vectors = _VECTORS[torch.backends.cpu.get_cpu_capability()]
     if dtype == torch.bfloat16:
         vectors += ("-DBF16",)
-        if native_bf16(torch.device("cpu")):
+        if has_bf16_instructions():
             vectors += ("-mavx512bf16", *(["-mamx-tile", "-mamx-bf16"] if may_use_amx() else []))
     command = (compiler() or "g++", *vectors)
     key = hashlib.sha256("\n".join((*command, *FLAGS, text)).encode()).hexdigest()[:32]
