@@ -2,7 +2,7 @@
 
 All start from the same parameters and train on the same batch. None may be faster than what
 ``run.compile = "auto"`` chooses by more than noise, or the test fails; with ``--full`` neither in
-the other precision, where the device multiplies bf16 natively.
+the other precision, where the device has instructions for bf16.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import RMSNorm
-from fasttrain_kernels._torch import native_bf16
+from fasttrain_kernels._torch import has_bf16_instructions, native_bf16
 from fasttrain_kernels.catalogue import rotate_half
 from torch import Tensor, nn
 
@@ -179,10 +179,11 @@ def test_training_step(compare: Any, full: bool, rehearse: bool, name: str) -> N
     config = config_of(overrides, file)
     device = resolve_device("auto")
     own, left_out = resolve_precision("auto", device).name, {}
+    has_both = has_bf16_instructions() if device.type == "cpu" else native_bf16(device)
     ways = {OURS: our_step(config)}
     for dtype in ("fp32", "bf16"):
-        if dtype != own and not (full and native_bf16(device)):
-            left_out[dtype] = "--full" if native_bf16(device) else "this device emulates it"
+        if dtype != own and not (full and has_both):
+            left_out[dtype] = "--full" if has_both else "this device emulates it"
             continue
         for way, (make, mode) in WAYS.items():
             settings = overrides | {"run.dtype": dtype, "run.compile": mode}

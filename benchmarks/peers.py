@@ -1,6 +1,6 @@
 """Peers as processes of their own: ``python -m benchmarks.peers "HF Trainer"|litgpt CONFIG``.
 
-Each trains at the shape of a config, compiled, in bf16 where the CPU multiplies it natively, else
+Each trains at the shape of a config, compiled, in bf16 where the CPU multiplies it faster, else
 in fp32. It prints the milliseconds of its steps, the first excepted, as a JSON list.
 """
 

@@ -101,7 +101,7 @@ def _processor_text(processor: str, documents: Sequence[Document]) -> str:
 
     def span(key: str, digits: str) -> str:
         values = sorted(document["ceilings"][key] for document in documents)
-        return f"{values[0]:{digits}} to {values[-1]:{digits}}"
+        return " to ".join(dict.fromkeys(f"{v:{digits}}" for v in (values[0], values[-1])))
 
     threads = "" if cuda else f", {seen('threads')} threads"
     toolkit = f", CUDA {seen('cuda')}" if cuda else ""

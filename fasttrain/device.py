@@ -61,7 +61,7 @@ class Precision:
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision that ``run.dtype`` names on ``device``.
 
-    ``auto`` is bf16 where the hardware multiplies it natively; else fp16 on CUDA and fp32 on CPU.
+    ``auto`` is bf16 where it is faster than fp32; else fp16 on CUDA and fp32 on a CPU.
     On CUDA it also sets the process-wide precision of fp32 matrix products: TF32 unless ``fp32``.
     """
     if name == "auto":

@@ -31,7 +31,7 @@ class RunConfig(Section):
     device: str = key("auto", "device to train on (auto: CUDA if there is one)", pattern=_DEVICE)
     dtype: str = choice(
         "auto fp32 tf32 bf16 fp16",
-        "precision of matrix products (auto: bf16 if native, else fp16 on CUDA, fp32 on a CPU)",
+        "precision of matrix products (auto: bf16 if faster, else fp16 on CUDA, fp32 on a CPU)",
     )
     compile: str = choice(
         "auto off c++ default cuda-graphs max-autotune max-autotune-no-cudagraphs",

@@ -1,6 +1,7 @@
 """What is known of torch's private names: it is there, and where it is not nothing goes wrong."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +12,35 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("bf16", "amx", "capability", "native"),
+    ("vendor", "bf16", "amx", "capability", "known", "native"),
     [
-        (False, False, "AVX512", False),
-        (True, False, "AVX512", True),
-        (False, True, "AVX512", True),
-        (True, True, "AVX2", False),  # held to less, as by ATEN_CPU_CAPABILITY
-        (False, False, "DEFAULT", False),
+        ("AuthenticAMD", False, False, "AVX512", False, False),
+        ("AuthenticAMD", True, False, "AVX512", True, True),
+        ("GenuineIntel", True, False, "AVX512", True, False),  # at half of fp32's rate
+        ("GenuineIntel", True, True, "AVX512", True, True),
+        ("GenuineIntel", False, True, "AVX512", True, True),
+        ("GenuineIntel", True, True, "AVX2", False, False),  # held by ATEN_CPU_CAPABILITY
+        ("GenuineIntel", False, False, "DEFAULT", False, False),
+        (None, True, False, "AVX512", True, True),  # not Linux
     ],
 )
-def test_N5_bf16_is_native_where_torch_may_use_it(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, capability: str, native: bool
-) -> None:
+def test_N5_bf16_is_native_where_it_is_faster_than_fp32_and_torch_may_use_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: str | None, bf16: bool, amx: bool,
+    capability: str, known: bool, native: bool,
+) -> None:  # fmt: skip
+    cpuinfo = tmp_path / "cpuinfo"
+    if vendor:
+        cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(_torch, "_CPUINFO", cpuinfo)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert _torch.native_bf16(CPU) is native
+    _torch._is_intel.cache_clear()
+    try:
+        assert _torch.has_bf16_instructions() is known
+        assert _torch.native_bf16(CPU) is native
+    finally:
+        _torch._is_intel.cache_clear()
 
 
 def test_this_torch_has_the_names() -> None:
