@@ -42,10 +42,7 @@ def _private(path: str, default: Any) -> Any:
 
 
 def has_bf16_instructions() -> bool:
-    """Return whether the CPU has AVX512_BF16 or AMX, and torch uses AVX-512. Unknown: False.
-
-    Torch may be held to less (``ATEN_CPU_CAPABILITY``).
-    """
+    """Return whether the CPU has AVX512_BF16 or AMX, and torch uses AVX-512."""
     known = ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
     has_them = any(_private(name, lambda: False)() for name in known)
     return has_them and torch.backends.cpu.get_cpu_capability() == "AVX512"

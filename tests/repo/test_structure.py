@@ -31,7 +31,7 @@ BUDGETS = {
     "fasttrain/model": 920,
     "fasttrain/preflight": 490,
     "fasttrain/run": 1_070,
-    "kernels": 6_050,
+    "kernels": 6_075,
     "kernels/fasttrain_kernels/cpu": 1_700,
 }
 
