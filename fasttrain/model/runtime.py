@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from fasttrain_kernels._torch import compile_cache_counts, has_bf16_instructions
-from fasttrain_kernels.cpu import compiler, is_fast, is_supported
+from fasttrain_kernels.cpu import compiler, computes_in, is_supported
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -46,7 +46,7 @@ def why_unfit(config: TrainConfig) -> str | None:
             lacks = "no g++ or clang++ with OpenMP is on the PATH"
         return f"C++ blocks need AVX2, AVX-512 or an ARM, and a compiler; {lacks}"
     precision = resolve_precision(config.run.dtype, torch.device("cpu"))
-    if not is_fast(precision.compute):
+    if not computes_in(precision.compute):
         return f"C++ blocks do not compute in {precision.name} on this CPU"
     widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
     window = model.sliding_window_tokens

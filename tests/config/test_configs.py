@@ -118,7 +118,7 @@ def test_N16_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_othe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runtime, "is_supported", lambda: True)
-    monkeypatch.setattr(runtime, "is_fast", lambda _: True)
+    monkeypatch.setattr(runtime, "computes_in", lambda _: True)
     sizes = {"vocab_size": 64, "dim": 32, "n_layers": 1, "n_heads": 2}
     config = config_from_dict({"model": sizes, "data": {"path": "unused"}, "train": {"steps": 1}})
     assert runtime.why_unfit(config) is None

@@ -29,7 +29,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Small problems go through C++ too, few columns and many; yields the rows of each call."""
     rows: list[int] = []
     real, before = in_cpp.run_in_cpp, torch.get_num_threads()
-    monkeypatch.setattr(in_cpp, "is_fast", lambda _: True)  # bf16 anywhere
+    monkeypatch.setattr(in_cpp, "computes_in", lambda _: True)  # bf16 anywhere
     monkeypatch.setattr(in_cpp, "_LEAST", 0)
     monkeypatch.setattr(in_cpp, "_LEAST_OF_FEW", defaultdict(int))
     monkeypatch.setattr(in_cpp, "_FEW", 700)

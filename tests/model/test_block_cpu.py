@@ -206,7 +206,7 @@ def test_what_it_cannot_do_is_left_to_others(
     monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
 ) -> None:
     monkeypatch.setattr(runtime, "is_supported", lambda: True)
-    monkeypatch.setattr(runtime, "is_fast", lambda dtype: dtype != torch.float16)
+    monkeypatch.setattr(runtime, "computes_in", lambda dtype: dtype != torch.float16)
     assert why_unfit(config_of()) is None
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
     assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")

@@ -52,7 +52,7 @@ def is_supported() -> bool:
 
 
 @cache
-def is_fast(dtype: torch.dtype) -> bool:
+def computes_in(dtype: torch.dtype) -> bool:
     """Return whether products in ``dtype`` are made in C++ here, and not emulated."""
     native = dtype == torch.bfloat16 and has_bf16_instructions()
     return (native or dtype == torch.float32) and is_supported()

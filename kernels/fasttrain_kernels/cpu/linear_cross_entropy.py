@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dispatch import has_memory
 from .._loss_options import LossOptions
-from . import is_fast, load, pointers
+from . import computes_in, load, pointers
 
 # Columns of a block: its logits of 64 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
@@ -52,7 +52,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
     few = n_cols <= _FEW
     return (
         hidden.device.type == "cpu"
-        and is_fast(hidden.dtype)
+        and computes_in(hidden.dtype)
         and bias is None
         and options.class_weight is None
         and not options.label_smoothing
