@@ -202,7 +202,7 @@ struct WeightGradient {
   long n_rows, n;
   float* dw;
   bool turned = false;
-  static const long HEIGHT = PAIR == 1 ? 64 : 256, COLUMNS = PAIR == 1 ? 256 : 128;  // of a task
+  static const long HEIGHT = 256, COLUMNS = 128;  // of a task
   long n_down() const { return (n_rows + HEIGHT - 1) / HEIGHT; }
   long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
 };

@@ -36,11 +36,10 @@ typedef c10::BFloat16 Bf16;
 
 #ifdef BF16
 typedef Bf16 T;
-static const long PAIR = 2, PANEL = 32, DEPTH = 256, WHOLE = 32;  // of a tile of AMX
 #else
 typedef float T;
-static const long PAIR = 1, PANEL = 32, DEPTH = 512, WHOLE = 1;
 #endif
+static const long PAIR = 4 / sizeof(T), PANEL = 32, DEPTH = 256, WHOLE = PAIR == 1 ? 1 : 32;
 typedef const float* In;
 
 static long round_up(long n, long to) { return (n + to - 1) / to * to; }
