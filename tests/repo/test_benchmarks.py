@@ -135,7 +135,7 @@ def test_what_is_no_longer_measured_is_named(
 # ---- bounds --------------------------------------------------------------------------------------
 
 
-def test_the_committed_results_keep_their_bounds_but_for_three(
+def test_the_committed_results_keep_their_bounds_but_for_four(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert compare([]) == 1
@@ -146,6 +146,7 @@ def test_the_committed_results_keep_their_bounds_but_for_three(
         f"{held}[gpt2-chars] nanoGPT",
         f"{held}[llama-256] nanoGPT",
         f"{held}[llama-256] HF Trainer",
+        f"{held}[llama-256] litgpt",
     }
 
 
