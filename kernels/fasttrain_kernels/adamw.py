@@ -32,6 +32,7 @@ from ._multi_tensor import DeviceNumbers, TensorTable, capturing, keep_for_graph
 from ._optimizer import Plan, PlannedOptimizer
 from ._torch import is_step_observed
 from ._triton import triton
+from .cpu.optimizer import adamw, fits
 from .grad_norm import local_tensor
 
 _PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
@@ -517,6 +518,9 @@ class FusedAdamW(PlannedOptimizer):
             # Parameters that torch's fused kernel takes as they are: same group, same dtype.
             first, second, steps = ([s[key] for s in states] for key in (*_MOMENTS, "step"))
             ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
+            if fits([*ours, *theirs]):
+                adamw(group, scale, ours, theirs, first, second, steps)
+                continue
             options = _arguments(group, scale)
             torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
         for group, i, state in plan.staged:

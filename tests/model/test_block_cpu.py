@@ -271,7 +271,7 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(
         _cpu.load(tmp_path / "bad.cpp")
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(block_cpu, "load", lambda *_, **__: _cpu.load(tmp_path / "bad.cpp"))
-    monkeypatch.setattr(runtime, "build", block_cpu.build.__wrapped__)
+    monkeypatch.setattr(runtime, "build", block_cpu.build)
     model = Transformer(config_of().model, seq_len=32)
     with pytest.raises(UserError, match=r"run\.compile=off"):  # before the first step
         prepare_blocks(model, activation_checkpointing="none", mode="c++", sharded=False)

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -87,14 +88,24 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 source, built = Path(made) / "source.cpp", Path(made) / "built.so"
                 source.write_text(text, encoding="utf-8")
-                full = [*command, "-o", str(built), str(source), *FLAGS]
-                subprocess.run(full, check=True, capture_output=True, text=True)
+                command = (*command, "-o", str(built), str(source), *FLAGS)
+                subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as e:
         raise RuntimeError(f"{' '.join(e.cmd)}: {e.stderr or e}") from e
     except OSError as e:
         raise RuntimeError(f"{path}: {e}") from e
+
+
+@cache
+def load_or_warn(*sources: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return what `load` does, or None after a warning: torch's operations do without."""
+    try:
+        return load(*sources, dtype=dtype)
+    except RuntimeError as e:
+        warnings.warn(f"steps are slower, {sources[-1]} was not built: {e}", stacklevel=2)
+        return None
 
 
 def pointers(tensors: Iterable[Tensor | None]) -> Any:

@@ -3,29 +3,7 @@
 // A task is some rows, of a token each, taken through norm, product and activation in the cache.
 // Gradients of weights are tasks of their own, each of a part that it alone writes; those of norms
 // are left as one sum for each task. So results do not depend on the number of threads.
-// The residual stream, norms and activations are fp32; in T is what products take, and what is
-// saved of it. Legend as in blocks.py; M = B·T, Q = (H + 2G)·K, E = F or, with SwiGLU, 2F.
-
-struct Shape {
-  long m, t, dim, heads, kv, head_dim, hidden, centred, mlp, threads, trains;
-  float eps;
-  long q() const { return heads * head_dim; }
-  long qkv() const { return (heads + 2 * kv) * head_dim; }
-  long halves() const { return mlp == 2 ? 2 : 1; }  // of what goes up: of SwiGLU the factors too
-  long up() const { return halves() * hidden; }
-  // Weights of norm, mlp_norm, last_norm, q_norm, k_norm and mix, whose gradients are sums of tasks
-  long vectors() const { return 3 * dim + 2 * head_dim + 2; }
-  // Rows of a task: more where packed weights leave the second cache, to be read again less often
-  long most() const {
-    const bool large = (qkv() + q() + up() + hidden) * dim * sizeof(T) > 2 << 20;
-    return large ? std::clamp(round_up(m / 16, 64), 64L, 128L) : 64;
-  }
-  long chunks() const { return (m + most() - 1) / most(); }
-  long rows(long chunk) const { return std::min(most(), m - chunk * most()); }
-  long even() const { return round_up(m, WHOLE); }
-  // Of a row of a turned operand: rows whose distance is a power of two share few sets of the cache
-  long turned() const { return round_up(m, 32) + 32; }
-};
+// The residual stream, norms and activations are fp32; in T is what products take, and is saved.
 
 // Null where the model has none: value and mix, q_norm and k_norm, cos and sin; last_norm, behind
 // the block, but for the last block
@@ -126,7 +104,6 @@ static void rotate(float* x, In cos, In sin, long dim, float sign) {
 }
 
 enum { GELU, RELU2, SWIGLU };
-
 static const long STRIP = 64;  // hidden columns that are activated while they are in the cache
 
 // The activation of x, of SwiGLU times `factor`; its derivatives by both
@@ -195,8 +172,8 @@ static void activate_back(const Shape* s, long rows, long n, long first, long en
 #define OF_MLP(s, function) \
   (s->mlp == GELU ? function<GELU> : s->mlp == RELU2 ? function<RELU2> : function<SWIGLU>)
 
-// What is to be the gradient of a weight, or TURNED its transpose: aᵀ·b of a turned (n_rows, M) and
-// b packed (M, n). The narrower operand is the one to be turned.
+// What is to be the gradient of a weight, or if turned its transpose: aᵀ·b of a turned (n_rows, M)
+// and b packed (M, n). The narrower operand is the one to be turned.
 struct WeightGradient {
   const T *a, *b;
   long n_rows, n;
@@ -210,10 +187,8 @@ struct WeightGradient {
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
   long n_tasks = 0;
   for (const WeightGradient& g : all) n_tasks += g.n_tasks();
-#pragma omp for schedule(dynamic)
-  for (long task = 0; task < n_tasks; task++) {
+  share(n_tasks, s->threads, [=](long i) {
     const WeightGradient* g = all.begin();
-    long i = task;
     while (i >= g->n_tasks()) i -= g++->n_tasks();
     const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * g->COLUMNS;
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
@@ -223,7 +198,7 @@ static void weight_gradients(const Shape* s, std::initializer_list<WeightGradien
     product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
             to, g->turned ? n : g->n);
     if (g->turned) transpose(to, n, rows, n, g->dw + column * g->n_rows + row, g->n_rows);
-  }
+  });
 }
 
 // A weight (n_out, n_in) as products x·wᵀ take it, and in training as dy·w does, there from the
@@ -255,7 +230,7 @@ static void pack_weights(const Shape* s, const Inputs* p, const Weights& to, con
 // heads (M, Q) of x (M, D): queries, keys and values as attention takes them
 static void enter(const Shape* s, const Inputs* p, const Saved& made, const Weights& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim, n_turned = s->heads + s->kv;
-  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
+  share(s->chunks(), s->threads, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
     T* normed = SCRATCH(T)(rows * d);
     float* raw = SCRATCH(float)(rows * n);
@@ -281,10 +256,7 @@ static void enter(const Shape* s, const Inputs* p, const Saved& made, const Weig
 static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        const Backward& space) {
   const long d = s->dim, n = s->qkv(), k = s->head_dim;
-  const auto then = [&] {
-    weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
-  };
-  share(s->chunks(), s->threads, then, [&](long chunk) {
+  share(s->chunks(), s->threads, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
     T *dqkv = SCRATCH(T)(rows * n), *normed = SCRATCH(T)(rows * d);
     float *dnormed = SCRATCH(float)(rows * d), *wide = SCRATCH(float)(n);
@@ -329,13 +301,14 @@ static void enter_back(const Shape* s, const Inputs* p, const Saved& made, const
     }
     turn(normed, d, rows, d, space.normed + first, s->turned());
   });
+  weight_gradients(s, {{space.normed, space.dqkv, d, n, o->weight, true}});
 }
 
 // middle = x + attended·outᵀ, y = middle + activation(hidden)·downᵀ
 static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
                   const Weights& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden;
-  share(s->chunks(), s->threads, nullptr, [&](long chunk) {
+  share(s->chunks(), s->threads, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most();
     T *normed = SCRATCH(T)(rows * d), *acts = SCRATCH(T)(rows * f);
     float *middle = made.middle + first * d, *hidden = SCRATCH(float)(rows * 2 * STRIP);
@@ -364,15 +337,7 @@ static void leave(const Shape* s, const Inputs* p, const Saved& made, float* y,
 static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const Gradients* o,
                        In dy, const Backward& space) {
   const long d = s->dim, q = s->q(), e = s->up(), f = s->hidden, m = s->turned();
-  const auto then = [&] {
-    const long factors = (s->halves() - 1) * f;  // columns, whose panels begin anew
-    weight_gradients(s, {{space.dy, space.acts, d, f, o->down},
-                         {space.normed, space.dhidden, d, f, o->up, true},
-                         {space.normed, space.dhidden + f * s->even(), d, factors, o->up + f * d,
-                          true},
-                         {space.dmid, space.attended, d, q, o->out}});
-  };
-  share(s->chunks(), s->threads, then, [&](long chunk) {
+  share(s->chunks(), s->threads, [&](long chunk) {
     const long rows = s->rows(chunk), first = chunk * s->most(), end = round_up(rows, WHOLE);
     T *narrow = SCRATCH(T)(rows * d), *dhidden = SCRATCH(T)(end * e);
     float *wide = SCRATCH(float)(rows * std::max({d, q, STRIP})), *dx = o->x + first * d;
@@ -406,44 +371,43 @@ static void leave_back(const Shape* s, const Inputs* p, const Saved& made, const
     product(rows, q, d, narrow, d, made.out, wide, q);
     convert(wide, rows * q, space.dattended + first * q);
   });
+  const long factors = (s->halves() - 1) * f;  // columns, whose panels begin anew
+  weight_gradients(
+      s, {{space.dy, space.acts, d, f, o->down},
+          {space.normed, space.dhidden, d, f, o->up, true},
+          {space.normed, space.dhidden + f * s->even(), d, factors, o->up + f * d, true},
+          {space.dmid, space.attended, d, q, o->out}});
 }
 
-// Bytes that forward saves of a block, and that each direction needs while it runs
-extern "C" long block_saved(const Shape* s, const Inputs* p, long block) {
-  return Saved{{{nullptr}, s}, p + block}.next - (char*)nullptr;
-}
-
-extern "C" long block_space(const Shape* s, int back) {
-  return (back ? Backward{{nullptr}, s}.next : Weights{{nullptr}, s}.next) - (char*)nullptr;
-}
-
-static attention::Shape attention_of(const Shape* s) {
-  return {s->m / s->t, s->t, s->heads, s->kv, s->head_dim, s->threads};
+// Lines of the cache that forward saves of a block
+extern "C" int block_saved(const Shape* s, const Inputs* p, long block) {
+  return Saved{{{nullptr}, s}, p + block}.lines();
 }
 
 // Of n blocks, each of whose x is y of the one before
 extern "C" void blocks_forward(const Shape* s, long n, const Inputs* p, char* const* saved,
-                               char* start, float* y) {
-  const Weights space{{start}, s};
+                               float* y) {
+  const std::unique_ptr<Line[]> memory(new Line[Weights{{nullptr}, s}.lines()]);
+  const Weights space{{memory[0].bytes}, s};
   for (long i = 0; i < n; i++, p++) {
     const Saved made{{{saved[i]}, s}, p};
     pack_weights(s, p, space, made);
     enter(s, p, made, space);
-    attention::forward(attention_of(s), made.heads, made.attended, made.lse);
+    attend(s, made.heads, made.attended, made.lse);
     leave(s, p, made, i + 1 < n ? (float*)p[1].x : y, space);
   }
 }
 
 // The gradient of x may be written where dy is.
 extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* const* saved,
-                                char* start, const Gradients* o, In dy) {
-  const Backward space{{start}, s};
+                                const Gradients* o, In dy) {
+  const std::unique_ptr<Line[]> memory(new Line[Backward{{nullptr}, s}.lines()]);
+  const Backward space{{memory[0].bytes}, s};
   const long d = s->dim, k = s->head_dim, sizes[] = {d, d, d, k, k, 2};
   for (long i = n - 1; i >= 0; dy = o[i--].x) {
     const Saved made{{{saved[i]}, s}, p + i};
     leave_back(s, p + i, made, o + i, dy, space);
-    attention::backward(attention_of(s), made.heads, made.attended, made.lse, space.dattended,
-                        space.dheads);
+    attend_back(s, made.heads, made.attended, made.lse, space.dattended, space.dheads);
     enter_back(s, p + i, made, o + i, space);
     float* sums = space.sums;
     float* vectors[] = {o[i].norm,   o[i].mlp_norm, o[i].last_norm,

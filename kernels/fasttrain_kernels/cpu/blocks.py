@@ -13,7 +13,6 @@ Legend: B batch, T sequence, D dim, H query heads, G key-value heads, K head_dim
 import ctypes
 import struct
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,25 +23,16 @@ from . import load, pointers
 KINDS = ("gelu", "relu2", "swiglu")
 
 
-@cache
 def build(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library of one dtype, built where it is not yet.
-
-    Raises:
-        RuntimeError: it cannot be built here.
-    """
-    library = load("product.h", "attention.cpp", "blocks.cpp", dtype=dtype)
-    library.block_saved.restype = library.block_space.restype = ctypes.c_long
-    return library
+    """Return the library of one dtype, built where it is not yet; RuntimeError: it cannot be."""
+    return load("product.h", "attention.cpp", "blocks.cpp", dtype=dtype)
 
 
 _Optional = Tensor | None
 _OWN = 11  # tensors of a block: value, weights in the order of their use, mix, last norm
 
 
-def _blocks_of(
-    xs: Sequence[Tensor], own: Sequence[_Optional], angles: Sequence[_Optional] = ()
-) -> Any:
+def _blocks_of(xs: Sequence[Tensor], own: Sequence[_Optional], angles: Any = ()) -> Any:
     """Return what the C++ takes as inputs or gradients, block by block."""
     blocks = (own[i : i + _OWN] for i in range(0, len(own), _OWN))
     return pointers(t for x, of in zip(xs, blocks, strict=True) for t in (x, *of, *angles))
@@ -57,10 +47,8 @@ class _Blocks(torch.autograd.Function):
         y = torch.empty_like(x, dtype=torch.float32 if own[-1] is None else dtype)
         inputs = _blocks_of(xs, own, (cos, sin))
         sizes = [library.block_saved(shape, inputs, i) for i in range(n)]
-        saved = [x.new_empty(size, dtype=torch.uint8) for size in sizes]
-        space = x.new_empty(library.block_space(shape, False), dtype=torch.uint8)
-        addresses = (ctypes.c_void_p(t.data_ptr()) for t in (space, y))
-        library.blocks_forward(shape, n, inputs, pointers(saved), *addresses)
+        saved = [x.new_empty(size, 64, dtype=torch.uint8) for size in sizes]
+        library.blocks_forward(shape, n, inputs, pointers(saved), ctypes.c_void_p(y.data_ptr()))
         ctx.library, ctx.shape = library, shape
         ctx.save_for_backward(cos, sin, *saved, *xs, *own)
         return y
@@ -73,10 +61,9 @@ class _Blocks(torch.autograd.Function):
         saved, xs, own = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         dx = torch.empty_like(xs[0])
         grads = [None if t is None else torch.empty_like(t) for t in own]
-        space = dy.new_empty(library.block_space(shape, True), dtype=torch.uint8)
         inputs, outputs = _blocks_of(xs, own, (cos, sin)), _blocks_of([dx] * n, grads)
-        start, end = (ctypes.c_void_p(t.data_ptr()) for t in (space, dy))
-        library.blocks_backward(shape, n, inputs, pointers(saved), start, outputs, end)
+        end = ctypes.c_void_p(dy.data_ptr())
+        library.blocks_backward(shape, n, inputs, pointers(saved), outputs, end)
         return None, None, dx, None, None, *grads
 
 
@@ -92,10 +79,8 @@ def run_blocks_on_cpu(
 ) -> Tensor:
     """Return what blocks make of x one after the other, as `fasttrain.model.run_blocks` does.
 
-    Products take the dtype of autocast, fp32 or bf16; all widths are multiples of 16.
-
     Args:
-        blocks: of a `fasttrain.model.Block` each.
+        blocks: of a `fasttrain.model.Block` each; all widths are multiples of 16.
         last_norm: the norm behind them, of the kind that they have, or None.
         x: fp32 (B, T, D).
         rope: cos and sin of the positions, each fp32 (T, K/2), or None.
@@ -105,7 +90,8 @@ def run_blocks_on_cpu(
         values: fp32 (B, T, G·K) of each block, mixed into its values; or None.
 
     Returns:
-        (B, T, D), differentiable once: fp32, or behind ``last_norm`` in the dtype of the products.
+        (B, T, D), differentiable once: fp32, or behind ``last_norm`` in the dtype of the products,
+        which is that of autocast, fp32 or bf16.
 
     Numerics: reruns agree bit for bit, on any number of threads.
     Memory: saves (H + 2G)·K, twice that with QK-norm or mixed values, + H·K + F (SwiGLU 2F) numbers

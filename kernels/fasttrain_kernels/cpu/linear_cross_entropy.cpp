@@ -5,11 +5,12 @@
 // They are relative to a guess of the target's logit, so that none waits for the sum of its row; by
 // that the gradient of the hidden states is multiplied when it is made, and for that of the weight
 // the hidden states are. What the target adds is made in fp32. Where a guess is far below a logit,
-// or a target is none, all is left to torch. The gradient of the hidden states is summed up over a
-// fixed number of parts of the blocks, so that nothing depends on the number of threads.
+// or a target is none, all is left to torch. Parts of the blocks, of a fixed number, add up to the
+// gradient of the hidden states, so that nothing depends on the number of threads.
 
 static const long GROUP = 64;  // rows of a task, for which operands stay in the second cache
 static const long TASKS = 16;  // at least, of the gradient of the weight
+static const long LEAST = std::max(16L, WHOLE);  // columns of logits are a multiple of it
 
 struct Shape {
   long n, dim, vocab, hidden_row, weight_row, ignored, chunk, width, parts, threads;
@@ -59,63 +60,50 @@ struct Space : Parts {
   float* sums = take<float>(t->dhidden ? s->parts * s->chunk * s->dim : 0);
 };
 
-static void cap(float* x, long n, float most) {
-  for (long i = 0; i < n; i += LANES) {
-    const Lanes y = get(x + i), size = y < 0 ? -y : y, e = exponential(-2 * size / most);
-    const Lanes capped = most * (1 - e) / (1 + e);
-    set(x + i, y < 0 ? -capped : capped);
-  }
-}
-
-// Writes exp(x - from) of n logits in rows of PAIR or fewer, each times the slope of its cap, by
-// rows and packed, and their sums
-static void exponentials(In x, const Shape* s, long n, long rows, const Row* of, Stat* stats,
-                         T* kept, T* packed, long depth) {
-  Lanes sums[PAIR] = {};
-  const float cap = s->softcap;
-  const long width = s->width;
-  for (long i = 0; i < n; i += LANES) {
-    Lanes e[PAIR] = {};
-#pragma GCC unroll 2
-    for (long p = 0; p < PAIR && p < rows; p++) {
-      const Lanes y = get(x + p * width + i);
-      sums[p] += e[p] = exponential(y - of[p].from);
-      if (cap) e[p] *= 1 - y / cap * (y / cap);
-    }
-    if (kept) set_rows(packed + i / PANEL * PANEL * depth + i % PANEL * PAIR, kept + i, width, e);
-  }
-  for (long p = 0; p < rows; p++) stats[p].sum = sum(sums[p]);
-}
-
-// What is known and kept of logits of a block in PAIR rows or fewer, from the first on; behind n
-// columns there is space up to a multiple of 32
+// What is known and kept of logits of a block in PAIR rows or fewer, from the first on: of each
+// exp(x - from), times the slope of its cap, by rows and packed. Behind n columns there is space up
+// to a multiple of 32.
 static void keep(const Shape* s, const Tensors* t, const Space& made, long block, long first,
                  long rows, long depth, float* logits) {
   const long n = s->columns(block), end = round_up(n, 32), column = block * s->width;
-  T* kept = t->wants_grads() ? made.kept + (block * s->even() + first) * s->width : nullptr;
+  const bool keeps = t->wants_grads();
+  T* kept = made.kept + (block * s->even() + first) * s->width;
   T* packed = made.packed + block * s->even() * s->width + first * PANEL;
   Stat* stats = made.stats + block * s->chunk + first;
   Row* of = made.rows + first;
   for (long p = 0; p < rows; p++) {
     float* x = logits + p * s->width;
-    if (s->softcap) cap(x, end, s->softcap);
+    for (long i = 0; s->softcap && i < end; i += LANES)  // softcap · tanh(x / softcap)
+      set(x + i, s->softcap * (2 / (1 + exponential(-2 / s->softcap * get(x + i))) - 1));
     if (of[p].target >= column && of[p].target < column + n) of[p].hit = x[of[p].target - column];
     const long at = t->correct ? std::max_element(x, x + n) - x : 0;
     stats[p] = {0, x[at], column + at};
     std::fill(x + n, x + end, of[p].from - 200);
   }
-  exponentials(logits, s, end, rows, of, stats, kept, packed, depth);
+  Lanes sums[PAIR] = {};
+  for (long i = 0; i < end; i += LANES) {
+    Lanes e[PAIR] = {};
+#pragma GCC unroll 2
+    for (long p = 0; p < PAIR && p < rows; p++) {
+      const Lanes y = get(logits + p * s->width + i);
+      sums[p] += e[p] = exponential(y - of[p].from);
+      if (s->softcap) e[p] *= 1 - y / s->softcap * (y / s->softcap);
+    }
+    T* of_panel = packed + i / PANEL * PANEL * depth + i % PANEL * PAIR;
+    if (keeps) set_rows(of_panel, kept + i, s->width, e);
+  }
   for (long p = 0; p < rows; p++) {
+    stats[p].sum = sum(sums[p]);
     const long i = of[p].target - column;
-    if (i < 0 || i >= n) continue;
-    T* of_panel = packed + i / PANEL * PANEL * depth + i % PANEL * PAIR + p;
-    if (kept) kept[p * s->width + i] = *of_panel = T{};
+    if (keeps && i >= 0 && i < n)
+      kept[p * s->width + i] = packed[i / PANEL * PANEL * depth + i % PANEL * PAIR + p] = T{};
   }
 }
 
 // The weight of a block of columns, as logits and as gradients of hidden states take it
 static void pack_weight(const Shape* s, const Tensors* t, const Space& made, long block) {
-  const long d = s->dim, n = s->columns(block), end = round_up(n, 16), start = block * s->width * d;
+  const long d = s->dim, n = s->columns(block), end = round_up(n, LEAST);
+  const long start = block * s->width * d;
   T* weight = SCRATCH(T)(n * d);
   for (long j = 0; j < n; j++)
     convert(t->weight + (block * s->width + j) * s->weight_row, d, weight + j * d);
@@ -144,7 +132,7 @@ static void enter(const Shape* s, const Tensors* t, const Space& made, long bloc
                   long end_row, long rows) {
   const long d = s->dim, some = end_row - first, depth = round_up(rows, WHOLE);
   float* logits = SCRATCH(float)(some * s->width);
-  product(some, round_up(s->columns(block), 16), d, made.hidden + first * d, d,
+  product(some, round_up(s->columns(block), LEAST), d, made.hidden + first * d, d,
           made.turned_weight + block * s->width * d, logits, s->width);
   for (long r = first; r < (end_row == rows ? depth : end_row); r += PAIR)
     keep(s, t, made, block, r, std::clamp(end_row - r, 0L, PAIR), depth,
@@ -270,11 +258,7 @@ static bool compute(const Space& made, const Shape* s, const Tensors* t,
   return right;
 }
 
-extern "C" long linear_cross_entropy_space(const Shape* s, const Tensors* t) {  // in bytes
-  return Space{{nullptr}, s, t}.next - (char*)nullptr;
-}
-
-extern "C" bool linear_cross_entropy(const Shape* s, const Tensors* t, char* space) {
+extern "C" int linear_cross_entropy(const Shape* s, const Tensors* t) {
   std::vector<long> kept;
   for (long r = 0; r < s->n; r++) {
     if (t->targets[r] != s->ignored) kept.push_back(r);
@@ -284,5 +268,6 @@ extern "C" bool linear_cross_entropy(const Shape* s, const Tensors* t, char* spa
     if (t->dhidden) std::fill_n(t->dhidden + r * s->dim, s->dim, T{});
   }
   if (kept.empty() && t->dweight) std::fill_n(t->dweight, s->vocab * s->dim, 0.f);
-  return kept.empty() || compute({{space}, s, t}, s, t, kept);
+  const std::unique_ptr<Line[]> memory(new Line[Space{{nullptr}, s, t}.lines()]);
+  return kept.empty() || compute({{memory[0].bytes}, s, t}, s, t, kept);
 }

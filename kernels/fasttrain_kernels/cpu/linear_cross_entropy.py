@@ -4,46 +4,30 @@ Logits of a block of columns and their exponentials are made in fp32 while they 
 products take the operands' dtype: product.h. Legend: N rows, D dim, V vocabulary.
 """
 
-import ctypes
 import struct
-import warnings
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._dispatch import has_memory
 from .._loss_options import LossOptions
-from . import computes_in, load, pointers
+from . import computes_in, load_or_warn, pointers
 
 # Columns of a block: its logits of 64 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
-# In so many parts at most, one thread each, the gradient of the hidden states is summed up.
-_PARTS = 16
+_PARTS = 16  # at most, a thread each, that add up to the gradient of the hidden states
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
 _ROWS = 512
-# Fewer logits are not worth the time that g++ takes.
-_LEAST = 2**20
+_LEAST = 2**20  # Fewer logits are not worth the time that g++ takes.
 # Few columns: up to how many, above how many logits, and up to how many elements of the weight.
 _FEW, _LARGEST_OF_FEW = 1024, 2**20
 _LEAST_OF_FEW = {torch.float32: 2**18, torch.bfloat16: 2**15}
-# With AVX-512 torch's own products of more columns are faster than these in parts. One core of a
-# Xeon with AMX, ms here and by torch: N=2048, D=256, V=4096 96 and 92 in fp32, 20 and 53 in bf16;
-# N=512, D=768, V=8192 172 and 124, 53 and 44. With AVX2 it is 1.13 times as fast (Zen 3).
+# With AVX-512 torch's own products of more columns are faster than these in parts: N=512, D=768,
+# V=8192 in fp32 take 172 ms here and 124 there (one core of a Xeon).
 _WIDEST_OF_AVX512 = 512
-
-
-@cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    try:
-        library = load("product.h", "linear_cross_entropy.cpp", dtype=dtype)
-    except RuntimeError as e:  # torch's operations do without
-        warnings.warn(f"linear_cross_entropy is slower, its C++ was not built: {e}", stacklevel=2)
-        return None
-    library.linear_cross_entropy_space.restype = ctypes.c_long
-    library.linear_cross_entropy.restype = ctypes.c_bool
-    return library
+_library = partial(load_or_warn, "product.h", "linear_cross_entropy.cpp")
 
 
 def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> bool:
@@ -62,13 +46,11 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptio
         and n_rows * n_cols > (_LEAST_OF_FEW[hidden.dtype] if few else _LEAST)
         and hidden.stride(1) == weight.stride(1) == 1
         and all(map(has_memory, (hidden, weight)))
-        and _library(hidden.dtype) is not None
+        and _library(dtype=hidden.dtype) is not None
     )
 
 
-def _layout(
-    n_rows: int, dim: int, n_cols: int, rows: int, dtype: torch.dtype
-) -> tuple[int, int, int]:
+def _layout(n_rows: int, dim: int, n_cols: int, rows: int, dtype: torch.dtype) -> list[int]:
     """Return rows of a chunk, columns of a block, and parts, whatever the threads.
 
     They take the memory of the logits (rows, V); where columns are few, of hidden states too.
@@ -82,7 +64,7 @@ def _layout(
     within = rows * n_cols // held if n_cols > _FEW else -(-rows // 16) * 16
     most = max(16, min(within, _ROWS) // 16 * 16)
     n_chunks = -(-n_rows // most)
-    return -(-n_rows // (16 * n_chunks)) * 16, width, parts
+    return [-(-n_rows // (16 * n_chunks)) * 16, width, parts]
 
 
 def run_in_cpp(
@@ -99,9 +81,8 @@ def run_in_cpp(
     """Return losses, lse and hits, each (N,), and write the gradients that are given, contiguous.
 
     None: torch's operations are to do it, as a logit is not finite, a loss is above 46, or a target
-    is not below V. Hidden states and weight must `fit`, the weight in fp32. The space is that of
-    ``rows`` rows of logits at most, but for few rows. Reruns agree bit for bit, on any number of
-    threads.
+    is not below V. The weight is fp32. The space is that of ``rows`` rows of logits at most, but
+    for few rows. Reruns agree bit for bit, on any number of threads.
     """
     (n_rows, dim), n_cols = hidden.shape, weight.shape[0]
     losses, lse = (hidden.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
@@ -122,9 +103,5 @@ def run_in_cpp(
     longs = targets.long()
     outputs = (losses, lse, correct if want_correct else None, hidden_grad, weight_grad)
     tensors = pointers((hidden, weight, longs, *per_row, *outputs))
-    library = _library(hidden.dtype)
-    assert library is not None
-    size = library.linear_cross_entropy_space(shape, tensors)
-    space = hidden.new_empty(size, dtype=torch.uint8)
-    right = library.linear_cross_entropy(shape, tensors, ctypes.c_void_p(space.data_ptr()))
+    right = _library(dtype=hidden.dtype).linear_cross_entropy(shape, tensors)
     return (losses, lse, correct) if right else None

@@ -4,9 +4,7 @@
 // C = A · B by tiles of AMX, or by oneDNN's micro-kernels, which libtorch_cpu exports. A lies by
 // rows. B (depth, n) is packed in panels of PANEL columns, one row behind the other; of bf16, PAIR
 // rows are interleaved, and rows that only one of them has are zeros up to WHOLE. Operands begin
-// with a line of the cache: else products of bf16 take twice the time. One core of a Xeon with AMX,
-// GFLOP/s of tiles of 64 rows: fp32 160 to 180 in panels of 32 columns (150 unpacked, 84 to 111
-// held to AVX2), bf16 1,550 to 1,850 from the second cache, 1,050 from the third, of 2,600.
+// with a line of the cache: else products of bf16 take twice the time.
 #include <omp.h>
 
 #include <algorithm>
@@ -14,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -55,17 +55,9 @@ typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 // Of two numbers the second where one is NaN. g++ 12 makes more instructions of the plain forms.
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
 static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm512_max_ps((__m512)x, (__m512)y); }
 static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm512_min_ps((__m512)x, (__m512)y); }
-#elif defined(__AVX2__)
-static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm256_max_ps((__m256)x, (__m256)y); }
-static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm256_min_ps((__m256)x, (__m256)y); }
-#else
-static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
-static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
-#endif
-#ifdef __AVX512F__
 static inline Bits widened(Halves x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); }
 static inline Lanes inverse(Lanes x) {  // 1/x within an ulp or two, x from 1 to 2¹²⁶
   const Lanes y = (Lanes)_mm512_rcp14_ps((__m512)x);
@@ -74,6 +66,13 @@ static inline Lanes inverse(Lanes x) {  // 1/x within an ulp or two, x from 1 to
 static inline float sum(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
 static inline float largest(Lanes x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
+#ifdef __AVX2__
+static inline Lanes larger(Lanes x, Lanes y) { return (Lanes)_mm256_max_ps((__m256)x, (__m256)y); }
+static inline Lanes smaller(Lanes x, Lanes y) { return (Lanes)_mm256_min_ps((__m256)x, (__m256)y); }
+#else
+static inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
+static inline Lanes smaller(Lanes x, Lanes y) { return x < y ? x : y; }
+#endif
 static inline Bits widened(Halves x) { return __builtin_convertvector(x, Bits); }
 static inline Lanes inverse(Lanes x) { return 1 / x; }
 static inline float sum(Lanes x) {
@@ -160,27 +159,23 @@ static inline Lanes exponential(Lanes given) {
   return given < least ? zero : (Lanes)((Bits)p + ((Bits)n << 23));
 }
 
-// Memory of a thread, in lines of the cache, kept from call to call
-template <class Element>
-struct Scratch {
-  std::vector<char> bytes;
-  Element* operator()(long n) {
-    const size_t size = n * sizeof(Element) + 64;
-    if (bytes.size() < size) bytes.resize(size);
-    return (Element*)(((uintptr_t)bytes.data() + 63) & ~(uintptr_t)63);
-  }
+struct alignas(64) Line {  // of the cache
+  char bytes[64];
 };
 
-// That of the place in the code where this stands: a function of the number of elements
-#define SCRATCH(Element)                      \
-  [](long n) {                                \
-    static thread_local Scratch<Element> own; \
-    return own(n);                            \
+// Memory of a thread, kept from call to call, that of the place in the code where this stands: a
+// function of the number of elements
+#define SCRATCH(Element)                                                \
+  [](long n) {                                                          \
+    static thread_local std::vector<Line> own;                          \
+    own.resize(std::max(own.size(), n * sizeof(Element) / 64 + 1));     \
+    return (Element*)own.data();                                        \
   }
 
-// Parts of one buffer, in lines of the cache; from null, next is the size of all
+// Parts of one buffer, in lines of the cache; from null, next is behind all
 struct Parts {
   char* next;
+  long lines() const { return (uintptr_t)next / sizeof(Line); }
   template <class Element>
   Element* take(long n) {
     char* part = next;
@@ -202,36 +197,32 @@ struct Tiles {
   }
 };
 
-// C (16·SIDE, 16·SIDE), SIDE 1 or 2; distances of rows, and of pairs of rows of B, are in bytes
-template <int SIDE>
+// C (32, 32); distances of rows, and of pairs of rows of B, are in bytes
 static inline void multiply_tiles(long k, const char* a, long a_row, const char* b, long b_row,
                                   char* c, long c_row, const char* add) {
-#define EACH(DO, c)                    \
-  DO(0, c, c_row);                     \
-  if (SIDE == 2) {                     \
-    DO(1, c + 64, c_row);              \
-    DO(2, c + 16 * c_row, c_row);      \
-    DO(3, c + 16 * c_row + 64, c_row); \
-  }
+#define EACH(DO, c)              \
+  DO(0, c, c_row);               \
+  DO(1, c + 64, c_row);          \
+  DO(2, c + 16 * c_row, c_row);  \
+  DO(3, c + 16 * c_row + 64, c_row)
 #define ZERO(tile, at, row) _tile_zero(tile)
   asm volatile("" ::: "memory");
   if (add) {
-    EACH(_tile_loadd, add)
+    EACH(_tile_loadd, add);
   } else {
-    EACH(ZERO, add)
+    EACH(ZERO, add);
   }
   for (; k > 0; k -= 32, a += 64, b += 16 * b_row) {
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, b, b_row);
     _tile_dpbf16ps(0, 4, 6);
-    if (SIDE == 1) continue;
     _tile_loadd(7, b + 64, b_row);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a + 16 * a_row, a_row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  EACH(_tile_stored, c)
+  EACH(_tile_stored, c);
 }
 #else
 struct Tiles { Tiles() {} };
@@ -239,20 +230,15 @@ struct Tiles { Tiles() {} };
 
 // C (m, n) = A (m, k) · B (k, n), added to what `add` has, whose rows lie as those of C, or to null
 static void multiply(long m, long n, long k, const T* a, long a_row, const T* b, long b_row,
-                     float* c, long c_row, In add) {
+                     float* c, long c_row, In add = nullptr) {
 #ifdef __AMX_BF16__
   // Without oneDNN's 60 ns a call steps of GPT-2 take 0.95, of Llama 0.97 of the time (Xeon, AMX).
-  const bool tiled = m % 16 == 0 && k % 32 == 0;
+  const bool tiled = m % 32 == 0 && n % 32 == 0 && k % 32 == 0;
   for (long j = 0; tiled && j < n; j += 32)
-    for (long i = 0; i < m; i += 32) {
-      const bool whole = i + 32 <= m && j + 32 <= n;
-      for (long down = i; down < std::min(i + 32, m); down += whole ? 32 : 16)
-        for (long right = j; right < std::min(j + 32, n); right += whole ? 32 : 16)
-          (whole ? multiply_tiles<2> : multiply_tiles<1>)(
-              k, (const char*)(a + down * a_row), 2 * a_row, (const char*)(b + 2 * right),
-              4 * b_row, (char*)(c + down * c_row + right), 4 * c_row,
-              add ? (const char*)(add + down * c_row + right) : nullptr);
-    }
+    for (long i = 0; i < m; i += 32)
+      multiply_tiles(k, (const char*)(a + i * a_row), 2 * a_row, (const char*)(b + 2 * j),
+                     4 * b_row, (char*)(c + i * c_row + j), 4 * c_row,
+                     add ? (const char*)(add + i * c_row + j) : nullptr);
   if (tiled) return;
 #endif
   for (long i = 0; add && add != c && i < m; i++) std::copy_n(add + i * c_row, n, c + i * c_row);
@@ -294,21 +280,16 @@ typedef float Words __attribute__((vector_size(32), aligned(4), may_alias));
 static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_row, bool add) {
   Words r[8], s[8];
 #define MIX __builtin_shufflevector
-#pragma GCC unroll 8
   for (int j = 0; j < 8; j++) r[j] = *(const Words*)(x + j * x_row);
-#pragma GCC unroll 8
   for (int j = 0; j < 8; j += 2) {
     s[j] = MIX(r[j], r[j + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     s[j + 1] = MIX(r[j], r[j + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
-#pragma GCC unroll 8
   for (int j = 0; j < 8; j += 4)
-#pragma GCC unroll 8
     for (int i = 0; i < 2; i++) {
       r[j + 2 * i] = MIX(s[j + i], s[j + 2 + i], 0, 1, 8, 9, 4, 5, 12, 13);
       r[j + 2 * i + 1] = MIX(s[j + i], s[j + 2 + i], 2, 3, 10, 11, 6, 7, 14, 15);
     }
-#pragma GCC unroll 8
   for (int j = 0; j < 4; j++) {
     Words &low = *(Words*)(y + j * y_row), &high = *(Words*)(y + (j + 4) * y_row);
     const Words top = MIX(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -316,7 +297,6 @@ static inline void transpose_eight(const Word* x, long x_row, Word* y, long y_ro
     low = add ? low + top : top;
     high = add ? high + bottom : bottom;
   }
-#undef MIX
 }
 
 // y (n, m) = xᵀ of words x (m, n), which of fp32 may be added to what is there
@@ -383,9 +363,9 @@ static void turn(const T* x, long row, long rows, long n, T* y, long y_row) {
 // Threads share the tasks of an operation. Each begins with a part of the tasks that is its own,
 // the same in each operation, so that what it made before lies in its cache; then it helps the
 // others: forward takes 0.94 of the time of OpenMP's guided schedule, backward 0.97 (blocks at
-// T=64, two Zen 3 cores). When all are done, each thread calls `then`, or there is none: null.
-template <class Then, class Task>
-static void share(long n_tasks, long n_threads, Then then, Task task) {
+// T=64, two Zen 3 cores).
+template <class Task>
+static void share(long n_tasks, long n_threads, Task task) {
   struct alignas(64) Part {
     std::atomic<long> next;
   };
@@ -399,10 +379,6 @@ static void share(long n_tasks, long n_threads, Then then, Task task) {
       const long part = (omp_get_thread_num() + k) % n_threads, end = begin(part + 1);
       long i;
       while ((i = parts[part].next.fetch_add(1, std::memory_order_relaxed)) < end) task(i);
-    }
-    if constexpr (!std::is_null_pointer_v<Then>) {
-#pragma omp barrier
-      then();
     }
   }
 }
