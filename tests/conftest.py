@@ -99,6 +99,16 @@ def triton_device() -> Iterator[torch.device]:
 
 
 @pytest.fixture
+def cpp_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The CPU, where C++ takes the norm and makes AdamW's update also of few elements."""
+    module = importlib.import_module("fasttrain_kernels.cpu.optimizer")
+    if not module.computes_in(torch.float32):
+        pytest.skip("needs a known CPU and a compiler")
+    monkeypatch.setattr(module, "_LEAST", 0)
+    return torch.device("cpu")
+
+
+@pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Symmetric products go through their kernel also where they are too small for it."""
     module = importlib.import_module("fasttrain_kernels.symmetric")

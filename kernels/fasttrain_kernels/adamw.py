@@ -496,8 +496,8 @@ class FusedAdamW(PlannedOptimizer):
         Returns:
             The closure's loss, or None.
 
-        Numerics: on the CPU the gradients are scaled in place (the update reads them anyway, and
-            torch's kernel offers no other way); on CUDA they are only read.
+        Numerics: gradients are only read, but for those that torch's own kernel takes on the CPU
+            (few, or not contiguous in fp32): it offers no other way than to scale them in place.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale

@@ -8,8 +8,8 @@ The gradients are only read: `FusedAdamW.step` and `Muon.step` take the coeffici
 device tensors and apply them inside their own pass, so clipping costs one read of the gradients
 instead of two reads and a write, and nothing waits for the device.
 
-Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU and in fp32 by a
-single program on CUDA. The order of every sum is fixed, so two runs agree bit for bit.
+Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU (whose C++ sums
+in fp64) and in fp32 by one program on CUDA. All sums have a fixed order: reruns agree bit for bit.
 """
 
 import math

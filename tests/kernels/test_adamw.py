@@ -4,14 +4,15 @@ import copy
 import importlib
 import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fasttrain_kernels
 import pytest
 import torch
-from fasttrain_kernels import _multi_tensor
+from fasttrain_kernels import _multi_tensor, cpu
 from fasttrain_kernels.adamw import FusedAdamW, adamw_reference
 from fasttrain_kernels.grad_norm import grad_norm
 from hypothesis import given, settings
@@ -22,11 +23,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 SHAPES = [(33, 20), (0,), (8192 + 255,), (7,), (), (3, 1, 5)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "cpp", "triton"])
 def path(request: pytest.FixtureRequest) -> torch.device:
-    """Every test that takes it runs on the CPU path and on the Triton path."""
-    if request.param == "triton":
-        return request.getfixturevalue("triton_device")
+    """Every test that takes it runs in torch and in C++ on the CPU, and on the Triton path."""
+    if request.param != "cpu":
+        return request.getfixturevalue(f"{request.param}_device")
     return torch.device("cpu")
 
 
@@ -193,12 +194,44 @@ def test_clipping_matches_torch(path: torch.device) -> None:
     assert_params_close(a, b)
 
 
-def test_gradients_are_only_read_by_the_kernel(triton_device: torch.device) -> None:
-    params = make(SHAPES, triton_device, torch.float32)
+@pytest.mark.parametrize("kernel", ["cpp", "triton"])
+def test_gradients_are_only_read_by_the_kernel(kernel: str, request: pytest.FixtureRequest) -> None:
+    device = request.getfixturevalue(f"{kernel}_device")
+    params = make(SHAPES, device, torch.float32)
     set_grads(params, 1)
     grads = [p.grad.clone() for p in params]
-    FusedAdamW(params).step(clip_coefficient=torch.tensor(0.5, device=triton_device))
+    FusedAdamW(params).step(clip_coefficient=torch.tensor(0.5, device=device))
     assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+
+
+def test_no_bit_depends_on_the_number_of_threads(cpp_device: torch.device) -> None:
+    def after_three_steps(n_threads: int) -> list[Tensor]:
+        params = make([*SHAPES, (3 << 14,)], cpp_device, torch.float32)
+        torch.set_num_threads(n_threads)
+        run_torch(params, FusedAdamW(params, lr=1e-2), range(3))
+        return params
+
+    before = torch.get_num_threads()
+    try:
+        one, *others = map(after_three_steps, (1, 2, 3))
+    finally:
+        torch.set_num_threads(before)
+    for params in others:
+        assert all(map(torch.equal, params, one))
+
+
+def test_where_it_cannot_be_built_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpp_device: torch.device
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "under"))
+    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
+    monkeypatch.setattr(cpu.optimizer, "load_or_warn", cache(cpu.load_or_warn.__wrapped__))
+    a, b = make(SHAPES, cpp_device, torch.float32), make(SHAPES, cpp_device, torch.float32)
+    with pytest.warns(UserWarning, match=r"optimizer\.cpp was not built: .*Not a directory"):
+        run_torch(a, FusedAdamW(a), range(3))
+    run_torch(b, torch.optim.AdamW(b), range(3))
+    assert_params_close(a, b)
 
 
 def test_params_without_gradient_come_and_go(path: torch.device) -> None:

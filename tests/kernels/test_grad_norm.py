@@ -15,11 +15,11 @@ MODULE = importlib.import_module("fasttrain_kernels.grad_norm")
 SHAPES = [(33, 20), (0,), (8192,), (8192 * 2 + 5,), (7,), ()]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "cpp", "triton"])
 def path(request: pytest.FixtureRequest) -> torch.device:
-    """Every test that takes it runs on the CPU and on the Triton path."""
-    if request.param == "triton":
-        return request.getfixturevalue("triton_device")
+    """Every test that takes it runs in torch and in C++ on the CPU, and on the Triton path."""
+    if request.param != "cpu":
+        return request.getfixturevalue(f"{request.param}_device")
     return torch.device("cpu")
 
 
@@ -133,8 +133,9 @@ def test_runs_are_bit_identical(path: torch.device) -> None:
     assert torch.equal(grad_norm(tensors).norm, grad_norm(tensors).norm)
 
 
-def test_it_does_not_depend_on_the_number_of_threads() -> None:
+def test_it_does_not_depend_on_the_number_of_threads(path: torch.device) -> None:
     tensors = [torch.randn(n) * 10.0**k for k, n in enumerate((3, 50_000, 16_384, 16_385, 0))]
+    tensors = [t.to(path) for t in tensors]
     before, norms = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 1):

@@ -135,7 +135,7 @@ def test_what_is_no_longer_measured_is_named(
 # ---- bounds --------------------------------------------------------------------------------------
 
 
-def test_the_committed_results_keep_their_bounds_but_for_four(
+def test_the_committed_results_keep_their_bounds_but_for_three(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert compare([]) == 1
@@ -145,7 +145,6 @@ def test_the_committed_results_keep_their_bounds_but_for_four(
     assert {line.split(maxsplit=4)[4] for line in lines if line.startswith("BREAKS")} == {
         f"{held}[gpt2-chars] nanoGPT",
         f"{held}[llama-256] nanoGPT",
-        f"{held}[llama-256] HF Trainer",
         f"{held}[llama-256] litgpt",
     }
 

@@ -21,7 +21,7 @@ def fits(tensors: list[Tensor]) -> bool:
         and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
         and sum(map(Tensor.numel, tensors)) >= _LEAST
         and has_memory(tensors[0])
-        and all(map(Tensor.data_ptr, tensors))
+        and all(t.data_ptr() for t in tensors if t.numel())
         and load_or_warn(*_SOURCES) is not None
     )
 
