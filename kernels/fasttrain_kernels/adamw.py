@@ -496,8 +496,8 @@ class FusedAdamW(PlannedOptimizer):
         Returns:
             The closure's loss, or None.
 
-        Numerics: gradients are only read, but for those that torch's own kernel takes on the CPU
-            (few, or not contiguous in fp32): it offers no other way than to scale them in place.
+        Numerics: gradients are only read; but where torch's own kernel updates on the CPU, for want
+            of elements or of a compiler, it scales them in place.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
@@ -518,7 +518,7 @@ class FusedAdamW(PlannedOptimizer):
             # Parameters that torch's fused kernel takes as they are: same group, same dtype.
             first, second, steps = ([s[key] for s in states] for key in (*_MOMENTS, "step"))
             ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
-            if fits([*ours, *theirs]):
+            if fits(ours, theirs, first, second):
                 adamw(group, scale, ours, theirs, first, second, steps)
                 continue
             options = _arguments(group, scale)

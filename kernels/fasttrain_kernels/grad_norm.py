@@ -79,8 +79,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _grad_norm_torch(tensors: list[Tensor], max_norm: float) -> GradNorm:
-    if fits(tensors):
-        total = torch.tensor(sum_of_squares(tensors), dtype=torch.float32)
+    if fits(tensors) and not any(t.requires_grad for t in tensors):
+        total = torch.tensor(sum_of_squares(tensors), dtype=torch.float32, device="cpu")
         return _finish(total.sqrt(), max_norm)
     norms: list[Tensor] = []
     for flat in map(_flat, tensors):
@@ -186,9 +186,9 @@ def grad_norm(
     Raises:
         ValueError: the tensors lie on several devices, or max_norm is negative.
 
-    Numerics: sums in fp32, in a fixed order; found_inf is 1 where any element is inf or NaN, and
-        where the sum of squares overflows fp32 (a norm above 1.8e19).
-    Memory: one fp32 per chunk.
+    Numerics: sums in fp32 (C++ in fp64), in a fixed order; found_inf is 1 where any element is inf
+        or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
+    Memory: one number per chunk.
     """
     if max_norm < 0:
         raise ValueError(f"grad_norm: max_norm must be >= 0, got {max_norm}")

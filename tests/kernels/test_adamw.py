@@ -205,19 +205,48 @@ def test_gradients_are_only_read_by_the_kernel(kernel: str, request: pytest.Fixt
 
 
 def test_no_bit_depends_on_the_number_of_threads(cpp_device: torch.device) -> None:
-    def after_three_steps(n_threads: int) -> list[Tensor]:
+    def after_three_steps(n_threads: int, optimizer: type = FusedAdamW) -> list[Tensor]:
         params = make([*SHAPES, (3 << 14,)], cpp_device, torch.float32)
         torch.set_num_threads(n_threads)
-        run_torch(params, FusedAdamW(params, lr=1e-2), range(3))
+        run_torch(params, optimizer(params, lr=1e-2, betas=(0.3, 0.6)), range(3))
         return params
 
     before = torch.get_num_threads()
     try:
         one, *others = map(after_three_steps, (1, 2, 3))
+        assert_params_close(one, after_three_steps(1, torch.optim.AdamW))
     finally:
         torch.set_num_threads(before)
     for params in others:
         assert all(map(torch.equal, params, one))
+
+
+def test_a_first_beta_of_zero_forgets_large_gradients(cpp_device: torch.device) -> None:
+    (param,) = make([(100,)], cpp_device, torch.float32)
+    optimizer = FusedAdamW([param], betas=(0.0, 0.0), lr=0.1, weight_decay=0.0)
+    for gradient in (1e8, 1.0):
+        before = param.detach().clone()
+        param.grad = torch.full_like(param, gradient)
+        optimizer.step()
+    torch.testing.assert_close(before - param, torch.full_like(param, 0.1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_backward_pass_through_updated_parameters_is_refused(cpp_device: torch.device) -> None:
+    (param,) = make([(100,)], cpp_device, torch.float32)
+    set_grads([param], 1)
+    loss = param.square().sum()
+    FusedAdamW([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_moments_that_cpp_cannot_take_are_not_taken(cpp_device: torch.device) -> None:
+    (param,) = make([(100,)], cpp_device, torch.float32)
+    optimizer = FusedAdamW([param])
+    run_torch([param], optimizer, range(1))
+    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].bfloat16()
+    with pytest.raises(RuntimeError, match="Float"):
+        run_torch([param], optimizer, range(1))
 
 
 def test_where_it_cannot_be_built_torch_computes(

@@ -16,7 +16,7 @@ from . import computes_in, load_or_warn, pointers
 
 # Columns of a block: its logits of 64 rows and a part of the weight share the second cache.
 _WIDTH = {torch.float32: 192, torch.bfloat16: 256}
-_PARTS = 16  # at most, a thread each, that add up to the gradient of the hidden states
+_PARTS = 16  # the most partial sums, of a thread each, of the gradient of the hidden states
 # Rows of a chunk: with more, logits leave the third cache, with fewer, the weight is packed and its
 # gradient read and written more often.
 _ROWS = 512

@@ -32,18 +32,18 @@ extern "C" void sum_of_squares(const Shape* s, const float** tensors, double* re
   });
 }
 
-// Tensors are n parameters, then n gradients, first and second moments and numbers of the step.
+// Tensors are n parameters, then n gradients, first moments, second moments and step counts.
 extern "C" void adamw(const Shape* s, float** tensors) {
   share_rows(s, [&](long tensor, long first, long end) {
     float** of = tensors + tensor;
     float *p = of[0], *g = of[s->n], *m = of[2 * s->n], *v = of[3 * s->n], step = *of[4 * s->n];
     const float rate = s->lr / (1 - std::pow(s->beta1, step)), kept = 1 - s->lr * s->decay;
     const float root = 1 / std::sqrt(1 - std::pow(s->beta2, step)), eps = s->eps, scale = s->scale;
-    const float beta2 = s->beta2, new1 = 1 - s->beta1, new2 = 1 - s->beta2;
+    const float beta1 = s->beta1, beta2 = s->beta2, new1 = 1 - s->beta1, new2 = 1 - s->beta2;
 #pragma omp simd
     for (long i = first; i < end; i++) {
       const float d = g[i] * scale;
-      m[i] += (d - m[i]) * new1;
+      m[i] = m[i] * beta1 + d * new1;
       v[i] = v[i] * beta2 + d * d * new2;
       p[i] = p[i] * kept - rate * m[i] / (std::sqrt(v[i]) * root + eps);
     }

@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import has_memory
+from .._torch import is_being_transformed
 from . import computes_in, load_or_warn, pointers
 
 _SOURCES = ("product.h", "optimizer.cpp")
 _LEAST = 2**18  # Fewer elements are not worth the time that g++ takes.
 
 
-def fits(tensors: list[Tensor]) -> bool:
-    """Return whether there are many elements, which all lie as C++ takes them."""
+def fits(tensors: list[Tensor], *others: list[Tensor]) -> bool:
+    """Return whether C++ takes them all, and is worth it for the elements of the first."""
+    every = sum(others, tensors)
     return (
-        computes_in(torch.float32)
-        and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+        not (torch.compiler.is_compiling() or is_being_transformed())
+        and computes_in(torch.float32)
+        and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in every)
         and sum(map(Tensor.numel, tensors)) >= _LEAST
-        and has_memory(tensors[0])
-        and all(t.data_ptr() for t in tensors if t.numel())
+        and all(t.data_ptr() for t in every if t.numel())
         and load_or_warn(*_SOURCES) is not None
     )
 
@@ -44,3 +45,4 @@ def adamw(group: dict[str, Any], scale: float, params: list[Tensor], *others: li
     sign = -1 if group["maximize"] else 1
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], sign * scale)
     _call("adamw", sum(others, params), len(params), numbers)
+    torch.autograd.graph.increment_version(params)

@@ -163,8 +163,8 @@ struct alignas(64) Line {  // of the cache
   char bytes[64];
 };
 
-// Memory of a thread, kept from call to call, that of the place in the code where this stands: a
-// function of the number of elements
+// Memory of a thread, kept from call to call; each use of the macro in the code has its own. It is
+// a function of the number of elements.
 #define SCRATCH(Element)                                                \
   [](long n) {                                                          \
     static thread_local std::vector<Line> own;                          \
