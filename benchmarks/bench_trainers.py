@@ -209,11 +209,12 @@ def test_trainers(compare: Any, tmp_path: Path, full: bool, rehearse: bool, name
 
 
 GCC = {"GOMP_SPINCOUNT": "300000"}  # its own default: fasttrain/command.py sets another
-PASSIVE = {"OMP_WAIT_POLICY": "passive"}
-# How many busy processes there are, and other ways to wait: an environment and overrides.
+OTHERS = {"one thread": ({}, "run.threads=1"), "passive": ({"OMP_WAIT_POLICY": "passive"},)}
+# How many busy processes there are, and other settings: an environment and overrides.
 WAITING: Any = {
     "alone": (0, {"GCC's spinning": (GCC,)}),
-    "beside two busy processes": (2, {"one thread": ({}, "run.threads=1"), "passive": (PASSIVE,)}),
+    "beside one busy process": (1, OTHERS),
+    "beside two busy processes": (2, OTHERS),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from fasttrain.checkpoint import Mirror
 from fasttrain.command import redact
 from fasttrain.config import TrainConfig
+from fasttrain.device import CoreWatch
 from fasttrain.engine.state import RunState
 from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log import metrics
@@ -47,6 +48,7 @@ class Reporter:
         self.device = step.loss.device
         self.peak_flops = metrics.peak_flops(self.device, step.precision.name)
         self._session_has_line = False
+        self.cores = CoreWatch()
 
     def train(self, step: StepNumbers, *, stopped: bool) -> None:
         """Write a line for the step just done.
@@ -90,6 +92,9 @@ class Reporter:
             row["first_step_s"], self._session_has_line = state.first_step_s, True
         self.sinks.write("train", row)
         self.console.train(row)
+        if self.device.type == "cpu" and (share := self.cores.look()):
+            found = f"other processes use these cores: threads wait {share:.0%} of the time for one"
+            self.console.note(f"{found}; fewer may be faster (run.threads=1)")
 
     def evaluation(self, result: dict[str, Any], scores: dict[str, float]) -> None:
         """Write the result of an evaluation, and scores on ``eval.tasks`` if there are any."""
@@ -119,6 +124,7 @@ class Reporter:
         self.samples.drop_after(step, step_of)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and let threads spin again."""
+        self.cores.close()
         self.sinks.close()
         self.samples.close()

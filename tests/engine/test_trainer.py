@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_fit_logs_what_the_design_names_and_the_loss_falls(toy: Path, tmp_path: 
     evaluated = rows(tmp_path / "run", "eval")
     assert [row["step"] for row in evaluated] == [60]
     assert set(evaluated[0]) >= {"step", "val_loss", "val_ppl", "val_bpb", "val_accuracy"}
+
+
+def test_a_run_says_that_other_processes_use_its_cores(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([None, 0.47, None])
+    monkeypatch.setattr("fasttrain.engine.reporter.CoreWatch.look", lambda self: next(shares))
+    console, notes = MagicMock(), list[str]()
+    console.note = notes.append
+    build(load_config(toy, ["train.steps=3", "log.every_steps=1"]), console=console).fit()
+    said = "other processes use these cores: threads wait 47% of the time for one"
+    wanted = [f"{said}; fewer may be faster (run.threads=1)"]
+    assert [note for note in notes if "cores" in note] == wanted
 
 
 @pytest.mark.parametrize(

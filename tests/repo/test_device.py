@@ -1,14 +1,20 @@
 """Device, precision and compile choice, without the devices themselves."""
 
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 from fasttrain import device as device_module
+from fasttrain.command import usable_cores
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.device import resolve_attention, resolve_device, resolve_precision
+from fasttrain.device import CoreWatch, resolve_attention, resolve_device, resolve_precision
 from fasttrain.distributed.world import World
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
@@ -142,3 +148,83 @@ def test_C13_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch
     compile_function(lambda: None, "max-autotune-no-cudagraphs")
     assert asked["mode"] == "max-autotune-no-cudagraphs"
     assert asked["mode"] in torch._inductor.list_mode_options()
+
+
+# ---- cores that other processes use --------------------------------------------------------------
+
+
+def run_python(program: str, **env: str) -> list[float]:
+    """Run a program that begins with this process's path; return the numbers that it prints."""
+    program = f"import os, subprocess, sys, time\nsys.path[:0] = {sys.path!r}\n{program}"
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, capture_output=True, check=True, env=os.environ | env)
+    return [float(word) for word in printed.stdout.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's schedstat")
+def test_a_process_beside_another_on_one_core_waits_for_it() -> None:
+    ran, waited = run_python("""
+from fasttrain.device import core_seconds
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+busy = subprocess.Popen([sys.executable, "-c", "while 1: pass"])
+before, end = core_seconds(), time.monotonic() + 2
+while time.monotonic() < end:
+    pass
+print(*(now - then for now, then in zip(core_seconds(), before)))
+busy.kill()
+""")
+    assert 0 < ran < 2.1
+    assert waited > 0.2
+    assert ran + waited == pytest.approx(2, rel=0.2)
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="with one core threads never spin")
+def test_threads_sleep_while_other_processes_use_their_cores() -> None:
+    """Seconds of a core that a pause of 0.5 s takes: before, while cores are shared, and after."""
+    before, shared, after = run_python(
+        """
+import torch
+from fasttrain import device
+seconds = iter([(0, 0), (1, 1), (2, 1), (3, 1)])
+device.core_seconds = lambda: next(seconds)
+device.CoreWatch.EVERY_S = 0
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+watch, many = device.CoreWatch(), torch.empty(2**22)
+for n in range(3):
+    if n:
+        watch.look()
+        time.sleep(0.5)
+    many.fill_(0)
+    started = time.process_time()
+    time.sleep(0.5)
+    print(time.process_time() - started)
+""",
+        GOMP_SPINCOUNT="30000000000",
+        OMP_NUM_THREADS="",
+        OMP_WAIT_POLICY="",
+    )
+    assert shared < 0.05
+    assert min(before, after) > 2 * shared + 0.02
+
+
+def test_a_change_is_told_once_and_undone_when_the_cores_are_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Seconds that threads have run and waited, of the time since the last 0, 50, 40, 5 and 25 %
+    seconds = iter([(0, 0), (9, 0), (10, 1), (16, 5), (35, 6), (38, 7), (39, 9)])
+    monkeypatch.setattr(device_module, "core_seconds", lambda: next(seconds))
+    monkeypatch.setattr(CoreWatch, "EVERY_S", 0)
+    threads = 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    watch, n_before = CoreWatch(), threading.active_count()
+    found = [(watch.look(), threading.active_count() - n_before) for _ in range(3)]
+    assert found == [(None, 0), (0.5, 1), (None, 1)]
+    idle = next(t for t in threading.enumerate() if "_idle" in t.name)
+    assert watch.look() is None
+    idle.join(10)
+    assert not idle.is_alive()
+    threads = 1  # has none to wait for
+    assert watch.look() is None
+    monkeypatch.setattr(CoreWatch, "EVERY_S", 1e9)
+    assert watch.look() is None  # without a look: the seconds of the next are still there
+    assert next(seconds) == (39, 9)

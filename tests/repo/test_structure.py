@@ -20,7 +20,7 @@ MAX_FILE_LINES = 800
 # Lines of Python and C++ that a folder may have, without those of the folders named below it.
 BUDGETS = {
     "benchmarks": 2_730,
-    "fasttrain": 4_010,
+    "fasttrain": 4_065,
     "fasttrain/checkpoint": 1_405,
     "fasttrain/config": 1_000,
     "fasttrain/data": 2_020,

@@ -179,20 +179,22 @@ struct WeightGradient {
   long n_rows, n;
   float* dw;
   bool turned = false;
-  static const long HEIGHT = 256, COLUMNS = 128;  // of a task
+  static const long HEIGHT = 256;  // of a task
   long n_down() const { return (n_rows + HEIGHT - 1) / HEIGHT; }
-  long n_tasks() const { return (n + COLUMNS - 1) / COLUMNS * n_down(); }
+  long n_tasks(long columns) const { return (n + columns - 1) / columns * n_down(); }
 };
 
 static void weight_gradients(const Shape* s, std::initializer_list<WeightGradient> all) {
+  // Columns of a task: of small models, of which there are few tasks, fewer, to share them evenly
+  const long columns = s->dim > 128 ? 128 : 64;
   long n_tasks = 0;
-  for (const WeightGradient& g : all) n_tasks += g.n_tasks();
+  for (const WeightGradient& g : all) n_tasks += g.n_tasks(columns);
   share(n_tasks, s->threads, [=](long i) {
     const WeightGradient* g = all.begin();
-    while (i >= g->n_tasks()) i -= g++->n_tasks();
-    const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * g->COLUMNS;
+    while (i >= g->n_tasks(columns)) i -= g++->n_tasks(columns);
+    const long row = i % g->n_down() * g->HEIGHT, column = i / g->n_down() * columns;
     const long rows = std::min(g->HEIGHT, g->n_rows - row);
-    const long n = std::min(g->COLUMNS, g->n - column);
+    const long n = std::min(columns, g->n - column);
     float* to = g->turned ? SCRATCH(float)(rows * n) : g->dw + row * g->n + column;
     if (!g->turned) fetch<1>(to, rows, n, g->n);
     product(rows, n, s->even(), g->a + row * s->turned(), s->turned(), g->b + column * s->even(),
@@ -413,10 +415,8 @@ extern "C" void blocks_backward(const Shape* s, long n, const Inputs* p, char* c
     float* vectors[] = {o[i].norm,   o[i].mlp_norm, o[i].last_norm,
                         o[i].q_norm, o[i].k_norm,   o[i].mix};
     for (int v = 0; v < 6; sums += sizes[v++])
-      for (long j = 0; vectors[v] && j < sizes[v]; j++) {
-        vectors[v][j] = 0;
-        for (long chunk = 0; chunk < s->chunks(); chunk++)
-          vectors[v][j] += sums[chunk * s->vectors() + j];
-      }
+      for (long chunk = 0; vectors[v] && chunk < s->chunks(); chunk++)
+        for (long j = 0; j < sizes[v]; j++)
+          vectors[v][j] = (chunk ? vectors[v][j] : 0) + sums[chunk * s->vectors() + j];
   }
 }
