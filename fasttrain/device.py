@@ -164,7 +164,7 @@ class CoreWatch:
     65, where threads wait for a core 46 % of the time; beside two 95 and 98, 49 %; alone 1 %.
     """
 
-    EVERY_S = 5.0
+    EVERY_S = 2.0
 
     def __init__(self) -> None:
         self._then_s, self._core_s = time.monotonic(), core_seconds()

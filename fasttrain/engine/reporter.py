@@ -93,8 +93,8 @@ class Reporter:
         self.sinks.write("train", row)
         self.console.train(row)
         if self.device.type == "cpu" and (share := self.cores.look()):
-            found = f"other processes use these cores: threads wait {share:.0%} of the time for one"
-            self.console.note(f"{found}; fewer may be faster (run.threads=1)")
+            found = f"threads wait {share:.0%} of the time for a core: other processes use them, or"
+            self.console.note(f"{found} a quota is spent; fewer may be faster (run.threads=1)")
 
     def evaluation(self, result: dict[str, Any], scores: dict[str, float]) -> None:
         """Write the result of an evaluation, and scores on ``eval.tasks`` if there are any."""

@@ -53,9 +53,9 @@ def test_a_run_says_that_other_processes_use_its_cores(
     console, notes = MagicMock(), list[str]()
     console.note = notes.append
     build(load_config(toy, ["train.steps=3", "log.every_steps=1"]), console=console).fit()
-    said = "other processes use these cores: threads wait 47% of the time for one"
-    wanted = [f"{said}; fewer may be faster (run.threads=1)"]
-    assert [note for note in notes if "cores" in note] == wanted
+    wanted = "threads wait 47% of the time for a core: other processes use them, or a quota is "
+    wanted += "spent; fewer may be faster (run.threads=1)"
+    assert [note for note in notes if "core" in note] == [wanted]
 
 
 @pytest.mark.parametrize(
