@@ -126,7 +126,7 @@ def soak(folder: Path, steps: int, n_faults: int) -> dict[str, Any]:
         def run(told: Told, kind: str = kind, at: int = at, full_at: int = full_at) -> int:
             at_step(at, told if kind == "none" else lambda: (told(), heard.wait()))
             if kind == "disk full":
-                Faults(run_dir, fail_at=full_at, persistent=full_at % 2 == 0).__enter__()
+                Faults(run_dir, fail_at=full_at, persistent=full_at % 2 == 1).__enter__()
                 fill_at_rollbacks(folder / "rollbacks")
             return main([*arguments, "run.name=faulty", *resume])  # noqa: B023
 
