@@ -240,8 +240,8 @@ class Batch:
         if self.group["nesterov"]:
             ahead = list(torch._foreach_lerp(here, ahead, beta))
         turned = [self.ranks is None and w.shape[0] > w.shape[1] for w in weights]  # to be wide
-        pairs = zip(ahead, turned, strict=True)
-        stacked = torch.stack([x.mT if turn else x for x, turn in pairs])
+        stacked = torch.stack([x.mT if turn else x for x, turn in zip(ahead, turned, strict=True)])
+        del here, ahead  # as large as what the iteration holds
         changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
         pairs = zip(changes.unbind(), turned, strict=True)
         lr = float(self.group["lr"])
