@@ -181,7 +181,7 @@ def newton_schulz(
         batch = _scaled(batch, norm.clamp_min(_TINY).reciprocal() * rows**0.25, dtype)
     restarts = range(1, steps)  # the direct form
     if dtype is not torch.bfloat16 and 2 * cols > 3 * rows:
-        restarts = range(2, steps, 3) if dtype is torch.float16 else range(5, steps, 5)
+        restarts = range(2, steps, 3) if dtype is torch.float16 else range(4, steps, 4)
     out = _iterate(batch, polynomials, restarts).view(x.shape)
     return out.mT if transposed else out
 

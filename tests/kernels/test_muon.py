@@ -37,17 +37,11 @@ def conditioned(n: int, rows: int, cols: int, smallest: float, seed: int = 0) ->
 def test_newton_schulz_matches_the_singular_values(
     shape: tuple[int, int], coefficients: str
 ) -> None:
-    least, n_steps = 1e-2, 5
-    g = conditioned(2, *shape, least) * 1e-4
-    out = newton_schulz(g, n_steps, coefficients, dtype=torch.float32)
-    reference = newton_schulz_reference(g, n_steps, coefficients)
+    g = conditioned(2, *shape, 1e-2) * 1e-4
+    out = newton_schulz(g, 5, coefficients, dtype=torch.float32)
+    reference = newton_schulz_reference(g, 5, coefficients)
     assert out.shape == g.shape
-    rows, cols = sorted(shape)
-    # Each step on the Gram matrix rounds σ² of the largest singular value by 2⁻²⁴: of the least by
-    # as much, which is that part of its own. The direct form rounds each σ by a part of itself.
-    on_gram = 2 * cols > 3 * rows
-    tolerance = n_steps * 2**-24 / least**2 if on_gram else 2e-5
-    assert (out - reference).norm() <= tolerance * reference.norm()
+    assert (out - reference).norm() <= 5e-4 * reference.norm()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
