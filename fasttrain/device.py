@@ -160,8 +160,8 @@ class CoreWatch:
     A thread that spins keeps the one that it waits for from its core. GCC's OpenMP spins a hundred
     times at most while it has more threads than there are cores (its manual, ``GOMP_SPINCOUNT``):
     here the team of a thread that does nothing else. Results do not depend on it. Step of base.toml
-    in bf16 on two Zen 5 cores, ms: alone 34 spinning, 43 sleeping; beside one busy process 124 and
-    65, where threads wait for a core 46 % of the time; beside two 95 and 98, 49 %; alone 1 %.
+    in bf16 on two Zen 5 cores (torch 2.13), ms, spinning and sleeping: alone 34 and 44, beside one
+    busy process 127 and 64, beside two 94 and 99; threads wait for a core 1, 46 and 49 %.
     """
 
     EVERY_S = 2.0
