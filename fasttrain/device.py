@@ -164,7 +164,7 @@ class CoreWatch:
     busy process 127 and 64, beside two 94 and 99; threads wait for a core 1, 46 and 49 %.
     """
 
-    EVERY_S = 2.0
+    EVERY_S = 1.0
 
     def __init__(self) -> None:
         self._then_s, self._core_s = time.monotonic(), core_seconds()

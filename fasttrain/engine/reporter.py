@@ -92,6 +92,9 @@ class Reporter:
             row["first_step_s"], self._session_has_line = state.first_step_s, True
         self.sinks.write("train", row)
         self.console.train(row)
+
+    def watch_cores(self) -> None:
+        """After each step on a CPU: have threads sleep while others use their cores, and say so."""
         if self.device.type == "cpu" and (share := self.cores.look()):
             found = f"threads wait {share:.0%} of the time for a core: other processes use them, or"
             self.console.note(f"{found} a quota is spent; fewer may be faster (run.threads=1)")

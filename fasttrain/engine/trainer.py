@@ -189,6 +189,7 @@ class Trainer:
                     self.reporter.train(steps[-1], stopped=not log)
             if check_every and (stopping or last or state.due(check_every)):
                 self.recovery.check_copies()
+            self.reporter.watch_cores()
             self._after_step(last)
         self.saver.save_once()
         return "stopped" if state.eval_due else "done"
