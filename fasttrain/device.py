@@ -168,22 +168,23 @@ class CoreWatch:
 
     def __init__(self) -> None:
         self._then_s, self._core_s = time.monotonic(), core_seconds()
-        self._ends: threading.Event | None = None  # the idle team, where there is one
+        self._ends: threading.Event | None = None  # the idle team, from the first one on
 
     def look(self) -> float | None:
-        """Return the share of their time that threads wait for a core, when they begin to sleep.
+        """Return the share of their time that threads wait for a core, as they first sleep for it.
 
-        None: nothing begins, or the last look was less than ``EVERY_S`` ago.
+        None: they do not, or did before, or the last look was less than ``EVERY_S`` ago.
         """
         if (now_s := time.monotonic()) < self._then_s + self.EVERY_S:
             return None
         before, self._then_s, self._core_s = self._core_s, now_s, core_seconds()
         ran, waited = (now - then for now, then in zip(self._core_s, before, strict=True))
         share = waited / max(ran + waited, 1e-9)
-        if self._ends is None and share > 0.2 and torch.get_num_threads() > 1:
-            self._ends = threading.Event()
+        spin = self._ends is None or self._ends.is_set()
+        if spin and share > 0.2 and torch.get_num_threads() > 1:
+            first, self._ends = self._ends is None, threading.Event()
             threading.Thread(target=_idle, args=[self._ends.wait], daemon=True).start()
-            return share
+            return share if first else None
         if share < 0.1:
             self.close()
         return None
@@ -192,7 +193,6 @@ class CoreWatch:
         """Let threads spin again."""
         if self._ends is not None:
             self._ends.set()
-        self._ends = None
 
 
 def _idle(wait: Callable[[], Any]) -> None:

@@ -210,8 +210,8 @@ for n in range(3):
 def test_a_change_is_told_once_and_undone_when_the_cores_are_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Seconds that threads have run and waited, of the time since the last 0, 50, 40, 5 and 25 %
-    seconds = iter([(0, 0), (9, 0), (10, 1), (16, 5), (35, 6), (38, 7), (39, 9)])
+    # Seconds that threads have run and waited, of the time since the last 0, 50, 40, 5, 25 and 50 %
+    seconds = iter([(0, 0), (9, 0), (10, 1), (16, 5), (35, 6), (38, 7), (39, 8), (41, 10)])
     monkeypatch.setattr(device_module, "core_seconds", lambda: next(seconds))
     monkeypatch.setattr(CoreWatch, "EVERY_S", 0)
     threads = 2
@@ -224,7 +224,10 @@ def test_a_change_is_told_once_and_undone_when_the_cores_are_free(
     idle.join(10)
     assert not idle.is_alive()
     threads = 1  # has none to wait for
-    assert watch.look() is None
+    assert (watch.look(), threading.active_count()) == (None, n_before)
+    threads = 2  # they sleep again, which is not told
+    assert (watch.look(), threading.active_count()) == (None, n_before + 1)
+    watch.close()
     monkeypatch.setattr(CoreWatch, "EVERY_S", 1e9)
     assert watch.look() is None  # without a look: the seconds of the next are still there
-    assert next(seconds) == (39, 9)
+    assert next(seconds) == (41, 10)
