@@ -25,8 +25,8 @@ EXIT_INTERRUPTED, EXIT_NOT_READ = 130, 141  # as shells show an end by SIGINT, a
 # How often an OpenMP thread that waits looks again before it sleeps; GCC's own 300,000 keep the
 # core from other processes. base.toml in bf16 on two cores of a Xeon with AMX (torch 2.13), medians
 # of six rounds: alone 43.1k tokens/s with GCC's and 42.1k with this; beside two busy processes
-# 15.2k with this, 16.3k in one thread, 16.5k without spinning, which alone costs a quarter. What
-# runs for long beside others stops spinning: `fasttrain.device.CoreWatch`.
+# 15.2k with this, 16.3k in one thread, 16.5k without spinning, which alone costs a quarter. A run
+# stops spinning while others use its cores: `fasttrain.device.CoreWatch`.
 SPINS = "10000"
 _OUT_OF_MEMORY = (
     "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "
