@@ -66,8 +66,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found]
 
 
-def test_readme_is_short_and_names_every_page() -> None:
-    assert len(PAGES["README.md"].splitlines()) <= 150
+def test_readme_names_every_page() -> None:
     for page in PAGES.keys() - {"README.md"}:
         assert f"({page})" in PAGES["README.md"], page
 
