@@ -226,9 +226,11 @@ def compile_step(config: TrainConfig) -> Program:
             model = Transformer(config.model, seq_len=config.data.seq_len).train()
             tokens = torch.empty(shape, dtype=torch.int64)
             starts = torch.empty(shape, dtype=torch.bool)
-        step = TrainStep(model, [], config, device=DEVICE)
+            scale = torch.empty((), dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters())  # what no optimizer holds does not train
+        step = TrainStep(model, [optimizer], config, device=DEVICE)
         documents = None if config.data.attention_across_documents else starts
-        written = written_by(lambda: step.loss_fn(tokens, tokens, documents))
+        written = written_by(lambda: step.loss_fn(tokens, tokens, documents, scale))
     assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"
     return read(written)._replace(rounded=sum(c.numel() for c in step.copies.values()))
 

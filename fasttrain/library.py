@@ -212,7 +212,8 @@ class Trainer:
         self.objective = Objective(model, criterion, config, self.device)
         self.train_step = TrainStep(
             model, [optimizer], config, device=self.device, world=self.world, n_micro=accumulate,
-            criterion=self.objective.loss_sum, ignore_index=self.objective.ignore_index,
+            criterion=self.objective.loss_sum, count=self.objective.count,
+            ignore_index=self.objective.ignore_index,
         )  # fmt: skip
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
@@ -697,7 +698,6 @@ def train_loop(
             epoch = min(trainer.epoch, num_epochs - 1)  # the last step is recorded after its epoch
             print(f"Epoch {epoch}, step {trainer.step}, loss {row['loss']:.4f}", flush=True)
 
-    optimizer.zero_grad(set_to_none=True)
     run = {"device": str(where), "dtype": "fp32"}
     loop = {"epochs": max(1, num_epochs)}
     sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}

@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 (B, T)
     targets: Tensor  # int64 (N,): for each token the one to predict, or ignore_index
     target_range: tuple[int, int]  # least and greatest target that counts
+    n_targets: int | Tensor  # that count; a tensor where the batch came on a device
     is_new: bool  # a row is longer or an id higher than in all batches before, or an id negative
     others: dict[str, Any]  # what else the model's forward is given
 
@@ -97,14 +98,20 @@ class Objective:
             shifted = shift(tokens if labels is None else labels, mask, self.ignore_index)
         elif mask is not None:
             shifted = shifted.masked_fill(mask == 0, self.ignore_index)
-        kept = shifted.masked_fill(shifted == self.ignore_index, 0)
+        ignored = shifted == self.ignore_index
+        kept, counted = shifted.masked_fill(ignored, 0), (~ignored).sum()
         target_range, is_new = _range(kept) if kept.is_cpu else (0, 0), self._is_new(tokens)
         moved = partial(Tensor.to, device=self.device, non_blocking=True)
         targets = moved(shifted).flatten()
+        n_targets = int(counted) if counted.is_cpu else moved(counted)
         others = {k: moved(v) if isinstance(v, Tensor) else v for k, v in rest.items()}
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
-        return Batch(moved(tokens), targets, target_range, is_new, others)
+        return Batch(moved(tokens), targets, target_range, n_targets, is_new, others)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """Return what the loss of a step is divided by, of one batch: its number of targets."""
+        return batch.n_targets
 
     def _is_new(self, tokens: Tensor) -> bool:
         if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
@@ -116,9 +123,12 @@ class Objective:
     def _takes(self, name: str) -> bool:
         return name in self.takes or any(p.kind is p.VAR_KEYWORD for p in self.takes.values())
 
-    def loss_sum(self, _: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss summed over the targets that count: the criterion of a `TrainStep`."""
-        return self._loss_sum(self._logits(batch), batch)
+    def loss_sum(self, _: nn.Module, batch: Batch, scale: Tensor) -> Tensor:
+        """Return the summed loss of the targets that count, times ``scale``.
+
+        It is the criterion of a `TrainStep`.
+        """
+        return self._loss_sum(self._logits(batch), batch, scale)
 
     def _logits(self, batch: Batch) -> Tensor:
         hooked = register_module_forward_pre_hook
@@ -149,15 +159,18 @@ class Objective:
                 "or a larger table, for positions shorter sequences"
             )
 
-    def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _loss_sum(self, logits: Tensor, batch: Batch, scale: Tensor | None = None) -> Tensor:
         if self.criterion is None:
-            return cast(Tensor, cross_entropy(logits, batch.targets, **self.options))
+            return cast(Tensor, cross_entropy(logits, batch.targets, scale=scale, **self.options))
+        factor = (
+            torch.ones((), dtype=torch.float32, device=logits.device) if scale is None else scale
+        )
         if getattr(self.criterion, "reduction", "mean") == "sum":
-            return self.criterion(logits, batch.targets)
+            return self.criterion(logits, batch.targets) * factor
         n_targets = (batch.targets != self.ignore_index).sum()
         if not n_targets:  # the mean over no target is nan
             return logits.sum() * 0.0
-        return self.criterion(logits, batch.targets) * n_targets
+        return self.criterion(logits, batch.targets) * (n_targets * factor)
 
     @torch.no_grad()
     def evaluate(

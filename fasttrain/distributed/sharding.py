@@ -24,16 +24,21 @@ from fasttrain.log.timing import StepClock
 M = TypeVar("M", bound=nn.Module)
 
 
-def replicate(objective: nn.Module, *, sync_buffers: bool) -> nn.Module:
+def replicate(objective: nn.Module, *, custom: bool) -> nn.Module:
     """Wrap a module, which holds the parameters and returns the loss, in DDP.
 
-    With ``sync_buffers`` each forward takes rank 0's buffers.
+    Of a ``custom`` model each forward takes rank 0's buffers, and a step may leave parameters
+    unused: they have no gradient then, as on one rank.
     """
     ddp = nn.parallel.DistributedDataParallel
-    if not sync_buffers:  # broadcast_buffers=False is deprecated since torch 2.13
+    if not custom:  # broadcast_buffers=False is deprecated since torch 2.13
         names = [name for name, _ in objective.named_buffers()]
         ddp._set_params_and_buffers_to_ignore_for_model(objective, names)  # type: ignore[no-untyped-call]
-    return ddp(objective, gradient_as_bucket_view=True)
+        return ddp(objective, gradient_as_bucket_view=True)
+    # DDP cannot look for unused parameters where a backward pass runs within the backward pass, as
+    # with reentrant checkpointing, which transformers' models may use.
+    reentrant = any(getattr(m, "is_gradient_checkpointing", False) for m in objective.modules())
+    return ddp(objective, gradient_as_bucket_view=True, find_unused_parameters=not reentrant)
 
 
 def shard(model: nn.Module, world: World, config: DistributedConfig) -> None:

@@ -23,7 +23,8 @@ from fasttrain.log.metrics import NormWatch
 # 1 after 16, and only then is a gradient to blame.
 MAX_SKIPPED_IN_A_ROW = 20
 MAX_REPORTS = 20  # of a run: each holds the text of a whole step
-KINDS = ("fine", "overflow", "nonfinite", "spike", "transient", "persistent")  # by verdict
+# By verdict
+KINDS = ("fine", "overflow", "nonfinite", "spike", "transient", "persistent", "empty")
 
 
 class Decision(NamedTuple):
@@ -151,7 +152,10 @@ class Recovery:
             return Decision("roll back" if counts.rollbacks < limit else "stop", undone, found)
         return Decision("go on", [], found, warning)
 
-    def _wish(self, fault: Fault) -> tuple[str, str]:  # the key that decides, and its value
+    def _wish(self, fault: Fault) -> tuple[str, str]:
+        """Return the key that decides about a fault, and its value; empty steps are skipped."""
+        if fault.kind == "empty":
+            return "on_nonfinite", "skip"
         name = "on_spike" if fault.kind == "spike" else "on_nonfinite"
         return name, getattr(self.loop, name)
 
@@ -176,10 +180,10 @@ class Recovery:
         else:
             ids = loader.sample_ids(first.position, self.state.samples_per_step).tolist()
             shown = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-            remedy = (
-                f"the first one's batch holds the samples {shown}. Look at them, lower optim.lr, "
-                "raise schedule.warmup_steps or use run.dtype=bf16"
-            )
+            measures = "lower optim.lr, raise schedule.warmup_steps or use run.dtype=bf16"
+            if first.kind == "empty":
+                measures = "for documents of one token use data.batching=packed"
+            remedy = f"the first one's batch holds the samples {shown}. Look at them, {measures}"
         return f"{first}{several}; {why}. No update was made: {remedy}"
 
     def check_copies(self) -> None:

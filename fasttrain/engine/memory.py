@@ -154,13 +154,14 @@ def _trace(
         separate = not config.data.attention_across_documents and device.type == "cpu"
         doc_starts = torch.zeros_like(tokens, dtype=torch.bool) if separate else None
         plain = not (config.train.z_loss or config.model.logit_softcap)
-        trace = _Trace(model, tokens, targets, plain=plain)
+        scale = torch.ones((), device=device)
+        trace = _Trace(model, tokens, targets, scale, plain=plain)
         with trace:
             # With gradients accumulated, the second forward pass meets those of the first.
             for n_left in reversed(range(n_micro)):
                 set_gradient_sync(model, world, sync=n_left == 0)
                 with precision.autocast():
-                    loss = criterion(model, tokens, targets, doc_starts)
+                    loss = criterion(model, tokens, targets, doc_starts, scale)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
     return trace

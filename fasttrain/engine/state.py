@@ -19,6 +19,7 @@ _RECHECKED = {
     "transient": "transient error: run again it came out otherwise, a third time as one of the two",
     "persistent": "persistent error: run three times, it came out in three ways",
 }
+_DESCRIPTIONS = {**_RECHECKED, "empty": "no target counts, so that there is nothing to learn"}
 
 
 class Fault(NamedTuple):
@@ -26,7 +27,7 @@ class Fault(NamedTuple):
 
     step: int  # the first is 1
     position: int  # global index of its first sample
-    kind: str  # overflow (fp16), nonfinite, spike; rechecked: transient, persistent
+    kind: str  # overflow (fp16), nonfinite, spike, empty; rechecked: transient, persistent
     loss: float
     norm: float  # before clipping
 
@@ -36,7 +37,7 @@ class Fault(NamedTuple):
         return self.kind in _RECHECKED
 
     def __str__(self) -> str:
-        what = _RECHECKED.get(self.kind, self.kind)
+        what = _DESCRIPTIONS.get(self.kind, self.kind)
         return f"step {self.step}: {what} (loss {self.loss:.4g}, gradient norm {self.norm:.4g})"
 
     def saved(self) -> dict[str, Any]:

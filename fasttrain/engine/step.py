@@ -2,19 +2,26 @@
 
 The loss of a step is the sum over all its target tokens divided by the number of those not ignored,
 so that neither loss nor gradient depends on how the step is cut into micro-batches and over ranks.
-Ranks reduce gradients with the last micro-batch alone, and after it loss and norm, in one small
-reduction: what they judge a step by is the same, and so is the verdict.
+That number is known before the first forward pass and goes into the loss, so every gradient, also
+one that a hook sees, is a gradient of the mean. Ranks reduce gradients with the last micro-batch
+alone, and after it loss and norm, in one small reduction: what they judge a step by is the same,
+and so is the verdict.
+
+A step owns its gradients. It begins without any, and it judges, clips and applies those of the
+parameters that train at that moment: they require a gradient, and an optimizer holds them.
 
 Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from fasttrain_kernels import grad_norm, linear_cross_entropy
+from fasttrain_kernels._torch import drop_unreduced_gradients
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -37,19 +44,28 @@ from fasttrain.model.runtime import (
 from fasttrain.model.transformer import Transformer
 
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
-# smaller scale may still hold. Of a step that was run again and came out otherwise, a third time
-# agreed with one before (transient), or with none.
-FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT = range(6)
+# smaller scale may still hold. TRANSIENT: a re-run disagreed once, then agreed. PERSISTENT: no two
+# runs agreed. EMPTY: no target counted, so that there is nothing to learn.
+FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT, EMPTY = range(7)
 LEAST_DEVIATION = 0.01  # of a spike window, as a part of its mean
 
-# model, tokens, targets, doc_starts → summed loss; of other batches: model, batch → summed loss
+# model, tokens, targets, doc_starts, scale → summed loss times scale, a scalar on the device; of
+# other batches: model, batch, scale
 Criterion = Callable[..., Tensor]
 
 
 def summed_loss(
-    model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None, **options: Any
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    doc_starts: Tensor | None,
+    scale: Tensor | None = None,
+    **options: Any,
 ) -> Any:
-    """Head and cross-entropy as one operation, summed over tokens; ``options`` are its own."""
+    """Return the loss summed over tokens, times ``scale``; ``options`` are the operation's own.
+
+    Head and cross-entropy are one operation.
+    """
     return linear_cross_entropy(
         model.hidden(tokens, doc_starts=doc_starts),
         model.head_weight,
@@ -57,6 +73,7 @@ def summed_loss(
         ignore_index=IGNORE_INDEX,
         reduction="sum",
         softcap=model.config.logit_softcap,
+        scale=scale,
         **options,
     )
 
@@ -93,13 +110,13 @@ class SpikeWindow:
         self.sigmas = sigmas
         self.slots = torch.arange(n_steps, device=device)
         # A ring of losses (row 0) and gradient norms (row 1); zero where not yet filled
-        self.values = torch.zeros(2, n_steps, device=device)
+        self.values = torch.zeros(2, n_steps, dtype=torch.float32, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # steps that have entered
 
-    def judge(self, loss: Tensor, norm: Tensor, finite: Tensor) -> Tensor:
-        """Return whether this step is a spike, and take it into the window if it is ``finite``.
+    def judge(self, loss: Tensor, norm: Tensor, counts: Tensor) -> Tensor:
+        """Return whether this step is a spike, and take it into the window if it ``counts``.
 
-        All are scalars on the device.
+        A step counts if it is finite and has targets. All are scalars on the device.
         """
         size = len(self.slots)
         filled = self.slots < self.count
@@ -108,33 +125,47 @@ class SpikeWindow:
         deviation = (((self.values - mean) * filled).square().sum(1, keepdim=True) / n).sqrt()
         limit = mean + self.sigmas * torch.maximum(deviation, LEAST_DEVIATION * mean.abs())
         step = torch.stack([loss, norm])[:, None]
-        above = (step > limit) & finite & (2 * self.count >= size)
+        above = (step > limit) & counts & (2 * self.count >= size)
         enters = torch.where(above, limit, step)
         # In place, as all that a checkpoint holds: what hangs on the device must not have moved it.
-        here = (self.slots == self.count % size) & finite
+        here = (self.slots == self.count % size) & counts
         self.values.copy_(torch.where(here, enters, self.values))
-        self.count += finite
+        self.count += counts
         return above.any()
 
 
 class Ema:
     """Averages a model's parameters p over steps: average ← decay · average + (1 - decay) · p.
 
-    It begins at the trainable parameters' present values, and is evaluated in their place.
-    ``decay`` is in (0, 1); None: there is no average, and every method does nothing.
+    The average of a parameter begins at its value when it is first seen to train, and is evaluated
+    in its place. ``decay`` is in (0, 1); None: there is no average, and every method does nothing.
 
+    Numerics: averages are fp32, of fp64 parameters fp64. In bf16, with three digits, most updates
+        would be rounded away.
     Memory: one copy of the parameters, and another while the average is in use. Source: Polyak &
     Juditsky 1992; with exponential weights, as in Morales-Brotons et al. 2024 (arXiv:2411.18704).
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        named = model.named_parameters() if decay else ()
-        self._sources = {name: p.detach() for name, p in named if p.requires_grad}
-        self.averages = {n: p.clone() for n, p in self._sources.items()}  # spread as they are
-        self._local = [local_tensor(p) for p in self._sources.values()]
-        self._local_averages = [local_tensor(p) for p in self.averages.values()]
+        self._model = model
+        self._sources: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}  # spread over the ranks as the parameters are
         self._held: dict[str, Tensor] = {}  # the parameters, while the average is in use
+        self.follow([p for p in model.parameters() if p.requires_grad])
+
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Begin an average of each of the model's parameters here that has none."""
+        if self.decay is None:
+            return
+        followed = {id(p) for p in self._sources.values()}
+        new = {id(p) for p in parameters} - followed
+        if not new:
+            return
+        for name, p in self._model.named_parameters():
+            if id(p) in new:
+                self._sources[name] = p
+                self.averages[name] = p.detach().to(_wide(p.dtype), copy=True)
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
@@ -145,8 +176,10 @@ class Ema:
         if self.decay is None:
             return
         weight = (1.0 - self.decay) * (1.0 - skipped)
-        weights = [weight.to(average.dtype) for average in self._local_averages]
-        torch._foreach_lerp_(self._local_averages, self._local, weights)
+        averages = [local_tensor(average) for average in self.averages.values()]
+        parameters = [p.to(_wide(p.dtype)) for p in map(local_tensor, self._sources.values())]
+        weights = [weight.to(average.dtype) for average in averages]
+        torch._foreach_lerp_(averages, parameters, weights)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -157,13 +190,18 @@ class Ema:
         if self.decay is None or self._held:
             yield
             return
-        self._held = {name: p.clone() for name, p in self._sources.items()}
-        torch._foreach_copy_(self._local, self._local_averages)
+        self._held = {name: p.detach().clone() for name, p in self._sources.items()}
+        self._assign(self.averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._local, [local_tensor(p) for p in self._held.values()])
+            self._assign(self._held)
             self._held = {}
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        own = [local_tensor(p) for p in self._sources.values()]
+        torch._foreach_copy_(own, [local_tensor(values[name]) for name in self._sources])
 
     def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
@@ -173,14 +211,29 @@ class Ema:
         groups = {"model": {**model_state, **self._held}}
         return groups if self.decay is None else groups | {"ema": self.averages}
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore the average; of a run that had none it begins at the present parameters."""
-        if self.averages and saved and saved.keys() != self.averages.keys():
+    def check(self, saved: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless ``saved`` is an average of this model, or empty."""
+        if self.decay is None:
+            return
+        shapes = {name: p.shape for name, p in self._model.named_parameters()}
+        if any(shapes.get(name) != tensor.shape for name, tensor in saved.items()):
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
-        sources = saved or self._sources
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Restore the average; what the saved one lacks begins at the present parameters."""
+        if self.decay is None:
+            return
+        self.check(saved)
+        named = dict(self._model.named_parameters())
+        self.follow([named[name] for name in saved])
         with torch.no_grad():
             for name, average in self.averages.items():
-                average.copy_(cut(sources[name], average))
+                average.copy_(cut(saved[name], average) if name in saved else self._sources[name])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which parameters of ``dtype`` are averaged."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class StepNumbers(NamedTuple):
@@ -200,6 +253,8 @@ class TrainStep:
             ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
         n_micro: micro-batches of a step; None: as the config says.
         ignore_index: the target that does not count.
+        count: returns what the loss of a step is divided by, of one batch: a number where the host
+            knows it, else a scalar on the device. None: the number of targets that count.
     """
 
     def __init__(
@@ -213,18 +268,19 @@ class TrainStep:
         criterion: Criterion | None = None,
         n_micro: int | None = None,
         ignore_index: int = IGNORE_INDEX,
+        count: Callable[[Any], Tensor | float] | None = None,
     ) -> None:
         self.world = world = world or World()
         self.model, self.optimizers = model, list(optimizers)
         self.precision = precision = resolve_precision(config.run.dtype, device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         run, loop, sharded = config.run, config.train, world.sharded
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
         self.ema = Ema(model, loop.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.ignore_index = ignore_index
+        self.count = count or self._count
         self.judges = True  # False: every step is made, whatever its numbers are
-        custom = criterion is not None
+        self._is_custom = custom = criterion is not None
         self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
         self.objective = nn.ModuleDict({"model": model})
         self.objective.forward = partial(self.criterion, model)
@@ -250,10 +306,9 @@ class TrainStep:
         if sharded and mode not in ("off", "c++"):
             self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
         self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
-        # What gradients are taken of, by name: parameters, or copies of them (`_round_once`)
+        # Copies in half precision of parameters, by name, of which gradients are taken in place of
+        # the parameters' own (`_round_once`)
         self.copies: dict[str, Tensor] = {}
-        named = self.objective.named_parameters()
-        self.leaves: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad}
         if isinstance(model, Transformer):
             if run.fp8:
                 multiply_in_fp8(model, device)
@@ -267,36 +322,46 @@ class TrainStep:
         if self.compile_mode not in ("off", "c++", "blocks"):
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
-        self.network: nn.Module = model
+        self._loss_of_rank = self.loss_fn  # on one rank: DDP's module calls it
         alone = world.size == 1 and not custom
-        if accumulates and alone and rounds_once(config, device, precision):
-            self._round_once()
+        self._rounds_once = accumulates and alone and rounds_once(config, device, precision)
         # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
         # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the
-        # next micro-batch overwrites them.
-        outside = bool(self.copies) or (captures and not sharded)
-        self.keeps_grads = accumulates and (world.mode == "ddp" or outside)
-        for p in self.parameters if self.keeps_grads else ():
-            p.grad = torch.zeros_like(p)
-        if world.mode == "ddp":  # its module holds the model and returns the loss
-            self.objective.forward = self.loss_fn
-            self.network = self.loss_fn = replicate(self.objective, sync_buffers=custom)
-        # Of the last step, fp32 scalars: mean over its target tokens, norm before clipping, verdict
-        self.loss, self.norm, self.verdict = torch.zeros(3, device=device)
+        # next micro-batch overwrites them. A custom model may leave some parameters unused, which
+        # then have no gradient, and are not decayed either.
+        outside = self._rounds_once or (captures and not sharded)
+        self.keeps_grads = accumulates and ((world.mode == "ddp" and not custom) or outside)
+        self.every: list[Tensor] = []  # all parameters of the model and the optimizers
+        self.parameters: list[Tensor] = []  # those that train, in the same order
+        # What gradients are taken of where they are kept, by the parameter's name in `objective`:
+        # parameters, or `copies` of them
+        self.leaves: dict[str, Tensor] = {}
+        self.clock = StepClock(device, n_phases=2)
+        self.network: nn.Module = model
+        self._replicated: list[int] = []  # the parameters that DDP reduces gradients of
+        self._begin()
+        time_collectives(self.network, world, self.clock, accumulates=accumulates)
+        fp32: Any = {"dtype": torch.float32, "device": device}
+        # Of the last step: mean over its target tokens, norm before clipping, verdict
+        self.loss = torch.zeros((), **fp32)
+        self.norm = torch.zeros((), **fp32)
+        self.verdict = torch.zeros((), **fp32)
         # The `StepNumbers` of the steps since `numbers` was called, up to its last row
-        self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), device=device)
+        self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), **fp32)
         self.n_unread = 0
-        # What the gradients are multiples of: the number of targets that their loss sums over, or
-        # in fp16, which has no exponents for that, `grad_scale`
-        self.grad_unit = torch.ones((), device=device)
-        # What the loss is multiplied by before the backward pass, and the clean steps since
-        self.grad_scale = torch.full((), 2.0**16 if precision.scaled else 1.0, device=device)
+        self.has_targets = torch.ones((), dtype=torch.bool, device=device)  # the step, on any rank
+        self._surely_has_targets = False  # whether the host knows of some
+        # What gradients are multiples of, in fp16, which has few exponents, and the clean steps
+        # since it changed
+        self.grad_scale = torch.full((), 2.0**16 if precision.scaled else 1.0, **fp32)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.window: SpikeWindow | None = None
         if loop.on_spike != "off":
             self.window = SpikeWindow(loop.spike_window_steps, loop.spike_sigmas, device)
-        self.clock = StepClock(device, n_phases=2)
-        time_collectives(self.network, world, self.clock, accumulates=accumulates)
+
+    def _count(self, batch: Any) -> Tensor:
+        n_targets: Tensor = (batch.targets != self.ignore_index).sum()
+        return n_targets
 
     def _loss(self, *inputs: Any) -> Tensor:
         with self.precision.autocast():
@@ -304,6 +369,35 @@ class TrainStep:
                 loss: Tensor = functional_call(self.objective, self.copies, inputs)
                 return loss
             return self.criterion(self.model, *inputs)
+
+    def _begin(self) -> None:
+        """See which parameters train now, and drop every gradient that is there already.
+
+        A gradient may be left by an exception in an earlier step, by a backward pass of the
+        caller's, or on a parameter that no optimizer holds.
+        """
+        own = {id(p): p for p in self.model.parameters()}
+        held = {id(p): p for optimizer in self.optimizers for p in parameters_of(optimizer)}
+        self.every = [*(own | held).values()]
+        training = {key for key, p in held.items() if p.requires_grad}
+        parameters = [p for p in self.every if id(p) in training]
+        if [*map(id, parameters)] != [*map(id, self.parameters)]:
+            self.parameters = parameters
+            self.ema.follow(parameters)
+            self._take_leaves(training)
+        if self.world.mode == "ddp":
+            self._replicate([key for key, p in own.items() if p.requires_grad])
+        self._drop_gradients()
+        if self.world.sharded:
+            drop_unreduced_gradients(self.model)
+
+    def _take_leaves(self, training: set[int]) -> None:
+        """Name what gradients are taken of, and make the copies of `_round_once`."""
+        named = self.objective.named_parameters()
+        self.leaves = {name: p for name, p in named if id(p) in training}
+        self.copies = {}
+        if self._rounds_once:
+            self._round_once()
 
     def _round_once(self) -> None:
         """Have a step round the blocks' matrices once for all of its micro-batches.
@@ -316,12 +410,48 @@ class TrainStep:
                 self.copies[name] = torch.empty_like(p, dtype=dtype, requires_grad=True)
         self.leaves |= self.copies
 
+    def _replicate(self, requiring_grad: list[int]) -> None:
+        """Wrap the model in DDP, anew where other parameters require a gradient than before.
+
+        DDP's module holds the model and returns the loss.
+        """
+        if self._replicated == requiring_grad:
+            return
+        again = bool(self._replicated)
+        if again:  # before the new module there must be none that reduces the same gradients
+            self.network = self.model
+            self.loss_fn = self._loss_of_rank
+            gc.collect()
+        self._replicated = requiring_grad
+        self.objective.forward = self._loss_of_rank
+        self.network = self.loss_fn = replicate(self.objective, custom=self._is_custom)
+        if again:
+            accumulates = self.n_micro > 1
+            time_collectives(self.network, self.world, self.clock, accumulates=accumulates)
+
+    def _drop_gradients(self) -> None:
+        """Drop all gradients, but zero those that are kept from one step to the next."""
+        if not self.keeps_grads:
+            for p in self.every:
+                p.grad = None
+            return
+        kept = [p.grad for p in self.parameters if p.grad is not None]
+        if kept:
+            torch._foreach_zero_(kept)
+        training = set(map(id, self.parameters))
+        for p in self.every:
+            if id(p) not in training:
+                p.grad = None
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+
     def __call__(self, batches: Sequence[Any], lr: float | None) -> None:
         """Run one step over its micro-batches with learning rate ``lr``; None: the optimizers'."""
-        self.clock.mark(0)
-        loss, grads = self._backward(batches)
-        self.clock.mark(1)
-        self._finish(*self._measure(loss, grads), grads, lr)
+        with self._owned():
+            self.clock.mark(0)
+            loss, grads = self._backward(batches)
+            self.clock.mark(1)
+            self._finish(*self._measure(loss, grads), grads, lr)
 
     def recheck(self, batches: Sequence[Any], lr: float | None) -> None:
         """As a call, but forward and backward run twice; no update is made where they differ.
@@ -329,63 +459,85 @@ class TrainStep:
         Loss, norm and gradients are compared bit for bit. Where they differ on any rank, a third
         time tells what happens once from what happens each time. Waits for the device.
         """
-        self.clock.mark(0)
-        rng, seen = rng_state(self.loss.device), list[list[int]]()
-        for alike in (PERSISTENT, FINE, TRANSIENT):  # the verdict where it comes out as before
-            if seen:
-                restore_rng(rng, self.loss.device)
-                self._drop_gradients()
-            loss, grads = self._backward(batches)
-            measured = self._measure(loss, grads)
-            bits = torch.stack([*(checksum([t]) for t in measured), checksum(grads)]).tolist()
-            found = max(self.world.gather(alike if bits in seen else PERSISTENT))
-            if found == FINE:
-                break
-            seen.append(bits)
-        self.clock.mark(1)
-        self._finish(*measured, grads, lr, found)
+        with self._owned():
+            self.clock.mark(0)
+            rng, seen = rng_state(self.loss.device), list[list[int]]()
+            for alike in (PERSISTENT, FINE, TRANSIENT):  # the verdict where it comes out as before
+                if seen:
+                    restore_rng(rng, self.loss.device)
+                    self._drop_gradients()
+                loss, grads = self._backward(batches)
+                measured = self._measure(loss, grads)
+                bits = torch.stack([*(checksum([t]) for t in measured), checksum(grads)]).tolist()
+                outcome = max(self.world.gather(alike if bits in seen else PERSISTENT))
+                if outcome == FINE:
+                    break
+                seen.append(bits)
+            self.clock.mark(1)
+            self._finish(*measured, grads, lr, outcome)
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Begin a step without gradients, and leave none behind, whatever happens in between."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._drop_gradients()
 
     def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-        """Run forward and backward; return this rank's part of the loss, and the gradients."""
-        counts = [(b.targets != self.ignore_index).sum() for b in batches]
-        n_targets = counts[0] if len(counts) == 1 else torch.stack(counts).sum()
-        counted = self.world.begin_sum(n_targets)  # of all ranks, whose gradients are averaged
-        loss, weight = torch.zeros_like(self.loss), None
+        """Run forward and backward; return this rank's part of the loss, and the gradients.
+
+        The gradients of the ranks, of which the mean is taken, are multiples of `grad_scale`.
+        """
+        n_targets = self._count_targets(batches)
+        summed = self.world.begin_sum(n_targets)
+        loss = torch.zeros_like(self.loss)
         if self.copies:
             with torch.no_grad():
                 sources = map(self.objective.get_parameter, self.copies)
                 torch._foreach_copy_([*self.copies.values()], [*sources])
+        summed()
+        self.has_targets = n_targets > 0
+        unit = self.grad_scale * self.world.size
+        scale = unit / torch.where(self.has_targets, n_targets, 1)
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
             ours = isinstance(batch, Batch)
             inputs = (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
-            part = self.loss_fn(*inputs)
-            if self.precision.scaled and weight is None:
-                counted()
-                weight = self.grad_scale * self.world.size / n_targets.clamp(min=1)
+            part = self.loss_fn(*inputs, scale)
             if self.keeps_grads and self.world.mode != "ddp":
-                new = torch.autograd.grad(part, [*self.leaves.values()], weight)
+                new = torch.autograd.grad(part, [*self.leaves.values()])
                 pairs = [*zip(self.parameters, new, strict=True)]
                 for dtype in {grad.dtype for grad in new}:  # few launches for those in fp32
                     alike = [(p.grad, grad) for p, grad in pairs if grad.dtype == dtype]
                     torch._foreach_add_(*map(list, zip(*alike, strict=True)))
             else:
-                part.backward(weight)  # type: ignore[no-untyped-call]
+                part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        counted()
-        n_targets = n_targets.clamp(min=1)
-        self.grad_unit = self.grad_scale if self.precision.scaled else n_targets / self.world.size
-        return loss / n_targets, [p.grad for p in self.parameters if p.grad is not None]
+        return loss / unit, [p.grad for p in self.parameters if p.grad is not None]
+
+    def _count_targets(self, batches: Sequence[Any]) -> Tensor:
+        """Return what the loss of this rank's batches is divided by, an fp32 scalar."""
+        counts = [self.count(batch) for batch in batches]
+        known = [count for count in counts if not isinstance(count, Tensor)]
+        self._surely_has_targets = any(known)
+        if len(known) == len(counts):  # a fill, which waits for nothing
+            return torch.full_like(self.loss, sum(known))
+        totals = [torch.as_tensor(count, device=self.loss.device) for count in counts]
+        return (totals[0] if len(totals) == 1 else torch.stack(totals).sum()).float()
 
     def _finish(
-        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float | None, found: int = FINE
+        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float | None, outcome: int = FINE
     ) -> None:
-        """Judge the step and update; ``found`` is what `recheck` has found."""
+        """Judge the step and update; ``outcome`` is what `recheck` has found."""
         self.loss, self.norm = loss, norm
         self.before_update()
-        self.verdict = verdict = self._judge() if found == FINE else torch.full_like(loss, found)
+        self.verdict = verdict = (
+            self._judge() if outcome == FINE else torch.full_like(loss, outcome)
+        )
         bad = (verdict != FINE).float()
-        clip = 1 / self.grad_unit
+        clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
             clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
         if self.max_grad_value is not None:  # of what the optimizers will see, times clip
@@ -398,12 +550,11 @@ class TrainStep:
                 set_lr(optimizer, lr)
             if getattr(optimizer, "reads_clip_on_device", False):
                 step(clip_coefficient=clip, found_inf=bad)
-            elif not self.judges or not bad:  # any other optimizer costs a host sync to be judged
-                found_grads = (p.grad for p in parameters_of(optimizer))
-                if mine := [local_tensor(g) for g in found_grads if g is not None]:
+            elif self._makes_update(bad):
+                own_grads = (p.grad for p in parameters_of(optimizer))
+                if mine := [local_tensor(g) for g in own_grads if g is not None]:
                     torch._foreach_mul_(mine, clip)
                 step()
-            self._drop_gradients(optimizer)
         self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
             inf = torch.where(verdict >= SPIKE, 0.0, bad)
@@ -414,14 +565,12 @@ class TrainStep:
         self.n_unread = row + 1
         self.clock.mark(2)
 
-    def _drop_gradients(self, *of: torch.optim.Optimizer) -> None:
-        """Drop, or zero, the gradients of some optimizers, of all where none is named."""
-        for optimizer in of or self.optimizers:
-            if self.keeps_grads:
-                optimizer.zero_grad(set_to_none=False)
-            else:  # as zero_grad does, in a quarter of its 0.1 ms
-                for p in parameters_of(optimizer):
-                    p.grad = None
+    def _makes_update(self, bad: Tensor) -> bool:
+        """Return whether an optimizer is to step that cannot read the verdict on the device.
+
+        That waits for the device, unless steps are not judged and the host knows of targets.
+        """
+        return (not self.judges and self._surely_has_targets) or not bad
 
     def _measure(self, loss: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the step's loss and gradient norm, alike on all ranks, from `_backward`'s."""
@@ -429,23 +578,24 @@ class TrainStep:
         if world.sharded:
             sums = torch.stack([loss, grad_norm(grads).norm.square()])
             loss, squares = world.sum(sums).unbind()
-            return loss, (squares / world.n_copies).sqrt() / self.grad_unit
+            return loss, (squares / world.n_copies).sqrt() / self.grad_scale
         summed = world.begin_sum(loss)
         norm = grad_norm(grads).norm
         summed()
-        return loss, norm / self.grad_unit
+        return loss, norm / self.grad_scale
 
     def _judge(self) -> Tensor:
         """Return the verdict on this step, an fp32 scalar."""
+        empty = torch.where(self.has_targets, float(FINE), float(EMPTY))
         if not self.judges:
-            return torch.zeros_like(self.loss)
+            return empty
         finite = torch.isfinite(self.loss + self.norm)
-        verdict = torch.where(finite, float(FINE), float(NONFINITE))
+        verdict = torch.where(finite, empty, float(NONFINITE))
         if self.precision.scaled:
             overflow = torch.isfinite(self.loss) & ~finite & (self.grad_scale > 1)
             verdict = torch.where(overflow, float(OVERFLOW), verdict)
         if self.window is not None:
-            spike = self.window.judge(self.loss, self.norm, finite)
+            spike = self.window.judge(self.loss, self.norm, finite & self.has_targets)
             verdict = torch.where(spike, float(SPIKE), verdict)
         return verdict
 

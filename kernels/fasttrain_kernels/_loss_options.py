@@ -92,7 +92,13 @@ def resolve(
             f"{name}: token_weight must have the shape of targets, {tuple(shape)}, got "
             f"{tuple(token_weight.shape)}."
         )
-    for label, weight in (("class_weight", class_weight), ("token_weight", token_weight)):
+    if scale is not None and (scale.dim() != 0 or scale.device != device):
+        raise ValueError(
+            f"{name}: scale must be a scalar tensor on {device}, got shape {tuple(scale.shape)} on "
+            f"{scale.device}."
+        )
+    constants = {"class_weight": class_weight, "token_weight": token_weight, "scale": scale}
+    for label, weight in constants.items():
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: {label} requires grad, but no gradient is computed for it; pass "
@@ -100,9 +106,11 @@ def resolve(
             )
     targets = targets.reshape(-1).contiguous()
     weight = None if token_weight is None else token_weight.reshape(-1)
+    dtype = accumulation_dtype(rows.dtype)
+    scale = None if scale is None else scale.to(dtype)
     if reduction == "mean":
-        dtype = accumulation_dtype(rows.dtype)
-        scale = mean_scale(targets, ignore_index, class_weight, weight, dtype)
+        mean = mean_scale(targets, ignore_index, class_weight, weight, dtype)
+        scale = mean if scale is None else mean * scale
     return targets, LossOptions(
         class_weight, weight, scale, ignore_index, label_smoothing, z_loss, softcap or 0.0
     )

@@ -131,6 +131,20 @@ def fsdp_collectives() -> tuple[Any, Any] | None:
         return None
 
 
+def drop_unreduced_gradients(model: Any) -> None:
+    """Drop gradients that FSDP2 has not reduced yet, of backward passes that only accumulate.
+
+    They lie beside the parameters that ``model.parameters()`` returns. Unknown: they stay.
+    """
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        group = getattr(state, "_fsdp_param_group", None)
+        for param in getattr(group, "fsdp_params", ()):
+            param.unsharded_accumulated_grad = None
+            if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
+                unsharded.grad = None
+
+
 def set_group_timeout(patience: timedelta, group: Any = None) -> None:
     """Have collectives of a group (None: of all ranks) fail after ``patience``. Unknown: as set."""
     _private("distributed.distributed_c10d._set_pg_timeout", lambda *_: None)(patience, group)

@@ -67,6 +67,7 @@ def cross_entropy_reference(
     softcap: float | None = None,
     class_weight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    scale: Tensor | None = None,
     inplace: bool = False,
     return_lse: bool = False,
     return_accuracy: bool = False,
@@ -102,6 +103,8 @@ def cross_entropy_reference(
     if reduction == "mean":
         weight = None if token_weight is None else token_weight.reshape(-1).to(x.dtype)
         loss = loss * mean_scale(flat, ignore_index, class_weight, weight, x.dtype)
+    if scale is not None:
+        loss = loss * scale.to(x.dtype)
     lse = torch.where(valid, lse, torch.zeros_like(lse)).detach()
     correct = ((x.argmax(dim=1) == flat) & valid).to(x.dtype)
     results = loss, lse, correct
@@ -364,6 +367,7 @@ def cross_entropy(
     softcap: float | None = None,
     class_weight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    scale: Tensor | None = None,
     inplace: bool = False,
     return_lse: bool = False,
     return_accuracy: bool = False,
@@ -383,6 +387,9 @@ def cross_entropy(
         softcap: s > 0, replaces a logit l by s·tanh(l/s); None for no cap.
         class_weight: (V,), multiplies a row by the weight of its target. Gets no gradient.
         token_weight: shape of ``targets``, multiplies a row. Gets no gradient.
+        scale: a scalar tensor on the device that multiplies the loss and, at no cost, the gradient.
+            A step of several micro-batches passes "sum" and one over its number of targets. Gets
+            no gradient. None: 1.
         inplace: permits the gradient to overwrite the logits, which then must not be used again,
             nor backward be run twice. Used where it can be: contiguous logits, outside
             `torch.compile`.
@@ -407,7 +414,7 @@ def cross_entropy(
         O(N) where no gradient is required.
     """
     name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
-    given = LossOptions(class_weight, token_weight, None, ignore_index, label_smoothing, z_loss)
+    given = LossOptions(class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss)
     flat_targets, options = resolve(name, logits, n_cols, targets, reduction, given, softcap)
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")

@@ -463,6 +463,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     class_weight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    scale: Tensor | None = None,
     return_lse: bool = False,
     return_accuracy: bool = False,
     max_chunk_mib: float | None = None,
@@ -484,6 +485,9 @@ def linear_cross_entropy(
         softcap: s > 0, replaces a logit l by s·tanh(l/s); None for no cap.
         class_weight: (V,), multiplies a row by the weight of its target. Gets no gradient.
         token_weight: shape of ``targets``, multiplies a row. Gets no gradient.
+        scale: a scalar tensor on the device that multiplies the loss and, at no cost, the gradient.
+            A step of several micro-batches passes "sum" and one over its number of targets. Gets
+            no gradient. None: 1.
         return_lse: also return the log of the sum of exponentials.
         return_accuracy: also return how often the first largest logit is the target.
         max_chunk_mib: memory for the logits of one chunk, in MiB; None for 1024 on a GPU (fewer,
@@ -511,7 +515,7 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     _check_shapes(hidden, weight, bias)
     n_cols = weight.shape[0]
-    given = LossOptions(class_weight, token_weight, None, ignore_index, label_smoothing, z_loss)
+    given = LossOptions(class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss)
     flat_targets, options = resolve(name, hidden, n_cols, targets, reduction, given, softcap)
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
@@ -527,8 +531,8 @@ def linear_cross_entropy(
             return linear_cross_entropy_reference(
                 hidden, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
                 label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-                class_weight=class_weight, token_weight=token_weight, return_lse=return_lse,
-                return_accuracy=return_accuracy,
+                class_weight=class_weight, token_weight=token_weight, scale=scale,
+                return_lse=return_lse, return_accuracy=return_accuracy,
             )  # fmt: skip
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
         ours = ours or (is_traced(x) and not is_being_transformed())

@@ -263,9 +263,9 @@ def test_contexts_cut_the_same_windows_into_shorter_rows(toy: Path) -> None:
     whole = build(load_config(toy, overrides)).train_loader
     seen = []
 
-    def keep(tokens: torch.Tensor, targets: torch.Tensor, starts: torch.Tensor | None) -> Any:
+    def keep(tokens: torch.Tensor, targets: torch.Tensor, *inputs: torch.Tensor | None) -> Any:
         seen.append((tokens, targets))
-        return trainer.train_step._loss(tokens, targets, starts)
+        return trainer.train_step._loss(tokens, targets, *inputs)
 
     trainer.train_step.loss_fn = keep
     assert trainer.fit() == "done"

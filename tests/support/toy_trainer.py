@@ -102,10 +102,8 @@ def spoil(
     batches = [batch_of(trainer, step) for step in steps]
     sound = trainer.train_step.criterion
 
-    def spoiled(
-        model: Transformer, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None
-    ) -> Tensor:
-        loss = sound(model, tokens, targets, doc_starts)
+    def spoiled(model: Transformer, tokens: Tensor, *inputs: Tensor | None) -> Tensor:
+        loss = sound(model, tokens, *inputs)
         return how(loss) if any(torch.equal(tokens, bad) for bad in batches) else loss
 
     trainer.train_step.criterion = spoiled
